@@ -1,4 +1,4 @@
-"""The command line: parses, calls evoprune, renders. No logic of its own, and no torch before it is needed."""
+"""The command line: parses arguments, calls evoprune and renders results. It has no other logic. Torch is imported when needed."""
 
 from typing import TYPE_CHECKING
 

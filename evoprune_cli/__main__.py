@@ -1,10 +1,10 @@
-"""Where the process begins. Everything else is imported inside `start`, so that Ctrl-C during imports ends quietly."""
+"""The program's entry point. Everything is imported inside `start`, so that Ctrl-C during imports exits quietly."""
 
 import os
-import sys  # both are there already, when Python begins to run a program
+import sys  # both were already imported when Python started
 
-# How long the threads of a parallel step spin before they sleep, waiting for the next one. GNU's OpenMP takes 300,000 turns, many
-# milliseconds, on cores that other programs need, or the thread that all wait for. It reads this when torch is loaded.
+# How long OpenMP threads spin between parallel steps before they sleep. GNU OpenMP's default of 300,000 iterations takes many
+# milliseconds, on cores needed by other programs or by the thread that all others wait for. It is read when torch is loaded.
 SPIN = {"GOMP_SPINCOUNT": "10000"}
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 INTERRUPTED = 130
@@ -12,14 +12,14 @@ TERMINATED = 143
 
 
 def start() -> None:
-    """`evoprune` and `python -m evoprune_cli`."""
+    """Run `evoprune` or `python -m evoprune_cli`."""
     sys.excepthook = _report_uncaught
     import atexit
     import signal
 
     usual = signal.getsignal(signal.SIGINT)
     if callable(usual):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process at once: there is nothing yet to clear up
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit at once: there is nothing to clean up yet
     if not any(name in os.environ for name in CHOSEN):
         os.environ |= SPIN
     endings: list[int | str | None] = []
@@ -38,30 +38,30 @@ def start() -> None:
         raise
     finally:
         _end_at_once_from_now_on()
-        # Python takes an interruption inside `exec("...")`, as dataclasses use it, for one that nobody caught, even if somebody
-        # did, and kills itself by SIGINT in the end. The next `exec` makes it forget.
-        exec("")  # noqa: S102 (runs nothing)
+        # If KeyboardInterrupt passes through `exec("...")`, which dataclasses use, Python considers it unhandled even if it was
+        # caught, and ends by killing itself with SIGINT. The next `exec` resets this.
+        exec("")  # runs nothing  # noqa: S102
 
 
 def _stop_loops_too(endings: list[int | str | None]) -> None:
-    """Ends an interrupted process by SIGINT itself, so that a shell stops its loop; after an exit with 130 it would go on."""
+    """End an interrupted process with SIGINT itself, so that a shell also stops its loop. After exit code 130 it would continue."""
     import contextlib
     import signal
 
     if INTERRUPTED not in endings or os.name != "posix" or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         return
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+        with contextlib.suppress(OSError, ValueError):  # the reader is gone, or the stream is closed
             stream.flush()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def _end_at_once_from_now_on() -> None:
-    """Makes a signal end the process: all is done and printed, and Python's own clearing up is no place for exceptions."""
+    """Let signals end the process at once: all work is done, and exceptions must not interrupt Python's shutdown."""
     import signal
 
-    if callable(signal.getsignal(signal.SIGINT)):  # else it was ignored from the beginning
+    if callable(signal.getsignal(signal.SIGINT)):  # otherwise it was ignored from the start
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
@@ -70,7 +70,7 @@ def _end_at_once_from_now_on() -> None:
 
 
 def _report_uncaught(category, problem, trace) -> None:
-    """Python's own report, but for Ctrl-C, which may come while another one is being handled."""
+    """Report an uncaught exception like Python, except Ctrl-C, which may arrive while another one is being handled."""
     if not issubclass(category, KeyboardInterrupt):
         sys.__excepthook__(category, problem, trace)
 

@@ -1,4 +1,4 @@
-"""`evoprune ask`: videos and pictures, one question or several, the answers on stdout."""
+"""`evoprune ask`: questions about videos and pictures, with answers on stdout."""
 
 import contextlib
 import math
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 USAGE = 'evoprune ask video.mp4 "What happens?"'
-# How paths look: a URL of data or of a place, the beginning of a path, or the ending of a file.
+# What looks like a path: a data URL or other URL, the start of a path, or a file extension.
 PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
-MAX_QUESTION = 2**22  # characters that are read from stdin, which may never end
+MAX_QUESTION = 2**22  # maximum characters read from stdin, which may be endless
 PROMPT = "> "  # before a question
 HELP = "a question and Enter: the answer; q or Ctrl-D: the end; Ctrl-C: stops an answer; /help: this line"
 HELP_CHAT = f"{HELP}; /new: forgets what was said; /undo: takes the latest question back"
@@ -110,7 +110,7 @@ def ask(
         try:
             check_output()
             check_words(inputs, first)
-            warm_up()  # while this process imports what it needs
+            warm_up()  # warms up while this process imports its dependencies
             questions = _questions(inputs, given, interactive)
             check_history(history, interactive, compare)
             pipeline = options()
@@ -127,7 +127,7 @@ def ask(
             infos = [probed(path, folder_fps=sampling.frame_rate) for path in paths]
             model = describe(pipeline.model)
             _check_inputs(infos, model, sampling, quiet)
-            asked = [] if cache else [(paths, sampling)]  # what the cache has need not be read
+            asked = [] if cache else [(paths, sampling)]  # cached inputs need not be read
             ahead = cleanup.enter_context(ReadAhead(model, asked, pipeline.pruning))
             encode = partial(_encode, names, paths, questions, pipeline, cache, quiet)
             with progress(not quiet) as show:
@@ -169,7 +169,7 @@ def ask(
 
 
 def check_history(history: str | None, prompt: bool, compare: bool = False) -> None:
-    """Raises UsageError where --history makes no sense: `prompt` says whether questions are typed."""
+    """Raise UsageError if --history does not apply. `prompt`: whether questions are typed."""
     if history not in (None, opt.ON, opt.OFF):
         raise UsageError(f"--history {history}", f"use {opt.ON} or {opt.OFF}")
     if history and not prompt:
@@ -179,7 +179,7 @@ def check_history(history: str | None, prompt: bool, compare: bool = False) -> N
 
 
 def single_questions(history: str | None, session: "Session", compare: bool = False) -> str | None:
-    """Return why the questions at a prompt are no conversation; None where they are one."""
+    """Return why questions at the prompt do not form a conversation, or None if they do."""
     if history:
         return None if history == opt.ON else "--history off"
     if compare:
@@ -192,9 +192,9 @@ def single_questions(history: str | None, session: "Session", compare: bool = Fa
 
 
 def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
-    """Return the inputs, and the question if there is one among the words.
+    """Return the inputs, and the question if the words contain one.
 
-    The last of several words is the question, unless there is such a file, or it looks like the name of one.
+    With several words, the last one is the question unless it is an existing file or looks like a filename.
     """
     *before, last = words
     if before and not _exists(last) and not PATH.fullmatch(last):
@@ -203,7 +203,11 @@ def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
 
 
 def check_words(inputs: Sequence[str], question: str | None) -> None:
-    """Raises VideoError or UsageError where one of several inputs is no file. A single one is checked when it is opened."""
+    """Check that all inputs exist if there are several. A single input is checked when it is opened.
+
+    Raises:
+        VideoError, UsageError: an input is not a file.
+    """
     if inputs.count(STDIN) > 1:
         raise UsageError("standard input is there twice", "it can be read once")
     if len(inputs) == 1 and question is None and re.search(r"\s", inputs[0]):
@@ -230,7 +234,7 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
 
 
 def check_generation(generation: GenerationOptions, json: bool) -> None:
-    """Raises UsageError where log probabilities are wanted, and no record will hold them, or the choices of rows."""
+    """Raise UsageError if log probabilities are requested without a record to put them in, or choices of rows are used."""
     if generation.choices == OF_ROWS:
         raise UsageError("--choices options are those of the rows of a batch", "give two texts or more")
     if generation.logprobs is not None and not json:
@@ -238,10 +242,10 @@ def check_generation(generation: GenerationOptions, json: bool) -> None:
 
 
 def _exists(word: str) -> bool:
-    """Return whether it is an input, as far as that is known before anything is read."""
+    """Return True if a word is an input, as far as known before reading anything."""
     try:
         return word == STDIN or is_url(word) or os.path.lexists(word)
-    except ValueError:  # not a name that a file can have
+    except ValueError:  # not a valid filename
         return False
 
 
@@ -257,7 +261,7 @@ def _encode(
     full: bool = False,
     ahead: "ReadAhead | None" = None,
 ) -> "EncodedInputs":
-    """Encodes the inputs at `paths`. First says on stderr which limits apply."""
+    """Encode the inputs at `paths`, after reporting on stderr which limits apply."""
     from evoprune.session import Cache, longest_prompt, open_inputs
 
     show("reading")
@@ -277,7 +281,7 @@ def _encode(
 
 
 def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> list[str]:
-    """Return all questions in order. One is read from stdin if none is given, none will be typed, and stdin is not the video."""
+    """Return all questions in order. If none is given and none will be typed, one is read from stdin, unless stdin is the video."""
     if interactive:
         if sys.stdin is None or not sys.stdin.isatty():
             said = "--interactive reads questions from a terminal, and stdin is not one"
@@ -292,7 +296,7 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
 
 
 def _usage(inputs: Sequence[str]) -> str:
-    """Write an example of the command with the user's own inputs, if there are such."""
+    """Return an example command with the user's own inputs, if they exist."""
     if not all(map(_exists, inputs)):
         return USAGE
     names = " ".join(shlex.quote(without_password(shown(path))) for path in inputs)
@@ -301,7 +305,11 @@ def _usage(inputs: Sequence[str]) -> str:
 
 
 def _question_from_stdin(inputs: Sequence[str]) -> str:
-    """Raises UsageError: there is none; the last of several inputs may be meant as one."""
+    """Read the question from stdin.
+
+    Raises:
+        UsageError: there is none. The hint considers that the last of several inputs may be meant as the question.
+    """
     *before, last = inputs
     named = ""
     if before and not PATH.fullmatch(last):
@@ -322,7 +330,7 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
 
 
 def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: SamplingOptions, quiet: bool) -> None:
-    """Plan the inputs in milliseconds, before torch is imported or weights are read. Raises what `plan_input` raises."""
+    """Plan the inputs, which takes milliseconds, before importing torch or reading weights. Raises the errors of `plan_input`."""
     from evoprune.session import plan_input
     from evoprune.video import AUTO_SUBTITLES, NO_SUBTITLES, VIDEO, check_one_file, check_picture, read_subtitles
 
@@ -338,7 +346,7 @@ def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: Sam
 
 
 def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
-    """Say where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
+    """Report if fewer or smaller frames are read than the flags or the model's rate ask for."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
         rate = "asked for:" if plan.limited else "at the model's rate"
         every_s = plan.sampling.seconds_per_frame
@@ -356,7 +364,7 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
 
 
 def _note_subtitles(lines: "PromptSubtitles") -> None:
-    """Say which subtitles are read, how many of their lines, or why none are."""
+    """Report which subtitles are read and how many lines, or why none are."""
     if lines.source is None:
         if lines.note:
             tell(f"note: no subtitles: {lines.note}")
@@ -368,12 +376,13 @@ def _note_subtitles(lines: "PromptSubtitles") -> None:
 
 
 class Conversation:
-    """Asks about encoded inputs (of these names) and prints the answers; knows what was answered, in case it is interrupted.
+    """Asks questions about encoded inputs and prints the answers.
 
-    By default there are stats unless --json or -q: a block for the first answer, a line for later ones and in a conversation.
+    Keeps track of answered questions, so that an interruption reports only the unanswered ones. By default there are stats unless
+    --json or -q is given: a block for the first answer, one line for later ones and in conversations.
 
     Attributes:
-        answered: questions that are done with.
+        answered: number of questions that are finished.
     """
 
     def __init__(
@@ -388,7 +397,7 @@ class Conversation:
         several: bool,
         show_thoughts: bool = False,
     ):
-        """Take the options of a command; `several`: there is more than one question."""
+        """Take the options of a command. `inputs` are names, `several` is whether there is more than one question."""
         self._show_thoughts = show_thoughts
         self.answered = 0
         self._names = inputs
@@ -396,8 +405,8 @@ class Conversation:
         self._verbose = verbose
         self._quiet = quiet
         plain = not json and not quiet
-        self._echo = several and plain and sys.stderr.isatty()  # questions of the command line, on stderr
-        self._blocks = 0 if interactive else 1  # so many, then lines
+        self._echo = several and plain and sys.stderr.isatty()  # echo questions from the command line on stderr
+        self._blocks = 0 if interactive else 1  # number of answers with a block of stats; then lines
         if verbose or stats:
             self._blocks = math.inf
         if stats is None:
@@ -405,13 +414,13 @@ class Conversation:
         self._stats = stats or (verbose and not quiet)
         self._generation: GenerationOptions | None = None
         self._inputs: EncodedInputs | None = None
-        self._chat: Chat | None = None  # where questions are a conversation
+        self._chat: Chat | None = None  # set if the questions form a conversation
         self._full: EncodedInputs | None = None
         self._encode_full: Callable[..., EncodedInputs] | None = None
-        self._running: Answer | None = None  # the one that is being read
-        self._half: Report | None = None  # of a question that has only been answered with pruning
-        self._warned: set[str] = set()  # names of warnings that are printed
-        self._finished = 0  # answers whose stats are printed, or are not wanted
+        self._running: Answer | None = None  # the answer being generated
+        self._half: Report | None = None  # report of a question answered only with pruning so far
+        self._warned: set[str] = set()  # names of warnings already printed
+        self._finished = 0  # answers whose stats were printed or not wanted
 
     def begin(
         self,
@@ -420,10 +429,11 @@ class Conversation:
         encode_full: Callable[..., "EncodedInputs"] | None,
         chat: "Chat | None" = None,
     ) -> None:
-        """Take the encoded inputs, so that questions can be answered. Prints their and the model's warnings, before any answer.
+        """Take the encoded inputs and print their warnings and the model's.
 
-        `encode_full`: encodes the inputs once more with nothing pruned; None where nothing is to be compared. `chat`: about these
-        inputs, where questions are a conversation.
+        Args:
+            encode_full: encodes the inputs again with nothing pruned; None if nothing is compared.
+            chat: a conversation about the inputs; None for single questions.
         """
         self._chat = chat
         self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
@@ -434,14 +444,19 @@ class Conversation:
             self._warned.add("sound_ignored")
 
     def answer(self, question: str, typed: bool = False, identity: str | None = None) -> None:
-        """Asks, and prints the answer. `typed`: the question stands on the terminal already. `identity`: of its record."""
+        """Ask a question and print the answer.
+
+        Args:
+            typed: the question is already visible on the terminal.
+            identity: ID for the record.
+        """
         if self._echo and not typed:
             tell(f"{PROMPT}{' '.join(question.split())}")
         report = self._say(self._chat or self._inputs, question, "pruned").report
         report.id = identity or report.id
         if self._encode_full:
             self._half = report
-            if self._full is None:  # not earlier: the first answer does not wait for it
+            if self._full is None:  # not earlier, so that the first answer does not wait for it
                 with progress(not self._quiet) as show:
                     self._full = self._encode_full(show)
             answer = self._say(self._full, question, "full")
@@ -449,13 +464,14 @@ class Conversation:
             from evoprune.bench import compare
 
             report.agreement = compare(self._full, question, answer, self._generation, self._inputs)
-        self.answered += 1  # before it is printed: a record that is interrupted must not be printed twice
+        self.answered += 1  # before printing, so that an interrupted record is not printed twice
         self._finish(report)
 
     def attempt(self, question: str, typed: bool = False, identity: str | None = None, goes_on: bool = True) -> bool:
-        """Answers a question; one that cannot be asked ends nothing, nor, with `goes_on`, does Ctrl-C.
+        """Answer a question. Usage errors are reported without raising; with `goes_on`, so is Ctrl-C.
 
-        Returns whether it could be asked.
+        Returns:
+            False if the question could not be asked.
         """
         before = self.answered
         said = self._chat.messages if self._chat else None
@@ -472,13 +488,13 @@ class Conversation:
             self.break_off(problem, unanswered)
             if not (goes_on and isinstance(problem, KeyboardInterrupt)):
                 raise
-            note()  # ends the line on which the terminal printed ^C
+            note()  # ends the line with the terminal's ^C
             if self._chat and self._chat.messages == said and not self._quiet:
                 tell("The stopped answer and its question are not remembered.")
         return True
 
     def break_off(self, problem: BaseException, unanswered: list[str]) -> None:
-        """Prints what there is when something went wrong: stats, and with JSON a line for every question not answered."""
+        """Print what is known after a failure: stats, and with JSON a line for each unanswered question."""
         if isinstance(problem, BrokenPipeError | SystemExit) or not unanswered:
             return
         interrupted = not isinstance(problem, Exception)
@@ -506,7 +522,7 @@ class Conversation:
             problem.reported = True
 
     def _say(self, inputs: "EncodedInputs | Chat", question: str, label: str) -> "Answer":
-        with contextlib.ExitStack() as line:  # of progress
+        with contextlib.ExitStack() as line:  # the progress line
 
             def think(piece: str) -> None:
                 if self._show_thoughts:
@@ -518,7 +534,7 @@ class Conversation:
             answer = self._running = inputs.ask(question, on_thoughts=think, **vars(self._generation))
             new = [name for name in answer.report.warnings if name not in self._warned]
             _print_warnings(answer.report, new)
-            self._warned.update({*new} - {"history_cut"})  # each time that turns are left out
+            self._warned.update({*new} - {"history_cut"})  # warn each time that turns are left out
             show = line.enter_context(progress(not self._quiet))
             show("reading prompt")
             try:
@@ -560,7 +576,7 @@ class Conversation:
             tell(summary(report))
 
     def _failure(self, question: str, problem: BaseException) -> Report:
-        """Return the record of a question that has no answer."""
+        """Return the record of a question without an answer."""
         reason = "error" if isinstance(problem, Exception) else "interrupt"
         report = Report(question=question, finish_reason=reason, error=failure(problem))
         name_inputs(report, self._names)
@@ -568,9 +584,9 @@ class Conversation:
 
 
 def _print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
-    """Prints the warnings of inputs, each about the one that it is of, then those about the model; perhaps only some `names`."""
+    """Print warnings of inputs, each with its input, then warnings about the model; only `names` if given."""
     for name, video in warned(report):
-        if name != "limited" and (names is None or name in names):  # a note has said which limit, and to what
+        if name != "limited" and (names is None or name in names):  # a note has already stated the limit and its effect
             print_warning(name, video)
 
 
@@ -579,15 +595,18 @@ def typed_questions(
     meanwhile: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     chat: "Chat | None" = None,
 ) -> Iterator[str]:
-    """Yield questions, one a line, until the input ends (Ctrl-D) or a line says so. Empty lines are skipped, commands carried out.
+    """Yield typed questions, one per line, until Ctrl-D or a line that ends the prompt. Handles commands and skips empty lines.
 
-    `meanwhile`: makes the context in which a line is waited for. `chat`: what /new and /undo are about.
+    Args:
+        twice: require Ctrl-C twice in a row, because the first may have been meant for an answer.
+        meanwhile: makes the context to enter while waiting for a line.
+        chat: the conversation that /new and /undo apply to.
 
-    Raises KeyboardInterrupt: on Ctrl-C at the prompt, with `twice` on the second in a row: the first may have been meant for an
-    answer.
+    Raises:
+        KeyboardInterrupt: Ctrl-C at the prompt.
     """
-    with contextlib.suppress(ImportError):  # without it lines cannot be edited
-        import readline  # noqa: F401 (editing and history for `input`)
+    with contextlib.suppress(ImportError):  # without readline, lines cannot be edited
+        import readline  # editing and history for `input`  # noqa: F401
     warned = False
     while True:
         try:
@@ -633,13 +652,13 @@ def typed_questions(
 
 @contextlib.contextmanager
 def _output_on_stderr() -> Iterator[None]:
-    """Sends stdout to stderr: `input` and readline print their prompt on stdout, which is for answers only."""
+    """Redirect stdout to stderr, because `input` and readline print the prompt to stdout, which is reserved for answers."""
     stdout().flush()
     number = stdout().fileno()
     kept = os.dup(number)
     os.dup2(sys.stderr.fileno(), number)
     try:
-        with contextlib.redirect_stdout(stdout()):  # with stderr there, `input` would not use readline
+        with contextlib.redirect_stdout(stdout()):  # `input` uses readline only if it sees stdout
             yield
     finally:
         stdout().flush()

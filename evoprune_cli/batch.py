@@ -1,4 +1,4 @@
-"""`evoprune batch`: many questions about many videos, one JSON line each, in a file that a later run can go on with."""
+"""`evoprune batch`: many questions about many videos, with one JSON line each, in a file that a later run can resume."""
 
 import os
 import sys
@@ -165,7 +165,7 @@ def batch(
                 if not record.error:
                     sources.check_sizes(record.pruning.after_tower_below or 0)
                 record.batch["files"] = files[record.id]
-                if not file.written:  # earlier records stay until there is one to write
+                if not file.written:  # keep earlier records until there is a new one to write
                     file.begin(again={row.id for row in left})
                 file.add(record)
                 tally.add(record)
@@ -173,16 +173,16 @@ def batch(
 
 
 def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tally"):
-    """Yield the records of rows that are answered in this process; `ready` is called when the model is loaded.
+    """Yield the records of rows answered in this process. `ready` is called after the model is loaded.
 
-    `tally` is told how far encoding is, and how long it waits for reading.
+    `tally` gets the progress of encoding and the time spent waiting for reads.
     """
     from evoprune.session import FIRST, ReadAhead, describe
 
     show("loading model")
     prepare()
     model = describe(settings.model)
-    first = [] if cache else spans[:FIRST]  # what the cache has need not be read
+    first = [] if cache else spans[:FIRST]  # cached inputs need not be read
     asked = [(span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in first]
     with ReadAhead(model, asked, settings.pruning) as ahead:
         from evoprune.batch import answers
@@ -207,7 +207,9 @@ def _rows(
 ) -> list["Row"]:
     """Return all rows.
 
-    `span`: start and end in seconds of those that say none. `passes_on`: the output repeats all their fields.
+    Args:
+        span: start and end in seconds for rows without their own.
+        passes_on: whether the output repeats all fields of a row.
     """
     from evoprune.batch import BATCH, left_out, load_rows, product_rows, read_all, read_rows
 
@@ -218,7 +220,7 @@ def _rows(
             raise UsageError("no question", f"put -Q before each question, or give --from FILE: {USAGE}")
         if DASH in videos:
             raise UsageError("a batch takes no video from stdin", "evoprune ask - does; a file of that name is ./-")
-        pictures = span == (0.0, None)  # which have no part of their time
+        pictures = span == (0.0, None)  # a span does not apply to pictures
         rows = product_rows(videos, questions, *span, recursive, pictures)
         if not quiet and not recursive:
             for line in filter(None, (left_out(video, pictures) for video in videos)):
@@ -238,9 +240,9 @@ def _rows(
 
 
 def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool) -> list[str]:
-    """Names missing videos, and returns them, though their rows only fail later. If all are missing, the command is wrong.
+    """Report missing videos and return them; only their rows will fail. If all are missing, raise VideoError.
 
-    Also refuses to write into a file that is read.
+    Also refuses to overwrite a file that is read.
     """
     videos = {path: name for row in rows for path, name in zip(row.paths, row.inputs, strict=True)}
     missing = [path for path in videos if not is_url(path) and not os.path.exists(path)]
@@ -263,10 +265,15 @@ def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool
 
 
 class Tally:
-    """Counts records and reports on stderr. As a context it ends with a summary, also of a batch that is interrupted.
+    """Counts records and reports on stderr. As a context manager it ends with a summary, even if the batch is interrupted.
 
-    `total`: all rows, also those that an earlier run answered. `failed`: rows of this run. `quiet`: prints warnings only. `named`:
-    videos that the user knows to be missing.
+    Args:
+        total: number of rows, including rows answered by an earlier run.
+        quiet: print only warnings.
+        named: missing videos that were already reported.
+
+    Attributes:
+        failed: number of failed rows in this run.
     """
 
     def __init__(self, total: int, quiet: bool, named: Sequence[str] = ()):
@@ -275,20 +282,20 @@ class Tally:
         self._total = total
         self._named = frozenset(named)
         self._file: RecordFile | None = None
-        self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # by name, the videos that have it by path
-        # `_cut`: answers that -n cut
+        self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # videos by warning name and by path
+        # `_cut` counts answers that -n cut off.
         self._last_failure = ""
         self._cut = 0
-        self._waited_s: float | None = None  # for reading; None where that is unknown, as on a Ray cluster
+        self._waited_s: float | None = None  # time spent waiting for reads; None if unknown, as on a Ray cluster
 
     def start(self, file: "RecordFile", left: int, show) -> None:
-        """Begin once the model is loaded, when `left` rows have no answer yet. `show`: see `terminal.progress`."""
+        """Start counting after the model is loaded. `left` is the number of unanswered rows. `show`: see `terminal.progress`."""
         self._file, self._before, self._show = file, self._total - left, show
         self._begun = self._reported = time.monotonic()
         self._show_rows()
 
     def encoding(self, what: str, done: int, total: int) -> None:
-        """Show how far the encoding of a row's inputs is."""
+        """Show the encoding progress of a row's inputs."""
         self._show_rows(f"{what} {done:,}/{total:,}")
 
     def _show_rows(self, detail: str = "") -> None:
@@ -297,15 +304,15 @@ class Tally:
         self._show("row", self._before + self._file.written, self._total, said)
 
     def wait(self, seconds: float) -> None:
-        """Counts time in which the model waited for a video to be read."""
+        """Add time that the model spent waiting for a video to be read."""
         self._waited_s = (self._waited_s or 0.0) + seconds
 
     def add(self, record: Report) -> None:
-        """Counts a record that is already in the file."""
+        """Count a record that was written to the file."""
         self._cut += record.finish_reason == "length"
         for name, video in warned(record):
             if name in ("answer_cut", "thoughts_cut"):
-                continue  # counted, whatever video it is about
+                continue  # counted regardless of the video
             self._warnings.setdefault(name, {}).setdefault(video.path, video)
         if record.error:
             self.failed += 1
@@ -371,7 +378,7 @@ class Tally:
 
 
 def pace(count: int, seconds: float) -> str:
-    """Write a rate in rows a second, a minute or an hour, whichever is the first above one."""
+    """Format a rate per second, minute or hour, whichever is the first to reach one."""
     units = (("a second", 1), ("a minute", 60), ("an hour", 3600))
     unit, length = next((unit for unit in units if count * unit[1] >= seconds), units[-1])
     return f"{count * length / max(seconds, 1e-3):,.3g} {unit}"

@@ -1,6 +1,6 @@
-"""The command-line reference, made of `--help-all`: `python -m evoprune_cli.cli_docs > docs/cli.md`.
+"""Generates the command-line reference from `--help-all`: `python -m evoprune_cli.cli_docs > docs/cli.md`.
 
-It is formatted for 80 columns and without colour, whatever the terminal.
+It is formatted for 80 columns without color, regardless of the terminal.
 """
 
 import re
@@ -12,7 +12,7 @@ from evoprune_cli.main import app
 from evoprune_cli.options import full_help
 from evoprune_cli.terminal import WIDTH
 
-OPTION = r"(?m)^(?=  -)"  # where the help of an option begins
+OPTION = r"(?m)^(?=  -)"  # start of an option's help
 INTRODUCTION = """# The command line
 
 The `--help-all` of every command. Options that `ask` has in the same words are only named; all have `--help` and `--help-all`.
@@ -38,7 +38,7 @@ def reference() -> str:
 
 
 def _without(explained: set[str], text: str) -> str:
-    """Shorten help: in each panel a line names the options that are explained already."""
+    """Shorten help: options explained before are only named, in one line per panel."""
     panels = []
     for panel in text.rstrip().split("\n\n"):
         heading, *options = re.split(OPTION, panel)

@@ -1,4 +1,4 @@
-"""`evoprune eval`: accuracy against budget, beside what it costs, as tables and as a chart."""
+"""`evoprune eval`: accuracy by budget, with its cost, as tables and a chart."""
 
 import shlex
 import sys
@@ -14,7 +14,7 @@ from evoprune_cli.running import SOME_FAILED, check_chart, check_new_folder, del
 from evoprune_cli.terminal import check_output, note, progress
 
 FORMATS = ("table", "csv")
-# What may be given beside --resume DIR alone: all that results do not depend on.
+# Options allowed with --resume DIR and no --data: results do not depend on them.
 BESIDE_RESUME = (
     "--resume", "--processes", "--chart", "--format", "--json", "-q", "--quiet", "--debug", "--device", "--threads", "--offline",
     "--store-quantized",
@@ -134,7 +134,7 @@ def evaluate(
     shown = "json" if json else form
 
     def deliver(error: dict[str, Any] | None = None) -> None:
-        """Write the results so far: to stdout first, then into the folder, then as a chart."""
+        """Write the results so far: first to stdout, then to the folder, then the chart."""
         results = evaluation.results(error)
         document = results.document()
         try:
@@ -143,7 +143,7 @@ def evaluate(
                 if form == "csv" and not quiet:
                     for line in results.remarks():
                         note(line)
-        finally:  # also where nobody reads stdout
+        finally:  # also if stdout has no reader
             if evaluation.folder:
                 evaluation.folder.finish(document)
 

@@ -1,4 +1,4 @@
-"""`evoprune find`: the moments of videos that show what a query says."""
+"""`evoprune find`: the moments of videos that match a query."""
 
 import os
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "evoprune/find@1"
 USAGE = 'evoprune find video.mp4 "a red star"'
-FILES = "Files"  # title of options in the full help
-BAR = 20  # characters of a score of 1
+FILES = "Files"  # panel title in the full help
+BAR = 20  # characters in the bar of a score of 1
 
 
 @opt.command(
@@ -139,7 +139,7 @@ def find(
                 tell(f"{output} has {len(rows) - len(left):,} of {counted(len(rows), 'video')} already")
         if not left:
             return 0
-        warm_up()  # while this process imports what it needs
+        warm_up()  # warms up while this process imports its dependencies
         with progress(not quiet) as show:
             qa = load(pipeline, show, quiet)
         from evoprune.moments import Search
@@ -175,7 +175,7 @@ def find(
 
 
 class Kept:
-    """Holds the output file of a search. To be closed. `left`: the rows that it does not have yet."""
+    """The output file of a search; must be closed. `left` are the rows that it does not contain yet."""
 
     def __init__(self, rows: Sequence["Row"], options: PipelineOptions, path: str, resume: bool, overwrite: bool):
         from evoprune.batch import MomentsFile, SearchSettings, Sources, remaining
@@ -200,11 +200,11 @@ class Kept:
     def add(
         self, row: "Row", moments: list[dict[str, Any]] | None, error: dict[str, Any] | None, commit: str | None
     ) -> None:
-        """Appends the line of a video, which is on the disk when this returns."""
+        """Append the line of a video and sync it to disk."""
         from evoprune.batch import FoundVideo
 
         self._sources.check_revision(commit)
-        if not self._file.written:  # earlier records stay until there is one to write
+        if not self._file.written:  # keep earlier records until there is a new one to write
             self._file.begin(again={row.id for row in self.left})
         about = {"row": row.asked | {"answer": None}, "settings": self._settings, "files": self._files[row.id]}
         self._file.add(FoundVideo(row.id, moments, error, {"revision": commit}, about))
@@ -214,7 +214,7 @@ class Kept:
 
 
 def _report_failure(problem: VideoError, name: str, json: bool) -> dict[str, Any]:
-    """Tells that a video failed, on stderr and as JSON; returns the error as records hold it."""
+    """Report a failed video on stderr and as JSON. Returns the error record."""
     print_traceback(problem)
     error = failure(problem)
     if json:
@@ -227,7 +227,7 @@ def _report_failure(problem: VideoError, name: str, json: bool) -> dict[str, Any
 
 
 def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]:
-    """Return the videos and the queries of a line."""
+    """Split the arguments into videos and queries."""
     videos, query = split_words(words)
     queries = more
     if query is not None:
@@ -240,9 +240,10 @@ def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]
 
 
 def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOptions, quiet: bool) -> list["Row"]:
-    """Return a row for each video, those of a folder in its place, and say what of a folder is left out.
+    """Return a row per video, expanding folders of videos, and report skipped files.
 
-    Raises VideoError if one is missing.
+    Raises:
+        VideoError: a video does not exist.
     """
     from evoprune.batch import left_out, search_rows
 
@@ -269,9 +270,11 @@ def _announce(search: "Search", name: str) -> None:
 
 
 def _deliver(search: "Search", name: str, several: bool, found: list[dict[str, Any]] | None, quiet: bool) -> None:
-    """Prints what was found, and on stderr what was not, and warnings.
+    """Print the moments found, and on stderr the warnings and what was not found.
 
-    `several`: whether there are other videos. `found`: what is printed as JSON; None prints text.
+    Args:
+        several: whether there are other videos.
+        found: moments to print as JSON; None prints text.
     """
     moments = search.moments()
     others = 0 if several else None
@@ -296,14 +299,14 @@ def _deliver(search: "Search", name: str, several: bool, found: list[dict[str, A
 
 
 def more(search: "Search", query: str) -> str:
-    """Say how many moments of a query `--top` leaves out; empty if none."""
+    """Return a note about the moments of a query that `--top` leaves out; empty if there are none."""
     count = search.more(query)
     verb = "shows" if count == 1 else "show"
     return f"about {count:,} more {verb} {query!r} (--top)" if count else ""
 
 
 def records(search: "Search", name: str, clips: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the moments as `--json` prints them. `clips`: the file of each, where they were cut."""
+    """Return the moments as `--json` prints them. `clips` has each moment's file if clips were cut."""
     moments = search.moments()
     more = {query: search.more(query) for query in search.queries}
     return [_record(moment, name, clip, more[moment.query]) for moment, clip in zip_longest(moments, clips)]
@@ -325,7 +328,7 @@ def _record(moment: "Moment", name: str, clip: str | None, more: int) -> dict[st
 
 
 def line(moment: "Moment") -> str:
-    """Return a moment as a line: when it begins and ends, when it is best, and its score with a bar."""
+    """Format a moment as a line: its start, end and best time, and its score with a bar."""
     bar = "#" * round(BAR * moment.score)
     times = f"{clock(moment.start_s):>9} - {clock(moment.end_s):<9}  best {clock(moment.best_s):<9}"
     return f"{times}  {moment.score:.3f}  {bar}"

@@ -1,4 +1,4 @@
-"""`evoprune inspect`: this machine, a model, or a video and what a model would look at in it. No network but for a URL."""
+"""`evoprune inspect`: this machine, a model, or a video and how a model would read it. Uses the network only for URLs."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from evoprune_cli.terminal import (
     stdout,
 )
 
-NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
+NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # sections whose keys are names, not facts
 OFTEN_NOTHING = (
     "folder",
     "download_bytes",
@@ -40,15 +40,15 @@ OFTEN_NOTHING = (
     "interlaced",
     "pixel_aspect",
     "other_tracks",
-)  # facts that have no line where there is nothing to say
-FOR_PROGRAMS = ("args", "warnings")  # warnings are on stderr, as sentences
-TITLES = {  # of facts whose names do not explain them, or are too long
+)  # facts that are only printed if there is something to report
+FOR_PROGRAMS = ("args", "warnings")  # for JSON only; warnings are printed to stderr as sentences
+TITLES = {  # for facts whose names are unclear or too long
     "resized_hw": "frame size",
     "capped": "cut by a limit",
     "demo_scenes_model_folder": "demo scenes folder",
 }
-TITLE = 22  # columns of what stands before a value
-OVERLAYS = (".png", ".gif", ".mp4")  # endings of the pictures that `inspect --overlay` draws
+TITLE = 22  # width of the column before values
+OVERLAYS = (".png", ".gif", ".mp4")  # file types that `inspect --overlay` can draw
 
 
 @opt.command(
@@ -98,11 +98,11 @@ def inspect(
     facts = {} if video is None else {"video": {"path": without_password(video)}}
 
     def deliver(error: dict[str, Any] | None = None) -> None:
-        """Prints all that was found; where something goes wrong, what was found before it did."""
+        """Print everything found, or on errors everything found so far."""
         if json:
             print_document({"schema": "evoprune/inspect@1", **facts, "error": error})
         elif error is None or video is None:
-            # What was asked for stands first; about a video, the model comes after it.
+            # The requested section comes first; for a video, the model comes after it.
             first = "model" if video is None else "overlay"
             for line in lines({name: facts[name] for name in (first, *facts) if name in facts}):
                 print(printable(line, stdout()), file=stdout())
@@ -118,7 +118,7 @@ def inspect(
 
 
 def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool) -> Iterator[dict]:
-    """Versions, devices, decoders, caches, and the model that is named."""
+    """Yield facts about versions, devices, decoders and caches, and about the model if one is named."""
     if clear_cache:
         from evoprune.session import Cache, weights_folder
 
@@ -135,7 +135,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
     model = options().model
     from evoprune.session import describe, environment_facts, model_facts, weights_of
 
-    # A wrong name is an error without 50 lines before it.
+    # Check the model first, so that a wrong name is reported without 50 lines before it.
     weights = weights_of(describe(model, local=True)) if model.model else None
     yield environment_facts(stdout())
     if weights is not None:
@@ -145,7 +145,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
 def _about_video(
     video: str, options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool
 ) -> Iterator[dict]:
-    """Yield the facts about a video, of a scan, of a model's plan, and an overlay: each as soon as it is known."""
+    """Yield the facts about a video, its scan, the model's plan and an overlay, each as soon as it is known."""
     if clear_cache:
         raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
     from evoprune.video import local_file, probe
@@ -189,7 +189,7 @@ def _about_video(
 
 
 def _show_frames(show: Callable[..., None], frames: int, done: int) -> None:
-    """Show how far a scan is; `frames`: of the video, roughly, 0 where that is unknown."""
+    """Show the progress of a scan. `frames` is the approximate number of frames, or 0 if unknown."""
     if frames:
         show("scanning, frame", min(done, frames), frames)
     else:
@@ -197,7 +197,7 @@ def _show_frames(show: Callable[..., None], frames: int, done: int) -> None:
 
 
 def _draw_overlay(file: str, ending: str, path: str, video: str, options: PipelineOptions) -> dict[str, Any]:
-    """Draws what a model makes of a video; the facts to report."""
+    """Draw an overlay to a file, and return facts to report."""
     with progress(True) as show:
         prepare()
         from evoprune.bench import trace
@@ -219,9 +219,9 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
 
 
 def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
-    """Write nested facts as aligned lines, folded to the terminal.
+    """Format nested facts as aligned lines, wrapped to the terminal's width.
 
-    `section`: the one of `NAMES` that they are in. Their names are names of things, printed as they are.
+    `section`: the section of `NAMES` that the facts are in. Its keys are names, and are printed unchanged.
     """
     output = []
     for key, value in facts.items():
@@ -229,7 +229,7 @@ def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
             name = ""
             title = key
         else:
-            name = key  # which decides what a value looks like
+            name = key  # decides the format of the value
             title = TITLES.get(key, key.removesuffix("_s").removesuffix("_bytes").replace("_", " "))
         title = " " * indent + title
         if name in FOR_PROGRAMS or (name in OFTEN_NOTHING and not value):
@@ -242,7 +242,7 @@ def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
             output += [title, *lines(value, indent + 2, name if name in NAMES else "")]
         else:
             text = _value(name, value)
-            # Paths and tags stay in one piece.
+            # Do not break paths and tags.
             if isinstance(value, list) or name in SHOWN or section not in ("", "environment"):
                 output += _folded(f"{title + ' ':<{TITLE}}", text, TITLE)
             else:
@@ -274,7 +274,7 @@ def _preset_lines(title: str, presets: dict[str, dict]) -> list[str]:
     return output
 
 
-BLOCKS: dict[str, Callable[[str, Any], list[str]]] = {  # facts of several lines
+BLOCKS: dict[str, Callable[[str, Any], list[str]]] = {  # facts that take several lines
     "overlay": _overlay_lines,
     "presets": _preset_lines,
 }
@@ -297,7 +297,7 @@ def _layers(value: dict[str, int]) -> str:
     return f"{counted(value['layers'], 'layer')}, hidden size {value['hidden_size']:,}"
 
 
-SHOWN: dict[str, Callable[[Any], str]] = {  # values that their names explain
+SHOWN: dict[str, Callable[[Any], str]] = {  # formats of values by name
     "grid": lambda grid: " x ".join(map(str, grid)) + " units",
     "resized_hw": lambda hw: f"{hw[1]}x{hw[0]}",
     "timestamps_s": _times,

@@ -1,4 +1,4 @@
-"""Writes what type checkers and editors read of options: `python -m evoprune_cli.keywords > evoprune/session/keywords.py`."""
+"""Generates the types of options for type checkers: `python -m evoprune_cli.keywords > evoprune/session/keywords.py`."""
 
 import textwrap
 from dataclasses import fields
@@ -8,11 +8,11 @@ from evoprune.language import GenerationOptions
 from evoprune.session import FindOptions, ModelOptions, PruneOptions, SamplingOptions, StreamOptions, meaning, type_code
 
 KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, FindOptions, EvoPrune)
-# Of functions that take those of several classes.
+# For functions that take the options of several classes.
 JOINED = {"LoadKeywords": (ModelOptions, PruneOptions), "ReadAheadKeywords": (ModelOptions, SamplingOptions)}
-# A class without one of its options, for overloads in which this option decides what is returned.
+# Classes without one of their options, for overloads whose return type depends on this option.
 WITHOUT = {GenerationOptions: ("UntypedKeywords", "schema")}
-POSITIONAL = ("model",)  # what functions that load a model take as a parameter of its own
+POSITIONAL = ("model",)  # a separate parameter in functions that load a model
 HEAD = '''"""The options of Python's functions, for type checkers and editors alone; `help` has them with their defaults.
 
 Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/session/keywords.py`; do not edit.
@@ -51,7 +51,7 @@ def _keywords(kind: type) -> str:
 
 
 def _class(name: str, base: str, title: str, kind: type, options: list[str]) -> str:
-    """Return the typed dict of some options of a class. `title`: the line of its docstring."""
+    """Return the code of a typed dict with some options of a class. `title` is its docstring line."""
     lines = [f"class {name}({base}, total=False):", title, ""]
     for field in fields(kind):
         if field.name in POSITIONAL or field.name not in options:

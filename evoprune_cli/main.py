@@ -1,4 +1,4 @@
-"""The `evoprune` command: its subcommands, and how all of them handle errors, signals, closed pipes and completion at TAB."""
+"""The `evoprune` command: its subcommands, and their common handling of errors, signals, closed pipes and shell completion."""
 
 import contextlib
 import errno
@@ -33,10 +33,10 @@ from evoprune_cli.tune import tune
 from evoprune_cli.verify import verify
 from evoprune_cli.watch import watch
 
-# What the parser raises. Some versions of Typer contain click and others import it, so the class is found through Typer's own.
+# The base class of parser errors. Some versions of Typer bundle click and others import it, so find the class through Typer's own.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-# What people type in the place of a command, and the command that does it.
+# What users may type instead of a command, and a hint for each.
 MODELS_HINT = "evoprune inspect -m MODEL says what a model needs; -m names it in every command"
 TRIED = {
     **dict.fromkeys(("help", "h", "man", "usage"), "evoprune --help, or evoprune COMMAND --help"),
@@ -64,32 +64,35 @@ TRIED = {
     **dict.fromkeys(("completion", "completions"), "evoprune --install-completion"),
 }
 
-# Of the redirected output. Errors of files that are read have a filename.
+# Errors from writing redirected output. Errors from reading files have a filename.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Group(TyperGroup):
-    """Hold all commands. To find the one that a line names, nothing imports pydantic, and no command of another package."""
+    """All commands. Finding a command imports neither pydantic nor other packages' commands."""
 
     def list_commands(self, ctx):
-        """Return the names of all commands, those of other packages last."""
+        """Return the names of all commands, commands of other packages last."""
         return [*super().list_commands(ctx), *(name for name in plugged() if self.get_command(ctx, name) is not None)]
 
     def get_command(self, ctx, cmd_name):
-        """Return a command; None where there is none. One of another package that cannot be loaded warns, and is none."""
+        """Return a command, or None if there is none.
+
+        If a command of another package cannot be loaded, warn and return None.
+        """
         command = super().get_command(ctx, cmd_name)
         if command is None and (entry := plugged().get(cmd_name)):
             command = plugged_command(entry)
         return command
 
     def parse_args(self, ctx, args):
-        """Takes `help COMMAND` for `COMMAND --help`."""
+        """Treat `help COMMAND` as `COMMAND --help`."""
         if args[:1] == ["help"]:
             args = [*args[1:], "--help"]
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx):
-        """Return the options, all of them flags, with the default False: Typer would convert None with pydantic."""
+        """Return the options. All are flags, so set their default to False, because Typer would convert None with pydantic."""
         params = super().get_params(ctx)
         for param in params:
             param.default = False
@@ -108,40 +111,40 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Commands of other packages: functions made by `options.command`, as entry points.
+# Commands of other packages: entry points to functions decorated with `options.command`.
 
 COMMANDS = "evoprune.commands"
 
 
 @cache
 def plugged() -> dict[str, EntryPoint]:
-    """Return the commands of other packages by name, without those that have the name of one of this package."""
+    """Return the commands of other packages by name, except those that clash with a command of this package."""
     own = {command.name for command in app.registered_commands}
     return {entry.name: entry for entry in entry_points(group=COMMANDS) if entry.name not in own}
 
 
 @cache
 def plugged_command(entry: EntryPoint) -> Any:
-    """Return a command, as Typer makes it; None, with a warning, where its package fails."""
+    """Return a command as Typer builds it, or None with a warning if its package fails."""
     package = entry.dist.name if entry.dist else entry.value
     try:
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
         alone.command(entry.name, cls=Command)(entry.load())
         return typer.main.get_command(alone)
-    except (Exception, SystemExit) as problem:  # another package's module may raise anything when it is imported
+    except (Exception, SystemExit) as problem:  # importing another package may raise anything
         reason = f"{type(problem).__name__}: {first_line(problem)}"
         warnings.warn(f"the command {entry.name} of {package} cannot be loaded ({reason})", PluginWarning, stacklevel=2)
         return None
 
 
-# Completion at TAB. Scripts and protocol are Typer's. At each TAB the shell's script runs `evoprune` with the line in environment
-# variables, and offers the lines that are printed. Where there are none it offers files.
+# Shell completion, with Typer's scripts and protocol. On each TAB, the shell's script runs `evoprune` with the line in environment
+# variables, and offers the lines it prints. If there are none, it offers files.
 
 VARIABLE = "_EVOPRUNE_COMPLETE"
 
 
 def _completes() -> bool:
-    """Return whether a script asks for something, so that this is no command of a user."""
+    """Return True if a completion script is running the program."""
     return bool(os.environ.get(VARIABLE))
 
 
@@ -167,7 +170,7 @@ def main(
 for command in (ask, batch, find, watch, evaluate, tune, inspect, profile, verify, methods):
     name = {evaluate: "eval"}.get(command, command.__name__)
     app.command(name, cls=Command)(command)
-# Of the JSON lines of these commands; the others print a report.
+# For the JSON lines of these commands; the others print a report.
 SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "find", "inspect", "methods", "tune", "verify")}
 
 
@@ -176,11 +179,11 @@ def _terminate(*_) -> None:
 
 
 def run() -> None:
-    """Runs the command line and exits with a documented code; a traceback is for `--debug` or EVOPRUNE_DEBUG=1."""
+    """Run the command line and exit with a documented code. Tracebacks are shown only with `--debug` or EVOPRUNE_DEBUG=1."""
     for number in terminal.ENDINGS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as set by `nohup`
             signal.signal(number, _terminate)
-    # Something in the place of streams that were closed at the start, or the next file that is opened would be there.
+    # Reopen streams that were closed at startup, otherwise the next opened file would take their numbers.
     for number in range(3):
         try:
             os.fstat(number)
@@ -196,7 +199,7 @@ def run() -> None:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
             code = _outcome()
-    except KeyboardInterrupt:  # a signal while another ending was being reported
+    except KeyboardInterrupt:  # a signal while another exit was being reported
         code = 130
     except terminal.Terminated:
         code = 143
@@ -206,13 +209,13 @@ def run() -> None:
 
 
 def _signal_again(usual: Callable[..., None], dropped: Any) -> None:
-    """Has a signal come once more whose exception Python has dropped: it came while an object or a generator was cleared up."""
+    """Resend a signal whose exception Python dropped because it arrived while an object or generator was being finalized."""
     numbers = {KeyboardInterrupt: signal.SIGINT, terminal.Terminated: signal.SIGTERM}
     if dropped.exc_type not in numbers:
         usual(dropped)
         return
     send = signal.raise_signal
-    if os.name == "posix":  # where this also wakes a main thread that waits
+    if os.name == "posix":  # there, this also wakes a waiting main thread
         send = partial(os.kill, os.getpid())
     again = threading.Timer(
         0.01, send, [numbers[dropped.exc_type]]
@@ -222,7 +225,7 @@ def _signal_again(usual: Callable[..., None], dropped: Any) -> None:
 
 
 def _show_warning(usual: Callable[..., None], message: Warning, category: type[Warning], *where, **more) -> None:
-    """Prints a warning of this package's own as such, and others in the usual way."""
+    """Print this package's own warnings in its own style, and others as usual."""
     if issubclass(category, EvopruneWarning):
         terminal.print_titled("warning:", str(message))
     else:
@@ -230,21 +233,21 @@ def _show_warning(usual: Callable[..., None], message: Warning, category: type[W
 
 
 def _outcome() -> int:
-    """Runs the command and reports how it ended; the exit code."""
+    """Run the command, report how it ended, and return the exit code."""
     streams = sys.stdout, sys.stderr
     try:
-        # Not standalone, or click would print errors its own way. Commands return their exit code.
+        # Not standalone, because click would print errors in its own way. Commands return their exit code.
         columns = min(shutil.get_terminal_size().columns, terminal.WIDTH)
         if _completes():
-            os.environ["COLUMNS"] = "1000"  # rich would fold help at the terminal's width, and fish offers every line
+            os.environ["COLUMNS"] = "1000"  # rich would wrap help text, and fish offers every line as a completion
         try:
             code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
-        except typer.Abort as ended:  # what Typer makes of an EOFError, and in some versions of Ctrl-C
+        except typer.Abort as ended:  # raised by Typer for EOFError, and in some versions for Ctrl-C
             raise ended.__cause__ or KeyboardInterrupt from None
         sys.stdout.flush()
     except BrokenPipeError:
         code = _nobody_reads(streams)
-    except SystemExit as ended:  # Typer and rich raise it for a closed pipe, and Typer when it has answered a shell
+    except SystemExit as ended:  # raised by Typer and rich for a closed pipe, and by Typer after answering a shell
         code = ended.code if _completes() else _nobody_reads(streams)
     except typer.Exit as done:
         code = done.exit_code
@@ -257,14 +260,14 @@ def _outcome() -> int:
             code = _report(problem)
         except BrokenPipeError:
             code = _nobody_reads(streams)
-        except (OSError, UsageError) as unwritten:  # the record of the error, on a full disk or a closed stdout
+        except (OSError, UsageError) as unwritten:  # writing the error record failed: a full disk or a closed stdout
             unwritten.reported = True
             code = _report(unwritten)
     return code
 
 
 def _nobody_reads(streams) -> int:
-    """Drop the buffers, or the last flush would fail: the reader closed the pipe, which is no error."""
+    """Discard the output buffers after the reader closed the pipe, so that the final flush does not fail. This is not an error."""
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         with contextlib.suppress(OSError, ValueError):
@@ -276,7 +279,7 @@ def _nobody_reads(streams) -> int:
 
 
 def _report(problem: Exception) -> int:
-    """Prints the two lines of an error, and for `--json` a record unless the command has printed it; returns the exit code."""
+    """Print the two lines of an error, and with `--json` a record unless the command already did. Returns the exit code."""
     terminal.print_traceback(problem)
     if isinstance(problem, OSError) and problem.errno in CANNOT_WRITE and problem.filename is None:
         _nobody_reads([sys.stdout])
@@ -286,7 +289,7 @@ def _report(problem: Exception) -> int:
         text = " ".join(problem.format_message().split()).rstrip(".")
         text = re.sub(r"Input should be a valid (integer|number), unable to parse .*", r"not a valid \1", text)
         text = re.sub(r"^Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", r"unexpected extra words: \1", text)
-        text = re.sub(r"^(No such command '.*')\. Did you mean.*", r"\1", text)  # the hint names what was meant
+        text = re.sub(r"^(No such command '.*')\. Did you mean.*", r"\1", text)  # the hint names the suggestion
         problem = UsageError(text, _hint(problem.format_message()))
     error = terminal.failure(problem)
     if "--json" in sys.argv[1:] and not getattr(problem, "reported", False):
@@ -301,12 +304,12 @@ def _report(problem: Exception) -> int:
 
 
 def _command() -> str | None:
-    """Return the subcommand that was typed, also after `help`: the first word that is no option."""
+    """Return the subcommand that was typed, also after `help`: the first word that is not an option."""
     return next((word for word in sys.argv[1:] if not word.startswith("-") and word != "help"), None)
 
 
 def _hint(text: str) -> str:
-    """Return the hint for a message of the parser."""
+    """Return a hint for a parser error."""
     dashed = [word for word in sys.argv[2:] if word.startswith("-") and os.path.exists(word)]
     if dashed and "--" not in sys.argv:
         return f"a file whose name begins with a dash is ./{dashed[0]}"
@@ -327,7 +330,7 @@ def _hint(text: str) -> str:
 
 
 def _meant(typed: str | None, known: Sequence[str]) -> str:
-    """Return the command that does what somebody typed in the place of one, or that is spelt like it; empty where there is none."""
+    """Return a hint for a mistyped command: the command that does it, or one with a similar name; empty if there is none."""
     if typed is None:
         if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]):
             return TRIED["version"]

@@ -1,4 +1,4 @@
-"""`evoprune methods`: the pruning methods, where each acts, whether it reads the question, and its source."""
+"""`evoprune methods`: the pruning methods, where each one acts, whether it reads the question, and its source."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -51,9 +51,9 @@ def methods(*, json: opt.option(bool, "--json", "JSON on stdout instead of text.
 
 
 def _facts(name: str, plugin: str | None) -> dict[str, Any]:
-    """Return what is known of a method.
+    """Return the facts about a method.
 
-    `plugin`: its package, and perhaps why it cannot be used; the other facts are then unknown.
+    `plugin`: its package, or also why it cannot be used; the other facts are then unknown.
     """
     method = None
     if plugin is None or name not in registry.built_in():

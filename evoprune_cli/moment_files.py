@@ -1,4 +1,4 @@
-"""The files that `evoprune find` writes beside its lines: subtitles, chapters, a contact sheet and clips of what was found."""
+"""The files that `evoprune find` writes in addition to its lines: subtitles, chapters, a contact sheet and clips."""
 
 import os
 from dataclasses import dataclass
@@ -15,18 +15,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MomentFiles:
-    """Hold the names of the files that are wanted, each None where it is not."""
+    """Paths of the requested files, None for others."""
 
     srt: str | None
     chapters: str | None
     contact_sheet: str | None
     clips: str | None  # a folder
-    exact: bool  # whether clips begin and end at the times of the moments
+    exact: bool  # whether clips start and end exactly at the moments' times
 
     def check(self, videos: list[str], output: str | None) -> None:
-        """Raises UsageError, before anything is read, where a file cannot be written, or the options do not fit the videos.
+        """Check outputs and options before anything is read.
 
         `output`: another file that will be written.
+
+        Raises:
+            UsageError: a file cannot be written, or the options do not fit the videos.
         """
         single = {"--srt": self.srt, "--chapters": self.chapters, "--contact-sheet": self.contact_sheet}
         files = [os.path.realpath(file) for file in (*single.values(), output) if file]
@@ -36,7 +39,7 @@ class MomentFiles:
             if file is not None and len(videos) > 1:
                 hint = "call find for each; --clips takes them all"
                 raise UsageError(f"{option} is about one video, and there are {len(videos):,}", hint)
-            text = file in (self.srt, self.chapters)  # which somebody may have edited
+            text = file in (self.srt, self.chapters)  # a user may have edited it
             if text and file and os.path.isfile(file) and os.path.getsize(file):
                 raise UsageError(f"{file} is there already", "name another file, or remove this one")
             check_writable(file, inputs=videos)
@@ -60,9 +63,14 @@ class MomentFiles:
                 raise UsageError(f"{video} is a folder of images, of which no clips can be cut", "leave out --clips")
 
     def write(self, search: "Search", name: str, quiet: bool) -> list[str]:
-        """Writes what was found in a video; where that is nothing, no file. Raises UsageError, VideoError.
+        """Write the files about moments found in a video. Without moments, write nothing.
 
-        Return the clip of each moment; nothing where none are wanted.
+        Returns:
+            The clip for each moment; empty if no clips were requested.
+
+        Raises:
+            UsageError: a file cannot be written.
+            VideoError: the video cannot be read.
         """
         moments = search.moments()
         if not moments:

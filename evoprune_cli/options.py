@@ -1,7 +1,7 @@
-"""The options of commands: how they are declared, shown by `--help` and `--help-all`, and completed at TAB.
+"""The options of commands: how they are declared, shown by `--help` and `--help-all`, and completed by the shell.
 
-A command is a function with a keyword for each of its own options. Options of the pipeline are made of the dataclasses that define
-them, so one is added there, in one place.
+A command is a function with a keyword for each of its own options. The pipeline's options are generated from the dataclasses that
+define them, so a new option is added only there.
 """
 
 import re
@@ -24,15 +24,15 @@ from evoprune.session import PipelineOptions
 from evoprune.util import OPTION, Option, kinds_of, words_of
 from evoprune_cli.terminal import only_answers_on_stdout
 
-MakeOptions = Callable[[], PipelineOptions]  # makes them of what was typed; raises UsageError
+MakeOptions = Callable[[], PipelineOptions]  # builds options from the command line; raises UsageError
 
-# What is completed at TAB. Typer offers those of the words that go on as was typed; where there are none, the shell offers files.
-# A function of Typer's tells its parameters by their types, and by the name `incomplete`.
+# Shell completion. Typer offers the returned words that start with the typed text; if there are none, the shell offers files. Typer
+# recognizes a completion function's parameters by their types and by the name `incomplete`.
 
 
 def one_of(*words: str) -> dict[str, Any]:
-    """Return the metavar and the completion of an option that takes one of these. Words in capitals are no values: FILE, N."""
-    names = [word.partition("[")[0] for word in words if word[0].islower()]  # of "cuda[:N]", "cuda"
+    """Return the metavar and completion of an option with fixed values. Words in capitals are placeholders: FILE, N."""
+    names = [word.partition("[")[0] for word in words if word[0].islower()]  # "cuda" for "cuda[:N]"
 
     def complete(incomplete: str) -> list[str]:
         if "FILE" in words and not incomplete:
@@ -43,22 +43,22 @@ def one_of(*words: str) -> dict[str, Any]:
 
 
 def list_of(*names: str) -> dict[str, Any]:
-    """Return the same of an option that takes several, with commas between them."""
+    """Return the metavar and completion of an option that takes a comma-separated list."""
     return {"metavar": "LIST", "autocompletion": lambda incomplete: _after_commas(incomplete, lambda last: names)}
 
 
 def _after_commas(typed: str, complete: Callable[[str], Iterable[str]]) -> list[str]:
-    """Completes the last name of a list, behind those that are there; none twice."""
+    """Complete the last name of a comma-separated list, without offering names that the list already has."""
     before = typed[: typed.rfind(",") + 1]
     return [before + name for name in complete(typed[len(before) :]) if name not in before.split(",")]
 
 
 def _methods(typed: str) -> list[str]:
-    """Return what may follow the last `+`."""
+    """Return the methods that may follow the last `+`."""
     before = typed.removesuffix(methods.parse_names(typed)[-1].text)
     names = [before + name for name in methods.available() if _exists(before + name)]
     if typed and f"{REUSE}+".startswith(typed) and not any(name.startswith(typed) for name in names):
-        return _methods(f"{REUSE}+")  # it is no method alone
+        return _methods(f"{REUSE}+")  # it is not a method by itself
     return names
 
 
@@ -71,7 +71,7 @@ def _exists(method: str) -> bool:
 
 
 def _budget_lists(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete a list of budgets: in `eval` of all, elsewhere of those that are numbers."""
+    """Complete a list of budgets: any budget for `eval`, only numeric ones for other commands."""
     budgets = ALL_BUDGETS if context.info_name == "eval" else PRESETS
     return _after_commas(incomplete, lambda last: budgets)
 
@@ -79,17 +79,17 @@ def _budget_lists(context: typer.Context, incomplete: str) -> list[str]:
 ALL_BUDGETS = (*PRESETS, *AUTOS)
 BUDGETS = {"metavar": "LIST", "autocompletion": _budget_lists}
 METHODS = {"metavar": "LIST", "autocompletion": lambda incomplete: _after_commas(incomplete, _methods)}
-COMPLETED = {  # options of the pipeline whose values are not words of a field
+COMPLETED = {  # pipeline options whose values are not literals of a field
     "model": {"metavar": "ID|DIR|demo", "autocompletion": lambda incomplete: [*DEMOS]},
     "budget": {"metavar": "SHARE|PRESET|auto", "autocompletion": lambda incomplete: [*ALL_BUDGETS]},
     "method": {"metavar": "NAME", "autocompletion": _methods},
 }
 
-# How options are declared.
+# Declaring options.
 
 
 def option(declared: Any, names: str, text: str, panel: str | None = None, **settings: Any) -> Any:
-    """Return the annotation of an option. Names: "-o --output FILE". `panel`: its title in the full help."""
+    """Return the annotation of an option. `names` is like "-o --output FILE". `panel` is its section in the full help."""
     *flags, last = names.split()
     if last.startswith("-"):
         flags.append(last)
@@ -99,22 +99,22 @@ def option(declared: Any, names: str, text: str, panel: str | None = None, **set
 
 
 def argument(declared: Any, metavar: str, text: str) -> Any:
-    """Return the annotation of what is no option."""
+    """Return the annotation of a positional argument."""
     return Annotated[declared, typer.Argument(metavar=metavar, help=text, show_default=False)]
 
 
 def command(
     *groups: type, short: str, without: Iterable[str] = (), **changed: dict[str, Any]
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorates a command, which gets `--debug` and `--help-all`.
+    """Decorate a command, and add the options `--debug` and `--help-all`.
 
-    Its parameter `options`, a `MakeOptions`, so that the command reports wrong values as its other errors, stands for an option for
-    each field of `groups`. Fields that are not offered have their defaults.
+    The function's parameter `options`, a `MakeOptions`, is replaced by an option for each field of `groups`. The command calls it
+    itself, so that invalid values are reported like its other errors. Fields that are not offered keep their defaults.
 
     Args:
         short: names of the parameters in the short help.
         without: names of fields that are not offered.
-        changed: what the command says otherwise of a field, by its name: fields of `Option`.
+        changed: overrides for the `Option` of a field, by field name.
     """
     offered = {each.name: (group.PANEL, each) for group in groups for each in fields(group) if each.name not in without}
     said = {name: replace(each.metadata[OPTION], **changed.get(name, {})) for name, (_, each) in offered.items()}
@@ -144,12 +144,12 @@ def command(
 
 
 def _names(name: str, said: Option) -> str:
-    """Return how a field of a name is typed, the long form last."""
+    """Return the flags of a field, the long form last."""
     return " ".join(said.flags) or f"--{name.replace('_', '-')}"
 
 
 def _parameter(panel: str, field: Any, said: Option) -> Parameter:
-    """Return an option of the pipeline, as Typer takes parameters of a command."""
+    """Return a pipeline option as a command parameter for Typer."""
     default = field.default if said.unless_typed is None else said.unless_typed
     declared = said.typed
     if declared is None:
@@ -174,22 +174,26 @@ def _parameter(panel: str, field: Any, said: Option) -> Parameter:
 
 
 def _made(said: dict[str, Option], typed: dict[str, Any], *, check_model: bool) -> PipelineOptions:
-    """Return options as they were typed. Raises ModelError with `check_model`: the model is neither a folder nor a hub id."""
+    """Build options from the command line.
+
+    Raises:
+        ModelError: with `check_model`, if the model is neither a folder nor a hub ID.
+    """
     try:
         parsed = {name: said[name].parse(value) for name, value in typed.items() if said[name].parse}
         options = PipelineOptions.of(**typed | parsed)
     except UsageError as problem:
         problem.message = _as_typed(problem.message, said)
         raise
-    if check_model and options.model.model:  # `inspect` needs none
+    if check_model and options.model.model:  # `inspect` needs no model
         from evoprune.session import local_folder
 
-        local_folder(options.model)  # before seconds of imports
+        local_folder(options.model)  # before imports that take seconds
     return options
 
 
 def _as_typed(message: str, said: dict[str, Option]) -> str:
-    """Return an error about options with their names as they are typed, in place of those in Python."""
+    """Replace the Python names of options in an error message by their flags."""
 
     def typed(found: re.Match) -> str:
         name = found[0]
@@ -198,9 +202,9 @@ def _as_typed(message: str, said: dict[str, Option]) -> str:
     return re.sub(r"^\w+(?= (is|and|needs)\b)|(?<= and )\w+(?= exclude\b)|(?<= needs )\w+$", typed, message)
 
 
-# Options of several commands.
+# Options shared by several commands.
 
-# titles of panels
+# Panel titles.
 SWEEP = "Sweep (lists by commas or repetition)"
 OUTPUT = "Output"
 Budgets = option(
@@ -251,7 +255,11 @@ Cache = option(
 
 
 def listed(texts: Sequence[str] | None) -> list[str]:
-    """Return a list given by commas or by repeating the option. Raises UsageError: it is given and holds nothing."""
+    """Return a list that was given with commas or by repeating the option.
+
+    Raises:
+        UsageError: the option was given, but is empty.
+    """
     parts = [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
     if texts and not parts:
         raise UsageError(
@@ -261,9 +269,12 @@ def listed(texts: Sequence[str] | None) -> list[str]:
 
 
 def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = False) -> dict:
-    """Return what `profile` and `eval` go through: `budgets` and `methods`, each once.
+    """Return the `budgets` and `methods` to sweep in `profile` and `eval`, without duplicates.
 
-    `named`: whether budgets of "auto" and "auto:inflection" are allowed. Raises UsageError: a bad budget, or no such method.
+    `named`: whether the budgets "auto" and "auto:inflection" are allowed.
+
+    Raises:
+        UsageError: a budget is invalid, or a method does not exist.
     """
     wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
     for name in wanted:
@@ -272,11 +283,11 @@ def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = F
     return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted}
 
 
-# How options are shown: as plain text, which can be piped and keeps the names of options whole on a narrow terminal. `--help` has
-# the options that most people need, on one screen; `--help-all` has all of them, under the titles of their panels.
+# How options are shown: as plain text, which can be piped and does not cut off option names on a narrow terminal. `--help` lists
+# the most common options on one screen; `--help-all` lists all, by panel.
 
-BESIDE_NAMES = 60  # characters of help that a shell prints beside the name of an option
-EVERYTHING = "evoprune.help_all"  # in the `meta` of a context whose help names every option
+BESIDE_NAMES = 60  # characters of help that shells show next to an option
+EVERYTHING = "evoprune.help_all"  # key in the `meta` of a context whose help lists all options
 
 
 def full_help(context: typer.Context) -> str:
@@ -290,7 +301,7 @@ def _print_full_help(context: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
-# The last options of every command. `terminal.print_traceback` and a callback read them, not the command.
+# The last options of every command. They are read by `terminal.print_traceback` and a callback, not by the command.
 FOR_ALL = [
     Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
     for name, annotation in {
@@ -301,21 +312,24 @@ FOR_ALL = [
 
 
 class Command(TyperCommand):
-    """Provide a command with a short and a full help."""
+    """A command with a short and a full help."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
-        """Parse the words, but none where a shell or a document wants names alone: Typer would import pydantic for the values."""
+        """Parse the arguments, except for shell completion and documents.
+
+        These need only names, and parsing values would make Typer import pydantic.
+        """
         if ctx.resilient_parsing:
             return []
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
-        """Runs the command; stdout is then for its answers alone."""
+        """Run the command with stdout reserved for its answers."""
         with only_answers_on_stdout():
             return super().invoke(ctx)
 
     def format_options(self, ctx, formatter) -> None:
-        """Every option under the title of its panel, or the common ones in one list."""
+        """Write all options by panel for the full help, or the common ones as one list."""
         everything = ctx.meta.get(EVERYTHING)
         sections = {"Arguments": [], "Options": []}
         for param in self.get_params(ctx):
@@ -326,7 +340,7 @@ class Command(TyperCommand):
                 param = copy(param)
                 param.help = re.sub(r"(\.) .*", r"\1", param.help or "", flags=re.DOTALL)  # its first sentence
             if record := param.get_help_record(ctx):
-                # A word for values in the place of a type of Python; those of arguments need none.
+                # Replace Python type names by placeholders; drop them for arguments.
                 name = re.sub(r"^([^-\s]\S*) <.*>$", r"\1", record[0])
                 name = name.replace("<str>", "TEXT").replace("<int>", "N").replace("<float>", "N")
                 panel = "Arguments"
@@ -339,7 +353,7 @@ class Command(TyperCommand):
                     formatter.write_dl(rows, col_max=formatter.width // 3)  # longer names get a line of their own
 
     def shell_complete(self, ctx, incomplete: str) -> list:
-        """Return the names of options for a shell, each with the beginning of its help."""
+        """Return option names for the shell, each with the beginning of its help text."""
         items = super().shell_complete(ctx, incomplete)
         for item in items:
             item.help = textwrap.shorten(item.help or "", BESIDE_NAMES, placeholder="...")

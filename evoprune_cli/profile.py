@@ -1,4 +1,4 @@
-"""`evoprune profile`: latency, counts and memory, against plain Hugging Face and against the best that pruning later can do."""
+"""`evoprune profile`: latency, counts and memory, compared with plain Hugging Face and the bound for pruning after the encoder."""
 
 import re
 import time
@@ -18,12 +18,12 @@ from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepa
 from evoprune_cli.terminal import WIDTH, check_output, note, page_width, progress
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
-UNITS = (28, 32)  # sides of a unit in pixels, that models have
-SIZE = (224, 336)  # pixels of a frame, height and width, with the first of these; with the other as many units
+UNITS = (28, 32)  # unit sides of the models, in pixels
+SIZE = (224, 336)  # height and width of a frame with the first unit side; scaled to as many units with the other
 PICTURES = ((1344, 1344), (2688, 2688))  # 2,304 and 9,216 visual tokens
 FORMATS = ("table", "md", "csv", "json")
-NOTED_S = 2.0  # a run that takes longer is announced
-ROUNDS = "Rounds"  # the title of a panel
+NOTED_S = 2.0  # runs expected to take longer are announced
+ROUNDS = "Rounds"  # a panel title
 
 
 @opt.command(
@@ -146,7 +146,7 @@ def profile(
     results = None
 
     def deliver(error: dict[str, Any] | None = None) -> None:
-        """Prints or writes the results, and the chart; of a run that breaks off, those of the finished rounds."""
+        """Print or write the results and the chart. After an interruption, they cover the finished rounds."""
         if error is not None:
             results.interrupted = error["type"] in ("interrupted", "terminated")
         try:
@@ -154,7 +154,7 @@ def profile(
                 print_text(results.text(form, page_width()))
             else:
                 _write_or_print(output, results.text(form, WIDTH))
-        finally:  # also where nobody reads stdout
+        finally:  # also if stdout has no reader
             if chart:
                 write_bytes(chart, results.chart().encode())
 
@@ -186,7 +186,7 @@ def profile(
 
 
 def _write_or_print(path: str, text: str) -> None:
-    """Write results to a file. Where that fails, print them, which took minutes to find out, and raise the UsageError."""
+    """Write results to a file. If this fails, print them, because they took minutes to measure, and raise the UsageError."""
     try:
         write_bytes(path, text.encode())
     except UsageError:
@@ -198,7 +198,7 @@ def _write_or_print(path: str, text: str) -> None:
 def _inputs(
     video: str | None, counts: list[int], sizes: list[tuple[int, int]], offline: bool
 ) -> Iterator[tuple[list[Case], Video | None]]:
-    """Provide the cases to measure, and the video whose frames they have; None for synthetic clips."""
+    """Provide the cases to measure, and the video to take frames from, or None for synthetic clips."""
     if video is None:
         yield [Case(count, *size) for count in counts for size in sizes or [SIZE]], None
         return
@@ -214,21 +214,21 @@ def _inputs(
         for count in counts:
             make_plan(
                 info, InputLimits(), SamplingOptions(frames=count)
-            )  # refuses a count that the video does not allow
-        # The video's own shape, at no more pixels than synthetic clips have.
+            )  # raises an error if the video does not allow this count
+        # Keep the video's shape, with at most as many pixels as synthetic clips have.
         sizes = sizes or [smart_resize(info.height, info.width, 28 * 28, SIZE[0] * SIZE[1])]
         yield [Case(count, *size) for count in counts for size in sizes], info
 
 
 def _frames(texts: list[str]) -> list[int]:
-    """Parse even numbers of frames, each once."""
+    """Parse numbers of frames, rounded up to even numbers, without duplicates."""
     if wrong := [text for text in texts if not re.fullmatch("[0-9]{1,9}", text) or not int(text)]:
         raise UsageError(f"--frames {wrong[0]!r} is not a number of frames", "for example --frames 8,32")
     return list(dict.fromkeys(int(text) + int(text) % 2 for text in texts or ["8"]))
 
 
 def _sizes(texts: list[str]) -> list[tuple[int, int]]:
-    """Parse pairs (height, width) in pixels, each once."""
+    """Parse pairs (height, width) in pixels, without duplicates."""
     example = "for example --size 224x336"
     sizes = {}
     for text in texts:

@@ -1,6 +1,6 @@
-"""What commands share around their work: libraries and a model are loaded, and results go to stdout and to files.
+"""Shared by commands: loading libraries and models, checking outputs, and delivering results to stdout and files.
 
-Results are delivered in the end, or as far as they are known when a run breaks off.
+Results are delivered at the end, or as far as they are known when a run is interrupted.
 """
 
 import os
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 SOME_FAILED = 6  # an exit code
 LARGE_MODEL = 2**30  # bytes of weights
-GREEDY = 1e-3  # temperatures below it change nothing that could be seen
-# How each kind of file begins that evoprune writes, and only such a file: a word somewhere in it proves nothing.
+GREEDY = 1e-3  # lower temperatures have no visible effect
+# How files written by evoprune begin, by kind. Only the beginning is reliable: the same words elsewhere in a file prove nothing.
 HEADS = re.compile(
     b"|".join(
         [
@@ -42,11 +42,15 @@ HEADS = re.compile(
     ),
     re.DOTALL,
 )
-MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # a comment is the last that is in an MP4 file
+MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # the comment at the end of an MP4 file
 
 
 def prepare() -> None:
-    """Prepare for torch, before it is imported. Raises OutOfMemory: there is not even memory for the libraries."""
+    """Prepare for importing torch.
+
+    Raises:
+        OutOfMemory: there is not enough memory even for the libraries.
+    """
     check_libraries()
     keep_freed_memory()
 
@@ -59,9 +63,12 @@ def load(
     streams: bool = False,
     model: "ModelDescription | None" = None,
 ) -> "VideoQA":
-    """Return the model of `ask` and `watch`.
+    """Load the model for `ask`, `watch` and other commands that answer.
 
-    `show`: of `terminal.progress`; `streams`: see `load_qa`; `model`: what is known of it, if that was asked.
+    Args:
+        show: from `terminal.progress`.
+        streams: see `load_qa`.
+        model: the model's description, if known already.
     """
     prepare()
     from evoprune.video_qa import load_qa
@@ -73,12 +80,12 @@ def load(
 
 
 def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> None:
-    """Tell on stderr which settings of a model's files are not followed, and how it would be faster."""
+    """Tell on stderr which settings of the model's files are ignored, and how the model would run faster."""
     if quiet:
         return
     loaded = session.loaded
     files = loaded.generation
-    wanted = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # what transformers takes for those that are not there
+    wanted = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' defaults
     wanted |= {name: getattr(files, name) for name in wanted if getattr(files, name) is not None}
     others = {name: value for name, value in wanted.items() if value != getattr(asked, name)}
     greedy = asked.temperature == 0 and (wanted["top_k"] == 1 or wanted["temperature"] < GREEDY)
@@ -89,13 +96,17 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
     if usual and loaded.weights_bytes >= LARGE_MODEL:
         from evoprune.backend import kinds
 
-        if "int8" in kinds(loaded.model.device):  # a CPU that has no bf16 products, but those of 8 bits
+        if "int8" in kinds(loaded.model.device):  # a CPU that has 8-bit matrix products, but none in bf16
             gain = "about twice as fast, less exact, and takes a third of the memory"
             tell(f"note: fp32 on this CPU; --quantize int8 is {gain}")
 
 
 def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
-    """Check an SVG file as `check_writable`. Raises UsageError also where matplotlib, which draws it, is missing."""
+    """Check the path of an SVG chart, see `check_writable`.
+
+    Raises:
+        UsageError: also if matplotlib, which draws charts, is not installed.
+    """
     if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
         raise UsageError(f"--chart {path}: charts are SVG files", "name it .svg")
     if path is not None and find_spec("matplotlib") is None:
@@ -104,12 +115,14 @@ def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[st
 
 
 def check_writable(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
-    """Raises UsageError, before anything is measured, where a file cannot be written, or is not evoprune's own, or where it or its
-    folder is read.
+    """Check that an output file can be written, before anything is measured.
 
     Args:
-        beside: a folder that will be made, with its parents.
-        inputs: files and folders that are read; an empty name is none.
+        beside: a folder that will be created later, with its parents.
+        inputs: files and folders that are read; empty names are ignored.
+
+    Raises:
+        UsageError: the file cannot be written, exists but was not written by evoprune, or it or its folder is an input.
     """
     if path is None:
         return
@@ -131,8 +144,10 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
 
 
 def check_new_folder(path: str) -> None:
-    """Raises UsageError, before anything is measured, where a folder cannot be made, perhaps with its parents, by this name or by
-    the same name with a number.
+    """Check that a folder can be created, before anything is measured. A number may be appended to its name.
+
+    Raises:
+        UsageError: it cannot be created.
     """
     if Path(path).name in ("", ".."):
         raise UsageError(f"-o {path!r} names no new folder", "name one that is to be made, for example runs/a")
@@ -142,7 +157,7 @@ def check_new_folder(path: str) -> None:
 
 
 def is_one_of(path: str, files: Iterable[str]) -> bool:
-    """Return whether it is one of these files, perhaps by another name."""
+    """Return True if a path is one of these files, even under another name."""
     real = os.path.realpath(path)
     there = os.path.exists(path)
     return any(
@@ -152,7 +167,7 @@ def is_one_of(path: str, files: Iterable[str]) -> bool:
 
 
 def _may_replace(path: str) -> bool:
-    """Return whether a file is missing, empty, open, a device or a pipe, or begins as evoprune's own."""
+    """Return True if a file is missing, empty, already open, a device or pipe, or was written by evoprune."""
     if path.startswith(OPEN_FILES):
         return True
     try:
@@ -170,7 +185,7 @@ def _may_replace(path: str) -> bool:
 
 
 def print_text(text: str) -> None:
-    """Prints to stdout, with escapes for characters outside its encoding."""
+    """Print to stdout, escaping characters outside its encoding."""
     stream = stdout()
     try:
         text.encode(stream.encoding or "ascii")
@@ -180,7 +195,11 @@ def print_text(text: str) -> None:
 
 
 def write_bytes(path: str, content: bytes) -> None:
-    """Raises: UsageError. What was there stays where there is no room for the new content."""
+    """Write a file. If there is no room for the new content, the old content is kept.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     try:
         folder = os.path.dirname(os.path.realpath(path))
         given = path.startswith(OPEN_FILES)
@@ -196,19 +215,19 @@ def write_bytes(path: str, content: bytes) -> None:
 
 @contextmanager
 def rescuing(ready: Callable[[], bool], deliver: Callable[[dict[str, Any]], Any]) -> Iterator[None]:
-    """Call `deliver` with the record of what ended the block, where it breaks off and results are ready."""
+    """If the block is interrupted or fails while results are ready, call `deliver` with the error's record."""
     try:
         yield
     except BaseException as problem:
         if ready() and not isinstance(problem, BrokenPipeError | SystemExit):
-            with suppress(UsageError, OSError):  # the first problem is the one to report
+            with suppress(UsageError, OSError):  # report only the original problem
                 deliver(failure(problem))
             problem.reported = True
         raise
 
 
 def deliver_results(results: "Results", form: str, output: str | None = None, chart: str | None = None) -> None:
-    """Print results as "table", "json" or "csv". Write them as JSON and as a chart, even if nobody reads stdout."""
+    """Print results as "table", "json" or "csv". Then write the JSON file and the chart, even if printing fails."""
     try:
         print_text(results.text(form, page_width()))
     finally:

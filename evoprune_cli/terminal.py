@@ -1,4 +1,4 @@
-"""What is printed: errors, warnings, notes and progress on stderr, answers and JSON on stdout. Colour only on a terminal."""
+"""Terminal output: errors, warnings, notes and progress on stderr, answers and JSON on stdout. Colors only on a terminal."""
 
 import io
 import json
@@ -18,31 +18,31 @@ from evoprune.errors import UsageError, error_record
 from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, warning_text, warning_title
 from evoprune.util import clock, counted, harmless, one_line, roughly, size
 
-LEAST_S = 1.0  # that a line of progress has counted before it says how much longer it takes
+LEAST_S = 1.0  # minimum time of counting before a progress line estimates the time left
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
-# With the option each sets.
+# Environment variables and their options.
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
-GLUE = "\0"  # for a space at which no line ends; it is in no printable text
+GLUE = "\0"  # for a space where a line must not break; it occurs in no printable text
 
-_stdout: TextIO | None = None  # while `sys.stdout` is stderr
+_stdout: TextIO | None = None  # the real stdout while `sys.stdout` is stderr
 
 
-# Asks the process to end: SIGTERM, and where the terminal is closed SIGHUP.
+# Signals that ask the process to end: SIGTERM, and SIGHUP when the terminal is closed.
 ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Terminated(BaseException):
-    """Raise one of `ENDINGS` as an exception, so that finished results are printed and files closed."""
+    """Raised for one of `ENDINGS`, so that finished results are printed and files are closed."""
 
 
 def stdout() -> TextIO:
-    """Return stdout, also inside `only_answers_on_stdout`."""
+    """Return the real stdout, even inside `only_answers_on_stdout`."""
     return _stdout or sys.stdout
 
 
 @contextmanager
 def only_answers_on_stdout() -> Iterator[None]:
-    """Sends to stderr what others print meanwhile: plug-ins and libraries. Answers go to `stdout()`."""
+    """Redirect output of plug-ins and libraries to stderr. Answers go to `stdout()`."""
     global _stdout
     _stdout = sys.stdout
     sys.stdout = sys.stderr
@@ -54,19 +54,19 @@ def only_answers_on_stdout() -> Iterator[None]:
 
 
 def columns() -> int:
-    """Return the columns of stderr: as many as the terminal has, at most 80."""
+    """Return the width of stderr in columns, at most 80."""
     if not sys.stderr.isatty():
         return WIDTH
     return min(WIDTH, width_of(sys.stderr))
 
 
 def page_width() -> int:
-    """Return the columns for tables on stdout, at most 80."""
+    """Return the width for tables on stdout in columns, at most 80."""
     return min(WIDTH, width_of(stdout()))
 
 
 def width_of(terminal) -> int:
-    """Return the columns of a stream that is a terminal, by COLUMNS or by the terminal itself; 80 where neither says."""
+    """Return the width of a terminal from COLUMNS or the terminal itself; 80 if neither is known."""
     stated = os.environ.get("COLUMNS", "")
     if stated.isdecimal():
         return int(stated) or WIDTH
@@ -77,17 +77,17 @@ def width_of(terminal) -> int:
 
 
 def paint(text: str, code: str) -> str:
-    """Colour a text where stderr is a terminal that wants it (https://no-color.org)."""
+    """Color a text if stderr is a terminal with colors enabled (https://no-color.org)."""
     if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\x1b[{code}m{text}\x1b[0m"
 
 
 class ClosedOutput(io.StringIO):
-    """Stand in for a stdout that was closed when the program was started. Whatever is written there is an error."""
+    """A replacement for a stdout that was closed at startup. Writing to it is an error."""
 
     def write(self, text: str) -> int:
-        """Raises UsageError."""
+        """Raise UsageError."""
         problem = UsageError(
             "there is nowhere to write to: stdout is closed", "redirect it, for example: > answers.txt"
         )
@@ -95,19 +95,19 @@ class ClosedOutput(io.StringIO):
         raise problem
 
     def fileno(self) -> int:
-        """Raises UsageError."""
+        """Raise UsageError."""
         return self.write("")
 
 
 def check_output() -> None:
-    """Raises UsageError, before anything is computed, if stdout is closed."""
+    """Raise UsageError, before anything is computed, if stdout is closed."""
     stdout().write("")
 
 
 def encodable(text: str, stream=None) -> str:
-    """Return the text as a stream (default: stderr) can print it: characters outside its encoding become escapes.
+    """Return the text as a stream (default: stderr) can print it. Characters outside its encoding are escaped.
 
-    On a terminal so do control characters: what a model says, and what a file is called, is not to be obeyed.
+    On a terminal, control characters are escaped as well, because answers and filenames are untrusted.
     """
     stream = stream or sys.stderr
     if stream.isatty():
@@ -122,15 +122,15 @@ def printable(text: str, stream=None) -> str:
 
 
 def note(text: str = "", end: str = "\n") -> None:
-    """Prints a line to stderr. If that fails, for example because the reader is gone, all further lines are dropped."""
+    """Print a line to stderr. If this fails, for example because the reader is gone, all further lines are dropped."""
     try:
         print(text, end=end, file=sys.stderr, flush=True)
     except OSError:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
+        sys.stderr = open(os.devnull, "w")  # open until exit  # noqa: SIM115
 
 
 def print_json(report: Report) -> None:
-    """Prints a report as one line on stdout, in plain ASCII where stdout or the text is not valid UTF-8."""
+    """Print a report as one line on stdout, in plain ASCII if stdout is not UTF-8 or the text is not valid Unicode."""
     text = report.to_json()
     stream = stdout()
     try:
@@ -143,21 +143,24 @@ def print_json(report: Report) -> None:
 
 
 def print_document(document: dict[str, Any]) -> None:
-    """Prints results as one line on stdout, in plain ASCII."""
+    """Print results as one line of plain ASCII on stdout."""
     write_whole(f"{json_line(document)}\n")
 
 
 def write_whole(text: str) -> None:
-    """Writes text to stdout, of which a file has all or nothing if the disk is full.
+    """Write text to stdout. If the disk is full, a file contains either all of the text or nothing.
 
-    In one write, so that lines of processes that share a file stay whole; and past the buffer of the stream, which would keep
-    what the disk has no room for, and write it later. Raises OSError: it cannot be written.
+    Uses a single write where possible, so that lines of processes that share a file are not mixed. Bypasses the stream's buffer,
+    which would keep unwritten text and write it later.
+
+    Raises:
+        OSError: the text cannot be written.
     """
     stream = stdout()
     stream.flush()
     try:
         number = stream.fileno()
-    except io.UnsupportedOperation:  # no file of the system, as in a host program
+    except io.UnsupportedOperation:  # not a system file, such as in a host program
         stream.write(text)
         stream.flush()
         return
@@ -173,7 +176,7 @@ def write_whole(text: str) -> None:
 
 
 def _take_back(number: int, size: int) -> None:
-    """Cuts an open file down to its earlier size, unless another process has put a whole line behind that."""
+    """Truncate an open file to its earlier size, unless another process has appended a whole line since."""
     with suppress(OSError), open(f"/dev/fd/{number}", "rb") as file:
         file.seek(size)
         if b"\n" not in file.read():
@@ -186,7 +189,10 @@ def json_line(document: dict[str, Any]) -> str:
 
 
 def failure(problem: BaseException) -> dict:
-    """Make an `errors.error_record` of whatever can end a command: also signals, and values from the environment."""
+    """Return an error record (see `errors.error_record`) for anything that can end a command, including signals.
+
+    If the message quotes a value from an environment variable, the hint names the variable.
+    """
     for ending, code, name in ((KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")):
         if isinstance(problem, ending):
             return {"code": code, "type": name, "stage": None, "message": name, "hint": None}
@@ -200,7 +206,7 @@ def failure(problem: BaseException) -> dict:
 
 
 def print_traceback(problem: BaseException) -> None:
-    """Print the traceback, where tracebacks are wanted."""
+    """Print the traceback if tracebacks are enabled."""
     if "--debug" in sys.argv[1:] or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0"):
         traceback.print_exception(problem)
 
@@ -213,13 +219,13 @@ def print_error(message: str, hint: str | None) -> None:
 
 
 def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None:
-    """Prints a warning about a video; in a batch with its path, and with how many `more` videos it applies to."""
+    """Print a warning about a video. In a batch, `more` is the number of other videos it applies to, and the path is included."""
     template = WARNINGS.get(name, name)
     if more is None:
         text = warning_text(name, video)
     elif more == 0:
         text = warning_text(name, video, video.path)
-        if text == template:  # a warning that names no video
+        if text == template:  # a warning that does not name the video
             text += f" ({video.path})"
     else:
         text = warning_text(name, video, video.path, f"its answers about {more + 1:,} videos mean")
@@ -231,13 +237,16 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
 
 
 def tell(text: str) -> None:
-    """Prints a sentence on stderr, folded to the terminal's width."""
+    """Print a sentence to stderr, wrapped to the terminal's width."""
     for line in _folded(printable(text), 2):
         note(paint(line, "2"))
 
 
 def print_titled(title: str, text: str) -> None:
-    """Words of the command line are not broken, also those with spaces: most are paths. `title`: one of `COLOURS`."""
+    """Print a titled line to stderr. `title` is a key of `COLOURS`.
+
+    Arguments of the command line are not broken even if they contain spaces, because most are paths.
+    """
     text = printable(text)
     for word in sys.argv[1:]:
         if " " in word.strip():
@@ -248,7 +257,7 @@ def print_titled(title: str, text: str) -> None:
 
 
 def _folded(text: str, indent: int) -> list[str]:
-    """Fold a text for a stderr that is a terminal, at spaces, and indent later lines; elsewhere leave one line, for programs."""
+    """Wrap a text at spaces if stderr is a terminal, indenting later lines. Otherwise keep it on one line, for programs."""
     if not sys.stderr.isatty():
         return [text]
     settings = {"subsequent_indent": " " * indent, "break_on_hyphens": False, "break_long_words": False}
@@ -256,7 +265,7 @@ def _folded(text: str, indent: int) -> list[str]:
 
 
 def print_stream(pieces: Iterable[str]) -> None:
-    """Print an answer as it is generated, and a newline even when it is interrupted."""
+    """Print an answer as it is generated, with a final newline even if interrupted."""
     stream = stdout()
     try:
         for piece in pieces:
@@ -266,7 +275,7 @@ def print_stream(pieces: Iterable[str]) -> None:
 
 
 def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
-    """Return a callback for `VideoQA.encode` that shows its progress: frames as they are read; those encoded, once all are read."""
+    """Return a callback for `VideoQA.encode` that shows progress: frames read, then after all are read, frames encoded."""
     named = {"read": "reading, frame", "encode": "encoding, frame", "layers": "encoding, layer"}
     which = ""
     reads = True
@@ -284,7 +293,7 @@ def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int],
 
 
 class Line:
-    """A line of progress: what is being done, how much of it is done, the elapsed time and an estimate of the time left."""
+    """A progress line: the current step with its count, the elapsed time, and an estimate of the time left."""
 
     def __init__(self, what: str, now: Callable[[], float] = time.monotonic):
         self._now = now
@@ -294,14 +303,14 @@ class Line:
         self.show(what)
 
     def show(self, what: str, done: int = 0, total: int = 0, detail: str = "") -> None:
-        """Say `what` from now on, with `done` of `total` if there is something to count, and a detail that changes often."""
+        """Set the current step: `done` of `total` items (0 if not countable), and a detail that changes often."""
         self._at = self._now()
         if (what, total) != (self._what, self._total) or not total:
             self._first, self._first_at = done, self._at
         self._what, self._done, self._total, self._detail = what, done, total, detail
 
     def text(self, width: int) -> str:
-        """Return as much of the line as fits into so many columns."""
+        """Return as much of the line as fits into `width` columns."""
         from rich.cells import cell_len, set_cell_size
 
         now = self._now()
@@ -321,7 +330,7 @@ class Line:
 
 
 def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
-    """Return a callback for `frames.local_file` that shows how much was downloaded."""
+    """Return a callback for `frames.local_file` that shows the progress of a download."""
 
     def step(done: int, total: int) -> None:
         text = f"downloading, {size(done)}"
@@ -334,9 +343,9 @@ def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
 
 @contextmanager
 def progress(active: bool, timing: bool = False) -> Iterator:
-    """Shows a line of progress on stderr while a block runs, on a terminal only. Yields `Line.show`.
+    """Show a progress line on stderr while the block runs, if it is a terminal. Yields `Line.show`.
 
-    `timing`: the line does not move, since the thread of a spinner would disturb what is measured, and it gets `what` alone.
+    `timing`: do not animate the line, because a spinner thread would disturb measurements. It then takes only `what`.
     """
     if not active or not sys.stderr.isatty():
         yield lambda what, done=0, total=0, detail="": None

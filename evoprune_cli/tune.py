@@ -15,7 +15,7 @@ from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, deliv
 from evoprune_cli.terminal import check_output, note, progress
 
 AGREE = 0.98
-ASKED = "What is asked"  # the title of a panel
+ASKED = "What is asked"  # a panel title
 
 
 @opt.command(
@@ -117,7 +117,7 @@ def tune(
     tuning = None
 
     def deliver(error: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Print, write, draw and return the results; `error`: what cut the run short."""
+        """Print, write, draw and return the results. `error` says why the run was cut short."""
         results = tuning.results(error)
         deliver_results(results, "json" if json else "table", output, chart)
         return results.document()
@@ -131,7 +131,7 @@ def tune(
     ):
         tell("loading libraries")
         prepare()
-        # The first video alone: reading others would take time from what is measured.
+        # Only prefetch the first video: reading more would distort the measured times.
         model = describe(pipeline.model)
         ahead = cleanup.enter_context(ReadAhead(model, [(settings["videos"][:1], pipeline.sampling)]))
         from evoprune.bench import TuneSettings, Tuning
@@ -148,7 +148,7 @@ def tune(
 
 
 def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
-    """Return the questions, each once; none for the general ones."""
+    """Return the questions without duplicates; empty for the general ones."""
     if file is not None:
         from evoprune.batch import read_all
 

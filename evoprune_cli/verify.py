@@ -1,4 +1,4 @@
-"""`evoprune verify`: whether this machine computes with this model what transformers computes."""
+"""`evoprune verify`: whether this machine computes the same results as transformers with a model."""
 
 import time
 from typing import Any

@@ -103,7 +103,7 @@ def watch(
     asked = question or []
     prompt = not (question or questions)
     check_output()
-    warm_up()  # while this process imports what it needs
+    warm_up()  # warms up while this process imports its dependencies
     if every and not asked:
         raise UsageError("--every without a question", "-Q TEXT")
     every_s = None
@@ -165,7 +165,7 @@ def watch(
 
 
 class _Watching:
-    """Ask about a stream while it is fed. Ctrl-C ends the answer to a typed question, otherwise the command."""
+    """Asks about a stream while it is being read. Ctrl-C stops the answer to a typed question, otherwise the command."""
 
     def __init__(
         self,
@@ -178,7 +178,12 @@ class _Watching:
         quiet: bool,
         speak: Callable[[str], None],
     ):
-        """Watch a stream. `begin`: called with the first question, until which a window may fill. `prompt`: questions are typed."""
+        """Watch a stream.
+
+        Args:
+            begin: called at the first question, so that a window may fill before.
+            prompt: whether questions are typed.
+        """
         self._talk = talk
         self._begin = begin
         self._stream = stream
@@ -188,14 +193,14 @@ class _Watching:
         self._speak = speak
         self._failed = 0
         self._status = not quiet and sys.stderr.isatty()
-        # when the status line was written; whether it stands there
+        # Time of the last status line, and whether it is currently visible.
         self._latest = 0.0
         self._there = False
 
     def converse(self, chat: "Chat | None") -> int:
-        """Answer questions from the terminal, until q or Ctrl-C. The end of the source does not end it.
+        """Answer questions from the terminal until q or Ctrl-C, even after the source has ended.
 
-        `chat`: about the stream, where questions are a conversation.
+        `chat`: the conversation about the stream; None for single questions.
         """
         questions = typed_questions(twice=False, chat=chat)
         while True:
@@ -206,9 +211,10 @@ class _Watching:
             self._answer(question, typed=True)
 
     def serve(self, asked: list[str], every_s: float | None, questions: str | None) -> int:
-        """Answer the questions of the command line and of the pipe, until the source ends, or nobody can ask any more.
+        """Answer the questions of the command line and the pipe, until the source ends or no more questions can come.
 
-        Returns the exit code.
+        Returns:
+            The exit code.
         """
         lines = None if questions is None else _lines(questions)
         if every_s is not None:
@@ -226,10 +232,10 @@ class _Watching:
                 else:
                     self._clear()
                     self._speak("no frames are skipped any more")
-            if self._status and time.monotonic() - self._latest >= STATUS_S:  # over the line before
+            if self._status and time.monotonic() - self._latest >= STATUS_S:  # overwrites the previous line
                 self._latest, self._there = time.monotonic(), True
                 _write(f"\r{self._state()}\x1b[K")
-            latest_s = self._feed.latest_s  # first: what is before that frame was fed
+            latest_s = self._feed.latest_s  # read first: everything before this frame has been fed
             now_s = self._stream.until_s or 0.0
             due = next_s is not None and max(now_s, latest_s) >= next_s
             new = now_s > asked_s
@@ -260,7 +266,7 @@ class _Watching:
                 return SOME_FAILED if self._failed else 0
 
     def _possible(self, every_s: float) -> float:
-        """Return how often the questions are asked: no more often than a frame is looked at. Says so where less was wanted."""
+        """Return the interval between questions, raised to the interval between frames if necessary, with a warning."""
         step_s = self._stream.step_s
         if step_s is None or every_s >= step_s:
             return every_s
@@ -269,7 +275,7 @@ class _Watching:
         return step_s
 
     def _say_left_out(self, first_s: float, over_s: float, every_s: float, asked: bool, why: str) -> None:
-        """Name the moments from `first_s` to `over_s` that have no answer; if it was `asked`, the last one has."""
+        """Report the moments from `first_s` to `over_s` without an answer. If `asked`, the last one has an answer."""
         count = round((over_s - first_s) / every_s) + (not asked)
         if not count:
             return
@@ -284,7 +290,7 @@ class _Watching:
         print_titled("warning:", text)
 
     def _ask_line(self, line: bytes) -> None:
-        """Answer a question of the pipe; a line that is none has a record, and does not end anything."""
+        """Answer a question from the pipe. An invalid line gets an error record, and does not stop anything."""
         try:
             fields = jsonlib.loads(line)
             asked = fields.get("question") if isinstance(fields, dict) else None
@@ -344,7 +350,10 @@ def _write(text: str) -> None:
 
 
 def _lines(path: str) -> "queue.SimpleQueue[bytes | None]":
-    """Queue the lines of a pipe as they come, none of them empty, then None; a thread reads that locks no stream of Python."""
+    """Return a queue of the non-empty lines of a pipe, followed by None.
+
+    A thread reads the lines without locking any of Python's streams.
+    """
     if path != STDIN and not os.path.exists(path):
         raise UsageError(f"no such file: {path}", missing_hint(path, "--questions - reads stdin"))
     pending: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""Many questions about many videos: rows of files, which `evoprune eval` reads too, the run, its output, and the same on Ray."""
+"""Many questions about many videos: reading rows, also for `evoprune eval`, answering them here or on Ray, and writing records."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""The output file of a batch: it grows by whole lines, however the program ends, and one program writes it at a time.
+"""The output file of a batch: it grows by whole lines even if the program crashes, and only one program writes it at a time.
 
-No other file belongs to it: every record holds its row and its settings, and the lock is on the file itself. Below it: files that
-are written completely or not at all, for every command's results. Imports no torch.
+There are no companion files: every record contains its row and settings, and the lock is on the output file itself. The functions
+at the end write files completely or not at all, for the results of every command. Imports no torch.
 """
 
 import errno
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 STDOUT = "-"
 OTHER_HINT = "name another file with -o, or remove this one"
 SIZE_HINT = "give the same --device, or a new -o; inner=always prunes alike on all devices"
-OPEN_FILES = ("/dev/", "/proc/self/fd/")  # written to as they are given, such as the pipe of >(gzip > x)
+OPEN_FILES = ("/dev/", "/proc/self/fd/")  # written to directly, such as the pipe of >(gzip > x)
 UNFINISHED = (
-    "{}.evoprune-{}.tmp"  # the name of a file while it is written: that which it gets, and eight hexadecimal digits
+    "{}.evoprune-{}.tmp"  # temporary name while a file is being written: its final name and eight hexadecimal digits
 )
-# Options that records hold also at their defaults; the others where they differ from these.
+# Options that are recorded even at their default values; all others are recorded only if changed.
 RECORDED = (
     "model", "revision", "dtype", "quantize", "load_format", "budget", "method", "seed", "fps", "frames",
     "max_frames", "max_visual_tokens", "decoder", "seek", "max_new_tokens", "temperature", "top_p", "system",
@@ -46,27 +46,30 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Settings(PipelineOptions):
-    """Hold the options of a batch. Each row has its own part of the video instead of `start_s` and `end_s`."""
+    """The options of a batch. Each row has its own time span instead of `start_s` and `end_s`."""
 
-    ALWAYS: ClassVar[tuple[str, ...]] = RECORDED  # options that records hold also at their defaults
+    ALWAYS: ClassVar[tuple[str, ...]] = RECORDED  # options recorded even at their default values
 
     def load(
         self, progress: Callable[[int, int], None] | None = None, model: "ModelDescription | None" = None
     ) -> "VideoQA":
-        """Loads the model; `model`: what is known of it, if that was asked. Raises what `VideoQA.load` raises."""
+        """Load the model. `model` is its description, if known already.
+
+        Raises the errors of `VideoQA.load`.
+        """
         from evoprune.video_qa import load_qa
 
         return load_qa(model or self.model, self.pruning, progress=progress)
 
     @property
     def groups(self) -> tuple[Any, ...]:
-        """Return the options that answers depend on."""
+        """The option groups that answers depend on."""
         return self.model, self.pruning, self.sampling, self.generation
 
     def record(self) -> dict[str, Any]:
-        """Return all of it as flat data for JSON, as records hold it."""
+        """Return all options as flat JSON data, as records contain them."""
         code = methods.plugin_code(self.pruning.method)
-        facts = record(self.groups, self.ALWAYS) | {"method_args": {}}  # settings are part of `method`
+        facts = record(self.groups, self.ALWAYS) | {"method_args": {}}  # method settings are part of `method`
         if code:
             facts["plugins"] = code
         return facts
@@ -80,10 +83,12 @@ class Line(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """Describe a record of an earlier run: its row and settings, whether the row failed, and its bytes [start, end) of the file.
+    """A record of an earlier run: its row and settings, whether the row failed, and its byte range [start, end) in the file.
 
-    `files`: what it was made of (`Sources`), and `revision`: the commit of a hub model. Empty, and None, where that is unknown.
-    `after_tower_below`: as in the record's pruning; 0 where no size changes what is pruned, None where the row failed.
+    Attributes:
+        files: states of the files it was made from (see `Sources`); empty if unknown.
+        revision: the commit of a hub model; None if unknown.
+        after_tower_below: as in the record's pruning. 0 if pruning does not depend on the input's size, None if the row failed.
     """
 
     id: str
@@ -98,9 +103,9 @@ class Found:
 
 
 class Sources:
-    """Hold the states (`file_state`) of the files of a batch, model and inputs, when it begins.
+    """The states (`file_state`) of a batch's files, model and inputs, when the batch begins.
 
-    None is unknown, such as the files of a hub model, whose commit each record has.
+    None means unknown, such as for a hub model, whose commit is in each record instead.
     """
 
     def __init__(self, settings: Settings):
@@ -112,12 +117,12 @@ class Sources:
         self._after_tower_below: int | None = None
 
     def of(self, row: Row) -> dict[str, Any]:
-        """Return the states for a record of a row, as plain data."""
+        """Return the file states for the record of a row, as plain data."""
         subtitles = row.subtitles_path or self._subtitles
         return {"model": self._model, "inputs": [self._input(path, subtitles) for path in row.paths]}
 
     def check(self, earlier: Found, row: Row | None) -> None:
-        """Raise UsageError where the model is not what it was, or an input of a row that has an answer."""
+        """Raise UsageError if the model has changed since an earlier record, or if an input of an answered row has."""
         if change := file_changes(earlier.files.get("model"), self._model):
             self._refuse(change)
         self.check_revision(earlier.revision)
@@ -132,15 +137,15 @@ class Sources:
                 raise UsageError(f"{shown(name)} is not what it was when row {row.id!r} was answered: {change}", hint)
 
     def check_revision(self, commit: str | None) -> None:
-        """Raise UsageError where a record, earlier or new, has another commit of a hub model than the ones before."""
+        """Raise UsageError if the commit of a hub model differs from the records before. Applies to earlier and new records."""
         if commit and self._revision and commit != self._revision:
             self._refuse(f"its commit was {self._revision}, is {commit}")
         self._revision = commit or self._revision
 
     def check_sizes(self, after_tower_below: int | None) -> None:
-        """Raise UsageError where a device pruned inputs of other sizes after the tower alone than for the records before.
+        """Raise UsageError if the device's size limit for pruning only after the tower differs from the records before.
 
-        `after_tower_below`: as in `Found`.
+        `after_tower_below` is as in `Found`.
         """
         if change := size_rule_changes(self._after_tower_below, after_tower_below):
             raise UsageError(f"the output was begun on another device or version: {change}", SIZE_HINT)
@@ -155,9 +160,10 @@ class Sources:
 def remaining(
     rows: Sequence[Row], settings: Settings, found: Sequence[Found], sources: Sources | None = None
 ) -> list[Row]:
-    """Return the rows that have no answer yet, or failed.
+    """Return the rows that have not been answered yet or have failed.
 
-    Raises UsageError: a record has other settings, its row has changed, or the files that it was made of have.
+    Raises:
+        UsageError: a record has other settings, its row has changed, or its files have changed.
     """
     sources = sources or Sources(settings)
     by_id = {row.id: row for row in rows}
@@ -167,7 +173,7 @@ def remaining(
     for earlier in found:
         if change := differences(earlier.settings, now):
             raise UsageError(f"the output was begun with other settings: {change}", "give the same ones, or another -o")
-        before = earlier.row | {"answer": None}  # which the model's answer does not depend on
+        before = earlier.row | {"answer": None}  # the answer does not depend on it
         if change := differences(before, asked.get(earlier.id, before) | {"answer": None}):
             hint = "give changed rows ids of their own, or choose another -o"
             raise UsageError(f"the row {earlier.id!r} is not what it was: {change}", hint)
@@ -178,15 +184,15 @@ def remaining(
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return the entries in which two dicts differ, in words; empty where they are equal."""
+    """Describe the entries that differ between two dicts; empty if they are equal."""
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
 
 
 def size_rule_changes(before: int | None, now: int | None) -> str:
-    """Say in words how the number of units has changed below which inputs are pruned after the tower alone; empty where it has not.
+    """Describe a change of the size limit, in units, below which inputs are pruned only after the tower; empty if unchanged.
 
-    0 is a device on which no input is, None is unknown.
+    0 means that the device never does this; None means unknown.
     """
     if before is None or now is None or before == now:
         return ""
@@ -200,7 +206,7 @@ def _inputs_below(units: int) -> str:
 
 
 def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """Say in words how the state of files (`file_state`) has changed; empty where it has not, or one is unknown."""
+    """Describe a change in the state of files (`file_state`); empty if nothing has changed or a state is unknown."""
     if not before or not now or before == now:
         return ""
     first, second = ({name: value for name, value in state.items() if name != "digest"} for state in (before, now))
@@ -208,13 +214,21 @@ def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> s
 
 
 class RecordFile:
-    """Opened and locked by the constructor, changed from `begin` on. Stdout ("-"), a pipe or an open file is only written, and not
-    `regular`. `stdout`: where "-" is, if not `sys.stdout`.
+    """An output file of records. The constructor opens and locks it; `begin` is the first call that changes it.
 
-    An existing file's records are kept with `resume`, as `found`, dropped with `overwrite`; with neither, it must be empty. Raises
-    UsageError: the file cannot be written, exists, holds anything but records, or another program is writing it.
+    Stdout ("-"), pipes and already open files are only written to; for them `regular` is False.
 
-    Subclasses have records of another `schema`, and call what makes them by another `noun`.
+    With `resume`, the records of an existing file are kept, and listed in `found`. With `overwrite` they are dropped. Without
+    either, an existing file must be empty.
+
+    Subclasses set another record `schema`, and the `noun` that messages use for the run.
+
+    Args:
+        stdout: the stream for "-", if not `sys.stdout`.
+
+    Raises:
+        UsageError: the file cannot be written, already has records, contains anything but records, or another program is writing
+            it.
     """
 
     schema: ClassVar[str] = SCHEMA
@@ -224,7 +238,7 @@ class RecordFile:
         self.name = path
         self._stdout = stdout or sys.stdout
         self.found: list[Found] = []
-        self.written = 0  # records, by this run
+        self.written = 0  # records written by this run
         self._made = self._begun = False
         given = path == STDOUT or path.startswith(OPEN_FILES)
         self.regular = not given and (os.path.isfile(path) or not os.path.exists(path))
@@ -249,27 +263,27 @@ class RecordFile:
         except BaseException:
             os.close(self._number)
             raise
-        # Signals become exceptions in the main thread only, so what another thread writes is written completely.
+        # Signals raise exceptions only in the main thread, so lines written by another thread are never cut off.
         self._writer = ThreadPoolExecutor(1)
 
     @property
     def resumable(self) -> bool:
-        """Return whether a later run can go on with the file."""
+        """Whether a later run can resume the file."""
         return self.regular
 
     def _is_own(self) -> bool:
-        """Return whether the file begins with a record, which may be torn."""
+        """Return True if the file begins with a record, possibly a torn one."""
         head = self._head
         begun = os.pread(self._number, len(head), 0).rstrip(b"\0")
         return bool(begun) and head.startswith(begun)
 
     @property
     def _head(self) -> bytes:
-        """Return how every record begins."""
+        """The bytes that every record begins with."""
         return f'{{"schema":"{self.schema}",'.encode()
 
     def begin(self, again: Container[str] = ()) -> None:
-        """Cuts the file down to its whole records, without those whose ids are in `again`; without `resume`, to nothing."""
+        """Truncate the file to its whole records, dropping those with ids in `again`. Without `resume`, truncate it to nothing."""
         self._begun = True
         if self.regular:
             self._writer.submit(self._keep, again).result()
@@ -278,8 +292,8 @@ class RecordFile:
         kept = [record for record in self.found if record.id not in again]
         size = sum(record.end - record.start for record in kept)
         try:
-            remove_unfinished(self.path)  # this program has the lock, so nobody is writing one
-            if kept and kept[-1].end != size:  # some records before the last one go
+            remove_unfinished(self.path)  # this program holds the lock, so no other program is writing one
+            if kept and kept[-1].end != size:  # records before the last one are dropped
                 self._number = self._copied(kept)
             os.ftruncate(self._number, size)
             if kept and os.pread(self._number, 1, size - 1) != b"\n":
@@ -288,7 +302,7 @@ class RecordFile:
             raise self._cannot_write(problem) from problem
 
     def add(self, record: Line) -> None:
-        """Appends a record, which is on the disk when this returns. Neither a signal nor a full disk tears a line."""
+        """Append a record and sync it to disk. Neither a signal nor a full disk leaves a torn line."""
         try:
             line = record.to_json().encode()
         except UnicodeEncodeError:  # a path that is not valid Unicode
@@ -296,7 +310,7 @@ class RecordFile:
         self._writer.submit(self._write, line + b"\n").result()
 
     def close(self) -> None:
-        """Waits for the line that is being written. Removes the file if this run created it and it is empty."""
+        """Wait for the line being written, then close the file. Removes it if this run created it and it is empty."""
         self._writer.shutdown()
         if self._made and not os.fstat(self._number).st_size:
             os.unlink(self.path)
@@ -312,7 +326,7 @@ class RecordFile:
         self.written += 1
 
     def _open(self) -> int:
-        """Return a file descriptor; of a regular file one that holds its lock."""
+        """Return a file descriptor. For a regular file, it holds the lock."""
         if self.name == STDOUT:
             self._stdout.flush()
             return os.dup(self._stdout.fileno())
@@ -328,7 +342,7 @@ class RecordFile:
                 self._made = False
             try:
                 self._lock(number)
-                # The program that held the lock may have replaced or removed the file.
+                # The previous holder of the lock may have replaced or removed the file.
                 if os.path.exists(self.path) and os.path.samestat(os.fstat(number), os.stat(self.path)):
                     return number
             except BaseException:
@@ -339,7 +353,7 @@ class RecordFile:
     def _lock(self, number: int) -> None:
         try:
             import fcntl
-        except ImportError:  # not a Unix
+        except ImportError:  # not Unix
             return
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -351,7 +365,11 @@ class RecordFile:
                 raise
 
     def _read(self) -> list[Found]:
-        """Return all whole records. A torn one may follow them; a file with anything else is refused."""
+        """Return all whole records. A torn record may follow them.
+
+        Raises:
+            UsageError: the file contains anything else.
+        """
         records = []
         end = 0
         settings = None
@@ -363,8 +381,8 @@ class RecordFile:
                         raise ValueError
                     about = record["batch"]
                     failed = record["error"] is not None
-                    stated = {"seek": EXACT} | about["settings"]  # earlier versions knew no other
-                    if stated != settings:  # usually one object serves all records
+                    stated = {"seek": EXACT} | about["settings"]  # earlier versions had no other mode
+                    if stated != settings:  # usually the same for all records, so share one object
                         settings = stated
                     files = dict(about.get("files") or {})
                     commit = dict(record.get("model") or {}).get("revision")
@@ -386,7 +404,7 @@ class RecordFile:
         return records
 
     def _copied(self, kept: list[Found]) -> int:
-        """Replaces the file by one with these records, in one step; returns the new file's descriptor, locked."""
+        """Atomically replace the file by one with only these records. Returns the descriptor of the new file, which is locked."""
         number, place = create_unfinished(self.path)
         try:
             self._lock(number)
@@ -410,9 +428,9 @@ class RecordFile:
 
 
 def _is_torn(line: bytes, head: bytes, follows: bool) -> bool:
-    """Return whether the line, no record, is the beginning of one.
+    """Return True if a line that is not a record is the beginning of one.
 
-    A record begins with `head`. The rest of the line may be zeros; all of it, if it `follows` a record.
+    A record begins with `head`. The rest of the line may be zeros, or the whole line if it `follows` a record.
     """
     begun = line.rstrip(b"\0")
     if line.endswith(b"\n") or not (begun or follows):
@@ -421,11 +439,14 @@ def _is_torn(line: bytes, head: bytes, follows: bool) -> bool:
         loads(line)
     except ValueError:
         return begun.startswith(head) or head.startswith(begun)
-    return False  # a whole object, such as a record of `ask --json`
+    return False  # a complete object, such as a record of `ask --json`
 
 
 def write_file(path: str, content: bytes) -> None:
-    """Writes a file completely or not at all. Raises OSError, as the three below do."""
+    """Write a file completely or not at all.
+
+    Raises OSError, as do the three functions below.
+    """
     number, unfinished = create_unfinished(path)
     try:
         with open(number, "wb") as file:
@@ -437,7 +458,7 @@ def write_file(path: str, content: bytes) -> None:
 
 
 def append(number: int, content: bytes, regular: bool = True) -> None:
-    """Appends to an open file. To a `regular` one it appends all of the content or nothing, which is on the disk afterwards."""
+    """Append to an open file. On a `regular` file, either all of `content` is appended and synced to disk, or nothing is."""
     size = os.fstat(number).st_size
     rest = memoryview(content)
     try:
@@ -452,13 +473,13 @@ def append(number: int, content: bytes, regular: bool = True) -> None:
 
 
 def create_unfinished(path: str) -> tuple[int, str]:
-    """Creates an unfinished file for `path`, to read and to append to: its descriptor, and its name, which no file had before."""
+    """Create a temporary file for `path`, open for reading and appending. Returns its descriptor and its new, unique name."""
     name = UNFINISHED.format(path, secrets.token_hex(4))
     return os.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666), name
 
 
 def remove_unfinished(path: str) -> None:
-    """Removes the unfinished files for `path` that killed programs left; no program may be writing one."""
+    """Remove temporary files for `path` that killed programs left. No program may be writing one."""
     for name in glob.glob(UNFINISHED.format(glob.escape(path), "[0-9a-f]" * 8)):
         with suppress(FileNotFoundError):
             os.unlink(name)

@@ -1,6 +1,6 @@
-"""A batch on a Ray cluster: one worker for each GPU, or for each node without GPUs. The program that started it writes.
+"""A batch on a Ray cluster: one worker per GPU, or per node without GPUs. The program that started the batch writes the output.
 
-A worker that dies is replaced, and its span is done again, three times.
+If a worker dies, it is replaced, and its span is retried up to three times.
 """
 
 import json
@@ -23,17 +23,17 @@ from evoprune.language import Turn
 from evoprune.report import Report
 
 INSTALL = "pip install 'evoprune[ray]'"
-TRIES = 3  # for a span whose workers die
+TRIES = 3  # attempts for a span whose workers die
 
 
 class WorkerDied(EvopruneError):
-    """Report a worker that died each time that it tried a span."""
+    """A worker died in every attempt at a span."""
 
     type = "worker_died"
 
 
 class RemoteError(EvopruneError):
-    """Stand for an error in another process, made from its record."""
+    """An error from another process, rebuilt from its record."""
 
     def __init__(self, error: dict[str, Any]):
         super().__init__(error["message"], error["hint"], stage=error["stage"])
@@ -49,11 +49,16 @@ def answers_on_ray(
     cache: bool = False,
     on_ready: Callable[[], None] = lambda: None,
 ) -> Iterator[Report]:
-    """Yield a record for every row, as `batch.run.answers`, in the order in which they finish. No video is read in advance.
+    """Yield a record for every row, in order of completion. See `batch.run.answers`. Inputs are not prefetched.
 
-    `address`: of a cluster, such as "auto"; None for RAY_ADDRESS, or else a new cluster on this machine. `cache`: of each node.
+    Args:
+        address: a cluster such as "auto"; None uses RAY_ADDRESS, or else a new cluster on this machine.
+        cache: whether each node uses its own cache.
+        on_ready: called after connecting to the cluster.
 
-    Raises UsageError: Ray is not installed, or there is no cluster. RemoteError: no worker can load the model.
+    Raises:
+        UsageError: Ray is not installed, or there is no cluster.
+        RemoteError: no worker can load the model.
     """
     left = {row.id for span in spans for row in span.rows}
     with _cluster(address) as ray:
@@ -63,7 +68,7 @@ def answers_on_ray(
             if error := json.loads(line).get("broken"):
                 raise RemoteError(error)
             record = Report.from_json(line)
-            if record.id in left:  # a span that is done again repeats its records
+            if record.id in left:  # a span that is retried repeats its records
                 left.remove(record.id)
                 yield record
     if left:
@@ -71,9 +76,9 @@ def answers_on_ray(
 
 
 def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines that the workers make, as they come."""
+    """Yield the workers' output lines as they finish."""
     workers, share = _workers(ray, settings.model.device)
-    # One block for each span: a worker that dies loses no more than its span.
+    # One block per span, so a worker that dies loses at most its span.
     rows = [{"span": json.dumps([asdict(row) for row in span.rows])} for span in spans]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
@@ -88,13 +93,13 @@ def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]
 
 
 def _workers(ray, device: str) -> tuple[int, dict[str, float]]:
-    """Return how many workers there is room for, and the share of each: a GPU, or as many cores as the smallest node has."""
+    """Return the number of workers and the resources per worker: a GPU, or as many cores as the smallest node has."""
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return cluster_share(device, int(ray.cluster_resources().get("GPU", 0)), cores)
 
 
 class Tries:
-    """Counts the tries of all workers, and outlives them."""
+    """Counts every worker's attempts. It is an actor of its own, so it survives their deaths."""
 
     def __init__(self):
         self._made = Counter()
@@ -105,7 +110,7 @@ class Tries:
 
 
 class Worker:
-    """Holds the model and answers. Runs in a process of its own, on any node."""
+    """Holds the model and answers spans. Runs in its own process, on any node."""
 
     def __init__(self, settings: Settings, folder: str, cache: bool, tries):
         self._settings = settings
@@ -113,9 +118,9 @@ class Worker:
         self._cache = None
         self._broken = None
         try:
-            _enter(folder)  # names of videos and models are relative to it
+            _enter(folder)  # paths of videos and models are relative to it
             self._qa = settings.load()
-        except EvopruneError as problem:  # if it were raised here, Ray would try again
+        except EvopruneError as problem:  # if it were raised here, Ray would retry
             self._broken = error_record(problem)
         if cache:
             from evoprune.session import Cache
@@ -140,7 +145,7 @@ class Worker:
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    """Return a row whose tuples became lists on the way."""
+    """Rebuild a row, whose tuples were serialized as lists."""
     lists = {name: tuple(fields[name]) for name in ("inputs", "paths", "options", "groups")}
     return Row(**fields | lists | {"earlier": tuple(Turn(**turn) for turn in fields["earlier"])})
 
@@ -155,17 +160,17 @@ def _enter(folder: str) -> None:
 
 @contextmanager
 def _cluster(address: str | None):
-    """Ray, connected to a cluster, with its own output turned off."""
+    """Connect to a Ray cluster and provide Ray, with its own output turned off."""
     try:
         import ray
         import ray.data
     except ImportError as problem:
         raise UsageError(f"--on ray needs Ray: {first_line(problem)}", INSTALL) from problem
-    # Ray reports workers that died on stdout, also while it shuts down.
+    # Ray prints reports of dead workers to stdout, even during shutdown.
     with redirect_stdout(sys.stderr):
         try:
             with _own_process():
-                # Ray itself would also look for a cluster that ran here once, and wait where that is gone.
+                # By default, Ray would also look for the last cluster on this machine, and hang if it is gone.
                 where = address or os.environ.get("RAY_ADDRESS") or "local"
                 ray.init(where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as problem:
@@ -181,7 +186,10 @@ def _cluster(address: str | None):
 
 @contextmanager
 def _own_process():
-    """Keeps the handler of SIGTERM, which Ray replaces. A new cluster sends no statistics unless the environment says so."""
+    """Preserve the SIGTERM handler, which Ray replaces.
+
+    Also turn off a new cluster's usage statistics, unless the environment sets them.
+    """
     handler = signal.getsignal(signal.SIGTERM)
     variable = "RAY_USAGE_STATS_ENABLED"
     given = variable in os.environ

@@ -1,4 +1,4 @@
-"""Rows: questions about videos and pictures, read from a JSONL or CSV file or made of videos and questions. No torch."""
+"""Rows: questions about videos and pictures, from a JSONL or CSV file, or all pairs of videos and questions. Imports no torch."""
 
 import csv
 import hashlib
@@ -32,58 +32,58 @@ from evoprune.util import (
 )
 from evoprune.video import AUTO_SUBTITLES, IMAGES, NO_SUBTITLES, VIDEOS, SamplingOptions, files, in_order, parse_time
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # labels for the options of a question
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)
-# What a row may have. `type` and `groups` are for evaluations, whose files a batch reads too.
+# Fields a row may have. `type` and `groups` are used by evaluations, whose files a batch can read too.
 FIELDS = (
     "id", "video", "inputs", "question", "start", "end", "fps", "frames", "frame_rate", "max_new_tokens", "options",
     "subtitles", "messages", "answer", "type", "groups",
 )  # fmt: skip
-SAME = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # what qwen-vl-utils calls them
+SAME = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # names of the same fields in qwen-vl-utils
 LONGEST_PATH = 4096  # characters
 LIST_COLUMNS = ("inputs", "options", "groups")  # columns whose cells in a CSV file are lists, separated by |
 ENDINGS_HINT = f"files that count end in {', '.join((*VIDEOS, *IMAGES))}"
-MAX_BYTES = 2**28  # of a file: all rows are held in memory
-# "line" or, in an array, "row"; its number from 1; and its fields or why it has none.
+MAX_BYTES = 2**28  # limit for a file, because all rows are held in memory
+# "line" ("row" in a JSON array), its number from 1, and its fields or the reason why they are invalid.
 Line = tuple[str, int, dict[str, Any] | ValueError]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Hold a question about one input or several, or about a span of the videos among them."""
+    """A question about one or several inputs, or about a time span of the videos among them."""
 
     id: str  # the row's name in the results
-    inputs: tuple[str, ...]  # the paths of videos and pictures as the user wrote them
-    paths: tuple[str, ...]  # the paths that open them
+    inputs: tuple[str, ...]  # paths of videos and pictures as the user wrote them
+    paths: tuple[str, ...]  # the same paths, ready to open
     question: str
-    start_s: float = 0.0  # of the span to look at, in seconds; below 0 from the video's end
-    end_s: float | None = None  # None for the end
-    fps: float | None = None  # of this row; None for that of the batch, as with the three below
+    start_s: float = 0.0  # start of the span in seconds; negative counts from the video's end
+    end_s: float | None = None  # end of the span; None for the end of the video
+    fps: float | None = None  # None uses the batch's value; same for the next three fields
     frames: int | None = None
-    frame_rate: float | None = None  # frames a second in folders of frames
+    frame_rate: float | None = None  # frames per second in folders of frames
     max_new_tokens: int | None = None
-    options: tuple[str, ...] = ()  # the texts to choose from; empty for an open question
-    scored: bool = False  # whether the answer is one of the options by their probabilities, without letters
-    subtitles: str | None = None  # those to read, as the user wrote it; None for those of the batch
-    subtitles_path: str | None = None  # the same, to open it
-    earlier: tuple[Turn, ...] = ()  # of a conversation, in which the question is the next
-    # The expected answer. A batch passes it on; an evaluation grades by it, and with `options` it is one of them.
+    options: tuple[str, ...] = ()  # the answer choices; empty for an open question
+    scored: bool = False  # choose the answer among the options by probability, without letters
+    subtitles: str | None = None  # subtitles for this row, as the user wrote them; None uses the batch's subtitles
+    subtitles_path: str | None = None  # the same, ready to open
+    earlier: tuple[Turn, ...] = ()  # earlier turns of the conversation that the question continues
+    # The expected answer. A batch passes it on; an evaluation grades by it. If there are `options`, it is one of them.
     answer: Any = None
-    type: str | None = None  # in an evaluation, a name under which the row is counted
-    groups: tuple[str, ...] = ()  # more of them
-    # The fields as they were given, as text: name and value. Tables repeat them.
+    type: str | None = None  # in an evaluation, a category to report the row under
+    groups: tuple[str, ...] = ()  # further categories
+    # The given fields as (name, value) texts, repeated in output tables.
     cells: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def video(self) -> str:
-        """Name the input; of several, all."""
+        """The inputs, separated by commas."""
         return ", ".join(self.inputs)
 
     @property
     def prompt(self) -> str:
-        """Write the text that the model gets: the question, then the options as lines with letters, in lmms-eval's wording.
+        """The text for the model: the question, then lettered options in lmms-eval's wording.
 
-        Options that are scored are no part of it.
+        Scored options are not included.
         """
         if not self.options or self.scored:
             return self.question
@@ -92,7 +92,7 @@ class Row:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """Return the fields that the model's answer depends on, as plain data."""
+        """The fields that the model's answer depends on, as plain data."""
         about = {"video": self.video}
         if len(self.inputs) > 1:
             about = {"inputs": list(self.inputs)}
@@ -104,14 +104,14 @@ class Row:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Return the fields of `SamplingOptions` that the row sets."""
+        """The fields of `SamplingOptions` that the row sets."""
         numbers = {"fps": self.fps, "frames": self.frames, "frame_rate": self.frame_rate}
         own = numbers | {"subtitles": self.subtitles_path}
         span = {"start_s": self.start_s, "end_s": self.end_s}
         return span | {name: value for name, value in own.items() if value is not None}
 
     def generation(self, usual: GenerationOptions) -> GenerationOptions:
-        """Return how the answer is generated: as `usual`, but for what the row says itself."""
+        """Return `usual` with the row's own overrides."""
         own = {}
         if self.max_new_tokens is not None:
             own["max_new_tokens"] = self.max_new_tokens
@@ -121,7 +121,11 @@ class Row:
 
 
 def with_scored_options(rows: Iterable[Row]) -> list[Row]:
-    """Return rows whose answers are chosen among their options. Raises UsageError: a row has none, or one twice."""
+    """Return rows whose answers are chosen among their options by probability.
+
+    Raises:
+        UsageError: a row has no options, or the same option twice.
+    """
     rows = list(rows)
     for row in rows:
         if not row.options:
@@ -135,17 +139,17 @@ def with_scored_options(rows: Iterable[Row]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Rules:
-    """Say what the rows of a file must hold beyond `video` and `question`."""
+    """Requirements for the rows of a file beyond `video` and `question`."""
 
-    fields: str  # a hint for errors in the fields of a row
-    file: str = "give a JSONL or CSV file of rows"  # a hint for errors of the file
-    passes_on: bool = False  # whether the output repeats the fields that are not read
-    numbered: bool = False  # a row without an id is named by its line's number; else by a digest of what it asks
-    # Called with each row and its fields; returns the row completed, or raises ValueError to refuse it
+    fields: str  # hint for errors in the fields of a row
+    file: str = "give a JSONL or CSV file of rows"  # hint for errors in the file
+    passes_on: bool = False  # whether the output repeats unknown fields
+    numbered: bool = False  # name rows without an id by line number instead of a digest of the question
+    # Called with each row and its fields. Returns the completed row, or raises ValueError to reject it.
     complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
 
 
-MAY_HAVE = "id, start, end, fps, frames, frame_rate, max_new_tokens, options"  # fields, for hints
+MAY_HAVE = "id, start, end, fps, frames, frame_rate, max_new_tokens, options"  # optional fields, for hints
 BATCH = Rules(
     f"a row has question and video, or inputs for several, and may have {MAY_HAVE}, subtitles and answer; or messages in place of "
     "question"
@@ -154,18 +158,18 @@ BATCH = Rules(
 
 @dataclass(frozen=True)
 class Span:
-    """Inputs, a span of their time, its frames, and subtitles, encoded once for all `rows` about them, at least one."""
+    """One or more `rows` about the same inputs, time span, frames and subtitles, which are encoded once for all of them."""
 
     rows: tuple[Row, ...]
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Return the fields of `SamplingOptions` that the rows set."""
+        """The fields of `SamplingOptions` that the rows set."""
         return self.rows[0].sampling
 
 
 def group_by_span(rows: Iterable[Row]) -> list[Span]:
-    """Group rows that share an encoding, in the order of their first rows."""
+    """Group rows that share an encoding. Groups are ordered by their first rows."""
     inputs: dict[tuple[str, ...], dict[tuple, list[Row]]] = {}
     for row in rows:
         encoding = tuple(row.sampling.items())
@@ -181,11 +185,14 @@ def product_rows(
     recursive: bool = False,
     pictures: bool = False,
 ) -> list[Row]:
-    """Return every question about every video, or every video of a folder, with `recursive` also of the folders inside it.
+    """Return a row for every pair of a video and a question. Folders of videos are expanded.
 
-    `pictures`: also about pictures in a folder of videos, as `in_folder`.
+    Args:
+        recursive: also search subfolders.
+        pictures: also include the pictures in a folder of videos, as in `in_folder`.
 
-    Raises UsageError that names all that is wrong.
+    Raises:
+        UsageError: names everything that is wrong.
     """
     wrong = Wrong()
     videos = list(in_folders(videos, wrong, recursive, pictures))
@@ -203,7 +210,11 @@ def product_rows(
 
 
 def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules: Rules = BATCH) -> list[Row]:
-    """Return the rows of a file, as `read_rows`; paths are relative to its folder. Raises UsageError also if it cannot be read."""
+    """Return the rows of a file, see `read_rows`. Paths are relative to the file's folder.
+
+    Raises:
+        UsageError: also if the file cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             content = read_all(file, path, rules.file)
@@ -215,10 +226,14 @@ def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules
 def read_rows(
     content: bytes, name: str, folder: str, start_s: float = 0.0, end_s: float | None = None, rules: Rules = BATCH
 ) -> list[Row]:
-    """Return the rows of a JSONL or CSV file, with paths relative to `folder`; `start_s` and `end_s` are for rows without their
-    own.
+    """Return the rows of a JSONL or CSV file.
 
-    Raises UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong rows and counts the others.
+    Args:
+        folder: the folder that paths are relative to.
+        start_s, end_s: span for rows without their own.
+
+    Raises:
+        UsageError: rows are invalid or repeat an id, or there are none. Names the first bad rows and counts the rest.
     """
     rows = _rows(_lines(content, name, rules.fields), name, folder, (start_s, end_s), rules)
     if not rows:
@@ -227,7 +242,11 @@ def read_rows(
 
 
 def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, float | None], rules: Rules) -> list[Row]:
-    """Return the rows of all lines; raises UsageError if any is wrong. `name`: of their file, if there is one; else nothing."""
+    """Return the rows of all lines. `name` is the file's name, or "" if there is no file.
+
+    Raises:
+        UsageError: any row is invalid.
+    """
     wrong = Wrong()
     rows: dict[str, Row] = {}
     places: dict[str, str] = {}
@@ -257,7 +276,7 @@ def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, floa
 
 
 def _named(unused: Counter) -> str:
-    """List fields, each with the number of its rows, and with the one that may be meant."""
+    """List unused fields, each with its number of rows and, if the name looks like a typo, the field that may be meant."""
     texts = []
     for name, count in unused.items():
         text = f"{shorten(name, 40)} in {counted(count, 'row')}"
@@ -310,7 +329,7 @@ def _row(
         answer=fields.get("answer"),
         **numbers,
     )
-    # Both refuse what is out of range.
+    # Both raise an error for values out of range.
     row.generation(GenerationOptions())
     SamplingOptions(**row.sampling)
     row = rules.complete(row, fields)
@@ -324,7 +343,7 @@ def _row(
 
 
 def _said(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
-    """Return the earlier turns of a row, and its question: that field, or the last of its messages."""
+    """Return the earlier turns of a row, and its question: the `question` field, or the last of its messages."""
     if "messages" not in fields:
         return (), _text(fields.get("question"), "question")
     messages = fields["messages"]
@@ -341,7 +360,7 @@ def _said(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
 
 
 def _cell(value: Any) -> str:
-    """Return a field as the text of a cell: lists of texts as they are read from CSV, all else that is no text as JSON."""
+    """Return a field as the text of a cell: a list of texts in the CSV list format, any other non-text value as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(each, str) and "|" not in each for each in value):
@@ -350,10 +369,10 @@ def _cell(value: Any) -> str:
 
 
 def _path(folder: str, text: str) -> str:
-    """Return the path that opens a file, which is relative to `folder`; a row may also have `~`, or the URL of a file or on the
-    web.
+    """Return a path that opens the file `text`, relative to `folder`. `~`, file: URLs and web URLs are supported.
 
-    Raises ValueError: no file can have such a name.
+    Raises:
+        ValueError: no file can have this name.
     """
     if is_url(text):
         return text
@@ -363,14 +382,14 @@ def _path(folder: str, text: str) -> str:
     path = os.path.join(folder, file)
     try:
         possible = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:  # a lone surrogate
         possible = False
     _must(possible, f"no file can have the name {shown(text)!r}")
     return path
 
 
 def _check_span(start_s: float, end_s: float | None) -> None:
-    # Below 0 they count from the video's end.
+    # Negative times count from the video's end.
     if end_s is not None and end_s <= start_s and (end_s < 0) == (start_s < 0):
         raise ValueError(f"end {end_s:g} s is not after start {start_s:g} s")
 
@@ -381,7 +400,7 @@ def _must(holds: bool, problem: str) -> None:
 
 
 def _options(options: Any) -> tuple[str, ...]:
-    """Return the options of a question without the letters that each begins with, for the prompt adds its own."""
+    """Return the options of a question without their leading letters, because the prompt adds its own."""
     right = isinstance(options, list) and len(options) != 1 and len(options) <= len(LETTERS)
     _must(right, f"options are not a list of 2 to {len(LETTERS)} texts")
     options = tuple(_text(option, "option") for option in options)
@@ -419,7 +438,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
-    """Return a number that a row may have, in CSV as a text; None where it has none."""
+    """Return a number from a row (a text in CSV files), or None if the row has none."""
     number = value
     if isinstance(value, str):
         for read in (float, kind):
@@ -434,7 +453,7 @@ def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
 
 
 def _seconds(value: Any, name: str) -> float | None:
-    if value is None:  # an end that nobody gave
+    if value is None:  # no end was given
         return None
     if isinstance(value, str):
         return parse_time(value)
@@ -444,7 +463,7 @@ def _seconds(value: Any, name: str) -> float | None:
 
 
 class Wrong:
-    """Collects what is wrong with the videos and rows of a batch, each with the hint that helps, for one error."""
+    """Collects problems with the videos and rows of a batch, each with a hint, and reports them as one error."""
 
     def __init__(self):
         self._found: list[tuple[str, str]] = []
@@ -454,14 +473,19 @@ class Wrong:
 
     @contextmanager
     def noting(self, place: str, hint: str) -> Iterator[None]:
-        """Adds what a block raises, with the `place` before it; `hint` is for what has none of its own."""
+        """Collect an exception from the block, prefixed with `place`. `hint` is used if the exception has no hint."""
         try:
             yield
         except (ValueError, EvopruneError) as problem:
             self.add(f"{place}{getattr(problem, 'message', problem)}", getattr(problem, "hint", None) or hint)
 
     def check(self, videos: Mapping[str, str], name: str = "") -> None:
-        """Raises UsageError if anything was added, with missing `videos` (path: its place). `name`: of the file, said once."""
+        """Raise UsageError if any problem was collected. Also reports missing files.
+
+        Args:
+            videos: maps paths to the places that name them.
+            name: the rows file, which the message names only once.
+        """
         if not self._found:
             return
         for path, place in videos.items():
@@ -474,7 +498,7 @@ class Wrong:
 
 
 def folders_below(folder: str) -> Iterator[str]:
-    """Yield the folder and all folders inside it, in natural order of names; none that is hidden, or that a link leads to."""
+    """Yield a folder and all its subfolders in natural order of names, except hidden folders and symbolic links."""
     yield folder
     try:
         with os.scandir(folder) as entries:
@@ -486,9 +510,12 @@ def folders_below(folder: str) -> Iterator[str]:
 
 
 def in_folder(folder: str, pictures: bool = False) -> list[str]:
-    """Return the videos in a folder, in natural order of names, with `pictures` also the pictures.
+    """Return the videos in a folder in natural order of names, and with `pictures` also its pictures.
 
-    A picture that has the name of a video, as a thumbnail has, does not count. Raises OSError: the folder cannot be read.
+    A picture with the same name as a video, such as a thumbnail, is skipped.
+
+    Raises:
+        OSError: the folder cannot be read.
     """
     videos = files(folder, VIDEOS)
     if not pictures:
@@ -500,12 +527,13 @@ def in_folder(folder: str, pictures: bool = False) -> list[str]:
 
 
 def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False, pictures: bool = False) -> Iterator[str]:
-    """Yield the videos, with those in a folder of videos instead of the folder, in natural order of names; a folder of images is
-    one.
+    """Yield the videos, replacing each folder of videos by its files in natural order. A folder of images counts as one video.
 
-    Among more videos than images, the images are left out unless `in_folder` takes them with `pictures`.
-    `wrong` collects folders that are unclear.
-    `recursive`: also those of the folders inside a folder, each as if it was given; of those that hold neither there is no word.
+    If a folder has more videos than images, its images are skipped unless `pictures` includes them (see `in_folder`).
+
+    Args:
+        wrong: collects folders whose meaning is unclear.
+        recursive: also search subfolders, each as if it had been given. Subfolders with neither videos nor images are ignored.
     """
     for video in videos:
         if not os.path.isdir(video):
@@ -539,7 +567,7 @@ def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False, pic
 
 
 def holds_some(folder: str) -> bool:
-    """Return whether a folder holds videos or images itself, or cannot be read, which is to be said."""
+    """Return True if a folder directly contains videos or images, or cannot be read, so that the error is reported later."""
     try:
         return bool(files(folder, VIDEOS) or files(folder, IMAGES))
     except OSError:
@@ -547,10 +575,13 @@ def holds_some(folder: str) -> bool:
 
 
 def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
-    """Name the other things in a folder of videos, or of images, as a line; empty if there are none.
+    """Return a line that names the unused entries of a folder of videos or images; empty if everything is used.
 
-    Hidden files do not count, nor other files beside images. `pictures`: as of `in_folder`. `hint`: how
-    folders inside a folder of images are searched.
+    Hidden files are ignored, as are other files in a folder of images.
+
+    Args:
+        pictures: as in `in_folder`.
+        hint: how to search the subfolders of a folder of images.
     """
     if not os.path.isdir(video):
         return ""
@@ -572,7 +603,11 @@ def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
 
 
 def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
-    """Return all that is in an open file, which may be endless; raises UsageError at more than `MAX_BYTES`."""
+    """Return the content of an open file, which may be endless.
+
+    Raises:
+        UsageError: it has more than `MAX_BYTES`.
+    """
     content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise UsageError(f"{name} has more than {MAX_BYTES // 2**20} MiB", f"give it in pieces; {hint}")
@@ -580,10 +615,12 @@ def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
 
 
 def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
-    """Yield the lines of a file that are not empty: JSON objects, one array of them, or CSV, by the first character. Empty cells
-    are no fields, and names of columns may be in any case.
+    """Yield the non-empty lines of a file: JSON objects, one JSON array of objects, or CSV, depending on the first character.
 
-    Raises UsageError: the content is not UTF-8, an array is not JSON, or the head of a CSV file lacks a column.
+    In CSV, empty cells are treated as missing, and column names are case-insensitive.
+
+    Raises:
+        UsageError: the content is not UTF-8, an array is not valid JSON, or the header of a CSV file lacks a column.
     """
     if content.startswith(LFS):
         raise UsageError(f"{name} is a git-lfs pointer", LFS_HINT)
@@ -608,7 +645,7 @@ def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
 
 
 def _object_of(line: str) -> dict[str, Any] | ValueError:
-    """Return the JSON object of a line, or the problem with it."""
+    """Return the JSON object on a line, or the problem with it."""
     try:
         return _object(loads(line, once=True))
     except json.JSONDecodeError as problem:
@@ -618,7 +655,7 @@ def _object_of(line: str) -> dict[str, Any] | ValueError:
 
 
 def _object(fields: Any) -> dict[str, Any] | ValueError:
-    """Return what was read from JSON if it is an object, else the problem."""
+    """Return a parsed JSON value if it is an object, otherwise a ValueError."""
     return fields if isinstance(fields, dict) else ValueError("not a JSON object")
 
 
@@ -632,7 +669,7 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
             raise UsageError(f"{file}: the first line names the column {shorten(twice[0], 40)} twice", hint)
         if "messages" in names and "question" not in names:
             raise UsageError(f"{file}: a table has no place for messages", "write the rows as JSON lines")
-        for required in (("video", "inputs"), ("question",)):  # one of each
+        for required in (("video", "inputs"), ("question",)):  # one name from each tuple
             if not set(required) & set(names):
                 needed = f"the first line must name the columns, unless the lines are JSON; `{required[0]}` is missing"
                 raise UsageError(f"{file}: {needed} (found: {shorten(', '.join(names), 80)})", hint)
@@ -645,4 +682,4 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
                 cells = ValueError("more cells than the head has")
             yield "line", reader.line_num, cells
     except csv.Error as problem:
-        yield "line", reader.line_num + 1, ValueError(str(problem))  # line_num counts the last line that was whole
+        yield "line", reader.line_num + 1, ValueError(str(problem))  # line_num counts only complete lines

@@ -1,4 +1,4 @@
-"""Many questions about many videos; meanwhile the next ones are read (session/upcoming.py)."""
+"""Answers many questions about many videos, while the next videos are prefetched (session/upcoming.py)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -28,10 +28,13 @@ def answers(
     progress: Progress | None = None,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Report]:
-    """Yield a record for every row, as they are answered. A row that fails has a record with an error, and the others go on.
+    """Yield a record for each row as it is answered. A row that fails gets a record with an error, and the others continue.
 
-    `ahead`: what may have read the first inputs already. `progress`: as of `session.encoding.OpenInputs.encode`, of one span after
-    the other. `on_wait`: called after each encoding with the seconds that it has waited for reading and preprocessing.
+    Args:
+        on_failure: called with each exception.
+        ahead: may have prefetched the first inputs.
+        progress: see `session.encoding.OpenInputs.encode`; called for one span after another.
+        on_wait: called after each encoding with the seconds spent waiting for reading and preprocessing.
     """
 
     def opened(span: Span, cores: int | None) -> OpenInputs:
@@ -49,7 +52,7 @@ def answers(
 
 
 def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:
-    """Return the record of a row that has no answer."""
+    """Return the record of a row that failed."""
     report = Report(question=row.prompt, finish_reason="error", error=error)
     name_inputs(report, [without_password(name) for name in row.inputs])
     return _named(report, row, settings)
@@ -85,7 +88,7 @@ def _asked(
         if row.earlier:
             asked = encoded.chat(generation.system, messages_of(row.earlier))
         answer = asked.ask(row.prompt, **vars(generation))
-        str(answer)  # generates it
+        str(answer)  # generates the answer
         return answer.report
 
     encoded, error = _tried(encode, on_failure)
@@ -100,7 +103,10 @@ def _asked(
 
 
 def _tried(work: Callable[[], T], on_failure: Callable[[Exception], None]) -> tuple[T | None, dict | None]:
-    """Return the result, or the error as records hold it. By then the exception and the memory that it refers to are freed."""
+    """Return the result of `work`, or the error in the format of records.
+
+    When this returns, the exception and the memory it references are freed.
+    """
     try:
         return work(), None
     except Exception as problem:

@@ -1,4 +1,4 @@
-"""The output of a batch as a table in CSV: each row as it came, then its answer or error. No torch."""
+"""Batch output as a CSV table: each row as it was given, then its answer or error. Imports no torch."""
 
 import csv
 import io
@@ -16,17 +16,17 @@ COLUMNS = ("answer", "error", "finish_reason", "visual_tokens", "new_tokens", "t
 
 
 def is_table(path: str) -> bool:
-    """Return whether an output of this name is a table. Stdout and open files are not, whatever they are called."""
+    """Return True if an output path means a CSV table. Stdout and open files never do, regardless of their names."""
     return path.lower().endswith(ENDING) and path != STDOUT and not path.startswith(OPEN_FILES)
 
 
 class TableFile(RecordFile):
-    """Write a CSV file (RFC 4180, UTF-8, comma) that grows by whole rows as they are finished, each on the disk when `add` returns.
+    """A CSV file (RFC 4180, UTF-8, comma) that grows by one row at a time. Each row is on disk when `add` returns.
 
-    It has the columns of the rows, in the order in which they come up, then `COLUMNS`. A column of a row that is called as one
-    of `COLUMNS` is `row_` and its name. A table has no place for settings, so nothing can go on with it.
+    It has the input columns in order of first appearance, then `COLUMNS`. An input column with the same name as one of `COLUMNS` is
+    renamed to `row_` and its name. A table has no place for settings, so it cannot be resumed.
 
-    Raises UsageError as `RecordFile`, and for `resume`.
+    Raises UsageError like `RecordFile`, and for `resume`.
     """
 
     def __init__(self, path: str, rows: Sequence[Row], *, stdout: TextIO | None = None, resume: bool, overwrite: bool):
@@ -42,7 +42,7 @@ class TableFile(RecordFile):
         return False
 
     def begin(self, again: Container[str] = ()) -> None:
-        """Empties the file and writes the head."""
+        """Truncate the file and write the header."""
         super().begin(again)
         taken = {*self._names, *COLUMNS}
         titles = []
@@ -54,7 +54,7 @@ class TableFile(RecordFile):
         self._append([*titles, *COLUMNS])
 
     def add(self, record: Report) -> None:
-        """Appends a row, which is on the disk when this returns. Neither a signal nor a full disk tears it."""
+        """Append a row and sync it to disk. Neither a signal nor a full disk leaves a torn row."""
         cells = self._rows[record.id]
         tokens = record.tokens
         total = record.time_ms.total
@@ -72,12 +72,12 @@ class TableFile(RecordFile):
     def _append(self, cells: Sequence) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerow(cells)
-        # A path that is not valid Unicode has escapes.
+        # A path that is not valid Unicode is written with escapes.
         self._writer.submit(self._write, text.getvalue().encode("utf-8", "backslashreplace")).result()
-        self.written -= 1  # counted by `add`
+        self.written -= 1  # `add` counts records
 
     def _is_own(self) -> bool:
-        """Return whether the file begins with the head of such a table, perhaps a torn one."""
+        """Return True if the file begins with the header of such a table, even if it was cut off after the header."""
         with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
             head = next(csv.reader(file), [])
         return tuple(head[-len(COLUMNS) :]) == COLUMNS

@@ -1,6 +1,6 @@
-"""Measurements: `profile`, `eval`, `tune` and `verify`, and pictures of what pruning did.
+"""Measurements: `profile`, `eval`, `tune` and `verify`, and pictures of what pruning keeps.
 
-The command line takes only the names in `__all__`. Each is imported when it is first used, because most of them need torch.
+The command line uses only the names in `__all__`. Each is imported on first use, because most of them need torch.
 """
 
 from typing import TYPE_CHECKING

@@ -1,5 +1,8 @@
-"""How far a pruned model would have gone another way, without labels: it reads the answer of the unpruned model, and at each token
-the two distributions are compared. llama.cpp judges quantisation this way."""
+"""How closely a pruned model follows the unpruned one, without labels.
+
+The pruned model reads the unpruned model's answer, and the two distributions are compared at each token. llama.cpp evaluates
+quantization the same way.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,29 +11,29 @@ import torch
 
 from evoprune.session import Answer, EncodedInputs, GenerationOptions
 
-KEPT = 1024  # tokens whose probabilities are kept for every token of an answer, instead of 150,000
+KEPT = 1024  # tokens whose probabilities are kept at each position of an answer, instead of 150,000
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Hold an answer of the unpruned model."""
+    """An answer of the unpruned model with its distributions."""
 
     question: str
     system: str | None
-    think: str  # as of `GenerationOptions`
-    ids: tuple[int, ...]  # its tokens, and any one for its end: only what comes before the last is read
-    tokens: torch.Tensor  # int64 `[n, k]`, the most probable tokens at each of the n places, the first choice first
-    logs: torch.Tensor  # float32 `[n, k + 1]`, the logarithms of their probabilities, and of that of all others
-    seconds: float  # from the question to the first token
+    think: str  # see `GenerationOptions`
+    ids: tuple[int, ...]  # its tokens, plus an arbitrary one if its end counts; the model reads all but the last
+    tokens: torch.Tensor  # int64 `[n, k]`, the most probable tokens at each of n positions, the first choice first
+    logs: torch.Tensor  # float32 `[n, k + 1]`, their log probabilities, and the log of the remaining probability
+    seconds: float  # time from the question to the first token
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Along one answer."""
+    """Agreement along one answer."""
 
-    agrees: torch.Tensor  # bool `[n]`, at which tokens the first choices are the same
-    kl: torch.Tensor  # float32 `[n]`, KL(unpruned || pruned) in nats; all but the `KEPT` most probable count as one
-    seconds: float  # from the question to the first token
+    agrees: torch.Tensor  # bool `[n]`, whether the first choices are the same
+    kl: torch.Tensor  # float32 `[n]`, KL(unpruned || pruned) in nats; tokens outside the `KEPT` best count as one
+    seconds: float  # time from the question to the first token
 
     def record(self) -> dict[str, float]:
         counts = {"tokens": len(self.agrees), "agree": int(self.agrees.sum())}
@@ -45,9 +48,12 @@ def reference(
     system: str | None = None,
     think: str = "off",
 ) -> Reference:
-    """Return the unpruned model's distributions along its own answer, the tokens `ids`. Errors: as of `EncodedInputs.read_along`.
+    """Return the unpruned model's distributions along its own answer, the tokens `ids`.
 
-    Where the model `ended` it by itself, the end counts as one more token: an answer that would have run on is another one.
+    If the model `ended` the answer by itself, its end counts as one more token, because an answer that continues is a different
+    one.
+
+    Raises the errors of `EncodedInputs.read_along`.
     """
     ids = tuple(ids)
     if ended or not ids:
@@ -59,7 +65,7 @@ def reference(
 
 
 def agreement_of(given: Reference, video: EncodedInputs) -> Agreement:
-    """Return how a pruned video's choices compare. Errors: as of `EncodedInputs.read_along`."""
+    """Return how a pruned video's choices agree with a reference. Raises the errors of `EncodedInputs.read_along`."""
     logits, seconds = video.read_along(given.question, given.ids, given.system, given.think)
     logs = logits.log_softmax(-1).gather(1, given.tokens)
     logs = torch.cat([logs, _rest(logs)], 1)
@@ -70,14 +76,14 @@ def agreement_of(given: Reference, video: EncodedInputs) -> Agreement:
 def compare(
     full: EncodedInputs, question: str, answer: Answer, options: GenerationOptions, pruned: EncodedInputs
 ) -> dict[str, float]:
-    """Return the record of how a pruned video agrees with an answer of the unpruned one, which `options` led to."""
+    """Return the record of how a pruned video agrees with the unpruned answer, which was generated with `options`."""
     ended = answer.report.finish_reason == "stop"
     if answer.report.stop_reason is not None or options.grammar is not None:
-        ended = False  # perhaps the answer has no token of its end
+        ended = False  # the answer may lack its end token
     given = reference(full, question, answer.ids, ended, options.system, options.think)
     return agreement_of(given, pruned).record()
 
 
 def _rest(logs: torch.Tensor) -> torch.Tensor:
-    """Return the logarithm of what is left of 1: `[n, 1]`. Rounding leaves at least a ten-millionth, so that it is a number."""
+    """Return the log of the remaining probability, `[n, 1]`. It is clamped to at least 1e-7, so that the log is finite."""
     return torch.log1p(-logs.double().exp().sum(1, keepdim=True).clamp(max=1 - 1e-7)).to(logs.dtype)

@@ -1,4 +1,4 @@
-"""Charts as SVG: lines of points with intervals and labels, drawn by matplotlib. The same data give the same bytes."""
+"""Charts as SVG: lines of points with intervals and labels, drawn by matplotlib. The same data always give the same bytes."""
 
 import io
 import math
@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# Colours that colour-blind readers can distinguish on white (Okabe and Ito, https://jfly.uni-koeln.de/color/).
+# Colors that color-blind readers can distinguish on white (Okabe and Ito, https://jfly.uni-koeln.de/color/).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# PALE: lines beside those in INK
+# PALE is for lines next to lines in INK.
 INK = "#222222"
 SOFT = "#5F5F5F"
 PALE = "#8C8C8C"
-# Where a label begins, or ends, in points from its mark: near it, or farther away.
+# Possible offsets of a label from its mark in points (its start or, if negative, its end), nearest first.
 AROUND = (5, 4), (5, -9), (-5, 4), (-5, -9), (7, -3), (-7, -3), (5, 11), (5, -17), (-5, 11), (-5, -17)
-ROOM = 3.5  # points that a label keeps from the middle of a mark
-CUT = 1 / 3  # an axis may start above zero where everything lies above this share of the highest value
+ROOM = 3.5  # minimum distance of a label from the center of a mark, in points
+CUT = 1 / 3  # an axis may start above zero if all values exceed this share of the highest one
 
 
 @dataclass(frozen=True)
 class Point:
-    """Hold a measured value, its interval from `low` to `high` where that is known, and a label beside it."""
+    """A measured value, with its interval from `low` to `high` if known, and its label."""
 
     x: float
     y: float
@@ -35,7 +35,7 @@ class Point:
 
     @classmethod
     def percent(cls, x: float, row: dict, value: str, label: str) -> "Point":
-        """Return a share of a row of results and its interval, in percent."""
+        """Return a share from a row of results, with its interval, in percent."""
         return cls(x, 100 * row[value], 100 * row["low"], 100 * row["high"], label)
 
 
@@ -43,7 +43,7 @@ class Point:
 class Series:
     """Points joined by a line. A dashed line is derived, not measured, and has no marks.
 
-    `hollow` marks tell a series from another one of the same colour. One without a name is not in the legend.
+    `hollow` marks distinguish a series from another one in the same color. A series without a name is not in the legend.
     """
 
     name: str
@@ -58,7 +58,7 @@ def lines(
 ) -> tuple[Series, ...]:
     """Return a series for each name.
 
-    Names without a colour in `colours` get one in turn; after the sixth their marks are hollow. `dashed`: names of derived series.
+    Names without a color in `colours` get one in turn; after the sixth, marks are hollow. `dashed` names derived series.
     """
     looks = cycle(product((False, True), COLOURS))
     series = []
@@ -70,10 +70,10 @@ def lines(
 
 @dataclass(frozen=True)
 class Panel:
-    """Describe one plot.
+    """One plot.
 
-    `x_ticks` replace those at round numbers. Unless `from_zero`, the axis of the values with intervals starts near the lowest,
-    where all are above a third of the highest, and its label says so.
+    `x_ticks` replace the default ticks at round numbers. Unless `from_zero`, the value axis starts near the lowest value if all
+    values exceed a third of the highest one; its label then says so.
     """
 
     title: str
@@ -85,13 +85,13 @@ class Panel:
 
 
 def draw(title: str, subtitle: str, panels: Sequence[Panel], rows: Sequence[str] = ()) -> str:
-    """Return an SVG document of panels side by side, which share the axis of the values.
+    """Return an SVG document of panels side by side, which share the value axis.
 
     Args:
-        rows: names. With them, values go to the right: a point's `x` is the value with its interval, and `y` is the number of its
-            row, the first on top. Only dashed series are lines.
+        rows: names of rows for a horizontal chart. A point's `x` is then the value with its interval, and its `y` is the index of
+            its row, the first on top. Only dashed series are drawn as lines.
     """
-    from matplotlib import rc_context  # takes half a second
+    from matplotlib import rc_context  # takes half a second to import
     from matplotlib.figure import Figure
 
     looks = {"svg.fonttype": "none", "svg.hashsalt": "evoprune", "font.size": 8.5, "axes.edgecolor": SOFT}
@@ -136,11 +136,11 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], rows: Sequence[str]
             every[0].set_ylabel(panels[0].y_label + begins)
         figure.supxlabel(textwrap.fill(subtitle, 130), x=0.01, ha="left", fontsize=8.25, color=SOFT)
         named = {name: handle for axes in every for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(  # with the title: two things outside the plots would overlap
+        figure.legend(  # includes the title, because two things outside the plots would overlap
             named.values(), named, loc="outside upper left", ncols=4, frameon=False, alignment="left",
             title=textwrap.fill(title, 90), title_fontproperties={"size": 12, "weight": "bold"},
         )  # fmt: skip
-        figure.draw_without_rendering()  # lays it out, so that it is known which labels would overlap
+        figure.draw_without_rendering()  # computes the layout, to find labels that would overlap
         for axes, panel in zip(every, panels, strict=True):
             _label_points(axes, panel, sideways=bool(rows))
         file = io.StringIO()
@@ -148,18 +148,18 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], rows: Sequence[str]
     svg = file.getvalue()
     return svg[svg.index("<svg") :].replace(
         "\n <title>", "\n<!-- evoprune -->\n <title>", 1
-    )  # by which it is known again
+    )  # identifies files written by evoprune
 
 
 def _start(axis, values: Sequence[float], cut: bool) -> float:
-    """Return where the axis of the values begins: at 0, or, where it is cut, at the tick below the lowest."""
+    """Return the start of the value axis: 0, or the tick below the lowest value if the axis is cut."""
     if not cut:
         return 0
     return axis.get_major_locator().tick_values(min(values), max(values))[0]
 
 
 def _draw_series(axes, series: Series, sideways: bool) -> None:
-    """Draw the line, the marks and the intervals of a series; sideways without a line between them."""
+    """Draw the line, marks and intervals of a series. Sideways, the marks are not joined by a line."""
     x = [point.x for point in series.points]
     y = [point.y for point in series.points]
     name = series.name or None
@@ -180,32 +180,32 @@ def _draw_series(axes, series: Series, sideways: bool) -> None:
 
 
 def _distances(ends: Sequence[float | None], values: Sequence[float]) -> list[float]:
-    """Return how far ends of intervals are from their values; NaN for an end that is not known."""
+    """Return the distances of interval ends from their values; NaN if an end is unknown."""
     return [math.nan if end is None else abs(end - value) for end, value in zip(ends, values, strict=True)]
 
 
 def _label_points(axes, panel: Panel, sideways: bool) -> None:
-    """Write labels beside their points, in the order of the series.
+    """Write labels next to their points, in the order of the series.
 
-    A label is where there is nothing else; else where it lies on lines and intervals alone; else it is left out.
+    A label is placed where it overlaps nothing, otherwise where it only overlaps lines and intervals, otherwise it is left out.
     """
     every = [(point, series.colour) for series in panel.series for point in series.points if point.label]
     dots = [(point.x, point.y) for series in panel.series if not series.dashed for point in series.points]
     marks = axes.transData.transform(dots or [(math.nan, math.nan)])
     lines = _on_lines(axes, panel, sideways)
-    pixels = axes.figure.dpi / 72  # a point
+    pixels = axes.figure.dpi / 72  # in a point
     frame = axes.get_window_extent()
     whole = axes.figure.bbox
     taken = []
 
     def room(box) -> tuple[bool, bool]:
-        """Return whether nothing else is there, and whether only lines and intervals are."""
+        """Return whether a box overlaps nothing, and whether it overlaps at most lines and intervals."""
         inside = max(whole.x0, frame.x0) <= box.x0 and box.x1 <= min(whole.x1, frame.x1 + 4) and frame.y0 <= box.y0
         apart = inside and not box.count_overlaps(taken) and not box.padded(ROOM * pixels).count_contains(marks)
         return apart and not box.count_contains(lines), apart
 
     for point, colour in every:
-        found: list = []  # places where there is room, the best last
+        found: list = []  # possible places, the best last
         for x, y in AROUND:
             side = "left" if x > 0 else "right"
             label = axes.annotate(
@@ -232,7 +232,7 @@ def _label_points(axes, panel: Panel, sideways: bool) -> None:
 
 
 def _on_lines(axes, panel: Panel, sideways: bool) -> "np.ndarray":
-    """Return places `[n, 2]` in pixels, close to one another, on the lines and intervals of a plot."""
+    """Return densely spaced places on the lines and intervals of a plot, `[n, 2]` in pixels."""
     import numpy as np
 
     paths = []

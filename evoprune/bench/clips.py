@@ -1,16 +1,17 @@
-"""The clips that are measured: frames of a video or made by formula, and what is made of them before the tower runs.
+"""The clips to measure: frames of a video or synthetic ones, and their preprocessing before the tower runs.
 
-Those made by formula are the same bytes everywhere, for ever: whole numbers only, and one hash as random generator.
+Synthetic clips have the same bytes on every machine and in every version: they use only integers, and one hash function as the
+random generator.
 
-A *grid* is two frames, a *unit* 28x28 pixels of both, or 32x32. f, y, x, c count frames, rows, columns and colour channels from 0.
+A *grid* is two frames, a *unit* 28x28 pixels of both, or 32x32. f, y, x, c count frames, rows, columns and color channels from 0.
 
-`noise`     byte(1, f, y, x, c): no pixel has to do with another. The most there can be to encode.
-`static90`  Both frames of the first grid are texture(2). Every later grid is equal to it but for one unit in ten (a half counts as
-            one): those with the smallest mix(3, grid, unit), of equal ones the first; their pixels are byte(4, f, y, x, c). So
-            other units change from grid to grid, and go back to what they were.
-`motion`    Ordinary motion: texture(5), and before it three textured discs that go their way steadily, out at one side and in
-            again at the other; all under sensor noise of -3 to 3. About a third of the units change visibly from grid to grid
-            (of a picture that is only a few units wide, more).
+`noise`     byte(1, f, y, x, c): pixels are independent, so there is no redundancy to exploit.
+`static90`  Both frames of the first grid are texture(2). Every later grid equals it except for one unit in ten (a half counts as
+            one): the units with the smallest mix(3, grid, unit), the first one among equals. Their pixels are byte(4, f, y, x, c).
+            So different units change in each grid, and then return to the texture.
+`motion`    Ordinary motion: texture(5), and in front of it three textured discs that move steadily, wrapping around at the edges,
+            all under sensor noise of -3 to 3. About a third of the units change visibly from grid to grid (more in a picture that
+            is only a few units wide).
 """
 
 import sys
@@ -32,7 +33,7 @@ from evoprune.session import LoadedModel, SamplingOptions
 from evoprune.video import PICTURE, InputLimits, Video, even_times, make_plan, read_chunks
 from evoprune.vision import normalised, pixel_patches, resize, tower_shape
 
-# side of a merge unit in pixels, if not given; frames in a grid
+# Default side of a merge unit in pixels, and frames in a grid.
 UNIT = 28
 PAIR = 2
 SCALES = ((64, 3), (32, 2), (16, 1), (8, 1), (4, 1))
@@ -40,22 +41,27 @@ Draw = Callable[[int], np.ndarray]  # f to integers [H, W, 3], 0 to 255
 
 
 def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int = UNIT) -> np.ndarray:
-    """Return uint8 `[frames, height, width, 3]`: one of `SYNTHETIC`. Raises ValueError: another, or sizes of no whole grids."""
+    """Return a synthetic clip, uint8 `[frames, height, width, 3]`. `content` is one of `SYNTHETIC`.
+
+    Raises:
+        ValueError: the content is unknown, or the sizes are not whole grids of whole units.
+    """
     if content not in SYNTHETIC:
         raise ValueError(f"no synthetic clip {content!r}: one of {', '.join(SYNTHETIC)}")
     if min(frames, height, width) < 1 or frames % PAIR or height % unit or width % unit:
         raise ValueError(f"{frames} frames of {height}x{width} are not whole grids of whole units")
     draw = {"motion": _motion, "static90": partial(_static, unit=unit), "noise": _noise}[content](height, width)
     clip = np.empty((frames, height, width, 3), np.uint8)
-    for f in range(frames):  # one at a time, for the sake of memory
+    for f in range(frames):  # one at a time to save memory
         clip[f] = draw(f)
     return clip
 
 
 def _mix(*numbers: int | np.ndarray) -> np.ndarray:
-    """Hash each number in turn, with what was made before: uint32, of the shape that the numbers broadcast to.
+    """Hash each number in turn, combined with the previous hash. Returns uint32 of the shape that the numbers broadcast to.
 
-    The hash is lowbias32, https://nullprogram.com/blog/2018/07/31/. Products of uint32 of one dimension or more wrap silently.
+    The hash is lowbias32, https://nullprogram.com/blog/2018/07/31/. uint32 products of arrays with at least one dimension wrap
+    silently.
     """
     hashes = np.zeros(1, np.uint32)
     for number in numbers:
@@ -72,12 +78,15 @@ def _byte(*numbers: int | np.ndarray) -> np.ndarray:
 
 
 def _axes(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return y, x and c, which broadcast."""
+    """Return the indices y, x and c in shapes that broadcast."""
     return np.arange(height)[:, None, None], np.arange(width)[:, None], np.arange(3)
 
 
 def _texture(seed: int, height: int, width: int) -> np.ndarray:
-    """Return int64 `[height, width, 3]`, 0 to 255: smooth on each of `SCALES`, between bytes at every `s`-th pixel."""
+    """Return a smooth texture, int64 `[height, width, 3]`, 0 to 255.
+
+    For each `s` in `SCALES`, it interpolates between random bytes at every `s`-th pixel.
+    """
     texture = np.zeros((height, width, 3), np.int64)
     for s, weight in SCALES:
         b = _byte(seed, s, *_axes((height - 1) // s + 2, (width - 1) // s + 2))
@@ -130,14 +139,14 @@ def _motion(height: int, width: int) -> Draw:
 
 
 def _away(centre: int, size: int) -> np.ndarray:
-    """Return int64 `[size]`: how far each row, or column, is from `centre`, the short way round the edges."""
+    """Return int64 `[size]`, the signed distance of each row or column from `centre`, wrapping around at the edges."""
     return (np.arange(size) - centre + size // 2) % size - size // 2
 
 
-# Text tokens before and after the video, as many as a chat template and a short question have.
+# Text tokens before and after the video, as many as in a chat template with a short question.
 TEXT_BEFORE = 15
 TEXT_AFTER = 15
-# The same around each frame pair, where a prompt has the time of each: the time and a marker, and a marker.
+# Text tokens around each frame pair if the prompt has timestamps: the time and a marker before, and a marker after.
 BEFORE_PAIR = 7
 AFTER_PAIR = 1
 SYNTHETIC_FPS = 2.0
@@ -146,17 +155,17 @@ Frames = tuple[torch.Tensor, float]  # uint8 [F, H, W, 3], and the seconds from 
 
 
 def synthetic_frames(content: str, case: Case, unit: int = UNIT) -> Frames:
-    """Return a clip made by formula, at Qwen's own frame rate; or a picture, its first frame. `unit`: side of a unit in pixels."""
+    """Return a synthetic clip at Qwen's own frame rate, or a picture, its first frame. `unit` is the side of a unit in pixels."""
     clip = synthetic_clip(content, max(PAIR, case.frames), case.height, case.width, unit)
     return torch.from_numpy(clip[: case.frames]), 2 / SYNTHETIC_FPS
 
 
 def video_frames(info: Video, case: Case) -> Frames:
-    """Frames of a video, spread over all of it; or a picture."""
+    """Return frames spread over a whole video, or a picture."""
     source = info
     max_frames = max(2, case.frames)
     if info.kind == PICTURE:
-        source = replace(info, width=case.width, height=case.height)  # which the reader makes of it
+        source = replace(info, width=case.width, height=case.height)  # the size that the reader will produce
     wanted = SamplingOptions(frames=case.frames, max_frames=max_frames, max_visual_tokens=sys.maxsize)
     plan = make_plan(info, InputLimits(), wanted)
     with closing(read_chunks(source, plan.sampling.times_s)) as chunks:
@@ -165,7 +174,11 @@ def video_frames(info: Video, case: Case) -> Frames:
 
 
 def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
-    """Return (T, H, W) of a case in units. Raises UsageError: the frames cannot be cut into merge units."""
+    """Return (T, H, W) of a case in units.
+
+    Raises:
+        UsageError: the frame size is not a multiple of the merge unit.
+    """
     if case.height % limits.unit or case.width % limits.unit:
         raise UsageError(
             f"frames of {case.height}x{case.width} pixels are no whole number of merge units",
@@ -175,31 +188,31 @@ def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
 
 
 def place_of(grid: tuple[int, int, int], times: bool) -> Place:
-    """Return where the prompt has the units of a clip. `times`: whether the time of each frame pair is in it."""
+    """Return the place of a clip's units in the prompt. `times`: whether the prompt has a timestamp for each frame pair."""
     if not times:
         return Place((range(TEXT_BEFORE, TEXT_BEFORE + prod(grid)),))
     return place_of_pairs([BEFORE_PAIR] * grid[0], grid[1] * grid[2], start=TEXT_BEFORE, after=AFTER_PAIR)
 
 
 def text_tokens(config: VisionConfig, case: Case, limits: InputLimits) -> int:
-    """Tokens of a case's prompt that are no units, where nothing is pruned."""
+    """Return the number of text tokens in a case's prompt if nothing is pruned."""
     place = place_of(case_grid(case, limits), config.traits.timestamps and case.frames > 1)
     return (place.around or place.runs)[-1].stop + TEXT_AFTER - len(place)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Hold a clip ready for the tower, and the prompt around it."""
+    """A clip ready for the tower, and the prompt around it."""
 
     pixels: torch.Tensor  # uint8 `[4 * N, values]`, patches in Hugging Face's order, on the device of the weights
-    patches: torch.Tensor  # the same normalised, in the dtype of the weights: what transformers is given
+    patches: torch.Tensor  # the same, normalized, in the dtype of the weights: the input for transformers
     grid: tuple[int, int, int]  # (T, H, W) in units
     seconds_per_pair: float  # from one grid to the next
-    ids: torch.Tensor  # int64 `[L]`, any tokens for the text, and zeros for the video
+    ids: torch.Tensor  # int64 `[L]`, random tokens for the text, and zeros for the video
     place: Place  # where the video is
-    positions: torch.Tensor  # int64 `[3, L]` by Qwen's rule
+    positions: torch.Tensor  # int64 `[3, L]`, by Qwen's rule
     following: int  # position of the first new token
-    unpruned: int  # units of the clip without pruning; more than N if a method made the input smaller
+    unpruned: int  # number of units without pruning; more than N if a method shrank the input
 
     @property
     def units(self) -> int:
@@ -212,7 +225,7 @@ def prepare(
     seconds_per_pair: float,
     config: PruneConfig | None = None,
 ) -> Clip:
-    """Preprocesses a clip, made smaller if the method of `config` acts on the input; behind it always the same random tokens."""
+    """Preprocess a clip and add fixed random text tokens. The clip is shrunk if the method of `config` acts on the input."""
     v = loaded.video
     visual = loaded.model.model.visual
     count, height, width, _ = frames.shape

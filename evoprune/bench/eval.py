@@ -1,10 +1,10 @@
-"""What `evoprune eval` runs: every video in full and once for every method and budget, each time with all its questions.
+"""Runs `evoprune eval`: asks all questions about every video unpruned, and once for each method and budget.
 
-Every answer becomes a sample, a plain dict; `scores.py` makes the table of them.
+Every answer becomes a sample, a plain dict; `scores.py` turns them into a table.
 
-What answering costs is given in operations at the dimensions of Qwen2.5-VL-3B: the rows that each layer of the run's own tower
-computed are stretched to the 3B's 32 layers by relative depth (`stretched`), and so are the prompt's lengths where they differ from
-layer to layer. Scoring and merging, a few percent of the tower, are left out.
+Costs are operations at the dimensions of Qwen2.5-VL-3B. The rows that each layer of the evaluated tower computed are stretched to
+the 3B model's 32 layers by relative depth (`stretched`), as are the prompt lengths if they differ between layers. Scoring and
+merging, a few percent of the tower's cost, are not counted.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +77,7 @@ class Cost:
         self._tower = tower_flop(vision, rows, grids, windows) / 1e12
 
     def of(self, report: Report) -> dict[str, float]:
-        """Return the cost of an answered question, as fields of a sample. `tflop_3b`: in 10^12 multiplications and additions."""
+        """Return the cost of an answered question, as fields of a sample. `tflop_3b` counts 10^12 multiplications and additions."""
         pruning = report.pruning
         tokens = report.tokens
         depth = self._text.num_hidden_layers
@@ -100,12 +100,12 @@ class Cost:
         }
 
 
-# Called with what is done; by `run` with "video", how many are done and in all, and what is done just now.
+# Called with the current step; by `run` with "video", the number of finished videos, the total, and the current step.
 Progress = Callable[..., None]
 
 
 def told(what: str, done: int = 0, total: int = 0, detail: str = "") -> str:
-    """Return what a `Progress` is called with, as a line of a log."""
+    """Return the arguments of a `Progress` call as a line for a log."""
     if not total:
         return what
     return f"{what} {done} of {total}: {detail}"
@@ -123,7 +123,11 @@ class Variant:
 
 
 def variants(settings: EvalSettings) -> list[Variant]:
-    """Return the rows in order: full, blind, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
+    """Return the variants in order: full, blind, then each method at each budget that prunes anything.
+
+    Raises:
+        UsageError: the settings are invalid.
+    """
     if settings.score not in SCORES:
         raise UsageError(f"score is {settings.score!r}", f"use {' or '.join(SCORES)}")
     pruned = [Variant(METHOD, *pair) for pair in swept(settings.methods, settings.budgets)]
@@ -134,16 +138,17 @@ def variants(settings: EvalSettings) -> list[Variant]:
 
 
 class Evaluation:
-    """Run an evaluation: construct it with `videos`, `load` a model, `run`, see `document`.
+    """An evaluation: construct it with `videos`, `load` a model, `run`, then read `document`.
 
-    Raises UsageError: methods, settings or groups that do not exist.
+    Raises:
+        UsageError: methods, settings or groups do not exist.
     """
 
     def __init__(self, settings: EvalSettings, videos: Sequence[VideoQuestions]):
         self.settings = settings
         self.variants = variants(settings)
         self.folder: RunFolder | None = None
-        self.ahead: ReadAhead | None = None  # what may have read the first videos already
+        self.ahead: ReadAhead | None = None  # may have prefetched the first videos
         chosen = of_groups(videos, settings.groups)
         if videos and not chosen:
             raise UsageError(f"no question is in {' or '.join(settings.groups)}", "see the field groups of the file")
@@ -153,9 +158,12 @@ class Evaluation:
         self.loaded: LoadedModel | None = None
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model; `model`: what is known of it, if that was asked.
+        """Load the model. `model` is its description, if known already.
 
-        Raises what `load_model` raises. UsageError: a method cannot act in the model, or a run to go on with had another one.
+        Raises:
+            UsageError: a method does not work with the model, or the resumed run used another model.
+
+        Also raises the errors of `load_model`.
         """
         model = model or describe(self.settings.model)
         for name in {variant.method for variant in self.variants}:
@@ -166,7 +174,7 @@ class Evaluation:
             self.folder.check_size_rule(self._after_tower_below())
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
-        """Writes samples into a folder from now on; with `resume` that of an earlier run, whose samples are kept (`RunFolder`)."""
+        """Write samples to a folder from now on. With `resume`, keep the samples of an earlier run there (`RunFolder`)."""
         opening = RunFolder.resume if resume else RunFolder.create
         self.folder = opening(path, self._record())
         self.folder.check_size_rule(self._after_tower_below())
@@ -182,9 +190,12 @@ class Evaluation:
         return any("error" in sample for sample in self.samples)
 
     def run(self, progress: Progress = lambda *what: None, processes: int = 1) -> None:
-        """Evaluates all videos that have no samples yet, so many at a time, each process with a model of its own.
+        """Evaluate all videos that have no samples yet, in `processes` processes with a model each.
 
-        A video that cannot be read, computed or held is left out of all rows. Raises OutOfMemory: too little for so many models.
+        A video that cannot be read, computed or held in memory is left out of every row.
+
+        Raises:
+            OutOfMemory: there is not enough memory for one model per process.
         """
         done = {sample["video"] for sample in self.samples}
         missing = [video for video in self.videos if video.name not in done]
@@ -207,14 +218,14 @@ class Evaluation:
                 self.samples += samples
 
     def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
-        """Yield the samples of video after video; meanwhile the next ones are read."""
+        """Yield each video's samples while the next videos are prefetched."""
         done = self.total - len(videos)
         with closing(in_flight(videos, self._opened, self.loaded)) as ahead:
             for number, (video, opened) in enumerate(ahead, done):
                 yield self.evaluate(video, lambda what, at=number: progress("video", at, self.total, what), opened)
 
     def _opened(self, video: VideoQuestions, cores: int | None) -> OpenInputs:
-        """Return all parts of a video that questions are about, as the first variant looks at them: what is read ahead."""
+        """Open all parts of a video that questions are about, as the first variant reads them, for prefetching."""
         parts = [self._open(self.variants[0], video, span) for span in group_by_span(video.rows)]
         inputs = OpenInputs(parts[0].session, [opened for part in parts for opened in part.inputs])
         inputs.use_cores(cores)
@@ -226,9 +237,9 @@ class Evaluation:
         progress: Progress = lambda *what: None,
         opened: OpenInputs | Exception | None = None,
     ) -> list[dict]:
-        """Return the samples of a video, variant after variant; if it fails, one with an `error` for each question.
+        """Return the samples of a video, variant by variant. If it fails, return a sample with an `error` for each question.
 
-        `opened`: what `_opened` has made of it, or raised. Its patches stay in memory for all variants until they are done.
+        `opened` is the result or the exception of `_opened`. Its patches stay in memory until all variants are done.
         """
         samples: list[dict] = []
         files = _state(video)
@@ -256,7 +267,7 @@ class Evaluation:
         return Session(self.loaded, options.config())
 
     def _open(self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows | None = None) -> OpenInputs:
-        """Open a video for a variant. `rows`: of all variants; None for a video that is only to be read."""
+        """Open a video for a variant. `rows` are shared by all variants; None for prefetching."""
         kind = OpenInput
         if variant.row == BLIND:
             kind = GreyInput
@@ -300,18 +311,18 @@ class Evaluation:
             }
             if settings.timed:
                 times = answer.report.time_ms
-                prune_ms = pruned  # a method that does not read the question did all its work before the first one
+                prune_ms = pruned  # a method that ignores the question did all its work before the first question
                 if session.pruning.method.reads_question:
                     prune_ms = times.encode_prune
                 sample["prune_ms"] = prune_ms + (times.prefill_prune or 0.0)
             yield _about(video, row) | sample
 
     def results(self, error: dict | None = None) -> EvalResults:
-        """Return the results so far; `error` is what cut the run short."""
+        """Return the results so far. `error` says why the run was cut short."""
         return EvalResults(self.document(error))
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far, as plain data for JSON; `error` is what cut the run short."""
+        """Return the results so far, as JSON data. `error` says why the run was cut short."""
         failed = {s["video"]: s["error"]["message"] for s in self.samples if "error" in s}
         good = [s for s in self.samples if "error" not in s and s["row"] == FULL]
         rows = score_rows(self.samples)
@@ -328,9 +339,7 @@ class Evaluation:
         }
 
     def _record(self) -> dict[str, Any]:
-        """Return the settings, the state of the model's files if it is known, and the rule of sizes where the model's device has
-        one.
-        """
+        """Return the settings, the state of the model's files if known, and the device's size rule if it has one."""
         known = self.settings.record()
         state = self.loaded.description.state if self.loaded else self.settings.model.state()
         if state:
@@ -340,7 +349,7 @@ class Evaluation:
         return known
 
     def _after_tower_below(self) -> int | None:
-        """Return the number of units below which a method prunes inputs after the tower alone; None before a model is loaded."""
+        """Return the number of units below which a method prunes inputs only after the tower; None before a model is loaded."""
         if self.loaded is None:
             return None
         pruned = [variant for variant in self.variants if variant.row == METHOD]
@@ -364,8 +373,8 @@ class Evaluation:
 
 
 def _start(settings: EvalSettings) -> Callable[[VideoQuestions], list[dict]]:
-    """Return what a process runs: `evaluate` of an evaluation of its own, with a model loaded."""
-    evaluation = Evaluation(settings, [])  # what it evaluates comes one by one
+    """Load a model in this process, and return the function that evaluates a video with it."""
+    evaluation = Evaluation(settings, [])  # it gets videos one by one
     evaluation.load()
     return evaluation.evaluate
 

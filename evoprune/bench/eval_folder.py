@@ -1,4 +1,4 @@
-"""The folder that an evaluation writes: settings.json, samples.jsonl and results.json. A run can be resumed from it. No torch."""
+"""The output folder of an evaluation: settings.json, samples.jsonl and results.json. A run can be resumed from it. No torch."""
 
 import errno
 import json
@@ -24,16 +24,18 @@ from evoprune.video import EXACT
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
 RESULTS = "results.json"
-SIZE_RULE = "after_tower_below"  # in the settings, where there is one
+SIZE_RULE = "after_tower_below"  # field of the settings; missing if the device has no such rule
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder:
-    """Keep the samples of one run in a folder. `samples`: of the videos that were finished when it was opened.
+    """A folder that keeps the samples of one run.
 
-    `model`: the state of the files of its model (`ModelDescription.state`); None where that is unknown. `after_tower_below`: the
-    number of units below which its device prunes inputs after the tower alone; 0 where it prunes none so, None where that is
-    unknown.
+    Attributes:
+        samples: samples of the videos that were finished when the folder was opened.
+        model: state of the model's files (`ModelDescription.state`); None if unknown.
+        after_tower_below: number of units below which the device prunes inputs only after the tower. 0 if it never does, None if
+            unknown.
     """
 
     def __init__(self, path: Path, samples: list[dict], model: dict[str, Any] | None, after_tower_below: int | None):
@@ -44,9 +46,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """Return a new folder at `path`; if `path` exists, at `path`-2, `path`-3 and so on.
+        """Create a new folder at `path`, or at `path`-2, `path`-3 and so on if it exists.
 
-        Raises UsageError: it cannot be made.
+        Raises:
+            UsageError: the folder cannot be created.
         """
         others = (path.with_name(f"{path.name}-{number}") for number in count(2))
         for place in chain([path], others):
@@ -59,9 +62,10 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """Return the folder of an interrupted run, without the samples of unfinished and of failed videos.
+        """Open the folder of an interrupted run, dropping the samples of unfinished and failed videos.
 
-        Raises UsageError: `path` is no such folder, or its run had other settings, or another model.
+        Raises:
+            UsageError: `path` is not such a folder, or its run had other settings or another model.
         """
         before = stored_settings(path)
         file = path / SAMPLES
@@ -69,7 +73,7 @@ class RunFolder:
         model = before.pop("files", None)
         here = now.pop("files", None)
         below = before.pop(SIZE_RULE, 0)
-        now.pop(SIZE_RULE, None)  # `check_size_rule` compares it, when the device is known
+        now.pop(SIZE_RULE, None)  # `check_size_rule` compares it after the device is known
         try:
             text = file.read_bytes() if file.exists() else b""
         except OSError as problem:
@@ -88,18 +92,22 @@ class RunFolder:
         return folder
 
     def check_model(self, state: dict[str, Any] | None) -> None:
-        """Raises UsageError: the model is not the one that the run was begun with."""
+        """Raise UsageError if the model differs from the one the run began with."""
         if change := file_changes(self.model, state):
             problem = f"the model is not what it was when {self.path} was begun: {change}"
             raise UsageError(problem, "give the earlier one, or a new -o DIR")
 
     def check_size_rule(self, after_tower_below: int | None) -> None:
-        """Raises UsageError: the run was begun where inputs of other sizes are pruned after the tower alone. None is unknown."""
+        """Raise UsageError if the run began with another size limit for pruning only after the tower. None is unknown."""
         if change := size_rule_changes(self.after_tower_below, after_tower_below):
             raise UsageError(f"{self.path} was begun on another device or version: {change}", SIZE_HINT)
 
     def add(self, samples: list[dict]) -> None:
-        """Appends all samples of a video, or none of them. They are on the disk when this returns. Raises UsageError."""
+        """Append all samples of a video, or none of them. They are on disk when this returns.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
         samples[-1]["last"] = True
         path = self.path / SAMPLES
         with _writing(path), open(path, "ab", buffering=0) as file:
@@ -114,9 +122,13 @@ class RunFolder:
 
 
 def stored_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of the run in a folder. Raises UsageError: there is none."""
+    """Return the settings of the run in a folder.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
     try:
-        return {"seek": EXACT} | read_object(path / SETTINGS)  # earlier versions knew no other
+        return {"seek": EXACT} | read_object(path / SETTINGS)  # earlier versions had no other mode
     except (OSError, ValueError) as problem:
         raise no_folder(path) from problem
 
@@ -130,7 +142,7 @@ def _line(sample: dict) -> str:
 
 
 def _finished(text: bytes) -> list[dict]:
-    """Return the samples of videos whose last sample is there, without failed ones. Reading stops at a torn line."""
+    """Return the samples of complete videos, without failed ones. Reading stops at a torn line."""
     samples = []
     video = []
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Results of `evoprune eval`: accuracy against budget, beside its cost, as tables, as CSV and as a chart. No torch."""
+"""Results of `evoprune eval`: accuracy by budget, with its cost, as tables, CSV and a chart. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from evoprune.bench.results import (
 from evoprune.bench.scores import ALL, FULL, LEAST_QUESTIONS, METHOD, TYPE, is_tie, same_tokens
 from evoprune.util import budget_text, counted, one_line
 
-Row = dict[str, Any]  # of `scores.score_rows`
+Row = dict[str, Any]  # from `scores.score_rows`
 
 
 @dataclass
 class EvalResults(Results):
-    """Hold a document of schema `evoprune/eval@1`."""
+    """Results in a document with schema `evoprune/eval@1`."""
 
     found: dict[str, Any]
 
@@ -37,7 +37,7 @@ class EvalResults(Results):
         return self._csv() if form == "csv" else super().text(form, width)
 
     def table(self, width: int) -> str:
-        """Return accuracy and cost of all questions, then accuracy by group and by type."""
+        """Return accuracy and cost for all questions, then accuracy by group and by type."""
         found = self.found
         videos = found["videos"]
         asked = counted(found["items"]["answered"], "question")
@@ -72,17 +72,17 @@ class EvalResults(Results):
         return "\n".join(output) + "\n"
 
     def remarks(self) -> list[str]:
-        """Return which videos failed, and the notes."""
+        """Return lines about failed videos, and the notes."""
         return [*failures(self.found), *self.found["notes"]]
 
     def _csv(self) -> str:
-        """Return the rows of all groups, each complete in itself; a field is empty if its value is unknown."""
+        """Return all rows as CSV, each with the common facts. Unknown values are empty."""
         model = {f"model_{name}": one_line(self.found["model"][name]) for name in ("id", "dtype", "device")}
         common = {"data": one_line(self.found["settings"]["data"])} | model
         return as_csv([row | common for row in self.found["rows"]])
 
     def chart(self) -> str | None:
-        """Draw accuracy against tokens and against cost, a line for each method."""
+        """Draw accuracy against tokens and against cost, with a line per method."""
         found = self.found
         rows = [row for row in found["rows"] if row["group"] == ALL]
         if not rows:
@@ -98,7 +98,7 @@ class EvalResults(Results):
                 text = f"-b {budget_text(row['budget'])}" if pruned else ""
                 name = row["method"] if pruned else row["row"]
                 points.setdefault(name, []).append(Point.percent(row[cost], row, "accuracy", text))
-            if "blind" in points:  # a level, not a point, because it reads nothing of the video
+            if "blind" in points:  # a level, not a point, because it does not read the video
                 y = points["blind"][0].y
                 points["blind"] = [Point(0, y), Point(rows[0][cost], y)]
             series = lines(points, {FULL: INK, "blind": PALE}, ["blind"])
@@ -175,9 +175,9 @@ COSTS: list[Column[Row]] = [
 
 
 def _versus_first(rows: list[Row], width: int) -> tuple[list[str], list[str]]:
-    """Return a table of the other methods against the first one, and a note on it.
+    """Return a table that compares the other methods with the first one, and a note about it.
 
-    Both are empty for a single method, and if the terminal is too narrow.
+    Both are empty if there is a single method or the terminal is too narrow.
     """
     others = [row for row in rows if row["first"]]
     of_name = {row["name"]: row for row in rows}
@@ -196,7 +196,7 @@ def _versus_first(rows: list[Row], width: int) -> tuple[list[str], list[str]]:
 
 
 def _by_group(title: str, rows: list[Row], names: list[str], width: int) -> list[str]:
-    """Return the accuracy of each group in percent, a column for each row of the table above; several tables if one is too wide."""
+    """Return the accuracy by group in percent, with a column per row of the main table. Splits into several tables if too wide."""
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
         groups.setdefault(row["group"], {})[row["name"]] = row
@@ -220,8 +220,8 @@ def _too_small(rows: Sequence[Row], width: int, title: str = "") -> list[str]:
     """Return a line that names the groups with too few questions for a measurement.
 
     Args:
-        rows: one for each group.
-        title: what groups are called.
+        rows: one row per group.
+        title: the word for a group.
     """
     names = [one_line(row["group"].removeprefix(TYPE)) for row in rows if row["n"] < LEAST_QUESTIONS]
     if not names:

@@ -1,4 +1,4 @@
-"""Settings of `evoprune eval`, from the command line or from the folder of an earlier run, and its questions. No torch."""
+"""Settings of `evoprune eval`, from the command line or the folder of an earlier run, and its questions. Imports no torch."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from evoprune.util import OPTION
 Score = Literal["text", "likelihood"]
 SCORES = get_args(Score)
 
-# Options that results hold also at their defaults.
+# Options that results record even at their default values.
 RECORDED = (
     "fps", "frames", "max_frames", "max_visual_tokens", "seek", "max_new_tokens", "model", "revision", "dtype", "quantize",
 )  # fmt: skip
@@ -27,36 +27,37 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Hold the settings of a run; two runs with the same ones give the same results, but for `timed`.
+    """The settings of a run. Two runs with the same settings give the same results, except for `timed`.
 
     Each method runs at each budget.
     """
 
-    data: str  # path of a file of questions, or what else the videos are
-    budgets: tuple[float | str, ...]  # as of `Budget.recorded`
+    data: str  # path of a file of questions, or a description of the videos
+    budgets: tuple[float | str, ...]  # see `Budget.recorded`
     methods: tuple[str, ...] = (methods.DEFAULT,)
     blind: bool = False  # also ask without the video
-    seed: int = 0  # of methods that select at random
+    seed: int = 0  # for methods that select at random
     score: Score = (
-        "text"  # how questions with options are graded: the text that is generated, or the most probable option
+        "text"  # how questions with options are graded: by the generated text, or by the most probable option
     )
-    groups: tuple[str, ...] = ()  # only questions of these; all if it is empty
-    limit: int | None = None  # of videos; None for all
+    groups: tuple[str, ...] = ()  # only ask questions in these groups; empty for all
+    limit: int | None = None  # maximum number of videos; None for all
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(max_new_tokens=64))
-    digest: str | None = None  # of the file's content
-    timed: bool = False  # samples hold `prune_ms` too: for the video, or for the question if the method reads it
+    digest: str | None = None  # hash of the file of questions
+    timed: bool = False  # samples also have `prune_ms`: for the video, or for the question if the method reads it
     version: str = evoprune.__version__
 
     @classmethod
     def stored(cls, folder: Path, model: ModelOptions) -> "EvalSettings":
-        """Return the settings of the run in a folder, though its file of questions may have changed since.
+        """Return the settings of the run in a folder. Its file of questions may have changed since.
 
         Args:
             model: options that answers do not depend on, such as the device.
 
-        Raises UsageError: the folder holds no run.
+        Raises:
+            UsageError: the folder holds no run.
         """
         try:
             return cls.of_record(stored_settings(folder), model)
@@ -82,12 +83,13 @@ class EvalSettings:
         options = record((self.sampling, self.generation, self.model), RECORDED)
         if code:
             options["plugins"] = code
-        return own | options | {"method_args": {}}  # settings are part of `methods`
+        return own | options | {"method_args": {}}  # method settings are part of `methods`
 
     def read_questions(self) -> tuple["EvalSettings", list[VideoQuestions]]:
         """Return the settings with the digest of the file of questions, and its questions by video.
 
-        Raises UsageError: as `load_questions`; or options are to be scored, and no question has any.
+        Raises:
+            UsageError: as in `load_questions`, or options are to be scored and no question has any.
         """
         path = Path(self.data)
         videos = load_questions(path)
@@ -97,7 +99,7 @@ class EvalSettings:
         return replace(self, digest=hashlib.sha256(path.read_bytes()).hexdigest()), videos
 
     def first_inputs(self, videos: Sequence[VideoQuestions]) -> list[Asked]:
-        """Return what is read first, for `ReadAhead`."""
+        """Return the inputs that are read first, for `ReadAhead`."""
         chosen = of_groups(videos, self.groups)[: self.limit]
         spans = ((video, group_by_span(video.rows)[0]) for video in chosen[:FIRST])
         return [([video.path], self.sampling.but(**span.sampling)) for video, span in spans]

@@ -1,4 +1,4 @@
-"""Plain Hugging Face transformers on the same weights: the reference that everything is measured against."""
+"""Plain Hugging Face transformers on the same weights: the reference for all comparisons."""
 
 import torch
 
@@ -7,14 +7,14 @@ from evoprune.session import meta_model, with_frequencies
 
 
 def hugging_face_model(model: Model, attention: str = "sdpa"):
-    """Return the model of transformers for this family (`Qwen3VLForConditionalGeneration`, ...), on the tensors of `model`."""
+    """Return transformers' model for this family (`Qwen3VLForConditionalGeneration`, ...), sharing the tensors of `model`."""
     reference = meta_model(model.config, model.dtype, attention)
     if not model.native:
         reference.model.visual = model.model.visual
         reference.model.language_model = model.model.language_model
         reference.lm_head = model.lm_head
         return reference.eval()
-    # Those that are a part of a padded matrix as a user has them.
+    # Copy weights that are views of a padded matrix, so that they are contiguous as in a plain transformers model.
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     reference.load_state_dict(weights, strict=True, assign=True)
     reference.tie_weights()
@@ -23,9 +23,10 @@ def hugging_face_model(model: Model, attention: str = "sdpa"):
 
 
 def share_equal(made, model: Model) -> list[str]:
-    """Puts the tensors of `model` in the places of those of a transformers model that are equal to them.
+    """Replace the parameters of a transformers model by equal ones of `model`, to hold them in memory once.
 
-    Returns the names of the others: of all that one of the two has, and the other has otherwise or not at all.
+    Returns:
+        The names of parameters that differ, or that only one of the models has.
     """
     ours = dict(model.named_parameters(remove_duplicate=False))
     theirs = dict(made.named_parameters(remove_duplicate=False))

@@ -1,9 +1,9 @@
-"""An overlay: a video's frames with the fate of each unit: read by the language model, reused, merged or dropped.
+"""An overlay: a video's frames, in which every unit shows its fate: read by the language model, reused, merged or dropped.
 
 `trace` encodes a video and keeps its frames, and `TracedVideo.draw` makes a file. `Overlay` draws frame pairs side by side, or the
-frames one after another, with a title and a legend. A unit that is read keeps its colours, a little brighter. Any other is darker,
-with a tint of its fate: blue if it was reused, orange if it merged, none if it was dropped. A line leads from a merged unit to the
-dot of its owner, or an arrow points to the frame pair of its owner.
+frames one after another, with a title and a legend. Units that are read keep their colors, slightly brighter. All others are
+darker, with a tint: blue if reused, orange if merged, no tint if dropped. A line leads from a merged unit to the dot of its owner,
+or an arrow points toward the frame pair of its owner.
 """
 
 import io
@@ -28,27 +28,28 @@ from evoprune.util import counted
 from evoprune.video import FrameChunk, OnFrames, Plan
 from evoprune.vision import EncodedRows, resize, token_selection
 
-FATES = ("read", "reused", "merged", "dropped")  # each unit has one, the first that applies
+FATES = ("read", "reused", "merged", "dropped")  # the fate of a unit is the first that applies
 BACKGROUND = (18, 18, 22)
 INK = (235, 235, 240)
 FAINT = (160, 160, 170)
 MAX_PANELS = 12
-MIN_WIDTH = 480  # pixels, so that text has room
+MIN_WIDTH = 480  # in pixels; leaves room for text
 GAP = 12
 
 
 @dataclass(frozen=True)
 class Fates:
-    """Tell the fate of each of the N units of a video. Units are numbered frame pair after frame pair, in raster order.
+    """The fates of the N units of a video. Units are numbered frame pair by frame pair, in raster order.
 
-    A unit is *read*, if the language model reads a token at its place; else *reused*, if it was not encoded because it has not
-    changed since an earlier frame pair; else *merged*, if its row became part of the row at another unit's place; else *dropped*.
+    A unit is *read* if the language model reads a token at its place; otherwise *reused* if it was not encoded because it has not
+    changed since an earlier frame pair; otherwise *merged* if its row became part of the row at another unit's place; otherwise
+    *dropped*.
 
     Attributes:
         chosen: bool `[N]`, whether the language model reads a token at the unit's place.
         source: int64 `[N]`, the unit whose pixels represent it: itself, or the same place in an earlier frame pair.
-        owner: int64 `[N]`, the unit at whose place the row or token that represents it ends, -1 for none.
-        rows: how many the encoder returns.
+        owner: int64 `[N]`, the unit whose row or token finally represents it, or -1 if none does.
+        rows: number of rows that the encoder returns.
     """
 
     grid: tuple[int, int, int]
@@ -59,12 +60,12 @@ class Fates:
 
     @property
     def encoded(self) -> torch.Tensor:
-        """Return bool `[N]`: not reused from an earlier frame pair. A unit that is read may have been reused."""
+        """Bool `[N]`, False for units reused from an earlier frame pair. A unit that is read may be a reused one."""
         return self.source == arange_on(len(self.source), self.source.device)
 
     @property
     def fate(self) -> torch.Tensor:
-        """Return int64 `[N]`: the index in `FATES` of each unit's fate."""
+        """Int64 `[N]`, each unit's fate as an index in `FATES`."""
         moved = (self.owner >= 0) & (self.owner != arange_on(len(self.owner), self.owner.device))
         applies = torch.stack([self.chosen, ~self.encoded, moved, torch.ones_like(moved)])
         return applies.int().argmax(0)
@@ -79,12 +80,12 @@ class Fates:
 
 @torch.inference_mode()
 def fates(video: EncodedRows) -> Fates:
-    """Return what became of the units of an encoded video. The method must not read the question."""
+    """Return the fates of the units of an encoded video. The method must not depend on the question."""
     row = video.selector_input.unit_to_row.cpu()
     selection = token_selection(video)
     owner = torch.where(row >= 0, video.rows.unit.cpu()[row.clamp(min=0)], -1)
     kept = selection.kept.cpu()
-    if selection.unit_to_token is not None:  # otherwise the merging inside the encoder is what is drawn
+    if selection.unit_to_token is not None:  # otherwise draw the merging inside the encoder
         into = selection.unit_to_token.cpu()
         owner = torch.where(into >= 0, kept[into.clamp(min=0)], -1)
     chosen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
@@ -96,10 +97,12 @@ def fates(video: EncodedRows) -> Fates:
 
 @dataclass(frozen=True)
 class TracedVideo:
-    """Hold a video's frames and what the encoder did with them.
+    """A video's frames and the fates of its units.
 
-    `frames`: uint8 `[F, H, W, 3]`, at the size that the encoder reads; two are a frame pair. `damaged`: packets not decoded.
-    `warnings`: as in a report, and `demo_overlay` where a demo model read a video that it was not trained for.
+    Attributes:
+        frames: uint8 `[F, H, W, 3]`, at the size that the encoder reads; two frames form a frame pair.
+        warnings: as in a report, plus `demo_overlay` if a demo model read a video it was not trained for.
+        damaged: number of packets that could not be decoded.
     """
 
     plan: Plan
@@ -116,24 +119,27 @@ class TracedVideo:
         return f"{pairs}: {n['units']:,} units, {n['encoded']:,} encoded, {n['read']:,} tokens read"
 
     def draw(self, title: str, ending: str) -> bytes:
-        """Return a file: .png has frame pairs side by side, .gif and .mp4 frame after frame, two to ten a second."""
+        """Return the bytes of an image or video file.
+
+        `ending` is ".png" for frame pairs side by side, or ".gif" or ".mp4" for frame after frame, at two to ten per second.
+        """
         overlay = Overlay(self, title)
         if ending == ".png":
             return png(overlay.sheet(), MADE_BY)
         seconds = min(0.5, max(0.1, self.plan.sampling.seconds_per_frame))
         if ending == ".mp4":
             return mp4(overlay.frames(), seconds)
-        every = math.ceil(len(self.frames) / 4)  # its colours are taken from four frames
+        every = math.ceil(len(self.frames) / 4)  # its palette is based on four frames
         return gif(overlay.frames(), seconds, shared_palette(overlay.frames(every)))
 
 
 class _TracedInput(OpenInput):
-    """Keeps its frames, as the encoder reads them, and its rows."""
+    """An input that keeps its rows, and its frames as the encoder reads them."""
 
-    shares: ClassVar[bool] = False  # it needs each frame
+    shares: ClassVar[bool] = False  # it needs every frame
 
     def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
-        self.shown = []  # anew where memory was short and the encoder begins anew
+        self.shown = []  # reset if the encoder restarts after running out of memory
         with closing(super().frames(on_frames)) as chunks:
             for chunk in chunks:
                 self.shown.append(resize(torch.from_numpy(chunk.pixels), self.plan.height, self.plan.width))
@@ -145,7 +151,7 @@ class _TracedInput(OpenInput):
 
 
 def check_drawable(session: Session) -> None:
-    """Raises UsageError: the method reads the question, or acts inside the language model alone."""
+    """Raise UsageError if the method depends on the question or only acts inside the language model."""
     if session.pruning.method.reads_question:
         what, instead = session.pruning.method.refusals
         raise UsageError(f"{what}, and an overlay has none", f"use {instead}")
@@ -163,9 +169,12 @@ def trace(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> TracedVideo:
-    """Encodes a video and keeps its frames and the fates of its units. Arguments as of `session.encoding.open_inputs`.
+    """Encode a video and keep its frames and the fates of its units. See `session.encoding.open_inputs` for the arguments.
 
-    Raises UsageError: as `check_drawable`. VideoError. OutOfMemory.
+    Raises:
+        UsageError: as in `check_drawable`.
+        VideoError: the video cannot be read.
+        OutOfMemory: there is not enough memory.
     """
     check_drawable(session)
     with closing(open_inputs(session, [path], sampling, names=[name], kind=_TracedInput)) as opened:
@@ -179,11 +188,11 @@ def trace(
     return TracedVideo(plan, torch.cat(traced.shown), fates(traced.made), warnings, report.video.damaged or 0)
 
 
-MADE_BY = "evoprune overlay"  # in the metadata of each file
+MADE_BY = "evoprune overlay"  # stored in each file's metadata
 
 
 def png(picture: Image.Image, made_by: str = MADE_BY) -> bytes:
-    """Return an RGB picture as PNG with a palette of 256 colours: frames with grain take a third of the bytes of full colour."""
+    """Return an RGB picture as PNG with a palette of 256 colors. For grainy frames, this is a third of the size of full color."""
     file = io.BytesIO()
     facts = PngInfo()
     facts.add_text("Software", made_by)
@@ -193,9 +202,9 @@ def png(picture: Image.Image, made_by: str = MADE_BY) -> bytes:
 
 
 def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -> bytes:
-    """Encode RGB pictures, at least one, all of one size, as a GIF that repeats for ever.
+    """Encode RGB pictures of one size as a GIF that loops forever. There must be at least one picture.
 
-    Each takes so many seconds, rounded to hundredths; at least 0.02, because players slow down what is faster.
+    Each is shown for `seconds`, rounded to hundredths and at least 0.02, because players slow down faster GIFs.
     """
     first, *others = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
     file = io.BytesIO()
@@ -205,13 +214,13 @@ def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -
 
 
 def shared_palette(pictures: Iterable[Image.Image]) -> Image.Image:
-    """Return an image whose palette of 256 colours suits RGB pictures of one size: a colour of their own for each would flicker."""
+    """Return an image whose palette of 256 colors suits all pictures (RGB, one size). Separate palettes would flicker."""
     column = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
     return column.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
 
 
 def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
-    """RGB pictures of one size as H.264 in MP4. Width and height are even; each picture is shown for so many seconds."""
+    """Encode RGB pictures of one size as H.264 in MP4. Width and height must be even. Each picture is shown for `seconds`."""
     file = io.BytesIO()
     stream = None
     step = Fraction(seconds).limit_denominator(1000)
@@ -231,14 +240,14 @@ def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
     return file.getvalue()
 
 
-# What is left of the picture in each fate, and the colour that is added. Colour-blind readers distinguish them, in all videos.
+# Brightness factor and added color for each fate. Distinguishable for color-blind readers in all videos.
 TINTS = {
     "read": (0.72, (70, 70, 70)),
     "reused": (0.4, (0, 24, 84)),
     "merged": (0.5, (84, 40, 0)),
     "dropped": (0.25, (0, 0, 0)),
 }
-MARK = (255, 214, 102)  # of lines, dots and arrows, which have a dark rim
+MARK = (255, 214, 102)  # color of lines, dots and arrows, which have a dark outline
 
 
 def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
@@ -249,7 +258,7 @@ def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
 
 
 class Marks:
-    """Draws on a picture of units, `side` pixels wide, where merged units went; (y, x) is a unit's place."""
+    """Draws marks for merged units on a picture whose units are `side` pixels wide. (y, x) is the place of a unit."""
 
     def __init__(self, picture: Image.Image, side: int):
         self._draw = ImageDraw.Draw(picture)
@@ -270,7 +279,7 @@ class Marks:
         self._draw.ellipse(place, MARK, BACKGROUND, self._thick)
 
     def arrow(self, y: int, x: int, later: bool) -> None:
-        """Mark a unit that merged into one of a later or an earlier frame pair: to the right or to the left."""
+        """Mark a unit that merged into a later (arrow to the right) or earlier (arrow to the left) frame pair."""
         across, down = self._middle(y, x)
         reach = self._side // 8 if later else -self._side // 8
         corners = [(across - reach, down - abs(reach)), (across + reach, down), (across - reach, down + abs(reach))]
@@ -281,7 +290,7 @@ class Marks:
 
 
 class Overlay:
-    """Draws the frames of one video as panels, each `width` pixels wide, and lays them out under a title and above a legend."""
+    """Draws the frames of a video as panels, each `width` pixels wide, between a title and a legend."""
 
     def __init__(self, video: TracedVideo, title: str):
         self._video = video
@@ -289,11 +298,11 @@ class Overlay:
         self._fate = video.fates.fate.numpy()
         self._owners = video.fates.owner[video.fates.all_of("merged")].unique().tolist()
         self._zoom = max(1, min(4, round(560 / video.plan.width)))  # about 560 pixels wide
-        self._pixels = video.plan.width // video.plan.grid[2]  # of a unit's side in the frame
+        self._pixels = video.plan.width // video.plan.grid[2]  # side of a unit in the frame
         self.width = video.plan.width * self._zoom
 
     def sheet(self) -> Image.Image:
-        """RGB picture of the first frame of each frame pair, or of twelve that are spread over the video."""
+        """Return an RGB picture with the first frame of each frame pair, or of twelve frame pairs spread over the video."""
         count = self._video.plan.grid[0]
         shown = [i * count // min(count, MAX_PANELS) for i in range(min(count, MAX_PANELS))]
         height = self._video.plan.height * self.width / self._video.plan.width
@@ -310,7 +319,7 @@ class Overlay:
         return framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
 
     def frames(self, every: int = 1) -> Iterator[Image.Image]:
-        """RGB pictures of the frames, or of every `every`-th one, all of one size."""
+        """Yield RGB pictures of one size for every `every`-th frame."""
         width = max(MIN_WIDTH, self.width)
         size = text_size(width)
         above = text_picture(self._title, width, size)
@@ -319,7 +328,7 @@ class Overlay:
             yield framed([above, drawn, *legend])
 
     def panel(self, frame: int) -> Image.Image:
-        """RGB picture of a frame, enlarged by a whole number."""
+        """Return an RGB picture of a frame, enlarged by an integer factor."""
         fate = self._of_frame(self._fate, frame)
         lit = light(self._video.frames[frame].numpy(), fate.repeat(self._pixels, 0).repeat(self._pixels, 1))
         picture = Image.fromarray(lit).resize((self.width, lit.shape[0] * self._zoom), Image.Resampling.NEAREST)
@@ -327,7 +336,7 @@ class Overlay:
         return picture
 
     def _mark(self, marks: Marks, fate: np.ndarray, frame: int) -> None:
-        """Draws where the merged units of a frame went, and which of its units others merged into."""
+        """Draw where the merged units of a frame went, and mark the units that others merged into."""
         units = self._of_frame(np.arange(len(self._fate)), frame)
         owner = self._of_frame(self._video.fates.owner.numpy(), frame)
         inside = np.isin(owner, units)
@@ -341,8 +350,9 @@ class Overlay:
             marks.dot(y, x)
 
     def caption(self, frame: int) -> str:
-        """Return the frame's time, and how many units of its frame pair have each fate, apart from those that no unit of the
-        video has.
+        """Return the frame's time and its frame pair's counts of units by fate.
+
+        Fates that do not occur in the video are omitted.
         """
         here = self._of_frame(self._fate, frame)
         anywhere = set(self._fate.tolist())
@@ -351,12 +361,12 @@ class Overlay:
         return f"{minutes:.0f}:{seconds:05.2f}: {', '.join(counts)}"
 
     def _of_frame(self, units: np.ndarray, frame: int) -> np.ndarray:
-        """Return `[h, w]` in units: the values of an array `[N]` for the frame's pair."""
+        """Return the values of an array `[N]` for the frame's pair, `[h, w]` in units."""
         grid = self._video.plan.grid
         return units.reshape(grid)[frame // (len(self._video.frames) // grid[0])]
 
     def _captioned(self, frames: Sequence[int], size: int, every: int = 1) -> Iterator[Image.Image]:
-        """Panels, or every `every`-th one, with as much room for their captions as the longest of all takes."""
+        """Yield every `every`-th panel, with room for the longest caption of the video."""
         width = self.width
         captions = {frame: self.caption(frame) for frame in frames}
         rows = max(len(wrap(caption, width, size)) for caption in captions.values())
@@ -385,13 +395,14 @@ class Overlay:
 
 
 def text_size(width: int) -> int:
-    """Letters that are legible where a picture of so many pixels is displayed about 900 wide."""
+    """Return a font size that is legible when a picture of this width is displayed about 900 pixels wide."""
     return max(16, round(width / 62))
 
 
 def columns(panels: int, ratio: float) -> int:
-    """Return how many panels of that ratio of width to height go into a row: the sheet is 1.6 times as wide as high, as a screen
-    is, and leaves few places empty.
+    """Return the number of panels per row, for panels with this ratio of width to height.
+
+    The sheet should be about 1.6 times as wide as high, like a screen, and have few empty places.
     """
 
     def cost(columns: int) -> float:
@@ -402,7 +413,7 @@ def columns(panels: int, ratio: float) -> int:
 
 
 def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
-    """Return a row of the legend: two small units, drawn as in a panel, and what they mean."""
+    """Return a row of the legend: two small units, drawn as in a panel, and their meaning."""
     side = round(1.4 * size)
     fate = np.full((side, 2 * side), FATES.index(name))
     if name == "merged":
@@ -416,7 +427,7 @@ def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
 
 
 def joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> Image.Image:
-    """Join pictures in a column, aligned to the left; or in a row, centred vertically."""
+    """Join pictures in a left-aligned column, or with `across` in a vertically centered row."""
     widths = [picture.width for picture in pictures]
     heights = [picture.height for picture in pictures]
     gaps = gap * (len(pictures) - 1)
@@ -435,15 +446,15 @@ def joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> I
 
 
 def framed(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Join pictures in a column with a margin around it; width and height are even, as H.264 needs."""
+    """Join pictures in a column with a margin. Width and height are even, as H.264 requires."""
     column = joined(pictures, GAP // 2)
     return ImageOps.expand(column, (GAP, GAP, GAP + column.width % 2, GAP + column.height % 2), BACKGROUND)
 
 
 def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] = INK, rows: int = 1) -> Image.Image:
-    """RGB picture of a text that is wrapped to a width in pixels; it has room for at least so many rows.
+    """Return an RGB picture of a text wrapped to a width in pixels, with room for at least `rows` lines.
 
-    The font comes with Pillow: it has ASCII letters, and any other character is drawn as a box.
+    The font is Pillow's default font. It has only ASCII letters, and draws other characters as boxes.
     """
     lines = wrap(text, width, size)
     height = round(1.3 * size)
@@ -455,7 +466,7 @@ def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] 
 
 
 def wrap(text: str, width: int, size: int) -> list[str]:
-    """Return the rows of a text, none wider than so many pixels. A word that is wider than a row is broken."""
+    """Split a text into lines of at most `width` pixels. Words wider than a line are broken."""
     rows = [""]
     long = _font(size).getlength
     for word in text.split():

@@ -1,4 +1,4 @@
-"""Jobs shared out over processes, each with a model of its own: a small model leaves most cores idle."""
+"""Distributes jobs over processes, each with its own model: a small model leaves most cores idle."""
 
 import multiprocessing
 import os
@@ -17,23 +17,28 @@ from evoprune.errors import EvopruneError, EvopruneWarning, OutOfMemory, process
 
 Work = Callable[[Any], list[dict]]
 
-_work: Work | Exception  # of this process, or what its beginning raised
+_work: Work | Exception  # of this process, or the exception from its start
 
 
 def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: int) -> Iterator[list[dict]]:
-    """Yield the results of all jobs, in the order of the jobs. Closing the iterator early kills the processes.
+    """Yield the jobs' results in order. Closing the iterator early kills the processes.
 
-    `start` is called once in each process, and returns the function that does a job. It and the jobs are pickled.
+    Args:
+        start: called once in each process; returns the function that does a job. It is pickled, like the jobs.
 
-    Raises OutOfMemory: memory ran out. EvopruneError: a process crashed, or was killed. And what `start` or a job raises.
+    Raises:
+        OutOfMemory: memory ran out.
+        EvopruneError: a process crashed or was killed.
+
+    Also raises the exceptions of `start` and of jobs.
     """
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     others = set(multiprocessing.active_children())
     killed = oom_kills()
     pool = ProcessPoolExecutor(processes, context, _begin, (start,))
     try:
-        # Not `pool.map`: it cancels what is left after a failure, and the thread that ends a broken pool fails on a cancelled job
-        # (Python 3.11). That thread would neither end the other processes nor wait for them.
+        # Not `pool.map`: it cancels the remaining jobs after a failure, and in Python 3.11 the thread that cleans up a broken pool
+        # fails on a cancelled job. The other processes would then neither be ended nor waited for.
         try:
             results = [pool.submit(_do, job) for job in jobs]
         except OSError as problem:
@@ -57,18 +62,18 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
 def _begin(start: Callable[[], Work]) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    sys.stdout = sys.stderr  # the parent's answers go to stdout
+    sys.stdout = sys.stderr  # the parent prints answers to stdout
     Thread(target=_end_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore", EvopruneWarning)  # the parent has printed them
+    warnings.simplefilter("ignore", EvopruneWarning)  # the parent has already printed them
     keep_freed_memory()
     try:
         _work = start()
-    except Exception as problem:  # raised here, the pool would print it with its traceback, and report a broken pool
+    except Exception as problem:  # if it were raised here, the pool would print a traceback and report a broken pool
         _work = problem
 
 
 def _end_with_parent() -> None:
-    """Ends this process once its parent has ended, also where that was killed and could end nothing itself."""
+    """End this process after its parent has ended, even if the parent was killed and could not clean up."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

@@ -1,7 +1,7 @@
-"""What `evoprune profile` runs: all rows take turns, round after round, in one process; random weights will do.
+"""Runs `evoprune profile`: all rows take turns, round after round, in one process. Random weights suffice.
 
-`Profile` does all of it: `load` loads a model that fits into memory, `Bench` holds it with its clips and with plain, packed and
-quantised weights, and `measure` runs rounds. A turn of a row is `run_evoprune` or, for plain transformers, `run_hugging_face`.
+`Profile` is the whole run: `load` loads a model that fits into memory, `Bench` holds it with its clips and its plain, packed and
+quantized weights, and `measure` runs the rounds. A turn of a row is `run_evoprune` or, for plain transformers, `run_hugging_face`.
 """
 
 import os
@@ -99,16 +99,19 @@ Progress = Callable[[str], None]
 
 
 class Profile:
-    """A sweep: construct it, ask for its `needs`, then `run` it.
+    """A sweep: construct it, check its `needs`, then `run` it.
 
     Args:
-        load_format: None for random weights if the dimensions come with evoprune, else the model's own.
-        cases: sizes of clips. Unless they are `exact`, they are scaled to as many units of the model as there are of `UNIT` pixels.
+        cases: sizes of clips. Unless `exact`, they assume units of `UNIT` pixels, and are scaled to as many units of the model.
+        load_format: None for random weights if evoprune has the model's dimensions, otherwise for the model's own weights.
         video: facts of the video to take frames from; None for a synthetic clip.
         source: name of the video in records, or the kind of synthetic clip.
-        begun: when the run began, by `time.perf_counter`; now by default.
+        begun: start of the run on the clock `time.perf_counter`; default now.
 
-    Raises UsageError: wrong settings of methods, or a method that cannot act in the model. And what `describe` raises.
+    Raises:
+        UsageError: a method has invalid settings or does not work with the model.
+
+    Also raises the errors of `describe`.
     """
 
     def __init__(
@@ -137,7 +140,11 @@ class Profile:
         self._frames = partial(video_frames, video) if video else partial(synthetic_frames, source, unit=unit)
 
     def needs(self) -> "Needs":
-        """Estimate what the run takes. Raises UsageError: more time than its limit."""
+        """Estimate the time and memory that the run needs.
+
+        Raises:
+            UsageError: it would take longer than the time limit.
+        """
         needs = needs_of(self.model, self.cases, self.settings.new_tokens)
         if needs.seconds > self.limit.left:
             total = needs.seconds + self.limit.spent
@@ -151,7 +158,7 @@ class Profile:
         return needs
 
     def run(self, progress: Progress = lambda what: None) -> Iterator[ProfileResults]:
-        """Load the model, and yield the results so far after each measured round. Raises as `load`."""
+        """Load the model, and yield the results so far after each measured round. Raises the errors of `load`."""
         progress("loading model")
         loaded = load(self.model, self.cases)
         how = {"about": self._about, "progress": progress, "limit": self.limit}
@@ -159,12 +166,18 @@ class Profile:
 
 
 def default_load_format(name: str) -> str:
-    """Choose random weights if a bundled config has that name, else the model's own weights."""
+    """Return the format for random weights if a bundled config has this name, otherwise for the model's own weights."""
     return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
 
 def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
-    """Loads a model if there is memory for the smallest case. Raises OutOfMemory; what `case_grid` and `load_model` raise."""
+    """Load a model if memory suffices for the smallest case.
+
+    Raises:
+        OutOfMemory: there is not enough memory.
+
+    Also raises the errors of `case_grid` and `load_model`.
+    """
     size = DTYPES[model.dtype].itemsize
     weights = parameter_count(model.config) * size
     working = min(working_memory(model.config, case, model.limits[VIDEO], size) for case in cases)
@@ -178,19 +191,20 @@ def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
 
 
 class Needs(NamedTuple):
-    """Hold what a run takes: bytes of memory, and a lower bound on the seconds."""
+    """Requirements of a run: memory in bytes, and a lower bound on the seconds."""
 
     memory: int
     seconds: float
 
 
 def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) -> Needs:
-    """Estimate what a run takes: memory for its largest case, and time for Hugging Face and budget 1.0 on the first case.
+    """Estimate the requirements of a run: memory for its largest case, and time for Hugging Face and budget 1.0 on the first case.
 
-    The time is that of their operations at the rate of a matrix product, which is measured for 0.1 s. Loading, packing and the
-    rows of methods are not counted.
+    The time is the number of operations divided by the rate of a matrix product, which is measured for 0.1 s. Loading, packing and
+    the rows of methods are not included.
 
-    Raises UsageError: the device cannot be used.
+    Raises:
+        UsageError: the device cannot be used.
     """
     device = weights_of(model).device
     config = model.config
@@ -210,10 +224,10 @@ def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) ->
 def quantized_models(
     loaded: LoadedModel, names: Sequence[str], working: int, progress: Progress
 ) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
-    """Return the models that there is memory for beside `working` bytes ("none" is packed), why others are missing, and remarks."""
+    """Return the models that fit in memory beside `working` bytes ("none" is packed), reasons for missing ones, and notes."""
     for name in names:
         check_quantize(name, torch.device(loaded.device))
-    # Where layers are not packed they may have been joined, and stay so.
+    # On devices without packing, layers may have been joined, which stays so.
     ours = loaded.model
     if can_pack(next(ours.parameters())):
         ours = shared(ours)
@@ -256,7 +270,10 @@ def _ready(name: str, model: QwenVL, start: float) -> str:
 
 
 def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: int) -> int:
-    """Return the most bytes in use beside weights of `bytes_each`: those of transformers. Raises as `case_grid`."""
+    """Return the peak memory in bytes beyond the weights, which plain transformers determines.
+
+    `bytes_each` is the size of a weight. Raises the errors of `case_grid`.
+    """
     units = prod(case_grid(case, limits))
     held = cost.SMALL_CHANGE + cost.pixel_bytes(config, units, bytes_each)
     text = text_tokens(config.vision_config, case, limits)
@@ -265,7 +282,7 @@ def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: 
 
 
 class Turn(NamedTuple):
-    """Hold the counts and times of one run, and the tokens that it generated."""
+    """Counts and times of one run, and the generated tokens."""
 
     counts: Counts
     sample: Sample
@@ -273,7 +290,7 @@ class Turn(NamedTuple):
 
 
 def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: PruneConfig, new_tokens: int) -> Turn:
-    """Run evoprune from patches to new tokens; as many visual tokens as `plan` keeps reach the language model."""
+    """Run evoprune from patches to new tokens. The language model reads as many visual tokens as `plan` keeps."""
     model = loaded.model
     visual = model.model.visual
     method = config.method
@@ -307,7 +324,7 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
 
 @torch.inference_mode()
 def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int) -> Turn:
-    """Return the tower, language model and cache of transformers' `reference`, one by one; logits are of the last token alone."""
+    """Run the tower, language model and cache of transformers' `reference` one by one. Only the last logits are computed."""
     from transformers import DynamicCache
 
     reset_peak_memory(loaded.device)
@@ -316,7 +333,7 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     device = clip.patches.device
     pairs, rows, columns = clip.grid
     grid_thw = torch.tensor([[pairs, 2 * rows, 2 * columns]], dtype=torch.int64, device=device)
-    # Row 0 is the place in the text; the others are the positions in time, height and width.
+    # Row 0 is the index in the text; the others are the positions in time, height and width.
     positions = torch.cat([arange_on(len(clip.ids), "cpu")[None], clip.positions])[:, None].to(device)
     with clock.stage("encode"):
         encoded = reference.model.visual(clip.patches, grid_thw=grid_thw)
@@ -358,7 +375,7 @@ def _counts(visual, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens
 
 
 class Bench:
-    """Rows, models and clips, ready to be measured; rows that cannot run get an error. `source` makes the frames of a case."""
+    """Models, rows and clips, ready to be measured. Rows that cannot run get an error. `source` returns the frames of a case."""
 
     def __init__(
         self,
@@ -381,7 +398,7 @@ class Bench:
             self.notes.append(note)
         for row in rows:
             row.error = missing.get(row.quantize)
-        self._clips: dict[tuple, Clip] = {}  # of a case, and of a case, method and budget where that acts on the input
+        self._clips: dict[tuple, Clip] = {}  # by case, or by case, method and budget for methods that act on the input
         for case, here in cases.items():
             if short := shortage(needed[case], loaded.device):
                 for row in here:
@@ -393,7 +410,7 @@ class Bench:
                     for name, budget in {(row.method, row.budget) for row in here if row.kind == METHOD}:
                         if (config := settings.config(name, budget)).method.acts == "input":
                             self._clips[case, name, budget] = prepare(loaded, *frames, config)
-        # Large squares, and the tower's own widest product over as many rows as it computes at a time.
+        # Large squares, and the tower's widest product with as many rows as it computes at a time.
         sides = product_sides(model.device)
         vision = model.config.vision_config
         piece_units = min(largest_piece(model.device), max((clip.units for clip in self._clips.values()), default=1))
@@ -401,11 +418,11 @@ class Bench:
         self._shapes = [*((side,) * 3 for side in sides), (PATCHES * piece_units, vision.hidden_size, widest)]
 
     def rate(self) -> float:
-        """Floating-point operations a second in plain matrix products."""
+        """Return the rate of plain matrix products, in floating-point operations per second."""
         return matmul_rate(self._loaded.model.dtype, self._loaded.device, shapes=self._shapes)
 
     def run(self, row: ProfileRow) -> Turn | str:
-        """Return a turn of a row; or why it failed: NaN or infinity, or no memory."""
+        """Run one turn of a row. Returns the reason if it fails (NaN, infinity or out of memory)."""
         settings = self._settings
         loaded = self._loaded
         clip = self._clips.get((row.case, row.method, row.budget), self._clips[row.case,])
@@ -421,7 +438,10 @@ class Bench:
 
 
 def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRow]:
-    """Return the rows of all cases in the order of their turns. A method that prunes nothing is the budget of 1.0, always there."""
+    """Return the rows for all cases in turn order.
+
+    A method that prunes nothing is the row of budget 1.0, which is always included.
+    """
     pruned = [
         (budget, name, quantize)
         for each in settings.budgets
@@ -437,7 +457,7 @@ def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRo
     return rows
 
 
-# The rate in matrix products, and the turn of each row or why it failed.
+# The rate of matrix products, and the turn of each row or the reason for its failure.
 Round = tuple[float, dict[ProfileRow, Turn | str]]
 
 
@@ -451,13 +471,15 @@ def measure(
     progress: Progress = lambda what: None,
     limit: TimeLimit | None = None,
 ) -> Iterator[ProfileResults]:
-    """Runs all rows in turn, round after round, as far as they begin in time.
+    """Run all rows in turn, round after round, within the time limit.
 
     Args:
-        source: makes the frames of a case. `about`: what else to note among the settings: `video` or `synthetic`.
-        limit: of the whole run, which may have begun before; None for that of the settings, from now on.
+        source: returns the frames of a case.
+        about: further settings to record: `video` or `synthetic`.
+        limit: for the whole run, which may have begun earlier; None for the settings' limit, starting now.
 
-    Yields the results so far after each measured round, of which there is at least one.
+    Yields:
+        The results so far after each measured round. There is at least one.
     """
     limit = limit or TimeLimit(settings.time_limit_s)
     asked = all_rows(cases, settings)
@@ -486,7 +508,7 @@ def measure(
         settings={
             **(about or {}),
             **asdict(settings),
-            "method_args": {},  # settings are part of `methods`
+            "method_args": {},  # method settings are part of `methods`
             "text_tokens": TEXT_BEFORE + TEXT_AFTER,
         },
     )
@@ -518,8 +540,11 @@ def measure(
 def _run_round(
     bench: Bench, rows: list[ProfileRow], limit: TimeLimit, progress: Progress, title: str, rounds: int
 ) -> Round:
-    """Return a turn of each row. If `rounds` must end in time, with this one, a row leaves `rows` where they would not if it took
-    as long as the slowest one before it. The least stays: Hugging Face, budget 1.0 and the first method of the first case."""
+    """Run a turn for each row.
+
+    If `rounds` rounds, including this one, must end in time, drop a row from `rows` if they would not, assuming that it takes as
+    long as the slowest row so far. Hugging Face, budget 1.0 and the first method of the first case are never dropped.
+    """
     begun = limit.now()
     progress(f"{title}: matrix products")
     rate = bench.rate()
@@ -539,7 +564,7 @@ def _run_round(
 
 
 def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: TimeLimit) -> list[str]:
-    """Return a remark that names the rows that are missing; none where none are."""
+    """Return a note that names the dropped rows; empty if none were dropped."""
     there = {(row.name, row.case) for row in kept}
     cases = {row.case for row in kept}
     missing = [f"all rows of {case}" for case in dict.fromkeys(row.case for row in asked) if case not in cases]
@@ -550,7 +575,7 @@ def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: Ti
 
 
 def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:
-    """Return the rows, with a bound before the methods of each budget, made from the first of these that did not fail."""
+    """Insert a bound before each budget's methods, made from the first of them that did not fail."""
     bounded = []
     seen = set()
     full = None

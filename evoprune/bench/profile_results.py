@@ -1,6 +1,6 @@
-"""Results of `evoprune profile`: figures made of the samples, as JSON, as a table, Markdown or CSV, and as a chart. No torch.
+"""Results of `evoprune profile`: figures from the samples, as JSON, text, Markdown and CSV tables, and a chart. Imports no torch.
 
-A ratio is taken round by round, and its median is reported, so that a drift of the machine's speed cancels.
+Ratios are computed round by round, and their median is reported, so that drifts of the machine's speed cancel out.
 """
 
 import textwrap
@@ -18,21 +18,21 @@ from evoprune.report import Environment, ModelFacts, device_text
 from evoprune.util import budget_text, counted, one_line, size
 
 SCHEMA = "evoprune/profile@1"
-STAGES = {  # names of times in the document, and in a `Sample`
+STAGES = {  # names of times in the document, and in `Sample`
     "encode": "encode", "encode_prune": "prune", "prefill": "prefill", "prefill_prune": "prefill_prune",
     "generate": "generate", "ttft_model": "first_token",
 }  # fmt: skip
-# Facts of a row in CSV: what it is, and its counts.
+# Columns of a row in CSV: its identity, and its counts.
 KEY = ("row", "name", "method", "budget", "quantize", "frames", "height", "width")
 COUNTED = ("units", "encoder_rows", "live_share", "tokens", "prompt", "tower_flop")
-RATIOS = {  # names in the document, and in `Figures`
+RATIOS = {  # names of ratios in the document, and in `Figures`
     "first_token_to_hugging_face": "vs_hf", "first_token_to_bound": "vs_bound", "encode_to_hugging_face": "encode_vs_hf",
     "prune_of_encode": "prune_share", "tower_of_matmul": "matmul_share",
 }  # fmt: skip
 
 
 class Spread(NamedTuple):
-    """Hold the median of several rounds, and the lowest and the highest of them."""
+    """The median, minimum and maximum over rounds."""
 
     median: float
     low: float
@@ -44,24 +44,24 @@ class Spread(NamedTuple):
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Return the median of the rounds' own ratios."""
+    """Return the median of the ratios computed round by round."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
 class Figures(NamedTuple):
-    """Hold the figures of a row: medians over the rounds in seconds, and ratios as medians of the rounds' own."""
+    """The figures of a row: medians over rounds, in seconds, and medians of the rounds' ratios."""
 
     encode: Spread
     prefill: Spread
     generate: Spread
     first_token: Spread
-    generate_tok_s: float | None  # over the passes after the first token
-    prune_share: float  # of encode
-    vs_hf: float | None  # how many times faster the first token is than plain transformers'
-    vs_bound: float | None  # and than the bound's at this budget
+    generate_tok_s: float | None  # in the passes after the first token
+    prune_share: float  # share of pruning in encode
+    vs_hf: float | None  # speedup of the first token over plain transformers
+    vs_bound: float | None  # speedup of the first token over the bound at this budget
     encode_vs_hf: float | None
-    matmul_share: float | None  # of the machine's rate in plain matrix products, reached by the tower
-    peak_bytes: int | None  # the highest
+    matmul_share: float | None  # share of the machine's matrix product rate that the tower reaches
+    peak_bytes: int | None  # maximum over rounds
 
 
 Row = tuple[ProfileRow, Figures | None]
@@ -69,7 +69,7 @@ Row = tuple[ProfileRow, Figures | None]
 
 @dataclass
 class ProfileResults(Results):
-    """Everything a benchmark found, and with which settings."""
+    """Everything a profile measured, with its settings."""
 
     model: ModelFacts
     weights_bytes: int
@@ -78,17 +78,17 @@ class ProfileResults(Results):
     settings: dict[str, Any]
     # Hugging Face, budget 1.0, then for each budget the bound and the methods.
     rows: list[ProfileRow] = field(default_factory=list)
-    matmul_rates: list[float] = field(default_factory=list)  # plain products' operations a second, by measured round
-    warmups: int = 0  # that ran, as `rounds`
+    matmul_rates: list[float] = field(default_factory=list)  # operations/s of plain products, by measured round
+    warmups: int = 0  # number of warm-up rounds that ran; same for `rounds`
     rounds: int = 0
     warmup_seconds: float = 0.0
-    seconds: float = 0.0  # of everything
+    seconds: float = 0.0  # total duration
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
 
     @property
     def remarks(self) -> list[str]:
-        """Return the notes, and why there are fewer rounds than the settings ask for."""
+        """The notes, and the reason if there are fewer rounds than requested."""
         wanted = self.settings["repetitions"]
         limit = self.settings["time_limit_s"]
         said = list(self.notes)
@@ -108,7 +108,7 @@ class ProfileResults(Results):
         return [row for row in self.rows if row.case == case]
 
     def _against(self, row: ProfileRow, other: str, stage: str) -> float | None:
-        """Return how many times as fast `row` is as the `other` kind of row at its case, if that has samples."""
+        """Return the speedup of `row` over the `other` kind of row in its case, or None if it has no samples."""
         peers = (r for r in self.of(row.case) if r.kind == other and (other != BOUND or r.budget == row.budget))
         peer = next((r for r in peers if r.samples), None)
         if peer is None:
@@ -116,7 +116,7 @@ class ProfileResults(Results):
         return median_ratio(peer.seconds(stage), row.seconds(stage))
 
     def figures(self, row: ProfileRow) -> Figures | None:
-        """Compute the figures of a row; None where it has no samples."""
+        """Compute the figures of a row, or None if it has no samples."""
         if not row.samples:
             return None
         encode = row.seconds("encode")
@@ -144,7 +144,7 @@ class ProfileResults(Results):
         return figures
 
     def document(self) -> dict[str, Any]:
-        """Return all of it as plain data for JSON: times in milliseconds, sizes in bytes."""
+        """Return all results as JSON data: times in milliseconds, sizes in bytes."""
         rates = self.matmul_rates
         seconds = round(self.seconds, 3)
         ran = {"warmup": self.warmups, "measured": self.rounds, "seconds": seconds, "interrupted": self.interrupted}
@@ -190,7 +190,7 @@ class ProfileResults(Results):
         return super().text(form, width)
 
     def table(self, width: int) -> str:
-        """Return two tables for each case: the times, and the work that they took."""
+        """Return two tables per case: times and work."""
         lines = folded(self._heading(), width)
         shown: list[Column] = []
         for case in self.cases:
@@ -219,7 +219,7 @@ class ProfileResults(Results):
         return "\n".join([head, "", *markdown(rows, columns), "", *said]) + "\n"
 
     def _csv(self) -> str:
-        """Return a line for each row that is complete in itself; a field is empty if its value is unknown."""
+        """Return one line per row, each with all facts. Unknown values are empty."""
         document = self.document()
         common = {"rounds": self.rounds, "warmups": self.warmups, "new_tokens": self.settings["new_tokens"]}
         common |= {"source": self._source(), "matmul_flop_per_s": document["matmul"]["flop_per_s"]}
@@ -240,7 +240,7 @@ class ProfileResults(Results):
         return as_csv(rows)
 
     def chart(self) -> str:
-        """Draw time against the size if sizes are swept, else the time of the tower against its live share."""
+        """Draw time against size if sizes are swept, otherwise the tower's time against its live share."""
         longest = max((max(row.seconds("first_token")) for row in self.rows if row.samples), default=0)
         unit = "milliseconds"
         factor = 1000.0
@@ -267,9 +267,9 @@ class ProfileResults(Results):
         return draw(f"{name}: {subject}", ", ".join([self.model.dtype, device, seen, self._source(), rounds]), panels)
 
     def _sweep(self, unit: str, factor: float) -> list[Panel]:
-        """Return encode and the first token against the frames, or against the units if the frames differ in size.
+        """Return encode and first token against frames, or against units if frame sizes differ.
 
-        Plain transformers are grey, evoprune without pruning is black. A bound has the colour of the row below it.
+        Plain transformers are grey, evoprune without pruning is black. A bound has the color of the row below it.
         """
         by_frames = len({(case.height, case.width) for case in self.cases}) == 1
         pruned = {row.name: row.budget for row in self.rows if row.kind == METHOD}
@@ -290,7 +290,7 @@ class ProfileResults(Results):
         return panels
 
     def _live_share(self, unit: str, factor: float) -> Panel:
-        """Return encode against the live share, a line for each method."""
+        """Return encode against live share, with a line per method."""
         points: dict[str, list[Point]] = {}
         for row in self.rows:
             figures = self.figures(row)
@@ -307,11 +307,11 @@ class ProfileResults(Results):
         return Panel("Encode", "live share: rows computed, mean over all layers", unit, series)
 
     def _source(self) -> str:
-        """Return the video, or the kind of synthetic clip."""
+        """Return the name of the video, or the kind of synthetic clip."""
         return one_line(self.settings.get("video") or f"synthetic {self.settings.get('synthetic', 'clip')}")
 
     def _heading(self) -> list[str]:
-        """Return what was measured, and how."""
+        """Return lines that state the measured model, the machine and the input."""
         model = self.model
         env = self.env
         name = one_line(model.id)
@@ -320,7 +320,7 @@ class ProfileResults(Results):
         text_tokens = f"{self.settings['text_tokens']} text tokens"
         read = [self._source(), text_tokens, counted(self.settings["new_tokens"], "new token")]
         return [
-            f"evoprune profile {env.evoprune}, torch {env.torch}, transformers {env.transformers}",  # how `-o` knows it
+            f"evoprune profile {env.evoprune}, torch {env.torch}, transformers {env.transformers}",  # `-o` recognizes files by it
             f"{name}, {model.dtype}",
             f"{device_text(model.device, env.threads)}: {env.device_name}, "
             f"{median(self.matmul_rates) / 1e9:,.0f} GFLOP/s in matrix products",
@@ -355,7 +355,7 @@ LEGEND = (
 
 
 def _legend(columns: Sequence[Column]) -> list[str]:
-    """Return what rows and columns mean."""
+    """Return the meanings of rows and columns."""
     ratios = ", ".join(title for title in ("vs HF", "vs bound") if title in [column.title for column in columns])
     texts = [*LEGEND]
     if ratios:
@@ -373,7 +373,7 @@ def _ms(seconds: float) -> str:
 
 
 def _near(spread: Spread) -> str:
-    """Return the median, and how far the farthest round is from it, if there is more than one round."""
+    """Return the median, and the largest deviation of a round from it if there is more than one round."""
     far = max(spread.high - spread.median, spread.median - spread.low)
     if not far:
         return _ms(spread.median)
@@ -381,7 +381,7 @@ def _near(spread: Spread) -> str:
 
 
 def _range(spread: Spread) -> str:
-    """Return the median, and the range of the rounds."""
+    """Return the median and the range of the rounds."""
     if spread.low == spread.high:
         return _ms(spread.median)
     return f"{_ms(spread.median)} ({_ms(spread.low)}-{_ms(spread.high)})"
@@ -394,7 +394,7 @@ def _rate(tokens_s: float) -> str:
 
 
 def _figure(show: Callable[[Any], str], name: str, row: Row) -> str:
-    """Return a figure of a row: a dash if the row has none, nothing if this one is unknown."""
+    """Return a figure of a row: a dash if the row has no figures, empty if this one is unknown."""
     _, figures = row
     if figures is None:
         return "-"
@@ -409,7 +409,7 @@ def _count(show: Callable[[Any], str], name: str, row: Row) -> str:
 
 
 def _pruning(row: Row) -> str:
-    """Return the share of pruning in encode; nothing if the row prunes nothing."""
+    """Return the share of pruning in encode; empty if the row prunes nothing."""
     if row[1] and row[0].kind != METHOD:
         return ""
     return _figure("{:.1%}".format, "prune_share", row)
@@ -418,7 +418,7 @@ def _pruning(row: Row) -> str:
 NAME: Column[Row] = Column("", lambda row: row[0].name)
 FRAMES: Column[Row] = Column("frames", lambda row: f"{row[0].case.frames:,}")
 SIZE: Column[Row] = Column("size", lambda row: f"{row[0].case.height}x{row[0].case.width}")
-# Columns of tables and of Markdown, by title. Those with a low `drop` make room first.
+# Columns of text and Markdown tables, by title. Columns with a low `drop` are dropped first.
 BOTH: dict[str, Column[Row]] = {
     column.title: column
     for column in (

@@ -1,4 +1,4 @@
-"""What `evoprune profile` sweeps and measures: settings, cases, rows and their samples in seconds. No torch."""
+"""Settings, cases, rows and samples of `evoprune profile`. Times are in seconds. Imports no torch."""
 
 from dataclasses import dataclass, field, replace
 
@@ -11,23 +11,23 @@ SYNTHETIC = ("motion", "static90", "noise")  # kinds of synthetic clips, see `cl
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """Every method runs at every budget, with each quantisation of the language model's weights."""
+    """Settings of a profile. Every method runs at every budget, with each quantization of the language model's weights."""
 
-    budgets: tuple[float | str, ...]  # as of `Budget.recorded`
+    budgets: tuple[float | str, ...]  # see `Budget.recorded`
     methods: tuple[str, ...] = (methods.DEFAULT,)
     quantize: tuple[str, ...] = ("none",)
     seed: int = 0  # for methods that select at random
-    new_tokens: int = 4  # generated in any case; ends of sequence are ignored
+    new_tokens: int = 4  # always generated; end-of-sequence tokens are ignored
     warmups: int = 1  # rounds that are not counted
-    repetitions: int = 3  # rounds that are
-    time_limit_s: float = 150.0  # of the whole run, loading included
+    repetitions: int = 3  # rounds that are counted
+    time_limit_s: float = 150.0  # for the whole run, including loading
 
     def config(self, name: str, budget: float | str):
         """Return the `PruneConfig` of a method at a budget."""
         return PruneOptions(budget, name, seed=self.seed).config()
 
 
-# Kinds of rows: plain transformers, evoprune without pruning, the best that a post-encoder method could reach, a method.
+# Kinds of rows: plain transformers, evoprune without pruning, the upper bound for methods that act after the encoder, a method.
 HUGGING_FACE = "hugging_face"
 FULL = "full"
 BOUND = "post_encoder_bound"
@@ -36,7 +36,7 @@ METHOD = "method"
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """Hold the size of a clip: its number of frames, and their height and width in pixels. One frame is a picture."""
+    """The size of a clip: the number of frames, and their height and width in pixels. One frame is a picture."""
 
     frames: int
     height: int
@@ -49,19 +49,19 @@ class Case:
         return f"{self.frames} frames of {size}"
 
     def of_units(self, larger: float) -> "Case":
-        """Return the same number of units, whose side in pixels is so many times larger."""
+        """Return a case with the same number of units, for units whose side is `larger` times as many pixels."""
         return replace(self, height=round(self.height * larger), width=round(self.width * larger))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold the times of one row in one round, in seconds."""
+    """The times of one row in one round, in seconds."""
 
     encode: float  # the tower
-    prune: float  # scores, merging and selection, part of `encode`
+    prune: float  # scoring, merging and selection; part of `encode`
     prefill: float  # the prompt, up to the logits of its last token
-    generate: float  # all new tokens; the first needs no pass of its own
-    peak_bytes: int | None = None  # the most memory in use, weights included
+    generate: float  # all new tokens; the first comes from the prefill
+    peak_bytes: int | None = None  # peak memory, including weights
     prefill_prune: float = 0.0  # part of `prefill`
 
     @property
@@ -71,23 +71,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class Counts:
-    """Count the work of a row, the same in every round."""
+    """The work of a row, which is the same in every round."""
 
     units: int  # N, of the clip
-    encoder_rows: int  # that leave the tower
-    live_share: float  # mean over its layers of rows / N
-    layers: tuple[tuple[int, int], ...]  # (layer, rows that it computed)
-    tokens: int  # K, visual tokens that reach the language model
-    prompt: int  # those and the text around them
+    encoder_rows: int  # rows that leave the tower
+    live_share: float  # rows / N, averaged over layers
+    layers: tuple[tuple[int, int], ...]  # (layer, rows computed)
+    tokens: int  # K, visual tokens read by the language model
+    prompt: int  # tokens of the prompt, visual and text
     tower_flop: float
-    # (layer, visual tokens that it read), and (layer, those whose keys, queries and MLP it computed); None where it is all of them
+    # (layer, visual tokens read), and (layer, tokens whose keys, queries and MLP were computed); None if all were.
     language_layers: tuple[tuple[int, int], ...] | None = None
     language_work: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(eq=False)
 class ProfileRow:
-    """Hold one row at one case. `samples`: one for each measured round; none if the row failed with an `error`."""
+    """One row at one case. `samples` has one entry per measured round; it is empty if the row failed with an `error`."""
 
     kind: str
     case: Case
@@ -111,13 +111,14 @@ class ProfileRow:
         return name
 
     def seconds(self, stage: str) -> list[float]:
-        """Return the times of all rounds in seconds; `stage` is a field of Sample, or `first_token`."""
+        """Return the times of all rounds in seconds. `stage` is a field of `Sample`, or `first_token`."""
         return [getattr(sample, stage) for sample in self.samples]
 
 
 def bound_of(full: ProfileRow, method: ProfileRow) -> ProfileRow:
-    """Return the tower of `full` and the rest of `method`, round by round: the best that a method after the encoder can do, or
-    why not.
+    """Return the bound: the tower of `full` and the rest of `method`, round by round.
+
+    This is the best that a method after the encoder can do. If either row failed, the bound has its error.
     """
     bound = ProfileRow(BOUND, method.case, method.budget, error=full.error or method.error)
     if bound.error or full.counts is None or method.counts is None:

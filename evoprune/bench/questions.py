@@ -1,4 +1,4 @@
-"""Questions with known answers, from a JSONL or CSV file, and grading: whether a model said the expected answer. No torch."""
+"""Questions with known answers from a JSONL or CSV file, and grading of a model's answers. Imports no torch."""
 
 import re
 import unicodedata
@@ -13,7 +13,7 @@ from evoprune.batch import LETTERS, MAY_HAVE, Row, Rules, load_rows
 from evoprune.util import is_url
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-# The pattern of each number, by its name and its figures.
+# The pattern for each number, by its word and by its digits.
 NUMBERS = {
     name: f"(?:{word}|{number})" for number, word in enumerate(_NUMBERS) for name in (word, f"{number}", f"{number:02}")
 }
@@ -29,8 +29,8 @@ ASIDE = (
     "because|since|due to|given that|while|whereas|although|though|if|unlike|except|other than"
     "|rather than|instead of|as opposed to"
 )
-# A letter names an option at the start of a clause or after one of the first words, but not directly before a word
-# ("A circle", "I think", "C major") other than the second.
+# A letter names an option at the start of a clause or after one of the words in `LEADS`, but not directly before another word ("A
+# circle", "I think", "C major") unless `FOLLOWS` has it.
 LEADS = re.compile(
     "is|was|be|are|it's|that's|options?|choice|letter|say|think|guess|believe|with|choose|choosing|pick|select|either|only|just"
     "|probably|definitely|clearly|certainly|surely|likely|maybe|perhaps|possibly|是|为|项",
@@ -39,39 +39,39 @@ LEADS = re.compile(
 FOLLOWS = re.compile(
     "is|was|would|seems|appears|looks|best|correctly|matches|describes|shows|fits|as|and|then|to", re.IGNORECASE
 )
-# Texts that are also common words: "no car", "the left one", "one of them" are not the answers "no" and "one".
+# Options that are also common words: "no car", "the left one" and "one of them" are not the answers "no" and "one".
 COMMON = {
     "no": r"no(?! (?!because\b)\w)",
     "(?:one|1)": r"(?:1|(?:(?<![\w ])|(?<=\bis )|(?<=\bonly )|(?<=\bjust )|(?<=\bexactly ))one(?! of\b))",
 }
 
-_SPACED = re.compile(r"([\u3041-\u9fff\uac00-\ud7a3])")  # Chinese, Japanese and Korean write no blanks between words
+_SPACED = re.compile(r"([\u3041-\u9fff\uac00-\ud7a3])")  # Chinese, Japanese and Korean do not put spaces between words
 _MARKUP = str.maketrans(dict.fromkeys('*`$"“”{}#', " ") | {"\\": "", "’": "'", "‘": "'"})
 _TAG = r"(?:<(?:video|image)>|<\|vision_start\|><\|(?:video|image)_pad\|><\|vision_end\|>)"
 BEFORE = re.compile(rf"\A\s*+(?:{_TAG}\s*+)+")
 BEHIND = re.compile(rf"(?:\n[ \t]*+{_TAG}[ \t\r]*+){{1,64}}\s*+\Z")
 ENDS = ("clause", "stop", "line", "aside")
-JOINS = re.compile("and|then|to|maybe|perhaps|possibly|[/&]", re.IGNORECASE)  # two names that are both meant
+JOINS = re.compile("and|then|to|maybe|perhaps|possibly|[/&]", re.IGNORECASE)  # joins two names that are both meant
 FILLERS = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.IGNORECASE)
 
 
 @dataclass
 class Word:
-    """Hold a word or a sign of an answer.
+    """A word or a sign of an answer.
 
-    A letter that is not `sure` can only contradict another ("vitamin C", the C of "B and C").
+    A letter that is not `sure` can only contradict another one ("vitamin C", or the C of "B and C").
     """
 
     kind: str  # "name" (of options), "states", "denies", "denies_before", "aside", "clause" (begins), "stop", "line" or "plain"
     text: str
-    options: frozenset[int] = frozenset()  # the indices of those that it names; -1 is a letter of no option
-    letter: bool = False  # whether it names by a letter
-    marked: bool = False  # whether that is in brackets, or begins a clause before a bracket, a full stop or a colon
-    sure: bool = True  # whether it names by itself
+    options: frozenset[int] = frozenset()  # indices of the options it names; -1 for a letter without an option
+    letter: bool = False  # whether it is a letter
+    marked: bool = False  # whether it is in brackets, or starts a clause before a bracket, a full stop or a colon
+    sure: bool = True  # whether it names an option by itself
 
 
 def grade(row: Row, said: str) -> bool | None:
-    """Return whether `said` is the row's answer; None if the row has options and `said` names none of them, or more than one."""
+    """Return True if `said` is the row's answer. None if the row has options and `said` names none of them, or several."""
     if not row.options:
         return normalised(said) == normalised(row.answer)
     choice = chosen_option(said, row.options)
@@ -81,31 +81,32 @@ def grade(row: Row, said: str) -> bool | None:
 
 
 def normalised(text: str) -> str:
-    """Return the text without case, outer blanks and a final full stop."""
+    """Return the text without case, surrounding whitespace and a final full stop."""
     return text.strip().removesuffix(".").strip().casefold()
 
 
 def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
-    """Return the index of the option that an answer names, by letter or by text; None if it names none, or more than one.
+    """Return the index of the option that an answer names, by letter or by text; None if it names none or several.
 
     The first rule that finds options decides:
 
     1. The answer is the text of an option, or its line in the prompt (`B. blue star`).
     2. The last statement that names an option: `the answer is B`, `I choose B`, `B is the correct answer`, `\\boxed{B}`,
-       `<answer>B</answer>`. A letter decides, what follows explains it.
-    3. The only option whose letter begins a line (`B: it is blue`, `(B)`, `B, because`), or that is all of a line.
-    4. The only option that is named anywhere.
-    5. Where these name several, the last line that is a letter; else the last line, if it repeats an option.
+       `<answer>B</answer>`. A letter decides; the text after it is an explanation.
+    3. The only option whose letter begins a line (`B: it is blue`, `(B)`, `B, because`), or that is a whole line.
+    4. The only option named anywhere.
+    5. If several are named, the last line that is a letter; otherwise the last line, if it repeats an option.
 
-    A letter names an option in brackets, at the start of a clause, or after words such as "is" and "option"; not directly before a
-    word ("a circle", "I think"). A text does as whole words, with or without articles, numbers up to twelve in figures or words.
-    Nothing does in a clause that denies ("not A", "A is wrong") or has an "or", after "because" and the like, in a question, or in
-    `<think>`. "A and B", and a letter beside the text of another option (`B. circle`), name two options.
+    A letter names an option in brackets, at the start of a clause, or after words such as "is" and "option", but not directly
+    before a word ("a circle", "I think"). A text names its option as whole words, with or without articles, with numbers up to
+    twelve as digits or words. Names are ignored in a clause with a denial ("not A", "A is wrong") or an "or", after words like
+    "because", in questions, and inside `<think>`. "A and B", and a letter next to the text of another option (`B. circle`), name
+    two options.
     """
     alone = normalised(said)
     for lines in (options, [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]):
         texts = [normalised(text) for text in lines]
-        if texts.count(alone) == 1 and not re.fullmatch("[a-z]", alone):  # a letter may be that of another option
+        if texts.count(alone) == 1 and not re.fullmatch("[a-z]", alone):  # a letter may be the letter of another option
             return texts.index(alone)
     words = read(said, options)
     named = _stated(words) | _of_lines(words) or _anywhere(words)
@@ -117,7 +118,7 @@ def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
 
 
 def _stated(words: list[Word]) -> frozenset[int]:
-    """Return what the last statement names that names anything."""
+    """Return the options named by the last statement that names any."""
     end = len(words)
     for place in reversed([place for place, word in enumerate(words) if word.kind == "states"]):
         start = place + 1
@@ -140,8 +141,9 @@ def _stated(words: list[Word]) -> frozenset[int]:
 
 
 def _of_lines(words: list[Word]) -> frozenset[int]:
-    """Return the option whose letter begins a line, or that is all of a line; none if there are several, or other marked
-    letters.
+    """Return the option whose letter begins a line, or that is a whole line.
+
+    Empty if there are several, or other marked letters.
     """
     named: frozenset[int] = frozenset()
     for line in _lines(words):
@@ -158,7 +160,7 @@ def _of_lines(words: list[Word]) -> frozenset[int]:
 
 
 def _last_letter(words: list[Word]) -> frozenset[int]:
-    """Find the option of the last line that is a letter; none where the lines before it list letters too."""
+    """Return the option of the last line that is a letter; empty if the lines before it list letters, too."""
     lines = _lines(words)
     letters = {number: _anywhere(line) for number, line in enumerate(lines) if _is_letter(line)}
     if not letters:
@@ -168,15 +170,15 @@ def _last_letter(words: list[Word]) -> frozenset[int]:
     earlier = [letters[number] for number in before]
     if all(option == chosen for option in earlier):
         return chosen
-    listed = last - 1 in letters and chosen not in earlier  # one more of A, B, C, line by line
-    ends = last + 1 == len(lines)  # else an explanation may follow each letter
+    listed = last - 1 in letters and chosen not in earlier  # another item in a list of A, B, C, line by line
+    ends = last + 1 == len(lines)  # otherwise an explanation may follow each letter
     if listed or not ends:
         return frozenset()
     return chosen
 
 
 def _repeated(words: list[Word]) -> frozenset[int]:
-    """Find the option that the last line names, letter or text alone, if more such lines name it than any other option."""
+    """Return the option named by the last line, if it is the whole line and more such lines name it than any other option."""
     lines = _lines(words)
     if not lines or not _names_alone(lines[-1]):
         return frozenset()
@@ -200,7 +202,7 @@ def _names_alone(line: list[Word]) -> bool:
 
 
 def _is_letter(line: list[Word]) -> bool:
-    """Say whether a line is the letter of an option, perhaps with up to three words before it: `It is B.`, `Final: B`."""
+    """Return True if a line is the letter of an option, with at most three words before it: `It is B.`, `Final: B`."""
     names = [place for place, word in enumerate(line) if word.kind == "name"]
     if len(names) != 1 or not (line[names[0]].letter and line[names[0]].sure):
         return False
@@ -209,7 +211,7 @@ def _is_letter(line: list[Word]) -> bool:
 
 
 def _decided(words: list[Word], place: int) -> frozenset[int]:
-    """Return the option of a letter that what follows explains, and any other that is named beside it ("B or C", "B. circle")."""
+    """Return the option of a letter followed by an explanation, and any other option named with it ("B or C", "B. circle")."""
     named = words[place].options
     joined = False
     for number in range(place + 1, len(words)):
@@ -232,7 +234,10 @@ def _anywhere(words: list[Word]) -> frozenset[int]:
 
 
 def read(said: str, options: tuple[str, ...]) -> list[Word]:
-    """Return the words and signs of an answer. What it denies, leaves open, asks, or says aside names nothing."""
+    """Return the words and signs of an answer.
+
+    Options that it denies, leaves open, asks about or mentions in passing are not names.
+    """
     scanner, names = _scanner(options)
     words: list[Word] = []
     for match in scanner.finditer(_plain(said)):
@@ -254,7 +259,7 @@ def read(said: str, options: tuple[str, ...]) -> list[Word]:
 
 
 def _plain(text: str) -> str:
-    """Return the text without thinking and markup, in one kind of letters. Marks of an answer, such as a box, become words."""
+    """Return the text without thoughts and markup, with normalized characters. Answer markers such as a box become words."""
     text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].partition("<think>")[0]
     text = re.sub(r"<\|[^<>|]*\|>", " ", text)  # special tokens
     text = re.sub(r"<answer>|\\boxed\b", "\nanswer: ", text)
@@ -267,7 +272,7 @@ def _plain(text: str) -> str:
 
 
 def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
-    """Makes a letter without brackets plain if it is a word, and finds whether it names an option by itself."""
+    """Decide if a letter without brackets is an ordinary word, which becomes plain, and if it names an option by itself."""
     letter = word.text
     word.marked = before.kind in ("stop", "line", "clause", "name") and after.text in (".", ":", ")", "]")
     wordy = after.kind == "plain" and after.text.isascii() and not FOLLOWS.fullmatch(after.text)
@@ -280,7 +285,7 @@ def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
 
 
 def _drop_denied(words: list[Word]) -> None:
-    """Makes plain the names in clauses that deny or leave open, behind words such as "because", and in questions."""
+    """Make names plain in clauses that deny or leave open, after words such as "because", and in questions."""
     clause = []
     sentence = []
     denied = False
@@ -309,16 +314,16 @@ def _drop_denied(words: list[Word]) -> None:
 
 @lru_cache(maxsize=256)
 def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, frozenset[int]]]:
-    """Return a pattern, its last group the kind of a word, and the options that its groups of texts, and letters, name.
+    """Return a pattern whose last group is the kind of a word, and the options named by its text groups and by letters.
 
-    Long texts go first.
+    Longer texts come first.
     """
     letters = {letter: {-1} for letter in LETTERS}
     letters |= {letter: {index} for index, letter in enumerate(LETTERS[: len(options)])}
     patterns: dict[str, set[int]] = {}
     for index, option in enumerate(options):
         pattern = _pattern(option, LETTERS[index])
-        if re.fullmatch("[A-Z]", pattern, re.IGNORECASE):  # the text is a letter, perhaps that of another option
+        if re.fullmatch("[A-Z]", pattern, re.IGNORECASE):  # the text is a letter, perhaps the letter of another option
             letters[pattern.upper()] = letters[pattern.upper()] - {-1} | {index}
         elif pattern:
             patterns.setdefault(pattern, set()).add(index)
@@ -342,7 +347,10 @@ def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, froze
 
 
 def _pattern(option: str, letter: str) -> str:
-    """Return the pattern of an option's text, with or without articles, in figures or words. Empty if the text is signs alone."""
+    """Return a pattern for an option's text, allowing articles, digits and number words.
+
+    Empty if the text has no word characters.
+    """
     words = re.sub(rf"^\(?{letter}[.):] (?=.)", "", _plain(option)).removesuffix(".").split()
     if not re.search(r"\w", "".join(words)):
         return ""
@@ -354,7 +362,7 @@ def _pattern(option: str, letter: str) -> str:
 
 @dataclass(frozen=True)
 class VideoQuestions:
-    """Hold a video and the rows that ask about it. Results name it by `name`, and intervals are clustered by it."""
+    """A video and the rows about it. `name` identifies it in results, and intervals are clustered by it."""
 
     name: str
     path: Path
@@ -362,7 +370,7 @@ class VideoQuestions:
 
 
 def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list[VideoQuestions]:
-    """Return the videos with questions of these groups, each with these alone; all videos where no group is named."""
+    """Return the videos with questions in these groups, each with only those questions. Without groups, return all videos."""
     if not groups:
         return list(videos)
     every = [replace(video, rows=tuple(row for row in video.rows if set(groups) & set(row.groups))) for video in videos]
@@ -370,12 +378,13 @@ def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list
 
 
 def load_questions(path: Path) -> list[VideoQuestions]:
-    """Return the questions of a file, video by video in the order of their first lines.
+    """Return the questions of a file by video, in the order of first appearance.
 
-    Beside the fields that `batch.rows.read_rows` reads, a row must have `answer` (with `options`: a letter or an option's text),
-    and may have `type` and `groups` (in CSV separated by |). Ids default to the line's number.
+    In addition to the fields that `batch.rows.read_rows` reads, a row must have `answer` (with `options`: a letter or an option's
+    text), and may have `type` and `groups` (separated by | in CSV). Ids default to the line number.
 
-    Raises UsageError: the file cannot be read, rows are wrong or repeat an id, or there are none.
+    Raises:
+        UsageError: the file cannot be read, rows are invalid or repeat an id, or there are none.
     """
     videos: dict[str, list[Row]] = {}
     for row in load_rows(str(path), rules=GRADED):
@@ -384,9 +393,9 @@ def load_questions(path: Path) -> list[VideoQuestions]:
 
 
 def without_tags(question: str) -> str:
-    """Leave out tags of the input before a question, or on lines behind it, as in files for LLaVA: `<video>\\nWhat happens?`.
+    """Remove tags of the input before a question or on lines after it, as in LLaVA's files: `<video>\\nWhat happens?`.
 
-    The prompt has the input itself. Tags inside a question are text.
+    The prompt already contains the input. Tags inside a question are kept as text.
     """
     return BEHIND.sub("", BEFORE.sub("", question))
 
@@ -410,7 +419,7 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
     ):
         if wrong:
             raise ValueError(problem)
-    if texts:  # a text goes before a letter
+    if texts:  # a text takes precedence over a letter
         choice = texts.index(normalised(answer)) if normalised(answer) in texts else chosen_option(answer, row.options)
         if choice is None:
             raise ValueError(f"the answer {answer!r} is none of the options")

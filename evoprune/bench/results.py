@@ -1,4 +1,4 @@
-"""Results of `profile`, `eval`, `tune` and `verify`: a document for JSON, tables as text, Markdown or CSV, and a chart."""
+"""Results of `profile`, `eval`, `tune` and `verify`: a JSON document, tables as text, Markdown or CSV, and a chart."""
 
 import csv
 import io
@@ -12,12 +12,12 @@ from typing import Any, Generic, TypeVar
 from evoprune.report import precision
 from evoprune.util import one_line
 
-MIN_NAME = 8  # characters of the first column of a table for which the other columns keep their width
+MIN_NAME = 8  # minimum width of a table's first column, in characters, for the other columns to keep their widths
 T = TypeVar("T")
 
 
 class Results(ABC):
-    """What a command has measured so far."""
+    """The measurements of a command so far."""
 
     @abstractmethod
     def document(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Column(Generic[T]):
 
 
 def fitting(rows: Sequence[T], columns: Sequence[Column[T]], width: int) -> tuple[list[str], list[Column[T]]]:
-    """Return the lines of a table that leaves out columns until it fits, and the columns that it has."""
+    """Return the lines of a table, and its columns. Columns are dropped until the table fits into `width`."""
     droppable = sorted((column for column in columns if column.drop), key=lambda column: column.drop)
     for left_out in (None, *droppable):
         columns = [column for column in columns if column is not left_out]
@@ -76,10 +76,10 @@ def meanings(columns: Sequence[Column]) -> str:
 def grid(
     titles: Sequence[str], rows: Iterable[Sequence[str]], width: int, right: bool = True
 ) -> tuple[list[str], bool]:
-    """Return the lines of a table, and whether it fits into `width` as it is. If it does not, words are broken and none is cut.
+    """Return the lines of a table, and whether it fits into `width`. If it does not fit, words are broken, but nothing is cut off.
 
     Args:
-        right: all columns but the first hold numbers. The first column gives way to them.
+        right: whether all columns except the first hold numbers. The first column is narrowed in favor of them.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -134,10 +134,10 @@ def short_name(model: str) -> str:
 
 
 def model_line(model: dict) -> str:
-    """Name a model of a document: its id, precision and device."""
+    """Return a document's model as a line: its ID, precision and device."""
     return f"{one_line(model['id'])}, {precision(model['dtype'], model.get('quantize'))}, {model['device']}"
 
 
 def failures(document: dict) -> list[str]:
-    """Return a line for each video of a document that failed."""
+    """Return a line for each failed video of a document."""
     return [one_line(f"failed: {entry['video']}: {entry['message']}") for entry in document["failures"]]

@@ -1,7 +1,7 @@
-"""From graded answers to a table: accuracy with intervals, beside what it cost (schema `evoprune/eval@1`). No torch.
+"""Turns graded answers into a table of accuracy with intervals, and of costs (schema `evoprune/eval@1`). Imports no torch.
 
-A sample is the answer of one row (`full`, `blind`, or a method at a budget) to one question, as a flat dict. Answers on one video
-depend on each other, so intervals are over videos; all rows answer the same questions, and are bootstrapped with the same draws.
+A sample is the answer of one row (`full`, `blind`, or a method at a budget) to one question, as a flat dict. Answers about the same
+video are correlated, so intervals are over videos. All rows answer the same questions, and are bootstrapped with the same draws.
 """
 
 import math
@@ -15,35 +15,36 @@ SCHEMA = "evoprune/eval@1"
 FULL = "full"
 BLIND = "blind"
 METHOD = "method"
-# the group of all questions, and the prefix of groups that are types
+# The group of all questions, and the prefix of groups that are types.
 ALL = "all"
 TYPE = "type:"
-KEY = ("row", "method", "budget")  # what identifies a row of the table
-DIFFERENCES = ("difference", "first_difference")  # fields of a row, each with its interval
-LEAST_VIDEOS = 10  # with fewer, a bootstrap over videos is far too narrow: with one, every interval is a point
-LEAST_QUESTIONS = 30  # with fewer, a table's figures are no measurement
+KEY = ("row", "method", "budget")  # fields that identify a row of the table
+DIFFERENCES = ("difference", "first_difference")  # fields with an interval
+LEAST_VIDEOS = 10  # with fewer, a bootstrap over videos is far too narrow: with one video, every interval is a point
+LEAST_QUESTIONS = 30  # with fewer, the figures are an example, not a measurement
 COSTS = ("tokens", "layer_tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill")
 Z95 = 1.959964
 DRAWS = 4000
-_AT_ONCE = 2**22  # weights held at a time
+_AT_ONCE = 2**22  # bootstrap weights in memory at a time
 
 
 def row_name(row: str, method: str, budget: float | str) -> str:
-    """Return the name of a row in tables."""
+    """Return the name of a row for tables."""
     if row != METHOD:
         return row
     return f"{method} -b {budget_text(budget)}"
 
 
 def score_rows(samples: Sequence[dict]) -> list[dict]:
-    """Return a dict for each row and group, the group of all questions first, full before the rows compared with it.
+    """Return a dict for each group and row: the group of all questions first, and full before the rows compared with it.
 
-    `difference` is accuracy - that of full, `kept_of_full` accuracy / that of full, `first_difference` accuracy - that of the row
-    named `first`: the first method's at the same budget. Each, like accuracy, has a 95% interval over videos, None where the
-    group has fewer than `LEAST_VIDEOS` videos. `brier`: as of `mean_brier`. Costs are means over the questions of the group. Failed
-    samples do not count.
+    `difference` is the accuracy minus full's accuracy, and `kept_of_full` their ratio. `first_difference` is the accuracy minus the
+    accuracy of the row named `first`, the first method at the same budget. Like accuracy, each has a 95% interval over videos,
+    which is None if the group has fewer than `LEAST_VIDEOS` videos. `brier` is from `mean_brier`. Costs are means over the
+    questions of the group. Failed samples are ignored.
     """
-    # Samples of earlier versions lack `layer_tokens`: every layer read all tokens. The order is stable: rows stay in order.
+    # Samples of earlier versions lack `layer_tokens`, because every layer read all tokens. The sort is stable, so rows stay in
+    # order.
     good = [{"layer_tokens": s["tokens"]} | s for s in sorted(samples, key=lambda s: s["video"]) if "error" not in s]
     rows: dict[tuple, list[dict]] = {}
     for sample in good:
@@ -53,7 +54,7 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     first = next(iter(rows.values()))
     videos, cluster = np.unique([s["video"] for s in first], return_inverse=True)
     groups = _groups(first)
-    # Columns: the questions of each group, then the right answers of each row in each group.
+    # Columns: the questions of each group, then the right answers of each row by group.
     masks = np.array(list(groups.values())).T
     right = {key: np.array([s["right"] for s in answers]) for key, answers in rows.items()}
     columns = np.hstack([masks, *(masks & r[:, None] for r in right.values())]).astype(float)
@@ -98,34 +99,34 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
 
 
 def brier(sample: dict) -> float:
-    """Return the Brier score of an answer among choices: how far their probabilities are from the truth, squared.
+    """Return the Brier score of a multiple-choice answer: the squared distance between its probabilities and the truth.
 
-    0 is certain and right, 2 certain and wrong (Brier 1950, "Verification of forecasts expressed in terms of probability").
+    0 is certain and right, 2 is certain and wrong (Brier 1950, "Verification of forecasts expressed in terms of probability").
     """
     return sum((each["probability"] - (each["text"] == sample["expected"])) ** 2 for each in sample["choices"])
 
 
 def mean_brier(samples: Sequence[dict]) -> float | None:
-    """Return the mean Brier score of the answers among choices; None where there is none."""
+    """Return the mean Brier score of the multiple-choice answers, or None without such answers."""
     scores = [brier(sample) for sample in samples if sample.get("choices")]
     return _round(np.mean(scores)) if scores else None
 
 
 def is_tie(row: dict, name: str) -> bool:
-    """Return whether a difference, one of `DIFFERENCES`, has an interval that includes 0."""
+    """Return True if the interval of a difference (one of `DIFFERENCES`) includes 0."""
     return row[f"{name}_low"] is not None and row[f"{name}_low"] <= 0 <= row[f"{name}_high"]
 
 
 def same_tokens(row: dict, other: dict) -> bool:
-    """Return whether the language model reads as many tokens in two rows: a mean over questions and layers, up to rounding."""
+    """Return True if the language model reads equally many tokens in two rows (mean over questions and layers, up to rounding)."""
     return abs(row["layer_tokens"] - other["layer_tokens"]) <= 0.5
 
 
 def precision(rows: Sequence[dict]) -> str | None:
-    """Return how precisely differences between `rows` of `score_rows` are known, as a sentence; None where none are compared.
+    """Return a sentence about the precision of differences in `score_rows`, or None if no rows are compared.
 
-    It gives the longest distance from a difference to an end of its interval or, where none varies, the share of videos that would
-    hardly be missed by all of them.
+    It states the longest distance from a difference to an end of its interval. If no interval has a width, it states the share of
+    differing videos that a sample of this size would miss with a chance of only 5%.
     """
     compared = [row for row in rows if row["row"] == METHOD and row["group"] == ALL]
     if not compared:
@@ -136,13 +137,16 @@ def precision(rows: Sequence[dict]) -> str | None:
         return f"{asked}: too few videos for intervals of differences, which need at least {LEAST_VIDEOS}"
     intervals = [(row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in compared for name in DIFFERENCES]
     reach = max(max(value - low, high - value) for value, low, high in intervals if value is not None)
-    unseen = 1 - 0.05 ** (1 / videos)  # the share that differs of which so many drawn ones see none, at a chance of 5%
+    unseen = 1 - 0.05 ** (1 / videos)  # the share of differing videos that this sample misses with a chance of 5%
     points = math.ceil(1000 * (reach or unseen) - 1e-6) / 10
     return f"{asked}: differences are known to about ±{points:.1f} points"
 
 
 def _firsts(keys: Sequence[tuple]) -> list[int | None]:
-    """Return for each row the number of the first method's row at its budget; None for that method's own rows, full and blind."""
+    """Return for each row the index of the first method's row at the same budget.
+
+    None for the first method itself, full and blind.
+    """
     first = next((method for row, method, _ in keys if row == METHOD), None)
     known = {budget: n for n, (row, method, budget) in enumerate(keys) if row == METHOD and method == first}
     firsts: list[int | None] = [None] * len(keys)
@@ -153,8 +157,12 @@ def _firsts(keys: Sequence[tuple]) -> list[int | None]:
 
 
 def _difference(name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, other: int | None) -> dict:
-    """Return the paired difference of two rows and its interval, as fields. accuracy: `[rows]`; drawn: the same, `[draws,
-    rows]`.
+    """Return the paired difference of two rows and its interval, as fields.
+
+    Args:
+        accuracy: `[rows]`.
+        drawn: bootstrapped accuracy, `[draws, rows]`.
+        other: index of the row to subtract; None makes all fields None.
     """
     if other is None:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
@@ -179,12 +187,13 @@ def _round(value: float) -> float | None:
 
 
 def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, float]:
-    """Return the 95% interval of a share of right answers: Wilson's, with the effective number of questions.
+    """Return the 95% interval of a share of right answers: Wilson's interval with the effective number of questions.
 
-    That is the number of independent questions that would be as uncertain as these clusters are, at most the number of questions.
-    Where all answers are right, or all wrong, their correlation is unknown, and it is the number of clusters.
+    This is the number of independent questions with the same variance as the clusters, at most the number of questions. If all
+    answers are right or all are wrong, the correlation is unknown, so the number of clusters is used.
 
-    `right`, `asked`: `[C]`, right answers and questions of each cluster; clusters with no questions do not count.
+    Args:
+        right, asked: number of right answers and of questions by cluster, `[C]`. Clusters without questions are ignored.
     """
     right = right[asked > 0].astype(float)
     asked = asked[asked > 0].astype(float)
@@ -203,7 +212,7 @@ def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, floa
 
 
 def share_variance(right: np.ndarray, asked: np.ndarray) -> float:
-    """Estimate the variance of a share of right answers over its clusters, two at least; arguments as of `accuracy_interval`."""
+    """Estimate the variance of a share of right answers over at least two clusters. See `accuracy_interval` for the arguments."""
     clusters = len(asked)
     total = float(asked.sum())
     residual = right - float(right.sum()) / total * asked
@@ -219,7 +228,14 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 
 def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
-    """Totals of `sums` `[C, k]`, a row a cluster, over C clusters drawn with replacement: float64 `[draws, k]`, paired by draw."""
+    """Bootstrap the totals of `sums` over clusters.
+
+    Args:
+        sums: `[C, k]`, one row per cluster.
+
+    Returns:
+        Totals over C clusters drawn with replacement, float64 `[draws, k]`. The k columns share the same draws.
+    """
     clusters = len(sums)
     totals = []
     random = np.random.default_rng(seed)
@@ -231,7 +247,7 @@ def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the middle 95% of the finite values; NaN if there are none."""
+    """Return the middle 95% of the finite values; NaN without finite values."""
     values = values[np.isfinite(values)]
     if not len(values):
         return math.nan, math.nan

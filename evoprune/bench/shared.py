@@ -1,4 +1,4 @@
-"""What `profile`, `eval`, `tune` and `verify` share: time limits and rounds, the settings of a sweep, and the tower's rows."""
+"""Shared by `profile`, `eval`, `tune` and `verify`: time limits and rounds, swept settings, and the tower's rows."""
 
 import time
 from collections import OrderedDict
@@ -18,14 +18,14 @@ from evoprune.video import FrameChunk, OnFrames, frames_at_once
 from evoprune.vision import EncodedRows, encode_rows
 
 T = TypeVar("T")
-# Encodings held: enough for the selectors behind `reuse`, which need attention, keys, both or nothing, at three budgets, whatever
-# other methods run between them.
+# Maximum number of cached encodings. Enough for the selectors after `reuse`, which need attention, keys, both or neither, at three
+# budgets, regardless of other methods in between.
 MAX_ENCODINGS = 32
 
 
 @dataclass
 class TimeLimit:
-    """A limit on the seconds of a run that `begun` at some time of the clock `now`, by default at once."""
+    """A time limit, in seconds, for a run that `begun` at some time on the clock `now`; default is now."""
 
     seconds: float
     now: Callable[[], float] = time.perf_counter
@@ -41,18 +41,18 @@ class TimeLimit:
 
     @property
     def left(self) -> float:
-        """Seconds that are left; negative after the end."""
+        """Remaining seconds; negative after the limit."""
         return self.seconds - self.spent
 
 
 def model_and_machine(loaded: LoadedModel | None) -> dict[str, Any]:
-    """Return the facts of a document about the model and the machine; None for both before a model is loaded."""
+    """Return a document's facts about the model and the machine. Both are None before a model is loaded."""
     if loaded is None:
         return {"model": None, "env": None}
     return {"model": asdict(loaded.facts()), "env": asdict(environment(loaded.device))}
 
 
-# What `paced` yields beside a round.
+# The kinds of rounds that `paced` yields.
 WARM_UP = "warm-up"
 ROUND = "round"
 COUNTED = "counted"
@@ -61,19 +61,21 @@ COUNTED = "counted"
 def paced(
     run_round: Callable[[str, int], T], warmups: int, repetitions: int, limit: TimeLimit
 ) -> Iterator[tuple[str, T]]:
-    """Run rounds while they end in time, judged by the round before; the first one in any case.
+    """Run rounds while they are expected to end in time, judged by the previous round. The first round always runs.
 
     Args:
-        run_round: gets a title; and how many rounds must end in time if it is the first one, which may then do less, otherwise 0.
+        run_round: called with a title and a number of rounds. For the first round, this is the number that must end in time, so it
+            may do less work; for all others it is 0.
 
-    Yields `WARM_UP` or `ROUND` and the round; and the last warm-up once more with `COUNTED` if no measured round ends in time.
+    Yields:
+        `WARM_UP` or `ROUND`, and the round. If no measured round ends in time, the last warm-up again as `COUNTED`.
     """
     last = 0.0
     result = None
     measured = False
     titles = [(WARM_UP, n, warmups) for n in range(warmups)] + [(ROUND, n, repetitions) for n in range(repetitions)]
     for phase, number, wanted in titles:
-        rounds = 1 if phase == ROUND else 2  # a measured round comes after each warm-up
+        rounds = 1 if phase == ROUND else 2  # a warm-up must leave time for a measured round
         if result is None or limit.left >= last * rounds:
             begun = limit.spent
             if result is not None:
@@ -87,18 +89,21 @@ def paced(
 
 
 def swept(names: Iterable[str], budgets: Sequence[float | str]) -> list[tuple[str, float | str]]:
-    """Return each method at each budget, once, if it prunes anything there. Raises UsageError: as `PruneOptions.config`."""
+    """Return all pairs of a method and a budget that prune anything, without duplicates.
+
+    Raises the errors of `PruneOptions.config`.
+    """
     pairs = dict.fromkeys(product(names, budgets))
     return [(name, budget) for name, budget in pairs if name != "none" and PruneOptions(budget, name).config().prunes]
 
 
 def after_tower_below(configs: Iterable[PruneConfig], device: str) -> int:
-    """Return the number of units below which one of the methods prunes inputs after the tower alone on a device; 0: none does."""
+    """Return the number of units below which any of the methods prunes inputs only after the tower on a device; 0 if none does."""
     return max((config.after_tower_below(torch.device(device)) for config in configs), default=0)
 
 
 def after_tower_note(below: int) -> str:
-    """Say which inputs are pruned after the tower alone; empty where none is. `below`: of `after_tower_below`."""
+    """Return a note about which inputs are pruned only after the tower; empty if none are. `below` is from `after_tower_below`."""
     if not below:
         return ""
     return (
@@ -107,9 +112,9 @@ def after_tower_note(below: int) -> str:
 
 
 class SharedRows:
-    """Share the tower's rows of one video in one model. Methods that act after the encoder differ only in what they select.
+    """A cache of the tower's rows for one video and one model. Methods that act after the encoder differ only in their selections.
 
-    `saved` is the seconds that the latest call would have taken more if its rows had not been there.
+    `saved` is the number of seconds saved in the latest call; 0 if its rows were not cached.
     """
 
     def __init__(self):
@@ -117,10 +122,10 @@ class SharedRows:
         self._held: OrderedDict[tuple, tuple[EncodedRows, float]] = OrderedDict()
 
     def encode_rows(self, visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options) -> EncodedRows:
-        """Encode rows as `vision.encoder.encode_rows`."""
+        """Encode rows like `vision.encoder.encode_rows`, unless they are cached."""
         key = (_tower_work(plan), *sorted((name, value) for name, value in options.items() if name != "on_layer"))
         if key in self._held:
-            for _ in patches:  # the reader of the patches counts damaged frames
+            for _ in patches:  # still consume the patches, because their reader counts damaged frames
                 pass
             self._held.move_to_end(key)
             rows, self.saved = self._held[key]
@@ -137,7 +142,7 @@ class SharedRows:
 
 @dataclass(eq=False)
 class SharedInput(OpenInput):
-    """Encode an input with shared rows."""
+    """An input encoded with shared rows."""
 
     shared_rows: SharedRows
 
@@ -147,7 +152,7 @@ class SharedInput(OpenInput):
 
 
 class GreyInput(OpenInput):
-    """Every frame is grey: the size and the length of a video without its content."""
+    """An input whose frames are all grey: a video's size and length without its content."""
 
     shares: ClassVar[bool] = False
 
@@ -161,7 +166,10 @@ class GreyInput(OpenInput):
 
 
 def _tower_work(plan: EncoderPlan) -> tuple:
-    """Return all that the tower's rows depend on: the plan if tokens may be selected inside, else what is collected."""
+    """Return a cache key for the tower's rows.
+
+    If tokens may be selected inside the tower, it is the whole plan, otherwise only the parts that matter.
+    """
     inside = plan.stages
     needs = frozenset()
     if plan.token_stage:

@@ -1,4 +1,4 @@
-"""A contact sheet: the best frame of each moment of a video, side by side, each with its time, its query and its score."""
+"""A contact sheet: for each moment of a video, the best frame with its time, query and score."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -10,14 +10,16 @@ from evoprune.moments import Moment
 from evoprune.util import clock
 from evoprune.video import Video, read_chunks
 
-MADE_BY = "evoprune contact sheet"  # in the metadata of each file
-PANEL = (320, 320)  # pixels, at most, of the width and height of a frame
+MADE_BY = "evoprune contact sheet"  # stored in each file's metadata
+PANEL = (320, 320)  # maximum width and height of a frame, in pixels
 
 
 def contact_sheet(info: Video, moments: Sequence[Moment], title: str) -> bytes:
-    """Return a PNG file with the best frames of moments, at least one, in order of time.
+    """Return a PNG file with the best frames of the moments, in order of time. There must be at least one moment.
 
-    One frame is read after the other, so memory does not grow with their number. Raises VideoError: as `read_chunks`.
+    Frames are read one at a time and shrunk at once, which keeps memory use low.
+
+    Raises the errors of `read_chunks`.
     """
     ordered = sorted(moments, key=attrgetter("best_s"))
     pictures = []

@@ -1,10 +1,10 @@
-"""What `evoprune tune` runs: the unpruned model answers, candidates are tried, and the results become the rows of a table.
+"""Runs `evoprune tune`: the unpruned model answers, candidates are compared with its answers, and the results become table rows.
 
-While there is no time for everything, candidates are tried by successive halving (arXiv 1502.07943) over videos.
+If time is too short for all trials, candidates are tried by successive halving (arXiv 1502.07943) over videos.
 
-KL orders the candidates, and agreement is estimated along that order: one with a lower KL is not taken to agree less (isotonic
-regression, Ayer and others 1955). The tokens of a video depend on each other, so that they prove less than independent ones: by the
-design effect (Kish 1965), variance over videos / variance of independent tokens, estimated from all candidates together.
+Agreement is smoothed along the order of KL divergence: a candidate with a lower KL is assumed to agree at least as much (isotonic
+regression, Ayer and others 1955). Tokens of the same video are correlated, so they count as fewer independent tokens. The ratio is
+the design effect (Kish 1965), variance over videos / variance of independent tokens, estimated from all candidates together.
 """
 
 import math
@@ -58,16 +58,16 @@ from evoprune.session import (
 from evoprune.util import counted
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
-# This project's method as it is, with as few rows as tokens, with more rows and none left out before the tower, and with tokens
-# spread evenly over time; and the paper's merging.
+# This project's default method; with as few rows as tokens; with more rows and no selection before the tower; and with tokens
+# spread evenly over time. Also the paper's merging.
 METHODS = ("evoprune", "evoprune:rows=1", "evoprune:first=0:rows=0.5", "evoprune:floor=1", "evoprune-paper")
-FIRST = 2  # videos that every candidate sees
-MIN_CANDIDATES = 3  # candidates that are never left out for want of time
+FIRST = 2  # videos on which every candidate is tried
+MIN_CANDIDATES = 3  # candidates that are never dropped for lack of time
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Hold a method, with its settings in its name, at a budget."""
+    """A method, including its settings, at a budget."""
 
     method: str
     budget: float
@@ -78,19 +78,22 @@ class Candidate:
 
 
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
-    """List `METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises as `methods.parse`."""
+    """Return `METHODS` and `more` at each of `budgets` (default `BUDGETS`), without combinations that prune nothing.
+
+    Raises the errors of `methods.parse`.
+    """
     return [Candidate(*pair) for pair in swept((*METHODS, *more), sorted({*(budgets or BUDGETS)}, reverse=True))]
 
 
 class Trial(NamedTuple):
-    """Hold the figures of a candidate on one video."""
+    """The figures of a candidate on one video."""
 
-    agree: int  # tokens of the full answers at which the first choice is the full model's
-    tokens: int  # all of them
-    kl: list[float]  # of every token
-    first_s: float  # to the first token
+    agree: int  # tokens of the full answers that are also the pruned model's first choice
+    tokens: int  # number of tokens
+    kl: list[float]  # KL divergence at each token
+    first_s: float  # time to the first token
     full_s: float  # the same with nothing pruned
-    took_s: float  # of the trial
+    took_s: float  # duration of the trial
     kept: float  # share of the visual tokens
     live: float  # share of the tower's rows
 
@@ -103,7 +106,7 @@ def observed(trials: Sequence[Trial]) -> float:
 
 
 def promising(known: Known, goal: float) -> list[Candidate]:
-    """Sort candidates: first those that reach the goal, by time; then the others, by agreement."""
+    """Sort candidates: first those that reach the goal, fastest first, then the others, by descending agreement."""
 
     def key(candidate: Candidate) -> tuple[bool, float]:
         share = observed(known[candidate])
@@ -115,7 +118,7 @@ def promising(known: Known, goal: float) -> list[Candidate]:
 
 
 def rungs(videos: int) -> list[range]:
-    """Return the videos of each round: the first two, then each time as many as before."""
+    """Return the videos by round: the first two, then doubling the number of videos seen so far each time."""
     ends = [min(FIRST, videos)]
     while ends[-1] < videos:
         ends.append(min(2 * ends[-1], videos))
@@ -123,9 +126,13 @@ def rungs(videos: int) -> list[range]:
 
 
 def affordable(order: Sequence[Candidate], known: Known, new: int, rest: int, rounds: int, left: float) -> int:
-    """Return how many of the candidates, the most promising first, go on to the next round.
+    """Return the number of candidates, most promising first, that continue to the next round.
 
-    `new`, `rest`: videos of the round, and of it and all later `rounds`. `left`: seconds, in equal shares for each of these.
+    Args:
+        new: number of videos in the next round.
+        rest: number of videos in that round and all later ones.
+        rounds: number of those rounds; each gets an equal share of the remaining time.
+        left: remaining seconds.
     """
     costs = [mean(trial.took_s for trial in known[candidate]) for candidate in order]
     if sum(costs) * rest <= left:
@@ -141,9 +148,12 @@ def search(
     left: Callable[[], float],
     first_guess: Callable[[int], float],
 ) -> Iterator[tuple[Candidate, int]]:
-    """Tries candidates, video by video, while there is time; `known` grows. Yields the candidate and the video before each trial.
+    """Try candidates, video by video, while there is time. Adds results to `known`. Yields candidate and video before each trial.
 
-    `goal`: agreement that is asked for. `left`: seconds until the end. `first_guess`: seconds of a first trial on a video.
+    Args:
+        goal: the required agreement.
+        left: returns the remaining seconds.
+        first_guess: estimates the seconds of a first trial on a video.
     """
     alive = list(known)
     all_rounds = rungs(videos)
@@ -161,14 +171,15 @@ def search(
                     known[candidate].append(trial(candidate, video))
 
 
-SAME_TIME = 0.05  # medians of times that differ by less are taken as equal
+SAME_TIME = 0.05  # relative difference up to which median times count as equal
 
 
 def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
-    """Return a dict for each candidate that was tried, the fastest first (docs/json.md).
+    """Return a dict for each candidate that was tried, fastest first (docs/json.md).
 
-    `agreement` is estimated from all candidates (`smoothed`), with its 95% interval over videos; `observed` is its own. `passes`:
-    the interval lies at or above the goal. `frontier`: no other is at least as fast and agrees more.
+    `agreement` is estimated from all candidates (`smoothed`), with its 95% interval over videos; `observed` is the candidate's own.
+    `passes` means that the interval lies at or above the goal. `frontier` means that no other candidate is at least as fast and
+    agrees at least as much.
     """
     tried = {candidate: Trial(*zip(*trials, strict=True)) for candidate, trials in known.items() if trials}  # of tuples
     effect = design_effect([(np.array(seen.agree, float), np.array(seen.tokens, float)) for seen in tried.values()])
@@ -209,7 +220,7 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
 
 
 def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """Return the agreement of each, estimated among those that were tried on as many videos."""
+    """Return each candidate's agreement, smoothed among the candidates that were tried on the same number of videos."""
     estimates = {}
     for videos in {len(seen.tokens) for seen in tried.values()}:
         group = {candidate: seen for candidate, seen in tried.items() if len(seen.tokens) == videos}
@@ -219,8 +230,9 @@ def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 
 
 def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """Return `first_token` of each. Settings of a method with equally many rows and tokens do the same work; times differ by
-    noise.
+    """Return `first_token` for each candidate.
+
+    Settings of a method with equal shares of rows and tokens do the same work, so their times are pooled to reduce noise.
     """
     of_work = defaultdict(list)
     works = {}
@@ -233,7 +245,7 @@ def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 
 
 def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the fastest row that passes. Of those that are as fast, within `SAME_TIME`, the one with the fewest settings."""
+    """Return the fastest row that passes. Among rows within `SAME_TIME` of it, prefer the one with the fewest settings."""
     passing = [row for row in rows if row["passes"]]
     fastest = min((row["first_token"] for row in passing), default=0.0)
     as_fast = [row for row in passing if row["first_token"] <= fastest * (1 + SAME_TIME)]
@@ -245,10 +257,16 @@ def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarray:
-    """Return `[S]`: the share of `agree`ing `tokens` of each of S candidates, estimated from all: it does not rise with the mean
-    `kl`.
+    """Estimate each candidate's share of agreeing tokens from all candidates, assuming that it does not rise with the mean KL.
+
+    Args:
+        agree, tokens: agreeing tokens and all tokens by candidate, `[S]`.
+        kl: mean KL divergence by candidate, `[S]`.
+
+    Returns:
+        The estimated shares, `[S]`.
     """
-    blocks: list[tuple[float, float, list[int]]] = []  # agreeing tokens, tokens, and the candidates that share them
+    blocks: list[tuple[float, float, list[int]]] = []  # agreeing tokens, all tokens, and the candidates in the block
     for candidate in np.argsort(kl, kind="stable"):
         block = float(agree[candidate]), float(tokens[candidate]), [int(candidate)]
         while blocks and blocks[-1][0] * block[1] < block[0] * blocks[-1][1]:
@@ -262,9 +280,9 @@ def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarra
 
 
 def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
-    """Return how many tokens prove as much as one independent token; at least 1, None where no candidate shows it.
+    """Return how many tokens carry as much information as one independent token: at least 1, or None if no candidate shows it.
 
-    `candidates`: of each the agreeing tokens and the tokens of every video.
+    `candidates`: for each candidate, the agreeing tokens and all tokens by video.
     """
     over_videos = independent = 0.0
     for agree, tokens in candidates:
@@ -280,35 +298,35 @@ def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float 
 
 
 def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tuple[float, float]:
-    """Return the 95% interval of a share, for tokens / `design_effect` independent tokens; one a video if that is None."""
+    """Return the 95% interval of a share, counting tokens / `effect` independent tokens, or one per video if `effect` is None."""
     if effect is None:
         return wilson(share, float(videos))
     return wilson(share, max(1.0, tokens / effect))
 
 
 def provable(tokens: float) -> float:
-    """Return the highest lower bound that so many independent tokens can prove, all of them agreeing."""
+    """Return the highest lower bound that `tokens` independent tokens can prove, reached if all of them agree."""
     return tokens / (tokens + Z95**2)
 
 
 def least_tokens(agree: float) -> int:
-    """Independent tokens that prove this agreement if all of them agree; `agree` is below 1."""
+    """Return the number of independent tokens needed to prove the agreement `agree` (below 1) if all of them agree."""
     return math.ceil(agree * Z95**2 / (1 - agree) - 1e-9)
 
 
-TOKENS = (64, 32, 16, 8)  # of an answer, at most; fewer where time is short
-SLOW = 1 / 10  # of the time there is: a first encoding that takes longer is not repeated
-Progress = Callable[..., None]  # what comes next; perhaps how many of it are done, and in all
+TOKENS = (64, 32, 16, 8)  # maximum answer lengths, shorter if time is short
+SLOW = 1 / 10  # share of the time limit; a first encoding that takes longer is not repeated
+Progress = Callable[..., None]  # called with the next step, and optionally the number of finished items and the total
 
 
 @dataclass(frozen=True)
 class FullAnswers:
-    """Hold the answers of the unpruned model about a video, a reference a question."""
+    """The unpruned model's answers about a video, one reference per question."""
 
     path: str
     references: tuple[Reference, ...]
-    first_s: float  # seconds of encoding and of reading the first question
-    took_s: float  # that all of it took
+    first_s: float  # time to encode and to read the first question
+    took_s: float  # total time
 
     @property
     def tokens(self) -> int:
@@ -322,9 +340,9 @@ def encode(
     rows: SharedRows | None = None,
     ahead: ReadAhead | None = None,
 ) -> tuple[EncodedInputs, float]:
-    """Return a video, encoded, and the seconds of encoding: also those that shared rows have saved.
+    """Encode a video, and return it with the seconds of encoding, including the time saved by shared rows.
 
-    `ahead`: what may have read it.
+    `ahead` may have prefetched the video.
     """
     kind = partial(SharedInput, shared_rows=rows) if rows else OpenInput
     given = {"names": [path], "kind": kind, "ahead": ahead}
@@ -339,8 +357,8 @@ def encode(
 class Answering:
     """Answers the questions about all videos within a time limit.
 
-    Where answers would take longer they become shorter, then fewer questions are asked, then videos are left out. The patches of
-    videos that were answered stay in memory until this is closed.
+    If time is short, answers become shorter, then fewer questions are asked, then videos are left out. The patches of answered
+    videos stay in memory until this is closed.
     """
 
     def __init__(
@@ -354,22 +372,26 @@ class Answering:
     ):
         self._think = think
         self._ahead = ahead
-        self.made: list[FullAnswers] = []  # a video each
-        self.problems: dict[str, EvopruneError] = {}  # of videos that cannot be read or computed, by path
-        # of an answer, at most; of a video
+        self.made: list[FullAnswers] = []  # one per video
+        self.problems: dict[str, EvopruneError] = {}  # videos that cannot be read or computed, by path
+        # Maximum tokens per answer, and questions per video.
         self.tokens = TOKENS[0]
         self.asked = len(questions)
-        self._next_s = 0.0  # that the next video takes
-        self._held: list[OpenInputs] = []  # those of `made`
+        self._next_s = 0.0  # estimated time for the next video
+        self._held: list[OpenInputs] = []  # inputs of the videos in `made`
         self.session = session.unpruned()
         self._sampling = sampling
         self._questions = questions
         self._limit = limit
 
     def answer(self, videos: tuple[str, ...], progress: Progress = lambda *what: None) -> None:
-        """Answers what the time allows, the first readable video in any case. Raises the first problem if there is none."""
+        """Answer as many videos as time allows, but at least the first readable one.
+
+        Raises:
+            EvopruneError: the first problem, if no video could be answered.
+        """
         loaded = self.session.loaded
-        # What takes cores from the model would falsify the times.
+        # Without idle cores, prefetching would slow down the model and distort the times.
         upcoming = in_flight(videos, self._open, loaded) if idle_cores(loaded) else None
         with ExitStack() as cleanup:
             if upcoming:
@@ -402,39 +424,41 @@ class Answering:
         return inputs
 
     def _answered(self, path: str, opened: OpenInputs | Exception, videos: int) -> FullAnswers:
-        """Answer in full.
+        """Answer all questions about one video.
 
-        `opened`: the video, to be read, or why it cannot be. `videos`: how many are to be answered from now on.
+        Args:
+            opened: the opened video, or the exception from opening it.
+            videos: number of videos still to be answered, including this one.
         """
         if isinstance(opened, Exception):
             raise opened
         self._held.append(opened)
         start = self._limit.now()
         video, seconds = encode(self.session, path, self._sampling, ahead=self._ahead)
-        opened.read()  # finds the patches, and keeps them
+        opened.read()  # finds the patches and keeps them in memory
         spent = self._limit.now() - start
         if not self.made:
-            pack_waiting(self.session.loaded.model)  # or the first answers would be slower than the later ones
+            pack_waiting(self.session.loaded.model)  # otherwise the first answers would be slower than later ones
             if spent < SLOW * self._limit.seconds:
-                video, seconds = encode(self.session, path, self._sampling)  # the first time also warms up
+                video, seconds = encode(self.session, path, self._sampling)  # the first run also warmed up
             self._plan(video, spent, videos)
         references: list[Reference] = []
-        fresh = video.with_session(self.session)  # has read no prompt: its first one takes as long as a pruned one's
+        fresh = video.with_session(self.session)  # an empty prefix cache, as a pruned video has
         for question in self._questions[: self.asked]:
             answer = video.ask(question, max_new_tokens=self.tokens, think=self._think)
-            str(answer)  # generates it
+            str(answer)  # generates the answer
             ended = answer.report.finish_reason == "stop"
             references.append(reference(fresh, question, answer.ids, ended, think=self._think))
         return FullAnswers(path, tuple(references), seconds + references[0].seconds, self._limit.now() - start)
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
-        """Choose the longest answers to the most questions for which there is time, by a short answer.
+        """Choose the longest answers to the most questions that time allows, based on a short test answer.
 
-        `encoding`: seconds a video.
+        `encoding`: seconds to encode a video.
         """
         question = self._questions[0]
         every = len(self._questions)
-        for _ in range(2):  # the first time also warms up
+        for _ in range(2):  # the first run also warms up
             start = self._limit.now()
             answer = video.ask(question, max_new_tokens=TOKENS[-1], think=self._think)
             str(answer)
@@ -453,23 +477,27 @@ GENERAL = (
     "Who or what can be seen, and where?",
     "Which details, colours, numbers and words can be seen?",
 )
-SHARE_OF_FULL = 1 / 3  # of the time limit that the full answers may take
+SHARE_OF_FULL = 1 / 3  # share of the time limit for the full answers
 
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """Hold the settings of a tuning, and its videos. Raises UsageError: no video or question, or a number out of range."""
+    """The settings and videos of a tuning run.
+
+    Raises:
+        UsageError: there is no video or no question, or a number is out of range.
+    """
 
     videos: tuple[str, ...]  # paths of files or folders of frames
-    questions: tuple[str, ...] = GENERAL  # asked of every one
-    agree: float = 0.98  # share of tokens at which the pruned model must choose as the full one does, in (0, 1)
-    time_limit_s: float = 600.0  # of the whole run, loading included
-    budgets: tuple[float, ...] = ()  # as for `search.candidates`, and `methods`
+    questions: tuple[str, ...] = GENERAL  # asked about every video
+    agree: float = 0.98  # required share of tokens at which the pruned model makes the full model's choice, in (0, 1)
+    time_limit_s: float = 600.0  # for the whole run, including loading
+    budgets: tuple[float, ...] = ()  # see `candidates`; same for `methods`
     methods: tuple[str, ...] = ()
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     seed: int = 0  # for methods that select at random
-    think: str = "off"  # as of `GenerationOptions`
+    think: str = "off"  # see `GenerationOptions`
 
     def __post_init__(self):
         if not self.videos or not self.questions:
@@ -486,26 +514,29 @@ class TuneSettings:
 
 
 class Run:
-    """Construct it, `load` a model, `run`. The results are in `document`, at any time."""
+    """A run to construct, `load` and then `run`. `document` returns the results at any time."""
 
-    schema: ClassVar[str]  # of the document
+    schema: ClassVar[str]  # schema of the document
     results_of: ClassVar[Callable[[dict[str, Any]], Results]]
 
     def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
         self.settings = settings
         self.limit = TimeLimit(settings.time_limit_s, now)
-        self.loaded: LoadedModel | None = None  # before `load`
+        self.loaded: LoadedModel | None = None  # None before `load`
         self.answering: Answering | None = None  # the full answers; None before `run`
-        self.ahead: ReadAhead | None = None  # what may have read the first video already
-        self.model: ModelDescription | None = None  # before `load`
+        self.ahead: ReadAhead | None = None  # may have prefetched the first video
+        self.model: ModelDescription | None = None  # None before `load`
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model; `model`: what is known of it, if that was asked. Raises what `load_model` raises."""
+        """Load the model. `model` is its description, if known already.
+
+        Raises the errors of `load_model`.
+        """
         self.model = model or describe(self.settings.model)
         self.loaded = load_model(self.model, to_answer=True, progress=progress)
 
     def answer(self, progress: Progress) -> list[FullAnswers]:
-        """Raises what `Answering.answer` raises."""
+        """Answer in full with the unpruned model. Raises the errors of `Answering.answer`."""
         session = Session(self.loaded, PruneOptions(seed=self.settings.seed).config())
         settings = self.settings
         limit = TimeLimit(SHARE_OF_FULL * settings.time_limit_s, self.limit.now)
@@ -519,15 +550,15 @@ class Run:
         return self.answering.made
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far, for JSON; `error` is what cut the run short."""
+        """Return the results so far, as JSON data. `error` says why the run was cut short."""
         raise NotImplementedError
 
     def results(self, error: dict | None = None) -> Results:
-        """Return the results so far, with their schema."""
+        """Return the results so far."""
         return type(self).results_of({"schema": self.schema} | self.document(error))
 
     def facts(self) -> dict[str, Any]:
-        """Return what every document says of a run, as plain data for JSON."""
+        """Return the facts that all documents of runs have in common, as JSON data."""
         answers = []
         problems = {}
         asked = 0
@@ -548,12 +579,13 @@ class Run:
 
 
 class Tuning(Run):
-    """Finds the fastest setting; `known` has the trials of every candidate.
+    """Finds the fastest setting that agrees well enough. `known` has the trials by candidate.
 
-    With quantised weights the full answers are those of the weights as they are, where there is memory for them. Quantisation alone
-    is one more candidate.
+    With quantized weights, the full answers come from the original weights if memory suffices for them. Quantization without
+    pruning is then another candidate.
 
-    Raises UsageError: an unknown method, settings that it does not have, or nothing to try.
+    Raises:
+        UsageError: a method is unknown or has invalid settings, or there is nothing to try.
     """
 
     schema = "evoprune/tune@1"
@@ -570,12 +602,18 @@ class Tuning(Run):
             self.known = {Candidate("none", 1.0): []} | self.known
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model. Raises what `load_model` raises. UsageError: a method cannot act in the model."""
+        """Load the model.
+
+        Raises:
+            UsageError: a method does not work with the model.
+
+        Also raises the errors of `load_model`.
+        """
         self.model = model = model or describe(self.settings.model)
         for candidate in self.known:
             check_fits(methods.parse(candidate.method), model)
         if self._quantizes:
-            with suppress(OutOfMemory):  # then the full answers are those of the quantised weights
+            with suppress(OutOfMemory):  # otherwise the full answers come from the quantized weights
                 exact = replace(model.options, quantize="none", store_quantized=False)
                 self.loaded = load_model(replace(model, options=exact), to_answer=True)
         if self.loaded is None:
@@ -586,9 +624,13 @@ class Tuning(Run):
         return any(self.known.values())
 
     def run(self, progress: Progress = lambda *what: None, note: Callable[[str], None] = lambda what: None) -> None:
-        """Answers in full, then tries candidates until everything is known or the time is over.
+        """Answer in full, then try candidates until all trials are done or time is over.
 
-        Calls `progress` with what comes next, `note` with what is to be read at once. Raises what `Answering.answer` raises.
+        Args:
+            progress: called with the next step.
+            note: called with remarks to show at once.
+
+        Raises the errors of `Answering.answer`.
         """
         answers = self.answer(progress)
         held = {}
@@ -606,7 +648,7 @@ class Tuning(Run):
 
         def trial(candidate: Candidate, video: int) -> Trial:
             if video not in held:
-                held.clear()  # the rows of the video before
+                held.clear()  # rows of the previous video
                 held[video] = SharedRows()
             start = self.limit.now()
             full = answers[video]
@@ -636,7 +678,7 @@ class Tuning(Run):
         self.answering.close()
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far, for JSON; `error` is what cut the run short."""
+        """Return the results so far, as JSON data. `error` says why the run was cut short."""
         rows = result_rows(self.known, self.settings.agree)
         passing = recommended(rows)
         best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)
@@ -654,7 +696,7 @@ class Tuning(Run):
         }
 
     def _too_few(self) -> str | None:
-        """Return a sentence that says so where nothing could pass even if all tokens agreed."""
+        """Return a warning if no candidate could pass even if all tokens agreed."""
         tokens = [full.tokens for full in self.answering.made]
         goal = self.settings.agree
         if len(tokens) > 1 and provable(sum(tokens)) >= goal:

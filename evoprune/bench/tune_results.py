@@ -1,4 +1,4 @@
-"""Results of `evoprune tune`: the settings by speed and agreement, as a table and as a chart. No torch."""
+"""Results of `evoprune tune`: settings by speed and agreement, as a table and a chart. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 @dataclass
 class TuneResults(Results):
-    """Hold a document of schema `evoprune/tune@1`."""
+    """Results in a document with schema `evoprune/tune@1`."""
 
     found: dict[str, Any]
 
@@ -21,7 +21,7 @@ class TuneResults(Results):
         return rounded(self.found)
 
     def table(self, width: int) -> str:
-        """Return the heading, the verdict, a row for each setting, and the options of the recommended one in the last line."""
+        """Return the heading, the verdict, a row per setting, and the recommended options in the last line."""
         found = self.document()
         output = heading(found, width)
         said = [_verdict(found)]
@@ -40,7 +40,7 @@ class TuneResults(Results):
         return "\n".join(output) + "\n"
 
     def chart(self) -> str | None:
-        """Draw agreement against the time to the first token, a line for each method, and the frontier."""
+        """Draw agreement against the time to the first token, with a line per method, and the frontier."""
         found = self.document()
         rows = found["rows"]
         if not rows:
@@ -64,7 +64,7 @@ class TuneResults(Results):
 
 
 def heading(document: dict[str, Any], width: int) -> list[str]:
-    """Return lines that say which model answered how much, and how long the run took."""
+    """Return lines that state the model, the number of answers, and the duration of the run."""
     videos = document["videos"]
     answers = (
         f"{counted(document['answer_tokens'], 'token')} of answers to {counted(document['questions'], 'question')}"

@@ -41,7 +41,7 @@ from evoprune.vision import Encoded, tower_shape
 
 
 def weights(subject: Subject) -> Outcome:
-    """Compare all weights bit by bit with those that transformers reads from the same files."""
+    """Compare all weights bit by bit with the tensors that transformers reads from the same files."""
     count = len(list(subject.transformers.parameters()))
     if subject.not_read:
         return skipped(subject.not_read)
@@ -62,20 +62,21 @@ def tower(subject: Subject) -> Outcome:
 def positions(subject: Subject) -> Outcome:
     """Compare the positions of a prompt.
 
-    Inside an input they are those of transformers. The text after an input starts after its largest position, as in Qwen's code.
+    Inside an input they must equal transformers' positions. The text after an input starts after its largest position, as in Qwen's
+    code.
     """
     pair = subject.loaded.video.temporal_patch_size
     for paths in ([subject.video], [subject.picture, subject.video]):
         asked = subject.about(*paths)
         ours = asked.positions
         call = {name: value.cpu() for name, value in asked.call.items()}
-        if "second_per_grid_ts" in call:  # exactly: a product that is a whole number must not be rounded below it
+        if "second_per_grid_ts" in call:  # exactly: a product that is a whole number must not be rounded down below it
             seconds = [asked.plans[-1].sampling.seconds_per_pair(pair)]
             if seconds[0] % 1 and not interface.takes_encoded(subject.transformers):
                 return skipped("this transformers cuts seconds from one frame pair to the next to whole ones")
             call["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         theirs = interface.model_positions(subject.transformers, call, call["attention_mask"], False)[:, 0]
-        # of text, of a picture or of a video
+        # one run for each stretch of text, picture or video
         runs = []
         at = 0
         _, lengths = call["mm_token_type_ids"][0].unique_consecutive(return_counts=True)
@@ -91,7 +92,7 @@ def positions(subject: Subject) -> Outcome:
 
 
 def logits(subject: Subject) -> Outcome:
-    """Compare the language models, both on the features of transformers' tower."""
+    """Compare the language models, both reading the features of transformers' tower."""
     model = subject.loaded.model
     asked = subject.about(subject.video)
     last, *inner = asked.features
@@ -110,10 +111,10 @@ def logits(subject: Subject) -> Outcome:
 
 
 def answer(subject: Subject) -> Outcome:
-    """Have transformers read our greedy answer: at each token its first choice is ours, or as near as rounding can tell.
+    """Teacher-force transformers with our greedy answer: its first choice must be our token, or tie with it within rounding.
 
-    If a module of transformers is our language model, both sides read the features of our tower, because smaller differences then
-    show. The features are compared by themselves.
+    If our language model is a transformers module, both sides read the features of our tower, because this reveals smaller
+    differences. The features are then compared separately.
     """
     inputs = subject.encode(1.0)
     said = inputs.ask(QUESTION, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
@@ -131,7 +132,7 @@ def answer(subject: Subject) -> Outcome:
     chosen = [theirs[row, token] for row, token in enumerate(ids[:rows])]
     chosen += [theirs[row, ends].max() for row in range(len(ids), rows)]
     ours = torch.stack(chosen)
-    margin = (theirs.amax(1) - ours) / (theirs.amax(1) - theirs.mean(1))  # 0: its choice; 1: a token as good as any
+    margin = (theirs.amax(1) - ours) / (theirs.amax(1) - theirs.mean(1))  # 0: same choice; 1: an average token
     first = next((row for row in range(rows) if margin[row] > 0), None)
     same = f"{counted(rows, 'token')} equal, {len(text)} characters"
     if first is not None:
@@ -164,7 +165,7 @@ def counted_rows(visual: torch.nn.Module) -> Iterator[list[int]]:
 
 
 def counts(subject: Subject) -> Outcome:
-    """Compare the rows of each layer, and the tokens, with the plan at two budgets. Without reuse all numbers are exact."""
+    """Compare the numbers of rows per layer and of tokens with the plan, at two budgets. Without reuse, all numbers are exact."""
     said = []
     for budget in (BUDGET, 0.1):
         with counted_rows(subject.loaded.model.model.visual) as rows:
@@ -185,7 +186,7 @@ ROUNDS = 3
 
 
 def first_token(subject: Subject) -> Outcome:
-    """Time the first token (encode and prefill) of evoprune and of transformers in turns."""
+    """Time the first token (encoding and prefill) of evoprune and transformers, alternating between them."""
     loaded = subject.loaded
     config = PruneOptions(BUDGET, "evoprune").config()
     (whole,) = subject.about(subject.video).plans
@@ -207,13 +208,13 @@ def first_token(subject: Subject) -> Outcome:
 GRID = (6, 9, 13)
 ROWS = 500
 WIDTH = 128
-SAME = 0.99  # share of units that two forms of a selection have alike: where sums round otherwise, near ties may turn
+SAME = 0.99  # required share of equal units; sums round differently, so near ties may flip
 
 
 def accelerated(subject: Subject) -> Outcome:
     """Compare kernels and CUDA graphs with plain PyTorch.
 
-    The check is skipped if everything else holds but tokens are decoded without a graph.
+    If everything else holds but no CUDA graph is used for decoding, the check counts as skipped.
     """
     if not uses_kernels(subject.device):
         return skipped("kernels and graphs are for CUDA, and EVOPRUNE_PLAIN switches them off")
@@ -240,7 +241,7 @@ def accelerated(subject: Subject) -> Outcome:
 
 
 def _selections(device: torch.device) -> dict[str, float]:
-    """Return the share of equal values of the operators of selection and reuse, by name."""
+    """Return the share of equal values for each operator of selection and reuse, by name."""
     random = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
@@ -275,7 +276,10 @@ def _selections(device: torch.device) -> dict[str, float]:
 
 @torch.inference_mode()
 def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
-    """Logits along an answer `[n, vocabulary]`: from steps in a graph, and from plain decoding. Or why there is no graph."""
+    """Return logits along an answer, from graph steps and from plain decoding, `[n, vocabulary]` each.
+
+    If there is no graph, return the reason instead.
+    """
     if capture_on(subject.device) is None:
         return "this device has none"
     if not static.can_step(subject.loaded.model):
@@ -283,7 +287,7 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
     model = subject.loaded.model
     encoded = subject.encode(1.0)
     answer = encoded.ask("What happens?", max_new_tokens=NEW_TOKENS)
-    answer.text  # which generates it  # noqa: B018
+    answer.text  # generates the answer  # noqa: B018
     embeds = generate.embed_ids(model, torch.arange(64, dtype=torch.int64, device="cpu"))
     positions = torch.arange(64, dtype=torch.int64, device="cpu").expand(3, -1)
     with plain_pytorch():
@@ -298,7 +302,7 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
     try:
         for token in ids[:-1].tolist():
             steps.following(model, holder, token, lambda logits, best: decoded.append(logits.clone()) or 0)
-    except Exception as problem:  # of a capture, after which tokens are decoded plainly
+    except Exception as problem:  # capturing failed; decoding then falls back to plain PyTorch
         if is_out_of_memory(problem):
             raise
         return first_line(problem)

@@ -1,4 +1,4 @@
-"""Runs the checks one after another within a time limit, and makes a record of what came of them."""
+"""Run the checks one after another within a time limit, and record their outcomes."""
 
 import platform
 import re
@@ -31,12 +31,12 @@ VERDICTS = {
     SKIPPED: "nothing was compared",
 }
 UNLIMITED_S = 86_400.0
-DIGITS = 4  # of a figure in the record
-# of the clip made by formula; no multiples of 28 or 32: frames are resized
+DIGITS = 4  # significant digits of figures in the record
+# Of the synthetic clip. Not multiples of 28 or 32, so that frames are resized.
 FRAMES = 8
 HEIGHT = 120
 WIDTH = 180
-# In the order in which they run: the cheap ones and those on which others rest come first.
+# In running order: cheap checks, and checks that others rely on, come first.
 CHECKS = (
     Check("weights", "every tensor, with what transformers reads of the same files", checks.weights),
     Check("positions", "positions of a prompt's tokens, with transformers'", checks.positions),
@@ -53,7 +53,7 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class Finding:
-    """Hold a check, its outcome, and how long it took."""
+    """A check, its outcome, and its duration in seconds."""
 
     check: Check
     outcome: Outcome
@@ -62,7 +62,7 @@ class Finding:
 
 @dataclass
 class VerifyResults(Results):
-    """Hold the results so far; `findings` in the order of the checks. `error`: what cut the run short."""
+    """The results so far. `findings` are in the order of the checks. `error` says why the run was cut short, or is None."""
 
     loaded: LoadedModel
     findings: list[Finding] = field(default_factory=list)
@@ -74,11 +74,11 @@ class VerifyResults(Results):
 
     @property
     def verdict(self) -> str:
-        """Return the worst state that there is; `SKIPPED` where nothing was compared."""
+        """The worst state among the checks that compared something; `SKIPPED` if none did."""
         return next((state for state in (DIFFERS, HELD) if self.of(state)), SKIPPED)
 
     def document(self) -> dict[str, Any]:
-        """Return the record, without paths, prompts and names of machines."""
+        """Return the record, without paths, prompts or machine names."""
         loaded = self.loaded
         env = environment(loaded.device)
         counts = {state: len(self.of(state)) for state in (HELD, DIFFERS, SKIPPED)}
@@ -104,7 +104,7 @@ class VerifyResults(Results):
         }
 
     def table(self, width: int) -> str:
-        """Return the model and the machine, a line for each check with its figures, and the verdict."""
+        """Return the model and machine, one line per check with its figures, and the verdict."""
         return render(self.document(), width)
 
 
@@ -121,7 +121,7 @@ def render(document: dict[str, Any], width: int) -> str:
 
 
 def _facts(loaded: LoadedModel) -> dict[str, Any]:
-    """Return what a model is, without its place: its name only where everybody has it."""
+    """Return facts about the model without its location; its ID is included only if it is publicly known."""
     config = loaded.model.config
     known = loaded.id in (*BUNDLED_CONFIGS, *DEMOS)
     vision = config.vision_config
@@ -144,7 +144,10 @@ def _short(figures: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
-    """Provide what is compared. A file that the user names, a video or a picture, takes the place of the clip made by formula."""
+    """Provide the subject of the checks. `path`, a video or picture, replaces the synthetic clip.
+
+    Raises the errors of `probe` if `path` is neither.
+    """
     with temporary_folder("evoprune-verify-") as folder:
         video, picture = _material(Path(folder))
         if path is not None:
@@ -156,7 +159,7 @@ def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
 
 
 def _material(folder: Path) -> tuple[Path, Path]:
-    """Return a clip, as a folder of frames, and a picture, its first frame: both made by formula."""
+    """Return a synthetic clip, as a folder of frames, and a picture, its first frame."""
     from PIL import Image
 
     unit = clips.UNIT
@@ -178,10 +181,12 @@ def run_checks(
     progress: Progress,
     failed: Callable[[Exception], None],
 ) -> Iterator[VerifyResults]:
-    """Load a model and check it. Arguments and results as of `verify`; `path`: as of `subject_of`. Raises as `load_model`.
+    """Load a model and check it. See `verify` for the other arguments and the results, and `subject_of` for `path`.
 
     Args:
-        time_limit_s: of the whole run, which `begun` by the clock `time.perf_counter`; None for no limit.
+        time_limit_s: limit for the whole run, which started at `begun` (on the clock `time.perf_counter`); None for no limit.
+
+    Raises the errors of `load_model`.
     """
     limit = TimeLimit(UNLIMITED_S if time_limit_s is None else time_limit_s, begun=begun)
     progress("loading model", 0, 0, "")
@@ -199,14 +204,12 @@ def verify(
     failed: Callable[[Exception], None] = lambda problem: None,
     checks: Sequence[Check] = CHECKS,
 ) -> Iterator[VerifyResults]:
-    """Runs the checks; those that would begin after the time limit are skipped.
+    """Run the checks, and yield the results so far after each one. Checks that would begin after the time limit are skipped.
 
     Args:
-        quick: leaves out slow checks.
-        progress: called with "check", how many are done, all, and the name of the next one.
-        failed: called with what a check raised, which counts as a difference.
-
-    Yields the results so far, after each check.
+        quick: skip slow checks.
+        progress: called with "check", the number of finished checks, the total, and the name of the next check.
+        failed: called with the exception of a check that raised. This counts as a difference.
     """
     results = VerifyResults(subject.loaded)
     for number, check in enumerate(checks):
@@ -224,9 +227,9 @@ def verify(
 
 
 def _outcome(check: Check, subject: Subject, failed: Callable[[Exception], None]) -> Outcome:
-    """Return what comes of a check; a kernel that does not run, or a library that lacks a function, is a finding as well."""
+    """Run a check and return its outcome. A kernel that fails or a missing library function counts as a difference."""
     try:
-        with exact_convolutions(), without_packages():  # of transformers' towers, and of its layers of linear attention
+        with exact_convolutions(), without_packages():  # for transformers' towers, and its linear attention layers
             return check.run(subject)
     except Exception as problem:
         if is_out_of_memory(problem) or (isinstance(problem, EvopruneError) and problem.type == "out_of_memory"):

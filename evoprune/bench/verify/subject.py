@@ -1,9 +1,9 @@
-"""What is verified: a loaded model, transformers' model of the same files, and inputs as both of them read these.
+"""What `evoprune verify` compares: a loaded model, transformers' model of the same files, and inputs as both read them.
 
-Also what comes of a check (held, differs or skipped) and the distance between what two programs computed. The limit of a distance
-is what rounding does to a transformers model: the same computes in a wider dtype than its weights have. No second copy of the
-weights is made for that: each module widens its own while it computes, large ones a piece at a time. Quantised weights compute in
-no other dtype: what their modules give is rounded once more, at random.
+Also the outcome of a check (held, differs or skipped), and the distance between the results of two programs. The limit for a
+distance is the rounding error of the transformers model, measured by running it in a wider dtype than its weights. This needs no
+second copy of the weights: each module widens its own weights while it computes, large ones a piece at a time. Quantized weights
+cannot compute in another dtype, so the outputs of their modules are perturbed by one more random rounding instead.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,23 +38,23 @@ from evoprune.video_qa import VideoQA
 HELD = "held"
 DIFFERS = "differs"
 SKIPPED = "skipped"
-# How far two roundings of the same number may be from each other, as a multiple of the distance of one from the exact number. The
-# largest of many distances varies more than their mean.
+# Allowed distance between two roundings of the same number, as a multiple of the distance between one rounding and the exact
+# number. The largest of many distances varies more than their mean.
 MEAN = 2.0
 LARGEST = 3.0
-FEW = 8  # rows; the mean of fewer varies as the largest of many does
-# An error of this share of what is compared is never called rounding. Unrelated logits are 1.4 apart, a fault may be by 0.3.
+FEW = 8  # rows; below this, the mean varies as much as the largest distance
+# A relative error above this is never called rounding. Unrelated logits are 1.4 apart; a bug may cause as little as 0.3.
 COARSE = 0.25
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hold the outcome of a check.
+    """The outcome of a check.
 
     Attributes:
         state: `HELD`, `DIFFERS` or `SKIPPED`.
-        says: by what it differs, why it was skipped, or the figures, in one line.
-        figures: numbers by name; for each that was judged also its limit, NAME_limit.
+        says: one line with the difference, the reason for skipping, or the figures.
+        figures: numbers by name. Each judged number also has its limit, under NAME_limit.
     """
 
     state: str
@@ -64,12 +64,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """Describe one comparison.
+    """One comparison.
 
     Attributes:
-        compares: what is compared with what, for people.
-        run: compares; called with a `Subject`.
-        slow: whether `--quick` leaves it out.
+        compares: description of both sides of the comparison, for users.
+        run: the function that compares; called with a `Subject`.
+        slow: whether `--quick` skips it.
     """
 
     name: str
@@ -83,20 +83,22 @@ def skipped(why: str) -> Outcome:
 
 
 def judged(says: str, limits: dict[str, tuple[float, float]]) -> Outcome:
-    """Held where each figure is at most its limit; otherwise says the first that is not.
-
-    Skipped where an error is large and below its limit all the same: rounding is amplified so much that it could be a fault.
+    """Compare figures with their limits.
 
     Args:
-        says: where all hold.
-        limits: of each figure by name, the figure and its limit.
+        says: the text of the outcome if all figures are within their limits.
+        limits: (figure, limit) by name.
+
+    Returns:
+        `DIFFERS` with the first figure above its limit (or NaN). `SKIPPED` if an error exceeds `COARSE` but not its limit: rounding
+        is amplified so much that it could hide a bug. Otherwise `HELD`.
     """
     figures: dict[str, float | None] = {}
     for name, (value, limit) in limits.items():
         figures[name] = value if isfinite(value) else None
         figures[f"{name}_limit"] = limit
     for name, (value, limit) in limits.items():
-        if not value <= limit:  # also where it is no number
+        if not value <= limit:  # also true for NaN
             return Outcome(DIFFERS, f"{name.replace('_', ' ')} {value:.2g}, expected at most {limit:.2g}", figures)
     for name, (value, limit) in limits.items():
         if name.endswith("error") and value > COARSE:
@@ -106,15 +108,16 @@ def judged(says: str, limits: dict[str, tuple[float, float]]) -> Outcome:
 
 
 class Gap(NamedTuple):
-    """Relative distances between rows: their mean, the largest, and of how many rows they are."""
+    """Relative distances between rows: their mean, the largest distance, and the number of rows."""
 
     mean: float
     largest: float
     rows: int = FEW
 
     def limits(self, noise: "Gap", times: float = 1.0) -> dict[str, tuple[float, float]]:
-        """Return the two figures with the limits that `noise`, the distance of one rounding, sets; of few rows the largest
-        alone.
+        """Return the figures with their limits, given `noise`, the distance caused by one rounding.
+
+        With fewer than `FEW` rows, only the largest distance is returned.
         """
         limits = {}
         if self.rows >= FEW:
@@ -130,9 +133,13 @@ class Gap(NamedTuple):
 
 
 def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Gap:
-    """Return how far the rows of `made` `[n, D]` are from those of `expected`, in lengths of these.
+    """Return the distances between the rows of `made` `[n, D]` and `expected`, relative to the norms of the expected rows.
 
-    `centred`: rows are compared without their means, as logits are, of which only differences matter.
+    Args:
+        centred: subtract each row's mean first. Used for logits, because only differences between logits matter.
+
+    Returns:
+        The distances; infinite if the shapes differ.
     """
     made, expected = (x.detach().cpu().double() for x in (made, expected))
     if made.shape != expected.shape:
@@ -144,12 +151,12 @@ def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Ga
     return Gap(float(distances.mean()), float(distances.max()), len(distances))
 
 
-MAX_WEIGHTS = 2**24  # weights that are widened at a time
+MAX_WEIGHTS = 2**24  # weights widened at a time
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
 def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """Return the dtype that shows the rounding of another; None where the device has none."""
+    """Return a wider dtype that exposes the rounding of `dtype`, or None if the device has none."""
     wide = WIDER.get(dtype)
     if wide == torch.float64 and device.type == "mps":
         return None
@@ -158,13 +165,13 @@ def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Have the modules of `model` that hold weights compute in `dtype`, until the context ends."""
+    """Make the modules of `model` that hold weights compute in `dtype` until the context ends."""
     held = [module for module in model.modules() if own_weights(module) and type(module) is not nn.Conv1d]
     for module in held:
         module.forward = partial(_forward_of(module), module, type(module).forward, dtype)
     config = getattr(model.config, "text_config", None)
     experts = getattr(config, "_experts_implementation", None)
-    if experts is not None:  # its fused products know no float64
+    if experts is not None:  # fused expert kernels do not support float64
         config._experts_implementation = "eager"
     try:
         yield
@@ -176,8 +183,9 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def own_weights(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Return the weights that a module computes with itself, where they are: its own, and those of a convolution that it only
-    reads.
+    """Return the weights that a module uses in its own forward, each with its holder and name.
+
+    These are the module's own weights, and the weights of child convolutions that it reads directly.
     """
     holders = [module, *(child for child in module.children() if type(child) is nn.Conv1d)]
     return [(holder, name, weight) for holder in holders for name, weight in holder.named_parameters(recurse=False)]
@@ -204,7 +212,7 @@ def _embedding(layer: nn.Embedding, forward: Callable, dtype: torch.dtype, ids: 
 
 
 def _others(module: nn.Module, forward: Callable, dtype: torch.dtype, *given: torch.Tensor, **named) -> torch.Tensor:
-    """Compute norms, convolutions, gates and experts, a layer's at a time."""
+    """Run the forward of norms, convolutions, gates and experts with weights widened one module at a time."""
     plain = own_weights(module)
     for holder, name, weight in plain:
         if weight.is_floating_point():
@@ -218,8 +226,11 @@ def _others(module: nn.Module, forward: Callable, dtype: torch.dtype, *given: to
 
 @contextmanager
 def rounding_again(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Until the context ends, what each module of `model` gives in `dtype` is off by one more rounding, at random: of a product in
-    fp32 by that of a sum of so many terms."""
+    """Perturb module outputs in `dtype` by one more random rounding until the context ends.
+
+    The relative perturbation of a matrix product is the rounding of `dtype`, or of a sum in fp32 with as many terms, whichever is
+    larger.
+    """
     random = torch.Generator().manual_seed(0)
 
     def off(module: nn.Module, _: tuple, output: Any) -> torch.Tensor | None:
@@ -239,24 +250,25 @@ def rounding_again(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 QUESTION = "What happens in this video?"
-# Of an input: enough for several frame pairs and windows, and few enough for a large model on a CPU.
+# Enough for several frame pairs and windows, and small enough for a large model on a CPU.
 SAMPLING = SamplingOptions(frames=8, max_visual_tokens=128)
 NEW_TOKENS = 16
 BUDGET = 0.25
-INSIDE = "evoprune:inner=always"  # the clips are small: a GPU would prune them after the tower alone, and the rest go unchecked
+INSIDE = "evoprune:inner=always"  # small clips: a GPU would otherwise prune only after the tower
 
 
 class Subject:
-    """Hold a model and two files, and make more of them when a check first needs it.
+    """A model and two files. Everything derived from them is computed when a check first needs it.
 
-    Frames may be smaller than the model's own limits have it, so that several frame pairs are few tokens.
+    Frames may be smaller than the model's own limits allow, so that several frame pairs make few tokens.
 
     Attributes:
-        loaded: the model with plain weights, that both sides compute with, and without a least size of frames.
-        video: the file that is compared on, which may be a picture.
-        picture: a picture to ask about beside it.
-        differing: once there is `transformers`, names of tensors that it reads of the files otherwise than this project.
-        not_read: why it does not read them; None where it does.
+        loaded: the model with plain weights, shared by both sides, and without a minimum frame size.
+        video: the file to compare on; may be a picture.
+        picture: a picture to ask about together with the video.
+        differing: names of tensors that transformers reads differently from the same files. Filled when `transformers` is first
+            used.
+        not_read: why transformers does not read the files, or None if it does.
     """
 
     def __init__(self, loaded: LoadedModel, video: Path, picture: Path):
@@ -270,10 +282,10 @@ class Subject:
 
     @cached_property
     def transformers(self):
-        """Make transformers' model, which knows the model's special tokens.
+        """Build transformers' model and set its special tokens.
 
-        It reads the files itself, where there are any and memory for a second copy of the weights; otherwise it is made of our
-        tensors. Equal ones are in memory once.
+        It reads the files itself if there are any and memory suffices for a second copy of the weights; otherwise it is built from
+        our tensors. Tensors that are equal on both sides are then shared.
         """
         model = self.loaded.model
         origin = self.loaded.description
@@ -303,7 +315,7 @@ class Subject:
         return self.loaded.model.dtype
 
     def asking(self, budget: float, method: str = INSIDE) -> VideoQA:
-        """Return evoprune's side; a budget of 1.0 prunes nothing."""
+        """Return evoprune's side. A budget of 1.0 prunes nothing."""
         if budget == 1:
             method = "none"
         return VideoQA(self.loaded, budget=budget, method=method)
@@ -313,15 +325,17 @@ class Subject:
         return self.asking(budget, method).encode(self.video, **vars(SAMPLING))
 
     def about(self, *paths: Path) -> "Asked":
-        """Return the question about inputs as both sides read it; made once."""
+        """Return the question about these inputs as both sides read it (cached)."""
         if paths not in self._asked:
             self._asked[paths] = Asked(self, paths)
         return self._asked[paths]
 
     @torch.inference_mode()
     def features(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Compute the features of transformers' tower, `[1 + n, tokens, hidden]` in the order of the prompt: the last ones, and n
-        of DeepStack.
+        """Compute the features of transformers' tower.
+
+        Returns:
+            `[1 + n, tokens, hidden]` in prompt order: the final features, then n levels of DeepStack features.
         """
         kinds = call["mm_token_type_ids"][0]
         parts = {}
@@ -349,10 +363,10 @@ class Subject:
         """Compute the logits of transformers' language model after each of the last tokens, `[last, vocabulary]`.
 
         Args:
-            positions: int64 `[3, L]`, of the prompt; those of the answer follow.
-            features: of the inputs, from `features`, instead of what its own tower makes of them.
-            answer: tokens behind the prompt.
-            first: how many columns, all visual tokens among them, are read into a cache before the others.
+            positions: int64 `[3, L]`, for the prompt; positions of the answer follow on.
+            features: features of the inputs, from `features`, used instead of running transformers' tower.
+            answer: tokens after the prompt.
+            first: number of columns to read into a cache before the rest. They must contain all visual tokens. 0 uses no cache.
         """
         from transformers import DynamicCache
 
@@ -383,13 +397,13 @@ class Subject:
 
     @cached_property
     def video_logits(self) -> torch.Tensor:
-        """Compute transformers' logits after each token behind the video."""
+        """Transformers' logits after each text token that follows the video."""
         asked = self.about(self.video)
         return self.logits(asked.call, asked.positions, asked.features, last=asked.text_behind)
 
     @cached_property
     def _otherwise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute transformers' features and logits on the same weights, rounded otherwise: in a wider dtype, or once more."""
+        """Transformers' features and logits with different rounding: in a wider dtype, or with one more random rounding."""
         dtype = None if self.loaded.description.quantization else wider(self.dtype, self.device)
         other = rounding_again if dtype is None else computing_in
         asked = self.about(self.video)
@@ -400,25 +414,25 @@ class Subject:
 
     @cached_property
     def features_noise(self) -> Gap:
-        """Measure how far transformers' features are from those that are rounded otherwise."""
+        """Rounding error of transformers' features."""
         features = self.about(self.video).features
         return self.noise(gap(features.flatten(0, 1), self._otherwise[0].flatten(0, 1)))
 
     @cached_property
     def logits_noise(self) -> Gap:
-        """Measure the same of its logits, from pixels on."""
+        """Rounding error of transformers' logits, computed from the pixels."""
         return self.noise(gap(self.video_logits, self._otherwise[1], centred=True))
 
     def noise(self, distance: Gap) -> Gap:
-        """No less than a rounding of one number, because a short sum may happen to be exact."""
+        """Return a distance raised to at least the rounding of one number, because a short sum may happen to be exact."""
         rounding = torch.finfo(self.dtype).eps
         return distance.worse((rounding, rounding))
 
     @cached_property
     def _same_features(self) -> torch.Tensor:
-        """Logits that are rounded otherwise than `video_logits`, as a language model that reads the same features is free to.
+        """Logits with different rounding than `video_logits`, as expected from another language model reading the same features.
 
-        Modules that both sides run differ in how many columns they read at a time, and in nothing else.
+        If both sides run the same transformers modules, they differ only in how many columns they read at a time.
         """
         model = self.loaded.model
         if model.native or run_for(model, self.device) is not run_modules:
@@ -429,24 +443,24 @@ class Subject:
 
     @cached_property
     def language_noise(self) -> Gap:
-        """Measure how far logits may be from those of the same features."""
+        """Rounding error of the logits of a language model, given the same features."""
         return self.noise(gap(self.video_logits, self._same_features, centred=True))
 
     @cached_property
     def logit_noise(self) -> float:
-        """Measure the same of one logit: the largest distance without their means, as a share of the largest logit."""
+        """Rounding error of a single logit: the largest centered difference, relative to the largest centered logit."""
         ours, other = (x.cpu().double() for x in (self.video_logits, self._same_features))
         ours, other = (x - x.mean(1, keepdim=True) for x in (ours, other))
         return max(float((ours - other).abs().max() / other.abs().max()), torch.finfo(self.dtype).eps)
 
 
 class Asked:
-    """The question about inputs as both sides read it.
+    """The question about some inputs, as both sides read it.
 
     Attributes:
-        plans: what is looked at of each.
-        prompt, positions: this project's, with nothing pruned; int64 `[3, L]`.
-        call: the arguments of transformers' model.
+        plans: the plan of each input.
+        prompt, positions: this project's prompt and its positions, int64 `[3, L]`, with nothing pruned.
+        call: the arguments for transformers' model.
     """
 
     def __init__(self, subject: Subject, paths: Sequence[Path]):
@@ -458,17 +472,17 @@ class Asked:
         units = sum(plan.units for plan in self.plans)
         self.prompt = fitting_prompt(session, self.plans, QUESTION, GenerationOptions(), units)
         self.positions = positions_of(self.prompt, self.plans, loaded)
-        # Frames are resized as the encoder does it.
+        # Resize frames as the encoder does.
         read = [read_patches(plan, loaded.limits[plan.kind], subject.device) for plan in self.plans]
         call = arguments(self.prompt, read, loaded.limits, loaded.model.config.vision_config)
         self.call = {name: value.to(subject.device) for name, value in call.items()}
 
     @cached_property
     def features(self) -> torch.Tensor:
-        """Compute the features of transformers' tower, see `Subject.features`."""
+        """The features of transformers' tower, see `Subject.features`."""
         return self._subject.features(self.call)
 
     @property
     def text_behind(self) -> int:
-        """Tokens of the prompt behind the inputs."""
+        """Number of prompt tokens after the last input."""
         return len(self.prompt.input_ids) - self.prompt.places[-1].runs[-1].stop

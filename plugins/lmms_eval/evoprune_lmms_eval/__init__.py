@@ -1,8 +1,8 @@
-"""evoprune as a model of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which only `manifest` and `model` import."""
+"""evoprune as a model for lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which only `manifest` and `model` import."""
 
 
 def manifest():
-    """Return what lmms-eval loads by the entry point of the group `lmms_eval.models`: names, and where the class is."""
+    """Return the manifest for the entry point group `lmms_eval.models`: the model's name and the location of its class."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     name = "evoprune_qwen2_5_vl"

@@ -1,10 +1,10 @@
-"""Qwen2.5-VL, or Qwen2-VL, as `evoprune` runs it.
+"""Qwen2.5-VL or Qwen2-VL, run by `evoprune`.
 
     python -m lmms_eval --model evoprune_qwen2_5_vl --tasks videomme --log_samples --output_path runs \\
         --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,budget=0.1,method=evoprune
 
-Consecutive questions about the same videos and pictures share their encoding. Each sample's `token_counts` also holds what was
-measured.
+Consecutive questions about the same videos and pictures share an encoding. A sample's `token_counts` also contain evoprune's
+measurements.
 """
 
 import hashlib
@@ -40,15 +40,20 @@ class Measured(TokenCounts):
 
 
 class EvoPruneQwen25VL(lmms):
-    """Answer the questions of lmms-eval; the arguments are its model_args.
+    """Answers the questions of lmms-eval. The arguments are its model_args.
 
     Args:
-        pretrained: hub id, local folder, or `demo`. `system_prompt`: instead of the model's own.
-        pictures: whether tasks may show pictures, which are pruned as videos are, and several inputs.
-        batch_size: must be 1. `max_batch_size`: ignored.
-        options: as of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method`, `fps`; what a task says comes first.
+        pretrained: hub ID, local folder, or `demo`.
+        system_prompt: replaces the model's own system prompt.
+        pictures: whether tasks may show pictures, which are pruned like videos, and several inputs.
+        batch_size: must be 1.
+        max_batch_size: ignored.
+        options: options of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method`, `fps`. A task's own settings take
+            precedence.
 
-    Raises EvopruneError: as `VideoQA.load`; a larger batch, or several processes. TypeError: an unknown option.
+    Raises:
+        EvopruneError: as in `VideoQA.load`; also for a larger batch or several processes.
+        TypeError: an option is unknown.
     """
 
     def __init__(
@@ -65,16 +70,16 @@ class EvoPruneQwen25VL(lmms):
             raise UsageError(f"batch_size {batch_size}: videos are answered one at a time", "leave it at 1")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UsageError("this model runs in one process", "start one run a GPU, each with tasks of its own")
-        # The number of new tokens is for tasks that do not say.
+        # Default maximum of new tokens for tasks that do not set one.
         given = {"model": pretrained, "system": system_prompt, "max_new_tokens": 128, **options}
         model, pruning, self._sampling, self._generation = from_keywords(given, *PipelineOptions.KINDS)
         self._qa = load_qa(model, pruning)
         self._pictures = str(pictures).lower() in ("true", "1")
-        self._inputs: EncodedInputs | None = None  # of the latest question
-        self._shown: list[str] | None = None  # what they are called, by content where they were in memory
+        self._inputs: EncodedInputs | None = None  # inputs of the latest question
+        self._shown: list[str] | None = None  # their paths; files in memory are named by content
 
     def generate_until(self, requests) -> list[GenerationResult]:
-        """Return the answers, in the order of the requests."""
+        """Return the answers in the order of the requests."""
         return list(tqdm(self._answers(requests), total=len(requests), desc="evoprune"))
 
     def loglikelihood(self, requests):
@@ -91,7 +96,7 @@ class EvoPruneQwen25VL(lmms):
                 paths = _files(visuals, folder) if self._pictures else [_only_video(visuals)]
                 contents = [path.removeprefix(folder) for path in paths]
                 if self._shown != contents:
-                    self._inputs = self._shown = None  # its memory goes before the next one is encoded
+                    self._inputs = self._shown = None  # frees memory before the next inputs are encoded
                     self._inputs, self._shown = self._qa.encode(paths, **vars(self._sampling)), contents
             text, report = self._answer(without_tags(question), settings)
             self.cache_hook.add_partial("generate_until", (question, settings), text)
@@ -102,7 +107,7 @@ class EvoPruneQwen25VL(lmms):
             yield GenerationResult(text, Measured(**tokens, measured=facts))
 
     def _answer(self, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
-        """Return what the model says, up to the first of the task's stop words, and the report of it."""
+        """Return the answer up to the task's first stop word, and its report."""
         if settings.get("num_beams", 1) > 1:
             raise UsageError("beams are not searched here", "set num_beams to 1 in the task's generation_kwargs")
         sampled = settings.get("do_sample", True)
@@ -130,7 +135,11 @@ class EvoPruneQwen25VL(lmms):
 
 
 def _only_video(visuals: list) -> str:
-    """Return the path of the one video that a question is about. Raises UsageError: pictures, several videos, or none."""
+    """Return the path of a question's only video.
+
+    Raises:
+        UsageError: there are pictures, several videos, or none.
+    """
     if len(visuals) != 1 or not isinstance(visuals[0], str | os.PathLike):
         kinds = ", ".join(type(visual).__name__ for visual in visuals) or "none"
         raise UsageError(f"this task shows {kinds}, and not one video file", f"{HINT}; pictures=true allows pictures")
@@ -138,7 +147,11 @@ def _only_video(visuals: list) -> str:
 
 
 def _files(visuals: list, folder: str) -> list[str]:
-    """Return files of a question's videos and pictures; those in memory go into `folder`, named by content. Raises UsageError."""
+    """Return paths of a question's videos and pictures. Pictures in memory are written to `folder`, named by content.
+
+    Raises:
+        UsageError: an input is neither a video nor a picture, or there is none.
+    """
     paths = []
     for visual in visuals:
         if isinstance(visual, str | os.PathLike):

@@ -42,25 +42,27 @@ from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 FILES = "/v1/files"
-MOST_COMMAS = 2**20  # of a body: each may stand for a value, which takes a hundred times the memory
-SENDING_S = 60.0  # for which a client may be slow to take the end of a stream
-AGEING_S = 60.0  # how often old files are looked for
-CLOSED = 499  # what logs and metrics call a request whose client went
+MOST_COMMAS = 2**20  # in a body; each comma may stand for a value, which takes a hundred times its size in memory
+SENDING_S = 60.0  # extra time for a slow client to receive the end of a stream
+AGEING_S = 60.0  # interval between checks for old files
+CLOSED = 499  # status in logs and metrics if the client disconnected
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server allows.
+    """Settings of a server.
 
     Attributes:
-        usual: what holds where a request says nothing.
-        folder: a private one, for files that clients send.
-        urls, folders: as of `Sources`.
-        files_bytes: of all files that clients have sent. `file_age_s`: how long an uploaded one is kept.
-        most: as of `Work`. `keep`: too.
-        answer_s: the longest time from a request to the end of its answer.
-        log: is told a line for each request. `log_contents`: also what was asked and answered.
+        folder: a private folder for files that clients send.
+        usual: defaults for options that a request does not set.
+        urls, folders: see `Sources`.
+        files_bytes: limit for all files that clients have sent.
+        file_age_s: how long an uploaded file is kept.
+        most, keep: see `Work`.
+        answer_s: maximum time from a request to the end of its answer.
+        log: called with a line for each request.
+        log_contents: whether to log questions and answers, too.
     """
 
     folder: Path
@@ -78,7 +80,7 @@ class Settings:
 
 
 class Server:
-    """The state that the routes share."""
+    """The state shared by all routes."""
 
     def __init__(self, models: Mapping[str, VideoQA], settings: Settings):
         self.settings = settings
@@ -91,7 +93,7 @@ class Server:
         self.metrics = Metrics(self.work)
         most = settings.access.bodies_bytes
         self.bodies = Bodies(most, share=max(most // 2, settings.access.body_bytes))
-        self.storing = asyncio.Lock()  # of the upload that is being copied: its copy has no room of its own
+        self.storing = asyncio.Lock()  # copy one upload at a time, because the copy has no reserved space
         self.started = int(time.time())
 
     # Questions.
@@ -103,7 +105,7 @@ class Server:
         return await self.answer(request, read_response)
 
     async def answer(self, request: Request, read: Read) -> Response:
-        """Answers a question, as a whole or in a stream. `read`: of the form that it has."""
+        """Answer a question, as a whole or as a stream. `read` reads the API format."""
         deadline_s = self.deadline_s()
         async with self.asking(request, read, deadline_s) as asked:
             self.work.submit(asked.job, asked.question)
@@ -113,9 +115,9 @@ class Server:
             return JSONResponse(await unless_gone(request, asked.whole(first)))
 
     async def task(self, request: Request, task: Task) -> Response:
-        """Runs a task about what a request asks: a response in JSON, or a stream of all that it tells.
+        """Run a task about a request, and respond with its last message as JSON, or stream every message.
 
-        `task`: tells what it has found, in the thread of the models.
+        `task` runs in the model's thread.
         """
         deadline_s = self.deadline_s()
         async with self.asking(request, read_chat, deadline_s) as asked:
@@ -129,17 +131,17 @@ class Server:
             return JSONResponse(event.facts)
 
     def deadline_s(self) -> float:
-        """Return until when a request that comes now has its answer, on the clock of the loop."""
+        """Return the deadline for a request that arrives now, on the clock of the event loop."""
         return asyncio.get_running_loop().time() + self.settings.answer_s
 
     @asynccontextmanager
     async def asking(self, request: Request, read: Read, deadline_s: float) -> "AsyncIterator[Asked]":
-        """Provide a request whose files were fetched. What is raised inside ends its job."""
+        """Provide a request after its files were fetched. An exception inside the context cancels its job."""
         job = None
         try:
             with self.bodies.room(client_of(request)) as room:
                 body = await read_json(request, room.add)
-                # In a thread: a schema may take a while to check.
+                # In a thread, because checking a schema may take a while.
                 question, sources, form = await run_in_threadpool(read, body, self.settings.usual, [*self.models])
                 del body
                 job = self.work.admit(client_of(request))
@@ -150,20 +152,20 @@ class Server:
         except BaseException as problem:
             if job:
                 self.work.cancel(job)
-            if isinstance(problem, Gone):  # another client's request has taken its place, or the server ends
+            if isinstance(problem, Gone):  # evicted by another client's request, or the server is shutting down
                 raise self.work.refusal() from problem
             if isinstance(problem, EvopruneError):
                 raise told(problem, {str(self.settings.folder): "the server"}) from problem
             raise
 
     def count(self, request: Request, status: int) -> None:
-        """Counts a request by what it asks for; one for a single file or model with those for all."""
+        """Count a request by its path. Paths of single files and models count with the path of their list."""
         path = request.url.path
         known = (each for each in PATHS if path == each or path.startswith(f"{each}/"))
         self.metrics.request(next(known, "other"), status)
 
     def counted(self, route: Handler, logged: bool = True) -> Handler:
-        """Return a route whose responses are counted, and with `logged` also in the log. Errors are without it."""
+        """Wrap a route so that its responses are counted and, with `logged`, logged. Errors are counted elsewhere."""
 
         async def counting(request: Request) -> Response:
             response = await route(request)
@@ -176,7 +178,7 @@ class Server:
         return counting
 
     def log(self, request: Request, status: int, *more: str) -> None:
-        """Counts a request and tells the log of it: no contents, unless they are wanted."""
+        """Count and log a request. Contents are logged only if enabled."""
         self.count(request, status)
         words = [client_of(request), request.method, harmless(request.url.path[:100]), str(status), *more]
         self.settings.log(" ".join(words))
@@ -198,14 +200,14 @@ class Server:
     # Files.
 
     async def upload(self, request: Request) -> Response:
-        """Takes a file; the form has its bytes and its purpose."""
+        """Store a file from a form with the file and its purpose."""
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ApiError(415, "a file is sent as multipart/form-data", code="unsupported_media_type")
         with self.store.room() as room:
             return await self._take(request, room)
 
     async def _take(self, request: Request, room: Room) -> Response:
-        """Takes the file of a form. `room`: for its bytes as they come."""
+        """Store the file of a form. `room` counts its bytes as they arrive."""
 
         async def receive() -> Message:
             message = await request.receive()
@@ -236,7 +238,7 @@ class Server:
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
     async def age(self) -> None:
-        """Drops files whose time is over, also while nobody asks."""
+        """Delete expired files periodically, even without requests."""
         while True:
             await asyncio.sleep(AGEING_S)
             await run_in_threadpool(self.uploads.drop_old)
@@ -251,7 +253,7 @@ class Server:
         return Response(self.metrics.text(), headers={"Content-Type": TYPE})
 
     def routes(self) -> list[Route]:
-        """Return the routes of the protocol."""
+        """Return the routes of the API."""
         return [
             Route(CHAT, self.chat, methods=["POST"]),
             Route(RESPONSES, self.response, methods=["POST"]),
@@ -265,33 +267,37 @@ class Server:
         ]
 
 
-PATHS = (CHAT, RESPONSES, "/v1/models", FILES, "/health", "/metrics", *PAGE_PATHS)  # that metrics tell apart
+PATHS = (CHAT, RESPONSES, "/v1/models", FILES, "/health", "/metrics", *PAGE_PATHS)  # paths that metrics distinguish
 
 
 @dataclass
 class Asked:
-    """A request on its way to its answer."""
+    """A request that is being answered."""
 
     server: Server
     request: Request
     job: Job
     question: Question
-    names: dict[str, str]  # what stands for each path of this machine
+    names: dict[str, str]  # names shown instead of paths of this machine
     reply: Reply
     deadline_s: float
     logged: bool = False
 
     def log(self, status: int, *more: str) -> None:
-        """Counts and logs the request, whose answer is complete, or ends here."""
+        """Count and log the request when its answer ends."""
         self.logged = True
         self.server.log(self.request, status, *more)
 
     async def next(self) -> Piece | Done | Told:
-        """Return the next piece, or the end, or what a task tells. Raises ApiError: there is no answer."""
+        """Return the next piece, the end of the answer, or the next message of a task.
+
+        Raises:
+            ApiError: the request failed.
+        """
         event = await in_time(self.job.next(), self.deadline_s)
         if isinstance(event, Failed):
             problem = told(event.problem, self.names)
-            if problem.status >= 500 and problem is not event.problem:  # nobody has foreseen it
+            if problem.status >= 500 and problem is not event.problem:  # an unexpected error
                 self.server.settings.log("".join(traceback.format_exception(event.problem)))
             raise problem from event.problem
         return event
@@ -303,7 +309,7 @@ class Asked:
         return self.reply.whole(event, self.job.queue_s)
 
     def count(self, done: Done) -> None:
-        """Counts and logs a complete answer."""
+        """Count and log a complete answer."""
         report = done.report
         self.server.metrics.answer(self.question.model, report, self.job.queue_s, done.kept)
         tokens = f"{report.tokens.prompt or 0}+{report.tokens.new or 0} tokens"
@@ -313,7 +319,7 @@ class Asked:
         self.log(200, *facts)
 
     async def chunks(self, event: Piece | Done) -> AsyncIterator[bytes]:
-        """Yield the events of a stream; an error in its middle is the last one."""
+        """Yield the events of a streamed answer. An error ends the stream with an error event."""
         yield self.reply.begin()
         try:
             while not isinstance(event, Done):
@@ -328,7 +334,7 @@ class Asked:
         yield self.reply.end(event, self.job.queue_s)
 
     async def told(self, event: Told) -> AsyncIterator[bytes]:
-        """Yield what a task tells as events; an error in its middle is the last one."""
+        """Yield the messages of a task as events. An error ends the stream with an error event."""
         try:
             while not event.last:
                 yield stream_event(event.facts)
@@ -343,7 +349,7 @@ class Asked:
 
 
 class JobStream(StreamingResponse):
-    """A stream of what comes of a job; where its client goes, or takes too long, the job is given up."""
+    """A streamed response. If the client disconnects or is too slow, the job is cancelled."""
 
     def __init__(self, asked: Asked, chunks: AsyncIterator[bytes]):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -355,15 +361,19 @@ class JobStream(StreamingResponse):
             async with asyncio.timeout_at(self._asked.deadline_s + SENDING_S):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
-            pass  # the connection is closed, since the response is not complete
+            pass  # the connection is closed because the response is incomplete
         finally:
-            if not self._asked.logged:  # the client went
+            if not self._asked.logged:  # the client disconnected
                 self._asked.log(CLOSED, self._asked.reply.identity)
             self._asked.server.work.cancel(self._asked.job)
 
 
 async def read_json(request: Request, count: Callable[[int], None]) -> Any:
-    """Return what the body holds. `count`: is told the bytes as they come. Raises ApiError: it is no JSON."""
+    """Read the JSON body of a request. `count` is called with each chunk's size.
+
+    Raises:
+        ApiError: the body is not valid JSON.
+    """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
     if "content-encoding" in request.headers:
@@ -376,18 +386,22 @@ async def read_json(request: Request, count: Callable[[int], None]) -> Any:
     if data.count(b",") > MOST_COMMAS:
         raise refused(f"the body has more than {MOST_COMMAS:,} commas", code="invalid_json")
     try:
-        return await run_in_threadpool(lambda: loads(data.decode()))  # megabytes take seconds
+        return await run_in_threadpool(lambda: loads(data.decode()))  # parsing megabytes takes seconds
     except (ValueError, RecursionError) as problem:
         raise refused(f"the body is not JSON in UTF-8: {problem}", code="invalid_json") from problem
 
 
 def client_of(request: Request) -> str:
-    """Return whose turn a request takes: the address that it comes from."""
+    """Return the client's IP address, by which clients take turns."""
     return request.client.host if request.client else "unknown"
 
 
 async def in_time(waiting: Awaitable[T], deadline_s: float) -> T:
-    """Return what it returns. Raises ApiError: not by the deadline, on the clock of the loop."""
+    """Await a result until a deadline, on the clock of the event loop.
+
+    Raises:
+        ApiError: the deadline has passed.
+    """
     try:
         async with asyncio.timeout_at(deadline_s):
             return await waiting
@@ -396,7 +410,11 @@ async def in_time(waiting: Awaitable[T], deadline_s: float) -> T:
 
 
 async def unless_gone(request: Request, waiting: Awaitable[T]) -> T:
-    """Return what it returns. Raises ClientDisconnect: the client went before."""
+    """Await a result until the client disconnects.
+
+    Raises:
+        ClientDisconnect: the client disconnected first.
+    """
     result = asyncio.ensure_future(waiting)
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -410,17 +428,21 @@ async def unless_gone(request: Request, waiting: Awaitable[T]) -> T:
 
 
 async def _gone(request: Request) -> None:
-    """Return when the client has gone, whose body was read."""
+    """Wait until the client disconnects. The request's body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
-    """Return the server of loaded models by their names; the first answers where a request names none."""
+    """Return the server application.
+
+    Args:
+        models: loaded models by name. The first one answers requests that name no model.
+    """
     server = Server(models, settings)
 
     def refuse(request: Request, problem: Exception) -> Response:
-        """Return the error of a request, in OpenAI's form."""
+        """Return an error response in OpenAI's format."""
         if isinstance(problem, HTTPException):
             problem = plain(problem.status_code, problem.detail, problem.headers)
         elif not isinstance(problem, ApiError):
@@ -438,7 +460,7 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
 
     middleware = [Middleware(Guard, access=settings.access, refuse=refuse)]
     if settings.access.origins:
-        # OpenAI's package for browsers has headers of its own, and waits as long as `Retry-After` says.
+        # OpenAI's browser client sends headers of its own, and reads `Retry-After`.
         headers = {"allow_headers": ["*"], "expose_headers": ["Retry-After"]}
         cors = {"allow_origins": settings.access.origins, "allow_methods": ["GET", "POST", "DELETE"]}
         middleware.insert(0, Middleware(CORSMiddleware, **cors, **headers))

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: its bodies as questions, and answers in its form, whole or in chunks of a stream."""
+"""/v1/chat/completions: reads its requests, and writes answers in its format, whole or as stream chunks."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
 
 END = b"data: [DONE]\n\n"
-# Options that change nothing at these values, and are refused at others; beside those of all forms.
+# Options of this format that have no effect at these values, and are refused at others.
 OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "n": lambda value: value == 1,
     "frequency_penalty": lambda value: value == 0,
@@ -37,11 +37,11 @@ OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
 
 
 class ChatReply:
-    """An answer in the form of chat completions.
+    """An answer in the format of chat completions.
 
     Args:
-        model: its name.
-        usage: whether a stream tells the usage at its end.
+        model: the model's name.
+        usage: whether a stream ends with the usage.
     """
 
     def __init__(self, model: str, usage: bool):
@@ -84,7 +84,7 @@ class ChatReply:
     def _chunk(
         self, delta: dict[str, str], entries: list[dict[str, Any]] | None = None, finish: str | None = None
     ) -> bytes:
-        """Return a piece of the answer. `entries`: log probabilities of its tokens; None where they are not wanted."""
+        """Return a chunk of the answer. `entries`: log probabilities of its tokens, or None if not requested."""
         choice = {"index": 0, "delta": delta, "logprobs": _logprobs(entries), "finish_reason": finish}
         return stream_event(self._object("chat.completion.chunk") | {"choices": [choice]})
 
@@ -117,7 +117,7 @@ def _usage(done: Done, queue_s: float) -> dict[str, Any]:
 def read_chat(
     body: Any, usual: PipelineOptions, models: Sequence[str]
 ) -> tuple[Question, tuple[Source, ...], ChatReply]:
-    """Read a body: as of `reply.Read`."""
+    """Read a request body, see `reply.Read`."""
     fields = read_options(body, "messages")
     messages = {f"messages[{number}]": each for number, each in enumerate(fields.need("messages", list))}
     names = NAMES | {"max_new_tokens": "max_tokens", "schema": "response_format"}
@@ -132,7 +132,7 @@ def read_chat(
 
 
 def _generation(fields: Fields) -> dict[str, Any]:
-    """Return what a body says of `GenerationOptions` in the form of chat completions."""
+    """Return the `GenerationOptions` from the fields of this format."""
     given: dict[str, Any] = read_effort(fields, "reasoning_effort")
     tokens = [name for name in ("max_tokens", "max_completion_tokens") if fields.has(name)]
     if len(tokens) == 2:

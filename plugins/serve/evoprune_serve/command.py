@@ -1,4 +1,4 @@
-"""The command `evoprune serve`. What it needs is imported when it runs."""
+"""The command `evoprune serve`. Dependencies are imported when it runs."""
 
 import logging
 import os
@@ -31,12 +31,12 @@ SERVER = "Server"
 ACCESS = "Access"
 LIMITS = "Limits"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ANY = ("0.0.0.0", "::")  # noqa: S104 (compared with)
+ANY = ("0.0.0.0", "::")  # for comparison only  # noqa: S104
 KEY = "EVOPRUNE_API_KEY"
 MIB = 2**20
-BACKLOG = 512  # connections that wait until they are accepted
+BACKLOG = 512  # connections waiting to be accepted
 T = TypeVar("T")
-UNTAKEN_S = 60  # how long a client may take nothing of what it is answered
+UNTAKEN_S = 60  # how long a client may accept no response data
 
 
 @opt.command(
@@ -123,9 +123,9 @@ def serve(
     age_s = _above_0("--file-age", file_age)
     folders = tuple(map(_folder, allow_dir or ()))
     origins = tuple(map(_origin, cors or ()))
-    warm_up()  # while this process imports what it needs
+    warm_up()  # warms up while this process imports its dependencies
     try:
-        in_a_thread(partial(import_module, "evoprune_serve.app"))  # as it is imported, torch drops what a signal raises
+        in_a_thread(partial(import_module, "evoprune_serve.app"))  # during import, torch swallows signals' exceptions
         import uvicorn
 
         from evoprune_serve.app import Settings, make_app
@@ -149,7 +149,7 @@ def serve(
             models = in_a_thread(partial(_loaded, name or (), pipeline, also or (), show, quiet))
         hosts = (*NAMES, _in_url(host).lower(), *(each.lower() for each in allow_host or ()))
         if host in ANY and key is not None and not allow_host:
-            hosts = ()  # nobody knows all names of this machine, and pages of others do not know the key
+            hosts = ()  # the machine's names are unknown, and pages of other sites do not have the key
         access = Access(
             key=key,
             hosts=hosts,
@@ -179,10 +179,10 @@ def serve(
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,  # anybody could name himself another client
+            proxy_headers=False,  # otherwise any client could pretend to be another one
             timeout_graceful_shutdown=CLOSING_S,
         )
-        for library in ("uvicorn.error", "python_multipart"):  # which warn of each request that is none
+        for library in ("uvicorn.error", "python_multipart"):  # they warn about every malformed request
             logging.getLogger(library).setLevel(logging.ERROR)
         verb = "is" if len(models) == 1 else "are"
         page = f"http://{_in_url(host)}:{listening.getsockname()[1]}/"
@@ -192,10 +192,10 @@ def serve(
 
 
 def in_a_thread(function: Callable[[], T]) -> T:
-    """Return what a function returns in a thread of its own, with whose end its group of OpenMP threads ends.
+    """Run a function in a new thread and return its result. The thread's OpenMP workers end with it.
 
-    The main thread never computes, so the group of the model's thread is the only one. With a second group there are more threads
-    than cores, and libgomp has them sleep between any two operations instead of waiting actively.
+    The main thread never computes, so only the model's thread has a group of OpenMP workers. With a second group there would be
+    more threads than cores, and libgomp would put workers to sleep between operations instead of spinning.
     """
     done: Future[T] = Future()
 
@@ -212,10 +212,13 @@ def in_a_thread(function: Callable[[], T]) -> T:
 def _loaded(
     names: Sequence[str], usual: PipelineOptions, also: Sequence[str], show: Callable[..., None], quiet: bool
 ) -> "dict[str, VideoQA]":
-    """Return the models by their names. `names`: of the first ones, in place of their own.
+    """Load the models and return them by name. `names` replace the names of the first models.
 
-    Raises UsageError: two have the same name, or there are more names than models. OutOfMemory: there is no room for all. Others:
-    as of `load`.
+    Raises:
+        UsageError: two models have the same name, or there are more names than models.
+        OutOfMemory: the models do not fit into memory together.
+
+    Also raises the errors of `load`.
     """
     options = [usual, *(replace(usual, model=replace(usual.model, model=model, revision=None)) for model in also)]
     if len(names) > len(options):
@@ -234,7 +237,9 @@ def _loaded(
 def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
     """Describe all models.
 
-    Raises OutOfMemory: their weights do not fit into memory together. ModelError: one is not there.
+    Raises:
+        OutOfMemory: their weights do not fit into memory together.
+        ModelError: a model does not exist.
     """
     prepare()
     from evoprune.backend import kinds
@@ -257,9 +262,10 @@ def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
 
 
 def _key(given: str | None, path: str | None) -> str | None:
-    """Return the key that is given, that in a file, or that of the environment; None where there is none.
+    """Return the API key from the option, the file or the environment, or None if there is no key.
 
-    Raises UsageError: it is no key, or there are two.
+    Raises:
+        UsageError: the key is invalid, or both options are given.
     """
     if given is not None and path is not None:
         raise UsageError("--api-key and --api-key-file exclude each other", "give one of the two")
@@ -279,7 +285,7 @@ def _key(given: str | None, path: str | None) -> str | None:
 
 
 def _name(model: str) -> str:
-    """Return what a model is called: a folder by its last part, since paths are nobody's business."""
+    """Return the public name of a model. A folder is reduced to its last part to keep paths private."""
     if os.path.isdir(os.path.expanduser(model)):
         return Path(model).expanduser().resolve().name
     return model
@@ -293,7 +299,11 @@ def _above_0(flag: str, text: str) -> float:
 
 
 def _origin(text: str) -> str:
-    """Return an origin as browsers write it. Raises UsageError: it is none."""
+    """Return an origin in the form that browsers send.
+
+    Raises:
+        UsageError: it is not an origin.
+    """
     origin = text.rstrip("/").lower()
     if not re.fullmatch(r"https?://[^/\s*]+", origin):
         raise UsageError(f"--cors {text} is no origin", "give scheme, name and port, such as https://example.org")
@@ -308,14 +318,18 @@ def _folder(path: str) -> Path:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. Raises UsageError."""
+    """Return a listening socket.
+
+    Raises:
+        UsageError: the address cannot be used.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named, or asyncio would leave pieces of an answer waiting for an acknowledgement (Nagle's algorithm).
+    # Name the protocol explicitly; otherwise asyncio does not disable Nagle's algorithm, which delays parts of an answer.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        if os.name == "posix":  # where a port that was just served is free again
+        if os.name == "posix":  # there, this allows reusing a port that was just served
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; its connections have the same
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; accepted connections inherit it
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNTAKEN_S)
         listening.bind((host, port))
         listening.listen(BACKLOG)

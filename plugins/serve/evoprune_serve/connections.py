@@ -1,4 +1,4 @@
-"""How many connections there may be, and how long one may be held without a request."""
+"""Limits on the number of connections, and on how long a connection may be held without a request."""
 
 import asyncio
 from collections import Counter
@@ -6,20 +6,20 @@ from collections import Counter
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_S = 30.0  # in which the head of a request must come
+HEAD_S = 30.0  # time limit for the head of a request
 MOST = 512  # connections
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 19\r\n\r\nService Unavailable"
 
 
 class Connection(H11Protocol):
-    """A connection of HTTP that is closed when the head of a request is not complete after `head_s`.
+    """An HTTP connection that is closed if the head of a request is not complete after `head_s`.
 
-    There are at most `most` connections, and at most `share` from one address. A connection beyond that closes the oldest idle one,
-    which has no request in progress: from its own address if that has more than its share, else from the address with the most
-    connections. If none is idle, the new connection is refused.
+    There are at most `most` connections, and at most `share` from one address. A connection beyond these limits closes the oldest
+    idle one, which has no request in progress: from its own address if that exceeds its share, otherwise from the address with the
+    most connections. If no connection is idle, the new one is refused.
 
-    The time `head_s` begins with the connection, and after a request with the first byte of the next request. Between requests
-    uvicorn's own limit holds (5 s), for bodies those of guard.py, for answers `--timeout`.
+    `head_s` is counted from the start of the connection, and after a request from the first byte of the next request. Between
+    requests, uvicorn's own limit of 5 s applies; for bodies, the limits of guard.py; for answers, `--timeout`.
     """
 
     head_s = HEAD_S
@@ -71,7 +71,7 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _limit_head(self) -> None:
-        if self.conn.their_state is not h11.IDLE:  # a head has come
+        if self.conn.their_state is not h11.IDLE:  # the head is complete
             self._stop()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self.head_s, self.transport.close)

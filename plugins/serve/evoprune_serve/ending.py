@@ -1,4 +1,4 @@
-"""How the server ends: what waits is refused, and what is being answered has a moment to be complete."""
+"""Graceful shutdown: waiting requests are refused, and the answer in progress gets a moment to finish."""
 
 import asyncio
 import logging
@@ -10,11 +10,11 @@ import uvicorn
 from evoprune_serve.work import Work
 
 GRACE_S = 3.0  # for the answer in progress
-CLOSING_S = 5  # for all connections; more than that
+CLOSING_S = 5  # for all connections; longer than `GRACE_S`
 
 
 class EndingServer(uvicorn.Server):
-    """A server whose clients are told that it ends."""
+    """A uvicorn server that tells its clients when it shuts down."""
 
     def __init__(self, config: uvicorn.Config, work: Work):
         super().__init__(config)
@@ -28,6 +28,6 @@ class EndingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
-        del self._captured_signals[1:]  # each is raised in the end: one is enough
-        # A second Ctrl-C: who ends it at once wants no account of what is unfinished.
+        del self._captured_signals[1:]  # uvicorn raises each of them at the end, and one is enough
+        # After a second Ctrl-C, do not list unfinished requests.
         logging.getLogger("uvicorn.error").disabled = self.force_exit

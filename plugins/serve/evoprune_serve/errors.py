@@ -1,4 +1,4 @@
-"""What a client is told of a failure: a status, and a message, a field and a code in OpenAI's form."""
+"""Errors for clients: a status, and a message, field and code in OpenAI's format."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -6,8 +6,8 @@ from typing import Any
 
 from evoprune.errors import DoesNotFit, EvopruneError, OutOfMemory, UsageError, VideoError
 
-MOST_CHARACTERS = 2000  # of a message: it may repeat what a client sent
-TYPES = {429: "rate_limit_error"}  # by status; others are the client's below 500, else the server's
+MOST_CHARACTERS = 2000  # of a message, which may repeat text from the client
+TYPES = {429: "rate_limit_error"}  # by status; the others depend on whether the status is below 500
 CODES = {
     400: "invalid_value",
     401: "invalid_api_key",
@@ -18,9 +18,12 @@ CODES = {
 
 
 class ApiError(Exception):
-    """Report a request that is not answered.
+    """A request that failed.
 
-    `param`: the field that is wrong. `code`: a short name for programs. `headers`: of the response.
+    Args:
+        param: the invalid field.
+        code: a short machine-readable name.
+        headers: response headers.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class ApiError(Exception):
 
 
 def _text(said: str) -> str:
-    """Return a text that can be sent: what a client said may be long, and have halves of surrogate pairs."""
+    """Make a message safe to send: text from clients may be long or contain lone surrogates."""
     if len(said) > MOST_CHARACTERS:
         half = MOST_CHARACTERS // 2
         said = f"{said[:half]}…{said[-half:]}"
@@ -55,29 +58,32 @@ def _text(said: str) -> str:
 
 
 def refused(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
-    """Return the error of a request that makes no sense."""
+    """Return the error for an invalid request."""
     return ApiError(400, message, param=param, code=code)
 
 
 def full(retry_s: int) -> ApiError:
-    """Return the error of a request that nobody has room for; the client may try again after so many seconds."""
+    """Return the error for a request that exceeds the server's capacity. The client may retry after `retry_s` seconds."""
     return ApiError(429, "too many requests wait: try again later", headers={"Retry-After": str(retry_s)})
 
 
 def ending() -> ApiError:
-    """Return the error of a request that comes too late, or is not answered before the server ends."""
+    """Return the error for a request that cannot be answered before the server shuts down."""
     return ApiError(503, "the server ends: try again later", code="shutting_down", headers={"Retry-After": "10"})
 
 
 def plain(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> ApiError:
-    """Return the error that a status stands for."""
+    """Return a generic error for a status."""
     return ApiError(status, detail or HTTPStatus(status).phrase, headers=headers)
 
 
 def told(problem: BaseException, names: Mapping[str, str]) -> ApiError:
-    """Return what a client is told of an exception. `names`: what stands for each path of this machine.
+    """Return the error that a client sees for an exception.
 
-    Of what is not expected the client learns nothing: it may say anything.
+    Unexpected exceptions are not described, because their text may contain anything.
+
+    Args:
+        names: replacements for the paths of this machine.
     """
     if isinstance(problem, ApiError):
         return problem

@@ -1,4 +1,4 @@
-"""The fields of what clients send as JSON. What is not known is refused by name: an option that is ignored misleads."""
+"""Reads JSON fields from clients. Unknown fields are refused by name, because silently ignoring an option would mislead."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -8,11 +8,11 @@ from evoprune_serve.errors import refused
 
 NUMBER = (int, float)
 KINDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
-MOST_CHARACTERS = 60  # of a value in a message
+MOST_CHARACTERS = 60  # maximum length of a value in an error message
 
 
 def json_text(value: Any) -> str:
-    """Return a value of a body for a message: as JSON if that is short, else its kind."""
+    """Return a value for an error message: as JSON if it is short, otherwise its type."""
     if not (isinstance(value, str | list | dict) and len(value) > MOST_CHARACTERS):
         text = json.dumps(value, ensure_ascii=False)
         if len(text) <= MOST_CHARACTERS:
@@ -21,7 +21,7 @@ def json_text(value: Any) -> str:
 
 
 class Fields:
-    """The fields of an object, to be taken one by one; what is left in the end is refused. One that is null is not there."""
+    """The fields of an object, taken one by one. Fields left at the end are refused. Null fields count as missing."""
 
     def __init__(self, value: Any, place: str = ""):
         if not isinstance(value, dict):
@@ -33,7 +33,11 @@ class Fields:
         return f"{self._place}.{field}" if self._place else field
 
     def take(self, field: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
-        """Return a field. Raises ApiError: it is of another type."""
+        """Take a field.
+
+        Raises:
+            ApiError: it has the wrong type.
+        """
         if field not in self._left:
             return default
         value = self._left.pop(field)
@@ -46,7 +50,11 @@ class Fields:
         return value
 
     def need(self, field: str, kinds: type | tuple[type, ...]) -> Any:
-        """Return a field. Raises ApiError: it is missing, or of another type."""
+        """Take a required field.
+
+        Raises:
+            ApiError: it is missing or has the wrong type.
+        """
         if field not in self._left:
             raise refused(f"{self.name_of(field)} is missing", self.name_of(field), "missing_required_parameter")
         return self.take(field, kinds)
@@ -58,7 +66,11 @@ class Fields:
         raise refused(f"{self.name_of(field)} {why}", self.name_of(field), "unsupported_value")
 
     def end(self, neutral: Mapping[str, Callable[[Any], bool]] | None = None) -> None:
-        """Raises ApiError: a field is left. `neutral`: says of some whether a value of theirs changes nothing."""
+        """Raise ApiError if a field is left.
+
+        Args:
+            neutral: for some fields, a function that returns True if a value has no effect. Such fields are accepted.
+        """
         for field, value in self._left.items():
             name = self.name_of(field[:60])
             if field not in (neutral or {}):

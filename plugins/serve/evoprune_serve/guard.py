@@ -1,4 +1,4 @@
-"""What every request passes before it is looked at: its host, its origin, its key, and the limits of its body."""
+"""Checks on every request before it is handled: host, origin, API key and body limits."""
 
 import asyncio
 import hmac
@@ -15,25 +15,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evoprune_serve.errors import ApiError, full, plain
 
-OPEN_PATHS = ("/", "/health")  # need no key
+OPEN_PATHS = ("/", "/health")  # no key required
 UPLOAD_PATH = "/v1/files"
-FORM_BYTES = 2**16  # of an upload, around its file
-SLOW_BYTES_S = 2**15  # a body that comes more slowly than so many bytes a second
-SLOW_S = 30.0  # is waited for so long
+FORM_BYTES = 2**16  # of an upload form, in addition to its file
+SLOW_BYTES_S = 2**15  # body rate below which a request uses up `SLOW_S`
+SLOW_S = 30.0  # patience for slow bodies
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 BODIES_RETRY_S = 5
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask, and how much may be sent.
+    """Who may send requests, and how much they may send.
 
     Attributes:
-        key: what `Authorization: Bearer` must hold; None: nothing.
-        hosts: names under which the server is reached; empty: any.
-        origins: pages of these may ask, beside those of the server itself.
-        body_bytes: of a request in JSON. `bodies_bytes`: of all that are read at a time.
-        upload_bytes: of an uploaded file.
+        key: the key required in `Authorization: Bearer`; None requires no key.
+        hosts: host names of the server; empty allows any.
+        origins: origins of pages that may send requests, in addition to the server's own pages.
+        body_bytes: limit for a JSON body.
+        bodies_bytes: limit for all JSON bodies in memory together.
+        upload_bytes: limit for an uploaded file.
     """
 
     key: str | None = None
@@ -45,17 +46,22 @@ class Access:
 
 
 class Bodies:
-    """How many bytes of bodies in JSON are in memory, of all requests. `share`: of one client, so that others have room."""
+    """Memory used by the JSON bodies of all requests.
+
+    Args:
+        limit: bytes for all clients.
+        share: bytes for one client, so that others have room.
+    """
 
     def __init__(self, limit: int, share: int):
         self._limit = limit
         self._share = share
         self._bytes = 0
-        self._clients: Counter[str] = Counter()  # the bytes of each
+        self._clients: Counter[str] = Counter()  # bytes by client
 
     @contextmanager
     def room(self, client: str) -> "Iterator[BodyRoom]":
-        """Provide room for a body, which is free again in the end."""
+        """Provide room for a body. It is released at the end of the context."""
         room = BodyRoom(self, client)
         try:
             yield room
@@ -73,7 +79,7 @@ class Bodies:
 
 
 class BodyRoom:
-    """The bytes of one body so far."""
+    """Memory used by one body so far."""
 
     def __init__(self, bodies: Bodies, client: str):
         self.bytes = 0
@@ -81,20 +87,24 @@ class BodyRoom:
         self._client = client
 
     def add(self, count: int) -> None:
-        """Raises ApiError: there is no room for so many more."""
+        """Reserve `count` more bytes.
+
+        Raises:
+            ApiError: there is no room.
+        """
         self._bodies._add(self._client, count)
         self.bytes += count
 
 
 class Framing:
-    """Refuse requests that have both a Content-Length and a Transfer-Encoding, and close their connections.
+    """Refuse requests with both a Content-Length and a Transfer-Encoding, and close their connections.
 
-    Something in front of the server may take the Content-Length for the length of the body, so that the rest is a request that only
-    one of the two sees (RFC 9112, 6.3).
+    A proxy may use the Content-Length as the length of the body, while this server does not. The bytes in between would then be a
+    request that only one of them sees (request smuggling; RFC 9112, 6.3).
     """
 
     def __init__(self, app: ASGIApp, refuse: Callable[[Request, Exception], Response]):
-        """`refuse`: makes the response of an error."""
+        """`refuse` builds the response for an error."""
         self._app = app
         self._refuse = refuse
 
@@ -110,10 +120,10 @@ class Framing:
 
 
 class Guard:
-    """Let requests through that may be answered; others have an error at once."""
+    """Passes on the requests that are allowed, and answers others with an error at once."""
 
     def __init__(self, app: ASGIApp, access: Access, refuse: Callable[[Request, Exception], Response]):
-        """`refuse`: makes the response of an error."""
+        """`refuse` builds the response for an error."""
         self._app = app
         self._access = access
         self._refuse = refuse
@@ -135,7 +145,7 @@ class Guard:
         await self._app(scope, body.receive, body.send)
 
     def _check(self, path: str, headers: Headers, limit: int) -> None:
-        """Raises ApiError: somebody else's page, no key, or a body of more than `limit` bytes is announced."""
+        """Raise ApiError if the host or origin is not allowed, the key is wrong, or the announced body exceeds `limit` bytes."""
         access = self._access
         if access.hosts and host_of(headers.get("host", "")) not in access.hosts:
             raise ApiError(403, "this server has another name: see --allow-host", code="wrong_host")
@@ -158,7 +168,7 @@ class Guard:
 
 
 def host_of(header: str) -> str:
-    """Return a host without its port, in lower case."""
+    """Return the host without its port, in lower case."""
     host = header.lower()
     if host.startswith("["):
         return host.partition("]")[0] + "]"
@@ -171,12 +181,13 @@ def too_large(limit: int) -> ApiError:
 
 
 class Body:
-    """The body of a request as it is received, of at most `limit` bytes.
+    """A request body of at most `limit` bytes while it is received.
 
-    Waiting for it uses up time, and what comes brings it back: `SLOW_S` in all, however large the body, and however much of it
-    came at once.
+    Waiting for the body uses up a time budget of `SLOW_S`, and received bytes refill it. The budget never exceeds `SLOW_S`, however
+    large the body is and however much of it arrives at once.
 
-    A response that begins before all of it was received closes the connection: what follows is nobody's.
+    A response that starts before the whole body was received closes the connection, because the rest of the body would be read as
+    the next request.
     """
 
     def __init__(self, headers: Headers, limit: int, receive: Receive, send: Send):
@@ -188,8 +199,12 @@ class Body:
         self._left_s = SLOW_S
 
     async def receive(self) -> Message:
-        """Raises ApiError: the body is larger than its limit, or comes too slowly."""
-        if self._complete:  # what follows is that the client goes
+        """Receive the next message.
+
+        Raises:
+            ApiError: the body exceeds its limit or arrives too slowly.
+        """
+        if self._complete:  # the next message will be the client's disconnect
             return await self._receive()
         began = time.monotonic()
         try:

@@ -1,4 +1,4 @@
-"""The messages of a conversation, and the videos and pictures in them, by the names that different programs have for them."""
+"""Reads the messages of a conversation, with videos and pictures in the formats of different client programs."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,33 +11,34 @@ from evoprune_serve.fields import NUMBER, Fields, json_text
 from evoprune_serve.sources import Address, FrameList, Source, Uploaded
 
 MOST_MESSAGES = 1000
-MOST_PARTS = 1000  # of all messages
-MOST_CHARACTERS = 2**22  # of all texts
+MOST_PARTS = 1000  # in all messages
+MOST_CHARACTERS = 2**22  # in all texts
 MOST_SOURCES = 64
-MOST_FRAMES = 256  # of a list
-# What clients send back of an earlier answer, and what is not part of the conversation; of some whatever it is.
+MOST_FRAMES = 256  # in a list of frames
+# Fields of earlier answers that clients send back. They are not part of the conversation, and must be empty, except `UNREAD`.
 UNREAD = ("reasoning_content", "parsed")
 OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls", *UNREAD)
-# Parts that are text, by type, and what they may have beside it that is not part of the conversation.
+# Types of text parts, with their other fields that are ignored.
 TEXTS = {"text": (), "input_text": (), "output_text": ("annotations", "logprobs")}
 
 
 def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, list[dict[str, str]], list[Source]]:
-    """Return the system prompt, what was said, the question last, and all videos and pictures in their order.
+    """Return the system prompt, the turns with the question last, and all videos and pictures in order.
 
-    If a message has texts before and after a video or picture, the questions are `Placed`, else all inputs come first.
+    If a message has texts before and after a video or picture, the turns are `Placed` texts. Otherwise all inputs come first.
 
     Args:
-        messages: by their places in the body.
-        field: of the body, which has them all.
+        messages: messages by their places in the body.
+        field: the field of the body that contains them.
 
-    Raises ApiError: they are no conversation, or nothing is shown.
+    Raises:
+        ApiError: the messages are not a valid conversation, or have no video or picture.
     """
     if len(messages) > MOST_MESSAGES:
         raise refused(f"there are more than {MOST_MESSAGES} messages", field)
     system: list[str] = []
     said: list[dict[str, str]] = []
-    contents: list[Sequence[str | None]] = []  # the parts of each message of `said`
+    contents: list[Sequence[str | None]] = []  # the parts of each message in `said`
     sources: list[Source] = []
     parts = 0
     characters = 0
@@ -48,7 +49,7 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
             for name in OF_ANSWERS:
                 if fields.take(name, object) not in (None, [], {}) and name not in UNREAD:
                     fields.refuse(name, "is not supported here")
-        # An answer that was cut in its thoughts, for example, has none.
+        # For example, an answer that was cut off in its thoughts has no content.
         content = (
             fields.take("content", (str, list), "") if role == "assistant" else fields.need("content", (str, list))
         )
@@ -89,9 +90,9 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
 
 
 def _content(content: str | list, place: str) -> tuple[list[str | None], list[Source]]:
-    """Return the texts of a message, with None for each video or picture between them, and its videos and pictures.
+    """Return the texts of a message, with None in place of each video or picture, and the videos and pictures.
 
-    Texts that follow one another are lines of one text. A single text comes last.
+    Consecutive texts are joined by a newline. A single text is moved to the end.
     """
     if isinstance(content, str):
         return [content], []
@@ -121,7 +122,7 @@ def _content(content: str | list, place: str) -> tuple[list[str | None], list[So
     return parts, sources
 
 
-# The parts of a message that show something, by type: each program has names of its own for them.
+# Parts of a message with a video or picture, by type. Each client program has its own types.
 
 
 def _image_url(fields: Fields) -> Source:
@@ -157,7 +158,7 @@ def _file(fields: Fields) -> Source:
 
 
 def _file_of(fields: Fields) -> Source:
-    """Return the file that an object names, or holds."""
+    """Return the source of an object with a file ID, a URL or the file's data."""
     _without_detail(fields).take("filename", str)
     if fields.has("file_id"):
         source = Uploaded(fields.need("file_id", str))
@@ -170,7 +171,7 @@ def _file_of(fields: Fields) -> Source:
 
 
 def _video(fields: Fields) -> Source:
-    """Return one video by its address, or as a list of pictures with a rate or times."""
+    """Return a video from a URL, or from a list of pictures with a rate or times."""
     given = fields.need("video", (str, list))
     if isinstance(given, str):
         return Address(given)
@@ -203,7 +204,7 @@ def _times(fields: Fields, count: int) -> tuple[float, ...] | None:
 
 
 def _is_time(value: Any) -> bool:
-    """Return whether a value is a number that a float can hold."""
+    """Return True if a value is a number that fits a float."""
     return isinstance(value, NUMBER) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -212,7 +213,7 @@ def _ascend(times: Sequence[float]) -> bool:
 
 
 def _address(fields: Fields, name: str) -> Address:
-    """Return the address in a field, which is a text, or an object with the field `url`."""
+    """Return the URL in a field, which is either a text or an object with the field `url`."""
     given = _without_detail(fields).need(name, (str, dict))
     if isinstance(given, str):
         return Address(given)
@@ -223,7 +224,7 @@ def _address(fields: Fields, name: str) -> Address:
 
 
 def _without_detail(fields: Fields) -> Fields:
-    """Take the field `detail`: pictures are always read in detail."""
+    """Take the field `detail`, which has no effect because pictures are always read in full detail."""
     detail = fields.take("detail", str, "auto")
     if detail not in ("auto", "high", "original"):
         fields.refuse(

@@ -1,6 +1,7 @@
-"""The page at `/`, one file without anything from elsewhere, and what it asks for beside OpenAI's protocol.
+"""The web page at `/`, a self-contained file, and the requests it makes beyond OpenAI's protocol.
 
-`/page/settings` says what the server allows. `/page/units` and `/page/moments` take the body of a chat completion about one video.
+`/page/settings` returns the server's settings. `/page/units` and `/page/moments` take the body of a chat completion about one
+video.
 """
 
 import hashlib
@@ -32,9 +33,9 @@ SETTINGS = "/page/settings"
 UNITS = "/page/units"
 MOMENTS = "/page/moments"
 PAGE_PATHS = (PAGE, SETTINGS, UNITS, MOMENTS)
-SHARES = (0.05, 0.15, 0.6, 0.8)  # beside the presets
-# What the page says instead of the command line: visitors give no options, read no pages of this project, and of a time or a number
-# that a warning states the page knows nothing.
+SHARES = (0.05, 0.15, 0.6, 0.8)  # in addition to the presets
+# Texts of warnings for the page, where they differ from the command line: visitors give no options and do not read this project's
+# pages, and the page does not have the times and numbers that some warnings contain.
 OF_THE_PAGE = {
     "damaged_video": "the video is damaged: each frame that cannot be decoded was replaced by the one before it",
     "cut_short": "the video breaks off before the end that its file states",
@@ -66,7 +67,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Asking(Protocol):
-    """A server, as far as the page needs it."""
+    """The parts of a server that the page uses."""
 
     settings: Any
     work: Work
@@ -93,7 +94,7 @@ class Page:
         return Response(self._html, media_type="text/html", headers=self._headers)
 
     async def settings(self, request: Request) -> Response:
-        """Return the models, the budgets to choose from, whether addresses may be given, and the sentence of each warning."""
+        """Return the models, the available budgets, whether URLs are allowed, and the text for every warning."""
         settings = self._server.settings
         return JSONResponse(
             {
@@ -107,11 +108,11 @@ class Page:
         )
 
     async def units(self, request: Request) -> Response:
-        """Return what becomes of the units of a video, and how long encoding and the first token take."""
+        """Return the fates of a video's units, and the times of encoding and of the first token."""
         return await self._server.task(request, self._tell_units)
 
     async def moments(self, request: Request) -> Response:
-        """Return the moments that show what the question says."""
+        """Return the moments that match the question."""
         return await self._server.task(request, self._tell_moments)
 
     def routes(self) -> list[Route]:
@@ -122,7 +123,7 @@ class Page:
             Route(MOMENTS, self.moments, methods=["POST"]),
         ]
 
-    # In the thread of the model.
+    # Run in the model's thread.
 
     def _tell_units(self, job: Job, put: Put) -> None:
         work = self._server.work
@@ -138,8 +139,8 @@ class Page:
         job.kind = kind
         encoded = work.encode(job)
         answer = encoded.ask(job.question.text, max_new_tokens=1)
-        answer.text  # noqa: B018 (generated, which measures it)
-        last = traced[-1]  # the one before it ran out of memory, if there is one
+        answer.text  # generates the answer, so that its time is measured  # noqa: B018
+        last = traced[-1]  # an earlier attempt may have run out of memory
         warnings = [name for name, _ in warned(encoded.report) if name != "demo_model"]
         if not qa.loaded.knows(last.plan.info):
             warnings.append("demo_overlay")
@@ -181,7 +182,7 @@ class Page:
 
 
 class TracedInput(OpenInput):
-    """Keeps what became of its units."""
+    """An input that records the fates of its units."""
 
     def run_tower(self, *given: Any, **options: Any) -> EncodedRows:
         made = super().run_tower(*given, **options)
@@ -190,12 +191,12 @@ class TracedInput(OpenInput):
 
 
 def model_record(name: str, qa: VideoQA) -> dict[str, Any]:
-    """Return what the page knows of a model. `overlay`: whether one can be drawn of what its method keeps."""
+    """Return facts about a model for the page. `overlay` is whether the page can draw what its method keeps."""
     return {"name": name, "demo": qa.loaded.demo is not None, "overlay": drawable(qa.session)}
 
 
 def drawable(session: Session) -> bool:
-    """Return whether there is an overlay of what a method keeps."""
+    """Return True if an overlay of a session's kept units can be drawn."""
     try:
         check_drawable(session)
     except UsageError:
@@ -204,17 +205,17 @@ def drawable(session: Session) -> bool:
 
 
 def check_one_video(job: Job) -> None:
-    """Raises ApiError: a request is about several."""
+    """Raise ApiError unless a request is about one video."""
     count = len(job.files().names)
     if count != 1:
         raise refused(f"the messages have {count} videos: this is about one", "messages")
 
 
 def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
-    """Return the fates of all units, and what was measured, as JSON.
+    """Return the units' fates and the measured times as JSON data.
 
-    Each frame pair has a text with a digit for each of its units, in raster order: the place of its fate in `fates`; and a list of
-    where units merged inside it: a unit and the one that it merged into, in turn.
+    `units` has a text per frame pair with one digit per unit, in raster order: an index into `fates`. `merged` has a flat list per
+    frame pair of merges within it: a unit, then the unit it was merged into.
     """
     count, height, width = plan.grid
     numbers = torch.arange(units.owner.numel(), dtype=torch.int64, device="cpu").view(count, -1)
@@ -241,9 +242,9 @@ def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
 
 
 def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
-    """Return the budgets to choose from, from small to large, with the shares that they keep of a video and of a picture (`still`).
+    """Return the available budgets from small to large, with their shares for a video and for a picture (`still`).
 
-    One without shares is decided by the content.
+    A budget that depends on the content has no shares, and comes first.
     """
     own = usual.pruning.config().budget
     known = [*map(Budget.parse, SHARES), *PRESETS.values()]
@@ -259,14 +260,14 @@ def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
 
 
 def sentence(warning: str) -> str:
-    """Return what the page says for a warning."""
+    """Return the page's text for a warning."""
     return OF_THE_PAGE.get(warning) or warning_text(warning, VideoFacts(), "the video")
 
 
 def policy(html: str, urls: bool) -> str:
-    """Return the Content-Security-Policy of the page: its own script and style, this server, and files that were chosen.
+    """Return the page's Content-Security-Policy: its own script and style, this server, and files chosen by the visitor.
 
-    `urls`: whether it plays videos on the web.
+    `urls`: whether the page may play videos from the web.
     """
     chosen = "blob: https: http:" if urls else "blob:"
     parts = {
@@ -284,7 +285,7 @@ def policy(html: str, urls: bool) -> str:
 
 
 def _hashed(html: str, tag: str) -> str:
-    """Return the hash of the one element of a name, as a policy has it."""
+    """Return the hash of the only element with this tag, in the syntax of a policy."""
     (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
     digest = b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"

@@ -14,13 +14,13 @@ PORTS = {"http": 80, "https": 443}
 
 
 class PublicTransport(httpx2.HTTPTransport):
-    """Connects only to the public internet, and to the very addresses it checked, so a name cannot change its meaning meanwhile.
+    """Connects only to the public internet, and only to the exact addresses it checked, so DNS cannot change in between.
 
-    Every request passes here, including those after redirects.
+    Every request passes through here, including redirects.
 
     Args:
-        check: called before each connection and each read; what it raises ends the request. A timeout alone does not stop a
-            server that sends its headers byte by byte.
+        check: called before each connection and each read; raising an exception aborts the request. A timeout alone would not stop
+            a server that sends its headers byte by byte.
     """
 
     def __init__(self, check: Callable[[], None]):
@@ -65,7 +65,12 @@ class PublicTransport(httpx2.HTTPTransport):
 
 
 def _public_addresses(host: str, port: int) -> list[str]:
-    """Resolve a host. Raises OSError, UnicodeError; VideoError if an address is not public, or belongs to this machine."""
+    """Resolve a host.
+
+    Raises:
+        OSError, UnicodeError: the host cannot be resolved.
+        VideoError: an address is not public, or belongs to this machine.
+    """
     refused = VideoError(f"{host} is not on the public internet, so it is not read", "send the video itself")
     found = list(dict.fromkeys(str(place[0]) for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
     if not found or not all(map(is_public, found)):

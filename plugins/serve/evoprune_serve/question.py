@@ -1,4 +1,4 @@
-"""A question as the server's model takes it, and the options that all forms of requests have for it."""
+"""A question as the server's model takes it, and the options shared by all API formats."""
 
 import json
 import re
@@ -18,10 +18,10 @@ from evoprune_serve.messages import read_messages
 from evoprune_serve.sources import Source
 
 MOST_STOPS = 16
-MOST_BYTES = 2**21  # of all options of a request, as JSON: a schema has up to 1 MiB
+MOST_BYTES = 2**21  # of all options of a request as JSON; a schema may have up to 1 MiB
 JSON_OBJECT = {"type": "object"}
-SETTING = re.compile(r"true|false|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)  # of a method
-# Options of all forms that change nothing at these values, and are refused at others.
+SETTING = re.compile(r"true|false|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)  # value of a method's setting
+# Options of all formats that have no effect at these values, and are refused at others.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "tools": lambda value: value == [],
     "tool_choice": lambda value: value in ("none", "auto"),
@@ -33,19 +33,19 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "prompt_cache_retention": lambda value: isinstance(value, str),
     "metadata": lambda value: isinstance(value, dict),
 }
-# Options whose fields have other names, in all forms.
+# Options whose request fields have other names, in all formats.
 NAMES = {"start_s": "start", "end_s": "end", "logprobs": "top_logprobs"}
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, apart from the videos and pictures that it is about."""
+    """A question with its options, without the videos and pictures that it is about."""
 
-    model: str  # its name
+    model: str  # name of the model
     text: str
-    earlier: tuple[dict[str, str], ...]  # messages before it, of the user and the assistant in turn
-    generation: GenerationOptions  # its `system` is the system prompt
+    earlier: tuple[dict[str, str], ...]  # earlier messages, alternating between user and assistant
+    generation: GenerationOptions  # includes the system prompt, `system`
     seed: int | None
     sampling: SamplingOptions
     pruning: PruneOptions
@@ -53,11 +53,12 @@ class Question:
 
 
 def read_options(body: Any, messages: str) -> Fields:
-    """Return the fields of a body.
+    """Return the fields of a request body.
 
-    `messages`: the field that has them.
+    `messages` names the field with the messages.
 
-    Raises ApiError: it is no object, or what it has beside its messages is too much, or cannot be sent back.
+    Raises:
+        ApiError: the body is not an object, or its other fields are too large or not valid Unicode.
     """
     fields = Fields(body)
     options = {name: value for name, value in body.items() if name != messages}
@@ -71,7 +72,11 @@ def read_options(body: Any, messages: str) -> Fields:
 
 
 def _model(fields: Fields, models: Sequence[str]) -> str:
-    """Return the model that a body names, else the first. Raises ApiError: there is none of this name."""
+    """Return the model that a body names, or the first model.
+
+    Raises:
+        ApiError: there is no model of this name.
+    """
     asked = fields.take("model", str, models[0])
     if asked not in models:
         raise no_model(asked, models)
@@ -79,7 +84,7 @@ def _model(fields: Fields, models: Sequence[str]) -> str:
 
 
 def no_model(name: str, models: Iterable[str]) -> ApiError:
-    """Return the error of a request that names another model than there are."""
+    """Return the error for a request that names an unknown model."""
     quoted = partial(json.dumps, ensure_ascii=False)
     known = ", ".join(map(quoted, models))
     return ApiError(404, f"there is no model {quoted(name[:100])}, but {known}", param="model", code="model_not_found")
@@ -94,16 +99,20 @@ def read_question(
     generation: dict[str, Any],
     names: Mapping[str, str],
 ) -> tuple[Question, tuple[Source, ...]]:
-    """Return the question of a body and the videos and pictures that it is about: what all forms of requests have.
+    """Read the fields that all API formats share.
 
     Args:
-        usual: what holds where the body says nothing.
-        models: the names of those that are served.
-        messages, field: as of `read_messages`.
-        generation: what the body says of `GenerationOptions` in its own form. System prompts of messages follow its `system`.
-        names: of the fields that have other names than those options.
+        usual: defaults for options missing in the body.
+        models: names of the served models.
+        messages, field: see `read_messages`.
+        generation: `GenerationOptions` from the format's own fields. System prompts in messages are appended to its `system`.
+        names: request fields whose names differ from their options.
 
-    Raises ApiError: anything in these is unknown, of another type, or out of range.
+    Returns:
+        The question, and the videos and pictures that it is about.
+
+    Raises:
+        ApiError: a value is unknown, has the wrong type, or is out of range.
     """
     model = _model(fields, models)
     system, turns, sources = read_messages(messages, field)
@@ -129,19 +138,24 @@ def read_question(
 
 
 def stream_options(fields: Fields, stream: bool) -> Fields:
-    """Return the options of a stream, less those of all forms. Raises ApiError: there are some, and no stream."""
+    """Return the `stream_options` of a body, except those shared by all formats.
+
+    Raises:
+        ApiError: there are options, but the request is not for a stream.
+    """
     given = fields.take("stream_options", dict)
     if given is not None and not stream:
         fields.refuse("stream_options", "is of streams alone")
     options = Fields(given or {}, "stream_options")
-    options.take("include_obfuscation", bool)  # nothing is padded, which hides no lengths: a choice of the client
+    options.take("include_obfuscation", bool)  # accepted without effect: nothing is padded
     return options
 
 
 def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
-    """Return options with other values; themselves where there are none, since checking them takes milliseconds.
+    """Return options with the given overrides. Without overrides, skip the checks, which take milliseconds.
 
-    Raises ApiError, which names the field whose value makes no sense.
+    Raises:
+        ApiError: names the field with the invalid value.
     """
     try:
         return replace(options, **given) if given else options
@@ -150,12 +164,12 @@ def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
             field = names.get(name, name)
             with _naming(field, name):
                 replace(options, **{name: value})
-        raise refused(f"{problem.message} ({problem.hint})") from problem  # they make none together
+        raise refused(f"{problem.message} ({problem.hint})") from problem  # they are invalid together
 
 
 @contextmanager
 def _naming(field: str, option: str | None = None) -> Iterator[None]:
-    """Turns a UsageError into the ApiError of a field. `option`: what the messages call it."""
+    """Turn a UsageError into the ApiError of a field. `option` is the name to replace in the message."""
     try:
         yield
     except UsageError as problem:
@@ -166,9 +180,10 @@ def _naming(field: str, option: str | None = None) -> Iterator[None]:
 
 
 def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | None:
-    """Return the schema that a format of answers states; None for any text.
+    """Return the JSON schema from a response format, or None for free text.
 
-    `inner`: the field of a format `json_schema` that has it; None where it stands beside the type.
+    Args:
+        inner: the field of a `json_schema` format that contains the schema; None if the schema is next to the type.
     """
     kind = fields.need("type", str)
     schema = None
@@ -188,7 +203,11 @@ def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | No
 
 
 def read_effort(fields: Fields, name: str) -> dict[str, str]:
-    """Return what an effort of reasoning says of thoughts: none means that there are none. Raises ApiError: it is another one."""
+    """Return the `think` option for a reasoning effort. "none" turns thoughts off.
+
+    Raises:
+        ApiError: the effort has another value.
+    """
     effort = fields.take(name, str)
     if effort is None:
         return {}
@@ -198,7 +217,7 @@ def read_effort(fields: Fields, name: str) -> dict[str, str]:
 
 
 def _sampled(fields: Fields) -> dict[str, Any]:
-    """Return what a body says of how tokens are drawn, what ends an answer, and thoughts."""
+    """Return the options for token sampling, stop texts and thoughts."""
     given = {}
     numbers = {"temperature": NUMBER, "top_p": NUMBER, "top_k": int, "repetition_penalty": NUMBER}
     for name, kinds in numbers.items():
@@ -242,7 +261,7 @@ def _pruning(fields: Fields) -> dict[str, Any]:
         with _naming("method"):
             parts = parse_names(method)
         for name, value in (setting for each in parts for setting in each.settings):
-            if value is not None and not SETTING.fullmatch(value):  # it may name a file of this machine
+            if value is not None and not SETTING.fullmatch(value):  # other values could name a file of this machine
                 fields.refuse("method", f"sets {name[:60]}: requests set numbers, true and false alone")
         given["method"] = method
     return given

@@ -1,4 +1,4 @@
-"""What answers have in all of OpenAI's forms."""
+"""Parts of answers shared by OpenAI's formats."""
 
 import json
 import time
@@ -15,9 +15,10 @@ TIMES = ("plan", "read", "preprocess", "overlap", "compile", "encode", "encode_p
 
 
 class Reply(Protocol):
-    """The answer to one request in one form. `identity`: its id.
+    """The answer to one request in one API format.
 
-    A stream is the bytes of `begin`, of each `piece`, and of `end` or `failed`. `queue_s`: how long the request waited.
+    A stream consists of the bytes from `begin`, from `piece` for each piece, and from `end` or `failed`. `identity` is the answer's
+    ID. `queue_s` is the time the request waited.
     """
 
     identity: str
@@ -29,24 +30,24 @@ class Reply(Protocol):
     def failed(self, problem: ApiError) -> bytes: ...
 
 
-# Reads a body: the question, the videos and pictures that it is about, and its answer to be; of the body, the usual options and the
-# names of the models. Raises ApiError: anything in it that is unknown, of another type, or out of range.
+# Reads a request body, given the default options and the names of the models. Returns the question, the videos and pictures that it
+# is about, and the answer to fill. Raises ApiError if a value is unknown, has the wrong type, or is out of range.
 Read = Callable[[Any, PipelineOptions, Sequence[str]], tuple[Question, tuple[Source, ...], Reply]]
 
 
 def created() -> int:
-    """Return the time of an answer that begins now, as its object has it."""
+    """Return the current Unix time, the creation time of an answer."""
     return int(time.time())
 
 
 def stream_event(data: dict[str, Any], name: str | None = None) -> bytes:
-    """Return an event of a stream, perhaps with a name."""
+    """Return a server-sent event, optionally with a name."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
 def pruned(done: Done, queue_s: float) -> dict[str, Any]:
-    """Return what pruning did for an answer, and the times of its stages in ms: the `evoprune` of its usage."""
+    """Return the `evoprune` object of an answer's usage: effects of pruning, and stage times in ms."""
     report = done.report
     pruning = report.pruning
     times = report.time_ms
@@ -65,7 +66,7 @@ def pruned(done: Done, queue_s: float) -> dict[str, Any]:
 
 
 def logprobs(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return log probabilities of a report in OpenAI's form, each token with the most likely tokens in its place."""
+    """Convert log probabilities of a report to OpenAI's format: each token with the most likely alternatives."""
 
     def entry(each: dict[str, Any]) -> dict[str, Any]:
         return {name: each[name] for name in ("token", "logprob", "bytes")}

@@ -1,6 +1,6 @@
-"""/v1/responses: its bodies as questions, and answers in its form, whole or as the events of a stream.
+"""/v1/responses: reads its requests, and writes answers in its format, whole or as stream events.
 
-Nothing of a response is kept, so a conversation is sent as a whole each time, as clients do where `store` is false.
+Responses are not stored, so clients send the whole conversation each time, as they do with `store` set to false.
 """
 
 import secrets
@@ -25,7 +25,7 @@ from evoprune_serve.reply import created, logprobs, pruned, stream_event
 from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
 
-# What a response repeats of its request, as it is.
+# Request fields that a response repeats unchanged.
 STATED = (
     "instructions",
     "max_output_tokens",
@@ -35,10 +35,10 @@ STATED = (
     "prompt_cache_key",
     "reasoning",
 )
-LOGPROBS = "message.output_text.logprobs"  # what `include` may name
-# Fields of a message that are no part of the conversation.
+LOGPROBS = "message.output_text.logprobs"  # the only supported value of `include`
+# Fields of a message that are not part of the conversation.
 OF_MESSAGES = ("type", "id", "status", "phase")
-# Options that change nothing at these values, and are refused at others; beside those of all forms.
+# Options of this format that have no effect at these values, and are refused at others.
 OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "background": lambda value: value is False,
     "store": lambda value: value is False,
@@ -48,9 +48,9 @@ OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
 
 @dataclass
 class Item:
-    """Thoughts, or the text of an answer.
+    """An output item: thoughts, or the text of an answer.
 
-    `logprobs`: of its tokens so far; in those of the text are the ones of the thoughts before it, too.
+    `logprobs`: log probabilities of its tokens so far. A text item starts with the entries of the thoughts before it.
     """
 
     thought: bool
@@ -65,13 +65,13 @@ class Item:
 
     @property
     def part(self) -> dict[str, Any]:
-        """The content, as far as it is there."""
+        """The content so far."""
         if self.thought:
             return {"type": "reasoning_text", "text": self.text}
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": [*self.logprobs]}
 
     def record(self, status: str) -> dict[str, Any]:
-        """Return the item; one that is in progress has no content yet."""
+        """Return the item as JSON data. An item in progress has no content yet."""
         kind = {"type": "message", "role": "assistant"}
         if self.thought:
             kind = {"type": "reasoning", "summary": []}
@@ -80,11 +80,11 @@ class Item:
 
 
 class ResponseReply:
-    """An answer in the form of responses: an item of thoughts, where the model thinks, and one of text.
+    """An answer in the format of responses: an item of thoughts, if the model thinks, and one of text.
 
     Args:
-        model: its name.
-        stated: what the response repeats of its request.
+        model: the model's name.
+        stated: request fields that the response repeats.
     """
 
     def __init__(self, model: str, stated: dict[str, Any]):
@@ -124,7 +124,7 @@ class ResponseReply:
         return self._event("response.failed", response=self._response("failed") | {"error": error})
 
     def _response(self, status: str) -> dict[str, Any]:
-        """Return the response with what there is of it."""
+        """Return the response with its items so far."""
         output = [item.record("completed") for item in self._items]
         if output and status != "completed":
             output[-1]["status"] = "incomplete"
@@ -144,10 +144,10 @@ class ResponseReply:
             response = self._response("completed")
         return response | {"completed_at": created(), "usage": _usage(done, queue_s)}
 
-    # Events of a stream.
+    # Stream events.
 
     def _add(self, thought: bool, text: str, entries: list[dict[str, Any]]) -> bytes:
-        """Return the events of a piece of an item, which it may begin."""
+        """Return the events for a piece of text, and start a new item if necessary."""
         events = b""
         if not self._items or self._items[-1].thought != thought:
             events += self._close("completed") + self._open(thought)
@@ -157,7 +157,7 @@ class ResponseReply:
         return events + self._of_part("delta", {"delta": text}, entries)
 
     def _open(self, thought: bool) -> bytes:
-        """Return the events that begin an item."""
+        """Return the events that start an item."""
         before = self._items[-1].logprobs if self._items else []
         self._items.append(Item(thought, logprobs=[*before]))
         item = self._items[-1].record("in_progress")
@@ -165,7 +165,7 @@ class ResponseReply:
         return events + self._event("response.content_part.added", part=self._items[-1].part, **self._place)
 
     def _close(self, status: str) -> bytes:
-        """Return the events that end the item in progress; none where there is none."""
+        """Return the events that end the item in progress; empty if there is no item."""
         if not self._items:
             return b""
         item = self._items[-1]
@@ -176,11 +176,11 @@ class ResponseReply:
 
     @property
     def _place(self) -> dict[str, Any]:
-        """Where the content of the item in progress is."""
+        """The position of the content of the item in progress."""
         return {"item_id": self._items[-1].id, "output_index": len(self._items) - 1, "content_index": 0}
 
     def _of_part(self, what: str, fields: dict[str, Any], entries: list[dict[str, Any]]) -> bytes:
-        """Return an event of the content of the item in progress. `entries`: log probabilities, which thoughts do not have."""
+        """Return an event about the content of the item in progress. `entries` are log probabilities, which thoughts omit."""
         item = self._items[-1]
         if not item.thought:
             fields = fields | {"logprobs": entries}
@@ -212,7 +212,7 @@ def _usage(done: Done, queue_s: float) -> dict[str, Any]:
 def read_response(
     body: Any, usual: PipelineOptions, models: Sequence[str]
 ) -> tuple[Question, tuple[Source, ...], ResponseReply]:
-    """Read a body: as of `reply.Read`."""
+    """Read a request body, see `reply.Read`."""
     fields = read_options(body, "input")
     if fields.has("previous_response_id"):
         fields.refuse("previous_response_id", "is not supported: no responses are kept; send all messages in input")
@@ -239,7 +239,7 @@ def read_response(
 
 
 def _messages(given: str | list) -> dict[str, Any]:
-    """Return the messages of `input` by their places. Thoughts of earlier answers are no part of the conversation."""
+    """Return the messages of `input` by their places. Thoughts of earlier answers are dropped."""
     if isinstance(given, str):
         return {"input": {"role": "user", "content": given}}
     messages = {}
@@ -255,7 +255,7 @@ def _messages(given: str | list) -> dict[str, Any]:
 
 
 def _generation(fields: Fields) -> dict[str, Any]:
-    """Return what a body says of `GenerationOptions` in the form of responses."""
+    """Return the `GenerationOptions` from the fields of this format."""
     given: dict[str, Any] = {}
     if fields.has("instructions"):
         given["system"] = fields.take("instructions", str)

@@ -1,4 +1,4 @@
-"""Where the videos and pictures of a request are: in it, in a file of /v1/files, on the web, or on this machine."""
+"""Videos and pictures of a request: inline data, files of /v1/files, URLs, or files of this machine."""
 
 import binascii
 import errno
@@ -25,16 +25,16 @@ from evoprune_serve.public import PublicTransport
 from evoprune_serve.store import UNUSED_S, Content, Store
 from evoprune_serve.uploads import Uploads
 
-URL_CHARACTERS = 8192  # of an address that is none of data
-FILES_RETRY_S = 5  # after which a client may try again for which there were too many open files
-FRAMES_BYTES = 2**29  # of a list of frames, decoded
-LONGEST_S = 3600.0  # of a download
+URL_CHARACTERS = 8192  # of a URL other than data:
+FILES_RETRY_S = 5  # seconds after which a client may retry if too many files were open
+FRAMES_BYTES = 2**29  # limit for the decoded pixels of a list of frames
+LONGEST_S = 3600.0  # maximum duration of a download
 FILE_HINT = "upload the file instead"
 
 
 @dataclass(frozen=True)
 class Address:
-    """An address: data:, http:, https: or file:."""
+    """A URL with the scheme data:, http:, https: or file:."""
 
     url: str
 
@@ -48,7 +48,7 @@ class Uploaded:
 
 @dataclass(frozen=True)
 class FrameList:
-    """A video as pictures: each with its time in seconds, or all at a rate, in frames a second."""
+    """A video as a list of pictures, with either a time in seconds for each or a rate in frames per second."""
 
     frames: tuple[Address | Uploaded, ...]
     rate: float | None
@@ -60,7 +60,12 @@ Source = Address | Uploaded | FrameList
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file of this machine. `identity`: equal ones mean equal contents. `name`: what a client is told instead of the path."""
+    """A file of this machine.
+
+    Attributes:
+        identity: equal identities mean equal contents.
+        name: shown to clients instead of the path.
+    """
 
     path: str
     identity: Any
@@ -72,7 +77,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class LocalFrames:
-    """Pictures of this machine that are a video."""
+    """A video made of pictures on this machine."""
 
     files: tuple[LocalFile, ...]
     rate: float | None
@@ -84,9 +89,11 @@ class LocalFrames:
         return [file.identity for file in self.files], self.rate, self.times_s
 
     def input(self) -> HeldVideo:
-        """Decodes the pictures, on Linux in a process apart.
+        """Decode the pictures, on Linux in a separate process.
 
-        Raises VideoError: one is unreadable. ApiError: one is no picture, or of another size, or all are too large.
+        Raises:
+            VideoError: a picture is unreadable.
+            ApiError: a file is not a picture, the sizes differ, or the pictures are too large together.
         """
         arrays = []
         size = None
@@ -108,7 +115,7 @@ Local = LocalFile | LocalFrames
 
 
 class Fetched:
-    """What a request is about, on this machine; to be closed, which lets files go."""
+    """The inputs of a request as files on this machine. Closing it releases the files."""
 
     def __init__(self, inputs: Sequence[Local], files: ExitStack):
         self._inputs = inputs
@@ -120,18 +127,18 @@ class Fetched:
 
     @property
     def names(self) -> list[str]:
-        """What reports and errors call each input."""
+        """Names of the inputs for reports and errors."""
         return [each.name for each in self._inputs]
 
     @property
     def paths(self) -> dict[str, str]:
-        """What stands for each path in what a client is told."""
+        """Names to show to clients instead of each path."""
         files = [each for each in self._inputs if isinstance(each, LocalFile)]
         files += [file for each in self._inputs if isinstance(each, LocalFrames) for file in each.files]
         return {file.path: file.name for file in files}
 
     def inputs(self) -> list[Input]:
-        """Return what is encoded. Errors: as of `LocalFrames.input`."""
+        """Return the inputs to encode. Raises the errors of `LocalFrames.input`."""
         return [each.input() for each in self._inputs]
 
     def close(self) -> None:
@@ -139,12 +146,12 @@ class Fetched:
 
 
 class Sources:
-    """Fetch what requests name, as far as the server allows it. Threads may share it.
+    """Fetches the sources of requests, as far as the server allows them. Thread-safe.
 
     Args:
-        urls: whether addresses on the web are read; never those of this network.
-        folders: files below these are read.
-        limit_bytes: of each download.
+        urls: whether web URLs are fetched. Addresses in private networks never are.
+        folders: folders whose files may be read, including subfolders.
+        limit_bytes: maximum size of a download.
     """
 
     def __init__(self, store: Store, uploads: Uploads, urls: bool, folders: Sequence[Path], limit_bytes: int):
@@ -153,13 +160,18 @@ class Sources:
         self._urls = urls
         self._folders = [folder.resolve() for folder in folders]
         self._limit_bytes = limit_bytes
-        self._downloads: dict[str, tuple[Content, float]] = {}  # with the time of each
+        self._downloads: dict[str, tuple[Content, float]] = {}  # contents by URL, with the download time
         self._lock = Lock()
 
     def fetch(self, sources: Sequence[Source], check: Callable[[], None] = lambda: None) -> Fetched:
-        """Return the sources as files. `check`: called meanwhile; what it raises ends a download.
+        """Fetch the sources as local files.
 
-        Raises ApiError: what is not allowed or not there. VideoError: it cannot be downloaded.
+        Args:
+            check: called repeatedly; raising an exception aborts a download.
+
+        Raises:
+            ApiError: a source is not allowed or does not exist.
+            VideoError: a download failed.
         """
         with ExitStack() as stack:
             found = [self._local(source, f"input {number}", stack, check) for number, source in enumerate(sources, 1)]
@@ -168,7 +180,7 @@ class Sources:
     def _local(
         self, source: Source, name: str, stack: ExitStack, check: Callable[[], None], copied: bool = False
     ) -> Local:
-        """Return a source as files. `copied`: as of `_file`."""
+        """Fetch one source. See `_file` for `copied`."""
         check()
         if isinstance(source, FrameList):
             files = tuple(
@@ -196,7 +208,7 @@ class Sources:
         return self._file(source.url, stack, copied)
 
     def _download(self, url: str, check: Callable[[], None]) -> Content:
-        """Return what is at an address, in use."""
+        """Return the content of a URL, in use. Recent downloads are reused."""
         if not self._urls:
             raise refused("addresses on the web are not read: the server runs without --allow-urls")
         with self._lock:
@@ -230,14 +242,14 @@ class Sources:
         self._downloads = {url: known for url, known in self._downloads.items() if now - known[1] < UNUSED_S}
 
     def _file(self, url: str, stack: ExitStack, copied: bool) -> LocalFile:
-        """Return a file below a folder that is allowed. All others look alike: a client learns nothing of them.
+        """Return a file below an allowed folder. All other paths fail with the same error, so a client learns nothing about them.
 
-        It is opened once, and read from there, whatever its name leads to later. `copied`: stored rather than kept open, as the
-        many frames of a video are.
+        The file is opened once and read through this descriptor, so replacing the file later has no effect. With `copied`, it is
+        copied to the store instead of kept open, because a video may have many frames.
         """
         try:
             file = stack.enter_context(self._opened(url))
-        except (OSError, ValueError) as problem:  # the latter where an address, or a name in it, is none
+        except (OSError, ValueError) as problem:  # ValueError if the URL or a file name is invalid
             if isinstance(problem, OSError) and problem.errno in (errno.EMFILE, errno.ENFILE):
                 raise full(FILES_RETRY_S) from problem
             message = f"{url} is not a file below a folder of --allow-dir"
@@ -257,7 +269,11 @@ class Sources:
         return LocalFile(path, identity, url)
 
     def _opened(self, url: str) -> BinaryIO:
-        """Return the file of an address, open. Raises OSError, ValueError: it is none below a folder that is allowed."""
+        """Open the file of a file: URL.
+
+        Raises:
+            OSError, ValueError: it is not a file below an allowed folder.
+        """
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):
             raise ValueError("a file of another machine")
@@ -269,9 +285,11 @@ class Sources:
 
 
 def opened_below(folder: Path, path: Path) -> BinaryIO:
-    """Open a regular file below a folder, following no link below it. Its `name` is the path.
+    """Open a regular file below a folder without following links below the folder. Its `name` is the path.
 
-    Raises OSError: there is no such file, or a link is on the way to it. ValueError: it is the folder.
+    Raises:
+        OSError: there is no such file, or a link is on the way to it.
+        ValueError: the path is the folder itself.
     """
     *folders, name = path.relative_to(folder).parts
     if os.open not in os.supports_dir_fd:
@@ -288,19 +306,23 @@ def opened_below(folder: Path, path: Path) -> BinaryIO:
         at = opened(folder, os.O_DIRECTORY)
         for each in folders:
             at = opened(each, os.O_DIRECTORY, at)
-        found = opened(name, os.O_NONBLOCK, at)  # a pipe keeps nobody waiting
+        found = opened(name, os.O_NONBLOCK, at)  # do not block on a pipe
         if not stat.S_ISREG(os.fstat(found).st_mode):
             raise FileNotFoundError(path)
         return open(path, "rb", opener=lambda *_: os.dup(found))
 
 
 def decoded(url: str) -> bytes:
-    """Return the bytes of a `data:` address. Raises ApiError: it is none in base64, or empty."""
+    """Return the bytes of a `data:` URL.
+
+    Raises:
+        ApiError: it is not base64, or empty.
+    """
     head, comma, text = url.partition(",")
     if not comma or not re.search(r"; *base64 *$", head, re.IGNORECASE):
         raise refused("a data: address is not data:TYPE;base64,...")
     try:
-        # Forgiving, as browsers are: escaped by percent signs, in lines, or without padding (WHATWG, Infra and Fetch).
+        # Lenient like browsers: accept percent-encoding, whitespace and missing padding (WHATWG, Infra and Fetch).
         data = unquote_to_bytes(text).translate(None, b" \t\n\f\r")
         if b"=" not in data[-2:]:
             data += b"=" * (-len(data) % 4)

@@ -1,4 +1,4 @@
-"""A private folder of files that clients have sent, each content once. Those that nobody uses go in time, or for others."""
+"""A private folder for files that clients have sent. Equal contents are stored once, and unused ones are evicted over time."""
 
 import hashlib
 import os
@@ -19,16 +19,18 @@ from evoprune_serve.errors import ApiError
 
 PREFIX = "evoprune-serve-"
 CHUNK_BYTES = 2**20
-BLOCK_BYTES = 4096  # of a disk: what the smallest file takes
-UNUSED_S = 600.0  # how long a content that nobody uses serves later questions
+BLOCK_BYTES = 4096  # disk block size, the space taken by the smallest file
+UNUSED_S = 600.0  # how long an unused file is kept for later questions
 
 
 @dataclass(eq=False)
 class Content:
-    """A file.
+    """A stored file.
 
-    `users`: how many hold it; `used_s`: when the last one let it go, on the clock of `time.monotonic`. `stays`: whether it may stay
-    on the disk where nobody holds it, for later questions.
+    Attributes:
+        users: number of current users.
+        used_s: when the last user released it, on the clock `time.monotonic`.
+        stays: whether it may stay on disk while unused, for later questions.
     """
 
     path: str
@@ -44,19 +46,19 @@ class Content:
 
 
 class Store:
-    """The contents of a folder, and what is being received, at most `limit_bytes` on the disk. Threads may share it."""
+    """The stored files of a folder, including files still being received. Uses at most `limit_bytes` on disk. Thread-safe."""
 
     def __init__(self, folder: Path, limit_bytes: int):
         self._folder = folder
         self._limit_bytes = limit_bytes
-        self._bytes = 0  # of all contents and rooms
+        self._bytes = 0  # stored files and reservations
         self._contents: dict[str, Content] = {}  # by digest
-        self._unused: OrderedDict[str, Content] = OrderedDict()  # those that nobody holds, the oldest first
+        self._unused: OrderedDict[str, Content] = OrderedDict()  # files without users, oldest first
         self._lock = threading.Lock()
 
     @contextmanager
     def room(self) -> "Iterator[Room]":
-        """Provide room for a file that is being received, which is free again in the end."""
+        """Reserve space for a file that is being received. The space is released at the end of the context."""
         room = Room(self)
         try:
             yield room
@@ -65,7 +67,11 @@ class Store:
                 self._free(room)
 
     def add(self, data: bytes) -> Content:
-        """Return the file of these bytes, in use. Raises ApiError: there is no room."""
+        """Store bytes and return their file, in use.
+
+        Raises:
+            ApiError: there is no room.
+        """
         digest = hashlib.sha256(data).hexdigest()
         with self._lock:
             if known := self._known(digest):
@@ -77,9 +83,13 @@ class Store:
             return self._keep(digest, file.name, room)
 
     def add_file(self, path: str, room: "Room") -> Content:
-        """Return a file of the same bytes, in use. The file at `path` may be moved. Raises ApiError: there is no room.
+        """Store the content of the file at `path`, which may be moved, and return the stored file, in use.
 
-        `room`: what it had while it was received, which becomes that of the content, as in `copy`.
+        Args:
+            room: the space reserved while the file was received; it becomes the space of the stored file.
+
+        Raises:
+            ApiError: there is no room.
         """
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -87,7 +97,11 @@ class Store:
             return self._keep(digest, path, room)
 
     def copy(self, file: BinaryIO, room: "Room") -> Content:
-        """Return a file of what an open file holds, in use. Raises ApiError: there is no room."""
+        """Store the content of an open file and return the stored file, in use. See `add_file` for `room`.
+
+        Raises:
+            ApiError: there is no room.
+        """
         digest = hashlib.sha256()
         with self._new_file() as copied:
             while chunk := file.read(CHUNK_BYTES):
@@ -98,9 +112,10 @@ class Store:
 
     @contextmanager
     def link(self, file: BinaryIO) -> Iterator[str]:
-        """Provide a path to an open file for other processes, whatever becomes of its name. Linux only.
+        """Provide a path by which other processes can open an open file, even after it is renamed or deleted. Linux only.
 
-        The number of the file may soon be that of another one, so the path is a link, which is removed first.
+        The path is a symbolic link, which is removed before the file is closed, because the descriptor may then be reused for
+        another file.
         """
         path = str(self._folder / f"open-{secrets.token_hex(8)}")
         with self._stored():
@@ -112,7 +127,7 @@ class Store:
                 os.unlink(path)
 
     def take(self, content: Content) -> bool:
-        """Uses a file once more; False where it is gone."""
+        """Add a user to a file. Returns False if the file is no longer stored."""
         with self._lock:
             if self._contents.get(content.digest) is not content:
                 return False
@@ -120,7 +135,7 @@ class Store:
             return True
 
     def release(self, content: Content, stays: bool = True) -> None:
-        """Uses it once less. `stays`: whether it may stay on the disk once nobody holds it."""
+        """Remove a user from a file. With `stays=False`, the file is deleted when its last user releases it."""
         with self._lock:
             content.users -= 1
             content.stays = content.stays and stays
@@ -133,7 +148,11 @@ class Store:
 
     @contextmanager
     def using(self, content: Content) -> Iterator[Content]:
-        """Provide a file that somebody else holds, in use. Raises ApiError: it was let go meanwhile."""
+        """Provide a file that another user holds, in use.
+
+        Raises:
+            ApiError: the file was deleted meanwhile.
+        """
         if not self.take(content):
             raise ApiError(404, "the file was deleted", code="not_found")
         try:
@@ -142,8 +161,8 @@ class Store:
             self.release(content)
 
     def drop_old(self) -> None:
-        """Deletes what nobody has used for `UNUSED_S`."""
-        while self._drop_one_old():  # others have the lock in between
+        """Delete files that have been unused for `UNUSED_S`."""
+        while self._drop_one_old():  # releases the lock after each file
             pass
 
     def _drop_one_old(self) -> bool:
@@ -161,7 +180,7 @@ class Store:
             room.bytes += count
 
     def _keep(self, digest: str, path: str, room: "Room") -> Content:
-        """Return the file of a content, in use: the one at `path`, which moves, unless there is one already."""
+        """Return the stored file with this digest, in use. Unless it exists, move the file at `path` into the store."""
         with self._lock:
             if known := self._known(digest):
                 return known
@@ -175,7 +194,7 @@ class Store:
 
     @contextmanager
     def _new_file(self) -> Iterator[BinaryIO]:
-        """Provide a file in the folder, which is deleted in the end, unless it was moved."""
+        """Provide a new file in the folder. It is deleted at the end unless it was moved."""
         with self._stored(), tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
             try:
                 yield file
@@ -190,10 +209,10 @@ class Store:
         except OSError as problem:
             raise ApiError(507, "the server cannot store a file", code="storage_full") from problem
 
-    # With the lock.
+    # Callers hold the lock.
 
     def _known(self, digest: str) -> Content | None:
-        """Return the file of a content, in use, if there is one."""
+        """Return the stored file with this digest, in use, or None."""
         known = self._contents.get(digest)
         if known:
             self._use(known)
@@ -209,7 +228,11 @@ class Store:
         room.bytes = 0
 
     def _make_room(self, count: int) -> None:
-        """Deletes what nobody uses, the least recently used first. Raises ApiError: that is not enough."""
+        """Evict the least recently used files until `count` more bytes fit.
+
+        Raises:
+            ApiError: evicting all unused files is not enough.
+        """
         while self._bytes + count > self._limit_bytes:
             if not self._unused:
                 raise ApiError(507, "the server has no room for another file now", code="storage_full")
@@ -223,20 +246,24 @@ class Store:
 
 
 class Room:
-    """The bytes of a file that is being received so far."""
+    """The space reserved for a file that is being received."""
 
     def __init__(self, store: Store):
         self.bytes = 0
         self._store = store
 
     def add(self, count: int) -> None:
-        """Raises ApiError: there is no room for so many more."""
+        """Reserve `count` more bytes.
+
+        Raises:
+            ApiError: there is no room.
+        """
         self._store._reserve(self, count)
 
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """Provide a `temporary_folder` that also has all other temporary files of this process meanwhile."""
+    """Provide a `temporary_folder` and make it the default for all temporary files of this process."""
     usual = tempfile.gettempdir()
     with temporary_folder(PREFIX) as folder:
         tempfile.tempdir = folder

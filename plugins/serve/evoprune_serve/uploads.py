@@ -1,4 +1,4 @@
-"""The files of /v1/files: kept until they are deleted or old."""
+"""The files of /v1/files, kept until they are deleted or expire."""
 
 import os
 import secrets
@@ -19,7 +19,7 @@ PURPOSES = ("user_data", "vision", "assistants")
 
 @dataclass(frozen=True)
 class Upload:
-    """A file with the name that its client gave. Times are those of the clock, in seconds."""
+    """A file with the name given by its client. Times are Unix timestamps in seconds."""
 
     id: str
     content: Content
@@ -29,7 +29,7 @@ class Upload:
     expires: int
 
     def record(self) -> dict[str, Any]:
-        """Return the file as OpenAI's protocol describes it."""
+        """Return the file in OpenAI's format."""
         return {
             "id": self.id,
             "object": "file",
@@ -43,7 +43,7 @@ class Upload:
 
 
 class Uploads:
-    """Uploaded files by id, each for `age_s` seconds. Threads may share it."""
+    """Uploaded files by ID, each kept for `age_s` seconds. Thread-safe."""
 
     def __init__(self, store: Store, age_s: float):
         self._store = store
@@ -52,7 +52,11 @@ class Uploads:
         self._lock = threading.Lock()
 
     def add(self, file: BinaryIO, name: str, purpose: str, room: Room) -> Upload:
-        """Stores a file, in the room that it has. Raises ApiError: there are too many, there is no room, or it is empty."""
+        """Store a file in its reserved `room`.
+
+        Raises:
+            ApiError: there are too many files, there is no room, or the file is empty.
+        """
         self.drop_old()
         if len(self._uploads) >= MOST:
             raise ApiError(507, f"there are {MOST} files already: delete some", code="storage_full")
@@ -68,7 +72,11 @@ class Uploads:
         return upload
 
     def get(self, file_id: str) -> Upload:
-        """Raises ApiError: there is none of this id."""
+        """Return an upload.
+
+        Raises:
+            ApiError: there is no upload with this ID.
+        """
         self.drop_old()
         with self._lock:
             upload = self._uploads.get(file_id)
@@ -77,7 +85,11 @@ class Uploads:
         return upload
 
     def delete(self, file_id: str) -> None:
-        """Raises ApiError: there is none of this id."""
+        """Delete an upload.
+
+        Raises:
+            ApiError: there is no upload with this ID.
+        """
         upload = self.get(file_id)
         with self._lock:
             gone = self._uploads.pop(file_id, None)
@@ -85,7 +97,7 @@ class Uploads:
             self._store.release(upload.content, stays=False)
 
     def drop_old(self) -> None:
-        """Lets files go whose time is over."""
+        """Delete expired uploads."""
         now = time.time()
         with self._lock:
             old = [upload for upload in self._uploads.values() if upload.expires <= now]

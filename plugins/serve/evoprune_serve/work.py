@@ -1,7 +1,8 @@
-"""One thread computes answers, one after the other; meanwhile others open and read what comes next.
+"""One thread computes answers, one at a time, while other threads open and read the inputs of upcoming jobs.
 
-A request is a `Job`: admitted, then its files are fetched, its inputs opened (probed, planned), then the model encodes them, unless
-it has for an earlier question, and answers. Clients take turns: the next job is the oldest of the client whose turn is longest ago.
+A request is a `Job`: it is admitted, its files are fetched, and its inputs are opened (probed and planned). Then the model encodes
+them, unless an earlier question had the same encoding, and answers. Clients take turns: the next job is the oldest job of the
+client that was served longest ago.
 """
 
 import asyncio
@@ -39,20 +40,23 @@ from evoprune_serve.question import Question
 from evoprune_serve.sources import Fetched
 
 OPENERS = 2  # threads that open inputs
-AHEAD = 1  # jobs whose inputs are read while another one is answered
-SESSIONS = 32  # settings of pruning that are held
-SHARE = 4  # encodings that are kept take at most one part in so many of the memory that is available
-LATEST = 20  # answers whose times say when to try again
+AHEAD = 1  # jobs whose inputs are prefetched while another job is answered
+SESSIONS = 32  # cached sessions, one per combination of model and pruning settings
+SHARE = 4  # kept encodings take at most 1/SHARE of the available memory
+LATEST = 20  # recent answer times, used to estimate Retry-After
 LONGEST_RETRY_S = 60
 
 
 class Gone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client no longer waits for the answer."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of an answer, or of the thoughts before it. `logprobs`: of the tokens since the last piece, as reports have them."""
+    """A piece of an answer, or of the thoughts before it.
+
+    `logprobs`: log probabilities of the tokens since the last piece, in the format of reports.
+    """
 
     text: str
     thought: bool
@@ -64,9 +68,9 @@ class Done:
     """The end of an answer.
 
     Attributes:
-        logprobs: of tokens since the last piece.
-        kept: whether the inputs were encoded before.
-        thought_tokens: how many of the tokens are thoughts.
+        logprobs: log probabilities of the tokens since the last piece.
+        kept: whether the encoding was reused from an earlier question.
+        thought_tokens: number of tokens in the thoughts.
     """
 
     report: Report
@@ -77,14 +81,14 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The end of a request that has no answer, or none that is complete."""
+    """The end of a request that has no answer, or an incomplete one."""
 
     problem: BaseException
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a task tells, as JSON has it. `last`: whether that is the end of it."""
+    """A message from a task, as JSON data. `last`: whether it is the final one."""
 
     facts: dict[str, Any]
     last: bool = False
@@ -97,29 +101,29 @@ Put = Callable[[Event], None]
 
 
 class Job:
-    """A request. Its events come to the event loop that made it."""
+    """A request. Its events are delivered to the event loop that created it."""
 
     def __init__(self, client: str, loop: asyncio.AbstractEventLoop):
         self.client = client
-        self.question: Question | None = None  # from `Work.submit` on
+        self.question: Question | None = None  # set by `Work.submit` and `Work.run`
         self.fetched: Fetched | None = None
         self.opened: OpenInputs | None = None
-        self.task: Task | None = None  # what is done in place of an answer
-        self.kind: Callable[..., OpenInput] = OpenInput  # as of `open_inputs`
-        self.ready = False  # whether the model may begin
-        self.begun = False  # whether its inputs are read ahead
-        self.scope = Scope()  # of what is read while it is opened
+        self.task: Task | None = None  # runs instead of answering the question
+        self.kind: Callable[..., OpenInput] = OpenInput  # see `open_inputs`
+        self.ready = False  # whether the model may start on it
+        self.begun = False  # whether its inputs are being prefetched
+        self.scope = Scope()  # stops readers while the inputs are opened
         self.admitted_s = time.perf_counter()
-        self.opening_s = 0.0  # how long it took to open its inputs
-        self.queue_s = 0.0  # how long it waited otherwise, until the model began
+        self.opening_s = 0.0  # time taken to open its inputs
+        self.queue_s = 0.0  # other waiting time until the model started
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._cancelled = False
         self._lock = threading.Lock()
 
     def put(self, event: Event) -> None:
-        """Sends an event, from any thread."""
-        with suppress(RuntimeError):  # the loop is closed: the server ends
+        """Send an event. May be called from any thread."""
+        with suppress(RuntimeError):  # the loop is closed because the server is shutting down
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def next(self) -> Event:
@@ -130,23 +134,31 @@ class Job:
         return self._cancelled
 
     def check(self) -> None:
-        """Raises Gone where nobody waits any more."""
+        """Raise Gone if the client no longer waits."""
         if self._cancelled:
             raise Gone
 
     def give_up(self) -> None:
-        """Has what is done for the job end where it looks whether it is wanted."""
+        """Mark the job as cancelled. Work on it stops at its next check."""
         self._cancelled = True
 
     def files(self) -> Fetched:
-        """Return what was fetched. Raises Gone."""
+        """Return the fetched files.
+
+        Raises:
+            Gone: the job was cancelled or has ended.
+        """
         with self._lock:
             if self._cancelled or self.fetched is None:
                 raise Gone
             return self.fetched
 
     def keep_open(self, opened: OpenInputs) -> None:
-        """Take inputs that were opened, to be closed with the job. Raises Gone."""
+        """Take ownership of opened inputs, which are closed with the job.
+
+        Raises:
+            Gone: the job was cancelled; the inputs are closed.
+        """
         with self._lock:
             if not self._cancelled:
                 self.opened = opened
@@ -155,7 +167,11 @@ class Job:
         raise Gone
 
     def hold(self, fetched: Fetched) -> None:
-        """Take files, to be closed with the job. Raises Gone."""
+        """Take ownership of fetched files, which are released with the job.
+
+        Raises:
+            Gone: the job was cancelled; the files are released.
+        """
         with self._lock:
             if not self._cancelled:
                 self.fetched = fetched
@@ -164,7 +180,7 @@ class Job:
         raise Gone
 
     def end(self, cancelled: bool = False) -> None:
-        """Closes what the job holds. `cancelled`: also ends what is being done for it."""
+        """Release everything the job owns. With `cancelled`, also stop reading its inputs."""
         with self._lock:
             self._cancelled = self._cancelled or cancelled
             opened = self.opened
@@ -178,11 +194,11 @@ class Job:
             fetched.close()
 
 
-Task = Callable[[Job, Put], None]  # puts events; may be run once more where it has put none
+Task = Callable[[Job, Put], None]  # puts events; may be retried if it has put none
 
 
 class KeptEncodings:
-    """The latest encodings by key, at most `most`, and no more than fit into a share of the memory that is available."""
+    """A thread-safe LRU cache of encodings: at most `most`, and at most 1/`SHARE` of the available memory."""
 
     def __init__(self, most: int):
         self._most = most
@@ -201,7 +217,7 @@ class KeptEncodings:
             return self._kept[key][0]
 
     def put(self, key: str, encoded: EncodedInputs, size: int) -> None:
-        """Keeps an encoding that takes so many bytes."""
+        """Add an encoding that takes `size` bytes, and evict old ones if necessary."""
         with self._lock:
             self._kept[key] = encoded, size
             self._kept.move_to_end(key)
@@ -212,7 +228,7 @@ class KeptEncodings:
                 self._kept.popitem(last=False)
 
     def clear(self) -> bool:
-        """Drops all; whether there was any."""
+        """Evict everything. Returns whether there was anything to evict."""
         with self._lock:
             any_kept = bool(self._kept)
             self._kept.clear()
@@ -224,20 +240,20 @@ class KeptEncodings:
 
 
 class Work:
-    """Answers questions, one after the other.
+    """Answers questions, one at a time.
 
     Args:
-        models: by name, and how they prune where a question says nothing.
-        most: how many requests may wait.
-        keep: how many encodings are kept for further questions.
+        models: the models by name, with their default pruning.
+        most: maximum number of waiting requests.
+        keep: number of encodings kept for further questions.
     """
 
     def __init__(self, models: Mapping[str, VideoQA], most: int = 32, keep: int = 8):
         self.models = models
-        self._threads_of: VideoQA | None = None  # whose number of threads the thread of the models has
+        self._threads_of: VideoQA | None = None  # the model whose number of CPU threads is in effect
         self.kept = KeptEncodings(keep)
         self._most = most
-        # What waits, by client; whose turn is next comes first.
+        # Waiting jobs by client; the client whose turn is next comes first.
         self._turns: OrderedDict[str, deque[Job]] = OrderedDict()
         self._running: Job | None = None
         self._ending = False  # whether new requests are refused
@@ -250,7 +266,7 @@ class Work:
         self._thread = threading.Thread(target=self._serve, name="evoprune-model", daemon=True)
         self._thread.start()
 
-    # For the event loop.
+    # Called from the event loop.
 
     @property
     def waiting(self) -> int:
@@ -262,14 +278,18 @@ class Work:
         return self._running is not None
 
     def retry_s(self) -> int:
-        """Return in how many seconds there may be room: what an answer takes, usually."""
+        """Return the seconds after which to retry a refused request: the median answer time."""
         usual = statistics.median(self._seconds) if self._seconds else 1.0
         return max(1, min(LONGEST_RETRY_S, ceil(usual)))
 
     def admit(self, client: str) -> Job:
-        """Return a new job of a client, which waits. Raises ApiError: too many do.
+        """Queue a new job for a client.
 
-        Where it is full, a client that has fewer waiting takes the place of the latest job of the one that has most.
+        If the queue is full, the newest job of the client with the most waiting jobs is evicted, provided that this client has more
+        of them than the new client would have with the new job.
+
+        Raises:
+            ApiError: the queue is full, or the server is shutting down.
         """
         job = Job(client, asyncio.get_running_loop())
         displaced = None
@@ -290,11 +310,11 @@ class Work:
         return job
 
     async def fetch(self, job: Job, fetch: Callable[[], Fetched]) -> None:
-        """Has a thread fetch the files of a job. Raises what `fetch` raises."""
+        """Fetch the files of a job in a thread. Raises what `fetch` raises."""
         await asyncio.get_running_loop().run_in_executor(self._fetchers, lambda: job.hold(fetch()))
 
     def submit(self, job: Job, question: Question) -> None:
-        """Has a job answered whose files were fetched."""
+        """Queue a job for answering after its files were fetched."""
         job.question = question
         if job.cancelled:
             return
@@ -305,25 +325,25 @@ class Work:
             self._openers.submit(Context().run, self._prepare, job)
 
     def run(self, job: Job, question: Question, task: Task) -> None:
-        """Has the thread of the model run a task about a job whose files were fetched."""
+        """Queue a task for the model's thread, about a job whose files were fetched."""
         job.question = question
         job.task = task
         self._is_ready(job)
 
     def cancel(self, job: Job) -> None:
-        """Ends a job that nobody waits for; nothing where it has ended."""
+        """Cancel a job whose client no longer waits. Does nothing if the job has ended."""
         with self._changed:
             self._leave(job)
         if not (job.cancelled or self._closed):
-            job.give_up()  # at once: downloads may have all threads
-            self._fetchers.submit(job.end, cancelled=True)  # which may wait for a thread that reads
+            job.give_up()  # at once, because downloads may occupy all threads
+            self._fetchers.submit(job.end, cancelled=True)  # in a thread, because it may wait for a reader
 
     def refusal(self) -> ApiError:
-        """Return why a request was given up that its client still waits for."""
+        """Return the error for a request that was dropped while its client still waits."""
         return ending() if self._ending else full(self.retry_s())
 
     def refuse(self) -> None:
-        """Ends the jobs that wait, and takes no more."""
+        """Refuse all waiting jobs and all new ones."""
         with self._changed:
             self._ending = True
             left = [job for jobs in self._turns.values() for job in jobs]
@@ -332,13 +352,13 @@ class Work:
             self.cancel(job)
 
     def give_up(self) -> None:
-        """Ends the job that is being answered."""
+        """Cancel the job that is being answered."""
         if job := self._running:
             job.put(Failed(ending()))
             self.cancel(job)
 
     def close(self) -> None:
-        """Ends all jobs and the threads."""
+        """Cancel all jobs and stop the threads."""
         with self._changed:
             self._closed = True
             left = [job for jobs in self._turns.values() for job in jobs]
@@ -351,7 +371,7 @@ class Work:
         self._openers.shutdown(wait=False, cancel_futures=True)
         self._fetchers.shutdown(wait=False, cancel_futures=True)
 
-    # What waits. With the lock.
+    # The queue. Callers hold the lock.
 
     def _count(self) -> int:
         return sum(map(len, self._turns.values()))
@@ -364,7 +384,7 @@ class Work:
                 del self._turns[job.client]
 
     def _next(self) -> Job | None:
-        """Return the job that comes next of those that are ready."""
+        """Return the next job that is ready, or None."""
         for jobs in self._turns.values():
             for job in jobs:
                 if job.ready:
@@ -372,7 +392,7 @@ class Work:
         return None
 
     def _take(self) -> Job | None:
-        """Return the next job, which then runs."""
+        """Take the next ready job off the queue and mark it as running."""
         job = self._next()
         self._running = job
         if job:
@@ -381,10 +401,14 @@ class Work:
                 self._turns.move_to_end(job.client)
         return job
 
-    # Opening, in threads of their own.
+    # Opening inputs, in the opener threads.
 
     def session(self, question: Question) -> VideoQA:
-        """Return the model of a question with its settings of pruning. Raises UsageError: they do not fit the model."""
+        """Return the question's model with the question's pruning settings (cached).
+
+        Raises:
+            UsageError: the settings do not fit the model.
+        """
         qa = self.models[question.model]
         key = question.model + repr(question.pruning)
         with self._changed:
@@ -399,7 +423,7 @@ class Work:
             return made
 
     def _prepare(self, job: Job) -> None:
-        """Opens the inputs of a job, and begins to read them where another one is being answered."""
+        """Open the inputs of a job, and start prefetching them if another job is being answered."""
         job.scope.enter()
         try:
             self._open(job)
@@ -428,7 +452,7 @@ class Work:
         job.opening_s = time.perf_counter() - start
 
     def _reserve_ahead(self, job: Job) -> bool:
-        """Return whether a job may be read ahead, and counts it; with the lock."""
+        """Return True, and reserve a prefetch slot, if the job may be prefetched. Callers hold the lock."""
         begun = sum(other.begun for jobs in self._turns.values() for other in jobs)
         if job.begun or begun >= AHEAD:
             return False
@@ -463,7 +487,7 @@ class Work:
             job.put(Failed(problem))
         job.end()
 
-    # Answering, in the thread of the model.
+    # Answering, in the model's thread.
 
     def _serve(self) -> None:
         unpacked = [qa.loaded.model for qa in self.models.values()]
@@ -479,7 +503,7 @@ class Work:
                 if self._closed:
                     return
                 job = self._take()
-            if job is None:  # it was given up meanwhile
+            if job is None:  # it was cancelled meanwhile
                 continue
             start = time.perf_counter()
             job.queue_s = start - job.admitted_s - job.opening_s
@@ -494,7 +518,7 @@ class Work:
                 job.end()
 
     def _do(self, job: Job) -> None:
-        """Answers a job, or runs its task; once more where memory was short, and there is something to drop."""
+        """Answer a job or run its task. If memory runs out before any event was sent, free cached data and retry once."""
         said = False
 
         def put(event: Event) -> None:
@@ -509,18 +533,18 @@ class Work:
         except OutOfMemory:
             if said or not self._make_room():
                 raise
-            if job.opened:  # it was read in part
+            if job.opened:  # it was partly read
                 job.opened.close()
                 job.opened = None
             work(job, put)
 
     def _make_room(self) -> bool:
-        """Drops what is kept for further questions; whether there was any."""
+        """Drop everything cached for further questions. Returns whether there was anything to drop."""
         patches = [qa.loaded.patches.clear() for qa in self.models.values()]
         return self.kept.clear() or any(patches)
 
     def _use_threads(self, qa: VideoQA) -> None:
-        """Has this thread compute with as many threads as a model wants."""
+        """Use the number of CPU threads that a model wants."""
         if qa is not self._threads_of:
             use_threads(qa.loaded.description)
             self._threads_of = qa
@@ -535,7 +559,7 @@ class Work:
         known = 0
 
         def logprobs() -> list[dict[str, Any]] | None:
-            """Return those that are new."""
+            """Return the log probabilities of new tokens."""
             nonlocal known
             found = answer.report.logprobs
             if found is None:
@@ -562,9 +586,9 @@ class Work:
         put(Done(answer.report, logprobs(), kept, thought_tokens))
 
     def encode(self, job: Job) -> EncodedInputs:
-        """Return the encoding of a job's inputs, which is kept for further questions. In the thread of the model."""
+        """Encode a job's inputs, and keep the encoding for further questions. Runs in the model's thread."""
         key = encoding_key(job.question, job.files())
-        if job.opened is None:  # it was kept, and dropped since; or memory ran out
+        if job.opened is None:  # the encoding was evicted after the job became ready, or memory ran out
             self._open(job)
 
         def progress(*_: object) -> None:
@@ -580,7 +604,7 @@ class Work:
         return encoded
 
     def _bytes(self, encoded: EncodedInputs, question: Question) -> int:
-        """Bytes that an encoding takes with the keys and values of a question, roughly."""
+        """Estimate the bytes taken by an encoding, including the KV cache of one question."""
         model = self.models[question.model].loaded.model
         config = model.config
         each = model.dtype.itemsize
@@ -591,12 +615,12 @@ class Work:
 
 
 def encoding_key(question: Question, fetched: Fetched) -> str:
-    """Return what an encoding depends on."""
+    """Return a cache key of everything that an encoding depends on."""
     return repr((question.model, fetched.identity, question.sampling, question.pruning))
 
 
 def begun(encoded: EncodedInputs, question: Question, on_thoughts: Callable[[str], None]) -> Answer:
-    """Return the answer to a question, after what was said before. The only place that knows of a conversation."""
+    """Start answering a question, after the earlier turns of its conversation. No other function handles conversations."""
     how = vars(question.generation) | {"seed": question.seed, "on_thoughts": on_thoughts}
     if not question.earlier:
         return encoded.ask(question.text, **how)

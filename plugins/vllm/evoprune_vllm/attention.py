@@ -1,9 +1,10 @@
-"""The cluster-size bias in vLLM's attention, which takes no mask of numbers: it rides in extra dimensions of queries and keys.
+"""The cluster-size bias in vLLM's attention.
 
-A query has 1 there, and a key has bias / scale, so the bias is part of their product. The keys in vLLM's cache have it too, so it
-is right for cached prefixes, chunks and generated tokens. The bias of a token comes with its positions (positions.py).
+vLLM supports no additive mask, so extra dimensions of queries and keys carry the bias. In these dimensions, queries are 1 and keys
+hold bias / scale, so the bias becomes part of their product. The keys in vLLM's cache include it, so it also works for cached
+prefixes, chunked prefill and generated tokens. The bias of a token arrives with its positions (positions.py).
 
-Kernels exist for some head sizes only, so heads are padded with zeros to the next one.
+Kernels exist only for some head sizes, so heads are zero-padded to the next supported size.
 """
 
 import torch
@@ -15,13 +16,17 @@ from vllm.model_executor.layers.attention import Attention
 from evoprune.errors import UsageError
 from evoprune_vllm.positions import split_bias
 
-PIECES = 3  # dimensions that hold the bias: its bfloat16 value, and what that leaves, twice
+PIECES = 3  # dimensions that hold the bias: its bfloat16 value, then the remainder twice
 
 
 class BiasedRotary(nn.Module):
-    """Rotates queries and keys as `rotary`, the layer's own, does, and appends the dimensions of the bias to each head.
+    """Applies the layer's own rotary embedding, then appends the bias dimensions to each head.
 
-    `attention`: the layer's, with wide heads. `head_size`: without the bias. `scale`: by which attention multiplies products.
+    Args:
+        rotary: the layer's rotary embedding.
+        attention: the layer's attention, with wide heads.
+        head_size: head size without the bias.
+        scale: factor that attention applies to products.
     """
 
     def __init__(self, rotary: nn.Module, attention: Attention, head_size: int, scale: float):
@@ -34,10 +39,10 @@ class BiasedRotary(nn.Module):
         self.wide = attention.head_size
 
     def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor):
-        """Return `[n, heads * wide]` and `[n, kv_heads * wide]`, from positions `[3, n]`, queries and keys."""
+        """Return queries `[n, heads * wide]` and keys `[n, kv_heads * wide]`, from positions `[3, n]`, queries and keys."""
         plain, bias = split_bias(positions)
         query, key = self.rotary(plain, query, key)
-        # the sum of the pieces, which have the dtype of the keys, is the bias / scale
+        # The pieces, in the dtype of the keys, sum to bias / scale.
         left = bias / self.scale
         pieces = []
         for _ in range(PIECES):
@@ -53,7 +58,7 @@ class BiasedRotary(nn.Module):
 
 
 class BiasedAttention(Attention):
-    """Attend as vLLM on heads that are `wide` for queries and keys, and of `head_size` for values. `options`: of `Attention`."""
+    """vLLM's attention with heads of size `wide` for queries and keys, and `head_size` for values. `options` go to `Attention`."""
 
     def __init__(self, head_size: int, wide: int, **options):
         super().__init__(head_size=wide, **options)
@@ -68,9 +73,10 @@ class BiasedAttention(Attention):
 
 
 def add_bias(layers: nn.ModuleList, config: VllmConfig) -> None:
-    """Lets the layers of a Qwen2 language model take a bias with the positions. Call it before weights are loaded.
+    """Make the layers of a Qwen2 language model accept a bias with the positions. Must be called before loading weights.
 
-    Raises UsageError: the attention backend has no kernel for wider heads, or was not tested.
+    Raises:
+        UsageError: the attention backend has no kernel for wider heads, or was not tested.
     """
     for each in layers:
         if not hasattr(each, "self_attn"):  # linear attention
@@ -81,9 +87,9 @@ def add_bias(layers: nn.ModuleList, config: VllmConfig) -> None:
         wide = next((n for n in range(stock.head_size + PIECES, 257) if backend.supports_head_size(n)), None)
         if (
             backend.get_name() not in ("CPU_ATTN", "FLASH_ATTN") or wide is None
-        ):  # kernels that read the head size from the layer
+        ):  # tested kernels that read the head size from the layer
             raise _unfit(backend)
-        del config.compilation_config.static_forward_context[stock.layer_name]  # the new layer takes its place
+        del config.compilation_config.static_forward_context[stock.layer_name]  # the new layer replaces it
         layer.attn = BiasedAttention(
             stock.head_size,
             wide,

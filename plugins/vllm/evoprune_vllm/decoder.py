@@ -1,6 +1,6 @@
-"""A decoder of videos for vLLM, beside its own (OpenCV, TorchCodec): this project's reader, in a process apart.
+"""A video decoder for vLLM, in addition to OpenCV and TorchCodec: this project's reader, which runs in a separate process.
 
-vLLM's loader of a model chooses frames by their numbers, as with its own decoders. The reader decodes no more than these need.
+As with vLLM's own decoders, the model's loader selects frames by index. The reader decodes only what is needed for these frames.
 """
 
 import numpy as np
@@ -9,22 +9,24 @@ from vllm.multimodal.video_decoders.base import VideoSourceMetadata, VideoTarget
 from evoprune.errors import VideoError
 from evoprune.video import PICTURE, FrameTimes, Video, frame_times, in_one, probe, temporary_file
 
-OPTIONS = {"num_ffmpeg_threads": 0}  # with their defaults; named as TorchCodec's in vLLM
+OPTIONS = {"num_ffmpeg_threads": 0}  # options with their defaults, named as TorchCodec's options in vLLM
 
 
 def decode_evoprune(
     loader_cls, data: bytes, target: VideoTargetMetadata, sampling_kwargs: dict, *, num_ffmpeg_threads: int = 0
 ) -> tuple[np.ndarray, VideoSourceMetadata, list[int], list[int]]:
-    """Return the frames that a loader of vLLM wants of a file, as `decode_opencv` returns them.
+    """Return the frames that a vLLM loader wants from a file, like `decode_opencv`.
 
     Args:
-        num_ffmpeg_threads: cores that may be kept busy; 0: all that this process may use.
+        num_ffmpeg_threads: number of cores to use; 0 for all cores available to this process.
 
-    Returns uint8 `[n, H, W, 3]`, RGB; the number of frames, the rate and the length; the numbers that the loader wants, and those
-    that were read, which leave out what is repeated or lies behind the last frame.
+    Returns:
+        Frames, uint8 `[n, H, W, 3]`, RGB; the metadata of the file; the indices that the loader wants; and the indices that were
+        read, without duplicates and indices after the last frame.
 
     Raises:
-        ValueError: it cannot be read, is a picture, or is so short that the loader wants no frame; or threads are no number.
+        ValueError: the file cannot be read, is a picture, or is so short that the loader wants no frame; or the number of threads
+            is invalid.
         OutOfMemory: there is no memory for the frames.
     """
     if not isinstance(num_ffmpeg_threads, int) or num_ffmpeg_threads < 0:
@@ -49,7 +51,10 @@ def decode_evoprune(
 
 
 def described(info: Video, times: FrameTimes) -> VideoSourceMetadata:
-    """Return what vLLM's decoders say of a file. The header counts its frames as for OpenCV, if it is right within one frame."""
+    """Return a file's metadata in the format of vLLM's decoders.
+
+    The frame count is taken from the header, as in OpenCV, if it is off by at most one.
+    """
     count = len(times.times_s)
     total = times.stated if times.stated and abs(times.stated - count) <= 1 else count
     rate = info.fps or count / (info.duration_s or count)
@@ -57,6 +62,6 @@ def described(info: Video, times: FrameTimes) -> VideoSourceMetadata:
 
 
 def middles_of(times_s: list[float]) -> list[float]:
-    """Return for each frame a time in the middle of those at which it is on screen."""
+    """Return for each frame the middle of the time that it is on screen."""
     following = [*times_s[1:], times_s[-1]]
     return [(time + end) / 2 for time, end in zip(times_s, following, strict=True)]

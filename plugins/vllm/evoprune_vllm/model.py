@@ -1,7 +1,7 @@
 """vLLM's models with this project's vision encoder.
 
-vLLM's own tower is not made, so its weights are in memory once. With tensor parallelism, the first process of a group encodes for
-all: two processes could select different tokens, if their numbers differed in the last bit.
+vLLM's own tower is not created, so its weights are in memory only once. With tensor parallelism, the first process of a group
+encodes for all processes: if their numbers differed in the last bit, they could select different tokens.
 """
 
 from collections.abc import Iterable, Iterator
@@ -80,16 +80,17 @@ logger = init_logger("vllm.evoprune")
 
 PICTURE = "image_grid_thw"
 VIDEO = "video_grid_thw"
-GRIDS = {"image_embeds": PICTURE, "pixel_values": PICTURE, "pixel_values_videos": VIDEO}  # of what is encoded
+GRIDS = {"image_embeds": PICTURE, "pixel_values": PICTURE, "pixel_values_videos": VIDEO}  # by input field
 OF_MODALITY = {"image": PICTURE, "video": VIDEO}
 
 
 class _Pruned(SupportsMultiModalPruning):
-    """Prune in vLLM's models, into which this is mixed.
+    """Mixin that adds pruning to vLLM's models.
 
     Raises:
-        UsageError: a method that cannot work here, or an option of vLLM that cannot go with it.
-        ModelError: the tower computes NaN. PluginError: a method of another package does not keep what it declares.
+        UsageError: the method cannot work here, or an option of vLLM is incompatible.
+        ModelError: the tower computes NaN.
+        PluginError: another package's method does not do what it declares.
     """
 
     supports_encoder_tp_data = False
@@ -112,7 +113,7 @@ class _Pruned(SupportsMultiModalPruning):
         with self._mark_tower_model(vllm_config, {"image", "video"}):
             if get_tp_group().rank_in_group:
                 self.visual = StageMissingLayer("vision_tower")
-            else:  # of vLLM's dtype on its device, to be filled by its loader; drawing random numbers would take seconds
+            else:  # in vLLM's dtype and device, for its loader to fill; random initialization would take seconds
                 device = torch.get_default_device()
                 with torch.device("meta"):
                     tower = Tower(self.sizes)
@@ -128,7 +129,7 @@ class _Pruned(SupportsMultiModalPruning):
         logger.info("videos are encoded by evoprune: method %s, budget %g", self.method.name, budget.video)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load as vLLM does; then the tower's linear layers are packed, where that makes products on a CPU faster."""
+        """Load weights as vLLM does, then pack the tower's linear layers if this makes matrix products faster on the CPU."""
         loaded = super().load_weights(weights)
         if isinstance(self.visual, Tower):
             pack(self.visual)
@@ -137,8 +138,8 @@ class _Pruned(SupportsMultiModalPruning):
         return loaded
 
     def embed_multimodal(self, **inputs) -> tuple[torch.Tensor, ...]:
-        """Return features of each picture and video, `[tokens, hidden]`; pruned videos have `positions.COLUMNS` columns more."""
-        with gpu_sync_allowed():  # the encoder reads what it selected
+        """Return features for each picture and video, `[tokens, hidden]`. Pruned videos have `positions.COLUMNS` more columns."""
+        with gpu_sync_allowed():  # the encoder reads its selections on the host
             return tuple(self._features(inputs))
 
     def _language(self, config: VllmConfig, prefix: str) -> nn.Module:
@@ -187,12 +188,15 @@ class _Pruned(SupportsMultiModalPruning):
                 yield group.broadcast(made.contiguous())
 
     def _words(self, time: float) -> list[int]:
-        """Return what stands before the tokens of a frame pair."""
+        """Return the tokens before a frame pair's visual tokens: its time and a marker."""
         written = self.tokenizer.encode(f"<{time:.1f} seconds>", add_special_tokens=False)
         return [*written, self.config.vision_start_token_id]
 
     def _text(self, words: list[list[int]], device: torch.device) -> torch.Tensor | None:
-        """Return the embeddings `[n, hidden]` of times and markers; None for none. All processes of a group compute a part."""
+        """Return the embeddings of times and markers, `[n, hidden]`, or None without times.
+
+        All processes of a tensor-parallel group must call this, because each computes a part.
+        """
         if not words:
             return None
         ids = [word for before in words for word in (*before, self.config.vision_end_token_id)]
@@ -220,9 +224,11 @@ class _Pruned(SupportsMultiModalPruning):
         return known_positions(len(input_tokens), items)
 
     def recompute_mrope_positions(self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens):
-        """Return the features without their additional columns, the prompt's positions, and vLLM's number for generated tokens.
+        """Return the features without their extra columns, the prompt's positions, and vLLM's offset for generated tokens.
 
-        `multimodal_embeddings`: from the first picture or video that is not computed yet. `mrope_positions`: int64 `[3, prompt]`.
+        Args:
+            multimodal_embeddings: features from the first picture or video that is not computed yet.
+            mrope_positions: int64 `[3, prompt]`.
         """
         wide = self.wide
         videos = [each[:, wide:] for each in multimodal_embeddings if each.shape[1] > wide]
@@ -236,12 +242,12 @@ class _Pruned(SupportsMultiModalPruning):
             return features, mrope_positions, generated_offset(mrope_positions)
 
     def get_encoder_cudagraph_config(self) -> EncoderCudaGraphConfig:
-        """Return no graphs: how much the encoder computes depends on the video."""
+        """Disable encoder CUDA graphs, because the encoder's amount of work depends on the video."""
         return EncoderCudaGraphConfig(modalities=[], buffer_keys=[], out_hidden_size=self.wide, max_frames_per_video=1)
 
 
 class _Timed(_Pruned):
-    """Prune in families whose frame pairs have times. Mixed into vLLM's models; these numbers are named as there."""
+    """Mixin for families whose frame pairs have timestamps. The attributes are named as in vLLM's models."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -259,14 +265,17 @@ class _Timed(_Pruned):
         self.deepstack_input_embeds_num_tokens = 0
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
-        """Return vLLM's where nothing is pruned: times and markers have no placeholders then."""
+        """Return a prompt's positions.
+
+        Without pruning, these are vLLM's own, because times and markers then have no placeholders.
+        """
         if self.is_multimodal_pruning_enabled:
             return super().get_mrope_input_positions(input_tokens, mm_features)
         return super(_Pruned, self).get_mrope_input_positions(input_tokens, mm_features)
 
 
 def _check(sizes: VisionConfig, config: VllmConfig) -> None:
-    """Raises ModelError or UsageError if this package cannot run the tower, or not with these options of vLLM."""
+    """Raise ModelError or UsageError if the tower is not supported, or not with these options of vLLM."""
     try:
         check_vision(sizes)
     except ValueError as problem:
@@ -285,10 +294,10 @@ def _check(sizes: VisionConfig, config: VllmConfig) -> None:
 
 @cache
 def _let_cpu_runner_prune() -> None:
-    """Let vLLM's runner on a CPU note from now on that a model of this module prunes, if it does. Nothing else changes.
+    """Patch vLLM's CPU runner to record whether a model of this module prunes.
 
-    The runner on GPUs looks at the model after loading. The one on CPUs has a loader of its own, which does not (0.32 and
-    0.33): vLLM's own pruning fails there.
+    The GPU runner checks the model after loading. The CPU runner has its own loader, which does not (0.32 and 0.33), so even vLLM's
+    own pruning fails there.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -324,7 +333,7 @@ class EvoPruneQwen3VLForConditionalGeneration(_Timed, Qwen3VLForConditionalGener
 
 @MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3VLMoeProcessingInfo, dummy_inputs=DummyInputs3)
 class EvoPruneQwen3VLMoeForConditionalGeneration(_Timed, Qwen3VLMoeForConditionalGeneration):
-    """Qwen3-VL's mixtures of experts."""
+    """Qwen3-VL mixture-of-experts models."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -346,7 +355,7 @@ class EvoPruneQwen3_5ForConditionalGeneration(_Timed, Qwen3_5ForConditionalGener
 
 @MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3_5MoeProcessingInfo, dummy_inputs=DummyInputs3)
 class EvoPruneQwen3_5MoeForConditionalGeneration(_Timed, Qwen3_5MoeForConditionalGeneration):  # noqa: N801
-    """Qwen3.5's mixtures of experts."""
+    """Qwen3.5 mixture-of-experts models."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)

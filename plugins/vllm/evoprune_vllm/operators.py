@@ -1,8 +1,8 @@
-"""Makes torchvision importable beside a torch for CPUs: run this file once in an environment.
+"""Makes torchvision importable together with a CPU build of torch. Run this file once in an environment.
 
-PyPI's torchvision is made for CUDA. Beside a torch for CPUs it fails to import ("operator torchvision::nms does not exist"), and so
-does all that imports it. Declared operators are enough: models do not call them. A line of a .pth file declares them when Python
-starts. Where torchvision can be imported, or is not installed, nothing is written.
+PyPI's torchvision is built for CUDA. With a CPU build of torch, importing it fails ("operator torchvision::nms does not exist"),
+and so does everything that imports it. Declaring the operators is enough, because models do not call them. A line in a .pth file
+declares them when Python starts. If torchvision can be imported or is not installed, nothing is written.
 """
 
 import sysconfig
@@ -20,9 +20,10 @@ for name in ("nms", "qnms"):
 
 
 def declare() -> bool:
-    """Return whether the operators were missing, and are now declared whenever this Python starts.
+    """Declare missing operators whenever this Python starts, and return whether any were missing.
 
-    Raises RuntimeError: torchvision fails to import for another reason.
+    Raises:
+        RuntimeError: torchvision fails to import for another reason.
     """
     if find_spec("torchvision") is None:
         return False

@@ -1,10 +1,13 @@
-"""Positions (M-RoPE) of a prompt whose videos are pruned. No vLLM here.
+"""Positions (M-RoPE) of a prompt whose videos are pruned. Does not import vLLM.
 
-By Qwen's rule (`language.prompt`) the text after a video starts where the video ends, whichever tokens are kept. So all positions
-but those of pruned videos are known before anything is encoded. A placeholder of a pruned video has `-1 - start`, the position of
-the video, until the encoder appends the positions of each token, counted from `start`, to its features: in digits below 256, which
-bfloat16 and float16 hold exactly. A position is written once, because chunks and interrupted requests bring some features again.
-The 32 bits of a token's bias (model.py) travel in the upper bits of its three positions, which vLLM hands to every layer.
+By Qwen's rule (`language.prompt`), the text after a video starts at the end of the video, regardless of which tokens are kept. So
+all positions are known before anything is encoded, except inside pruned videos.
+
+A placeholder of a pruned video has the position `-1 - start`, and `start` is the video's position. The encoder appends each token's
+position, counted from `start`, to its features, in digits below 256, which bfloat16 and float16 represent exactly. Each position is
+written only once, because chunked and interrupted requests deliver some features again.
+
+The 32 bits of a token's bias (model.py) travel in the upper bits of its three positions, which vLLM passes to every layer.
 """
 
 from collections.abc import Sequence
@@ -13,16 +16,16 @@ import torch
 
 from evoprune.methods import arange_on
 
-DIGITS = (3, 3, 3, 4)  # below 256: of time, height, width, and the bits of the bias
-COLUMNS = sum(DIGITS)  # that the encoder appends to the features of each token
-# of a position; the other 11 bits of a positive int32 are free
+DIGITS = (3, 3, 3, 4)  # digits below 256 for time, height, width, and the bits of the bias
+COLUMNS = sum(DIGITS)  # columns appended to a token's features
+# Bits of a position. The other 11 bits of a positive int32 are free.
 BITS = 20
 LIMIT = 2**20
 FREE = 2**11 - 1
 
 
 def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None) -> int:
-    """Return how many positions the text after a video starts later than the video itself."""
+    """Return the number of positions from the start of a video to the start of the text after it."""
     clock = 1.0 if tokens_per_second is None else seconds_per_pair * tokens_per_second
     return max(int((grid[0] - 1) * clock) + 1, *grid[1:])
 
@@ -30,12 +33,14 @@ def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_secon
 def known_positions(
     length: int, items: Sequence[tuple[int, int, int, torch.Tensor | None]]
 ) -> tuple[torch.Tensor, int]:
-    """Return the positions of a prompt before its videos are encoded: int64 `[3, length]`, negative at placeholders of pruned
-    videos.
+    """Return a prompt's positions before its videos are encoded, and the offset from a generated token's index to its position.
 
-    And the number that vLLM adds to the index of a generated token to get its position. `items`: of each video and picture, in
-    order, its first placeholder, how many it has, its extent, and their positions, int64 `[3, n]` counted from its own, where they
-    are known.
+    Args:
+        items: for each video and picture, in order: the index of its first placeholder, the number of placeholders, its extent, and
+            its positions, int64 `[3, n]` counted from its own, or None if they are not known yet.
+
+    Returns:
+        Positions, int64 `[3, length]`, negative at placeholders of pruned videos, and the offset.
     """
     pieces = []
     at = 0
@@ -54,17 +59,22 @@ def known_positions(
 
 
 def generated_offset(positions: torch.Tensor) -> int:
-    """Return the number of `known_positions` for a prompt that does not end with a pruned video, from its positions `[3,
-    length]`.
+    """Return the offset of `known_positions` from a prompt's positions, `[3, length]`.
+
+    The prompt must not end with a pruned video.
     """
     return int(positions[:, -1].remainder(LIMIT).max()) + 1 - positions.shape[1]
 
 
 def as_columns(positions: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what the encoder appends to the features of a video's tokens: `[K, COLUMNS]`, integers below 256 in the features'
-    dtype.
+    """Encode positions and biases as the columns to append to a video's features.
 
-    `positions`: int64 `[3, K]`, below 2**24, counted from the video's own. `bias`: float32 `[K]`.
+    Args:
+        positions: int64 `[3, K]`, below 2**24, counted from the video's own position.
+        bias: float32 `[K]`.
+
+    Returns:
+        `[K, COLUMNS]`, integers below 256 in the dtype of the features.
     """
     numbers = [*positions, bias.float().view(torch.int32).long()]
     columns = [(row >> 8 * i) & 255 for row, digits in zip(numbers, DIGITS, strict=True) for i in range(digits)]
@@ -72,22 +82,25 @@ def as_columns(positions: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) 
 
 
 def from_columns(columns: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[3, K]`: positions with the bias in their upper bits, from what `as_columns` returned."""
+    """Decode the columns of `as_columns` to int64 `[3, K]`: positions with the bias in their upper bits."""
     parts = columns.T.long().split(DIGITS)
     *rows, bits = (sum(digit << 8 * i for i, digit in enumerate(part)) for part in parts)
     return torch.stack([row + ((bits >> 11 * i) & FREE) * LIMIT for i, row in enumerate(rows)])
 
 
 def split_bias(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return positions without the bias, and the bias, float32 `[n]`; from int64 or int32 `[3, n]`."""
+    """Split positions, int64 or int32 `[3, n]`, into positions without the bias, and the bias, float32 `[n]`."""
     upper = (positions.long() >> BITS) & FREE
     bits = upper[0] + (upper[1] << 11) + (upper[2] << 22)
-    bits = bits - ((bits >> 31) << 32)  # as a signed number
+    bits = bits - ((bits >> 31) << 32)  # to a signed number
     return positions & (LIMIT - 1), bits.to(torch.int32).view(torch.float32)
 
 
 def with_videos(positions: torch.Tensor, places: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Return `positions` (int64 `[3, length]`, negative where unwritten) with `found` (`from_columns`) at `places` (`[n]`)."""
+    """Return `positions`, int64 `[3, length]`, with `found` (from `from_columns`) written at `places`, `[n]`.
+
+    Only negative positions, which are not yet written, are replaced.
+    """
     before = positions[:, places]
     made = positions.clone()
     made[:, places] = torch.where(before < 0, found - 1 - before, before)

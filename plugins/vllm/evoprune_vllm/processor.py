@@ -1,11 +1,11 @@
-"""vLLM's processors, which put exactly K placeholders into the prompt for each video.
+"""vLLM's processors, extended to put exactly K placeholders into the prompt for each video.
 
-Where frame pairs have times (Qwen3-VL, Qwen3.5), how many of the K tokens stand behind which time is not known before the video is
-encoded. So times and markers have placeholders as well, and the encoder brings their embeddings. As in vLLM's own pruning, a frame
-pair without tokens keeps its time and markers.
+If frame pairs have timestamps (Qwen3-VL, Qwen3.5), the number of tokens after each timestamp is not known before the video is
+encoded. So timestamps and markers get placeholders too, and the encoder delivers their embeddings. As in vLLM's own pruning, a
+frame pair without tokens keeps its timestamp and markers.
 
-It also writes K and the seconds per pair of each video beside its patches. vLLM's own seconds have the model's dtype: in bfloat16,
-0.7 s would be 0.699, and positions would be off by one.
+The processors also store K and the seconds per frame pair of each video along with its patches. vLLM's own seconds have the model's
+dtype: in bfloat16, 0.7 s would become 0.699, and positions would be off by one.
 """
 
 from collections.abc import Mapping
@@ -23,43 +23,45 @@ from evoprune.model import VisionConfig, vision_sizes
 from evoprune_vllm.positions import LIMIT, extent
 from evoprune_vllm.pruning import BUDGET, request_budget
 
-# fields of each video, beside those of vLLM
+# Extra fields of each video.
 KEEP = "evoprune_keep"
 SECONDS = "evoprune_seconds"
 END = "<|vision_end|>"
-MOST_WORDS = 16  # tokens of a time and its markers, at most
+MOST_WORDS = 16  # maximum number of tokens in a timestamp and its markers
 FIXED = {
     "patch_size",
     "temporal_patch_size",
     "merge_size",
-}  # options of Hugging Face's processor that the model decides
+}  # options of Hugging Face's processor that are fixed by the model
 
 
 def in_units(grids: torch.Tensor, merge: int) -> list[Grid]:
-    """Return grids of Hugging Face, int64 `[items, 3]`, in units of `merge` by `merge` patches."""
+    """Convert Hugging Face grids, int64 `[items, 3]`, to units of `merge` by `merge` patches."""
     return [(t, h // merge, w // merge) for t, h, w in grids.tolist()]
 
 
 def without_own(options: Mapping) -> dict:
-    """Return the options that are the Hugging Face processor's."""
+    """Return the options for the Hugging Face processor, without this package's own."""
     return {name: value for name, value in options.items() if name != BUDGET}
 
 
 class DummyInputs:
-    """Make inputs with which vLLM measures memory; mixed into vLLM's class."""
+    """Mixin for vLLM's dummy inputs, which measure memory."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """Return vLLM's text, with the end of a video, which prompts need here."""
+        """Return vLLM's text with an end-of-video marker, because prompts must not end with a video here."""
         return super().get_dummy_text(mm_counts) + END
 
 
 class Processor:
-    """Process requests, mixed into vLLM's class. One with a bad option is refused with ValueError, which clients see."""
+    """Mixin for vLLM's processors. Requests with invalid options raise ValueError, which clients see."""
 
     def apply(self, inputs, timing_ctx):
         """Return the prompt with placeholders.
 
-        Refused if it ends with a video: what follows starts at the video's end, unless pruned.
+        Raises:
+            ValueError: the prompt ends with a video. The last token of a pruned video does not tell where generated tokens
+                continue.
         """
         made = super().apply(inputs, timing_ctx)
         places = made["mm_placeholders"].get("video", [])
@@ -68,7 +70,7 @@ class Processor:
         return made
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):
-        """Return what vLLM's returns, which gets no options of this package, and K of each video."""
+        """Return the result of vLLM's processor, with K and the seconds per pair for each video."""
         for options in (hf_kwargs, *(each for each in hf_kwargs.values() if isinstance(each, Mapping))):
             if fixed := sorted(FIXED & set(options)):
                 raise ValueError(f"{fixed[0]} is fixed by the model")
@@ -92,13 +94,14 @@ class Processor:
         return made
 
     def _seconds(self, sizes: VisionConfig, known: list, grids: list[Grid]) -> list[float]:
-        """Return the seconds per pair of each video; 1 for a model without a clock, or a video without a frame rate.
+        """Return the seconds per frame pair for each video; 1 for a model without a clock or a video without a frame rate.
 
-        Raises ValueError: a video lasts longer than the model has positions.
+        Raises:
+            ValueError: a video takes more positions than the model has.
         """
         text = self.info.get_hf_config().get_text_config()
         found = []
-        most = min(LIMIT, 4 * text.max_position_embeddings)  # as many rotary positions as vLLM computes
+        most = min(LIMIT, 4 * text.max_position_embeddings)  # vLLM computes this many rotary positions
         for grid, video in zip(grids, known, strict=True):
             seconds = 1.0
             if sizes.tokens_per_second and video is not None and video.sampled_fps:
@@ -133,7 +136,7 @@ class Processor:
 
 
 class TimedProcessor(Processor):
-    """Process requests of a family whose frame pairs have times. Mixed into vLLM's class."""
+    """Mixin for processors of families whose frame pairs have timestamps."""
 
     def _placeholders(self, update, item: int, keep: int):
         stock = update.replacement(item)
@@ -148,24 +151,24 @@ class TimedProcessor(Processor):
 
 
 class DummyInputs25(DummyInputs, Qwen2_5_VLDummyInputsBuilder):
-    """Of Qwen2.5-VL."""
+    """Dummy inputs for Qwen2.5-VL."""
 
 
 class DummyInputs2(DummyInputs, Qwen2VLDummyInputsBuilder):
-    """Of Qwen2-VL."""
+    """Dummy inputs for Qwen2-VL."""
 
 
 class Processor25(Processor, Qwen2_5_VLMultiModalProcessor):
-    """Of Qwen2.5-VL."""
+    """The processor for Qwen2.5-VL."""
 
 
 class Processor2(Processor, Qwen2VLMultiModalProcessor):
-    """Of Qwen2-VL."""
+    """The processor for Qwen2-VL."""
 
 
 class DummyInputs3(DummyInputs, Qwen3VLDummyInputsBuilder):
-    """Of Qwen3-VL and Qwen3.5."""
+    """Dummy inputs for Qwen3-VL and Qwen3.5."""
 
 
 class Processor3(TimedProcessor, Qwen3VLMultiModalProcessor):
-    """Of Qwen3-VL and Qwen3.5."""
+    """The processor for Qwen3-VL and Qwen3.5."""

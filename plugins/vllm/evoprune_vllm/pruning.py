@@ -1,7 +1,7 @@
-"""How a server prunes, and the encoding of one picture or video of a request. No vLLM here.
+"""Pruning options of a server, and the encoding of one picture or video of a request. Does not import vLLM.
 
-`--video-pruning-rate` is the share of tokens that goes, and `evoprune_budget` in a request's `mm_processor_kwargs` its own share
-of those that stay. `--additional-config '{"evoprune": {"method": "divprune"}}'` names the method.
+`--video-pruning-rate` is the share of tokens to remove. A request can set its own share of tokens to keep, `evoprune_budget` in
+`mm_processor_kwargs`. `--additional-config '{"evoprune": {"method": "divprune"}}'` names the method.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,10 @@ EXACT = "choose evoprune, evoprune-merge, tome, divprune or another exact method
 
 
 def served_method(additional: Any) -> MethodChain:
-    """Return the method that `--additional-config` names, perhaps with settings (`NAME:SETTING=VALUE`), or the default.
+    """Return the method named in `--additional-config`, optionally with settings (`NAME:SETTING=VALUE`), or the default method.
 
-    Raises UsageError: an unknown key, or a method that does not exist or cannot work here.
+    Raises:
+        UsageError: a key is unknown, or the method does not exist or cannot work here.
     """
     section = additional.get("evoprune", {}) if isinstance(additional, Mapping) else {}
     unknown = sorted(set(section) - {"method"}) if isinstance(section, Mapping) else [str(section)]
@@ -52,9 +53,10 @@ def served_method(additional: Any) -> MethodChain:
 
 
 def request_budget(options: Mapping[str, Any], rate: float | None) -> Budget:
-    """Return the share of visual tokens that stays in a request, by its `mm_processor_kwargs` and the server's rate.
+    """Return the share of visual tokens to keep in a request, from its `mm_processor_kwargs` and the server's rate.
 
-    Raises UsageError.
+    Raises:
+        UsageError: an option is unknown or invalid, or the server does not prune.
     """
     unknown = [name for name in options if name.startswith("evoprune_") and name != BUDGET]
     if unknown:
@@ -70,7 +72,7 @@ def request_budget(options: Mapping[str, Any], rate: float | None) -> Budget:
 
 
 def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> Normal:
-    """Return mean and std for levels from 0 to 1, from those for levels up to 255 times `scale`."""
+    """Return mean and std for levels from 0 to 1, given mean and std for levels up to 255 times `scale`."""
     levels = round(1 / scale) / 255
     return tuple(levels * each for each in mean), tuple(levels * each for each in std)
 
@@ -78,9 +80,11 @@ def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float)
 def encoded(
     visual, patches: torch.Tensor, grid: Grid, keep: int, method: MethodChain, normal: Normal = CLIP
 ) -> Encoded:
-    """Return the tokens of a picture or video, exactly `keep` of them.
+    """Encode a picture or video to exactly `keep` tokens.
 
-    Raises ModelError: the tower computes NaN or infinite values. PluginError: another package's method failed, or kept another K.
+    Raises:
+        ModelError: the tower computes NaN or infinite values.
+        PluginError: another package's method failed, or kept another number of tokens.
     """
     plan = method.plan(tower_shape(visual), grid, keep)
     found = encode(visual, [patches], plan, normal=normal)
@@ -91,12 +95,12 @@ def encoded(
 
 
 def tokens_of(found: Encoded) -> torch.Tensor:
-    """Return `[K, (1 + n) * D]`: the features of each token, and those of the n levels of DeepStack."""
+    """Return each token's features followed by its features from the n levels of DeepStack, `[K, (1 + n) * D]`."""
     return _beside(found.features, found.deepstack)
 
 
 def _beside(features: torch.Tensor, deepstack: torch.Tensor | None) -> torch.Tensor:
-    """Return `[K, (1 + n) * D]`, from `[K, D]` and `[n, K, D]`."""
+    """Concatenate features `[K, D]` and DeepStack features `[n, K, D]` to `[K, (1 + n) * D]`."""
     if deepstack is None:
         return features
     return torch.cat([features, *deepstack], 1)
@@ -109,15 +113,17 @@ def with_columns(
     words: Sequence[int] = (),
     text: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `tokens_of` with COLUMNS more: positions counted from the video's own, and the log of the cluster size.
+    """Return `tokens_of` with `COLUMNS` more columns: positions relative to the video's own, and the log of the cluster size.
 
-    `words`: where frame pairs have times, how many embeddings of `text`, `[n, D]`, stand before the tokens of each; one stands
-    behind them. Then there is a row for each of these as well.
+    Args:
+        words: if frame pairs have timestamps, the number of `text` embeddings before the tokens of each pair. One more embedding
+            follows each pair's tokens.
+        text: embeddings of timestamps and markers, `[n, D]`. The result then has rows for them, too.
     """
     grid = found.grids[0]
     place = Place((range(prod(grid)),))
     if words:
-        # A frame pair without tokens keeps its time.
+        # A frame pair without tokens keeps its timestamp.
         place = replace(place_of_pairs(words, grid[1] * grid[2]), around=())
     embeds = found.features[:0] if text is None else text.to(found.features)
     ids = torch.zeros(len(place) + len(embeds), dtype=torch.int64, device="cpu")
@@ -129,7 +135,13 @@ def with_columns(
 
 
 def try_out(visual, method: MethodChain) -> None:
-    """Encodes a small clip of noise, so that a method that cannot work fails at start. Raises as `encoded`, and UsageError."""
+    """Encode a small clip of noise, so that a method that cannot work fails at startup.
+
+    Raises:
+        UsageError: the method weighs tokens without declaring it.
+
+    Also raises the errors of `encoded`.
+    """
     grid = (4, 4, 4)
     keep = 16
     sizes = vision_sizes(visual.config)
