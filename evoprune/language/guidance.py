@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMA, REGEX = "schema", "regex"
 SECONDS = 5  # time limit of the check; usual schemas take milliseconds
-STACK_BYTES = (
-    2**20
-)  # limit of the check: llguidance recurses into a schema, and threads may have less stack than a process
+STACK_BYTES = 2**20  # stack limit of the check, because llguidance recurses into a schema
 EXACT_BITS = 53  # integers up to this size are exact, because llguidance stores numbers as floats
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 NUMERIC = ("type", "multipleOf", *BOUNDS)  # keywords for numbers

@@ -80,9 +80,7 @@ class PrefixCache:
         ends = [prompt.prefix_length, prompt.turn_length] if goes_on else [prompt.prefix_length]
         ends = [int((pruned.columns < end).sum()) for end in ends]
         if goes_on and crops:
-            ends.append(
-                len(pruned) - 1
-            )  # the last column is always read, because its logits choose the answer's first token
+            ends.append(len(pruned) - 1)  # always read the last column: its logits choose the answer's first token
         inputs = int(pruned.visual.nonzero()[-1]) + 1
         cache, known = self._take(pruned.ids[: ends[-1]], inputs, last)
         if not (crops or last):

@@ -21,15 +21,11 @@ class PrunedPrompt:
     ids: torch.Tensor  # int64 `[C]` on the CPU, token ids
     columns: torch.Tensor  # int64 `[C]` on the CPU, ascending column numbers in the whole prompt
     visual: torch.Tensor  # bool `[C]` on the CPU, True for visual tokens
-    sizes: torch.Tensor | None = (
-        None  # float32 `[C]`, cluster sizes: attention adds log(size) to logits; None if all are 1
-    )
+    sizes: torch.Tensor | None = None  # float32 `[C]`, attention adds log(size) to logits; None if all are 1
     positions: torch.Tensor | None = None  # int64 `[3, C]` on the CPU, M-RoPE positions in the whole prompt
     last: torch.Tensor | None = None  # int64 `[3, 1]`, largest positions in the whole prompt
     embeds: torch.Tensor | None = None  # `[C, hidden]`, input embeddings; None if text was not embedded
-    deepstack: torch.Tensor | None = (
-        None  # `[n, C, hidden]`, added after the first n layers, one entry per layer; None for 0
-    )
+    deepstack: torch.Tensor | None = None  # `[n, C, hidden]`, added after layers 0 to n - 1; None for 0
 
     def __len__(self) -> int:
         return len(self.columns)

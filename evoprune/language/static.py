@@ -120,9 +120,8 @@ class NativeStaticCache(StaticCache):
         for number, held in enumerate(self._held):
             for to, given in zip(held, cache.room(number, 0)[2:], strict=True):
                 to[:, :length, :dim] = given[0]
-        self._held[:, :, :, length:read, :dim] = (
-            0  # an earlier answer may have left NaN, which a weight of 0 does not remove
-        )
+        # An earlier answer may have left NaN, which a weight of 0 does not remove.
+        self._held[:, :, :, length:read, :dim] = 0
         self._held[:, 0, :, :read, dim:] = bias_features(bias, dim, self._held.dtype)
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,9 +141,8 @@ class NativeStaticCache(StaticCache):
         text = model.model.language_model
         # The three M-RoPE positions of a generated token are equal.
         places = turns_by(self.position[:, None] * self.frequencies, x.dtype)
-        self._held[:, 0, :, : self.read, self._dim :].index_fill_(
-            2, self.column, 0
-        )  # from now on the column has a weight
+        # Remove the bias of -inf from the new column, so that attention sees it.
+        self._held[:, 0, :, : self.read, self._dim :].index_fill_(2, self.column, 0)
         for number, layer in enumerate(text.layers):
             x = run_layer(layer, x, places, self, number, config)[0]
         return norm(x, text.norm.weight, config.rms_norm_eps)
