@@ -26,7 +26,7 @@ class Choice:
         text: the answer.
         logprob: natural logarithm of the probability of its tokens and the end of the answer, from the raw logits.
         tokens: number of tokens that `logprob` covers, including the end of the answer.
-        probability: probability among the choices; the probabilities of all choices add up to 1.
+        probability: probability among the choices, whose probabilities add up to 1.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Choice:
 
 
 def tokens_of(tokenizer: Tokenizer, options: GenerationOptions) -> list[list[int]]:
-    """Return the token ids of every choice in `options.choices`, without the end of the answer.
+    """Return the token ids of the choices in `options.choices`, one list per choice, without the end of the answer.
 
     Raises:
         UsageError: a choice has more tokens than `max_new_tokens`, or two choices have the same tokens.
@@ -109,7 +109,7 @@ def scored(
     "red" does not also get the probability of "red car".
 
     Args:
-        ids: the token ids of every choice, as from `tokens_of`.
+        ids: the token ids of the choices, as from `tokens_of`.
         eos_ids: the tokens that may end the answer.
         one_by_one: run a pass per token, as in decoding, instead of one pass for several tokens.
 

@@ -166,7 +166,7 @@ def attend_blind(
 ) -> torch.Tensor:
     """Return attention as in `attend`, except that columns from `end` on attend only to the columns `others` (int64).
 
-    The keys must be those of a whole prompt, without columns before it. There may be fewer queries: those of the last columns.
+    The keys must belong to a whole prompt, without columns before it. There may be fewer queries than keys: the last columns.
     """
     before = max(0, queries.shape[1] - (keys.shape[2] - end))  # number of queries before `end`
     extra = {"wide": columns_of(wide, others)}
@@ -186,7 +186,7 @@ def all_sizes(sizes: torch.Tensor | None, columns: int, like: torch.Tensor) -> t
 
 
 class KVCache:
-    """Keys and values of every layer for the columns read so far. A layer lacks columns that were dropped before it.
+    """Keys and values, per layer, for the columns read so far. A layer lacks columns that were dropped before it.
 
     Args:
         capacity: number of columns to allocate, at least 1, or one number per layer. A full layer grows by half.
@@ -219,8 +219,8 @@ class KVCache:
         """Drop all columns except the first `length`.
 
         Raises:
-            ValueError: the cache holds fewer columns, or would be cropped inside a part in which layers lost different columns.
-                Cropping to 0 is always possible.
+            ValueError: the cache holds fewer columns, or would be cropped among columns that only some layers still have. Cropping
+                to 0 is always possible.
         """
         if not (0 <= length <= self.length and (length >= self._uneven_until or not length)):
             raise ValueError(f"the cache holds {self.length} columns, not {length}")
@@ -274,7 +274,7 @@ class KVCache:
             keys, values: `[1, kv_heads, L, head_dim]`.
 
         Returns:
-            Views of all keys and values of the layer, `[1, kv_heads, lengths[layer] + L, head_dim]`.
+            Views of the layer's keys and values including the new ones, `[1, kv_heads, lengths[layer] + L, head_dim]`.
         """
         *room, known_keys, known_values = self.room(layer, keys.shape[2])
         for target, new in zip(room, (keys, values), strict=True):
@@ -303,7 +303,7 @@ class KVCache:
         Args:
             read: number of columns read.
             columns: how many of them each layer has.
-            sizes: the cluster sizes of all columns, per layer.
+            sizes: per layer, the cluster sizes of its old and new columns.
         """
         length = self.length + read
         lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
@@ -317,7 +317,7 @@ class KVCache:
         )  # in one statement, as above
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
-        """Return, per layer, the cluster sizes of its columns followed by those of new columns.
+        """Return, per layer, the cluster sizes of its columns and the new columns.
 
         Args:
             sizes: float32 `[columns]`, sizes of the new columns in all layers; None if all are 1.

@@ -28,7 +28,7 @@ STRIP = 2048  # columns that share an additive mask; a multiple of the chunk siz
 
 
 class HostedCache:
-    """Layer states for the columns read so far, in a `DynamicCache` of transformers, and the cluster size of every column.
+    """Layer states and cluster sizes for the columns read so far. The states are in a `DynamicCache` of transformers.
 
     If a layer has a recurrent state, the cache cannot be cropped. A later prompt with the same beginning continues from a copy.
     """

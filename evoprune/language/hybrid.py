@@ -40,7 +40,7 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
     gains = iter(_stacked(norm.weight for norm in norms) + 1)
     of_heads = iter(_stacked(norm.weight for at in _parts(layers, "self_attn") for norm in (at.q_norm, at.k_norm)) + 1)
     deltas = _parts(layers, "linear_attn")
-    rates = iter(-_stacked(delta.A_log for delta in deltas).exp())  # negative decay rate of every head
+    rates = iter(-_stacked(delta.A_log for delta in deltas).exp())  # negative decay rates of the heads
     offsets = iter(_stacked(delta.dt_bias for delta in deltas))
     scales = iter(_stacked(delta.norm.weight for delta in deltas))
     dim = deltas[0].head_k_dim

@@ -217,7 +217,7 @@ def _settings(path: Path) -> dict:
 
 
 def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
-    """Return the chat template (None if there is none) and its file.
+    """Return the chat template, None if it is missing, and its file.
 
     The template's own file comes first, then the files that older repositories use. Among these, the processor's template takes
     precedence over the tokenizer's, because it supports video.
@@ -309,13 +309,13 @@ class Place:
     def positions(
         self, grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
     ) -> list[tuple[int, torch.Tensor]]:
-        """Return the first column and the positions of every run, for `prompt_positions`. Arguments: see `video_positions`."""
+        """Return a first column and positions per run, for `prompt_positions`. Arguments: see `video_positions`."""
         pairs = grid[0] // len(self.runs)
         inside = video_positions((pairs, *grid[1:]), seconds_per_pair, tokens_per_second)
         return [(run.start, inside) for run in self.runs]
 
     def left_out(self, kept: torch.Tensor) -> list[range]:
-        """Return the entries of `around` to remove from the prompt: those of runs without a kept token.
+        """Return the entries of `around` to remove from the prompt, because their runs have no kept tokens.
 
         Args:
             kept: int64 on the CPU, indices of the placeholders to keep.
@@ -348,7 +348,7 @@ def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
     """Return the timestamps that Qwen3-VL and Qwen3.5 read before frame pairs: the mean time of a pair's first and last frame.
 
     Args:
-        times_s: times of all frames in seconds.
+        times_s: times of the frames in seconds.
         frames: number of frames per pair.
     """
     pairs = zip(*(times_s[first::frames] for first in (0, frames - 1)), strict=True)
@@ -369,7 +369,7 @@ class Prompt:
 
     @property
     def visual_tokens(self) -> int:
-        """Number of placeholders of all inputs."""
+        """Total number of placeholders."""
         return sum(map(len, self.places))
 
     @property
@@ -474,7 +474,7 @@ def _laid_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list
     Inputs without a place in a `Placed` come first. Every message ends with a text, possibly an empty one.
 
     Returns:
-        The parts of every message, with placeholders for texts and None for inputs; and the texts by placeholder.
+        One list of parts per message, with placeholders for texts and None for inputs; and the texts by placeholder.
     """
     names = [*(name.format(turn) for turn in range(len(earlier)) for name in _EARLIER), _QUESTION]
     messages = [text.parts if isinstance(text, Placed) else (text,) for text in (*_texts(earlier), question)]
@@ -497,7 +497,7 @@ def _laid_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list
 
 
 def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
-    """Replace the placeholder of every input with timestamps by its timestamps, each followed by a placeholder between markers."""
+    """Give inputs with timestamps a placeholder between markers after every timestamp, instead of a single placeholder."""
     of_inputs = iter(times)
     start, end = map(re.escape, MARKERS)
 
@@ -508,7 +508,7 @@ def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
 
 
 def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequence[Sequence[str]]) -> Iterator[Place]:
-    """Yield the place of every input. `runs` has the runs of all inputs in order."""
+    """Yield one place per input. `runs` has the columns of placeholders for the inputs in order."""
 
     def around(run: range, time: str) -> range:
         """Return the columns of a run with its markers and its timestamp, unless the timestamp merged with the text before it."""

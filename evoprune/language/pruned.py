@@ -85,7 +85,7 @@ def prune_prompt(
     columns = (stays | visual).nonzero()[:, 0]
     visual = visual[columns]
     text = ~visual
-    # The index of every column in a table that has the text columns first and the visual tokens after them.
+    # For every column, its index in a table with the text columns first and the visual tokens after them.
     row = torch.where(text, text.cumsum(0), text.sum() + visual.cumsum(0)) - 1
     given = {"sizes": _sizes(int(text.sum()), read, row)}
     if positions is not None:
@@ -112,11 +112,11 @@ def _check(place: Place, tokens: Encoded) -> None:
 
 
 def _sizes(text: int, read: Sequence[Encoded], row: torch.Tensor) -> torch.Tensor | None:
-    """Return the cluster sizes of all columns, or None if all are 1.
+    """Return the cluster sizes of the columns, or None if all are 1.
 
     Args:
         text: number of text columns, whose size is 1.
-        row: the index of every column among the text columns followed by the visual tokens.
+        row: for every column, its index in the text columns followed by the visual tokens.
     """
     if all(tokens.size is None for tokens in read):
         return None

@@ -85,7 +85,7 @@ def _of_class(kind: type) -> dict[str, Any]:
         raise UsageError("the schema of a class needs pydantic", "pip install 'evoprune[schema]'") from problem
     try:
         return TypeAdapter(kind).json_schema()
-    except Exception as problem:  # of pydantic, or of what the class itself runs
+    except Exception as problem:  # raised by pydantic or by the class's own code
         said = f"the class {kind.__name__} has no JSON Schema: {first_line(problem)}"
         raise UsageError(said, "give a dataclass or a model of pydantic, with fields that JSON has") from problem
 
@@ -145,6 +145,6 @@ def instance_of(kind: type, answer: str) -> Any:
 
     try:
         return TypeAdapter(kind).validate_json(answer)
-    except Exception as problem:  # of pydantic, or of what the class itself runs
+    except Exception as problem:  # raised by pydantic or by the class's own code
         said = f"the answer is no {kind.__name__}: {shorten(' '.join(str(problem).split()), 300)}"
         raise UsageError(said, "put what the class checks into its JSON Schema, as fields of pydantic do") from problem

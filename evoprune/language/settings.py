@@ -176,7 +176,7 @@ class GenerationOptions:
 
 
 def _stop_strings(given: Any) -> list[str] | None:
-    """Return stop strings as a list, or None if there are none.
+    """Return stop strings as a list, or None without stop strings.
 
     Raises:
         UsageError: the value is neither a text nor a list of texts, or a text is empty or not valid Unicode.
@@ -197,7 +197,7 @@ def _choices(given: Any) -> str | list[str] | None:
     """Return choices as a list; `OF_ROWS` and None are returned unchanged.
 
     Raises:
-        UsageError: the value is not a list of at least two different, non-empty texts.
+        UsageError: the value is not a list of at least two different, non-empty, valid texts.
     """
     if given is None or given == OF_ROWS:
         return given

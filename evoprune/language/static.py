@@ -68,7 +68,7 @@ class StaticCache(ABC):
 
     @abstractmethod
     def _copy(self, cache: KVCache | HostedCache, bias: torch.Tensor) -> None:
-        """Copy the states of all layers. `bias`: float32 `[read]`, attention bias of columns; -inf if not filled yet."""
+        """Copy the layers' states. `bias`: float32 `[read]`, attention bias of columns; -inf for columns not filled yet."""
 
     @abstractmethod
     def run(self, model, x: torch.Tensor) -> torch.Tensor:
@@ -232,7 +232,7 @@ def step(model, cache: StaticCache) -> None:
     cache.position.add_(1)
 
 
-# The static cache of every model; None if a capture has failed.
+# Static caches by model; None if a capture has failed.
 _caches: WeakKeyDictionary[nn.Module, StaticCache | None] = WeakKeyDictionary()
 _caches_lock = threading.Lock()
 

@@ -17,7 +17,7 @@ class Placed(str):
     As a `str`, it consists of its texts joined by line breaks.
 
     Attributes:
-        parts: the texts in order, with None in place of every input.
+        parts: the texts in order, with None in place of inputs.
     """
 
     parts: tuple[str | None, ...]

@@ -100,7 +100,7 @@ class Search:
 
     Attributes:
         segments: all segments that are asked about.
-        tokens: number of visual tokens of all segments before pruning.
+        tokens: total number of visual tokens before pruning.
         asked: number of segments asked about so far.
         unread: number of these segments that could not be read.
         warnings: names of warnings, with facts about the video concerned.
@@ -182,7 +182,7 @@ class Search:
             self._cache.make_room()
 
     def run(self, progress: Progress | None = None) -> None:
-        """Ask about every segment, then find the borders of the best moments of every query.
+        """Ask about every segment, then find the borders of the best moments for every query.
 
         Raises:
             VideoError: no segment can be read.
@@ -396,7 +396,7 @@ class Search:
         shown: Callable[[float], bool],
         between: Callable[[float, float], float],
     ) -> Iterator[tuple[float, float]]:
-        """Yield the start and end of every gap of at least `APART_S` between two pieces that show the moment.
+        """Yield start and end of the gaps, at least `APART_S` long, between two pieces that show the moment.
 
         Args:
             first_s, last_s: middles of the two pieces.
@@ -586,7 +586,7 @@ def questions_for(session: Session, options: FindOptions, query: str) -> Questio
 
 
 def first_tokens(tokenizer: Tokenizer, yes: str, no: str) -> tuple[list[int], list[int]]:
-    """Return the first tokens of all spellings of yes and of no, without tokens that begin both.
+    """Return the possible first tokens of yes and of no in any spelling, without tokens that begin both.
 
     Raises:
         UsageError: all tokens of one of them also begin the other one.

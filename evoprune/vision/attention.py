@@ -33,7 +33,7 @@ class PaddedGroups:
     # int64 or bool `[B, K]`, weights of keys, 0 for padding; None if all are equal
     weight: torch.Tensor | None = None
     inside: torch.Tensor | None = None  # bool `[B, Q]`, False for padding; None without padding or with `back`
-    # Two int64 `[R]`: the group of every row and the row's index in the group; None if `query` and `inside` suffice
+    # Two int64 `[R]`: the groups of the rows and the rows' indices in their groups; None if `query` and `inside` suffice
     back: tuple[torch.Tensor, torch.Tensor] | None = None
     rows: Rows | None = None  # the video's rows; None if the groups contain all rows in order
 
@@ -100,7 +100,7 @@ class PackedGroups:
     kernel: Callable  # result of `varlen_kernel`
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return the attention of all groups, computed by one kernel call.
+        """Return the attention inside the groups, computed by one kernel call.
 
         Args:
             q, k, v: `[patches, heads, d]`, ordered by group.
@@ -292,7 +292,7 @@ def _keys_of_groups(
 def _alike(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
     """Divide groups into batches by `length` (int64 `[G]`), longest first.
 
-    Yields the indices of all groups that are longer than `share` times the longest remaining group.
+    Yields, per batch, the indices of the remaining groups that are longer than `share` times the longest one.
     """
     left = length.unique().tolist()
     while left:
@@ -482,7 +482,7 @@ def add_by_row(received: torch.Tensor, per_key: torch.Tensor, groups: PaddedGrou
 
 
 def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: PackedGroups) -> torch.Tensor:
-    """Return the attention of all groups, computed by a kernel that reads their lengths on the GPU.
+    """Return the attention inside the groups, computed by a kernel that reads their lengths on the GPU.
 
     The kernel takes neither mask nor bias, so weights are encoded in additional features (`with_bias`).
     """

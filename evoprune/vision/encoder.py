@@ -65,7 +65,7 @@ class Encoded:
     features: torch.Tensor  # `[K, D]`, the tokens
     kept: torch.Tensor  # int64 `[K]`, the units whose positions the tokens have, ascending in Hugging Face's order
     rows: torch.Tensor  # `[E, D]`, the encoder's rows, ordered by unit
-    unit_to_row: torch.Tensor  # int64 `[N]`, for every unit the index in `rows` of its row, -1 if it has none
+    unit_to_row: torch.Tensor  # int64 `[N]`, indices in `rows` of the units' rows, -1 for dropped units
     grids: tuple[tuple[int, int, int], ...]  # (T, H, W) in units, one per video
     layers: list[tuple[int, int]]  # (layer, number of rows that it computes), summed over the videos
     prune_seconds: float  # time for scores, merging and selection; part of the encoding time

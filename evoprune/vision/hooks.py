@@ -17,9 +17,7 @@ class Hook:
     """A function called before the first layer and after every layer, for one video. The base class does nothing."""
 
     def needs(self, done: int) -> frozenset[str]:
-        """Return the data that the hook needs from the last of `done` layers: "keys" (before rotary), "keys_rotary" (after it),
-        "attention" or `PRECISE`.
-        """
+        """Return the data needed from the last of `done` layers: "keys" (before rotary), "keys_rotary", "attention", `PRECISE`."""
         return frozenset()
 
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:

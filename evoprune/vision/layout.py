@@ -43,7 +43,7 @@ class Geometry:
 
     @cached_property
     def window(self) -> torch.Tensor:
-        """int64 `[H*W]`: the window of every place. Windows are numbered in raster order."""
+        """int64 `[H*W]`: the windows of the places, numbered in raster order."""
         y = arange_on(self.height, self.device) // self.side
         x = arange_on(self.width, self.device) // self.side
         return (y[:, None] * -(-self.width // self.side) + x).flatten()
@@ -74,7 +74,7 @@ def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geo
 
 @lru_cache(maxsize=64)
 def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
-    """Return the group of every unit, int64 `[T * H*W + 1]`. The last entry is for padding and has a group of its own."""
+    """Return the groups of the units, int64 `[T * H*W + 1]`. The last entry is for padding and has a group of its own."""
     pair = arange_on(pairs + 1, geo.device)
     place = torch.zeros_like(geo.window)
     if scope == "window":
@@ -85,7 +85,7 @@ def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return all units in window order and the rank of every unit in this order, both int64 `[T * H*W]`."""
+    """Return the units in window order and the units' ranks in this order, both int64 `[T * H*W]`."""
     order = (arange_on(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
     return order, order.argsort()
 
@@ -110,8 +110,8 @@ def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, 
     """Return tables of the units in windows or frame pairs, without reading values.
 
     Returns:
-        int64 `[G, widest]`, the units of every group, padded with the number after the last unit; int64 `[T * H*W]`, the indices of
-        the units in this table if flattened; int32 `[G + 1]`, the boundaries of the groups in patches, starting with 0.
+        int64 `[G, widest]`, the units by group, padded with the number after the last unit; int64 `[T * H*W]`, the indices of the
+        units in the flattened table; int32 `[G + 1]`, the boundaries of the groups in patches, starting with 0.
     """
     order, _ = order_tables(geo, pairs)
     group = group_table(geo, pairs, scope)[order]

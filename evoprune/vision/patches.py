@@ -78,7 +78,7 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
 def patchify(
     frames: torch.Tensor, normal: Normal = CLIP, patch: int = 14, temporal: int = 2, merge: int = 2
 ) -> torch.Tensor:
-    """Return the normalised patches of frames in float32, equal to those of Hugging Face's processors; see `pixel_patches`."""
+    """Return the normalised patches of frames in float32, as Hugging Face's processors do. Arguments: see `pixel_patches`."""
     return normalised(pixel_patches(frames, patch, temporal, merge), normal)
 
 
@@ -104,7 +104,7 @@ def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> tor
 class ReferenceBlocks:
     """State of `scan` between two pieces of a video."""
 
-    # float32 `[units, 96]`, block means of every place when it was last encoded, divided by the frame pair's brightness
+    # float32 `[units, 96]`, block means when the places were last encoded, divided by the frame pair's brightness
     means: torch.Tensor
     pair: torch.Tensor  # int64 `[units]`, the frame pair that was last encoded at every place
     seen: int  # number of frame pairs so far

@@ -10,7 +10,7 @@ import torch
 from evoprune.backend import devices, resized
 from evoprune.video import InputLimits, Plan
 
-# Largest factor by which a device shrinks a side of a frame, because torch's CUDA kernel rejects much larger factors.
+# Maximum shrink factor for a side of a frame on a device, because torch's CUDA kernel rejects much larger factors.
 MAX_SHRINK = 32
 
 
