@@ -16,7 +16,7 @@ from evoprune.backend import causal_attention, layers, linear, room_for_bias, to
 from evoprune.methods import Dropping, LayerState, arange_on
 from evoprune.model import head_size, heads_of, norm, rotate, without_autocast
 
-STRIP = 1024  # query columns that share one mask
+STRIP = 1024  # number of query columns that share a mask
 
 
 @lru_cache
@@ -111,7 +111,7 @@ def attend(
         if bias is not None:
             bias = bias[None]
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias).reshape(1, -1)
-    # Key/value heads become the batch, so keys are not repeated and the kernel needs no support for groups.
+    # Make key/value heads the batch, so that keys are not repeated and the kernel needs no support for grouped heads.
     group = heads // kv_heads
     queries = queries.view(columns, kv_heads, group, given).permute(1, 2, 0, 3)
     keys = keys.transpose(0, 1)
@@ -309,12 +309,8 @@ class KVCache:
         lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
         sizes = list(sizes)
         whole = length if len(set(columns)) > 1 else self._uneven_until
-        self.length, self.lengths, self.sizes, self._uneven_until = (
-            length,
-            lengths,
-            sizes,
-            whole,
-        )  # in one statement, as above
+        # In one statement, as in `crop`.
+        self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
         """Return, per layer, the cluster sizes of its columns and the new columns.

@@ -35,7 +35,7 @@ def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
         problem = f"the tokenizer makes token {int(ids.max())}, and the model knows {len(embed.weight):,}"
         raise ModelError(problem, "take tokenizer and weights from the same model", stage="prefill")
     embeds = embed(to_device(ids, embed.weight.device))
-    return embeds.to(norm.weight.dtype)  # embeddings may stay as their file has them
+    return embeds.to(norm.weight.dtype)  # embeddings may be kept in the dtype of their file
 
 
 def dropping_for(
@@ -335,7 +335,7 @@ class TokenStream(Iterator[int]):
             self.finish_reason = "length"
         if self.finish_reason is not None:
             raise StopIteration
-        if self.ids:  # the pass after a token runs only when another token is requested
+        if self.ids:  # run the pass over the latest token only now, when another token is requested
             token = self._state.decode(self.ids, left, self._pick)
         else:
             token = self._pick(self._state.logits)

@@ -38,8 +38,8 @@ class HostedCache:
 
         config = model.model.language_model.config
         self.states = DynamicCache(config=config)
-        self.length = 0  # columns that were read
-        self.sizes: torch.Tensor | None = None  # float32 `[length]`; None for 1 each
+        self.length = 0  # number of columns read
+        self.sizes: torch.Tensor | None = None  # float32 `[length]`; None if all are 1
         self.can_crop = can_crop(model)
 
     def crop(self, length: int) -> None:

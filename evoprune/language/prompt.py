@@ -564,7 +564,7 @@ def _render(
         missing = {*inputs, *markers} - tokenizer.specials().keys()
         if missing or inputs != [token for token in written if token in _PLACEHOLDERS]:
             raise ValueError("it does not write the inputs in their order")
-        # A single question after the inputs may be written more than once.
+        # A template may repeat a single question that follows the inputs.
         if written != due and (len(due) > len(inputs) + 1 or written[: len(due)] != due):
             raise ValueError("it does not write what is said in its order, after the inputs")
     except ValueError as problem:

@@ -25,7 +25,7 @@ class PrunedPrompt:
     positions: torch.Tensor | None = None  # int64 `[3, C]` on the CPU, M-RoPE positions in the whole prompt
     last: torch.Tensor | None = None  # int64 `[3, 1]`, largest positions in the whole prompt
     embeds: torch.Tensor | None = None  # `[C, hidden]`, input embeddings; None if text was not embedded
-    deepstack: torch.Tensor | None = None  # `[n, C, hidden]`, added after layers 0 to n - 1; None for 0
+    deepstack: torch.Tensor | None = None  # `[n, C, hidden]`, added after layers 0 to n - 1; None without DeepStack
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -66,8 +66,8 @@ def prune_prompt(
         places: the places of the inputs in the prompt, in order. Inputs that are not listed stay unpruned.
         read: the encoded input for every entry of `places`.
         positions: int64 `[3, L]` on the CPU, positions of the whole prompt; None if the caller computes them for a batch.
-        embed: function that returns the embeddings `[n, hidden]` of text token ids, int64 `[n]`. It is never called with the ids
-            of placeholders. None if the model embeds the prompt itself.
+        embed: function that returns the embeddings `[n, hidden]` of text token ids, int64 `[n]`. It is not called with placeholders
+            of these inputs, so the model need not know their ids. None if the model embeds the prompt itself.
 
     Raises:
         ValueError: the kept tokens of an input are not in ascending order, lie outside its place, or differ in number from its

@@ -436,7 +436,7 @@ class Search:
         return Moment(query, start_s, end_s, score, best_s)
 
     def _lasting(self, moment: Moment) -> Moment:
-        """Extend a moment to at least the duration of a frame, and move its best time inside."""
+        """Give an empty moment the duration of a frame, and move the best time inside the moment."""
         start_s, end_s = moment.start_s, moment.end_s
         if start_s >= end_s:  # shorter than the distance between frames
             middle_s = (start_s + end_s) / 2

@@ -145,7 +145,7 @@ def joined(videos: list[Encoded]) -> Encoded:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """A video after the tower, before tokens are selected."""
+    """An encoded video after the tower and before the selection of tokens."""
 
     plan: EncoderPlan
     rows: Rows  # ordered by unit
@@ -423,7 +423,7 @@ class EncoderRun:
             unit_to_token = selection.unit_to_token
             if unit_to_token is None:
                 unit_to_token = _nearest_kept(tokens, selection.kept)
-            del seen, tokens  # as large as all rows
+            del seen, tokens  # free them before the copy below: they are as large as the rows
             left = rows.take(selection, unit_to_token, reach, not selector.drops)
         if not stage.whole_pairs and selector.suffices(len(left), plan.keep, plan.units):
             self.selection = selection

@@ -55,7 +55,7 @@ class Look(Hook):
 
 
 class Middle(Hook):
-    """Record the mean hidden states of the tower's middle layers after the patch merger, in float32.
+    """Record the mean of the hidden states after the tower's middle layers, passed through the patch merger, in float32.
 
     Args:
         merge: the patch merger, from float32 `[R, 4, hidden]` to `[R, D]`.

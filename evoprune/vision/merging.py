@@ -108,7 +108,7 @@ def merge_in_rounds(
     as_planned = (rows.lengths(scope) == wanted).all()
     if devices.known_false(as_planned):
         raise RuntimeError(f"method {merger.name} left {len(rows)} rows where {sum(target)} were planned")
-    # A merger that removed too many rows leaves padding, which must stay inside the last frame pair until this is read.
+    # If a merger removed too many rows, padding is left. Keep it inside the last frame pair until `as_planned` is read.
     return replace(rows, unit=rows.unit.clamp(max=len(rows.unit_to_row) - 1)), as_planned
 
 

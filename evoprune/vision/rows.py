@@ -105,10 +105,10 @@ class Rows:
         order = self.unit.argsort()
         return order, _or_none(order.argsort())[self.unit_to_row]
 
-    # Groups, windows or frame pairs.
+    # Groups of rows: windows or frame pairs.
 
     def group_count(self, scope: Scope) -> int:
-        """Return the number of windows or frame pairs."""
+        """Return the number of windows or frame pairs in the video."""
         return self.pairs * self.geometry.groups(scope)
 
     def group(self, scope: Scope) -> torch.Tensor:
@@ -132,7 +132,7 @@ class Rows:
         """Return True if units in a group of `scope` may be represented by rows in other groups."""
         return WIDTH[self.reach] > WIDTH[scope]
 
-    # Fewer rows, and another order.
+    # Methods that return fewer rows, or another order.
 
     def take(
         self, selection: Selection, unit_to_token: torch.Tensor, reach: Reach = "clip", complete: bool = False

@@ -103,7 +103,7 @@ class Layer:
 
     @classmethod
     def of(cls, visual, number: int) -> "Layer":
-        """Return a layer of the tower `visual`."""
+        """Return layer `number` of a tower."""
         heads = vision_sizes(visual.config).num_heads
         return cls(number, visual.blocks[number], tower_layers(visual), heads, tower_shape(visual).scope(number))
 
