@@ -87,7 +87,7 @@ def attend(
 
     Args:
         queries: `[1, L, heads, head_dim]`. They may have additional bias features at the end (`backend.attention.bias_features`).
-        keys, values: `[1, kv_heads, n, head_dim]`. Neighbouring query heads share them. For a single column, they may also have
+        keys, values: `[1, kv_heads, n, head_dim]`. Neighboring query heads share them. For a single column, they may also have
             additional bias features.
         bias: `[n]`, added to the logits of keys. The logarithm of a cluster size gives a key the weight of that many equal keys
             (arXiv 2210.09461, section 3).

@@ -1,4 +1,4 @@
-"""Run the language model through its transformers module: for layers that language/decoder.py lacks, and for quantised weights.
+"""Run the language model through its transformers module: for layers that language/decoder.py lacks, and for quantized weights.
 
 The functions mirror those in language/decoder.py. Cluster sizes reach attention layers as an additive mask. Linear attention layers
 (Gated DeltaNet, arXiv 2412.06464) have no attention scores, so they ignore cluster sizes.

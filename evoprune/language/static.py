@@ -306,7 +306,7 @@ def can_step(model) -> bool:
     return (
         (experts is None or text.config._experts_implementation in (hosted.EXPERTS, "batched_mm"))
         and kinds <= {"full_attention", "linear_attention"}
-        # Exclude weights that a package has quantised: they have classes of their own or are integers, possibly in buffers.
+        # Exclude weights that a package has quantized: they have classes of their own or are integers, possibly in buffers.
         and all(type(weight) in plain and weight.is_floating_point() for weight in weights)
     )
 

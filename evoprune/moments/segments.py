@@ -96,7 +96,7 @@ def least_odds(scores: Sequence[float]) -> float:
 
 
 def runs(scores: Sequence[float], least: float) -> list[Run]:
-    """Join neighbouring segments with scores of at least `least` into runs. Runs with the best segments come first."""
+    """Join neighboring segments with scores of at least `least` into runs. Runs with the best segments come first."""
     found: list[Run] = []
     for place, score in enumerate(scores):
         if score < least:

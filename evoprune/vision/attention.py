@@ -2,7 +2,7 @@
 
 `attention_groups` prepares the groups for a layer's attention. They are reused until the rows change. On the CPU, where reading
 values costs nothing, groups of similar length are padded to a common length, and a mask covers the padding. Equally long groups of
-neighbouring rows need neither padding nor mask. On other devices, reading the lengths would synchronise. There, `PackedGroups`
+neighboring rows need neither padding nor mask. On other devices, reading the lengths would synchronize. There, `PackedGroups`
 holds all groups for a kernel that reads the lengths on the device. Without such a kernel, all groups are padded to the greatest
 possible length.
 """
@@ -27,7 +27,7 @@ class PaddedGroups:
     """A batch of B groups with Q query rows and K key rows each."""
 
     shape: tuple[int, int]  # (B, Q)
-    # Query rows: int64 `[B, Q]`, a slice of neighbouring rows, or None if the groups contain all rows in order
+    # Query rows: int64 `[B, Q]`, a slice of neighboring rows, or None if the groups contain all rows in order
     query: torch.Tensor | slice | None = None
     key: torch.Tensor | None = None  # int64 `[B, K]`, key rows; None if they are the same as the query rows
     # int64 or bool `[B, K]`, weights of keys, 0 for padding; None if all are equal
@@ -175,7 +175,7 @@ def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
-    """Divide the rows into `groups` equally long groups of neighbouring rows, whose keys are their own rows."""
+    """Divide the rows into `groups` equally long groups of neighboring rows, whose keys are their own rows."""
     shape = groups, len(rows) // groups
     if rows.weight is None:
         return PaddedGroups(shape)
@@ -226,7 +226,7 @@ def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
     """
     length = rows.lengths(scope)
     start = length.cumsum(0) - length
-    used = length > 0  # True for groups with query rows, which are always neighbours
+    used = length > 0  # True for groups with query rows, which are always neighbors
     start = start[used]
     length = length[used]
     keys = None  # int64, key rows ordered by group; None if the keys of a group are its own rows

@@ -9,7 +9,7 @@ attends to selected rows of other frame pairs that represent its units. Merging 
 hooks after a layer (hooks.py). Finally, `select_tokens` selects the tokens for the language model among the rows after the tower.
 
 The plan states how many rows every layer computes, so all shapes are known without reading values from a GPU. The program
-synchronises with the GPU only at a selection between layers, at the end, when it reads all checks, and with reuse if the patches
+synchronizes with the GPU only at a selection between layers, at the end, when it reads all checks, and with reuse if the patches
 are on the GPU.
 """
 
@@ -69,7 +69,7 @@ class Encoded:
     grids: tuple[tuple[int, int, int], ...]  # (T, H, W) in units, one per video
     layers: list[tuple[int, int]]  # (layer, number of rows that it computes), summed over the videos
     prune_seconds: float  # time for scores, merging and selection; part of the encoding time
-    flat: bool = False  # True if every frame pair has a single colour, so that all units are alike
+    flat: bool = False  # True if every frame pair has a single color, so that all units are alike
     # float32 `[K]`, weights of the tokens in the language model's attention, which adds log(size) to logits. For `evoprune`:
     # (cluster size) ** count, by default the square root. None if all are 1.
     size: torch.Tensor | None = None
@@ -89,7 +89,7 @@ class Encoded:
 
     @cached_property
     def kept_here(self) -> torch.Tensor:
-        """Copy of `kept` on the CPU, cached because copying from an accelerator synchronises."""
+        """Copy of `kept` on the CPU, cached because copying from an accelerator synchronizes."""
         return self.kept.cpu() if self.kept_on_cpu is None else self.kept_on_cpu
 
     @property
@@ -154,8 +154,8 @@ class EncodedRows:
     layers: list[tuple[int, int]]  # see `Encoded`
     selection: Selection | None  # last selection in the tower, if the language model reads exactly its rows
     timer: devices.Timer  # measures pruning
-    # bool `[3]`: all values are finite; mergers removed as many rows as planned; every frame pair has a single colour. Read only at
-    # the end, so that nothing synchronises earlier.
+    # bool `[3]`: all values are finite; mergers removed as many rows as planned; every frame pair has a single color. Read only at
+    # the end, so that nothing synchronizes earlier.
     checks: torch.Tensor
 
     @cached_property
@@ -188,7 +188,7 @@ class EncodedRows:
         """Read all checks.
 
         Returns:
-            Whether every frame pair has a single colour; the seconds spent on pruning; `kept` on the CPU.
+            Whether every frame pair has a single color; the seconds spent on pruning; `kept` on the CPU.
 
         Raises:
             ModelError: a row has NaN or infinite values.
@@ -222,7 +222,7 @@ def encode_rows(visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **op
     Args:
         visual: the tower's weights: a `model.weights.Tower`, or a transformers tower of the same families. The latter's layers obey
             torch's autocast, and the rows are then in autocast's dtype.
-        patches: the whole video in pieces `[n, values]`: pixels (uint8), or values that a processor has normalised.
+        patches: the whole video in pieces `[n, values]`: pixels (uint8), or values that a processor has normalized.
         plan: a plan for this tower, from `MethodChain.plan`.
         options: keyword arguments of `EncoderRun`.
 
@@ -238,7 +238,7 @@ class EncoderRun:
 
     Args:
         visual, plan: see `encode_rows`.
-        normal: mean and standard deviation of colours for normalising pixels.
+        normal: mean and standard deviation of colors for normalizing pixels.
         seed: see `Tokens`.
         piece_units: number of rows per product and of units to embed at a time; default: `devices.largest_piece`. It determines the
             memory. In 16 bits, it can also change the rounding, because products of different sizes may round differently.
@@ -274,7 +274,7 @@ class EncoderRun:
         # State of reuse after the frame pairs embedded so far
         self.references: ReferenceBlocks | None = None
         # 0-d bool tensors that `checks` combines:
-        self.one_colour: list[torch.Tensor] = []  # per piece, whether every frame pair has a single colour
+        self.one_colour: list[torch.Tensor] = []  # per piece, whether every frame pair has a single color
         self.finite: list[torch.Tensor] = []  # whether rows are finite
         self.as_planned: list[torch.Tensor] = []  # per merge, whether as many rows are left as planned
         tower = tower_shape(visual)
@@ -319,7 +319,7 @@ class EncoderRun:
                     means = patch_means(piece, geo.units, self.normal)
                     source, self.references = scan(means, self.references, threshold=plan.reuse)
                     alive = source == own
-                    counts = tuple(alive.sum(1).tolist())  # synchronises with an accelerator, once per piece
+                    counts = tuple(alive.sum(1).tolist())  # synchronizes with an accelerator, once per piece
             unit = window_order(geo, pairs, alive, sum(counts))
             x = piece.view(-1, PATCHES, piece.shape[1])[unit]
             if x.dtype == torch.uint8:
@@ -339,9 +339,9 @@ class EncoderRun:
             return reused_units(x, deepstack, geo, self.source, self.counts, devices.cat(units))
 
     def note_colour(self, patches: torch.Tensor) -> None:
-        """Record whether every frame pair of `patches` (`[pairs, n, values]`) has a single colour, unless one is known not to.
+        """Record whether every frame pair of `patches` (`[pairs, n, values]`) has a single color, unless one is known not to.
 
-        A frame pair has a single colour if all its patches are equal within one level of 255.
+        A frame pair has a single color if all its patches are equal within one level of 255.
         """
         if self.one_colour and devices.known_false(self.one_colour[-1]):
             return
@@ -558,7 +558,7 @@ def token_selection(video: EncodedRows, question: torch.Tensor | None = None) ->
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
-    """Return the rows with the largest clusters, int64 `[keep]`, ascending. Ties are broken in favour of evenly spaced rows.
+    """Return the rows with the largest clusters, int64 `[keep]`, ascending. Ties are broken in favor of evenly spaced rows.
 
     This is needed for budgets below one row per frame pair, which merging inside frame pairs cannot reach.
 

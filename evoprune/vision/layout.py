@@ -3,7 +3,7 @@
 A *unit* is a 2x2 block of patches. Units are kept, merged or dropped whole, because the patch merger turns a unit into one
 token. A video of T frame pairs with H x W units has N = T*H*W units, in raster order, frame pair after frame pair
 (Hugging Face's order). In *window order*, they are sorted by frame pair, then by window of 4x4 units, then in raster order, so that
-windows and frame pairs are runs of neighbours.
+windows and frame pairs are runs of neighbors.
 """
 
 from dataclasses import dataclass
@@ -130,7 +130,7 @@ def bincount_fixed(index: torch.Tensor, bins: int) -> torch.Tensor:
 
 
 def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return runs of neighbouring rows as a padded batch. Padding repeats the last row of a run.
+    """Return runs of neighboring rows as a padded batch. Padding repeats the last row of a run.
 
     Args:
         start, length: int64 `[B]`, first row and length of the runs. A run may be empty.

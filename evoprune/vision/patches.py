@@ -1,8 +1,8 @@
-"""Prepare patches for the tower: group them into frame pairs, normalise them, and find unchanged units.
+"""Prepare patches for the tower: group them into frame pairs, normalize them, and find unchanged units.
 
 Reuse (`scan`) finds the units that have not changed since they were last encoded, using only pixels, before the tower runs. A unit
 is compared with the frame pair that was last encoded at its place, because a comparison with the previous frame pair would miss
-slow changes. It has changed if the mean colour of any of its 16 blocks in a frame has changed: such means average out noise, but
+slow changes. It has changed if the mean color of any of its 16 blocks in a frame has changed: such means average out noise, but
 not a stroke one pixel wide. A small drift in the brightness of the whole picture does not count as a change.
 """
 
@@ -58,7 +58,7 @@ def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: 
 
 
 def normalised(patches: torch.Tensor, normal: Normal = CLIP) -> torch.Tensor:
-    """Normalise patches, uint8 `[..., values]`: scale colours to 0 to 1, subtract the mean and divide by the standard deviation.
+    """Normalize patches, uint8 `[..., values]`: scale colors to 0 to 1, subtract the mean and divide by the standard deviation.
 
     Returns:
         float32 of the same shape.
@@ -78,23 +78,23 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
 def patchify(
     frames: torch.Tensor, normal: Normal = CLIP, patch: int = 14, temporal: int = 2, merge: int = 2
 ) -> torch.Tensor:
-    """Return the normalised patches of frames in float32, as Hugging Face's processors do. Arguments: see `pixel_patches`."""
+    """Return the normalized patches of frames in float32, as Hugging Face's processors do. Arguments: see `pixel_patches`."""
     return normalised(pixel_patches(frames, patch, temporal, merge), normal)
 
 
 def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> torch.Tensor:
-    """Return the mean colours of blocks with half a patch's side (7x7 or 8x8 pixels), from 0 to 255: float32 `[T, units, 96]`.
+    """Return the mean colors of blocks with half a patch's side (7x7 or 8x8 pixels), from 0 to 255: float32 `[T, units, 96]`.
 
     Args:
-        patches: `[T * units * 4, values]`, patches of frame pairs with three colours; uint8, or normalised.
+        patches: `[T * units * 4, values]`, patches of frame pairs with three colors; uint8, or normalized.
         units: number of units per frame pair.
-        normal: mean and standard deviation with which the patches were normalised, if they were.
+        normal: mean and standard deviation with which the patches were normalized, if they were.
     """
     half = math.isqrt(patches.shape[1] // 24)
     blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, half, 2, half).mean((7, 9))
     # pair, unit, patch y, x, channel, frame, block y, x -> pair, unit, frame, y, x, channel
     blocks = blocks.permute(0, 1, 5, 2, 6, 3, 7, 4)
-    if patches.dtype != torch.uint8:  # from a processor; undo the normalisation
+    if patches.dtype != torch.uint8:  # from a processor; undo the normalization
         mean, std = map(blocks.new_tensor, normal)
         blocks = 255 * (blocks * std + mean)
     return blocks.reshape(-1, units, 96)

@@ -1,7 +1,7 @@
 """Turn frames into patches: resize them, and cut them into patches in Hugging Face's order.
 
 The 2x2 patches of a unit are four consecutive rows, and units are in raster order. A row holds the pixels by channel, frame, y
-and x. After normalisation (patches.py), the result equals the output of `Qwen2VLImageProcessor`, without needing torchvision.
+and x. After normalization (patches.py), the result equals the output of `Qwen2VLImageProcessor`, without needing torchvision.
 """
 
 import numpy as np

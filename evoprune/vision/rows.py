@@ -96,7 +96,7 @@ class Rows:
 
     @cached_property
     def per_pair(self) -> tuple[int, ...]:
-        """Number of rows per frame pair. Synchronises with an accelerator if `counts` is None."""
+        """Number of rows per frame pair. Synchronizes with an accelerator if `counts` is None."""
         return self.counts or tuple(self.lengths("pair").tolist())
 
     @cached_property
@@ -121,7 +121,7 @@ class Rows:
         return bincount_fixed(self.group(scope), total + 1)[:total]
 
     def longest(self, scope: Scope) -> int:
-        """Return an upper bound for the number of rows in a group, without synchronising."""
+        """Return an upper bound for the number of rows in a group, without synchronizing."""
         if self.counts:
             rows = max(self.counts)
         else:
