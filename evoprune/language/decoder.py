@@ -166,7 +166,7 @@ def attend_blind(
 ) -> torch.Tensor:
     """Return attention as in `attend`, except that columns from `end` on attend only to the columns `others` (int64).
 
-    The keys must belong to a whole prompt, without columns before it. There may be fewer queries than keys: the last columns.
+    The keys must belong to a whole prompt, without columns before it. If there are fewer queries than keys, they are the last ones.
     """
     before = max(0, queries.shape[1] - (keys.shape[2] - end))  # number of queries before `end`
     extra = {"wide": columns_of(wide, others)}

@@ -44,7 +44,7 @@ def dropping_for(
     """Return the `Dropping` for reading a pruned prompt, or None if the method drops no tokens inside the language model.
 
     Args:
-        method, budget: the method and the share of the budget that the user asked for.
+        method, budget: the method and the budget (a share of the units) as the user gave them.
         read: the encoded inputs of the prompt, in order.
         prompt: the prompt after pruning.
     """

@@ -1,7 +1,7 @@
 """Turn frames into visual tokens: preprocessing, and the vision tower with pruning between its layers.
 
-The encoder runs a method's plan on the weights of a Qwen3-VL, Qwen2.5-VL or Qwen2-VL tower, in this project's or Hugging Face's
-format.
+The encoder runs a method's plan on the weights of a Qwen3-VL, Qwen2.5-VL or Qwen2-VL tower, either this project's or Hugging
+Face's.
 """
 
 from typing import TYPE_CHECKING

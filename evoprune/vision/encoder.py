@@ -339,7 +339,7 @@ class EncoderRun:
             return reused_units(x, deepstack, geo, self.source, self.counts, devices.cat(units))
 
     def note_colour(self, patches: torch.Tensor) -> None:
-        """Record whether every frame pair of `patches` (`[pairs, n, values]`) has a single color, unless one is known not to.
+        """Record whether every frame pair of `patches` (`[pairs, n, values]`) has a single color. Skipped once one is known not to.
 
         A frame pair has a single color if all its patches are equal within one level of 255.
         """

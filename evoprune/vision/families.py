@@ -22,7 +22,7 @@ EPS = 1e-6  # epsilon of the norms
 
 @dataclass(frozen=True)
 class Layers:
-    """The functions of a family: `norm(module, x)`, and `mlp(module, x, plus)` for a normed `x`, which adds `plus` unless None."""
+    """Layer functions: `norm(module, x)`, and `mlp(module, x, plus)` for a normed `x`, which adds `plus` unless it is None."""
 
     norm: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
     mlp: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor | None], torch.Tensor]
