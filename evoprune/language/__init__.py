@@ -1,6 +1,7 @@
-"""From a question and visual tokens to an answer: tokenizer, prompt, positions, and the language model's forward pass.
+"""Answer a question about visual tokens: tokenizer, prompt, positions, and the language model's forward pass.
 
-The order of use: `prompt`, `generate`, which runs `decoder` and, on CUDA, `static`.
+`prompt` builds a prompt, `pruned` prunes it, and `generate` reads it and generates the answer. `generate` runs `decoder` or
+`hosted`, and `static` on CUDA.
 """
 
 from typing import TYPE_CHECKING

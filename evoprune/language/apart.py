@@ -1,4 +1,4 @@
-"""Work on what comes from an untrusted source, in a process of its own under limits, which is ended if need be."""
+"""Run work on untrusted input in a separate process with CPU, memory and time limits."""
 
 import json
 import os
@@ -12,26 +12,30 @@ from typing import Any
 
 import evoprune
 
-PATIENCE_S = 60.0  # for the whole process, which is the only limit if the system is no Unix
+PATIENCE_S = 60.0  # timeout of the whole process; the only limit on systems other than Unix
 MEMORY_BYTES = 2**29
-# Not in a program that was frozen into one file: its executable is no Python.
+# False in a program that was frozen into one file, because its executable is not a Python interpreter.
 POSSIBLE = bool(sys.executable) and not hasattr(sys, "frozen")
 
 
 def apart(work: Callable[[str], Any], request: str, seconds: int, needs: str, stack_bytes: int | None = None) -> Any:
-    """Return what a function of a module makes of a text, as plain data for JSON. Where no process is possible, it works here.
+    """Return `work(request)`, computed in a separate process, or in this one if `POSSIBLE` is False.
 
     Args:
-        seconds: limit on CPU time and on the clock, after `needs`, the modules that the function imports, are imported.
-        stack_bytes: what the function may use of the stack; None for what the system gives.
+        work: a module-level function. Its result must be serializable as JSON.
+        request: the text that is passed to `work`.
+        seconds: limit on both CPU time and wall-clock time. The import of `needs` does not count.
+        needs: comma-separated modules that `work` uses, imported before the limits are set.
+        stack_bytes: limit on the stack size; None for the system's default.
 
     Raises:
-        ValueError: it takes too much time or memory; the message says so.
+        ValueError: the function exceeds the time or memory limit; the message says so.
+        RuntimeError: the process failed for another reason.
         OSError: no process can be started.
     """
     if not POSSIBLE:
         return work(request)
-    # As the processes that read videos: an editable install is found by a hook that they do not have.
+    # Same as for the processes that read videos: -S skips the import hook that finds an editable install.
     paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
     program = (
         f"import sys; sys.path[:] = {list(dict.fromkeys(paths))}; import {needs}; from evoprune.language import apart; "
@@ -44,20 +48,20 @@ def apart(work: Callable[[str], Any], request: str, seconds: int, needs: str, st
             capture_output=True,
             timeout=PATIENCE_S,
             check=False,
-            start_new_session=True,  # Ctrl-C is for this process
+            start_new_session=True,  # Ctrl-C must reach only this process
         )
     except subprocess.TimeoutExpired as problem:
         raise ValueError("it does not come to an end") from problem
     with suppress(ValueError):
         return json.loads(done.stdout)
-    if done.returncode < 0:  # by a signal: of the limit on CPU time, of the one on the stack, or of the system
+    if done.returncode < 0:  # killed by a signal: CPU limit, stack limit, timer or the system
         raise ValueError(f"it does not come to an end within {seconds} s, or takes too much memory")
     said = done.stderr.decode(errors="replace")[-2000:]
     raise RuntimeError(f"the process of {work.__module__} failed: {said}")
 
 
 def main(work: Callable[[str], Any], seconds: int, stack_bytes: int | None) -> None:
-    """Runs the other process: reads a request from stdin, writes an answer to stdout, under limits where there are any."""
+    """Run `work` in the separate process: set limits if the system has them, read a request from stdin, write JSON to stdout."""
     request = sys.stdin.read()
     with suppress(ImportError):  # not a Unix
         import resource
@@ -76,7 +80,7 @@ def main(work: Callable[[str], Any], seconds: int, stack_bytes: int | None) -> N
                 limit = min(limit, hard)
             with suppress(OSError, ValueError):
                 resource.setrlimit(kind, (limit, limit))
-        # On a busy machine a process gets less CPU time than the clock says.
+        # The CPU limit alone is not enough: on a busy machine, a process gets less CPU time than wall-clock time.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, seconds)
     print(json.dumps(work(request)), flush=True)

@@ -1,4 +1,4 @@
-"""Answers that are one of some texts: how probable each of them is."""
+"""Answers chosen from a fixed list of texts: score each choice, return the most probable one."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +20,13 @@ from evoprune.util import shown
 
 @dataclass(frozen=True)
 class Choice:
-    """Hold a text that an answer may be, and how probable it is.
+    """A possible answer and its probability.
 
-    `logprob`: the natural logarithm of the probability of its tokens and of the end of the answer, by the model's logits alone.
-    `tokens`: how many these are. `probability`: among the choices; those of all add up to 1.
+    Attributes:
+        text: the answer.
+        logprob: natural logarithm of the probability of its tokens and the end of the answer, from the raw logits.
+        tokens: number of tokens that `logprob` covers, including the end of the answer.
+        probability: probability among the choices, whose probabilities add up to 1.
     """
 
     text: str
@@ -33,9 +36,10 @@ class Choice:
 
 
 def tokens_of(tokenizer: Tokenizer, options: GenerationOptions) -> list[list[int]]:
-    """Return the tokens of each of `options.choices`, without the end of the answer.
+    """Return the token ids of the choices in `options.choices`, one list per choice, without the end of the answer.
 
-    Raises UsageError: one has more tokens than an answer may have, or two have the same.
+    Raises:
+        UsageError: a choice has more tokens than `max_new_tokens`, or two choices have the same tokens.
     """
     every: list[list[int]] = []
     for text in options.choices:
@@ -52,11 +56,15 @@ def tokens_of(tokenizer: Tokenizer, options: GenerationOptions) -> list[list[int
 
 
 class ChosenTokens(Iterator[int]):
-    """Token ids of the most probable choice, of several the first; all are scored when the first token is requested.
+    """Iterator over the token ids of the most probable choice; the first one wins a tie.
 
-    In the place of a `TokenStream`, with its attributes. `choices`: as soon as they are scored.
+    It has the attributes of a `TokenStream` and is used in its place. All choices are scored when the first token is requested.
 
-    Raises ModelError: while iterating, if a logit is NaN or infinite.
+    Attributes:
+        choices: the choices with their probabilities; empty until they are scored.
+
+    Raises:
+        ModelError: while iterating, if a logit is NaN or infinite.
     """
 
     def __init__(
@@ -95,12 +103,18 @@ def scored(
     eos_ids: Collection[int],
     one_by_one: bool = False,
 ) -> list[Choice]:
-    """Return the choices of `options`, whose tokens are `ids`, with their probabilities. Afterwards `state` is as it was.
+    """Score the choices of `options` and return them with their probabilities. `state` is unchanged afterwards.
 
-    The tokens with which all of them begin are read once. Each ends with one of `eos_ids`: so "red" does not have the probability
-    of "red car" too. `one_by_one`: a pass for each token, as decoding has it; else one for several.
+    The tokens that all choices begin with are read only once. The score of a choice includes the end of the answer, so that
+    "red" does not also get the probability of "red car".
 
-    Raises ModelError: a logit is NaN or infinite.
+    Args:
+        ids: the token ids of the choices, as from `tokens_of`.
+        eos_ids: the tokens that may end the answer.
+        one_by_one: run a pass per token, as in decoding, instead of one pass for several tokens.
+
+    Raises:
+        ModelError: a logit is NaN or infinite.
     """
     shared = [same[0] for same in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids, strict=False))]
     ends = list(eos_ids)
@@ -124,7 +138,7 @@ def scored(
 
 @contextmanager
 def _lent(state: PrefillState) -> Iterator[PrefillState]:
-    """Lend a state that goes on from this one, which is as it was afterwards."""
+    """Provide a copy of `state` that may read more tokens. On exit, `state` is unchanged."""
     if can_crop(state.model):
         length = state.cache.length
         try:
@@ -136,7 +150,7 @@ def _lent(state: PrefillState) -> Iterator[PrefillState]:
 
 
 def _read(state: PrefillState, ids: Sequence[int], one_by_one: bool) -> float:
-    """Reads tokens, perhaps none. Returns the log probability of all of them, each behind those before it."""
+    """Read tokens (possibly none) and return the sum of their log probabilities, each given the tokens before it."""
     given = torch.tensor(ids, dtype=torch.int64, device="cpu")
     total = 0.0
     if not ids:

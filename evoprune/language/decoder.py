@@ -1,9 +1,9 @@
 """The forward pass of the language model (Qwen2, Qwen2.5 and Qwen3) over new columns of a prompt, or over one generated token.
 
-It computes on a tree of weights under Hugging Face's names: a `model.weights.QwenVL`, or a model of transformers. A *column*
-is one token of the prompt or answer. Queries and keys are rotated by three positions at once (M-RoPE, arXiv 2409.12191, section
-2.1); groups of heads share keys and values (arXiv 2305.13245). Results are rounded where Hugging Face rounds them, and torch's
-autocast changes nothing here.
+It works on a tree of weights with Hugging Face's names: a `model.weights.QwenVL`, or a transformers model. A *column* is one token
+of the prompt or answer. Queries and keys are rotated by three positions at once (M-RoPE, arXiv 2409.12191, section 2.1), and groups
+of query heads share keys and values (arXiv 2305.13245). Results are rounded at the same points as in Hugging Face's code. Torch's
+autocast has no effect here.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,16 +16,20 @@ from evoprune.backend import causal_attention, layers, linear, room_for_bias, to
 from evoprune.methods import Dropping, LayerState, arange_on
 from evoprune.model import head_size, heads_of, norm, rotate, without_autocast
 
-STRIP = 1024  # query columns that share one mask
+STRIP = 1024  # number of query columns that share a mask
 
 
 @lru_cache
 def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each pair of features: radians per position, float32 `[head_dim / 2]`, and which of the three positions, int64."""
+    """Return the rotary frequencies of feature pairs and the position axis that every pair uses.
+
+    Returns:
+        float32 `[head_dim / 2]`, radians per position; int64 `[head_dim / 2]`, 0 for time, 1 for height, 2 for width.
+    """
     dim = 2 * sum(sections)
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
-    if interleaved:  # height and width take every third pair as long as they have any, and time has all others
+    if interleaved:  # height and width take every third pair until their sections are full, time takes all other pairs
         axes = [0] * len(axes)
         for axis in (1, 2):
             axes[axis : 3 * sections[axis] : 3] = [axis] * len(axes[axis : 3 * sections[axis] : 3])
@@ -33,31 +37,40 @@ def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> 
 
 
 def rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines `[L, 1, head_dim]` in dtype and on the device of `like`; the sines' first half is negated."""
+    """Return the cosines and sines for M-RoPE positions.
+
+    Args:
+        config: configuration of the language model.
+        positions: int64 `[3, L]` on the CPU.
+        like: tensor whose dtype and device the results get.
+
+    Returns:
+        Two tensors `[L, 1, head_dim]`. The first half of the sines is negated.
+    """
     frequencies, axis = frequencies_of(config)
     return turns_by(to_device(positions[axis].T * frequencies, like.device), like.dtype)
 
 
 def turns_by(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `rotation`, of angles, float32 `[L, head_dim / 2]`."""
+    """Return the cosines and sines of angles, float32 `[L, head_dim / 2]`, in the form that `rotation` returns."""
     cos = angles[:, None].cos()
     sin = angles[:, None].sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def frequencies_of(config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the `_frequencies` of a language model, on the CPU. `config`: its own."""
+    """Return the `_frequencies` for the configuration of a language model, on the CPU."""
     rope = config.rope_parameters
     return _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]), bool(rope.get("mrope_interleaved")))
 
 
 def rows_at(x: torch.Tensor | None, rows: torch.Tensor | slice | None) -> torch.Tensor | None:
-    """Return some rows of `x`; all where `rows` is None."""
+    """Return the given rows of `x`, or all if `rows` is None."""
     return x if x is None or rows is None else x[rows]
 
 
 def put_rows(x: torch.Tensor, rows: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """Return `x` with new values in some rows, or in all."""
+    """Return a copy of `x` with new values in the given rows, or `new` if `rows` is None."""
     return new if rows is None else x.index_copy(0, rows, new)
 
 
@@ -70,23 +83,25 @@ def attend(
     wide: torch.Tensor | None = None,
     dim: int | None = None,
 ) -> torch.Tensor:
-    """Return causal attention of the last L columns, or of other columns: `[L, heads * head_dim]`.
+    """Return the causal attention of L columns to n keys, `[L, heads * head_dim]`.
 
     Args:
-        queries: `[1, L, heads, head_dim]`; neighbouring heads share `keys` and `values`, `[1, kv_heads, n, head_dim]`. Queries,
-            and for one column also keys and values, may have the features of a bias behind those of a head
-            (`backend.attention.bias_features`).
-        bias: `[n]`, added to the logits of each key: the logarithm of its cluster size makes a key weigh as much as that many
-            equal keys (arXiv 2210.09461, section 3).
-        sees: int64 `[L]`, ascending, how many keys each query sees, n the last; None for the last L columns.
-        wide: `[2, kv_heads, n, head_dim + e]`, room for keys and values (`room_for_bias`), where a kernel takes no mask.
-        dim: head_dim, where the queries may have further features.
+        queries: `[1, L, heads, head_dim]`. They may have additional bias features at the end (`backend.attention.bias_features`).
+        keys, values: `[1, kv_heads, n, head_dim]`. Neighboring query heads share them. For a single column, they may also have
+            additional bias features.
+        bias: `[n]`, added to the logits of keys. The logarithm of a cluster size gives a key the weight of that many equal keys
+            (arXiv 2210.09461, section 3).
+        sees: int64 `[L]`, ascending, the number of keys that every query sees; the last one is n. None if the queries are the last
+            L columns.
+        wide: buffer `[2, kv_heads, n, head_dim + e]` for keys and values with bias features (`room_for_bias`), for kernels that
+            take no mask.
+        dim: head_dim; required if the queries have additional features.
     """
     _, columns, heads, given = queries.shape
     kv_heads, n, whole = keys.shape[1:]
     dim = dim or given
     if columns == 1:
-        # Heads that share keys become columns of one head: keys are read once for all of them, two to four times as fast.
+        # Treat heads that share keys as columns of one head. Keys are then read only once, which is two to four times as fast.
         queries = queries.view(1, kv_heads, -1, given)
         if whole > given:
             queries = F.pad(queries, (0, whole - given), value=1.0)
@@ -96,7 +111,7 @@ def attend(
         if bias is not None:
             bias = bias[None]
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias).reshape(1, -1)
-    # Key/value heads become the batch, so keys are not repeated and the kernel needs no support for groups.
+    # Make key/value heads the batch, so that keys are not repeated and the kernel needs no support for grouped heads.
     group = heads // kv_heads
     queries = queries.view(columns, kv_heads, group, given).permute(1, 2, 0, 3)
     keys = keys.transpose(0, 1)
@@ -117,7 +132,7 @@ def attend(
             return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
     queries = queries[..., :dim]
     keys, values = (t.expand(-1, group, -1, -1) for t in (keys, values))
-    strips = []  # of queries, each with a mask: that of all would grow with the square of the prompt
+    strips = []  # of queries, with a mask per strip: one mask for all would grow with the square of the prompt length
     for start in range(0, columns, STRIP):
         strip = queries[:, :, start : start + STRIP]
         rows = strip.shape[2]
@@ -136,7 +151,7 @@ def attend(
 
 
 def columns_of(wide: torch.Tensor | None, columns: torch.Tensor | slice | None) -> torch.Tensor | None:
-    """Return some columns of such a room; all where `columns` is None."""
+    """Return the given columns of a buffer made by `room_for_bias`, or all if `columns` is None."""
     return wide if wide is None or columns is None else wide[:, :, columns]
 
 
@@ -149,8 +164,11 @@ def attend_blind(
     others: torch.Tensor,
     end: int,
 ) -> torch.Tensor:
-    """As `attend`, but columns from `end` on attend to `others` (int64) only. The cache holds nothing but these columns."""
-    before = max(0, queries.shape[1] - (keys.shape[2] - end))  # there may be queries of the last columns only
+    """Return attention as in `attend`, except that columns from `end` on attend only to the columns `others` (int64).
+
+    The keys must belong to a whole prompt, without columns before it. If there are fewer queries than keys, they are the last ones.
+    """
+    before = max(0, queries.shape[1] - (keys.shape[2] - end))  # number of queries before `end`
     extra = {"wide": columns_of(wide, others)}
     sighted = attend(queries[:, before:], keys[:, :, others], values[:, :, others], rows_at(bias, others), **extra)
     if not before:
@@ -161,19 +179,20 @@ def attend_blind(
 
 
 def all_sizes(sizes: torch.Tensor | None, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """Return the cluster sizes of columns, float32 `[columns]` on the device of `like`: 1 each where `sizes` is None."""
+    """Return cluster sizes as float32 `[columns]` on the device of `like`; all 1 if `sizes` is None."""
     if sizes is None:
         return like.new_ones(columns, dtype=torch.float32)
     return sizes.to(like.device).float()
 
 
 class KVCache:
-    """Keys and values of every layer for the columns read so far. A layer lacks the columns that left before it.
+    """Keys and values, per layer, for the columns read so far. A layer lacks columns that were dropped before it.
 
-    `capacity`: columns to allocate, at least 1, in each layer or in all. A layer's cache grows by half when it is full.
+    Args:
+        capacity: number of columns to allocate, at least 1, or one number per layer. A full layer grows by half.
     """
 
-    column = None  # where its `room` begins, on the device; None for its first column
+    column = None  # offset inside `room`, on the device, at which to write; None for 0
 
     def __init__(self, model, capacity: int | Sequence[int]):
         config = model.config.text_config
@@ -182,23 +201,26 @@ class KVCache:
         capacities = [capacity] * depth if isinstance(capacity, int) else capacity
         shapes = [(1, config.num_key_value_heads, columns, head_size(config)) for columns in capacities]
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
-        self._uneven_until = 0  # columns up to the last one that has left a layer: among them, layers do not end alike
-        # Columns that were read. A forward pass raises it at its end, so a pass that fails leaves the cache as it was.
+        # Number of leading columns among which layers have lost different ones. The cache cannot be cropped inside them.
+        self._uneven_until = 0
+        # Number of columns read. It grows at the end of a forward pass, so a pass that fails leaves the cache as it was.
         self.length = 0
-        self.lengths = [0] * depth  # columns that are valid in each layer
-        # Of each layer float32 `[lengths[i]]`, the weight of each column: attention treats it as that many columns; None for 1
-        # each. Layers with the same columns share a tensor.
+        self.lengths = [0] * depth  # number of valid columns per layer
+        # Cluster sizes per layer, float32 `[lengths[i]]`: attention treats a column as that many columns. None if all are 1.
+        # Layers with the same columns share a tensor.
         self.sizes: list[torch.Tensor | None] = [None] * depth
 
     @property
     def capacity(self) -> int:
-        """Columns that are allocated in every layer."""
+        """Number of columns that are allocated in every layer."""
         return min(keys.shape[2] for keys, _ in self._layers)
 
     def crop(self, length: int) -> None:
-        """Drops all but the first `length` columns.
+        """Drop all columns except the first `length`.
 
-        Raises ValueError: the cache holds fewer, or some columns left only some layers and `length` is less than where that was.
+        Raises:
+            ValueError: the cache holds fewer columns, or would be cropped among columns that only some layers still have. Cropping
+                to 0 is always possible.
         """
         if not (0 <= length <= self.length and (length >= self._uneven_until or not length)):
             raise ValueError(f"the cache holds {self.length} columns, not {length}")
@@ -206,13 +228,17 @@ class KVCache:
         cropped = {id(sizes): sizes[:end] for sizes, end in zip(self.sizes, lengths, strict=True) if sizes is not None}
         sizes = [cropped.get(id(sizes)) for sizes in self.sizes]
         whole = self._uneven_until if length else 0
-        # In one statement: after a signal between two (Ctrl-C), some of these would be old and some new.
+        # In one statement, so that a signal (Ctrl-C) cannot leave some of these old and some new.
         self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
 
     def keep(self, columns: torch.Tensor) -> None:
-        """Drops all columns but some, int64 `[n]` on the CPU, ascending, which move up to the front; their positions stay.
+        """Drop all columns except the given ones, which move to the front and keep their M-RoPE positions.
 
-        Raises ValueError: some columns left only some layers.
+        Args:
+            columns: int64 `[n]` on the CPU, ascending.
+
+        Raises:
+            ValueError: layers lost different columns.
         """
         if self._uneven_until:
             raise ValueError("columns that left only some layers cannot be counted alike in all")
@@ -226,19 +252,29 @@ class KVCache:
         self.length, self.lengths = count, [count] * len(self.lengths)
 
     def move(self, config, columns: slice, by: torch.Tensor) -> None:
-        """Moves some columns by so many positions, int64 `[3, 1]`: their keys are rotated further, values have no position."""
+        """Shift the M-RoPE positions of some columns by rotating their keys.
+
+        Args:
+            config: configuration of the language model.
+            columns: the columns to shift.
+            by: int64 `[3, 1]`, the offset in time, height and width.
+        """
         like = self._layers[0][0].new_empty(0).float()
-        cos, sin = rotation(config, by, like)  # the same for all of them
+        cos, sin = rotation(config, by, like)
         first, end, _ = columns.indices(self.length)
         for keys, _ in self._layers:
-            for start in range(first, end, STRIP):  # a copy of all would be the most that a stream takes at once
+            for start in range(first, end, STRIP):  # a copy of all keys would raise a stream's peak memory
                 strip = keys[0, :, start : min(end, start + STRIP)]
                 strip.copy_(rotate(strip.transpose(0, 1).float(), cos, sin).transpose(0, 1))
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes a layer's new columns, `[1, kv_heads, L, head_dim]`, after the valid ones. They become valid with `add`.
+        """Write new columns of a layer after its valid ones. They become valid with `add`.
 
-        Returns all keys and values of the layer `[1, kv_heads, lengths[layer] + L, head_dim]`, views.
+        Args:
+            keys, values: `[1, kv_heads, L, head_dim]`.
+
+        Returns:
+            Views of the layer's keys and values including the new ones, `[1, kv_heads, lengths[layer] + L, head_dim]`.
         """
         *room, known_keys, known_values = self.room(layer, keys.shape[2])
         for target, new in zip(room, (keys, values), strict=True):
@@ -246,32 +282,43 @@ class KVCache:
         return known_keys, known_values
 
     def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return where a layer's new keys and values go, `[kv_heads, columns, head_dim]`; and all of them, as of `put`."""
+        """Reserve new columns in a layer.
+
+        Returns:
+            Views to write the new keys and values to, `[kv_heads, columns, head_dim]`; then all keys and values, as from `put`.
+        """
         before = self.lengths[layer]
         stored = self._layers[layer]
         end = before + columns
         if end > (full := stored[0].shape[2]):
-            # Layer by layer, so that only one layer is in memory twice.
+            # Layers grow one by one, so that only one layer is in memory twice.
             more = (0, 0, 0, max(end, full * 3 // 2) - before)
             stored = self._layers[layer] = tuple(F.pad(tensor[:, :, :before], more) for tensor in stored)
         known = tuple(tensor[:, :, :end] for tensor in stored)
         return *(tensor[0, :, before:] for tensor in known), *known
 
     def add(self, read: int, columns: Sequence[int], sizes: Sequence[torch.Tensor | None]) -> None:
-        """Makes what was put valid: `read` columns, of which each layer has `columns`, with the `sizes` of all its columns."""
+        """Make new columns valid.
+
+        Args:
+            read: number of columns read.
+            columns: how many of them each layer has.
+            sizes: per layer, the cluster sizes of its old and new columns.
+        """
         length = self.length + read
         lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
         sizes = list(sizes)
         whole = length if len(set(columns)) > 1 else self._uneven_until
-        self.length, self.lengths, self.sizes, self._uneven_until = (
-            length,
-            lengths,
-            sizes,
-            whole,
-        )  # in one statement, as above
+        # In one statement, as in `crop`.
+        self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
-        """Return for each layer the sizes of its columns and of new ones, whose `sizes` (None: 1 each) are the same in all."""
+        """Return, per layer, the cluster sizes of its columns and the new columns.
+
+        Args:
+            sizes: float32 `[columns]`, sizes of the new columns in all layers; None if all are 1.
+            columns: number of new columns.
+        """
         if sizes is None and self.sizes[0] is None:
             return [None] * len(self.sizes)
         like = self._layers[0][0]
@@ -297,20 +344,22 @@ def forward(
     deepstack: torch.Tensor | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Return the last columns after the final norm, `[last, hidden]`, of new columns that are read after those in the cache.
+    """Read new columns after those in the cache and return the final hidden states of the last ones, `[last, hidden]`.
 
     Args:
-        model: tree of weights under Hugging Face's names; only its linear layers are called.
-        inputs_embeds: `[L, hidden]`, the new columns, on the device of the weights, L at least 1.
-        positions: int64 `[3, L]`, M-RoPE positions (time, height, width), on the CPU.
-        cache: of the columns before; L longer afterwards, or unchanged if this raises.
-        sizes: float32 `[L]`, the cluster size of each new column; None for 1 each.
-        last: how many columns to return, from 1 to L.
-        dropping: which visual tokens leave, in a cache that is empty.
-        deepstack: `[n, L, hidden]`, what is added to the columns after each of the first n layers.
-        pause: called before every layer; it may wait, or raise.
+        model: tree of weights with Hugging Face's names; only its linear layers are called.
+        inputs_embeds: `[L, hidden]`, embeddings of the new columns on the device of the weights, L at least 1.
+        positions: int64 `[3, L]`, M-RoPE positions (time, height, width) on the CPU.
+        cache: cache with the columns before. It is extended by L columns, or unchanged if this raises.
+        sizes: float32 `[L]`, cluster sizes of the new columns; None if all are 1.
+        last: number of columns to return, from 1 to L.
+        dropping: decides which visual tokens to drop inside the language model; requires an empty cache.
+        deepstack: `[n, L, hidden]`, added to the columns after the first n layers, one entry per layer.
+        pause: called before every layer; it may wait or raise.
 
-    Raises ValueError: no columns, not one position for each, fewer than are to be returned, or `dropping` after others.
+    Raises:
+        ValueError: there are no columns, `positions` does not match them, `last` is out of range, or `dropping` is given and the
+            cache is not empty.
     """
     columns = len(inputs_embeds)
     if not columns or positions.shape != (3, columns):
@@ -342,7 +391,7 @@ def forward(
         entering = x
         x, *heads = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, wide)
         if len(deepstack):
-            # the top layer returns the last columns alone
+            # the last layer returns only the last columns
             x = x + deepstack[0, -len(x) :]
             deepstack = deepstack[1:]
         if dropping:
@@ -360,13 +409,13 @@ def forward(
 @torch.inference_mode()
 @without_autocast()
 def logits(model, *args, **kwargs) -> torch.Tensor:
-    """As `forward`, but returns the logits of the token after each of the last columns: float32 `[last, vocabulary]`."""
-    # The output layer is the largest of all, and only these columns need it.
+    """Return the logits of the token after every one of the last columns: float32 `[last, vocabulary]`; see `forward`."""
+    # The output layer is the largest layer, so it runs only on these columns.
     return model.lm_head(forward(model, *args, **kwargs)).float()
 
 
 def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the bias of columns, and room beside its features for attention that takes no mask, as of `attend`."""
+    """Return the arguments `bias` and `wide` of `attend` for cluster sizes; both None if `sizes` is None."""
     if sizes is None:
         return None, None
     bias = sizes.log()
@@ -386,10 +435,19 @@ def run_layer(
     rows: Sequence[torch.Tensor] = (),
     wide: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, all keys and values.
+    """Run one layer.
 
-    `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `wide`: of `attend`.
-    `blind`, `rows`: of `Dropping.before`. Columns without queries or MLP keep their state.
+    Args:
+        x: `[L, hidden]`, hidden states of the new columns.
+        places: cosines and sines from `rotation`.
+        cache: a `KVCache`, or a `NativeStaticCache` for a single column.
+        number: index of the layer.
+        bias, wide: see `attend`.
+        last: number of columns to compute in the last layer.
+        blind, rows: results of `Dropping.before`. Columns without queries or MLP keep their state.
+
+    Returns:
+        The output for the columns (in the last layer, only for the `last` ones), their queries, and all keys and values.
     """
     attention = layer.self_attn
     mlp = layer.mlp
@@ -403,7 +461,7 @@ def run_layer(
     keys, values = (heads_of(attention, name, rows_at(h, kv_rows), config) for name in "kv")
     keys = rotate(keys, rows_at(cos, kv_rows), rows_at(sin, kv_rows))
     keys, values = cache.put(number, *(tensor[None].transpose(1, 2) for tensor in (keys, values)))
-    if number == config.num_hidden_layers - 1:  # only the output of these columns is used
+    if number == config.num_hidden_layers - 1:  # only the output for the last columns is used
         x = x[-last:]
         h = h[-last:]
         cos = cos[-last:]
@@ -416,7 +474,7 @@ def run_layer(
         seen = attend_blind(*given, wide, *blind)
     elif q_rows is not None:
         seen = attend(*given, torch.searchsorted(kv_rows, q_rows, right=True))
-    elif rows:  # the last columns, of the top layer
+    elif rows:  # the last columns, in the last layer
         seen = attend(*given)
     else:
         seen = attend(*given, wide=wide)
@@ -437,7 +495,7 @@ def _fused(
     bias: torch.Tensor | None,
     wide: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """As `run_layer` of all columns, by fused kernels on joined weights; None where there are none."""
+    """Run one layer on all columns with fused kernels and joined weights; see `run_layer`. Returns None if they are missing."""
     attention = layer.self_attn
     mlp = layer.mlp
     eps = config.rms_norm_eps

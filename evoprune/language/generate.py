@@ -1,4 +1,4 @@
-"""From a pruned prompt to text: prefill, decoding token by token, streamed text."""
+"""Generate text from a pruned prompt: prefill, token-by-token decoding, streaming."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,8 @@ from evoprune.vision import Encoded
 def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
     """Return the embeddings `[n, hidden]` of token ids, int64 `[n]`.
 
-    Raises ModelError: the model has no embedding for one of them.
+    Raises:
+        ModelError: the model has no embedding for an id.
     """
     embed = model.model.language_model.embed_tokens
     norm = model.model.language_model.norm
@@ -34,15 +35,18 @@ def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
         problem = f"the tokenizer makes token {int(ids.max())}, and the model knows {len(embed.weight):,}"
         raise ModelError(problem, "take tokenizer and weights from the same model", stage="prefill")
     embeds = embed(to_device(ids, embed.weight.device))
-    return embeds.to(norm.weight.dtype)  # embeddings may stay as their file has them
+    return embeds.to(norm.weight.dtype)  # embeddings may be kept in the dtype of their file
 
 
 def dropping_for(
     model, method: MethodChain, budget: float, read: Sequence[Encoded], prompt: PrunedPrompt
 ) -> Dropping | None:
-    """Return what leaves while a pruned prompt is read; None where the method lets nothing leave inside the language model.
+    """Return the `Dropping` for reading a pruned prompt, or None if the method drops no tokens inside the language model.
 
-    `method`, `budget`: as the user named them; `read`: the tokens of each input of the prompt.
+    Args:
+        method, budget: the method and the budget (a share of the units) as the user gave them.
+        read: the encoded inputs of the prompt, in order.
+        prompt: the prompt after pruning.
     """
     tokens = sum(len(each.kept) for each in read)
     if method.language_work(model.config.text_config.num_hidden_layers, tokens, budget) is None:
@@ -66,22 +70,21 @@ def dropping_for(
 
 @dataclass
 class PrefillState:
-    """A prompt that was read, and as much of one answer to it: the language model as `TokenStream` needs it. Made by `prefill`."""
+    """State of the language model after reading a prompt and part of an answer. Made by `prefill`, used by `TokenStream`."""
 
     model: Any
-    cache: KVCache | HostedCache  # keys and values of the prompt and of the tokens of the answer that are read
-    logits: torch.Tensor  # float32 `[vocabulary]`, of the token after what the cache holds
+    cache: KVCache | HostedCache  # keys and values of the prompt and of the answer's tokens read so far
+    logits: torch.Tensor  # float32 `[vocabulary]`, logits of the token after the cached columns
     next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
-    dropping: Dropping | None = None  # what left while the prompt was read
-    prompt_ids: torch.Tensor | None = None  # int64 `[L]`, of the unpruned prompt; a repetition penalty needs them
+    dropping: Dropping | None = None  # records the tokens that were dropped while the prompt was read
+    prompt_ids: torch.Tensor | None = None  # int64 `[L]`, ids of the unpruned prompt, for a repetition penalty
     answer: list[int] = field(default_factory=list)  # tokens of the answer that are in the cache
-    _steps: StaticCache | None = None  # where the others are
-    _holder: object = field(
-        default_factory=object
-    )  # by which that knows whose answer it has; it must not hold the model
+    _steps: StaticCache | None = None  # holds the answer's other tokens while a CUDA graph decodes
+    # Identifies this answer to the static cache. It must not reference the model.
+    _holder: object = field(default_factory=object)
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """Reads further tokens of the answer, int64 `[n]`; the logits after each of them, float32 `[n, vocabulary]`."""
+        """Read `n` more tokens of the answer, int64 `[n]`, and return the logits after every token, float32 `[n, vocabulary]`."""
         positions = (arange_on(len(ids), "cpu") + self.next_position + len(self.answer)).expand(3, -1)
         embeds = embed_ids(self.model, ids)
         begin_pass(self.model)
@@ -91,10 +94,14 @@ class PrefillState:
         return logits
 
     def decode(self, ids: Sequence[int], left: int, pick: Callable[..., int]) -> int:
-        """Return the token after the answer `ids`, not empty, to which up to `left` may still come. May be called again if it
-        raises.
+        """Return the token after `ids`, the tokens of the answer so far. May be called again after an exception.
 
-        `pick`: takes it from logits and, if they are known, `best_of` these. On CUDA, a graph computes it (`static`).
+        On CUDA, a graph runs the pass if possible (language/static.py).
+
+        Args:
+            ids: at least one token.
+            left: number of tokens that may still follow.
+            pick: function that chooses a token from the logits and, if it is known, their `best_of`.
         """
         token = None
         last = len(ids) - 1
@@ -105,9 +112,9 @@ class PrefillState:
                 )
             if self._steps is not None:
                 token = self._steps.following(self.model, self._holder, ids[-1], pick)
-        except EvopruneError:  # of `pick`
+        except EvopruneError:  # raised by `pick`
             raise
-        except Exception as problem:  # a capture, or a module of transformers inside it, raises of many kinds
+        except Exception as problem:  # a capture and the modules inside it can raise anything
             static.give_up(self.model, problem)
         if token is None:
             self._steps = None
@@ -118,7 +125,7 @@ class PrefillState:
 
 
 def layers_of(model) -> ModuleType:
-    """Return what runs the layers of the language model, by `forward` and `logits`: language/decoder.py, or language/hosted.py."""
+    """Return the module whose `forward` and `logits` run the language model: language/decoder.py or language/hosted.py."""
     return hosted if isinstance(model, HostedVL) else decoder
 
 
@@ -132,12 +139,14 @@ def prefill(
     dropping: Dropping | None = None,
     deepstack: torch.Tensor | None = None,
 ) -> PrefillState:
-    """Reads a prompt, or continues one that is in a cache; other arguments and errors as of `decoder.forward`.
+    """Read a prompt, or continue one that is in a cache.
+
+    The arguments that are not listed, and the exceptions, are those that `decoder.forward` documents.
 
     Args:
-        next_position: position of the first generated token: by Qwen's rule the *unpruned* prompt's largest position plus
+        next_position: position of the first generated token: by Qwen's rule, the largest position of the *unpruned* prompt plus
             one. Only decoding uses it.
-        cache: of the columns before; it is extended in place. None starts a new prompt.
+        cache: cache with the columns before, extended in place. None starts a new prompt.
     """
     columns = len(inputs_embeds)
     given = {}
@@ -152,12 +161,16 @@ def prefill(
 
 
 def can_crop(model) -> bool:
-    """Return whether a cache can lose its last columns: where layers have a recurrent state, a later prompt goes on from a copy."""
+    """Return True if the KV cache can be cropped. Recurrent layers cannot crop, so callers keep a copy instead."""
     return not isinstance(model, HostedVL) or hosted.can_crop(model)
 
 
 def new_cache(model, columns: int | Sequence[int]) -> KVCache | HostedCache:
-    """Return an empty cache for a prompt of `columns`, in each layer or in all, and an answer of the usual length."""
+    """Return an empty cache with room for a prompt and an answer of the usual length.
+
+    Args:
+        columns: number of prompt columns, or one number per layer.
+    """
     if isinstance(model, HostedVL):
         return HostedCache(model)
     if isinstance(columns, int):
@@ -167,11 +180,19 @@ def new_cache(model, columns: int | Sequence[int]) -> KVCache | HostedCache:
 
 @torch.inference_mode()
 def teacher_forced_logits(state: PrefillState, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
-    """Return the logits of every token of an answer (`ids`, int64 `[n]`), each behind those before it: float32 `[n, vocabulary]`.
+    """Return the logits for every token of a given answer, each computed after the true tokens before it.
 
-    The cache of `state` grows by the answer. `one_by_one`: a pass for each token, as decoding has it; else one for all.
+    The cache of `state` is extended by the answer.
 
-    Raises ModelError: a logit is NaN or infinite.
+    Args:
+        ids: int64 `[n]`, the tokens of the answer.
+        one_by_one: run a pass per token, as in decoding, instead of one pass for all.
+
+    Returns:
+        float32 `[n, vocabulary]`.
+
+    Raises:
+        ModelError: a logit is NaN or infinite.
     """
     logits = [state.logits[None]]
     if len(ids) > 1:
@@ -184,14 +205,14 @@ def teacher_forced_logits(state: PrefillState, ids: torch.Tensor, one_by_one: bo
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural logarithms of probabilities by the raw logits: before temperature, penalties and what narrows a draw."""
+    """Natural log probabilities from the raw logits, before temperature, penalties, top-k and top-p."""
 
-    chosen: float  # of the token that was chosen
-    top: list[tuple[int, float]]  # the most probable tokens, the first ones first, with theirs
+    chosen: float  # log probability of the chosen token
+    top: list[tuple[int, float]]  # the most probable tokens and their log probabilities, in descending order
 
 
 def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs:
-    """Return the log probability of a token, of its logits (float32 `[vocabulary]`), and those of the `most` most probable ones."""
+    """Return the log probabilities of a token and of the `most` most probable ones. `logits`: float32 `[vocabulary]`."""
     logprobs = logits.log_softmax(0)
     top = logprobs.topk(min(most, len(logprobs)))
     chosen, *values = torch.cat([logprobs[token][None], top.values]).tolist()
@@ -199,23 +220,26 @@ def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs
 
 
 class TokenConstraint(Protocol):
-    """What the tokens of one answer may be: asked for a mask before each token, and told which one was taken."""
+    """A rule for the tokens of one answer. `mask` is called before every token, `advance` after it."""
 
     def mask(self, size: int) -> torch.Tensor | None:
-        """Return which of `size` token ids may come next, bool `[size]` on the CPU, at least one of them; None for all."""
+        """Return a mask of the allowed token ids, bool `[size]` on the CPU with at least one True; None allows all."""
 
     def advance(self, token: int) -> None:
-        """Take the token that was chosen. It ends no answer."""
+        """Record the chosen token. Tokens that end the answer are not passed."""
 
     @property
     def complete(self) -> bool:
-        """Whether nothing but the end can follow."""
+        """True if only the end of the answer can follow."""
 
 
 class AnswerConstraint:
-    """A `TokenConstraint` for what `stream_answer` calls the answer: what a model thinks before it is free.
+    """Apply a `TokenConstraint` only to the answer; the model's thoughts before the answer are unconstrained.
 
-    Thoughts have `begun` with the prompt, or `may_begin` with the first token.
+    Args:
+        constraint: the rule for the answer.
+        begun: True if the prompt ends with the beginning of the thoughts.
+        may_begin: True if the first token may begin the thoughts.
     """
 
     def __init__(self, constraint: TokenConstraint, tokenizer: Tokenizer, begun: bool, may_begin: bool):
@@ -224,14 +248,14 @@ class AnswerConstraint:
         self._begin, self._end = map(tokenizer.backend.token_to_id, THOUGHTS)
         self._thinks = begun
         self._may_begin = may_begin
-        self._ids: list[int] = []  # of thoughts and what follows them
+        self._ids: list[int] = []  # tokens of the thoughts and the answer
 
     def mask(self, size: int) -> torch.Tensor | None:
         if self._thinks:
             return None
         mask = self._constraint.mask(size)
         if mask is not None and not self._ids and self._begin is not None:
-            mask[self._begin] = self._may_begin  # which is no text of an answer
+            mask[self._begin] = self._may_begin  # this token is never part of an answer's text
         return mask
 
     def advance(self, token: int) -> None:
@@ -245,11 +269,14 @@ class AnswerConstraint:
             self._constraint.advance(token)
 
     def _think(self, token: int) -> None:
-        """Take a token of thoughts, or of their end. The end may be followed by an answer where it is no token of its own."""
+        """Record a token of the thoughts or of `</think>`.
+
+        If `</think>` is not a single token, the token that completes it may also contain the beginning of the answer.
+        """
         if self._end is not None:
             self._thinks = token != self._end
             return
-        latest = self._tokenizer.decode(self._ids[-len(THOUGHTS[1]) :])  # a token has at least a byte
+        latest = self._tokenizer.decode(self._ids[-len(THOUGHTS[1]) :])  # enough, as a token has at least one byte
         _, ended, answer = latest.partition(THOUGHTS[1])
         if ended:
             self._thinks = False
@@ -262,11 +289,17 @@ class AnswerConstraint:
 
 
 class TokenStream(Iterator[int]):
-    """Generated token ids; each is computed when it is requested. `eos_ids` end the answer and are not yielded.
+    """Iterator over generated token ids. Every token is computed when it is requested.
 
-    A state serves one answer, and so does a `constraint`. The same `seed` gives the same answer.
+    The same `seed` gives the same answer.
 
-    Raises ModelError: while iterating, if a logit is NaN or infinite. And what the constraint raises.
+    Args:
+        state: the state after the prompt; serves one answer only.
+        eos_ids: tokens that end the answer; they are not yielded.
+        constraint: a rule for the tokens, or None; serves one answer only.
+
+    Raises:
+        ModelError: while iterating, if a logit is NaN or infinite. Exceptions of the constraint pass through.
     """
 
     def __init__(
@@ -277,13 +310,13 @@ class TokenStream(Iterator[int]):
         seed: int = 0,
         constraint: TokenConstraint | None = None,
     ):
-        # At the end "stop" (the model ended its turn, or the constraint allows nothing more) or "length".
+        # After the last token: "stop" (the model ended its turn, or the constraint allows nothing more) or "length".
         self.finish_reason: str | None = None
-        self.ids: list[int] = []  # the tokens yielded
-        self.logprobs: list[TokenLogprobs] = []  # of each of them, if the settings ask for them
+        self.ids: list[int] = []  # tokens yielded so far
+        self.logprobs: list[TokenLogprobs] = []  # one entry per token in `ids`, if the settings ask for them
         self._state = state
         self._settings = settings
-        self._picked: TokenLogprobs | None = None  # of the latest token
+        self._picked: TokenLogprobs | None = None  # log probabilities for the latest token
         self._eos_ids = frozenset(eos_ids)
         self._constraint = constraint
         penalised = settings.repetition_penalty not in (None, 1) and state.prompt_ids is not None
@@ -302,7 +335,7 @@ class TokenStream(Iterator[int]):
             self.finish_reason = "length"
         if self.finish_reason is not None:
             raise StopIteration
-        if self.ids:  # the pass after a token runs only when another token is requested
+        if self.ids:  # run the pass over the latest token only now, when another token is requested
             token = self._state.decode(self.ids, left, self._pick)
         else:
             token = self._pick(self._state.logits)
@@ -318,7 +351,7 @@ class TokenStream(Iterator[int]):
         return token
 
     def _pick(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> int:
-        """Return the next token, of its logits; `best`: `best_of` them, if that is known."""
+        """Choose the next token from its logits, float32 `[vocabulary]`. `best`: their `best_of`, if it is known."""
         token = self._choose(logits, best)
         if self._settings.logprobs is not None:
             self._picked = token_logprobs(logits, token, self._settings.logprobs)
@@ -327,10 +360,10 @@ class TokenStream(Iterator[int]):
     def _choose(self, logits: torch.Tensor, best: torch.Tensor | None) -> int:
         settings = self._settings
         if self._constraint is not None:
-            mask = self._constraint.mask(len(logits))  # while a GPU computes the logits
+            mask = self._constraint.mask(len(logits))  # runs while a GPU still computes the logits
             if mask is not None:
                 best = None
-                # What is NaN or infinite stays so, and is found.
+                # Subtract instead of overwriting, so that NaN and infinite logits are still detected.
                 logits = logits.where(to_device(mask, logits.device), logits - torch.inf)
         if settings.temperature == 0 and settings.repetition_penalty in (None, 1):
             if best is None:
@@ -339,11 +372,11 @@ class TokenStream(Iterator[int]):
             self._check(good)
             return token
         logits = logits.cpu()
-        self._check(logits.max().isfinite())  # the largest is NaN where any is
+        self._check(logits.max().isfinite())  # the maximum is NaN if any logit is
         return choose(logits, settings, self._random, self._seen)
 
     def _check(self, good: bool | torch.Tensor) -> None:
-        """Raises ModelError where logits are not good."""
+        """Raise ModelError if the logits are not finite."""
         if not good:
             raise not_a_number_error("generate" if self.ids else "prefill")
 
@@ -351,9 +384,12 @@ class TokenStream(Iterator[int]):
 def choose(
     logits: torch.Tensor, settings: GenerationOptions, random: torch.Generator, seen: Collection[int] = ()
 ) -> int:
-    """Return the next token id: the most probable one, or a draw by a CPU generator.
+    """Choose the next token id: the most probable one, or a random one.
 
-    `logits`: float32 `[vocabulary]`. `seen`: the tokens of prompt and answer, which a repetition penalty is for.
+    Args:
+        logits: float32 `[vocabulary]`.
+        random: a CPU generator.
+        seen: tokens of the prompt and the answer, for a repetition penalty.
     """
     if settings.repetition_penalty not in (None, 1):
         logits = penalised(logits, settings.repetition_penalty, seen)
@@ -363,15 +399,15 @@ def choose(
 
 
 def penalised(logits: torch.Tensor, penalty: float, seen: Collection[int]) -> torch.Tensor:
-    """Logits of tokens that were seen become smaller where the penalty is above 1 (arXiv 1909.05858), as in transformers."""
+    """Return logits with a repetition penalty (arXiv 1909.05858), as in transformers: above 1, seen tokens get smaller logits."""
     ids = to_device(torch.tensor([*seen], dtype=torch.int64, device="cpu"), logits.device)
     scores = logits[ids]
     return logits.index_put((ids,), torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
 def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Tensor:
-    """Return those of a draw, float64 `[vocabulary]`, up to a factor: by temperature, `top_k`, nucleus (arXiv 1904.09751)."""
-    # From the largest logit down, so that a tiny temperature cannot overflow.
+    """Return unnormalized sampling probabilities, float64 `[vocabulary]`: temperature, `top_k`, nucleus (arXiv 1904.09751)."""
+    # Subtract the largest logit first, so that a tiny temperature cannot overflow.
     logits = logits.double()
     logits = (logits - logits.max()) / settings.temperature
     if 0 < settings.top_k < len(logits):
@@ -379,16 +415,16 @@ def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Te
     shares = logits.softmax(-1)
     if settings.top_p < 1:
         ordered, order = shares.sort(descending=True, stable=True)
-        # A token is kept if those before it do not reach top_p, so the first one is always kept.
+        # A token is kept if the more probable ones do not reach top_p together, so the first one is always kept.
         ordered[ordered.cumsum(-1) - ordered >= settings.top_p] = 0
         shares = torch.zeros_like(shares).scatter_(0, order, ordered)
     return shares
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of token ids, in pieces, as the ids arrive; joined, they equal `tokenizer.decode` of all ids.
+    """Yield the text of token ids in pieces, as the ids arrive. Joined, the pieces equal `tokenizer.decode` of all ids.
 
-    A byte-level token may end inside a character. A piece ends with a whole character.
+    A byte-level token may end inside a character, but a piece never does.
     """
     stream = DecodeStream(skip_special_tokens=True)
     pending = []
@@ -397,21 +433,21 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         if piece := stream.step(tokenizer.backend, token):
             yield piece
             pending = []
-    if rest := tokenizer.decode(pending):  # an incomplete character, which the stream would hold back
+    if rest := tokenizer.decode(pending):  # an incomplete character at the end, which the stream would hold back
         yield rest
 
 
 def begins_with_thoughts(tokenizer: Tokenizer, prompt_ids: torch.Tensor) -> bool:
-    """Return whether a prompt (int64 `[L]`) ends with the beginning of the model's thoughts."""
+    """Return True if a prompt (int64 `[L]`) ends with the beginning of the model's thoughts."""
     return opens_thoughts(tokenizer.backend.decode(prompt_ids[-16:].tolist(), skip_special_tokens=False))
 
 
 def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Tensor) -> Iterator[tuple[str, bool]]:
-    """Yield the text of token ids, in pieces as of `stream_text`; of each, whether it belongs to the model's thoughts.
+    """Yield the text of token ids in pieces (see `stream_text`), with True for every piece of the model's thoughts.
 
-    Thoughts end at `</think>`: the token where the tokenizer has one, else the text. They begin with the prompt (int64 `[L]`), or
-    with the first token; then the first piece is an empty one of theirs. What is between thoughts and answer, `</think>` and white
-    space, belongs to neither.
+    Thoughts begin at the end of the prompt (`prompt_ids`, int64 `[L]`) or with the first token; in both cases, the first piece is
+    then an empty piece of thoughts. They end at `</think>`: the token if the tokenizer has one, otherwise the text. `</think>` and
+    the white space after it are not yielded.
     """
     ids = iter(ids)
     begin, end = map(tokenizer.backend.token_to_id, THOUGHTS)
@@ -436,8 +472,8 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
 
 
 def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
-    """Pieces of a text; of each, whether it comes before `end`, which is in none of them."""
-    held = ""  # what may be a beginning of `end`
+    """Yield the pieces of a text without the first `end`, with True for every piece before it."""
+    held = ""  # text that may be the beginning of `end`
     for piece in pieces:
         before, separator, after = (held + piece).partition(end)
         if separator:
@@ -454,13 +490,13 @@ def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
 
 
 class StopStrings:
-    """Ends an answer where one of some texts, none of them empty, would begin.
+    """Cut an answer before the first stop string. Stop strings must not be empty.
 
-    Of several that a text has, that which is complete first counts, and of these the longest: so it does not matter in which pieces
-    the text arrives.
+    If an answer contains several, the one that is complete first counts, and the longest one in case of a tie. The result therefore
+    does not depend on how the text is split into pieces.
 
     Attributes:
-        found: the text at which the answer ended; None where none has come.
+        found: the stop string that ended the answer, or None.
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -468,7 +504,10 @@ class StopStrings:
         self._stops = stops
 
     def cut(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-        """Yield pieces, as of `stream_answer`, up to one of the texts. Thoughts pass. What may be its beginning is held back."""
+        """Yield the pieces of `stream_answer` up to the first stop string. Thoughts are passed through unchecked.
+
+        Text that may be the beginning of a stop string is held back.
+        """
         held = ""
         for piece, thought in pieces:
             if thought:
@@ -486,13 +525,13 @@ class StopStrings:
             yield held, False
 
     def _stops_at(self, text: str) -> bool:
-        """Return whether one of the texts is in this one, and note which."""
+        """Return True if a text contains a stop string, and record it in `found`."""
         ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if ends:
             *_, self.found = min(ends)
         return bool(ends)
 
     def _begun(self, text: str) -> int:
-        """Return how many characters at its end may be the beginning of one of the texts."""
+        """Return the number of characters at the end of a text that may be the beginning of a stop string."""
         longest = min(len(text), max(map(len, self._stops)) - 1)
         return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

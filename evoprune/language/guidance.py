@@ -1,7 +1,7 @@
-"""Answers that follow a JSON Schema or a regular expression: llguidance says which tokens may come next. Imports no torch.
+"""Constrain answers to a JSON Schema or a regular expression: llguidance tells which tokens may come next. Imports no torch.
 
-Only this file imports llguidance, the extra `schema`. A grammar is checked before a model is loaded, with the bytes as tokens, in a
-process of its own.
+Only this file imports llguidance, which the extra `schema` installs. Before a model is loaded, a grammar is checked in a separate
+process, with single bytes as tokens.
 """
 
 import json
@@ -23,36 +23,36 @@ if TYPE_CHECKING:
     from evoprune.language.prompt import Tokenizer
 
 SCHEMA, REGEX = "schema", "regex"
-SECONDS = 5  # of the check; what programs ask for takes milliseconds
-STACK_BYTES = 2**20  # llguidance goes down into a schema by recursion, and a thread may have less than a program
-EXACT_BITS = 53  # of an integer: llguidance keeps numbers as floats
+SECONDS = 5  # time limit of the check; usual schemas take milliseconds
+STACK_BYTES = 2**20  # stack limit of the check, because llguidance recurses into a schema
+EXACT_BITS = 53  # integers up to this size are exact, because llguidance stores numbers as floats
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-NUMERIC = ("type", "multipleOf", *BOUNDS)  # keywords of numbers
-# Of JSON. A model could write white space for ever. What a schema itself says about these ("x-guidance") does not count.
+NUMERIC = ("type", "multipleOf", *BOUNDS)  # keywords for numbers
+# The layout of JSON. Without a limit, a model could write white space forever. These settings override a schema's "x-guidance".
 FORM = {
     "whitespace_pattern": " ?",
     "item_separator": ",",
     "key_separator": ":",
     "lenient": False,
     "coerce_one_of": False,
-    "json_allowed_escapes": 'bfnrt\\"',  # by \\u a field could have the name of another
+    "json_allowed_escapes": 'bfnrt\\"',  # no \\u, which could spell the name of another field
 }
-NOTHING_FOLLOWS = ("NoExtension", "NoExtensionBias")  # llguidance's words where no token may come
-FIRST_BYTES = 2  # of an answer that are tried in the check
-MOST_SEARCHED = 2**20  # characters of parts of a schema that are tried to find what is wrong
-LONGEST = 10_000  # characters of a regular expression
-LINE = 200  # characters of what llguidance says
+NOTHING_FOLLOWS = ("NoExtension", "NoExtensionBias")  # llguidance's messages if no token is allowed
+FIRST_BYTES = 2  # bytes of an answer that the check tries
+MOST_SEARCHED = 2**20  # total characters of the subschemas that are tried to locate an error
+LONGEST = 10_000  # longest regular expression, in characters
+LINE = 200  # longest message of llguidance to show, in characters
 
 
 def _check_installed(kind: str) -> None:
-    """Raises UsageError: a package that is needed is not installed."""
+    """Raise UsageError if a package that the grammar needs is not installed."""
     _library()
     if kind == SCHEMA and find_spec("jsonschema") is None:
         raise UsageError("a schema needs jsonschema, which is not installed", "pip install 'evoprune[schema]'")
 
 
 def _library() -> ModuleType:
-    """Return llguidance. Raises UsageError: it is not installed."""
+    """Import and return llguidance, or raise UsageError if it is not installed."""
     try:
         import llguidance
     except ImportError as problem:
@@ -62,9 +62,14 @@ def _library() -> ModuleType:
 
 
 def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
-    """Return the grammar of a JSON Schema (`kind` SCHEMA) or a regular expression (REGEX), as llguidance takes it.
+    """Return a JSON Schema or a regular expression as a grammar in llguidance's format.
 
-    Raises UsageError: it is not supported, with the place in the schema; or llguidance is not installed.
+    Args:
+        kind: `SCHEMA` or `REGEX`.
+        given: the schema or the regular expression.
+
+    Raises:
+        UsageError: llguidance does not support it (the message names the place in a schema), or a package is not installed.
     """
     if kind == REGEX and not given:
         raise UsageError(
@@ -77,7 +82,7 @@ def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
 
 @lru_cache(16)
 def _checked(kind: str, text: str) -> str:
-    """Return the grammar of a text, as `grammar_of`."""
+    """Check a text and return its grammar; see `grammar_of`."""
     _check_installed(kind)
     needs = "llguidance" if kind == REGEX else "llguidance, jsonschema"
     try:
@@ -93,7 +98,7 @@ def _checked(kind: str, text: str) -> str:
 
 
 def _grammar(kind: str, text: str) -> str:
-    """Return the grammar of a text, unchecked. Raises ValueError: the schema is nested too deeply."""
+    """Return the grammar of a text without checking it. Raises ValueError if the schema is nested too deeply."""
     matcher = _library().LLMatcher
     if kind == REGEX:
         return matcher.grammar_from_regex(text)
@@ -101,10 +106,16 @@ def _grammar(kind: str, text: str) -> str:
 
 
 def fault(request: str) -> tuple[str, str | None]:
-    """Return what is wrong with a kind and a text (JSON), or nothing, and the path in the schema.
+    """Check a schema or regular expression. To be called through `apart`.
 
-    To be called `apart`: llguidance limits each step of its work, but not all that it does to compile a schema, and not how deep it
-    goes.
+    It needs the limits of a separate process: llguidance limits the work per step, but neither the total work of compiling a schema
+    nor the depth of its recursion.
+
+    Args:
+        request: JSON list of a kind and a text.
+
+    Returns:
+        The error message, "" if there is none; and the path of the faulty subschema, None if it is unknown.
     """
     kind, text = json.loads(request)
     wrong = _tried(kind, text)
@@ -119,23 +130,23 @@ def fault(request: str) -> tuple[str, str | None]:
 
 
 def _tried(kind: str, text: str) -> str:
-    """Return what is wrong with a text, or nothing."""
+    """Compile a text and try the first bytes of an answer. Returns the error message, or "" on success."""
     library = _library()
     try:
         grammar = _grammar(kind, text)
     except ValueError as problem:
         return first_line(problem)
     matcher = library.LLMatcher(_bytes(), grammar, log_level=0)
-    for _ in range(FIRST_BYTES):  # where there is too much work, it is mostly at the beginning
+    for _ in range(FIRST_BYTES):  # grammars that take too much work mostly fail at the beginning
         bits = int.from_bytes(matcher.compute_bitmask(), "little")
         if matcher.is_stopped():
             break
-        matcher.consume_token((bits & -bits).bit_length() - 1)  # the first that is allowed
+        matcher.consume_token((bits & -bits).bit_length() - 1)  # the first allowed byte
     return _line(matcher.get_error())
 
 
 def _wrong_numbers(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the numbers of a schema that llguidance does not follow exactly: what is wrong, and the path of the part."""
+    """Yield an error message and the path of the subschema for every number that llguidance does not treat exactly."""
     for path, part in parts_of_schema(schema):
         values = [*part.get("enum", []), *([part["const"]] if "const" in part else [])]
         for value in filter(_has_large_integer, values):
@@ -151,7 +162,7 @@ def _wrong_numbers(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _beside(bound: float) -> Sequence[float]:
-    """Return a bound, and the integers beside it if it is one."""
+    """Return a bound, together with both adjacent integers if it is an integer."""
     return (bound - 1, bound, bound + 1) if isinstance(bound, int) else (bound,)
 
 
@@ -162,7 +173,7 @@ def _has_large_integer(value: Any) -> bool:
 
 
 def _allows(schema: dict[str, Any], text: str) -> bool:
-    """Return whether llguidance would let an answer be this text."""
+    """Return True if llguidance accepts a text as a complete answer."""
     matcher = _library().LLMatcher(_bytes(), _grammar(SCHEMA, json.dumps(schema)), log_level=0)
     read = matcher.try_consume_tokens(list(text.encode()))
     return read == len(text.encode()) and matcher.is_accepting()
@@ -174,7 +185,7 @@ def _bytes() -> Any:
 
 
 def _line(error: str) -> str:
-    """Return an error of llguidance in one line; of one in a regular expression, behind the lines that show its place."""
+    """Return an error of llguidance in one line, without the lines that show the position in a regular expression."""
     first, *_ = (error.partition("error: ")[2] or error).strip().splitlines() or [""]
     if first in NOTHING_FOLLOWS:
         return "nothing can be written that it allows"
@@ -182,7 +193,7 @@ def _line(error: str) -> str:
 
 
 def _place(schema: Any, wrong: str) -> str | None:
-    """Return the path, as a JSON Pointer, of the smallest part of a schema that is refused by the same words; None: not found."""
+    """Return the path, as a JSON Pointer, of the smallest subschema that causes the error message `wrong`, or None."""
     parts = [(path, json.dumps(part)) for path, part in parts_of_schema(schema) if path]
     searched = 0
     for path, text in sorted(parts, key=lambda part: len(part[1])):
@@ -195,7 +206,7 @@ def _place(schema: Any, wrong: str) -> str | None:
 
 
 class Vocabulary:
-    """The tokens of a model, as llguidance needs them: to be made once, which takes a second with a large vocabulary."""
+    """A model's tokens in llguidance's format. Reuse it: creating one takes a second for a large vocabulary."""
 
     def __init__(self, tokenizer: "Tokenizer", eos_ids: Sequence[int]):
         backend = tokenizer.backend
@@ -203,18 +214,18 @@ class Vocabulary:
         self._tokens = _library().LLTokenizer(backend.to_str(), eos_token=ends or None)
 
     def constraint(self, grammar: str) -> "GrammarConstraint":
-        """Return what lets one answer follow a grammar of `grammar_of`."""
+        """Return a constraint for one answer from a grammar made by `grammar_of`."""
         return GrammarConstraint(_library().LLMatcher(self._tokens, grammar, log_level=0))
 
 
 class GrammarConstraint:
-    """A `generate.TokenConstraint`: the tokens that a grammar allows, and those that end an answer where it may end."""
+    """A `generate.TokenConstraint` that allows the tokens of a grammar, and the end-of-answer tokens once the answer may end."""
 
     def __init__(self, matcher: Any):
         self._matcher = matcher
 
     def mask(self, size: int) -> "torch.Tensor":
-        """Raises UsageError: the grammar takes too much work."""
+        """Return the mask of allowed tokens. Raises UsageError if the grammar takes too much work."""
         import numpy as np
         import torch
 

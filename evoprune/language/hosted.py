@@ -1,7 +1,7 @@
-"""The language model as a module of transformers: for models whose layers language/decoder.py does not have, and quantised ones.
+"""Run the language model through its transformers module: for layers that language/decoder.py lacks, and for quantized weights.
 
-The functions are those of language/decoder.py. Cluster sizes reach the layers of attention as numbers in their mask; layers of
-linear attention (Gated DeltaNet, arXiv 2412.06464), which have no scores, read tokens as they are.
+The functions mirror those in language/decoder.py. Cluster sizes reach attention layers as an additive mask. Linear attention layers
+(Gated DeltaNet, arXiv 2412.06464) have no attention scores, so they ignore cluster sizes.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,13 @@ from evoprune.language.decoder import all_sizes
 from evoprune.methods import arange_on
 from evoprune.model import HostedVL, without_autocast
 
-STRIP = 2048  # columns that share one mask of numbers; a multiple of the chunks (64) that linear attention computes in
+STRIP = 2048  # columns that share an additive mask; a multiple of the chunk size (64) of linear attention
 
 
 class HostedCache:
-    """What the layers keep of the columns read so far, in a `DynamicCache` of transformers, and the cluster size of each column.
+    """Layer states and cluster sizes for the columns read so far. The states are in a `DynamicCache` of transformers.
 
-    Where a layer has a recurrent state, the cache cannot be cropped: a later prompt of the same beginning goes on from a copy.
+    If a layer has a recurrent state, the cache cannot be cropped. A later prompt with the same beginning continues from a copy.
     """
 
     def __init__(self, model: HostedVL):
@@ -38,12 +38,16 @@ class HostedCache:
 
         config = model.model.language_model.config
         self.states = DynamicCache(config=config)
-        self.length = 0  # columns that were read
-        self.sizes: torch.Tensor | None = None  # float32 `[length]`; None for 1 each
+        self.length = 0  # number of columns read
+        self.sizes: torch.Tensor | None = None  # float32 `[length]`; None if all are 1
         self.can_crop = can_crop(model)
 
     def crop(self, length: int) -> None:
-        """Drops all but the first `length` columns. Raises ValueError: the cache holds fewer, or has recurrent states."""
+        """Drop all columns except the first `length`.
+
+        Raises:
+            ValueError: the cache holds fewer columns, or has recurrent states.
+        """
         if not (0 <= length <= self.length and self.can_crop):
             raise ValueError(f"a cache of {self.length} columns cannot be cut to {length}")
         for layer in self.states.layers:
@@ -58,13 +62,13 @@ class HostedCache:
 
 
 def can_crop(model: HostedVL) -> bool:
-    """Return whether every layer of the language model keeps keys and values, and no recurrent state."""
+    """Return True if every layer of the language model is full attention, so that there are no recurrent states."""
     kinds = getattr(model.model.language_model.config, "layer_types", None) or ()
     return all(kind == "full_attention" for kind in kinds)
 
 
 def use_experts(model: HostedVL) -> None:
-    """Has mixtures of experts call `through_experts`, unless something other than transformers' default was chosen."""
+    """Make mixtures of experts call `through_experts`, unless another implementation than transformers' default was chosen."""
     config = model.model.language_model.config
     if model.config.text_config.experts is None or config._experts_implementation != "grouped_mm":
         return
@@ -75,13 +79,13 @@ def use_experts(model: HostedVL) -> None:
 
 
 def run_modules(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None, **kwargs):
-    """As `run`, of `text`, by the modules of transformers."""
+    """Run the transformers module `text`. Arguments and result are the same as in `hybrid.run`."""
     kwargs |= {"attention_mask": mask, cache_name(): states, "use_cache": True}
     return text(inputs_embeds=x[None], position_ids=places, **kwargs).last_hidden_state[0]
 
 
 def run_for(model: HostedVL, device: torch.device) -> Callable[..., torch.Tensor]:
-    """Return what runs the layers: `run_modules`, or `hybrid.run`, which rounds otherwise."""
+    """Return the function that runs the layers: `run_modules`, or `hybrid.run`, whose results are rounded differently."""
     return run_modules if can_crop(model) else form_of_layers(device, hybrid.run, run_modules)
 
 
@@ -97,9 +101,13 @@ def forward(
     last: int = 1,
     deepstack: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `decoder.forward`. A pass that fails leaves a cache that can be cropped as it was, and spoils another one.
+    """Return the final hidden states of the last columns; see `decoder.forward`.
 
-    Raises ValueError: no columns, not one position for each, fewer than are to be returned, or a cache that is spoiled.
+    If a pass fails, a cache that can be cropped stays usable, while a cache with recurrent states becomes invalid.
+
+    Raises:
+        ValueError: there are no columns, `positions` does not match them, `last` is out of range, or an earlier pass has
+            invalidated the cache.
     """
     columns = len(inputs_embeds)
     before = cache.length
@@ -107,7 +115,7 @@ def forward(
         raise ValueError(f"positions {list(positions.shape)} for {columns} columns")
     if not 1 <= last <= columns:
         raise ValueError(f"the last {last} of {columns} columns")
-    if cache.can_crop:  # an earlier pass may have ended between two layers
+    if cache.can_crop:  # an earlier pass may have failed between two layers
         cache.crop(before)
     elif before < 0:
         raise ValueError("a pass failed that had changed the recurrent states of this cache")
@@ -116,7 +124,7 @@ def forward(
         old = all_sizes(cache.sizes, before, inputs_embeds)
         every = torch.cat([old, all_sizes(sizes, columns, inputs_embeds)])
     if not cache.can_crop:
-        cache.length = -1  # until all layers have read all columns
+        cache.length = -1  # invalid until all layers have read all columns
     hidden = []
     places = torch.cat([arange_on(columns, "cpu")[None] + before, positions])[:, None]
     step = columns if every is None else STRIP
@@ -139,7 +147,7 @@ def _read(
     deepstack: torch.Tensor | None,
     strip: slice,
 ) -> torch.Tensor:
-    """Return the final hidden states `[columns, hidden]` of a strip of columns, `before` of which others are in the cache."""
+    """Return the final hidden states `[columns, hidden]` of a strip of columns, with `before` columns already in the cache."""
     given = {}
     if sizes is not None or (before and len(embeds) > 1):
         end = before + len(embeds)
@@ -155,9 +163,14 @@ def _read(
 
 @without_packages()
 def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attention_mask=None, **kwargs) -> torch.Tensor:
-    """Return the final hidden states of columns, both `[L, hidden]`, that follow those in `states`, a cache of transformers.
+    """Return the final hidden states `[L, hidden]` of new columns.
 
-    `places`: int64 `[4, 1, L]`, which columns they are, and their M-RoPE positions. `kwargs`: for the model of transformers.
+    Args:
+        x: `[L, hidden]`, embeddings of the new columns.
+        places: int64 `[4, 1, L]`, the column numbers and the three M-RoPE positions.
+        states: a cache of transformers with the columns before; extended in place.
+        attention_mask: see `hybrid.run`.
+        kwargs: further arguments for the transformers module.
     """
     run_layers = run_for(model, x.device)
     return call(model.package, run_layers, model.model.language_model, x, places, states, attention_mask, **kwargs)
@@ -166,5 +179,5 @@ def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attentio
 @torch.inference_mode()
 @without_autocast()
 def logits(model: HostedVL, *args, **kwargs) -> torch.Tensor:
-    """As `forward`, but returns the logits of the token after each of the last columns: float32 `[last, vocabulary]`."""
+    """Return the logits of the token after every one of the last columns: float32 `[last, vocabulary]`; see `forward`."""
     return model.lm_head(forward(model, *args, **kwargs)).float()

@@ -1,12 +1,12 @@
-"""Language models whose layers are mostly linear attention (Qwen3.5), in fewer operations than transformers' modules take.
+"""Run language models that are mostly linear attention (Qwen3.5) with fewer operations than transformers' modules.
 
-On a GPU a pruned prompt waits for its operations, not for arithmetic. Norms, attention and Gated DeltaNets are computed here;
-linear layers and experts are called as they are, for their weights are of many kinds. A CPU, which waits for arithmetic, runs
-transformers' modules. So does a Gated DeltaNet of a single column.
+On a GPU, a pruned prompt is launch-bound. Norms, attention and Gated DeltaNets are therefore computed here; linear layers and
+experts are called as modules, because their weights come in many formats. On a CPU, where arithmetic takes the time, transformers'
+modules run instead. They also run a Gated DeltaNet on a single column.
 
-A Gated DeltaNet (arXiv 2412.06464) reads columns in chunks, each in closed form (arXiv 2406.06484, section 3). Of the state before
-a chunk, `S`, the state behind it is `A S + B`. Here `A` and `B` are made for all chunks at once, so that the only operation that
-waits for the chunk before is that product; transformers takes nine.
+A Gated DeltaNet (arXiv 2412.06464) reads columns in chunks, each in closed form (arXiv 2406.06484, section 3). If `S` is the state
+before a chunk, the state after it is `A S + B`. Here `A` and `B` are computed for all chunks at once, so only this product has to
+wait for the previous chunk; in transformers, nine operations do.
 """
 
 from collections.abc import Iterable
@@ -18,28 +18,29 @@ from evoprune.backend import layers as backend
 from evoprune.model import rotate
 
 CHUNK = 64  # columns, as in transformers
-STRIP = 32 * CHUNK  # columns that a DeltaNet reads at once: 0.5 GiB in Qwen3.5-4B
-TINY = 1e-6  # added to the squared length of a query or key before it is divided by it
+STRIP = 32 * CHUNK  # columns that a DeltaNet reads at once, which takes 0.5 GiB in Qwen3.5-4B
+TINY = 1e-6  # epsilon for the normalization of queries and keys, added to their squared length
 
 
 def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the columns after the final norm, `[L, hidden]`, as of `text`, a model of transformers.
+    """Return the hidden states of new columns after the final norm, `[L, hidden]`.
 
     Args:
-        x: `[L, hidden]`, columns that follow those in `states`.
-        places: int64 `[4, 1, L]`, which columns they are, and their M-RoPE positions.
-        states: a cache of transformers, of which each layer is changed.
-        mask: for attention, `[1, 1, L, columns so far]`; None where each column sees all before it, and `states` are empty or
-            it is a single one.
+        text: the language model, a transformers module.
+        x: `[L, hidden]`, embeddings of the new columns.
+        places: int64 `[4, 1, L]`, the column numbers and the three M-RoPE positions.
+        states: a cache of transformers with the columns before; every layer is updated in place.
+        mask: attention mask `[1, 1, L, columns so far]`. None for plain causal attention, which requires that `states` is empty or
+            L is 1.
     """
     layers = text.layers
     eps = text.config.rms_norm_eps
-    # Vectors of all layers at once, which takes as many operations as of one.
+    # Convert the vectors of all layers together, which takes no more operations than for one layer.
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)] + [text.norm]
     gains = iter(_stacked(norm.weight for norm in norms) + 1)
     of_heads = iter(_stacked(norm.weight for at in _parts(layers, "self_attn") for norm in (at.q_norm, at.k_norm)) + 1)
     deltas = _parts(layers, "linear_attn")
-    rates = iter(-_stacked(delta.A_log for delta in deltas).exp())  # minus how fast each head forgets
+    rates = iter(-_stacked(delta.A_log for delta in deltas).exp())  # negative decay rates of the heads
     offsets = iter(_stacked(delta.dt_bias for delta in deltas))
     scales = iter(_stacked(delta.norm.weight for delta in deltas))
     dim = deltas[0].head_k_dim
@@ -71,10 +72,10 @@ def _stacked(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
 def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, gain: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `x + plus`, or `x` itself, and its RMS norm, which is scaled by `gain` (float32) before it is rounded."""
+    """Return the sum `x + plus` (`x` if `plus` is None) and its RMS norm, scaled by `gain` (float32) before rounding."""
     if fast := backend.kernels_for(x.device):
         try:
-            # What quantised layers return need not be contiguous.
+            # Quantised layers may return tensors that are not contiguous.
             if plus is not None:
                 plus = plus.contiguous()
             return fast.add_norm(x.contiguous(), plus, gain, eps, rounds=False)
@@ -95,9 +96,14 @@ def attention(
     gains: tuple[torch.Tensor, torch.Tensor],
     eps: float,
 ) -> torch.Tensor:
-    """Return what gated attention returns for columns, both `[L, hidden]`. `module`, `states`, `mask`: as of `run`.
+    """Return the output `[L, hidden]` of a gated attention layer and update its keys and values in `states`.
 
-    `turns`: as of `decoder.rotation`, for the first features of a head. `gains`: of the norms of queries and keys.
+    Args:
+        module: the layer, a transformers module.
+        x: `[L, hidden]`, the normed input.
+        turns: cosines and sines as from `decoder.rotation`, for the leading features of a head.
+        states, mask: see `run`.
+        gains: weights of the norms of queries and keys.
     """
     length = len(x)
     dim = module.head_dim
@@ -113,7 +119,7 @@ def attention(
     both = torch.cat([rotate(both[..., :wide], *turns), both[..., wide:]], -1)
     queries, keys = both.tensor_split([-heads], 1)
     known = states.update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None], module.layer_idx)
-    # Heads that share keys are a dimension, so that keys are not repeated in memory.
+    # Heads that share keys get a dimension of their own, so that keys are not repeated in memory.
     queries = queries.view(length, heads, -1, dim).permute(1, 2, 0, 3)
     keys, values = (each.transpose(0, 1).expand(-1, queries.shape[1], -1, -1) for each in known)
     causal = mask is None and length > 1
@@ -130,14 +136,19 @@ def delta_net(
     scale: torch.Tensor,
     unit: torch.Tensor,
 ) -> torch.Tensor:
-    """Return what a Gated DeltaNet returns for columns, both `[L, hidden]`. Its states after them are put into `states`.
+    """Return the output `[L, hidden]` of a Gated DeltaNet and update its states in `states`.
 
-    `delta`: a module of transformers. Its vectors, float32: `rate`, minus the exponential of `A_log`; `offset`, `dt_bias`; `scale`,
-    the weight of its norm; `unit`, by which an RMS norm of a head's features is scaled to length 1.
+    Everything between the products with weights is float32, as in transformers. Value heads that share queries and keys have a
+    dimension of their own, [key heads, group, chunks, columns, features], which broadcasts. The padding of the last chunk has a
+    `beta` of 0 and no decay, so it changes nothing.
 
-    Everything between the products with weights is float32, as in transformers. Value heads that share queries and keys are a
-    dimension of their own, [key heads, group, chunks, columns, features], which broadcasts. Columns that fill the last chunk up
-    have a `beta` of 0 and no decay: they change nothing, whatever they hold.
+    Args:
+        delta: the layer, a transformers module.
+        x: `[L, hidden]`, the normed input.
+        rate: float32, minus the exponential of `A_log`.
+        offset: float32, `dt_bias`.
+        scale: float32, weight of the layer's norm.
+        unit: float32, the gain with which an RMS norm scales the features of a head to length 1.
     """
     if len(x) > STRIP:
         return torch.cat([delta_net(delta, part, states, rate, offset, scale, unit) for part in x.split(STRIP)])
@@ -155,27 +166,27 @@ def delta_net(
     kernel = delta.conv_kernel_size
     state = of_layer.recurrent_states[0]
     projected = delta.in_proj_qkv(x).T[None]
-    seen = of_layer.update_conv_state(projected, conv_kernel_size=kernel)  # with columns before, if there were some
+    seen = of_layer.update_conv_state(projected, conv_kernel_size=kernel)  # may start with columns of earlier passes
     seen = F.pad(seen, (kernel - 1 - (seen.shape[-1] - length), more))
     mixed = F.silu(F.conv1d(seen, delta.conv1d.weight, delta.conv1d.bias, groups=seen.shape[1]))[0]
     qk, v = mixed.split([2 * delta.key_dim, delta.value_dim])
     v = v.view(heads, group, value_dim, chunks, CHUNK).permute(0, 1, 3, 4, 2)
     qk = qk.view(2, heads, dim, chunks, CHUNK).permute(1, 3, 0, 4, 2)
     qk = qk.to(torch.float32, memory_format=torch.contiguous_format)
-    # That queries are divided by the root of `dim` too is left to the norm at the end: all it changes is its epsilon.
+    # Queries should also be divided by the square root of `dim`. The norm at the end cancels this factor, except in its epsilon.
     qk = F.rms_norm(qk, (dim,), unit, TINY / dim)
     q, k = (part[:, None] for part in qk.unbind(2))
 
     beta = F.pad(delta.in_proj_b(x).sigmoid().T, (0, more)).view(by_head)
     pace = rate * F.softplus(delta.in_proj_a(x) + offset)
     since = F.pad(pace.T, (0, more)).view(by_head).cumsum(3)  # logarithm of the decay since the chunk began
-    decay = (since - since.mT).exp().tril()  # of what column j wrote when column i reads it, [..., i, j]
+    decay = (since - since.mT).exp().tril()  # decay between the write of column j and the read of column i, [..., i, j]
     grown = since.exp()
 
     rows = qk.flatten(2, 3).flatten(0, 1)
     scores = torch.bmm(rows, rows[:, CHUNK:].mT).view(heads, 1, chunks, 2, CHUNK, CHUNK) * decay[:, :, :, None]
-    own = scores[:, :, :, 0].flatten(0, 2)  # queries with the keys of their chunk
-    # What the columns write, [..., values], and what they would take back of the state before, [..., keys].
+    own = scores[:, :, :, 0].flatten(0, 2)  # products of queries with the keys of their own chunk
+    # Columns' writes to the state, [..., values], and the part of the earlier state that they overwrite, [..., keys].
     solved = torch.linalg.solve_triangular(
         scores[:, :, :, 1] * beta, torch.cat([v, k * grown], -1) * beta, upper=False, unitriangular=True
     ).flatten(0, 2)
@@ -184,11 +195,11 @@ def delta_net(
     taken.diagonal(0, -2, -1).sub_(grown[:, :, :, -1].reshape(*by_chunk, 1))
 
     first = qk.new_zeros(heads * group, dim, value_dim) if state is None else state[0]
-    before = torch.cat([first[:, None], written], 1)  # the state before each chunk, and that after the last
+    before = torch.cat([first[:, None], written], 1)  # the state before every chunk, and the state after the last one
     for i in range(chunks):
         before[:, i + 1].baddbmm_(taken[:, i], before[:, i], alpha=-1)
     of_layer.update_recurrent_state(before[None, :, -1])
-    del kept, written, taken  # a third of what is in memory
+    del kept, written, taken  # a third of the memory in use
 
     before = before[:, :-1].reshape(-1, dim, value_dim)
     values, backward = solved.split([value_dim, dim], -1)

@@ -1,4 +1,4 @@
-"""Keys and values of what several prompts begin with: they are computed once."""
+"""A cache for the common beginning of several prompts, so that its keys and values are computed once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +15,22 @@ from evoprune.methods import Dropping
 
 @dataclass
 class Held:
-    """A cache, and what it holds."""
+    """A KV cache and the token ids that it holds."""
 
     cache: KVCache | HostedCache
-    prompt: torch.Tensor  # int64 on the CPU, ids of its first columns
-    answer: Sequence[int] = ()  # of those behind them, which may become more
+    prompt: torch.Tensor  # int64 on the CPU, token ids of its first columns
+    answer: Sequence[int] = ()  # token ids of the columns after the prompt; may grow while an answer is decoded
 
     @property
     def ids(self) -> torch.Tensor:
         return torch.cat([self.prompt, torch.tensor(self.answer, dtype=torch.int64, device="cpu")])
 
     def common(self, ids: torch.Tensor) -> int:
-        """Return how many columns a prompt begins with, of the same inputs, that the cache holds. `ids`: int64 on the CPU."""
+        """Return the number of leading columns that the cache shares with a prompt about the same inputs.
+
+        Args:
+            ids: int64 on the CPU, token ids of the prompt.
+        """
         own = self.ids
         length = min(len(own), len(ids))
         differ = (own[:length] != ids[:length]).nonzero()
@@ -34,35 +38,37 @@ class Held:
 
 
 class PrefixCache:
-    """Keys and values of the beginning of prompts about the same inputs.
+    """Cached keys and values for the beginning of prompts about the same inputs.
 
-    Attention is causal: keys and values before the question do not depend on it. So a later question under the same system prompt
-    uses them again, and one of a conversation also those of what was said. If tokens leave inside the language model, they leave by
-    the question, and each prompt is read as a whole.
+    Attention is causal, so keys and values before the question do not depend on the question. A later question under the same
+    system prompt reuses them, and a later question of a conversation also reuses the earlier turns. If a method drops tokens inside
+    the language model, the question decides which, so every prompt is read in full.
 
-    A recurrent state (Qwen3.5) is known only where a pass ends. So if layers have one, what is before the question is a pass of its
-    own, and in a conversation so is what is before the answer, unless no question follows. One that follows after all waits longer.
+    A recurrent state (Qwen3.5) is available only at the end of a pass. On models with recurrent layers, the part before the
+    question is therefore a pass of its own, and in a conversation so is the part before the answer. These extra passes are skipped
+    if no other question is expected; if one comes anyway, it has to read more columns again.
     """
 
     def __init__(self, model):
         self._model = model
-        # What prompts were read up to: one cache, which can be cropped, or copies of recurrent ones, the shortest first.
+        # One cache if it can be cropped. Otherwise copies of recurrent caches at the ends of passes, the shortest first.
         self._held: list[Held] = []
 
     def forget(self) -> None:
-        """Drop all caches: the tokens of the inputs change."""
+        """Drop all caches. To be called when the tokens of the inputs change."""
         self._held = []
 
     def read(
         self, pruned: PrunedPrompt, prompt: Prompt, last: bool, goes_on: bool, dropping: Dropping | None
     ) -> PrefillState:
-        """Read a prompt, but for what is known of it. Returns the state from which its answer is decoded.
+        """Read the part of a prompt that is not cached and return the state for decoding its answer.
 
         Args:
-            pruned: The columns of `prompt`.
-            last: Whether nothing has to be kept for another question.
-            goes_on: Whether the next question may be one of the same conversation.
-            dropping: What leaves inside the language model; None if nothing does.
+            pruned: the columns of `prompt` that are left after pruning.
+            prompt: the whole prompt.
+            last: True if nothing needs to be kept for another question.
+            goes_on: True if the next question may belong to the same conversation.
+            dropping: the tokens to drop inside the language model, or None.
         """
         model = self._model
         if dropping is not None:
@@ -70,11 +76,11 @@ class PrefixCache:
                 model, pruned.embeds, pruned.positions, pruned.following, None, pruned.sizes, dropping, pruned.deepstack
             )
         crops = can_crop(model)
-        # Columns up to which another prompt may be the same.
+        # Numbers of columns that another prompt may have in common with this one.
         ends = [prompt.prefix_length, prompt.turn_length] if goes_on else [prompt.prefix_length]
         ends = [int((pruned.columns < end).sum()) for end in ends]
         if goes_on and crops:
-            ends.append(len(pruned) - 1)  # the last column is read in any case: its logits are those of the answer
+            ends.append(len(pruned) - 1)  # always read the last column: its logits choose the answer's first token
         inputs = int(pruned.visual.nonzero()[-1]) + 1
         cache, known = self._take(pruned.ids[: ends[-1]], inputs, last)
         if not (crops or last):
@@ -98,10 +104,12 @@ class PrefixCache:
         return state
 
     def _take(self, ids: torch.Tensor, inputs: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
-        """Return a cache of the beginning of a prompt, and how many of its columns it holds.
+        """Return a cache with the beginning of a prompt and its number of columns, or None and 0.
 
-        `ids`: int64 on the CPU, those columns of the prompt that another one may have had. `inputs`: columns up to the end of the
-        inputs; a cache that holds fewer is of no use.
+        Args:
+            ids: int64 on the CPU, the leading token ids of the prompt that an earlier prompt may also have had.
+            inputs: number of columns up to the end of the inputs. A croppable cache with fewer is not used.
+            last: if True, a recurrent cache may be handed out itself instead of a copy.
         """
         held = self._held
         self._held = []
@@ -110,7 +118,7 @@ class PrefixCache:
                 return None, 0
             cache = held[0].cache
             cache.crop(known)
-            self._held = [Held(cache, ids[:known])]  # a prompt that breaks off leaves this much
+            self._held = [Held(cache, ids[:known])]  # these columns stay valid even if reading the prompt fails
             return cache, known
         held = [each for each in held if each.common(ids) == len(each.prompt)]
         if not held:

@@ -1,8 +1,9 @@
-"""A question about videos and pictures as token ids, through the model's own chat template; and the positions of its tokens.
+"""Turn a question about videos and pictures into token ids with the model's chat template, and compute M-RoPE positions.
 
-It uses the `tokenizers` library directly: transformers' wrapper takes longer to import than a short answer takes to compute.
+This file uses the `tokenizers` library directly, because transformers' wrapper takes longer to import than a short answer takes to
+compute.
 
-The user's words are only text: `<|im_end|>` or `<|video_pad|>` inside a question becomes ordinary tokens, so a question can
+The user's words are always plain text: `<|im_end|>` or `<|video_pad|>` inside a question becomes ordinary tokens, so a question can
 neither end its turn early nor fake a video. Only the template places special tokens.
 """
 
@@ -26,27 +27,27 @@ from evoprune.model import TEXT, check_fetched, read_object
 from evoprune.util import check_text
 from evoprune.video import PICTURE, VIDEO
 
-# What chat templates call an input of each kind, and the placeholder that they write for it.
+# For every kind of input, its name in chat templates and the placeholder that templates write for it.
 CONTENTS = {VIDEO: ("video", "<|video_pad|>"), PICTURE: ("image", "<|image_pad|>")}
 _PLACEHOLDERS = tuple(token for _, token in CONTENTS.values())
 MARKERS = "<|vision_start|>", "<|vision_end|>"  # around placeholders
-THOUGHTS = "<think>", "</think>"  # around what a model writes before its answer; some prompts end with the first
-# Placeholders for the user's words while the template is rendered. They have private-use characters, which no template has.
+THOUGHTS = "<think>", "</think>"  # around the model's thoughts before its answer; some prompts end with the first
+# Placeholders for the user's words while the template is rendered. They contain private-use characters, which templates do not use.
 _QUESTION = "\ue000question\ue001"
 _SYSTEM = "\ue000system\ue001"
-_EARLIER = "\ue000question {0}\ue001", "\ue000answer {0}\ue001"  # of each earlier turn
-_PART = "\ue000part {0}\ue001"  # of each text before an input of a `Placed`
+_EARLIER = "\ue000question {0}\ue001", "\ue000answer {0}\ue001"  # for the earlier turns
+_PART = "\ue000part {0}\ue001"  # for the texts before an input in a `Placed`
 _WORDS = re.compile("\ue000[a-z0-9 ]+\ue001")
 _ALL = re.compile("|".join([*map(re.escape, _PLACEHOLDERS), _WORDS.pattern]))
-MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's have 11 MB and 3 kB
-# The steps of Qwen's tokenizers. Others could make gigabytes of a short text.
+MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's files have 11 MB and 3 kB
+# The components of Qwen's tokenizers. Other components could turn a short text into gigabytes.
 KINDS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """Return the byte for which each character stands in the vocabulary of a byte-level tokenizer, as in GPT-2.
+    """Return the map from characters in the vocabulary of a byte-level tokenizer to bytes, as in GPT-2.
 
-    Printable characters of Latin-1 stand for their own code. The other bytes are the characters from U+0100 on, in order.
+    Printable characters of Latin-1 stand for their own code. Characters from U+0100 on stand for the other bytes, in order.
     """
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in shown]
@@ -64,11 +65,11 @@ class Tokenizer:
     chat_template: str  # Jinja source
     # Tokens by their names in the tokenizer's settings, such as "eos_token"; templates may use them
     named: dict[str, str] = field(default_factory=dict)
-    template_file: str = ""  # where the template is from, for errors
+    template_file: str = ""  # file of the template, for error messages
 
     def __post_init__(self):
-        self.backend.encode_special_tokens = True  # special tokens in a user's text are ordinary words
-        # A tokenizer that was saved after training may still truncate or pad to the lengths of its batches.
+        self.backend.encode_special_tokens = True  # encode special tokens in a user's text as ordinary words
+        # A tokenizer that was saved after training may still have the truncation and padding of its batches.
         self.backend.no_truncation()
         self.backend.no_padding()
 
@@ -79,11 +80,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`. Special tokens in it are encoded as ordinary words.
 
-        Raises ModelError: the tokenizer breaks down, for example over a pattern that takes too many steps.
+        Raises:
+            ModelError: the tokenizer panics, for example because a pattern takes too many steps.
         """
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
-        except BaseException as problem:  # a panic in Rust is no Exception
+        except BaseException as problem:  # a panic in Rust is not an Exception
             if type(problem).__name__ != "PanicException":
                 raise
             message = f"the model's tokenizer broke down: {first_line(problem)}"
@@ -94,7 +96,7 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def bytes_of(self, token: int) -> bytes:
-        """Return the UTF-8 bytes of a token, which may be only a part of a character; none for an id without a token."""
+        """Return the UTF-8 bytes of a token, possibly only a part of a character. Ids without a token have no bytes."""
         if token in (added := self._added):
             return added[token].encode()
         text = self.backend.id_to_token(token) or ""
@@ -102,42 +104,46 @@ class Tokenizer:
 
     @cached_property
     def _added(self) -> dict[int, str]:
-        """Texts of the tokens that are not in the vocabulary, by id."""
+        """Texts of the tokens that were added to the vocabulary, by id."""
         return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
     def render(self, messages: list[dict], thinking: bool = False) -> str:
-        """Return a conversation in the model's own format, up to where its answer begins, or where its thoughts do.
+        """Render a conversation with the chat template, up to the beginning of the model's answer or thoughts.
 
-        `thinking`: the template's `enable_thinking`, if it `can_switch_thinking`.
+        Args:
+            messages: the conversation in the format of chat templates.
+            thinking: value for the template's variable `enable_thinking`; see `can_switch_thinking`.
 
-        Raises ValueError: the template is broken, refuses the messages, or takes too much. OSError: no process can be started.
+        Raises:
+            ValueError: the template is broken, rejects the messages, or exceeds its limits.
+            OSError: no process can be started.
         """
         context = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
         return render(self.chat_template, context | {"enable_thinking": thinking} | self.named)
 
     @property
     def can_switch_thinking(self) -> bool:
-        """Whether the template asks `enable_thinking`, as Qwen3.5's does; that of Qwen3-VL-Thinking always lets the model think."""
+        """True if the template reads `enable_thinking`, as Qwen3.5's does. Qwen3-VL-Thinking's does not: it always thinks."""
         return "enable_thinking" in self.chat_template
 
     @cached_property
     def always_thinks(self) -> bool:
-        """Whether the template begins thoughts although it is asked not to."""
-        if THOUGHTS[0] not in self.chat_template:  # rendering takes a process
+        """True if the template begins thoughts even if `enable_thinking` is False."""
+        if THOUGHTS[0] not in self.chat_template:  # avoids a process for rendering
             return False
         try:
             return opens_thoughts(self.render([{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]))
-        except (ValueError, OSError):  # the prompt of a question will say so
+        except (ValueError, OSError):  # building the prompt of a question will report this
             return False
 
 
 def opens_thoughts(prompt: str) -> bool:
-    """Return whether a prompt ends with the beginning of the model's thoughts."""
+    """Return True if a prompt ends with the beginning of the model's thoughts."""
     return prompt.rstrip().endswith(THOUGHTS[0])
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a model's folder has tokenizer files."""
+    """Return True if a model's folder has tokenizer files."""
     return any(
         all((folder / name).is_file() for name in names)
         for names in (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -145,7 +151,11 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Return the tokenizer in a model's folder. Raises ModelError: missing, damaged, or without a chat template."""
+    """Load the tokenizer and the chat template from a model's folder.
+
+    Raises:
+        ModelError: the tokenizer is missing, damaged or not of a supported kind, or there is no chat template.
+    """
     if not has_tokenizer(folder):
         hint = "copy tokenizer.json and tokenizer_config.json from the original model"
         raise ModelError(f"{folder} holds no tokenizer", hint)
@@ -169,7 +179,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _named_tokens(settings: dict) -> dict[str, str]:
-    """Return the tokens that a tokenizer's settings name; each is plain text there, or {"content": text, ...}."""
+    """Return the tokens that a tokenizer's settings name. The settings have them as texts or as {"content": text, ...}."""
     named = {}
     for name, token in settings.items():
         if isinstance(token, dict):
@@ -185,7 +195,7 @@ def _backend(folder: Path):
 
         _check_size(folder / "tokenizer.json")
         return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    # Only vocab.json and merges.txt: transformers knows the rest of Qwen's tokenizer.
+    # With only vocab.json and merges.txt, transformers supplies the rest of Qwen's tokenizer.
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
@@ -207,9 +217,10 @@ def _settings(path: Path) -> dict:
 
 
 def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
-    """Return the chat template, from its own file or from one of the files that older repositories use; and that file.
+    """Return the chat template, None if it is missing, and its file.
 
-    Of these, the processor's comes first: it is the one that supports video.
+    The template's own file comes first, then the files that older repositories use. Among these, the processor's template takes
+    precedence over the tokenizer's, because it supports video.
     """
     file = folder / "chat_template.jinja"
     if os.path.lexists(file):
@@ -230,13 +241,15 @@ def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
 def video_positions(
     grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
 ) -> torch.Tensor:
-    """Return time, height and width of a video's units, counted from its own start, in raster order: int64 `[3, T*H*W]`.
+    """Return the M-RoPE positions of a video's units relative to its start, in raster order: int64 `[3, T*H*W]`.
 
-    `grid`: (T, H, W), frame pairs, and rows and columns of units; a picture is one frame pair. `seconds_per_pair`: from one frame
-    pair to the next, with fractions; of one it does not matter. `tokens_per_second`: as in `config.VisionConfig`.
+    Args:
+        grid: (T, H, W), number of frame pairs, and rows and columns of units. A picture is one frame pair.
+        seconds_per_pair: time from one frame pair to the next; ignored for a single frame pair.
+        tokens_per_second: see `config.VisionConfig`.
     """
     t, h, w = grid
-    # In float64, and rounded down once at the end: multiples of a rounded step would drift.
+    # Multiply in float64 and round down only at the end, because multiples of a rounded step would drift.
     step = 1.0
     if tokens_per_second is not None:
         step = seconds_per_pair * tokens_per_second
@@ -245,13 +258,18 @@ def video_positions(
 
 
 def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    """Return M-RoPE positions of an unpruned prompt, int64 `[3, length]`, by Qwen's rule (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """Return the M-RoPE positions of an unpruned prompt, int64 `[3, length]` (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
     Text has the same number in time, height and width. A video token has the time of its frame pair and the row and column of its
-    unit, counted from where the video starts. Text after a video continues at the largest position so far plus one; so does the
-    first generated token. `videos`: of each, and of each picture, in order, the column where it starts and its `video_positions`.
+    unit, relative to the position where the video starts. Text after a video continues at the largest position so far plus one, and
+    so does the first generated token.
 
-    Raises ValueError: a video overlaps another or does not fit into the prompt.
+    Args:
+        length: number of columns.
+        videos: for videos and pictures in order, the first column and the `video_positions`.
+
+    Raises:
+        ValueError: a video overlaps another one or does not fit into the prompt.
     """
     pieces = []
     at = 0
@@ -272,32 +290,36 @@ def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) ->
 
 @dataclass(frozen=True)
 class Place:
-    """Where an input stands in a prompt."""
+    """The columns of one input in a prompt."""
 
-    runs: tuple[range, ...]  # the columns of its placeholders: one run of all, or an equal run for each frame pair
-    # The columns of each run with its time and its markers, which a prompt does not have if none of the run's tokens is kept: to
-    # the model, such a frame pair was not sampled. Empty where what is around the runs always stays.
+    runs: tuple[range, ...]  # columns of its placeholders: a single run, or runs of equal length, one per frame pair
+    # For every run, its columns together with its timestamp and markers. They are all removed if no token of the run is kept, as if
+    # the frame pair had not been sampled. Empty if the text around the runs always stays.
     around: tuple[range, ...] = ()
 
     def __len__(self) -> int:
-        """Return how many placeholders."""
+        """Return the number of placeholders."""
         return sum(map(len, self.runs))
 
     @cached_property
     def columns(self) -> torch.Tensor:
-        """int64, on the CPU, of the placeholders."""
+        """Columns of the placeholders, int64 on the CPU."""
         return torch.cat([arange_on(len(run), "cpu") + run.start for run in self.runs])
 
     def positions(
         self, grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
     ) -> list[tuple[int, torch.Tensor]]:
-        """Return the runs of an input as `prompt_positions` takes them; the arguments are those of `video_positions`."""
+        """Return a first column and positions per run, for `prompt_positions`. Arguments: see `video_positions`."""
         pairs = grid[0] // len(self.runs)
         inside = video_positions((pairs, *grid[1:]), seconds_per_pair, tokens_per_second)
         return [(run.start, inside) for run in self.runs]
 
     def left_out(self, kept: torch.Tensor) -> list[range]:
-        """Return what of `around` leaves the prompt where these placeholders (int64, on the CPU) are kept."""
+        """Return the entries of `around` to remove from the prompt, because their runs have no kept tokens.
+
+        Args:
+            kept: int64 on the CPU, indices of the placeholders to keep.
+        """
         if not self.around:
             return []
         held = torch.bincount(kept // len(self.runs[0]), minlength=len(self.runs))
@@ -305,9 +327,13 @@ class Place:
 
 
 def place_of_pairs(before: Sequence[int], units: int, *, start: int = 0, after: int = 1) -> Place:
-    """Return the place of a video, from column `start` on, whose frame pairs stand behind their times.
+    """Return the place of a video whose frame pairs follow their timestamps.
 
-    `before`: how many columns of text stand before the tokens of each frame pair, of which there are `units`; `after` stand behind.
+    Args:
+        before: for every frame pair, the number of text columns before its tokens.
+        units: number of tokens per frame pair.
+        start: first column of the video.
+        after: number of text columns after the tokens of a frame pair.
     """
     runs = []
     around = []
@@ -319,8 +345,11 @@ def place_of_pairs(before: Sequence[int], units: int, *, start: int = 0, after: 
 
 
 def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
-    """Return what Qwen3-VL and Qwen3.5 read in front of each frame pair: the mean of the times of its `frames` frames, in
-    seconds.
+    """Return the timestamps that Qwen3-VL and Qwen3.5 read before frame pairs: the mean time of a pair's first and last frame.
+
+    Args:
+        times_s: times of the frames in seconds.
+        frames: number of frames per pair.
     """
     pairs = zip(*(times_s[first::frames] for first in (0, frames - 1)), strict=True)
     return [f"<{(first + last) / 2:.1f} seconds>" for first, last in pairs]
@@ -328,24 +357,24 @@ def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with room for every visual token of its inputs."""
+    """An unpruned prompt, with a placeholder for every visual token of its inputs."""
 
     input_ids: torch.Tensor  # int64 `[L]`
-    places: tuple[Place, ...]  # of each input
-    # Leading ids that do not depend on the question, up to and including the last `<|vision_end|>`, and where possible the
-    # subtitles. Their keys and values serve every question about the same inputs and with the same system prompt.
+    places: tuple[Place, ...]  # one per input
+    # Number of leading ids that do not depend on the question: up to and including the last `<|vision_end|>`, and the subtitles if
+    # possible. Their keys and values serve every question about the same inputs with the same system prompt.
     prefix_length: int
-    # Leading ids up to the end of the question: with these begin the prompts of a conversation that goes on.
+    # Number of leading ids up to the end of the question. Later prompts of the conversation begin with the same ids.
     turn_length: int
 
     @property
     def visual_tokens(self) -> int:
-        """Number of placeholders, of all inputs."""
+        """Total number of placeholders."""
         return sum(map(len, self.places))
 
     @property
     def text_tokens(self) -> int:
-        """Number of ids that are no placeholders; a pruned prompt may have fewer (`Place.around`)."""
+        """Number of ids that are not placeholders. A pruned prompt may have fewer (`Place.around`)."""
         return len(self.input_ids) - self.visual_tokens
 
 
@@ -360,23 +389,28 @@ def build_prompt(
     thinking: bool = False,
     earlier: Sequence[Turn] = (),
 ) -> Prompt:
-    """Return the prompt of a question: the inputs in their order, then the subtitles, earlier turns and the question, up to where
-    the answer begins. The last inputs may have places of their own: between the texts of questions that are `Placed`.
+    """Build the prompt for a question, up to the beginning of the answer.
 
-    All texts are taken literally; the first question follows the subtitles without a space. If they hold no special token, the
-    ids are the same as of tokenising the rendered conversation at once.
+    The prompt has the inputs in order, the subtitles, the earlier turns and the question. Questions that are `Placed` have inputs
+    between their texts; these are the last inputs.
+
+    All texts are taken literally. The first question follows the subtitles without a space. If the texts contain no special tokens,
+    the ids are the same as for tokenizing the rendered conversation at once.
 
     Args:
-        inputs: of each, "video" or "picture", and N, its number of visual tokens with nothing pruned, at least 1.
+        inputs: for every input, "video" or "picture" and its number of visual tokens without pruning, at least 1.
         system: a system prompt; None leaves it to the template.
-        times: of each input, what stands in front of each of its frame pairs (`timestamps`), between markers of their own; none
-            where all placeholders of the input are in a row. Default: none for all inputs.
-        thinking: as of `Tokenizer.render`.
-        earlier: what was asked and answered before, in its order. The inputs belong to the first question.
+        times: for every input, the texts before its frame pairs (`timestamps`), which then have markers of their own. Empty for an
+            input whose placeholders form a single run, which is the default.
+        thinking: see `Tokenizer.render`.
+        earlier: the earlier turns of the conversation, in order. The inputs belong to the first question, unless a `Placed` says
+            otherwise.
 
-    Raises ModelError: the chat template is broken, or does not write the inputs in their order and then what was said. UsageError:
-    a text is not Unicode (stray bytes from a shell), or the template leaves the system prompt out, or knows nothing of thinking.
-    ValueError: no inputs, a number of tokens below 1, or more places than inputs.
+    Raises:
+        ModelError: the chat template is broken, or does not write the inputs in order, followed by the conversation.
+        UsageError: a text is not valid Unicode (stray bytes from a shell), the template has no place for a system prompt, or it
+            does not support thinking.
+        ValueError: there are no inputs, an input has no tokens, or there are more places than inputs.
     """
     if not inputs or min(count for _, count in inputs) < 1:
         raise ValueError(f"a prompt has inputs with at least one visual token each, not {list(inputs)}")
@@ -398,14 +432,14 @@ def build_prompt(
     check_text(question, system, *_texts(earlier))
     words = said | {after_inputs: subtitles + said[after_inputs], _SYSTEM: system or ""}
     times_of = times or [()] * len(inputs)
-    # The placeholders of each run; an input with times has a run for each of them.
+    # Number of placeholders per run. An input with timestamps has a run for every timestamp.
     lengths = (count // (len(own) or 1) for (_, count), own in zip(inputs, times_of, strict=True) for _ in own or [""])
     ids = []
     runs = []
     prefix_length = 0
     turn_length = 0
-    # Split only at the template's special tokens, where the tokenizer splits too. The text between them is encoded as one
-    # piece, so that merges across the edge of the user's text (a newline before it, say) are the same as in the whole.
+    # Split only at the template's special tokens, where the tokenizer splits too. The text between two of them is encoded at once,
+    # so that merges across the edge of the user's text (such as with a newline before it) are the same as in the whole prompt.
     for piece in re.split(f"({'|'.join(map(re.escape, specials))})", _with_times(rendered, times_of)):
         if piece in _PLACEHOLDERS:
             runs.append(range(len(ids), len(ids) + next(lengths)))
@@ -413,14 +447,14 @@ def build_prompt(
         elif piece in specials:
             ids.append(specials[piece])
         else:
-            # In one pass, so that a placeholder inside the user's words is not replaced.
+            # Substitute in one pass, so that a placeholder inside the user's words is not replaced.
             text = _WORDS.sub(lambda match: words[match[0]], piece)
             encoded = tokenizer.encode(text)
             if after_inputs in piece:
                 prefix_length = len(ids)
                 if subtitles:
                     before = tokenizer.encode(piece.partition(after_inputs)[0] + subtitles)
-                    if encoded[: len(before)] == before:  # else the question's beginning merges with the subtitles
+                    if encoded[: len(before)] == before:  # False if the question's beginning merges with the subtitles
                         prefix_length += len(before)
             ids += encoded
             if _QUESTION in piece:
@@ -430,14 +464,17 @@ def build_prompt(
 
 
 def _texts(turns: Sequence[Turn]) -> list[str]:
-    """Return what was said in turns, in its order."""
+    """Return the questions and answers of turns in order."""
     return [text for turn in turns for text in (turn.question, turn.answer)]
 
 
 def _laid_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list[list[str | None]], dict[str, str]]:
-    """Return the parts of each message, a placeholder of each text and None for each input; and the texts by placeholder.
+    """Lay out the messages of a conversation.
 
-    Inputs without a place in a `Placed` come first. After the inputs of a message there always is a text, perhaps an empty one.
+    Inputs without a place in a `Placed` come first. Every message ends with a text, possibly an empty one.
+
+    Returns:
+        One list of parts per message, with placeholders for texts and None for inputs; and the texts by placeholder.
     """
     names = [*(name.format(turn) for turn in range(len(earlier)) for name in _EARLIER), _QUESTION]
     messages = [text.parts if isinstance(text, Placed) else (text,) for text in (*_texts(earlier), question)]
@@ -460,7 +497,7 @@ def _laid_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list
 
 
 def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
-    """Return the conversation in which an input with times has a placeholder between markers behind each of them."""
+    """Give inputs with timestamps a placeholder between markers after every timestamp, instead of a single placeholder."""
     of_inputs = iter(times)
     start, end = map(re.escape, MARKERS)
 
@@ -471,12 +508,10 @@ def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
 
 
 def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequence[Sequence[str]]) -> Iterator[Place]:
-    """Yield where each input stands, whose runs follow one another."""
+    """Yield one place per input. `runs` has the columns of placeholders for the inputs in order."""
 
     def around(run: range, time: str) -> range:
-        """Return the columns of a run with its markers, and with the time before them if that has not merged with what comes
-        before it.
-        """
+        """Return the columns of a run with its markers and its timestamp, unless the timestamp merged with the text before it."""
         own = tokenizer.encode(time)
         start = run.start - 1
         if ids[start - len(own) : start] == own:
@@ -497,15 +532,23 @@ def _render(
     thinking: bool,
     contents: Sequence[Sequence[str | None]],
 ) -> str:
-    """Return the conversation as text, with placeholders for the user's words; these `markers` must exist.
+    """Render the conversation with placeholders for the user's words, and check the order of its parts.
 
-    `contents`: the messages, as of `_laid_out`.
+    Args:
+        kinds: "video" or "picture" for every input.
+        with_system: whether to add a system prompt.
+        markers: special tokens that the tokenizer must have.
+        thinking: see `Tokenizer.render`.
+        contents: the messages from `_laid_out`.
+
+    Raises:
+        ModelError: the template cannot be used.
     """
     messages = []
     if with_system:
         messages.append({"role": "system", "content": _SYSTEM})
     left = iter(kinds)
-    due = []  # the placeholders of inputs and texts, in their order
+    due = []  # the expected placeholders of inputs and texts, in order
     for number, content in enumerate(contents):
         parts = []
         for part in content:
@@ -521,7 +564,7 @@ def _render(
         missing = {*inputs, *markers} - tokenizer.specials().keys()
         if missing or inputs != [token for token in written if token in _PLACEHOLDERS]:
             raise ValueError("it does not write the inputs in their order")
-        # A single question after the inputs may be written more than once.
+        # A template may repeat a single question that follows the inputs.
         if written != due and (len(due) > len(inputs) + 1 or written[: len(due)] != due):
             raise ValueError("it does not write what is said in its order, after the inputs")
     except ValueError as problem:

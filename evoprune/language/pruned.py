@@ -1,6 +1,7 @@
-"""A prompt without the columns of pruned visual tokens, as sessions, held models, streams and the plug-in for vLLM read it.
+"""Remove the columns of pruned visual tokens from a prompt, for sessions, held models, streams and the vLLM plugin.
 
-Columns and positions are those of the whole prompt (`prompt.prompt_positions`), so pruned columns leave gaps among both.
+The remaining columns keep their numbers and M-RoPE positions from the whole prompt (`prompt.prompt_positions`), so pruned columns
+leave gaps in both.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +16,16 @@ from evoprune.vision import Encoded
 
 @dataclass(frozen=True, eq=False)
 class PrunedPrompt:
-    """C columns of a prompt, made by `prune_prompt`. `prompt[:n]` and `prompt[n:]` are its columns before and from n on."""
+    """The C columns of a prompt that are left after `prune_prompt`. Slicing returns a range of columns."""
 
-    ids: torch.Tensor  # int64 `[C]`, on the CPU
-    columns: torch.Tensor  # int64 `[C]` on the CPU, ascending, their columns in the whole prompt
-    visual: torch.Tensor  # bool `[C]` on the CPU, which of them are visual tokens
-    sizes: torch.Tensor | None = None  # float32 `[C]`: attention adds log(size) to the logits of each; None for 1 each
-    positions: torch.Tensor | None = None  # int64 `[3, C]` on the CPU, those in the whole prompt
-    last: torch.Tensor | None = None  # int64 `[3, 1]`, the largest of the whole prompt
-    embeds: torch.Tensor | None = None  # `[C, hidden]`, where text was embedded
-    deepstack: torch.Tensor | None = None  # `[n, C, hidden]`, added after each of the first n layers; None for 0
+    ids: torch.Tensor  # int64 `[C]` on the CPU, token ids
+    columns: torch.Tensor  # int64 `[C]` on the CPU, ascending column numbers in the whole prompt
+    visual: torch.Tensor  # bool `[C]` on the CPU, True for visual tokens
+    sizes: torch.Tensor | None = None  # float32 `[C]`, attention adds log(size) to logits; None if all are 1
+    positions: torch.Tensor | None = None  # int64 `[3, C]` on the CPU, M-RoPE positions in the whole prompt
+    last: torch.Tensor | None = None  # int64 `[3, 1]`, largest positions in the whole prompt
+    embeds: torch.Tensor | None = None  # `[C, hidden]`, input embeddings; None if text was not embedded
+    deepstack: torch.Tensor | None = None  # `[n, C, hidden]`, added after layers 0 to n - 1; None without DeepStack
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -47,7 +48,7 @@ class PrunedPrompt:
 
     @property
     def following(self) -> int:
-        """The position of the first token after the prompt, by Qwen's rule."""
+        """M-RoPE position of the first token after the prompt: the largest position of the whole prompt plus one."""
         return int(self.last.max()) + 1
 
 
@@ -58,17 +59,19 @@ def prune_prompt(
     positions: torch.Tensor | None = None,
     embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> PrunedPrompt:
-    """Return a prompt without the visual tokens that are not kept, and without the columns that leave with them.
+    """Return a prompt without its pruned visual tokens and without the timestamps and markers of empty frame pairs.
 
     Args:
-        ids: int64 `[L]` on the CPU, of the whole prompt.
-        places: where its inputs stand, in their order. An input that is not among them stays whole.
-        read: the tokens of each of these inputs.
-        positions: int64 `[3, L]` on the CPU, of the whole prompt; None where the caller has them for a batch.
-        embed: returns the embeddings of text, `[n, hidden]`, from its ids, int64 `[n]`. The model need not know the ids of
-            placeholders. None where the model embeds a prompt itself.
+        ids: int64 `[L]` on the CPU, token ids of the whole prompt.
+        places: the places of the inputs in the prompt, in order. Inputs that are not listed stay unpruned.
+        read: the encoded input for every entry of `places`.
+        positions: int64 `[3, L]` on the CPU, positions of the whole prompt; None if the caller computes them for a batch.
+        embed: function that returns the embeddings `[n, hidden]` of text token ids, int64 `[n]`. It is not called with placeholders
+            of these inputs, so the model need not know their ids. None if the model embeds the prompt itself.
 
-    Raises ValueError: kept tokens do not ascend within their place, or are not as many as their features. And what `embed` raises.
+    Raises:
+        ValueError: the kept tokens of an input are not in ascending order, lie outside its place, or differ in number from its
+            features. Exceptions of `embed` pass through.
     """
     stays = torch.ones(len(ids), dtype=torch.bool, device="cpu")
     visual = torch.zeros_like(stays)
@@ -82,7 +85,7 @@ def prune_prompt(
     columns = (stays | visual).nonzero()[:, 0]
     visual = visual[columns]
     text = ~visual
-    # Of each column its row among those of the text, with those of the visual tokens behind them.
+    # For every column, its index in a table with the text columns first and the visual tokens after them.
     row = torch.where(text, text.cumsum(0), text.sum() + visual.cumsum(0)) - 1
     given = {"sizes": _sizes(int(text.sum()), read, row)}
     if positions is not None:
@@ -109,7 +112,12 @@ def _check(place: Place, tokens: Encoded) -> None:
 
 
 def _sizes(text: int, read: Sequence[Encoded], row: torch.Tensor) -> torch.Tensor | None:
-    """Return the sizes of columns, 1 for those of text, of which there are `text`; None for 1 each."""
+    """Return the cluster sizes of the columns, or None if all are 1.
+
+    Args:
+        text: number of text columns, whose size is 1.
+        row: for every column, its index in the text columns followed by the visual tokens.
+    """
     if all(tokens.size is None for tokens in read):
         return None
     of_text = read[0].features.new_ones(text, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""JSON Schemas that an answer has to follow: read from a file or made of a class, and what an answer holds. Imports no torch."""
+"""JSON Schemas for answers: read them from files or classes, and parse the answers. Imports no torch."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,14 +9,14 @@ from evoprune.language.validation import wrong_value
 from evoprune.model import loads
 from evoprune.util import brief, missing_hint, shorten
 
-MOST_BYTES = 2**20  # of a schema
-# Keywords whose objects have names for fields, not keywords, and keywords that hold data, not schemas.
+MOST_BYTES = 2**20  # largest schema
+# Keywords whose objects map field names (not keywords) to schemas, and keywords that hold data, not schemas.
 NAMES = ("properties", "patternProperties", "$defs", "definitions")
 DATA = ("const", "enum", "default", "examples")
 
 
 class SchemaOfClass(dict[str, Any]):
-    """The JSON Schema of a dataclass or a model of pydantic. `kind`: the class, of which answers become instances."""
+    """The JSON Schema of a dataclass or a pydantic model. `kind` is the class; answers become its instances."""
 
     def __init__(self, content: Any = (), kind: type | None = None):
         super().__init__(content)
@@ -24,7 +24,11 @@ class SchemaOfClass(dict[str, Any]):
 
 
 def read_schema(path: str | None) -> dict[str, Any] | None:
-    """Return the JSON Schema in a file; None for no path. Raises UsageError: it cannot be read, or is no JSON object."""
+    """Return the JSON Schema in a file, or None if `path` is None.
+
+    Raises:
+        UsageError: the file cannot be read or does not hold a JSON object.
+    """
     if path is None:
         return None
     try:
@@ -37,9 +41,10 @@ def read_schema(path: str | None) -> dict[str, Any] | None:
 
 
 def schema_of(given: Mapping[str, Any] | type) -> dict[str, Any]:
-    """Return a copy of a JSON Schema as plain data, or the `SchemaOfClass` of a dataclass or a model of pydantic.
+    """Return a copy of a JSON Schema as plain data, or the `SchemaOfClass` of a dataclass or a pydantic model.
 
-    Raises UsageError: it is none of these, or no JSON.
+    Raises:
+        UsageError: `given` is neither a mapping nor a class, cannot be written as JSON, or is a class without a JSON Schema.
     """
     if isinstance(given, SchemaOfClass):
         return given
@@ -56,7 +61,7 @@ def schema_of(given: Mapping[str, Any] | type) -> dict[str, Any]:
 
 
 def _parsed(content: bytes, name: str) -> dict[str, Any]:
-    """Return the JSON object in a text. `name`: what errors call it."""
+    """Parse a JSON object. Error messages call it `name`."""
     if len(content) > MOST_BYTES:
         raise UsageError(f"{name} has more than {MOST_BYTES // 2**20} MiB", "give a smaller one")
     try:
@@ -69,20 +74,24 @@ def _parsed(content: bytes, name: str) -> dict[str, Any]:
 
 
 def _of_class(kind: type) -> dict[str, Any]:
-    """Return the JSON Schema of a class. Raises UsageError: it has none, or pydantic is not installed."""
+    """Return the JSON Schema of a class.
+
+    Raises:
+        UsageError: pydantic cannot make a schema for the class, or is not installed.
+    """
     try:
         from pydantic import TypeAdapter
     except ImportError as problem:
         raise UsageError("the schema of a class needs pydantic", "pip install 'evoprune[schema]'") from problem
     try:
         return TypeAdapter(kind).json_schema()
-    except Exception as problem:  # of pydantic, or of what the class itself runs
+    except Exception as problem:  # raised by pydantic or by the class's own code
         said = f"the class {kind.__name__} has no JSON Schema: {first_line(problem)}"
         raise UsageError(said, "give a dataclass or a model of pydantic, with fields that JSON has") from problem
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a class, changed in place, without fields that the class does not have, unless it allows them."""
+    """Forbid extra fields in every object of a schema, in place, unless the class allows them. Returns the schema."""
     for _, part in parts_of_schema(schema):
         if "properties" in part:
             part.setdefault("additionalProperties", False)
@@ -90,7 +99,7 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Iterator[tuple[str, dict]]:
-    """Yield every schema in a schema, itself included, each with its path, a JSON Pointer."""
+    """Yield every subschema of a schema, including the schema itself, with its path as a JSON Pointer."""
     if isinstance(value, dict):
         if is_schema:
             yield path, value
@@ -104,7 +113,7 @@ def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Itera
 
 
 def value_of(answer: str) -> Any:
-    """Return what a JSON text holds; None where Python cannot hold it, as a number that is too large."""
+    """Parse a JSON answer. Returns None if Python cannot represent it, for example because a number is too large."""
     try:
         return loads(answer)
     except ValueError:
@@ -112,7 +121,14 @@ def value_of(answer: str) -> Any:
 
 
 def checked_value(answer: str, schema: dict[str, Any]) -> Any:
-    """Return `value_of` a complete answer. Raises UsageError: it does not follow the schema."""
+    """Parse a complete answer and check it against a schema.
+
+    Returns:
+        The value, or None as in `value_of`.
+
+    Raises:
+        UsageError: the answer does not follow the schema.
+    """
     value = value_of(answer)
     if value is not None and (wrong := wrong_value(value, schema)):
         raise UsageError(f"the answer does not follow the schema: {wrong}", "change that part of the schema")
@@ -120,14 +136,15 @@ def checked_value(answer: str, schema: dict[str, Any]) -> Any:
 
 
 def instance_of(kind: type, answer: str) -> Any:
-    """Return the instance of a dataclass or a model of pydantic that a JSON text describes.
+    """Return the instance of a dataclass or a pydantic model that a JSON text describes.
 
-    Raises UsageError: the class refuses it, as a validator of its own may.
+    Raises:
+        UsageError: the class rejects the value, for example in a validator of its own.
     """
     from pydantic import TypeAdapter
 
     try:
         return TypeAdapter(kind).validate_json(answer)
-    except Exception as problem:  # of pydantic, or of what the class itself runs
+    except Exception as problem:  # raised by pydantic or by the class's own code
         said = f"the answer is no {kind.__name__}: {shorten(' '.join(str(problem).split()), 300)}"
         raise UsageError(said, "put what the class checks into its JSON Schema, as fields of pydantic do") from problem

@@ -12,12 +12,12 @@ Think = Literal["off", "on"]
 THINK = get_args(Think)
 ChoiceScore = Literal["sum", "mean"]
 CHOICE_SCORES = get_args(ChoiceScore)
-OF_ROWS = "options"  # the choices of each row are its options
-MOST_LOGPROBS = 20  # as of other programs
+OF_ROWS = "options"  # value of `choices` with which every row of a batch uses its own options
+MOST_LOGPROBS = 20  # same limit as in other programs
 
 
 def listed_choices(typed: Sequence[str] | None) -> str | list[str] | None:
-    """Return the choices that were typed, by commas or repetition; `OF_ROWS` alone is that word."""
+    """Split choices typed on the command line at commas. Returns `OF_ROWS` if it is the only one, or None without choices."""
     if not typed:
         return None
     texts = [part.strip() for text in typed for part in text.split(",") if part.strip()]
@@ -153,7 +153,11 @@ class GenerationOptions:
 
     @property
     def grammar(self) -> str | None:
-        """What the answer must follow, as llguidance takes it; None for nothing. Raises UsageError: it cannot be followed."""
+        """Grammar of the answer in llguidance's format, or None without a schema or regular expression.
+
+        Raises:
+            UsageError: llguidance does not support the schema or regular expression.
+        """
         if self.schema is None and self.regex is None:
             return None
         from evoprune.language.guidance import REGEX, SCHEMA, grammar_of
@@ -163,7 +167,7 @@ class GenerationOptions:
         return grammar_of(SCHEMA, self.schema)
 
     def record(self, seed: int) -> dict[str, Any]:
-        """As reports hold it: how tokens are chosen, with the seed of the draws."""
+        """Return the options that decide how tokens are chosen, with the random seed, as reports store them."""
         known = asdict(self) | {"seed": seed}
         known.pop("system")
         if self.choices is None:
@@ -172,7 +176,11 @@ class GenerationOptions:
 
 
 def _stop_strings(given: Any) -> list[str] | None:
-    """Return a list of what may be one text; None for no text. Raises UsageError: something else, or an empty text."""
+    """Return stop strings as a list, or None without stop strings.
+
+    Raises:
+        UsageError: the value is neither a text nor a list of texts, or a text is empty or not valid Unicode.
+    """
     if given is None:
         return None
     texts = [given] if isinstance(given, str) else given
@@ -186,7 +194,11 @@ def _stop_strings(given: Any) -> list[str] | None:
 
 
 def _choices(given: Any) -> str | list[str] | None:
-    """Return the texts that an answer may be, `OF_ROWS` or None. Raises UsageError: none of these, or not several texts."""
+    """Return choices as a list; `OF_ROWS` and None are returned unchanged.
+
+    Raises:
+        UsageError: the value is not a list of at least two different, non-empty, valid texts.
+    """
     if given is None or given == OF_ROWS:
         return given
     hint = "give two texts or more, each once"

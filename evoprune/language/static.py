@@ -1,9 +1,9 @@
-"""Decoding on tensors that keep their place, so that one CUDA graph runs a whole step.
+"""Decode with static tensors, so that one CUDA graph runs a whole decoding step.
 
-A step reads a token on the device, writes its keys and values into a cache of a set size, and says which token follows. No shape
-in it depends on a value, and nothing is copied to the host. Attention reads the whole cache: the keys of columns that are not there
-yet have a bias that leaves them no weight. A model has one such cache, which serves one answer at a time: whoever begins takes it
-over, and the answer that had it reads its latest tokens again into its own cache.
+A step reads a token on the device, writes its keys and values into a cache of fixed size, and computes the next token. No shape
+depends on a value, and nothing is copied to the host. Attention reads the whole cache: columns that are not filled yet have a bias
+that gives their keys no weight. A model has one such cache, which serves one answer at a time. An answer that begins takes the
+cache over, and the previous answer then reads its latest tokens again into its own cache.
 """
 
 import threading
@@ -22,35 +22,40 @@ from evoprune.language.decoder import KVCache, frequencies_of, run_layer, turns_
 from evoprune.language.hosted import HostedCache
 from evoprune.model import HostedVL, head_size, kv_bytes, norm, without_autocast
 
-# Tokens that an answer has before a graph is captured for it, and the fewest that may still come then. A capture takes as long as
-# a few plain steps, and an answer of a word or two should not wait for it.
+# A graph is captured once an answer has this many tokens and may still get as many. A capture takes as long as a few plain steps,
+# and an answer of a word or two should not wait for it.
 PLAIN_TOKENS = 4
-MIN_COLUMNS = 512  # that a graph reads at least; others read twice as many, and so on
-MAX_NEW = 1024  # tokens of an answer that a cache has room for at first
-SHARE = 0.25  # of the memory that is free, at most, for such a cache
+MIN_COLUMNS = 512  # columns that the smallest graph reads; larger ones read a power of two times as many
+MAX_NEW = 1024  # new tokens to reserve columns for
+SHARE = 0.25  # largest share of the free memory to use for a cache
 
 
 class StaticCache(ABC):
-    """Up to `capacity` columns of a prompt and an answer, inputs and results of a step, at places that never change; and the steps.
+    """A cache of up to `capacity` columns at fixed addresses, with the inputs, results and graphs of decoding steps.
 
-    It serves one answer at a time. Each number of columns that steps read has a graph. Threads wait for one another.
+    It serves one answer at a time. There is a graph for every number of columns to read. A lock serializes threads.
     """
 
     def __init__(self, model, capacity: int):
         like = model.model.language_model.norm.weight
-        self.capacity = self.read = capacity  # how many columns there are, and of these how many attention reads
-        # int64 `[1]`: what a step reads, and in which column and at which position; it goes on to the next of both.
+        self.capacity = self.read = capacity  # number of columns, and how many of them attention reads
+        # int64 `[1]`: the token that a step reads, its column and its position. A step increases the latter two.
         self.token, self.column, self.position = like.new_zeros(3, 1, dtype=torch.int64).unbind(0)
-        self.logits = like.new_zeros(len(model.lm_head.weight), dtype=torch.float32)  # of the token that follows
+        self.logits = like.new_zeros(len(model.lm_head.weight), dtype=torch.float32)  # logits of the next token
         self.best = like.new_zeros(2, dtype=torch.int64)  # see `best_of`
-        self.graphs: dict[int, Callable[[], None]] = {}  # by the columns that they read
+        self.graphs: dict[int, Callable[[], None]] = {}  # by the number of columns that they read
         self._capture = devices.capture_on(like.device)
         self._lock = threading.Lock()
-        self._holder: object | None = None  # whose answer it is; None for nobody's
-        self._room = 0  # tokens that it has room for
+        self._holder: object | None = None  # the answer that the cache serves, or None
+        self._room = 0  # number of tokens that still fit
 
     def fill(self, cache: KVCache | HostedCache, position: int, read: int) -> None:
-        """Copies the columns of another cache, which are the same in all layers. `position`: of the first token that is read."""
+        """Copy the columns of another cache, which must be the same in all layers.
+
+        Args:
+            position: M-RoPE position of the next token.
+            read: number of columns that attention reads.
+        """
         sizes = cache.sizes if isinstance(cache, HostedCache) else cache.sizes[0]
         bias = self.logits.new_full((read,), -torch.inf)
         bias[: cache.length] = 0
@@ -63,27 +68,28 @@ class StaticCache(ABC):
 
     @abstractmethod
     def _copy(self, cache: KVCache | HostedCache, bias: torch.Tensor) -> None:
-        """Copies what the layers hold. `bias`: of each column that is to be read, float32; -inf of those that are not there yet."""
+        """Copy the layers' states. `bias`: float32 `[read]`, attention bias of columns; -inf for columns not filled yet."""
 
     @abstractmethod
     def run(self, model, x: torch.Tensor) -> torch.Tensor:
-        """Return the final hidden state of the next column, whose embedding is `x`; both `[1, hidden]`."""
+        """Return the final hidden state of the next column from its embedding `x`, both `[1, hidden]`."""
 
     def begin(self, holder: object, cache: KVCache | HostedCache, position: int, read: int) -> None:
-        """Gives the cache to another answer from now on; errors leave it to nobody."""
+        """Hand the cache over to the answer of `holder`. After an error, it serves no answer."""
         with self._lock:
             self._holder = None
             self.fill(cache, position, read)
             self._holder, self._room = holder, read - cache.length
 
     def following(self, model, holder: object, token: int, pick: Callable[..., int]) -> int | None:
-        """Return the token behind `token`, as `pick` takes it from logits and `best_of`; None if the cache is another's, or
-        full.
+        """Return the token after `token`, chosen by `pick(logits, best)`.
+
+        Returns None if the cache serves another answer or is full.
         """
         with self._lock:
             if self._holder is not holder or not self._room:
                 return None
-            self._holder = None  # whatever breaks off here may have left half a step
+            self._holder = None  # if an exception interrupts the step, the cache is invalid
             self.token.fill_(token)
             if replay := self.graphs.get(self.read):
                 replay()
@@ -95,7 +101,7 @@ class StaticCache(ABC):
 
 
 class NativeStaticCache(StaticCache):
-    """Of the layers of language/decoder.py: keys, with the features of their bias, and values."""
+    """A static cache for the layers in language/decoder.py: keys, extended by bias features, and values."""
 
     def __init__(self, model, capacity: int):
         super().__init__(model, capacity)
@@ -114,40 +120,42 @@ class NativeStaticCache(StaticCache):
         for number, held in enumerate(self._held):
             for to, given in zip(held, cache.room(number, 0)[2:], strict=True):
                 to[:, :length, :dim] = given[0]
-        self._held[:, :, :, length:read, :dim] = 0  # of an earlier answer, perhaps NaN, which no weight of 0 removes
+        # An earlier answer may have left NaN, which a weight of 0 does not remove.
+        self._held[:, :, :, length:read, :dim] = 0
         self._held[:, 0, :, :read, dim:] = bias_features(bias, dim, self._held.dtype)
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `KVCache.put` of one column, but returns all columns that are read, with the features of their bias."""
+        """Write one new column. Returns all columns that attention reads, with bias features; see `KVCache.put`."""
         *room, known_keys, known_values = self.room(layer, 1)
         for to, new in zip(room, (keys, values), strict=True):
             to[..., : self._dim].index_copy_(1, self.column, new[0])
         return known_keys, known_values
 
     def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `KVCache.room`; the new one begins at `column`."""
+        """Return the tensors to write to and to read; see `KVCache.room`. The new column goes to `column`."""
         held = self._held[layer, :, :, : self.read]
         return *held.unbind(0), held[:1], held[1:]
 
     def run(self, model, x: torch.Tensor) -> torch.Tensor:
         config = model.config.text_config
         text = model.model.language_model
-        # Time, height and width of a generated token are the same.
+        # The three M-RoPE positions of a generated token are equal.
         places = turns_by(self.position[:, None] * self.frequencies, x.dtype)
-        self._held[:, 0, :, : self.read, self._dim :].index_fill_(2, self.column, 0)  # the column has a weight now
+        # Remove the bias of -inf from the new column, so that attention sees it.
+        self._held[:, 0, :, : self.read, self._dim :].index_fill_(2, self.column, 0)
         for number, layer in enumerate(text.layers):
             x = run_layer(layer, x, places, self, number, config)[0]
         return norm(x, text.norm.weight, config.rms_norm_eps)
 
 
 class HostedStaticCache(StaticCache):
-    """Of modules of transformers. Their layers of linear attention keep the places of their states themselves."""
+    """A static cache for transformers modules. Linear attention layers already keep their states at fixed addresses."""
 
     def __init__(self, model: HostedVL, capacity: int):
         super().__init__(model, capacity)
         config = model.config.text_config
         like = model.model.language_model.norm.weight
-        self._bias = like.new_zeros(capacity)  # of each column, in every layer of attention
+        self._bias = like.new_zeros(capacity)  # attention bias of columns, the same in all attention layers
         self._states = HostedCache(model).states
         shape = (2, 1, config.num_key_value_heads, capacity, head_size(config))
         for number, layer in enumerate(self._states.layers):
@@ -173,8 +181,11 @@ class HostedStaticCache(StaticCache):
 
 
 class StaticLayer:
-    """A layer of attention in a cache of transformers: `held`, keys and values `[2, 1, heads, capacity, dim]`, of which it shows as
-    many columns as were asked for last. What is added is put at `column`, int64 `[1]`.
+    """An attention layer with static tensors, for a cache of transformers.
+
+    Args:
+        held: `[2, 1, heads, capacity, dim]`, keys and values. `update` returns the first columns, as many as the last `copy` set.
+        column: int64 `[1]`, where `update` writes.
     """
 
     def __init__(self, held: torch.Tensor, column: torch.Tensor):
@@ -195,20 +206,23 @@ class StaticLayer:
 
 
 def _is_linear(layer) -> bool:
-    """Return whether a layer of a cache of transformers has states in the place of keys and values."""
+    """Return True if a layer of a transformers cache has recurrent states instead of keys and values."""
     return hasattr(layer, "recurrent_states")
 
 
 def best_of(logits: torch.Tensor) -> torch.Tensor:
-    """Return the most probable token, and 0 if a logit (float32 `[vocabulary]`) is NaN or infinite; int64 `[2]`, for one copy."""
-    return torch.stack([logits.argmax(), logits.amax().isfinite().long()])  # the largest is NaN where any is
+    """Return int64 `[2]`: the most probable token, and 1 if the largest logit (float32 `[vocabulary]`) is finite, otherwise 0.
+
+    They are one tensor, so that one copy to the host suffices.
+    """
+    return torch.stack([logits.argmax(), logits.amax().isfinite().long()])  # the maximum is NaN if any logit is
 
 
 @torch.inference_mode()
 @without_autocast()
 @without_cudnn()
 def step(model, cache: StaticCache) -> None:
-    """Reads the token of a cache, and writes what follows it there."""
+    """Read the cache's current token, store the logits after it in the cache and advance to the next column."""
     text = model.model.language_model
     x = text.embed_tokens(cache.token).to(text.norm.weight.dtype)
     logits = model.lm_head(cache.run(model, x)).float()[0]
@@ -218,7 +232,7 @@ def step(model, cache: StaticCache) -> None:
     cache.position.add_(1)
 
 
-# Of each model its steps; None where a capture has failed.
+# Static caches by model; None if a capture has failed.
 _caches: WeakKeyDictionary[nn.Module, StaticCache | None] = WeakKeyDictionary()
 _caches_lock = threading.Lock()
 
@@ -232,9 +246,14 @@ def new_cache(model, columns: int) -> StaticCache:
 def begin(
     model, holder: object, cache: KVCache | HostedCache, position: int, decoded: int, left: int
 ) -> StaticCache | None:
-    """Steps that hold what a cache holds, for the answer of `holder`; None where its next token is better decoded plainly.
+    """Copy a cache into the model's static cache and return it, or None if plain decoding is better for the next token.
 
-    `position`: of the token that is read next. `decoded`, `left`: how many tokens the answer has, and may still have.
+    Args:
+        holder: identifies the answer.
+        cache: the answer's cache so far.
+        position: M-RoPE position of the token that is read next.
+        decoded: number of tokens that the answer has.
+        left: number of tokens that the answer may still get.
     """
     like = model.model.language_model.norm.weight
     if devices.capture_on(like.device) is None or not _is_even(cache):
@@ -262,16 +281,17 @@ def begin(
 
 
 def _is_even(cache: KVCache | HostedCache) -> bool:
-    """Return whether the columns of a cache, and their sizes, are the same in all layers."""
+    """Return True if all layers of a cache have the same columns and cluster sizes."""
     if isinstance(cache, HostedCache):
         return True
     return {*cache.lengths} == {cache.length} and len({*map(id, cache.sizes)}) == 1
 
 
 def can_step(model) -> bool:
-    """Return whether each pass of a column runs the same operations: hooks may do something else, and experts are chosen by values.
+    """Return True if decoding a column always runs the same operations, so that a graph can be captured.
 
-    Two implementations of experts read the choice on the device alone. Others read it on the host.
+    Hooks may do anything. Experts are chosen by values: two implementations read the choice only on the device, others read it on
+    the host.
     """
     modules = [model.lm_head, *model.model.language_model.layers.modules()]
     if not all(is_unhooked_linear(layer) for layer in modules if isinstance(layer, nn.Linear)):
@@ -286,13 +306,13 @@ def can_step(model) -> bool:
     return (
         (experts is None or text.config._experts_implementation in (hosted.EXPERTS, "batched_mm"))
         and kinds <= {"full_attention", "linear_attention"}
-        # None that a package has quantised: some have a class of their own, others are whole numbers, perhaps in buffers.
+        # Exclude weights that a package has quantized: they have classes of their own or are integers, possibly in buffers.
         and all(type(weight) in plain and weight.is_floating_point() for weight in weights)
     )
 
 
 def give_up(model, problem: Exception) -> None:
-    """Has tokens of this model decoded plainly from now on."""
+    """Decode without a graph for this model from now on, and warn."""
     _caches[model] = None
     said = f"tokens are decoded without a CUDA graph, which takes longer: {first_line(problem)}"
     warnings.warn(said, DeviceWarning, stacklevel=2)

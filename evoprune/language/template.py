@@ -1,8 +1,9 @@
-"""A chat template, rendered in a process of its own.
+"""Render a chat template in a separate process.
 
-A template is a program from an untrusted source. Jinja's sandbox keeps it from files and from Python's insides, but not from
-running for ever or from filling the memory, and a single operation of it may do either where no signal is seen. So another
-process renders it under limits, and is ended if need be. Starting that process takes little longer than importing Jinja here.
+A template is a program from an untrusted source. Jinja's sandbox blocks access to files and to Python's internals, but a template
+can still run forever or fill the memory, and a single operation can do so without ever checking for a signal. Another process
+therefore renders the template under limits and is killed if it exceeds them. Starting this process takes little longer than
+importing Jinja here.
 """
 
 import json
@@ -12,15 +13,20 @@ from typing import Any
 
 from evoprune.language.apart import apart
 
-SECONDS = 5  # a real template takes milliseconds, and the imports before it a tenth of a second
-MAX_CHARACTERS = 2**20  # of what is rendered, in which the user's words are placeholders
+SECONDS = 5  # limit; real templates render in milliseconds
+MAX_CHARACTERS = 2**20  # limit on the rendered text, which has placeholders for the user's words
 
 
 def render(source: str, variables: dict[str, Any]) -> str:
-    """Return what a template (Jinja) makes of variables, which are plain data for JSON.
+    """Render a Jinja template.
+
+    Args:
+        source: the template.
+        variables: its variables, serializable as JSON.
 
     Raises:
-        ValueError: the template is broken, refuses the variables, or takes or makes too much; the message says which.
+        ValueError: the template is broken, rejects the variables, takes too much time or memory, or renders too long a text; the
+            message says which.
         OSError: no process can be started.
     """
     return _cached(json.dumps({"source": source, "variables": variables}), SECONDS)
@@ -35,7 +41,7 @@ def _cached(request: str, seconds: int) -> str:
 
 
 def answer_of(request: str) -> dict[str, str]:
-    """Return the answer to a request: `text`, or `error`."""
+    """Render the template of a JSON request and return the result under `text`, or a message under `error`."""
     request = json.loads(request)
     try:
         text = _compiled(request["source"]).render(**request["variables"])
@@ -43,7 +49,7 @@ def answer_of(request: str) -> dict[str, str]:
         return {"error": "it takes too much memory"}
     except RecursionError:
         return {"error": "it is nested too deeply"}
-    except Exception as problem:  # a template is a program, and may raise anything
+    except Exception as problem:  # a template is a program and may raise anything
         return {"error": (str(problem).strip() or type(problem).__name__).splitlines()[0][:200]}
     if len(text) > MAX_CHARACTERS:
         return {"error": f"it makes {len(text):,} characters, more than {MAX_CHARACTERS:,}"}
@@ -51,7 +57,7 @@ def answer_of(request: str) -> dict[str, str]:
 
 
 def _compiled(source: str):
-    """Return the template in an environment like that of transformers: the same tags, filters, functions and line breaks."""
+    """Compile a template in an environment with the tags, filters, functions and whitespace rules that transformers provides."""
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.nodes import Scope
@@ -59,7 +65,7 @@ def _compiled(source: str):
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """`{% generation %}` marks what a model writes, for training; what is inside is rendered as it is."""
+        """The `{% generation %}` tag, which marks the model's text for training. Its body is rendered unchanged."""
 
         tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
@@ -68,9 +74,9 @@ def _compiled(source: str):
             return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     class Names(Namespace):
-        """`namespace`, which stores no name that begins with an underscore."""
+        """Jinja's `namespace`, except that it refuses names with a leading underscore."""
 
-        def __init__(*args, **kwargs):  # so that a name may be `self`
+        def __init__(*args, **kwargs):  # a template may use `self` as a name
             self, *given = args
             Namespace.__init__(self)
             for name, value in dict(*given, **kwargs).items():
@@ -82,7 +88,7 @@ def _compiled(source: str):
             Namespace.__setitem__(self, name, value)
 
     class Dict:
-        """`dict` without the attributes of a class."""
+        """`dict` for templates, without access to the attributes of the class."""
 
         def __call__(self, *args, **kwargs):
             return dict(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What was said in a conversation: turns, and the messages that programs write them as. Imports no torch."""
+"""The turns of a conversation, and their conversion from and to messages with roles. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,17 @@ from typing import Any
 from evoprune.errors import UsageError
 from evoprune.util import brief
 
-USER = "user"  # who speaks in a conversation
+USER = "user"  # the roles of messages
 ASSISTANT = "assistant"
 
 
 class Placed(str):
-    """A question whose inputs stand between its texts, such as "Image 1:", an input, "Image 2:", an input, "Which is older?".
+    """A question with inputs between its texts, such as "Image 1:", an input, "Image 2:", an input, "Which is older?".
 
-    As a text it is its texts in lines. `parts`: the texts, and None for each input, in their order.
+    As a `str`, it consists of its texts joined by line breaks.
+
+    Attributes:
+        parts: the texts in order, with None in place of inputs.
     """
 
     parts: tuple[str | None, ...]
@@ -30,14 +33,14 @@ class Placed(str):
 
 @dataclass(frozen=True)
 class Turn:
-    """A question of a conversation and the model's answer to it, without its thoughts."""
+    """A question in a conversation and the model's answer, without the model's thoughts."""
 
     question: str
     answer: str
 
 
 def messages_of(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """Return the messages of turns, as `turns_of` takes them."""
+    """Return turns as messages in the format that `turns_of` accepts."""
     messages = []
     for turn in turns:
         messages.append({"role": USER, "content": turn.question})
@@ -46,9 +49,13 @@ def messages_of(turns: Sequence[Turn]) -> list[dict[str, str]]:
 
 
 def turns_of(messages: Any) -> list[Turn]:
-    """Return the turns of messages: dicts with `role`, "user" and "assistant" in turn, and `content`, a text.
+    """Return messages as turns.
 
-    Raises UsageError: they are something else, or a text is empty.
+    Args:
+        messages: list of dicts with `role`, which alternates between "user" and "assistant", and `content`, a text.
+
+    Raises:
+        UsageError: the messages have another form, a question is empty, or the last question has no answer.
     """
     hint = '[{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "A man."}]'
     if not isinstance(messages, list | tuple):

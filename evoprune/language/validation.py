@@ -1,7 +1,7 @@
-"""Checks a finished answer against its JSON Schema with jsonschema, number by number. Imports no torch.
+"""Check a finished answer against its JSON Schema with jsonschema, using exact numbers. Imports no torch.
 
-Only this file imports jsonschema, and only when a schema is used. llguidance computes bounds and large integers in floats, so an
-answer can be outside an exclusive bound, or have an integer of more than 53 bits rounded.
+The check is needed because llguidance computes bounds and large integers in floats: a guided answer can still violate an exclusive
+bound, or have a rounded integer of more than 53 bits. Only this file imports jsonschema, and only when a schema is used.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,24 +11,24 @@ from typing import Any
 from evoprune.errors import first_line
 from evoprune.util import shorten
 
-DIGITS = 1500  # more than the quotient of any two floats has before its decimal point
-MOST_REFERENCES = 100_000  # followed in one check, because alternatives that refer to one another multiply
-LINE = 200  # characters of a place or of what jsonschema says
-# Keywords that the engine alone checks: Python's `re` has another syntax, and can take forever.
+DIGITS = 1500  # decimal precision; more digits than the quotient of any two floats has before its decimal point
+MOST_REFERENCES = 100_000  # limit per check, because alternatives that refer to one another multiply
+LINE = 200  # longest path or message of jsonschema to show, in characters
+# Keywords that only llguidance checks: Python's `re` has another syntax and can take forever.
 BY_THE_ENGINE = ("pattern", "patternProperties", "format")
 SAMPLES: list[Any] = [None, False, 0, "", [], {}]
 ENDLESS = "its references do not come to an end"
 
 
 class _TooManyReferences(Exception):
-    """A check follows more than `MOST_REFERENCES` references."""
+    """Raised when a check follows more than `MOST_REFERENCES` references."""
 
 
 def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
-    """Return the keyword and the place of a value that does not follow a schema, in one line, or None if it follows it.
+    """Return the first violated keyword of a schema and its path in the value, in one line, or None if the value is valid.
 
     Args:
-        value, schema: what `json.loads` returns. A float counts as the decimal number that Python prints for it.
+        value, schema: objects as returned by `json.loads`. A float is taken as the decimal number that Python prints for it.
     """
     import referencing
     from referencing.exceptions import Unresolvable
@@ -37,7 +37,7 @@ def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
     try:
         with localcontext() as context:
             context.prec = DIGITS
-            # The registry is empty, so that no reference is fetched from the web.
+            # With an empty registry, no reference is fetched from the web.
             checker = validator(_exact(schema, without="$schema"), registry=referencing.Registry())
             error = next(checker.iter_errors(_exact(value)), None)
     except (_TooManyReferences, RecursionError):
@@ -62,7 +62,7 @@ def wrong_schema(schema: dict[str, Any]) -> str | None:
 
 
 def _validator_class(schema: dict[str, Any]) -> type:
-    """Return jsonschema's validator of a schema's dialect, for one check, without the keywords that the engine alone checks."""
+    """Return jsonschema's validator class for a schema's dialect, for one check, without the keywords in `BY_THE_ENGINE`."""
     from jsonschema import Draft202012Validator
     from jsonschema.validators import extend, validator_for
 
@@ -79,14 +79,14 @@ def _pass(validator: Any, rule: Any, value: Any, schema: dict[str, Any]) -> Iter
 
 
 def _unless_patterns(rule: Callable) -> Callable:
-    """Return the rule of additionalProperties, except for schemas with patternProperties, which the engine alone checks."""
+    """Wrap the rule for additionalProperties to skip schemas with patternProperties, which only llguidance checks."""
     return lambda validator, given, value, schema: (
         () if "patternProperties" in schema else rule(validator, given, value, schema)
     )
 
 
 def _counted(rule: Callable) -> Callable:
-    """Return a rule that raises _TooManyReferences."""
+    """Wrap the rule for $ref to raise _TooManyReferences after `MOST_REFERENCES` calls."""
     count = 0
 
     def follow(validator: Any, given: Any, value: Any, schema: dict[str, Any]) -> Iterator[Any]:
@@ -100,9 +100,11 @@ def _counted(rule: Callable) -> Callable:
 
 
 def _exact(value: Any, without: str | None = None) -> Any:
-    """Return a JSON value with an int or a Decimal for every float. `without`: the name of texts to leave out of objects.
+    """Return a JSON value with every float replaced by an int or a Decimal.
 
-    A "$schema" inside a schema would replace the validator by one of jsonschema's own.
+    Args:
+        without: name of fields to drop if their value is a text. It is "$schema" for schemas, because a "$schema" inside a schema
+            would make jsonschema replace the modified validator by one of its own.
     """
     if isinstance(value, dict):
         kept = {name: inner for name, inner in value.items() if name != without or not isinstance(inner, str)}

@@ -1,4 +1,4 @@
-"""Moments of a long video that show what a query says: asked of one segment after the other, and their borders found."""
+"""Find the moments of a long video that match a query: ask about every segment, then locate the moments' borders."""
 
 from typing import TYPE_CHECKING
 

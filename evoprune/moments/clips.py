@@ -1,4 +1,4 @@
-"""Clips: parts of a video as files of their own."""
+"""Clips: write parts of a video to files of their own."""
 
 import os
 import secrets
@@ -14,17 +14,17 @@ from evoprune.errors import EvopruneWarning, UsageError
 from evoprune.util import is_url, long_clock
 from evoprune.video import CLIP_ENDINGS, HINT, PICTURE, Crash, Video, duration_of, span_of, stream_clip
 
-UNFINISHED = ".part"  # how the name of a clip ends while it is written, behind eight hexadecimal digits
+UNFINISHED = ".part"  # file ending while a clip is being written, after eight hexadecimal digits
 WITHOUT_SOUND = "the file was joined of several, or FFmpeg has no decoder for the sound"
-LONGEST_STEM = 50  # characters of a video's name in a clip's, of up to four bytes each
+LONGEST_STEM = 50  # characters of the video's name to use in a clip's name, of up to four bytes each
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Tell where a clip is, and where it begins in the video, in seconds from the first frame."""
+    """A clip that was written."""
 
     path: str
-    start_s: float
+    start_s: float  # where it begins in the video, in seconds from the first frame
 
 
 def cut_clip(
@@ -37,30 +37,33 @@ def cut_clip(
     title: str = "",
     named_after: str | None = None,
 ) -> Clip:
-    """Write a part of a video into a file of its own, such as film-00-01-02.500.mp4, completely or not at all.
+    """Write a part of a video to a new file, such as film-00-01-02.500.mp4.
 
-    Packets are copied as they are, from the last keyframe on that is shown at `start_s` or before. So is the sound, unless the file
-    format cannot hold it: then it becomes AAC. The file is an MP4, or a Matroska file where players do not expect the codecs in an
-    MP4. If there is a file of its name, -2 or more is added. An `EvopruneWarning` says that a clip loses its sound.
+    If writing fails, no file is left. If a file of this name exists, -2 or a higher number is added.
+
+    Packets are copied without re-encoding, starting at the last keyframe shown at or before `start_s`. Sound is copied too, unless
+    the file format cannot hold it; then it is converted to AAC. The file is an MP4, or a Matroska file if players do not expect the
+    codecs in an MP4. An `EvopruneWarning` is issued if the clip loses its sound.
 
     Args:
-        info: of `probe`, of a video file.
-        start_s, end_s: seconds from the first frame. An end after the video's is the video's end.
-        folder: where the clip goes. It is made, with its parents, unless it is there.
-        exact: begin and end at these times: the frames are re-encoded, upright and in SDR, as a model sees them; as H.264, or as
-            MPEG-4 where PyAV has no encoder of that. The file is an MP4; sound that players do not expect there becomes AAC.
-        title: kept in the file.
-        named_after: a path or address in place of the video's, for the name.
+        info: the result of `probe` for a video file.
+        start_s, end_s: seconds from the first frame. An end after the video's end means the video's end.
+        folder: folder for the clip; created with its parents if it does not exist.
+        exact: begin and end exactly at these times. The frames are then re-encoded, upright and in SDR, as a model sees them: as
+            H.264, or as MPEG-4 if PyAV has no H.264 encoder. The file is an MP4; sound that players do not expect in an MP4 is
+            converted to AAC.
+        title: title to store in the file.
+        named_after: a path or URL to derive the name from, instead of the video's path.
 
     Raises:
         UsageError: the start is below 0 or not before the end, or the clip cannot be written.
-        VideoError: a picture or a folder; a start after the video's end; packets that cannot be copied; or as
+        VideoError: the input is a picture or a folder, the start is after the video's end, or packets cannot be copied; see also
             `isolation.run_task`.
     """
     if not 0 <= start_s < end_s:
         hint = "begin at 0 s, the first frame, or later, and end after that"
         raise UsageError(f"a clip cannot go from {start_s:g} s to {end_s:g} s", hint)
-    if info.kind != PICTURE:  # which has no length, and is refused by the reader
+    if info.kind != PICTURE:  # a picture has no length; the reader rejects it
         start_s, end_s = span_of(duration_of(info), start_s, end_s)
     how = {"start_s": start_s, "end_s": end_s, "exact": exact, "title": title}
     name = clip_name(named_after or info.path, start_s)
@@ -68,7 +71,7 @@ def cut_clip(
         with _unfinished(folder, name) as file:
             try:
                 facts = _write(info, how, file)
-            except Crash:  # in a new process, as an earlier video may have caused it
+            except Crash:  # try again in a new process, because an earlier video may have caused the crash
                 file.seek(0)
                 file.truncate()
                 facts = _write(info, how, file)
@@ -84,7 +87,7 @@ def cut_clip(
 
 
 def clip_name(video: str, start_s: float) -> str:
-    """Return the name of a clip, without its ending: the video's, and the time in hours, minutes, seconds and milliseconds."""
+    """Return the file name of a clip without its ending: the video's name and the start in hours, minutes and seconds."""
     name = os.path.basename(os.path.normpath(video))
     if is_url(video):
         name = os.path.basename(urlsplit(video).path)
@@ -94,7 +97,7 @@ def clip_name(video: str, start_s: float) -> str:
 
 @contextmanager
 def _unfinished(folder: str, name: str) -> Iterator[BinaryIO]:
-    """Provide a new file, which is removed afterwards unless it has got another name."""
+    """Provide a new file that is deleted on exit, unless it has been renamed."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{name}.{secrets.token_hex(4)}{UNFINISHED}")
     with open(path, "xb") as file:
@@ -106,10 +109,10 @@ def _unfinished(folder: str, name: str) -> Iterator[BinaryIO]:
 
 
 def _write(info: Video, how: dict[str, Any], file: BinaryIO) -> dict[str, Any]:
-    """Write a clip as it is cut; return the facts about it."""
+    """Write a clip while it is cut, and return the facts about it."""
     with closing(stream_clip(info, how)) as pieces:
         facts = next(pieces)
-        if facts["ending"] not in CLIP_ENDINGS:  # it becomes part of a name
+        if facts["ending"] not in CLIP_ENDINGS:  # check it, because it becomes part of a file name
             raise Crash(f"the decoder crashed on {info.path} (its answer is invalid)", HINT)
         for at, content in pieces:
             file.seek(at)
@@ -118,11 +121,11 @@ def _write(info: Video, how: dict[str, Any], file: BinaryIO) -> dict[str, Any]:
 
 
 def _placed(unfinished: str, folder: str, name: str, ending: str) -> str:
-    """Give a file its name, or one with a number where that exists; return its path."""
+    """Rename a finished file, adding a number if the name is taken. Returns its path."""
     for number in count(1):
         added = "" if number == 1 else f"-{number}"
         path = os.path.join(folder, f"{name}{added}{ending}")
         with suppress(FileExistsError):
-            open(path, "x").close()  # the name is this clip's from now on
+            open(path, "x").close()  # reserve the name
             os.replace(unfinished, path)
             return path

@@ -1,7 +1,7 @@
-"""Finds moments: each segment of a video is encoded once and asked about every query; then the borders of the best are found.
+"""Find moments: encode every segment of a video once and ask it about every query, then find the borders of the best moments.
 
-A segment is judged by the first token of the answer: by the probability of yes, where only yes and no can be. Segments share
-nothing, so one is forgotten before the next one is encoded, and memory does not grow with the length of the video.
+The score of a segment comes from the first token of the answer: the probability of yes if only yes and no are possible. Segments
+share nothing, so one is dropped before the next one is encoded, and memory does not grow with the length of the video.
 """
 
 import math
@@ -57,28 +57,28 @@ from evoprune.video import (
     span_of,
 )
 
-# Questions that tell together whether a segment shows what a query says; of each whether yes says so.
+# Questions that together decide whether a segment matches a query, each with the answer (True for yes) that means a match.
 Questions = tuple[tuple[str, bool], ...]
-# Called with "segment", those read and in all; then with "piece", those of the best segments; then, for each query, with "moment",
-# those whose borders were found and in all.
+# Called with a stage, the number done and the total. Stages: "segment", then "piece" (pieces of the best segments), then "moment"
+# for every query (moments whose borders are known).
 Progress = Callable[[str, int, int], None]
 
 QUESTION = "Does the video show the following? {}\nAnswer yes or no."
 ONE_TOKEN = GenerationOptions(max_new_tokens=1)
-PIECE_FRAMES = 4  # of the pieces whose scores tell where a moment begins and ends
-PIECES = 4  # of a segment, and of a piece whose frames are further apart than the model's
-# A border lies so many lengths of a piece inside of where the pieces that show it end: the last of them has some frames of it.
+PIECE_FRAMES = 4  # frames per piece; the scores of pieces locate the borders of a moment
+PIECES = 4  # number of pieces of a segment, and of a piece whose frame rate is below the model's
+# A border lies this many piece lengths inside the outermost piece that shows the moment, because that piece shows it only partly.
 REACH = 0.2
-CANDIDATES = 2  # for each moment that is wanted so many runs of segments are looked at in pieces first
-APART_S = SEGMENT_S  # a thing that is away for at least this long and comes back makes two moments
+CANDIDATES = 2  # number of runs of segments to score by pieces at first, per wanted moment
+APART_S = SEGMENT_S  # a gap of at least this many seconds splits a moment in two
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Hold a part of a video that shows what a query says. Times are seconds from the video's first frame.
+    """A part of a video that matches a query. Times are in seconds from the video's first frame.
 
-    `score`: the probability of yes against no, from 0 to 1, by the best segment and the best part of it. `best_s`: the middle of
-    that part.
+    `score` is the probability of yes against no, from 0 to 1, computed from the moment's best segment and the best part of that
+    segment. `best_s` is the middle of that part.
     """
 
     query: str
@@ -89,16 +89,27 @@ class Moment:
 
 
 class Search:
-    """Find the moments of one video, for several queries. To be closed, by `with`.
+    """A search for the moments of one video that match several queries. Use it in a `with` statement, or close it.
 
-    `run` does the work; `moments` returns what it has found, also where it broke off. `segments`: all that `queries` are asked of.
-    `tokens`: of all segments before pruning. `asked`: how many segments were asked so far; `unread`: how many of them could not
-    be read. `warnings`: names, each with the facts of the video that it is about.
+    `run` does the work. `moments` returns the moments found so far, even if `run` was interrupted.
 
-    `cache`: where encoded segments are kept; not used for a method that reads the question.
+    Args:
+        source: the video.
+        queries: descriptions of the moments to find.
+        cache: cache for encoded segments; not used for a method that reads the question.
 
-    Raises UsageError: a query that is empty, twice there or too long, a picture, or words for yes and no that the model cannot
-    tell apart. VideoError: missing, unreadable or empty. OutOfMemory.
+    Attributes:
+        segments: all segments that are asked about.
+        tokens: total number of visual tokens before pruning.
+        asked: number of segments asked about so far.
+        unread: number of these segments that could not be read.
+        warnings: names of warnings, with facts about the video concerned.
+
+    Raises:
+        UsageError: a query is empty, repeated or too long, the input is a picture, or the words for yes and no begin with the same
+            token.
+        VideoError: the video is missing, unreadable or empty.
+        OutOfMemory: the model's memory does not suffice.
     """
 
     def __init__(
@@ -112,7 +123,7 @@ class Search:
     ):
         self._session = session
         self._cache = cache
-        self._input: dict[str, Any] = {}  # arguments of every `OpenInput`
+        self._input: dict[str, Any] = {}  # further arguments for every `OpenInput`
         if cache and not session.pruning.method.reads_question:
             self._input = {"cache": cache, "hashed": ContentHash()}
         self._options = options
@@ -140,15 +151,16 @@ class Search:
         except BaseException:
             self._files.close()
             raise
-        self._scores: dict[str, list[float]] = {query: [] for query in self._questions}  # log odds of each segment
-        self._pieces: dict[
-            tuple[str, float, float], float
-        ] = {}  # log odds of a query in a piece: its middle, its length
-        self._scored: dict[tuple[str, Run], Moment] = {}  # by pieces too; of some the score is too low after all
-        self._bordered: dict[tuple[str, Run], list[Moment]] = {}  # several if the thing goes away and comes back
-        self._scored_runs = dict.fromkeys(
-            self._questions, CANDIDATES * options.top
-        )  # how many runs are scored, at most
+        # Log odds of the segments, by query.
+        self._scores: dict[str, list[float]] = {query: [] for query in self._questions}
+        # Log odds of pieces, by query and the piece's middle and length in seconds.
+        self._pieces: dict[tuple[str, float, float], float] = {}
+        # Runs that were also scored by pieces. Some scores turn out too low for a moment.
+        self._scored: dict[tuple[str, Run], Moment] = {}
+        # Moments with borders. A run has several if a gap splits it.
+        self._bordered: dict[tuple[str, Run], list[Moment]] = {}
+        # Maximum number of runs to score by pieces.
+        self._scored_runs = dict.fromkeys(self._questions, CANDIDATES * options.top)
         self._complete: set[str] = set()  # queries whose best moments have borders
         self.asked = 0
 
@@ -160,19 +172,22 @@ class Search:
 
     @property
     def info(self) -> Video:
-        """Return what is known of the video. Its path is that of the file that is read."""
+        """Facts about the video. Its path is the path of the local file, even if the video was downloaded."""
         return self._info
 
     def close(self) -> None:
-        """Removes what was downloaded, and from the cache what is beyond its limit."""
+        """Delete downloaded files, and evict entries beyond the limit of the cache."""
         self._files.close()
         if self._cache:
             self._cache.make_room()
 
     def run(self, progress: Progress | None = None) -> None:
-        """Asks about every segment, then finds the borders of the best moments of each query.
+        """Ask about every segment, then find the borders of the best moments for every query.
 
-        Raises VideoError: no segment can be read. OutOfMemory. ModelError: numbers that are NaN or infinite.
+        Raises:
+            VideoError: no segment can be read.
+            OutOfMemory: the model's memory does not suffice.
+            ModelError: the model computes NaN or infinite values.
         """
         problem = None
         seek = self._sampling.seek
@@ -202,29 +217,29 @@ class Search:
             self._complete.add(query)
 
     def moments(self) -> list[Moment]:
-        """Return what was found so far: for each query, in the order given, the best first.
+        """Return the moments found so far: queries in the order given, the best moments first.
 
-        A moment whose pieces were not looked at has the borders and the score of its segments.
+        A moment that was not scored by pieces has the borders and the score of its segments.
         """
         return [moment for query in self.queries for moment in self._shown(query)]
 
     def more(self, query: str) -> int:
-        """Return about how many further moments of a query there are that `top` leaves out.
+        """Return the approximate number of further moments of a query that `top` leaves out.
 
-        Those whose borders were not looked for may turn out to be none, or several.
+        The number is approximate because a candidate without borders may turn out to be no moment, or several.
         """
         every = self._moments(query, self._runs(query))
         return max(0, len(every) - len(self._shown(query)))
 
     def _shown(self, query: str) -> list[Moment]:
-        """Return the moments of a query that `top` does not leave out, the best first."""
+        """Return the `top` best moments of a query, the best first."""
         candidates = self._candidates(query)
         if query in self._complete:
             candidates = [run for run in candidates if (query, run) in self._bordered]
         return sorted(self._moments(query, candidates), key=lambda moment: -moment.score)[: self._options.top]
 
     def _moments(self, query: str, among: Sequence[Run]) -> list[Moment]:
-        """Return the moments in runs, by the best that is known of each run: borders, pieces, or its segments."""
+        """Return the moments in runs, using the most precise result for every run: borders, piece scores, or segment scores."""
         found: list[Moment] = []
         for run in among:
             found += self._bordered.get((query, run)) or [self._scored.get((query, run)) or self._coarse(query, run)]
@@ -232,7 +247,7 @@ class Search:
         return joined([moment for moment in found if moment.score >= least])
 
     def best(self, query: str) -> tuple[float, float]:
-        """Return the best score of a query, and the time where it is best. At least one segment was asked."""
+        """Return the best score of a query and its time in seconds. At least one segment must have been asked about."""
         scored = [moment for (asked, _), moment in self._scored.items() if asked == query]
         if scored:
             best = max(scored, key=lambda moment: moment.score)
@@ -247,7 +262,7 @@ class Search:
         return least_odds(self._scores[query])
 
     def _candidates(self, query: str) -> list[Run]:
-        """Return the runs that are looked at in pieces, the best first."""
+        """Return the runs to score by pieces, the best first."""
         return self._runs(query)[: self._scored_runs[query]]
 
     def _runs(self, query: str) -> list[Run]:
@@ -264,25 +279,25 @@ class Search:
 
     @property
     def _shortest_s(self) -> float:
-        """The length of a piece whose frames are as far apart as the model's."""
+        """Length in seconds of a piece that is sampled at the model's frame rate."""
         return PIECE_FRAMES / self._fps
 
     @property
     def _piece_s(self) -> float:
-        """The length of the pieces of a segment."""
+        """Length in seconds of the pieces of a segment."""
         return max(self._shortest_s, self._segment_s / PIECES)
 
     def _middles(self, place: int) -> list[float]:
-        """Return the middles of the pieces of a segment."""
+        """Return the middles of the pieces of a segment, in seconds. `place`: index of the segment."""
         segment = self.segments[place]
         count = max(1, round(self._segment_s / self._piece_s))
         step_s = self._segment_s / count
         return [segment.start_s + (n + 0.5) * step_s for n in range(count)]
 
     def _score_candidates(self, queries: Sequence[str], progress: Progress | None) -> None:
-        """Scores moments by pieces too, short parts that are read densely.
+        """Score candidates by pieces too, short parts that are sampled densely.
 
-        Their log odds are the mean of those of their best segment and of the best piece of that.
+        The log odds of a candidate become the mean of two: its best segment, and the best piece of that segment.
         """
         wanted = [(query, run) for query in queries for run in self._candidates(query)]
         wanted = [each for each in wanted if each not in self._scored]
@@ -297,13 +312,13 @@ class Search:
             moment = self._coarse(query, run)
             best_s = max(self._middles(run.best), key=lambda middle_s: self._piece_odds(query, middle_s, self._piece_s))
             of_piece = self._piece_odds(query, best_s, self._piece_s)
-            if of_piece > -math.inf:  # it can be read
+            if of_piece > -math.inf:  # -inf if the piece cannot be read
                 odds = (self._scores[query][run.best] + of_piece) / 2
                 moment = replace(moment, score=probability(odds), best_s=best_s)
             self._scored[query, run] = moment
 
     def _find_borders(self, query: str, progress: Progress | None) -> bool:
-        """Find the borders of the best moments of a query; return False if there are fewer than are wanted."""
+        """Find the borders of the best moments of a query. Returns False if there are fewer moments than `top`."""
         least = probability(self._least(query))
         scored = [(run, self._scored[query, run]) for run in self._candidates(query)]
         scored = [(run, moment) for run, moment in scored if moment.score >= least]
@@ -320,10 +335,10 @@ class Search:
         return len(joined(found)) >= self._options.top
 
     def _with_borders(self, query: str, run: Run, moment: Moment) -> list[Moment]:
-        """Return a moment with borders by the scores of pieces. If no piece shows it, the borders of its segments stay.
+        """Return a moment with borders found from the scores of pieces. If no piece shows it, it keeps the borders of its segments.
 
-        If pieces do not show it for `APART_S` in between, there is a moment before and another one after. Pieces of long segments
-        are long, and borders are then found again by shorter ones.
+        The result has several moments if pieces in between do not show it for at least `APART_S`. Long segments have long pieces,
+        so their borders are then refined with shorter pieces.
         """
         shown_from = self._least(query) - MARGIN
         begin_s = self.segments[0].start_s
@@ -337,7 +352,7 @@ class Search:
             return border(shown, outside_s, inside_s, precision_s=length_s / 8, reach_s=REACH * length_s)
 
         def edge(inside_s: float, step_s: float, end_s: float) -> float:
-            """Return the border, from a piece that shows it in steps towards `end_s`."""
+            """Return the border, searched in steps of `step_s` from a piece that shows the moment towards `end_s`."""
             outside_s = inside_s + step_s
             while (end_s - outside_s) * step_s > 0 and shown(outside_s):
                 inside_s = outside_s
@@ -347,7 +362,7 @@ class Search:
             return between(outside_s, inside_s)
 
         def closer(border_s: float, outwards_s: float) -> float:
-            """Return a border again by the scores of shorter pieces, where these show it inside of it."""
+            """Refine a border with shorter pieces. It stays unless a piece inside it shows the moment."""
             outside_s = min(max(border_s + outwards_s, begin_s), stop_s)
             inside_s = min(max(border_s - outwards_s, begin_s), stop_s)
             return between(outside_s, inside_s) if shown(inside_s) else border_s
@@ -381,15 +396,19 @@ class Search:
         shown: Callable[[float], bool],
         between: Callable[[float, float], float],
     ) -> Iterator[tuple[float, float]]:
-        """Yield when a thing goes away and comes back, at least `APART_S` later, between two pieces that show it.
+        """Yield start and end of the gaps, at least `APART_S` long, between two pieces that show the moment.
 
-        `between` finds a border between a time that does not show it and one that does.
+        Args:
+            first_s, last_s: middles of the two pieces.
+            length_s: length of the pieces.
+            shown: returns whether the piece around a time shows the moment.
+            between: finds the border between a time that does not show it and a time that does.
         """
         if last_s - first_s < APART_S:
             return
         steps = math.ceil((last_s - first_s) / max(length_s, APART_S / 2))
-        before_s = first_s  # the latest piece that shows it
-        away: list[float] = []  # the pieces after it, which do not
+        before_s = first_s  # the latest piece that shows the moment
+        away: list[float] = []  # the pieces after it, which do not show it
         for number in range(1, steps + 1):
             time_s = first_s + (last_s - first_s) * number / steps
             if number < steps and not shown(time_s):
@@ -403,7 +422,7 @@ class Search:
             away = []
 
     def _part(self, query: str, start_s: float, end_s: float) -> Moment:
-        """Return a moment between two times; its score is that of its best segment and its best piece."""
+        """Return a moment between two times, scored by its best segment and its best piece."""
         reach_s = REACH * self._piece_s
         pieces = {
             middle_s: odds
@@ -417,9 +436,9 @@ class Search:
         return Moment(query, start_s, end_s, score, best_s)
 
     def _lasting(self, moment: Moment) -> Moment:
-        """Return a moment that lasts as long as a frame, at least, and has its best time inside."""
+        """Give an empty moment the duration of a frame, and move the best time inside the moment."""
         start_s, end_s = moment.start_s, moment.end_s
-        if start_s >= end_s:  # shorter than its frames are apart
+        if start_s >= end_s:  # shorter than the distance between frames
             middle_s = (start_s + end_s) / 2
             start_s = max(self.segments[0].start_s, middle_s - 0.5 / self._fps)
             end_s = min(self.segments[-1].end_s, middle_s + 0.5 / self._fps)
@@ -437,15 +456,15 @@ class Search:
         return self._pieces[query, middle_s, length_s]
 
     def _odds(self, query: str, opened: OpenInput) -> float:
-        """Return the log odds of a query in a piece, which is closed then."""
+        """Return the log odds of a query in a piece, and close the piece."""
         with closing(opened):
             try:
                 return self._ask(opened, [query])[query]
-            except VideoError:  # what cannot be read shows nothing; the segment around it could be read
+            except VideoError:  # an unreadable piece shows nothing; the segment around it was readable
                 return -math.inf
 
     def _cut(self) -> tuple[list[Segment], int]:
-        """Return the segments, and their visual tokens before pruning; refuses queries that do not fit into a prompt."""
+        """Return the segments and their total number of visual tokens before pruning. Rejects queries too long for a prompt."""
         sampling = self._sampling
         start_s, end_s = span_of(self.duration_s, sampling.start_s, sampling.end_s)
         first_s = min(end_s, start_s + (self._options.segment_s or SEGMENT_S))
@@ -470,7 +489,7 @@ class Search:
         return OpenInput(self._session, self._plan(segment, seek), Clock(torch.device("cpu")), **self._input)
 
     def _opened(self, segments: Sequence[Segment], seek: str) -> Iterator[OpenInput]:
-        """Yield each segment, to be closed, while the next one is read."""
+        """Yield an open input per segment, which the caller has to close. The next segment is read in the background."""
         following: OpenInput | None = None
         try:
             for number, segment in enumerate(segments):
@@ -485,7 +504,7 @@ class Search:
                 following.close()
 
     def _ask(self, opened: OpenInput, queries: Sequence[str]) -> dict[str, float]:
-        """Return the log odds of yes against no for some queries about a segment; of several questions the least."""
+        """Return the log odds of a match for some queries about a segment. If a query has several questions, the lowest counts."""
         encoded = EncodedInputs(self._session, [opened.encode()])
         self._warn(encoded, queries)
         odds = {}
@@ -499,7 +518,7 @@ class Search:
         return odds
 
     def _warn(self, encoded: EncodedInputs, queries: Sequence[str]) -> None:
-        """Notes the warnings about a segment; which frames are looked at is not the caller's choice."""
+        """Collect the warnings about a segment, except "limited": the user does not choose the frames of segments."""
         loaded = self._session.loaded
         for name, facts in warned(encoded.report):
             if name != "limited":
@@ -514,7 +533,7 @@ class Search:
 
 
 def joined(moments: Sequence[Moment]) -> list[Moment]:
-    """Return the moments of a query, those that overlap as one with the score of the best of them."""
+    """Merge the overlapping moments of a query. A merged moment has the score of the best one."""
     made: list[Moment] = []
     for moment in sorted(moments, key=lambda each: each.start_s):
         if made and moment.start_s <= made[-1].end_s:
@@ -526,7 +545,11 @@ def joined(moments: Sequence[Moment]) -> list[Moment]:
 
 
 def checked(queries: Sequence[str]) -> list[str]:
-    """Return the queries. Raises UsageError: there are none, one is no text, empty, or there twice."""
+    """Return the queries as a list.
+
+    Raises:
+        UsageError: there are no queries, or a query is not a text, empty or repeated.
+    """
     if not isinstance(queries, Sequence):
         raise UsageError(f"the query is {brief(queries)}, not a text", 'for example "a red star"')
     if not queries:
@@ -542,7 +565,11 @@ def checked(queries: Sequence[str]) -> list[str]:
 
 
 def questions_for(session: Session, options: FindOptions, query: str) -> Questions:
-    """Return the questions that a segment is asked for a query: by the prompt of the options, else as the model knows them."""
+    """Return the questions to ask about a segment for a query.
+
+    A query that ends with a question mark is asked as it is. Otherwise the prompt of the options applies, then the questions that a
+    demo model knows, then `QUESTION`.
+    """
     demo = session.loaded.demo
     questions: Questions
     if query.rstrip().endswith("?"):
@@ -559,9 +586,10 @@ def questions_for(session: Session, options: FindOptions, query: str) -> Questio
 
 
 def first_tokens(tokenizer: Tokenizer, yes: str, no: str) -> tuple[list[int], list[int]]:
-    """Return the tokens with which answers of yes and of no begin, however they are spelt, without those that begin both.
+    """Return the possible first tokens of yes and of no in any spelling, without tokens that begin both.
 
-    Raises UsageError: nothing tells the two apart.
+    Raises:
+        UsageError: all tokens of one of them also begin the other one.
     """
     begins = []
     for word in (yes.strip(), no.strip()):

@@ -1,6 +1,6 @@
-"""Into which segments a video is cut, and which of them are moments: numbers only, no files and no model.
+"""Cut a video into segments, and decide from scores which segments are moments. Only numbers: no files, no model.
 
-A segment's score is a probability. Here it is the log of its odds, in which a border between two groups of scores can be seen.
+The score of a segment is a probability. This file works with its log odds, which separate two groups of scores more clearly.
 """
 
 import math
@@ -8,24 +8,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-SEGMENT_S = 8.0  # length of a segment where nothing asks for another
-LEAST_PAIRS = 4  # frame pairs of a segment whose length and rate nobody has given
-# What is shown stands out so many deviations above the median of all segments' log odds. These numbers were chosen on validation
-# clips of both demo models, which answer no with 4 to 7 in most segments.
+SEGMENT_S = 8.0  # default length of a segment, in seconds
+LEAST_PAIRS = 4  # minimum number of frame pairs per segment if neither its length nor a rate is given
+# The log odds of a moment exceed the median of the video's segments by this many deviations. These constants were chosen on
+# validation clips of both demo models, whose log odds for "no" are 4 to 7 in most segments.
 DEVIATIONS = 4.0
-NORMAL_DEVIATION = 1.4826  # of a normal distribution, over its median absolute deviation
-LEAST_SCORE = 0.96  # a lower one is no moment, however much it stands out
-SURE_SCORE = 0.98  # a higher one is a moment, however common it is: the video may show it most of the time
-MARGIN = 2.2  # segments whose log odds are so much too low are looked at in pieces, too, which may raise their score
+NORMAL_DEVIATION = 1.4826  # standard deviation of a normal distribution divided by its median absolute deviation
+LEAST_SCORE = 0.96  # segments with a lower score are no moments, however much they stand out
+SURE_SCORE = 0.98  # segments with a higher score are moments even if most segments score as high
+# Segments whose log odds are too low by at most this much are also scored by pieces, which may raise their score.
+MARGIN = 2.2
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Hold a part of a video, in seconds, and how many frames of it are looked at."""
+    """A part of a video, in seconds from the first frame."""
 
     start_s: float
     end_s: float
-    frames: int
+    frames: int  # number of frames to sample
 
     @property
     def middle_s(self) -> float:
@@ -34,7 +35,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Run:
-    """Hold segments that follow one another and show the same thing: the places of the first, the best and the last."""
+    """Consecutive segments that show the same thing, given by the indices of the first, the best and the last one."""
 
     first: int
     best: int
@@ -44,14 +45,15 @@ class Run:
 def cut(
     start_s: float, end_s: float, fps: float, pair_tokens: int, total_tokens: int | None, segment_s: float | None
 ) -> list[Segment]:
-    """Cut a span of a video into equal segments.
+    """Cut a span of a video into segments of equal length, with at least one frame pair per segment.
 
     Args:
-        fps: frames a second, at most.
-        pair_tokens: visual tokens of a frame pair.
-        total_tokens: of all segments together; None for as many as `fps` makes. A lower rate keeps to it. Each segment has at
-            least one frame pair.
-        segment_s: the length, at most; default: `SEGMENT_S`, or longer, so that a segment has `LEAST_PAIRS`.
+        start_s, end_s: the span, in seconds.
+        fps: maximum number of frames per second.
+        pair_tokens: number of visual tokens per frame pair.
+        total_tokens: maximum total number of tokens. The frame rate is lowered to meet it. None for no limit.
+        segment_s: maximum length of a segment. None for `SEGMENT_S`, or longer segments if `total_tokens` would leave a segment
+            fewer than `LEAST_PAIRS` frame pairs.
     """
     length_s = end_s - start_s
     count = max(1, math.ceil(length_s / (segment_s or SEGMENT_S) - 1e-6))
@@ -67,7 +69,7 @@ def cut(
 
 
 def log_odds(probability: float) -> float:
-    """Return the log of the odds of a probability; infinite for 0 and 1."""
+    """Return the log odds of a probability: -inf for 0, inf for 1."""
     if probability <= 0:
         return -math.inf
     if probability >= 1:
@@ -76,14 +78,14 @@ def log_odds(probability: float) -> float:
 
 
 def probability(odds: float) -> float:
-    """Return the probability of which this is the log of the odds."""
+    """Return the probability for log odds."""
     if odds < 0:
         return math.exp(odds) / (1 + math.exp(odds))
     return 1 / (1 + math.exp(-odds))
 
 
 def least_odds(scores: Sequence[float]) -> float:
-    """Return the least log odds of a moment, by those of all segments: what stands out from most of them."""
+    """Return the lowest log odds with which a segment counts as a moment, because it stands out from the other segments."""
     known = [score for score in scores if math.isfinite(score)]
     if not known:
         return log_odds(LEAST_SCORE)
@@ -94,7 +96,7 @@ def least_odds(scores: Sequence[float]) -> float:
 
 
 def runs(scores: Sequence[float], least: float) -> list[Run]:
-    """Join neighbouring segments whose score is at least `least`; return the runs, those with the best segment first."""
+    """Join neighboring segments with scores of at least `least` into runs. Runs with the best segments come first."""
     found: list[Run] = []
     for place, score in enumerate(scores):
         if score < least:
@@ -111,13 +113,14 @@ def runs(scores: Sequence[float], least: float) -> list[Run]:
 def border(
     shown: Callable[[float], bool], outside_s: float, inside_s: float, precision_s: float, reach_s: float
 ) -> float:
-    """Return the time between `outside_s` and `inside_s`, which may be the earlier, from which on it is shown, by bisection.
+    """Find the border of a moment by bisection.
 
     Args:
-        shown: tells of a time whether the frames around it show it; at `inside_s` they do.
-        precision_s: of the result.
-        reach_s: how far those frames are from the time, so that the border lies so much further inside. Where `outside_s` shows
-            it too, that is returned.
+        shown: returns whether the frames around a time show the moment.
+        outside_s: time at which the search begins; returned if the moment is shown there too.
+        inside_s: time at which the moment is shown; before or after `outside_s`.
+        precision_s: precision of the result, in seconds.
+        reach_s: how far frames can be from the time that is passed to `shown`. The border is moved inwards by this much.
     """
     if shown(outside_s):
         return outside_s

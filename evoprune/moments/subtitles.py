@@ -1,4 +1,4 @@
-"""Moments as text for players and editors: subtitles, and chapters in FFmpeg's format of metadata; both in order of time."""
+"""Write moments as text for players and editors, in order of time: subtitles, and chapters in FFmpeg's metadata format."""
 
 import re
 from collections.abc import Iterable
@@ -8,12 +8,12 @@ from operator import attrgetter
 from evoprune.moments.search import Moment
 from evoprune.util import long_clock
 
-SPECIAL = re.compile(r"[=;#\\\n]")  # characters that mean something in FFmpeg's metadata
+SPECIAL = re.compile(r"[=;#\\\n]")  # characters that must be escaped in FFmpeg's metadata
 NO_MOMENT = "-"  # title of the chapters between moments
 
 
 def srt(moments: Iterable[Moment]) -> str:
-    """Return subtitles (SRT) that show the query of each moment, and its score, while it lasts."""
+    """Return subtitles (SRT) that show a moment's query and score during the moment."""
     blocks = []
     for number, moment in enumerate(_in_order(moments), 1):
         times = f"{_srt_time(moment.start_s)} --> {_srt_time(moment.end_s)}"
@@ -22,13 +22,13 @@ def srt(moments: Iterable[Moment]) -> str:
 
 
 def chapters(moments: Iterable[Moment], duration_s: float | None = None) -> str:
-    """Return FFmpeg's metadata with chapters that follow one another without gaps, as an MP4 needs them.
+    """Return chapters in FFmpeg's metadata format. They follow one another without gaps, as an MP4 requires.
 
-    A chapter's title is the query of the moment that it shows, or several queries joined by " + " where moments overlap. Chapters
-    between moments have the title `NO_MOMENT`. Without moments there are no chapters.
+    The title of a chapter is the query of its moment, or several queries joined by " + " if moments overlap. Chapters between
+    moments have the title `NO_MOMENT`. Without moments there are no chapters.
 
     Args:
-        duration_s: length of the video in seconds; None if the last moment is where chapters end.
+        duration_s: length of the video in seconds. If it is None, the last chapter ends with the last moment.
     """
     spans = [(round(1000 * each.start_s), round(1000 * each.end_s), each.query) for each in _in_order(moments)]
     lines = [";FFMETADATA1"]
@@ -52,5 +52,5 @@ def _srt_time(seconds: float) -> str:
 
 
 def _line(text: str) -> str:
-    """Return a text as one line that no reader takes for times."""
+    """Return a text as one line without "-->", which would look like a line of times."""
     return " ".join(text.split()).replace("-->", "->")

@@ -1,6 +1,7 @@
-"""From frames to visual tokens: preprocessing, and the vision tower with pruning between its layers.
+"""Turn frames into visual tokens: preprocessing, and the vision tower with pruning between its layers.
 
-The encoder runs a method's plan on the weights of a tower of Qwen3-VL, Qwen2.5-VL or Qwen2-VL, this project's or Hugging Face's.
+The encoder runs a method's plan on the weights of a Qwen3-VL, Qwen2.5-VL or Qwen2-VL tower, either this project's or Hugging
+Face's.
 """
 
 from typing import TYPE_CHECKING

@@ -1,9 +1,10 @@
 """Attention of rows inside their groups (windows or frame pairs).
 
-`attention_groups` makes what a layer's attention needs, once until rows change. Where reading values costs nothing, groups of
-similar length are padded to a common length, and a mask covers the padding; equal groups of neighbouring rows need neither.
-Elsewhere, reading the lengths would synchronise. There `PackedGroups` holds all groups for a kernel that reads the lengths on the
-device; without one, all groups are padded to the greatest possible length.
+`attention_groups` prepares the groups for a layer's attention. They are reused until the rows change. On the CPU, where reading
+values costs nothing, groups of similar length are padded to a common length, and a mask covers the padding. Equally long groups of
+neighboring rows need neither padding nor mask. On other devices, reading the lengths would synchronize. There, `PackedGroups`
+holds all groups for a kernel that reads the lengths on the device. Without such a kernel, all groups are padded to the greatest
+possible length.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,26 +24,26 @@ from evoprune.vision.rows import Rows
 
 @dataclass(frozen=True)
 class PaddedGroups:
-    """A batch of B groups, with Q query rows and K key rows each."""
+    """A batch of B groups with Q query rows and K key rows each."""
 
     shape: tuple[int, int]  # (B, Q)
-    # int64 `[B, Q]` rows, or neighbouring ones in order, or None where the groups are all rows in order
+    # Query rows: int64 `[B, Q]`, a slice of neighboring rows, or None if the groups contain all rows in order
     query: torch.Tensor | slice | None = None
-    key: torch.Tensor | None = None  # int64 `[B, K]` rows, or None where the keys are the queries
-    # int64 or bool `[B, K]`, how much each key weighs, 0 at padding; None where all weigh the same
+    key: torch.Tensor | None = None  # int64 `[B, K]`, key rows; None if they are the same as the query rows
+    # int64 or bool `[B, K]`, weights of keys, 0 for padding; None if all are equal
     weight: torch.Tensor | None = None
-    inside: torch.Tensor | None = None  # bool `[B, Q]`, False at padding; None without padding, and with `back`
-    # int64 `[R]`, twice: the group of each row, and its number in it; None where `query` and `inside` say it
+    inside: torch.Tensor | None = None  # bool `[B, Q]`, False for padding; None without padding or with `back`
+    # Two int64 `[R]`: the groups of the rows and the rows' indices in their groups; None if `query` and `inside` suffice
     back: tuple[torch.Tensor, torch.Tensor] | None = None
-    rows: Rows | None = None  # all; None where the groups are all rows in order
+    rows: Rows | None = None  # the video's rows; None if the groups contain all rows in order
 
     @property
     def key_rows(self) -> torch.Tensor | slice | None:
-        """The rows that are keys, in one of the forms of `query`."""
+        """Key rows, in one of the forms that `query` can have."""
         return self.query if self.key is None else self.key
 
     def parts(self, rows: int) -> Iterator["PaddedGroups"]:
-        """Yields the batch in parts of whole groups, of at most so many query or key rows, or of one group."""
+        """Yield the batch in parts of whole groups, with at most `rows` query or key rows, or a single group if it has more."""
         groups, longest = self.shape
         widest = longest
         if self.key is not None:
@@ -60,13 +61,13 @@ class PaddedGroups:
             yield PaddedGroups((of.stop - of.start, longest), query, key, weight, inside, rows=self.rows)
 
     def by_head(self, x: torch.Tensor, index: torch.Tensor | slice | None) -> torch.Tensor:
-        """Return rows of `x` `[R, 4, heads, d]` as `[B, heads, n*4, d]`; `index`: `query` or `key_rows`, n of each group."""
+        """Return rows of `x` `[R, 4, heads, d]` by head, `[B, heads, n*4, d]`. `index`: `query` or `key_rows`, n per group."""
         if index is not None:
             x = x[index]
         return x.reshape(self.shape[0], -1, *x.shape[-2:]).transpose(1, 2)
 
     def write(self, answer: torch.Tensor, out: torch.Tensor) -> None:
-        """Writes what attention answers the queries, `[B, Q, 4, heads, d]`, to their rows of `out`, `[R, 4, heads, d]`."""
+        """Write the attention output `[B, Q, 4, heads, d]` to the query rows in `out`, `[R, 4, heads, d]`."""
         if isinstance(self.query, slice):
             out[self.query] = answer.flatten(0, 1)
         elif self.valid is None:
@@ -76,7 +77,7 @@ class PaddedGroups:
 
     @cached_property
     def valid(self) -> torch.Tensor | None:
-        """bool `[B, Q]`, which queries are no padding; None for all."""
+        """bool `[B, Q]`, False for queries that are padding; None without padding."""
         if self.back is None:
             return self.inside
         row = torch.ones_like(self.back[0], dtype=torch.bool)
@@ -84,7 +85,7 @@ class PaddedGroups:
 
     @cached_property
     def bias(self) -> torch.Tensor | None:
-        """What is added to the scores of each key patch, float32 `[B, 1, 1, K*4]`: the log of its weight. None for 0."""
+        """Bias on the scores of key patches, the log of their weights, float32 `[B, 1, 1, K*4]`. None if all are 0."""
         if self.weight is None:
             return None
         return self.weight.float().log().repeat_interleave(PATCHES, dim=1)[:, None, None]
@@ -92,14 +93,18 @@ class PaddedGroups:
 
 @dataclass(frozen=True)
 class PackedGroups:
-    """All groups of rows, for a device whose values the CPU does not read."""
+    """All groups of rows, for a kernel that reads their lengths on the device."""
 
     rows: Rows
     scope: Scope
-    kernel: Callable  # `varlen_kernel`
+    kernel: Callable  # result of `varlen_kernel`
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return the attention of all groups in one call of the kernel; arguments `[patches, heads, d]`, keys group after group."""
+        """Return the attention inside the groups, computed by one kernel call.
+
+        Args:
+            q, k, v: `[patches, heads, d]`, ordered by group.
+        """
         longest = longest_key = self.rows.longest(self.scope)
         if self.rows.mixes(self.scope):
             longest_key = self.rows.geometry.largest(self.scope)
@@ -107,7 +112,10 @@ class PackedGroups:
 
     @cached_property
     def keys(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """int64 `[K]`, key rows, group after group, None for all in order; int64 `[K]`, how much each weighs, None for evenly."""
+        """Key rows and their weights.
+
+        int64 `[K]`, the rows ordered by group, None for all rows in order; int64 `[K]`, the weights, None if they are equal.
+        """
         rows = self.rows
         if not rows.mixes(self.scope):
             return None, rows.weight
@@ -119,7 +127,7 @@ class PackedGroups:
 
     @cached_property
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two int32 `[G + 1]`, each a zero and the ends of all groups: counted in query patches, and in key patches."""
+        """Boundaries of groups, counted in query patches and in key patches: two int32 `[G + 1]` that start with 0."""
         rows = self.rows
         query = (first_rows(rows, self.scope)[1] * PATCHES).int()
         if not rows.mixes(self.scope):
@@ -131,7 +139,7 @@ Groups = list[PaddedGroups] | PackedGroups
 
 
 def attention_groups(rows: Rows, scope: Scope, like: torch.Tensor) -> Groups:
-    """Return how rows attend inside their groups of `scope`, on the device and in the dtype of `like`."""
+    """Return the groups of `scope` in the best form for the device and the dtype of `like`."""
     return form_of_groups(
         like,
         by_length=lambda: groups_by_length(rows, scope),
@@ -145,15 +153,19 @@ def _some(x: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor |
 
 
 def first_rows(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int64 `[R]`, the group of each row; int64 `[G + 1]`, the first row of each group, and the end of the last one."""
+    """Return the groups of rows, int64 `[R]`, and the boundaries of groups, counted in rows, int64 `[G + 1]`."""
     group = rows.group(scope)
     return group, torch.searchsorted(group, arange_on(rows.group_count(scope) + 1, group.device))
 
 
 def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the keys of groups without reading values, `[G, K]`: int64, the row of each of a group's units; and bool, which count.
+    """Return the keys of groups, a key per unit, without reading values.
 
-    A row of several units of a group is as many keys, which weigh together what the size bias says; without it one counts.
+    With size bias, a row that represents several units of a group appears as several keys, which together have the weight of the
+    cluster size. Without it, only one of them counts.
+
+    Returns:
+        int64 `[G, K]`, the rows that represent the units of a group; bool `[G, K]`, True for keys that count.
     """
     key = F.pad(rows.unit_to_row, (0, 1), value=-1)[group_units(rows.geometry, rows.pairs, scope)[0]]
     if rows.size_bias:
@@ -163,7 +175,7 @@ def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
-    """Return `groups` groups of equally many neighbouring rows, whose keys are their own rows."""
+    """Divide the rows into `groups` equally long groups of neighboring rows, whose keys are their own rows."""
     shape = groups, len(rows) // groups
     if rows.weight is None:
         return PaddedGroups(shape)
@@ -171,10 +183,12 @@ def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
 
 
 def weight_of(weight: torch.Tensor | None, key: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the weight of keys, int64 or bool `[B, K]`, 0 at padding; None where all weigh the same.
+    """Return the weights of keys, int64 or bool `[B, K]`, 0 for padding; None if all are equal.
 
-    `weight`: int64, of each entry that `key` (int64 `[B, K]`) is an index of, or None for evenly. `valid`: bool `[B, K]`, or None
-    without padding.
+    Args:
+        weight: int64, the weights that `key` refers to; None if all are equal.
+        key: int64 `[B, K]`, indices into `weight`.
+        valid: bool `[B, K]`, False for padding; None without padding.
     """
     if weight is None:
         return valid
@@ -184,11 +198,11 @@ def weight_of(weight: torch.Tensor | None, key: torch.Tensor, valid: torch.Tenso
 
 
 def padded_groups(rows: Rows, scope: Scope) -> PaddedGroups:
-    """Return all groups, padded to the greatest length that a group can have; reads no value."""
+    """Return all groups, padded to the greatest possible length, without reading values."""
     longest = rows.longest(scope)
     full = rows.geometry.even(scope)
     same = rows.counts is not None and min(rows.counts) == longest
-    # Each group has as many rows: one for each unit, or so many in each frame pair.
+    # All groups have the same number of rows: one per unit, or the same number in every frame pair.
     if full and not rows.mixes(scope) and (rows.reach == "place" or (scope == "pair" and same)):
         return equal_groups(rows, len(rows) // longest)
     group, bounds = first_rows(rows, scope)
@@ -204,21 +218,21 @@ def padded_groups(rows: Rows, scope: Scope) -> PaddedGroups:
 
 
 def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
-    """Return batches of groups of similar length; reads values.
+    """Return batches of groups of similar length. Reads values.
 
-    Up to four different numbers of keys get a batch each; more are put together where they differ by less than a quarter. Where
-    queries and keys are not the same rows, a batch is divided again: its numbers of queries differ by less than a half. So a group
-    with one new row is not padded to a full group.
+    If there are up to four different numbers of keys, every number gets a batch. Otherwise a batch has groups whose numbers of keys
+    differ by less than a quarter. If queries and keys are not the same rows, batches are divided again, so that the numbers of
+    queries differ by less than a half. A group with one new row is therefore not padded to a full group.
     """
     length = rows.lengths(scope)
     start = length.cumsum(0) - length
-    used = length > 0  # a group has query rows, which are neighbours
+    used = length > 0  # True for groups with query rows, which are always neighbors
     start = start[used]
     length = length[used]
-    keys = None  # int64, key rows, group after group; None where the keys of a group are its own rows
+    keys = None  # int64, key rows ordered by group; None if the keys of a group are its own rows
     key_start = start
     key_length = length
-    weight = rows.weight  # how many of the group's units each key row represents; None for evenly
+    weight = rows.weight  # for key rows, the number of the group's units that they represent; None if equal
     if rows.mixes(scope):
         keys, key_length, weight = _keys_of_groups(rows, scope, used)
         key_start = key_length.cumsum(0) - key_length
@@ -234,7 +248,7 @@ def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
         key, valid = _runs(key_start[members], key_length[members], len(keys))
         return PaddedGroups(shape, query, keys[key], weight_of(weight, key, valid), inside, rows=rows)
 
-    share = 1.0  # a batch for each number of keys
+    share = 1.0  # one batch per number of keys
     if len(lengths) > 4:
         share = 0.75
     batches = []
@@ -247,7 +261,7 @@ def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
 
 
 def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return `runs`, as wide as the longest; None for which are valid, if all are. It reads values."""
+    """Return the result of `runs`, as wide as the longest run, with None for the mask if all entries are valid. Reads values."""
     index, valid = runs(start, length, int(length.max()), rows)
     if valid.all():
         return index, None
@@ -257,10 +271,14 @@ def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.T
 def _keys_of_groups(
     rows: Rows, scope: Scope, used: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return the rows that represent units of each group that is `used` (bool `[G]`): its own, and others, in any frame pair.
+    """Return the key rows of groups: the rows, in any frame pair, that represent the units of a group.
 
-    int64, these rows, group after group; int64, how many each group has; int64, how many units of the group each represents, None
-    without size bias.
+    Args:
+        used: bool `[G]`, the groups with query rows; only these get keys.
+
+    Returns:
+        int64, the key rows ordered by group; int64, the number of key rows per used group; int64, for key rows, the number of
+        the group's units that they represent, or None without size bias.
     """
     limit = len(rows) + rows.geometry.units
     group = group_table(rows.geometry, rows.pairs, scope)[:-1]
@@ -272,7 +290,10 @@ def _keys_of_groups(
 
 
 def _alike(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
-    """Divides groups by `length` (int64 `[G]`), longest first; yields the indices of all above `share` of the longest left."""
+    """Divide groups into batches by `length` (int64 `[G]`), longest first.
+
+    Yields, per batch, the indices of the remaining groups that are longer than `share` times the longest one.
+    """
     left = length.unique().tolist()
     while left:
         longest = max(left)
@@ -293,9 +314,11 @@ def grouped_attention(
 
     Args:
         q, k, v: `[R, 4, heads, d]`, after rotary.
-        received: float32 `[R]`, to which the attention is added that each row receives: the mean over heads and over the queries of
-            a group, summed over the row's 4 patches. Queries of other frame pairs are left out. `timer` measures the time for it.
-        at_once: rows of groups that attend at a time, except in a kernel, which bounds the memory; None for all.
+        groups: the groups of the rows.
+        received: float32 `[R]`. The attention that rows receive is added to it: the mean over heads and over the queries of a
+            group, summed over a row's 4 patches. Queries in other frame pairs do not count.
+        timer: measures the time spent on `received`.
+        at_once: number of rows that attend at a time, which bounds the memory; None for all. Kernels ignore it.
     """
     timer = timer or nullcontext()
     if isinstance(groups, PackedGroups):
@@ -327,7 +350,7 @@ def _attend_padded(
     received: torch.Tensor | None,
     timer: AbstractContextManager,
 ) -> torch.Tensor:
-    """Return the attention of a batch of groups, `[B, Q, 4, heads, d]`; arguments as in `grouped_attention`."""
+    """Return the attention of a batch of groups, `[B, Q, 4, heads, d]`. Arguments: see `grouped_attention`."""
     query = groups.by_head(q, groups.query)
     key = groups.by_head(k, groups.key_rows)
     value = groups.by_head(v, groups.key_rows)
@@ -359,16 +382,25 @@ def attend_by_products(
     weight: torch.Tensor | None,
     timer: AbstractContextManager,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return attention `[B, heads, Q, d]` as two matrix products; and the attention received, float32 `[B, K]`, or None.
+    """Compute attention as two matrix products.
 
-    For bf16 on a CPU it takes half the time of the fused kernel, if the scores stay in the cache. `k`, `v`: `[B, heads, K, d]`;
-    `bias`: `[B, 1, 1, K]`; `weight`: float32 `[B, Q]`, of each query in the attention received, which `timer` measures.
+    For bf16 on a CPU, this takes half the time of the fused kernel if the scores stay in the CPU's cache.
+
+    Args:
+        q: `[B, heads, Q, d]`.
+        k, v: `[B, heads, K, d]`.
+        bias: `[B, 1, 1, K]`, added to scores; None for 0.
+        weight: float32 `[B, Q]`, weights of queries in the attention received; None to skip it.
+        timer: measures the time spent on the attention received.
+
+    Returns:
+        The attention `[B, heads, Q, d]`; the attention received, float32 `[B, K]`, or None.
     """
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     q, k, v = (x.reshape(batch * heads, -1, dim) for x in (q, k, v))
     if bias is None:
-        added = q.new_empty(1)  # which `beta` leaves out
+        added = q.new_empty(1)  # ignored, because `beta` is 0
         beta = 0
     else:
         bias = bias.expand(-1, heads, 1, -1).reshape(batch * heads, 1, keys)
@@ -399,7 +431,7 @@ def attend_by_products(
 
 
 def attention_received(q: torch.Tensor, k: torch.Tensor, groups: Groups, at_once: int | None = None) -> torch.Tensor:
-    """Return float32, like the rows of `k`: as `received` of `grouped_attention`, without the output of the attention."""
+    """Return only the attention that rows receive, float32 with one entry per row of `k`; see `grouped_attention`."""
     total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
     if isinstance(groups, PackedGroups):
         groups = [padded_groups(groups.rows, groups.scope)]
@@ -412,7 +444,7 @@ def attention_received(q: torch.Tensor, k: torch.Tensor, groups: Groups, at_once
 
 @without_autocast()
 def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGroups) -> torch.Tensor:
-    """Return the attention that each key patch of groups receives, float32 `[B, K*4]`, from `queries` and `keys` by head."""
+    """Return the attention that key patches receive, float32 `[B, K*4]`. `queries` and `keys` are by head, as in `by_head`."""
     batch, heads, _, dim = queries.shape
     weight = query_weight(groups, queries.transpose(1, 2))
     total = torch.zeros(batch, keys.shape[2], dtype=torch.float32, device=keys.device)
@@ -426,7 +458,7 @@ def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGr
 
 
 def query_weight(groups: PaddedGroups, q: torch.Tensor) -> torch.Tensor:
-    """Return the weight of each query (`q`: `[..., heads, d]`) in the mean over its group and heads, float32 `[B, Q*4]`."""
+    """Return the weights of queries in the mean over a group and its heads, float32 `[B, Q*4]`. `q`: `[..., heads, d]`."""
     if groups.valid is None:
         valid = q.new_ones(groups.shape, dtype=torch.float32)
     else:
@@ -435,13 +467,13 @@ def query_weight(groups: PaddedGroups, q: torch.Tensor) -> torch.Tensor:
 
 
 def add_by_row(received: torch.Tensor, per_key: torch.Tensor, groups: PaddedGroups) -> None:
-    """Adds what the key patches of groups receive (`per_key`, float32 `[B, K*4]`) to their rows in `received`, float32 `[R]`."""
+    """Add the attention that key patches receive (`per_key`, float32 `[B, K*4]`) to their rows in `received`, float32 `[R]`."""
     per_row = per_key.view(len(per_key), -1, PATCHES).sum(2)
     index = groups.key_rows
     if index is None or isinstance(index, slice):
         received[index or slice(None)] += per_row.flatten()
         return
-    if groups.rows.reach == "clip":  # keys of other frame pairs receive nothing
+    if groups.rows.reach == "clip":  # keys in other frame pairs receive nothing
         pair = groups.rows.pair_of_row
         per_row = torch.where(pair[index] == pair[groups.query[:, :1]], per_row, 0)
     if groups.weight is not None:
@@ -450,7 +482,10 @@ def add_by_row(received: torch.Tensor, per_key: torch.Tensor, groups: PaddedGrou
 
 
 def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: PackedGroups) -> torch.Tensor:
-    """Return the attention of all groups by a kernel that reads their lengths on the GPU; it takes neither mask nor bias."""
+    """Return the attention inside the groups, computed by a kernel that reads their lengths on the GPU.
+
+    The kernel takes neither mask nor bias, so weights are encoded in additional features (`with_bias`).
+    """
     dim = q.shape[-1]
     keys, weight = groups.keys
     key = k
@@ -465,9 +500,9 @@ def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Pac
 
 
 def with_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Carries the log of `weight` (int64 `[K]`) in extra head dimensions: q' = [q, 1, 1, 0 ...], k' = [k, high, low, 0 ...].
+    """Encode the log of `weight` (int64 `[K]`) in extra head dimensions: q' = [q, 1, 1, 0 ...], k' = [k, high, low, 0 ...].
 
-    They are those of `bias_features`. A weight of 0 is one of e^-`NEVER`.
+    The extra dimensions come from `bias_features`. A weight of 0 becomes e^-`NEVER`.
     """
     dim = q.shape[-1]
     more = bias_features(weight.float().log(), dim, k.dtype, least=-NEVER * dim**0.5)

@@ -1,15 +1,16 @@
 """The pruned vision encoder: embed, run layers, select rows, run the other layers, merge patches, select tokens.
 
-All rows of a video go through a layer before the first goes through the next. What is made on the way is bounded inside a layer,
-which takes some rows through a product at a time, and some windows or frame pairs through attention (tower.py). The result does not
-depend on how many, up to rounding. Without pruning the output is Hugging Face's.
+All rows of a video go through a layer before the next layer starts. Inside a layer, temporary memory is bounded: products take a
+limited number of rows at a time, and attention a limited number of windows or frame pairs (tower.py). Up to rounding, the result
+does not depend on these limits. Without pruning, the output equals Hugging Face's.
 
-The plan's steps are some layers, and a selection among the rows of the whole video. A frame pair then also reads the selected rows
-of other pairs that represent its units. Merging and setting aside stay inside a frame pair: they are hooks after a layer
-(hooks.py). Last, `select_tokens` selects among the rows after the tower what the language model reads.
+A step of the plan runs some layers, followed by a selection among the rows of the whole video. After a selection, a frame pair also
+attends to selected rows of other frame pairs that represent its units. Merging and setting aside stay inside a frame pair; they are
+hooks after a layer (hooks.py). Finally, `select_tokens` selects the tokens for the language model among the rows after the tower.
 
-The plan states how many rows every layer computes, so all shapes are known on a GPU too. The program synchronises with it
-only at a selection between layers, at the end, when it reads all checks, and with reuse for patches that are on the GPU.
+The plan states how many rows every layer computes, so all shapes are known without reading values from a GPU. The program
+synchronizes with the GPU only at a selection between layers, at the end, when it reads all checks, and with reuse if the patches
+are on the GPU.
 """
 
 from bisect import bisect_left
@@ -59,23 +60,23 @@ from evoprune.vision.tower import (
 
 @dataclass(frozen=True, repr=False)
 class Encoded:
-    """One encoded video, or several in a row, as the language model reads them."""
+    """One encoded video, or several consecutive ones, ready for the language model."""
 
     features: torch.Tensor  # `[K, D]`, the tokens
-    kept: torch.Tensor  # int64 `[K]`, the unit whose position each token has, ascending in Hugging Face's order
+    kept: torch.Tensor  # int64 `[K]`, the units whose positions the tokens have, ascending in Hugging Face's order
     rows: torch.Tensor  # `[E, D]`, the encoder's rows, ordered by unit
-    unit_to_row: torch.Tensor  # int64 `[N]`, the index in `rows` of the row that represents each unit, -1 for none
-    grids: tuple[tuple[int, int, int], ...]  # (T, H, W) in units, of each video
-    layers: list[tuple[int, int]]  # (layer, rows that it computes), summed over the videos
-    prune_seconds: float  # spent on scores, merging and selection; part of the encoding time
-    flat: bool = False  # whether every frame pair has one colour, so that no unit differs from another
-    # float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to its logits: in `evoprune`
-    # (cluster size) ** count, that is the square root by default. None for 1 each.
+    unit_to_row: torch.Tensor  # int64 `[N]`, indices in `rows` of the units' rows, -1 for dropped units
+    grids: tuple[tuple[int, int, int], ...]  # (T, H, W) in units, one per video
+    layers: list[tuple[int, int]]  # (layer, number of rows that it computes), summed over the videos
+    prune_seconds: float  # time for scores, merging and selection; part of the encoding time
+    flat: bool = False  # True if every frame pair has a single color, so that all units are alike
+    # float32 `[K]`, weights of the tokens in the language model's attention, which adds log(size) to logits. For `evoprune`:
+    # (cluster size) ** count, by default the square root. None if all are 1.
     size: torch.Tensor | None = None
     # `[n, K, D]`, added to the tokens after the first n layers of the language model
     deepstack: torch.Tensor | None = None
-    kept_on_cpu: torch.Tensor | None = None  # `kept`, if it has been read
-    after_tower_below: int = 0  # as in `EncoderPlan`; of several videos the largest
+    kept_on_cpu: torch.Tensor | None = None  # copy of `kept`, if it has been read
+    after_tower_below: int = 0  # see `EncoderPlan`; for several videos, the largest value
 
     def __repr__(self) -> str:
         tokens, width = self.features.shape
@@ -83,38 +84,38 @@ class Encoded:
 
     @property
     def live_share(self) -> float:
-        """The live share: the mean over the layers of rows computed / units. The tower's time is proportional to it."""
+        """Number of rows computed divided by the number of units, averaged over layers. The tower's time is proportional to it."""
         return sum(rows for _, rows in self.layers) / len(self.layers) / len(self.unit_to_row)
 
     @cached_property
     def kept_here(self) -> torch.Tensor:
-        """`kept` on the CPU, read once: from an accelerator it waits."""
+        """Copy of `kept` on the CPU, cached because copying from an accelerator synchronizes."""
         return self.kept.cpu() if self.kept_on_cpu is None else self.kept_on_cpu
 
     @property
     def every_size(self) -> torch.Tensor:
-        """float32 `[K]`: `size`, with ones for None."""
+        """float32 `[K]`: `size`, or ones if it is None."""
         if self.size is None:
             return self.features.new_ones(len(self.kept), dtype=torch.float32)
         return self.size
 
     @property
     def every_feature(self) -> torch.Tensor:
-        """`[(1 + n) K, D]`: the tokens, and behind them what DeepStack adds to them."""
+        """`[(1 + n) K, D]`: the tokens, followed by their DeepStack features."""
         if self.deepstack is None:
             return self.features
         return torch.cat([self.features, *self.deepstack])
 
     @property
     def kept_per_pair(self) -> list[int]:
-        """Number of tokens in each frame pair, video after video."""
+        """Number of tokens per frame pair, for all videos in order."""
         kept = self.kept_here.tolist()
         ends = accumulate(h * w for t, h, w in self.grids for _ in range(t))
         return [after - before for before, after in pairwise([0, *(bisect_left(kept, end) for end in ends)])]
 
 
 def joined(videos: list[Encoded]) -> Encoded:
-    """Return several videos as one; the numbers of units and rows continue from video to video."""
+    """Join several encoded videos into one. Unit and row numbers continue from video to video."""
     if len(videos) == 1:
         return videos[0]
     units = [0, *accumulate(len(v.unit_to_row) for v in videos)]
@@ -144,33 +145,38 @@ def joined(videos: list[Encoded]) -> Encoded:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """A video after the tower, before tokens are selected."""
+    """An encoded video after the tower and before the selection of tokens."""
 
     plan: EncoderPlan
     rows: Rows  # ordered by unit
-    seed: int  # as in `Tokens`
-    source: torch.Tensor  # int64 `[T, H*W]`, the number of the frame pair whose pixels represent each unit
-    layers: list[tuple[int, int]]  # as in `Encoded`
-    selection: Selection | None  # inside the tower, if the language model reads exactly those rows
-    timer: devices.Timer  # of pruning
-    # bool `[3]`, read at the end, so that nothing synchronises earlier: whether all rows are without NaN and infinity, whether
-    # mergers have removed their rows, and whether every frame pair has one colour
+    seed: int  # see `Tokens`
+    source: torch.Tensor  # int64 `[T, H*W]`, for every unit the frame pair whose pixels represent it
+    layers: list[tuple[int, int]]  # see `Encoded`
+    selection: Selection | None  # last selection in the tower, if the language model reads exactly its rows
+    timer: devices.Timer  # measures pruning
+    # bool `[3]`: all values are finite; mergers removed as many rows as planned; every frame pair has a single color. Read only at
+    # the end, so that nothing synchronizes earlier.
     checks: torch.Tensor
 
     @cached_property
     def selector_input(self) -> Tokens:
-        """The rows as the selector of tokens gets them."""
+        """The rows as input for the selector of tokens."""
         return Tokens(self.rows.values, self.rows.unit_to_row, self.plan.grid, self.seed, self.rows.given)
 
     def nothing_selected(self) -> Encoded:
-        """Return an encoding without tokens, for a method whose question is not known yet."""
+        """Return an encoding without tokens, for a method that has to wait for a question."""
         rows = self.rows
         return self.encoded(rows.values[:0], rows.unit[:0], None, rows.deepstack[:0])
 
     def encoded(
         self, features: torch.Tensor, kept: torch.Tensor, size: torch.Tensor | None, deepstack: torch.Tensor
     ) -> Encoded:
-        """Return the encoding with these tokens; `deepstack`: `[K, n, D]`. Errors as of `read_checks`."""
+        """Return the encoding with the given tokens. Raises the exceptions of `read_checks`.
+
+        Args:
+            features, kept, size: see `Encoded`.
+            deepstack: `[K, n, D]`.
+        """
         flat, seconds, kept_on_cpu = self.read_checks(kept)
         by_layer = None
         if deepstack.shape[1]:
@@ -179,9 +185,14 @@ class EncodedRows:
         return Encoded(features, kept, *about, size, by_layer, kept_on_cpu, self.plan.after_tower_below)
 
     def read_checks(self, kept: torch.Tensor) -> tuple[bool, float, torch.Tensor]:
-        """Return whether each frame pair has one colour, the seconds spent on pruning, and `kept` on the CPU; reads all checks.
+        """Read all checks.
 
-        Raises ModelError: a row has NaN or infinite values. RuntimeError: a merger did not remove its rows.
+        Returns:
+            Whether every frame pair has a single color; the seconds spent on pruning; `kept` on the CPU.
+
+        Raises:
+            ModelError: a row has NaN or infinite values.
+            RuntimeError: a merger did not remove as many rows as planned.
         """
         checks, kept = devices.read_together(self.checks, kept)
         numbers, as_planned, flat = map(bool, checks.tolist())
@@ -196,42 +207,46 @@ class EncodedRows:
 def encode(
     visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, *, question: torch.Tensor | None = None, **kwargs: Any
 ) -> Encoded:
-    """Encodes one video: `encode_rows`, whose other arguments (`kwargs`) and errors it has, and `select_tokens`.
+    """Encode one video: run `encode_rows`, then `select_tokens`. Raises the exceptions of both.
 
-    `question`: `[Q, D]`, the embeddings of its tokens, for a method that reads the question.
+    Args:
+        visual, patches, plan, kwargs: see `encode_rows`.
+        question: `[Q, D]`, embeddings of the question's tokens, for a method that reads the question.
     """
     return select_tokens(encode_rows(visual, patches, plan, **kwargs), question)
 
 
 def encode_rows(visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options: Any) -> EncodedRows:
-    """Return the part of `encode` before a question is needed; `options`: of `EncoderRun`.
+    """Run the part of `encode` that needs no question.
 
     Args:
-        visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of the same families, whose layers obey
-            torch's autocast. The rows are then in its dtype.
-        patches: the whole video in pieces `[n, values]`: pixels (uint8), or already normalised, as by a processor.
-        plan: for this tower, from `MethodChain.plan`.
+        visual: the tower's weights: a `model.weights.Tower`, or a transformers tower of the same families. The latter's layers obey
+            torch's autocast, and the rows are then in autocast's dtype.
+        patches: the whole video in pieces `[n, values]`: pixels (uint8), or values that a processor has normalized.
+        plan: a plan for this tower, from `MethodChain.plan`.
+        options: keyword arguments of `EncoderRun`.
 
-    Raises ValueError: the number of patches does not fit the grid. ModelError: the tower computes NaN or infinite values.
+    Raises:
+        ValueError: the number of patches does not match the grid.
+        ModelError: the tower computes NaN or infinite values.
     """
     return EncoderRun(visual, plan, **options).encode(patches)
 
 
 class EncoderRun:
-    """One video while the tower encodes it.
+    """The state of encoding one video.
 
     Args:
-        visual, plan: as of `encode_rows`.
-        normal: mean and standard deviation of the colours, by which pixels are normalised.
-        seed: as in `Tokens`.
-        piece_units: rows that go through a product at a time, and units that are embedded; default: `devices.largest_piece`. The
-            memory depends on it. So does the result's rounding in 16 bits, where a product rounds otherwise with another number of
-            rows.
-        on_layer: called after each layer with the number of finished layers and of all.
-        pause: called after each layer; it may wait.
+        visual, plan: see `encode_rows`.
+        normal: mean and standard deviation of colors for normalizing pixels.
+        seed: see `Tokens`.
+        piece_units: number of rows per product and of units to embed at a time; default: `devices.largest_piece`. It determines the
+            memory. In 16 bits, it can also change the rounding, because products of different sizes may round differently.
+        on_layer: called after every layer with the number of finished layers and the total.
+        pause: called after every layer; it may wait.
     """
 
-    visible: Visible | None = None  # as of `run_layer`
+    visible: Visible | None = None  # see `run_layer`
 
     def __init__(
         self,
@@ -256,23 +271,23 @@ class EncoderRun:
         self.on_layer = on_layer
         self.pause = pause
         self.timer = devices.Timer(self.device)
-        # Of reuse, of what comes before the frame pairs that are embedded next
+        # State of reuse after the frame pairs embedded so far
         self.references: ReferenceBlocks | None = None
-        # Results that `checks` puts together, bool tensors without dimension:
-        self.one_colour: list[torch.Tensor] = []  # whether each frame pair of a piece has one colour
-        self.finite: list[torch.Tensor] = []  # whether rows are without NaN and infinity
-        self.as_planned: list[torch.Tensor] = []  # each time that rows merge, whether as many are left as planned
+        # 0-d bool tensors that `checks` combines:
+        self.one_colour: list[torch.Tensor] = []  # per piece, whether every frame pair has a single color
+        self.finite: list[torch.Tensor] = []  # whether rows are finite
+        self.as_planned: list[torch.Tensor] = []  # per merge, whether as many rows are left as planned
         tower = tower_shape(visual)
         self.hooks = _hooks(plan, tower, lambda x: self.merge_patches(x.to(self.dtype)), self.as_planned)
-        self.computed = [0] * tower.depth  # rows of each layer
-        self.source: torch.Tensor | None = None  # as in `EncodedRows`
-        self.counts: tuple[int, ...] = ()  # rows that enter the tower, of each frame pair
-        self.selection: Selection | None = None  # as in `EncodedRows`
+        self.computed = [0] * tower.depth  # number of rows computed per layer
+        self.source: torch.Tensor | None = None  # see `EncodedRows`
+        self.counts: tuple[int, ...] = ()  # number of rows that enter the tower, per frame pair
+        self.selection: Selection | None = None  # see `EncodedRows`
 
     @torch.inference_mode()
     @without_cudnn()
     def encode(self, patches: Iterable[torch.Tensor]) -> EncodedRows:
-        """Encodes the video. Arguments and errors as of `encode_rows`."""
+        """Encode the video. Arguments and exceptions: see `encode_rows`."""
         with without_autocast() if isinstance(self.visual, Tower) else nullcontext():
             rows = self.embed(patches)
             for layers, stage in self.plan.steps:
@@ -284,14 +299,14 @@ class EncoderRun:
         return EncodedRows(self.plan, rows, self.seed, self.source, layers, self.selection, self.timer, self.checks())
 
     def embed(self, patches: Iterable[torch.Tensor]) -> Rows:
-        """Return the rows before the first layer, one for each unit that is not reused."""
+        """Return the rows before the first layer, one per unit that is not reused."""
         plan = self.plan
         geo = self.geometry
         values = []
         units = []
         sources = []
         for piece in in_pairs(patches, geo, plan.grid[0], self.piece):
-            first = len(self.counts)  # of its frame pairs
+            first = len(self.counts)  # number of the piece's first frame pair
             pairs = len(piece) // (geo.units * PATCHES)
             if plan.prunes:
                 self.note_colour(piece.view(pairs, -1, piece.shape[1]))
@@ -304,7 +319,7 @@ class EncoderRun:
                     means = patch_means(piece, geo.units, self.normal)
                     source, self.references = scan(means, self.references, threshold=plan.reuse)
                     alive = source == own
-                    counts = tuple(alive.sum(1).tolist())  # which waits for an accelerator, once for each piece
+                    counts = tuple(alive.sum(1).tolist())  # synchronizes with an accelerator, once per piece
             unit = window_order(geo, pairs, alive, sum(counts))
             x = piece.view(-1, PATCHES, piece.shape[1])[unit]
             if x.dtype == torch.uint8:
@@ -324,19 +339,19 @@ class EncoderRun:
             return reused_units(x, deepstack, geo, self.source, self.counts, devices.cat(units))
 
     def note_colour(self, patches: torch.Tensor) -> None:
-        """Notes whether each frame pair of `patches` (`[pairs, n, values]`) has one colour, until one is known not to.
+        """Record whether every frame pair of `patches` (`[pairs, n, values]`) has a single color. Skipped once one is known not to.
 
-        Then all of its patches are equal within one level of 255.
+        A frame pair has a single color if all its patches are equal within one level of 255.
         """
         if self.one_colour and devices.known_false(self.one_colour[-1]):
             return
         self.one_colour.append((patches.amax(1) - patches.amin(1)).max() < 1 / 255)
 
     def run_layers(self, rows: Rows, layers: range) -> Rows:
-        """Return the rows after `layers`, and after what the hooks do."""
+        """Return the rows after `layers` and their hooks."""
         if not self.hooks and self.visible is None:
             layers = run_by_kernels(self.visual, layers, rows, self.piece, self.after_layer)
-        attending = None  # the rows that groups and rotation are of
+        attending = None  # the rows that `groups` and `rotation` belong to
         for number in layers:
             if number == 0:
                 rows = self.call_hooks(0, rows, {})
@@ -353,7 +368,7 @@ class EncoderRun:
         return rows
 
     def call_hooks(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
-        """Return what the hooks make of the rows after `done` layers; `seen`: as of `Hook`."""
+        """Apply the hooks to the rows after `done` layers. `seen`: see `Hook`."""
         if not self.hooks:
             return rows
         with self.timer:
@@ -362,10 +377,16 @@ class EncoderRun:
         return rows
 
     def after_layer(self, done: int, rows: Rows, computed: int) -> None:
-        """Called with the number of finished layers, their rows, and how many the last one has computed."""
+        """Record the number of rows computed, collect DeepStack features and report progress.
+
+        Args:
+            done: number of finished layers.
+            rows: the rows after the last one.
+            computed: number of rows that the last one computed.
+        """
         self.computed[done - 1] = computed
         inner = vision_sizes(self.visual.config).deepstack_visual_indexes
-        if done - 1 in inner:  # it has features for the layer of that number in the language model
+        if done - 1 in inner:  # the n-th layer listed has features for the n-th layer of the language model
             number = inner.index(done - 1)
             features = in_pieces(
                 lambda piece: merge_patches(self.visual, piece, number), self.piece, rows.whole().values
@@ -375,10 +396,10 @@ class EncoderRun:
         self.pause()
 
     def select_rows(self, rows: Rows, stage: Stage) -> Rows:
-        """Return the rows that go on; notes the selection, if the language model reads exactly these rows.
+        """Return the rows that continue, and record the selection if the language model reads exactly these rows.
 
-        A selector that asks for no hidden states gets rows after the norm of the next layer, which reduces the few channels that
-        are large in all rows. All rows of a video without any change go on if there are few enough of them.
+        Unless a selector asks for hidden states, it gets rows after the norm of the next layer, which reduces the few channels that
+        are large in all rows. In a video without any change, all rows continue if there are few enough of them.
         """
         plan = self.plan
         selector = stage.selector
@@ -402,25 +423,25 @@ class EncoderRun:
             unit_to_token = selection.unit_to_token
             if unit_to_token is None:
                 unit_to_token = _nearest_kept(tokens, selection.kept)
-            del seen, tokens  # as large as all rows
+            del seen, tokens  # free them before the copy below: they are as large as the rows
             left = rows.take(selection, unit_to_token, reach, not selector.drops)
         if not stage.whole_pairs and selector.suffices(len(left), plan.keep, plan.units):
             self.selection = selection
         return left
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
-        """Return rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`."""
+        """Return the patch merger's output `[E, D]` for rows `[E, 4, hidden]`."""
         return in_pieces(partial(merge_patches, self.visual), self.piece, x)
 
     def finish(self, rows: Rows) -> Rows:
-        """Return the rows as they leave the encoder, after the patch merger and ordered by unit."""
+        """Return the rows after the patch merger, ordered by unit."""
         rows = rows.whole()
         rows.values = self.merge_patches(rows.values)
         self.note_numbers(rows.values, rows.deepstack)
         return rows.by_unit()
 
     def note_numbers(self, *rows: torch.Tensor) -> None:
-        """Notes whether `rows` are without NaN and infinity; raises ModelError at once where reading values costs nothing."""
+        """Record whether `rows` are finite. Raises ModelError at once if reading the values costs nothing."""
         for values in rows:
             if values.numel():
                 self.finite.append(all_finite(values))
@@ -428,7 +449,7 @@ class EncoderRun:
                     raise not_a_number_error("encode")
 
     def checks(self) -> torch.Tensor:
-        """Return bool `[3]`, as in `EncodedRows`."""
+        """Return the checks as bool `[3]`; see `EncodedRows`."""
         numbers = torch.stack(self.finite).all()
         as_planned = _all(self.as_planned, numbers, without=True)
         one_colour = _all(self.one_colour, numbers, without=False)
@@ -436,14 +457,17 @@ class EncoderRun:
 
 
 def _all(checks: list[torch.Tensor], like: torch.Tensor, without: bool) -> torch.Tensor:
-    """Return whether all checks are true, bool without dimension, as each of them and `like`; `without`: the result for none."""
+    """Return whether all checks are true, as a 0-d bool tensor on the device of `like`. `without`: the result without checks."""
     if not checks:
         return torch.full_like(like, without)
     return torch.stack(checks).all()
 
 
 def _nearest_kept(tokens: Tokens, kept: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[N]`: which of `kept` (int64 `[K]`) is most similar to each unit, by cosine; for selectors that do not say."""
+    """Return, for every unit, the index in `kept` (int64 `[K]`) of the unit with the highest cosine similarity, int64 `[N]`.
+
+    Used for selectors that return no `unit_to_token`.
+    """
     rows = F.normalize(tokens.rows.float(), dim=1)
     nearest = closest(rows, rows[tokens.unit_to_row[kept]])[1][tokens.unit_to_row]
     return torch.where(tokens.unit_to_row < 0, -1, nearest).index_copy_(0, kept, arange_on(len(kept), kept.device))
@@ -455,9 +479,14 @@ def _hooks(
     merge: Callable[[torch.Tensor], torch.Tensor],
     as_planned: list[torch.Tensor],
 ) -> list[Hook]:
-    """Return what happens after layers beside the selections; `merge`: the patch merger; `as_planned`: as of `Merging`.
+    """Return the hooks that a plan requires.
 
-    Raises TypeError: stages that cannot be together, or a selector that does not get what it needs. Other errors as of `looks`.
+    Args:
+        merge: the patch merger.
+        as_planned: see `Merging`.
+
+    Raises:
+        TypeError: the stages cannot be combined, or a selector cannot get the data that it needs; see also `looks`.
     """
     before = after = []
     if plan.token_stage and plan.token_stage.selector.needs:
@@ -477,11 +506,14 @@ def _hooks(
 
 @torch.inference_mode()
 def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> Encoded:
-    """Selects the tokens that the language model reads. May be called again with another question.
+    """Select the tokens that the language model reads. May be called again with another question.
 
-    `question`: as in `encode`; ignored unless the method reads the question.
+    Args:
+        question: see `encode`; ignored unless the method reads the question.
 
-    Raises ModelError, RuntimeError: as in `EncodedRows.read_checks`. UsageError, PluginError: as in `token_selection`.
+    Raises:
+        ModelError, RuntimeError: see `EncodedRows.read_checks`.
+        UsageError, PluginError: see `token_selection`.
     """
     rows = video.rows
     with video.timer:
@@ -497,9 +529,11 @@ def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> E
 
 
 def token_selection(video: EncodedRows, question: torch.Tensor | None = None) -> Selection:
-    """Return the units that the language model reads; arguments as in `select_tokens`.
+    """Return the selection of units that the language model reads. Arguments: see `select_tokens`.
 
-    Raises UsageError: the method reads the question, and there is none. PluginError: as `methods.selecting.select`.
+    Raises:
+        UsageError: the method reads the question, but there is no question.
+        PluginError: see `methods.selecting.select`.
     """
     tokens = video.selector_input
     unit = video.rows.unit
@@ -524,12 +558,15 @@ def token_selection(video: EncodedRows, question: torch.Tensor | None = None) ->
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
-    """Return int64 `[keep]`, ascending: the rows of largest cluster `size` (int64 `[E]`); among equal ones, at even distances.
+    """Return the rows with the largest clusters, int64 `[keep]`, ascending. Ties are broken in favor of evenly spaced rows.
 
-    This serves counts below one row per frame pair, which merging inside frame pairs cannot reach.
+    This is needed for budgets below one row per frame pair, which merging inside frame pairs cannot reach.
+
+    Args:
+        size: int64 `[E]`, cluster sizes.
     """
     order = arange_on(len(size), size.device)
-    even = order * keep // len(size)  # a new value marks each row of an even selection
+    even = order * keep // len(size)  # a change of value marks a row of an even selection
     first = torch.cat([torch.ones(1, dtype=torch.bool, device=size.device), even[1:] != even[:-1]])
     rank = (size * 2 + first).argsort(descending=True, stable=True)
     return rank[:keep].sort().values

@@ -1,9 +1,9 @@
-"""How the layers of a vision tower compute, for each family of models, with rounding as in Hugging Face's code.
+"""The layers of vision towers in the different model families, with rounding as in Hugging Face's code.
 
 Qwen2.5-VL (arXiv 2502.13923) has RMS norms and gated MLPs. Qwen2-VL (arXiv 2409.12191) has layer norms with a bias, and MLPs of two
-matrices with the quick GELU between them. Qwen3-VL (arXiv 2511.21631) has the same with the tanh form of GELU, adds learned
-positions to the patches, and makes features of inner layers too (DeepStack, arXiv 2406.04334). Qwen3.5's tower is that without the
-features of inner layers.
+matrices with the quick GELU between them. Qwen3-VL (arXiv 2511.21631) has the same norms and MLPs with the tanh form of GELU. It
+also adds learned positions to the patches and outputs features of inner layers (DeepStack, arXiv 2406.04334). Qwen3.5 has the tower
+of Qwen3-VL without features of inner layers.
 """
 
 import math
@@ -17,20 +17,20 @@ from evoprune.backend import linear
 from evoprune.model import vision_sizes
 from evoprune.vision.layout import Geometry
 
-EPS = 1e-6  # of all norms
+EPS = 1e-6  # epsilon of the norms
 
 
 @dataclass(frozen=True)
 class Layers:
-    """`norm(module, x)`, and `mlp(module, x, plus)`, which adds the MLP of normed `x` to `plus`, None for nothing."""
+    """Layer functions: `norm(module, x)`, and `mlp(module, x, plus)` for a normed `x`, which adds `plus` unless it is None."""
 
     norm: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
     mlp: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor | None], torch.Tensor]
-    rms: bool = False  # whether norms divide by the root of the mean square, without mean and bias
+    rms: bool = False  # True for RMS norms, False for layer norms
 
 
 def tower_layers(visual) -> Layers:
-    """Return how the layers of a tower compute, this project's or transformers'."""
+    """Return the layer functions for a tower, this project's or transformers'."""
     return LAYERS[vision_sizes(visual.config).traits.hidden_act]
 
 
@@ -61,14 +61,14 @@ LAYERS = {  # by activation
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the RMS norm of rows `[..., D]`, in float32; on CPUs with fewer passes over the memory than F.rms_norm."""
+    """Return the RMS norm of rows `[..., D]`, computed in float32. On CPUs, it makes fewer passes over memory than F.rms_norm."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = length.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
     return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
 
 
 def embed(visual, patches: torch.Tensor, geo: Geometry, unit: torch.Tensor) -> torch.Tensor:
-    """Return the rows before the first layer, `[R, 4, hidden]`, from patches `[R, 4, values]`; `unit`: int64 `[R]`, of each row."""
+    """Return the rows before the first layer, `[R, 4, hidden]`, from patches `[R, 4, values]`. `unit`: int64 `[R]`, their units."""
     proj = visual.patch_embed.proj
     x = F.linear(patches, proj.weight.flatten(1), proj.bias)
     if vision_sizes(visual.config).num_position_embeddings is None:
@@ -77,9 +77,13 @@ def embed(visual, patches: torch.Tensor, geo: Geometry, unit: torch.Tensor) -> t
 
 
 def learned_positions(table: torch.Tensor, geo: Geometry) -> torch.Tensor:
-    """Return a square table of learned positions, `[side * side, hidden]`, resampled bilinearly to the patches of a frame pair.
+    """Resample a square table of learned positions bilinearly to the patches of a frame pair, aligning the corners.
 
-    The corners of the table are those of the frame. Returns float32 `[units, 4, hidden]`, by raster place.
+    Args:
+        table: `[side * side, hidden]`.
+
+    Returns:
+        float32 `[units, 4, hidden]`, in raster order.
     """
     side = math.isqrt(len(table))
     wide = table.shape[1]
@@ -89,17 +93,17 @@ def learned_positions(table: torch.Tensor, geo: Geometry) -> torch.Tensor:
 
 
 def _resampled(x: torch.Tensor, count: int) -> torch.Tensor:
-    """Return `x` `[side, ...]` linearly resampled to `count` entries, at least 2; the first and the last stay."""
+    """Resample `x` `[side, ...]` linearly to `count` entries, at least 2. The first and last entries are unchanged."""
     at = torch.arange(count, dtype=torch.float32, device=x.device) * (len(x) - 1) / (count - 1)
     low = at.floor().long().clamp(max=len(x) - 2)
     return torch.lerp(x[low], x[low + 1], (at - low).view(-1, *[1] * (x.ndim - 1)))
 
 
 def merge_patches(visual, x: torch.Tensor, number: int | None = None) -> torch.Tensor:
-    """Return the tokens for the language model, `[R, D]`, from the last layer's rows `[R, 4, hidden]`.
+    """Apply the patch merger to rows `[R, 4, hidden]` of the last layer and return tokens `[R, D]`.
 
-    With `number`, what DeepStack adds after that layer of the language model, from rows of the tower's layer for it. The norm comes
-    before the patches are joined, or after, as its width says.
+    With `number`, apply the DeepStack merger of this number instead, to rows of an inner layer; its output is added after the
+    language model's layer of this number. The width of the norm tells whether it comes before or after joining the patches.
     """
     merger = visual.merger
     if number is not None:

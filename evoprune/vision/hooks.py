@@ -1,4 +1,4 @@
-"""What happens after layers of the tower: a hook changes rows, as methods between layers do, or notes what a selector needs."""
+"""Hooks that run after layers of the tower: they change rows for a method, or record data for a selector."""
 
 from collections.abc import Callable
 
@@ -8,29 +8,32 @@ from evoprune.methods import Selector, TowerShape
 from evoprune.vision.rows import Rows
 
 KNOWN = ("attention", "keys", "middle")
-MIDDLE = 7 / 32, 23 / 32  # the layers of "middle", in relative depth: those of Nuwa (arXiv 2602.02951)
-# The attention that a row receives, computed apart in float32, where "attention" is a by-product of the layer's own.
+MIDDLE = 7 / 32, 23 / 32  # the layers of "middle" in relative depth, as in Nuwa (arXiv 2602.02951)
+# The attention that a row receives, computed separately in float32; "attention" is a by-product of the layer's own computation.
 PRECISE = "precise attention"
 
 
 class Hook:
-    """Is called before the first layer and after each one, for one video. By itself it does nothing."""
+    """A function called before the first layer and after every layer, for one video. The base class does nothing."""
 
     def needs(self, done: int) -> frozenset[str]:
-        """Return what it reads of the last of `done` layers: "keys" before rotary, "keys_rotary", "attention", `PRECISE`."""
+        """Return the data needed from the last of `done` layers: "keys" (before rotary), "keys_rotary", "attention", `PRECISE`."""
         return frozenset()
 
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
-        """Return the rows for the next layer, from those after `done` layers.
+        """Return the rows for the next layer.
 
-        `seen`: what it needs of the last one, of the rows that it had: keys as features, float32 `[R, 4 * d]`; attention received,
-        float32 `[R]`.
+        Args:
+            done: number of finished layers.
+            rows: the rows after the last one.
+            seen: the data requested by `needs`, for the last layer's rows: keys as features, float32 `[R, 4 * d]`; attention
+                received, float32 `[R]`.
         """
         return rows
 
 
 class Look(Hook):
-    """Notes attention and keys of the tower's last full-attention layer for a selector."""
+    """Record the attention and keys of the tower's last full-attention layer for a selector."""
 
     def __init__(self, needs: frozenset[str], tower: TowerShape):
         self._done = max(tower.full_layers) + 1
@@ -52,9 +55,10 @@ class Look(Hook):
 
 
 class Middle(Hook):
-    """Notes the mean of the states after the layers in the middle of the tower, float32, after the patch merger.
+    """Record the mean of the hidden states after the tower's middle layers, passed through the patch merger, in float32.
 
-    `merge`: the patch merger, from float32 `[R, 4, hidden]` to `[R, D]`.
+    Args:
+        merge: the patch merger, from float32 `[R, 4, hidden]` to `[R, D]`.
     """
 
     def __init__(self, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]):
@@ -76,9 +80,14 @@ class Middle(Hook):
 def looks(
     selector: Selector, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[list[Hook], list[Hook]]:
-    """Return the hooks that note what a selector needs, before the others and after them; `merge` as in `Middle`.
+    """Return the hooks that record data for a selector: those to run before the other hooks, and those to run after them.
 
-    Raises TypeError: the selector needs something unknown. ValueError: the tower has no full-attention layer.
+    Args:
+        merge: see `Middle`.
+
+    Raises:
+        TypeError: the selector needs unknown data.
+        ValueError: the tower has no full-attention layer.
     """
     if unknown := sorted(selector.needs - set(KNOWN)):
         known = f"after the encoder there is {', '.join(KNOWN)}"

@@ -1,9 +1,9 @@
-"""Where units are: the windows of a frame pair, and the order of units by windows. Tables of indices, no features.
+"""Index tables for units: the windows of a frame pair, and the order of units by windows.
 
-A *unit* is a 2x2 block of patches. Units are kept, merged or dropped whole, because the patch merger turns each into one
-token. A video of T frame pairs with H x W units each has N = T*H*W units, in raster order, frame pair after frame pair
-(Hugging Face's order). In *window order* they are sorted by frame pair, then by window of 4x4 units, then in raster order. So
-windows and frame pairs are runs of neighbours.
+A *unit* is a 2x2 block of patches. Units are kept, merged or dropped whole, because the patch merger turns a unit into one
+token. A video of T frame pairs with H x W units has N = T*H*W units, in raster order, frame pair after frame pair
+(Hugging Face's order). In *window order*, they are sorted by frame pair, then by window of 4x4 units, then in raster order, so that
+windows and frame pairs are runs of neighbors.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Scope = Literal["window", "pair"]
 
 @dataclass(frozen=True)
 class Geometry:
-    """A frame pair of H x W units cut into windows of `side` x `side` units (112 pixels are 4 units), on torch's `device`."""
+    """A frame pair of H x W units, cut into windows of `side` x `side` units (4 units are 112 pixels). Tensors are on `device`."""
 
     height: int
     width: int
@@ -43,7 +43,7 @@ class Geometry:
 
     @cached_property
     def window(self) -> torch.Tensor:
-        """int64 `[H*W]`: the window of each place, numbered in raster order."""
+        """int64 `[H*W]`: the windows of the places, numbered in raster order."""
         y = arange_on(self.height, self.device) // self.side
         x = arange_on(self.width, self.device) // self.side
         return (y[:, None] * -(-self.width // self.side) + x).flatten()
@@ -54,27 +54,27 @@ class Geometry:
         return self.window.argsort(stable=True)
 
     def groups(self, scope: Scope) -> int:
-        """Return the number of windows in a frame pair, or 1."""
+        """Return the number of groups per frame pair: its windows, or 1 for scope "pair"."""
         return self.windows if scope == "window" else 1
 
     def largest(self, scope: Scope) -> int:
-        """Return the number of units in the largest window, or in a frame pair."""
+        """Return the number of units in the largest group: the largest window, or a frame pair."""
         return self.largest_window if scope == "window" else self.units
 
     def even(self, scope: Scope) -> bool:
-        """Return whether all windows have equally many units; frame pairs do."""
+        """Return True if all groups have the same number of units, which is always the case for frame pairs."""
         return self.groups(scope) * self.largest(scope) == self.units
 
 
 @lru_cache(maxsize=64)
 def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geometry:
-    """Return the geometry of `height` x `width` units, cached for each device."""
+    """Return the geometry of `height` x `width` units, cached per device."""
     return Geometry(height, width, side, device)
 
 
 @lru_cache(maxsize=64)
 def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
-    """Return int64 `[T * H*W + 1]`: the number of the window or frame pair of each unit, and last that of padding, one more."""
+    """Return the groups of the units, int64 `[T * H*W + 1]`. The last entry is for padding and has a group of its own."""
     pair = arange_on(pairs + 1, geo.device)
     place = torch.zeros_like(geo.window)
     if scope == "window":
@@ -85,27 +85,33 @@ def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int64 `[T * H*W]`, twice: all units in window order, and the rank of each unit in it."""
+    """Return the units in window order and the units' ranks in this order, both int64 `[T * H*W]`."""
     order = (arange_on(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
     return order, order.argsort()
 
 
 def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None, count: int = 0) -> torch.Tensor:
-    """Return int64 `[R]`: the units of `pairs` frame pairs in window order; with `alive` (bool `[T, H*W]`) those `count`."""
+    """Return the units of `pairs` frame pairs in window order, int64 `[R]`.
+
+    Args:
+        alive: bool `[T, H*W]`, the units to return; None for all.
+        count: number of True values in `alive`.
+    """
     units, _ = order_tables(geo, pairs)
     if alive is None:
         return units
     there = alive.flatten()[units]
-    slot = there.cumsum(0).mul_(there)  # 0 for the others
+    slot = there.cumsum(0).mul_(there)  # 0 for all other units
     return units.new_zeros(count + 1).scatter_(0, slot, units)[1:]
 
 
 @lru_cache(maxsize=64)
 def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what a device needs of all units of each window or frame pair, without reading a value.
+    """Return tables of the units in windows or frame pairs, without reading values.
 
-    Their numbers, int64 `[G, widest]`, padded with the first after the last frame pair; int64 `[T * H*W]`, where in this flattened
-    table they are; and int32 `[G + 1]`, a zero and the ends of all groups, counted in patches.
+    Returns:
+        int64 `[G, widest]`, the units by group, padded with the number after the last unit; int64 `[T * H*W]`, the indices of the
+        units in the flattened table; int32 `[G + 1]`, the boundaries of the groups in patches, starting with 0.
     """
     order, _ = order_tables(geo, pairs)
     group = group_table(geo, pairs, scope)[order]
@@ -119,16 +125,20 @@ def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, 
 
 
 def bincount_fixed(index: torch.Tensor, bins: int) -> torch.Tensor:
-    """Return int64 `[bins]`: how often each number occurs in `index` (int64 `[n]`)."""
+    """Count how often every number below `bins` occurs in `index` (int64 `[n]`). Returns int64 `[bins]`."""
     return index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
 
 
 def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return runs of neighbouring rows as a padded batch: int64 `[B, longest]`, and bool, which are valid.
+    """Return runs of neighboring rows as a padded batch. Padding repeats the last row of a run.
 
-    Padding repeats the last row.
+    Args:
+        start, length: int64 `[B]`, first row and length of the runs. A run may be empty.
+        longest: upper bound of the lengths.
+        rows: number of rows; all indices stay below it.
 
-    `start`, `length`: int64 `[B]`, of each run, which may be empty; `longest`: an upper bound; `rows`: all indices are below it.
+    Returns:
+        int64 `[B, longest]`, the rows; bool `[B, longest]`, False for padding.
     """
     step = arange_on(longest, start.device)
     last = (length - 1).clamp(min=0)[:, None]

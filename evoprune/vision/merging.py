@@ -1,4 +1,4 @@
-"""Rows merge after some layers, inside windows or frame pairs, as a merger decides."""
+"""Merge rows after some layers, inside windows or frame pairs, as a method's merger decides."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,11 +15,13 @@ from evoprune.vision.rows import Rows, merge_rows
 
 
 class Merging(Hook):
-    """Merges rows after some layers.
+    """Merge rows after some layers.
 
     Args:
-        left: by the number of layers that have run, where rows merge, the rows of each frame pair from there on.
-        as_planned: a list to which it adds, each time that rows merge, whether as many are left as planned: bool without dimension.
+        merger: decides which rows merge.
+        left: for the numbers of finished layers after which rows merge, the number of rows left per frame pair.
+        tower: properties of the tower.
+        as_planned: list that gets a 0-d bool tensor per merge: whether as many rows are left as planned.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Merging(Hook):
         return rows
 
     def _compared(self, rows: Rows, seen: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return float32 `[R, D]`: the features that the merger compares."""
+        """Return the features that the merger compares, float32 `[R, D]`."""
         needs = self._merger.needs
         if "hidden" not in needs:
             for keys in ("keys_rotary", "keys"):
@@ -60,18 +62,21 @@ def merge_in_rounds(
     features: torch.Tensor,
     attention: torch.Tensor | None,
 ) -> tuple[Rows, torch.Tensor]:
-    """Return the rows after they have merged in groups of `scope`, until each frame pair has its `target`.
+    """Merge rows inside groups of `scope`, in rounds, until every frame pair has its target number of rows.
 
-    And bool without dimension, whether as many are left as planned.
-
-    Where lengths are not read, the rounds cannot end early: there are as many as the worst case needs, and until the last one
-    merged rows stay at the end as padding.
+    On devices whose values are not read, the rounds cannot end early. There are then as many rounds as the worst case needs, and
+    until the last one, merged rows stay at the end as padding.
 
     Args:
-        features: float32 `[R, D]`, which the merger compares; a merged row has the size-weighted mean.
-        attention: float32 `[R]`, received in the layer; a merged row has the sum.
+        target: number of rows per frame pair.
+        features: float32 `[R, D]`, compared by the merger. A merged row gets the size-weighted mean.
+        attention: float32 `[R]`, received in the layer. A merged row gets the sum.
 
-    Raises RuntimeError: the merger removed no row in a round, or too many; raised only where lengths are read.
+    Returns:
+        The rows; whether as many are left as planned, as a 0-d bool tensor.
+
+    Raises:
+        RuntimeError: the merger removed no row in a round, or too many in total. Raised only if values are read.
     """
     longest = rows.longest(scope)
     goal = devices.to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), rows.unit.device)
@@ -103,7 +108,7 @@ def merge_in_rounds(
     as_planned = (rows.lengths(scope) == wanted).all()
     if devices.known_false(as_planned):
         raise RuntimeError(f"method {merger.name} left {len(rows)} rows where {sum(target)} were planned")
-    # A merger that removed too many rows leaves padding, which must stay inside the last frame pair until this is read.
+    # If a merger removed too many rows, padding is left. Keep it inside the last frame pair until `as_planned` is read.
     return replace(rows, unit=rows.unit.clamp(max=len(rows.unit_to_row) - 1)), as_planned
 
 
@@ -117,9 +122,12 @@ def _partners(
     features: torch.Tensor,
     attention: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return int64 `[R]`: the row that each row merges into, its own index if it stays.
+    """Return the row that every row merges into, int64 `[R]`. A row that stays has its own index.
 
-    `start`, `length`, `remove`: int64 `[B]`, of groups their first row, their rows, and how many these must lose.
+    Args:
+        start, length, remove: int64 `[B]`, for the groups, the first row, the number of rows, and the number of rows to remove.
+        longest: upper bound of `length`.
+        merger, features, attention: see `merge_in_rounds`.
     """
     longest = devices.count_or_bound(lambda: int(length.max()), length, longest)
     row, valid = runs(start, length, longest, len(rows))
@@ -134,19 +142,19 @@ def _partners(
         width=rows.geometry.width,
     )
     place = torch.where(valid, row, len(rows)).flatten()
-    with without_autocast():  # the merger may write into what it gets: nothing reads that again
+    with without_autocast():  # the merger may write into `candidates`, which are not used afterwards
         local = call(merger.package, merger.match, candidates, remove)
-    into = arange_on(len(rows) + 1, row.device)  # the last entry takes the values at padding
+    into = arange_on(len(rows) + 1, row.device)  # the last entry receives the values of padding
     return into.scatter_(0, place, row.gather(1, local).flatten())[:-1]
 
 
 def most_rounds(rows: Rows, scope: Scope, target: Sequence[int], merger: Merger) -> int:
-    """Return the most rounds until every group has lost its rows, for any content."""
+    """Return the number of rounds that suffices for any content."""
     worst = 0
     for count, left in set(zip(rows.per_pair, target, strict=True)):
         if scope == "pair":
             worst = max(worst, merger.rounds(count, left))
-        else:  # only the device knows how many rows a window has and loses
+        else:  # the numbers of rows per window are known only on the device, so take the worst case
             longest = min(count, rows.geometry.largest_window)
             cases = ((n, max(1, n - (count - left))) for n in range(1, longest + 1))
             worst = max([worst, *(merger.rounds(n, fewest) for n, fewest in cases)])
@@ -154,20 +162,27 @@ def most_rounds(rows: Rows, scope: Scope, target: Sequence[int], merger: Merger)
 
 
 def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.Tensor:
-    """Return int64 `[B, G]`: how many rows each group keeps, by largest remainder, at least one per group with rows; ties by index.
+    """Distribute the rows to keep over groups in proportion to their sizes, by the largest remainder method.
 
-    `sizes`: int64 `[B, G]`, at most `longest`. `total`: int64 `[B]`, from the number of groups with rows to the sum of sizes.
+    A group with rows keeps at least one. Ties are resolved by index.
+
+    Args:
+        sizes: int64 `[B, G]`, numbers of rows, at most `longest`.
+        total: int64 `[B]`, rows to keep, at least the number of groups with rows and at most the sum of their sizes.
+
+    Returns:
+        int64 `[B, G]`, number of rows that the groups keep.
     """
     size = sizes.sum(1, keepdim=True)
     total = total[:, None]
     counts = torch.where(sizes > 0, (total * sizes // size.clamp(min=1)).clamp(min=1), 0)
     missing = total - counts.sum(1, keepdim=True)
     excess = counts * size - total * sizes
-    # Too few: the groups that are furthest below their exact share get one row more. One each is enough, because rounding down took
-    # less than one row from each group, and the groups that lost something have more rows than they keep.
+    # Too few: the groups that are furthest below their exact share get one more row. One row per group is enough, because rounding
+    # down took less than one row from a group, and the groups that lost something have more rows than they keep.
     more = _first(counts < sizes, excess.argsort(dim=1, stable=True), missing)
-    # Too many, because every group keeps at least one row: the groups furthest above their exact share give one row in each turn,
-    # down to one row. After p turns a group has given min(p, spare) rows. There are `turns` whole turns; some groups give one more.
+    # Too many, because every group keeps at least one row: in every turn, the groups furthest above their exact share give one row,
+    # down to one row. After p turns, a group has given min(p, spare) rows. There are `turns` full turns; some groups give one more.
     spare = (counts - 1).clamp(min=0)
     give = -missing
     given = torch.minimum(arange_on(longest, sizes.device)[:, None], spare[:, None]).sum(2)  # [B, longest]
@@ -178,7 +193,11 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
 
 
 def _first(able: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Return bool `[B, G]`: the first `count` (`[B, 1]`) `able` groups in `order` (`[B, G]`); none if `count` is negative."""
+    """Select the first `count` (`[B, 1]`) groups that are `able`, in `order` (`[B, G]`); none if `count` is negative.
+
+    Returns:
+        bool `[B, G]`.
+    """
     queue = able.gather(1, order)
     selected = queue & (queue.cumsum(1) <= count)
     return torch.zeros_like(able).scatter_(1, order, selected)

@@ -1,9 +1,9 @@
-"""Patches on their way into the tower: whole frame pairs, normalised, and without what has not changed.
+"""Prepare patches for the tower: group them into frame pairs, normalize them, and find unchanged units.
 
-Reuse (`scan`) finds the units that have not changed since they were last encoded, from the pixels and before the tower runs. Each
-unit is compared with the frame pair last encoded at its place, because a comparison with the one just before would miss slow
-changes. It has changed if the mean colour of any of its 16 blocks in a frame has: such means average out noise, but not a stroke
-one pixel wide. A small drift in the brightness of the whole picture is no change.
+Reuse (`scan`) finds the units that have not changed since they were last encoded, using only pixels, before the tower runs. A unit
+is compared with the frame pair that was last encoded at its place, because a comparison with the previous frame pair would miss
+slow changes. It has changed if the mean color of any of its 16 blocks in a frame has changed: such means average out noise, but
+not a stroke one pixel wide. A small drift in the brightness of the whole picture does not count as a change.
 """
 
 import math
@@ -25,12 +25,14 @@ CLIP: Normal = InputLimits.image_mean, InputLimits.image_std
 
 
 def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: int) -> Iterator[torch.Tensor]:
-    """Yield the patches of a video, of `units` units at a time, rounded up to whole frame pairs; the last may be fewer.
+    """Yield the patches of a video in pieces of `units` units, rounded up to whole frame pairs. The last piece may be smaller.
 
     Args:
-        patches: `[n, values]`, of `pairs` frame pairs, in pieces. They are moved to the device of `geo`.
+        patches: pieces `[n, values]` of any size. They are moved to the device of `geo`.
+        pairs: number of frame pairs in the video.
 
-    Raises ValueError: the number of patches does not fit `pairs` frame pairs.
+    Raises:
+        ValueError: the number of patches does not match `pairs` frame pairs.
     """
     device = torch.device(geo.device)
     of_pair = geo.units * PATCHES
@@ -47,7 +49,7 @@ def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: 
             joined = devices.cat(held)
             yield joined[:size]
             held = []
-            if have > size:  # never an empty piece
+            if have > size:  # do not hold an empty piece
                 held.append(joined[size:])
     if left:
         raise ValueError(f"there are not as many patches as {pairs} frame pairs of {geo.units} units have")
@@ -56,7 +58,11 @@ def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: 
 
 
 def normalised(patches: torch.Tensor, normal: Normal = CLIP) -> torch.Tensor:
-    """Return float32, as `patches`, uint8 `[..., values]`: colours on a scale from 0 to 1, less the mean, over the deviation."""
+    """Normalize patches, uint8 `[..., values]`: scale colors to 0 to 1, subtract the mean and divide by the standard deviation.
+
+    Returns:
+        float32 of the same shape.
+    """
     x = patches.unflatten(-1, (3, -1)).float()
     mean, std = normal
     x -= _by_channel(mean, x.device)
@@ -72,20 +78,23 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
 def patchify(
     frames: torch.Tensor, normal: Normal = CLIP, patch: int = 14, temporal: int = 2, merge: int = 2
 ) -> torch.Tensor:
-    """Return float32: `pixel_patches`, normalised, as Hugging Face's processors make them."""
+    """Return the normalized patches of frames in float32, as Hugging Face's processors do. Arguments: see `pixel_patches`."""
     return normalised(pixel_patches(frames, patch, temporal, merge), normal)
 
 
 def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> torch.Tensor:
-    """Return float32 `[T, units, 96]`: the mean colour of each block of half a patch, 7x7 or 8x8 pixels, in levels of 255.
+    """Return the mean colors of blocks with half a patch's side (7x7 or 8x8 pixels), from 0 to 255: float32 `[T, units, 96]`.
 
-    `patches`: `[T * units * 4, values]`, of frame pairs and three colours; uint8, or `normal`ised.
+    Args:
+        patches: `[T * units * 4, values]`, patches of frame pairs with three colors; uint8, or normalized.
+        units: number of units per frame pair.
+        normal: mean and standard deviation with which the patches were normalized, if they were.
     """
     half = math.isqrt(patches.shape[1] // 24)
     blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, half, 2, half).mean((7, 9))
     # pair, unit, patch y, x, channel, frame, block y, x -> pair, unit, frame, y, x, channel
     blocks = blocks.permute(0, 1, 5, 2, 6, 3, 7, 4)
-    if patches.dtype != torch.uint8:  # of a processor, whose pixels nobody has
+    if patches.dtype != torch.uint8:  # from a processor; undo the normalization
         mean, std = map(blocks.new_tensor, normal)
         blocks = 255 * (blocks * std + mean)
     return blocks.reshape(-1, units, 96)
@@ -93,22 +102,27 @@ def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> tor
 
 @dataclass(frozen=True)
 class ReferenceBlocks:
-    """The state between two pieces of a video."""
+    """State of `scan` between two pieces of a video."""
 
-    means: torch.Tensor  # float32 [units, 96], of each place when last encoded, divided by the frame pair's brightness
-    pair: torch.Tensor  # int64 [units], the frame pair that was last encoded at each place
-    seen: int  # frame pairs so far
+    # float32 `[units, 96]`, block means when the places were last encoded, divided by the frame pair's brightness
+    means: torch.Tensor
+    pair: torch.Tensor  # int64 `[units]`, the frame pair that was last encoded at every place
+    seen: int  # number of frame pairs so far
 
 
 def scan(
     means: torch.Tensor, references: ReferenceBlocks | None = None, *, threshold: float
 ) -> tuple[torch.Tensor, ReferenceBlocks]:
-    """Return int64 `[T, units]`: the frame pair of the video whose row represents each unit, its own where it is encoded.
+    """Find the units to reuse in the next frame pairs. The result does not depend on how the video is cut into pieces.
 
-    Also what the scan of the next piece takes as `references`; the result does not depend on how the video is cut into pieces.
+    Args:
+        means: float32 `[T, units, 96]`, result of `patch_means` for at least one frame pair.
+        references: state after the previous piece; None for the first piece.
+        threshold: smallest difference that counts as a change, on a scale of 255; 0 encodes all units.
 
-    `means`: float32 `[T, units, 96]`, from `patch_means`: the next frame pairs, at least one. `threshold`: in
-    levels of 255; 0 encodes all units.
+    Returns:
+        int64 `[T, units]`, the frame pair whose row represents the unit (its own if the unit is encoded); the state for the next
+        piece.
     """
     held = means[0]
     pair = means.new_zeros(means.shape[1], dtype=torch.int64)

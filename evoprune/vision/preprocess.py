@@ -1,7 +1,7 @@
-"""The way of frames to patches: the resize, and Hugging Face's order of patches.
+"""Turn frames into patches: resize them, and cut them into patches in Hugging Face's order.
 
 The 2x2 patches of a unit are four consecutive rows, and units are in raster order. A row holds the pixels by channel, frame, y
-and x. Normalised (patches.py), the result is that of `Qwen2VLImageProcessor`, without torchvision.
+and x. After normalization (patches.py), the result equals the output of `Qwen2VLImageProcessor`, without needing torchvision.
 """
 
 import numpy as np
@@ -10,14 +10,18 @@ import torch
 from evoprune.backend import devices, resized
 from evoprune.video import InputLimits, Plan
 
-# The most by which a device shrinks a side of a frame: torch's kernel for CUDA refuses to shrink one far more.
+# Maximum shrink factor for a side of a frame on a device, because torch's CUDA kernel rejects much larger factors.
 MAX_SHRINK = 32
 
 
 def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torch.device) -> torch.Tensor:
-    """Return uint8 `[rows, values]` on `device`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned.
+    """Return the patches of frames, uint8 `[rows, values]` on `device`, after resizing to the size in `plan`.
 
-    The frames go to the device as they are, once, and are resized and cut there.
+    The frames are copied to the device at full size, then resized and cut there. Frames that have to shrink by more than
+    `MAX_SHRINK` are resized on the CPU first.
+
+    Args:
+        frames: uint8 `[n, height, width, 3]`.
     """
     pixels, (height, width) = torch.from_numpy(frames), frames.shape[1:3]
     if max(height / plan.height, width / plan.width) > MAX_SHRINK:
@@ -27,17 +31,21 @@ def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torc
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resizes frames (uint8 `[F, H, W, 3]`) by antialiased bicubic interpolation; the result is PIL's within one level of 255."""
+    """Resize frames (uint8 `[F, H, W, 3]`) with antialiased bicubic interpolation, like PIL up to one level of 255."""
     if frames.shape[1:3] == (height, width):
         return frames
     return resized(frames.permute(0, 3, 1, 2), height, width).permute(0, 2, 3, 1)
 
 
 def pixel_patches(frames: torch.Tensor, patch: int = 14, temporal: int = 2, merge: int = 2) -> torch.Tensor:
-    """Return uint8 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]`: patches in Hugging Face's order.
+    """Cut frames into patches in Hugging Face's order.
 
-    `frames`: uint8 `[F, H, W, 3]`, F a multiple of `temporal` or 1, for a picture, which fills a frame pair; H and W multiples of
-    `patch * merge`.
+    Args:
+        frames: uint8 `[F, H, W, 3]`. F is a multiple of `temporal`, or 1 for a picture, which is repeated to fill a frame pair. H
+            and W are multiples of `patch * merge`.
+
+    Returns:
+        uint8 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]`.
     """
     if len(frames) == 1:
         frames = frames.expand(temporal, -1, -1, -1)

@@ -1,8 +1,8 @@
-"""The rows of a video: one table from the embedding to the tokens.
+"""The rows of a video: the table that goes through the encoder, from the embedding to the tokens.
 
-A *row* is a unit that is computed. It has the place of one unit (`unit`) and may represent many (`unit_to_row`). Rows are in
-window order (layout.py) until the last layer has run, and from there on in the order of their units. A layer replaces `values`.
-Only `take` and `merge` make fewer rows, `by_unit` alone puts them in another order.
+A *row* is a unit that is computed. It has the place of one unit (`unit`) and may represent many units (`unit_to_row`). Rows are in
+window order (layout.py) until the last layer has run, and in the order of their units afterwards. A layer replaces `values`. Only
+`take` and `merge` reduce the number of rows, and only `by_unit` changes their order.
 """
 
 from collections.abc import Sequence
@@ -22,106 +22,106 @@ WIDTH = {reach: width for width, reach in enumerate(("place", "window", "pair", 
 
 
 class Aside(Protocol):
-    """Rows that are set aside, and come back after the last layer."""
+    """Rows that are set aside and come back after the last layer."""
 
-    # int64, the rows that layers compute; the others are keys and values alone. None for all
+    # int64, the rows that layers compute; all other rows serve only as keys and values. None for all
     active: torch.Tensor | None
 
     def whole(self, rows: "Rows") -> "Rows":
-        """Return `rows` with those that are set aside."""
+        """Return `rows` together with the rows that are set aside."""
 
 
 @dataclass(eq=False)
 class Rows:
-    """R rows, which represent the N units of a video."""
+    """R rows that represent the N units of a video."""
 
     values: torch.Tensor  # `[R, 4, hidden]`, or `[R, D]` after the patch merger
-    unit: torch.Tensor  # int64 `[R]`, the unit whose place each row has
-    # int64 `[N]`, the row that represents each unit, or -1 for a dropped one. R + p is a row from before the video at place p, of
-    # which only keys and values are there (live/segments.py).
+    unit: torch.Tensor  # int64 `[R]`, the units whose places the rows have
+    # int64 `[N]`, the rows that represent the units, -1 for dropped units. R + p stands for a row before the video at place p,
+    # which exists only as keys and values (live/segments.py).
     unit_to_row: torch.Tensor
-    geometry: Geometry  # of one frame pair
-    deepstack: torch.Tensor  # `[R, n, D]`, the features of inner layers so far
-    given: dict[str, torch.Tensor] = field(default_factory=dict)  # `[R, ...]`, what a selector needs, by name
-    # Where the row of a unit may be: at the same place, in the same window or frame pair, or anywhere in the clip. A group of at
-    # least this scope contains all rows of its units.
+    geometry: Geometry  # geometry of a frame pair
+    deepstack: torch.Tensor  # `[R, n, D]`, DeepStack features of inner layers so far
+    given: dict[str, torch.Tensor] = field(default_factory=dict)  # `[R, ...]`, data for a selector, by name
+    # How far the row of a unit may be away: at the same place, in the same window or frame pair, or anywhere in the clip. A group
+    # of at least this scope contains the rows of all its units.
     reach: Reach = "place"
-    # Whether attention adds to scores of a key the log of its cluster size in the group (ToMe, arXiv 2210.09461, section 3)
+    # True if attention adds the log of a key's cluster size in the group to its scores (ToMe, arXiv 2210.09461, section 3)
     size_bias: bool = False
-    counts: tuple[int, ...] | None = None  # rows of each frame pair; None where only the device knows them
-    complete: bool = False  # whether every unit is known to have a row
-    aside: Aside | None = None  # then `deepstack` and `given` may already be of all rows
+    counts: tuple[int, ...] | None = None  # number of rows per frame pair; None if known only on the device
+    complete: bool = False  # True if every unit is known to have a row
+    aside: Aside | None = None  # if set, `deepstack` and `given` may already include the rows that are set aside
 
     def __len__(self) -> int:
         return len(self.unit)
 
     @property
     def pairs(self) -> int:
-        """T, the frame pairs of the video."""
+        """T, the number of frame pairs in the video."""
         return len(self.unit_to_row) // self.geometry.units
 
     @property
     def active(self) -> torch.Tensor | None:
-        """int64, the rows that a layer computes, as in `Aside`; None for all."""
+        """int64, the rows that layers compute; None for all. See `Aside`."""
         return None if self.aside is None else self.aside.active
 
     @property
     def computed(self) -> int:
-        """Number of rows that a layer computes."""
+        """Number of rows that layers compute."""
         if self.active is None:
             return len(self)
         return len(self.active)
 
     @cached_property
     def size(self) -> torch.Tensor:
-        """int64 `[R]`: the cluster size of each row; rows from before are left out."""
+        """int64 `[R]`: cluster sizes of the rows. Rows before the video are left out."""
         sizes = torch.zeros(len(self) + 1, dtype=torch.int64, device=self.unit_to_row.device)
         row = torch.where(self.unit_to_row >= 0, self.unit_to_row, len(self)).clamp(max=len(self))
         return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
 
     @property
     def weight(self) -> torch.Tensor | None:
-        """int64 `[R]`, how much each row weighs as a key of its own group, if groups do not mix; None for evenly."""
+        """int64 `[R]`: weights of the rows as keys, if groups do not mix; None if all are equal."""
         return self.size if self.size_bias else None
 
     @cached_property
     def place(self) -> torch.Tensor:
-        """int64 `[R]`: raster index of each row inside its frame pair."""
+        """int64 `[R]`: raster index of the rows inside their frame pairs."""
         return self.unit % self.geometry.units
 
     @cached_property
     def pair_of_row(self) -> torch.Tensor:
-        """int64 `[R + P]`: the frame pair of each row, -1 for those from before."""
+        """int64 `[R + P]`: frame pairs of the rows, -1 for the P rows before the video."""
         return F.pad(self.unit // self.geometry.units, (0, self.geometry.units), value=-1)
 
     @cached_property
     def per_pair(self) -> tuple[int, ...]:
-        """Rows of each frame pair; waits for an accelerator if `counts` is None."""
+        """Number of rows per frame pair. Synchronizes with an accelerator if `counts` is None."""
         return self.counts or tuple(self.lengths("pair").tolist())
 
     @cached_property
     def unit_order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 `[R]`, the rows in ascending order of their units; int64 `[N]`, `unit_to_row` in this order. `take` knows it."""
+        """int64 `[R]`, the rows sorted by unit; int64 `[N]`, `unit_to_row` for this order. `take` sets it without sorting."""
         order = self.unit.argsort()
         return order, _or_none(order.argsort())[self.unit_to_row]
 
-    # Groups, windows or frame pairs.
+    # Groups of rows: windows or frame pairs.
 
     def group_count(self, scope: Scope) -> int:
-        """Return the number of windows or frame pairs."""
+        """Return the number of windows or frame pairs in the video."""
         return self.pairs * self.geometry.groups(scope)
 
     def group(self, scope: Scope) -> torch.Tensor:
-        """Return int64 `[R]`: the number of the window or frame pair of each row, counted over all frame pairs."""
+        """Return the windows or frame pairs of the rows, int64 `[R]`, numbered over the whole video."""
         return group_table(self.geometry, self.pairs, scope)[self.unit]
 
     def lengths(self, scope: Scope) -> torch.Tensor:
-        """Return int64 `[G]`: rows of each group. Padding counts as one more group, which is left out."""
+        """Return the number of rows per group, int64 `[G]`, without padding."""
         total = self.group_count(scope)
         return bincount_fixed(self.group(scope), total + 1)[:total]
 
     def longest(self, scope: Scope) -> int:
-        """Return an upper bound of the rows of a group, computed without waiting."""
+        """Return an upper bound for the number of rows in a group, without synchronizing."""
         if self.counts:
             rows = max(self.counts)
         else:
@@ -129,23 +129,24 @@ class Rows:
         return min(rows, self.geometry.largest(scope))
 
     def mixes(self, scope: Scope) -> bool:
-        """Return whether a group of `scope` may have units that rows of other groups represent."""
+        """Return True if units in a group of `scope` may be represented by rows in other groups."""
         return WIDTH[self.reach] > WIDTH[scope]
 
-    # Fewer rows, and another order.
+    # Methods that return fewer rows, or another order.
 
     def take(
         self, selection: Selection, unit_to_token: torch.Tensor, reach: Reach = "clip", complete: bool = False
     ) -> "Rows":
-        """Return a row for each selected unit.
+        """Return the rows of the selected units.
 
         Args:
-            unit_to_token: int64 `[N]`, the index in `selection.kept` of what represents each unit, -1 for none.
-            reach, complete: of the new rows; complete if these are, too.
+            unit_to_token: int64 `[N]`, for every unit the index in `selection.kept` of the unit that represents it, -1 for none.
+            reach: reach of the new rows.
+            complete: whether the selection keeps every unit represented. The result is complete if this is too.
         """
         _, rank = order_tables(self.geometry, self.pairs)
         at = rank[selection.kept]
-        place = torch.zeros_like(rank).scatter_(0, at, 1).cumsum(0)[at] - 1  # of each token among the new rows
+        place = torch.zeros_like(rank).scatter_(0, at, 1).cumsum(0)[at] - 1  # of the tokens among the new rows
         unit_to_row = _or_none(place)[unit_to_token]
         joins = selection.unit_to_token
         if joins is not None:
@@ -171,7 +172,7 @@ class Rows:
         return made
 
     def mean(self, x: torch.Tensor, selection: Selection) -> torch.Tensor:
-        """Return `[K, ...]`, what `x` (`[R, ...]`) is for each selected unit."""
+        """Return the values of `x` (`[R, ...]`) for the selected units, `[K, ...]`."""
         shape = len(selection.kept), *x.shape[1:]
         if not x.numel():
             return x.new_empty(shape)
@@ -186,15 +187,15 @@ class Rows:
         counts: tuple[int, ...] | None = None,
         size_bias: bool = True,
     ) -> "Rows":
-        """Return the rows after every row r has merged into row `into[r]` (int64 `[R]`), itself if it stays, inside groups of
-        `scope`. A row that others merge into becomes the size-weighted mean.
+        """Merge rows inside groups of `scope`. A row that others merge into becomes the size-weighted mean.
 
         Args:
-            left: number of rows in the result. If more than stay, the last rows are padding: they represent no unit, and their
+            into: int64 `[R]`, the row that every row merges into. A row that stays has its own index.
+            left: number of rows in the result. If fewer rows stay, the last ones are padding: they represent no unit, and their
                 `unit` is the first after the last frame pair, so they form a group of their own.
-            moves: upper bound of the rows that merge.
-            counts: rows of each frame pair, if known.
-            size_bias: as in `Rows`.
+            moves: upper bound for the number of rows that merge.
+            counts: number of rows per frame pair, if known.
+            size_bias: see `Rows`.
         """
 
         def merged(x: torch.Tensor) -> torch.Tensor:
@@ -218,11 +219,11 @@ class Rows:
         )
 
     def whole(self) -> "Rows":
-        """Return the rows with those that are set aside."""
+        """Return the rows together with the rows that are set aside."""
         return self if self.aside is None else self.aside.whole(self)
 
     def by_unit(self) -> "Rows":
-        """Return the rows in ascending order of their units."""
+        """Return the rows sorted by unit."""
         order, unit_to_row = self.unit_order
         deepstack = self.deepstack
         if deepstack.numel():
@@ -238,7 +239,7 @@ class Rows:
 
 
 def all_units(values: torch.Tensor, deepstack: torch.Tensor, geo: Geometry, pairs: int) -> Rows:
-    """Return the rows of a video of which every unit is one."""
+    """Return the rows of a video without reuse: one row per unit."""
     order, rank = order_tables(geo, pairs)
     rows = Rows(values, order, rank, geo, deepstack, counts=(geo.units,) * pairs, complete=True)
     rows.unit_order = rank, arange_on(len(rank), rank.device)
@@ -253,10 +254,13 @@ def reused_units(
     counts: Sequence[int],
     unit: torch.Tensor,
 ) -> Rows:
-    """Return the rows with reuse: some units are rows, and a row at its place in an earlier frame pair represents each other unit.
+    """Return the rows of a video with reuse.
 
-    `source`: int64 `[pairs, H*W]`, the frame pair whose row represents each unit; a negative number is one before the video.
-    `counts`, `unit`: as in `Rows`.
+    Some units are rows. All other units are represented by a row at their place in an earlier frame pair.
+
+    Args:
+        values, deepstack, counts, unit: see `Rows`.
+        source: int64 `[pairs, H*W]`, for every unit the frame pair whose row represents it; negative for a row before the video.
     """
     units = source.numel()
     rows = len(unit)
@@ -274,17 +278,22 @@ def reused_units(
 
 
 def _or_none(index: torch.Tensor) -> torch.Tensor:
-    """Return `index` (int64 `[n]`) with a last entry of -1, which -1 finds."""
+    """Return `index` (int64 `[n]`) with -1 appended, so that looking up -1 gives -1."""
     return F.pad(index, (0, 1), value=-1)
 
 
 def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int, moves: int) -> torch.Tensor:
-    """Return `[rows, ...]`, as `x`: the size-weighted mean, taken in float32, of each row that stays and those that merge into it.
+    """Merge rows of `x` into size-weighted means, computed in float32, of the rows that stay and the rows merged into them.
 
     Args:
-        x, size, into: `[R, ...]`; int64 `[R]`, cluster sizes; int64 `[R]`, the row that each row merges into, itself if it stays.
-        rows: how many stay, or more: then the last rows are padding without meaning.
-        moves: upper bound of the rows that merge.
+        x: `[R, ...]`, the values.
+        size: int64 `[R]`, cluster sizes.
+        into: int64 `[R]`, the row that every row merges into. A row that stays has its own index.
+        rows: number of rows in the result. If fewer rows stay, the last ones are meaningless padding.
+        moves: upper bound for the number of rows that merge.
+
+    Returns:
+        `[rows, ...]` in the dtype of `x`.
     """
     goes = into != arange_on(len(into), into.device)
     stays = ~goes
@@ -293,12 +302,12 @@ def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: in
     out = x[kept]
     before = size[kept]
     to = (stays.cumsum(0) - 1).clamp(max=rows - 1)[into[moved]]
-    # Padding in `moved` weighs nothing.
+    # Padding in `moved` gets a weight of 0.
     added = torch.where(arange_on(moves, into.device) < goes.sum(), size[moved], 0)
     after = before.index_add(0, to, added)
-    # If several rows merge into one, one of their slots in `total` holds the sum. Any of them will do: all start from the same row.
+    # If several rows merge into one, one of their slots in `total` holds the sum. Any slot will do: all start from the same row.
     place = torch.empty_like(before).scatter_(0, to, arange_on(moves, into.device))[to]
-    grown = (after > before)[to]  # other rows must stay exactly as they are
+    grown = (after > before)[to]  # rows that nothing merges into must not change at all
     column = (-1, *[1] * (x.ndim - 1))
     total = out[to].float().mul_(torch.where(grown, before[to], 1).view(column))
     total.index_add_(0, place, x[moved].float().mul_(added.view(column)))

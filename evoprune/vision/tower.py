@@ -1,7 +1,7 @@
-"""The layers of a vision tower on rows of a video, with a model's weights, rounded as in Hugging Face's code.
+"""Run the layers of a vision tower on the rows of a video, with rounding as in Hugging Face's code.
 
-`run_layer` is one layer in plain PyTorch, `run_by_kernels` several by the kernels of a GPU. What differs between families is in
-families.py, what happens after layers in hooks.py.
+`run_layer` runs one layer in plain PyTorch, `run_by_kernels` several layers with GPU kernels. The differences between model
+families are in families.py, the hooks after layers in hooks.py.
 """
 
 from collections.abc import Callable
@@ -26,9 +26,9 @@ Table = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
 
 @lru_cache(maxsize=16)
 def rotary(sizes: VisionConfig, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin of the rotary embedding, float32 `[units, 4, 1, 1, head_dim]` each, by raster place.
+    """Return the cosines and sines of the rotary embedding, both float32 `[units, 4, 1, 1, head_dim]`, in raster order.
 
-    The first half of the sines is negated. One half of the angles depends on the patch's y, the other half on its x.
+    The first half of the sines is negated. One half of the angles depends on a patch's y, the other half on its x.
     """
     merge = sizes.spatial_merge_size
     quarter = sizes.hidden_size // sizes.num_heads // 4
@@ -43,31 +43,33 @@ def rotary(sizes: VisionConfig, geo: Geometry) -> tuple[torch.Tensor, torch.Tens
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Return `x` (`[R, 4, 2, heads, d]`) turned in float32 by `cos` and `sin` (float32 `[R, 4, 1, 1, d]`)."""
+    """Rotate `x` (`[R, 4, 2, heads, d]`) in float32 by `cos` and `sin` (float32 `[R, 4, 1, 1, d]`)."""
     wide = x.float()
     rolled = wide.roll(x.shape[-1] // 2, -1)
     return (wide * cos).addcmul_(rolled, sin).to(x.dtype)
 
 
 def tower_shape(visual) -> TowerShape:
-    """Return the properties of the tower `visual` (`model.model.visual`) that plans depend on."""
+    """Return the properties of a tower (`model.model.visual`) that plans depend on."""
     device = visual.patch_embed.proj.weight.device
     return TowerShape.of(vision_sizes(visual.config), str(device))
 
 
 def tower_geometry(visual, height: int, width: int) -> Geometry:
-    """Return the windows into which this tower divides a frame pair of height x width units."""
+    """Return the geometry of a frame pair of height x width units, with the tower's windows."""
     return geometry(height, width, tower_shape(visual).window, str(visual.patch_embed.proj.weight.device))
 
 
 def in_pieces(
     function: Callable[..., torch.Tensor], piece: int, *rows: torch.Tensor, into: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return what a function makes of `rows`, tensors of equally many entries, of which it gets `piece` at a time.
+    """Apply a function to `piece` rows at a time, which bounds its temporary memory, and return the joined result.
 
-    It returns a tensor of as many entries. This bounds the memory of what is made on the way.
-
-    `into`: where to write the result if there are several pieces, perhaps one of `rows`: new memory takes time.
+    Args:
+        function: returns a tensor with as many entries as its arguments.
+        piece: number of rows per call.
+        rows: the arguments, tensors with the same number of entries.
+        into: tensor for the result if there are several pieces; may be one of `rows`. It saves the time of allocating memory.
     """
     if len(rows[0]) <= piece:
         return function(*rows)
@@ -81,16 +83,16 @@ def in_pieces(
     return into
 
 
-# Keys and values `[K, 4, heads, d]` that a layer attends to, from its number and those of its own rows: K is R, or more where
-# something before the video is visible, too.
+# Function that returns the keys and values `[K, 4, heads, d]` that a layer attends to. Arguments: the layer's number, the keys and
+# values of the R rows, and the rows. K is R, or more if rows before the video are visible too.
 Visible = Callable[[int, torch.Tensor, torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the tower: attention of rows inside their windows or frame pairs, then the MLP of each row; both add to the rows.
+    """A layer of the tower: attention inside windows or frame pairs, then an MLP, both with residuals.
 
-    The functions of rows compute each for itself.
+    All methods process every row independently, except `by_kernels`, which includes the attention between rows.
     """
 
     number: int
@@ -101,21 +103,21 @@ class Layer:
 
     @classmethod
     def of(cls, visual, number: int) -> "Layer":
-        """Return a layer of the tower `visual`."""
+        """Return layer `number` of a tower."""
         heads = vision_sizes(visual.config).num_heads
         return cls(number, visual.blocks[number], tower_layers(visual), heads, tower_shape(visual).scope(number))
 
     def queries_keys_values(self, x: torch.Tensor, piece: int) -> torch.Tensor:
-        """Return queries, keys and values of rows `[R, 4, hidden]`, `[R, 4, 3, heads, d]`, before rotary."""
+        """Return the queries, keys and values `[R, 4, 3, heads, d]` of rows `[R, 4, hidden]`, before rotary."""
         normed = in_pieces(partial(self.kind.norm, self.weights.norm1), piece, x)
         return linear(self.weights.attn.qkv, normed).view(*x.shape[:2], 3, self.heads, -1)
 
     def add_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        """Return rows `[R, 4, hidden]` plus the output of their attention, `[R, 4, heads, d]`, projected."""
+        """Project the attention output `[R, 4, heads, d]` and add it to rows `[R, 4, hidden]`."""
         return linear(self.weights.attn.proj, mixed.flatten(2), plus=x)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """Return rows `[R, 4, hidden]` after norm, MLP and residual."""
+        """Apply norm, MLP and residual to rows `[R, 4, hidden]`."""
         return self.kind.mlp(self.weights.mlp, self.kind.norm(self.weights.norm2, x), x)
 
     def by_kernels(
@@ -128,11 +130,18 @@ class Layer:
         table: Table,
         piece: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return `x` (`[R * 4, hidden]`) after the layer, and that after the norm `after`.
+        """Run the layer with five products and four kernels, instead of about 45 operations in plain PyTorch.
 
-        `normed`: `x` after this layer's first norm; None: it is taken here.
+        Args:
+            x: `[R * 4, hidden]`.
+            normed: `x` after this layer's first norm; None to compute it here.
+            after: the norm to apply to the output; None to skip it.
+            groups: the groups of the rows for this layer's scope.
+            table: the result of `rotary`.
+            piece: number of rows that go through the MLP at a time.
 
-        It takes five products and four kernels, where plain PyTorch has about 45 operations.
+        Returns:
+            The output `[R * 4, hidden]`; the output after the norm `after`, or None.
         """
         weights = self.weights
         if normed is None:
@@ -147,7 +156,7 @@ class Layer:
     def _add_norm(
         self, x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.Module | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the sum, and the sum after `norm`."""
+        """Return the sum `x + plus` (`x` if `plus` is None) and the sum after `norm`, or None without a norm."""
         if norm is None:
             return x + plus, None
         if self.kind.rms:
@@ -157,7 +166,7 @@ class Layer:
         return x, self.kind.norm(norm, x)
 
     def _mlp_by_kernels(self, x: torch.Tensor) -> torch.Tensor:
-        """Return an MLP without norm and residual, `[rows, hidden]`."""
+        """Return the output of the MLP without norm and residual, `[rows, hidden]`."""
         mlp = self.weights.mlp
         if parameters := joined(mlp):
             hidden = kernels_for(x.device).silu_times(F.linear(x, *parameters))
@@ -166,7 +175,7 @@ class Layer:
 
 
 def rotation_of(visual, rows: Rows) -> list[torch.Tensor]:
-    """Return the cosines and sines of each row, float32 `[R, 4, 1, 1, d]`."""
+    """Return the rotary cosines and sines of the rows, both float32 `[R, 4, 1, 1, d]`."""
     return [of_place[rows.place] for of_place in rotary(vision_sizes(visual.config), rows.geometry)]
 
 
@@ -180,14 +189,18 @@ def run_layer(
     timer: Timer | None = None,
     visible: Visible | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Replaces the values of rows by those after a layer. Returns what hooks need of it, as `Hook` describes.
+    """Run a layer, replacing the values of `rows`.
 
     Args:
-        groups: of these rows, once they are made.
-        rotation: of these rows, from `rotation_of`.
-        piece: rows that go through a product at a time, and about as many that attend: it bounds the memory.
-        timer: of what is computed because of `needs`.
-        visible: adds what is before the video; None where there is nothing.
+        groups: the groups of these rows by scope. Missing ones are added.
+        rotation: the result of `rotation_of` for these rows.
+        piece: number of rows per product, and about as many that attend at a time, which bounds the memory.
+        needs: names of the data that hooks need; see `Hook`.
+        timer: measures the time spent on `needs`.
+        visible: adds keys and values of rows before the video; None without such rows.
+
+    Returns:
+        The data named in `needs`; see `Hook`.
     """
     timer = timer or nullcontext()
     seen = {}
@@ -221,16 +234,19 @@ def run_layer(
 
 
 def can_fuse(x: torch.Tensor) -> bool:
-    """Return whether there are kernels for rows on this device, in this dtype."""
+    """Return True if there are kernels for the device and dtype of `x`."""
     return varlen_kernel(x.device, x.dtype) is not None and kernels_for(x.device) is not None
 
 
 def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callable[[int, Rows, int], None]) -> range:
-    """Replaces the values of rows by those after layers, which nothing looks at.
+    """Run layers without hooks by GPU kernels, replacing the values of `rows`.
 
-    `after` is called after each with the number of finished layers, the rows, and their number.
+    Args:
+        piece: number of rows that go through an MLP at a time.
+        after: called after every layer with the number of finished layers, the rows and their number.
 
-    Returns the layers that are left: none, unless a kernel fails; all where there are no kernels.
+    Returns:
+        The layers left to run: none normally, the remaining ones if a kernel fails, all if there are no kernels.
     """
     if not layers or not can_fuse(rows.values):
         return layers
@@ -257,5 +273,5 @@ def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callabl
 
 
 def unit_features(x: torch.Tensor) -> torch.Tensor:
-    """Return float32 `[R, 4 * d]`: keys or queries (`[R, 4, heads, d]`) as the mean over heads, with the four patches joined."""
+    """Return the mean of keys or queries (`[R, 4, heads, d]`) over heads, with the four patches joined: float32 `[R, 4 * d]`."""
     return x.float().mean(2).flatten(1)
