@@ -217,9 +217,8 @@ def _signal_again(usual: Callable[..., None], dropped: Any) -> None:
     send = signal.raise_signal
     if os.name == "posix":  # there, this also wakes a waiting main thread
         send = partial(os.kill, os.getpid())
-    again = threading.Timer(
-        0.01, send, [numbers[dropped.exc_type]]
-    )  # not now: here the exception would be dropped, too
+    # Later, because here the exception would be dropped, too. On a busy machine this function may take tens of milliseconds.
+    again = threading.Timer(0.1, send, [numbers[dropped.exc_type]])
     again.daemon = True
     again.start()
 
