@@ -80,13 +80,15 @@ def _chunks(
                 usual = "try again later" if code >= 500 or code == 429 else DOWNLOAD_HINT
                 raise VideoError(f"cannot download {name}: {code} {response.reason_phrase}", HINTS.get(code, usual))
             total = int(response.headers.get("Content-Length", 0))
+            if total > MAX_BYTES:
+                raise VideoError(f"{name} is larger than {size(MAX_BYTES)}", DOWNLOAD_HINT)
             if progress:
                 progress(0, total)
             for chunk in response.iter_bytes():
                 if not done:
                     _check_beginning(chunk, response.headers.get("Content-Type", ""), name)
                 done += len(chunk)
-                if max(done, total) > MAX_BYTES:
+                if done > MAX_BYTES:
                     raise VideoError(f"{name} is larger than {size(MAX_BYTES)}", DOWNLOAD_HINT)
                 if time.monotonic() - start > MAX_S:
                     raise VideoError(f"the download of {name} took longer than an hour", DOWNLOAD_HINT)

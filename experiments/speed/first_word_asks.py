@@ -82,7 +82,7 @@ class Transformers:
             prompting,  # noqa: F401 (imported here so that no question waits for it)
         )
 
-        found = describe(ModelOptions(args.model, device=args.device, dtype=args.dtype, offline=True))
+        found = describe(ModelOptions(args.model, device=args.device, offline=True))
         self._found = found
         self._device = torch.device(found.device)
         self._dtype = DTYPES[found.dtype]

@@ -16,6 +16,7 @@ import torch
 from evoprune.backend import environment
 from evoprune.bench import Case, hugging_face_model, synthetic_frames
 from evoprune.hf import PackedTower, encode_each, patch_config
+from evoprune.methods import Budget
 from evoprune.session import DTYPES, ModelOptions, describe, random_model
 from evoprune.vision import patchify
 from experiments.tables import table
@@ -32,7 +33,7 @@ def random_tower(name: str, dtype: torch.dtype):
 def measure(visual, patches: torch.Tensor, grid_thw: torch.Tensor, rounds: int) -> list[tuple[str, float, float]]:
     """Return name, median milliseconds and relative deviation of the tokens from Hugging Face's, for each variant."""
     packed = PackedTower(visual)
-    none = patch_config(1.0, "none", None)
+    none = patch_config(Budget.parse(1.0), "none")
     ways = {
         "Hugging Face": lambda: visual(patches, grid_thw=grid_thw).pooler_output,
         "EvoPrune": lambda: encode_each(visual, patches, grid_thw, none)[0].features,

@@ -100,8 +100,8 @@ def test_quantised_weights_are_compared_with_the_exact_ones(kind, fits, saved, m
     loaded = []
 
     def load(model, **options):
-        loaded.append(model.quantize)
-        if model.quantize == "none" and not fits:
+        loaded.append(model.options.quantize)
+        if model.options.quantize == "none" and not fits:
             raise OutOfMemory("too little memory", "less", stage="load")
         return load_model(model, **options)
 

@@ -137,7 +137,7 @@ def test_an_empty_list_is_refused(cli, command):
     ("args", "prints", "file"),
     [
         (("verify", "-m", "demo", "--quick", "-o"), "running.print_text", "report.json"),
-        (("tune", *TUNE, "--json", "samples/square.mp4", "-o"), "running.print_document", "tune.json"),
+        (("tune", *TUNE, "--json", "samples/square.mp4", "-o"), "running.print_text", "tune.json"),
         (
             ("eval", "--data", "samples/questions.jsonl", "--limit", "1", "-q", "-o"),
             "running.print_text",
