@@ -29,5 +29,5 @@ class EndingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
         del self._captured_signals[1:]  # uvicorn raises each of them at the end, and one is enough
-        # After a second Ctrl-C, do not list unfinished requests.
-        logging.getLogger("uvicorn.error").disabled = self.force_exit
+        if self.force_exit:  # after a second Ctrl-C, which may arrive inside this method, list no requests
+            logging.getLogger("uvicorn.error").disabled = True

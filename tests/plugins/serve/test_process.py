@@ -2,6 +2,7 @@
 
 import base64
 import json
+import logging
 import os
 import re
 import shutil
@@ -169,6 +170,31 @@ def test_ctrl_c_twice_says_nothing_more(tmp_path, gap_s):
             time.sleep(gap_s)
         assert server.wait(30) == -signal.SIGINT
     assert not list(tmp_path.glob("evoprune-*")) and "Traceback" not in (tmp_path / "server.log").read_text()
+
+
+def test_a_second_ctrl_c_while_the_first_is_handled(monkeypatch):
+    import uvicorn
+
+    from evoprune_serve.ending import EndingServer
+
+    class Interrupted(EndingServer):
+        forced = interrupted = False
+
+        @property
+        def force_exit(self) -> bool:
+            value = self.forced
+            if not self.interrupted:  # the second arrives just after this was read
+                self.interrupted = True
+                self.handle_exit(signal.SIGINT, None)
+            return value
+
+        @force_exit.setter
+        def force_exit(self, value: bool) -> None:
+            self.forced = value
+
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "disabled", False)
+    Interrupted(uvicorn.Config(None), None).handle_exit(signal.SIGINT, None)
+    assert logging.getLogger("uvicorn.error").disabled
 
 
 def test_what_would_be_unsafe_or_cannot_be_is_refused(port, tmp_path):
