@@ -13,7 +13,22 @@ ROOMS = {
     **{f"evoprune.{path.parent.name}": path.parent for path in sorted(ROOT.glob("evoprune/*/__init__.py"))},
     "evoprune_cli": ROOT / "evoprune_cli",
 }
-MOST_NAMES = 594  # on all doors of evoprune/ together; may only be lowered
+MOST_NAMES = {  # on each door; may only be lowered
+    "backend": 111,
+    "session": 89,
+    "methods": 74,
+    "video": 70,
+    "bench": 57,
+    "language": 52,
+    "model": 51,
+    "batch": 33,
+    "vision": 21,
+    "hf": 16,
+    "bundled": 8,
+    "live": 6,
+    "moments": 5,
+    "contrib": 1,
+}
 MOST_IN_TESTS = 108  # number of inner imports; may only be lowered
 
 
@@ -87,6 +102,6 @@ def test_a_door_has_what_it_says(room):
     assert not hasattr(door, "nothing_of_this_name")
 
 
-def test_the_doors_are_narrow():
-    counts = {room: len(import_module(room).__all__) for room in ROOMS if room != "evoprune_cli"}
-    assert sum(counts.values()) <= MOST_NAMES, counts
+@pytest.mark.parametrize("room", [room for room in ROOMS if room != "evoprune_cli"])
+def test_the_doors_are_narrow(room):
+    assert len(import_module(room).__all__) <= MOST_NAMES[ROOMS[room].name]
