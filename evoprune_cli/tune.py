@@ -134,8 +134,7 @@ def tune(
         # Only prefetch the first video: reading more would distort the measured times.
         model = describe(pipeline.model)
         ahead = cleanup.enter_context(ReadAhead(model, [(settings["videos"][:1], pipeline.sampling)]))
-        from evoprune.bench import TuneSettings, Tuning
-        from evoprune.contrib import OperationTuning
+        from evoprune.bench import OperationTuning, TuneSettings, Tuning
 
         kind = OperationTuning if operations else Tuning
         tuning = kind(TuneSettings(**settings))

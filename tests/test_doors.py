@@ -18,7 +18,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "session": 89,
     "methods": 74,
     "video": 70,
-    "bench": 57,
+    "bench": 49,
     "language": 52,
     "model": 51,
     "batch": 33,

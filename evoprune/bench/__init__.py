@@ -20,15 +20,14 @@ if TYPE_CHECKING:
     from evoprune.bench.profile import Bench, Profile, all_rows, default_load_format, load
     from evoprune.bench.profile_rows import HUGGING_FACE, SYNTHETIC, Case, ProfileSettings
     from evoprune.bench.questions import VideoQuestions, grade, without_tags
-    from evoprune.bench.results import Column, Results, failures, fitting, folded, grid, meanings
+    from evoprune.bench.results import Results, folded, grid
     from evoprune.bench.scores import FULL, LEAST_VIDEOS, METHOD, percentile_interval, resampled
     from evoprune.bench.sheet import contact_sheet
-    from evoprune.bench.tune import BUDGETS, Progress, Run, TuneSettings, Tuning, encode
-    from evoprune.bench.tune_results import heading
+    from evoprune.bench.tune import TuneSettings, Tuning
+    from evoprune.bench.tune_operations import OperationTuning
     from evoprune.bench.verify.run import run_checks
 
 __all__ = [
-    "BUDGETS",
     "COLOURS",
     "FATES",
     "FULL",
@@ -40,17 +39,15 @@ __all__ = [
     "SYNTHETIC",
     "Bench",
     "Case",
-    "Column",
     "EvalSettings",
     "Evaluation",
     "Fates",
+    "OperationTuning",
     "Panel",
     "Point",
     "Profile",
     "ProfileSettings",
-    "Progress",
     "Results",
-    "Run",
     "Series",
     "TracedVideo",
     "TuneSettings",
@@ -65,18 +62,13 @@ __all__ = [
     "contact_sheet",
     "default_load_format",
     "draw",
-    "encode",
-    "failures",
     "fates",
-    "fitting",
     "folded",
     "grade",
     "grid",
-    "heading",
     "hugging_face_model",
     "load",
     "map_in_processes",
-    "meanings",
     "percentile_interval",
     "reference",
     "resampled",
@@ -101,11 +93,11 @@ __getattr__, __dir__ = door(
         "profile": ["Bench", "Profile", "all_rows", "default_load_format", "load"],
         "profile_rows": ["Case", "HUGGING_FACE", "ProfileSettings", "SYNTHETIC"],
         "questions": ["VideoQuestions", "grade", "without_tags"],
-        "results": ["Column", "Results", "failures", "fitting", "folded", "grid", "meanings"],
+        "results": ["Results", "folded", "grid"],
         "scores": ["FULL", "LEAST_VIDEOS", "METHOD", "percentile_interval", "resampled"],
         "sheet": ["contact_sheet"],
-        "tune": ["BUDGETS", "Progress", "Run", "TuneSettings", "Tuning", "encode"],
-        "tune_results": ["heading"],
+        "tune": ["TuneSettings", "Tuning"],
+        "tune_operations": ["OperationTuning"],
         "verify.run": ["run_checks"],
     },
 )

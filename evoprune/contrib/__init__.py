@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 from evoprune.doors import door
 
 if TYPE_CHECKING:
-    from evoprune.contrib.operation_search import OperationTuning
+    from evoprune.contrib.operation_search import RecipeSearch
 
 __all__ = [
-    "OperationTuning",
+    "RecipeSearch",
 ]
 
 __getattr__, __dir__ = door(
     __name__,
     {
-        "operation_search": ["OperationTuning"],
+        "operation_search": ["RecipeSearch"],
     },
 )

@@ -1,41 +1,19 @@
-"""One run of `evoprune tune --operations`: the order for leaving out operations (docs/methods.md, operations).
+"""The search for a recipe of the method `operations` (docs/methods.md, operations): which operations to leave out first.
 
 The order is found by the effect of each operation on the output distribution. First the deepest layers lose everything that costs
 nothing, then one operation is removed after another. The top layer computes queries and MLP for no visual token.
 """
 
-import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
-
-from evoprune.bench import (
-    BUDGETS,
-    Column,
-    Progress,
-    Results,
-    Run,
-    TuneSettings,
-    agreement_of,
-    encode,
-    failures,
-    fitting,
-    folded,
-    heading,
-    meanings,
-)
 from evoprune.contrib.operations import ALL, KEY, PLACE, REST, SCHEMA, Operation, Operations, Recipe, Removed, closed
 from evoprune.errors import UsageError
 from evoprune.methods import LanguagePlan, MethodChain, layers_before
 from evoprune.model import head_size
-from evoprune.report import rounded
-from evoprune.session import ModelDescription, PruneOptions, Session
-from evoprune.util import counted
 
 STEP = 0.3 / 15  # step of the allowed loss, as a share of the loss with everything removed
 # Kinds in the order that the authors' code tries them. Among equal losses, the last one is removed first.
@@ -130,54 +108,6 @@ def search(
     return True
 
 
-def _if_measured(form: str, row: dict[str, Any]) -> str:
-    """Format the loss of a row, or return a dash if it was not measured."""
-    return "-" if row["kl"] is None else form.format(**row)
-
-
-BUDGET: Column[dict[str, Any]] = Column("", lambda row: f"-b {row['budget']:g}")
-COLUMNS: list[Column[dict[str, Any]]] = [
-    Column(
-        "work",
-        lambda row: f"{100 * row['share']:.1f}%",
-        "work: what is left of the work on visual tokens in the layers that leave some out",
-    ),
-    Column("operations", lambda row: f"{row['operations']:,}", "operations: left out", drop=1),
-    Column(
-        "KL",
-        partial(_if_measured, "{kl:.3f}"),
-        "KL: mean of KL(unpruned, pruned) in nats a token; -: not measured",
-    ),
-    Column("agree", partial(_if_measured, "{agree:.1%}"), "agree: tokens with the same first choice", drop=2),
-]
-
-
-@dataclass
-class OperationResults(Results):
-    """A document in the schema of recipes. `Recipe.read` can read it if the recipe is complete."""
-
-    found: dict[str, Any]
-
-    def document(self) -> dict[str, Any]:
-        return rounded(self.found)
-
-    def table(self, width: int) -> str:
-        """Return a table of the operations that the recipe removes at each budget."""
-        found = self.document()
-        lines = heading(found, width)
-        if found["rows"]:
-            drawn, columns = fitting(found["rows"], [BUDGET, *COLUMNS], width)
-            lines += ["", *drawn, "", *folded([meanings(columns)], width)]
-        else:
-            lines.append("no recipe was found: too little time")
-        lines += failures(found)
-        if found["error"]:
-            lines += folded([f"{found['error']['message']}: not everything was measured"], width)
-        if found["complete"]:
-            lines += ["", "the file of -o is the recipe: --method operations:recipe=FILE"]
-        return "\n".join(lines) + "\n"
-
-
 @dataclass(frozen=True)
 class _Trial(Operations):
     """The method with a fixed set of operations removed, whatever the budget."""
@@ -188,87 +118,62 @@ class _Trial(Operations):
         return self.recipe.plan(tokens, self.removed)
 
 
-class OperationTuning(Run):
-    """Finds a recipe. The settings `agree` and `methods` are ignored. `found` is the order so far, and all of it if `complete`."""
+class RecipeSearch:
+    """Finds a recipe for a language model with this `TextConfig`.
 
-    schema = SCHEMA
-    results_of = OperationResults
+    `found` is the order so far, and all of it if `complete`.
 
-    def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
-        super().__init__(settings, now)
-        self.found: list[Step] = []
-        self.complete = False
-        self._measured = 0
-        self._blank: Recipe | None = None
+    Raises:
+        UsageError: the language model has a single layer.
+    """
 
-    def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model. Raises the errors of `Run.load`, and UsageError if the language model has a single layer."""
-        super().load(progress, model)
-        text = self.loaded.model.config.text_config
-        after = layers_before(PLACE, text.num_hidden_layers)
+    schema: ClassVar[str] = SCHEMA
+
+    def __init__(self, config):
+        after = layers_before(PLACE, config.num_hidden_layers)
         if not after:
             raise UsageError("a language model with one layer has no operations to leave out", "take a deeper model")
-        self._blank = Recipe(text.num_hidden_layers, after, KEY, weights(text), ())
+        self._blank = Recipe(config.num_hidden_layers, after, KEY, weights(config), ())
+        self.found: list[Step] = []
+        self.complete = False
+
+    def run(self, measure: Callable[[MethodChain], tuple[float, float]], go_on: Callable[[], bool]) -> None:
+        """Search until the order is complete, or the time is over before every operation has been measured once.
+
+        Args:
+            measure: Returns the mean KL and the share of agreeing tokens (see `Loss`) with a method that removes some operations.
+            go_on: Whether there is time for more measurements.
+        """
+        blank = self._blank
+
+        def loss(removed: Removed) -> Loss:
+            return Loss(*measure(MethodChain(language=_Trial(recipe=blank, removed=removed))))
+
+        self.complete = search(blank.after, blank.depth, loss, self.found, go_on)
 
     @property
-    def has_results(self) -> bool:
-        return bool(self.found)
-
-    def run(self, progress: Progress = lambda *what: None, note: Callable[[str], None] = lambda what: None) -> None:
-        """Answer in full, then search until the order is complete or the time is over. Otherwise like `Tuning.run`."""
-        videos = self.answer(progress)
-        settings = self.settings
-        asked = []
-        full = Session(self.loaded, PruneOptions(1.0, "none", seed=settings.seed).config())
-        for number, answers in enumerate(videos):
-            progress("encoding, video", number, len(videos))
-            asked.append((encode(full, answers.path, settings.sampling)[0], answers.references))
-        self.answering.close()
-
-        def measure(removed: Removed) -> Loss:
-            self._measured += 1
-            left_out = sum(len(step.operations) for step in self.found)
-            progress(f"measurement {self._measured}, {counted(left_out, 'operation')} left out")
-            method = MethodChain(language=_Trial(recipe=self._blank, removed=removed))
-            session = replace(full, pruning=replace(full.pruning, method=method))
-            pruned = [(video.with_session(session), references) for video, references in asked]
-            results = [agreement_of(given, video) for video, references in pruned for given in references]
-            kl = np.concatenate([result.kl.numpy() for result in results])
-            return Loss(float(kl.mean()), sum(int(result.agrees.sum()) for result in results) / len(kl))
-
-        blank = self._blank
-        self.complete = search(blank.after, blank.depth, measure, self.found, lambda: self.limit.left > 0)
-        if not self.complete:
-            note(f"{self._measured} measurements took all the time: too little to order the operations (--time-limit)")
+    def left_out(self) -> int:
+        """Number of operations in the order so far."""
+        return sum(len(step.operations) for step in self.found)
 
     @property
     def recipe(self) -> Recipe:
         return replace(self._blank, steps=tuple(step.operations for step in self.found))
 
-    def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far, for JSON. `Recipe.read` reads them if `complete`.
-
-        Args:
-            error: The error that cut the run short, or None.
-        """
-        facts = None
-        if self._blank:
-            facts = {name: value for name, value in asdict(self._blank).items() if name != "steps"}
+    def document(self, budgets: Iterable[float]) -> dict[str, Any]:
+        """Return the results so far, for JSON. `Recipe.read` reads them if `complete`."""
         return {
-            **self.facts(),
-            "measurements": self._measured,
             "complete": self.complete,
-            "rows": self._rows() if self.complete else [],
-            "recipe": facts,
+            "rows": self._rows(budgets) if self.complete else [],
+            "recipe": {name: value for name, value in asdict(self._blank).items() if name != "steps"},
             "steps": [step._asdict() for step in self.found],
-            "error": error,
         }
 
-    def _rows(self) -> list[dict[str, Any]]:
+    def _rows(self, budgets: Iterable[float]) -> list[dict[str, Any]]:
         """Return the removed operations and their cost for each budget."""
         recipe = self.recipe
         rows = []
-        for budget in sorted({*(self.settings.budgets or BUDGETS)}, reverse=True):
+        for budget in sorted({*budgets}, reverse=True):
             removed = recipe.removed(budget)
             last = [Step((), 0.0, 1.0), *self.found][recipe.count(budget)]
             share = {"budget": budget, "share": recipe.share(removed), "operations": len(removed)}

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from evoprune.bench.results import Column, fitting, grid
-from evoprune.contrib.operation_search import OperationResults
+from evoprune.bench.tune_operations import OperationResults
 
 NAMES = [f"evoprune:alpha={alpha}:reuse=0 -b 0.25" for alpha in (1, 2, 3)]
 COLUMNS = [

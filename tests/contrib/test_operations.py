@@ -5,23 +5,16 @@ import random
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from evoprune import methods
-from evoprune.bench import TuneSettings, agreement_of, reference
-from evoprune.bench import tune as run_module
-from evoprune.contrib.operation_search import ORDER, Loss, OperationTuning, Step, search
+from evoprune.contrib.operation_search import ORDER, Loss, RecipeSearch, Step, search
 from evoprune.contrib.operations import ALL, KINDS, REST, Operation, Operations, Recipe, closed
 from evoprune.errors import UsageError
 from evoprune.language import KVCache, decoder
 from evoprune.methods import MethodChain
-from evoprune.report import rounded
-from evoprune.session import ModelOptions, SamplingOptions
-from evoprune.video_qa import VideoQA
-from evoprune_cli.terminal import json_line
 from tests.contrib.eager import COLUMNS, VISUAL, Eager, a_prompt, deep_model, run_method
 from tests.contrib.test_inner import best, last_attention
 from tests.language.test_decoder import assert_close, more, sizes_of
@@ -200,7 +193,6 @@ def test_without_a_recipe_of_this_model():
 
 
 ORDERS = json.loads((Path(__file__).parent / "fixtures" / "layers" / "operations.json").read_text())
-CLIPS, QUESTION = ("samples/square.mp4", "samples/arrivals.webm"), "What happens?"
 
 
 def found_for(seed: int, depth: int, after: int, go_on=lambda: True) -> tuple[bool, list[Step]]:
@@ -278,56 +270,9 @@ def test_where_time_is_over_the_latest_measurement_decides(most):
         assert len(measured) < len(found)
 
 
-@pytest.fixture(scope="module")
-def run(saved):
-    settings = TuneSettings(
-        CLIPS, (QUESTION,), model=ModelOptions(str(saved), dtype="fp32"), sampling=SamplingOptions(frames=4)
-    )
-    tuning = OperationTuning(settings)
-    tuning.load()
-    tuning.run()
-    return tuning
-
-
-@pytest.mark.full
-def test_what_a_run_finds_is_used(run, tmp_path):
-    document = run.document()
-    assert document["complete"] and document["videos"] == {"wanted": 2, "answered": 2, "failed": 0}
-    assert [row["budget"] for row in document["rows"]] == [0.5, 0.35, 0.25, 0.15, 0.1]
-    assert all(row["share"] <= row["budget"] and row["kl"] >= 0 <= row["agree"] for row in document["rows"])
-    path = tmp_path / "recipe.json"
-    path.write_text(json_line(rounded({"schema": run.schema} | document)))
-    assert Recipe.read(str(path)) == run.recipe
-    full = VideoQA(run.loaded, budget=1.0, method="none")
-    losses = []
-    for clip in CLIPS:  # the measured loss is the method's loss
-        video = full.encode(clip, frames=4)
-        answer = video.ask(QUESTION, max_new_tokens=64)
-        assert answer.text is not None
-        given = reference(video, QUESTION, answer.ids, answer.report.finish_reason == "stop")
-        pruned = VideoQA(run.loaded, budget=0.15, method=f"operations:recipe={path}").encode(clip, frames=4)
-        losses += agreement_of(given, pruned).kl.tolist()
-    row = next(row for row in document["rows"] if row["budget"] == 0.15)
-    assert sum(losses) / len(losses) == pytest.approx(row["kl"], abs=1e-5)
-
-
-def test_too_little_time_finds_nothing(saved):
-    ticks = iter(range(10_000))
-    settings = TuneSettings(
-        CLIPS[:1], (QUESTION,), time_limit_s=1.0, model=ModelOptions(str(saved), dtype="fp32"),
-        sampling=SamplingOptions(frames=4),
-    )  # fmt: skip
-    tuning, said = OperationTuning(settings, lambda: float(next(ticks))), []
-    tuning.load()
-    tuning.run(note=said.append)
-    assert not tuning.complete and tuning.document()["rows"] == []
-    assert "too little to order the operations" in said[0]
-
-
-def test_a_model_of_one_layer_has_none(monkeypatch):
-    monkeypatch.setattr(run_module, "load_model", lambda *_, **__: SimpleNamespace(model=deep_model(1)))
+def test_a_model_of_one_layer_has_none():
     with pytest.raises(UsageError, match="one layer"):
-        OperationTuning(TuneSettings(CLIPS)).load()
+        RecipeSearch(deep_model(1).config.text_config)
 
 
 def made_up_loss(seed: int, depth: int, removed: Iterable[Operation]) -> int:
