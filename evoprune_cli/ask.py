@@ -12,7 +12,6 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.language import OF_ROWS
 from evoprune.report import Report, name_inputs, stats_block, summary, warned
 from evoprune.session import GenerationOptions, PipelineOptions, SamplingOptions
 from evoprune.util import check_text, clock, counted, is_url, listed, missing_hint, shown, without_password
@@ -235,7 +234,7 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
 
 def check_generation(generation: GenerationOptions, json: bool) -> None:
     """Raise UsageError if log probabilities are requested without a record to put them in, or choices of rows are used."""
-    if generation.choices == OF_ROWS:
+    if generation.choices_from_rows:
         raise UsageError("--choices options are those of the rows of a batch", "give two texts or more")
     if generation.logprobs is not None and not json:
         raise UsageError("--logprobs are part of the records", "add --json")

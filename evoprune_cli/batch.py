@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.language import OF_ROWS
 from evoprune.report import Report, VideoFacts, warned
 from evoprune.session import PipelineOptions
 from evoprune.util import SOME, clock, counted, is_text, is_url, listed, missing_hint, roughly, shown, some
@@ -129,7 +128,7 @@ def batch(
         from evoprune.session import check_conversation
 
         check_conversation(pipeline.pruning.config().method)
-    if pipeline.generation.choices == OF_ROWS:
+    if pipeline.generation.choices_from_rows:
         if source is None:
             raise UsageError(
                 "--choices options are those of rows, and there are none", "give --from FILE, or the texts"

@@ -19,7 +19,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "methods": 74,
     "video": 70,
     "bench": 49,
-    "language": 52,
+    "language": 39,
     "model": 51,
     "batch": 33,
     "vision": 21,

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, UsageError
-from evoprune.language import USER, GenerationOptions, Turn, messages_of, turns_of
+from evoprune.language import GenerationOptions, Turn
 from evoprune.model import loads
 from evoprune.util import (
     FILE_URL,
@@ -99,7 +99,7 @@ class Row:
         facts = {"question": self.question, "start_s": self.start_s, "end_s": self.end_s, "options": list(self.options)}
         names = ("fps", "frames", "frame_rate", "max_new_tokens", "subtitles")
         own = {name: getattr(self, name) for name in names}
-        own["messages"] = messages_of(self.earlier) or None
+        own["messages"] = Turn.to_messages(self.earlier) or None
         return about | facts | {name: value for name, value in own.items() if value is not None}
 
     @property
@@ -351,9 +351,9 @@ def _said(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
     _must(isinstance(messages, list), "messages are not a list")
     _must(messages, "messages are an empty list")
     last = messages[-1]
-    asks = isinstance(last, dict) and last.get("role") == USER and {*last} == {"role", "content"}
+    asks = isinstance(last, dict) and last.get("role") == "user" and {*last} == {"role", "content"}
     _must(asks, "the last message is no question of the user")
-    earlier = tuple(turns_of(messages[:-1]))
+    earlier = tuple(Turn.from_messages(messages[:-1]))
     for turn in earlier:
         _must(is_text(turn.question) and is_text(turn.answer), "a message is not valid text")
     return earlier, _text(last["content"], "the last message")

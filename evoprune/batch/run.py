@@ -9,7 +9,7 @@ from evoprune.backend import empty_cache
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.errors import OutOfMemory, error_record
-from evoprune.language import messages_of
+from evoprune.language import Turn
 from evoprune.report import Report, name_inputs
 from evoprune.session import Cache, EncodedInputs, OpenInputs, Progress, ReadAhead, in_flight, open_inputs
 from evoprune.util import without_password
@@ -86,7 +86,7 @@ def _asked(
         generation = row.generation(settings.generation)
         asked = encoded
         if row.earlier:
-            asked = encoded.chat(generation.system, messages_of(row.earlier))
+            asked = encoded.chat(generation.system, Turn.to_messages(row.earlier))
         answer = asked.ask(row.prompt, **vars(generation))
         str(answer)  # generates the answer
         return answer.report

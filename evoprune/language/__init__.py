@@ -10,21 +10,16 @@ from evoprune.doors import door
 
 if TYPE_CHECKING:
     from evoprune.language import generate, hybrid, static
-    from evoprune.language.choices import ChosenTokens, tokens_of
+    from evoprune.language.answer import AnswerStream
     from evoprune.language.decoder import KVCache, forward
     from evoprune.language.generate import (
-        AnswerConstraint,
         PrefillState,
-        StopStrings,
-        TokenLogprobs,
         TokenStream,
-        begins_with_thoughts,
         dropping_for,
         embed_ids,
         layers_of,
         new_cache,
         prefill,
-        stream_answer,
         teacher_forced_logits,
     )
     from evoprune.language.guidance import Vocabulary
@@ -45,19 +40,15 @@ if TYPE_CHECKING:
         video_positions,
     )
     from evoprune.language.pruned import PrunedPrompt, prune_prompt
-    from evoprune.language.schema import SchemaOfClass, checked_value, instance_of
-    from evoprune.language.settings import OF_ROWS, GenerationOptions
+    from evoprune.language.settings import GenerationOptions
     from evoprune.language.static import MIN_COLUMNS, NativeStaticCache, step
-    from evoprune.language.turns import USER, Placed, Turn, messages_of, turns_of
+    from evoprune.language.turns import Placed, Turn
 
 __all__ = [
     "CONTENTS",
     "MARKERS",
     "MIN_COLUMNS",
-    "OF_ROWS",
-    "USER",
-    "AnswerConstraint",
-    "ChosenTokens",
+    "AnswerStream",
     "GenerationOptions",
     "KVCache",
     "NativeStaticCache",
@@ -67,26 +58,19 @@ __all__ = [
     "PrefixCache",
     "Prompt",
     "PrunedPrompt",
-    "SchemaOfClass",
-    "StopStrings",
-    "TokenLogprobs",
     "TokenStream",
     "Tokenizer",
     "Turn",
     "Vocabulary",
-    "begins_with_thoughts",
     "build_prompt",
-    "checked_value",
     "dropping_for",
     "embed_ids",
     "forward",
     "generate",
     "has_tokenizer",
     "hybrid",
-    "instance_of",
     "layers_of",
     "load_tokenizer",
-    "messages_of",
     "new_cache",
     "place_of_pairs",
     "prefill",
@@ -96,11 +80,8 @@ __all__ = [
     "run_modules",
     "static",
     "step",
-    "stream_answer",
     "teacher_forced_logits",
     "timestamps",
-    "tokens_of",
-    "turns_of",
     "use_experts",
     "video_positions",
 ]
@@ -108,21 +89,16 @@ __all__ = [
 __getattr__, __dir__ = door(
     __name__,
     {
-        "choices": ["ChosenTokens", "tokens_of"],
+        "answer": ["AnswerStream"],
         "decoder": ["KVCache", "forward"],
         "generate": [
-            "AnswerConstraint",
             "PrefillState",
-            "StopStrings",
-            "TokenLogprobs",
             "TokenStream",
-            "begins_with_thoughts",
             "dropping_for",
             "embed_ids",
             "layers_of",
             "new_cache",
             "prefill",
-            "stream_answer",
             "teacher_forced_logits",
         ],
         "guidance": ["Vocabulary"],
@@ -143,9 +119,8 @@ __getattr__, __dir__ = door(
             "video_positions",
         ],
         "pruned": ["PrunedPrompt", "prune_prompt"],
-        "schema": ["SchemaOfClass", "checked_value", "instance_of"],
-        "settings": ["GenerationOptions", "OF_ROWS"],
+        "settings": ["GenerationOptions"],
         "static": ["MIN_COLUMNS", "NativeStaticCache", "step"],
-        "turns": ["Placed", "Turn", "USER", "messages_of", "turns_of"],
+        "turns": ["Placed", "Turn"],
     },
 )

@@ -10,12 +10,10 @@ from math import isfinite
 import torch
 
 from evoprune.backend import to_device
-from evoprune.errors import UsageError
 from evoprune.language.generate import PrefillState, TokenLogprobs, can_crop
 from evoprune.language.prompt import Tokenizer
 from evoprune.language.settings import GenerationOptions
 from evoprune.model import not_a_number_error
-from evoprune.util import shown
 
 
 @dataclass(frozen=True)
@@ -33,26 +31,6 @@ class Choice:
     logprob: float
     tokens: int
     probability: float
-
-
-def tokens_of(tokenizer: Tokenizer, options: GenerationOptions) -> list[list[int]]:
-    """Return the token ids of the choices in `options.choices`, one list per choice, without the end of the answer.
-
-    Raises:
-        UsageError: a choice has more tokens than `max_new_tokens`, or two choices have the same tokens.
-    """
-    every: list[list[int]] = []
-    for text in options.choices:
-        ids = tokenizer.encode(text)
-        if len(ids) > options.max_new_tokens:
-            said = (
-                f"the choice {shown(text)!r} has {len(ids):,} tokens, and an answer at most {options.max_new_tokens:,}"
-            )
-            raise UsageError(said, "allow more (-n, max_new_tokens), or give a shorter one")
-        if ids in every:
-            raise UsageError(f"the choice {shown(text)!r} is to the model the same as another", "leave one out")
-        every.append(ids)
-    return every
 
 
 class ChosenTokens(Iterator[int]):
@@ -79,7 +57,7 @@ class ChosenTokens(Iterator[int]):
         self.finish_reason: str | None = None
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
-        self._tokens = tokens_of(tokenizer, options)
+        self._tokens = options.choice_ids(tokenizer)
         self._score = partial(scored, state, options, self._tokens, eos_ids, one_by_one)
         self._left: list[int] = []
 
@@ -109,7 +87,7 @@ def scored(
     "red" does not also get the probability of "red car".
 
     Args:
-        ids: the token ids of the choices, as from `tokens_of`.
+        ids: the token ids of the choices, without the end of the answer.
         eos_ids: the tokens that may end the answer.
         one_by_one: run a pass per token, as in decoding, instead of one pass for several tokens.
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from evoprune.errors import UsageError
-from evoprune.language.schema import read_schema, schema_of
-from evoprune.util import brief, check_types, is_text, option
+from evoprune.language.schema import SchemaOfClass, checked_value, instance_of, read_schema, schema_of
+from evoprune.util import brief, check_types, is_text, option, shown
+
+if TYPE_CHECKING:
+    from evoprune.language.prompt import Tokenizer
 
 Think = Literal["off", "on"]
 THINK = get_args(Think)
@@ -165,6 +168,54 @@ class GenerationOptions:
         if self.regex is not None:
             return grammar_of(REGEX, self.regex)
         return grammar_of(SCHEMA, self.schema)
+
+    @property
+    def choices_from_rows(self) -> bool:
+        """True if every row of a batch uses its own options as choices."""
+        return self.choices == OF_ROWS
+
+    def choice_ids(self, tokenizer: "Tokenizer") -> list[list[int]]:
+        """Return the token ids of every choice, without the end of the answer. Without choices, the list is empty.
+
+        Raises:
+            UsageError: the model cannot choose among them: it always thinks, a choice has more tokens than `max_new_tokens`, two
+                choices have the same tokens, or the choices are those of rows.
+        """
+        if self.choices is None:
+            return []
+        if self.choices_from_rows:
+            raise UsageError("choices 'options' are those of the rows of a batch", "give two texts or more")
+        if tokenizer.always_thinks:
+            raise UsageError(
+                "this model thinks before every answer, so choices have no probability before that", "leave choices out"
+            )
+        every: list[list[int]] = []
+        for text in self.choices:
+            ids = tokenizer.encode(text)
+            if len(ids) > self.max_new_tokens:
+                said = (
+                    f"the choice {shown(text)!r} has {len(ids):,} tokens, and an answer at most {self.max_new_tokens:,}"
+                )
+                raise UsageError(said, "allow more (-n, max_new_tokens), or give a shorter one")
+            if ids in every:
+                raise UsageError(f"the choice {shown(text)!r} is to the model the same as another", "leave one out")
+            every.append(ids)
+        return every
+
+    def parse(self, answer: str) -> tuple[Any, Any]:
+        """Parse a complete answer that follows `schema`.
+
+        Returns:
+            The JSON value, or None if Python cannot represent it; and the value for the caller, which is an instance of `schema` if
+            that is a class, otherwise the same value.
+
+        Raises:
+            UsageError: the answer does not follow the schema, or the class rejects the value.
+        """
+        value = checked_value(answer, self.schema)
+        if value is not None and isinstance(self.schema, SchemaOfClass):
+            return value, instance_of(self.schema.kind, answer)
+        return value, value
 
     def record(self, seed: int) -> dict[str, Any]:
         """Return the options that decide how tokens are chosen, with the random seed, as reports store them."""

@@ -38,43 +38,43 @@ class Turn:
     question: str
     answer: str
 
+    @staticmethod
+    def to_messages(turns: Sequence["Turn"]) -> list[dict[str, str]]:
+        """Return turns as messages in the format that `from_messages` accepts."""
+        messages = []
+        for turn in turns:
+            messages.append({"role": USER, "content": turn.question})
+            messages.append({"role": ASSISTANT, "content": turn.answer})
+        return messages
 
-def messages_of(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """Return turns as messages in the format that `turns_of` accepts."""
-    messages = []
-    for turn in turns:
-        messages.append({"role": USER, "content": turn.question})
-        messages.append({"role": ASSISTANT, "content": turn.answer})
-    return messages
+    @staticmethod
+    def from_messages(messages: Any) -> list["Turn"]:
+        """Return messages as turns.
 
+        Args:
+            messages: list of dicts with `role`, which alternates between "user" and "assistant", and `content`, a text.
 
-def turns_of(messages: Any) -> list[Turn]:
-    """Return messages as turns.
-
-    Args:
-        messages: list of dicts with `role`, which alternates between "user" and "assistant", and `content`, a text.
-
-    Raises:
-        UsageError: the messages have another form, a question is empty, or the last question has no answer.
-    """
-    hint = '[{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "A man."}]'
-    if not isinstance(messages, list | tuple):
-        raise UsageError(f"messages are {brief(messages)}, not a list", hint)
-    texts = []
-    for number, message in enumerate(messages):
-        role = (USER, ASSISTANT)[number % 2]
-        if not isinstance(message, Mapping) or {*message} != {"role", "content"}:
-            raise UsageError(f"message {number + 1} is {brief(message)}, not a role and its content", hint)
-        if message["role"] == "system":
-            raise UsageError(
-                f"message {number + 1} is a system prompt", "give it apart: system, at the command line -s"
-            )
-        if message["role"] != role:
-            raise UsageError(f"message {number + 1} has role {brief(message['role'])}, not {role!r}", hint)
-        text = message["content"]
-        if not isinstance(text, str) or (role == USER and not text.strip()):
-            raise UsageError(f"message {number + 1} has {brief(text)} as its content, not a text", hint)
-        texts.append(text)
-    if len(texts) % 2:
-        raise UsageError(f"message {len(texts)} is a question without an answer", hint)
-    return [Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=True)]
+        Raises:
+            UsageError: the messages have another form, a question is empty, or the last question has no answer.
+        """
+        hint = '[{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "A man."}]'
+        if not isinstance(messages, list | tuple):
+            raise UsageError(f"messages are {brief(messages)}, not a list", hint)
+        texts = []
+        for number, message in enumerate(messages):
+            role = (USER, ASSISTANT)[number % 2]
+            if not isinstance(message, Mapping) or {*message} != {"role", "content"}:
+                raise UsageError(f"message {number + 1} is {brief(message)}, not a role and its content", hint)
+            if message["role"] == "system":
+                raise UsageError(
+                    f"message {number + 1} is a system prompt", "give it apart: system, at the command line -s"
+                )
+            if message["role"] != role:
+                raise UsageError(f"message {number + 1} has role {brief(message['role'])}, not {role!r}", hint)
+            text = message["content"]
+            if not isinstance(text, str) or (role == USER and not text.strip()):
+                raise UsageError(f"message {number + 1} has {brief(text)} as its content, not a text", hint)
+            texts.append(text)
+        if len(texts) % 2:
+            raise UsageError(f"message {len(texts)} is a question without an answer", hint)
+        return [Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=True)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Unpack, over
 from typing_extensions import TypeVar  # a dependency of torch; typing.TypeVar has defaults only from Python 3.13 on
 
 from evoprune.errors import DoesNotFit, UsageError, error_record
-from evoprune.language import Tokenizer, TokenLogprobs, Turn, messages_of
+from evoprune.language import Turn
 from evoprune.report import Report
 from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import check_not_empty
@@ -171,16 +171,6 @@ def _once_more(problem: Exception) -> Exception:
     return again
 
 
-def logprobs_record(tokenizer: Tokenizer, token: int, logprobs: TokenLogprobs) -> dict[str, Any]:
-    """Return the log probabilities of a token and its alternatives in the form of a report."""
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.backend.decode([token], skip_special_tokens=False)
-        return {"id": token, "token": text, "logprob": logprob, "bytes": [*tokenizer.bytes_of(token)]}
-
-    return entry(token, logprobs.chosen) | {"top_logprobs": [entry(*each) for each in logprobs.top]}
-
-
 class Asked(Protocol):
     """What a conversation is about, such as an `asking.Askable`."""
 
@@ -225,7 +215,7 @@ class Chat(Uncopied):
     @property
     def messages(self) -> list[dict[str, str]]:
         """The conversation as a new list, in the form that `chat` accepts."""
-        return messages_of(self._turns)
+        return Turn.to_messages(self._turns)
 
     def clear(self) -> None:
         """Forget all turns."""

@@ -17,30 +17,19 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.language import (
-    OF_ROWS,
-    AnswerConstraint,
-    ChosenTokens,
+    AnswerStream,
     PrefillState,
     PrefixCache,
     Prompt,
-    SchemaOfClass,
-    StopStrings,
-    TokenStream,
     Turn,
-    begins_with_thoughts,
-    checked_value,
     dropping_for,
     embed_ids,
-    instance_of,
     prune_prompt,
-    stream_answer,
     teacher_forced_logits,
-    tokens_of,
-    turns_of,
 )
 from evoprune.model import Clock
 from evoprune.report import ABOUT_SOUND, OF_INPUTS, Report, TokenCounts
-from evoprune.session.answers import Answer, Chat, Shape, Uncopied, logprobs_record
+from evoprune.session.answers import Answer, Chat, Shape, Uncopied
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import check_not_empty, fitting_prompt, positions_of
@@ -161,7 +150,7 @@ class Askable(ABC, Uncopied):
             UsageError: If messages have another form, or the method reads the question.
         """
         check_conversation(self._session.pruning.method)
-        return Chat(self, check_type("system", system, str | None), turns_of(messages))
+        return Chat(self, check_type("system", system, str | None), Turn.from_messages(messages))
 
     def _answer(
         self,
@@ -185,7 +174,7 @@ class Askable(ABC, Uncopied):
             )
         if seed is None:
             seed = self._session.pruning.seed
-        self._check_choices(generation)
+        generation.choice_ids(self._session.loaded.tokenizer)  # checks that the model can choose among them
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
         instances: list[Any] = []
@@ -209,23 +198,6 @@ class Askable(ABC, Uncopied):
         if not options.thinking and self._session.loaded.tokenizer.always_thinks:
             report.warnings.append("always_thinks")
         return report
-
-    def _check_choices(self, options: GenerationOptions) -> None:
-        """Check that the model can choose among the given choices.
-
-        Raises:
-            UsageError: If it cannot.
-        """
-        if options.choices is None:
-            return
-        tokenizer = self._session.loaded.tokenizer
-        if options.choices == OF_ROWS:
-            raise UsageError("choices 'options' are those of the rows of a batch", "give two texts or more")
-        if tokenizer.always_thinks:
-            raise UsageError(
-                "this model thinks before every answer, so choices have no probability before that", "leave choices out"
-            )
-        tokens_of(tokenizer, options)
 
     def _pieces(
         self,
@@ -268,41 +240,27 @@ class Askable(ABC, Uncopied):
             with clock.stage("prefill"):  # builds the vocabulary once per model
                 constraint = loaded.vocabulary.constraint(options.grammar)
         state = self._read(question, options, report, clock, turns)
-        if constraint is not None:
-            begun = begins_with_thoughts(loaded.tokenizer, state.prompt_ids)
-            constraint = AnswerConstraint(constraint, loaded.tokenizer, begun, options.thinking)
-        if options.choices is None:
-            tokens = TokenStream(state, options, loaded.eos_ids, seed, constraint)
-        else:
-            tokens = ChosenTokens(state, options, loaded.tokenizer, loaded.eos_ids, loaded.one_by_one)
-        stops = StopStrings(options.stop or ())
+        generated = AnswerStream(state, options, loaded.tokenizer, loaded.eos_ids, seed, constraint, loaded.one_by_one)
         self._paid = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
         report.answer = ""
         before = packing.seconds
 
         def update() -> None:
-            ids[:] = tokens.ids
-            report.tokens.new, report.finish_reason = len(ids), tokens.finish_reason
-            report.stop_reason = stops.found
-            if stops.found is not None:
-                report.finish_reason = "stop"
+            ids[:] = generated.ids
+            report.tokens.new = len(ids)
+            report.finish_reason, report.stop_reason = generated.finish_reason, generated.stop_reason
             if options.choices is not None:
-                report.choices = [asdict(choice) for choice in tokens.choices]
+                report.choices = [asdict(choice) for choice in generated.choices]
             if report.logprobs is not None:
-                known = len(report.logprobs)
-                new = zip(ids[known:], tokens.logprobs[known:], strict=True)
-                report.logprobs += [logprobs_record(loaded.tokenizer, *each) for each in new]
+                report.logprobs += generated.logprobs_since(len(report.logprobs))
             clock.seconds["pack"] = packing.seconds - packed
             total = earlier + clock.now() - start
             fill_times(report, clock.seconds, total, loaded.device, packing.seconds - before)
 
         update()
         try:
-            pieces = stream_answer(loaded.tokenizer, tokens, state.prompt_ids)
-            if options.stop:
-                pieces = stops.cut(pieces)
-            for piece, thought in clock.each("generate", pieces):
+            for piece, thought in clock.each("generate", generated):
                 if thought:
                     report.thoughts = (report.thoughts or "") + piece
                     update()
@@ -315,10 +273,9 @@ class Askable(ABC, Uncopied):
                 if turn != self._turn:
                     raise UsageError(self.OVERTAKEN, "finish one answer before the next question")
             update()
-            if options.schema is not None and tokens.finish_reason == "stop" and stops.found is None:
-                value = checked_value(report.answer, options.schema)
-                if value is not None and isinstance(options.schema, SchemaOfClass):
-                    instances.append(instance_of(options.schema.kind, report.answer))
+            if options.schema is not None and generated.finish_reason == "stop" and generated.stop_reason is None:
+                value, instance = options.parse(report.answer)
+                instances.append(instance)
                 report.parsed = value
             thinking = report.thoughts is not None and not report.answer
             report.thoughts = (report.thoughts or "").rstrip() or None

@@ -15,7 +15,7 @@ from evoprune.batch.output import Found, RecordFile, Settings, Sources, remainin
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.language import Turn, messages_of
+from evoprune.language import Turn
 from evoprune.report import SCHEMA, Report
 from evoprune.video import read_chunks
 
@@ -190,11 +190,11 @@ def test_a_row_with_messages_goes_on_with_them(qa):
     turns = (Turn(QUESTIONS[0], "A square moves."),)
     rows = [replace(ROWS[0], id=str(number), earlier=earlier) for number, earlier in enumerate([turns, (), turns])]
     first, single, again = answers(qa, group_by_span(rows), changed(max_new_tokens=4))
-    chat = qa.encode(CLIPS[0]).chat(messages=messages_of(turns))
+    chat = qa.encode(CLIPS[0]).chat(messages=Turn.to_messages(turns))
     expected = chat.ask(ROWS[0].question, max_new_tokens=4)
     assert first.answer == again.answer == expected.text and first.tokens.prompt > single.tokens.prompt
     assert first.conversation == {"turns": 1, "dropped": 0} and single.conversation is None
-    assert first.batch["row"]["messages"] == messages_of(turns) and "messages" not in single.batch["row"]
+    assert first.batch["row"]["messages"] == Turn.to_messages(turns) and "messages" not in single.batch["row"]
 
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

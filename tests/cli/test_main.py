@@ -504,7 +504,7 @@ def says(monkeypatch):
     """Make the model answer with a text."""
 
     def answer_with(text: str) -> None:
-        monkeypatch.setattr("evoprune.language.generate.stream_text", lambda *_: iter([text]))
+        monkeypatch.setattr("evoprune.language.answer.stream_text", lambda *_: iter([text]))
 
     return answer_with
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from evoprune.session import asking
 from tests.cli.screen import visible
 from tests.thinking import THINKING, Saying, thinking_tokenizer
 from tests.tiny import save_tiny
@@ -28,7 +27,7 @@ def says(monkeypatch):
 
     def what(text: str) -> None:
         tokenizer = thinking_tokenizer(special=None)
-        monkeypatch.setattr(asking, "TokenStream", lambda *given: Saying(tokenizer, text)(*given))
+        monkeypatch.setattr("evoprune.language.answer.TokenStream", lambda *given: Saying(tokenizer, text)(*given))
 
     return what
 

@@ -6,7 +6,6 @@ import pytest
 
 from evoprune.errors import UsageError
 from evoprune.report import Report
-from evoprune.session import asking
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import GenerationOptions
 from evoprune.video_qa import VideoQA
@@ -47,8 +46,10 @@ def test_one_text_is_a_list_of_one():
 
 
 def test_thoughts_may_have_the_text_and_an_answer_may_begin_with_it(qa, video, monkeypatch):
-    monkeypatch.setattr(asking, "TokenStream", Saying(qa.loaded.tokenizer, "Hm. So.</think>So. It is."))
-    monkeypatch.setattr("evoprune.language.generate.opens_thoughts", lambda prompt: True)
+    monkeypatch.setattr(
+        "evoprune.language.answer.TokenStream", Saying(qa.loaded.tokenizer, "Hm. So.</think>So. It is.")
+    )
+    monkeypatch.setattr("evoprune.language.answer.opens_thoughts", lambda prompt: True)
     answer = video.ask(QUESTION, stop="So.")
     assert (answer.text, answer.thoughts, answer.report.stop_reason) == ("", "Hm. So.", "So.")
     assert "thoughts_only" not in answer.report.warnings

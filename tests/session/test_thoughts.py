@@ -7,7 +7,6 @@ import pytest
 from evoprune.bench import agreement_of, reference
 from evoprune.errors import UsageError
 from evoprune.report import warning_text
-from evoprune.session import asking
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 from tests.thinking import Saying, thinking_tokenizer
@@ -35,7 +34,7 @@ def video(qa):
 @pytest.fixture
 def says(monkeypatch, qa):
     def what(text: str) -> None:
-        monkeypatch.setattr(asking, "TokenStream", Saying(qa.session.loaded.tokenizer, text))
+        monkeypatch.setattr("evoprune.language.answer.TokenStream", Saying(qa.session.loaded.tokenizer, text))
 
     return what
 

@@ -2,11 +2,11 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from evoprune.language import TokenLogprobs
-from evoprune.session import PipelineOptions, asking, load_model
+from evoprune.session import PipelineOptions, load_model
 from evoprune.video_qa import VideoQA
 from evoprune_serve.errors import ApiError
 from tests.plugins.serve.serving import CHAT, COLOUR, REASON, SAMPLES, body, serving, url_of
@@ -129,8 +129,8 @@ class SayingLikely(Saying):
     """Says a given text, with the log probability of each token."""
 
     @property
-    def logprobs(self) -> list[TokenLogprobs]:
-        return [TokenLogprobs(-1.0, [(token, -1.0)]) for token in self.ids]
+    def logprobs(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(chosen=-1.0, top=[(token, -1.0)]) for token in self.ids]
 
 
 @pytest.mark.parametrize("most", [2, 200])
@@ -146,7 +146,7 @@ def test_shapes_are_those_of_openai(saved, qa, tmp_path, monkeypatch, most):
 
     tokenizer = thinking_tokenizer("unless off", special=None)
     said = "It turns.</think>L\N{LATIN SMALL LETTER E WITH ACUTE}ft\N{SNOWMAN}"
-    monkeypatch.setattr(asking, "TokenStream", lambda *given: SayingLikely(tokenizer, said)(*given))
+    monkeypatch.setattr("evoprune.language.answer.TokenStream", lambda *given: SayingLikely(tokenizer, said)(*given))
     thinks = VideoQA(replace(load_model(str(saved), dtype="fp32", pack=False), tokenizer=tokenizer), budget=0.5)
     with serving(qa, tmp_path, {"thinks": thinks}) as server:
         given = {"model": "thinks", "think": True}

@@ -1,0 +1,261 @@
+"""Generate an answer: its text in pieces, without the model's thoughts, up to a stop string."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain, islice, repeat, takewhile
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+
+from evoprune.language.choices import Choice, ChosenTokens
+from evoprune.language.generate import PrefillState, TokenConstraint, TokenStream
+from evoprune.language.prompt import THOUGHTS, Tokenizer, opens_thoughts
+from evoprune.language.settings import GenerationOptions
+
+
+class AnswerStream(Iterator[tuple[str, bool]]):
+    """Iterator over the pieces of an answer's text, with True for every piece of the model's thoughts (see `stream_answer`).
+
+    Every piece is generated when it is requested. The same `seed` gives the same answer.
+
+    Args:
+        state: the state after the prompt; serves one answer only.
+        options: how to generate the answer; with `choices`, it is one of them.
+        eos_ids: tokens that end the answer.
+        constraint: a rule for the tokens of the answer, which does not apply to thoughts; None for no rule.
+        one_by_one: score the tokens of choices in a pass per token, as in decoding.
+
+    Attributes:
+        stop_reason: the stop string that ended the answer, or None.
+
+    Raises:
+        ModelError: while iterating, if a logit is NaN or infinite. Exceptions of the constraint pass through.
+    """
+
+    def __init__(
+        self,
+        state: PrefillState,
+        options: GenerationOptions,
+        tokenizer: Tokenizer,
+        eos_ids: Collection[int],
+        seed: int = 0,
+        constraint: TokenConstraint | None = None,
+        one_by_one: bool = False,
+    ):
+        self._tokenizer = tokenizer
+        if constraint is not None:
+            begun = begins_with_thoughts(tokenizer, state.prompt_ids)
+            constraint = AnswerConstraint(constraint, tokenizer, begun, options.thinking)
+        if options.choices is None:
+            self._tokens = TokenStream(state, options, eos_ids, seed, constraint)
+        else:
+            self._tokens = ChosenTokens(state, options, tokenizer, eos_ids, one_by_one)
+        self._stops = StopStrings(options.stop or ())
+        self._pieces = stream_answer(tokenizer, self._tokens, state.prompt_ids)
+        if options.stop:
+            self._pieces = self._stops.cut(self._pieces)
+
+    def __next__(self) -> tuple[str, bool]:
+        return next(self._pieces)
+
+    @property
+    def ids(self) -> list[int]:
+        """Tokens of the thoughts and the answer so far."""
+        return self._tokens.ids
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None until the answer is complete, then "stop" or "length"."""
+        return self._tokens.finish_reason if self.stop_reason is None else "stop"
+
+    @property
+    def stop_reason(self) -> str | None:
+        return self._stops.found
+
+    @property
+    def choices(self) -> list[Choice]:
+        """The choices of the options, with their probabilities. Empty until they are scored."""
+        return self._tokens.choices
+
+    def logprobs_since(self, number: int) -> list[dict[str, Any]]:
+        """Return the log probabilities of all tokens from the given one on, and of their alternatives, as reports store them."""
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self._tokenizer.backend.decode([token], skip_special_tokens=False)
+            return {"id": token, "token": text, "logprob": logprob, "bytes": [*self._tokenizer.bytes_of(token)]}
+
+        return [
+            entry(token, known.chosen) | {"top_logprobs": [entry(*each) for each in known.top]}
+            for token, known in zip(self._tokens.ids[number:], self._tokens.logprobs[number:], strict=True)
+        ]
+
+
+class AnswerConstraint:
+    """Apply a `TokenConstraint` only to the answer; the model's thoughts before the answer are unconstrained.
+
+    Args:
+        constraint: the rule for the answer.
+        begun: True if the prompt ends with the beginning of the thoughts.
+        may_begin: True if the first token may begin the thoughts.
+    """
+
+    def __init__(self, constraint: TokenConstraint, tokenizer: Tokenizer, begun: bool, may_begin: bool):
+        self._constraint = constraint
+        self._tokenizer = tokenizer
+        self._begin, self._end = map(tokenizer.backend.token_to_id, THOUGHTS)
+        self._thinks = begun
+        self._may_begin = may_begin
+        self._ids: list[int] = []  # tokens of the thoughts and the answer
+
+    def mask(self, size: int) -> torch.Tensor | None:
+        if self._thinks:
+            return None
+        mask = self._constraint.mask(size)
+        if mask is not None and not self._ids and self._begin is not None:
+            mask[self._begin] = self._may_begin  # this token is never part of an answer's text
+        return mask
+
+    def advance(self, token: int) -> None:
+        first = not self._ids
+        self._ids.append(token)
+        if self._thinks:
+            self._think(token)
+        elif first and token == self._begin:
+            self._thinks = True
+        else:
+            self._constraint.advance(token)
+
+    def _think(self, token: int) -> None:
+        """Record a token of the thoughts or of `</think>`.
+
+        If `</think>` is not a single token, the token that completes it may also contain the beginning of the answer.
+        """
+        if self._end is not None:
+            self._thinks = token != self._end
+            return
+        latest = self._tokenizer.decode(self._ids[-len(THOUGHTS[1]) :])  # enough, as a token has at least one byte
+        _, ended, answer = latest.partition(THOUGHTS[1])
+        if ended:
+            self._thinks = False
+            for begun in self._tokenizer.encode(answer.lstrip()):
+                self._constraint.advance(begun)
+
+    @property
+    def complete(self) -> bool:
+        return not self._thinks and self._constraint.complete
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Yield the text of token ids in pieces, as the ids arrive. Joined, the pieces equal `tokenizer.decode` of all ids.
+
+    A byte-level token may end inside a character, but a piece never does.
+    """
+    stream = DecodeStream(skip_special_tokens=True)
+    pending = []
+    for token in ids:
+        pending.append(token)
+        if piece := stream.step(tokenizer.backend, token):
+            yield piece
+            pending = []
+    if rest := tokenizer.decode(pending):  # an incomplete character at the end, which the stream would hold back
+        yield rest
+
+
+def begins_with_thoughts(tokenizer: Tokenizer, prompt_ids: torch.Tensor) -> bool:
+    """Return True if a prompt (int64 `[L]`) ends with the beginning of the model's thoughts."""
+    return opens_thoughts(tokenizer.backend.decode(prompt_ids[-16:].tolist(), skip_special_tokens=False))
+
+
+def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Tensor) -> Iterator[tuple[str, bool]]:
+    """Yield the text of token ids in pieces (see `stream_text`), with True for every piece of the model's thoughts.
+
+    Thoughts begin at the end of the prompt (`prompt_ids`, int64 `[L]`) or with the first token; in both cases, the first piece is
+    then an empty piece of thoughts. They end at `</think>`: the token if the tokenizer has one, otherwise the text. `</think>` and
+    the white space after it are not yielded.
+    """
+    ids = iter(ids)
+    begin, end = map(tokenizer.backend.token_to_id, THOUGHTS)
+    if not begins_with_thoughts(tokenizer, prompt_ids):
+        first = list(islice(ids, 1))
+        if begin is None or first != [begin]:
+            yield from ((piece, False) for piece in stream_text(tokenizer, chain(first, ids)))
+            return
+    yield "", True
+    if end is not None:
+        thoughts = stream_text(tokenizer, takewhile(lambda token: token != end, ids))
+        pieces = chain(zip(thoughts, repeat(True)), zip(stream_text(tokenizer, ids), repeat(False)))
+    else:
+        pieces = _split(stream_text(tokenizer, ids), THOUGHTS[1])
+    begun = set()
+    for piece, thought in pieces:
+        if thought not in begun:
+            piece = piece.lstrip()
+        if piece:
+            begun.add(thought)
+            yield piece, thought
+
+
+def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
+    """Yield the pieces of a text without the first `end`, with True for every piece before it."""
+    held = ""  # text that may be the beginning of `end`
+    for piece in pieces:
+        before, separator, after = (held + piece).partition(end)
+        if separator:
+            yield before, True
+            yield after, False
+            yield from zip(pieces, repeat(False))
+            return
+        start = next(
+            i for i in range(max(0, len(before) - len(end) + 1), len(before) + 1) if end.startswith(before[i:])
+        )
+        held = before[start:]
+        yield before[:start], True
+    yield held, True
+
+
+class StopStrings:
+    """Cut an answer before the first stop string. Stop strings must not be empty.
+
+    If an answer contains several, the one that is complete first counts, and the longest one in case of a tie. The result therefore
+    does not depend on how the text is split into pieces.
+
+    Attributes:
+        found: the stop string that ended the answer, or None.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self.found: str | None = None
+        self._stops = stops
+
+    def cut(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+        """Yield the pieces of `stream_answer` up to the first stop string. Thoughts are passed through unchecked.
+
+        Text that may be the beginning of a stop string is held back.
+        """
+        held = ""
+        for piece, thought in pieces:
+            if thought:
+                yield piece, True
+                continue
+            held += piece
+            if self._stops_at(held):
+                held = held[: held.index(self.found)]
+                break
+            certain = len(held) - self._begun(held)
+            if certain:
+                yield held[:certain], False
+            held = held[certain:]
+        if held:
+            yield held, False
+
+    def _stops_at(self, text: str) -> bool:
+        """Return True if a text contains a stop string, and record it in `found`."""
+        ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        if ends:
+            *_, self.found = min(ends)
+        return bool(ends)
+
+    def _begun(self, text: str) -> int:
+        """Return the number of characters at the end of a text that may be the beginning of a stop string."""
+        longest = min(len(text), max(map(len, self._stops)) - 1)
+        return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
