@@ -98,7 +98,7 @@ class MomentFiles:
         return [] if self.clips is None else self._cut(search, name, quiet)
 
     def _cut(self, search: "Search", name: str, quiet: bool) -> list[str]:
-        from evoprune.moments import cut_clip
+        from evoprune.video import cut_clip
 
         moments = search.moments()
         cut = []

@@ -13,10 +13,9 @@ from math import floor, inf
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
-from evoprune.live import FROM_SOURCE, PACES, STDIN, LiveSource
 from evoprune.session import PipelineOptions, StreamOptions
 from evoprune.util import check_text, clock, counted, missing_hint, size
-from evoprune.video import parse_time, warm_up
+from evoprune.video import LiveSource, parse_time, warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.ask import (
     Conversation,
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 MAX_LINE = 2**22  # bytes of a question
 TICK_S = 0.05
 STATUS_S = 1.0
+STDIN = "-"
 
 
 @opt.command(
@@ -77,8 +77,8 @@ def watch(
         "--pace",
         "source: frames as they come; file: at the pace of a file's own times.",
         "Source",
-        **opt.one_of(*PACES),
-    ) = FROM_SOURCE,
+        **opt.one_of("source", "file"),
+    ) = "source",
     timeout: opt.option(
         str, "--timeout TIME", "How long the source may be silent, or a file not grow; at most 20s.", "Source"
     ) = "10s",

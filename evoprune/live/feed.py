@@ -10,8 +10,8 @@ from math import ceil, floor, inf
 import numpy as np
 
 from evoprune.backend import release_omp_threads, use_one_omp_thread
-from evoprune.live.source import LiveSource
 from evoprune.live.stream import VideoStream
+from evoprune.video import LiveSource
 
 HOLD_S = 0.05  # interval for rechecking a frame that is held back, in seconds
 BUSY = 0.97  # target utilization of the encoder while frames are skipped

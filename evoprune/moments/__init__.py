@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from evoprune.doors import door
 
 if TYPE_CHECKING:
-    from evoprune.moments.clips import cut_clip
     from evoprune.moments.search import Moment, Search
     from evoprune.moments.subtitles import chapters, srt
 
@@ -13,14 +12,12 @@ __all__ = [
     "Moment",
     "Search",
     "chapters",
-    "cut_clip",
     "srt",
 ]
 
 __getattr__, __dir__ = door(
     __name__,
     {
-        "clips": ["cut_clip"],
         "search": ["Moment", "Search"],
         "subtitles": ["chapters", "srt"],
     },

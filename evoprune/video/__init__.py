@@ -9,6 +9,7 @@ from evoprune.doors import door
 
 if TYPE_CHECKING:
     from evoprune.video.arrays import in_one, read_frames
+    from evoprune.video.clips import cut_clip
     from evoprune.video.download import downloaded
     from evoprune.video.frames import (
         FrameChunk,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
         ARRAY,
         AUTO_SEEK,
         AUTO_SUBTITLES,
-        CLIP_ENDINGS,
         EXACT,
         IMAGES,
         KEYFRAMES,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         in_order,
         input_state,
     )
+    from evoprune.video.live import LiveSource
     from evoprune.video.plan import (
         MAX_VISUAL_TOKENS,
         ONE_FRAME,
@@ -62,29 +63,14 @@ if TYPE_CHECKING:
         smart_resize,
         span_of,
     )
-    from evoprune.video.sandbox.channel import FrameMemory
-    from evoprune.video.sandbox.isolation import (
-        HINT,
-        Crash,
-        OnFrames,
-        Scope,
-        Stopped,
-        borrow,
-        check_wanted,
-        keep_idle,
-        stream_clip,
-        wait_for,
-        warm_up,
-    )
+    from evoprune.video.sandbox.isolation import OnFrames, Scope, Stopped, check_wanted, keep_idle, wait_for, warm_up
     from evoprune.video.temporary import named, temporary_file, temporary_folder
 
 __all__ = [
     "ARRAY",
     "AUTO_SEEK",
     "AUTO_SUBTITLES",
-    "CLIP_ENDINGS",
     "EXACT",
-    "HINT",
     "IMAGES",
     "KEYFRAMES",
     "MAX_VISUAL_TOKENS",
@@ -94,13 +80,12 @@ __all__ = [
     "PICTURE",
     "VIDEO",
     "VIDEOS",
-    "Crash",
     "FrameChunk",
-    "FrameMemory",
     "FrameTimes",
     "HeldVideo",
     "Input",
     "InputLimits",
+    "LiveSource",
     "OnFrames",
     "Plan",
     "PromptSubtitles",
@@ -111,11 +96,11 @@ __all__ = [
     "SubtitleLine",
     "Subtitles",
     "Video",
-    "borrow",
     "check_one_file",
     "check_picture",
     "check_wanted",
     "choose_decoder",
+    "cut_clip",
     "downloaded",
     "duration_of",
     "even_times",
@@ -144,7 +129,6 @@ __all__ = [
     "scan",
     "smart_resize",
     "span_of",
-    "stream_clip",
     "temporary_file",
     "temporary_folder",
     "wait_for",
@@ -155,6 +139,7 @@ __getattr__, __dir__ = door(
     __name__,
     {
         "arrays": ["in_one", "read_frames"],
+        "clips": ["cut_clip"],
         "download": ["downloaded"],
         "frames": [
             "FrameChunk",
@@ -172,7 +157,6 @@ __getattr__, __dir__ = door(
             "ARRAY",
             "AUTO_SEEK",
             "AUTO_SUBTITLES",
-            "CLIP_ENDINGS",
             "EXACT",
             "FrameTimes",
             "HeldVideo",
@@ -194,6 +178,7 @@ __getattr__, __dir__ = door(
             "in_order",
             "input_state",
         ],
+        "live": ["LiveSource"],
         "plan": [
             "InputLimits",
             "MAX_VISUAL_TOKENS",
@@ -208,20 +193,7 @@ __getattr__, __dir__ = door(
             "smart_resize",
             "span_of",
         ],
-        "sandbox.channel": ["FrameMemory"],
-        "sandbox.isolation": [
-            "Crash",
-            "HINT",
-            "OnFrames",
-            "Scope",
-            "Stopped",
-            "borrow",
-            "check_wanted",
-            "keep_idle",
-            "stream_clip",
-            "wait_for",
-            "warm_up",
-        ],
+        "sandbox.isolation": ["OnFrames", "Scope", "Stopped", "check_wanted", "keep_idle", "wait_for", "warm_up"],
         "temporary": ["named", "temporary_file", "temporary_folder"],
     },
 )

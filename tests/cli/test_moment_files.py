@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evoprune.moments import Search, clips
-from evoprune.video import probe
+from evoprune.moments import Search
+from evoprune.video import clips, probe
 from tests.cli.conftest import ROOT
 
 SQUARE = str(ROOT / "samples" / "square.mp4")

@@ -13,8 +13,8 @@ import pytest
 
 from evoprune_cli.ask import Conversation
 from tests.cli.conftest import ROOT
-from tests.live.streaming import streams
 from tests.video.files import numbered_frames, write_video
+from tests.video.streaming import streams
 
 CLIP, QUESTION, MORE = str(ROOT / "samples" / "square.mp4"), "What colour is the square?", "How many shapes are there?"
 ASKED = ("-Q", QUESTION)

@@ -16,8 +16,8 @@ from av.video.format import names
 from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import VideoError
-from evoprune.live import LiveSource
 from evoprune.video.frames import probe, read_chunks, scan
+from evoprune.video.live import LiveSource
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.live import LiveReader
 from tests.video.files import numbered_frame, pixels, quarters, write_video

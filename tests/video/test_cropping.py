@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.moments import cut_clip
+from evoprune.video.clips import cut_clip
 from evoprune.video.frames import probe, read_chunks
 from evoprune.video.info import KEYFRAMES
 from evoprune.video.readers import decord

@@ -60,7 +60,7 @@ Pictures = Iterator[tuple[float, np.ndarray]]
 
 
 class ClipReader:
-    """Makes a clip and hands out its bytes. See `evoprune.moments.clips.cut_clip` for the arguments.
+    """Makes a clip and hands out its bytes. See `evoprune.video.clips.cut_clip` for the arguments.
 
     Attributes:
         facts: "ending", the file name extension; "start_s", the start of the clip in seconds from the video's first frame; and

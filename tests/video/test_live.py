@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.live.source import LiveSource
+from evoprune.video.live import LiveSource
 from evoprune.video.readers.live import POLL_S, LiveReader
 from tests.decoders import needs_avif
-from tests.live.streaming import connection, streams
 from tests.video.files import number_of, numbered_frames, quarters, write_said, write_video
+from tests.video.streaming import connection, streams
 
 FPS = 10
 UNAUTHORISED = b'RTSP/1.0 401 Unauthorized\r\nCSeq: NUMBER\r\nWWW-Authenticate: Basic realm="x"\r\n\r\n'

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from evoprune.errors import EvopruneWarning, UsageError, VideoError
-from evoprune.moments import clips
-from evoprune.moments.clips import clip_name, cut_clip
-from evoprune.video import probe, read_chunks
+from evoprune.video import clips, probe, read_chunks
+from evoprune.video.clips import clip_name, cut_clip
 from evoprune.video.readers import cutting
 from evoprune.video.sandbox import isolation
 from tests.video.files import apart, numbered_frames, numbers, quarters, spoil, write_image, write_said, write_video

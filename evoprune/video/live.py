@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import FILE_URL, missing_hint, shown, without_password
-from evoprune.video import FrameMemory, borrow
+from evoprune.video.sandbox.channel import FrameMemory
+from evoprune.video.sandbox.isolation import borrow
 
 if TYPE_CHECKING:
     import numpy as np
 
-PACES = FROM_SOURCE, FROM_FILE = ("source", "file")
+PACES = ("source", "file")
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "tcp")
 STDIN = "-"
 LONGEST_S = 20.0  # longest timeout: a worker that is silent for longer counts as hung
@@ -49,7 +50,7 @@ class LiveSource:
     def __init__(
         self,
         source: str,
-        pace: str = FROM_SOURCE,
+        pace: str = "source",
         timeout_s: float = 10.0,
         reconnects: int = 5,
         tell: Callable[[str], None] = lambda text: None,
@@ -72,9 +73,9 @@ class LiveSource:
             self._reconnects = 0
         self._pace = pace
         self._arguments = {"source": self._source, "name": self.name, "timeout_s": float(timeout_s)}  # of `LiveReader`
-        self._arguments["follow"] = pace == FROM_SOURCE
+        self._arguments["follow"] = pace == "source"
         self._is_file = is_file
-        self.waits = is_file and pace == FROM_SOURCE
+        self.waits = is_file and pace == "source"
         self._tell = tell
         self._closing = threading.Event()
         self._worker = None
@@ -99,10 +100,10 @@ class LiveSource:
                     self.facts = next(frames)
                     finite = self.facts.pop("finite")
                     begun = time.monotonic()
-                    self.waits = self._pace == FROM_SOURCE and bool(finite or self._is_file)
+                    self.waits = self._pace == "source" and bool(finite or self._is_file)
                     for time_s, frame, gap_s in frames:
                         self.facts["clock_gap_s"] = gap_s
-                        if self._pace == FROM_FILE:
+                        if self._pace == "file":
                             wait = begun + time_s - time.monotonic()
                             if wait > 0 and self._closing.wait(wait):
                                 return

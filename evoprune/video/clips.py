@@ -12,7 +12,9 @@ from urllib.parse import urlsplit
 
 from evoprune.errors import EvopruneWarning, UsageError
 from evoprune.util import is_url, long_clock
-from evoprune.video import CLIP_ENDINGS, HINT, PICTURE, Crash, Video, duration_of, span_of, stream_clip
+from evoprune.video.info import CLIP_ENDINGS, PICTURE, Video
+from evoprune.video.plan import duration_of, span_of
+from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
 
 UNFINISHED = ".part"  # file ending while a clip is being written, after eight hexadecimal digits
 WITHOUT_SOUND = "the file was joined of several, or FFmpeg has no decoder for the sound"
