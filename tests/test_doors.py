@@ -20,7 +20,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "video": 66,
     "bench": 49,
     "language": 39,
-    "model": 51,
+    "model": 35,
     "batch": 33,
     "vision": 21,
     "hf": 16,

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from evoprune.model import MODEL_TYPES
+from evoprune.model import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 # Entries of evoprune/ in import order: each one imports only from entries before it.
 ORDER = (
-    "doors", "errors", "util", "bundled", "report", "backend", "model", "methods", "video", "vision", "language",
+    "doors", "errors", "util", "untrusted", "bundled", "report", "backend", "model", "methods", "video", "vision", "language",
     "session", "hf", "live", "moments", "video_qa", "batch", "contrib", "bench",
 )  # fmt: skip
 # Functions of torch that make a tensor from numbers. Without dtype and device, they use the host program's defaults.
@@ -217,7 +217,7 @@ def asked_families(code: ast.Module) -> Iterator[ast.AST]:
     calls = {id(node.func) for node in ast.walk(code) if isinstance(node, ast.Call)}
     for node in ast.walk(code):
         named = node.id if isinstance(node, ast.Name) else getattr(node, "value", None)
-        if named in ("QWEN2_5", "QWEN2", "QWEN3", *MODEL_TYPES) or (
+        if named in ("QWEN2_5", "QWEN2", "QWEN3", *FAMILIES) or (
             isinstance(node, ast.Attribute) and node.attr == "family" and id(node) not in calls
         ):
             yield node

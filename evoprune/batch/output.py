@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TextIO
 from evoprune import methods
 from evoprune.batch.rows import Row
 from evoprune.errors import UsageError
-from evoprune.model import loads
 from evoprune.report import SCHEMA, rounded
 from evoprune.session import PipelineOptions, record
+from evoprune.untrusted import loads
 from evoprune.util import shown
 from evoprune.video import EXACT, input_state
 

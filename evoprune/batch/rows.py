@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, UsageError
 from evoprune.language import GenerationOptions, Turn
-from evoprune.model import loads
+from evoprune.untrusted import loads
 from evoprune.util import (
     FILE_URL,
     check_type,

@@ -18,7 +18,7 @@ from evoprune.batch import (
     write_file,
 )
 from evoprune.errors import UsageError
-from evoprune.model import read_object
+from evoprune.untrusted import read_object
 from evoprune.video import EXACT
 
 SETTINGS = "settings.json"

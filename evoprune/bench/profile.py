@@ -72,13 +72,13 @@ from evoprune.model import (
     Clock,
     Config,
     QwenVL,
+    VisionConfig,
     cost,
     matmul_rate,
     parameter_count,
     shared,
     shortage,
     tower_flop,
-    vision_sizes,
 )
 from evoprune.session import (
     BUNDLED_CONFIGS,
@@ -369,7 +369,9 @@ def _sample(loaded: LoadedModel, clock: Clock, prune: float = 0.0, prefill_prune
 
 def _counts(visual, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens: int, prompt: int) -> Counts:
     windows = tower_geometry(visual, *clip.grid[1:]).windows
-    flop = tower_flop(vision_sizes(visual.config), [*(entered for _, entered in layers), rows], clip.grid[0], windows)
+    flop = tower_flop(
+        VisionConfig.of(visual.config), [*(entered for _, entered in layers), rows], clip.grid[0], windows
+    )
     share = sum(entered for _, entered in layers) / len(layers) / clip.unpruned
     return Counts(clip.unpruned, rows, share, tuple(layers), tokens, prompt, flop)
 

@@ -25,7 +25,7 @@ from evoprune.methods import (
     nonzero_fixed,
     select_in_language,
 )
-from evoprune.model import read_object
+from evoprune.untrusted import read_object
 from evoprune.util import missing_hint
 
 KINDS = ("keys", "queries", "mlp")  # a layer's operations on a token: keys and values; queries and output; the MLP

@@ -19,7 +19,7 @@ from evoprune.backend import (
 from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.methods import DEFAULT_BUDGET, Budget, GivenShare, PruneConfig
-from evoprune.model import all_finite, vision_sizes
+from evoprune.model import VisionConfig, all_finite
 from evoprune.session import calibrate_tower
 from evoprune.video import InputLimits
 from evoprune.vision import Encoded, joined, tower_shape
@@ -85,7 +85,7 @@ def encode_each(
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
     sizes = [t * h * w * merge**2 for t, h, w in grids]
     tower = tower_shape(visual)
-    normal = InputLimits(**vision_sizes(visual.config).traits.video).normal
+    normal = InputLimits(**VisionConfig.of(visual.config).traits.video).normal
     videos = []
     for patches, grid in zip(pixel_values_videos.split(sizes), grids, strict=True):
         plan = config.plan(tower, grid)
@@ -140,7 +140,7 @@ def _check_question(visual, question: torch.Tensor | None) -> None:
     """Raise UsageError unless the question is None or floating-point `[Q, hidden]`, with Q at least 1 and the tower's width."""
     if question is None:
         return
-    width = vision_sizes(visual.config).out_hidden_size
+    width = VisionConfig.of(visual.config).out_hidden_size
     good = isinstance(question, torch.Tensor) and question.is_floating_point() and question.ndim == 2
     if not (good and len(question) and question.shape[1] == width):
         hint = "pass model.get_input_embeddings()(ids), ids being the question's tokens as a tensor of one dimension"

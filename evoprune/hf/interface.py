@@ -17,7 +17,7 @@ from evoprune.backend import cache_name, cache_of, holds_values
 from evoprune.errors import ModelError, UsageError
 from evoprune.language import Place, prompt_positions
 from evoprune.methods import arange_on
-from evoprune.model import FAMILIES, check_vision, vision_sizes
+from evoprune.model import FAMILIES, VisionConfig
 
 MODELS = [f"{family.model}ForConditionalGeneration" for family in FAMILIES.values()]
 SUPPORTED = (
@@ -64,7 +64,7 @@ def tower_of(model):
         what = f"an object of class {type(model).__name__}"
         raise ModelError(f"{what} has no vision tower of Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL", SUPPORTED)
     try:
-        check_vision(vision_sizes(visual.config))
+        VisionConfig.of(visual.config).check()
     except ValueError as problem:
         raise ModelError(f"the vision tower of this model cannot be run: {problem}", SUPPORTED) from problem
     if not holds_values(visual.patch_embed.proj.weight.device):
@@ -342,7 +342,7 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
 def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor:
     """Return positions for a prompt's columns by Qwen's rule (`language.prompt`), int64 `[3, B, L]`."""
     ids = call["input_ids"]
-    per_second = vision_sizes(model.config.vision_config).tokens_per_second
+    per_second = VisionConfig.of(model.config.vision_config).tokens_per_second
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
     rows = mask_or_ones(ids, mask).cpu().bool()
     for row, (used, inputs) in enumerate(zip(rows, placed_inputs(model, call, mask), strict=True)):
@@ -385,7 +385,7 @@ def has_clock(model) -> bool:
 
     In Qwen2-VL they count frame pairs, and in Qwen3-VL text states the time.
     """
-    return vision_sizes(model.config.vision_config).tokens_per_second is not None
+    return VisionConfig.of(model.config.vision_config).tokens_per_second is not None
 
 
 def seconds_per_pair(call: dict) -> Sequence[float]:
@@ -405,7 +405,7 @@ def _placed(
     """Yield the videos and pictures of one row, in order."""
     at = 0
     merge = config.vision_config.spatial_merge_size
-    apart = vision_sizes(config.vision_config).traits.timestamps
+    apart = VisionConfig.of(config.vision_config).traits.timestamps
     tokens = (ids == config.video_token_id) | (ids == config.image_token_id)
     while len(offsets := tokens[at:].nonzero()):
         token = ids[at + int(offsets[0])]

@@ -23,7 +23,7 @@ from evoprune.errors import ModelError, UsageError, first_line, is_out_of_memory
 from evoprune.language.template import render
 from evoprune.language.turns import ASSISTANT, USER, Placed, Turn
 from evoprune.methods import arange_on
-from evoprune.model import TEXT, check_fetched, read_object
+from evoprune.untrusted import TEXT, check_fetched, read_object
 from evoprune.util import check_text
 from evoprune.video import PICTURE, VIDEO
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from evoprune.errors import UsageError, first_line
 from evoprune.language.validation import wrong_value
-from evoprune.model import loads
+from evoprune.untrusted import loads
 from evoprune.util import brief, missing_hint, shorten
 
 MOST_BYTES = 2**20  # largest schema

@@ -1,28 +1,18 @@
-"""Settings files of a model: strict JSON, rules for values, and the content of `config.json`. Imports no torch and no transformers.
+"""The content of `config.json`. Imports no torch and no transformers.
 
-A model folder is trusted no more than a video. Every value that is used has a rule, so a bad value is reported here, instead of
-causing a crash or an endless loop later. The fields of a dataclass carry their rules as annotations, and `pick` makes such a
-dataclass from the entries of a file.
-
-`parse_config` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 model, under Hugging Face's names. Older checkpoints
+`Config.parse` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 model, under Hugging Face's names. Older checkpoints
 keep the settings of the language model at the top level, newer ones in `text_config`; both are supported. A model that evoprune
 could not run faithfully is rejected here, before any weights are read. The differences between the families are recorded here as
 values.
 """
 
-import json
 import math
-import reprlib
-import stat
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from functools import cache
-from itertools import chain, pairwise
-from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
+from typing import Annotated, Any, Self
 
-from evoprune.errors import LFS, LFS_HINT, ModelError
+from evoprune.untrusted import OBJECT, TEXT, YES_OR_NO, Rule, pick, section
 
 QWEN2_5 = "qwen2_5_vl"
 QWEN2 = "qwen2_vl"
@@ -32,185 +22,16 @@ QWEN3_5 = "qwen3_5"
 QWEN3_5_MOE = "qwen3_5_moe"
 PATCHES = 4  # patches per unit: 2x2
 ANSWER_COLUMNS = 256  # spare columns in a prompt's KV cache, so that an answer of the usual length fits into it
-MAX_LEVELS = 100  # nesting depth of lists and objects; Python itself fails at about a thousand
-MAX_BYTES = 2**26  # size of a settings file
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A requirement for a value."""
-
-    what: str  # the requirement in words, to follow "is not"
-    holds: Callable[[Any], bool]
-
-    def check(self, value: Any, name: str) -> Any:
-        """Return the value, with lists as tuples. Raises ValueError, which names `name`, if the value breaks the rule."""
-        if not self.holds(value):
-            raise ValueError(f"{name} is {reprlib.repr(value)}, not {self.what}")
-        return tuple(value) if isinstance(value, list) else value
-
-
-def whole(low: int, high: int) -> Rule:
-    """Return the rule for a whole number from `low` to `high`."""
-    return Rule(f"a whole number from {low:,} to {high:,}", lambda v: type(v) is int and low <= v <= high)
-
-
-def number(low: float, high: float) -> Rule:
-    """Return the rule for a number from `low` to `high`, whole or not."""
-    return Rule(f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high)
-
-
-def list_of(rule: Rule, length: int | None = None) -> Rule:
-    """Return the rule for a list whose values all follow `rule`."""
-    what = f"a list of {length}" if length else "a list"
-    return Rule(
-        f"{what}, each {rule.what}",
-        lambda v: isinstance(v, list | tuple) and len(v) == (length or len(v)) and all(map(rule.holds, v)),
-    )
-
-
-def either(one: Rule, other: Rule) -> Rule:
-    """Return the rule for a value that follows one of two rules."""
-    return Rule(f"{one.what}, or {other.what}", lambda v: one.holds(v) or other.holds(v))
-
-
-TEXT = Rule("a text", lambda v: isinstance(v, str))
-YES_OR_NO = Rule("true or false", lambda v: isinstance(v, bool))
-OBJECT = Rule("an object", lambda v: isinstance(v, dict))
-
-
-def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the object `name` inside another object; empty if it is missing or null. Raises ValueError if it is not an object."""
-    value = content.get(name)
-    if value is None:
-        return {}
-    return OBJECT.check(value, name)
-
-
-def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the entries of `content` that are fields of a dataclass with rules. A null value counts as missing.
-
-    Args:
-        cls: the dataclass.
-        content: an object of a settings file.
-        where: prefix of the names in errors.
-
-    Raises:
-        ValueError: a value breaks its rule.
-    """
-    prefix = f"{where}." if where else ""
-    return {
-        name: rule.check(content[name], f"{prefix}{name}")
-        for name, rule in _rules(cls).items()
-        if content.get(name) is not None
-    }
-
-
-def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
-    """Make a dataclass from the entries of `content` that are named like its fields.
-
-    Raises:
-        ValueError: an entry breaks its rule, or an entry without a default is missing.
-    """
-    entries = checked(cls, content, where)
-    for field in fields(cls):
-        if field.name not in entries and field.default is MISSING:
-            raise ValueError(f"{where} has no {field.name}")
-    return cls(**entries)
-
-
-@cache
-def _rules(cls: type) -> dict[str, Rule]:
-    """Return the rules of a dataclass by field name."""
-    hints = get_type_hints(cls, include_extras=True)
-    annotated = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
-    return {name: rule for name, rule in annotated.items() if isinstance(rule, Rule)}
-
-
-def loads(text: str, once: bool = False) -> Any:
-    """Parse a JSON text strictly.
-
-    Args:
-        text: the JSON text.
-        once: whether to reject objects with duplicate names. Otherwise the last value wins, as in Python.
-
-    Raises:
-        ValueError: the text is not JSON, or contains NaN, an infinite or too large number, or more than `MAX_LEVELS` levels.
-    """
-
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no number of JSON")
-
-    def finite(number: str) -> float:
-        if math.isinf(value := float(number)):
-            raise ValueError(f"the number {number[:20]} is too large")
-        return value
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) < len(pairs):
-            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise ValueError(f"the field {twice[:40]} is there twice")
-        return value
-
-    too_deep = ValueError(f"it is nested deeper than {MAX_LEVELS} levels")
-    try:
-        hook = unique if once else None
-        value = json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=hook)
-    except RecursionError:
-        raise too_deep from None
-    level = [[value]]
-    for _ in range(MAX_LEVELS + 1):
-        inside = chain.from_iterable(map(_values, level))
-        level = [inner for inner in inside if isinstance(inner, dict | list)]
-        if not level:
-            return value
-    raise too_deep
-
-
-def _values(outer: dict | list) -> Iterable[Any]:
-    """Return the values directly inside an object or a list."""
-    if isinstance(outer, dict):
-        return outer.values()
-    return outer
-
-
-def check_fetched(path: Path) -> None:
-    """Check that a file is not a pointer left by git-lfs. Raises ModelError if it is."""
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(len(LFS)) == LFS:
-                raise ModelError(f"{path} is a git-lfs pointer", LFS_HINT)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a settings file.
-
-    Raises:
-        ValueError: not a regular file, more than `MAX_BYTES`, not an object, or rejected by `loads`.
-        OSError: the file cannot be read.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):  # for example a pipe without a writer, which would block forever
-        raise ValueError("it is no regular file")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES // 2**20} MiB")
-    value = loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise ValueError("it is not a JSON object")
-    return value
-
-
-Layers = Annotated[int, whole(1, 1000)]  # far more layers than any model has, but still built within a second
-SIZE = whole(1, 2**22)
+Layers = Annotated[int, Rule.whole(1, 1000)]  # far more layers than any model has, but still built within a second
+SIZE = Rule.whole(1, 2**22)
 Size = Annotated[int, SIZE]
-LayerNumbers = Annotated[tuple[int, ...], list_of(whole(0, 1000))]
+LayerNumbers = Annotated[tuple[int, ...], Rule.list_of(Rule.whole(0, 1000))]
 # kinds of layers
 FULL = "full_attention"
 LINEAR = "linear_attention"
 EndIds = Annotated[  # ids of the tokens that end an answer
-    int | tuple[int, ...] | None, either(whole(0, 2**31), list_of(whole(0, 2**31)))
+    int | tuple[int, ...] | None, Rule.whole(0, 2**31) | Rule.list_of(Rule.whole(0, 2**31))
 ]
 
 
@@ -320,7 +141,6 @@ FAMILIES = {
         _QWEN3_5, model="Qwen3_5Moe", tower="Qwen3_5MoeVisionModel", text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS
     ),
 }
-MODEL_TYPES = tuple(FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -338,12 +158,12 @@ class VisionConfig:
     temporal_patch_size: Size = 2  # frames in a frame pair
     spatial_merge_size: Size = 2  # side of a unit in patches
     in_channels: Size = 3
-    tokens_per_second: Annotated[int | float | None, number(1e-3, 1e6)] = 4  # None if M-RoPE counts frame pairs
+    tokens_per_second: Annotated[int | float | None, Rule.number(1e-3, 1e6)] = 4  # None if M-RoPE counts frame pairs
     hidden_act: Annotated[str, TEXT] = "silu"
     num_position_embeddings: Annotated[int | None, SIZE] = None  # entries in the square table of learned positions
     # Layers with their own merger, which makes features for the first layers of the language model (DeepStack). Ascending.
     deepstack_visual_indexes: LayerNumbers = ()
-    family: str = QWEN2_5  # one of `MODEL_TYPES`
+    family: str = QWEN2_5  # one of `FAMILIES`
 
     @property
     def traits(self) -> Family:
@@ -354,6 +174,38 @@ class VisionConfig:
         """Number of layers whose features make a visual token: the last one and those used by DeepStack."""
         return 1 + len(self.deepstack_visual_indexes)
 
+    @classmethod
+    def of(cls, config) -> Self:
+        """Return the tower config from ours or from a config of transformers.
+
+        Raises:
+            ValueError: a number is missing or not a number.
+        """
+        if isinstance(config, cls):
+            return config
+        return _parse_vision(vars(config), config.model_type.removesuffix("_vision"))
+
+    def check(self) -> None:
+        """Check that evoprune can run the tower faithfully. Raises ValueError otherwise."""
+        act = self.traits.hidden_act
+        problem = f"activation {self.hidden_act} of the tower is not supported, only {act}"
+        _check(self.hidden_act == act, problem, Unsupported)
+        for name, only in (("spatial_merge_size", 2), ("temporal_patch_size", 2), ("in_channels", 3)):
+            value = getattr(self, name)
+            _check(value == only, f"{name} {value} is not supported, only {only}", Unsupported)
+        _check(self.patch_size % 2 == 0, f"patch_size {self.patch_size} is not even")
+        _check(self.hidden_size % (4 * self.num_heads) == 0, "the tower's hidden_size does not divide into heads")
+        _check(
+            self.window_size % (self.patch_size * self.spatial_merge_size) == 0,
+            "window_size is no whole number of units",
+        )
+        for name in ("fullatt_block_indexes", "deepstack_visual_indexes"):
+            _check(all(0 <= i < self.depth for i in getattr(self, name)), f"{name} names layers that are not there")
+        after = self.deepstack_visual_indexes
+        _check(all(a < b for a, b in pairwise(after)), "deepstack_visual_indexes do not ascend")
+        table = self.num_position_embeddings or 4
+        _check(table > 1 and math.isqrt(table) ** 2 == table, f"{table} learned positions do not fill a square")
+
 
 @dataclass(frozen=True)
 class Qwen2Sizes:
@@ -361,15 +213,17 @@ class Qwen2Sizes:
 
     embed_dim: Size
     hidden_size: Size
-    mlp_ratio: Annotated[int, whole(1, 1000)] = 4
+    mlp_ratio: Annotated[int, Rule.whole(1, 1000)] = 4
 
 
 @dataclass(frozen=True)
 class DeltaNet:
     """Layers that are a Gated DeltaNet (arXiv 2412.06464) instead of attention. Their state does not grow with the prompt."""
 
-    layer_types: Annotated[tuple[str, ...], list_of(TEXT)]  # `FULL` or `LINEAR` for every layer of the language model
-    linear_conv_kernel_dim: Annotated[int, whole(1, 1000)]  # number of columns that the convolution covers
+    layer_types: Annotated[
+        tuple[str, ...], Rule.list_of(TEXT)
+    ]  # `FULL` or `LINEAR` for every layer of the language model
+    linear_conv_kernel_dim: Annotated[int, Rule.whole(1, 1000)]  # number of columns that the convolution covers
     linear_num_key_heads: Size
     linear_num_value_heads: Size  # a multiple of `linear_num_key_heads`
     linear_key_head_dim: Size
@@ -388,11 +242,11 @@ class DeltaNet:
 class Experts:
     """A mixture of experts that replaces the MLP of a layer, and the layers that have one."""
 
-    num_experts: Annotated[int, whole(1, 2**16)]
-    num_experts_per_tok: Annotated[int, whole(1, 2**16)]  # number of experts that a token goes through
+    num_experts: Annotated[int, Rule.whole(1, 2**16)]
+    num_experts_per_tok: Annotated[int, Rule.whole(1, 2**16)]  # number of experts that a token goes through
     moe_intermediate_size: Size  # inner size of an expert
     shared_expert_intermediate_size: Annotated[int | None, SIZE] = None  # inner size of an expert for all tokens
-    decoder_sparse_step: Annotated[int, whole(1, 1000)] = 1  # every n-th layer has experts
+    decoder_sparse_step: Annotated[int, Rule.whole(1, 1000)] = 1  # every n-th layer has experts
     mlp_only_layers: LayerNumbers = ()  # layers without experts in any case
 
 
@@ -400,7 +254,7 @@ class Experts:
 class TextConfig:
     """Configuration of the language model."""
 
-    vocab_size: Annotated[int, whole(1, 2**24)]
+    vocab_size: Annotated[int, Rule.whole(1, 2**24)]
     hidden_size: Size
     num_hidden_layers: Layers
     num_attention_heads: Size
@@ -409,13 +263,13 @@ class TextConfig:
     # of a head is rotated
     rope_parameters: Annotated[dict[str, Any], OBJECT]
     intermediate_size: Annotated[int | None, SIZE] = None  # inner size of MLPs; may be None if all layers have experts
-    rms_norm_eps: Annotated[float, number(1e-30, 1)] = 1e-5
+    rms_norm_eps: Annotated[float, Rule.number(1e-30, 1)] = 1e-5
     hidden_act: Annotated[str, TEXT] = "silu"
     use_sliding_window: Annotated[bool, YES_OR_NO] = False
     eos_token_id: EndIds = None
     # Context length: the maximum number of tokens read and written together. None if the file does not state it.
-    max_position_embeddings: Annotated[int | None, whole(1, 2**31)] = None
-    head_dim: Annotated[int | None, whole(1, 2**16)] = None  # see `head_size`
+    max_position_embeddings: Annotated[int | None, Rule.whole(1, 2**31)] = None
+    head_dim: Annotated[int | None, Rule.whole(1, 2**16)] = None  # see `head_size`
     head_norms: bool = False  # whether queries and keys are normed per head, and have no bias
     delta_net: DeltaNet | None = None
     experts: Experts | None = None
@@ -446,6 +300,55 @@ class Config:
     text_config: TextConfig
     tie_word_embeddings: bool = False
 
+    @classmethod
+    def parse(cls, content: dict) -> Self:
+        """Parse the content of a `config.json`.
+
+        Raises:
+            ValueError: a number is missing or out of range.
+            Unsupported: evoprune cannot run the model.
+        """
+        family = content.get("model_type") or QWEN2_5
+        text = section(content, "text_config") or content
+        vision = section(content, "vision_config")
+        _check_places(content, family)
+        if content.get("eos_token_id") is not None:  # the top level overrides `text_config`, as in transformers
+            text = text | {"eos_token_id": content["eos_token_id"]}
+        # As in transformers: families without head norms tie embeddings if either place says so, because earlier versions wrote the
+        # setting into `text_config`.
+        tied = [part.get("tie_word_embeddings") for part in (content, text)]
+        tied = [value is not None and YES_OR_NO.check(value, "tie_word_embeddings") for value in tied]
+        tied = tied[0] if FAMILIES[family].head_norms else any(tied)
+        config = cls(_parse_vision(vision, family), _parse_text(text, family), tied)
+        config.vision_config.check()
+        _check_rope(section(content, "rope_scaling"))  # not read otherwise if there is a `text_config`
+        same = config.vision_config.out_hidden_size == config.text_config.hidden_size
+        _check(same, "tower and language model differ in size")
+        return config
+
+    def as_written(self) -> dict[str, Any]:
+        """Return the content of a `config.json` that `parse` parses to this config. It has no ids of special tokens."""
+
+        def as_json(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+            content = {name: value for name, value in entries if value is not None}
+            return content | {name: list(value) for name, value in content.items() if isinstance(value, tuple)}
+
+        content = asdict(self, dict_factory=as_json)
+        vision = content["vision_config"]
+        text = content["text_config"]
+        family = vision.pop("family")
+        del text["head_norms"]
+        text |= text.pop("delta_net", {}) | text.pop("experts", {})
+        if FAMILIES[family].embed_dim:
+            wide = vision["hidden_size"]
+            vision |= {"embed_dim": wide, "hidden_size": vision["out_hidden_size"]}
+            vision["mlp_ratio"] = vision["intermediate_size"] // wide
+        text["rope_parameters"] = {"rope_type": "default"} | text["rope_parameters"]
+        if not FAMILIES[family].native:
+            text["model_type"] = f"{family}_text"
+            vision["model_type"] = f"{family}_vision"
+        return {"model_type": family, **content}
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -453,40 +356,14 @@ class GenerationSettings:
 
     eos_token_id: EndIds = None
     do_sample: Annotated[bool | None, YES_OR_NO] = None
-    temperature: Annotated[float | None, number(0, 1e6)] = None
-    top_k: Annotated[int | None, whole(0, 2**31)] = None
-    top_p: Annotated[float | None, number(0, 1)] = None
-    repetition_penalty: Annotated[float | None, number(1e-3, 1e3)] = None
+    temperature: Annotated[float | None, Rule.number(0, 1e6)] = None
+    top_k: Annotated[int | None, Rule.whole(0, 2**31)] = None
+    top_p: Annotated[float | None, Rule.number(0, 1)] = None
+    repetition_penalty: Annotated[float | None, Rule.number(1e-3, 1e3)] = None
 
 
 class Unsupported(ValueError):
     """A valid config of a model that evoprune cannot run."""
-
-
-def parse_config(content: dict) -> Config:
-    """Parse the content of a `config.json`.
-
-    Raises:
-        ValueError: a number is missing or out of range.
-        Unsupported: evoprune cannot run the model.
-    """
-    family = content.get("model_type") or QWEN2_5
-    text = section(content, "text_config") or content
-    vision = section(content, "vision_config")
-    _check_places(content, family)
-    if content.get("eos_token_id") is not None:  # the top level overrides `text_config`, as in transformers
-        text = text | {"eos_token_id": content["eos_token_id"]}
-    # As in transformers: families without head norms tie embeddings if either place says so, because earlier versions wrote the
-    # setting into `text_config`.
-    tied = [part.get("tie_word_embeddings") for part in (content, text)]
-    tied = [value is not None and YES_OR_NO.check(value, "tie_word_embeddings") for value in tied]
-    tied = tied[0] if FAMILIES[family].head_norms else any(tied)
-    config = Config(parse_vision(vision, family), _parse_text(text, family), tied)
-    check_vision(config.vision_config)
-    _check_rope(section(content, "rope_scaling"))  # not read otherwise if there is a `text_config`
-    same = config.vision_config.out_hidden_size == config.text_config.hidden_size
-    _check(same, "tower and language model differ in size")
-    return config
 
 
 def _check_places(content: dict, family: str) -> None:
@@ -508,7 +385,7 @@ def _check_places(content: dict, family: str) -> None:
 
 
 def _parse_text(content: dict, family: str) -> TextConfig:
-    """Parse the settings of the language model from the object that contains them. Raises the same errors as `parse_config`."""
+    """Parse the settings of the language model from the object that contains them. Raises the same errors as `Config.parse`."""
     traits = FAMILIES[family]
     given = {name: value for name, value in content.items() if value is not None}
     if "num_local_experts" in given:  # the name that transformers writes
@@ -535,9 +412,9 @@ def _parse_text(content: dict, family: str) -> TextConfig:
     _check(every or text.intermediate_size is not None, "text_config has no intermediate_size")
     slides = text.use_sliding_window
     if slides and "layer_types" in given:  # decides like transformers whether any layer attends over a window
-        slides = "sliding_attention" in list_of(TEXT).check(given["layer_types"], "text_config.layer_types")
+        slides = "sliding_attention" in Rule.list_of(TEXT).check(given["layer_types"], "text_config.layer_types")
     elif slides:
-        full = whole(0, 2**31).check(given.get("max_window_layers", 80), "text_config.max_window_layers")
+        full = Rule.whole(0, 2**31).check(given.get("max_window_layers", 80), "text_config.max_window_layers")
         slides = full < text.num_hidden_layers
     slides = slides and content.get("sliding_window", True) is not None
     _check_rope(rope)
@@ -547,18 +424,18 @@ def _parse_text(content: dict, family: str) -> TextConfig:
     divides = text.head_dim is not None or text.hidden_size % (2 * text.num_attention_heads) == 0
     _check(divides, "hidden_size does not divide into heads")
     _check(text.num_attention_heads % text.num_key_value_heads == 0, "key/value heads do not divide the heads")
-    sections = list_of(whole(0, 2**16), 3).check(rope["mrope_section"], "mrope_section")
+    sections = Rule.list_of(Rule.whole(0, 2**16), 3).check(rope["mrope_section"], "mrope_section")
     share = 1
     if text.delta_net:
-        share = number(0, 1).check(rope.get("partial_rotary_factor", 1), "partial_rotary_factor")
+        share = Rule.number(0, 1).check(rope.get("partial_rotary_factor", 1), "partial_rotary_factor")
     _check(2 * sum(sections) == int(head_size(text) * share), "mrope_section does not fit the heads")
-    number(1e-6, 1e15).check(rope["rope_theta"], "rope_theta")
+    Rule.number(1e-6, 1e15).check(rope["rope_theta"], "rope_theta")
     return replace(text, head_norms=traits.head_norms, use_sliding_window=False)
 
 
 def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
-    """Return the Gated DeltaNet settings of a language model with `depth` layers. Raises the same errors as `parse_config`."""
-    interval = whole(1, 1000).check(given["full_attention_interval"], "text_config.full_attention_interval")
+    """Return the Gated DeltaNet settings of a language model with `depth` layers. Raises the same errors as `Config.parse`."""
+    interval = Rule.whole(1, 1000).check(given["full_attention_interval"], "text_config.full_attention_interval")
     kinds = [LINEAR] * depth
     for layer in range(interval - 1, depth, interval):
         kinds[layer] = FULL
@@ -578,12 +455,12 @@ def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
 
 
 def _parse_experts(given: dict, known: Collection[str], family: str) -> Experts:
-    """Return the mixture-of-experts settings. Raises the same errors as `parse_config`.
+    """Return the mixture-of-experts settings. Raises the same errors as `Config.parse`.
 
     Args:
         given: settings of the language model.
         known: names of settings that the family has.
-        family: one of `MODEL_TYPES`.
+        family: one of `FAMILIES`.
     """
     experts = pick(Experts, given, "text_config")
     active = experts.num_experts_per_tok
@@ -611,8 +488,8 @@ def head_size(text) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def parse_vision(content: dict, family: str) -> VisionConfig:
-    """Parse the `vision_config` of a model of one of `MODEL_TYPES`. Raises ValueError if a number is missing or not a number."""
+def _parse_vision(content: dict, family: str) -> VisionConfig:
+    """Parse the `vision_config` of a model of one of `FAMILIES`. Raises ValueError if a number is missing or not a number."""
     traits = FAMILIES[family]
     given = {"in_channels": content.get("in_chans", 3), "hidden_act": traits.hidden_act} | traits.vision
     given |= {name: value for name, value in content.items() if value is not None}
@@ -633,56 +510,6 @@ def parse_vision(content: dict, family: str) -> VisionConfig:
     return replace(picked, fullatt_block_indexes=every, window_size=window, tokens_per_second=None, family=family)
 
 
-def vision_sizes(config) -> VisionConfig:
-    """Return the tower config from ours or from a config of transformers. Raises ValueError like `parse_vision`."""
-    if isinstance(config, VisionConfig):
-        return config
-    return parse_vision(vars(config), config.model_type.removesuffix("_vision"))
-
-
-def check_vision(v: VisionConfig) -> None:
-    """Check that evoprune can run the tower faithfully. Raises ValueError otherwise."""
-    act = v.traits.hidden_act
-    problem = f"activation {v.hidden_act} of the tower is not supported, only {act}"
-    _check(v.hidden_act == act, problem, Unsupported)
-    for name, only in (("spatial_merge_size", 2), ("temporal_patch_size", 2), ("in_channels", 3)):
-        value = getattr(v, name)
-        _check(value == only, f"{name} {value} is not supported, only {only}", Unsupported)
-    _check(v.patch_size % 2 == 0, f"patch_size {v.patch_size} is not even")
-    _check(v.hidden_size % (4 * v.num_heads) == 0, "the tower's hidden_size does not divide into heads")
-    _check(v.window_size % (v.patch_size * v.spatial_merge_size) == 0, "window_size is no whole number of units")
-    for name in ("fullatt_block_indexes", "deepstack_visual_indexes"):
-        _check(all(0 <= i < v.depth for i in getattr(v, name)), f"{name} names layers that are not there")
-    after = v.deepstack_visual_indexes
-    _check(all(a < b for a, b in pairwise(after)), "deepstack_visual_indexes do not ascend")
-    table = v.num_position_embeddings or 4
-    _check(table > 1 and math.isqrt(table) ** 2 == table, f"{table} learned positions do not fill a square")
-
-
 def _check(holds: bool, problem: str, error: type[ValueError] = ValueError) -> None:
     if not holds:
         raise error(problem)
-
-
-def as_written(config: Config) -> dict[str, Any]:
-    """Return the content of a `config.json` that `parse_config` parses to this config. It has no ids of special tokens."""
-
-    def as_json(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = {name: value for name, value in entries if value is not None}
-        return content | {name: list(value) for name, value in content.items() if isinstance(value, tuple)}
-
-    content = asdict(config, dict_factory=as_json)
-    vision = content["vision_config"]
-    text = content["text_config"]
-    family = vision.pop("family")
-    del text["head_norms"]
-    text |= text.pop("delta_net", {}) | text.pop("experts", {})
-    if FAMILIES[family].embed_dim:
-        wide = vision["hidden_size"]
-        vision |= {"embed_dim": wide, "hidden_size": vision["out_hidden_size"]}
-        vision["mlp_ratio"] = vision["intermediate_size"] // wide
-    text["rope_parameters"] = {"rope_type": "default"} | text["rope_parameters"]
-    if not FAMILIES[family].native:
-        text["model_type"] = f"{family}_text"
-        vision["model_type"] = f"{family}_vision"
-    return {"model_type": family, **content}

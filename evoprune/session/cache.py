@@ -23,7 +23,7 @@ import torch
 
 import evoprune
 from evoprune.errors import UsageError
-from evoprune.model import loads
+from evoprune.untrusted import loads
 from evoprune.util import brief, check_type, file_stats, open_safetensors
 from evoprune.vision import Encoded
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods import EncoderPlan, Grid, TowerShape, full_plan
-from evoprune.model import list_of, number, whole
+from evoprune.untrusted import Rule
 from evoprune.util import check_types, option
 from evoprune.video.info import (
     AUTO_SEEK,
@@ -38,9 +38,9 @@ MAX_VISUAL_TOKENS = 24_576
 # would spend the whole total on four frames.
 MAX_FRAME_TOKENS = 768
 
-Area = Annotated[int, whole(1, 2**31)]
-Means = Annotated[tuple[float, float, float], list_of(number(-1000, 1000), 3)]
-Deviations = Annotated[tuple[float, float, float], list_of(number(1e-6, 1000), 3)]
+Area = Annotated[int, Rule.whole(1, 2**31)]
+Means = Annotated[tuple[float, float, float], Rule.list_of(Rule.number(-1000, 1000), 3)]
+Deviations = Annotated[tuple[float, float, float], Rule.list_of(Rule.number(1e-6, 1000), 3)]
 
 
 def parse_time(text: str) -> float:
@@ -230,9 +230,9 @@ class InputLimits:
 
     min_pixels: Area = 128 * 28 * 28
     max_pixels: Area = 768 * 28 * 28
-    fps: Annotated[float, number(1e-6, 1e6)] = 2.0
-    min_frames: Annotated[int, whole(0, 10**6)] = 4
-    max_frames: Annotated[int, whole(2, 10**6)] = 768
+    fps: Annotated[float, Rule.number(1e-6, 1e6)] = 2.0
+    min_frames: Annotated[int, Rule.whole(0, 10**6)] = 4
+    max_frames: Annotated[int, Rule.whole(2, 10**6)] = 768
     image_mean: Means = (0.48145466, 0.4578275, 0.40821073)
     image_std: Deviations = (0.26862954, 0.26130258, 0.27577711)
     patch_size: int = 14

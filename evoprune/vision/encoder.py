@@ -39,7 +39,7 @@ from evoprune.methods import (
     select,
     tokens_before_inflection,
 )
-from evoprune.model import PATCHES, Tower, all_finite, not_a_number_error, vision_sizes, without_autocast
+from evoprune.model import PATCHES, Tower, VisionConfig, all_finite, not_a_number_error, without_autocast
 from evoprune.vision.families import embed, merge_patches, tower_layers
 from evoprune.vision.hooks import Hook, looks
 from evoprune.vision.layout import bincount_fixed, window_order
@@ -332,7 +332,7 @@ class EncoderRun:
             self.counts += counts
         self.source = devices.cat(sources)
         x = devices.cat(values)
-        deepstack = x.new_empty(len(x), 0, vision_sizes(self.visual.config).out_hidden_size)
+        deepstack = x.new_empty(len(x), 0, VisionConfig.of(self.visual.config).out_hidden_size)
         if not plan.reuse:
             return all_units(x, deepstack, geo, plan.grid[0])
         with self.timer:
@@ -385,7 +385,7 @@ class EncoderRun:
             computed: number of rows that the last one computed.
         """
         self.computed[done - 1] = computed
-        inner = vision_sizes(self.visual.config).deepstack_visual_indexes
+        inner = VisionConfig.of(self.visual.config).deepstack_visual_indexes
         if done - 1 in inner:  # the n-th layer listed has features for the n-th layer of the language model
             number = inner.index(done - 1)
             features = in_pieces(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import linear
-from evoprune.model import vision_sizes
+from evoprune.model import VisionConfig
 from evoprune.vision.layout import Geometry
 
 EPS = 1e-6  # epsilon of the norms
@@ -31,7 +31,7 @@ class Layers:
 
 def tower_layers(visual) -> Layers:
     """Return the layer functions for a tower, this project's or transformers'."""
-    return LAYERS[vision_sizes(visual.config).traits.hidden_act]
+    return LAYERS[VisionConfig.of(visual.config).traits.hidden_act]
 
 
 def _gated(mlp, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
@@ -71,7 +71,7 @@ def embed(visual, patches: torch.Tensor, geo: Geometry, unit: torch.Tensor) -> t
     """Return the rows before the first layer, `[R, 4, hidden]`, from patches `[R, 4, values]`. `unit`: int64 `[R]`, their units."""
     proj = visual.patch_embed.proj
     x = F.linear(patches, proj.weight.flatten(1), proj.bias)
-    if vision_sizes(visual.config).num_position_embeddings is None:
+    if VisionConfig.of(visual.config).num_position_embeddings is None:
         return x
     return x + learned_positions(visual.pos_embed.weight, geo)[unit % geo.units].to(x.dtype)
 
@@ -108,7 +108,7 @@ def merge_patches(visual, x: torch.Tensor, number: int | None = None) -> torch.T
     merger = visual.merger
     if number is not None:
         merger = visual.deepstack_merger_list[number]
-    before, first, second = map(merger.get_submodule, vision_sizes(visual.config).traits.merger)
+    before, first, second = map(merger.get_submodule, VisionConfig.of(visual.config).traits.merger)
     if before.weight.shape[0] != x.shape[-1]:
         x = x.flatten(1)
     x = tower_layers(visual).norm(before, x).flatten(1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from evoprune.backend import Timer, give_up, joined, kernels_for, linear, varlen_kernel
 from evoprune.methods import TowerShape, arange_on
-from evoprune.model import PATCHES, VisionConfig, vision_sizes
+from evoprune.model import PATCHES, VisionConfig
 from evoprune.vision.attention import Groups, PackedGroups, attention_groups, attention_received, grouped_attention
 from evoprune.vision.families import EPS, Layers, tower_layers
 from evoprune.vision.hooks import PRECISE
@@ -52,7 +52,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def tower_shape(visual) -> TowerShape:
     """Return the properties of a tower (`model.model.visual`) that plans depend on."""
     device = visual.patch_embed.proj.weight.device
-    return TowerShape.of(vision_sizes(visual.config), str(device))
+    return TowerShape.of(VisionConfig.of(visual.config), str(device))
 
 
 def tower_geometry(visual, height: int, width: int) -> Geometry:
@@ -104,7 +104,7 @@ class Layer:
     @classmethod
     def of(cls, visual, number: int) -> "Layer":
         """Return layer `number` of a tower."""
-        heads = vision_sizes(visual.config).num_heads
+        heads = VisionConfig.of(visual.config).num_heads
         return cls(number, visual.blocks[number], tower_layers(visual), heads, tower_shape(visual).scope(number))
 
     def queries_keys_values(self, x: torch.Tensor, piece: int) -> torch.Tensor:
@@ -176,7 +176,7 @@ class Layer:
 
 def rotation_of(visual, rows: Rows) -> list[torch.Tensor]:
     """Return the rotary cosines and sines of the rows, both float32 `[R, 4, 1, 1, d]`."""
-    return [of_place[rows.place] for of_place in rotary(vision_sizes(visual.config), rows.geometry)]
+    return [of_place[rows.place] for of_place in rotary(VisionConfig.of(visual.config), rows.geometry)]
 
 
 def run_layer(
@@ -250,7 +250,7 @@ def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callabl
     """
     if not layers or not can_fuse(rows.values):
         return layers
-    table: Table = rotary(vision_sizes(visual.config), rows.geometry)
+    table: Table = rotary(VisionConfig.of(visual.config), rows.geometry)
     shape = rows.values.shape
     groups = {}
     x = rows.values.flatten(0, 1)

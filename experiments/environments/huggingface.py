@@ -29,7 +29,7 @@ import transformers
 import evoprune
 from evoprune.errors import EvopruneError
 from evoprune.hf import MODELS
-from evoprune.model import FAMILIES, MODEL_TYPES
+from evoprune.model import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 TESTS = "tests/models/{0}/test_modeling_{0}.py"
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m experiments.environments.huggingface", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--source", type=Path, required=True, help="a checkout of transformers")
-    parser.add_argument("--families", nargs="+", choices=MODEL_TYPES, default=MODEL_TYPES, help="default: all")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
     parser.add_argument("pytest", nargs="*", help="options for pytest, after --")
     options = parser.parse_args(argv)
     status = 0

@@ -7,7 +7,7 @@ from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify.checks import accelerated
 from evoprune.bench.verify.run import subject_of, verify
 from evoprune.bench.verify.subject import DIFFERS, INSIDE
-from evoprune.model import MODEL_TYPES
+from evoprune.model import FAMILIES
 from evoprune.session import load_model
 from evoprune.video_qa import VideoQA
 from tests.tiny import NATIVE, save_tiny
@@ -72,7 +72,7 @@ def test_verify_holds(devices):
     assert results.verdict == "held"
 
 
-@pytest.mark.parametrize("family", [family for family in MODEL_TYPES if family not in NATIVE])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NATIVE])
 def test_verify_holds_where_transformers_runs_the_language_model(family, tmp_path):
     loaded = load_model(str(save_tiny(tmp_path / family, family=family)), dtype="fp32")
     assert loaded.device.startswith("cuda")

@@ -12,7 +12,7 @@ from evoprune.backend import devices, layers
 from evoprune.backend.attention import causal_attention
 from evoprune.errors import DeviceWarning
 from evoprune.language import KVCache, decoder, static
-from evoprune.model import QwenVL, norm, parse_config, rotate
+from evoprune.model import Config, QwenVL, norm, rotate
 from tests.tiny import NATIVE, tiny_config, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,7 +100,7 @@ def test_rotation_and_its_places(fast, dtype, normed, rows, dim, more, column):
 
 @pytest.mark.parametrize("family", NATIVE)
 def test_joined_weights_are_the_same_weights(family):
-    model = QwenVL(parse_config(tiny_config(family).to_dict()))
+    model = QwenVL(Config.parse(tiny_config(family).to_dict()))
     model.to_empty(device="cpu").requires_grad_(False)
     for number, weight in enumerate(model.parameters()):
         weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(number))

@@ -14,7 +14,7 @@ import torch
 from evoprune.language import KVCache, prompt_positions, video_positions
 from evoprune.language.decoder import logits
 from evoprune.methods import LanguageMethod
-from evoprune.model import QwenVL, parse_config
+from evoprune.model import Config, QwenVL
 from tests.methods.kinds import INNER
 from tests.tiny import tiny_config
 
@@ -31,7 +31,7 @@ def deep_model(depth: int = 8, seed: int = 0) -> QwenVL:
     content = tiny_config().to_dict()
     content["text_config"]["num_hidden_layers"] = depth
     content["text_config"].pop("layer_types", None)
-    model, random = QwenVL(parse_config(content)).eval(), torch.Generator().manual_seed(seed)
+    model, random = QwenVL(Config.parse(content)).eval(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:

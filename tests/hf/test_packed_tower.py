@@ -6,7 +6,7 @@ import torch
 import evoprune
 from evoprune.backend import Int8Linear, PackedLinear, can_pack
 from evoprune.hf.encoding import PackedTower
-from evoprune.model import MODEL_TYPES
+from evoprune.model import FAMILIES
 from evoprune.model.config import QWEN3_MOE
 from tests.hf.reference import skip_where_not_taken
 from tests.prompts import processed
@@ -19,7 +19,7 @@ PROMPT = (5, ("image", 4, 4), 2, ("video", 4, 8, 12), 7)
 
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_the_models_own_and_the_model_does_not_change(family):
     skip_where_not_taken(model := tiny_model(family=family))
     inputs, wish = processed(model, PROMPT), {"max_new_tokens": 8, "do_sample": False}

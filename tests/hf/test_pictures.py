@@ -7,7 +7,7 @@ import evoprune
 from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.methods import keep_count
-from evoprune.model import MODEL_TYPES
+from evoprune.model import FAMILIES
 from tests.hf.reference import ONCE, TAKES_ENCODED, encoded, masked
 from tests.prompts import processed
 from tests.tiny import tiny_model
@@ -21,7 +21,7 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODEL_TYPES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
     model = tiny_model(family=request.param)
     model.generation_config.pad_token_id = 398

@@ -18,7 +18,7 @@ from evoprune.language.generate import TokenStream, dropping_for, embed_ids, pre
 from evoprune.language.prompt import Place, prompt_positions, video_positions
 from evoprune.language.pruned import prune_prompt
 from evoprune.language.settings import GenerationOptions
-from evoprune.model import QwenVL, parse_config
+from evoprune.model import Config, QwenVL
 from tests.contrib.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
 from tests.contrib.test_inner import rule_of
 from tests.tiny import encoded_tokens, tiny_config, tiny_model
@@ -74,7 +74,7 @@ def test_a_pass_is_hugging_faces(model, length):
         assert_close(made, torch.stack(each))
     # A model that ignores positions would agree with anything.
     assert not torch.allclose(fresh(model, embeds, positions * 2), logits, atol=1e-2) or length == 1
-    again, skeleton = columns(length), QwenVL(parse_config(tiny_config().to_dict()))
+    again, skeleton = columns(length), QwenVL(Config.parse(tiny_config().to_dict()))
     assert torch.equal(embeds, again[0]) and torch.equal(positions, again[1])  # the inputs are unchanged
     skeleton.load_state_dict(model.state_dict())
     assert torch.equal(fresh(skeleton, embeds, positions), fresh(model, embeds, positions))

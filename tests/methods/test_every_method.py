@@ -15,7 +15,7 @@ from evoprune import methods
 from evoprune.contrib.mmr import Mmr
 from evoprune.methods.base import Merger
 from evoprune.methods.types import Selection
-from evoprune.model import MODEL_TYPES
+from evoprune.model import FAMILIES
 from evoprune.session import load_model
 from evoprune.video_qa import VideoQA
 from tests.methods.kinds import one_of_each
@@ -194,7 +194,7 @@ def assert_equal_encodings(made, expected) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen2_5_vl", *(pytest.param(other, marks=pytest.mark.full) for other in MODEL_TYPES[1:])]
+    "family", ["qwen2_5_vl", *(pytest.param(other, marks=pytest.mark.full) for other in list(FAMILIES)[1:])]
 )
 @pytest.mark.parametrize("name", one_of_each(ON_PATCHES))
 def test_the_encoding_is_the_same_whatever_the_default(name, family):
@@ -266,7 +266,7 @@ def test_the_attention_received_is_summed_in_float32_under_autocast(monkeypatch)
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_at_full_budget_the_tower_under_autocast_is_hugging_faces(family, half):
     inputs = prompt(family)["pixel_values_videos"], prompt(family)["video_grid_thw"]
     exact = torch.cat(model(family).model.get_video_features(*inputs).pooler_output)

@@ -1,4 +1,4 @@
-"""Configs as transformers reads them; validation rules; strict JSON."""
+"""Configs as transformers reads them; validation rules."""
 
 import copy
 import json
@@ -10,18 +10,12 @@ from evoprune.model.config import (
     FAMILIES,
     FULL,
     LINEAR,
-    MAX_BYTES,
-    MAX_LEVELS,
-    MODEL_TYPES,
     QWEN3_5,
     QWEN3_5_MOE,
     QWEN3_MOE,
+    Config,
     Unsupported,
-    as_written,
-    loads,
-    parse_config,
-    read_object,
-    vision_sizes,
+    VisionConfig,
 )
 from evoprune.session import BUNDLED_CONFIGS
 from evoprune.session.loading.hosted import hugging_face_config
@@ -53,16 +47,16 @@ QWEN2_VL_2B = {  # as on the hub, without fields that do not matter here
 
 
 def test_qwen2_vl_under_the_same_names():
-    vision = parse_config(QWEN2_VL_2B).vision_config
+    vision = Config.parse(QWEN2_VL_2B).vision_config
     assert (vision.hidden_size, vision.intermediate_size, vision.out_hidden_size) == (1280, 5120, 1536)
     assert vision.fullatt_block_indexes == tuple(range(32)) and vision.tokens_per_second is None
-    back = hugging_face_config(parse_config(QWEN2_VL_2B))
+    back = hugging_face_config(Config.parse(QWEN2_VL_2B))
     assert back.model_type == "qwen2_vl" and back.vision_config.embed_dim == 1280
-    assert parse_config(back.to_dict()).vision_config == vision
+    assert Config.parse(back.to_dict()).vision_config == vision
 
 
 def test_both_ways_to_write_it_mean_the_same():
-    new, old = parse_config(NEW), parse_config(flat(NEW))
+    new, old = Config.parse(NEW), Config.parse(flat(NEW))
     assert old.vision_config == new.vision_config
     assert old.tie_word_embeddings is new.tie_word_embeddings is True
     assert old.text_config.rope_parameters["rope_theta"] == new.text_config.rope_parameters["rope_theta"]
@@ -117,31 +111,31 @@ def test_numbers_are_those_that_transformers_reads(name, form):
     from transformers import AutoConfig
 
     content = FORMS[form](json.loads(CONFIGS[name].read_text()))
-    config, theirs = parse_config(content), AutoConfig.for_model(**copy.deepcopy(content))
+    config, theirs = Config.parse(content), AutoConfig.for_model(**copy.deepcopy(content))
     back = hugging_face_config(config)
     assert type(back) is type(theirs) and config.text_config.head_norms is ("Qwen3" in name)
     check_numbers(config, theirs)
     check_numbers(config, back)
 
 
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_written_is_read_as_it_was(family):
     written = tiny_config(family).to_dict()
-    config = parse_config(json.loads(json.dumps(written)))
-    assert config.vision_config.family == family and FAMILIES[family].native == (family in MODEL_TYPES[:3])
+    config = Config.parse(json.loads(json.dumps(written)))
+    assert config.vision_config.family == family and FAMILIES[family].native == (family in list(FAMILIES)[:3])
     if family != "qwen2_vl":  # it has other names for the sizes of its tower
         check_numbers(config, tiny_config(family))
-    assert parse_config(json.loads(json.dumps(as_written(config)))) == config
+    assert Config.parse(json.loads(json.dumps(config.as_written()))) == config
     # The config survives a round trip through transformers, too.
-    assert parse_config(json.loads(hugging_face_config(config).to_json_string())) == config
-    assert vision_sizes(tiny_config(family).vision_config) == config.vision_config
+    assert Config.parse(json.loads(hugging_face_config(config).to_json_string())) == config
+    assert VisionConfig.of(tiny_config(family).vision_config) == config.vision_config
 
 
 def test_what_a_file_of_qwen3_leaves_out():
     content = copy.deepcopy(CONTENTS["3"])
     for name in ("rope_parameters", "head_dim", "rms_norm_eps"):
         del content["text_config"][name]
-    text = parse_config(content).text_config
+    text = Config.parse(content).text_config
     assert (text.head_dim, text.rms_norm_eps, text.rope_parameters["mrope_section"]) == (128, 1e-6, [24, 20, 20])
     assert text.rope_parameters["mrope_interleaved"] and text.rope_parameters["rope_theta"] == 5e5
 
@@ -156,7 +150,7 @@ def test_what_a_file_of_later_families_leaves_out(family):
     head = {"head_dim": 128} if family == QWEN3_MOE else {}
     tower = {"depth": 25, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
     content = {"model_type": family, "text_config": sizes | head, "vision_config": tower}
-    config, theirs = parse_config(content), AutoConfig.for_model(**copy.deepcopy(content))
+    config, theirs = Config.parse(content), AutoConfig.for_model(**copy.deepcopy(content))
     text, other = config.text_config, theirs.text_config
     names = ["rms_norm_eps", "head_dim"]
     if text.delta_net:
@@ -183,10 +177,10 @@ def test_older_files_call_the_tower_by_the_name_of_the_model(family):
     from transformers import AutoConfig
 
     content = tiny_config(family).to_dict()
-    expected = parse_config(content)
+    expected = Config.parse(content)
     content["vision_config"] |= {"model_type": family}
-    assert parse_config(content) == expected
-    assert vision_sizes(AutoConfig.for_model(**content).vision_config) == expected.vision_config
+    assert Config.parse(content) == expected
+    assert VisionConfig.of(AutoConfig.for_model(**content).vision_config) == expected.vision_config
 
 
 @pytest.mark.parametrize(
@@ -205,7 +199,7 @@ def test_the_rotated_part_of_a_head_as_in_transformers(rope, beside, share):
     text = content["text_config"] | {"head_dim": 64, **beside}
     text["rope_parameters"] = {"rope_theta": 1e7, "mrope_section": section, **rope}
     content["text_config"] = text
-    made = parse_config(copy.deepcopy(content)).text_config.rope_parameters["partial_rotary_factor"]
+    made = Config.parse(copy.deepcopy(content)).text_config.rope_parameters["partial_rotary_factor"]
     theirs = AutoConfig.for_model(**content).text_config.rope_parameters["partial_rotary_factor"]
     assert made == theirs == share
 
@@ -213,7 +207,7 @@ def test_the_rotated_part_of_a_head_as_in_transformers(rope, beside, share):
 def test_layers_with_experts():
     content = tiny_config(QWEN3_MOE).to_dict()
     content["text_config"] |= {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
-    text = parse_config(content).text_config
+    text = Config.parse(content).text_config
     assert [text.has_experts(layer) for layer in range(6)] == [False, True, False, False, False, True]
     assert text.delta_net is None and not text.output_gate and not text.is_linear(0)
 
@@ -305,14 +299,14 @@ def test_what_cannot_run_is_refused(family, where, name, value, message):
     content = copy.deepcopy(CONTENTS[family])
     content.get(where, content)[name] = value
     with pytest.raises(ValueError, match=message):
-        parse_config(content)
+        Config.parse(content)
 
 
 @pytest.mark.parametrize(("outer", "inner", "expected"), [(7, 9, 7), (None, 9, 9), ([7, 8], None, (7, 8))])
 def test_the_end_of_answers_beside_the_language_model_counts_more(outer, inner, expected):
     content = copy.deepcopy(CONTENTS["3.5"])
     content["eos_token_id"], content[TEXT]["eos_token_id"] = outer, inner
-    assert parse_config(content).text_config.eos_token_id == expected
+    assert Config.parse(content).text_config.eos_token_id == expected
 
 
 @pytest.mark.parametrize(
@@ -331,16 +325,16 @@ def test_a_size_beside_the_language_model_is_named(family, name):
     content[TEXT].pop("num_local_experts", None)
     content[TEXT].setdefault(name, 4)
     content[name] = content[TEXT][name]
-    whole = parse_config(content)
-    assert whole == parse_config(content[TEXT] | {name: value for name, value in content.items() if name != TEXT})
+    whole = Config.parse(content)
+    assert whole == Config.parse(content[TEXT] | {name: value for name, value in content.items() if name != TEXT})
     del content[TEXT][name]
     with pytest.raises(ValueError, match=f"{name} stands beside text_config, not in it"):
-        parse_config(content)
+        Config.parse(content)
 
 
 def outcome(content):
     try:
-        return parse_config(content)
+        return Config.parse(content)
     except ValueError as problem:
         return str(problem)
 
@@ -382,7 +376,7 @@ def test_null_is_missing(content):
             assert made[0] == made[1], name
 
 
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("outer", [True, False, None])
 @pytest.mark.parametrize("inner", [True, False, None])
 def test_embeddings_are_tied_where_transformers_ties_them(outer, inner, family):
@@ -394,7 +388,7 @@ def test_embeddings_are_tied_where_transformers_ties_them(outer, inner, family):
         if tied is not None:
             at["tie_word_embeddings"] = tied
     expected = AutoConfig.for_model(**copy.deepcopy(content)).tie_word_embeddings
-    assert parse_config(content).tie_word_embeddings == expected == bool(outer or (inner and "qwen2" in family))
+    assert Config.parse(content).tie_word_embeddings == expected == bool(outer or (inner and "qwen2" in family))
 
 
 @pytest.mark.parametrize(
@@ -416,47 +410,6 @@ def test_a_sliding_window_counts_where_transformers_has_layers_with_one(given):
     theirs = Qwen2_5_VLConfig.from_dict(copy.deepcopy(content)).text_config
     if "sliding_attention" in theirs.layer_types:
         with pytest.raises(Unsupported, match="sliding window"):
-            parse_config(content)
+            Config.parse(content)
     else:
-        assert not parse_config(content).text_config.use_sliding_window
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[NaN]",
-        '{"a": Infinity}',
-        "-Infinity",
-        "1e999",
-        "[" * 150 + "]" * 150,
-        "[" * 10**6,
-        '{"a":' * 5000,
-        "9" * 5000,
-        "{",
-        "",
-    ],
-    ids=lambda text: f"{text[:16]}... {len(text)}" if len(text) > 16 else text,
-)
-def test_what_is_refused(text):
-    with pytest.raises(ValueError):  # json.JSONDecodeError is a ValueError too
-        loads(text)
-
-
-@pytest.mark.parametrize(
-    "value", [{"a": [1, 2.5, None, True, "NaN"]}, 1e300, [], "", json.loads("[" * MAX_LEVELS + "]" * MAX_LEVELS)]
-)
-def test_what_is_read(value):
-    assert loads(json.dumps(value)) == value
-
-
-def test_files_of_any_kind(tmp_path):
-    (tmp_path / "list").write_text("[]")
-    (tmp_path / "long").touch()
-    with open(tmp_path / "long", "r+b") as file:
-        file.truncate(MAX_BYTES + 1)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "device").symlink_to("/dev/zero")
-    for name in ("list", "long", "folder", "loop", "device", "missing"):
-        with pytest.raises((ValueError, OSError)):
-            read_object(tmp_path / name)
+        assert not Config.parse(content).text_config.use_sliding_window

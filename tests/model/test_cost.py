@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from evoprune.model.config import FAMILIES, MODEL_TYPES, QWEN3_5, QWEN3_5_MOE, head_size, parse_config
+from evoprune.model.config import FAMILIES, QWEN3_5, QWEN3_5_MOE, Config, head_size
 from evoprune.model.cost import DELTA_CHUNK, kv_bytes, language_bytes, mlp_size, parameter_count, prefill_flop
 from evoprune.model.weights import empty
 from evoprune.session import BUNDLED_CONFIGS
 from evoprune.session.loading.hosted import hugging_face_config
 from tests.tiny import tiny_config, tiny_model
 
-TINY = {family: parse_config(tiny_config(family).to_dict()) for family in MODEL_TYPES}
-BUNDLED = {name: parse_config(json.loads(path.read_text())) for name, path in BUNDLED_CONFIGS.items()}
+TINY = {family: Config.parse(tiny_config(family).to_dict()) for family in FAMILIES}
+BUNDLED = {name: Config.parse(json.loads(path.read_text())) for name, path in BUNDLED_CONFIGS.items()}
 
 
 @pytest.mark.few(6)
@@ -31,7 +31,7 @@ def test_parameters_are_those_of_transformers(name):
         assert parameter_count(config) == sum(weight.numel() for weight in empty(config).parameters())
 
 
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_operations_of_a_prompt_are_those_of_transformers(family):
     config, n = TINY[family].text_config, 2 * DELTA_CHUNK
     model = tiny_model(family=family)
@@ -55,7 +55,7 @@ def test_operations_of_a_prompt_are_those_of_transformers(family):
     assert prefill_flop(config, [n] * depth) == prefill_flop(config, [(n, n, n)] * depth) == prefill_flop(config, n)
 
 
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_of_a_cache_are_those_of_transformers(family):
     from transformers import DynamicCache
 

@@ -19,7 +19,7 @@ from evoprune.errors import OutOfMemory
 from evoprune.hf import processor_inputs
 from evoprune.language import static
 from evoprune.methods import built_in
-from evoprune.model import MODEL_TYPES
+from evoprune.model import FAMILIES
 from evoprune.model.config import QWEN2, QWEN2_5
 from evoprune.session import ModelOptions, SamplingOptions, load_model
 from evoprune.video import InputLimits
@@ -106,7 +106,7 @@ def test_the_varlen_kernel(method, monkeypatch):
     assert_same(*both(CLIP, method=method))
 
 
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("budget", [1.0, 0.3])
 def test_every_family(family, budget, tmp_path):
     model = str(save_tiny(tmp_path / family, family=family))
@@ -163,7 +163,7 @@ def test_the_content_decides(budget):
 
 
 @pytest.mark.filterwarnings("error::evoprune.errors.DeviceWarning")
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_graphs(family, tmp_path, monkeypatch):
     """Graphs are recorded without copies between the CPU and the device."""
     cpu, device = both(CLIP, str(save_tiny(tmp_path, family=family)))

@@ -11,7 +11,7 @@ import torch
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.language import decoder, hosted
-from evoprune.model import MODEL_TYPES
+from evoprune.model import FAMILIES
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 from tests.session.test_video_qa import hugging_faces
@@ -74,7 +74,7 @@ def conversation(loaded, folder, paths, chat, question, **limits):
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("inputs", ["one", "several"])
-@pytest.mark.parametrize("model", [*MODEL_TYPES, "demo"])
+@pytest.mark.parametrize("model", [*FAMILIES, "demo"])
 def test_a_conversation_at_full_budget_is_hugging_faces_generate(models, model, inputs, tmp_path):
     from PIL import Image
 

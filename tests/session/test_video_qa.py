@@ -20,7 +20,7 @@ import evoprune
 from evoprune.bench import hugging_face_model, trace
 from evoprune.errors import ModelError, UsageError, VideoError, error_record
 from evoprune.language import prompt_positions, video_positions
-from evoprune.model import FAMILIES, MODEL_TYPES, shared
+from evoprune.model import FAMILIES, shared
 from evoprune.report import Report, warning_lines
 from evoprune.session.answers import Answer
 from evoprune.session.encoding import OpenInput, open_inputs
@@ -102,7 +102,7 @@ SIZES = [(101, 67), (997, 13), (3, 400), (1, 1), (27, 29), (140, 112)]
 
 @pytest.mark.few(4)
 @pytest.mark.parametrize("kinds", INPUTS)
-@pytest.mark.parametrize("model", [*MODEL_TYPES, "demo"])
+@pytest.mark.parametrize("model", [*FAMILIES, "demo"])
 @pytest.mark.parametrize("pack", [True, False])
 def test_full_budget_is_hugging_faces_generate(models, model, kinds, pack, tmp_path):
     loaded, folder = models(model)

@@ -11,7 +11,7 @@ from evoprune.backend import attention, devices
 from evoprune.backend.layers import join_tower
 from evoprune.methods import Merger, MethodChain, keep_count
 from evoprune.methods.evoprune import EvoPruneMethod
-from evoprune.model import MODEL_TYPES, Tower, vision_sizes
+from evoprune.model import FAMILIES, Tower, VisionConfig
 from evoprune.vision import tower
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.tower import tower_shape
@@ -141,7 +141,7 @@ def test_rows_that_come_back_and_whole_pairs_have_features_too(name):
 # At full budget, the towers of all families equal transformers'.
 
 
-@pytest.fixture(scope="module", params=MODEL_TYPES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
     return tiny_model(family=request.param)
 
@@ -166,7 +166,7 @@ def test_budget_one_is_transformers_tower(model, grid):
 @pytest.mark.few(3)
 def test_the_bare_tree_has_the_weights_of_transformers_tower(model):
     theirs = model.model.visual
-    ours = Tower(vision_sizes(theirs.config))
+    ours = Tower(VisionConfig.of(theirs.config))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     patches = random_patches((3, 4, 6), width=theirs.patch_embed.proj.weight[0].numel())
     made, expected = (encode_patches(patches, (3, 4, 6), EvoPruneMethod(), 18, visual) for visual in (ours, theirs))

@@ -19,7 +19,6 @@ from evoprune.bench.verify import checks
 from evoprune.bench.verify.subject import DIFFERS, HELD, SKIPPED, Check, Outcome, Subject, skipped
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, first_line, is_out_of_memory
-from evoprune.model import as_written
 from evoprune.session import BUNDLED_CONFIGS, LoadedModel, ModelOptions, load_model
 from evoprune.util import counted
 from evoprune.video import probe, temporary_folder
@@ -128,7 +127,7 @@ def _facts(loaded: LoadedModel) -> dict[str, Any]:
     text = config.text_config
     return {
         "id": loaded.id if known else None,
-        "family": as_written(config)["model_type"],
+        "family": config.as_written()["model_type"],
         "tower": [vision.depth, vision.hidden_size],
         "language_model": [text.num_hidden_layers, text.hidden_size],
         "dtype": loaded.dtype,

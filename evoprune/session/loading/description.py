@@ -18,18 +18,7 @@ from evoprune.backend import resolve_device, visual_token_limit
 from evoprune.bundled import DEMOS, Demo, demo_in
 from evoprune.errors import EvopruneWarning, ModelError, UsageError, first_line
 from evoprune.methods import TowerShape
-from evoprune.model import (
-    FAMILIES,
-    TEXT,
-    Config,
-    Unsupported,
-    VisionConfig,
-    check_fetched,
-    checked,
-    parse_config,
-    read_object,
-    section,
-)
+from evoprune.model import FAMILIES, Config, Unsupported, VisionConfig
 from evoprune.session.loading.hub import (
     BUNDLED_CONFIGS,
     MODEL_HINT,
@@ -44,6 +33,7 @@ from evoprune.session.loading.hub import (
     revision_flag,
 )
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
+from evoprune.untrusted import TEXT, check_fetched, checked, read_object, section
 from evoprune.util import did_you_mean, is_text, missing_hint, shorten
 from evoprune.video import MAX_VISUAL_TOKENS, PICTURE, VIDEO, InputLimits
 
@@ -277,7 +267,7 @@ def _config(path: Path, content: dict) -> Config:
         raise ModelError(f"{path.parent} is a model of type {reprlib.repr(kind)}, not {known}", MODEL_HINT)
     with valid(f"{path} is no valid {kind} config"):
         try:
-            return parse_config(content)
+            return Config.parse(content)
         except Unsupported as reason:
             hint = MODEL_HINT
             if "yarn" in str(reason):

@@ -20,9 +20,10 @@ import torch
 from evoprune.backend import are_widened, choose_functions
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
 from evoprune.language import use_experts
-from evoprune.model import Config, HostedVL, as_written, fill_random, name_in_memory, read_object
+from evoprune.model import Config, HostedVL, fill_random, name_in_memory
 from evoprune.session.loading.description import ADAPTER
 from evoprune.session.loading.weights import BELONG, PACKAGES, PLAIN, stored_tensors, weight_files
+from evoprune.untrusted import read_object
 from evoprune.util import counted, listed
 from evoprune.video import temporary_folder
 
@@ -285,7 +286,7 @@ def hugging_face_config(config: Config):
     """Return the transformers config with the same dimensions, in the class of this family."""
     from transformers import AutoConfig
 
-    content = as_written(config)
+    content = config.as_written()
     content["text_config"] |= {"bos_token_id": None, "eos_token_id": config.text_config.eos_token_id}
     return AutoConfig.for_model(**content)
 

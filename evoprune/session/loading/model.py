@@ -55,7 +55,6 @@ from evoprune.model import (
     head_size,
     name_in_memory,
     parameter_count,
-    pick,
     shortage,
 )
 from evoprune.report import ModelFacts
@@ -71,6 +70,7 @@ from evoprune.session.loading.weights import (
 )
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.session.patches import PatchStore
+from evoprune.untrusted import pick
 from evoprune.util import counted, from_keywords, listed
 from evoprune.video import VIDEO, InputLimits, Video
 from evoprune.vision import encode, tower_shape

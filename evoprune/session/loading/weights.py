@@ -17,9 +17,10 @@ import torch
 from evoprune.backend import are_mapped, are_widened, can_pack, default_dtype, kinds, pick_device, saved_bytes
 from evoprune.backend import check as check_quantize
 from evoprune.errors import ModelError, ModelWarning
-from evoprune.model import Config, Rule, check_fetched, empty, name_in_memory, parameter_count, section, shortage
+from evoprune.model import Config, empty, name_in_memory, parameter_count, shortage
 from evoprune.session.loading.description import ADAPTER, MERGE, ModelDescription, read_json, valid
 from evoprune.session.loading.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
+from evoprune.untrusted import Rule, check_fetched, section
 from evoprune.util import file_stats, listed, open_safetensors, size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -22,8 +22,8 @@ from starlette.routing import Route
 from starlette.types import Message
 
 from evoprune.errors import EvopruneError
-from evoprune.model import loads
 from evoprune.session import PipelineOptions
+from evoprune.untrusted import loads
 from evoprune.util import harmless
 from evoprune.video_qa import VideoQA
 from evoprune_serve.chat import END, read_chat

@@ -45,7 +45,7 @@ from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 from evoprune.backend import pack
 from evoprune.errors import ModelError, UsageError
 from evoprune.language import video_positions
-from evoprune.model import Tower, VisionConfig, check_vision, vision_sizes
+from evoprune.model import Tower, VisionConfig
 from evoprune_vllm.attention import add_bias
 from evoprune_vllm.positions import (
     COLUMNS,
@@ -106,7 +106,7 @@ class _Pruned(SupportsMultiModalPruning):
         self.vllm_config = vllm_config
         self.is_multimodal_pruning_enabled = multimodal.is_multimodal_pruning_enabled()
         self.method = served_method(vllm_config.additional_config)
-        self.sizes = vision_sizes(self.config.vision_config)
+        self.sizes = VisionConfig.of(self.config.vision_config)
         _check(self.sizes, vllm_config)
         self.wide = self.config.get_text_config().hidden_size * (1 + len(self.sizes.deepstack_visual_indexes))
         self.normal = normalisation(*_load_norm_params(model_config))
@@ -277,7 +277,7 @@ class _Timed(_Pruned):
 def _check(sizes: VisionConfig, config: VllmConfig) -> None:
     """Raise ModelError or UsageError if the tower is not supported, or not with these options of vLLM."""
     try:
-        check_vision(sizes)
+        sizes.check()
     except ValueError as problem:
         what = f"the vision tower of this model cannot be run: {problem}"
         raise ModelError(what, "serve it without evoprune") from problem

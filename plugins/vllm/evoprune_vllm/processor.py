@@ -19,7 +19,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from evoprune.errors import EvopruneError
 from evoprune.methods import Grid
-from evoprune.model import VisionConfig, vision_sizes
+from evoprune.model import VisionConfig
 from evoprune_vllm.positions import LIMIT, extent
 from evoprune_vllm.pruning import BUDGET, request_budget
 
@@ -84,7 +84,7 @@ class Processor:
         except EvopruneError as problem:
             raise ValueError(f"{problem.message}; {problem.hint}") from problem
         if "video_grid_thw" in made:
-            sizes = vision_sizes(self.info.get_hf_config().vision_config)
+            sizes = VisionConfig.of(self.info.get_hf_config().vision_config)
             grids = in_units(made["video_grid_thw"], sizes.spatial_merge_size)
             known = self._get_hf_mm_inputs(mm_items, without_own(hf_kwargs))[0].get("video_metadata")
             seconds = self._seconds(sizes, known or [None] * len(grids), grids)

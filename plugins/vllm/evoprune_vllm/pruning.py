@@ -15,7 +15,7 @@ from evoprune import methods
 from evoprune.errors import PluginError, UsageError
 from evoprune.language import Place, place_of_pairs, prompt_positions, prune_prompt
 from evoprune.methods import FULL, Budget, Grid, MethodChain
-from evoprune.model import vision_sizes
+from evoprune.model import VisionConfig
 from evoprune.util import did_you_mean
 from evoprune.vision import CLIP, Encoded, Normal, encode, tower_shape
 from evoprune_vllm.positions import as_columns
@@ -144,7 +144,7 @@ def try_out(visual, method: MethodChain) -> None:
     """
     grid = (4, 4, 4)
     keep = 16
-    sizes = vision_sizes(visual.config)
+    sizes = VisionConfig.of(visual.config)
     weight = visual.patch_embed.proj.weight
     noise = torch.Generator().manual_seed(0)
     shape = prod(grid) * sizes.spatial_merge_size**2, weight[0].numel()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evoprune.backend import check
-from evoprune.model import parse_config
+from evoprune.model import Config
 from experiments.speed import kernels
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import tiny_config
@@ -14,7 +14,7 @@ from tests.tiny import tiny_config
 
 @pytest.fixture(scope="module")
 def sizes():
-    config = parse_config(tiny_config().to_dict())
+    config = Config.parse(tiny_config().to_dict())
     return kernels.Sizes(config, product=(128, 256), copies=2, read_bytes=2**16)
 
 

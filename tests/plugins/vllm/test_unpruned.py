@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from evoprune.errors import UsageError
-from evoprune.model import vision_sizes
+from evoprune.model import VisionConfig
 from tests.plugins.vllm.serving import Asked, answers, outputs, pruning, same, samples
 from tests.tiny import tiny_config
 
@@ -66,4 +66,4 @@ def test_a_pipeline_is_refused():
         model_config=SimpleNamespace(dtype="float32"), parallel_config=parallel, speculative_config=None
     )
     with pytest.raises(UsageError, match="pipeline"):
-        _check(vision_sizes(tiny_config("qwen3_vl").vision_config), config)
+        _check(VisionConfig.of(tiny_config("qwen3_vl").vision_config), config)

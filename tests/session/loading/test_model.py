@@ -20,7 +20,7 @@ from evoprune.backend.devices import is_host
 from evoprune.bundled import DEMOS
 from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language import prefill
-from evoprune.model import FAMILIES, parse_config, shortage
+from evoprune.model import FAMILIES, Config, shortage
 from evoprune.session.loading import model
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import InputLimits, threads_of_each, use_threads
@@ -144,7 +144,7 @@ def test_names_of_older_and_newer_checkpoints(folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_gpu_sets_up_beside_loading_runs_to_its_end(family):
     """On a GPU, its errors would be lost."""
-    config = parse_config(tiny_config(family).to_dict())
+    config = Config.parse(tiny_config(family).to_dict())
     model._warm_up(config, torch.float32, torch.device("cpu"), FAMILIES[family].native)
 
 

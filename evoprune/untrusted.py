@@ -1,0 +1,188 @@
+"""Reads JSON that others wrote: strict parsing, and rules for values.
+
+A model folder is trusted no more than a video. Every value that is used has a rule, so a bad value is reported here, instead of
+causing a crash or an endless loop later. The fields of a dataclass carry their rules as annotations, and `pick` makes such a
+dataclass from the entries of a file.
+"""
+
+import json
+import math
+import reprlib
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, Self, TypeVar, get_type_hints
+
+from evoprune.errors import LFS, LFS_HINT, ModelError
+
+MAX_LEVELS = 100  # nesting depth of lists and objects; Python itself fails at about a thousand
+MAX_BYTES = 2**26  # size of a settings file
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A requirement for a value."""
+
+    what: str  # the requirement in words, to follow "is not"
+    holds: Callable[[Any], bool]
+
+    def check(self, value: Any, name: str) -> Any:
+        """Return the value, with lists as tuples. Raises ValueError, which names `name`, if the value breaks the rule."""
+        if not self.holds(value):
+            raise ValueError(f"{name} is {reprlib.repr(value)}, not {self.what}")
+        return tuple(value) if isinstance(value, list) else value
+
+    def __or__(self, other: Self) -> Self:
+        """Return the rule for a value that follows one of two rules."""
+        return type(self)(f"{self.what}, or {other.what}", lambda v: self.holds(v) or other.holds(v))
+
+    @classmethod
+    def whole(cls, low: int, high: int) -> Self:
+        """Return the rule for a whole number from `low` to `high`."""
+        return cls(f"a whole number from {low:,} to {high:,}", lambda v: type(v) is int and low <= v <= high)
+
+    @classmethod
+    def number(cls, low: float, high: float) -> Self:
+        """Return the rule for a number from `low` to `high`, whole or not."""
+        return cls(f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high)
+
+    @classmethod
+    def list_of(cls, rule: Self, length: int | None = None) -> Self:
+        """Return the rule for a list whose values all follow `rule`."""
+        what = f"a list of {length}" if length else "a list"
+        return cls(
+            f"{what}, each {rule.what}",
+            lambda v: isinstance(v, list | tuple) and len(v) == (length or len(v)) and all(map(rule.holds, v)),
+        )
+
+
+TEXT = Rule("a text", lambda v: isinstance(v, str))
+YES_OR_NO = Rule("true or false", lambda v: isinstance(v, bool))
+OBJECT = Rule("an object", lambda v: isinstance(v, dict))
+
+
+def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the object `name` inside another object; empty if it is missing or null. Raises ValueError if it is not an object."""
+    value = content.get(name)
+    if value is None:
+        return {}
+    return OBJECT.check(value, name)
+
+
+def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the entries of `content` that are fields of a dataclass with rules. A null value counts as missing.
+
+    Args:
+        cls: the dataclass.
+        content: an object of a settings file.
+        where: prefix of the names in errors.
+
+    Raises:
+        ValueError: a value breaks its rule.
+    """
+    prefix = f"{where}." if where else ""
+    return {
+        name: rule.check(content[name], f"{prefix}{name}")
+        for name, rule in _rules(cls).items()
+        if content.get(name) is not None
+    }
+
+
+def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
+    """Make a dataclass from the entries of `content` that are named like its fields.
+
+    Raises:
+        ValueError: an entry breaks its rule, or an entry without a default is missing.
+    """
+    entries = checked(cls, content, where)
+    for field in fields(cls):
+        if field.name not in entries and field.default is MISSING:
+            raise ValueError(f"{where} has no {field.name}")
+    return cls(**entries)
+
+
+@cache
+def _rules(cls: type) -> dict[str, Rule]:
+    """Return the rules of a dataclass by field name."""
+    hints = get_type_hints(cls, include_extras=True)
+    annotated = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
+    return {name: rule for name, rule in annotated.items() if isinstance(rule, Rule)}
+
+
+def loads(text: str, once: bool = False) -> Any:
+    """Parse a JSON text strictly.
+
+    Args:
+        text: the JSON text.
+        once: whether to reject objects with duplicate names. Otherwise the last value wins, as in Python.
+
+    Raises:
+        ValueError: the text is not JSON, or contains NaN, an infinite or too large number, or more than `MAX_LEVELS` levels.
+    """
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number of JSON")
+
+    def finite(number: str) -> float:
+        if math.isinf(value := float(number)):
+            raise ValueError(f"the number {number[:20]} is too large")
+        return value
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise ValueError(f"the field {twice[:40]} is there twice")
+        return value
+
+    too_deep = ValueError(f"it is nested deeper than {MAX_LEVELS} levels")
+    try:
+        hook = unique if once else None
+        value = json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=hook)
+    except RecursionError:
+        raise too_deep from None
+    level = [[value]]
+    for _ in range(MAX_LEVELS + 1):
+        inside = chain.from_iterable(map(_values, level))
+        level = [inner for inner in inside if isinstance(inner, dict | list)]
+        if not level:
+            return value
+    raise too_deep
+
+
+def _values(outer: dict | list) -> Iterable[Any]:
+    """Return the values directly inside an object or a list."""
+    if isinstance(outer, dict):
+        return outer.values()
+    return outer
+
+
+def check_fetched(path: Path) -> None:
+    """Check that a file is not a pointer left by git-lfs. Raises ModelError if it is."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(LFS)) == LFS:
+                raise ModelError(f"{path} is a git-lfs pointer", LFS_HINT)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a settings file.
+
+    Raises:
+        ValueError: not a regular file, more than `MAX_BYTES`, not an object, or rejected by `loads`.
+        OSError: the file cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):  # for example a pipe without a writer, which would block forever
+        raise ValueError("it is no regular file")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES // 2**20} MiB")
+    value = loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
