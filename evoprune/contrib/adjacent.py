@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from evoprune.contrib.shared import dissimilarity
-from evoprune.methods import Cosine, Selection, Selector, Tokens, arange_on, ranked, snap
+from evoprune.contrib.shared import Cosine, dissimilarity, ranked
+from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 
 
 @dataclass(frozen=True)

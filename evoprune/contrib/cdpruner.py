@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.contrib.shared import like_question, relevant
-from evoprune.methods import Selection, Selector, Tokens, of_pairs, snap, spread
+from evoprune.methods import Selection, Selector, Tokens, snap, spread
 
 STEP = 1 / 16384
 MAX_FEATURES = 1 << 23  # float64 values in memory at a time
@@ -48,7 +48,7 @@ class CdPruner(Selector):
         for first in range(0, len(unit), at_once):
             part = slice(first, first + at_once)
             kept += widest(unit[part], weight[part], counts[part])
-        return of_pairs(kept, unit.shape[1])
+        return Selection.of_pairs(kept, unit.shape[1])
 
 
 def widest(unit: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:

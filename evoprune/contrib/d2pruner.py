@@ -6,18 +6,8 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods import (
-    LanguageMethod,
-    LanguagePlan,
-    LayerTokens,
-    Part,
-    Selection,
-    Share,
-    one_drop,
-    ranked,
-    relative,
-    snap,
-)
+from evoprune.contrib.shared import Part, Share, ranked, relative
+from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selection, one_drop, snap
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods import Selection, Selector, Tokens, ranked, snap
+from evoprune.contrib.shared import ranked
+from evoprune.methods import Selection, Selector, Tokens, snap
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 
+from evoprune.contrib.shared import Share
 from evoprune.methods import (
     EncoderMethod,
     Grid,
     Selection,
     Selector,
-    Share,
     Stage,
     Tokens,
     TowerShape,

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from evoprune.methods import LanguageMethod, LanguagePlan, Part, one_drop
+from evoprune.contrib.shared import Part
+from evoprune.methods import LanguageMethod, LanguagePlan, one_drop
 
 
 @dataclass(frozen=True)

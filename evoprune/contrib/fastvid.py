@@ -6,21 +6,19 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 
-from evoprune.contrib.shared import centre_weights, gathered, peaks, segments, transitions
-from evoprune.methods import (
+from evoprune.contrib.shared import (
     Cosine,
     Count,
-    Selection,
-    Selector,
     Share,
-    Tokens,
     apportion,
-    arange_on,
+    centre_weights,
     closest,
-    highest,
-    snap,
-    spread,
+    gathered,
+    peaks,
+    segments,
+    transitions,
 )
+from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, snap, spread
 
 
 @dataclass(frozen=True)

@@ -6,27 +6,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from evoprune.backend import greedy_cosine
 from evoprune.contrib.shared import (
+    Cosine,
+    Count,
+    Share,
+    apportion,
+    closest,
     gathered,
     joined_peaks,
+    ranked,
     segments,
     transitions,
 )
-from evoprune.methods import (
-    Cosine,
-    Count,
-    Selection,
-    Selector,
-    Share,
-    Tokens,
-    apportion,
-    arange_on,
-    closest,
-    most_diverse,
-    ranked,
-    snap,
-    spread,
-)
+from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, spread
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,11 @@ class FlashVid(Selector):
         index = arange_on(attention.numel(), x.device).view(pairs, per_pair)
         into = torch.full_like(index, -1).flatten()
         diverse = spread(math.floor(self.diverse * keep + 0.5), pairs)
-        best = torch.cat([index[g, most_diverse(x[g], count, attention[g])] for g, count in enumerate(diverse)])
+        kept = [
+            greedy_cosine(F.normalize(x[g].float(), dim=1), attention[g], None, 1.0, count, True)
+            for g, count in enumerate(diverse)
+        ]
+        best = torch.cat([index[g, places] for g, places in enumerate(kept)])
         into[best] = best
         weight = torch.ones(len(into), dtype=torch.float32, device=x.device)
         trees = keep - len(best)

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import torch
 
-from evoprune.contrib.shared import averaged, gathered, join_groups
-from evoprune.methods import Cosine, Selection, Selector, Tokens, apportion, arange_on, highest, snap
+from evoprune.contrib.shared import Cosine, apportion, averaged, gathered, join_groups
+from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, snap
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from evoprune.contrib.shared import turns
-from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Part, Selection, arange_on, closest, one_drop
+from evoprune.contrib.shared import Part, closest, turns
+from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selection, arange_on, one_drop
 
 
 @dataclass(frozen=True)

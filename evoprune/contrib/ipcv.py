@@ -7,7 +7,8 @@ from typing import Annotated
 import torch
 
 from evoprune.contrib.dart import Dart
-from evoprune.methods import Count, EncoderMethod, Grid, SetAside, Share, Stage, TowerShape, arange_on, snap
+from evoprune.contrib.shared import Count, Share
+from evoprune.methods import EncoderMethod, Grid, SetAside, Stage, TowerShape, arange_on, snap
 from evoprune.vision import Hook, Rows
 
 

@@ -8,22 +8,15 @@ import torch.nn.functional as F
 
 from evoprune.contrib.shared import (
     NEIGHBOURS,
+    Cosine,
+    Share,
+    apportion,
+    closest,
     peak_scores,
     segments,
     transitions,
 )
-from evoprune.methods import (
-    Cosine,
-    Selection,
-    Selector,
-    Share,
-    Tokens,
-    apportion,
-    closest,
-    highest,
-    snap,
-    spread,
-)
+from evoprune.methods import Selection, Selector, Tokens, highest, snap, spread
 
 
 @dataclass(frozen=True)

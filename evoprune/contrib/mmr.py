@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import greedy_cosine
-from evoprune.methods import Selection, Selector, Share, Tokens, scaled, snap
+from evoprune.contrib.shared import Share, scaled
+from evoprune.methods import Selection, Selector, Tokens, snap
 
 
 @dataclass(frozen=True)

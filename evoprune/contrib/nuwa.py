@@ -1,13 +1,14 @@
 """Nüwa, first stage: attended tokens from every cell, with the weakest turned into means."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods import Selection, Selector, Share, Tokens, arange_on, of_pairs, ranked, snap, spread
+from evoprune.contrib.shared import Share, ranked
+from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, spread
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Nuwa(Selector):
                 means.append((token + start, place + pair * len(order), weight))
             kept.append(here)
             start += share
-        return Selection(of_pairs(kept, len(order)).kept, means=tuple(map(torch.cat, zip(*means, strict=True))))
+        return replace(Selection.of_pairs(kept, len(order)), means=tuple(map(torch.cat, zip(*means, strict=True))))
 
     def means(
         self, score: torch.Tensor, kept: torch.Tensor, middle: torch.Tensor

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Part, one_drop
+from evoprune.contrib.shared import Part
+from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, one_drop
 
 
 @dataclass(frozen=True)

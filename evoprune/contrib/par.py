@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.contrib.shared import like_question, relevant, turns
-from evoprune.methods import Cosine, Selection, Selector, Tokens, arange_on, highest, ranked, snap
+from evoprune.contrib.shared import Cosine, like_question, ranked, relevant, turns
+from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, snap
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from itertools import accumulate, groupby, pairwise
 import torch
 import torch.nn.functional as F
 
-from evoprune.contrib.shared import NEIGHBOURS, averaged, gathered, join_groups, joined_peaks
-from evoprune.methods import Cosine, Selection, Selector, Share, Tokens, apportion, arange_on, snap
+from evoprune.contrib.shared import NEIGHBOURS, Cosine, Share, apportion, averaged, gathered, join_groups, joined_peaks
+from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 
 
 @dataclass(frozen=True)

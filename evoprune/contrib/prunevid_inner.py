@@ -4,18 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.methods import (
-    LanguageMethod,
-    LanguagePlan,
-    LayerTokens,
-    Part,
-    Selection,
-    apportion,
-    arange_on,
-    highest,
-    one_drop,
-    relative,
-)
+from evoprune.contrib.shared import Part, apportion, relative
+from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selection, arange_on, highest, one_drop
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,87 @@
-"""Helpers shared by several methods: segments of a video, density peaks, means of tokens, and relevance to the question."""
+"""Helpers shared by several methods: types of settings, ranks, shares, segments of a video, density peaks, means, relevance."""
 
+import math
+from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
 from evoprune.backend import BLOCK
-from evoprune.methods import Selection, Tokens, arange_on, highest, scaled, snap
+from evoprune.methods import Selection, Tokens, arange_on, highest, snap
+
+# Types of settings: a number type and its range.
+Share = Annotated[float, "[0, 1]"]
+Part = Annotated[float, "(0, 1)"]
+Cosine = Annotated[float, "[-1, 1]"]
+Count = Annotated[int, "[1, inf)"]
 
 NEIGHBOURS = 7  # neighbors for computing a density, as in the authors' code of PruneVid, FlashVID and HoliTom
 MAX_BLOCKS = 4  # blocks of distances that are cached; if there are more, all are computed twice
 STEPS = 16384  # distances are integers of this many steps of the tokens' root mean square length
 MIN_RELEVANCE = 1 / 128  # scaled relevance of the least relevant token
+
+
+def ranked(score: torch.Tensor) -> torch.Tensor:
+    """Return int64 `[n]`: the indices of `score` (`[n]`) from highest to lowest; ties by index."""
+    return score.argsort(descending=True, stable=True)
+
+
+def relative(score: torch.Tensor) -> torch.Tensor:
+    """Return the rounded logarithm of `score` (at least 0), so that scores within a relative difference of 1/10,000 are ties."""
+    return snap(score.log())
+
+
+def scaled(score: torch.Tensor) -> torch.Tensor:
+    """Return `score` scaled linearly to the range 0 to 1, or zeros if all entries are equal."""
+    low = score.min()
+    high = score.max()
+    return (score - low) / torch.where(high > low, high - low, torch.ones_like(high))
+
+
+def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the highest cosine between each row of `unit` (`[n, d]`) and any row of `others` (`[m, d]`), and its index.
+
+    All rows have length one, and m is at least 1. Ties go to the lower index.
+
+    Returns:
+        float32 `[n]` cosines, and int64 `[n]` indices into `others`.
+    """
+    maxima = [snap(rows @ others.T).max(1) for rows in unit.split(BLOCK)]
+    return torch.cat([piece.values for piece in maxima]), torch.cat([piece.indices for piece in maxima])
+
+
+def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
+    """Divide `total` in proportion to `weights` (at least 0), by largest remainder, with limits `most` for the shares.
+
+    Excess above a limit goes to the other shares, again in proportion, or evenly if all remaining weights are zero. Ties go by
+    index. The shares sum to `total`, or to the sum of `most` if that is less.
+    """
+    counts = [0] * len(most)
+    quotas = {}
+    open_ = [i for i, limit in enumerate(most) if limit > 0]
+    while open_:
+        left = total - sum(counts)
+        parts = {i: Fraction(weights[i]) for i in open_}
+        if not any(parts.values()):
+            parts = dict.fromkeys(open_, Fraction(1))
+        whole = sum(parts.values())
+        quotas = {i: left * part / whole for i, part in parts.items()}
+        full = [i for i in open_ if quotas[i] >= most[i]]
+        if not full:
+            break
+        for i in full:
+            counts[i] = most[i]
+        open_ = [i for i in open_ if i not in full]
+    for i in open_:
+        counts[i] = math.floor(quotas[i])
+    missing = total - sum(counts)
+    for i in sorted(open_, key=lambda i: (counts[i] - quotas[i], i))[:missing]:
+        counts[i] += 1
+    return counts
 
 
 def dissimilarity(tokens: Tokens) -> torch.Tensor:

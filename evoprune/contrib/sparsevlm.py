@@ -6,17 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.backend import BLOCK
-from evoprune.contrib.shared import gathered, joined_peaks
-from evoprune.methods import (
-    LanguageMethod,
-    LanguagePlan,
-    LayerTokens,
-    Selection,
-    arange_on,
-    ranked,
-    relative,
-    several_drops,
-)
+from evoprune.contrib.shared import gathered, joined_peaks, ranked, relative
+from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selection, arange_on, several_drops
 
 # Tokens left of 576 after each drop, from none to all; in between, the authors' counts for means of 64, 96, 128 and 192 tokens.
 COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110), (576, 576, 576))

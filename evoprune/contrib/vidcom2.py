@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods import Selection, Selector, Tokens, apportion, highest, of_pairs, snap
+from evoprune.contrib.shared import apportion
+from evoprune.methods import Selection, Selector, Tokens, highest, snap
 
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 TEMPERATURE = 0.01
@@ -36,7 +37,7 @@ class VidCom2(Selector):
         unlike = (-snap(like_video.mean(1)).double() / TEMPERATURE).softmax(0)
         weights = pairs * (1 + snap(unlike)) - 1  # T times the share, rounded: equal shares stay equal
         shares = apportion(keep, weights.tolist(), [per_pair] * pairs)
-        return of_pairs(map(highest, -snap(like_video + like_pair), shares), per_pair)
+        return Selection.of_pairs(map(highest, -snap(like_video + like_pair), shares), per_pair)
 
 
 def likeness(unit: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

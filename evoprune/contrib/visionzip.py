@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from evoprune.contrib.shared import centre_weights, gathered
-from evoprune.methods import Selection, Selector, Share, Tokens, arange_on, closest, highest, snap, spread
+from evoprune.contrib.shared import Share, centre_weights, closest, gathered
+from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, snap, spread
 
 
 @dataclass(frozen=True)

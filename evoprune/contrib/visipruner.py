@@ -5,18 +5,17 @@ from typing import Annotated
 
 import torch
 
+from evoprune.contrib.shared import Part, relative
 from evoprune.methods import (
     Drop,
     LanguageMethod,
     LanguagePlan,
     LayerTokens,
-    Part,
     Selection,
     arange_on,
     highest,
     keep_count,
     layers_before,
-    relative,
 )
 
 

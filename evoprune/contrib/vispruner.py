@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.backend import BLOCK
-from evoprune.methods import Count, Selection, Selector, Share, Tokens, arange_on, of_pairs, ranked, snap, spread
+from evoprune.contrib.shared import Count, Share, ranked
+from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, spread
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class VisPruner(Selector):
     def select(self, tokens: Tokens, keep: int) -> Selection:
         attention = tokens.by_pair(snap(tokens.attention))
         unit = tokens.by_pair(tokens.normalised)
-        return of_pairs(map(self.kept, attention, unit, spread(keep, len(unit))), unit.shape[1])
+        return Selection.of_pairs(map(self.kept, attention, unit, spread(keep, len(unit))), unit.shape[1])
 
     def kept(self, attention: torch.Tensor, unit: torch.Tensor, keep: int) -> torch.Tensor:
         """Return int64 `[keep]`, ascending: the places that a frame pair keeps, given `attention` (`[n]`) and `unit` (`[n, D]`)."""

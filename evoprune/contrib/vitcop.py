@@ -6,17 +6,14 @@ from typing import Annotated
 import torch
 
 from evoprune.backend import BLOCK
-from evoprune.contrib.shared import gathered, rounded_distances, rounded_points, turns
+from evoprune.contrib.shared import Share, gathered, ranked, relative, rounded_distances, rounded_points, turns
 from evoprune.methods import (
     LanguageMethod,
     LanguagePlan,
     LayerTokens,
     Selection,
-    Share,
     arange_on,
     highest,
-    ranked,
-    relative,
     several_drops,
     snap,
 )

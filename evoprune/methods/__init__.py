@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from evoprune.doors import door
 
 if TYPE_CHECKING:
-    from evoprune.methods.base import Cosine, Count, EncoderMethod, InputMethod, Merger, Method, Part, Selector, Share
-    from evoprune.methods.baselines import DivPrune, most_diverse, smaller_frame
+    from evoprune.methods.base import EncoderMethod, InputMethod, Merger, Selector
+    from evoprune.methods.baselines import DivPrune, smaller_frame
     from evoprune.methods.budget import (
         AUTOS,
         DEFAULT_BUDGET,
@@ -37,18 +37,8 @@ if TYPE_CHECKING:
         select_in_language,
         several_drops,
     )
-    from evoprune.methods.plans import (
-        EncoderPlan,
-        Grid,
-        Merge,
-        SetAside,
-        Stage,
-        TowerShape,
-        apportion,
-        full_plan,
-        spread,
-    )
-    from evoprune.methods.ranking import alternate, closest, highest, match, of_pairs, ranked, relative, scaled, snap
+    from evoprune.methods.plans import EncoderPlan, Grid, Merge, SetAside, Stage, TowerShape, full_plan, spread
+    from evoprune.methods.ranking import alternate, highest, match
     from evoprune.methods.registry import (
         DEFAULT,
         REUSE,
@@ -61,7 +51,7 @@ if TYPE_CHECKING:
         plugin_code,
         plugins,
     )
-    from evoprune.methods.selecting import select, tokens_before_inflection
+    from evoprune.methods.selecting import select, snap, tokens_before_inflection
     from evoprune.methods.types import Candidates, Selection, Tokens, arange_on, generator_seed, nonzero_fixed
 
 __all__ = [
@@ -75,8 +65,6 @@ __all__ = [
     "STEPS",
     "Budget",
     "Candidates",
-    "Cosine",
-    "Count",
     "DivPrune",
     "Drop",
     "Dropping",
@@ -94,24 +82,19 @@ __all__ = [
     "LayerTokens",
     "Merge",
     "Merger",
-    "Method",
     "MethodChain",
-    "Part",
     "PruneConfig",
     "Selection",
     "Selector",
     "SetAside",
-    "Share",
     "Stage",
     "Tokens",
     "TowerShape",
     "alternate",
-    "apportion",
     "arange_on",
     "available",
     "built_in",
     "check",
-    "closest",
     "full_plan",
     "generator_seed",
     "get",
@@ -121,17 +104,12 @@ __all__ = [
     "layers_before",
     "match",
     "may_resize",
-    "most_diverse",
     "nonzero_fixed",
-    "of_pairs",
     "one_drop",
     "parse",
     "parse_names",
     "plugin_code",
     "plugins",
-    "ranked",
-    "relative",
-    "scaled",
     "select",
     "select_in_language",
     "several_drops",
@@ -144,8 +122,8 @@ __all__ = [
 __getattr__, __dir__ = door(
     __name__,
     {
-        "base": ["Cosine", "Count", "EncoderMethod", "InputMethod", "Merger", "Method", "Part", "Selector", "Share"],
-        "baselines": ["DivPrune", "most_diverse", "smaller_frame"],
+        "base": ["EncoderMethod", "InputMethod", "Merger", "Selector"],
+        "baselines": ["DivPrune", "smaller_frame"],
         "budget": [
             "AUTOS",
             "Budget",
@@ -173,18 +151,8 @@ __getattr__, __dir__ = door(
             "select_in_language",
             "several_drops",
         ],
-        "plans": [
-            "EncoderPlan",
-            "Grid",
-            "Merge",
-            "SetAside",
-            "Stage",
-            "TowerShape",
-            "apportion",
-            "full_plan",
-            "spread",
-        ],
-        "ranking": ["alternate", "closest", "highest", "match", "of_pairs", "ranked", "relative", "scaled", "snap"],
+        "plans": ["EncoderPlan", "Grid", "Merge", "SetAside", "Stage", "TowerShape", "full_plan", "spread"],
+        "ranking": ["alternate", "highest", "match"],
         "registry": [
             "DEFAULT",
             "REUSE",
@@ -197,7 +165,7 @@ __getattr__, __dir__ = door(
             "plugin_code",
             "plugins",
         ],
-        "selecting": ["select", "tokens_before_inflection"],
+        "selecting": ["select", "snap", "tokens_before_inflection"],
         "types": ["Candidates", "Selection", "Tokens", "arange_on", "generator_seed", "nonzero_fixed"],
     },
 )

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from math import inf, isfinite, prod
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
@@ -24,12 +24,6 @@ from evoprune.methods.plans import (
     spread,
 )
 from evoprune.methods.types import Candidates, Selection, Tokens
-
-# Types of settings: a number type and its range.
-Share = Annotated[float, "[0, 1]"]
-Part = Annotated[float, "(0, 1)"]
-Cosine = Annotated[float, "[-1, 1]"]
-Count = Annotated[int, "[1, inf)"]
 
 
 @dataclass(frozen=True)
@@ -173,7 +167,7 @@ class Merger(EncoderMethod, ABC):
 
 
 def check_settings(method: object) -> None:
-    """Check the fields of a method whose types have a range, such as `Share`. Raises the same errors as `check_ranges`."""
+    """Check fields whose types have a range, as in `Annotated[float, "[0, 1]"]`. Raises the same errors as `check_ranges`."""
     check_ranges(method, **{f.name: f.type.__metadata__[0] for f in fields(method) if hasattr(f.type, "__metadata__")})
 
 

@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from evoprune.backend import greedy_cosine
 from evoprune.methods.base import InputMethod, Method, Selector
 from evoprune.methods.plans import Grid, spread
-from evoprune.methods.ranking import of_pairs
 from evoprune.methods.types import Selection, Tokens, arange_on
 
 
@@ -34,7 +32,7 @@ class Random(Selector):
             torch.randperm(per_pair, generator=generator, dtype=torch.int64, device="cpu")[:share].sort().values
             for share in spread(keep, pairs)
         )
-        return of_pairs(drawn, per_pair)
+        return Selection.of_pairs(drawn, per_pair)
 
 
 @dataclass(frozen=True)
@@ -104,16 +102,7 @@ class DivPrune(Selector):
     source = "arXiv 2503.02175"
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        return Selection(most_diverse(tokens.features, keep))
-
-
-def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Return int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by greedy max-min distance; ties go to the lower index.
-
-    Args:
-        weight: float `[N]`, at least 0, multiplies a row's distance to the selected rows; None for 1.
-    """
-    return greedy_cosine(F.normalize(features.float(), dim=1), weight, None, 1.0, keep, True)
+        return Selection(greedy_cosine(tokens.normalised, None, None, 1.0, keep, True))
 
 
 def smaller_frame(height: int, width: int, most: int) -> tuple[int, int]:

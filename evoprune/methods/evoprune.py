@@ -20,7 +20,7 @@ from typing import Annotated, ClassVar
 import torch
 
 from evoprune.backend import unit_counts
-from evoprune.methods.base import EncoderMethod, Selector, Share
+from evoprune.methods.base import EncoderMethod, Selector
 from evoprune.methods.budget import AUTO_LEAST, keep_count
 from evoprune.methods.farthest import ALPHA, assign_clusters, farthest_points, points_of
 from evoprune.methods.plans import Grid, Stage, TowerShape
@@ -112,9 +112,9 @@ class EvoPruneMethod(EncoderMethod):
     alpha: Annotated[float, "[0, inf)"] = ALPHA  # weight of time in the selection's distance
     # Rows that enter the tower: units * budget ** first; rows after the second selection: units * budget ** rows. 0 keeps all
     # units, 1 as many rows as tokens.
-    first: Share = 0.4
-    rows: Share = 0.75
-    floor: Share = 0.0  # minimum for a frame pair, as a share of its even part of the budget
+    first: Annotated[float, "[0, 1]"] = 0.4
+    rows: Annotated[float, "[0, 1]"] = 0.75
+    floor: Annotated[float, "[0, 1]"] = 0.0  # minimum for a frame pair, as a share of its even part of the budget
     average: bool = True  # whether a token becomes the mean of its cluster
     # The language model's attention weighs a token by (cluster size) ** count; 0 weighs all tokens equally, 1 is ToMe's
     # proportional attention (arXiv 2210.09461, section 3).

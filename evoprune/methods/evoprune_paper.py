@@ -6,9 +6,10 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Count, Merger, Share
+from evoprune.backend import snap
+from evoprune.methods.base import Merger
 from evoprune.methods.plans import TowerShape, layer_weights, rows_after_layers
-from evoprune.methods.ranking import alternate, match, snap
+from evoprune.methods.ranking import alternate, match
 from evoprune.methods.types import Candidates, arange_on
 
 FEATURES = ("keys", "keys_rotary", "hidden")
@@ -29,8 +30,10 @@ class EvoPrunePaper(Merger):
     last: float = 0.5
     diversity: Annotated[float, "(-inf, inf)"] = 0.1  # weights of the score's two penalties (`composite_score`)
     attention: Annotated[float, "(-inf, inf)"] = 0.1
-    critical: Share = 0.1  # share of a group, its most attended rows, that merges only after all other rows
-    neighbours: Count = 4  # how many nearest rows the density is computed from
+    critical: Annotated[float, "[0, 1]"] = (
+        0.1  # share of a group, its most attended rows, that merges only after all other rows
+    )
+    neighbours: Annotated[int, "[1, inf)"] = 4  # how many nearest rows the density is computed from
     features: str = "keys"  # what similarity compares: keys of the layer, keys_rotary (after rotary), or hidden states
     size_bias: bool = True  # whether attention weighs a merged row by its cluster size
 
@@ -176,4 +179,4 @@ class EvoPruneMerge(EvoPrunePaper):
 
     allocation: str = "decreasing"
     attention: Annotated[float, "(-inf, inf)"] = 0.0
-    critical: Share = 0.0
+    critical: Annotated[float, "[0, 1]"] = 0.0

@@ -12,11 +12,11 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
-from evoprune.backend import Timer, to_device
+from evoprune.backend import Timer, snap, to_device
 from evoprune.errors import call
 from evoprune.methods.base import Method, check_ranges
 from evoprune.methods.budget import keep_count
-from evoprune.methods.ranking import highest, relative
+from evoprune.methods.ranking import highest
 from evoprune.methods.selecting import check_selection
 from evoprune.methods.types import Selection, arange_on, nonzero_fixed
 from evoprune.model import heads_of, norm, rotate
@@ -241,7 +241,8 @@ class LanguageMethod(Method, ABC):
         Indices of the selection refer to `tokens.visual`. `size` is ignored: a token keeps its cluster size. A method that is not
         `exact` may return None to drop nothing here.
         """
-        return Selection(highest(relative(self.score(tokens)), tokens.left))
+        # Scores within a relative difference of 1/10,000 are ties.
+        return Selection(highest(snap(self.score(tokens).log()), tokens.left))
 
     def reading(
         self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, pair: torch.Tensor, place: torch.Tensor

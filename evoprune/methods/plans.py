@@ -6,9 +6,8 @@ cache key read it.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
 from math import prod
 from typing import Any, Literal, Self
@@ -25,36 +24,6 @@ def spread(keep: int, pairs: int) -> list[int]:
     Each gets the mean rounded down, or rounded up at even distances over the clip.
     """
     return [(i + 1) * keep // pairs - i * keep // pairs for i in range(pairs)]
-
-
-def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Divide `total` in proportion to `weights` (at least 0), by largest remainder, with limits `most` for the shares.
-
-    Excess above a limit goes to the other shares, again in proportion, or evenly if all remaining weights are zero. Ties go by
-    index. The shares sum to `total`, or to the sum of `most` if that is less.
-    """
-    counts = [0] * len(most)
-    quotas = {}
-    open_ = [i for i, limit in enumerate(most) if limit > 0]
-    while open_:
-        left = total - sum(counts)
-        parts = {i: Fraction(weights[i]) for i in open_}
-        if not any(parts.values()):
-            parts = dict.fromkeys(open_, Fraction(1))
-        whole = sum(parts.values())
-        quotas = {i: left * part / whole for i, part in parts.items()}
-        full = [i for i in open_ if quotas[i] >= most[i]]
-        if not full:
-            break
-        for i in full:
-            counts[i] = most[i]
-        open_ = [i for i in open_ if i not in full]
-    for i in open_:
-        counts[i] = math.floor(quotas[i])
-    missing = total - sum(counts)
-    for i in sorted(open_, key=lambda i: (counts[i] - quotas[i], i))[:missing]:
-        counts[i] += 1
-    return counts
 
 
 # The encoder's plan: how many tokens to keep, and the stages that reduce rows on the way.

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from evoprune.backend import HOST
+from evoprune.backend import HOST, snap
 from evoprune.errors import PluginError, call
 from evoprune.methods.base import Selector
 from evoprune.methods.budget import AUTO_LEAST, keep_count
-from evoprune.methods.ranking import scaled, snap
 from evoprune.methods.types import Selection, Tokens, arange_on
 from evoprune.model import without_autocast
 
@@ -117,7 +116,9 @@ def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> i
 
 def inflection(scores: torch.Tensor) -> int:
     """Return how many of `scores` (float `[N]`) lie before the inflection point of the sorted curve, or N if there is none."""
-    curve = scaled(scores.float().sort(descending=True).values)
+    curve = scores.float().sort(descending=True).values
+    height = curve[0] - curve[-1]
+    curve = (curve - curve[-1]) / torch.where(height > 0, height, torch.ones_like(height))
     line = 1 - arange_on(len(curve), curve.device) / max(1, len(curve) - 1)
     depth = snap(line - curve)
     if depth.max() <= 0 or curve[0] <= 0:

@@ -4,10 +4,11 @@ Shapes follow from the plan. `bincount`, `nonzero` and masks as indices synchron
 depends on values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +122,15 @@ class Selection:
     means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     # False: a token equals its kept unit, and `unit_to_token` says only which units it represents
     averages: bool = True
+
+    @classmethod
+    def of_pairs(cls, kept: Iterable[torch.Tensor], per_pair: int) -> Self:
+        """Return the selection of the kept places in every frame pair.
+
+        Args:
+            kept: For each frame pair, int64 places among its `per_pair`, ascending.
+        """
+        return cls(torch.cat([places + pair * per_pair for pair, places in enumerate(kept)]))
 
     def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
         """Return the tokens `[K, D]` made from `rows` `[E, D]`.

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import devices, without_cudnn
+from evoprune.backend import BLOCK, devices, snap, without_cudnn
 from evoprune.errors import UsageError
 from evoprune.methods import (
     EncoderPlan,
@@ -35,7 +35,6 @@ from evoprune.methods import (
     Tokens,
     TowerShape,
     arange_on,
-    closest,
     select,
     tokens_before_inflection,
 )
@@ -469,7 +468,8 @@ def _nearest_kept(tokens: Tokens, kept: torch.Tensor) -> torch.Tensor:
     Used for selectors that return no `unit_to_token`.
     """
     rows = F.normalize(tokens.rows.float(), dim=1)
-    nearest = closest(rows, rows[tokens.unit_to_row[kept]])[1][tokens.unit_to_row]
+    chosen = rows[tokens.unit_to_row[kept]]
+    nearest = torch.cat([snap(some @ chosen.T).max(1).indices for some in rows.split(BLOCK)])[tokens.unit_to_row]
     return torch.where(tokens.unit_to_row < 0, -1, nearest).index_copy_(0, kept, arange_on(len(kept), kept.device))
 
 

@@ -14,10 +14,30 @@ from evoprune import methods
 from evoprune.contrib import shared
 from evoprune.contrib.holitom import most_saving
 from evoprune.contrib.prunevid import folded
-from evoprune.contrib.shared import peak_scores, peaks
-from evoprune.methods import Tokens, apportion, snap
+from evoprune.contrib.shared import apportion, peak_scores, peaks
+from evoprune.methods import Tokens, snap
 from tests.contrib.line_by_line import assert_means, examples, mean_of, shares
 from tests.methods.tokens import cosine, features_of, first_of, ranked, scaled, selected, snapped, tokens_of
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.3, 1.0, 2.5, 7.0]), st.integers(0, 9)), min_size=1), st.data())
+def test_apportion(groups, data):
+    weights, most = zip(*groups, strict=True)
+    total = data.draw(st.integers(0, sum(most)))
+    counts = apportion(total, weights, most)
+    assert sum(counts) == total and all(0 <= count <= limit for count, limit in zip(counts, most, strict=True))
+    free = [i for i in range(len(groups)) if counts[i] < most[i]]
+    for i in free:
+        for j in free:
+            if weights[i] > weights[j]:  # a larger weight never gets less
+                assert counts[i] >= counts[j]
+            if weights[i] == weights[j] and i < j:  # of equal weights, the first gets the odd token
+                assert 0 <= counts[i] - counts[j] <= 1
+    if all(total * weight <= limit * sum(weights) for weight, limit in groups) and sum(weights):
+        assert all(
+            abs(count * sum(weights) - total * w) < sum(weights) for count, w in zip(counts, weights, strict=True)
+        )
 
 
 def mmr_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.backend.operators import nearest_cosine
+from evoprune.methods import snap
 from evoprune.methods.baselines import Random, smaller_frame
 from evoprune.methods.plans import spread
-from evoprune.methods.ranking import snap
 from evoprune.methods.types import Selection, Tokens
 from tests.methods.tokens import KINDS, cosine, features_of, first_of, selected, tokens_of
 

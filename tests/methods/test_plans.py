@@ -17,7 +17,6 @@ from evoprune.methods.plans import (
     EncoderPlan,
     Stage,
     TowerShape,
-    apportion,
     full_plan,
     layer_weights,
     rows_after_layers,
@@ -39,26 +38,6 @@ def test_spread_is_even_over_every_stretch_of_time(grids, keep):
         mean = Fraction(keep * length, grids)
         for at in range(0, grids - length + 1):
             assert math.floor(mean) <= sum(shares[at : at + length]) <= math.ceil(mean)
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.3, 1.0, 2.5, 7.0]), st.integers(0, 9)), min_size=1), st.data())
-def test_apportion(groups, data):
-    weights, most = zip(*groups, strict=True)
-    total = data.draw(st.integers(0, sum(most)))
-    counts = apportion(total, weights, most)
-    assert sum(counts) == total and all(0 <= count <= limit for count, limit in zip(counts, most, strict=True))
-    free = [i for i in range(len(groups)) if counts[i] < most[i]]
-    for i in free:
-        for j in free:
-            if weights[i] > weights[j]:  # a larger weight never gets less
-                assert counts[i] >= counts[j]
-            if weights[i] == weights[j] and i < j:  # of equal weights, the first gets the odd token
-                assert 0 <= counts[i] - counts[j] <= 1
-    if all(total * weight <= limit * sum(weights) for weight, limit in groups) and sum(weights):
-        assert all(
-            abs(count * sum(weights) - total * w) < sum(weights) for count, w in zip(counts, weights, strict=True)
-        )
 
 
 # Schedules: how much each layer reduces.

@@ -6,10 +6,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune import methods
+from evoprune.methods import snap
 from evoprune.methods.base import Method
 from evoprune.methods.chain import MethodChain
 from evoprune.methods.plans import EncoderPlan, TowerShape
-from evoprune.methods.ranking import snap
 from evoprune.methods.types import Selection, Tokens
 from evoprune.vision import encode, tower_shape
 from tests.vision.tower import tiny_tower
