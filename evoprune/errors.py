@@ -12,6 +12,7 @@ USE_LESS = (
     "take fewer frames, fewer visual tokens or a lower budget: --frames, --max-visual-tokens, -b; "
     "in Python frames, max_visual_tokens, budget"
 )
+OTHER_MODELS = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"  # hint
 # Messages (regular expressions) of torch, oneDNN, CUDA, C++, Python threads and the dynamic linker for out of memory, when the
 # exception type could mean anything.
 NO_MEMORY = (

@@ -41,10 +41,11 @@ WIDTH = 80
 BAR = 12
 INDENT = " " * 11
 KNOWN = "the demo models know only generated clips (demo: coloured shapes and digits; demo-scenes: crowded scenes with signs)"
+FLAT = "equal_scores"  # the warning about a video whose selection had nothing to go by
 WARNINGS = {
     "whole_picture": "{video} stays whole: the method prunes frames of videos, and a picture has one",
     "pictures_whole": "the pictures stay whole without pictures=True; counts of pruning are those of the videos alone",
-    "equal_scores": "{video} shows nothing but even colours, so pruning had nothing to go by",
+    FLAT: "{video} shows nothing but even colours, so pruning had nothing to go by",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
     "cache_not_written": "the encoded video could not be stored; `evoprune inspect` names the folder: is it full, or read-only?",
     "damaged_subtitles": "some of the subtitles cannot be decoded and are left out; is their text UTF-8?",

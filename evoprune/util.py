@@ -1,4 +1,4 @@
-"""Helpers: short and safe texts, file states, and options (fields that describe them, objects made from keywords)."""
+"""Helpers: short and safe texts, file states, and options (fields that describe them, objects made from keywords, records)."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from numbers import Integral, Real
 from os import PathLike
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from evoprune.errors import UsageError, is_out_of_memory
 
@@ -344,3 +344,44 @@ def check_type(name: str, value: Any, declared: Any) -> Any:
             return int(value)
         return float(value)
     return value
+
+
+def record_of(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
+    """Return options as one flat dict, in the form stored in outputs.
+
+    Contains the options that change answers and differ from their defaults, and the options named in `always`. Options that earlier
+    versions did not have should not be in `always`, so that outputs of those versions can be resumed.
+    """
+    values = {}
+    for group in groups:
+        for f in fields(group):
+            value = getattr(group, f.name)
+            if f.name in always or (f.metadata[OPTION].changes_answers and value != f.default):
+                values[f.name] = value
+    return values
+
+
+def check_question(question: Any) -> None:
+    """Check that a question is a text and not empty.
+
+    Raises:
+        UsageError: If it is not.
+    """
+    if not isinstance(question, str):
+        raise UsageError(f"the question is {brief(question)}, not a text", 'for example "What happens?"')
+    if not question.strip():
+        raise UsageError("the question is empty", 'for example "What happens?"')
+
+
+class Uncopied:
+    """Base class of objects that belong to one process and one model, with caches and locks. They refuse pickle and copy."""
+
+    INSTEAD: ClassVar[str]  # hint for the error: what to do instead of copying
+
+    def __reduce_ex__(self, protocol: int):
+        """Refuse pickle and copy.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(f"no {type(self).__name__} can be pickled or copied: {self.INSTEAD}")

@@ -20,13 +20,12 @@ from contextlib import ExitStack, closing, nullcontext
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from evoprune.backend import holds_values
-from evoprune.errors import UsageError
+from evoprune.errors import OTHER_MODELS, UsageError
+from evoprune.language import GenerationOptions
 from evoprune.session import (
-    OTHER_MODELS,
     Answer,
     EncodedInputs,
     FindOptions,
-    GenerationOptions,
     LoadedModel,
     ModelDescription,
     ModelOptions,
@@ -34,11 +33,9 @@ from evoprune.session import (
     Progress,
     PruneOptions,
     ReadAhead,
-    SamplingOptions,
     Session,
     Shape,
     StreamOptions,
-    Uncopied,
     check_fits,
     check_streams,
     describe,
@@ -48,17 +45,14 @@ from evoprune.session import (
     no_tokenizer,
     open_inputs,
     paths_of,
-    takes,
     together,
 )
-from evoprune.util import brief, check_type, from_keywords
-from evoprune.video import Input
+from evoprune.signatures import takes
+from evoprune.util import Uncopied, brief, check_type, from_keywords
+from evoprune.video import Input, SamplingOptions
 
 if TYPE_CHECKING:
-    from evoprune.live import VideoStream
-    from evoprune.moments import Moment
-    from evoprune.session import (
-        Cache,
+    from evoprune.keywords import (
         FindKeywords,
         GenerationKeywords,
         LoadKeywords,
@@ -67,6 +61,9 @@ if TYPE_CHECKING:
         StreamKeywords,
         UntypedKeywords,
     )
+    from evoprune.live import VideoStream
+    from evoprune.moments import Moment
+    from evoprune.session import Cache
 
 
 Path = str | os.PathLike[str]

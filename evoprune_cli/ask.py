@@ -12,10 +12,11 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
+from evoprune.language import GenerationOptions
 from evoprune.report import Report, name_inputs, stats_block, summary, warned
-from evoprune.session import GenerationOptions, PipelineOptions, SamplingOptions
+from evoprune.session import PipelineOptions
 from evoprune.util import check_text, clock, counted, is_url, listed, missing_hint, shown, without_password
-from evoprune.video import local_file, warm_up
+from evoprune.video import SamplingOptions, local_file, warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.running import load
 from evoprune_cli.terminal import (

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.errors import UsageError
-from evoprune.session import GenerationOptions, ModelOptions, SamplingOptions
+from evoprune.language import GenerationOptions
+from evoprune.session import ModelOptions
+from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_new_folder, deliver_results, prepare, rescuing
 from evoprune_cli.terminal import check_output, note, progress

@@ -7,9 +7,9 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import EvopruneError, UsageError, VideoError
-from evoprune.session import FindOptions, ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
+from evoprune.session import FindOptions, ModelOptions, PipelineOptions, PruneOptions
 from evoprune.util import check_text, clock, counted, is_url, missing_hint, shown, without_password
-from evoprune.video import warm_up
+from evoprune.video import SamplingOptions, warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.ask import split_words
 from evoprune_cli.moment_files import MomentFiles

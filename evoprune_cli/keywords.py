@@ -1,11 +1,13 @@
-"""Generates the types of options for type checkers: `python -m evoprune_cli.keywords > evoprune/session/keywords.py`."""
+"""Generates the types of options for type checkers: `python -m evoprune_cli.keywords > evoprune/keywords.py`."""
 
 import textwrap
 from dataclasses import fields
 
 from evoprune.hf import EvoPrune
 from evoprune.language import GenerationOptions
-from evoprune.session import FindOptions, ModelOptions, PruneOptions, SamplingOptions, StreamOptions, meaning, type_code
+from evoprune.session import FindOptions, ModelOptions, PruneOptions, StreamOptions
+from evoprune.signatures import meaning, type_code
+from evoprune.video import SamplingOptions
 
 KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, FindOptions, EvoPrune)
 # For functions that take the options of several classes.
@@ -15,7 +17,7 @@ WITHOUT = {GenerationOptions: ("UntypedKeywords", "schema")}
 POSITIONAL = ("model",)  # a separate parameter in functions that load a model
 HEAD = '''"""The options of Python's functions, for type checkers and editors alone; `help` has them with their defaults.
 
-Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/session/keywords.py`; do not edit.
+Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/keywords.py`; do not edit.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ WIDTH = 120
 
 
 def module() -> str:
-    """Return the text of evoprune/session/keywords.py."""
+    """Return the text of evoprune/keywords.py."""
     return "\n\n".join([HEAD, *map(_keywords, KINDS), *(_joined(name, kinds) for name, kinds in JOINED.items())])
 
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from evoprune.backend import check_libraries, keep_freed_memory
 from evoprune.batch import OPEN_FILES, write_file
 from evoprune.errors import UsageError
+from evoprune.language import GenerationOptions
 from evoprune.report import WIDTH
-from evoprune.session import GenerationOptions, PipelineOptions
+from evoprune.session import PipelineOptions
 from evoprune_cli.terminal import encodable, failure, page_width, stdout, tell, write_whole
 
 if TYPE_CHECKING:

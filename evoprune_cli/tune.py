@@ -7,9 +7,11 @@ from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
+from evoprune.language import GenerationOptions
 from evoprune.methods import Budget
-from evoprune.session import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.session import ModelOptions, PruneOptions
 from evoprune.util import missing_hint, shown
+from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, deliver_results, prepare, rescuing
 from evoprune_cli.terminal import check_output, note, progress

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from evoprune.batch.output import RECORDED, RecordFile, Settings
 from evoprune.batch.rows import Row, product_rows
 from evoprune.report import INVISIBLE, rounded
-from evoprune.session import FindOptions, SamplingOptions
+from evoprune.session import FindOptions
+from evoprune.video import SamplingOptions
 
 SCHEMA = "evoprune/found@1"
 

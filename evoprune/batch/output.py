@@ -21,9 +21,9 @@ from evoprune import methods
 from evoprune.batch.rows import Row
 from evoprune.errors import UsageError
 from evoprune.report import SCHEMA, rounded
-from evoprune.session import PipelineOptions, record
+from evoprune.session import PipelineOptions
 from evoprune.untrusted import loads
-from evoprune.util import shown
+from evoprune.util import record_of, shown
 from evoprune.video import EXACT, input_state
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Settings(PipelineOptions):
     def record(self) -> dict[str, Any]:
         """Return all options as flat JSON data, as records contain them."""
         code = methods.plugin_code(self.pruning.method)
-        facts = record(self.groups, self.ALWAYS) | {"method_args": {}}  # method settings are part of `method`
+        facts = record_of(self.groups, self.ALWAYS) | {"method_args": {}}  # method settings are part of `method`
         if code:
             facts["plugins"] = code
         return facts

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.session import Answer, EncodedInputs, GenerationOptions
+from evoprune.language import GenerationOptions
+from evoprune.session import Answer, EncodedInputs
 
 KEPT = 1024  # tokens whose probabilities are kept at each position of an answer, instead of 150,000
 

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import torch
+
 from evoprune import methods
+from evoprune.backend import available_cores
 from evoprune.batch import Row, Span, file_changes, group_by_span
 from evoprune.bench.eval_folder import SIZE_RULE, RunFolder
 from evoprune.bench.eval_results import EvalResults
@@ -51,7 +54,6 @@ from evoprune.session import (
     in_flight,
     load_model,
     open_inputs,
-    threads_of_each,
     weights_of,
 )
 from evoprune.util import counted
@@ -385,3 +387,15 @@ def _state(video: VideoQuestions) -> dict[str, Any] | None:
 
 def _about(video: VideoQuestions, row: Row) -> dict[str, Any]:
     return {"video": video.name, "id": row.id, "type": row.type, "groups": list(row.groups)}
+
+
+def threads_of_each(wanted: int | str | None, processes: int) -> int:
+    """Return the number of threads for each of several processes.
+
+    Args:
+        wanted: The number, if it is one. Otherwise each process gets as many threads as this one, but all processes together at
+            most one thread per core.
+    """
+    if isinstance(wanted, int):
+        return wanted
+    return max(1, min(torch.get_num_threads(), available_cores() // processes))

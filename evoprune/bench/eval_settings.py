@@ -12,9 +12,11 @@ from evoprune.batch import group_by_span
 from evoprune.bench.eval_folder import SIZE_RULE, no_folder, stored_settings
 from evoprune.bench.questions import VideoQuestions, load_questions, of_groups
 from evoprune.errors import UsageError
+from evoprune.language import GenerationOptions
 from evoprune.methods import Budget
-from evoprune.session import FIRST, Asked, GenerationOptions, ModelOptions, PipelineOptions, SamplingOptions, record
-from evoprune.util import OPTION
+from evoprune.session import FIRST, Asked, ModelOptions, PipelineOptions
+from evoprune.util import OPTION, record_of
+from evoprune.video import SamplingOptions
 
 Score = Literal["text", "likelihood"]
 SCORES = get_args(Score)
@@ -80,7 +82,7 @@ class EvalSettings:
     def record(self) -> dict[str, Any]:
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
         code = {name: code for text in self.methods for name, code in methods.plugin_code(text).items()}
-        options = record((self.sampling, self.generation, self.model), RECORDED)
+        options = record_of((self.sampling, self.generation, self.model), RECORDED)
         if code:
             options["plugins"] = code
         return own | options | {"method_args": {}}  # method settings are part of `methods`

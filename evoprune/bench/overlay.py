@@ -23,9 +23,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from evoprune.errors import UsageError
 from evoprune.methods import arange_on
-from evoprune.session import OpenInput, Progress, SamplingOptions, Session, open_inputs
+from evoprune.session import OpenInput, Progress, Session, open_inputs
 from evoprune.util import counted
-from evoprune.video import FrameChunk, OnFrames, Plan
+from evoprune.video import FrameChunk, OnFrames, Plan, SamplingOptions
 from evoprune.vision import EncodedRows, resize, token_selection
 
 FATES = ("read", "reused", "merged", "dropped")  # the fate of a unit is the first that applies

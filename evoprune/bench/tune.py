@@ -46,7 +46,6 @@ from evoprune.session import (
     OpenInputs,
     PruneOptions,
     ReadAhead,
-    SamplingOptions,
     Session,
     check_fits,
     describe,
@@ -56,6 +55,7 @@ from evoprune.session import (
     open_inputs,
 )
 from evoprune.util import counted
+from evoprune.video import SamplingOptions
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
 # This project's default method; with as few rows as tokens; with more rows and no selection before the tower; and with tokens

@@ -40,13 +40,14 @@ from evoprune.hf.columns import (
 from evoprune.hf.encoding import INT8, PackedTower, encode_each, patch_config
 from evoprune.methods import DEFAULT_BUDGET, Budget, GivenShare
 from evoprune.model import Clock
-from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
-from evoprune.session import DTYPES, FLAT, explained, pruning_facts, takes
+from evoprune.report import FLAT, Memory, ModelFacts, Report, Sampling, TokenCounts
+from evoprune.session import DTYPES, pruning_facts
+from evoprune.signatures import explained, takes
 from evoprune.util import brief, budget_text, check_known, check_types, from_keywords, option
 from evoprune.vision import Encoded
 
 if TYPE_CHECKING:
-    from evoprune.session import EvoPruneKeywords
+    from evoprune.keywords import EvoPruneKeywords
 
 METHODS = ("generate", "forward")  # methods of the model that are replaced
 INNER = "evoprune_inside"  # argument that marks inner calls, which must not prune again

@@ -14,19 +14,9 @@ from transformers import BatchFeature
 
 from evoprune.language import Prompt, load_tokenizer
 from evoprune.model import VisionConfig
-from evoprune.session import (
-    SMALL_FILES,
-    ModelOptions,
-    SamplingOptions,
-    check_not_empty,
-    describe,
-    inputs_of,
-    plan_input,
-    prompt_about,
-    prompt_subtitles,
-    takes,
-)
-from evoprune.util import from_keywords
+from evoprune.session import SMALL_FILES, ModelOptions, describe, inputs_of, plan_input, prompt_about, prompt_subtitles
+from evoprune.signatures import takes
+from evoprune.util import check_question, from_keywords
 from evoprune.video import (
     EXACT,
     MAX_VISUAL_TOKENS,
@@ -36,6 +26,7 @@ from evoprune.video import (
     Input,
     InputLimits,
     Plan,
+    SamplingOptions,
     check_one_file,
     check_picture,
     local_input,
@@ -45,7 +36,7 @@ from evoprune.video import (
 from evoprune.vision import normalised, patches_of
 
 if TYPE_CHECKING:
-    from evoprune.session import SamplingKeywords
+    from evoprune.keywords import SamplingKeywords
 
 NAMES = {VIDEO: ("pixel_values_videos", "video_grid_thw"), PICTURE: ("pixel_values", "image_grid_thw")}
 TYPES = {PICTURE: 1, VIDEO: 2}  # token types in `mm_token_type_ids`
@@ -88,7 +79,7 @@ def processor_inputs(
     (options,) = from_keywords({"seek": EXACT} | sampling, SamplingOptions)
     if options.max_visual_tokens is None:  # another program runs the model, on an unknown device
         options = replace(options, max_visual_tokens=MAX_VISUAL_TOKENS)
-    check_not_empty(question)
+    check_question(question)
     given = inputs_of(inputs, sampling.get("frame_rate"), times_s)
     check_one_file(options.subtitles, len(given))
     checkpoint = describe(ModelOptions(model, revision, device="cpu", offline=offline))

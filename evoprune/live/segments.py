@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 
+from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.methods import EncoderPlan, Stage, arange_on
+from evoprune.model import carried_bytes, shortage
+from evoprune.session import Session
+from evoprune.video import Plan
 from evoprune.vision import EncodedRows, EncoderRun, ReferenceBlocks, Rows, encode_rows
 
 
@@ -125,3 +129,17 @@ class SegmentRun(EncoderRun):
             unit=torch.cat([rows.unit, first * self.geometry.units + place]),
             unit_to_row=torch.where(outside, rank, rows.unit_to_row.view_as(outside)).flatten(),
         ).by_unit()
+
+
+def check_carried(session: Session, plan: Plan) -> None:
+    """Check that the state carried from one window of a stream to the next fits.
+
+    Raises:
+        OutOfMemory: If it does not fit.
+    """
+    model = session.loaded.model
+    _, height, width = plan.encoder.grid
+    # The states of two windows are alive at once.
+    needed = 2 * carried_bytes(model.config, height * width, model.dtype.itemsize)
+    if plan.encoder.reuse and (short := shortage(needed, str(model.device))):
+        raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", USE_LESS, stage="encode")

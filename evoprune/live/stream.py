@@ -30,6 +30,7 @@ from evoprune.errors import UsageError
 from evoprune.language import (
     CONTENTS,
     MARKERS,
+    GenerationOptions,
     KVCache,
     Place,
     PrefillState,
@@ -44,20 +45,17 @@ from evoprune.language import (
     prune_prompt,
     timestamps,
 )
-from evoprune.live.segments import Earlier, NothingNew, encode_segment
+from evoprune.live.segments import Earlier, NothingNew, check_carried, encode_segment
 from evoprune.methods import FarthestPoints, Tokens, arange_on, select
 from evoprune.model import ANSWER_COLUMNS, Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
 from evoprune.session import (
     Askable,
     EncodedInput,
-    GenerationOptions,
     LoadedModel,
     OpenInput,
-    SamplingOptions,
     Session,
     StreamOptions,
-    check_carried,
     check_context,
     check_memory,
     check_streams,
@@ -66,7 +64,7 @@ from evoprune.session import (
     plan_input,
 )
 from evoprune.util import brief, check_type
-from evoprune.video import VIDEO, FrameChunk, OnFrames, Plan, SamplingPlan, Video, fitted
+from evoprune.video import VIDEO, FrameChunk, OnFrames, Plan, SamplingOptions, SamplingPlan, Video, fitted
 from evoprune.vision import Encoded, EncodedRows, resize
 
 CONTEXT = 32_768  # context length of a model that states none

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.language import Tokenizer
+from evoprune.language import GenerationOptions, Tokenizer
 from evoprune.model import Clock
 from evoprune.moments.segments import (
     MARGIN,
@@ -32,16 +32,13 @@ from evoprune.session import (
     ContentHash,
     EncodedInputs,
     FindOptions,
-    GenerationOptions,
     OpenInput,
-    SamplingOptions,
     SegmentCache,
     Session,
-    check_not_empty,
     longest_prompt,
     plan_input,
 )
-from evoprune.util import brief
+from evoprune.util import brief, check_question
 from evoprune.video import (
     AUTO_SEEK,
     KEYFRAMES,
@@ -49,6 +46,7 @@ from evoprune.video import (
     HeldVideo,
     Input,
     Plan,
+    SamplingOptions,
     Video,
     duration_of,
     local_input,
@@ -581,7 +579,7 @@ def questions_for(session: Session, options: FindOptions, query: str) -> Questio
     else:
         questions = ((QUESTION.format(query), True),)
     for text, _ in questions:
-        check_not_empty(text)
+        check_question(text)
     return questions
 
 

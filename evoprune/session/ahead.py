@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, Unpack
 from evoprune.backend import host_memory
 from evoprune.errors import UsageError, VideoError
 from evoprune.session.loading.description import ModelDescription, describe
-from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.planning import plan_input
 from evoprune.session.reading import PATIENCE_S, Reading, Readings, chunk_bytes, probed, state_of, stop_all
-from evoprune.session.signatures import takes
+from evoprune.signatures import takes
 from evoprune.util import brief, from_keywords
-from evoprune.video import FrameChunk, Plan, frames_at_once, read_chunks, wait_for
+from evoprune.video import FrameChunk, Plan, SamplingOptions, frames_at_once, read_chunks, wait_for
 
 if TYPE_CHECKING:
-    from evoprune.session.keywords import ReadAheadKeywords
+    from evoprune.keywords import ReadAheadKeywords
 
 Path = str | os.PathLike[str]
 Asked = tuple[Sequence[Path], SamplingOptions]  # inputs that are opened together, and how to sample them

@@ -9,33 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Unpack, over
 from typing_extensions import TypeVar  # a dependency of torch; typing.TypeVar has defaults only from Python 3.13 on
 
 from evoprune.errors import DoesNotFit, UsageError, error_record
-from evoprune.language import Turn
+from evoprune.language import GenerationOptions, Turn
 from evoprune.report import Report
-from evoprune.session.options import GenerationOptions
-from evoprune.session.prompting import check_not_empty
 from evoprune.session.session import Session
-from evoprune.session.signatures import takes
-from evoprune.util import counted, from_keywords
+from evoprune.signatures import takes
+from evoprune.util import Uncopied, check_question, counted, from_keywords
 
 if TYPE_CHECKING:
-    from evoprune.session.keywords import GenerationKeywords, UntypedKeywords
+    from evoprune.keywords import GenerationKeywords, UntypedKeywords
 
 Shape = TypeVar("Shape")  # the class given as `schema`
 Parsed = TypeVar("Parsed", default=Any)
-
-
-class Uncopied:
-    """Base class of objects that belong to one process and one model, with caches and locks. They refuse pickle and copy."""
-
-    INSTEAD: ClassVar[str]  # hint for the error: what to do instead of copying
-
-    def __reduce_ex__(self, protocol: int):
-        """Refuse pickle and copy.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError(f"no {type(self).__name__} can be pickled or copied: {self.INSTEAD}")
 
 
 class Answer(Uncopied, Iterator[str], Generic[Parsed]):
@@ -275,7 +259,7 @@ class Chat(Uncopied):
                 "a conversation has one system prompt", "give it to chat(), which begins another conversation"
             )
         generation = replace(generation, system=self.system)
-        check_not_empty(question)
+        check_question(question)
         earlier = self._fitting(question, generation)
         answer = self._inputs._answer(question, generation, seed, on_thoughts, earlier)
         dropped = len(self._turns) - len(earlier)

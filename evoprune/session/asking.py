@@ -18,6 +18,7 @@ import torch
 from evoprune.errors import UsageError
 from evoprune.language import (
     AnswerStream,
+    GenerationOptions,
     PrefillState,
     PrefixCache,
     Prompt,
@@ -29,19 +30,18 @@ from evoprune.language import (
 )
 from evoprune.model import Clock
 from evoprune.report import ABOUT_SOUND, OF_INPUTS, Report, TokenCounts
-from evoprune.session.answers import Answer, Chat, Shape, Uncopied
+from evoprune.session.answers import Answer, Chat, Shape
 from evoprune.session.encoded import EncodedInput
-from evoprune.session.options import GenerationOptions
-from evoprune.session.prompting import check_not_empty, fitting_prompt, positions_of
+from evoprune.session.prompting import fitting_prompt, positions_of
 from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.session.session import Session, check_conversation
-from evoprune.session.signatures import takes
-from evoprune.util import check_type, counted, from_keywords
+from evoprune.signatures import takes
+from evoprune.util import Uncopied, check_question, check_type, counted, from_keywords
 from evoprune.video import VIDEO, Plan
 from evoprune.vision import Encoded
 
 if TYPE_CHECKING:
-    from evoprune.session.keywords import GenerationKeywords, UntypedKeywords
+    from evoprune.keywords import GenerationKeywords, UntypedKeywords
 
 
 class Askable(ABC, Uncopied):
@@ -165,7 +165,7 @@ class Askable(ABC, Uncopied):
         Args:
             earlier: The conversation so far, or None for a single question.
         """
-        check_not_empty(question)
+        check_question(question)
         seed = check_type("seed", seed, int | None)
         check_type("on_thoughts", on_thoughts, Callable | None)
         if generation.repetition_penalty is None:

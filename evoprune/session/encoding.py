@@ -24,7 +24,6 @@ from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.memory import TEXT, fitting_pieces
-from evoprune.session.options import SamplingOptions
 from evoprune.session.patches import PatchChunk, content_key, cut_frames, patch_bytes
 from evoprune.session.planning import plan_input
 from evoprune.session.prompting import prompt_subtitles
@@ -39,6 +38,7 @@ from evoprune.video import (
     Input,
     OnFrames,
     Plan,
+    SamplingOptions,
     Stopped,
     check_one_file,
     held_video,

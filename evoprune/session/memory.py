@@ -7,7 +7,7 @@ import torch
 from evoprune.backend import largest_piece
 from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.methods import EncoderPlan, SetAside
-from evoprune.model import PATCHES, Config, carried_bytes, language_bytes, shortage, working_memory
+from evoprune.model import PATCHES, Config, language_bytes, shortage, working_memory
 from evoprune.session.session import Session
 from evoprune.util import counted
 from evoprune.video import Plan
@@ -80,20 +80,6 @@ def fitting_pieces(session: Session, plan: Plan, other_tokens: int = TEXT) -> li
     if other_tokens > TEXT:
         kept += f", {other_tokens:,} other tokens"
     raise OutOfMemory(f"{plan.name} {short}: {kept}", USE_LESS, stage="encode")
-
-
-def check_carried(session: Session, plan: Plan) -> None:
-    """Check that the state carried from one stream window to the next fits (live/segments.py).
-
-    Raises:
-        OutOfMemory: If it does not fit.
-    """
-    model = session.loaded.model
-    _, height, width = plan.encoder.grid
-    # The states of two windows are alive at once.
-    needed = 2 * carried_bytes(model.config, height * width, model.dtype.itemsize)
-    if plan.encoder.reuse and (short := shortage(needed, str(model.device))):
-        raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", USE_LESS, stage="encode")
 
 
 def check_memory(session: Session, text: int, visual: int) -> None:

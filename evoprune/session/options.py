@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
@@ -21,10 +20,10 @@ from evoprune.backend import (
     short_dtype,
 )
 from evoprune.bundled import DEMOS
-from evoprune.errors import UsageError
+from evoprune.errors import OTHER_MODELS, UsageError
 from evoprune.language import GenerationOptions
 from evoprune.methods import DEFAULT_BUDGET, IN_WORDS, Budget, EncoderPlan, GivenBudget, Grid, TowerShape
-from evoprune.util import OPTION, check_types, file_state, from_keywords, option
+from evoprune.util import check_types, file_state, from_keywords, option
 from evoprune.video import SamplingOptions, parse_time
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ MODEL_FILES = (
     "*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.*",
 )  # fmt: skip
-OTHER_MODELS = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 
 
 @dataclass(frozen=True)
@@ -320,18 +318,3 @@ class PipelineOptions:
             TypeError: If an option is unknown.
         """
         return cls(*from_keywords(options, *cls.KINDS, StreamOptions, FindOptions))
-
-
-def record(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
-    """Return options as one flat dict, in the form stored in outputs.
-
-    Contains the options that change answers and differ from their defaults, and the options named in `always`. Options that earlier
-    versions did not have should not be in `always`, so that outputs of those versions can be resumed.
-    """
-    values = {}
-    for group in groups:
-        for f in fields(group):
-            value = getattr(group, f.name)
-            if f.name in always or (f.metadata[OPTION].changes_answers and value != f.default):
-                values[f.name] = value
-    return values

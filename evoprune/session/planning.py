@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evoprune.session.loading.description import ModelDescription
-from evoprune.session.options import PruneOptions, SamplingOptions
-from evoprune.video import Plan, Video, choose_decoder, make_plan
+from evoprune.session.options import PruneOptions
+from evoprune.video import Plan, SamplingOptions, Video, choose_decoder, make_plan
 
 if TYPE_CHECKING:
     from evoprune.methods import PruneConfig

@@ -1,18 +1,16 @@
 """Build the prompt of a question about videos and pictures, with subtitles, and check that it fits."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 
-from evoprune.errors import DoesNotFit, UsageError
-from evoprune.language import Prompt, Tokenizer, Turn, build_prompt, prompt_positions, timestamps
+from evoprune.errors import DoesNotFit
+from evoprune.language import GenerationOptions, Prompt, Tokenizer, Turn, build_prompt, prompt_positions, timestamps
 from evoprune.model import VisionConfig
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.memory import TEXT, check_memory, fitting_pieces
-from evoprune.session.options import GenerationOptions, SamplingOptions
 from evoprune.session.session import Session
-from evoprune.util import brief, clock, counted
+from evoprune.util import clock, counted
 from evoprune.video import (
     NO_SUBTITLES,
     NOTHING_SAID,
@@ -20,6 +18,7 @@ from evoprune.video import (
     VIDEO,
     Plan,
     PromptSubtitles,
+    SamplingOptions,
     SubtitleLine,
     Subtitles,
     check_picture,
@@ -217,18 +216,6 @@ def _check_beginning(loaded: LoadedModel, text: str, what: str, hint: str) -> No
     if len(beginning) < len(text) and len(loaded.tokenizer.encode(beginning)) > context:
         length = f"{what} of {len(text):,} characters"
         raise DoesNotFit(f"{length} does not fit into the {context:,} tokens of this model's context", hint)
-
-
-def check_not_empty(question: Any) -> None:
-    """Check that a question is a text and not empty.
-
-    Raises:
-        UsageError: If it is not.
-    """
-    if not isinstance(question, str):
-        raise UsageError(f"the question is {brief(question)}, not a text", 'for example "What happens?"')
-    if not question.strip():
-        raise UsageError("the question is empty", 'for example "What happens?"')
 
 
 def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None:

@@ -9,13 +9,11 @@ from math import prod
 
 from evoprune.backend import environment, memory_in_use, peak_memory
 from evoprune.methods import Dropping, PruneConfig
-from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
+from evoprune.report import FLAT, InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.session import Session
 from evoprune.video import EXACT, KEYFRAMES, ONE_FRAME
 from evoprune.vision import Encoded
-
-FLAT = "equal_scores"
 
 
 def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], positions: str) -> Pruning:

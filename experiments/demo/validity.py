@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from evoprune.bench import EvalSettings, Evaluation, told
-from evoprune.session import GenerationOptions, ModelOptions
+from evoprune.language import GenerationOptions
+from evoprune.session import ModelOptions
 from experiments import tables
 from experiments.demo.worlds import SCENES
 from experiments.demo.write import clips_asked, data_text, demo_videos

@@ -79,7 +79,7 @@ class Transformers:
             DTYPES,
             ModelOptions,
             describe,
-            prompting,  # noqa: F401 (imported here so that no question waits for it)
+            prompt_about,  # noqa: F401 (imported here so that no question waits for it)
         )
 
         found = describe(ModelOptions(args.model, device=args.device, offline=True))
@@ -138,8 +138,7 @@ class Transformers:
 
     def _plan(self, video: str, frames: int | None):
         """Return the plan that evoprune would use, with the same frame times and size."""
-        from evoprune.session import SamplingOptions
-        from evoprune.video import make_plan, probe
+        from evoprune.video import SamplingOptions, make_plan, probe
 
         info = probe(video)
         sampling = replace(SamplingOptions(frames=frames), max_visual_tokens=self._found.max_visual_tokens)

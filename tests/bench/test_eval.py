@@ -16,22 +16,15 @@ from evoprune.backend import limits
 from evoprune.batch import Row
 from evoprune.bench import eval as evaluation
 from evoprune.bench import shared
-from evoprune.bench.eval import COST_MODEL, EvalSettings, Evaluation, variants
+from evoprune.bench.eval import COST_MODEL, EvalSettings, Evaluation, threads_of_each, variants
 from evoprune.bench.questions import VideoQuestions, load_questions
 from evoprune.bench.shared import GreyInput
 from evoprune.errors import OutOfMemory, UsageError
+from evoprune.language import GenerationOptions
 from evoprune.methods import DEFAULT_BUDGET
 from evoprune.model import cost, prefill_flop, tower_flop
-from evoprune.session import (
-    GenerationOptions,
-    ModelOptions,
-    OpenInput,
-    SamplingOptions,
-    describe,
-    encoding,
-    open_inputs,
-)
-from evoprune.video import probe
+from evoprune.session import ModelOptions, OpenInput, describe, encoding, open_inputs
+from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
 from tests.quantized import parameters
 from tests.threads import one_thread  # noqa: F401
@@ -542,3 +535,11 @@ def test_names_that_are_no_text(loaded, tmp_path):
     first.folder.finish(first.document())
     again = begun(loaded, asked, clips, tmp_path / "run", resume=True)
     assert {s["video"] for s in again.samples} == {name} and results(tmp_path / "run")["settings"]["data"] == name
+
+
+@pytest.mark.parametrize(("wanted", "processes", "each"), [("auto", 2, 3), (None, 4, 2), ("auto", 100, 1), (5, 4, 5)])
+def test_several_processes_share_the_cores(wanted, processes, each, monkeypatch):
+    """A host program with three threads, on a machine with eight cores."""
+    monkeypatch.setattr(evaluation, "available_cores", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert threads_of_each(wanted, processes) == each

@@ -25,7 +25,8 @@ from evoprune.bench.tune import (
 )
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.language import prefill
-from evoprune.session import EncodedInputs, ModelOptions, PruneOptions, SamplingOptions, Session, encoding, load_model
+from evoprune.session import EncodedInputs, ModelOptions, PruneOptions, Session, encoding, load_model
+from evoprune.video import SamplingOptions
 from tests.quantized import parameters
 
 CLIPS = ("samples/square.mp4", "samples/arrivals.webm")

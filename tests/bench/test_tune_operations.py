@@ -7,7 +7,8 @@ from evoprune.bench.agreement import agreement_of, reference
 from evoprune.bench.tune import TuneSettings
 from evoprune.bench.tune_operations import OperationTuning
 from evoprune.report import rounded
-from evoprune.session import ModelOptions, SamplingOptions
+from evoprune.session import ModelOptions
+from evoprune.video import SamplingOptions
 from evoprune.video_qa import VideoQA
 from evoprune_cli.terminal import json_line
 

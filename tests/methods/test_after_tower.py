@@ -15,9 +15,9 @@ from evoprune import methods
 from evoprune.backend import limits
 from evoprune.methods.plans import TowerShape
 from evoprune.report import stats_block
-from evoprune.session import Cache, ModelOptions, PruneOptions, SamplingOptions, describe, load_model, plan_input
+from evoprune.session import Cache, ModelOptions, PruneOptions, describe, load_model, plan_input
 from evoprune.session.loading import model
-from evoprune.video import probe
+from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
 from evoprune.vision import encode, encoder
 from tests.tiny import tiny_model

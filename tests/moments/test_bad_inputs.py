@@ -6,7 +6,8 @@ import pytest
 import evoprune
 from evoprune.errors import VideoError
 from evoprune.moments.search import Search
-from evoprune.session import FindOptions, SamplingOptions
+from evoprune.session import FindOptions
+from evoprune.video import SamplingOptions
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import numbered_frames, spoil, write_video
 

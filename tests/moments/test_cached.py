@@ -5,8 +5,9 @@ import pytest
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.moments.search import Search
-from evoprune.session import ContentHash, FindOptions, SamplingOptions, SegmentCache, encoding
+from evoprune.session import ContentHash, FindOptions, SegmentCache, encoding
 from evoprune.session import cache as cache_module
+from evoprune.video import SamplingOptions
 from tests.cli.conftest import ROOT
 from tests.threads import one_thread  # noqa: F401
 

@@ -9,7 +9,8 @@ from PIL import Image
 import evoprune
 from evoprune.errors import UsageError, VideoError
 from evoprune.moments.search import Search, first_tokens, questions_for
-from evoprune.session import FindOptions, SamplingOptions
+from evoprune.session import FindOptions
+from evoprune.video import SamplingOptions
 from tests.moments.long_videos import write_long_video
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import numbered_frames, write_video

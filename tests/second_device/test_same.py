@@ -21,8 +21,8 @@ from evoprune.language import static
 from evoprune.methods import built_in
 from evoprune.model import FAMILIES
 from evoprune.model.config import QWEN2, QWEN2_5
-from evoprune.session import ModelOptions, SamplingOptions, load_model
-from evoprune.video import InputLimits
+from evoprune.session import ModelOptions, load_model
+from evoprune.video import InputLimits, SamplingOptions
 from evoprune.vision import patches_of
 from evoprune.vision.preprocess import MAX_SHRINK
 from tests.backend.recorder import Graphs, Recorder

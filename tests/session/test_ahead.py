@@ -22,10 +22,10 @@ from evoprune.session.ahead import ReadAhead, read_ahead
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import load_model
-from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.planning import plan_input
 from evoprune.session.reading import probed
-from evoprune.video import probe, read_chunks
+from evoprune.video import SamplingOptions, probe, read_chunks
 from evoprune.video.sandbox import isolation
 from evoprune.video_qa import VideoQA
 from tests.video.files import number_of, numbered_frames, write_video

@@ -12,9 +12,8 @@ import torch
 from evoprune.errors import VideoError
 from evoprune.session import encoding, patches
 from evoprune.session.encoding import OpenInput, open_inputs
-from evoprune.session.options import SamplingOptions
 from evoprune.session.patches import PatchChunk, PatchStore
-from evoprune.video import read_chunks
+from evoprune.video import SamplingOptions, read_chunks
 from evoprune.video_qa import VideoQA
 from tests.video.files import spoil
 

@@ -8,14 +8,13 @@ import torch
 from PIL import Image
 
 from evoprune.errors import DoesNotFit, OutOfMemory, UsageError
-from evoprune.language import Tokenizer, prefix
+from evoprune.language import GenerationOptions, Tokenizer, prefix
 from evoprune.session import memory
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
-from evoprune.session.options import GenerationOptions, SamplingOptions
 from evoprune.session.prompting import PromptSubtitles, as_text, fit, fitting_prompt, longest_prompt
-from evoprune.video import Subtitles
+from evoprune.video import SamplingOptions, Subtitles
 from evoprune.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
 from tests.video.subtitled import srt

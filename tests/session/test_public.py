@@ -16,17 +16,10 @@ import torch
 
 import evoprune
 from evoprune.errors import UsageError
-from evoprune.session.options import (
-    FindOptions,
-    GenerationOptions,
-    ModelOptions,
-    PipelineOptions,
-    PruneOptions,
-    SamplingOptions,
-    StreamOptions,
-    record,
-)
-from evoprune.util import from_keywords
+from evoprune.language import GenerationOptions
+from evoprune.session.options import FindOptions, ModelOptions, PipelineOptions, PruneOptions, StreamOptions
+from evoprune.util import from_keywords, record_of
+from evoprune.video import SamplingOptions
 from evoprune_cli.ask import ask
 from evoprune_cli.batch import batch
 from tests.tiny import tiny_model
@@ -251,7 +244,7 @@ def test_numbers_of_numpy_are_welcome():
 def test_a_preset_keeps_its_name():
     fast = PruneOptions("fast")
     assert fast == replace(fast, seed=0) == pickle.loads(pickle.dumps(fast)) and fast.config().budget.name == "fast"
-    assert fast != PruneOptions(0.1) and record([fast], ("budget",))["budget"] == fast.budget == "fast"
+    assert fast != PruneOptions(0.1) and record_of([fast], ("budget",))["budget"] == fast.budget == "fast"
     assert PruneOptions(0.1) == PruneOptions("0.1") == PruneOptions("10%") and PruneOptions("full").budget == 1.0
     assert PruneOptions("auto").budget == "auto"
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from evoprune.errors import UsageError
+from evoprune.language import GenerationOptions
 from evoprune.report import Report
 from evoprune.session.loading.model import load_model
-from evoprune.session.options import GenerationOptions
 from evoprune.video_qa import VideoQA
 from tests.thinking import Saying
 

@@ -11,8 +11,9 @@ from evoprune.session import upcoming
 from evoprune.session.ahead import ReadAhead
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.description import describe
-from evoprune.session.options import ModelOptions, SamplingOptions
+from evoprune.session.options import ModelOptions
 from evoprune.session.upcoming import in_flight
+from evoprune.video import SamplingOptions
 from evoprune.video.sandbox import isolation
 from evoprune.video_qa import VideoQA
 from tests.video.unruly import PROGRAM

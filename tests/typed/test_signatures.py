@@ -18,23 +18,14 @@ from typing import Any, get_args
 import pytest
 
 import evoprune
+from evoprune import keywords
 from evoprune.language import GenerationOptions
 from evoprune.methods import DEFAULT_BUDGET, PRESETS
 from evoprune.methods.budget import PresetName
-from evoprune.session import (
-    FindOptions,
-    ModelOptions,
-    PruneOptions,
-    SamplingOptions,
-    StreamOptions,
-    explained,
-    keywords,
-    meaning,
-    takes,
-    type_code,
-)
-from evoprune.session.signatures import code
+from evoprune.session import FindOptions, ModelOptions, PruneOptions, StreamOptions
+from evoprune.signatures import code, explained, meaning, takes, type_code
 from evoprune.util import option
+from evoprune.video import SamplingOptions
 from evoprune_cli.keywords import POSITIONAL, module
 from tests.typed.public import main
 
@@ -82,8 +73,8 @@ def test_a_type_checker_is_told_of_the_same_options(function, kinds, name):
 
 
 def test_the_file_for_type_checkers_is_made_of_the_options():
-    stored = (ROOT / "evoprune/session/keywords.py").read_text(encoding="utf-8")
-    assert module() == stored, "make it anew: python -m evoprune_cli.keywords > evoprune/session/keywords.py"
+    stored = (ROOT / "evoprune/keywords.py").read_text(encoding="utf-8")
+    assert module() == stored, "make it anew: python -m evoprune_cli.keywords > evoprune/keywords.py"
 
 
 def test_types_are_written_as_code():

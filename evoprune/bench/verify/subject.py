@@ -21,18 +21,10 @@ from torch import nn
 from evoprune.backend import cache_name
 from evoprune.bench.hugging_face import hugging_face_model, share_equal
 from evoprune.hf import NAMES, TYPES, arguments, read_patches
-from evoprune.language import run_for, run_modules
+from evoprune.language import GenerationOptions, run_for, run_modules
 from evoprune.model import shortage
-from evoprune.session import (
-    EncodedInputs,
-    GenerationOptions,
-    LoadedModel,
-    SamplingOptions,
-    fitting_prompt,
-    open_inputs,
-    positions_of,
-    read_whole,
-)
+from evoprune.session import EncodedInputs, LoadedModel, fitting_prompt, open_inputs, positions_of, read_whole
+from evoprune.video import SamplingOptions
 from evoprune.video_qa import VideoQA
 
 HELD = "held"

@@ -362,18 +362,6 @@ def use_threads(model: ModelDescription) -> None:
         torch.set_num_threads(wanted)
 
 
-def threads_of_each(wanted: int | str | None, processes: int) -> int:
-    """Return the number of threads for each of several processes.
-
-    Args:
-        wanted: The number, if it is one. Otherwise each process gets as many threads as this one, but all processes together at
-            most one thread per core.
-    """
-    if isinstance(wanted, int):
-        return wanted
-    return max(1, min(torch.get_num_threads(), available_cores() // processes))
-
-
 def load_weights(
     config: Config, files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none"
 ) -> QwenVL:

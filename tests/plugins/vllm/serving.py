@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 import evoprune
-from evoprune.session import EncodedInputs, OpenInput, SamplingOptions, open_inputs
+from evoprune.session import EncodedInputs, OpenInput, open_inputs
+from evoprune.video import SamplingOptions
 from evoprune.video_qa import VideoQA
 from evoprune_vllm import PREFIX
 

@@ -14,9 +14,9 @@ from evoprune.errors import ModelError
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.model import load_model
-from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.planning import plan_input
-from evoprune.video import probe
+from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
 from evoprune.vision import tower_shape
 

@@ -23,7 +23,7 @@ from evoprune.language import prefill
 from evoprune.model import FAMILIES, Config, shortage
 from evoprune.session.loading import model
 from evoprune.session.loading.description import describe
-from evoprune.session.loading.model import InputLimits, threads_of_each, use_threads
+from evoprune.session.loading.model import InputLimits, use_threads
 from evoprune.session.loading.weights import DTYPES
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
@@ -460,11 +460,6 @@ def test_threads_of_a_model(saved, monkeypatch, wanted, environment, count, thre
     monkeypatch.setenv("OMP_NUM_THREADS", environment)
     load_model(str(saved), dtype="fp32", threads=wanted)
     assert torch.get_num_threads() == count
-
-
-@pytest.mark.parametrize(("wanted", "processes", "each"), [("auto", 2, 3), (None, 4, 2), ("auto", 100, 1), (5, 4, 5)])
-def test_several_processes_share_the_cores(wanted, processes, each, three_threads):
-    assert threads_of_each(wanted, processes) == each
 
 
 def test_a_family_that_differs_in_values_is_one_entry(saved, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """The options of Python's functions, for type checkers and editors alone; `help` has them with their defaults.
 
-Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/session/keywords.py`; do not edit.
+Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/keywords.py`; do not edit.
 """
 
 from __future__ import annotations
