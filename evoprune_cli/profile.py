@@ -4,14 +4,14 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
-from evoprune.backend import LOAD_FORMATS, QUANTIZE
 from evoprune.bench import SYNTHETIC, Case, ProfileSettings
 from evoprune.errors import UsageError
 from evoprune.session import ModelOptions, PruneOptions
 from evoprune.util import size as size_text
-from evoprune.util import without_password
+from evoprune.util import without_password, words_of
 from evoprune.video import PICTURE, Video
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepare, print_text, rescuing, write_bytes
@@ -24,6 +24,7 @@ PICTURES = ((1344, 1344), (2688, 2688))  # 2,304 and 9,216 visual tokens
 FORMATS = ("table", "md", "csv", "json")
 NOTED_S = 2.0  # runs expected to take longer are announced
 ROUNDS = "Rounds"  # a panel title
+WORDS = {field.name: words_of(field.type) for field in fields(ModelOptions)}  # values of options
 
 
 @opt.command(
@@ -73,14 +74,14 @@ def profile(
         "auto reads the weights; dummy takes random ones, which are as fast and need no network; default: dummy for "
         "a name whose dimensions come with evoprune (evoprune inspect -m NAME), else auto.",
         ModelOptions.PANEL,
-        **opt.one_of(*LOAD_FORMATS),
+        **opt.one_of(*WORDS["load_format"]),
     ) = None,
     quantize: opt.option(
         list[str] | None,
         "--quantize",
         "Of none, int8, int4: how the weights are quantised, CPU only; default: none.",
         opt.SWEEP,
-        **opt.list_of(*QUANTIZE),
+        **opt.list_of(*WORDS["quantize"]),
     ) = None,
     new_tokens: opt.option(
         int, "-n --new-tokens N", "Tokens to generate whatever they are, for tokens/s.", ROUNDS, min=1
@@ -126,8 +127,8 @@ def profile(
     }  # fmt: skip
     counts = _frames(opt.listed(frames))
     sizes = _sizes(opt.listed(size))
-    choices = [("--quantize", width, QUANTIZE) for width in bits]
-    choices += [("--format", form, FORMATS), ("--load-format", load_format, (None, *LOAD_FORMATS))]
+    choices = [("--quantize", width, WORDS["quantize"]) for width in bits]
+    choices += [("--format", form, FORMATS), ("--load-format", load_format, (None, *WORDS["load_format"]))]
     for name, value, known in (*choices, ("--synthetic", synthetic, (None, *SYNTHETIC))):
         if value not in known:
             raise UsageError(f"{name} {value!r} is unknown", f"one of {', '.join(filter(None, known))}")

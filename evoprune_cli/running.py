@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.backend import check_libraries, keep_freed_memory
+from evoprune.backend import host_memory, keep_freed_memory
 from evoprune.batch import OPEN_FILES, write_file
-from evoprune.errors import UsageError
+from evoprune.errors import OutOfMemory, UsageError
 from evoprune.language import GenerationOptions
 from evoprune.report import WIDTH
 from evoprune.session import PipelineOptions
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from evoprune.video_qa import VideoQA
 
 SOME_FAILED = 6  # an exit code
+# Bytes that importing torch and this package takes. No model answers in less.
+LIBRARIES = 2**28
 LARGE_MODEL = 2**30  # bytes of weights
 GREEDY = 1e-3  # lower temperatures have no visible effect
 # How files written by evoprune begin, by kind. Only the beginning is reliable: the same words elsewhere in a file prove nothing.
@@ -52,7 +54,11 @@ def prepare() -> None:
     Raises:
         OutOfMemory: there is not enough memory even for the libraries.
     """
-    check_libraries()
+    available = host_memory()
+    if available is not None and available < LIBRARIES:  # the system would kill this process without a message
+        figures = f"{max(0, available) >> 20} MiB are available, and the libraries alone take {LIBRARIES >> 20}"
+        hint = "close other programs, or give the container more"
+        raise OutOfMemory(f"too little memory: {figures}", hint, stage="load")
     keep_freed_memory()
 
 

@@ -28,7 +28,6 @@ from evoprune.backend import limits
 from evoprune.errors import DeviceWarning, UsageError, first_line, is_out_of_memory
 from evoprune.report import Environment
 
-HOST = torch.device("cpu")  # reading values from it needs no synchronization
 # Number of units whose rows are multiplied at a time. With 256 units (1,024 patches), matrix products run at full speed and their
 # results stay in the CPU caches (results/benchmarks.md, "Kernels"). A GPU needs more to be busy.
 PIECE_UNITS = 256
@@ -113,7 +112,7 @@ def environment(device: str) -> Environment:
 
 def describe_devices() -> dict[str, str]:
     """Return a description of each available device (product name and capabilities), keyed by device name."""
-    bf16 = "yes" if _has_bf16(HOST) else "no"
+    bf16 = "yes" if _has_bf16(torch.device("cpu")) else "no"
     devices = {"cpu": f"{device_name('cpu')}, bf16 {bf16}"}
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
@@ -206,11 +205,6 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     if x.device.type == "cpu" and device.type == accelerator():
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
-
-
-def cat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Concatenate tensors; a single one is returned without a copy."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def now(device: torch.device) -> float:
@@ -339,17 +333,6 @@ def empty_cache() -> None:
     torch.cuda.empty_cache()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-
-
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """Turn off TF32 for float32 convolutions on CUDA within this context. By default CUDA rounds their inputs to 10 bits."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 # Kernels and their fallbacks.

@@ -2,11 +2,11 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from inspect import signature
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 # Name of the KV cache in the arguments and outputs of transformers models: since 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
 
-EXPERTS = "evoprune"  # the name of `through_experts` among transformers' implementations of experts
+EXPERTS = "evoprune"  # the name of `_through_experts` among transformers' implementations of experts
 # Functions in modules of transformers that are GPU kernels if fla or causal-conv1d is installed.
 FUSED = {"causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"}
 # Per thread, the number of active `without_packages` contexts.
@@ -31,14 +31,6 @@ def cache_name() -> str:
 
     known = signature(GenerationMixin.prepare_inputs_for_generation).parameters
     return next(name for name in CACHE_NAMES if name in known)
-
-
-def cache_of(values: Mapping) -> Any:
-    """Return the KV cache from the arguments or outputs of a transformers model, or None if they have no cache.
-
-    transformers 5.24 and later also accept the old name.
-    """
-    return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
 
 
 def form_of_layers(device: torch.device, few: T, modules: T) -> T:
@@ -55,7 +47,21 @@ def form_of_layers(device: torch.device, few: T, modules: T) -> T:
     return modules if is_host(device) or wants_plain_pytorch() else few
 
 
-def through_experts(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def use_experts(model) -> None:
+    """Make mixtures of experts call `_through_experts`, unless another implementation than transformers' default was chosen.
+
+    `model` is a `HostedVL`.
+    """
+    config = model.model.language_model.config
+    if model.config.text_config.experts is None or config._experts_implementation != "grouped_mm":
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _through_experts)
+    config._experts_implementation = EXPERTS
+
+
+def _through_experts(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return the output of the experts in a layer, `[L, hidden]`.
 
     Off the CPU, a single column is multiplied with copies of its experts' weights, as transformers does when it generates. The

@@ -13,8 +13,6 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from evoprune.errors import OutOfMemory
-
 ROOT = Path("/")
 # Options of glibc's mallopt. Free memory above the trim threshold is returned to the system, blocks larger than the mmap threshold
 # get new pages each time, and threads share one arena.
@@ -23,8 +21,6 @@ TOP_PAD = -2
 MMAP_THRESHOLD = -3
 ARENA_MAX = -8
 MALLOC = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26, MMAP_THRESHOLD: 2**30, ARENA_MAX: 1}
-# Bytes that importing torch and this package takes. No model answers in less.
-LIBRARIES = 2**28
 
 # Files of a group: the limit in bytes, and the bytes in use. A group above `high` is not killed, but slowed to a crawl.
 MEMORY = (
@@ -52,7 +48,7 @@ MAX_VISUAL_TOKENS_CPU = 4_096
 # (0.73 to 0.99 times as fast). At 1,536 units, it was slower than a selection after the tower (by 9%, calculated). At 4,784 units,
 # it was 1.6 times as fast as a selection after the tower. The threshold is closer to the sizes at which pruning inside the tower
 # lost, because sizes in between have not been measured.
-LAUNCH_BOUND_UNITS = 2048
+LAUNCH_BOUND_UNITS = {"cuda": 2048}
 
 
 def resolve_device(name: str, root: Path = ROOT) -> str:
@@ -91,7 +87,7 @@ def visual_token_limit(device: str) -> float:
 
 def launch_bound_units(device: str) -> int:
     """Return the number of units below which the tower is launch-bound on a device, or 0 if it never is."""
-    return LAUNCH_BOUND_UNITS if device.partition(":")[0] == "cuda" else 0
+    return LAUNCH_BOUND_UNITS.get(device.partition(":")[0], 0)
 
 
 def available_cores(root: Path = ROOT) -> int:
@@ -120,19 +116,6 @@ def host_memory(root: Path = ROOT) -> int | None:
         return None
     groups = (left for folder in _groups("memory", root) for left in _left(folder))
     return min(free, _left_of_address_space(mapped), *groups)
-
-
-def check_libraries(root: Path = ROOT) -> None:
-    """Refuse to load torch if there is so little memory that the system would kill this process without a message.
-
-    Raises:
-        OutOfMemory: there is too little memory even for the libraries.
-    """
-    available = host_memory(root)
-    if available is not None and available < LIBRARIES:
-        figures = f"{max(0, available) >> 20} MiB are available, and the libraries alone take {LIBRARIES >> 20}"
-        hint = "close other programs, or give the container more"
-        raise OutOfMemory(f"too little memory: {figures}", hint, stage="load")
 
 
 def keep_freed_memory() -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import torch
 
-from evoprune.backend import BLOCK
+from evoprune.contrib.shared import BLOCK
 from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 
 

@@ -10,7 +10,6 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import BLOCK
 from evoprune.methods import Selection, Tokens, arange_on, highest, snap
 
 # Types of settings: a number type and its range.
@@ -20,6 +19,7 @@ Cosine = Annotated[float, "[-1, 1]"]
 Count = Annotated[int, "[1, inf)"]
 
 NEIGHBOURS = 7  # neighbors for computing a density, as in the authors' code of PruneVid, FlashVID and HoliTom
+BLOCK = 512  # number of rows of the pairwise matrix held at a time
 MAX_BLOCKS = 4  # blocks of distances that are cached; if there are more, all are computed twice
 STEPS = 16384  # distances are integers of this many steps of the tokens' root mean square length
 MIN_RELEVANCE = 1 / 128  # scaled relevance of the least relevant token

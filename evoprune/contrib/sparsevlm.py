@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.backend import BLOCK
-from evoprune.contrib.shared import gathered, joined_peaks, ranked, relative
+from evoprune.contrib.shared import BLOCK, gathered, joined_peaks, ranked, relative
 from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selection, arange_on, several_drops
 
 # Tokens left of 576 after each drop, from none to all; in between, the authors' counts for means of 64, 96, 128 and 192 tokens.

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.backend import BLOCK
-from evoprune.contrib.shared import Count, Share, ranked
+from evoprune.contrib.shared import BLOCK, Count, Share, ranked
 from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, spread
 
 

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import torch
 
-from evoprune.backend import BLOCK
-from evoprune.contrib.shared import Share, gathered, ranked, relative, rounded_distances, rounded_points, turns
+from evoprune.contrib.shared import BLOCK, Share, gathered, ranked, relative, rounded_distances, rounded_points, turns
 from evoprune.methods import (
     LanguageMethod,
     LanguagePlan,

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from evoprune import methods
-from evoprune.backend import cache_of, environment, memory_in_use, peak_memory, weights_bytes
+from evoprune.backend import environment, memory_in_use, peak_memory, weights_bytes
 from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.hf.columns import (
@@ -290,9 +290,9 @@ class PrunedModel:
             if past is None:
                 return stock(**pruned | {INNER: _Inside()})
             report = self.report
-            remember(past, (cache_of(call),))  # before the run, because a callback may end it
+            remember(past, (interface.cache_of(call),))  # before the run, because a callback may end it
             out = stock(**with_whole_prompts(self.model, call, pruned) | {INNER: _Inside(past.sizes)})
-        remember(past, (cache_of(out) if isinstance(out, Mapping) else None,))
+        remember(past, (interface.cache_of(out) if isinstance(out, Mapping) else None,))
         if self._prunes(call):
             report.time_ms.total = (clock.now() - start) * 1000
         prompt = call["input_ids"]
@@ -305,7 +305,7 @@ class PrunedModel:
     @torch.compiler.disable  # only the model's own code is worth compiling
     def _without_pruned(self, call: dict, generating: bool) -> tuple[dict, Past | None]:
         """Return the call without pruned columns and the `Past` of its cache, or the call itself and None if nothing is pruned."""
-        cache = cache_of(call)
+        cache = interface.cache_of(call)
         length = 0 if cache is None else int(cache.get_seq_length())
         if self._prunes(call):
             if length:

@@ -4,16 +4,17 @@ tests/hf/test_interface.py checks them, and fails if a release of transformers c
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from importlib.metadata import version
 from inspect import signature
 from math import prod
+from typing import Any
 
 import torch
 
-from evoprune.backend import cache_name, cache_of, holds_values
+from evoprune.backend import cache_name, holds_values
 from evoprune.errors import ModelError, UsageError
 from evoprune.language import Place, prompt_positions
 from evoprune.methods import arange_on
@@ -40,6 +41,7 @@ NEEDED = "transformers 5.20 or later"  # for features that older versions lack
 # The kind of all layers if a config names no kinds. Then the model takes one mask instead of a dict.
 ONLY_KIND = "full_attention"
 LINEAR = "linear_attention"  # layers with a recurrent state, in Qwen3.5
+OLD_CACHE_NAME = "past_key_values"  # of the KV cache before transformers 5.24
 # Per-column arguments besides input_ids, attention_mask and position_ids, and their values at padding.
 PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
 
@@ -207,6 +209,14 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
             ready = make(config, embeds, ready, cache_of(call), allow_is_causal_skip=False)
         masks[kind] = ready
     return masks, embeds.shape[:2], embeds.dtype
+
+
+def cache_of(values: Mapping) -> Any:
+    """Return the KV cache from the arguments or outputs of a transformers model, or None if they have no cache.
+
+    transformers 5.24 and later also accept the old name.
+    """
+    return next((values[name] for name in (cache_name(), OLD_CACHE_NAME) if values.get(name) is not None), None)
 
 
 def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:

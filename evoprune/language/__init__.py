@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         teacher_forced_logits,
     )
     from evoprune.language.guidance import Vocabulary
-    from evoprune.language.hosted import run_for, run_modules, use_experts
+    from evoprune.language.hosted import run_for, run_modules
     from evoprune.language.prefix import PrefixCache
     from evoprune.language.prompt import (
         CONTENTS,
@@ -82,7 +82,6 @@ __all__ = [
     "step",
     "teacher_forced_logits",
     "timestamps",
-    "use_experts",
     "video_positions",
 ]
 
@@ -102,7 +101,7 @@ __getattr__, __dir__ = door(
             "teacher_forced_logits",
         ],
         "guidance": ["Vocabulary"],
-        "hosted": ["run_for", "run_modules", "use_experts"],
+        "hosted": ["run_for", "run_modules"],
         "prefix": ["PrefixCache"],
         "prompt": [
             "CONTENTS",

@@ -10,10 +10,8 @@ from copy import deepcopy
 import torch
 
 from evoprune.backend import (
-    EXPERTS,
     cache_name,
     form_of_layers,
-    through_experts,
     to_device,
     without_cudnn,
     without_packages,
@@ -65,17 +63,6 @@ def can_crop(model: HostedVL) -> bool:
     """Return True if every layer of the language model is full attention, so that there are no recurrent states."""
     kinds = getattr(model.model.language_model.config, "layer_types", None) or ()
     return all(kind == "full_attention" for kind in kinds)
-
-
-def use_experts(model: HostedVL) -> None:
-    """Make mixtures of experts call `through_experts`, unless another implementation than transformers' default was chosen."""
-    config = model.model.language_model.config
-    if model.config.text_config.experts is None or config._experts_implementation != "grouped_mm":
-        return
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, through_experts)
-    config._experts_implementation = EXPERTS
 
 
 def run_modules(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None, **kwargs):

@@ -15,7 +15,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from evoprune.backend import available_memory, bias_features, devices, is_unhooked_linear, to_device, without_cudnn
+from evoprune.backend import (
+    EXPERTS,
+    available_memory,
+    bias_features,
+    devices,
+    is_unhooked_linear,
+    to_device,
+    without_cudnn,
+)
 from evoprune.errors import DeviceWarning, first_line
 from evoprune.language import hosted
 from evoprune.language.decoder import KVCache, frequencies_of, run_layer, turns_by
@@ -304,7 +312,7 @@ def can_step(model) -> bool:
     weights = [*text.parameters(), *text.buffers()]
     experts = model.config.text_config.experts
     return (
-        (experts is None or text.config._experts_implementation in (hosted.EXPERTS, "batched_mm"))
+        (experts is None or text.config._experts_implementation in (EXPERTS, "batched_mm"))
         and kinds <= {"full_attention", "linear_attention"}
         # Exclude weights that a package has quantized: they have classes of their own or are integers, possibly in buffers.
         and all(type(weight) in plain and weight.is_floating_point() for weight in weights)

@@ -9,7 +9,7 @@ from math import ceil, floor, inf
 
 import numpy as np
 
-from evoprune.backend import release_omp_threads, use_one_omp_thread
+from evoprune.live.omp import release_omp_threads, use_one_omp_thread
 from evoprune.live.stream import VideoStream
 from evoprune.video import LiveSource
 

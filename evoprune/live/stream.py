@@ -25,7 +25,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from evoprune.backend import release_omp_threads
 from evoprune.errors import UsageError
 from evoprune.language import (
     CONTENTS,
@@ -45,6 +44,7 @@ from evoprune.language import (
     prune_prompt,
     timestamps,
 )
+from evoprune.live.omp import release_omp_threads
 from evoprune.live.segments import Earlier, NothingNew, check_carried, encode_segment
 from evoprune.methods import FarthestPoints, Tokens, arange_on, select
 from evoprune.model import ANSWER_COLUMNS, Clock

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from evoprune.backend import limits
+from evoprune.backend import launch_bound_units
 from evoprune.errors import UsageError, call
 from evoprune.methods import registry
 from evoprune.methods.base import EncoderMethod, InputMethod, Method, Selector, not_automatic
@@ -250,7 +250,7 @@ class PruneConfig:
         """
         if self.budget == FULL:
             return 0
-        return self.method.after_tower_below(limits.launch_bound_units(str(device)))
+        return self.method.after_tower_below(launch_bound_units(str(device)))
 
 
 def parse(text: str) -> MethodChain:

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 import torch
 
-from evoprune.backend import HOST, snap
+from evoprune.backend import snap
 from evoprune.errors import PluginError, call
 from evoprune.methods.base import Selector
 from evoprune.methods.budget import AUTO_LEAST, keep_count
 from evoprune.methods.types import Selection, Tokens, arange_on
 from evoprune.model import without_autocast
+
+HOST = torch.device("cpu")  # where kept tokens may be, whatever the device of the rows
 
 
 def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:

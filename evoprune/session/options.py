@@ -8,17 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from evoprune import methods
-from evoprune.backend import (
-    AUTO_THREADS,
-    LOAD_FORMATS,
-    DtypeName,
-    LoadFormat,
-    Quantize,
-    check_dtype,
-    check_quantize,
-    parse_threads,
-    short_dtype,
-)
 from evoprune.bundled import DEMOS
 from evoprune.errors import OTHER_MODELS, UsageError
 from evoprune.language import GenerationOptions
@@ -29,13 +18,44 @@ from evoprune.video import SamplingOptions, parse_time
 if TYPE_CHECKING:
     from evoprune.methods import PruneConfig
 
+DtypeName = Literal["bf16", "fp16", "fp32"]
+Quantize = Literal["none", "int8", "int4"]
+LoadFormat = Literal["auto", "dummy"]  # weights from their files, or random weights of the same shapes
 Engine = Literal["auto", "native", "transformers"]
+DTYPE_NAMES = "auto", *get_args(DtypeName)
+QUANTIZE = get_args(Quantize)
+LOAD_FORMATS = get_args(LoadFormat)
 AUTO, NATIVE, TRANSFORMERS = ENGINES = get_args(Engine)
+AUTO_THREADS = "auto"
+MAX_THREADS = 256
 # The files in a model's folder that answers depend on.
 MODEL_FILES = (
     "*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.*",
 )  # fmt: skip
+
+
+def _short_dtype(given: Any) -> Any:
+    """Return the short name of a torch dtype or dtype name ("bfloat16", "torch.float16"). Other values are returned unchanged."""
+    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+    text = str(given).removeprefix("torch.")
+    if type(given).__name__ == "dtype":
+        given = text
+    return names.get(text, given)
+
+
+def _parse_threads(given: int | str | None) -> int | str | None:
+    """Return the number of threads, "auto", or None.
+
+    Raises:
+        UsageError: If `given` is something else, or out of range.
+    """
+    if given is None or given == AUTO_THREADS:
+        return given
+    text = str(given)
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_THREADS):
+        raise UsageError(f"{text!r} is not a number of threads", f"use {AUTO_THREADS}, or 1 to {MAX_THREADS}")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -102,12 +122,12 @@ class ModelOptions:
     def __post_init__(self):
         if hasattr(self.model, "forward"):
             raise UsageError(f"model is of class {type(self.model).__name__}, not a name", OTHER_MODELS)
-        object.__setattr__(self, "dtype", short_dtype(self.dtype))
+        object.__setattr__(self, "dtype", _short_dtype(self.dtype))
         if type(self.device).__name__ == "device":
             object.__setattr__(self, "device", str(self.device))
         check_types(self)
         object.__setattr__(self, "model", os.fspath(self.model))
-        object.__setattr__(self, "threads", parse_threads(self.threads))
+        object.__setattr__(self, "threads", _parse_threads(self.threads))
         if self.load_format not in LOAD_FORMATS:
             raise UsageError(f"unknown load format {self.load_format!r}", f"use {' or '.join(LOAD_FORMATS)}")
         if self.engine not in ENGINES:
@@ -115,8 +135,10 @@ class ModelOptions:
             if self.engine == "ray":
                 hint = "batch --on ray runs on a Ray cluster"
             raise UsageError(f"unknown engine {self.engine!r}", hint)
-        check_dtype(self.dtype)
-        check_quantize(self.quantize)
+        if self.dtype not in DTYPE_NAMES:
+            raise UsageError(f"unknown dtype {self.dtype!r}", f"use {', '.join(DTYPE_NAMES)}")
+        if self.quantize not in QUANTIZE:
+            raise UsageError(f"unknown quantisation {self.quantize!r}", f"use {', '.join(QUANTIZE)}")
         if self.store_quantized and self.quantize == "none":
             raise UsageError("store_quantized needs quantize", "--quantize int8, or int4")
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from evoprune.backend import NEVER, attends_by_products, bias_features, devices, form_of_groups
 from evoprune.methods import arange_on
 from evoprune.model import PATCHES, without_autocast
-from evoprune.vision.layout import Scope, bincount_fixed, group_table, group_units, order_tables, runs
+from evoprune.vision.layout import Scope, bincount_fixed, cat, group_table, group_units, order_tables, runs
 from evoprune.vision.rows import Rows
 
 
@@ -331,7 +331,7 @@ def grouped_attention(
         parts = list(batch.parts(at_once or len(k)))
         if batch.back is not None:
             answers = [_attend_padded(q, k, v, part, received, timer) for part in parts]
-            return devices.cat(answers)[batch.back]
+            return cat(answers)[batch.back]
         for part in parts:
             answer = _attend_padded(q, k, v, part, received, timer)
             if part.query is None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import BLOCK, devices, snap, without_cudnn
+from evoprune.backend import devices, snap, without_cudnn
 from evoprune.errors import UsageError
 from evoprune.methods import (
     EncoderPlan,
@@ -41,7 +41,7 @@ from evoprune.methods import (
 from evoprune.model import PATCHES, Tower, VisionConfig, all_finite, not_a_number_error, without_autocast
 from evoprune.vision.families import embed, merge_patches, tower_layers
 from evoprune.vision.hooks import Hook, looks
-from evoprune.vision.layout import bincount_fixed, window_order
+from evoprune.vision.layout import bincount_fixed, cat, window_order
 from evoprune.vision.merging import Merging
 from evoprune.vision.patches import CLIP, Normal, ReferenceBlocks, in_pairs, normalised, patch_means, scan
 from evoprune.vision.rows import Rows, all_units, reused_units
@@ -55,6 +55,8 @@ from evoprune.vision.tower import (
     tower_geometry,
     tower_shape,
 )
+
+ROWS_AT_ONCE = 512  # number of rows of a matrix of cosines held at a time
 
 
 @dataclass(frozen=True, repr=False)
@@ -329,13 +331,13 @@ class EncoderRun:
             units.append(unit)
             sources.append(source)
             self.counts += counts
-        self.source = devices.cat(sources)
-        x = devices.cat(values)
+        self.source = cat(sources)
+        x = cat(values)
         deepstack = x.new_empty(len(x), 0, VisionConfig.of(self.visual.config).out_hidden_size)
         if not plan.reuse:
             return all_units(x, deepstack, geo, plan.grid[0])
         with self.timer:
-            return reused_units(x, deepstack, geo, self.source, self.counts, devices.cat(units))
+            return reused_units(x, deepstack, geo, self.source, self.counts, cat(units))
 
     def note_colour(self, patches: torch.Tensor) -> None:
         """Record whether every frame pair of `patches` (`[pairs, n, values]`) has a single color. Skipped once one is known not to.
@@ -469,7 +471,7 @@ def _nearest_kept(tokens: Tokens, kept: torch.Tensor) -> torch.Tensor:
     """
     rows = F.normalize(tokens.rows.float(), dim=1)
     chosen = rows[tokens.unit_to_row[kept]]
-    nearest = torch.cat([snap(some @ chosen.T).max(1).indices for some in rows.split(BLOCK)])[tokens.unit_to_row]
+    nearest = torch.cat([snap(some @ chosen.T).max(1).indices for some in rows.split(ROWS_AT_ONCE)])[tokens.unit_to_row]
     return torch.where(tokens.unit_to_row < 0, -1, nearest).index_copy_(0, kept, arange_on(len(kept), kept.device))
 
 

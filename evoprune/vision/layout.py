@@ -6,6 +6,7 @@ token. A video of T frame pairs with H x W units has N = T*H*W units, in raster 
 windows and frame pairs are runs of neighbors.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -143,3 +144,8 @@ def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> 
     step = arange_on(longest, start.device)
     last = (length - 1).clamp(min=0)[:, None]
     return (start[:, None] + torch.minimum(step, last)).clamp(max=rows - 1), step < length[:, None]
+
+
+def cat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenate tensors; a single one is returned without a copy."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

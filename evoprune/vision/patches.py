@@ -16,7 +16,7 @@ import torch
 from evoprune.backend import devices, reuse_scan
 from evoprune.model import PATCHES
 from evoprune.video import InputLimits
-from evoprune.vision.layout import Geometry
+from evoprune.vision.layout import Geometry, cat
 from evoprune.vision.preprocess import pixel_patches
 
 # Mean and standard deviation of red, green and blue, on a scale from 0 to 1.
@@ -46,7 +46,7 @@ def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: 
         if len(piece):
             held.append(devices.to_device(piece, device))
         while (have := sum(map(len, held))) >= size:
-            joined = devices.cat(held)
+            joined = cat(held)
             yield joined[:size]
             held = []
             if have > size:  # do not hold an empty piece

@@ -65,7 +65,7 @@ def environment(device: str) -> dict[str, Any]:
 
 def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] = ("evoprune",)):
     """Return a benchmark of `evoprune profile` with its rows. `bench.run(row)` measures one turn of a row."""
-    from evoprune.backend import LAUNCH_BOUND_UNITS
+    from evoprune.backend import launch_bound_units
     from evoprune.bench import (
         Bench,
         Case,
@@ -91,7 +91,7 @@ def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] =
     loaded = load(model, cases)
     settings = ProfileSettings(budgets=tuple(args.budgets), methods=tuple(methods), new_tokens=new_tokens)
     # DivPrune, which selects after the tower, runs only at the first budget. `INSIDE` runs only if it differs from `evoprune`.
-    small = {case for case in cases if prod(case_grid(case, limits)) < LAUNCH_BOUND_UNITS}
+    small = {case for case in cases if prod(case_grid(case, limits)) < launch_bound_units("cuda")}
     rows = [
         row
         for row in all_rows(cases, settings)

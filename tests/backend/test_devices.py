@@ -1,10 +1,13 @@
 """Device-dependent behaviour that no other test covers, checked by device names; the devices need not exist."""
 
+import mmap
+import sys
+
 import pytest
 import torch
 
 from evoprune.backend.attention import attention_note, transformers_attention
-from evoprune.backend.devices import busy_cores, cluster_share, kind, product_sides
+from evoprune.backend.devices import busy_cores, cluster_share, kind, memory_in_use, product_sides
 from evoprune.backend.limits import MAX_VISUAL_TOKENS_CPU, visual_token_limit
 from evoprune.backend.weights import are_mapped, are_widened
 
@@ -59,3 +62,14 @@ def test_the_attention_of_transformers(device, dtype, installed, expected, monke
     assert made == expected
     note = attention_note(device, made)
     assert note is None if device == CPU else note.startswith(f"transformers runs {made}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_mapped_files_are_not_the_processs_own_memory(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(b"1" * 2**26)
+    own, mapped = memory_in_use("cpu")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        assert sum(view[:: mmap.PAGESIZE]) > 0
+        own_then, mapped_then = memory_in_use("cpu")
+    assert mapped_then - mapped > 0.9 * 2**26 and own_then - own < 2**25

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune.backend.limits import LIBRARIES, ROOT, _groups, available_cores, check_libraries, host_memory
+from evoprune.backend.limits import ROOT, _groups, available_cores, host_memory
 from evoprune.bundled import DEMOS
-from evoprune.errors import OutOfMemory
 from evoprune.model import empty
 from evoprune.session import BUNDLED_CONFIGS, ModelOptions, describe
 from tests.quantized import parameters
@@ -129,17 +128,6 @@ def test_a_system_without_proc(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert available_cores(tmp_path) == 6 and host_memory(tmp_path) is None
-
-
-def test_without_memory_for_the_libraries(tmp_path):
-    root = made_up(
-        tmp_path, ("0::/a",), (V2,), {"sys/fs/cgroup/a": {"max": LIBRARIES, "current": 0, "stat": ""}}, "memory"
-    )
-    check_libraries(root)
-    (root / "sys/fs/cgroup/a/memory.current").write_text("1")
-    with pytest.raises(OutOfMemory, match=r"^too little memory: 255 MiB are available") as caught:
-        check_libraries(root)
-    assert caught.value.exit_code == 5 and "container" in caught.value.hint
 
 
 @pytest.fixture

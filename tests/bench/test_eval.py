@@ -374,7 +374,7 @@ def test_going_on_where_other_sizes_are_pruned_after_the_tower_is_refused(saved,
     asked = replace(SETTINGS, model=ModelOptions(str(saved)), methods=("evoprune", "random"))
     for begun_with, goes_on_with in ((0, 2048), (2048, 0), (2048, 1024), (2048, 2048)):
         folder = tmp_path / f"{begun_with}-{goes_on_with}"
-        monkeypatch.setattr(limits, "launch_bound_units", lambda device, units=begun_with: units)
+        monkeypatch.setitem(limits.LAUNCH_BOUND_UNITS, "cpu", begun_with)
         first = Evaluation(asked, videos())
         first.load()
         first.keep_in(folder)
@@ -382,7 +382,7 @@ def test_going_on_where_other_sizes_are_pruned_after_the_tower_is_refused(saved,
         assert written.get("after_tower_below", 0) == begun_with
         assert any("after the tower alone" in note for note in first.document()["notes"]) == bool(begun_with)
         assert EvalSettings.of_record(written, ModelOptions()).methods == asked.methods
-        monkeypatch.setattr(limits, "launch_bound_units", lambda device, units=goes_on_with: units)
+        monkeypatch.setitem(limits.LAUNCH_BOUND_UNITS, "cpu", goes_on_with)
         again = Evaluation(asked, videos())
         again.keep_in(folder, resume=True)
         if begun_with == goes_on_with:

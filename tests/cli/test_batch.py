@@ -158,18 +158,18 @@ def test_resume_refuses_a_model_that_was_replaced(run, out, model, monkeypatch, 
 
 @pytest.mark.parametrize(("begun", "now"), [(0, 2048), (2048, 0)])
 def test_resume_refuses_a_device_that_prunes_small_inputs_otherwise(run, out, monkeypatch, begun, now):
-    monkeypatch.setattr(limits, "launch_bound_units", lambda device: begun)
+    monkeypatch.setitem(limits.LAUNCH_BOUND_UNITS, "cpu", begun)
     assert run(CLIPS[0], *ASKED).code == 0
     before = out.read_bytes()
     assert records(out)[0]["pruning"]["after_tower_below"] == (begun or None)
-    monkeypatch.setattr(limits, "launch_bound_units", lambda device: now)
+    monkeypatch.setitem(limits.LAUNCH_BOUND_UNITS, "cpu", now)
     result = run(*CLIPS, *ASKED, "--resume")
     assert (
         result.code == 2
         and "error: the output was begun on another device or version: the inputs pruned after" in result.err
     )
     assert "--device" in result.err and out.read_bytes() == before
-    monkeypatch.setattr(limits, "launch_bound_units", lambda device: begun)
+    monkeypatch.setitem(limits.LAUNCH_BOUND_UNITS, "cpu", begun)
     assert run(*CLIPS, *ASKED, "--resume").code == 0 and len(records(out)) == 4
 
 

@@ -12,10 +12,10 @@ from evoprune.bench import Case, Panel, draw
 from evoprune.bench.overlay import gif, mp4, png, shared_palette
 from evoprune.bench.profile_results import ProfileResults
 from evoprune.bench.profile_rows import METHOD, ProfileRow
-from evoprune.errors import EvopruneError, UsageError
+from evoprune.errors import EvopruneError, OutOfMemory, UsageError
 from evoprune.report import Environment, ModelFacts
 from evoprune_cli import __main__
-from evoprune_cli.running import check_writable, write_bytes
+from evoprune_cli.running import LIBRARIES, check_writable, prepare, write_bytes
 from evoprune_cli.terminal import json_line
 
 SAMPLES = Path("samples")
@@ -260,3 +260,14 @@ def test_threads_sleep_soon_unless_the_environment_says_otherwise(monkeypatch, g
     monkeypatch.setattr("evoprune_cli.main.run", lambda: None)
     __main__.start()
     assert given.get("GOMP_SPINCOUNT") == spin
+
+
+def test_without_memory_for_the_libraries(monkeypatch):
+    monkeypatch.setattr("evoprune_cli.running.keep_freed_memory", lambda: None)
+    for enough in (LIBRARIES, None):
+        monkeypatch.setattr("evoprune_cli.running.host_memory", lambda enough=enough: enough)
+        prepare()
+    monkeypatch.setattr("evoprune_cli.running.host_memory", lambda: LIBRARIES - 1)
+    with pytest.raises(OutOfMemory, match=r"^too little memory: 255 MiB are available") as caught:
+        prepare()
+    assert caught.value.exit_code == 5 and "container" in caught.value.hint

@@ -24,7 +24,7 @@ from tests.tiny import tiny_model
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower
 
-LIMIT = limits.LAUNCH_BOUND_UNITS
+LIMIT = limits.LAUNCH_BOUND_UNITS["cuda"]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GRID = (5, 4, 6)
 ALWAYS, AFTER = "evoprune:inner=always", "evoprune:depth=1:reuse=0"
@@ -33,7 +33,7 @@ CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
 
 @pytest.fixture
 def as_cuda(monkeypatch):
-    monkeypatch.setattr(limits, "launch_bound_units", lambda device: LIMIT)
+    monkeypatch.setitem(limits.LAUNCH_BOUND_UNITS, "cpu", LIMIT)
 
 
 def plan(name: str, grid: tuple[int, int, int], device: torch.device = CUDA, budget: float = 0.25):
@@ -184,7 +184,7 @@ def test_on_a_cpu_records_say_nothing_of_it(loaded):
 def test_each_of_several_inputs_has_its_own_size(loaded, monkeypatch, tmp_path):
     picture = str(tmp_path / "picture.png")
     Image.fromarray(np.arange(112 * 112 * 3, dtype=np.uint32).astype(np.uint8).reshape(112, 112, 3)).save(picture)
-    monkeypatch.setattr(limits, "launch_bound_units", lambda device: 60)
+    monkeypatch.setitem(limits.LAUNCH_BOUND_UNITS, "cpu", 60)
     both = encoded(loaded, [CLIP, picture]).report
     small = [facts.pruning.visual_tokens_in < 60 for facts in both.inputs]
     assert sorted(small) == [False, True]
@@ -196,7 +196,7 @@ def test_the_cache_tells_devices_and_limits_apart(loaded, monkeypatch, tmp_path)
     cache = Cache(tmp_path)
     found = []
     for limit in (0, LIMIT, LIMIT, 10):
-        monkeypatch.setattr(limits, "launch_bound_units", lambda device, limit=limit: limit)
+        monkeypatch.setitem(limits.LAUNCH_BOUND_UNITS, "cpu", limit)
         made = VideoQA(loaded, budget=0.25).encode(CLIP, frames=8, cache=cache)
         found.append((made.report.cache, made.report.pruning.after_tower_below, made.report.pruning.after_tower_inputs))
     assert found == [("miss", None, None), ("miss", LIMIT, 1), ("hit", LIMIT, 1), ("miss", 10, 0)]

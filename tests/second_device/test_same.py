@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evoprune
-from evoprune.backend import LAUNCH_BOUND_UNITS, attention, limits
+from evoprune.backend import attention, limits
 from evoprune.batch import Settings, answers, group_by_span, product_rows
 from evoprune.bench import TuneSettings, Tuning
 from evoprune.bench.shared import TimeLimit
@@ -76,11 +76,12 @@ def test_a_small_input_where_launches_bound_the_tower(monkeypatch):
     from tests.second_device.counting import encodes  # registers the device
 
     after = evoprune.VideoQA(loaded("cpu"), budget=0.25, method="evoprune:depth=1:reuse=0").encode(CLIP, **FRAMES)
-    monkeypatch.setattr(limits, "launch_bound_units", lambda device: LAUNCH_BOUND_UNITS if device == NAME else 0)
+    units = limits.LAUNCH_BOUND_UNITS["cuda"]
+    monkeypatch.setitem(limits.LAUNCH_BOUND_UNITS, NAME, units)
     there = evoprune.VideoQA(loaded(NAME), budget=0.25).encode(CLIP, **FRAMES)
     assert_same(after, there)
     said = there.report.pruning
-    assert (said.after_tower_below, said.after_tower_inputs) == (LAUNCH_BOUND_UNITS, 1)
+    assert (said.after_tower_below, said.after_tower_inputs) == (units, 1)
     assert_same(*both(CLIP, method="evoprune:inner=always"))
     counts = {}
     for name in ("none", "evoprune", "evoprune:inner=always"):

@@ -269,3 +269,10 @@ def test_no_two_options_have_the_same_name_and_none_changes():
 def test_every_option_is_one_of_the_command_line(command):
     names = {each.name for kind in PipelineOptions.KINDS for each in fields(kind)}
     assert names <= signature(command).parameters.keys()
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "257", "two", "1.5", "", 0, "²"], ids=repr)
+def test_what_is_no_number_of_threads(wrong):
+    with pytest.raises(UsageError, match="not a number of threads") as caught:
+        ModelOptions(threads=wrong)
+    assert caught.value.hint == "use auto, or 1 to 256"

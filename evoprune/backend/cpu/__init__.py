@@ -1,1 +1,1 @@
-"""CPU-specific code: packed and 8-bit layers, threads, and the precision of sums."""
+"""CPU-specific layers: packed and quantized weights."""

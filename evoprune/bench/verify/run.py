@@ -10,8 +10,9 @@ from shutil import copy
 from typing import Any
 
 import numpy as np
+import torch
 
-from evoprune.backend import environment, exact_convolutions, peak_memory, without_packages
+from evoprune.backend import environment, peak_memory, without_packages
 from evoprune.bench import clips
 from evoprune.bench.results import Results, folded
 from evoprune.bench.shared import TimeLimit
@@ -225,10 +226,21 @@ def verify(
         yield results
 
 
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Turn off TF32 for float32 convolutions on CUDA within this context. By default CUDA rounds their inputs to 10 bits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def _outcome(check: Check, subject: Subject, failed: Callable[[Exception], None]) -> Outcome:
     """Run a check and return its outcome. A kernel that fails or a missing library function counts as a difference."""
     try:
-        with exact_convolutions(), without_packages():  # for transformers' towers, and its linear attention layers
+        with _exact_convolutions(), without_packages():  # for transformers' towers, and its linear attention layers
             return check.run(subject)
     except Exception as problem:
         if is_out_of_memory(problem) or (isinstance(problem, EvopruneError) and problem.type == "out_of_memory"):

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 
-from evoprune.backend import are_widened, choose_functions
+from evoprune.backend import are_widened, choose_functions, use_experts
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
-from evoprune.language import use_experts
 from evoprune.model import Config, HostedVL, fill_random, name_in_memory
 from evoprune.session.loading.description import ADAPTER
 from evoprune.session.loading.weights import BELONG, PACKAGES, PLAIN, stored_tensors, weight_files

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from evoprune.backend import (
-    AUTO_THREADS,
     Packing,
-    Progress,
     available_cores,
     empty_cache,
     places,
@@ -68,7 +66,7 @@ from evoprune.session.loading.weights import (
     stored_tensors,
     weights_of,
 )
-from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
+from evoprune.session.options import AUTO_THREADS, NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.session.patches import PatchStore
 from evoprune.untrusted import pick
 from evoprune.util import counted, from_keywords, listed
@@ -434,7 +432,12 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
 
 
 def make_ready(
-    model: Model, quantize: str, *, pack: bool = True, progress: Progress | None = None, store: str | None = None
+    model: Model,
+    quantize: str,
+    *,
+    pack: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    store: str | None = None,
 ) -> Packing:
     """Quantize the linear layers of a model in place, or prepare them for its device. For other arguments, see `load_model`.
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 
 import evoprune
-from evoprune.backend import Progress, Weights, levels, places, quantize, restore
+from evoprune.backend import levels, places, quantize, restore
 from evoprune.language import layers_of, new_cache
 from evoprune.methods import arange_on, full_plan
 from evoprune.model import PATCHES, Model
@@ -43,7 +43,9 @@ def weights_folder() -> Entries:
     return Entries(cache_folder() / "weights", LIMIT_BYTES)
 
 
-def quantize_once(model: Model, kind: str, fingerprint: str | None, progress: Progress | None = None) -> None:
+def quantize_once(
+    model: Model, kind: str, fingerprint: str | None, progress: Callable[[int, int], None] | None = None
+) -> None:
     """Quantize a model in place, using the stored weights if there are any, and otherwise storing them.
 
     Args:
@@ -78,7 +80,7 @@ def _key(fingerprint: str, kind: str) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], Weights] | None:
+def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], dict[str, torch.Tensor]] | None:
     """Open an entry of stored weights, memory-mapped.
 
     Args:
@@ -116,7 +118,7 @@ class _Stream:
         self._end = 0
         self._problem = None
 
-    def add(self, layer: str, weights: Weights) -> None:
+    def add(self, layer: str, weights: dict[str, torch.Tensor]) -> None:
         try:
             if not self._end:
                 self.file.seek(8 + HEADER_BYTES)

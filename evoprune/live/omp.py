@@ -1,4 +1,4 @@
-"""The OpenMP threads of this process."""
+"""The OpenMP threads of this process, which the threads of a live stream share."""
 
 import ctypes
 import functools
