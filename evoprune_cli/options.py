@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 from evoprune import methods
 from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
-from evoprune.methods import AUTOS, PRESETS, REUSE, Budget
+from evoprune.methods import REUSE, Budget
 from evoprune.session import PipelineOptions
 from evoprune.util import OPTION, Option, kinds_of, words_of
 from evoprune_cli.terminal import only_answers_on_stdout
@@ -72,11 +72,11 @@ def _exists(method: str) -> bool:
 
 def _budget_lists(context: typer.Context, incomplete: str) -> list[str]:
     """Complete a list of budgets: any budget for `eval`, only numeric ones for other commands."""
-    budgets = ALL_BUDGETS if context.info_name == "eval" else PRESETS
+    budgets = ALL_BUDGETS if context.info_name == "eval" else Budget.PRESETS
     return _after_commas(incomplete, lambda last: budgets)
 
 
-ALL_BUDGETS = (*PRESETS, *AUTOS)
+ALL_BUDGETS = (*Budget.PRESETS, *Budget.AUTOS)
 BUDGETS = {"metavar": "LIST", "autocompletion": _budget_lists}
 METHODS = {"metavar": "LIST", "autocompletion": lambda incomplete: _after_commas(incomplete, _methods)}
 COMPLETED = {  # pipeline options whose values are not literals of a field
@@ -211,7 +211,7 @@ Budgets = option(
     list[str] | None,
     "-b --budget",
     "Shares of visual tokens kept, or presets; in eval also auto and auto:inflection; "
-    f"default: {','.join(list(PRESETS)[1:])}. Full is always there.",
+    f"default: {','.join(list(Budget.PRESETS)[1:])}. Full is always there.",
     SWEEP,
     envvar="EVOPRUNE_BUDGET",
     **BUDGETS,
@@ -279,7 +279,7 @@ def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = F
     wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
     for name in wanted:
         methods.check(name)
-    shares = (Budget.parse(text, auto=named).recorded for text in listed(budgets) or list(PRESETS)[1:])
+    shares = (Budget.parse(text, auto=named).recorded for text in listed(budgets) or list(Budget.PRESETS)[1:])
     return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted}
 
 

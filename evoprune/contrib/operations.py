@@ -15,13 +15,13 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.methods import (
+    Budget,
     Drop,
     Dropping,
     LanguageMethod,
     LanguagePlan,
     LayerState,
     Selection,
-    keep_count,
     nonzero_fixed,
     select_in_language,
 )
@@ -141,7 +141,7 @@ class Recipe:
     def plan(self, tokens: int, removed: Iterable[Operation]) -> OperationPlan:
         """Return the plan for this number of visual tokens. A group that no later layer reads is dropped for good."""
         gone = self._gone(removed)
-        key = keep_count(self.key, tokens)
+        key = Budget.count(self.key, tokens)
         if not gone:
             return OperationPlan(self.depth, tokens, ())
         end, rest_end = (_last_keys(gone, group, self.depth) + 1 for group in (ALL, REST))

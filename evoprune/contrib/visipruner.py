@@ -7,6 +7,7 @@ import torch
 
 from evoprune.contrib.shared import Part, relative
 from evoprune.methods import (
+    Budget,
     Drop,
     LanguageMethod,
     LanguagePlan,
@@ -14,7 +15,6 @@ from evoprune.methods import (
     Selection,
     arange_on,
     highest,
-    keep_count,
     layers_before,
 )
 
@@ -44,7 +44,7 @@ class VisiPruner(LanguageMethod):
     exits: Annotated[int, "[0, inf]"] = 2  # number of exit layers after which all tokens are dropped; 0 for never
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
-        keep = keep_count(budget, tokens)
+        keep = Budget.count(budget, tokens)
         blind = layers_before(self.shallow, depth)
         if keep == tokens or depth < 2:
             return LanguagePlan(depth, tokens, ())

@@ -38,7 +38,7 @@ from evoprune.hf.columns import (
     without_pruned,
 )
 from evoprune.hf.encoding import INT8, PackedTower, encode_each, patch_config
-from evoprune.methods import DEFAULT_BUDGET, Budget, GivenShare
+from evoprune.methods import Budget
 from evoprune.model import Clock
 from evoprune.report import FLAT, Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session import DTYPES, pruning_facts
@@ -83,8 +83,8 @@ class EvoPrune:
         TypeError: An unknown option.
     """
 
-    budget: GivenShare = option(
-        DEFAULT_BUDGET,
+    budget: Budget.GivenShare = option(
+        Budget.DEFAULT,
         "Share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset.",
     )
     method: str = option(methods.DEFAULT, "Name of a pruning method, NAME:SETTING=VALUE for its settings.")

@@ -18,7 +18,7 @@ from evoprune.backend import (
 )
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.methods import DEFAULT_BUDGET, Budget, GivenShare, PruneConfig
+from evoprune.methods import Budget, PruneConfig
 from evoprune.model import VisionConfig, all_finite
 from evoprune.session import calibrate_tower
 from evoprune.video import InputLimits
@@ -37,7 +37,7 @@ def encode(
     pixel_values_videos: torch.Tensor,
     video_grid_thw: torch.Tensor,
     *,
-    budget: GivenShare = DEFAULT_BUDGET,
+    budget: Budget.GivenShare = Budget.DEFAULT,
     method: str = methods.DEFAULT,
     question: torch.Tensor | None = None,
     seed: int = 0,

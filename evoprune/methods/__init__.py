@@ -10,17 +10,7 @@ from evoprune.doors import door
 if TYPE_CHECKING:
     from evoprune.methods.base import EncoderMethod, InputMethod, Merger, Selector
     from evoprune.methods.baselines import DivPrune, smaller_frame
-    from evoprune.methods.budget import (
-        AUTOS,
-        DEFAULT_BUDGET,
-        FULL,
-        IN_WORDS,
-        PRESETS,
-        Budget,
-        GivenBudget,
-        GivenShare,
-        keep_count,
-    )
+    from evoprune.methods.budget import Budget
     from evoprune.methods.chain import MethodChain, PruneConfig, parse
     from evoprune.methods.evoprune import FarthestPoints
     from evoprune.methods.evoprune_paper import EvoPrunePaper
@@ -55,12 +45,7 @@ if TYPE_CHECKING:
     from evoprune.methods.types import Candidates, Selection, Tokens, arange_on, generator_seed, nonzero_fixed
 
 __all__ = [
-    "AUTOS",
     "DEFAULT",
-    "DEFAULT_BUDGET",
-    "FULL",
-    "IN_WORDS",
-    "PRESETS",
     "REUSE",
     "STEPS",
     "Budget",
@@ -72,8 +57,6 @@ __all__ = [
     "EncoderPlan",
     "EvoPrunePaper",
     "FarthestPoints",
-    "GivenBudget",
-    "GivenShare",
     "Grid",
     "InputMethod",
     "LanguageMethod",
@@ -100,7 +83,6 @@ __all__ = [
     "get",
     "grid_tables",
     "highest",
-    "keep_count",
     "layers_before",
     "match",
     "may_resize",
@@ -124,17 +106,7 @@ __getattr__, __dir__ = door(
     {
         "base": ["EncoderMethod", "InputMethod", "Merger", "Selector"],
         "baselines": ["DivPrune", "smaller_frame"],
-        "budget": [
-            "AUTOS",
-            "Budget",
-            "DEFAULT_BUDGET",
-            "FULL",
-            "GivenBudget",
-            "GivenShare",
-            "IN_WORDS",
-            "PRESETS",
-            "keep_count",
-        ],
+        "budget": ["Budget"],
         "chain": ["MethodChain", "PruneConfig", "parse"],
         "evoprune": ["FarthestPoints"],
         "evoprune_paper": ["EvoPrunePaper"],

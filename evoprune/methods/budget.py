@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from evoprune.errors import UsageError
 from evoprune.methods.plans import Grid
@@ -13,14 +13,20 @@ from evoprune.util import did_you_mean
 PresetName = Literal["full", "high", "balanced", "fast"]
 # "auto:inflection" decides by the curve of a method's scores (methods/selecting.py).
 AutoName = Literal["auto", "auto:inflection"]
-# Values that users may give. At run time, a percentage as a string ("10%") is accepted too.
-GivenShare = float | PresetName
-GivenBudget = float | Literal[PresetName, AutoName]
 
 
 @dataclass(frozen=True)
 class Budget:
     """The share of its visual tokens that an input keeps, in (0, 1]. Created by `parse`."""
+
+    # Types of the values that users may give. At run time, a percentage as a string ("10%") is accepted too.
+    GivenShare = float | PresetName
+    Given = float | Literal[PresetName, AutoName]
+
+    PRESETS: ClassVar[dict[PresetName, "Budget"]]
+    AUTOS: ClassVar[dict[AutoName, "Budget"]]  # the content decides how many tokens are kept (`Method.automatic`)
+    FULL: ClassVar["Budget"]  # prunes nothing
+    DEFAULT: ClassVar[Literal["balanced"]] = "balanced"
 
     video: float
     still: float  # share for an input of one frame pair, whose units no other frame pair repeats
@@ -36,9 +42,9 @@ class Budget:
         Raises:
             UsageError: `given` is anything else.
         """
-        known = dict(PRESETS)
+        known = dict(cls.PRESETS)
         if auto:
-            known |= AUTOS
+            known |= cls.AUTOS
         if isinstance(given, str) and given in known:
             return known[given]
         percent = isinstance(given, str) and given.rstrip().endswith("%")
@@ -63,7 +69,12 @@ class Budget:
 
     def keep(self, grid: Grid) -> int:
         """Return K, the number of tokens that one input keeps."""
-        return keep_count(self.share(grid), prod(grid))
+        return self.count(self.share(grid), prod(grid))
+
+    @staticmethod
+    def count(share: float, units: int) -> int:
+        """Return K = max(1, floor(share * units + 0.5)), at most `units`."""
+        return min(units, max(1, math.floor(share * units + 0.5)))
 
     def share_of_all(self, grids: Sequence[Grid]) -> float:
         """Return the overall share of several inputs, for methods that know only one share."""
@@ -72,27 +83,18 @@ class Budget:
         return sum(map(self.keep, grids)) / sum(map(prod, grids))
 
 
-def keep_count(share: float, units: int) -> int:
-    """Return K = max(1, floor(share * units + 0.5)), at most `units`."""
-    return min(units, max(1, math.floor(share * units + 0.5)))
-
-
-FULL = Budget(1.0, 1.0)
-PRESETS: dict[PresetName, Budget] = {
-    "full": FULL,
+Budget.FULL = Budget(1.0, 1.0)
+Budget.PRESETS = {
+    "full": Budget.FULL,
     "high": Budget(0.4, 0.7, "high"),
     "balanced": Budget(0.25, 0.5, "balanced"),
     "fast": Budget(0.1, 0.3, "fast"),
 }
-# With the accuracy kept in the demo's worst combination of world and weights, and the speedup of the first token over Hugging
-# Face at 3B dimensions, fp32 (results/frontier.md).
-IN_WORDS = "high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x), fast (0.1; 95.8%, 4.4x)"
-DEFAULT_BUDGET: Literal["balanced"] = "balanced"
-# Under AUTO the content decides how many tokens are kept (`Method.automatic`), between these shares.
 AUTO, AUTO_INFLECTION = get_args(AutoName)
+# The shares between which the content decides how many tokens are kept.
 AUTO_LEAST = 0.05
 AUTO_MOST = 0.5
-AUTOS = {name: Budget(AUTO_MOST, AUTO_MOST, name) for name in (AUTO, AUTO_INFLECTION)}
+Budget.AUTOS = {name: Budget(AUTO_MOST, AUTO_MOST, name) for name in (AUTO, AUTO_INFLECTION)}
 
 
 def _number(value: float | str) -> float:
@@ -105,17 +107,17 @@ def _number(value: float | str) -> float:
 
 def _refused(given: float | str, known: dict[str, Budget]) -> UsageError:
     """Return the error for a value that `parse` does not accept; `known` has the allowed names."""
-    if isinstance(given, str) and given in AUTOS:
+    if isinstance(given, str) and given in Budget.AUTOS:
         hint = (
             f"give a share of tokens such as 0.25; {given} works with VideoQA, and with commands that ask or evaluate"
         )
         return UsageError(f"budget {given!r} does not work here", hint)
-    autos = [name for name in AUTOS if name in known]
+    autos = [name for name in Budget.AUTOS if name in known]
     percent = _number(given)
     likely = did_you_mean(str(given), known)
     if 1 < percent <= 100:
         likely = f"did you mean {percent / 100:g} (or {percent:g}%)? "
-    names = ", ".join(PRESETS)
+    names = ", ".join(Budget.PRESETS)
     if autos:
         names += f", or {' or '.join(autos)}"
     hint = f"{likely}give a number above 0 and up to 1 (0.25 or 25% for a quarter), or one of {names}"

@@ -13,7 +13,7 @@ from evoprune.backend import launch_bound_units
 from evoprune.errors import UsageError, call
 from evoprune.methods import registry
 from evoprune.methods.base import EncoderMethod, InputMethod, Method, Selector, not_automatic
-from evoprune.methods.budget import AUTO, AUTO_INFLECTION, FULL, Budget
+from evoprune.methods.budget import AUTO, AUTO_INFLECTION, Budget
 from evoprune.methods.language import LanguageMethod
 from evoprune.methods.plans import EncoderPlan, Grid, Stage, TowerShape, full_plan
 
@@ -224,14 +224,14 @@ class PruneConfig:
         elif budget.name == AUTO_INFLECTION:
             method.check_scores()
         if not method.members:
-            budget = FULL
+            budget = Budget.FULL
         return cls(name, method, budget, seed)
 
     @property
     def prunes(self) -> bool:
         """Whether anything is pruned."""
         inner = self.method.language
-        return self.budget != FULL or (inner is not None and inner is not self.method.first and inner.left < 1)
+        return self.budget != Budget.FULL or (inner is not None and inner is not self.method.first and inner.left < 1)
 
     @property
     def resizes(self) -> bool:
@@ -248,7 +248,7 @@ class PruneConfig:
 
         It is 0 if size makes no difference.
         """
-        if self.budget == FULL:
+        if self.budget == Budget.FULL:
             return 0
         return self.method.after_tower_below(launch_bound_units(str(device)))
 

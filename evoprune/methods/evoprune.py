@@ -21,7 +21,7 @@ import torch
 
 from evoprune.backend import unit_counts
 from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.budget import AUTO_LEAST, keep_count
+from evoprune.methods.budget import AUTO_LEAST, Budget
 from evoprune.methods.farthest import ALPHA, assign_clusters, farthest_points, points_of
 from evoprune.methods.plans import Grid, Stage, TowerShape
 from evoprune.methods.types import Selection, Tokens
@@ -83,13 +83,13 @@ class FarthestPoints(Selector):
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         points = points_of(tokens.rows, tokens.unit_to_row, tokens.grid, self.alpha)
-        min_keep = keep_count(AUTO_LEAST, len(tokens.unit_to_row))
+        min_keep = Budget.count(AUTO_LEAST, len(tokens.unit_to_row))
         kept = farthest_points(points, keep, within=self.within, least=min_keep, floor=self.floor)
         unit_to_token = assign_clusters(points, kept)
         return Selection(kept, unit_to_token, size=self._sizes(unit_to_token, len(kept)), averages=self.average)
 
     def suffices(self, count: int, keep: int, units: int) -> bool:
-        return count == keep or (self.within > 0 and keep_count(AUTO_LEAST, units) <= count <= keep)
+        return count == keep or (self.within > 0 and Budget.count(AUTO_LEAST, units) <= count <= keep)
 
     def _sizes(self, unit_to_token: torch.Tensor, tokens: int) -> torch.Tensor | None:
         """Return float32 `[tokens]`: the cluster size that the language model assumes for each token, or None for 1."""

@@ -15,7 +15,7 @@ import torch
 from evoprune.backend import Timer, snap, to_device
 from evoprune.errors import call
 from evoprune.methods.base import Method, check_ranges
-from evoprune.methods.budget import keep_count
+from evoprune.methods.budget import Budget
 from evoprune.methods.ranking import highest
 from evoprune.methods.selecting import check_selection
 from evoprune.methods.types import Selection, arange_on, nonzero_fixed
@@ -93,8 +93,8 @@ def layers_before(share: float, depth: int) -> int:
 
 
 def one_drop(depth: int, tokens: int, place: float, budget: float) -> LanguagePlan:
-    """Return a plan with one drop: after a share `place` of the layers, `keep_count(budget, tokens)` tokens are left."""
-    return _plan(depth, tokens, [layers_before(place, depth)], [keep_count(budget, tokens)])
+    """Return a plan with one drop: after a share `place` of the layers, `Budget.count(budget, tokens)` tokens are left."""
+    return _plan(depth, tokens, [layers_before(place, depth)], [Budget.count(budget, tokens)])
 
 
 def several_drops(

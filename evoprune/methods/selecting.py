@@ -10,7 +10,7 @@ import torch
 from evoprune.backend import snap
 from evoprune.errors import PluginError, call
 from evoprune.methods.base import Selector
-from evoprune.methods.budget import AUTO_LEAST, keep_count
+from evoprune.methods.budget import AUTO_LEAST, Budget
 from evoprune.methods.types import Selection, Tokens, arange_on
 from evoprune.model import without_autocast
 
@@ -112,7 +112,7 @@ def _unlike(
 
 def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:
     """Return how many tokens `selector` keeps by the curve of its scores (arXiv 2409.01162), at most `keep`."""
-    min_keep = min(keep, keep_count(AUTO_LEAST, len(tokens.unit_to_row)))
+    min_keep = min(keep, Budget.count(AUTO_LEAST, len(tokens.unit_to_row)))
     return min(keep, max(min_keep, inflection(call(selector.package, selector.scores, tokens))))
 
 

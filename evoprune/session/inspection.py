@@ -9,7 +9,7 @@ import evoprune
 from evoprune.backend import available_memory
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
-from evoprune.methods import PRESETS
+from evoprune.methods import Budget
 from evoprune.model import kv_bytes
 from evoprune.session.loading.weights import DTYPES, ModelWeights
 from evoprune.session.memory import TEXT, piece_needs
@@ -165,7 +165,7 @@ def plan_facts(plan: Plan, config) -> dict:
                 "tokens": tokens,
                 "kv_cache_bytes": kv_bytes(config, tokens),
             }
-            for name, budget in PRESETS.items()
+            for name, budget in Budget.PRESETS.items()
             for tokens in [budget.keep(plan.grid)]
         },
     }

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods import FULL, MethodChain, PruneConfig
+from evoprune.methods import Budget, MethodChain, PruneConfig
 from evoprune.session.loading.description import ModelDescription
 from evoprune.session.loading.model import LoadedModel
 
@@ -31,7 +31,7 @@ class Session:
 
     def unpruned(self) -> "Session":
         """Return a session with the same model and seed that keeps every visual token, as a baseline."""
-        return replace(self, pruning=PruneConfig.of(FULL, "none", self.pruning.seed))
+        return replace(self, pruning=PruneConfig.of(Budget.FULL, "none", self.pruning.seed))
 
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
         """Return the largest number of prompt columns that the language model may hold.

@@ -19,7 +19,7 @@ import numpy as np
 
 from evoprune import methods
 from evoprune.bench import COLOURS, FULL, INK, METHOD, SOFT, Panel, Point, Series, draw
-from evoprune.methods import PRESETS, Budget
+from evoprune.methods import Budget
 from evoprune.util import budget_text
 from experiments import tables
 from experiments.accuracy.frontier import SETS, kept, samples_of
@@ -98,7 +98,9 @@ def rows_of(samples: Samples) -> set[Key]:
 def short(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
     """Return a table of accuracy kept per set of weights, share of operations and speed, for each method in a world."""
     sets = [rows for name, rows in samples.items() if name.split(",")[0] == world]
-    budgets = [budget for budget in PRESETS if any(key[0] != OURS and key[1] == budget for key in rows_of(samples))]
+    budgets = [
+        budget for budget in Budget.PRESETS if any(key[0] != OURS and key[1] == budget for key in rows_of(samples))
+    ]
     heads = [head for budget in budgets for head in (f"`-b {budget}` keeps", "operations", "first token")]
 
     def shares(key: Key) -> list[float]:
@@ -193,7 +195,7 @@ def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, f
             after.append(Point(speed, kept_there))
         else:
             inside.append(Point(speed, kept_there, label=key[0]))
-    ours = [(OURS, name) for name in PRESETS if (OURS, name) in presets and speed_of((OURS, name), fast)]
+    ours = [(OURS, name) for name in Budget.PRESETS if (OURS, name) in presets and speed_of((OURS, name), fast)]
     line = [Point(speed_of(key, fast), presets[key], label=f"-b {key[1]}") for key in ours]
     series = [
         Series("evoprune", (Point(fast[NONE], 100.0, label="-b full"), *line), COLOURS[0]),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from evoprune.bench import FULL, METHOD, EvalSettings, Evaluation, told
-from evoprune.methods import PRESETS, Budget
+from evoprune.methods import Budget
 from evoprune.session import ModelOptions
 from evoprune.util import budget_text
 from experiments import tables
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="validation")
     parser.add_argument("--seed", type=int, default=0, help="block of the split's clips")
     parser.add_argument("--limit", type=int, default=100, help="clips of each set")
-    parser.add_argument("-b", "--budget", default=",".join(list(PRESETS)[1:]))
+    parser.add_argument("-b", "--budget", default=",".join(list(Budget.PRESETS)[1:]))
     parser.add_argument("--method", default="evoprune")
     parser.add_argument("--sets", default=";".join(SETS), help="some of: %(default)s")
     parser.add_argument("--processes", type=int, default=1)

@@ -21,7 +21,7 @@ from evoprune.bench.questions import VideoQuestions, load_questions
 from evoprune.bench.shared import GreyInput
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.language import GenerationOptions
-from evoprune.methods import DEFAULT_BUDGET
+from evoprune.methods import Budget
 from evoprune.model import cost, prefill_flop, tower_flop
 from evoprune.session import ModelOptions, OpenInput, describe, encoding, open_inputs
 from evoprune.video import SamplingOptions, probe
@@ -432,7 +432,7 @@ def test_a_folder_that_is_there_gets_a_sibling(loaded, tmp_path):
 def test_the_demo_model_on_the_sample_questions():
     """The questions were chosen so: all right unpruned and by default, while a twentieth of the tokens loses some."""
     run = Evaluation(
-        EvalSettings("samples/questions.jsonl", (DEFAULT_BUDGET, 0.05)), load_questions(SAMPLES / "questions.jsonl")
+        EvalSettings("samples/questions.jsonl", (Budget.DEFAULT, 0.05)), load_questions(SAMPLES / "questions.jsonl")
     )
     run.load()
     run.run()

@@ -12,7 +12,7 @@ from evoprune.bench import eval as evaluation
 from evoprune.bench.eval_results import EvalResults
 from evoprune.bench.scores import COSTS, score_rows
 from evoprune.errors import OutOfMemory
-from evoprune.methods import PRESETS
+from evoprune.methods import Budget
 from evoprune.session import OpenInput
 from evoprune_cli.terminal import Terminated
 
@@ -302,6 +302,6 @@ def test_defaults(cli, monkeypatch):
     assert cli("eval", "--data", DATA).code == 130
     (set_by, _), (plain, videos) = made
     assert set_by.budgets == ("fast",) and (set_by.model.model, plain.model.model) == ("some/model", "demo")
-    assert (plain.budgets, plain.methods) == (tuple(PRESETS)[1:], ("evoprune",))
+    assert (plain.budgets, plain.methods) == (tuple(Budget.PRESETS)[1:], ("evoprune",))
     assert (plain.seed, plain.limit, plain.blind, plain.generation.max_new_tokens) == (0, None, False, 64)
     assert len(videos) == 6 and len(plain.digest) == 64

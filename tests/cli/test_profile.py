@@ -11,7 +11,7 @@ from evoprune.bench import Case, ProfileSettings
 from evoprune.bench import profile as measuring
 from evoprune.bench.profile_results import ProfileResults
 from evoprune.errors import ModelError
-from evoprune.methods import PRESETS
+from evoprune.methods import Budget
 from tests.cli.screen import visible
 
 CLIP = "samples/square.mp4"
@@ -221,7 +221,7 @@ def test_defaults(cli, monkeypatch):
     assert cli("profile").code == 4
     assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], "dummy")]
     (s,) = recorded
-    assert (s.budgets, s.methods, s.seed) == (tuple(PRESETS)[1:], ("evoprune",), 0)
+    assert (s.budgets, s.methods, s.seed) == (tuple(Budget.PRESETS)[1:], ("evoprune",), 0)
     assert (s.new_tokens, s.warmups, s.repetitions, s.time_limit_s) == (4, 1, 3, 150)
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
     cli("profile")

@@ -9,7 +9,7 @@ import torch
 
 from evoprune import methods
 from evoprune.contrib.vitcop import vicinity_clusters
-from evoprune.methods import keep_count, language
+from evoprune.methods import Budget, language
 from tests.contrib.eager import (
     BEFORE,
     DROPPING,
@@ -396,7 +396,7 @@ def check_plan(name, depth, budget, tokens):
         after = plan.layers[layers[0] :]
         assert abs(sum(after) / len(after) - budget * tokens) <= 1.01
     if name in ONE and plan.drops:
-        assert plan.drops[0].left == keep_count(budget, tokens)
+        assert plan.drops[0].left == Budget.count(budget, tokens)
 
 
 def test_published_counts_at_published_depths():

@@ -6,7 +6,7 @@ import torch
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.methods import keep_count
+from evoprune.methods import Budget
 from evoprune.model import FAMILIES
 from tests.hf.reference import ONCE, TAKES_ENCODED, encoded, masked
 from tests.prompts import processed
@@ -59,7 +59,7 @@ def test_it_is_the_whole_prompt_with_the_dropped_columns_masked(model, prompt, m
         ("video_grid_thw", model.config.video_token_id),
         ("image_grid_thw", model.config.image_token_id),
     ):
-        kept = sum(keep_count(0.25, int(grid.prod()) // 4) for grid in inputs.get(name, []))
+        kept = sum(Budget.count(0.25, int(grid.prod()) // 4) for grid in inputs.get(name, []))
         assert int((left == token).sum()) == kept
         total += kept
     assert run.report.pruning.visual_tokens_kept == run.report.tokens.visual == total

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.methods import registry
-from evoprune.methods.budget import FULL, Budget
+from evoprune.methods.budget import Budget
 from evoprune.methods.plans import TowerShape
 from evoprune.methods.selecting import inflection, tokens_before_inflection
 from evoprune.session import PruneOptions
@@ -42,7 +42,7 @@ def test_a_budget_keeps_a_share_of_a_clip_and_of_a_still(text, clip, still):
 def test_what_acts_and_what_reports_say(budget, name, acts, reported):
     config = PruneOptions(budget, name).config()
     assert (config.prunes, config.budget.recorded, config.name) == (acts, reported, name)
-    assert config.budget == (FULL if name == "none" else Budget.parse(budget, auto=True))
+    assert config.budget == (Budget.FULL if name == "none" else Budget.parse(budget, auto=True))
 
 
 @pytest.mark.parametrize(

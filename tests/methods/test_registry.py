@@ -17,7 +17,7 @@ from evoprune.hf import patch_config
 from evoprune.methods import registry
 from evoprune.methods.base import InputMethod, Method
 from evoprune.methods.baselines import DivPrune
-from evoprune.methods.budget import PRESETS
+from evoprune.methods.budget import Budget
 from evoprune.methods.chain import MethodChain
 from evoprune.methods.evoprune import EvoPruneMethod, Reuse
 from evoprune.methods.evoprune_paper import EvoPrunePaper
@@ -292,7 +292,7 @@ def works(call, *args, **more) -> str:
 def facts(name: str) -> tuple[str, ...]:
     """Return the table cells of a method, in the order of `HEADER`. tests/cli/test_methods.py runs each one in every command."""
     method = methods.parse(name)
-    encode = works(patch_config, PRESETS["fast"], name, has_question=True)
+    encode = works(patch_config, Budget.PRESETS["fast"], name, has_question=True)
     return (
         "yes",
         "whole" if name in ("none", *WHOLE) else "pruned",

@@ -10,7 +10,7 @@ from evoprune import Cache, VideoQA, methods
 from evoprune.bench import agreement_of, reference
 from evoprune.contrib.operations import ALL, REST, Recipe
 from evoprune.errors import UsageError
-from evoprune.methods import PRESETS
+from evoprune.methods import Budget
 from evoprune.report import stats_block
 from tests.recipes import TINY, document, write_recipe
 
@@ -104,7 +104,7 @@ def test_the_content_may_decide_what_reaches_it():
 
 def test_a_preset_keeps_its_larger_share_of_a_picture(load, tmp_path):
     """Also inside the language model, although no plan of an input states the number of tokens there."""
-    preset, picture = PRESETS["fast"], tmp_path / "noise.png"
+    preset, picture = Budget.PRESETS["fast"], tmp_path / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 280, 3), dtype=np.uint8)).save(picture)
     for path, most in ((picture, preset.still), (CLIP, preset.video)):
         answer = load("fastv", "fast").encode(path).ask(QUESTIONS[0])

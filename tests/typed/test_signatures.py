@@ -20,7 +20,7 @@ import pytest
 import evoprune
 from evoprune import keywords
 from evoprune.language import GenerationOptions
-from evoprune.methods import DEFAULT_BUDGET, PRESETS
+from evoprune.methods import Budget
 from evoprune.methods.budget import PresetName
 from evoprune.session import FindOptions, ModelOptions, PruneOptions, StreamOptions
 from evoprune.signatures import code, explained, meaning, takes, type_code
@@ -109,7 +109,7 @@ def test_names_of_python_stand_for_the_flags_in_a_meaning():
 
 
 def test_the_names_of_presets_are_those_that_there_are():
-    assert list(get_args(PresetName)) == list(PRESETS) and DEFAULT_BUDGET in PRESETS
+    assert list(get_args(PresetName)) == list(Budget.PRESETS) and Budget.DEFAULT in Budget.PRESETS
 
 
 def public() -> Iterator[tuple[str, Callable]]:

@@ -14,7 +14,7 @@ from evoprune import methods
 from evoprune.backend import attention, pack
 from evoprune.contrib.tome import ToMe
 from evoprune.errors import UsageError
-from evoprune.methods import EvoPrunePaper, MethodChain, Selection, Selector, Tokens, built_in, keep_count, parse
+from evoprune.methods import Budget, EvoPrunePaper, MethodChain, Selection, Selector, Tokens, built_in, parse
 from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPruneMethod, Reuse
 from evoprune.methods.plans import ALLOCATIONS
@@ -158,7 +158,7 @@ def papers(draw):
     st.integers(1, 200),
 )
 def test_exactly_the_budget_comes_out(grid, budget, method, full_layers, piece_units):
-    keep, visual = keep_count(budget, prod(grid)), tiny_tower(full_layers)
+    keep, visual = Budget.count(budget, prod(grid)), tiny_tower(full_layers)
     encoded = encode_noise(grid, method, keep, full_layers, piece_units=piece_units)
     plan = plan_of(method, tower_shape(visual), grid, keep)
     assert len(encoded.kept) == len(encoded.features) == keep

@@ -9,7 +9,7 @@ import torch
 from evoprune import methods
 from evoprune.backend import attention, devices
 from evoprune.backend.layers import join_tower
-from evoprune.methods import Merger, MethodChain, keep_count
+from evoprune.methods import Budget, Merger, MethodChain
 from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune.model import FAMILIES, Tower, VisionConfig
 from evoprune.vision import tower
@@ -108,7 +108,7 @@ METHODS = (
 @pytest.mark.parametrize("budget", [0.5, 0.2])
 @torch.no_grad()
 def test_pruned_features_against_loops(name, budget):
-    method, keep, changed = methods.parse(name), keep_count(budget, prod(GRID)), changes(GRID, 0.4)
+    method, keep, changed = methods.parse(name), Budget.count(budget, prod(GRID)), changes(GRID, 0.4)
     patches = clip(GRID, changed, width=QWEN3_WIDTH)
     reuse = plan_of(method, tower_shape(tiny_qwen3()), GRID, keep).reuse
     kept, tokens, _ = tokens_slowly(tiny_qwen3(), patches, GRID, method, keep, changed if reuse else None)

@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from evoprune.bench import FATES, Fates, check_drawable, fates
 from evoprune.errors import UsageError
-from evoprune.methods import AUTOS, PRESETS, Budget
+from evoprune.methods import Budget
 from evoprune.moments import Search
 from evoprune.report import KNOWN, WARNINGS, Times, VideoFacts, warned, warning_text
 from evoprune.session import OpenInput, PipelineOptions, Session
@@ -247,14 +247,14 @@ def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
     A budget that depends on the content has no shares, and comes first.
     """
     own = usual.pruning.config().budget
-    known = [*map(Budget.parse, SHARES), *PRESETS.values()]
-    if own.name not in AUTOS:
+    known = [*map(Budget.parse, SHARES), *Budget.PRESETS.values()]
+    if own.name not in Budget.AUTOS:
         known = [budget for budget in known if budget.video != own.video] + [own]
     found = [
         {"budget": budget.recorded, "share": budget.video, "still": budget.still}
         for budget in sorted(known, key=lambda budget: budget.video)
     ]
-    if own.name in AUTOS:
+    if own.name in Budget.AUTOS:
         found.insert(0, {"budget": own.name, "share": None, "still": None})
     return found
 

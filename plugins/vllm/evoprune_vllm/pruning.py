@@ -14,7 +14,7 @@ import torch
 from evoprune import methods
 from evoprune.errors import PluginError, UsageError
 from evoprune.language import Place, place_of_pairs, prompt_positions, prune_prompt
-from evoprune.methods import FULL, Budget, Grid, MethodChain
+from evoprune.methods import Budget, Grid, MethodChain
 from evoprune.model import VisionConfig
 from evoprune.util import did_you_mean
 from evoprune.vision import CLIP, Encoded, Normal, encode, tower_shape
@@ -65,7 +65,7 @@ def request_budget(options: Mapping[str, Any], rate: float | None) -> Budget:
         share = round(1 - (rate or 0.0), 9)
         return Budget(share, share)
     budget = Budget.parse(options[BUDGET])
-    if budget != FULL and not rate:
+    if budget != Budget.FULL and not rate:
         hint = "start it with --video-pruning-rate, which may be as small as 1e-9, and set budgets in requests"
         raise UsageError("this server prunes nothing, for it was started without a rate", hint)
     return budget
