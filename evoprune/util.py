@@ -1,6 +1,7 @@
 """Helpers: short and safe texts, file states, and options (fields that describe them, objects made from keywords, records)."""
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,6 +47,32 @@ def long_clock(seconds: float) -> str:
     rest, whole_seconds = divmod(rest, 60)
     hours, minutes = divmod(rest, 60)
     return f"{hours:02d}:{minutes:02d}:{whole_seconds:02d}.{milliseconds:03d}"
+
+
+def parse_time(text: str) -> float:
+    """Parse a time such as `90`, `90.5`, `1:30`, `01:30:00`, `1:02:03.5`, `90s`, `1m30s` or `2h`, with an optional minus sign.
+
+    Returns:
+        The time in seconds.
+
+    Raises:
+        UsageError: the text has none of these forms.
+    """
+    negative = text.strip().startswith("-")
+    digits = text.strip().removeprefix("-")
+    clock = r"(?:(?:([0-9]+):)?([0-9]+):)?([0-9]+(?:\.[0-9]+)?)"
+    units = r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+(?:\.[0-9]+)?)s)?"
+    if digits and (match := re.fullmatch(clock, digits) or re.fullmatch(units, digits)):
+        hours, minutes, seconds = (float(group or 0) for group in match.groups())
+        total = hours * 3600 + minutes * 60 + seconds
+        # The first field may be any number (90:00 is an hour and a half); the fields after it must be below 60.
+        proper = (minutes < 60 or not match[1]) and (seconds < 60 or not (match[1] or match[2]))
+        if proper and math.isfinite(total):
+            return -total if negative and total else total
+    hint = (
+        "write seconds (90.5 or 90.5s), minutes (1:30 or 1m30s) or hours (1:02:03 or 1h2m3s); from the end: -5 or -5s"
+    )
+    raise UsageError(f"{text!r} is not a time", hint)
 
 
 def roughly(seconds: float) -> str:

@@ -332,16 +332,16 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
 def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: SamplingOptions, quiet: bool) -> None:
     """Plan the inputs, which takes milliseconds, before importing torch or reading weights. Raises the errors of `plan_input`."""
     from evoprune.session import plan_input
-    from evoprune.video import AUTO_SUBTITLES, NO_SUBTITLES, VIDEO, check_one_file, check_picture, read_subtitles
+    from evoprune.video import read_subtitles
 
-    check_one_file(sampling.subtitles, len(infos))
-    videos = [info for info in infos if info.kind == VIDEO]
-    if not quiet and not videos and (sampling.sets_frames or sampling.max_frames):
+    sampling.check_one_file(len(infos))
+    pictures = all(info.is_picture for info in infos)
+    if not quiet and pictures and (sampling.sets_frames or sampling.max_frames):
         tell("note: --fps, --frames and --max-frames are about videos; a picture is read as it is")
     for info, wanted in zip(infos, sampling.of_each(infos), strict=True):
-        check_picture(info, wanted.subtitles)
+        wanted.check_picture(info)
         plan_input(model, info, wanted)
-        if wanted.subtitles not in (NO_SUBTITLES, AUTO_SUBTITLES):
+        if wanted.subtitle_file:
             read_subtitles(info, wanted.subtitles)
 
 
@@ -354,12 +354,10 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
         wanted = f"{rate} {plan.sampling.wanted:,} (--max-frames {plan.sampling.wanted})"
         tell(f"reading {plan.sampling.frames:,} frames, one every {every}; {wanted}")
     if plan.token_capped:
-        from evoprune.video import MAX_VISUAL_TOKENS, VIDEO
-
         most = f"{plan.token_limit:,} tokens"
-        if sampling.max_visual_tokens is None and plan.token_limit < MAX_VISUAL_TOKENS:
+        if sampling.max_visual_tokens is None and plan.token_limit < sampling.MAX_VISUAL_TOKENS:
             most += " on a CPU"
-        seen = f"{plan.sampling.frames} frames" if plan.kind == VIDEO else "a picture"
+        seen = "a picture" if plan.is_picture else f"{plan.sampling.frames} frames"
         note(f"at most {most} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}")
 
 

@@ -12,7 +12,9 @@ from evoprune.errors import UsageError
 from evoprune.report import VideoFacts
 from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
 from evoprune.util import budget_text, clock, counted, is_url, size, without_password
-from evoprune.video import PICTURE, SamplingOptions
+from evoprune.video import (
+    SamplingOptions,
+)
 from evoprune_cli import options as opt
 from evoprune_cli.running import check_writable, prepare, rescuing, write_bytes
 from evoprune_cli.terminal import (
@@ -237,7 +239,7 @@ def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
         if name in BLOCKS:
             output += BLOCKS[name](title, value)
         elif isinstance(value, dict) and value and name not in SHOWN:
-            if name in ("video", "plan") and facts.get("video", {}).get("container") == PICTURE:
+            if name in ("video", "plan") and facts.get("video", {}).get("container") == "picture":
                 value = {key: fact for key, fact in value.items() if fact is not None}  # a picture has no times
             output += [title, *lines(value, indent + 2, name if name in NAMES else "")]
         else:

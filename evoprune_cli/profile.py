@@ -11,8 +11,13 @@ from evoprune.bench import SYNTHETIC, Case, ProfileSettings
 from evoprune.errors import UsageError
 from evoprune.session import ModelOptions, PruneOptions
 from evoprune.util import size as size_text
-from evoprune.util import without_password, words_of
-from evoprune.video import PICTURE, Video
+from evoprune.util import (
+    without_password,
+    words_of,
+)
+from evoprune.video import (
+    Video,
+)
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepare, print_text, rescuing, write_bytes
 from evoprune_cli.terminal import WIDTH, check_output, note, page_width, progress
@@ -203,21 +208,23 @@ def _inputs(
     if video is None:
         yield [Case(count, *size) for count in counts for size in sizes or [SIZE]], None
         return
-    from evoprune.video import InputLimits, SamplingOptions, local_file, make_plan, probe, smart_resize
+    from evoprune.video import InputLimits, Plan, SamplingOptions, local_file, probe
 
     with local_file(video, offline=offline) as path:
         info = probe(path)
-        if info.kind == PICTURE:
+        if info.is_picture:
             limits = InputLimits(min_pixels=56 * 56, max_pixels=PICTURES[-1][0] * PICTURES[-1][1])
-            plan = make_plan(info, limits)
+            plan = Plan.of(info, limits)
             counts = [1]
             sizes = sizes or [(plan.height, plan.width)]
         for count in counts:
-            make_plan(
+            Plan.of(
                 info, InputLimits(), SamplingOptions(frames=count)
             )  # raises an error if the video does not allow this count
         # Keep the video's shape, with at most as many pixels as synthetic clips have.
-        sizes = sizes or [smart_resize(info.height, info.width, 28 * 28, SIZE[0] * SIZE[1])]
+        sizes = sizes or [
+            InputLimits(min_pixels=28 * 28, max_pixels=SIZE[0] * SIZE[1]).resized(info.height, info.width)
+        ]
         yield [Case(count, *size) for count in counts for size in sizes], info
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
 from evoprune.session import PipelineOptions, StreamOptions
-from evoprune.util import check_text, clock, counted, missing_hint, size
-from evoprune.video import LiveSource, parse_time, warm_up
+from evoprune.util import check_text, clock, counted, missing_hint, parse_time, size
+from evoprune.video import LiveSource, warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.ask import (
     Conversation,

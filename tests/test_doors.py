@@ -17,7 +17,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "backend": 91,
     "session": 67,
     "methods": 54,
-    "video": 66,
+    "video": 45,
     "bench": 49,
     "language": 38,
     "model": 35,

@@ -1,8 +1,9 @@
-"""Short texts, such as time estimates."""
+"""Short texts: time estimates, and times that users type."""
 
 import pytest
 
-from evoprune.util import roughly
+from evoprune.errors import UsageError
+from evoprune.util import parse_time, roughly
 
 
 @pytest.mark.parametrize(
@@ -19,3 +20,27 @@ from evoprune.util import roughly
 )
 def test_an_estimate_has_a_digit_that_is_not_0(seconds, says):
     assert roughly(seconds) == says
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90", 90), ("90.5", 90.5), ("0", 0), ("1:30", 90), ("90:00", 5400), ("01:30:00", 5400), ("1:02:03.5", 3723.5),
+        (" 7 ", 7), ("100:00:00", 360000), ("-5", -5), ("-0:05", -5), ("-1:30.5", -90.5), ("-0", 0),
+        ("2s", 2), ("-2s", -2), ("0.5s", 0.5), ("1m30s", 90), ("90m", 5400), ("1h2m3.5s", 3723.5), ("-1h5s", -3605),
+    ],
+)  # fmt: skip
+def test_times_are_parsed(text, expected):
+    assert parse_time(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "x", "-", "--1", "- 1", "1:-5", "1:", ":30", "1:60", "1:60:00", "1:2:3:4", "1.5:00", "nan", "inf", "1e3", "٣",
+        "9" * 400, "s", "1m90s", "1h60m", "1h90s", "1s1m", "1:30s", "1.5m", "500ms", "2 s",
+    ],
+)  # fmt: skip
+def test_what_is_not_a_time_is_refused(text):
+    with pytest.raises(UsageError, match="is not a time"):
+        parse_time(text)

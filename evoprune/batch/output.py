@@ -23,8 +23,13 @@ from evoprune.errors import UsageError
 from evoprune.report import SCHEMA, rounded
 from evoprune.session import PipelineOptions
 from evoprune.untrusted import loads
-from evoprune.util import record_of, shown
-from evoprune.video import EXACT, input_state
+from evoprune.util import (
+    record_of,
+    shown,
+)
+from evoprune.video import (
+    input_state,
+)
 
 if TYPE_CHECKING:
     from evoprune.session import ModelDescription
@@ -381,7 +386,7 @@ class RecordFile:
                         raise ValueError
                     about = record["batch"]
                     failed = record["error"] is not None
-                    stated = {"seek": EXACT} | about["settings"]  # earlier versions had no other mode
+                    stated = {"seek": "exact"} | about["settings"]  # earlier versions had no other mode
                     if stated != settings:  # usually the same for all records, so share one object
                         settings = stated
                     files = dict(about.get("files") or {})

@@ -26,11 +26,12 @@ from evoprune.util import (
     is_text,
     is_url,
     missing_hint,
+    parse_time,
     shorten,
     shown,
     some,
 )
-from evoprune.video import AUTO_SUBTITLES, IMAGES, NO_SUBTITLES, VIDEOS, SamplingOptions, files, in_order, parse_time
+from evoprune.video import IMAGES, VIDEOS, SamplingOptions, files, in_order
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # labels for the options of a question
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)
@@ -312,7 +313,7 @@ def _row(
     if "subtitles" in fields:
         subtitles = _file(fields["subtitles"], "subtitles")
     subtitles_path = subtitles
-    if subtitles not in (None, NO_SUBTITLES, AUTO_SUBTITLES):
+    if subtitles not in (None, "none", "auto"):
         subtitles_path = _path(folder, subtitles)
     earlier, question = _said(fields)
     row = Row(

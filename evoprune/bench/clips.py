@@ -29,8 +29,17 @@ from evoprune.errors import UsageError
 from evoprune.language import Place, place_of_pairs, prompt_positions
 from evoprune.methods import PruneConfig
 from evoprune.model import VisionConfig
-from evoprune.session import LoadedModel
-from evoprune.video import PICTURE, InputLimits, SamplingOptions, Video, even_times, make_plan, read_chunks
+from evoprune.session import (
+    LoadedModel,
+)
+from evoprune.video import (
+    InputLimits,
+    Plan,
+    SamplingOptions,
+    SamplingPlan,
+    Video,
+    read_chunks,
+)
 from evoprune.vision import normalised, pixel_patches, resize, tower_shape
 
 # Default side of a merge unit in pixels, and frames in a grid.
@@ -164,10 +173,10 @@ def video_frames(info: Video, case: Case) -> Frames:
     """Return frames spread over a whole video, or a picture."""
     source = info
     max_frames = max(2, case.frames)
-    if info.kind == PICTURE:
+    if info.is_picture:
         source = replace(info, width=case.width, height=case.height)  # the size that the reader will produce
     wanted = SamplingOptions(frames=case.frames, max_frames=max_frames, max_visual_tokens=sys.maxsize)
-    plan = make_plan(info, InputLimits(), wanted)
+    plan = Plan.of(info, InputLimits(), wanted)
     with closing(read_chunks(source, plan.sampling.times_s)) as chunks:
         small = [resize(torch.from_numpy(chunk.pixels), case.height, case.width) for chunk in chunks]
     return torch.cat(small), plan.sampling.seconds_per_pair()
@@ -235,7 +244,7 @@ def prepare(
     if smaller != grid:
         grid = smaller
         fewer = min(count, smaller[0] * v.temporal_patch_size)
-        picked = [int(time) for time in even_times(0, count, fewer)]
+        picked = [int(time) for time in SamplingPlan.even(0, count, fewer).times_s]
         frames = resize(frames[picked], grid[1] * v.unit, grid[2] * v.unit)
         seconds_per_pair *= count / fewer
     weight = visual.patch_embed.proj.weight

@@ -57,7 +57,7 @@ from evoprune.session import (
     weights_of,
 )
 from evoprune.util import counted
-from evoprune.video import NO_SUBTITLES, input_state
+from evoprune.video import input_state
 from evoprune.vision import tower_geometry
 
 COST_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -382,7 +382,7 @@ def _start(settings: EvalSettings) -> Callable[[VideoQuestions], list[dict]]:
 
 
 def _state(video: VideoQuestions) -> dict[str, Any] | None:
-    return input_state(str(video.path), NO_SUBTITLES)
+    return input_state(str(video.path))
 
 
 def _about(video: VideoQuestions, row: Row) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from evoprune.batch import (
 )
 from evoprune.errors import UsageError
 from evoprune.untrusted import read_object
-from evoprune.video import EXACT
 
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
@@ -128,7 +127,7 @@ def stored_settings(path: Path) -> dict[str, Any]:
         UsageError: the folder holds no run.
     """
     try:
-        return {"seek": EXACT} | read_object(path / SETTINGS)  # earlier versions had no other mode
+        return {"seek": "exact"} | read_object(path / SETTINGS)  # earlier versions had no other mode
     except (OSError, ValueError) as problem:
         raise no_folder(path) from problem
 

@@ -92,7 +92,7 @@ from evoprune.session import (
     load_model,
     weights_of,
 )
-from evoprune.video import VIDEO, InputLimits, Video
+from evoprune.video import InputLimits, Video
 from evoprune.vision import encode, geometry, tower_geometry, tower_shape
 
 Progress = Callable[[str], None]
@@ -132,7 +132,7 @@ class Profile:
         self.model = describe(replace(model, load_format=load_format or default_load_format(model.model)))
         for method in methods:
             check_fits(method, self.model)
-        unit = self.model.limits[VIDEO].unit
+        unit = self.model.limits["video"].unit
         self.cases = list(cases)
         if not exact:
             self.cases = [case.of_units(unit / UNIT) for case in cases]
@@ -180,7 +180,7 @@ def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
     """
     size = DTYPES[model.dtype].itemsize
     weights = parameter_count(model.config) * size
-    working = min(working_memory(model.config, case, model.limits[VIDEO], size) for case in cases)
+    working = min(working_memory(model.config, case, model.limits["video"], size) for case in cases)
     stored = weights_of(model)
     if short := shortage(weights + working, model.device):
         hint = f"take fewer or smaller frames (--frames, --size); {stored.what_fits(working, quantized=False)}"
@@ -209,15 +209,15 @@ def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) ->
     device = weights_of(model).device
     config = model.config
     dtype = DTYPES[model.dtype]
-    grid = case_grid(cases[0], model.limits[VIDEO])
+    grid = case_grid(cases[0], model.limits["video"])
     units = prod(grid)
     windows = geometry(*grid[1:], model.tower.window, "cpu").windows
     flop = tower_flop(config.vision_config, [units] * (config.vision_config.depth + 1), grid[0], windows)
-    prompt = units + text_tokens(config.vision_config, cases[0], model.limits[VIDEO])
+    prompt = units + text_tokens(config.vision_config, cases[0], model.limits["video"])
     flop += cost.prefill_flop(config.text_config, prompt)
     flop += (new_tokens - 1) * cost.prefill_flop(config.text_config, 1)
     seconds = 2 * flop / matmul_rate(dtype, str(device))
-    working = max(working_memory(config, case, model.limits[VIDEO], dtype.itemsize) for case in cases)
+    working = max(working_memory(config, case, model.limits["video"], dtype.itemsize) for case in cases)
     return Needs(parameter_count(config) * dtype.itemsize + working, seconds)
 
 

@@ -14,7 +14,7 @@ from evoprune.backend import environment
 from evoprune.methods import EncoderPlan, PruneConfig, SetAside
 from evoprune.model import Clock
 from evoprune.session import LoadedModel, OpenInput, PruneOptions, chunk_bytes
-from evoprune.video import FrameChunk, OnFrames, frames_at_once
+from evoprune.video import FrameChunk, OnFrames
 from evoprune.vision import EncodedRows, encode_rows
 
 T = TypeVar("T")
@@ -159,7 +159,7 @@ class GreyInput(OpenInput):
     def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
         source = self.plan.source
         times_s = self.plan.sampling.times_s
-        at_once = frames_at_once(source, chunk_bytes(self.plan))
+        at_once = source.frames_at_once(chunk_bytes(self.plan))
         for first in range(0, len(times_s), at_once):
             times = tuple(times_s[first : first + at_once])
             yield FrameChunk(first, np.full((len(times), source.height, source.width, 3), 128, np.uint8), times)

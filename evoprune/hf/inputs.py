@@ -18,17 +18,11 @@ from evoprune.session import SMALL_FILES, ModelOptions, describe, inputs_of, pla
 from evoprune.signatures import takes
 from evoprune.util import check_question, from_keywords
 from evoprune.video import (
-    EXACT,
-    MAX_VISUAL_TOKENS,
-    PICTURE,
-    VIDEO,
     HeldVideo,
     Input,
     InputLimits,
     Plan,
     SamplingOptions,
-    check_one_file,
-    check_picture,
     local_input,
     probe,
     read_chunks,
@@ -38,11 +32,11 @@ from evoprune.vision import normalised, patches_of
 if TYPE_CHECKING:
     from evoprune.keywords import SamplingKeywords
 
-NAMES = {VIDEO: ("pixel_values_videos", "video_grid_thw"), PICTURE: ("pixel_values", "image_grid_thw")}
-TYPES = {PICTURE: 1, VIDEO: 2}  # token types in `mm_token_type_ids`
+NAMES = {"video": ("pixel_values_videos", "video_grid_thw"), "picture": ("pixel_values", "image_grid_thw")}
+TYPES = {"picture": 1, "video": 2}  # token types in `mm_token_type_ids`
 
 
-@takes(SamplingOptions, seek=EXACT)
+@takes(SamplingOptions, seek="exact")
 def processor_inputs(
     model: str | PathLike[str],
     inputs: Input | Sequence[Input],
@@ -76,12 +70,12 @@ def processor_inputs(
         UsageError: An option that makes no sense.
         TypeError: An unknown option.
     """
-    (options,) = from_keywords({"seek": EXACT} | sampling, SamplingOptions)
+    (options,) = from_keywords({"seek": "exact"} | sampling, SamplingOptions)
     if options.max_visual_tokens is None:  # another program runs the model, on an unknown device
-        options = replace(options, max_visual_tokens=MAX_VISUAL_TOKENS)
+        options = replace(options, max_visual_tokens=options.MAX_VISUAL_TOKENS)
     check_question(question)
     given = inputs_of(inputs, sampling.get("frame_rate"), times_s)
-    check_one_file(options.subtitles, len(given))
+    options.check_one_file(len(given))
     checkpoint = describe(ModelOptions(model, revision, device="cpu", offline=offline))
     checkpoint.download(*SMALL_FILES)
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -92,7 +86,7 @@ def processor_inputs(
         infos = [file if isinstance(file, HeldVideo) else probe(file, folder_fps=options.frame_rate) for file in files]
         plans: list[Plan] = []
         for info, wanted in zip(infos, options.of_each(infos), strict=True):
-            check_picture(info, options.subtitles)
+            options.check_picture(info)
             plan = plan_input(checkpoint, info, wanted)
             plans.append(replace(plan, subtitles=prompt_subtitles(tokenizer, plan, wanted)))
         read = [read_patches(plan, limits[plan.kind]) for plan in plans]
@@ -145,9 +139,9 @@ def arguments(
         merge = limits[kind].merge_size
         shapes = [(plan.grid[0], plan.grid[1] * merge, plan.grid[2] * merge) for plan in plans if plan.kind == kind]
         inputs |= {pixels: torch.cat(patches), grids: torch.tensor(shapes, dtype=torch.int64, device="cpu")}
-    videos = [plan for plan in plans if plan.kind == VIDEO]
+    videos = [plan for plan in plans if not plan.is_picture]
     if videos and vision.tokens_per_second is not None:  # processors of other models do not return it
-        pair = limits[VIDEO].temporal_patch_size
+        pair = limits["video"].temporal_patch_size
         seconds = [plan.sampling.seconds_per_pair(pair) for plan in videos]
         inputs["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")
     return inputs

@@ -25,10 +25,9 @@ from evoprune.language.turns import ASSISTANT, USER, Placed, Turn
 from evoprune.methods import arange_on
 from evoprune.untrusted import TEXT, check_fetched, read_object
 from evoprune.util import check_text
-from evoprune.video import PICTURE, VIDEO
 
 # For every kind of input, its name in chat templates and the placeholder that templates write for it.
-CONTENTS = {VIDEO: ("video", "<|video_pad|>"), PICTURE: ("image", "<|image_pad|>")}
+CONTENTS = {"video": ("video", "<|video_pad|>"), "picture": ("image", "<|image_pad|>")}
 _PLACEHOLDERS = tuple(token for _, token in CONTENTS.values())
 MARKERS = "<|vision_start|>", "<|vision_end|>"  # around placeholders
 THOUGHTS = "<think>", "</think>"  # around the model's thoughts before its answer; some prompts end with the first

@@ -64,7 +64,14 @@ from evoprune.session import (
     plan_input,
 )
 from evoprune.util import brief, check_type
-from evoprune.video import VIDEO, FrameChunk, OnFrames, Plan, SamplingOptions, SamplingPlan, Video, fitted
+from evoprune.video import (
+    FrameChunk,
+    OnFrames,
+    Plan,
+    SamplingOptions,
+    SamplingPlan,
+    Video,
+)
 from evoprune.vision import Encoded, EncodedRows, resize
 
 CONTEXT = 32_768  # context length of a model that states none
@@ -314,7 +321,7 @@ class VideoStream(Askable):
         if (height, width) == (plan.height, plan.width):
             return frame
         outer = plan.info.width, plan.info.height
-        inner = fitted((width, height), outer)
+        inner = plan.info.fitted(width, height)
         inner_height = max(1, round(plan.height * inner[1] / outer[1]))
         inner_width = max(1, round(plan.width * inner[0] / outer[0]))
         pixels = (
@@ -535,7 +542,7 @@ class VideoStream(Askable):
         loaded = self._session.loaded
         times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()  # markers go with the frame pairs
         kwargs = {"system": self._system, "times": times, "thinking": thinking, "earlier": earlier}
-        prompt = build_prompt(loaded.tokenizer, question, [(VIDEO, 1)], **kwargs)
+        prompt = build_prompt(loaded.tokenizer, question, [("video", 1)], **kwargs)
         (video,) = prompt.places[0].around or prompt.places[0].runs
         return prompt.input_ids[: video.start], prompt.input_ids[video.stop :]
 
@@ -663,7 +670,7 @@ def window_columns(
     span = encoding.plan.sampling
     (grid,) = encoding.encoded.grids
     specials = loaded.tokenizer.specials()
-    start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS[VIDEO][1], MARKERS[1]))
+    start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS["video"][1], MARKERS[1]))
     units = grid[1] * grid[2]
     if config.traits.timestamps:
         times = timestamps([(slot + 0.5) * step_s for slot in slots])

@@ -40,19 +40,14 @@ from evoprune.session import (
 )
 from evoprune.util import brief, check_question
 from evoprune.video import (
-    AUTO_SEEK,
-    KEYFRAMES,
-    PICTURE,
     HeldVideo,
     Input,
     Plan,
     SamplingOptions,
     Video,
-    duration_of,
     local_input,
     name_of,
     probe,
-    span_of,
 )
 
 # Questions that together decide whether a segment matches a query, each with the answer (True for yes) that means a match.
@@ -139,11 +134,11 @@ class Search:
             self._info = file
             if not isinstance(file, HeldVideo):
                 self._info = probe(file, folder_fps=sampling.frame_rate)
-            if self._info.kind == PICTURE:
+            if self._info.is_picture:
                 raise UsageError(
                     f"{self.name} is a picture, which has no moments", "give a video; ask asks about a picture"
                 )
-            self.duration_s = duration_of(self._info)
+            self.duration_s = self._info.length_s
             self._fps = sampling.rate(session.loaded.video.fps)
             self.segments, self.tokens = self._cut()
         except BaseException:
@@ -189,8 +184,8 @@ class Search:
         """
         problem = None
         seek = self._sampling.seek
-        if seek == AUTO_SEEK:
-            seek = KEYFRAMES
+        if seek == "auto":
+            seek = "keyframes"
         with closing(self._opened(self.segments, seek)) as every:
             for number, opened in enumerate(every):
                 with closing(opened):
@@ -464,7 +459,7 @@ class Search:
     def _cut(self) -> tuple[list[Segment], int]:
         """Return the segments and their total number of visual tokens before pruning. Rejects queries too long for a prompt."""
         sampling = self._sampling
-        start_s, end_s = span_of(self.duration_s, sampling.start_s, sampling.end_s)
+        start_s, end_s = self._info.span(sampling.start_s, sampling.end_s)
         first_s = min(end_s, start_s + (self._options.segment_s or SEGMENT_S))
         plan = self._plan(Segment(start_s, first_s, 2))
         _, height, width = plan.full.grid
@@ -477,7 +472,7 @@ class Search:
         longest_prompt(self._session, [plan], texts, ONE_TOKEN)
         return segments, len(segments) * plan.units
 
-    def _plan(self, segment: Segment, seek: str = AUTO_SEEK) -> Plan:
+    def _plan(self, segment: Segment, seek: str = "auto") -> Plan:
         own = {"frames": segment.frames, "start_s": segment.start_s, "end_s": segment.end_s, "seek": seek}
         session = self._session
         wanted = self._sampling.but(**own)

@@ -20,7 +20,13 @@ from evoprune.session.planning import plan_input
 from evoprune.session.reading import PATIENCE_S, Reading, Readings, chunk_bytes, probed, state_of, stop_all
 from evoprune.signatures import takes
 from evoprune.util import brief, from_keywords
-from evoprune.video import FrameChunk, Plan, SamplingOptions, frames_at_once, read_chunks, wait_for
+from evoprune.video import (
+    FrameChunk,
+    Plan,
+    SamplingOptions,
+    read_chunks,
+    wait_for,
+)
 
 if TYPE_CHECKING:
     from evoprune.keywords import ReadAheadKeywords
@@ -139,7 +145,7 @@ class ReadAhead(Readings):
         times = plan.sampling.times_s
         early.request = _request(plan)
         size = chunk_bytes(plan)
-        reading.chunk_bytes = source.width * source.height * 3 * min(len(times), frames_at_once(source, size))
+        reading.chunk_bytes = source.width * source.height * 3 * min(len(times), source.frames_at_once(size))
         cores = self.model.options.cores
         return read_chunks(source, times, chunk_bytes=size, cores=cores, **plan.read_arguments)
 

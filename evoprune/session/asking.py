@@ -35,9 +35,19 @@ from evoprune.session.encoded import EncodedInput
 from evoprune.session.prompting import fitting_prompt, positions_of
 from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.session.session import Session, check_conversation
-from evoprune.signatures import takes
-from evoprune.util import Uncopied, check_question, check_type, counted, from_keywords
-from evoprune.video import VIDEO, Plan
+from evoprune.signatures import (
+    takes,
+)
+from evoprune.util import (
+    Uncopied,
+    check_question,
+    check_type,
+    counted,
+    from_keywords,
+)
+from evoprune.video import (
+    Plan,
+)
 from evoprune.vision import Encoded
 
 if TYPE_CHECKING:
@@ -317,7 +327,7 @@ class EncodedInputs(Askable):
         for plan, tokens in ((encoding.plan, encoding.encoded) for encoding in self._encodings):
             count, height, width = plan.grid
             size = f"a picture of {height}x{width} units"
-            if plan.kind == VIDEO:
+            if not plan.is_picture:
                 size = f"{plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
             said.append(f"{plan.name!r}: {size}, {len(tokens.kept):,} of {plan.units:,} visual tokens kept")
         return f"<EncodedInputs {', '.join(said)}>"

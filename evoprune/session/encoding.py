@@ -31,8 +31,6 @@ from evoprune.session.reading import Reading, Readings, chunk_bytes, probed
 from evoprune.session.session import Session
 from evoprune.util import brief
 from evoprune.video import (
-    ARRAY,
-    PICTURE,
     FrameChunk,
     HeldVideo,
     Input,
@@ -40,7 +38,6 @@ from evoprune.video import (
     Plan,
     SamplingOptions,
     Stopped,
-    check_one_file,
     held_video,
     is_frames,
     is_given,
@@ -196,7 +193,7 @@ class OpenInput:
             rows = result
             tokens = rows.nothing_selected()
         wanted = pruning.prunes and pruning.budget.keep(plan.full.grid) < plan.units
-        if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
+        if plan.is_picture and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
         plan = replace(plan, read_s=self.read_s, moved=self.moved)
         waited = read_before + self.waited_s
@@ -360,7 +357,7 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
     loaded = session.loaded
     pruning = session.pruning
     limits = loaded.limits[plan.kind]
-    if loaded.fingerprint is None or plan.info.container == ARRAY:
+    if loaded.fingerprint is None or not plan.info.is_file:
         return None
     try:
         content = hashed(plan.info.path)
@@ -495,7 +492,7 @@ def open_inputs(
             or a URL is given although the network may not be used.
     """
     sampling = sampling or SamplingOptions()
-    check_one_file(sampling.subtitles, len(paths))
+    sampling.check_one_file(len(paths))
     # CPU clocks never wait for a GPU.
     clocks = [Clock(torch.device("cpu")) for _ in paths]
     infos = []

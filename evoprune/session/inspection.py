@@ -14,7 +14,7 @@ from evoprune.model import kv_bytes
 from evoprune.session.loading.weights import DTYPES, ModelWeights
 from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.patches import LIMIT_BYTES, patch_bytes
-from evoprune.video import ONE_FRAME, Plan
+from evoprune.video import Plan
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
 
@@ -148,7 +148,7 @@ def plan_facts(plan: Plan, config) -> dict:
     """
     plan = plan.full
     n = plan.visual_tokens
-    span = None if plan.sampling is ONE_FRAME else plan.sampling
+    span = None if plan.is_picture else plan.sampling
     return {
         "start_s": span and span.start_s,
         "end_s": span and span.end_s,

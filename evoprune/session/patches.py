@@ -14,7 +14,7 @@ import torch
 from evoprune.backend import available_memory, empty_cache
 from evoprune.model import Clock
 from evoprune.session.reading import Reading, state_of
-from evoprune.video import ARRAY, NOTHING_SAID, FrameChunk, InputLimits, OnFrames, Plan
+from evoprune.video import FrameChunk, InputLimits, OnFrames, Plan, PromptSubtitles
 from evoprune.vision import patches_of
 
 LIMIT_BYTES = 2**29  # limit for one input, and for all unused inputs together
@@ -141,7 +141,7 @@ def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashab
         The key, or None if there is no file.
     """
     state = None
-    if plan.info.container != ARRAY:
+    if plan.info.is_file:
         state = state_of(plan.info.path)
     if state is None:
         return None
@@ -157,7 +157,7 @@ def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashab
         unshrunk=None,
         name="",
         limited=False,
-        subtitles=NOTHING_SAID,
+        subtitles=PromptSubtitles(),
     )
     sizes = limits.patch_size, limits.temporal_patch_size, limits.merge_size
     return repr((state, read, sizes, str(device)))

@@ -7,8 +7,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evoprune.session.loading.description import ModelDescription
-from evoprune.session.options import PruneOptions
-from evoprune.video import Plan, SamplingOptions, Video, choose_decoder, make_plan
+from evoprune.session.options import (
+    PruneOptions,
+)
+from evoprune.video import (
+    Plan,
+    SamplingOptions,
+    Video,
+    choose_decoder,
+)
 
 if TYPE_CHECKING:
     from evoprune.methods import PruneConfig
@@ -40,7 +47,7 @@ def plan_input(
     if sampling.max_visual_tokens is None:
         sampling = replace(sampling, max_visual_tokens=model.max_visual_tokens)
     plan = replace(
-        make_plan(info, limits, sampling),
+        Plan.of(info, limits, sampling),
         tower=model.tower,
         pruning=pruning,
         name=name or info.path,

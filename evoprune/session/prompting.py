@@ -12,16 +12,11 @@ from evoprune.session.memory import TEXT, check_memory, fitting_pieces
 from evoprune.session.session import Session
 from evoprune.util import clock, counted
 from evoprune.video import (
-    NO_SUBTITLES,
-    NOTHING_SAID,
-    PICTURE,
-    VIDEO,
     Plan,
     PromptSubtitles,
     SamplingOptions,
     SubtitleLine,
     Subtitles,
-    check_picture,
     read_subtitles,
 )
 
@@ -63,10 +58,10 @@ def prompt_subtitles(tokenizer: Tokenizer, plan: Plan, sampling: SamplingOptions
     """
     info = plan.info
     choice = sampling.subtitles
-    if choice == NO_SUBTITLES:
-        return NOTHING_SAID
-    if info.kind == PICTURE:
-        check_picture(info, choice)
+    if choice == "none":
+        return PromptSubtitles()
+    if info.is_picture:
+        sampling.check_picture(info)
         return PromptSubtitles(note=f"{info.path} is a picture")
     span = plan.full.sampling
     return fit(tokenizer, read_subtitles(info, choice, span.start_s, span.end_s), sampling.max_subtitle_tokens)
@@ -142,12 +137,12 @@ def prompt_about(
     if len(plans) == 1:
         subtitles = plans[0].subtitles.text
     else:
-        videos = [plan.subtitles.text for plan in plans if plan.kind == VIDEO]
+        videos = [plan.subtitles.text for plan in plans if not plan.is_picture]
         subtitles = "".join(f"Video {number}:\n{text}" for number, text in enumerate(videos, 1) if text)
     times = []
     for plan in plans:
         before_pairs = []
-        if vision.traits.timestamps and plan.kind == VIDEO:
+        if vision.traits.timestamps and not plan.is_picture:
             before_pairs = timestamps(plan.shown_s, vision.temporal_patch_size)
         times.append(before_pairs)
     inputs = [(plan.kind, plan.visual_tokens) for plan in plans]

@@ -12,7 +12,6 @@ from evoprune.methods import Dropping, PruneConfig
 from evoprune.report import FLAT, InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.session import Session
-from evoprune.video import EXACT, KEYFRAMES, ONE_FRAME
 from evoprune.vision import Encoded
 
 
@@ -90,11 +89,11 @@ def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
     count, height, width = plan.grid
     grid = [count, height * merge, width * merge]
     sampling = Sampling(frames=plan.sampling.frames, resized_hw=[plan.height, plan.width], grid_thw=grid)
-    if plan.sampling is not ONE_FRAME:
+    if not plan.is_picture:
         sampling.start_s = plan.sampling.start_s
         sampling.end_s = plan.sampling.end_s
         sampling.timestamps_s = list(plan.sampling.times_s)
-        sampling.seek = KEYFRAMES if plan.moved else EXACT
+        sampling.seek = "keyframes" if plan.moved else "exact"
         sampling.read_s = list(plan.read_s)
         sampling.seconds_per_pair = plan.sampling.seconds_per_pair(session.loaded.video.temporal_patch_size)
     warnings = [*encoding.warnings, *plan.subtitles.warnings]

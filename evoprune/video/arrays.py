@@ -13,8 +13,8 @@ from evoprune.backend import host_memory
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
 from evoprune.util import brief, counted, size
 from evoprune.video.frames import probe, read_chunks
-from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, Decoder, Seek, Video
-from evoprune.video.plan import SamplingOptions, check_no_span, duration_of, even_times, span_of
+from evoprune.video.info import FOLDER_FPS, Decoder, Seek, Video
+from evoprune.video.plan import SamplingOptions, SamplingPlan, check_no_span
 
 
 def read_frames(
@@ -60,7 +60,7 @@ def read_frames(
     sampling = SamplingOptions(fps=fps, frames=frames, start_s=start_s, end_s=end_s, frame_rate=frame_rate, seek=seek)
     if times_s is None and not sampling.sets_frames:
         raise UsageError("neither times nor frames nor fps is given", "give one of them")
-    if times_s is not None and sampling != SamplingOptions(frame_rate=frame_rate, seek=EXACT):
+    if times_s is not None and sampling != SamplingOptions(frame_rate=frame_rate, seek="exact"):
         raise UsageError("times exclude frames, fps, start_s, end_s and seek", "leave out the times, or the others")
     times = None if times_s is None else _as_numbers(times_s)
     info = probe(path, folder_fps=frame_rate)
@@ -115,10 +115,11 @@ def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
 
 def _parts(info: Video, sampling: SamplingOptions) -> tuple[tuple[float, ...], float]:
     """Return the middles of the equal parts and the length of a part, in seconds. Raises what `read_frames` raises."""
-    if info.kind == PICTURE:
+    if info.is_picture:
         check_no_span(info, sampling.start_s, sampling.end_s)
         return (0.0,), 0.0
-    start, end = span_of(duration_of(info), sampling.start_s, sampling.end_s)
+    start, end = info.span(sampling.start_s, sampling.end_s)
     count = sampling.frames or max(1, math.floor(min((end - start) * sampling.fps, sys.maxsize) + 0.5))
     check_room(info, count)  # first, because the list of times may be too large as well
-    return even_times(start, end, count), (end - start) / count
+    plan = SamplingPlan.even(start, end, count)
+    return plan.times_s, plan.seconds_per_frame

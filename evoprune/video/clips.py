@@ -12,8 +12,7 @@ from urllib.parse import urlsplit
 
 from evoprune.errors import EvopruneWarning, UsageError
 from evoprune.util import is_url, long_clock
-from evoprune.video.info import CLIP_ENDINGS, PICTURE, Video
-from evoprune.video.plan import duration_of, span_of
+from evoprune.video.info import CLIP_ENDINGS, Video
 from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
 
 UNFINISHED = ".part"  # file ending while a clip is being written, after eight hexadecimal digits
@@ -65,8 +64,8 @@ def cut_clip(
     if not 0 <= start_s < end_s:
         hint = "begin at 0 s, the first frame, or later, and end after that"
         raise UsageError(f"a clip cannot go from {start_s:g} s to {end_s:g} s", hint)
-    if info.kind != PICTURE:  # a picture has no length; the reader rejects it
-        start_s, end_s = span_of(duration_of(info), start_s, end_s)
+    if not info.is_picture:  # a picture has no length; the reader rejects it
+        start_s, end_s = info.span(start_s, end_s)
     how = {"start_s": start_s, "end_s": end_s, "exact": exact, "title": title}
     name = clip_name(named_after or info.path, start_s)
     try:

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import is_url
 from evoprune.video.info import (
-    EXACT,
     FOLDER_FPS,
-    PICTURE,
     Decoder,
     FrameTimes,
     HeldVideo,
@@ -131,7 +129,7 @@ def read_chunks(
     *,
     decoder: str = "auto",
     chunk_bytes: int = 64 * 2**20,
-    seek: str = EXACT,
+    seek: str = "exact",
     part_s: float = 0.0,
     cores: int | None = None,
     on_frames: Callable[[int], None] = lambda frames: None,
@@ -164,7 +162,7 @@ def read_chunks(
         raise UsageError("times of frames must be numbers that ascend")
     check_seek(seek)
     decoder = choose_decoder(decoder, info)
-    per_chunk = frames_at_once(info, chunk_bytes)
+    per_chunk = info.frames_at_once(chunk_bytes)
     if isinstance(info, HeldVideo):
         return _held_chunks(info, times, per_chunk)
     firsts = range(0, len(times), per_chunk)
@@ -183,11 +181,6 @@ def _held_chunks(info: HeldVideo, times: Sequence[float], per_chunk: int) -> Ite
         yield FrameChunk(first, frames, own_s)
 
 
-def frames_at_once(info: Video, chunk_bytes: int) -> int:
-    """Return the number of frames per chunk of `chunk_bytes`: an even number, at least 2."""
-    return max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
-
-
 def choose_decoder(decoder: str, info: Video | None = None) -> str:
     """Return the decoder to use, after checking that it works: `pyav` or `decord`, `pillow` for a picture, `none` for an array.
 
@@ -197,7 +190,7 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
         UsageError: unknown decoder, or decord is not installed.
         VideoError: decord is known to fail on videos like this one.
     """
-    if info is not None and info.kind == PICTURE:
+    if info is not None and info.is_picture:
         return "pillow"
     if isinstance(info, HeldVideo):
         return "none"

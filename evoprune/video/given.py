@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import brief, is_url, without_password
-from evoprune.video.info import ARRAY, TOLERANCE_S, HeldVideo
+from evoprune.video.info import TOLERANCE_S, HeldVideo
 from evoprune.video.temporary import temporary_file
 
 if TYPE_CHECKING:
@@ -83,14 +83,14 @@ def _described(array: np.ndarray, frames_s: tuple[float, ...], rate: float, star
         raise UsageError(f"{rate:g} frames a second are no rate of a video", RATE_HINT)
     gaps = [later - earlier for earlier, later in pairwise(frames_s)]
     return HeldVideo(
-        path=f"<{ARRAY}>",
+        path="<array>",
         duration_s=frames_s[-1] + 1 / rate,
         width=array.shape[2],
         height=array.shape[1],
         rotation_deg=0,
         codec="rawvideo",
         pix_fmt="rgb24",
-        container=ARRAY,
+        container="array",
         fps=rate,
         variable_rate=any(abs(gap - 1 / rate) > TOLERANCE_S for gap in gaps),
         frames_total=len(array),

@@ -1,6 +1,7 @@
 """Facts about a video or picture: `Video` from its metadata, `ScanResult` from decoding all of it, `Subtitles` from its tracks or
 from files next to it. Also lists the files of a folder by their extensions."""
 
+import math
 import os
 import re
 from bisect import bisect_right
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from evoprune.errors import UsageError
+from evoprune.errors import UsageError, VideoError
 from evoprune.util import file_state
 
 if TYPE_CHECKING:
@@ -16,10 +17,7 @@ if TYPE_CHECKING:
 
 TOLERANCE_S = 1e-4  # a frame of a `HeldVideo` that begins up to this much after a time counts as on screen
 SAME_SHAPE = 0.02  # relative difference up to which two aspect ratios count as equal
-# Kinds of input, for the model.
-VIDEO = "video"
-PICTURE = "picture"
-ARRAY = "array"  # `Video.container` of frames that a Python program holds
+Kind = Literal["video", "picture"]  # kinds of input, for the model
 FOLDER_FPS = 2.0  # default rate of a folder of images; frames for Qwen2.5-VL are usually extracted at this rate
 # How HDR is stored: with one of two transfer curves, or in the Dolby Vision format that is not supported (profile 5).
 PQ = "PQ"
@@ -27,13 +25,9 @@ HLG = "HLG"
 IPT = "IPTPQc2"
 # When a time may be moved to the nearest keyframe in its part of the video: if that saves much, never, or whenever there is one.
 Seek = Literal["auto", "exact", "keyframes"]
-SEEKS = AUTO_SEEK, EXACT, KEYFRAMES = get_args(Seek)
+SEEKS = get_args(Seek)
 # Libraries that read videos; "auto" lets evoprune choose.
 Decoder = Literal["auto", "pyav", "decord"]
-# Choices for subtitles other than a file: none, or any that the video comes with.
-NO_SUBTITLES = "none"
-AUTO_SUBTITLES = "auto"
-
 # Extensions of clips: MP4, or Matroska if the codecs are not what players expect in an MP4.
 CLIP_ENDINGS = (".mp4", ".mkv")
 
@@ -90,8 +84,40 @@ class Video:
         return [name for name, true in flags.items() if true]
 
     @property
-    def kind(self) -> str:
-        return PICTURE if self.container == PICTURE else VIDEO
+    def kind(self) -> Kind:
+        return "picture" if self.is_picture else "video"
+
+    @property
+    def is_picture(self) -> bool:
+        return self.container == "picture"
+
+    @property
+    def is_file(self) -> bool:
+        """True for a file or a folder, False for frames that a Python program holds."""
+        return True
+
+    @property
+    def length_s(self) -> float:
+        """`duration_s`, if it is known. Raises VideoError otherwise."""
+        if self.duration_s is None:
+            raise VideoError(f"cannot tell how long {self.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
+        return self.duration_s
+
+    def span(self, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
+        """Return the start and end of a span, in seconds. Raises VideoError if it is empty or the duration is unknown.
+
+        Args:
+            start_s, end_s: see `SamplingOptions`.
+        """
+        return span_of(self.length_s, start_s, end_s)
+
+    def frames_at_once(self, chunk_bytes: int) -> int:
+        """Return the number of frames per chunk of `chunk_bytes`: an even number, at least 2."""
+        return max(2, chunk_bytes // (self.width * self.height * 3) // 2 * 2)
+
+    def fitted(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (width, height) that a frame of another size has when it is shown in a frame of this video."""
+        return fitted((width, height), (self.width, self.height))
 
     @property
     def cut_short(self) -> bool:
@@ -108,6 +134,10 @@ class HeldVideo(Video):
     held: "np.ndarray" = field(kw_only=True, repr=False)  # uint8 `[T, H, W, 3]`, RGB as displayed
     frames_s: tuple[float, ...] = field(kw_only=True, repr=False)  # T times in seconds from the first frame, ascending
 
+    @property
+    def is_file(self) -> bool:
+        return False
+
     def __eq__(self, other: object) -> bool:
         return self is other
 
@@ -121,6 +151,32 @@ class HeldVideo(Video):
         if not frames.flags.c_contiguous:
             frames = frames.copy()
         return frames, tuple(self.frames_s[number] for number in numbers)
+
+
+def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
+    """Return the start and end of a span of a video, in seconds.
+
+    Args:
+        duration_s: length of the video in seconds.
+        start_s, end_s: see `SamplingOptions`.
+
+    Raises:
+        VideoError: the span is empty, or the video has no finite length above 0.
+    """
+    if not 0 < duration_s < math.inf:
+        raise VideoError(f"the video has no length that frames could be spread over ({duration_s} s)")
+    start = start_s if start_s >= 0 else max(0.0, duration_s + start_s)
+    end = duration_s if end_s is None else end_s
+    if end < 0:
+        end += duration_s
+    end = min(end, duration_s)
+    video = f"the video, which is {duration_s:g} s long"
+    if start >= duration_s:
+        raise VideoError(f"start {start_s:g} s lies beyond {video}", "choose an earlier start")
+    if end <= start:
+        hint = "choose an end after the start; below 0 both count back from the video's end"
+        raise VideoError(f"nothing between start {start_s:g} s and end {end_s:g} s of {video}", hint)
+    return start, end
 
 
 def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
@@ -195,26 +251,10 @@ class PromptSubtitles:
         return {name: getattr(self, name) for name in ("source", "lines", "lines_in_prompt", "tokens")}
 
 
-NOTHING_SAID = PromptSubtitles()
-
-
 def check_seek(seek: str) -> None:
     """Raise UsageError if `seek` is not one of `SEEKS`."""
     if seek not in SEEKS:
         raise UsageError(f"unknown seek {seek!r}", f"use {', '.join(SEEKS)}")
-
-
-def check_one_file(choice: str, inputs: int) -> None:
-    """Raise UsageError if one subtitle file is given for several inputs."""
-    if inputs > 1 and choice not in (NO_SUBTITLES, AUTO_SUBTITLES):
-        hint = "auto takes those beside each video, or in it"
-        raise UsageError(f"{choice} holds the subtitles of one video, and there are {inputs} inputs", hint)
-
-
-def check_picture(info: Video, choice: str) -> None:
-    """Raise UsageError if a subtitle file is given for a picture."""
-    if info.kind == PICTURE and choice not in (NO_SUBTITLES, AUTO_SUBTITLES):
-        raise UsageError(f"{info.path} is a picture, which has no subtitles", "leave them out, or give the video")
 
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -278,7 +318,9 @@ def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[li
     return [exact[ending] for ending in SUBTITLES if ending in exact], others
 
 
-def input_state(path: str, subtitles: str, listdir: Callable[[str], list[str]] = os.listdir) -> dict[str, Any] | None:
+def input_state(
+    path: str, subtitles: str = "none", listdir: Callable[[str], list[str]] = os.listdir
+) -> dict[str, Any] | None:
     """Return the `file_state` of an input's files: the video, picture or images of a folder, and the subtitles.
 
     Args:
@@ -290,9 +332,9 @@ def input_state(path: str, subtitles: str, listdir: Callable[[str], list[str]] =
     """
     try:
         own = files(path, IMAGES) if os.path.isdir(path) else [path]
-        if subtitles == AUTO_SUBTITLES:
+        if subtitles == "auto":
             own += [file for found in subtitles_beside(path, listdir) for file in found]
-        elif subtitles != NO_SUBTITLES:
+        elif subtitles != "none":
             own.append(subtitles)
         return file_state(own)
     except (OSError, ValueError):

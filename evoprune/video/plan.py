@@ -5,10 +5,9 @@ All times are in seconds from the video's first frame.
 
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from os import PathLike
 from typing import Annotated, Any, ClassVar
@@ -16,24 +15,18 @@ from typing import Annotated, Any, ClassVar
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods import EncoderPlan, Grid, TowerShape, full_plan
 from evoprune.untrusted import Rule
-from evoprune.util import check_types, option
+from evoprune.util import check_types, option, parse_time
 from evoprune.video.info import (
-    AUTO_SEEK,
-    EXACT,
     FOLDER_FPS,
-    NO_SUBTITLES,
-    NOTHING_SAID,
-    PICTURE,
-    VIDEO,
     Decoder,
+    Kind,
     PromptSubtitles,
     Seek,
     Video,
     check_seek,
+    span_of,
 )
 
-# Visual tokens before pruning: Qwen2.5-VL's own limit for a video.
-MAX_VISUAL_TOKENS = 24_576
 # Limit on the units of one frame if the model limits the total of all frames (Qwen's own limit). Without it, a four-frame video
 # would spend the whole total on four frames.
 MAX_FRAME_TOKENS = 768
@@ -41,32 +34,6 @@ MAX_FRAME_TOKENS = 768
 Area = Annotated[int, Rule.whole(1, 2**31)]
 Means = Annotated[tuple[float, float, float], Rule.list_of(Rule.number(-1000, 1000), 3)]
 Deviations = Annotated[tuple[float, float, float], Rule.list_of(Rule.number(1e-6, 1000), 3)]
-
-
-def parse_time(text: str) -> float:
-    """Parse a time such as `90`, `90.5`, `1:30`, `01:30:00`, `1:02:03.5`, `90s`, `1m30s` or `2h`, with an optional minus sign.
-
-    Returns:
-        The time in seconds.
-
-    Raises:
-        UsageError: the text has none of these forms.
-    """
-    negative = text.strip().startswith("-")
-    digits = text.strip().removeprefix("-")
-    clock = r"(?:(?:([0-9]+):)?([0-9]+):)?([0-9]+(?:\.[0-9]+)?)"
-    units = r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+(?:\.[0-9]+)?)s)?"
-    if digits and (match := re.fullmatch(clock, digits) or re.fullmatch(units, digits)):
-        hours, minutes, seconds = (float(group or 0) for group in match.groups())
-        total = hours * 3600 + minutes * 60 + seconds
-        # The first field may be any number (90:00 is an hour and a half); the fields after it must be below 60.
-        proper = (minutes < 60 or not match[1]) and (seconds < 60 or not (match[1] or match[2]))
-        if proper and math.isfinite(total):
-            return -total if negative and total else total
-    hint = (
-        "write seconds (90.5 or 90.5s), minutes (1:30 or 1m30s) or hours (1:02:03 or 1h2m3s); from the end: -5 or -5s"
-    )
-    raise UsageError(f"{text!r} is not a time", hint)
 
 
 def _check_at_least(min_value: int, name: str, value: float | None) -> None:
@@ -79,6 +46,7 @@ class SamplingOptions:
     """What of a video is looked at. Raises UsageError for invalid numbers, and for fps and frames together."""
 
     PANEL: ClassVar[str] = "Sampling"
+    MAX_VISUAL_TOKENS: ClassVar[int] = 24_576  # Qwen2.5-VL's own limit for a video, before pruning
 
     fps: float | None = option(None, "Frames a second to look at; default: the model's rate.")
     frames: int | None = option(
@@ -118,12 +86,12 @@ class SamplingOptions:
     )
     decoder: Decoder = option("auto", "Library that reads the video; auto is pyav.")
     seek: Seek = option(
-        AUTO_SEEK,
+        "auto",
         "Which frame is taken for each equal part of the video: exact, that in its middle; keyframes, the keyframe nearest to it, "
         "if the part has one, which is read many times as fast. auto: keyframes where that saves seconds, else exact.",
     )
     subtitles: str | PathLike[str] = option(
-        NO_SUBTITLES,
+        "none",
         "Subtitles for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a video "
         "with a text track.",
         words=("none", "auto", "FILE"),
@@ -153,6 +121,24 @@ class SamplingOptions:
             raise UsageError(f"fps is {self.fps:g}", "give a number above 0")
 
     @property
+    def subtitle_file(self) -> str | None:
+        """The file that `subtitles` names; None for "none" and "auto"."""
+        return None if self.subtitles in ("none", "auto") else self.subtitles
+
+    def check_one_file(self, inputs: int) -> None:
+        """Raise UsageError if one subtitle file is given for several inputs."""
+        if inputs > 1 and self.subtitle_file:
+            hint = "auto takes those beside each video, or in it"
+            raise UsageError(
+                f"{self.subtitle_file} holds the subtitles of one video, and there are {inputs} inputs", hint
+            )
+
+    def check_picture(self, info: Video) -> None:
+        """Raise UsageError if a subtitle file is given for a picture."""
+        if info.is_picture and self.subtitle_file:
+            raise UsageError(f"{info.path} is a picture, which has no subtitles", "leave them out, or give the video")
+
+    @property
     def sets_frames(self) -> bool:
         """True if a rate or a number of frames is set."""
         return self.fps is not None or self.frames is not None
@@ -174,10 +160,9 @@ class SamplingOptions:
 
     def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
         """Return the options for every input. If there are videos among them, a time span does not apply to the pictures."""
-        if all(info.kind == PICTURE for info in inputs):
+        if all(info.is_picture for info in inputs):
             return [self] * len(inputs)
-        of_kind = {VIDEO: self, PICTURE: self.timeless}
-        return [of_kind[info.kind] for info in inputs]
+        return [self.timeless if info.is_picture else self for info in inputs]
 
 
 USUAL = SamplingOptions()
@@ -196,6 +181,12 @@ class SamplingPlan:
     times_s: tuple[float, ...]
     wanted: int
 
+    @classmethod
+    def even(cls, start_s: float, end_s: float, frames: int, wanted: int | None = None) -> "SamplingPlan":
+        """Return a plan of the middles of `frames` equal parts of a span. `wanted` defaults to `frames`."""
+        times_s = tuple(start_s + (i + 0.5) * (end_s - start_s) / frames for i in range(frames))
+        return cls(start_s, end_s, times_s, frames if wanted is None else wanted)
+
     @property
     def frames(self) -> int:
         """Number of frames: even for a video, one for a picture."""
@@ -208,11 +199,6 @@ class SamplingPlan:
     def seconds_per_pair(self, temporal_patch: int = 2) -> float:
         """Time from one frame pair (`temporal_patch` frames) to the next, in seconds."""
         return temporal_patch * self.seconds_per_frame
-
-
-def even_times(start_s: float, end_s: float, count: int) -> tuple[float, ...]:
-    """Return the middles of `count` equal parts of the span from `start_s` to `end_s`, in seconds."""
-    return tuple(start_s + (i + 0.5) * (end_s - start_s) / count for i in range(count))
 
 
 # The plan for a picture: one frame. At 0.5 s per frame, a frame pair lasts a second, although no second pair exists.
@@ -249,6 +235,30 @@ class InputLimits:
         """Side of a unit in pixels."""
         return self.patch_size * self.merge_size
 
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) that the model sees: multiples of `unit`, area within limits, nearly the same aspect ratio.
+
+        If the limits on the area and the aspect ratio conflict, the area wins (Qwen2-VL, arXiv 2409.12191, naive dynamic
+        resolution). The limits are those of a single frame, see `of_each`.
+
+        Raises:
+            ValueError: a side is not positive, or one is more than 200 times the other.
+        """
+        if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
+            problem = f"cannot resize {width}x{height}: width and height must be positive and within a ratio of 200"
+            raise ValueError(problem)
+        unit = self.unit
+        rows = round(height / unit)
+        cols = round(width / unit)
+        if rows * cols * unit**2 > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            rows, cols = (max(1, math.floor(side / shrink / unit)) for side in (height, width))
+        elif rows * cols * unit**2 < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            rows = math.ceil(height * grow / unit)
+            cols = math.ceil(width * grow / unit)
+        return rows * unit, cols * unit
+
     def of_each(self, frames: int) -> "InputLimits":
         """Return the limits for a single frame of a video with `frames` frames."""
         if not self.of_all_frames:
@@ -261,7 +271,7 @@ class InputLimits:
 class Plan:
     """What is read and computed for a video, or for a picture, which counts as one frame.
 
-    `make_plan` sets the frames. `plan_input` (session/planning.py) adds the tower and the pruning, which determine `encoder`.
+    `Plan.of` sets the frames. `plan_input` (session/planning.py) adds the tower and the pruning, which determine `encoder`.
 
     `limited` is True if the options ask for more frames or a higher rate than a limit allows, or if frames were made smaller to
     satisfy them. It ignores a frame limit that the options set themselves, and the model's own rate.
@@ -281,10 +291,52 @@ class Plan:
     unshrunk: "Plan | None" = None  # the plan without pruning, if a method makes the input smaller
     name: str = ""
     decoder: str = ""  # "pyav" or "decord"; "pillow" for a picture, "none" for a `HeldVideo`
-    seek: str = EXACT  # one of `info.SEEKS`
+    seek: str = "exact"  # one of `info.SEEKS`
     read_s: tuple[float, ...] = ()  # the frames' own times, set once they are read
     moved: bool = False  # whether some frames are nearby keyframes
-    subtitles: PromptSubtitles = NOTHING_SAID
+    subtitles: PromptSubtitles = field(default_factory=PromptSubtitles)
+
+    @classmethod
+    def of(cls, info: Video, limits: InputLimits, options: SamplingOptions = USUAL) -> "Plan":
+        """Plan sampling times and frame size for a video, or the size of a picture, within the model's limits and the token limit.
+
+        If `max_visual_tokens` would be exceeded, frames are made smaller, down to the model's minimum size; then fewer; and if one
+        frame pair is still too large, smaller than the model's minimum.
+
+        Args:
+            limits: the model's limits for the kind of `info`, video or picture.
+            options: a limit that is None takes the model's value, and `max_visual_tokens` takes 24,576.
+
+        Raises:
+            VideoError: unknown duration, an empty span, or a shape that cannot be resized.
+            UsageError: a time span for a picture.
+        """
+        max_tokens = options.MAX_VISUAL_TOKENS if options.max_visual_tokens is None else options.max_visual_tokens
+        pair = limits.temporal_patch_size
+        if info.is_picture:
+            check_no_span(info, options.start_s, options.end_s)
+            sampling = ONE_FRAME
+            frame_limit = ONE_FRAME.frames
+            wanted = ONE_FRAME.frames
+            pairs = 1
+        else:
+            sample = partial(plan_sampling, info.length_s, options, fps=limits.fps, min_frames=limits.min_frames)
+            frame_limit = limits.max_frames if options.max_frames is None else options.max_frames
+            # At most one frame pair per allowed token, so that `times_s` stays short if `frame_limit` is huge.
+            sampling = sample(max_frames=min(frame_limit, pair * max_tokens))
+            wanted = min(sampling.wanted, frame_limit - frame_limit % pair)
+            pairs = sampling.frames // pair
+            limits = limits.of_each(sampling.frames)
+        try:
+            preferred, grid = _fit(info, limits, pairs, max_tokens)
+        except ValueError as problem:
+            raise VideoError(f"{info.path}: {problem}", "crop it first", stage="preprocess") from None
+        if grid[0] < pairs:
+            sampling = sample(max_frames=grid[0] * pair)
+        token_capped = grid[1:] != preferred or sampling.frames < wanted
+        size = grid[1] * limits.unit, grid[2] * limits.unit
+        cut = token_capped or (options.max_frames is None and sampling.wanted > frame_limit)
+        return cls(info, sampling, *size, grid, frame_limit, max_tokens, token_capped, options.sets_frames and cut)
 
     @cached_property
     def encoder(self) -> EncoderPlan:
@@ -294,15 +346,19 @@ class Plan:
         return self.pruning.plan(self.tower, self.full.grid)
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         return self.info.kind
+
+    @property
+    def is_picture(self) -> bool:
+        return self.info.is_picture
 
     @property
     def source(self) -> Video:
         """The source to read frames from: a video at its own size, a picture at the size that the encoder reads."""
-        if self.kind == VIDEO:
-            return self.info
-        return replace(self.info, width=self.width, height=self.height)
+        if self.is_picture:
+            return replace(self.info, width=self.width, height=self.height)
+        return self.info
 
     @property
     def read_arguments(self) -> dict[str, Any]:
@@ -342,8 +398,8 @@ class Plan:
         pairs, height, width = grid
         sampling = self.sampling
         if pairs != self.grid[0]:
-            times_s = even_times(sampling.start_s, sampling.end_s, pairs * limits.temporal_patch_size)
-            sampling = replace(sampling, times_s=times_s)
+            frames = pairs * limits.temporal_patch_size
+            sampling = SamplingPlan.even(sampling.start_s, sampling.end_s, frames, sampling.wanted)
         return replace(self, sampling=sampling, height=height * limits.unit, width=width * limits.unit, grid=grid)
 
 
@@ -373,110 +429,13 @@ def plan_sampling(
     else:
         wanted = options.frames + options.frames % 2
     count = min(wanted, max_frames - max_frames % 2)
-    return SamplingPlan(start, end, even_times(start, end, count), wanted)
-
-
-def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-    """Return the start and end of a span of a video, in seconds.
-
-    Args:
-        duration_s: length of the video in seconds.
-        start_s, end_s: see `SamplingOptions`.
-
-    Raises:
-        VideoError: the span is empty, or the video has no finite length above 0.
-    """
-    if not 0 < duration_s < math.inf:
-        raise VideoError(f"the video has no length that frames could be spread over ({duration_s} s)")
-    start = start_s if start_s >= 0 else max(0.0, duration_s + start_s)
-    end = duration_s if end_s is None else end_s
-    if end < 0:
-        end += duration_s
-    end = min(end, duration_s)
-    video = f"the video, which is {duration_s:g} s long"
-    if start >= duration_s:
-        raise VideoError(f"start {start_s:g} s lies beyond {video}", "choose an earlier start")
-    if end <= start:
-        hint = "choose an end after the start; below 0 both count back from the video's end"
-        raise VideoError(f"nothing between start {start_s:g} s and end {end_s:g} s of {video}", hint)
-    return start, end
-
-
-def duration_of(info: Video) -> float:
-    """Return the length of a video in seconds. Raises VideoError if it is unknown."""
-    if info.duration_s is None:
-        raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
-    return info.duration_s
+    return SamplingPlan.even(start, end, count, wanted)
 
 
 def check_no_span(picture: Video, start_s: float, end_s: float | None) -> None:
     """Raise UsageError if a time span is given for a picture."""
     if start_s != 0 or end_s is not None:
         raise UsageError(f"{picture.path} is a picture, which has no start and no end", "leave out start and end")
-
-
-def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float, factor: int = 28) -> tuple[int, int]:
-    """Return the (height, width) that the model sees: multiples of `factor`, area within limits, nearly the same aspect ratio.
-
-    If the limits on the area and the aspect ratio conflict, the area wins (Qwen2-VL, arXiv 2409.12191, naive dynamic resolution).
-
-    Raises:
-        ValueError: a side is not positive, or one is more than 200 times the other.
-    """
-    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
-        raise ValueError(f"cannot resize {width}x{height}: width and height must be positive and within a ratio of 200")
-    rows = round(height / factor)
-    cols = round(width / factor)
-    if rows * cols * factor**2 > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows, cols = (max(1, math.floor(side / shrink / factor)) for side in (height, width))
-    elif rows * cols * factor**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows = math.ceil(height * grow / factor)
-        cols = math.ceil(width * grow / factor)
-    return rows * factor, cols * factor
-
-
-def make_plan(info: Video, limits: InputLimits, options: SamplingOptions = USUAL) -> Plan:
-    """Plan sampling times and frame size for a video, or the size of a picture, within the model's limits and the token limit.
-
-    If `max_visual_tokens` would be exceeded, frames are made smaller, down to the model's minimum size; then fewer; and if one
-    frame pair is still too large, smaller than the model's minimum.
-
-    Args:
-        limits: the model's limits for the kind of `info`, video or picture.
-        options: a limit that is None takes the model's value, and `max_visual_tokens` takes 24,576.
-
-    Raises:
-        VideoError: unknown duration, an empty span, or a shape that cannot be resized.
-        UsageError: a time span for a picture.
-    """
-    max_tokens = MAX_VISUAL_TOKENS if options.max_visual_tokens is None else options.max_visual_tokens
-    pair = limits.temporal_patch_size
-    if info.kind == PICTURE:
-        check_no_span(info, options.start_s, options.end_s)
-        sampling = ONE_FRAME
-        frame_limit = ONE_FRAME.frames
-        wanted = ONE_FRAME.frames
-        pairs = 1
-    else:
-        sample = partial(plan_sampling, duration_of(info), options, fps=limits.fps, min_frames=limits.min_frames)
-        frame_limit = limits.max_frames if options.max_frames is None else options.max_frames
-        # At most one frame pair per allowed token, so that `times_s` stays short if `frame_limit` is huge.
-        sampling = sample(max_frames=min(frame_limit, pair * max_tokens))
-        wanted = min(sampling.wanted, frame_limit - frame_limit % pair)
-        pairs = sampling.frames // pair
-        limits = limits.of_each(sampling.frames)
-    try:
-        preferred, grid = _fit(info, limits, pairs, max_tokens)
-    except ValueError as problem:
-        raise VideoError(f"{info.path}: {problem}", "crop it first", stage="preprocess") from None
-    if grid[0] < pairs:
-        sampling = sample(max_frames=grid[0] * pair)
-    token_capped = grid[1:] != preferred or sampling.frames < wanted
-    size = grid[1] * limits.unit, grid[2] * limits.unit
-    cut = token_capped or (options.max_frames is None and sampling.wanted > frame_limit)
-    return Plan(info, sampling, *size, grid, frame_limit, max_tokens, token_capped, options.sets_frames and cut)
 
 
 def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:
@@ -493,7 +452,7 @@ def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[
     """
 
     def units(smallest: float, largest: float) -> tuple[int, int]:
-        height, width = smart_resize(info.height, info.width, smallest, largest, limits.unit)
+        height, width = replace(limits, min_pixels=smallest, max_pixels=largest).resized(info.height, info.width)
         return height // limits.unit, width // limits.unit
 
     area = limits.unit**2

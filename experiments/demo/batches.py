@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from evoprune.language import prompt_positions, video_positions
-from evoprune.video import even_times
+from evoprune.video import SamplingPlan
 from experiments.demo.build import AFTER_QUESTION, BEFORE_VIDEO
 from experiments.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, Clip, make_clip
 from experiments.demo.drawing import render
@@ -95,7 +95,7 @@ def vision_batches(recipe: Recipe, first: int):
         labels = []
         for _ in range(max(6, recipe.vision_batch * 24 // (height * width))):
             clip = dense_grid(rng, height * 28, width * 28, round(14 * height * width / 24 * rng.uniform(0.3, 1)))
-            times = even_times(0.0, 1.0, 2)
+            times = SamplingPlan.even(0.0, 1.0, 2).times_s
             frames.append(render(clip, times))
             labels.append(unit_labels(clip, times, height, width))
         yield (
@@ -132,7 +132,7 @@ def question_batches(recipe: Recipe, tokenizer, first: int):
         packs = [[] for _ in range(recipe.packs)]
         for _ in range(count):
             clip = make_clip("train", int(rng.integers(2**62)), height * 28, width * 28, grids * pace, grids)
-            frames.append(noisy(render(clip, even_times(0.0, clip.seconds, 2 * grids)), rng, gop=12))
+            frames.append(noisy(render(clip, SamplingPlan.even(0.0, clip.seconds, 2 * grids).times_s), rng, gop=12))
             asked = ask_all(clip, rng, questions * recipe.packs)
             for number, pack in enumerate(packs):
                 pack.append(asked[number :: recipe.packs])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from evoprune.language import prompt_positions, video_positions
-from evoprune.video import even_times
+from evoprune.video import SamplingPlan
 from experiments.demo.batches import packed
 from experiments.demo.build import BEFORE_VIDEO
 from experiments.demo.questions import Question
@@ -78,7 +78,7 @@ def drawn(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     Returns:
         The frames, the labels of patches and units (`dense_labels`), and the labels of units over time (`story_labels`).
     """
-    times = even_times(0.0, clip.seconds, 2 * clip.pairs)
+    times = SamplingPlan.even(0.0, clip.seconds, 2 * clip.pairs).times_s
     frames, maps = render_with_map(clip, times)
     if rng.random() < 0.2:
         frames = through_codec(frames, int(rng.integers(2, 9)))

@@ -16,7 +16,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from evoprune.video import EXACT
 from experiments.speed.processes import serve
 
 QUESTION = "What happens in the video?"
@@ -131,18 +130,22 @@ class Transformers:
             "prompt": inputs["input_ids"].shape[1],
             "frames": plan.sampling.frames,
             "size": [plan.height, plan.width],
-            "seek": EXACT,
+            "seek": "exact",
             "dtype": self._found.dtype,
             **self.facts,
         }
 
     def _plan(self, video: str, frames: int | None):
         """Return the plan that evoprune would use, with the same frame times and size."""
-        from evoprune.video import SamplingOptions, make_plan, probe
+        from evoprune.video import (
+            Plan,
+            SamplingOptions,
+            probe,
+        )
 
         info = probe(video)
         sampling = replace(SamplingOptions(frames=frames), max_visual_tokens=self._found.max_visual_tokens)
-        return make_plan(info, self._found.limits[info.kind], sampling)
+        return Plan.of(info, self._found.limits[info.kind], sampling)
 
     def _inputs(self, plan) -> dict[str, Any]:
         """Return the inputs of transformers' model for a video and the question, as its processor would make them."""

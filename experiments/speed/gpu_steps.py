@@ -77,13 +77,12 @@ def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] =
         synthetic_frames,
     )
     from evoprune.session import ModelOptions, describe
-    from evoprune.video import VIDEO
 
     options = ModelOptions(
         model=args.model, device=args.device, load_format=default_load_format(args.model), dtype=args.dtype
     )
     model = describe(options)
-    limits = model.limits[VIDEO]
+    limits = model.limits["video"]
     unit = limits.unit
     cases = [
         Case(*map(int, case.split("x"))).of_units(unit / 28) for case in args.cases

@@ -22,7 +22,7 @@ from evoprune.bench.overlay import (
     wrap,
 )
 from evoprune.errors import UsageError
-from evoprune.video import Plan, SamplingPlan, even_times, probe
+from evoprune.video import Plan, SamplingPlan, probe
 from evoprune.video_qa import VideoQA
 
 CLIP = "samples/square.mp4"
@@ -102,7 +102,7 @@ def test_lines_lead_to_owners_and_arrows_to_their_frame_pairs():
         def arrow(self, y, x, later):
             drawn.append(("arrow", (y, x), later))
 
-    sampling = SamplingPlan(0.0, 3.0, even_times(0.0, 3.0, 6), 6)
+    sampling = SamplingPlan.even(0.0, 3.0, 6)
     plan = Plan(probe(CLIP), sampling, 28, 84, (3, 1, 3), 768, 1000, False)
     panels = Overlay(TracedVideo(plan, seen.frames[:1].expand(6, -1, -1, -1), fates, [], 0), "")
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +144,7 @@ def painted() -> TracedVideo:
     """
     chosen = torch.tensor([1, 0, 0, 1, 0, 0], dtype=torch.bool)
     source, owner = torch.tensor([0, 1, 2, 0, 4, 2]), torch.tensor([0, 4, 2, 0, 4, 2])
-    sampling = SamplingPlan(0.0, 2.0, even_times(0.0, 2.0, 4), 4)
+    sampling = SamplingPlan.even(0.0, 2.0, 4)
     plan = Plan(probe(CLIP), sampling, 28, 84, (2, 1, 3), 768, 100, False)
     frames = torch.full((4, 28, 84, 3), 100, dtype=torch.uint8)
     return TracedVideo(plan, frames, Fates((2, 1, 3), chosen, source, owner, 4), [], 0)
@@ -201,7 +201,7 @@ def cielab(colours, eyes):
 @pytest.mark.parametrize("pairs", [1, 2, 5, 12, 40])
 def test_sheets_hold_at_most_twelve_frame_pairs(pairs):
     seen = painted()
-    sampling = SamplingPlan(0.0, 2.0, even_times(0.0, 2.0, 2 * pairs), 2 * pairs)
+    sampling = SamplingPlan.even(0.0, 2.0, 2 * pairs)
     fates = Fates((pairs, 1, 3), torch.ones(3 * pairs, dtype=torch.bool), *[torch.arange(3 * pairs)] * 2, 3 * pairs)
     plan = Plan(probe(CLIP), sampling, 28, 84, (pairs, 1, 3), 768, 1000, False)
     video = TracedVideo(plan, seen.frames[:1].expand(2 * pairs, -1, -1, -1), fates, [], 0)

@@ -22,7 +22,7 @@ from evoprune.language.generate import (
     probabilities,
     teacher_forced_logits,
 )
-from evoprune.language.prompt import VIDEO, Tokenizer, build_prompt, prompt_positions
+from evoprune.language.prompt import Tokenizer, build_prompt, prompt_positions
 from evoprune.language.pruned import prune_prompt
 from tests.tiny import encoded_tokens, tiny_model, tiny_tokenizer
 
@@ -51,7 +51,7 @@ class Clip:
         self.pixels = torch.randn(t * h * w * 4, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(t + h))
         with torch.no_grad():
             self.features = model.model.visual(self.pixels, grid_thw=self.grid_thw).pooler_output
-        self.prompt = build_prompt(own_tokenizer(), question, [(VIDEO, t * h * w)])
+        self.prompt = build_prompt(own_tokenizer(), question, [("video", t * h * w)])
         videos = self.prompt.places[0].positions(grid, seconds, 2)
         self.positions = prompt_positions(len(self.prompt.input_ids), videos)
         self.next_position = int(self.positions.max()) + 1
@@ -135,7 +135,7 @@ def test_impossible_selections_are_refused(model, kept):
 
 
 def test_embedding_a_prompt_with_several_inputs(model):
-    prompt = build_prompt(own_tokenizer(), "Which?", [(VIDEO, 5), ("picture", 4), (VIDEO, 3)])
+    prompt = build_prompt(own_tokenizer(), "Which?", [("video", 5), ("picture", 4), ("video", 3)])
     kept = [torch.tensor([1, 4]), torch.tensor([0]), torch.arange(3)]
     sizes = [None, torch.tensor([4.0]), torch.tensor([1.0, 2.0, 3.0])]
     features = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).split([2, 1, 3])
@@ -159,7 +159,7 @@ def test_embedding_a_prompt_with_several_inputs(model):
 
 
 def test_a_part_of_a_pruned_prompt_is_what_the_whole_has_there(model):
-    prompt = build_prompt(own_tokenizer(), "Which?", [(VIDEO, 6)])
+    prompt = build_prompt(own_tokenizer(), "Which?", [("video", 6)])
     random = torch.Generator().manual_seed(0)
     tokens = encoded_tokens(
         torch.randn(3, 64, generator=random), [0, 2, 5], torch.rand(3), torch.randn(2, 3, 64, generator=random)

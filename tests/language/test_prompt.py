@@ -16,8 +16,6 @@ from packaging.version import Version
 
 from evoprune.errors import ModelError, UsageError
 from evoprune.language.prompt import (
-    PICTURE,
-    VIDEO,
     Prompt,
     Tokenizer,
     build_prompt,
@@ -30,6 +28,8 @@ from evoprune.language.prompt import (
 from evoprune.language.turns import Placed, Turn
 from tests.thinking import THINKING, thinking_tokenizer
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_config, tiny_tokenizer
+
+PICTURE, VIDEO = "picture", "video"
 
 
 @pytest.fixture

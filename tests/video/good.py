@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 
 from evoprune.video.frames import probe, read_chunks
-from evoprune.video.plan import InputLimits, make_plan
+from evoprune.video.plan import InputLimits, Plan
 from evoprune.video_qa import VideoQA
 from experiments.timing import medians
 from tests.video.files import in_this_process, numbered_frames, write_video
@@ -56,7 +56,7 @@ def good_files(folder: Path) -> list[Path]:
 
 def read(path: Path) -> None:
     info = probe(path)
-    for _ in read_chunks(info, make_plan(info, InputLimits()).sampling.times_s):
+    for _ in read_chunks(info, Plan.of(info, InputLimits()).sampling.times_s):
         pass
 
 

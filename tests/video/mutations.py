@@ -23,7 +23,7 @@ import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
 from evoprune.video.frames import choose_decoder, probe, read_chunks
-from evoprune.video.plan import InputLimits, make_plan
+from evoprune.video.plan import InputLimits, Plan
 from evoprune.video.sandbox import isolation
 from tests.decoders import DECODERS
 from tests.video.files import numbered_frame, numbered_frames, write_image, write_video
@@ -169,7 +169,7 @@ def read(path: Path, decoder: str) -> tuple[int, str]:
     try:
         info = probe(path)
         choose_decoder(decoder, info)
-        plan = make_plan(info, InputLimits())
+        plan = Plan.of(info, InputLimits())
         chunk_bytes = min(CHUNK_BYTES, 16 * info.width * info.height * 3)
         frames = damaged = 0
         for chunk in read_chunks(info, plan.sampling.times_s, decoder=decoder, chunk_bytes=chunk_bytes):

@@ -9,7 +9,6 @@ import pytest
 from evoprune.errors import VideoError
 from evoprune.video.clips import cut_clip
 from evoprune.video.frames import probe, read_chunks
-from evoprune.video.info import KEYFRAMES
 from evoprune.video.readers import decord
 from evoprune.video.readers.live import LiveReader
 from tests.video.files import crop_video, number_of, numbered_frames, write_video
@@ -46,7 +45,7 @@ def check(rgb, number, turned=False):
     assert (upright < 240).all()
 
 
-@pytest.mark.parametrize("seek", ["exact", KEYFRAMES])
+@pytest.mark.parametrize("seek", ["exact", "keyframes"])
 @pytest.mark.parametrize("name", ["plain.mp4", "plain.mkv", "turned.mp4"])
 def test_frames_are_cropped_before_they_are_turned(cropped, name, seek):
     info = probe(cropped[name])

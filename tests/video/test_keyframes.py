@@ -7,7 +7,7 @@ import pytest
 
 from evoprune.errors import UsageError
 from evoprune.video.frames import probe, read_chunks
-from evoprune.video.plan import even_times
+from evoprune.video.plan import SamplingPlan
 from evoprune.video.readers import pyav
 from evoprune.video.readers.ffmpeg import TOLERANCE_S
 from evoprune.video.readers.track import Track
@@ -53,7 +53,7 @@ def read(info, times, **how):
 @pytest.mark.few(4)
 def test_the_frames_are_those_of_the_times_that_are_reported(info):
     part_s = info.duration_s / SPARSE
-    asked = even_times(0.0, info.duration_s, SPARSE)
+    asked = SamplingPlan.even(0.0, info.duration_s, SPARSE).times_s
     times, near, moved = read(info, asked, seek="keyframes", part_s=part_s)
     exact_times, _, never = read(info, asked)
     assert not never and moved == (times != exact_times)
@@ -79,14 +79,16 @@ def test_a_part_with_a_keyframe_takes_it(name, folder):
     path = folder / f"near_{name}"
     info = probe(path if path.exists() else write_video(path, numbered_frames(256), **FILES[name]))
     _, keys = times_and_keyframes(info)
-    times, _, moved = read(info, even_times(0.0, info.duration_s, 4), seek="keyframes", part_s=info.duration_s / 4)
+    times, _, moved = read(
+        info, SamplingPlan.even(0.0, info.duration_s, 4).times_s, seek="keyframes", part_s=info.duration_s / 4
+    )
     assert moved and all(any(abs(time - key) < 1e-6 for key in keys) for time in times)
 
 
 def test_refreshed_pictures_are_no_keyframes(folder):
     path = folder / "near_refresh.mp4"
     info = probe(path if path.exists() else write_video(path, numbered_frames(256), **FILES["refresh.mp4"]))
-    asked = even_times(0.0, info.duration_s, SPARSE)
+    asked = SamplingPlan.even(0.0, info.duration_s, SPARSE).times_s
     times, near, _ = read(info, asked, seek="keyframes", part_s=info.duration_s / SPARSE)
     exact_times, exact, _ = read(info, asked)
     assert times[1:] == exact_times[1:]
@@ -95,7 +97,7 @@ def test_refreshed_pictures_are_no_keyframes(folder):
 
 def test_what_auto_does_depends_on_the_file_and_the_times_alone(folder, monkeypatch):
     info = probe(write_video(folder / "auto.mp4", numbered_frames(256), gop=GOP))
-    asked = even_times(0.0, info.duration_s, SPARSE)
+    asked = SamplingPlan.even(0.0, info.duration_s, SPARSE).times_s
     part_s = info.duration_s / SPARSE
     exact, _, never = read(info, asked)
     assert read(info, asked, seek="auto", part_s=part_s)[0] == exact and not never  # it would save little
@@ -121,7 +123,7 @@ def test_frames_are_the_same_for_any_number_of_cores(info, step):
 def test_frames_on_which_no_other_depends_are_left_out(name, folder, decoded, monkeypatch):
     path = folder / f"near_{name}"
     info = probe(path if path.exists() else write_video(path, numbered_frames(256), **FILES[name]))
-    asked = even_times(0.0, info.duration_s, 5)
+    asked = SamplingPlan.even(0.0, info.duration_s, 5).times_s
     _, sparing, _ = read(info, asked)
     fewer = decoded[0]
     decoded[0] = 0

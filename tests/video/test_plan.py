@@ -13,13 +13,10 @@ from evoprune.model import FAMILIES
 from evoprune.model.config import QWEN3
 from evoprune.video.info import Video
 from evoprune.video.plan import (
-    MAX_VISUAL_TOKENS,
     InputLimits,
+    Plan,
     SamplingOptions,
-    make_plan,
-    parse_time,
     plan_sampling,
-    smart_resize,
 )
 
 seconds, max_frames = st.floats(0.01, 1e5), st.integers(2, 800)
@@ -96,30 +93,6 @@ def test_numbers_that_make_no_sense_are_refused(name, bad):
         SamplingOptions(**{name: bad})
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("90", 90), ("90.5", 90.5), ("0", 0), ("1:30", 90), ("90:00", 5400), ("01:30:00", 5400), ("1:02:03.5", 3723.5),
-        (" 7 ", 7), ("100:00:00", 360000), ("-5", -5), ("-0:05", -5), ("-1:30.5", -90.5), ("-0", 0),
-        ("2s", 2), ("-2s", -2), ("0.5s", 0.5), ("1m30s", 90), ("90m", 5400), ("1h2m3.5s", 3723.5), ("-1h5s", -3605),
-    ],
-)  # fmt: skip
-def test_times_are_parsed(text, expected):
-    assert parse_time(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", "x", "-", "--1", "- 1", "1:-5", "1:", ":30", "1:60", "1:60:00", "1:2:3:4", "1.5:00", "nan", "inf", "1e3", "٣",
-        "9" * 400, "s", "1m90s", "1h60m", "1h90s", "1s1m", "1:30s", "1.5m", "500ms", "2 s",
-    ],
-)  # fmt: skip
-def test_what_is_not_a_time_is_refused(text):
-    with pytest.raises(UsageError, match="is not a time"):
-        parse_time(text)
-
-
 lengths = st.integers(1, 5000)
 limits = st.builds(
     InputLimits,
@@ -143,15 +116,15 @@ def video(width=640, height=360, duration=60.0) -> Video:
 @given(lengths, lengths, st.floats(0.05, 20_000), limits, st.integers(1, 30_000), st.none() | st.integers(1, 2000))
 def test_every_limit_holds(width, height, duration, limit, cap, frames):
     assume(max(width, height) <= 200 * min(width, height))
-    plan = make_plan(video(width, height, duration), limit, SamplingOptions(frames=frames, max_visual_tokens=cap))
+    plan = Plan.of(video(width, height, duration), limit, SamplingOptions(frames=frames, max_visual_tokens=cap))
     t, h, w = plan.grid
     assert plan.visual_tokens == t * h * w <= cap and min(plan.grid) >= 1
     assert (plan.height, plan.width) == (h * 28, w * 28) and plan.sampling.frames == 2 * t <= limit.max_frames
     if not plan.capped:
-        assert (plan.height, plan.width) == smart_resize(height, width, limit.min_pixels, limit.max_pixels)
+        assert (plan.height, plan.width) == limit.resized(height, width)
     if plan.height * plan.width <= min(limit.min_pixels, limit.max_pixels) * 0.25:
         # Rounding takes less than half a side. Frames fall below the model's minimum only if fewer frames would not be larger.
-        alone = make_plan(video(width, height, duration), limit, SamplingOptions(frames=2, max_visual_tokens=cap))
+        alone = Plan.of(video(width, height, duration), limit, SamplingOptions(frames=2, max_visual_tokens=cap))
         assert t == 1 or alone.height * alone.width <= plan.height * plan.width
 
 
@@ -159,7 +132,7 @@ def test_every_limit_holds(width, height, duration, limit, cap, frames):
 @given(st.floats(1, 5000), st.integers(50, 20_000))
 def test_a_higher_cap_never_shows_less(duration, cap):
     less, more = (
-        make_plan(video(duration=duration), InputLimits(), SamplingOptions(max_visual_tokens=most))
+        Plan.of(video(duration=duration), InputLimits(), SamplingOptions(max_visual_tokens=most))
         for most in (cap, cap * 2)
     )
     assert less.sampling.frames <= more.sampling.frames
@@ -167,24 +140,24 @@ def test_a_higher_cap_never_shows_less(duration, cap):
 
 
 def test_frames_get_smaller_before_they_get_fewer():
-    free = make_plan(video(1920, 1080), InputLimits(), SamplingOptions(max_visual_tokens=10**6))
+    free = Plan.of(video(1920, 1080), InputLimits(), SamplingOptions(max_visual_tokens=10**6))
     assert not free.capped and free.sampling.frames == 120
-    smaller = make_plan(video(1920, 1080), InputLimits(), SamplingOptions(max_visual_tokens=60 * 200))
+    smaller = Plan.of(video(1920, 1080), InputLimits(), SamplingOptions(max_visual_tokens=60 * 200))
     assert smaller.capped and smaller.sampling.frames == free.sampling.frames and smaller.height < free.height
-    fewer = make_plan(video(1920, 1080), InputLimits(), SamplingOptions(max_visual_tokens=60 * 50))
+    fewer = Plan.of(video(1920, 1080), InputLimits(), SamplingOptions(max_visual_tokens=60 * 50))
     assert fewer.sampling.frames < free.sampling.frames and fewer.height * fewer.width >= 100 * 784
 
 
 def test_a_plan_names_its_limits():
-    plan = make_plan(video(), InputLimits(max_frames=50), SamplingOptions(frames=60))
+    plan = Plan.of(video(), InputLimits(max_frames=50), SamplingOptions(frames=60))
     assert (plan.sampling.frames, plan.token_capped, plan.capped) == (50, False, True)
-    assert make_plan(video(), InputLimits(), SamplingOptions(max_frames=7)).sampling.frames == 6
-    plan = make_plan(video(1920, 1080, 3600), InputLimits())
-    assert plan.visual_tokens <= MAX_VISUAL_TOKENS and plan.capped
-    plan = make_plan(video(), InputLimits(max_frames=50), SamplingOptions(fps=1.0, max_visual_tokens=5000))
+    assert Plan.of(video(), InputLimits(), SamplingOptions(max_frames=7)).sampling.frames == 6
+    plan = Plan.of(video(1920, 1080, 3600), InputLimits())
+    assert plan.visual_tokens <= SamplingOptions.MAX_VISUAL_TOKENS and plan.capped
+    plan = Plan.of(video(), InputLimits(max_frames=50), SamplingOptions(fps=1.0, max_visual_tokens=5000))
     assert (plan.sampling.wanted, plan.sampling.frames, plan.frame_limit, plan.token_limit) == (60, 50, 50, 5000)
     options = SamplingOptions(fps=1.0, max_frames=60, max_visual_tokens=5)
-    plan = make_plan(video(), InputLimits(max_frames=50), options)
+    plan = Plan.of(video(), InputLimits(max_frames=50), options)
     assert (plan.sampling.wanted, plan.sampling.frames, plan.frame_limit, plan.capped) == (60, 2, 60, True)
 
 
@@ -199,7 +172,7 @@ def test_a_plan_names_its_limits():
 )
 def test_what_cannot_be_planned(changes, arguments, error):
     with pytest.raises(error):
-        make_plan(video(**changes), InputLimits(), SamplingOptions(**arguments))
+        Plan.of(video(**changes), InputLimits(), SamplingOptions(**arguments))
 
 
 @pytest.mark.parametrize("size", [(480, 854), (1080, 1920), (96, 96), (333, 217), (64, 3000)])
@@ -210,6 +183,6 @@ def test_frames_of_qwen3_have_the_size_that_its_processor_gives_them(size, frame
 
     limits = InputLimits(**FAMILIES[QWEN3].video, patch_size=16)
     info = video(size[1], size[0], 1000.0)
-    plan = make_plan(info, limits, SamplingOptions(frames=frames, max_visual_tokens=10**6))
+    plan = Plan.of(info, limits, SamplingOptions(frames=frames, max_visual_tokens=10**6))
     each = min(768 * 32 * 32, limits.max_pixels // frames)
     assert (plan.height, plan.width) == resized(frames, *size, 2, 32, limits.min_pixels, each * frames)

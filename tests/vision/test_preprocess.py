@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 from evoprune import methods
 from evoprune.backend.operators import BLOCKS
 from evoprune.methods import EncoderPlan, Tokens
-from evoprune.video import smart_resize
+from evoprune.video import InputLimits
 from evoprune.vision import encoder
 from evoprune.vision.encoder import EncoderRun, encode_rows
 from evoprune.vision.layout import geometry
@@ -62,21 +62,23 @@ def hf_patches(frame: torch.Tensor, smallest: int, largest: int) -> tuple[torch.
     st.integers(0, 2_000_000),
     st.sampled_from([28, 32, 14]),
 )
-def test_smart_resize_is_hugging_faces(height, width, smallest, room, factor):
-    limits = {"min_pixels": smallest, "max_pixels": smallest + room, "factor": factor}
-    assert outcome(smart_resize, height, width, **limits) == outcome(hf.smart_resize, height, width, **limits)
+def test_resized_is_hugging_faces_smart_resize(height, width, smallest, room, factor):
+    limits = {"min_pixels": smallest, "max_pixels": smallest + room}
+    ours = outcome(InputLimits(**limits, patch_size=factor // 2).resized, height, width)
+    assert ours == outcome(hf.smart_resize, height, width, factor=factor, **limits)
 
 
 @pytest.mark.parametrize(
     "size", [(1, 200), (1, 201), (200, 1), (201, 1), (14, 14), (42, 70), (13, 13), (28, 28), (720, 1280), (2160, 3840)]
 )
 @pytest.mark.parametrize("limits", [(3136, 12845056), (100352, 602112), (784, 784)])
-def test_smart_resize_at_its_edges(size, limits):
+def test_resized_at_its_edges(size, limits):
     theirs = outcome(hf.smart_resize, *size, min_pixels=limits[0], max_pixels=limits[1])
-    assert outcome(smart_resize, *size, *limits) == theirs
+    ours = InputLimits(*limits)
+    assert outcome(ours.resized, *size) == theirs
     for empty in ((0, size[1]), (size[0], 0), (-28, 28)):
         with pytest.raises(ValueError, match="must be positive"):
-            smart_resize(*empty, *limits)
+            ours.resized(*empty)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_smart_resize_at_its_edges(size, limits):
     ],
 )
 def test_resized_patches_are_hugging_faces_within_one_grey_level(frame, limits):
-    height, width = smart_resize(*frame.shape[1:3], *limits)
+    height, width = InputLimits(*limits).resized(*frame.shape[1:3])
     ours = patchify(resize(frame, height, width).repeat(2, 1, 1, 1))
     theirs, grid = hf_patches(frame, *limits)
     assert grid == [1, height // 14, width // 14]

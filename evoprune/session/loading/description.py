@@ -35,7 +35,7 @@ from evoprune.session.loading.hub import (
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.untrusted import TEXT, check_fetched, checked, read_object, section
 from evoprune.util import did_you_mean, is_text, missing_hint, shorten
-from evoprune.video import MAX_VISUAL_TOKENS, PICTURE, VIDEO, InputLimits
+from evoprune.video import InputLimits, SamplingOptions
 
 ADAPTER = "adapter_config.json"
 MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
@@ -100,8 +100,8 @@ class ModelDescription:
     def max_visual_tokens(self) -> int:
         """Default limit before pruning. The demos are so small that the device sets no lower limit."""
         if self.demo:
-            return MAX_VISUAL_TOKENS
-        return min(MAX_VISUAL_TOKENS, visual_token_limit(self.device))
+            return SamplingOptions.MAX_VISUAL_TOKENS
+        return min(SamplingOptions.MAX_VISUAL_TOKENS, visual_token_limit(self.device))
 
     @property
     def tower(self) -> TowerShape:
@@ -341,14 +341,14 @@ def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str,
         merge_size=vision_config.spatial_merge_size,
     )
     if folder is None:
-        return {VIDEO: limits, PICTURE: replace(limits, **traits.picture)}
+        return {"video": limits, "picture": replace(limits, **traits.picture)}
     of_pictures = (*NORMALISATION, "min_pixels", "max_pixels")
     joint = folder / "processor_config.json"  # transformers 5 saves both in this file
     video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
     image = _limits(joint, "image_processor", of_pictures)
     image = image or _limits(folder / "preprocessor_config.json", only=of_pictures)
     normal = {name: image[name] for name in NORMALISATION if name in image}
-    return {VIDEO: replace(limits, **(normal | video)), PICTURE: replace(limits, **(dict(traits.unstated) | image))}
+    return {"video": replace(limits, **(normal | video)), "picture": replace(limits, **(dict(traits.unstated) | image))}
 
 
 def _warn_of_unused(folder: Path) -> None:

@@ -70,7 +70,7 @@ from evoprune.session.options import AUTO_THREADS, NATIVE, TRANSFORMERS, ModelOp
 from evoprune.session.patches import PatchStore
 from evoprune.untrusted import pick
 from evoprune.util import counted, from_keywords, listed
-from evoprune.video import VIDEO, InputLimits, Video
+from evoprune.video import InputLimits, Video
 from evoprune.vision import encode, tower_shape
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class LoadedModel:
     @property
     def video(self) -> InputLimits:
         """Limits of videos. Pictures have the same patch sizes."""
-        return self.limits[VIDEO]
+        return self.limits["video"]
 
     def facts(self) -> ModelFacts:
         description = self.description

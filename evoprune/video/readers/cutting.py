@@ -33,7 +33,7 @@ from av.video.stream import VideoStream
 
 from evoprune.backend import available_cores
 from evoprune.errors import VideoError
-from evoprune.video.info import CLIP_ENDINGS, EXACT, PICTURE, Video
+from evoprune.video.info import CLIP_ENDINGS, Video
 from evoprune.video.readers import ffmpeg, folder
 from evoprune.video.readers.pyav import Picture, begun, planned
 from evoprune.video.readers.track import TimedFrame, Track, Unreachable
@@ -72,7 +72,7 @@ class ClipReader:
     """
 
     def __init__(self, info: Video, start_s: float, end_s: float, exact: bool, title: str):
-        if info.kind == PICTURE or info.container == folder.CONTAINER:
+        if info.is_picture or info.container == folder.CONTAINER:
             raise VideoError(f"{info.path} is no video file, of which a clip could be cut", "give a video file")
         self._path = info.path
         self._made = _Written()
@@ -424,7 +424,7 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
 
 def _decoded(info: Video, start_s: float) -> Iterator[TimedFrame]:
     """Yield the frames from a keyframe at or before `start_s` on, or from the beginning of the file."""
-    (run,) = planned(info, [max(0.0, start_s)], EXACT, 0.0)
+    (run,) = planned(info, [max(0.0, start_s)], "exact", 0.0)
     with closing(Track(info, ffmpeg.thread_count(available_cores()))) as track:
         frames = None
         with suppress(Unreachable):

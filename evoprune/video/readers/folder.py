@@ -10,7 +10,7 @@ import av
 from av.video.frame import VideoFrame
 
 from evoprune.errors import LFS, LFS_HINT, UsageError, VideoError
-from evoprune.video.info import IMAGES, Video, files, fitted
+from evoprune.video.info import IMAGES, Video, files
 from evoprune.video.readers import colour, ffmpeg
 
 CONTAINER = "folder"
@@ -104,7 +104,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
                 _, frame, turn = decoded
                 width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
                 # An image with another aspect ratio than the first would get black borders.
-                if fitted((width, height), (info.width, info.height)) != (info.width, info.height):
+                if info.fitted(width, height) != (info.width, info.height):
                     shapes = f"{images[i]} has {width}x{height}, the first {info.width}x{info.height}"
                     hint = "a folder is a video, whose frames have one shape; pictures are asked about one by one: a.jpg b.jpg"
                     raise VideoError(f"images of different shapes: {shapes}", hint)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, features
 
 from evoprune.errors import VideoError
-from evoprune.video.info import PICTURE, Video
+from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
 
 MAX_BYTES = 2**29  # larger files are refused before they are read
@@ -90,7 +90,7 @@ def probe(path: str) -> Video:
             rotation_deg=rotation,
             codec=(image.format or "").lower().replace("mpo", "jpeg"),
             pix_fmt=image.mode,
-            container=PICTURE,
+            container="picture",
             frames_total=1,
             tags=tags,
             mirrored=mirrored,

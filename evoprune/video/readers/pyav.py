@@ -15,7 +15,7 @@ from operator import itemgetter
 from av.video.frame import VideoFrame
 
 from evoprune.backend import available_cores, host_memory
-from evoprune.video.info import AUTO_SEEK, EXACT, KEYFRAMES, FrameTimes, Video
+from evoprune.video.info import FrameTimes, Video
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
@@ -44,7 +44,7 @@ def read(
     info: Video,
     times_s: Sequence[float],
     damaged: ffmpeg.Damage,
-    seek: str = EXACT,
+    seek: str = "exact",
     part_s: float = 0.0,
     cores: int | None = None,
 ) -> ffmpeg.Frames:
@@ -169,11 +169,11 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
         return [Run(tuple(times_s), (None,))]
     ends = [bisect_right(keyframes, time + ffmpeg.TOLERANCE_S, key=_time_of) for time in times_s]
     places = [max(0, end - 1) for end in ends]  # index of the last keyframe shown by each time
-    moves = seek == KEYFRAMES or (seek == AUTO_SEEK and part_s >= LEAST_PART_S)
+    moves = seek == "keyframes" or (seek == "auto" and part_s >= LEAST_PART_S)
     near = [()] * len(times_s)
     if moves:
         near = [_near(keyframes, time, part_s / 2) for time in times_s]
-    if seek == AUTO_SEEK and moves:
+    if seek == "auto" and moves:
         frames = [
             (time - keyframes[place].time_s) * (info.fps or ffmpeg.FALLBACK_FPS)
             for time, place, found in zip(times_s, places, near, strict=True)

@@ -19,7 +19,7 @@ from av.subtitles.stream import SubtitleStream
 
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import missing_hint, shorten, shown
-from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles, subtitles_beside
+from evoprune.video.info import SubtitleLine, Subtitles, subtitles_beside
 from evoprune.video.readers import ffmpeg
 
 TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
@@ -60,7 +60,7 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
     """
     file = choice
     why = None
-    if choice == AUTO_SUBTITLES:
+    if choice == "auto":
         file, why = _beside(path)
     try:
         if file is not None:

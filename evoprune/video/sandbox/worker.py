@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
-from evoprune.video.info import PICTURE, FrameTimes, ScanResult, Video
+from evoprune.video.info import FrameTimes, ScanResult, Video
 from evoprune.video.readers import decord, ffmpeg, folder, probing, pyav, subtitles
 from evoprune.video.readers.cutting import ClipReader
 from evoprune.video.readers.live import LiveReader
@@ -70,7 +70,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     """Decode a whole video, see `evoprune.video.frames.scan`."""
     began = time.perf_counter()
     info = probe(path, folder_fps)
-    if info.kind == PICTURE:
+    if info.is_picture:
         raise VideoError(f"{path} is a picture, which has nothing to scan", "leave out --scan")
     reader = folder if info.container == folder.CONTAINER else pyav
     damage = set()
@@ -155,7 +155,7 @@ class FrameReader:
         ffmpeg.picture_size(info.width * info.height)
         self._damaged: set[object] = set()
         self._joints = ffmpeg.incomplete_joints(info)
-        if info.kind == PICTURE:
+        if info.is_picture:
             from evoprune.video.readers import picture  # Pillow's import would delay every video
 
             self._frames = picture.read(info, times_s, self._damaged.add)

@@ -22,7 +22,7 @@ from evoprune.methods import Budget
 from evoprune.moments import Search
 from evoprune.report import KNOWN, WARNINGS, Times, VideoFacts, warned, warning_text
 from evoprune.session import OpenInput, PipelineOptions, Session
-from evoprune.video import PICTURE, Plan
+from evoprune.video import Plan
 from evoprune.video_qa import VideoQA
 from evoprune.vision import EncodedRows
 from evoprune_serve.errors import refused
@@ -226,7 +226,7 @@ def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
     pairs = torch.stack([numbers - first, owner - first], dim=2)
     return {
         "origin_s": plan.info.start_s,
-        "picture": plan.info.kind == PICTURE,
+        "picture": plan.is_picture,
         "still": count == 1,
         "start_s": plan.sampling.start_s,
         "end_s": plan.sampling.end_s,

@@ -19,7 +19,7 @@ import numpy as np
 
 from evoprune.errors import VideoError
 from evoprune.util import size, without_password
-from evoprune.video import PICTURE, HeldVideo, Input, downloaded, held_video, in_one, probe
+from evoprune.video import HeldVideo, Input, downloaded, held_video, in_one, probe
 from evoprune_serve.errors import ApiError, full, refused
 from evoprune_serve.public import PublicTransport
 from evoprune_serve.store import UNUSED_S, Content, Store
@@ -99,7 +99,7 @@ class LocalFrames:
         size = None
         for file in self.files:
             info = probe(file.path)
-            if info.kind != PICTURE:
+            if not info.is_picture:
                 raise refused(f"{file.name} is no picture")
             if size not in (None, (info.height, info.width)):
                 raise refused(f"{file.name} has another size than the frames before it")

@@ -7,7 +7,7 @@ import numpy as np
 from vllm.multimodal.video_decoders.base import VideoSourceMetadata, VideoTargetMetadata, check_frame_pixel_limit
 
 from evoprune.errors import VideoError
-from evoprune.video import PICTURE, FrameTimes, Video, frame_times, in_one, probe, temporary_file
+from evoprune.video import FrameTimes, Video, frame_times, in_one, probe, temporary_file
 
 OPTIONS = {"num_ffmpeg_threads": 0}  # options with their defaults, named as TorchCodec's options in vLLM
 
@@ -34,7 +34,7 @@ def decode_evoprune(
     try:
         with temporary_file([data], "the video") as path:
             info = probe(path)
-            if info.kind == PICTURE:
+            if info.is_picture:
                 raise VideoError("a picture was sent as a video", "send it as image_url")
             check_frame_pixel_limit(info.width, info.height)
             times = frame_times(info)

@@ -10,7 +10,7 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
-from evoprune.video import even_times
+from evoprune.video import SamplingPlan
 from experiments.demo import clips, drawing, lessons, questions
 from experiments.demo.scenes import compose
 from experiments.demo.scenes import drawing as scenes_drawing
@@ -59,7 +59,7 @@ def look(world: str, clip, seed: int) -> tuple[object, float]:
     rng = np.random.default_rng(seed)
     if world == "shapes":
         asked = [(q.type, q.question, q.answer) for q in questions.ask(clip, rng, QUESTIONS)]
-        return (clip, asked), drawing.render(clip, even_times(0.0, clip.seconds, 4)).mean()
+        return (clip, asked), drawing.render(clip, SamplingPlan.even(0.0, clip.seconds, 4).times_s).mean()
     return (rounded(astuple(clip)), ask_scenes(clip, rng, 6, types_for(clip))), scenes_drawing.render(
         clip, [0.2, 0.7]
     ).mean()

@@ -3,7 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from evoprune.video import even_times
+from evoprune.video import SamplingPlan
 from experiments.demo.batches import ATTRIBUTES, Recipe, unit_labels
 from experiments.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, make_clip
 from experiments.demo.training import rate
@@ -23,7 +23,7 @@ def test_units_are_labelled_with_the_thing_whose_centre_they_cover(height, width
     found = 0
     for seed in range(30):
         clip = make_clip("train", seed, height * 28, width * 28, 4.0, 4)
-        times = even_times(0.0, clip.seconds, 8)
+        times = SamplingPlan.even(0.0, clip.seconds, 8).times_s
         labels = unit_labels(clip, times, height, width).reshape(4, height, width, len(ATTRIBUTES))
         for g in range(4):
             there = {}

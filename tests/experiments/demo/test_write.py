@@ -11,7 +11,7 @@ from evoprune.bench import EvalSettings, Evaluation
 from evoprune.bench.questions import load_questions
 from evoprune.bundled import world_of
 from evoprune.errors import UsageError
-from evoprune.video import PICTURE, probe, read_chunks
+from evoprune.video import probe, read_chunks
 from experiments.demo import drawing
 from experiments.demo.scenes import drawing as scenes_drawing
 from experiments.demo.worlds import SCENES, SHAPES
@@ -28,7 +28,7 @@ def test_the_files_hold_every_pixel_and_evaluate_reads_the_questions(tmp_path, c
         assert len(asked) == count
         for seed, video in zip(seeds(3, count), asked, strict=True):
             clip, info = world.make("validation", seed), probe(video.path)
-            still = info.kind == PICTURE
+            still = info.is_picture
             assert world_of(info.tags) == world.name and still == (video.path.suffix == ".png")
             times = [clip.seconds / 2] if still else [i / fps for i in range(round(clip.seconds * fps))]
             assert still or (info.frames_total, info.duration_s) == (len(times), clip.seconds)
