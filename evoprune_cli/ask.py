@@ -459,9 +459,10 @@ class Conversation:
                     self._full = self._encode_full(show)
             answer = self._say(self._full, question, "full")
             report.compare, self._half = answer.report, None
-            from evoprune.bench import compare
+            from evoprune.bench import Reference
 
-            report.agreement = compare(self._full, question, answer, self._generation, self._inputs)
+            given = Reference.of_answer(self._full, question, answer, self._generation)
+            report.agreement = given.agreement(self._inputs).record()
         self.answered += 1  # before printing, so that an interrupted record is not printed twice
         self._finish(report)
 

@@ -202,13 +202,13 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
     """Draw an overlay to a file, and return facts to report."""
     with progress(True) as show:
         prepare()
-        from evoprune.bench import trace
+        from evoprune.bench import TracedVideo
         from evoprune.video_qa import load_qa
 
         show("loading model")
         session = load_qa(options.model, options.pruning).session
         show("reading video")
-        traced = trace(session, path, options.sampling, video, encoding(show))
+        traced = TracedVideo.trace(session, path, options.sampling, video, encoding(show))
         show("drawing")
         name = session.pruning.name
         budget = session.pruning.budget.recorded

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from evoprune.bench import SYNTHETIC, Case, ProfileSettings
+from evoprune.bench import Case, ProfileSettings
 from evoprune.errors import UsageError
 from evoprune.session import ModelOptions, PruneOptions
 from evoprune.util import size as size_text
@@ -64,7 +64,7 @@ def profile(
         "Without VIDEO: things that move before a still background, a still picture with a tenth of it changing, "
         "or noise; default: motion.",
         opt.SWEEP,
-        **opt.one_of(*SYNTHETIC),
+        **opt.one_of(*ProfileSettings.SYNTHETIC),
     ) = None,
     pictures: opt.option(
         bool,
@@ -134,7 +134,7 @@ def profile(
     sizes = _sizes(opt.listed(size))
     choices = [("--quantize", width, WORDS["quantize"]) for width in bits]
     choices += [("--format", form, FORMATS), ("--load-format", load_format, (None, *WORDS["load_format"]))]
-    for name, value, known in (*choices, ("--synthetic", synthetic, (None, *SYNTHETIC))):
+    for name, value, known in (*choices, ("--synthetic", synthetic, (None, *ProfileSettings.SYNTHETIC))):
         if value not in known:
             raise UsageError(f"{name} {value!r} is unknown", f"one of {', '.join(filter(None, known))}")
     if video is not None and synthetic is not None:
@@ -179,7 +179,7 @@ def profile(
             load_format=load_format,
             exact=bool(size),
             video=info,
-            source=without_password(video) if info else synthetic or SYNTHETIC[0],
+            source=without_password(video) if info else synthetic or ProfileSettings.SYNTHETIC[0],
             begun=begun,
         )
         needs = run.needs()

@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 from xml.sax.saxutils import escape, quoteattr
 
-from evoprune.bench import INK
-
+# Colors of figures, as in the charts of evoprune. Color-blind readers can distinguish `COLOURS`.
+INK = "#222222"
+SOFT = "#5F5F5F"
+COLOURS = ("#0072B2", "#D55E00")
 EDGE = 24  # margin of the document in pixels
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 LOOK = {  # attributes of `text`, with the defaults that are left out

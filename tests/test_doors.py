@@ -18,7 +18,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "session": 67,
     "methods": 54,
     "video": 45,
-    "bench": 49,
+    "bench": 26,
     "language": 38,
     "model": 35,
     "batch": 33,

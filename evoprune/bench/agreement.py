@@ -6,6 +6,7 @@ quantization the same way.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -27,6 +28,47 @@ class Reference:
     logs: torch.Tensor  # float32 `[n, k + 1]`, their log probabilities, and the log of the remaining probability
     seconds: float  # time from the question to the first token
 
+    @classmethod
+    def of(
+        cls,
+        video: EncodedInputs,
+        question: str,
+        ids: Sequence[int],
+        ended: bool,
+        system: str | None = None,
+        think: str = "off",
+    ) -> Self:
+        """Return the unpruned model's distributions along its own answer, the tokens `ids`.
+
+        If the model `ended` the answer by itself, its end counts as one more token, because an answer that continues is a different
+        one.
+
+        Raises the errors of `EncodedInputs.read_along`.
+        """
+        ids = tuple(ids)
+        if ended or not ids:
+            ids = (*ids, 0)
+        logits, seconds = video.read_along(question, ids, system, think)
+        logs = logits.log_softmax(-1)
+        best, tokens = logs.topk(min(KEPT, logs.shape[1] - 1))
+        return cls(question, system, think, ids, tokens, torch.cat([best, _rest(best)], 1), seconds)
+
+    @classmethod
+    def of_answer(cls, video: EncodedInputs, question: str, answer: Answer, options: GenerationOptions) -> Self:
+        """Return the same for an answer that was generated with `options`."""
+        ended = answer.report.finish_reason == "stop"
+        if answer.report.stop_reason is not None or options.grammar is not None:
+            ended = False  # the answer may lack its end token
+        return cls.of(video, question, answer.ids, ended, options.system, options.think)
+
+    def agreement(self, video: EncodedInputs) -> "Agreement":
+        """Return how a pruned video's choices agree. Raises the errors of `EncodedInputs.read_along`."""
+        logits, seconds = video.read_along(self.question, self.ids, self.system, self.think)
+        logs = logits.log_softmax(-1).gather(1, self.tokens)
+        logs = torch.cat([logs, _rest(logs)], 1)
+        kl = (self.logs.exp() * (self.logs - logs)).sum(1).clamp(min=0)
+        return Agreement((logits.argmax(-1) == self.tokens[:, 0]).cpu(), kl.cpu(), seconds)
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -39,50 +81,6 @@ class Agreement:
     def record(self) -> dict[str, float]:
         counts = {"tokens": len(self.agrees), "agree": int(self.agrees.sum())}
         return counts | {"kl": float(self.kl.mean()), "kl_p95": float(self.kl.quantile(0.95))}
-
-
-def reference(
-    video: EncodedInputs,
-    question: str,
-    ids: Sequence[int],
-    ended: bool,
-    system: str | None = None,
-    think: str = "off",
-) -> Reference:
-    """Return the unpruned model's distributions along its own answer, the tokens `ids`.
-
-    If the model `ended` the answer by itself, its end counts as one more token, because an answer that continues is a different
-    one.
-
-    Raises the errors of `EncodedInputs.read_along`.
-    """
-    ids = tuple(ids)
-    if ended or not ids:
-        ids = (*ids, 0)
-    logits, seconds = video.read_along(question, ids, system, think)
-    logs = logits.log_softmax(-1)
-    best, tokens = logs.topk(min(KEPT, logs.shape[1] - 1))
-    return Reference(question, system, think, ids, tokens, torch.cat([best, _rest(best)], 1), seconds)
-
-
-def agreement_of(given: Reference, video: EncodedInputs) -> Agreement:
-    """Return how a pruned video's choices agree with a reference. Raises the errors of `EncodedInputs.read_along`."""
-    logits, seconds = video.read_along(given.question, given.ids, given.system, given.think)
-    logs = logits.log_softmax(-1).gather(1, given.tokens)
-    logs = torch.cat([logs, _rest(logs)], 1)
-    kl = (given.logs.exp() * (given.logs - logs)).sum(1).clamp(min=0)
-    return Agreement((logits.argmax(-1) == given.tokens[:, 0]).cpu(), kl.cpu(), seconds)
-
-
-def compare(
-    full: EncodedInputs, question: str, answer: Answer, options: GenerationOptions, pruned: EncodedInputs
-) -> dict[str, float]:
-    """Return the record of how a pruned video agrees with the unpruned answer, which was generated with `options`."""
-    ended = answer.report.finish_reason == "stop"
-    if answer.report.stop_reason is not None or options.grammar is not None:
-        ended = False  # the answer may lack its end token
-    given = reference(full, question, answer.ids, ended, options.system, options.think)
-    return agreement_of(given, pruned).record()
 
 
 def _rest(logs: torch.Tensor) -> torch.Tensor:

@@ -84,56 +84,37 @@ class Panel:
     from_zero: bool = True
 
 
-def draw(title: str, subtitle: str, panels: Sequence[Panel], rows: Sequence[str] = ()) -> str:
-    """Return an SVG document of panels side by side, which share the value axis.
-
-    Args:
-        rows: names of rows for a horizontal chart. A point's `x` is then the value with its interval, and its `y` is the index of
-            its row, the first on top. Only dashed series are drawn as lines.
-    """
+def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
+    """Return an SVG document of panels side by side, which share the value axis."""
     from matplotlib import rc_context  # takes half a second to import
     from matplotlib.figure import Figure
 
     looks = {"svg.fonttype": "none", "svg.hashsalt": "evoprune", "font.size": 8.5, "axes.edgecolor": SOFT}
     with rc_context(looks | {"xtick.color": SOFT, "ytick.color": SOFT, "text.color": INK, "axes.labelcolor": INK}):
-        height = 1.6 + 0.24 * len(rows) if rows else 4.6
-        figure = Figure((830 / 96, height), layout="constrained")
-        (every,) = figure.subplots(1, len(panels), squeeze=False, sharex=bool(rows), sharey=True)
+        figure = Figure((830 / 96, 4.6), layout="constrained")
+        (every,) = figure.subplots(1, len(panels), squeeze=False, sharey=True)
         points = [point for panel in panels for series in panel.series for point in series.points]
-        if rows:
-            values = [value for point in points for value in (point.x, point.low, point.high) if value is not None]
-        else:
-            values = [value for point in points for value in (point.y, point.low, point.high) if value is not None]
+        values = [value for point in points for value in (point.y, point.low, point.high) if value is not None]
         cut = (
             not any(panel.from_zero for panel in panels) and min(values, default=0) >= CUT * max(values, default=0) > 0
         )
         for axes, panel in zip(every, panels, strict=True):
             for series in panel.series:
-                _draw_series(axes, series, sideways=bool(rows))
+                _draw_series(axes, series)
             axes.set_title(panel.title, loc="left", fontsize=9.5, fontweight="bold")
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_axisbelow(True)
-            if rows:
-                axes.grid(axis="x", color="#E4E4E4")
-                axes.set_yticks(range(len(rows)), rows, color=INK)
-                axes.set_ylim(len(rows) - 0.5, -0.5)
-                start = _start(axes.xaxis, values, cut)
-                axes.set_xlim(start)
-            else:
-                axes.grid(axis="y", color="#E4E4E4")
-                if panel.x_ticks:
-                    axes.set_xticks(panel.x_ticks, [f"{tick:,.6g}" for tick in panel.x_ticks])
-                axes.margins(x=0.1)  # room for labels
-                axes.set_xlim(left=0)
-                start = _start(axes.yaxis, values, cut)
-                axes.set_ylim(start)
+            axes.grid(axis="y", color="#E4E4E4")
+            if panel.x_ticks:
+                axes.set_xticks(panel.x_ticks, [f"{tick:,.6g}" for tick in panel.x_ticks])
+            axes.margins(x=0.1)  # room for labels
+            axes.set_xlim(left=0)
+            start = _start(axes.yaxis, values, cut)
+            axes.set_ylim(start)
         begins = f" (axis from {start:,.3g})" if cut else ""
         for axes, panel in zip(every, panels, strict=True):
             axes.set_xlabel(panel.x_label)
-            if rows:
-                axes.set_xlabel(panel.x_label + begins)
-        if not rows:
-            every[0].set_ylabel(panels[0].y_label + begins)
+        every[0].set_ylabel(panels[0].y_label + begins)
         figure.supxlabel(textwrap.fill(subtitle, 130), x=0.01, ha="left", fontsize=8.25, color=SOFT)
         named = {name: handle for axes in every for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(  # includes the title, because two things outside the plots would overlap
@@ -142,7 +123,7 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], rows: Sequence[str]
         )  # fmt: skip
         figure.draw_without_rendering()  # computes the layout, to find labels that would overlap
         for axes, panel in zip(every, panels, strict=True):
-            _label_points(axes, panel, sideways=bool(rows))
+            _label_points(axes, panel)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Title": title, "Creator": "evoprune", "Date": None})
     svg = file.getvalue()
@@ -158,8 +139,8 @@ def _start(axis, values: Sequence[float], cut: bool) -> float:
     return axis.get_major_locator().tick_values(min(values), max(values))[0]
 
 
-def _draw_series(axes, series: Series, sideways: bool) -> None:
-    """Draw the line, marks and intervals of a series. Sideways, the marks are not joined by a line."""
+def _draw_series(axes, series: Series) -> None:
+    """Draw the line, marks and intervals of a series."""
     x = [point.x for point in series.points]
     y = [point.y for point in series.points]
     name = series.name or None
@@ -168,10 +149,7 @@ def _draw_series(axes, series: Series, sideways: bool) -> None:
         return
     low = [point.low for point in series.points]
     high = [point.high for point in series.points]
-    if sideways:
-        looks = {"xerr": [_distances(low, x), _distances(high, x)], "fmt": "o"}
-    else:
-        looks = {"yerr": [_distances(low, y), _distances(high, y)], "fmt": "o-"}
+    looks = {"yerr": [_distances(low, y), _distances(high, y)], "fmt": "o-"}
     if series.hollow:
         looks["markerfacecolor"] = "white"
     axes.errorbar(
@@ -184,7 +162,7 @@ def _distances(ends: Sequence[float | None], values: Sequence[float]) -> list[fl
     return [math.nan if end is None else abs(end - value) for end, value in zip(ends, values, strict=True)]
 
 
-def _label_points(axes, panel: Panel, sideways: bool) -> None:
+def _label_points(axes, panel: Panel) -> None:
     """Write labels next to their points, in the order of the series.
 
     A label is placed where it overlaps nothing, otherwise where it only overlaps lines and intervals, otherwise it is left out.
@@ -192,7 +170,7 @@ def _label_points(axes, panel: Panel, sideways: bool) -> None:
     every = [(point, series.colour) for series in panel.series for point in series.points if point.label]
     dots = [(point.x, point.y) for series in panel.series if not series.dashed for point in series.points]
     marks = axes.transData.transform(dots or [(math.nan, math.nan)])
-    lines = _on_lines(axes, panel, sideways)
+    lines = _on_lines(axes, panel)
     pixels = axes.figure.dpi / 72  # in a point
     frame = axes.get_window_extent()
     whole = axes.figure.bbox
@@ -231,20 +209,15 @@ def _label_points(axes, panel: Panel, sideways: bool) -> None:
         taken += [box for _, box in found[-1:]]
 
 
-def _on_lines(axes, panel: Panel, sideways: bool) -> "np.ndarray":
+def _on_lines(axes, panel: Panel) -> "np.ndarray":
     """Return densely spaced places on the lines and intervals of a plot, `[n, 2]` in pixels."""
     import numpy as np
 
     paths = []
     for series in panel.series:
-        if series.dashed or not sideways:
-            paths.append([(point.x, point.y) for point in series.points])
+        paths.append([(point.x, point.y) for point in series.points])
         for point in series.points:
-            ends = [end for end in (point.low, point.high) if end is not None]
-            if sideways:
-                paths.append([(end, point.y) for end in ends])
-            else:
-                paths.append([(point.x, end) for end in ends])
+            paths.append([(point.x, end) for end in (point.low, point.high) if end is not None])
     steps = np.linspace(0, 1, 200)[:, None]
     places = [np.empty((0, 2))]
     for path in filter(None, paths):

@@ -24,7 +24,7 @@ from math import prod
 import numpy as np
 import torch
 
-from evoprune.bench.profile_rows import SYNTHETIC, Case
+from evoprune.bench.profile_rows import Case, ProfileSettings
 from evoprune.errors import UsageError
 from evoprune.language import Place, place_of_pairs, prompt_positions
 from evoprune.methods import PruneConfig
@@ -50,13 +50,13 @@ Draw = Callable[[int], np.ndarray]  # f to integers [H, W, 3], 0 to 255
 
 
 def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int = UNIT) -> np.ndarray:
-    """Return a synthetic clip, uint8 `[frames, height, width, 3]`. `content` is one of `SYNTHETIC`.
+    """Return a synthetic clip, uint8 `[frames, height, width, 3]`. `content` is one of `ProfileSettings.SYNTHETIC`.
 
     Raises:
         ValueError: the content is unknown, or the sizes are not whole grids of whole units.
     """
-    if content not in SYNTHETIC:
-        raise ValueError(f"no synthetic clip {content!r}: one of {', '.join(SYNTHETIC)}")
+    if content not in ProfileSettings.SYNTHETIC:
+        raise ValueError(f"no synthetic clip {content!r}: one of {', '.join(ProfileSettings.SYNTHETIC)}")
     if min(frames, height, width) < 1 or frames % PAIR or height % unit or width % unit:
         raise ValueError(f"{frames} frames of {height}x{width} are not whole grids of whole units")
     draw = {"motion": _motion, "static90": partial(_static, unit=unit), "noise": _noise}[content](height, width)

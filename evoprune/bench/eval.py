@@ -106,13 +106,6 @@ class Cost:
 Progress = Callable[..., None]
 
 
-def told(what: str, done: int = 0, total: int = 0, detail: str = "") -> str:
-    """Return the arguments of a `Progress` call as a line for a log."""
-    if not total:
-        return what
-    return f"{what} {done} of {total}: {detail}"
-
-
 @dataclass(frozen=True)
 class Variant:
     row: str

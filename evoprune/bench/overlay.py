@@ -1,9 +1,9 @@
 """An overlay: a video's frames, in which every unit shows its fate: read by the language model, reused, merged or dropped.
 
-`trace` encodes a video and keeps its frames, and `TracedVideo.draw` makes a file. `Overlay` draws frame pairs side by side, or the
-frames one after another, with a title and a legend. Units that are read keep their colors, slightly brighter. All others are
-darker, with a tint: blue if reused, orange if merged, no tint if dropped. A line leads from a merged unit to the dot of its owner,
-or an arrow points toward the frame pair of its owner.
+`TracedVideo.trace` encodes a video and keeps its frames, and `TracedVideo.draw` makes a file. `Overlay` draws frame pairs side by
+side, or the frames one after another, with a title and a legend. Units that are read keep their colors, slightly brighter. All
+others are darker, with a tint: blue if reused, orange if merged, no tint if dropped. A line leads from a merged unit to the dot of
+its owner, or an arrow points toward the frame pair of its owner.
 """
 
 import io
@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import av
 import numpy as np
@@ -28,7 +28,6 @@ from evoprune.util import counted
 from evoprune.video import FrameChunk, OnFrames, Plan, SamplingOptions
 from evoprune.vision import EncodedRows, resize, token_selection
 
-FATES = ("read", "reused", "merged", "dropped")  # the fate of a unit is the first that applies
 BACKGROUND = (18, 18, 22)
 INK = (235, 235, 240)
 FAINT = (160, 160, 170)
@@ -52,11 +51,47 @@ class Fates:
         rows: number of rows that the encoder returns.
     """
 
+    NAMES: ClassVar[tuple[str, ...]] = (
+        "read",
+        "reused",
+        "merged",
+        "dropped",
+    )  # a unit's fate is the first that applies
+
     grid: tuple[int, int, int]
     chosen: torch.Tensor
     source: torch.Tensor
     owner: torch.Tensor
     rows: int
+
+    @staticmethod
+    def check(session: Session) -> None:
+        """Raise UsageError if units have no fates: the method depends on the question or only acts inside the language model."""
+        if session.pruning.method.reads_question:
+            what, instead = session.pruning.method.refusals
+            raise UsageError(f"{what}, and an overlay has none", f"use {instead}")
+        if session.pruning.method.acts == "language":
+            hint = "use a method that acts before the language model; in a combination, the overlay shows what that one does"
+            raise UsageError(
+                f"method {session.pruning.name} drops tokens by the question, and an overlay has none", hint
+            )
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, video: EncodedRows) -> Self:
+        """Return the fates of the units of an encoded video. The method must not depend on the question."""
+        row = video.selector_input.unit_to_row.cpu()
+        selection = token_selection(video)
+        owner = torch.where(row >= 0, video.rows.unit.cpu()[row.clamp(min=0)], -1)
+        kept = selection.kept.cpu()
+        if selection.unit_to_token is not None:  # otherwise draw the merging inside the encoder
+            into = selection.unit_to_token.cpu()
+            owner = torch.where(into >= 0, kept[into.clamp(min=0)], -1)
+        chosen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
+        chosen[kept] = True
+        _, height, width = video.plan.grid
+        source = (video.source.cpu() * height * width + arange_on(height * width, "cpu")).flatten()
+        return cls(video.plan.grid, chosen, source, owner, len(video.rows.unit))
 
     @property
     def encoded(self) -> torch.Tensor:
@@ -65,39 +100,22 @@ class Fates:
 
     @property
     def fate(self) -> torch.Tensor:
-        """Int64 `[N]`, each unit's fate as an index in `FATES`."""
+        """Int64 `[N]`, each unit's fate as an index in `NAMES`."""
         moved = (self.owner >= 0) & (self.owner != arange_on(len(self.owner), self.owner.device))
         applies = torch.stack([self.chosen, ~self.encoded, moved, torch.ones_like(moved)])
         return applies.int().argmax(0)
 
     def all_of(self, name: str) -> torch.Tensor:
-        return self.fate == FATES.index(name)
+        return self.fate == self.NAMES.index(name)
 
     def counts(self) -> dict[str, int]:
-        sums = {name: int(self.all_of(name).sum()) for name in FATES}
+        sums = {name: int(self.all_of(name).sum()) for name in self.NAMES}
         return {"units": len(self.owner), **sums, "encoded": int(self.encoded.sum()), "rows": self.rows}
-
-
-@torch.inference_mode()
-def fates(video: EncodedRows) -> Fates:
-    """Return the fates of the units of an encoded video. The method must not depend on the question."""
-    row = video.selector_input.unit_to_row.cpu()
-    selection = token_selection(video)
-    owner = torch.where(row >= 0, video.rows.unit.cpu()[row.clamp(min=0)], -1)
-    kept = selection.kept.cpu()
-    if selection.unit_to_token is not None:  # otherwise draw the merging inside the encoder
-        into = selection.unit_to_token.cpu()
-        owner = torch.where(into >= 0, kept[into.clamp(min=0)], -1)
-    chosen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
-    chosen[kept] = True
-    _, height, width = video.plan.grid
-    source = (video.source.cpu() * height * width + arange_on(height * width, "cpu")).flatten()
-    return Fates(video.plan.grid, chosen, source, owner, len(video.rows.unit))
 
 
 @dataclass(frozen=True)
 class TracedVideo:
-    """A video's frames and the fates of its units.
+    """A video's frames and the fates of its units, made by `trace`.
 
     Attributes:
         frames: uint8 `[F, H, W, 3]`, at the size that the encoder reads; two frames form a frame pair.
@@ -110,6 +128,34 @@ class TracedVideo:
     fates: Fates
     warnings: list[str]
     damaged: int
+
+    @classmethod
+    def trace(
+        cls,
+        session: Session,
+        path: str,
+        sampling: SamplingOptions | None = None,
+        name: str | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Encode a video and keep its frames and the fates of its units. See `session.encoding.open_inputs` for the arguments.
+
+        Raises:
+            UsageError: as in `Fates.check`.
+            VideoError: the video cannot be read.
+            OutOfMemory: there is not enough memory.
+        """
+        Fates.check(session)
+        with closing(open_inputs(session, [path], sampling, names=[name], kind=_TracedInput)) as opened:
+            (traced,) = opened.inputs
+            plan = traced.plan
+            report = opened.encode(progress).report
+        warnings = list(plan.info.warnings)
+        codes = ("cut_short", "damaged_video", "equal_scores")
+        warnings += [code for code in codes if code in report.inputs[0].warnings]
+        if not session.loaded.knows(plan.info):
+            warnings.append("demo_overlay")
+        return cls(plan, torch.cat(traced.shown), Fates.of(traced.made), warnings, report.video.damaged or 0)
 
     @property
     def summary(self) -> str:
@@ -148,44 +194,6 @@ class _TracedInput(OpenInput):
     def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         self.made = super().run_tower(patches, **options)
         return self.made
-
-
-def check_drawable(session: Session) -> None:
-    """Raise UsageError if the method depends on the question or only acts inside the language model."""
-    if session.pruning.method.reads_question:
-        what, instead = session.pruning.method.refusals
-        raise UsageError(f"{what}, and an overlay has none", f"use {instead}")
-    if session.pruning.method.acts == "language":
-        hint = (
-            "use a method that acts before the language model; in a combination, the overlay shows what that one does"
-        )
-        raise UsageError(f"method {session.pruning.name} drops tokens by the question, and an overlay has none", hint)
-
-
-def trace(
-    session: Session,
-    path: str,
-    sampling: SamplingOptions | None = None,
-    name: str | None = None,
-    progress: Progress | None = None,
-) -> TracedVideo:
-    """Encode a video and keep its frames and the fates of its units. See `session.encoding.open_inputs` for the arguments.
-
-    Raises:
-        UsageError: as in `check_drawable`.
-        VideoError: the video cannot be read.
-        OutOfMemory: there is not enough memory.
-    """
-    check_drawable(session)
-    with closing(open_inputs(session, [path], sampling, names=[name], kind=_TracedInput)) as opened:
-        (traced,) = opened.inputs
-        plan = traced.plan
-        report = opened.encode(progress).report
-    warnings = list(plan.info.warnings)
-    warnings += [code for code in ("cut_short", "damaged_video", "equal_scores") if code in report.inputs[0].warnings]
-    if not session.loaded.knows(plan.info):
-        warnings.append("demo_overlay")
-    return TracedVideo(plan, torch.cat(traced.shown), fates(traced.made), warnings, report.video.damaged or 0)
 
 
 MADE_BY = "evoprune overlay"  # stored in each file's metadata
@@ -252,8 +260,8 @@ MARK = (255, 214, 102)  # color of lines, dots and arrows, which have a dark out
 
 def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
     """Return a picture, uint8 `[H, W, 3]`, with each pixel in the brightness and tint of its fate, int `[H, W]`."""
-    share = np.array([TINTS[name][0] for name in FATES], np.float32)[fate]
-    tint = np.array([TINTS[name][1] for name in FATES], np.float32)[fate]
+    share = np.array([TINTS[name][0] for name in Fates.NAMES], np.float32)[fate]
+    tint = np.array([TINTS[name][1] for name in Fates.NAMES], np.float32)[fate]
     return (picture.astype(np.float32) * share[..., None] + tint).clip(0, 255).astype(np.uint8)
 
 
@@ -340,7 +348,7 @@ class Overlay:
         units = self._of_frame(np.arange(len(self._fate)), frame)
         owner = self._of_frame(self._video.fates.owner.numpy(), frame)
         inside = np.isin(owner, units)
-        merged = fate == FATES.index("merged")
+        merged = fate == Fates.NAMES.index("merged")
         for y, x in np.argwhere(merged & inside).tolist():
             (end,) = np.argwhere(units == owner[y, x]).tolist()
             marks.line((y, x), tuple(end))
@@ -356,7 +364,7 @@ class Overlay:
         """
         here = self._of_frame(self._fate, frame)
         anywhere = set(self._fate.tolist())
-        counts = (f"{(here == n).sum()} {name}" for n, name in enumerate(FATES) if n in anywhere)
+        counts = (f"{(here == n).sum()} {name}" for n, name in enumerate(Fates.NAMES) if n in anywhere)
         minutes, seconds = divmod(round(self._video.plan.sampling.times_s[frame], 2), 60)
         return f"{minutes:.0f}:{seconds:05.2f}: {', '.join(counts)}"
 
@@ -415,9 +423,9 @@ def columns(panels: int, ratio: float) -> int:
 def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
     """Return a row of the legend: two small units, drawn as in a panel, and their meaning."""
     side = round(1.4 * size)
-    fate = np.full((side, 2 * side), FATES.index(name))
+    fate = np.full((side, 2 * side), Fates.NAMES.index(name))
     if name == "merged":
-        fate[:, side:] = FATES.index("read")
+        fate[:, side:] = Fates.NAMES.index("read")
     swatch = Image.fromarray(light(np.full((*fate.shape, 3), 120, np.uint8), fate))
     if name == "merged":
         marks = Marks(swatch, side)

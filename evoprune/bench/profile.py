@@ -55,7 +55,6 @@ from evoprune.bench.profile_rows import (
     FULL,
     HUGGING_FACE,
     METHOD,
-    SYNTHETIC,
     Case,
     Counts,
     ProfileRow,
@@ -123,7 +122,7 @@ class Profile:
         load_format: str | None = None,
         exact: bool = True,
         video: Video | None = None,
-        source: str = SYNTHETIC[0],
+        source: str = ProfileSettings.SYNTHETIC[0],
         begun: float | None = None,
     ):
         methods = [settings.config(name, 1.0).method for name in settings.methods]
@@ -163,6 +162,12 @@ class Profile:
         loaded = load(self.model, self.cases)
         how = {"about": self._about, "progress": progress, "limit": self.limit}
         yield from measure(loaded, self.cases, self._frames, self.settings, **how)
+
+    def bench(self, progress: Progress = lambda what: None) -> tuple["Bench", list[ProfileRow]]:
+        """Load the model, and return the bench and its rows, to measure single turns. Raises the errors of `load`."""
+        loaded = load(self.model, self.cases)
+        rows = all_rows(self.cases, self.settings)
+        return Bench(loaded, rows, self._frames, self.settings, progress), rows
 
 
 def default_load_format(name: str) -> str:

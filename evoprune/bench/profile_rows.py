@@ -1,17 +1,18 @@
 """Settings, cases, rows and samples of `evoprune profile`. Times are in seconds. Imports no torch."""
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from evoprune import methods
 from evoprune.session import PruneOptions
 from evoprune.util import budget_text
 
-SYNTHETIC = ("motion", "static90", "noise")  # kinds of synthetic clips, see `clips.py`
-
 
 @dataclass(frozen=True)
 class ProfileSettings:
     """Settings of a profile. Every method runs at every budget, with each quantization of the language model's weights."""
+
+    SYNTHETIC: ClassVar[tuple[str, ...]] = ("motion", "static90", "noise")  # kinds of synthetic clips, see `clips.py`
 
     budgets: tuple[float | str, ...]  # see `Budget.recorded`
     methods: tuple[str, ...] = (methods.DEFAULT,)

@@ -23,7 +23,7 @@ import numpy as np
 
 from evoprune import methods
 from evoprune.backend import pack_waiting
-from evoprune.bench.agreement import Reference, agreement_of, reference
+from evoprune.bench.agreement import Reference
 from evoprune.bench.results import Results
 from evoprune.bench.scores import Z95, share_variance, wilson
 from evoprune.bench.shared import (
@@ -448,7 +448,7 @@ class Answering:
             answer = video.ask(question, max_new_tokens=self.tokens, think=self._think)
             str(answer)  # generates the answer
             ended = answer.report.finish_reason == "stop"
-            references.append(reference(fresh, question, answer.ids, ended, think=self._think))
+            references.append(Reference.of(fresh, question, answer.ids, ended, think=self._think))
         return FullAnswers(path, tuple(references), seconds + references[0].seconds, self._limit.now() - start)
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
@@ -462,7 +462,7 @@ class Answering:
             start = self._limit.now()
             answer = video.ask(question, max_new_tokens=TOKENS[-1], think=self._think)
             str(answer)
-            reference(video, question, answer.ids, ended=False, think=self._think)
+            Reference.of(video, question, answer.ids, ended=False, think=self._think)
         token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(answer.ids))
         reading = self._limit.now() - start - token * len(answer.ids)
         choices = [(tokens, every) for tokens in TOKENS] + [(TOKENS[-1], asked) for asked in range(every - 1, 0, -1)]
@@ -656,7 +656,7 @@ class Tuning(Run):
                 self.loaded, PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed).config()
             )
             encoded, seconds = encode(session, full.path, self.settings.sampling, held[video])
-            along = [agreement_of(given, encoded) for given in full.references]
+            along = [given.agreement(encoded) for given in full.references]
             pruning = encoded.report.pruning
             return Trial(
                 agree=sum(int(result.agrees.sum()) for result in along),

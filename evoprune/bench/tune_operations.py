@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from evoprune.bench.agreement import agreement_of
 from evoprune.bench.results import Column, Results, failures, fitting, folded, meanings
 from evoprune.bench.tune import BUDGETS, Progress, Run, TuneSettings, encode
 from evoprune.bench.tune_results import heading
@@ -103,7 +102,7 @@ class OperationTuning(Run):
             progress(f"measurement {self._measured}, {counted(self.search.left_out, 'operation')} left out")
             session = replace(full, pruning=replace(full.pruning, method=method))
             pruned = [(video.with_session(session), references) for video, references in asked]
-            results = [agreement_of(given, video) for video, references in pruned for given in references]
+            results = [given.agreement(video) for video, references in pruned for given in references]
             kl = np.concatenate([result.kl.numpy() for result in results])
             return float(kl.mean()), sum(int(result.agrees.sum()) for result in results) / len(kl)
 

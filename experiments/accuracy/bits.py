@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench import agreement_of, grade, map_in_processes, reference
+from evoprune.bench import Reference, grade, map_in_processes
 from evoprune.session import ModelOptions, load_model
 from evoprune.video_qa import VideoQA
 from experiments.accuracy.frontier import SETS
@@ -52,8 +52,8 @@ def answers_about(loaded: list, folder: Path, clip: ClipName) -> list[dict]:
             exact, bits = (VideoQA(each, budget=budget, seed=clip.seed).encode(video.path) for each in loaded)
             for row in video.rows:
                 said = exact.ask(row.prompt, max_new_tokens=TOKENS)
-                given = reference(exact, row.prompt, said.ids, said.report.finish_reason == "stop")
-                found = agreement_of(given, bits)
+                given = Reference.of(exact, row.prompt, said.ids, said.report.finish_reason == "stop")
+                found = given.agreement(bits)
                 # If all first choices agree, the answer is the same.
                 other = said if found.agrees.all() else bits.ask(row.prompt, max_new_tokens=TOKENS)
                 made.append(

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from evoprune import methods
-from evoprune.bench import COLOURS, FULL, INK, METHOD, SOFT, Panel, Point, Series, draw
+from evoprune.bench import Panel, Point, Series, draw
 from evoprune.methods import Budget
 from evoprune.util import budget_text
 from experiments import tables
-from experiments.accuracy.frontier import SETS, kept, samples_of
+from experiments.accuracy.frontier import FULL, METHOD, SETS, kept, samples_of
 from experiments.accuracy.frontier import table as by_group
 from experiments.accuracy.paired import in_points, paired_difference
+from experiments.svg import COLOURS, INK, SOFT
 
 OURS = "evoprune"
 ALIKE = 1.03  # smaller ratios count as equal time

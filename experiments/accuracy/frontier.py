@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench import FULL, METHOD, EvalSettings, Evaluation, told
+from evoprune.bench import EvalSettings, Evaluation
 from evoprune.methods import Budget
 from evoprune.session import ModelOptions
 from evoprune.util import budget_text
 from experiments import tables
 from experiments.accuracy.paired import in_points, paired_difference
 from experiments.demo.write import clips_asked, data_text, demo_videos
+from experiments.progress import told
 
 SETS = {
     "scenes": ("scenes", "demo-scenes"),
@@ -26,6 +27,9 @@ SETS = {
     "shapes": ("shapes", "demo"),
     "shapes, second": ("shapes", "tests/demo/second"),
 }
+# The field `row` of a sample: the unpruned model, and a method at a budget.
+FULL = "full"
+METHOD = "method"
 GROUPS = ("picture", "video", "text", "events")  # only in scenes
 
 

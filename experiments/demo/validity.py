@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench import EvalSettings, Evaluation, told
+from evoprune.bench import EvalSettings, Evaluation
 from evoprune.language import GenerationOptions
 from evoprune.session import ModelOptions
 from experiments import tables
 from experiments.demo.worlds import SCENES
 from experiments.demo.write import clips_asked, data_text, demo_videos
+from experiments.progress import told
 
 PICTURE = "picture"
 VIDEO = "video"

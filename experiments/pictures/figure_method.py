@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from evoprune import VideoQA
-from evoprune.bench import COLOURS, INK, SOFT, TracedVideo, trace
-from experiments.svg import EDGE, document, text
+from evoprune.bench import TracedVideo
+from experiments.svg import COLOURS, EDGE, INK, SOFT, document, text
 
 CLIP = "samples/flash.mp4"
 BUDGET = 0.1
@@ -70,7 +70,7 @@ def measure(clip: str, budget: float) -> Run:
     """
     qa = VideoQA.load("demo", budget=budget)
     report = qa.encode(clip).report.pruning
-    video = trace(qa.session, clip)
+    video = TracedVideo.trace(qa.session, clip)
     layers = tuple(rows for _, rows in report.layers)
     return Run(os.path.basename(clip), budget, video, layers, report.encoder_live_share)
 

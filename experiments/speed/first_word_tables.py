@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from evoprune.bench import SOFT
 from experiments import svg
 from experiments.speed.first_word_asks import TRANSFORMERS
 from experiments.speed.first_word_readers import READERS
@@ -318,7 +317,7 @@ def chart(records: Sequence[Row]) -> str:
             for side, row in shown.items():
                 elements.append(svg.text(LEFT - 8, y + 13, title_of(side).replace("`", ""), "end", size=11.5))
                 if row is None:
-                    elements.append(svg.text(LEFT, y + 13, error_of(sides[side])[:80], size=11.5, fill=SOFT))
+                    elements.append(svg.text(LEFT, y + 13, error_of(sides[side])[:80], size=11.5, fill=svg.SOFT))
                 else:
                     said = f"{seconds(middle(sides[side], 'first_word'))} s"
                     faster = ratio(sides.get(TRANSFORMERS, []), sides[side], "first_word")
@@ -328,7 +327,7 @@ def chart(records: Sequence[Row]) -> str:
                 y += PITCH
             y += 26
     words = "Seconds, medians; the stages of the median turn. What is read while the encoder works is part of encode."
-    elements.append(svg.text(svg.EDGE, y, words, size=11, fill=SOFT))
+    elements.append(svg.text(svg.EDGE, y, words, size=11, fill=svg.SOFT))
     return svg.document(chart_title(records), WIDTH, y + 18, elements)
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -66,44 +65,29 @@ def environment(device: str) -> dict[str, Any]:
 def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] = ("evoprune",)):
     """Return a benchmark of `evoprune profile` with its rows. `bench.run(row)` measures one turn of a row."""
     from evoprune.backend import launch_bound_units
-    from evoprune.bench import (
-        Bench,
-        Case,
-        ProfileSettings,
-        all_rows,
-        case_grid,
-        default_load_format,
-        load,
-        synthetic_frames,
-    )
-    from evoprune.session import ModelOptions, describe
+    from evoprune.bench import Case, Profile, ProfileSettings
+    from evoprune.session import ModelOptions
 
-    options = ModelOptions(
-        model=args.model, device=args.device, load_format=default_load_format(args.model), dtype=args.dtype
-    )
-    model = describe(options)
-    limits = model.limits["video"]
-    unit = limits.unit
-    cases = [
-        Case(*map(int, case.split("x"))).of_units(unit / 28) for case in args.cases
-    ]  # the same number of units for every unit size
-    loaded = load(model, cases)
+    options = ModelOptions(model=args.model, device=args.device, dtype=args.dtype)
+    cases = [Case(*map(int, case.split("x"))) for case in args.cases]
     settings = ProfileSettings(budgets=tuple(args.budgets), methods=tuple(methods), new_tokens=new_tokens)
-    # DivPrune, which selects after the tower, runs only at the first budget. `INSIDE` runs only if it differs from `evoprune`.
-    small = {case for case in cases if prod(case_grid(case, limits)) < launch_bound_units("cuda")}
-    rows = [
-        row
-        for row in all_rows(cases, settings)
-        if (row.method != "divprune" or row.budget == args.budgets[0]) and (row.method != INSIDE or row.case in small)
-    ]
-    bench = Bench(loaded, rows, lambda case: synthetic_frames("motion", case, unit), settings, lambda what: None)
+    profile = Profile(settings, options, cases, exact=False)  # the same number of units for every unit size
+    unit = profile.model.limits["video"].unit
+    bench, rows = profile.bench()
+
+    def measured(row) -> bool:
+        # DivPrune, which selects after the tower, runs only at the first budget. `INSIDE` runs only if it differs from `evoprune`.
+        if row.method == INSIDE:
+            units = row.case.frames // 2 * (row.case.height // unit) * (row.case.width // unit)
+            return units < launch_bound_units("cuda")
+        return row.method != "divprune" or row.budget == args.budgets[0]
+
+    rows = [row for row in rows if measured(row)]
     return bench, rows
 
 
 def label(row) -> str:
-    from evoprune.bench import HUGGING_FACE
-
-    if row.kind == HUGGING_FACE:
+    if row.method is None:
         return HF
     return FULL if row.method == "none" else f"{row.method} {row.budget:g}"
 
@@ -307,10 +291,10 @@ def sample(folder: Path) -> Path:
         return Path(__file__).parents[2] / "samples/pan.mp4"
     from PIL import Image
 
-    from evoprune.bench import clips
+    from evoprune.bench import synthetic_clip
 
     (folder / "frames").mkdir()
-    for number, frame in enumerate(clips.synthetic_clip("motion", 24, 224, 252)):
+    for number, frame in enumerate(synthetic_clip("motion", 24, 224, 252)):
         Image.fromarray(frame).save(folder / "frames" / f"{number:02}.png")
     return folder / "frames"
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from evoprune.backend import environment
-from evoprune.bench import Case, hugging_face_model, synthetic_frames
+from evoprune.bench import Case, hugging_face_model, synthetic_clip
 from evoprune.hf import PackedTower, encode_each, patch_config
 from evoprune.methods import Budget
 from evoprune.session import DTYPES, ModelOptions, describe, random_model
@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     dtype = DTYPES[options.dtype]
     case = Case(*map(int, options.case.split("x")))
-    frames, _ = synthetic_frames("motion", case)
-    patches = patchify(frames).to(dtype)
+    frames = synthetic_clip("motion", case.frames, case.height, case.width)
+    patches = patchify(torch.from_numpy(frames)).to(dtype)
     grid_thw = torch.tensor([[case.frames // 2, case.height // 14, case.width // 14]])
     env = environment("cpu")
     print(

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from evoprune.bench.overlay import (
-    FATES,
     MARK,
     Fates,
     Marks,
@@ -18,7 +17,6 @@ from evoprune.bench.overlay import (
     TracedVideo,
     light,
     png,
-    trace,
     wrap,
 )
 from evoprune.errors import UsageError
@@ -34,7 +32,7 @@ def loaded():
 
 
 def traced(loaded, path=CLIP, **settings) -> TracedVideo:
-    return trace(VideoQA(loaded, **settings).session, path)
+    return TracedVideo.trace(VideoQA(loaded, **settings).session, path)
 
 
 def test_reused_units_are_those_whose_pixels_are_older(loaded):
@@ -63,10 +61,10 @@ def test_merged_units_belong_to_a_row_of_their_frame_pair(loaded):
 )
 def test_each_unit_has_one_fate(loaded, method):
     fates = traced(loaded, budget=0.25, method=method).fates
-    counts, masks = fates.counts(), torch.stack([fates.all_of(name) for name in FATES])
-    assert sum(counts[name] for name in FATES) == counts["units"] == 144 and (masks.sum(0) == 1).all()
+    counts, masks = fates.counts(), torch.stack([fates.all_of(name) for name in Fates.NAMES])
+    assert sum(counts[name] for name in Fates.NAMES) == counts["units"] == 144 and (masks.sum(0) == 1).all()
     assert torch.equal(fates.all_of("read"), fates.chosen)
-    reused, merged, dropped = (fates.all_of(name) for name in FATES[1:])
+    reused, merged, dropped = (fates.all_of(name) for name in Fates.NAMES[1:])
     assert not fates.encoded[reused].any() and fates.encoded[merged | dropped].all()
     assert (fates.owner[merged] >= 0).all()
     assert not (method.startswith("evoprune") and dropped.any())
@@ -118,13 +116,15 @@ def test_the_picture_is_seen_under_every_fate_but_dropped():
     """A brightness step in the video keeps at least two fifths of its size in the overlay."""
     dark, bright = (np.full((1, 4, 3), level, np.uint8) for level in (60, 160))
     steps = (light(bright, np.arange(4)[None]).astype(int) - light(dark, np.arange(4)[None]))[0].min(1)
-    assert dict(zip(FATES, steps.tolist(), strict=True)).items() >= {"read": 72, "reused": 40, "merged": 50}.items()
+    assert (
+        dict(zip(Fates.NAMES, steps.tolist(), strict=True)).items() >= {"read": 72, "reused": 40, "merged": 50}.items()
+    )
 
 
 def test_what_is_drawn_is_what_the_language_model_reads(loaded):
     qa = VideoQA(loaded, budget=0.1)
     kept = qa.encode(CLIP).encoded.kept
-    assert torch.equal(trace(qa.session, CLIP).fates.chosen.nonzero().flatten(), kept)
+    assert torch.equal(TracedVideo.trace(qa.session, CLIP).fates.chosen.nonzero().flatten(), kept)
 
 
 def test_a_method_that_makes_the_input_smaller(loaded):

@@ -3,7 +3,7 @@
 import pytest
 
 from evoprune import methods
-from evoprune.bench.agreement import agreement_of, reference
+from evoprune.bench.agreement import Reference
 from evoprune.bench.tune import TuneSettings
 from evoprune.bench.tune_operations import OperationTuning
 from evoprune.report import rounded
@@ -41,9 +41,9 @@ def test_what_a_run_finds_is_used(run, tmp_path):
         video = full.encode(clip, frames=4)
         answer = video.ask(QUESTION, max_new_tokens=64)
         assert answer.text is not None
-        given = reference(video, QUESTION, answer.ids, answer.report.finish_reason == "stop")
+        given = Reference.of(video, QUESTION, answer.ids, answer.report.finish_reason == "stop")
         pruned = VideoQA(run.loaded, budget=0.15, method=f"operations:recipe={path}").encode(clip, frames=4)
-        losses += agreement_of(given, pruned).kl.tolist()
+        losses += given.agreement(pruned).kl.tolist()
     row = next(row for row in document["rows"] if row["budget"] == 0.15)
     assert sum(losses) / len(losses) == pytest.approx(row["kl"], abs=1e-5)
 

@@ -210,13 +210,13 @@ def test_defaults(cli, monkeypatch):
         asked.append((model.id, cases, model.options.load_format))
         raise ModelError("enough")
 
-    def record(**more):
-        recorded.append(made(**more))
-        return recorded[-1]
+    class Recorded(ProfileSettings):
+        def __init__(self, **more):
+            super().__init__(**more)
+            recorded.append(self)
 
-    made = ProfileSettings
     monkeypatch.setattr(measuring, "load", load)
-    monkeypatch.setattr("evoprune_cli.profile.ProfileSettings", record)
+    monkeypatch.setattr("evoprune_cli.profile.ProfileSettings", Recorded)
     monkeypatch.setenv("EVOPRUNE_MODEL", "demo")
     assert cli("profile").code == 4
     assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], "dummy")]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from evoprune import Cache, VideoQA, methods
-from evoprune.bench import agreement_of, reference
+from evoprune.bench import Reference
 from evoprune.contrib.operations import ALL, REST, Recipe
 from evoprune.errors import UsageError
 from evoprune.methods import Budget
@@ -64,8 +64,8 @@ def test_reading_along_its_own_answer_it_agrees_with_itself(load, name):
     video = load(name).encode(CLIP, frames=8)
     answer = video.ask(QUESTIONS[0], max_new_tokens=8)
     text = answer.text
-    own = reference(video, QUESTIONS[0], answer.ids, ended=True)
-    assert text and bool(agreement_of(own, video).agrees.all()) and float(agreement_of(own, video).kl.max()) < 1e-5
+    own = Reference.of(video, QUESTIONS[0], answer.ids, ended=True)
+    assert text and bool(own.agreement(video).agrees.all()) and float(own.agreement(video).kl.max()) < 1e-5
 
 
 def test_the_report_says_what_left_and_what_was_computed(load):

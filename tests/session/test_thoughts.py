@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from evoprune.bench import agreement_of, reference
+from evoprune.bench import Reference
 from evoprune.errors import UsageError
 from evoprune.report import warning_text
 from evoprune.session.loading.model import load_model
@@ -117,7 +117,7 @@ def test_a_prompt_that_thinks_is_another_prompt(video):
     again, _ = video.read_along(QUESTION, [5, 6])
     assert not off.equal(on) and again.equal(off)
     ids = [7, 8, 9]
-    given = reference(video, QUESTION, ids, ended=False, think="on")
-    assert agreement_of(given, video).agrees.all()
-    assert not agreement_of(given, video).kl.abs().max() > 1e-4
-    assert agreement_of(replace(given, think="off"), video).kl.max() > 1e-4
+    given = Reference.of(video, QUESTION, ids, ended=False, think="on")
+    assert given.agreement(video).agrees.all()
+    assert not given.agreement(video).kl.abs().max() > 1e-4
+    assert replace(given, think="off").agreement(video).kl.max() > 1e-4

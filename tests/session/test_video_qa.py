@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import evoprune
-from evoprune.bench import hugging_face_model, trace
+from evoprune.bench import TracedVideo, hugging_face_model
 from evoprune.errors import ModelError, UsageError, VideoError, error_record
 from evoprune.language import prompt_positions, video_positions
 from evoprune.model import FAMILIES, shared
@@ -126,7 +126,7 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(loaded):
     for model in (loaded, described(loaded, limits=other)):
         qa = VideoQA(model, budget=0.25, method="reuse+divprune")
         live.add(asked(qa.encode(LONG), n=1).report.pruning.encoder_live_share)
-        unchanged.append(trace(qa.session, LONG).fates.source)
+        unchanged.append(TracedVideo.trace(qa.session, LONG).fates.source)
     assert len(live) == 1 and torch.equal(*unchanged)
 
 

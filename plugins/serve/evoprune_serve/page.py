@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from evoprune.bench import FATES, Fates, check_drawable, fates
+from evoprune.bench import Fates
 from evoprune.errors import UsageError
 from evoprune.methods import Budget
 from evoprune.moments import Search
@@ -128,7 +128,7 @@ class Page:
     def _tell_units(self, job: Job, put: Put) -> None:
         work = self._server.work
         qa = work.session(job.question)
-        check_drawable(qa.session)
+        Fates.check(qa.session)
         check_one_video(job)
         traced: list[TracedInput] = []
 
@@ -186,7 +186,7 @@ class TracedInput(OpenInput):
 
     def run_tower(self, *given: Any, **options: Any) -> EncodedRows:
         made = super().run_tower(*given, **options)
-        self.fates = fates(made)
+        self.fates = Fates.of(made)
         return made
 
 
@@ -198,7 +198,7 @@ def model_record(name: str, qa: VideoQA) -> dict[str, Any]:
 def drawable(session: Session) -> bool:
     """Return True if an overlay of a session's kept units can be drawn."""
     try:
-        check_drawable(session)
+        Fates.check(session)
     except UsageError:
         return False
     return True
@@ -233,7 +233,7 @@ def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
         "frames": plan.sampling.frames,
         "size": [plan.width, plan.height],
         "grid": [count, height, width],
-        "fates": FATES,
+        "fates": Fates.NAMES,
         "units": ["".join(map(str, fate)) for fate in units.fate.view(count, -1).tolist()],
         "merged": [pairs[pair][inside[pair]].flatten().tolist() for pair in range(count)],
         "counts": units.counts(),

@@ -5,7 +5,7 @@ import torch
 
 from evoprune import VideoQA
 from evoprune.backend.cpu.quantize import MAX_LARGE, quantize
-from evoprune.bench import agreement_of, reference
+from evoprune.bench import Reference
 from evoprune.session import calibrate, load_model
 from experiments.demo.write import clips_asked, demo_video
 from tests.quantized import parameters
@@ -51,10 +51,10 @@ def test_answers_stay_where_large_channels_are_apart_and_only_there(kind, tmp_pa
             encoded = {name: model.encode(video.path) for name, model in models.items()}
             for row in video.rows:
                 answer = first.ask(row.prompt, max_new_tokens=16)
-                given = reference(first, row.prompt, "".join(answer) and answer.ids, ended=True)
+                given = Reference.of(first, row.prompt, "".join(answer) and answer.ids, ended=True)
                 tokens += len(given.ids)
                 for name, each in encoded.items():
-                    agree[name] += int(agreement_of(given, each).agrees.sum())
+                    agree[name] += int(given.agreement(each).agrees.sum())
     assert agree["float32"] == tokens
     # With AVX512-bf16, "together" agrees on 93 of 102 tokens (0.912). On other CPUs it agrees on fewer.
     assert agree["apart"] >= 0.99 * tokens and agree["together"] < 0.92 * tokens

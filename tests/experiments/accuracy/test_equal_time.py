@@ -8,9 +8,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from evoprune.bench import FULL, METHOD
 from experiments.accuracy.equal_time import NONE, OURS, main, speed_of, speeds, worst_in_tables
-from experiments.accuracy.frontier import SETS, folder_of
+from experiments.accuracy.frontier import FULL, METHOD, SETS, folder_of
 
 # 20 clips; the full model is right about 16: right answers per row, and the speedup over Hugging Face.
 COUNTS = {"evoprune": (14, 10), "tome": (13, 15), "divprune": (5, 5)}

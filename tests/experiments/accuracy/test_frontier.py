@@ -1,7 +1,6 @@
 """experiments.accuracy.frontier: kept share of the full model's right answers, by set and group, and the worst set."""
 
-from evoprune.bench import FULL, METHOD
-from experiments.accuracy.frontier import table
+from experiments.accuracy.frontier import FULL, METHOD, table
 
 
 def sample(video: int, right: bool, row: str = FULL, budget: float | str = 1.0, group: str = "video") -> dict:

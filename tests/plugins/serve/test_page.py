@@ -16,7 +16,7 @@ from pathlib import Path
 import av
 import pytest
 
-from evoprune.bench import FATES, trace
+from evoprune.bench import Fates, TracedVideo
 from evoprune.video_qa import VideoQA
 from tests.plugins.serve.serving import COLOUR, REASON, SAMPLES, body, memory_fails, message, serving, url_of, video
 
@@ -83,9 +83,9 @@ def test_the_usual_budget_is_one_to_choose(usual, share):
 
 @pytest.mark.parametrize("budget", [0.1, "full"])
 def test_units_are_those_of_the_overlay(server, qa, budget):
-    right = trace(qa.__class__(qa.loaded, budget=budget).session, SAMPLES / "pan.mp4")
+    right = TracedVideo.trace(qa.__class__(qa.loaded, budget=budget).session, SAMPLES / "pan.mp4")
     found = server.client.post(UNITS, json=body("Which digit is shown?", "pan.mp4", budget=budget)).json()
-    assert found["grid"] == list(right.plan.grid) and found["fates"] == list(FATES)
+    assert found["grid"] == list(right.plan.grid) and found["fates"] == list(Fates.NAMES)
     assert "".join(found["units"]) == "".join(map(str, right.fates.fate.tolist()))
     assert found["counts"] == right.fates.counts()
     units = right.plan.grid[1] * right.plan.grid[2]

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from evoprune.bench import agreement as made
-from evoprune.bench import agreement_of, reference
-from evoprune.bench.agreement import Agreement
-from evoprune.session.loading.model import load_model
+from evoprune.bench.agreement import Agreement, Reference
+from evoprune.session import load_model
 from evoprune.video_qa import VideoQA
 
 CLIP, QUESTION = "samples/square.mp4", "What happens?"
@@ -44,7 +43,7 @@ def test_logits_along_an_answer_choose_it(full, ids):
 def test_a_pruned_model(loaded, full, ids, method, kept, monkeypatch):
     monkeypatch.setattr(made, "KEPT", kept)
     pruned = VideoQA(loaded, budget=0.2, method=method).encode(CLIP, frames=4)
-    found = agreement_of(reference(full, QUESTION, ids, ended=False), pruned)
+    found = Reference.of(full, QUESTION, ids, ended=False).agreement(pruned)
     p, q = (video.read_along(QUESTION, ids)[0].double().log_softmax(1) for video in (full, pruned))
     whole = (p.exp() * (p - q)).sum(1)
     assert found.agrees.tolist() == (p.argmax(1) == q.argmax(1)).tolist()
@@ -62,11 +61,11 @@ def test_what_is_recorded_of_it():
 def test_the_unpruned_model_agrees_with_itself_and_the_end_of_an_answer_counts(full, ids):
     """An answer cut before a token that the model would add: the model disagrees that the answer ends there."""
     for given, count in ((ids, len(ids)), ([], 1)):  # without tokens, only the end of the answer is compared
-        found = agreement_of(reference(full, QUESTION, given, ended=False), full)
+        found = Reference.of(full, QUESTION, given, ended=False).agreement(full)
         assert len(found.agrees) == count and found.agrees.all() and float(found.kl.max()) < 1e-5
-    told = reference(full, QUESTION, ids, ended=False, system="Be brief.")
-    assert float(agreement_of(told, full).kl.max()) < 1e-5  # under the same system prompt
-    ended = reference(full, QUESTION, ids[:3], ended=True)
-    assert len(ended.ids) == 4 and ended.tokens[:, 0].tolist() == ids[:4] and agreement_of(ended, full).agrees.all()
-    other = agreement_of(replace(ended, tokens=torch.cat([ended.tokens[:3], ended.tokens[3:].flip(1)])), full)
+    told = Reference.of(full, QUESTION, ids, ended=False, system="Be brief.")
+    assert float(told.agreement(full).kl.max()) < 1e-5  # under the same system prompt
+    ended = Reference.of(full, QUESTION, ids[:3], ended=True)
+    assert len(ended.ids) == 4 and ended.tokens[:, 0].tolist() == ids[:4] and ended.agreement(full).agrees.all()
+    other = replace(ended, tokens=torch.cat([ended.tokens[:3], ended.tokens[3:].flip(1)])).agreement(full)
     assert other.agrees.tolist() == [True, True, True, False]
