@@ -19,7 +19,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "methods": 54,
     "video": 45,
     "bench": 26,
-    "language": 38,
+    "language": 24,
     "model": 35,
     "batch": 33,
     "vision": 21,

@@ -64,7 +64,7 @@ from evoprune.bench.profile_rows import (
 )
 from evoprune.bench.shared import COUNTED, WARM_UP, TimeLimit, after_tower_below, after_tower_note, paced, swept
 from evoprune.errors import ModelError, OutOfMemory, UsageError, memory_guard
-from evoprune.language import generate, prune_prompt
+from evoprune.language import GenerationOptions, LanguageModel, TokenStream, prune_prompt
 from evoprune.methods import EncoderPlan, PruneConfig, arange_on
 from evoprune.model import (
     PATCHES,
@@ -309,15 +309,15 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
         options = {"normal": loaded.video.normal, "question": question, "seed": config.seed}
         encoded = encode(visual, [clip.pixels], plan, **options)
     with clock.stage("prefill"):
-        embed_text = partial(generate.embed_ids, model)
-        prompt = prune_prompt(clip.ids, [clip.place], [encoded], clip.positions, embed_text)
+        language = LanguageModel(model)
+        prompt = prune_prompt(clip.ids, [clip.place], [encoded], clip.positions, language.embed)
         share = config.budget.share_of_all([clip.grid])
-        dropping = generate.dropping_for(model, method, share, [encoded], prompt)
-        state = generate.prefill(
-            model, prompt.embeds, prompt.positions, clip.following, None, prompt.sizes, dropping, prompt.deepstack
+        dropping = language.dropping_for(method, share, [encoded], prompt)
+        state = language.prefill(
+            prompt.embeds, prompt.positions, clip.following, None, prompt.sizes, dropping, prompt.deepstack
         )
     with clock.stage("generate"):
-        tokens = list(generate.TokenStream(state, generate.GenerationOptions(new_tokens), eos_ids=()))
+        tokens = list(TokenStream(state, GenerationOptions(new_tokens), eos_ids=()))
     counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept), len(prompt))
     if not dropping:
         return Turn(counts, _sample(loaded, clock, encoded.prune_seconds, 0.0), tokens)

@@ -9,21 +9,13 @@ from typing import TYPE_CHECKING
 from evoprune.doors import door
 
 if TYPE_CHECKING:
-    from evoprune.language import generate, hybrid, static
     from evoprune.language.answer import AnswerStream
-    from evoprune.language.decoder import KVCache, forward
     from evoprune.language.generate import (
+        LanguageModel,
         PrefillState,
         TokenStream,
-        dropping_for,
-        embed_ids,
-        layers_of,
-        new_cache,
-        prefill,
-        teacher_forced_logits,
     )
     from evoprune.language.guidance import Vocabulary
-    from evoprune.language.hosted import run_for, run_modules
     from evoprune.language.prefix import PrefixCache
     from evoprune.language.prompt import (
         CONTENTS,
@@ -41,17 +33,15 @@ if TYPE_CHECKING:
     )
     from evoprune.language.pruned import PrunedPrompt, prune_prompt
     from evoprune.language.settings import GenerationOptions
-    from evoprune.language.static import MIN_COLUMNS, NativeStaticCache, step
     from evoprune.language.turns import Placed, Turn
+    from evoprune.language.warming import warm_up
 
 __all__ = [
     "CONTENTS",
     "MARKERS",
-    "MIN_COLUMNS",
     "AnswerStream",
     "GenerationOptions",
-    "KVCache",
-    "NativeStaticCache",
+    "LanguageModel",
     "Place",
     "Placed",
     "PrefillState",
@@ -63,45 +53,26 @@ __all__ = [
     "Turn",
     "Vocabulary",
     "build_prompt",
-    "dropping_for",
-    "embed_ids",
-    "forward",
-    "generate",
     "has_tokenizer",
-    "hybrid",
-    "layers_of",
     "load_tokenizer",
-    "new_cache",
     "place_of_pairs",
-    "prefill",
     "prompt_positions",
     "prune_prompt",
-    "run_for",
-    "run_modules",
-    "static",
-    "step",
-    "teacher_forced_logits",
     "timestamps",
     "video_positions",
+    "warm_up",
 ]
 
 __getattr__, __dir__ = door(
     __name__,
     {
         "answer": ["AnswerStream"],
-        "decoder": ["KVCache", "forward"],
         "generate": [
+            "LanguageModel",
             "PrefillState",
             "TokenStream",
-            "dropping_for",
-            "embed_ids",
-            "layers_of",
-            "new_cache",
-            "prefill",
-            "teacher_forced_logits",
         ],
         "guidance": ["Vocabulary"],
-        "hosted": ["run_for", "run_modules"],
         "prefix": ["PrefixCache"],
         "prompt": [
             "CONTENTS",
@@ -119,7 +90,7 @@ __getattr__, __dir__ = door(
         ],
         "pruned": ["PrunedPrompt", "prune_prompt"],
         "settings": ["GenerationOptions"],
-        "static": ["MIN_COLUMNS", "NativeStaticCache", "step"],
         "turns": ["Placed", "Turn"],
+        "warming": ["warm_up"],
     },
 )

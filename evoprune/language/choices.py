@@ -10,7 +10,7 @@ from math import isfinite
 import torch
 
 from evoprune.backend import to_device
-from evoprune.language.generate import PrefillState, TokenLogprobs, can_crop
+from evoprune.language.generate import PrefillState, TokenLogprobs
 from evoprune.language.prompt import Tokenizer
 from evoprune.language.settings import GenerationOptions
 from evoprune.model import not_a_number_error
@@ -117,7 +117,7 @@ def scored(
 @contextmanager
 def _lent(state: PrefillState) -> Iterator[PrefillState]:
     """Provide a copy of `state` that may read more tokens. On exit, `state` is unchanged."""
-    if can_crop(state.model):
+    if state.language.can_crop:
         length = state.cache.length
         try:
             yield replace(state, answer=list(state.answer))

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -20,56 +19,135 @@ from evoprune.model import ANSWER_COLUMNS, HostedVL, not_a_number_error
 from evoprune.vision import Encoded
 
 
-def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
-    """Return the embeddings `[n, hidden]` of token ids, int64 `[n]`.
-
-    Raises:
-        ModelError: the model has no embedding for an id.
-    """
-    embed = model.model.language_model.embed_tokens
-    norm = model.model.language_model.norm
-    if len(ids) and ids.max() >= len(embed.weight):
-        problem = f"the tokenizer makes token {int(ids.max())}, and the model knows {len(embed.weight):,}"
-        raise ModelError(problem, "take tokenizer and weights from the same model", stage="prefill")
-    embeds = embed(to_device(ids, embed.weight.device))
-    return embeds.to(norm.weight.dtype)  # embeddings may be kept in the dtype of their file
-
-
-def dropping_for(
-    model, method: MethodChain, budget: float, read: Sequence[Encoded], prompt: PrunedPrompt
-) -> Dropping | None:
-    """Return the `Dropping` for reading a pruned prompt, or None if the method drops no tokens inside the language model.
+class LanguageModel:
+    """The language model of a loaded model: reads prompts. Its layers run in decoder.py or, as modules of transformers, hosted.py.
 
     Args:
-        method, budget: the method and the budget (a share of the units) as the user gave them.
-        read: the encoded inputs of the prompt, in order.
-        prompt: the prompt after pruning.
+        model: tree of weights with Hugging Face's names, or a `HostedVL`.
     """
-    tokens = sum(len(each.kept) for each in read)
-    if method.language_work(model.config.text_config.num_hidden_layers, tokens, budget) is None:
-        return None
-    pairs = []
-    inside = []
-    before = 0
-    for each in read:
-        ((count, height, width),) = each.grids
-        units = each.kept_here
-        pairs.append(units // (height * width) + before)
-        row = units // width % height
-        column = units % width
-        inside.append(torch.stack([row.float() / height, column.float() / width], 1))
-        before += count
-    places = prompt.visual.nonzero()[:, 0]
-    share = method.language_share(budget)
-    inner = method.language
-    return call(inner.package, inner.reading, model, share, prompt.embeds, places, torch.cat(pairs), torch.cat(inside))
+
+    def __init__(self, model):
+        self.model = model
+        self._hosted = isinstance(model, HostedVL)
+        self._layers = hosted if self._hosted else decoder
+
+    @property
+    def can_crop(self) -> bool:
+        """True if the KV cache can be cropped. Recurrent layers cannot crop, so callers keep a copy instead."""
+        return not self._hosted or hosted.can_crop(self.model)
+
+    @property
+    def can_capture(self) -> bool:
+        """True if a CUDA graph can run a decoding step, provided that the device has graphs."""
+        return static.can_step(self.model)
+
+    @property
+    def runs_modules(self) -> bool:
+        """True if transformers' modules compute all operations of the layers, so that results are rounded as there."""
+        device = self.model.model.language_model.norm.weight.device
+        return self._hosted and hosted.run_for(self.model, device) is hosted.run_modules
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings `[n, hidden]` of token ids, int64 `[n]`.
+
+        Raises:
+            ModelError: the model has no embedding for an id.
+        """
+        embed = self.model.model.language_model.embed_tokens
+        norm = self.model.model.language_model.norm
+        if len(ids) and ids.max() >= len(embed.weight):
+            problem = f"the tokenizer makes token {int(ids.max())}, and the model knows {len(embed.weight):,}"
+            raise ModelError(problem, "take tokenizer and weights from the same model", stage="prefill")
+        embeds = embed(to_device(ids, embed.weight.device))
+        return embeds.to(norm.weight.dtype)  # embeddings may be kept in the dtype of their file
+
+    def new_cache(self, columns: int | Sequence[int]) -> KVCache | HostedCache:
+        """Return an empty cache with room for a prompt and an answer of the usual length.
+
+        Args:
+            columns: number of prompt columns, or one number per layer.
+        """
+        if self._hosted:
+            return HostedCache(self.model)
+        if isinstance(columns, int):
+            return KVCache(self.model, columns + ANSWER_COLUMNS)
+        return KVCache(self.model, [n + ANSWER_COLUMNS for n in columns])
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        """Read new columns and return the final hidden states of the last ones; see `decoder.forward`."""
+        return self._layers.forward(self.model, *args, **kwargs)
+
+    def logits(self, *args, **kwargs) -> torch.Tensor:
+        """Read new columns and return the logits after every one of the last ones; see `decoder.logits`."""
+        return self._layers.logits(self.model, *args, **kwargs)
+
+    def prefill(
+        self,
+        inputs_embeds: torch.Tensor,
+        positions: torch.Tensor,
+        next_position: int,
+        cache: KVCache | HostedCache | None = None,
+        sizes: torch.Tensor | None = None,
+        dropping: Dropping | None = None,
+        deepstack: torch.Tensor | None = None,
+    ) -> "PrefillState":
+        """Read a prompt, or continue one that is in a cache.
+
+        The arguments that are not listed, and the exceptions, are those that `decoder.forward` documents.
+
+        Args:
+            next_position: position of the first generated token: by Qwen's rule, the largest position of the *unpruned* prompt plus
+                one. Only decoding uses it.
+            cache: cache with the columns before, extended in place. None starts a new prompt.
+        """
+        columns = len(inputs_embeds)
+        given = {}
+        if dropping is not None:
+            columns = dropping.columns
+            given["dropping"] = dropping
+        if cache is None:
+            cache = self.new_cache(columns)
+        begin_pass(self.model)
+        after = self.logits(inputs_embeds, positions, cache, sizes, deepstack=deepstack, **given)[0]
+        return PrefillState(self, cache, after, next_position, dropping)
+
+    def dropping_for(
+        self, method: MethodChain, budget: float, read: Sequence[Encoded], prompt: PrunedPrompt
+    ) -> Dropping | None:
+        """Return the `Dropping` for reading a pruned prompt, or None if the method drops no tokens inside the language model.
+
+        Args:
+            method, budget: the method and the budget (a share of the units) as the user gave them.
+            read: the encoded inputs of the prompt, in order.
+            prompt: the prompt after pruning.
+        """
+        tokens = sum(len(each.kept) for each in read)
+        if method.language_work(self.model.config.text_config.num_hidden_layers, tokens, budget) is None:
+            return None
+        pairs = []
+        inside = []
+        before = 0
+        for each in read:
+            ((count, height, width),) = each.grids
+            units = each.kept_here
+            pairs.append(units // (height * width) + before)
+            row = units // width % height
+            column = units % width
+            inside.append(torch.stack([row.float() / height, column.float() / width], 1))
+            before += count
+        places = prompt.visual.nonzero()[:, 0]
+        share = method.language_share(budget)
+        inner = method.language
+        return call(
+            inner.package, inner.reading, self.model, share, prompt.embeds, places, torch.cat(pairs), torch.cat(inside)
+        )
 
 
 @dataclass
 class PrefillState:
-    """State of the language model after reading a prompt and part of an answer. Made by `prefill`, used by `TokenStream`."""
+    """State of the language model after reading a prompt and part of an answer, made by `LanguageModel.prefill`."""
 
-    model: Any
+    language: LanguageModel
     cache: KVCache | HostedCache  # keys and values of the prompt and of the answer's tokens read so far
     logits: torch.Tensor  # float32 `[vocabulary]`, logits of the token after the cached columns
     next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
@@ -83,9 +161,9 @@ class PrefillState:
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Read `n` more tokens of the answer, int64 `[n]`, and return the logits after every token, float32 `[n, vocabulary]`."""
         positions = (arange_on(len(ids), "cpu") + self.next_position + len(self.answer)).expand(3, -1)
-        embeds = embed_ids(self.model, ids)
-        begin_pass(self.model)
-        logits = layers_of(self.model).logits(self.model, embeds, positions, self.cache, last=len(ids))
+        embeds = self.language.embed(ids)
+        begin_pass(self.language.model)
+        logits = self.language.logits(embeds, positions, self.cache, last=len(ids))
         self.answer += ids.tolist()
         self.logits = logits[-1]
         return logits
@@ -105,14 +183,14 @@ class PrefillState:
         try:
             if self._steps is None and len(self.answer) == last:
                 self._steps = static.begin(
-                    self.model, self._holder, self.cache, self.next_position + last, len(ids), left
+                    self.language.model, self._holder, self.cache, self.next_position + last, len(ids), left
                 )
             if self._steps is not None:
-                token = self._steps.following(self.model, self._holder, ids[-1], pick)
+                token = self._steps.following(self.language.model, self._holder, ids[-1], pick)
         except EvopruneError:  # raised by `pick`
             raise
         except Exception as problem:  # a capture and the modules inside it can raise anything
-            static.give_up(self.model, problem)
+            static.give_up(self.language.model, problem)
         if token is None:
             self._steps = None
             if missing := ids[len(self.answer) :]:
@@ -120,85 +198,40 @@ class PrefillState:
             token = pick(self.logits)
         return token
 
+    @torch.inference_mode()
+    def logits_along(self, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
+        """Return the logits for every token of a given answer, each computed after the true tokens before it.
 
-def layers_of(model) -> ModuleType:
-    """Return the module whose `forward` and `logits` run the language model: language/decoder.py or language/hosted.py."""
-    return hosted if isinstance(model, HostedVL) else decoder
+        The cache is extended by the answer (teacher forcing).
 
+        Args:
+            ids: int64 `[n]`, the tokens of the answer.
+            one_by_one: run a pass per token, as in decoding, instead of one pass for all.
 
-def prefill(
-    model,
-    inputs_embeds: torch.Tensor,
-    positions: torch.Tensor,
-    next_position: int,
-    cache: KVCache | HostedCache | None = None,
-    sizes: torch.Tensor | None = None,
-    dropping: Dropping | None = None,
-    deepstack: torch.Tensor | None = None,
-) -> PrefillState:
-    """Read a prompt, or continue one that is in a cache.
+        Returns:
+            float32 `[n, vocabulary]`.
 
-    The arguments that are not listed, and the exceptions, are those that `decoder.forward` documents.
+        Raises:
+            ModelError: a logit is NaN or infinite.
+        """
+        logits = [self.logits[None]]
+        if len(ids) > 1:
+            step = 1 if one_by_one else len(ids)
+            logits += [self.read(piece) for piece in ids[:-1].split(step)]
+        logits = torch.cat(logits)
+        if not logits.amax(1).isfinite().all():
+            raise not_a_number_error("generate")
+        return logits
 
-    Args:
-        next_position: position of the first generated token: by Qwen's rule, the largest position of the *unpruned* prompt plus
-            one. Only decoding uses it.
-        cache: cache with the columns before, extended in place. None starts a new prompt.
-    """
-    columns = len(inputs_embeds)
-    given = {}
-    if dropping is not None:
-        columns = dropping.columns
-        given["dropping"] = dropping
-    if cache is None:
-        cache = new_cache(model, columns)
-    begin_pass(model)
-    after = layers_of(model).logits(model, inputs_embeds, positions, cache, sizes, deepstack=deepstack, **given)[0]
-    return PrefillState(model, cache, after, next_position, dropping)
+    def graph_logits_along(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits after every token of a given answer from decoding steps in a CUDA graph, `[n, vocabulary]`.
 
+        The language model must be able to capture steps. Exceptions of the capture pass through.
 
-def can_crop(model) -> bool:
-    """Return True if the KV cache can be cropped. Recurrent layers cannot crop, so callers keep a copy instead."""
-    return not isinstance(model, HostedVL) or hosted.can_crop(model)
-
-
-def new_cache(model, columns: int | Sequence[int]) -> KVCache | HostedCache:
-    """Return an empty cache with room for a prompt and an answer of the usual length.
-
-    Args:
-        columns: number of prompt columns, or one number per layer.
-    """
-    if isinstance(model, HostedVL):
-        return HostedCache(model)
-    if isinstance(columns, int):
-        return KVCache(model, columns + ANSWER_COLUMNS)
-    return KVCache(model, [n + ANSWER_COLUMNS for n in columns])
-
-
-@torch.inference_mode()
-def teacher_forced_logits(state: PrefillState, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
-    """Return the logits for every token of a given answer, each computed after the true tokens before it.
-
-    The cache of `state` is extended by the answer.
-
-    Args:
-        ids: int64 `[n]`, the tokens of the answer.
-        one_by_one: run a pass per token, as in decoding, instead of one pass for all.
-
-    Returns:
-        float32 `[n, vocabulary]`.
-
-    Raises:
-        ModelError: a logit is NaN or infinite.
-    """
-    logits = [state.logits[None]]
-    if len(ids) > 1:
-        step = 1 if one_by_one else len(ids)
-        logits += [state.read(piece) for piece in ids[:-1].split(step)]
-    logits = torch.cat(logits)
-    if not logits.amax(1).isfinite().all():
-        raise not_a_number_error("generate")
-    return logits
+        Args:
+            ids: int64 `[n]`, the tokens of the answer.
+        """
+        return static.logits_along(self.language.model, self.cache, self.next_position, ids)
 
 
 class TokenLogprobs(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.language.decoder import KVCache
-from evoprune.language.generate import PrefillState, can_crop, layers_of, new_cache, prefill
+from evoprune.language.generate import LanguageModel, PrefillState
 from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt
 from evoprune.language.pruned import PrunedPrompt
@@ -49,8 +49,8 @@ class PrefixCache:
     if no other question is expected; if one comes anyway, it has to read more columns again.
     """
 
-    def __init__(self, model):
-        self._model = model
+    def __init__(self, language: LanguageModel):
+        self._language = language
         # One cache if it can be cropped. Otherwise copies of recurrent caches at the ends of passes, the shortest first.
         self._held: list[Held] = []
 
@@ -70,12 +70,12 @@ class PrefixCache:
             goes_on: True if the next question may belong to the same conversation.
             dropping: the tokens to drop inside the language model, or None.
         """
-        model = self._model
+        language = self._language
         if dropping is not None:
-            return prefill(
-                model, pruned.embeds, pruned.positions, pruned.following, None, pruned.sizes, dropping, pruned.deepstack
+            return language.prefill(
+                pruned.embeds, pruned.positions, pruned.following, None, pruned.sizes, dropping, pruned.deepstack
             )
-        crops = can_crop(model)
+        crops = language.can_crop
         # Numbers of columns that another prompt may have in common with this one.
         ends = [prompt.prefix_length, prompt.turn_length] if goes_on else [prompt.prefix_length]
         ends = [int((pruned.columns < end).sum()) for end in ends]
@@ -88,15 +88,15 @@ class PrefixCache:
                 if end <= known:
                     continue
                 if cache is None:
-                    cache = new_cache(model, end)
+                    cache = language.new_cache(end)
                 part = pruned[known:end]
                 given = {"sizes": part.sizes, "deepstack": part.deepstack}
-                layers_of(model).forward(model, part.embeds, part.positions, cache, **given)
+                language.forward(part.embeds, part.positions, cache, **given)
                 self._held = [*self._held[:1], Held(cache, pruned.ids[:end])]
                 cache = cache.copy()
                 known = end
         rest = pruned[known:]
-        state = prefill(model, rest.embeds, rest.positions, rest.following, cache, rest.sizes, None, rest.deepstack)
+        state = language.prefill(rest.embeds, rest.positions, rest.following, cache, rest.sizes, None, rest.deepstack)
         if crops and goes_on:
             self._held = [Held(state.cache, pruned.ids, state.answer)]
         elif crops:
@@ -113,7 +113,7 @@ class PrefixCache:
         """
         held = self._held
         self._held = []
-        if can_crop(self._model):
+        if self._language.can_crop:
             if not held or (known := held[0].common(ids)) < inputs:
                 return None, 0
             cache = held[0].cache

@@ -251,6 +251,23 @@ def new_cache(model, columns: int) -> StaticCache:
     return NativeStaticCache(model, columns)
 
 
+def logits_along(model, cache: KVCache | HostedCache, position: int, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits after every token of a given answer, `[n, vocabulary]`, from steps with a new static cache.
+
+    Args:
+        cache: cache with the columns before the answer.
+        position: M-RoPE position of the first token.
+        ids: int64 `[n]`, the tokens of the answer.
+    """
+    steps = new_cache(model, MIN_COLUMNS)
+    holder = object()
+    logits = []
+    steps.begin(holder, cache, position, MIN_COLUMNS)
+    for token in ids.tolist():
+        steps.following(model, holder, token, lambda new, best: logits.append(new.clone()) or 0)
+    return torch.stack(logits)
+
+
 def begin(
     model, holder: object, cache: KVCache | HostedCache, position: int, decoded: int, left: int
 ) -> StaticCache | None:

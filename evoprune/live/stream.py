@@ -17,7 +17,6 @@ columns of the prompt, and `StreamMemory.read` reads these into the KV cache.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from math import floor, isfinite
 from threading import Event, Lock, RLock
 from typing import ClassVar
@@ -30,16 +29,13 @@ from evoprune.language import (
     CONTENTS,
     MARKERS,
     GenerationOptions,
-    KVCache,
+    LanguageModel,
     Place,
     PrefillState,
     PrunedPrompt,
     Turn,
     build_prompt,
-    embed_ids,
-    forward,
     place_of_pairs,
-    prefill,
     prompt_positions,
     prune_prompt,
     timestamps,
@@ -47,7 +43,7 @@ from evoprune.language import (
 from evoprune.live.omp import release_omp_threads
 from evoprune.live.segments import Earlier, NothingNew, check_carried, encode_segment
 from evoprune.methods import FarthestPoints, Tokens, arange_on, select
-from evoprune.model import ANSWER_COLUMNS, Clock
+from evoprune.model import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
 from evoprune.session import (
     Askable,
@@ -390,7 +386,7 @@ class VideoStream(Askable):
             head, _ = self._around("?")
             positions = loaded.span or room
             with self._lock.lock:
-                self._memory = StreamMemory(loaded.model, head, limit, window_tokens, positions)
+                self._memory = StreamMemory(loaded.language, head, limit, window_tokens, positions)
         except BaseException:
             self._plan = None
             raise
@@ -606,7 +602,8 @@ class VideoStream(Askable):
             report.stream = asdict(seen)
             following = memory.look(*unread) if unread else memory.following
             positions = (arange_on(len(ids), "cpu") + following).expand(3, -1)
-            state = prefill(loaded.model, embed_ids(loaded.model, ids), positions, following + len(ids), memory.cache)
+            language = loaded.language
+            state = language.prefill(language.embed(ids), positions, following + len(ids), memory.cache)
             windows = [*memory.windows, *(encoded.window for encoded in unread)]
             state.prompt_ids = torch.cat([before, *(window.ids for window in windows), ids])
         self._open, self._lock.generating = self._turn, True
@@ -688,7 +685,7 @@ def window_columns(
         inside = torch.meshgrid(time, *(arange_on(side, "cpu") for side in grid[1:]), indexing="ij")
         positions = torch.stack(inside).flatten(1)
     ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
-    prompt = prune_prompt(ids, [place], [encoding.encoded], positions, partial(embed_ids, loaded.model))
+    prompt = prune_prompt(ids, [place], [encoding.encoded], positions, loaded.language.embed)
     stays = torch.full_like(ids, len(order))
     stays[prompt.columns[prompt.visual]] = order
     # Text stays as long as the last token of its frame pair.
@@ -715,20 +712,20 @@ class StreamMemory:
     """
 
     @torch.inference_mode()
-    def __init__(self, model, ids: torch.Tensor, limit: int, window_tokens: int, room: int):
-        self.cache = KVCache(model, len(ids) + limit + window_tokens + ANSWER_COLUMNS)
+    def __init__(self, language: LanguageModel, ids: torch.Tensor, limit: int, window_tokens: int, room: int):
+        self.cache = language.new_cache(len(ids) + limit + window_tokens)
         self.windows: list[Window] = []
         self.following = len(ids)
-        self._model = model
+        self._language = language
         self._head = len(ids)
         self._limit = limit
         self._window = window_tokens
         self._room = room
         self._moved = 0  # positions that the start of the video was moved by
         # If the text states times, the row and column positions of a frame pair follow the text before it, too.
-        alike = int(model.config.vision_config.traits.timestamps)
+        alike = int(language.model.config.vision_config.traits.timestamps)
         self._axes = torch.tensor([[1], [alike], [alike]], dtype=torch.int64, device="cpu")
-        forward(model, embed_ids(model, ids), arange_on(len(ids), "cpu").expand(3, -1), self.cache)
+        language.forward(language.embed(ids), arange_on(len(ids), "cpu").expand(3, -1), self.cache)
 
     @property
     def columns(self) -> int:
@@ -761,7 +758,7 @@ class StreamMemory:
         by = self._head - self._moved * self._axes
         prompt = encoded.prompt
         more = {"deepstack": prompt.deepstack, "pause": pause}
-        forward(self._model, prompt.embeds, prompt.positions + by, self.cache, prompt.sizes, **more)
+        self._language.forward(prompt.embeds, prompt.positions + by, self.cache, prompt.sizes, **more)
         return int((prompt.last + by).max()) + 1
 
     @torch.inference_mode()
@@ -779,7 +776,7 @@ class StreamMemory:
         far = self._room - self._room // 8 // size * size
         self._thin([0 if last - window.time > far else window.tokens for window in self.windows])
         beginning = self.windows[0].time if self.windows else first
-        config = self._model.config.text_config
+        config = self._language.model.config.text_config
         self.cache.move(config, slice(self._head, self.cache.length), (self._moved - beginning) * self._axes)
         self._moved = beginning
 

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import torch
@@ -23,10 +22,7 @@ from evoprune.language import (
     PrefixCache,
     Prompt,
     Turn,
-    dropping_for,
-    embed_ids,
     prune_prompt,
-    teacher_forced_logits,
 )
 from evoprune.model import Clock
 from evoprune.report import ABOUT_SOUND, OF_INPUTS, Report, TokenCounts
@@ -316,7 +312,7 @@ class EncodedInputs(Askable):
         super().__init__(session)
         self._encodings = [encoding.own() for encoding in encodings]
         self.plans = [encoding.plan for encoding in encodings]
-        self._prefix = PrefixCache(session.loaded.model)
+        self._prefix = PrefixCache(session.loaded.language)
         self.last_question = False
         self._blank = inputs_report(session, self._encodings)
         self.report = deepcopy(self._blank)
@@ -373,7 +369,7 @@ class EncodedInputs(Askable):
             given = torch.tensor(ids, dtype=torch.int64, device="cpu")
             loaded = self._session.loaded
             with clock.stage("generate"):
-                logits = teacher_forced_logits(state, given, one_by_one=loaded.one_by_one)
+                logits = state.logits_along(given, one_by_one=loaded.one_by_one)
             return logits, seconds
 
     @property
@@ -395,7 +391,7 @@ class EncodedInputs(Askable):
             before = self._prune_seconds
         self._prefix.forget()
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
-        words = embed_ids(loaded.model, ids)  # only the question, without the rest of the prompt
+        words = loaded.language.embed(ids)  # only the question, without the rest of the prompt
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
         fill_pruning(report, self._session, self._encodings)
         report.time_ms.encode_prune = (self._prune_seconds - before) * 1000
@@ -442,12 +438,11 @@ class EncodedInputs(Askable):
         """Read a prompt and return the state to decode from. For `last` and `goes_on`, see `PrefixCache.read`."""
         loaded = self._session.loaded
         pruning = self._session.pruning
-        model = loaded.model
         read = [encoding.encoded for encoding in self._encodings]
         positions = positions_of(prompt, self.plans, loaded)
-        pruned = prune_prompt(prompt.input_ids, prompt.places, read, positions, partial(embed_ids, model))
+        pruned = prune_prompt(prompt.input_ids, prompt.places, read, positions, loaded.language.embed)
         share = pruning.budget.share_of_all([plan.grid for plan in self.plans])
-        dropping = dropping_for(model, pruning.method, share, read, pruned)
+        dropping = loaded.language.dropping_for(pruning.method, share, read, pruned)
         return self._prefix.read(pruned, prompt, last, goes_on, dropping)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from evoprune.backend import devices, layers
 from evoprune.backend.attention import causal_attention
 from evoprune.errors import DeviceWarning
-from evoprune.language import KVCache, decoder, static
+from evoprune.language import decoder, static
 from evoprune.model import Config, QwenVL, norm, rotate
 from tests.tiny import NATIVE, tiny_config, tiny_model
 
@@ -126,7 +126,7 @@ def test_layers_of_fused_kernels(family, used):
     counts = torch.randint(1, 9, (30,)).float().to(DEVICE)
 
     def made():
-        cache = KVCache(model, 4)
+        cache = decoder.KVCache(model, 4)
         for start, end in ((0, 20), (20, 29), (29, 30)):
             logits = decoder.logits(model, embeds[start:end], positions[:, start:end], cache, counts[start:end])
         return logits, cache
@@ -154,7 +154,7 @@ def test_layers_of_fused_kernels(family, used):
 def test_a_kernel_that_fails_is_said_once(used, fast, monkeypatch):
     model = tiny_model().to(DEVICE)
     embeds, positions = random(9, 64), torch.arange(9).expand(3, -1)
-    expected = decoder.logits(model, embeds, positions, KVCache(model, 9))
+    expected = decoder.logits(model, embeds, positions, decoder.KVCache(model, 9))
     layers.join(model)
 
     def fails(*_, **__):
@@ -162,9 +162,9 @@ def test_a_kernel_that_fails_is_said_once(used, fast, monkeypatch):
 
     monkeypatch.setattr(fast, "rotate_put", fails)
     with pytest.warns(DeviceWarning, match=r"without fused kernels.*: no such instruction$"):
-        made = decoder.logits(model, embeds, positions, KVCache(model, 9))
+        made = decoder.logits(model, embeds, positions, decoder.KVCache(model, 9))
     assert torch.equal(made, expected)
-    assert torch.equal(decoder.logits(model, embeds, positions, KVCache(model, 9)), expected)
+    assert torch.equal(decoder.logits(model, embeds, positions, decoder.KVCache(model, 9)), expected)
 
 
 def test_a_cpu_has_no_kernels(monkeypatch):

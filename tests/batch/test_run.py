@@ -207,7 +207,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         ("evoprune.session.encoding.probed", VideoError("gone"), "video", "read", 2),
         ("evoprune.vision.preprocess.pixel_patches", MemoryError(), "out_of_memory", "preprocess", 2),
         ("evoprune.session.encoding.encode_rows", FULL, "out_of_memory", "encode", 2),
-        ("evoprune.language.prefix.prefill", FULL, "out_of_memory", "prefill", 1),
+        ("evoprune.language.generate.LanguageModel.prefill", FULL, "out_of_memory", "prefill", 1),
         ("evoprune.language.generate.best_of", FULL, "out_of_memory", "generate", 1),
         ("evoprune.session.encoding.encode_rows", ZeroDivisionError("1/0"), "bug", None, 2),
     ],
@@ -273,7 +273,7 @@ def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])
-@pytest.mark.parametrize("where", ["session.encoding.encode_rows", "language.prefix.prefill"])
+@pytest.mark.parametrize("where", ["session.encoding.encode_rows", "language.generate.LanguageModel.prefill"])
 def test_an_interruption_is_no_failure(qa, monkeypatch, stop, where):
     def stops(*_, **__):
         raise stop

@@ -24,8 +24,15 @@ from evoprune.bench.tune import (
     smoothed,
 )
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.language import prefill
-from evoprune.session import EncodedInputs, ModelOptions, PruneOptions, Session, encoding, load_model
+from evoprune.language import LanguageModel
+from evoprune.session import (
+    EncodedInputs,
+    ModelOptions,
+    PruneOptions,
+    Session,
+    encoding,
+    load_model,
+)
 from evoprune.video import SamplingOptions
 from tests.quantized import parameters
 
@@ -72,8 +79,8 @@ def test_a_run(saved):
 
 def test_the_time_to_the_first_token_holds_the_whole_prompt(loaded, monkeypatch):
     """Also unpruned, although its answers have read the prompt before. Columns stand for seconds."""
-    read, along = [], EncodedInputs.read_along
-    monkeypatch.setattr("evoprune.language.prefix.prefill", lambda *args: read.append(len(args[1])) or prefill(*args))
+    read, along, prefill = [], EncodedInputs.read_along, LanguageModel.prefill
+    monkeypatch.setattr(LanguageModel, "prefill", lambda *args: read.append(len(args[1])) or prefill(*args))
     monkeypatch.setattr(EncodedInputs, "read_along", lambda *args: (along(*args)[0], read[-1]))
     session = Session(loaded, PruneOptions().config())
     answering = Answering(session, SamplingOptions(frames=4), QUESTIONS, TimeLimit(60, lambda: 0.0))

@@ -19,7 +19,7 @@ from PIL import Image
 from evoprune.backend.limits import MAX_VISUAL_TOKENS_CPU
 from evoprune.bundled import DEMOS, SCENES_TAG
 from evoprune.errors import VideoError
-from evoprune.language import prefix
+from evoprune.language import LanguageModel
 from evoprune.report import Report
 from evoprune.session import EncodedInputs, ReadAhead, asking, encoding
 from evoprune.video import frames
@@ -349,7 +349,7 @@ def test_the_pruned_answer_stays_when_the_full_one_breaks_off(cli, monkeypatch, 
             raise problem.with_traceback(None)
         return real(*args, **settings)
 
-    module, name = {"encode": (encoding, "encode_rows"), "prefill": (prefix, "prefill")}[when]
+    module, name = {"encode": (encoding, "encode_rows"), "prefill": (LanguageModel, "prefill")}[when]
     real, interrupted = getattr(module, name), isinstance(problem, KeyboardInterrupt)
     reason, code = ("interrupt", 130) if interrupted else ("error", 5)
     for flags in (("-q",), ("--json",)):

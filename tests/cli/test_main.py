@@ -150,7 +150,7 @@ CASES = {
     "frames do not fit": out_of_memory("read", "evoprune.video.sandbox.channel.mmap.mmap", OSError(12, "no memory")),
     "pictures do not fit": out_of_memory("preprocess", "evoprune.vision.preprocess.pixel_patches", CPU_FULL),
     "tower does not fit": out_of_memory("encode", "evoprune.session.encoding.encode_rows", CUDA_FULL),
-    "prompt does not fit": out_of_memory("prefill", "evoprune.language.prefix.prefill", CUDA_FULL),
+    "prompt does not fit": out_of_memory("prefill", "evoprune.language.generate.LanguageModel.prefill", CUDA_FULL),
     "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_inputs", MemoryError())),
     # stopped from outside
     "interrupted while loading": Case(

@@ -11,8 +11,8 @@ from itertools import product
 
 import torch
 
-from evoprune.language import KVCache, prompt_positions, video_positions
-from evoprune.language.decoder import logits
+from evoprune.language import prompt_positions, video_positions
+from evoprune.language.decoder import KVCache, logits
 from evoprune.methods import LanguageMethod
 from evoprune.model import Config, QwenVL
 from tests.methods.kinds import INNER

@@ -13,7 +13,7 @@ from evoprune import methods
 from evoprune.contrib.operation_search import ORDER, Loss, RecipeSearch, Step, search
 from evoprune.contrib.operations import ALL, KINDS, REST, Operation, Operations, Recipe, closed
 from evoprune.errors import UsageError
-from evoprune.language import KVCache, decoder
+from evoprune.language import decoder
 from evoprune.methods import MethodChain
 from tests.contrib.eager import COLUMNS, VISUAL, Eager, a_prompt, deep_model, run_method
 from tests.contrib.test_inner import best, last_attention
@@ -108,7 +108,7 @@ def test_attention_in_strips_of_any_length(strip, monkeypatch):
 def test_with_nothing_removed_nothing_changes_bit_for_bit():
     method, (embeds, positions) = Operations(recipe=recipe_of(*((each,) for each in EVERY))), a_prompt()
     assert MethodChain.of(method).language_work(DEPTH, len(VISUAL), 1.0) is None
-    plain = decoder.logits(deep_model(), embeds, positions, KVCache(deep_model(), COLUMNS))
+    plain = decoder.logits(deep_model(), embeds, positions, decoder.KVCache(deep_model(), COLUMNS))
     assert torch.equal(plain, run_method(deep_model(), method, embeds, positions, 1.0)[0])
 
 

@@ -3,7 +3,6 @@
 import itertools
 import sys
 from contextlib import suppress
-from functools import partial
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from evoprune import methods
 from evoprune.contrib.pyramiddrop import PyramidDrop
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
-from evoprune.language.generate import TokenStream, dropping_for, embed_ids, prefill, teacher_forced_logits
+from evoprune.language.generate import LanguageModel, TokenStream
 from evoprune.language.prompt import Place, prompt_positions, video_positions
 from evoprune.language.pruned import prune_prompt
 from evoprune.language.settings import GenerationOptions
@@ -345,21 +344,21 @@ def test_room_for_the_prompt_and_not_for_what_left(name):
     visual = encoded_tokens(embeds[VISUAL], torch.arange(len(VISUAL)), grid=GRID)
     place = Place((range(BEFORE, BEFORE + len(VISUAL)),))
     ids = torch.zeros(COLUMNS, dtype=torch.int64)
-    prompt = prune_prompt(ids, [place], [visual], positions, partial(embed_ids, model))
+    prompt = prune_prompt(ids, [place], [visual], positions, LanguageModel(model).embed)
 
     def read():
-        dropping = dropping_for(model, method, 0.25, [visual], prompt)
-        return dropping, prefill(model, prompt.embeds, positions, 60, dropping=dropping)
+        dropping = LanguageModel(model).dropping_for(method, 0.25, [visual], prompt)
+        return dropping, LanguageModel(model).prefill(prompt.embeds, positions, 60, dropping=dropping)
 
     dropping, state = read()
     room = [keys.shape[2] - 256 for keys, _ in state.cache._layers]
     assert room == list(dropping.columns) and all(a >= b for a, b in zip(room, state.cache.lengths, strict=True))
     assert list(dropping.layers) == [length - TEXT for length in state.cache.lengths]
     tokens = list(TokenStream(state, GenerationOptions(4), ()))
-    assert teacher_forced_logits(read()[1], torch.tensor(tokens)).argmax(-1).tolist() == tokens
+    assert read()[1].logits_along(torch.tensor(tokens)).argmax(-1).tolist() == tokens
     # At the full budget there is no dropping, and nothing changes.
     assert method.language_work(8, len(VISUAL), 1.0) is None
-    assert dropping_for(model, method, 1.0, [visual], prompt) is None
+    assert LanguageModel(model).dropping_for(method, 1.0, [visual], prompt) is None
 
 
 def test_a_cache_that_tokens_have_left_is_cropped_behind_them_only():
@@ -422,7 +421,7 @@ def test_a_method_sees_where_in_their_frames_tokens_are(monkeypatch):
 
     monkeypatch.setattr(PyramidDrop, "select", watched)
     ids = torch.zeros(COLUMNS, dtype=torch.int64)
-    prompt = prune_prompt(ids, places, read, positions, partial(embed_ids, model))
-    dropping = dropping_for(model, methods.parse("pyramiddrop"), 0.5, read, prompt)
-    prefill(model, prompt.embeds, prompt.positions, 60, dropping=dropping)
+    prompt = prune_prompt(ids, places, read, positions, LanguageModel(model).embed)
+    dropping = LanguageModel(model).dropping_for(methods.parse("pyramiddrop"), 0.5, read, prompt)
+    LanguageModel(model).prefill(prompt.embeds, prompt.positions, 60, dropping=dropping)
     assert len(seen) == 3

@@ -1,4 +1,4 @@
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import tokenizers
@@ -14,13 +14,11 @@ from transformers.generation import (
 from evoprune.errors import ModelError
 from evoprune.language.generate import (
     GenerationOptions,
+    LanguageModel,
     TokenStream,
     choose,
-    embed_ids,
     penalised,
-    prefill,
     probabilities,
-    teacher_forced_logits,
 )
 from evoprune.language.prompt import Tokenizer, build_prompt, prompt_positions
 from evoprune.language.pruned import prune_prompt
@@ -78,11 +76,11 @@ class Clip:
         kept = torch.arange(self.prompt.visual_tokens) if kept is None else kept
         made = self.embed(model, kept)
         assert made.following == self.next_position
-        return prefill(model, made.embeds, made.positions, made.following)
+        return LanguageModel(model).prefill(made.embeds, made.positions, made.following)
 
 
 def pruned(model, prompt, read, positions=None):
-    return prune_prompt(prompt.input_ids, prompt.places, read, positions, partial(embed_ids, model))
+    return prune_prompt(prompt.input_ids, prompt.places, read, positions, LanguageModel(model).embed)
 
 
 def greedy(model, state, tokens=TOKENS):
@@ -256,7 +254,7 @@ def test_log_probabilities_are_those_of_the_raw_logits(model, options):
 
     plain, answer = stream(), stream(logprobs=3)
     assert list(answer) == list(plain) and plain.logprobs == []
-    logits = teacher_forced_logits(clip.prefill(model), torch.tensor(answer.ids))
+    logits = clip.prefill(model).logits_along(torch.tensor(answer.ids))
     expected = logits.double().log_softmax(-1)
     for token, made, row in zip(answer.ids, answer.logprobs, expected, strict=True):
         assert made.chosen == pytest.approx(float(row[token]), abs=1e-4)
@@ -307,7 +305,7 @@ def test_a_constraint_narrows_every_choice(model, options):
     assert all(token in ids for token, ids in zip(answer, allowed, strict=True))
     assert answer.finish_reason == "stop" and next(answer, None) is None
     if not options:
-        logits = teacher_forced_logits(clip.prefill(model), torch.tensor(answer.ids))
+        logits = clip.prefill(model).logits_along(torch.tensor(answer.ids))
         assert answer.ids == [ids[int(row[ids].argmax())] for row, ids in zip(logits, allowed, strict=True)]
         assert answer.logprobs[0].chosen < answer.logprobs[0].top[0][1]  # by the raw logits
     whole = stream(len(allowed))

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evoprune.backend import devices, layers
 from evoprune.errors import DeviceWarning
 from evoprune.language import hosted, hybrid
-from evoprune.language.generate import GenerationOptions, TokenStream, prefill
+from evoprune.language.generate import GenerationOptions, LanguageModel, TokenStream
 from evoprune.model import HostedVL
 from tests import tiny
 from tests.tiny import tiny_model
@@ -130,7 +130,7 @@ def test_in_bf16_it_is_as_exact_as_transformers(elsewhere):
 
 def test_an_answer_is_that_of_transformers_modules(model, elsewhere):
     def answer():
-        state = prefill(model, columns(90), torch.arange(90).expand(3, -1), 90)
+        state = LanguageModel(model).prefill(columns(90), torch.arange(90).expand(3, -1), 90)
         return list(TokenStream(state, GenerationOptions(max_new_tokens=12), ()))
 
     made = answer()

@@ -11,7 +11,7 @@ import torch
 from evoprune.backend import bias_features, devices, layers
 from evoprune.errors import DeviceWarning, ModelError
 from evoprune.language import decoder, static
-from evoprune.language.generate import GenerationOptions, PrefillState, TokenStream, prefill
+from evoprune.language.generate import GenerationOptions, LanguageModel, PrefillState, TokenStream
 from evoprune.language.prompt import prompt_positions, video_positions
 from evoprune.session import load_model
 from tests.backend.recorder import Graphs
@@ -55,7 +55,7 @@ def state_of(model, columns=40, sizes=False, seed=0) -> PrefillState:
     kept = torch.randperm(90, generator=random)[:columns].sort().values
     embeds = torch.randn(columns, 64, generator=random).to(model.dtype)
     counts = torch.randint(1, 9, (columns,), generator=random).float() if sizes else None
-    return prefill(model, embeds, positions[:, kept], int(positions.max()) + 1, sizes=counts)
+    return LanguageModel(model).prefill(embeds, positions[:, kept], int(positions.max()) + 1, sizes=counts)
 
 
 def stream(model, state, new=NEW, end=(), seed=0, **options) -> TokenStream:
@@ -350,7 +350,7 @@ def prompt_state(model, columns: int, sizes: bool = True, seed: int = 0):
     counts = torch.randint(1, 9, (columns,), generator=random).float().to(DEVICE) if sizes else None
     with torch.inference_mode():
         embeds = text.embed_tokens(ids.to(DEVICE)).to(text.norm.weight.dtype)
-    return prefill(model, embeds, torch.arange(columns).expand(3, -1), columns, sizes=counts)
+    return LanguageModel(model).prefill(embeds, torch.arange(columns).expand(3, -1), columns, sizes=counts)
 
 
 def answer(model, columns: int, new: int, **how) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from evoprune.errors import DoesNotFit, OutOfMemory, UsageError
-from evoprune.language import GenerationOptions, Tokenizer, prefix
+from evoprune.language import GenerationOptions, LanguageModel, Tokenizer
 from evoprune.session import memory
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import open_inputs
@@ -127,9 +127,9 @@ def test_subtitles_of_several_inputs_are_under_the_numbers_of_the_videos(qa, tmp
 
 
 def test_a_later_question_reads_no_subtitles_again(qa, said, monkeypatch):
-    read, prefill = [], prefix.prefill
-    noting = lambda model, embeds, *rest: read.append(len(embeds)) or prefill(model, embeds, *rest)  # noqa: E731
-    monkeypatch.setattr(prefix, "prefill", noting)
+    read, prefill = [], LanguageModel.prefill
+    noting = lambda self, embeds, *rest: read.append(len(embeds)) or prefill(self, embeds, *rest)  # noqa: E731
+    monkeypatch.setattr(LanguageModel, "prefill", noting)
     video = qa.encode(CLIP, subtitles=said)
     for question in ("Why?", "Who?"):
         assert video.ask(question, max_new_tokens=1).text is not None

@@ -1,7 +1,6 @@
 """Qwen3-VL from a file to logits: equal to transformers at full budget; below it, to a hand-written prompt read by its layers."""
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import evoprune
 from evoprune import methods
 from evoprune.bench import hugging_face_model
 from evoprune.bench.clips import place_of
-from evoprune.language import embed_ids, prefill, prompt_positions, prune_prompt
+from evoprune.language import LanguageModel, prompt_positions, prune_prompt
 from evoprune.methods import full_plan
 from evoprune.session.cache import Cache
 from evoprune.session.loading.description import describe
@@ -262,8 +261,8 @@ def test_full_budget_at_true_dimensions(name):
     place = place_of(grid, times=True)
     ids = torch.arange(place.around[-1].stop + 9) % 1000
     positions = prompt_positions(len(ids), place.positions(grid, 1.0, None))
-    prompt = prune_prompt(ids, [place], [made], positions, partial(embed_ids, model))
-    logits = prefill(model, prompt.embeds, positions, 0, deepstack=prompt.deepstack).logits
+    prompt = prune_prompt(ids, [place], [made], positions, LanguageModel(model).embed)
+    logits = LanguageModel(model).prefill(prompt.embeds, positions, 0, deepstack=prompt.deepstack).logits
     is_visual = torch.zeros(1, len(ids), dtype=torch.bool).index_fill_(1, place.columns, True)
     with torch.inference_mode():
         hidden = theirs.model.language_model(

@@ -39,11 +39,10 @@ SLOW = (
     "evoprune.session.encoded.select_tokens",
     "evoprune.session.prompting.check_texts",
     "evoprune.session.prompting.prompt_about",
-    "evoprune.language.prefix.prefill",
+    "evoprune.language.generate.LanguageModel.prefill",
     "evoprune.session.prompting.read_subtitles",
     "evoprune.language.prompt.Tokenizer.encode",
     "evoprune.language.prompt.Tokenizer.render",
-    "evoprune.live.stream.prefill",
     "evoprune.live.stream.window_columns",
 )
 

@@ -32,7 +32,7 @@ from evoprune.bench.verify.subject import (
 )
 from evoprune.errors import first_line, is_out_of_memory
 from evoprune.hf import interface
-from evoprune.language import generate, prune_prompt, static
+from evoprune.language import prune_prompt
 from evoprune.methods import STEPS, arange_on, grid_tables
 from evoprune.model import PATCHES
 from evoprune.session import PruneOptions
@@ -93,7 +93,7 @@ def positions(subject: Subject) -> Outcome:
 
 def logits(subject: Subject) -> Outcome:
     """Compare the language models, both reading the features of transformers' tower."""
-    model = subject.loaded.model
+    language = subject.loaded.language
     asked = subject.about(subject.video)
     last, *inner = asked.features
     (plan,) = asked.plans
@@ -103,10 +103,10 @@ def logits(subject: Subject) -> Outcome:
         added = torch.stack(inner)
     tokens = Encoded(last, every, last, every, (plan.grid,), [], 0.0, deepstack=added)
     whole = asked.prompt
-    prompt = prune_prompt(whole.input_ids, whole.places, [tokens], asked.positions, partial(generate.embed_ids, model))
-    cache = generate.new_cache(model, len(prompt))
+    prompt = prune_prompt(whole.input_ids, whole.places, [tokens], asked.positions, language.embed)
+    cache = language.new_cache(len(prompt))
     options = {"last": asked.text_behind, "deepstack": prompt.deepstack}
-    ours = generate.layers_of(model).logits(model, prompt.embeds, prompt.positions, cache, **options)
+    ours = language.logits(prompt.embeds, prompt.positions, cache, **options)
     return _within(gap(ours, subject.video_logits, centred=True), subject.language_noise)
 
 
@@ -282,28 +282,23 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
     """
     if capture_on(subject.device) is None:
         return "this device has none"
-    if not static.can_step(subject.loaded.model):
+    language = subject.loaded.language
+    if not language.can_capture:
         return "layers have hooks, quantised weights, or experts that are chosen on the host"
-    model = subject.loaded.model
     encoded = subject.encode(1.0)
     answer = encoded.ask("What happens?", max_new_tokens=NEW_TOKENS)
     answer.text  # generates the answer  # noqa: B018
-    embeds = generate.embed_ids(model, torch.arange(64, dtype=torch.int64, device="cpu"))
+    embeds = language.embed(torch.arange(64, dtype=torch.int64, device="cpu"))
     positions = torch.arange(64, dtype=torch.int64, device="cpu").expand(3, -1)
     with plain_pytorch():
-        state = generate.prefill(model, embeds, positions, 64)
+        state = language.prefill(embeds, positions, 64)
         ids = torch.tensor([*(answer.ids or [0]), 0], dtype=torch.int64, device="cpu")
-        plain = generate.teacher_forced_logits(state, ids, one_by_one=True)[1:]
-    state = generate.prefill(model, embeds, positions, 64)
-    steps = static.new_cache(model, static.MIN_COLUMNS)
-    holder = object()
-    decoded = []
-    steps.begin(holder, state.cache, 64, static.MIN_COLUMNS)
+        plain = state.logits_along(ids, one_by_one=True)[1:]
+    state = language.prefill(embeds, positions, 64)
     try:
-        for token in ids[:-1].tolist():
-            steps.following(model, holder, token, lambda logits, best: decoded.append(logits.clone()) or 0)
+        decoded = state.graph_logits_along(ids[:-1])
     except Exception as problem:  # capturing failed; decoding then falls back to plain PyTorch
         if is_out_of_memory(problem):
             raise
         return first_line(problem)
-    return torch.stack(decoded), plain
+    return decoded, plain

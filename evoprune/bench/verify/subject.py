@@ -21,7 +21,7 @@ from torch import nn
 from evoprune.backend import cache_name
 from evoprune.bench.hugging_face import hugging_face_model, share_equal
 from evoprune.hf import NAMES, TYPES, arguments, read_patches
-from evoprune.language import GenerationOptions, run_for, run_modules
+from evoprune.language import GenerationOptions
 from evoprune.model import shortage
 from evoprune.session import EncodedInputs, LoadedModel, fitting_prompt, open_inputs, positions_of, read_whole
 from evoprune.video import SamplingOptions
@@ -426,8 +426,7 @@ class Subject:
 
         If both sides run the same transformers modules, they differ only in how many columns they read at a time.
         """
-        model = self.loaded.model
-        if model.native or run_for(model, self.device) is not run_modules:
+        if not self.loaded.language.runs_modules:
             return self._otherwise[1]
         asked = self.about(self.video)
         columns = asked.text_behind, len(asked.prompt.input_ids) - asked.text_behind

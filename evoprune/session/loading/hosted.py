@@ -17,7 +17,11 @@ from pathlib import Path
 
 import torch
 
-from evoprune.backend import are_widened, choose_functions, use_experts
+from evoprune.backend import (
+    are_widened,
+    choose_functions,
+    use_experts,
+)
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
 from evoprune.model import Config, HostedVL, fill_random, name_in_memory
 from evoprune.session.loading.description import ADAPTER

@@ -26,22 +26,8 @@ from evoprune.backend import (
 )
 from evoprune.bundled import Demo, may_be_of_any_world, unknown_words, world_of
 from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_memory
-from evoprune.language import (
-    MIN_COLUMNS,
-    GenerationOptions,
-    NativeStaticCache,
-    Place,
-    Tokenizer,
-    TokenStream,
-    embed_ids,
-    has_tokenizer,
-    hybrid,
-    load_tokenizer,
-    prefill,
-    prune_prompt,
-    step,
-)
-from evoprune.methods import MethodChain, arange_on
+from evoprune.language import LanguageModel, Tokenizer, has_tokenizer, load_tokenizer, warm_up
+from evoprune.methods import MethodChain
 from evoprune.model import (
     PATCHES,
     Config,
@@ -50,7 +36,6 @@ from evoprune.model import (
     QwenVL,
     empty,
     fill_random,
-    head_size,
     name_in_memory,
     parameter_count,
     shortage,
@@ -118,6 +103,10 @@ class LoadedModel:
         from evoprune.language import Vocabulary
 
         return Vocabulary(self.tokenizer, self.eos_ids)
+
+    @property
+    def language(self) -> LanguageModel:
+        return LanguageModel(self.model)
 
     @property
     def id(self) -> str:
@@ -460,9 +449,7 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     """Compile kernels and set up libraries while the weights load, so a GPU's first question does not wait for them.
 
     A small model with the same widths answers a question about a few units. It has at least two layers, because the top layer
-    computes few columns, which uses other kernels. One decoding step then runs with the static cache of CUDA graphs. If
-    transformers runs the language model, only the norms and the solver of DeltaNets run, because that solver is in a library of its
-    own.
+    computes few columns, which uses other kernels.
     """
     vision = config.vision_config
     text = config.text_config
@@ -483,27 +470,9 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     prepare(model, packs=False)
     visual = model.model.visual
     grid = (2, 8, 8)
-    words = 8
     units = 2 * 8 * 8
     values = visual.patch_embed.proj.weight[0].numel()
     pixels = torch.randint(256, (units * PATCHES, values), dtype=torch.uint8, device=device)
     # Use the plan of a larger input, because reuse and selections inside the tower use more kernels.
     plan = MethodChain.parse("evoprune:inner=always").plan(tower_shape(visual), grid, units // 4)
-    encoded = encode(visual, [pixels], plan)
-    if not native:
-        x, of_head = (pixels.new_zeros(2, wide, dtype=dtype) for wide in (text.hidden_size, head_size(text)))
-        for rows, plus in ((x, None), (x, x), (of_head, None)):
-            hybrid.add_norm(rows, plus, rows[0].float(), text.rms_norm_eps)
-        if text.delta_net:
-            chunks = pixels.new_zeros(16, hybrid.CHUNK, hybrid.CHUNK, dtype=torch.float32)
-            torch.linalg.solve_triangular(chunks, chunks, upper=False, unitriangular=True)  # loads the solver's library
-        return
-    place = Place((range(words, words + units),))
-    ids = torch.zeros(2 * words + units, dtype=torch.int64, device="cpu")
-    positions = arange_on(len(ids), "cpu").expand(3, -1)
-    prompt = prune_prompt(ids, [place], [encoded], positions, partial(embed_ids, model))
-    state = prefill(model, prompt.embeds, prompt.positions, len(ids), None, prompt.sizes, None, prompt.deepstack)
-    list(TokenStream(state, GenerationOptions(max_new_tokens=2), eos_ids=()))
-    steps = NativeStaticCache(model, MIN_COLUMNS)
-    steps.fill(state.cache, len(ids) + 1, MIN_COLUMNS)
-    step(model, steps)
+    warm_up(model, encode(visual, [pixels], plan), native)

@@ -17,7 +17,7 @@ import torch
 
 import evoprune
 from evoprune.backend import levels, places, quantize, restore
-from evoprune.language import layers_of, new_cache
+from evoprune.language import LanguageModel
 from evoprune.methods import arange_on, full_plan
 from evoprune.model import PATCHES, Model
 from evoprune.session.cache import Entries, cache_folder, own_code
@@ -155,7 +155,8 @@ def calibrate(model: Model) -> None:
     before, behind = embed(ids).to(seen.dtype).split(CALIBRATION_TOKENS)
     embeds = torch.cat([before, seen, behind])
     positions = arange_on(len(embeds), "cpu").expand(3, -1)
-    layers_of(model).logits(model, embeds, positions, new_cache(model, len(embeds)))
+    language = LanguageModel(model)
+    language.logits(embeds, positions, language.new_cache(len(embeds)))
 
 
 def calibrate_tower(visual) -> torch.Tensor:

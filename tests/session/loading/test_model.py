@@ -19,7 +19,7 @@ from evoprune.backend.cpu import linear
 from evoprune.backend.devices import is_host
 from evoprune.bundled import DEMOS
 from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard
-from evoprune.language import prefill
+from evoprune.language import LanguageModel
 from evoprune.model import FAMILIES, Config, shortage
 from evoprune.session.loading import model
 from evoprune.session.loading.description import describe
@@ -333,7 +333,9 @@ def test_random_weights_are_the_same_in_every_program_and_compute_finite_numbers
     assert all(torch.equal(again[name], weight) for name, weight in expected.items())
     assert {weight.dtype for weight in again.values()} == {torch.bfloat16}
     model = load_model(str(saved), load_format="dummy", dtype="fp32").model
-    state = prefill(model, model.model.language_model.embed_tokens(torch.arange(9)), torch.arange(9).expand(3, -1), 9)
+    state = LanguageModel(model).prefill(
+        model.model.language_model.embed_tokens(torch.arange(9)), torch.arange(9).expand(3, -1), 9
+    )
     assert state.logits.isfinite().all() and state.logits.std() > 0
 
 

@@ -1,0 +1,51 @@
+"""Compile kernels and set up libraries for the language model before the first question."""
+
+from math import prod
+
+import torch
+
+from evoprune.language import hybrid, static
+from evoprune.language.generate import LanguageModel, TokenStream
+from evoprune.language.prompt import Place
+from evoprune.language.pruned import prune_prompt
+from evoprune.language.settings import GenerationOptions
+from evoprune.methods import arange_on
+from evoprune.model import QwenVL, head_size
+from evoprune.vision import Encoded
+
+
+def warm_up(model: QwenVL, encoded: Encoded, native: bool) -> None:
+    """Answer a question about an input of a small model, and run one decoding step with the static cache of CUDA graphs.
+
+    Args:
+        model: a model with random weights and the widths of the model that is being loaded.
+        encoded: the input.
+        native: False if transformers runs the language model that is being loaded. Then only norms and the solver of DeltaNets
+            run, because that solver is in a library of its own.
+    """
+    if not native:
+        _warm_up_hybrid(model)
+        return
+    language = LanguageModel(model)
+    words = 8
+    units = prod(encoded.grids[0])
+    place = Place((range(words, words + units),))
+    ids = torch.zeros(2 * words + units, dtype=torch.int64, device="cpu")
+    positions = arange_on(len(ids), "cpu").expand(3, -1)
+    prompt = prune_prompt(ids, [place], [encoded], positions, language.embed)
+    state = language.prefill(prompt.embeds, prompt.positions, len(ids), None, prompt.sizes, None, prompt.deepstack)
+    list(TokenStream(state, GenerationOptions(max_new_tokens=2), eos_ids=()))
+    steps = static.NativeStaticCache(model, static.MIN_COLUMNS)
+    steps.fill(state.cache, len(ids) + 1, static.MIN_COLUMNS)
+    static.step(model, steps)
+
+
+def _warm_up_hybrid(model: QwenVL) -> None:
+    text = model.config.text_config
+    like = model.model.language_model.norm.weight
+    x, of_head = (like.new_zeros(2, wide) for wide in (text.hidden_size, head_size(text)))
+    for rows, plus in ((x, None), (x, x), (of_head, None)):
+        hybrid.add_norm(rows, plus, rows[0].float(), text.rms_norm_eps)
+    if text.delta_net:
+        chunks = like.new_zeros(16, hybrid.CHUNK, hybrid.CHUNK, dtype=torch.float32)
+        torch.linalg.solve_triangular(chunks, chunks, upper=False, unitriangular=True)  # loads the solver's library
