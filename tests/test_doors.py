@@ -20,7 +20,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "video": 45,
     "bench": 26,
     "language": 24,
-    "model": 35,
+    "model": 27,
     "batch": 33,
     "vision": 21,
     "hf": 16,

@@ -3,7 +3,7 @@
 Every answer becomes a sample, a plain dict; `scores.py` turns them into a table.
 
 Costs are operations at the dimensions of Qwen2.5-VL-3B. The rows that each layer of the evaluated tower computed are stretched to
-the 3B model's 32 layers by relative depth (`stretched`), as are the prompt lengths if they differ between layers. Scoring and
+the 3B model's 32 layers by relative depth (`_stretched`), as are the prompt lengths if they differ between layers. Scoring and
 merging, a few percent of the tower's cost, are not counted.
 """
 
@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zlib import crc32
 
 import torch
@@ -37,7 +37,7 @@ from evoprune.bench.shared import (
 )
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.methods import generator_seed
-from evoprune.model import prefill_flop, shortage, stretched, tower_flop
+from evoprune.model import Cost, shortage
 from evoprune.report import Report
 from evoprune.session import (
     EncodedInputs,
@@ -67,28 +67,36 @@ NOTE = (
 )
 
 
-class Cost:
+T = TypeVar("T")
+
+
+def _stretched(rows: Sequence[T], depth: int) -> list[T]:
+    """Return the rows for each of `depth` layers, taken at the same relative depth from a model with another number of layers."""
+    return [rows[layer * len(rows) // depth] for layer in range(depth)]
+
+
+class AnswerCost:
     def __init__(self, loaded: LoadedModel, encoded: EncodedInputs):
         config = describe(ModelOptions(COST_MODEL, load_format="dummy")).config
         vision = config.vision_config
         grids, height, width = encoded.plan.grid
         windows = tower_geometry(loaded.model.model.visual, height, width).windows
         entered = [rows for _, rows in encoded.report.pruning.layers]
-        rows = [*stretched(entered, vision.depth), encoded.report.pruning.encoder_rows]
-        self._text = config.text_config
-        self._tower = tower_flop(vision, rows, grids, windows) / 1e12
+        rows = [*_stretched(entered, vision.depth), encoded.report.pruning.encoder_rows]
+        self._cost = Cost(config)
+        self._depth = config.text_config.num_hidden_layers
+        self._tower = self._cost.tower_flop(rows, grids, windows) / 1e12
 
     def of(self, report: Report) -> dict[str, float]:
         """Return the cost of an answered question, as fields of a sample. `tflop_3b` counts 10^12 multiplications and additions."""
         pruning = report.pruning
         tokens = report.tokens
-        depth = self._text.num_hidden_layers
         read = [count for _, count in pruning.language_layers or [(0, pruning.visual_tokens_kept)]]
         work = pruning.language_work or [[layer, *[count] * 3] for layer, count in pruning.language_layers or []]
         lengths = tokens.prompt
         if work:
-            lengths = [[tokens.text + count for count in counts] for _, *counts in stretched(work, depth)]
-        prefill = prefill_flop(self._text, lengths) / 1e12
+            lengths = [[tokens.text + count for count in counts] for _, *counts in _stretched(work, self._depth)]
+        prefill = self._cost.prefill_flop(lengths) / 1e12
         return {
             "units": pruning.visual_tokens_in,
             "tokens": pruning.visual_tokens_kept,
@@ -283,7 +291,7 @@ class Evaluation:
         with closing(self._open(variant, video, span, rows)) as opened:
             encoded = opened.encode(tell)
             session = opened.session
-        cost = Cost(self.loaded, encoded)
+        cost = AnswerCost(self.loaded, encoded)
         pruned = encoded.report.time_ms.encode_prune
         for row in span.rows:
             encoded.last_question = row is span.rows[-1]

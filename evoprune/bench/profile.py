@@ -19,6 +19,7 @@ from evoprune.backend import (
     PackedLinear,
     attention_note,
     available_cores,
+    available_memory,
     cache_name,
     can_pack,
     environment,
@@ -70,14 +71,12 @@ from evoprune.model import (
     PATCHES,
     Clock,
     Config,
+    Cost,
+    Model,
     QwenVL,
-    VisionConfig,
-    cost,
     matmul_rate,
-    parameter_count,
     shared,
     shortage,
-    tower_flop,
 )
 from evoprune.session import (
     BUNDLED_CONFIGS,
@@ -184,7 +183,7 @@ def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
     Also raises the errors of `case_grid` and `load_model`.
     """
     size = DTYPES[model.dtype].itemsize
-    weights = parameter_count(model.config) * size
+    weights = Cost(model.config).parameters * size
     working = min(working_memory(model.config, case, model.limits["video"], size) for case in cases)
     stored = weights_of(model)
     if short := shortage(weights + working, model.device):
@@ -217,13 +216,14 @@ def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) ->
     grid = case_grid(cases[0], model.limits["video"])
     units = prod(grid)
     windows = geometry(*grid[1:], model.tower.window, "cpu").windows
-    flop = tower_flop(config.vision_config, [units] * (config.vision_config.depth + 1), grid[0], windows)
+    cost = Cost(config)
+    flop = cost.tower_flop([units] * (config.vision_config.depth + 1), grid[0], windows)
     prompt = units + text_tokens(config.vision_config, cases[0], model.limits["video"])
-    flop += cost.prefill_flop(config.text_config, prompt)
-    flop += (new_tokens - 1) * cost.prefill_flop(config.text_config, 1)
+    flop += cost.prefill_flop(prompt)
+    flop += (new_tokens - 1) * cost.prefill_flop(1)
     seconds = 2 * flop / matmul_rate(dtype, str(device))
     working = max(working_memory(config, case, model.limits["video"], dtype.itemsize) for case in cases)
-    return Needs(parameter_count(config) * dtype.itemsize + working, seconds)
+    return Needs(cost.parameters * dtype.itemsize + working, seconds)
 
 
 def quantized_models(
@@ -244,7 +244,7 @@ def quantized_models(
     if can_pack(next(ours.parameters())):
         progress("packing weights")
         start = now(ours.device)
-        free = cost.available_memory(loaded.device)
+        free = available_memory(loaded.device)
         for part, size in ((ours, tower + 1.2 * language), (ours.model.visual, tower)):
             if free is None or free > 1.1 * size + working:
                 pack(part)
@@ -256,7 +256,7 @@ def quantized_models(
     for name in names:
         if name == "none":
             continue
-        if short := cost.shortage(all_bytes - saved_bytes(loaded.model, name) + working, loaded.device):
+        if short := shortage(all_bytes - saved_bytes(loaded.model, name) + working, loaded.device):
             missing[name] = f"not run: beside the other weights, {name} {short}"
             continue
         start = now(loaded.model.device)
@@ -280,10 +280,8 @@ def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: 
     `bytes_each` is the size of a weight. Raises the errors of `case_grid`.
     """
     units = prod(case_grid(case, limits))
-    held = cost.SMALL_CHANGE + cost.pixel_bytes(config, units, bytes_each)
-    text = text_tokens(config.vision_config, case, limits)
-    language = cost.language_bytes(config, units + text, bytes_each)
-    return held + max(cost.tower_bytes(config, units, bytes_each), language)
+    prompt = units + text_tokens(config.vision_config, case, limits)
+    return Cost(config).unpruned_memory(units, prompt, bytes_each)
 
 
 class Turn(NamedTuple):
@@ -318,7 +316,7 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
         )
     with clock.stage("generate"):
         tokens = list(TokenStream(state, GenerationOptions(new_tokens), eos_ids=()))
-    counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept), len(prompt))
+    counts = _counts(model, clip, encoded.layers, len(encoded.rows), len(encoded.kept), len(prompt))
     if not dropping:
         return Turn(counts, _sample(loaded, clock, encoded.prune_seconds, 0.0), tokens)
     sample = _sample(loaded, clock, encoded.prune_seconds, dropping.timer.seconds())
@@ -363,7 +361,7 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
             hidden = text(inputs_embeds=embeds, position_ids=position, **cached)
             tokens.append(int(reference.lm_head(hidden.last_hidden_state[:, -1]).argmax()))
     layers = [(layer, clip.units) for layer in range(len(reference.model.visual.blocks))]
-    counts = _counts(loaded.model.model.visual, clip, layers, clip.units, clip.units, len(clip.ids))
+    counts = _counts(loaded.model, clip, layers, clip.units, clip.units, len(clip.ids))
     return Turn(counts, _sample(loaded, clock), tokens)
 
 
@@ -372,11 +370,9 @@ def _sample(loaded: LoadedModel, clock: Clock, prune: float = 0.0, prefill_prune
     return Sample(s["encode"], prune, s["prefill"], s["generate"], peak_memory(loaded.device), prefill_prune)
 
 
-def _counts(visual, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens: int, prompt: int) -> Counts:
-    windows = tower_geometry(visual, *clip.grid[1:]).windows
-    flop = tower_flop(
-        VisionConfig.of(visual.config), [*(entered for _, entered in layers), rows], clip.grid[0], windows
-    )
+def _counts(model: Model, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens: int, prompt: int) -> Counts:
+    windows = tower_geometry(model.model.visual, *clip.grid[1:]).windows
+    flop = Cost(model.config).tower_flop([*(entered for _, entered in layers), rows], clip.grid[0], windows)
     share = sum(entered for _, entered in layers) / len(layers) / clip.unpruned
     return Counts(clip.unpruned, rows, share, tuple(layers), tokens, prompt, flop)
 

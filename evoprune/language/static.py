@@ -28,7 +28,7 @@ from evoprune.errors import DeviceWarning, first_line
 from evoprune.language import hosted
 from evoprune.language.decoder import KVCache, frequencies_of, run_layer, turns_by
 from evoprune.language.hosted import HostedCache
-from evoprune.model import HostedVL, head_size, kv_bytes, norm, without_autocast
+from evoprune.model import Cost, HostedVL, head_size, norm, without_autocast
 
 # A graph is captured once an answer has this many tokens and may still get as many. A capture takes as long as a few plain steps,
 # and an answer of a word or two should not wait for it.
@@ -298,7 +298,7 @@ def begin(
             return None
         if not known and (steps is None or steps.capacity < columns):
             available = available_memory(str(like.device))
-            if available is not None and kv_bytes(model.config, columns, like.itemsize) >= SHARE * available:
+            if available is not None and Cost(model.config).kv_bytes(columns, like.itemsize) >= SHARE * available:
                 return None
             steps = _caches[model] = new_cache(model, columns)
     steps.begin(holder, cache, position, min(known, default=columns))

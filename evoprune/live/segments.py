@@ -12,7 +12,7 @@ import torch
 
 from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.methods import EncoderPlan, Stage, arange_on
-from evoprune.model import carried_bytes, shortage
+from evoprune.model import Cost, shortage
 from evoprune.session import Session
 from evoprune.video import Plan
 from evoprune.vision import EncodedRows, EncoderRun, ReferenceBlocks, Rows, encode_rows
@@ -140,6 +140,6 @@ def check_carried(session: Session, plan: Plan) -> None:
     model = session.loaded.model
     _, height, width = plan.encoder.grid
     # The states of two windows are alive at once.
-    needed = 2 * carried_bytes(model.config, height * width, model.dtype.itemsize)
+    needed = 2 * Cost(model.config).carried_bytes(height * width, model.dtype.itemsize)
     if plan.encoder.reuse and (short := shortage(needed, str(model.device))):
         raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", USE_LESS, stage="encode")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from evoprune.doors import door
 
 if TYPE_CHECKING:
-    from evoprune.model import cost
     from evoprune.model.config import (
         ANSWER_COLUMNS,
         FAMILIES,
@@ -19,19 +18,7 @@ if TYPE_CHECKING:
         VisionConfig,
         head_size,
     )
-    from evoprune.model.cost import (
-        Clock,
-        carried_bytes,
-        kv_bytes,
-        language_bytes,
-        matmul_rate,
-        parameter_count,
-        prefill_flop,
-        shortage,
-        stretched,
-        tower_flop,
-        working_memory,
-    )
+    from evoprune.model.cost import Clock, Cost, matmul_rate, shortage
     from evoprune.model.heads import heads_of, norm, rotate
     from evoprune.model.numerics import all_finite, not_a_number_error, without_autocast
     from evoprune.model.weights import HostedVL, Model, QwenVL, Tower, Tree, empty, fill_random, name_in_memory, shared
@@ -42,6 +29,7 @@ __all__ = [
     "PATCHES",
     "Clock",
     "Config",
+    "Cost",
     "GenerationSettings",
     "HostedVL",
     "Model",
@@ -51,27 +39,18 @@ __all__ = [
     "Unsupported",
     "VisionConfig",
     "all_finite",
-    "carried_bytes",
-    "cost",
     "empty",
     "fill_random",
     "head_size",
     "heads_of",
-    "kv_bytes",
-    "language_bytes",
     "matmul_rate",
     "name_in_memory",
     "norm",
     "not_a_number_error",
-    "parameter_count",
-    "prefill_flop",
     "rotate",
     "shared",
     "shortage",
-    "stretched",
-    "tower_flop",
     "without_autocast",
-    "working_memory",
 ]
 
 __getattr__, __dir__ = door(
@@ -79,30 +58,27 @@ __getattr__, __dir__ = door(
     {
         "config": [
             "ANSWER_COLUMNS",
-            "Config",
-            "FAMILIES",
-            "GenerationSettings",
             "FAMILIES",
             "PATCHES",
+            "Config",
+            "GenerationSettings",
             "Unsupported",
             "VisionConfig",
             "head_size",
         ],
-        "cost": [
-            "Clock",
-            "carried_bytes",
-            "kv_bytes",
-            "language_bytes",
-            "matmul_rate",
-            "parameter_count",
-            "prefill_flop",
-            "shortage",
-            "stretched",
-            "tower_flop",
-            "working_memory",
-        ],
+        "cost": ["Clock", "Cost", "matmul_rate", "shortage"],
         "heads": ["heads_of", "norm", "rotate"],
         "numerics": ["all_finite", "not_a_number_error", "without_autocast"],
-        "weights": ["HostedVL", "Model", "QwenVL", "Tower", "Tree", "empty", "fill_random", "name_in_memory", "shared"],
+        "weights": [
+            "HostedVL",
+            "Model",
+            "QwenVL",
+            "Tower",
+            "Tree",
+            "empty",
+            "fill_random",
+            "name_in_memory",
+            "shared",
+        ],
     },
 )

@@ -1,7 +1,4 @@
-"""The costs of a run: operations of the tower and the prefill, bytes of memory, and seconds per stage.
-
-A multiply-add counts as two operations. Counts use the actual number of rows in each layer and the actual prompt length.
-"""
+"""The costs of a run: operations, bytes of memory, and seconds per stage."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,57 +66,216 @@ def _size(size: int) -> str:
     return f"{max(0, size) >> 20} MiB"
 
 
-def working_memory(
-    config: Config,
-    units: int,
-    piece_units: int,
-    prompt: int | Sequence[int],
-    bytes_each: int,
-    rows: int | None = None,
-    left: int | None = None,
-) -> int:
-    """Estimate the peak number of bytes in use in addition to the weights.
+class Cost:
+    """The costs of running a model of any family: parameters, operations, and bytes of memory.
 
-    Args:
-        config: of the model.
-        units: number of units in the video.
-        piece_units: number of units whose rows go through a matrix product at a time.
-        prompt: number of prompt tokens, per layer or for all layers.
-        bytes_each: bytes per weight.
-        rows: the most rows that a tower layer computes; None for all units.
-        left: number of rows that leave the tower; None for all units.
+    A multiply-add counts as two operations.
     """
-    piece_units = min(units, piece_units)
-    vision = config.vision_config
-    row_bytes = PATCHES * vision.hidden_size * bytes_each
-    # Units are embedded in pieces, which are then concatenated. The selection makes another copy.
-    embedding = 2 * units * row_bytes + pixel_bytes(config, piece_units, bytes_each)
-    if rows is None:
-        rows = units
-    if left is None:
-        left = units
-    layers = ROW_COPIES * rows * row_bytes + tower_bytes(config, piece_units, bytes_each)
-    features = left * vision.out_hidden_size * vision.layers_read * bytes_each
-    return SMALL_CHANGE + features + max(embedding, layers, language_bytes(config, prompt, bytes_each))
 
+    def __init__(self, config: Config):
+        self._config = config
+        self._vision = config.vision_config
+        self._text = config.text_config
 
-def pixel_bytes(config: Config, units: int, bytes_each: int) -> int:
-    """Return the bytes of the patches in `units` units, in float32 and in the dtype of the weights."""
-    vision = config.vision_config
-    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return units * PATCHES * values * (4 + bytes_each)
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, including all experts. Shared parameters count once."""
+        text = self._text
+        net = text.delta_net
+        experts = text.experts
+        h = text.hidden_size
+        head = head_size(text)
+        wide, keys = (head * heads for heads in (text.num_attention_heads, text.num_key_value_heads))
+        attention = h * (2 * wide + 2 * keys)
+        if text.output_gate:
+            attention += h * wide
+        if text.head_norms:
+            attention += 2 * head
+        else:
+            attention += wide + 2 * keys  # biases
+        with torch.device("meta"):
+            total = sum(weight.numel() for weight in Tower(self._vision).parameters())
+        total += text.vocab_size * h + h
+        if not self._config.tie_word_embeddings:
+            total += text.vocab_size * h
+        for layer in range(text.num_hidden_layers):
+            total += 2 * h
+            if text.is_linear(layer):
+                mixed = 2 * net.key_size + net.value_size
+                heads = net.linear_num_value_heads
+                total += h * (mixed + 2 * net.value_size + 2 * heads) + mixed * net.linear_conv_kernel_dim
+                total += 2 * heads + net.linear_value_head_dim
+            else:
+                total += attention
+            if text.has_experts(layer):
+                total += experts.num_experts * h * (1 + 3 * experts.moe_intermediate_size)
+                if shared := experts.shared_expert_intermediate_size:
+                    total += h * (1 + 3 * shared)
+            else:
+                total += 3 * h * text.intermediate_size
+        return total
 
+    def tower_flop(self, rows: Sequence[int], grids: int, windows: int) -> float:
+        """Return the operations of the vision tower.
 
-def tower_bytes(config: Config, units: int, bytes_each: int) -> int:
-    """Return the bytes that a tower pass with `units` units takes. The float32 rotary embedding and the MLP take the most."""
-    vision = config.vision_config
-    return units * PATCHES * (12 * vision.hidden_size * 4 + 3 * vision.intermediate_size * bytes_each)
+        Args:
+            rows: number of rows that each layer computes over the whole video, followed by the number that reach the merger.
+            grids: number of frame pairs.
+            windows: number of attention windows per frame pair.
+        """
+        config = self._vision
+        h = config.hidden_size
+        mlp = len(config.traits.mlp) * config.intermediate_size
+        pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        total = 2.0 * rows[0] * PATCHES * pixels * h
+        for layer, units in enumerate(rows[:-1]):
+            patches = units * PATCHES
+            groups = grids
+            if layer not in config.fullatt_block_indexes:
+                groups *= windows
+            total += 2 * patches * (4 * h * h + mlp * h) + 4 * patches * (patches / groups) * h
+        wide = h * config.spatial_merge_size**2
+        merged = sum(rows[layer + 1] for layer in config.deepstack_visual_indexes) + rows[-1]
+        return total + 2 * merged * (wide * wide + wide * config.out_hidden_size)
 
+    def prefill_flop(self, length: int | Sequence[int | Sequence[int]]) -> float:
+        """Return the operations of the prefill, with logits for the last token only.
 
-def carried_bytes(config: Config, places: int, bytes_each: int) -> int:
-    """Return the bytes of the tower's keys and values in all layers, for `places` units that later frame pairs attend to."""
-    vision = config.vision_config
-    return places * vision.depth * 2 * PATCHES * vision.hidden_size * bytes_each
+        Args:
+            length: number of prompt tokens after pruning, for all layers or per layer. A layer may also have three numbers: the
+                tokens for keys and values, for queries and output, and for the MLP.
+        """
+        config = self._text
+        h = config.hidden_size
+        lengths = _of_each_layer(length, config.num_hidden_layers)
+        key_value, wide = (
+            head_size(config) * heads for heads in (config.num_key_value_heads, config.num_attention_heads)
+        )
+        total = 2.0 * h * config.vocab_size
+        gate = 2 * h * wide if config.output_gate else 0
+        for layer, layer_length in enumerate(lengths):
+            keys, queries, mlp = (layer_length,) * 3 if isinstance(layer_length, int) else layer_length
+            if config.is_linear(layer):
+                total += keys * self._delta_flop()
+            else:
+                total += 4 * h * (key_value * keys + wide * queries) + 2 * keys * queries * wide + gate * queries
+            total += 6 * h * _mlp_size(config, layer) * mlp
+            if config.has_experts(layer):
+                gates = config.experts.num_experts + (config.experts.shared_expert_intermediate_size is not None)
+                total += 2 * h * gates * mlp
+        return total
+
+    def _delta_flop(self) -> float:
+        """Return the operations per prompt token of a Gated DeltaNet: projections, convolution, chunked delta rule."""
+        net = self._text.delta_net
+        key = net.linear_key_head_dim
+        value = net.linear_value_head_dim
+        heads = net.linear_num_value_heads
+        mixed = 2 * net.key_size + net.value_size
+        projections = 2 * self._text.hidden_size * (mixed + 2 * net.value_size + 2 * heads)
+        # Within a chunk, keys are multiplied with keys and queries, a triangular system is solved for keys and values, and queries
+        # read the values. The state is read by keys and by queries, and written once.
+        inside = DELTA_CHUNK * (4 * key + (key + value) + 2 * value)
+        return projections + 2 * net.linear_conv_kernel_dim * mixed + heads * (inside + 6 * key * value)
+
+    def working_memory(
+        self,
+        units: int,
+        piece_units: int,
+        prompt: int | Sequence[int],
+        bytes_each: int,
+        rows: int | None = None,
+        left: int | None = None,
+    ) -> int:
+        """Estimate the peak number of bytes in use in addition to the weights.
+
+        Args:
+            units: number of units in the video.
+            piece_units: number of units whose rows go through a matrix product at a time.
+            prompt: number of prompt tokens, per layer or for all layers.
+            bytes_each: bytes per weight.
+            rows: the most rows that a tower layer computes; None for all units.
+            left: number of rows that leave the tower; None for all units.
+        """
+        piece_units = min(units, piece_units)
+        vision = self._vision
+        row_bytes = PATCHES * vision.hidden_size * bytes_each
+        # Units are embedded in pieces, which are then concatenated. The selection makes another copy.
+        embedding = 2 * units * row_bytes + self._pixel_bytes(piece_units, bytes_each)
+        if rows is None:
+            rows = units
+        if left is None:
+            left = units
+        layers = ROW_COPIES * rows * row_bytes + self._tower_bytes(piece_units, bytes_each)
+        features = left * vision.out_hidden_size * vision.layers_read * bytes_each
+        return SMALL_CHANGE + features + max(embedding, layers, self.language_bytes(prompt, bytes_each))
+
+    def unpruned_memory(self, units: int, prompt: int, bytes_each: int) -> int:
+        """Estimate the peak number of bytes that plain transformers uses in addition to the weights.
+
+        Args:
+            units: number of units in the video.
+            prompt: number of prompt tokens.
+            bytes_each: bytes per weight.
+        """
+        held = SMALL_CHANGE + self._pixel_bytes(units, bytes_each)
+        return held + max(self._tower_bytes(units, bytes_each), self.language_bytes(prompt, bytes_each))
+
+    def _pixel_bytes(self, units: int, bytes_each: int) -> int:
+        """Return the bytes of the patches in `units` units, in float32 and in the dtype of the weights."""
+        vision = self._vision
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return units * PATCHES * values * (4 + bytes_each)
+
+    def _tower_bytes(self, units: int, bytes_each: int) -> int:
+        """Return the bytes that a tower pass with `units` units takes. The float32 rotary embedding and the MLP take the most."""
+        vision = self._vision
+        return units * PATCHES * (12 * vision.hidden_size * 4 + 3 * vision.intermediate_size * bytes_each)
+
+    def carried_bytes(self, places: int, bytes_each: int) -> int:
+        """Return the bytes of the tower's keys and values in all layers, for `places` units that later frame pairs attend to."""
+        vision = self._vision
+        return places * vision.depth * 2 * PATCHES * vision.hidden_size * bytes_each
+
+    def kv_bytes(self, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
+        """Return the bytes of the language model's keys and values for a prompt.
+
+        A Gated DeltaNet has a float32 state instead, whose size does not depend on the prompt.
+
+        Args:
+            tokens: number of prompt tokens, per layer or for all layers.
+            bytes_each: bytes per number.
+        """
+        text = self._text
+        depth = text.num_hidden_layers
+        lengths = _of_each_layer(tokens, depth)
+        net = getattr(text, "delta_net", None)  # configs of transformers do not have it
+        linear = [net is not None and text.is_linear(layer) for layer in range(depth)]
+        of_token = 2 * text.num_key_value_heads * head_size(text) * bytes_each
+        total = of_token * sum(length for length, is_linear in zip(lengths, linear, strict=True) if not is_linear)
+        if net:
+            state = net.value_size * net.linear_key_head_dim * 4
+            seen = (2 * net.key_size + net.value_size) * net.linear_conv_kernel_dim * bytes_each
+            total += sum(linear) * (state + seen)
+        return total
+
+    def language_bytes(self, prompt: int | Sequence[int], bytes_each: int) -> int:
+        """Return the bytes that the prefill of `prompt` tokens (per layer, or for all layers) takes, including keys and values."""
+        text = self._text
+        lengths = _of_each_layer(prompt, text.num_hidden_layers)
+        added = self._vision.layers_read - 1  # number of layers that DeepStack adds features to
+        inner = max(_mlp_size(text, layer) for layer in range(text.num_hidden_layers))
+        wide = 8 * 4 * text.hidden_size
+        if net := text.delta_net:  # chunks are computed in float32, with a copy of the keys per value head
+            heads = net.linear_num_value_heads
+            key = net.linear_key_head_dim
+            value = net.linear_value_head_dim
+            wide = max(wide, heads * (6 * key + 6 * value + 3 * DELTA_CHUNK) * 4)
+        widest = max(lengths) * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
+        held = [tokens + ANSWER_COLUMNS for tokens in lengths]
+        # A recurrent state cannot be cropped, so a copy is kept for the next question.
+        copies = 2 if text.delta_net else 1
+        return widest + copies * self.kv_bytes(held, bytes_each)
 
 
 def _of_each_layer(tokens: int | Sequence[T], depth: int) -> Sequence[int | T]:
@@ -127,163 +283,13 @@ def _of_each_layer(tokens: int | Sequence[T], depth: int) -> Sequence[int | T]:
     return [tokens] * depth if isinstance(tokens, int) else tokens
 
 
-def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
-    """Return the bytes of the language model's keys and values for a prompt.
-
-    A Gated DeltaNet has a float32 state instead, whose size does not depend on the prompt.
-
-    Args:
-        config: of the model.
-        tokens: number of prompt tokens, per layer or for all layers.
-        bytes_each: bytes per number.
-    """
-    text = config.text_config
-    depth = text.num_hidden_layers
-    lengths = _of_each_layer(tokens, depth)
-    net = getattr(text, "delta_net", None)  # configs of transformers do not have it
-    linear = [net is not None and text.is_linear(layer) for layer in range(depth)]
-    of_token = 2 * text.num_key_value_heads * head_size(text) * bytes_each
-    total = of_token * sum(length for length, is_linear in zip(lengths, linear, strict=True) if not is_linear)
-    if net:
-        state = net.value_size * net.linear_key_head_dim * 4
-        seen = (2 * net.key_size + net.value_size) * net.linear_conv_kernel_dim * bytes_each
-        total += sum(linear) * (state + seen)
-    return total
-
-
-def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int) -> int:
-    """Return the bytes that the prefill of `prompt` tokens (per layer, or for all layers) takes, including keys and values."""
-    text = config.text_config
-    lengths = _of_each_layer(prompt, text.num_hidden_layers)
-    added = config.vision_config.layers_read - 1  # number of layers that DeepStack adds features to
-    inner = max(mlp_size(text, layer) for layer in range(text.num_hidden_layers))
-    wide = 8 * 4 * text.hidden_size
-    if net := text.delta_net:  # chunks are computed in float32, with a copy of the keys per value head
-        heads = net.linear_num_value_heads
-        key = net.linear_key_head_dim
-        value = net.linear_value_head_dim
-        wide = max(wide, heads * (6 * key + 6 * value + 3 * DELTA_CHUNK) * 4)
-    widest = max(lengths) * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
-    held = [tokens + ANSWER_COLUMNS for tokens in lengths]
-    # A recurrent state cannot be cropped, so a copy is kept for the next question.
-    copies = 2 if text.delta_net else 1
-    return widest + copies * kv_bytes(config, held, bytes_each)
-
-
-def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
-    """Return the operations of the vision tower.
-
-    Args:
-        config: a `VisionConfig`.
-        rows: number of rows that each layer computes over the whole video, followed by the number that reach the merger.
-        grids: number of frame pairs.
-        windows: number of attention windows per frame pair.
-    """
-    h = config.hidden_size
-    mlp = len(config.traits.mlp) * config.intermediate_size
-    pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    total = 2.0 * rows[0] * PATCHES * pixels * h
-    for layer, units in enumerate(rows[:-1]):
-        patches = units * PATCHES
-        groups = grids
-        if layer not in config.fullatt_block_indexes:
-            groups *= windows
-        total += 2 * patches * (4 * h * h + mlp * h) + 4 * patches * (patches / groups) * h
-    wide = h * config.spatial_merge_size**2
-    merged = sum(rows[layer + 1] for layer in config.deepstack_visual_indexes) + rows[-1]
-    return total + 2 * merged * (wide * wide + wide * config.out_hidden_size)
-
-
-def stretched(rows: Sequence[T], depth: int) -> list[T]:
-    """Return the rows for each of `depth` layers, taken at the same relative depth from a model with another number of layers."""
-    return [rows[layer * len(rows) // depth] for layer in range(depth)]
-
-
-def mlp_size(config: TextConfig, layer: int) -> int:
+def _mlp_size(config: TextConfig, layer: int) -> int:
     """Return the inner features that a layer computes per token: of its MLP, or of the experts that the token goes through."""
     if not config.has_experts(layer):
         return config.intermediate_size
     experts = config.experts
     shared = experts.shared_expert_intermediate_size or 0
     return experts.num_experts_per_tok * experts.moe_intermediate_size + shared
-
-
-def parameter_count(config: Config) -> int:
-    """Return the number of parameters of a model of any family, including all experts. Shared parameters count once."""
-    text = config.text_config
-    net = config.text_config.delta_net
-    experts = config.text_config.experts
-    h = text.hidden_size
-    head = head_size(text)
-    wide, keys = (head * heads for heads in (text.num_attention_heads, text.num_key_value_heads))
-    attention = h * (2 * wide + 2 * keys)
-    if text.output_gate:
-        attention += h * wide
-    if text.head_norms:
-        attention += 2 * head
-    else:
-        attention += wide + 2 * keys  # biases
-    with torch.device("meta"):
-        total = sum(weight.numel() for weight in Tower(config.vision_config).parameters())
-    total += text.vocab_size * h + h
-    if not config.tie_word_embeddings:
-        total += text.vocab_size * h
-    for layer in range(text.num_hidden_layers):
-        total += 2 * h
-        if text.is_linear(layer):
-            mixed = 2 * net.key_size + net.value_size
-            heads = net.linear_num_value_heads
-            total += h * (mixed + 2 * net.value_size + 2 * heads) + mixed * net.linear_conv_kernel_dim
-            total += 2 * heads + net.linear_value_head_dim
-        else:
-            total += attention
-        if text.has_experts(layer):
-            total += experts.num_experts * h * (1 + 3 * experts.moe_intermediate_size)
-            if shared := experts.shared_expert_intermediate_size:
-                total += h * (1 + 3 * shared)
-        else:
-            total += 3 * h * text.intermediate_size
-    return total
-
-
-def prefill_flop(config: TextConfig, length: int | Sequence[int | Sequence[int]]) -> float:
-    """Return the operations of the prefill, with logits for the last token only.
-
-    Args:
-        config: of the language model.
-        length: number of prompt tokens after pruning, for all layers or per layer. A layer may also have three numbers: the tokens
-            for keys and values, for queries and output, and for the MLP.
-    """
-    h = config.hidden_size
-    lengths = _of_each_layer(length, config.num_hidden_layers)
-    key_value, wide = (head_size(config) * heads for heads in (config.num_key_value_heads, config.num_attention_heads))
-    total = 2.0 * h * config.vocab_size
-    gate = 2 * h * wide if config.output_gate else 0
-    for layer, layer_length in enumerate(lengths):
-        keys, queries, mlp = (layer_length,) * 3 if isinstance(layer_length, int) else layer_length
-        if config.is_linear(layer):
-            total += keys * _delta_flop(config)
-        else:
-            total += 4 * h * (key_value * keys + wide * queries) + 2 * keys * queries * wide + gate * queries
-        total += 6 * h * mlp_size(config, layer) * mlp
-        if config.has_experts(layer):
-            gates = config.experts.num_experts + (config.experts.shared_expert_intermediate_size is not None)
-            total += 2 * h * gates * mlp
-    return total
-
-
-def _delta_flop(config: TextConfig) -> float:
-    """Return the operations per prompt token of a Gated DeltaNet: projections, convolution, chunked delta rule."""
-    net = config.delta_net
-    key = config.delta_net.linear_key_head_dim
-    value = config.delta_net.linear_value_head_dim
-    heads = net.linear_num_value_heads
-    mixed = 2 * net.key_size + net.value_size
-    projections = 2 * config.hidden_size * (mixed + 2 * net.value_size + 2 * heads)
-    # Within a chunk, keys are multiplied with keys and queries, a triangular system is solved for keys and values, and queries read
-    # the values. The state is read by keys and by queries, and written once.
-    inside = DELTA_CHUNK * (4 * key + (key + value) + 2 * value)
-    return projections + 2 * net.linear_conv_kernel_dim * mixed + heads * (inside + 6 * key * value)
 
 
 @without_autocast()

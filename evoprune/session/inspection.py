@@ -10,7 +10,7 @@ from evoprune.backend import available_memory
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
 from evoprune.methods import Budget
-from evoprune.model import kv_bytes
+from evoprune.model import Cost
 from evoprune.session.loading.weights import DTYPES, ModelWeights
 from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.patches import LIMIT_BYTES, patch_bytes
@@ -163,7 +163,7 @@ def plan_facts(plan: Plan, config) -> dict:
                 "budget": tokens / n,
                 "share": budget.share(plan.grid),
                 "tokens": tokens,
-                "kv_cache_bytes": kv_bytes(config, tokens),
+                "kv_cache_bytes": Cost(config).kv_bytes(tokens),
             }
             for name, budget in Budget.PRESETS.items()
             for tokens in [budget.keep(plan.grid)]

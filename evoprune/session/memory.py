@@ -7,7 +7,7 @@ import torch
 from evoprune.backend import largest_piece
 from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.methods import EncoderPlan, SetAside
-from evoprune.model import PATCHES, Config, language_bytes, shortage, working_memory
+from evoprune.model import PATCHES, Config, Cost, shortage
 from evoprune.session.session import Session
 from evoprune.util import counted
 from evoprune.video import Plan
@@ -34,7 +34,7 @@ def encoding_bytes(
     if any(isinstance(stage.reduce, SetAside) for stage in encoder.stages):
         # The earlier states of the rows, and their changes in float32.
         more = 2 * encoder.units * row_bytes * (bytes_each + 4)
-    return working_memory(config, encoder.units, piece_units, prompt, bytes_each, rows, left) + more
+    return Cost(config).working_memory(encoder.units, piece_units, prompt, bytes_each, rows, left) + more
 
 
 def piece_needs(
@@ -91,6 +91,6 @@ def check_memory(session: Session, text: int, visual: int) -> None:
     if text <= TEXT:
         return
     model = session.loaded.model
-    needed = language_bytes(model.config, session.prompt_columns(visual, text), model.dtype.itemsize)
+    needed = Cost(model.config).language_bytes(session.prompt_columns(visual, text), model.dtype.itemsize)
     if short := shortage(needed, session.loaded.device):
         raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", USE_LESS, stage="prefill")

@@ -22,7 +22,7 @@ from evoprune.bench.shared import GreyInput
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.language import GenerationOptions
 from evoprune.methods import Budget
-from evoprune.model import cost, prefill_flop, tower_flop
+from evoprune.model import Cost
 from evoprune.session import ModelOptions, OpenInput, describe, encoding, open_inputs
 from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
@@ -155,10 +155,10 @@ def test_operations_at_3b(loaded):
     """Unpruned, every layer of the 3B model computes all units of two grids of 4x6, which form two windows each."""
     run = begun(loaded, clips=videos(CLIPS[:1]))
     run.run()
-    config = describe(ModelOptions(COST_MODEL, load_format="dummy")).config
+    cost = Cost(describe(ModelOptions(COST_MODEL, load_format="dummy")).config)
     full, half = run.samples[0], run.samples[2]
-    assert full["tflop_3b_tower"] == pytest.approx(tower_flop(config.vision_config, [48] * 33, 2, 2) / 1e12)
-    assert full["tflop_3b_prefill"] == pytest.approx(prefill_flop(config.text_config, full["prompt"]) / 1e12)
+    assert full["tflop_3b_tower"] == pytest.approx(cost.tower_flop([48] * 33, 2, 2) / 1e12)
+    assert full["tflop_3b_prefill"] == pytest.approx(cost.prefill_flop(full["prompt"]) / 1e12)
     assert full["tflop_3b"] == full["tflop_3b_tower"] + full["tflop_3b_prefill"]
     assert half["tflop_3b_tower"] == full["tflop_3b_tower"] and half["tflop_3b_prefill"] < full["tflop_3b_prefill"]
     run = begun(loaded, replace(SETTINGS, methods=("evoprune-paper",), budgets=(0.5,)), videos(CLIPS[:1]))
@@ -168,7 +168,7 @@ def test_operations_at_3b(loaded):
         VideoQA(loaded, budget=0.5, method="evoprune-paper").encode(SAMPLES / CLIPS[0], frames=4).report.pruning.layers
     )
     assert [rows_of_two[0][1], rows_of_two[1][1]] == [48, 24]
-    assert run.samples[2]["tflop_3b_tower"] == pytest.approx(tower_flop(config.vision_config, rows, 2, 2) / 1e12)
+    assert run.samples[2]["tflop_3b_tower"] == pytest.approx(cost.tower_flop(rows, 2, 2) / 1e12)
 
 
 def test_what_leaves_inside_the_language_model_costs_less(loaded):
@@ -179,10 +179,8 @@ def test_what_leaves_inside_the_language_model_costs_less(loaded):
     assert answer.text is not None
     read = [count for _, count in answer.report.pruning.language_layers]
     assert sample["tokens"] == read[0] > sample["layer_tokens"] == sum(read) / len(read)
-    whole = (
-        prefill_flop(describe(ModelOptions(COST_MODEL, load_format="dummy")).config.text_config, sample["prompt"])
-        / 1e12
-    )
+    cost = Cost(describe(ModelOptions(COST_MODEL, load_format="dummy")).config)
+    whole = cost.prefill_flop(sample["prompt"]) / 1e12
     assert 0.5 * whole < sample["tflop_3b_prefill"] < whole
 
 
@@ -256,7 +254,7 @@ def test_a_video_is_read_once_for_all_rows_that_look_at_the_same_pixels(loaded, 
 
 def test_more_copies_of_the_model_than_fit_are_refused(loaded, monkeypatch):
     run = begun(loaded, SETTINGS, videos(CLIPS[:1]))
-    monkeypatch.setattr(cost, "available_memory", lambda device: 3 * loaded.weights_bytes)
+    monkeypatch.setattr("evoprune.model.cost.available_memory", lambda device: 3 * loaded.weights_bytes)
     monkeypatch.setattr(evaluation, "map_in_processes", lambda *_: pytest.fail("processes were started"))
     with pytest.raises(OutOfMemory, match=r"^4 copies of .*: needs about") as caught:
         run.run(processes=4)
@@ -268,7 +266,7 @@ def test_copies_are_counted_as_they_are_read(tmp_path, monkeypatch, kind):
     """transformers reads all weights in the dtype of their files, before they are quantised."""
     loaded = evaluation.load_model(str(save_tiny(tmp_path, family="qwen3_5")), dtype="fp32", quantize=kind)
     run = begun(loaded, SETTINGS, videos(CLIPS[:1]))
-    monkeypatch.setattr(cost, "available_memory", lambda device: 3 * loaded.weights_bytes)
+    monkeypatch.setattr("evoprune.model.cost.available_memory", lambda device: 3 * loaded.weights_bytes)
     monkeypatch.setattr(evaluation, "map_in_processes", lambda *_: pytest.fail("processes were started"))
     with pytest.raises(OutOfMemory, match=r"^2 copies of .*: needs about"):
         run.run(processes=2)

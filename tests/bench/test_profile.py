@@ -28,7 +28,7 @@ from evoprune.bench.profile_rows import (
 from evoprune.bench.shared import TimeLimit, paced
 from evoprune.errors import OutOfMemory
 from evoprune.methods import full_plan
-from evoprune.model import cost
+from evoprune.model import matmul_rate
 from evoprune.report import Environment, ModelFacts
 from evoprune.session import ModelOptions, PruneOptions, describe
 from evoprune.video import probe
@@ -249,7 +249,7 @@ def test_a_row_that_runs_out_of_memory_stays(loaded, monkeypatch):
 
 def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
     monkeypatch.setattr(profile, "load_model", lambda *_, **__: pytest.fail("weights were read"))
-    monkeypatch.setattr(cost, "available_memory", lambda device: 10**6)
+    monkeypatch.setattr("evoprune.model.cost.available_memory", lambda device: 10**6)
     with pytest.raises(OutOfMemory, match=r"needs about 7.* GiB of memory, and 0 MiB are available") as problem:
         profile.load(describe(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct", dtype="bf16", load_format="dummy")), [CASE])
     assert (
@@ -273,7 +273,8 @@ def test_random_weights_need_a_bundled_config(tmp_path, monkeypatch):
 def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
     large = Case(64, 560, 560)
     enough = profile.working_memory(loaded.model.config, CASE, loaded.video, 4)
-    monkeypatch.setattr(cost, "available_memory", lambda device: enough)
+    for module in ("model.cost", "bench.profile"):
+        monkeypatch.setattr(f"evoprune.{module}.available_memory", lambda device: enough)
 
     def source(case):
         assert case != large
@@ -454,6 +455,6 @@ def test_peak_memory_counts_from_where_it_is_reset():
 
 def test_the_matrix_product_rate_is_that_of_the_best_shape():
     tiny = ((1, 1, 1),)
-    assert cost.matmul_rate(torch.float32, seconds=0.02, shapes=((256, 256, 256), *tiny)) > 100 * cost.matmul_rate(
+    assert matmul_rate(torch.float32, seconds=0.02, shapes=((256, 256, 256), *tiny)) > 100 * matmul_rate(
         torch.float32, seconds=0.02, shapes=tiny
     )

@@ -9,7 +9,7 @@ import torch
 from evoprune import methods
 from evoprune.live.segments import NothingNew, SegmentRun, encode_segment
 from evoprune.methods.evoprune import EvoPruneMethod
-from evoprune.model import carried_bytes
+from evoprune.model import Cost
 from evoprune.vision import encode_rows, select_tokens, tower_shape
 from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
@@ -101,4 +101,5 @@ def test_what_a_segment_leaves_to_the_next_one():
     _, left = encode_segment(visual, [patches], plan_of(EvoPruneMethod(depth=1.0), tower_shape(visual), grid, 30), None)
     per_place = 4 * (2 * 4 * 32 * 4)  # keys and values of four patches in four layers
     assert sum(x.untyped_storage().nbytes() for x in left.keys_values.values()) == 15 * per_place
-    assert carried_bytes(SimpleNamespace(vision_config=visual.config), 15, 4) == 15 * per_place
+    cost = Cost(SimpleNamespace(vision_config=visual.config, text_config=None))
+    assert cost.carried_bytes(15, 4) == 15 * per_place

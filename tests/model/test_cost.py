@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from evoprune.model.config import FAMILIES, QWEN3_5, QWEN3_5_MOE, Config, head_size
-from evoprune.model.cost import DELTA_CHUNK, kv_bytes, language_bytes, mlp_size, parameter_count, prefill_flop
+from evoprune.model.cost import DELTA_CHUNK, Cost, _mlp_size
 from evoprune.model.weights import empty
 from evoprune.session import BUNDLED_CONFIGS
 from evoprune.session.loading.hosted import hugging_face_config
@@ -26,9 +26,9 @@ def test_parameters_are_those_of_transformers(name):
     with torch.device("meta"):
         theirs = AutoModelForImageTextToText.from_config(hugging_face_config(config))
     theirs.tie_weights()
-    assert parameter_count(config) == sum(weight.numel() for weight in theirs.parameters())
+    assert Cost(config).parameters == sum(weight.numel() for weight in theirs.parameters())
     if FAMILIES[config.vision_config.family].native:
-        assert parameter_count(config) == sum(weight.numel() for weight in empty(config).parameters())
+        assert Cost(config).parameters == sum(weight.numel() for weight in empty(config).parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,8 +51,9 @@ def test_operations_of_a_prompt_are_those_of_transformers(family):
         solved = DELTA_CHUNK * (net.linear_key_head_dim + net.linear_value_head_dim) * net.linear_num_value_heads
         expected += (depth - full) * n * solved
     # Before transformers 5.20 the counter includes the products of the rotary frequencies.
-    assert prefill_flop(config, n) == pytest.approx(expected, rel=3e-4)
-    assert prefill_flop(config, [n] * depth) == prefill_flop(config, [(n, n, n)] * depth) == prefill_flop(config, n)
+    flop = Cost(TINY[family]).prefill_flop
+    assert flop(n) == pytest.approx(expected, rel=3e-4)
+    assert flop([n] * depth) == flop([(n, n, n)] * depth) == flop(n)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,19 +72,20 @@ def test_bytes_of_a_cache_are_those_of_transformers(family):
             )
             held += [layer.keys, layer.values] if getattr(layer, "keys", None) is not None else []
         depth = config.text_config.num_hidden_layers
-        assert kv_bytes(config, n, 4) == kv_bytes(config, [n] * depth, 4) == sum(each.nbytes for each in held)
+        kv_bytes = Cost(config).kv_bytes
+        assert kv_bytes(n, 4) == kv_bytes([n] * depth, 4) == sum(each.nbytes for each in held)
 
 
 @pytest.mark.parametrize("family", [QWEN3_5, QWEN3_5_MOE])
 def test_only_attention_grows_with_the_prompt(family):
-    config, text = TINY[family], TINY[family].text_config
-    grown = kv_bytes(config, 100, 2) - kv_bytes(config, 50, 2)
-    assert grown == 2 * 50 * 2 * text.num_key_value_heads * head_size(text) * 2 and kv_bytes(config, 0) > 0
-    assert language_bytes(config, 200, 2) > language_bytes(config, 100, 2) > kv_bytes(config, 100, 2)
+    cost, text = Cost(TINY[family]), TINY[family].text_config
+    grown = cost.kv_bytes(100, 2) - cost.kv_bytes(50, 2)
+    assert grown == 2 * 50 * 2 * text.num_key_value_heads * head_size(text) * 2 and cost.kv_bytes(0) > 0
+    assert cost.language_bytes(200, 2) > cost.language_bytes(100, 2) > cost.kv_bytes(100, 2)
 
 
 def test_a_token_goes_through_some_experts():
     text = TINY[QWEN3_5_MOE].text_config
-    assert mlp_size(text, 0) == 2 * 32 + 48
+    assert _mlp_size(text, 0) == 2 * 32 + 48
     text = TINY["qwen3_vl_moe"].text_config
-    assert [mlp_size(text, layer) for layer in range(3)] == [64, 128, 64]
+    assert [_mlp_size(text, layer) for layer in range(3)] == [64, 128, 64]

@@ -13,7 +13,7 @@ from evoprune.backend import available_memory, default_dtype, saved_bytes
 from evoprune.errors import NO_MEMORY, USE_LESS, OutOfMemory, error_record, is_out_of_memory, memory_guard
 from evoprune.methods import TowerShape
 from evoprune.model import cost
-from evoprune.model.cost import ROW_COPIES, kv_bytes, language_bytes, prefill_flop, working_memory
+from evoprune.model.cost import ROW_COPIES, Cost
 from evoprune.model.weights import empty
 from evoprune.session import ModelOptions, describe, encoding, load_model, memory, open_inputs, weights_of
 from evoprune.session.loading.weights import needed_bytes
@@ -83,12 +83,12 @@ def test_its_many_names(problem):
 def test_what_is_foretold_of_a_real_model():
     """At 3B, one piece needs little working memory and a whole video much more, and a long prompt adds its own."""
     config = describe(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct", load_format="dummy")).config
-    few = working_memory(config, 4096, 512, 1024, 2)
+    few = Cost(config).working_memory(4096, 512, 1024, 2)
     assert 2**28 < few < GIB
-    assert working_memory(config, 4096, 4096, 1024, 2) > few + GIB
-    assert working_memory(config, 24_576, 512, 24_576, 2) > few + 2 * GIB
+    assert Cost(config).working_memory(4096, 4096, 1024, 2) > few + GIB
+    assert Cost(config).working_memory(24_576, 512, 24_576, 2) > few + 2 * GIB
     # The number of rows at a time is capped by the number of rows.
-    assert working_memory(config, 100, 10**9, 50, 2) == working_memory(config, 100, 100, 50, 2)
+    assert Cost(config).working_memory(100, 10**9, 50, 2) == Cost(config).working_memory(100, 100, 50, 2)
     # The input embedding and the quantized layers; int4 includes the int8 ones.
     whole = empty(config).to(torch.bfloat16)
     bits = sum(weight.nbytes for weight in whole.parameters())
@@ -113,7 +113,7 @@ def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
     assert foretold("evoprune") < after < foretold("divprune", 4096)
 
     def selected(units: int, rows: int, piece_units: int = 128) -> int:
-        return working_memory(config, units, piece_units, 1024, 2, rows, rows)
+        return Cost(config).working_memory(units, piece_units, 1024, 2, rows, rows)
 
     # The embeddings of all units plus a copy for their distances; a selected row in the tower and after it.
     assert selected(32_768, 100) - selected(16_384, 100) == 16_384 * 2 * row
@@ -123,15 +123,16 @@ def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
 def test_layers_that_read_fewer_tokens_hold_and_cost_less():
     config = describe(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct", load_format="dummy")).config
     text, lengths = config.text_config, [1000] * 2 + [250] * 34
-    assert kv_bytes(config, [1000] * 36) == kv_bytes(config, 1000)
+    needs = Cost(config)
+    assert needs.kv_bytes([1000] * 36) == needs.kv_bytes(1000)
     saved = 2 * 34 * 750 * text.num_key_value_heads * 128 * 2  # keys and values in bf16
-    assert kv_bytes(config, 1000) - kv_bytes(config, lengths) == saved
+    assert needs.kv_bytes(1000) - needs.kv_bytes(lengths) == saved
     # The first layers have full width.
-    assert language_bytes(config, 1000, 2) - language_bytes(config, lengths, 2) == saved
-    whole, few = prefill_flop(text, 1000), prefill_flop(text, 250)
-    assert prefill_flop(text, [1000] * 36) == pytest.approx(whole)
+    assert needs.language_bytes(1000, 2) - needs.language_bytes(lengths, 2) == saved
+    whole, few = needs.prefill_flop(1000), needs.prefill_flop(250)
+    assert needs.prefill_flop([1000] * 36) == pytest.approx(whole)
     output = 2 * text.hidden_size * text.vocab_size
-    assert prefill_flop(text, lengths) == pytest.approx(output + (whole - output) * 2 / 36 + (few - output) * 34 / 36)
+    assert needs.prefill_flop(lengths) == pytest.approx(output + (whole - output) * 2 / 36 + (few - output) * 34 / 36)
 
 
 def test_memory_that_this_process_may_not_have_is_not_available():
@@ -197,7 +198,7 @@ def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):
 
 def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
     qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows
-    per_pair, needed = 24, cost.working_memory
+    per_pair, needed = 24, Cost(loaded.model.config).working_memory
 
     def encode(*args, piece_units, **how):
         used.append(piece_units)
@@ -207,7 +208,7 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
     monkeypatch.setattr(memory, "largest_piece", lambda device: 4 * per_pair)
     video = qa.encode(CLIP)
     assert video.plan.grid[1:] == (4, 6) and used == [96]
-    free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.plan.encoder.keep + memory.TEXT, 4)
+    free = needed(video.plan.visual_tokens, 48, video.plan.encoder.keep + memory.TEXT, 4)
     monkeypatch.setattr(cost, "available_memory", lambda device: free)
     again = qa.encode(CLIP)
     assert used == [96, 48]

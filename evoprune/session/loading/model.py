@@ -31,13 +31,13 @@ from evoprune.methods import MethodChain
 from evoprune.model import (
     PATCHES,
     Config,
+    Cost,
     GenerationSettings,
     Model,
     QwenVL,
     empty,
     fill_random,
     name_in_memory,
-    parameter_count,
     shortage,
 )
 from evoprune.report import ModelFacts
@@ -344,7 +344,7 @@ def use_threads(model: ModelDescription) -> None:
     """
     wanted = model.options.threads
     if wanted == AUTO_THREADS and not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(max(1, min(available_cores(), parameter_count(model.config) // WEIGHTS_PER_THREAD)))
+        torch.set_num_threads(max(1, min(available_cores(), Cost(model.config).parameters // WEIGHTS_PER_THREAD)))
     elif isinstance(wanted, int):
         torch.set_num_threads(wanted)
 

@@ -17,7 +17,7 @@ import torch
 from evoprune.backend import are_mapped, are_widened, can_pack, default_dtype, kinds, pick_device, saved_bytes
 from evoprune.backend import check as check_quantize
 from evoprune.errors import ModelError, ModelWarning
-from evoprune.model import Config, empty, name_in_memory, parameter_count, shortage
+from evoprune.model import Config, Cost, empty, name_in_memory, shortage
 from evoprune.session.loading.description import ADAPTER, MERGE, ModelDescription, read_json, valid
 from evoprune.session.loading.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
 from evoprune.untrusted import Rule, check_fetched, section
@@ -111,7 +111,7 @@ class ModelWeights:
     @property
     def parameters(self) -> int:
         """Number of parameters. Shared ones count once."""
-        return parameter_count(self.config)
+        return Cost(self.config).parameters
 
     @cached_property
     def bytes(self) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 
 from evoprune.backend import host_memory, packing_meanwhile, waiting_layers
 from evoprune.errors import OutOfMemory
-from evoprune.model import kv_bytes
+from evoprune.model import Cost
 from evoprune.report import Report
 from evoprune.session import (
     TEXT,
@@ -611,7 +611,7 @@ class Work:
         pruning = encoded.report.pruning
         rows = pruning.encoder_rows + pruning.visual_tokens_kept
         columns = pruning.visual_tokens_kept + TEXT + question.generation.max_new_tokens
-        return rows * config.text_config.hidden_size * each + kv_bytes(config, columns, each)
+        return rows * config.text_config.hidden_size * each + Cost(config).kv_bytes(columns, each)
 
 
 def encoding_key(question: Question, fetched: Fetched) -> str:

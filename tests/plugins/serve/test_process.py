@@ -432,15 +432,14 @@ def test_open_webui_is_told_what_is_not_supported(port):
 
 def test_models_that_do_not_fit_together_are_refused_before_one_is_loaded(monkeypatch):
     from evoprune.errors import OutOfMemory
-    from evoprune.model import cost
     from evoprune.session import ModelOptions, describe, weights_of
     from evoprune_serve.command import _described
 
     models = [ModelOptions(name) for name in ("demo", "demo-scenes")]
     needed = sum(weights_of(describe(each)).bytes for each in models)
-    monkeypatch.setattr(cost, "available_memory", lambda device: needed)
+    monkeypatch.setattr("evoprune.model.cost.available_memory", lambda device: needed)
     _described(models)
-    monkeypatch.setattr(cost, "available_memory", lambda device: needed - 1)
+    monkeypatch.setattr("evoprune.model.cost.available_memory", lambda device: needed - 1)
     _described(models[:1])
     with pytest.raises(OutOfMemory, match="demo and demo-scenes needs about"):
         _described(models)

@@ -20,7 +20,7 @@ from evoprune.backend.devices import is_host
 from evoprune.bundled import DEMOS
 from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language import LanguageModel
-from evoprune.model import FAMILIES, Config, shortage
+from evoprune.model import FAMILIES, Config, Cost, shortage
 from evoprune.session.loading import model
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import InputLimits, use_threads
@@ -449,7 +449,7 @@ def three_threads(monkeypatch):
 def test_small_models_get_one_thread_and_large_ones_all_cores(weights, cores, count, monkeypatch, three_threads):
     monkeypatch.setattr(model, "available_cores", lambda: cores)
     monkeypatch.setenv("OMP_NUM_THREADS", "")
-    monkeypatch.setattr(model, "parameter_count", lambda config: weights)
+    monkeypatch.setattr(Cost, "parameters", weights)
     use_threads(describe(ModelOptions(threads="auto")))
     assert torch.get_num_threads() == count
 
