@@ -19,7 +19,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "methods": 54,
     "video": 45,
     "bench": 26,
-    "language": 24,
+    "language": 18,
     "model": 27,
     "batch": 33,
     "vision": 21,

@@ -26,7 +26,7 @@ import torch
 
 from evoprune.bench.profile_rows import Case, ProfileSettings
 from evoprune.errors import UsageError
-from evoprune.language import Place, place_of_pairs, prompt_positions
+from evoprune.language import Place, prompt_positions
 from evoprune.methods import PruneConfig
 from evoprune.model import VisionConfig
 from evoprune.session import (
@@ -200,7 +200,7 @@ def place_of(grid: tuple[int, int, int], times: bool) -> Place:
     """Return the place of a clip's units in the prompt. `times`: whether the prompt has a timestamp for each frame pair."""
     if not times:
         return Place((range(TEXT_BEFORE, TEXT_BEFORE + prod(grid)),))
-    return place_of_pairs([BEFORE_PAIR] * grid[0], grid[1] * grid[2], start=TEXT_BEFORE, after=AFTER_PAIR)
+    return Place.of_pairs([BEFORE_PAIR] * grid[0], grid[1] * grid[2], start=TEXT_BEFORE, after=AFTER_PAIR)
 
 
 def text_tokens(config: VisionConfig, case: Case, limits: InputLimits) -> int:

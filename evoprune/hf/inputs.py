@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Unpack
 import torch
 from transformers import BatchFeature
 
-from evoprune.language import Prompt, load_tokenizer
+from evoprune.language import Prompt, Tokenizer
 from evoprune.model import VisionConfig
 from evoprune.session import SMALL_FILES, ModelOptions, describe, inputs_of, plan_input, prompt_about, prompt_subtitles
 from evoprune.signatures import takes
@@ -78,7 +78,7 @@ def processor_inputs(
     options.check_one_file(len(given))
     checkpoint = describe(ModelOptions(model, revision, device="cpu", offline=offline))
     checkpoint.download(*SMALL_FILES)
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = Tokenizer.load(checkpoint.folder)
     limits = checkpoint.limits
     vision = checkpoint.config.vision_config
     with ExitStack() as stack:

@@ -18,15 +18,9 @@ if TYPE_CHECKING:
     from evoprune.language.guidance import Vocabulary
     from evoprune.language.prefix import PrefixCache
     from evoprune.language.prompt import (
-        CONTENTS,
-        MARKERS,
         Place,
         Prompt,
         Tokenizer,
-        build_prompt,
-        has_tokenizer,
-        load_tokenizer,
-        place_of_pairs,
         prompt_positions,
         timestamps,
         video_positions,
@@ -37,8 +31,6 @@ if TYPE_CHECKING:
     from evoprune.language.warming import warm_up
 
 __all__ = [
-    "CONTENTS",
-    "MARKERS",
     "AnswerStream",
     "GenerationOptions",
     "LanguageModel",
@@ -52,10 +44,6 @@ __all__ = [
     "Tokenizer",
     "Turn",
     "Vocabulary",
-    "build_prompt",
-    "has_tokenizer",
-    "load_tokenizer",
-    "place_of_pairs",
     "prompt_positions",
     "prune_prompt",
     "timestamps",
@@ -75,15 +63,9 @@ __getattr__, __dir__ = door(
         "guidance": ["Vocabulary"],
         "prefix": ["PrefixCache"],
         "prompt": [
-            "CONTENTS",
-            "MARKERS",
             "Place",
             "Prompt",
             "Tokenizer",
-            "build_prompt",
-            "has_tokenizer",
-            "load_tokenizer",
-            "place_of_pairs",
             "prompt_positions",
             "timestamps",
             "video_positions",

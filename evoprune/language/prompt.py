@@ -72,6 +72,44 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
 
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Return True if a model's folder has tokenizer files."""
+        return any(
+            all((folder / name).is_file() for name in names)
+            for names in (("tokenizer.json",), ("vocab.json", "merges.txt"))
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Load the tokenizer and the chat template from a model's folder.
+
+        Raises:
+            ModelError: the tokenizer is missing, damaged or not of a supported kind, or there is no chat template.
+        """
+        if not cls.is_in(folder):
+            hint = "copy tokenizer.json and tokenizer_config.json from the original model"
+            raise ModelError(f"{folder} holds no tokenizer", hint)
+        try:
+            backend = _backend(folder)
+            for name, kinds in KINDS.items():
+                kind = type(getattr(backend, name)).__name__
+                if kind not in kinds:
+                    raise ValueError(
+                        f"its {name} is of kind {kind}, not {' or '.join(kinds)}".replace("NoneType", "none")
+                    )
+            settings = _settings(folder / "tokenizer_config.json")
+            template, source = _template(folder, settings)
+        except Exception as problem:  # the Rust parser raises plain Exceptions
+            if isinstance(problem, ModelError) or is_out_of_memory(problem):
+                raise
+            message = f"the tokenizer in {folder} cannot be loaded: {first_line(problem)}"
+            raise ModelError(message, "get its files again") from problem
+        if not template:
+            hint = "copy chat_template.jinja or chat_template.json from the original model"
+            raise ModelError(f"the tokenizer in {folder} has no chat template", hint)
+        return cls(backend, template, _named_tokens(settings), str(source))
+
     def specials(self) -> dict[str, int]:
         """Return the special tokens and their ids."""
         return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
@@ -135,46 +173,29 @@ class Tokenizer:
         except (ValueError, OSError):  # building the prompt of a question will report this
             return False
 
+    def video_columns(self, grid: tuple[int, int, int], times: Sequence[str] = ()) -> tuple[torch.Tensor, "Place"]:
+        """Return the token ids of a video in a prompt, int64 `[L]`, and its place in them.
+
+        Args:
+            grid: (T, H, W), number of frame pairs, and rows and columns of units.
+            times: the texts before the frame pairs (`timestamps`), which then have markers of their own.
+        """
+        specials = self.specials()
+        start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS["video"][1], MARKERS[1]))
+        units = grid[1] * grid[2]
+        if times:
+            words = [[*self.encode(text), start] for text in times]
+            ids = [token for before in words for token in (*before, *[pad] * units, end)]
+            place = Place.of_pairs([len(before) for before in words], units)
+        else:
+            ids = [pad] * units * grid[0]
+            place = Place((range(len(ids)),))
+        return torch.tensor(ids, dtype=torch.int64, device="cpu"), place
+
 
 def opens_thoughts(prompt: str) -> bool:
     """Return True if a prompt ends with the beginning of the model's thoughts."""
     return prompt.rstrip().endswith(THOUGHTS[0])
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Return True if a model's folder has tokenizer files."""
-    return any(
-        all((folder / name).is_file() for name in names)
-        for names in (("tokenizer.json",), ("vocab.json", "merges.txt"))
-    )
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer and the chat template from a model's folder.
-
-    Raises:
-        ModelError: the tokenizer is missing, damaged or not of a supported kind, or there is no chat template.
-    """
-    if not has_tokenizer(folder):
-        hint = "copy tokenizer.json and tokenizer_config.json from the original model"
-        raise ModelError(f"{folder} holds no tokenizer", hint)
-    try:
-        backend = _backend(folder)
-        for name, kinds in KINDS.items():
-            kind = type(getattr(backend, name)).__name__
-            if kind not in kinds:
-                raise ValueError(f"its {name} is of kind {kind}, not {' or '.join(kinds)}".replace("NoneType", "none"))
-        settings = _settings(folder / "tokenizer_config.json")
-        template, source = _template(folder, settings)
-    except Exception as problem:  # the Rust parser raises plain Exceptions
-        if isinstance(problem, ModelError) or is_out_of_memory(problem):
-            raise
-        message = f"the tokenizer in {folder} cannot be loaded: {first_line(problem)}"
-        raise ModelError(message, "get its files again") from problem
-    if not template:
-        hint = "copy chat_template.jinja or chat_template.json from the original model"
-        raise ModelError(f"the tokenizer in {folder} has no chat template", hint)
-    return Tokenizer(backend, template, _named_tokens(settings), str(source))
 
 
 def _named_tokens(settings: dict) -> dict[str, str]:
@@ -296,6 +317,24 @@ class Place:
     # the frame pair had not been sampled. Empty if the text around the runs always stays.
     around: tuple[range, ...] = ()
 
+    @classmethod
+    def of_pairs(cls, before: Sequence[int], units: int, *, start: int = 0, after: int = 1) -> "Place":
+        """Return the place of a video whose frame pairs follow their timestamps.
+
+        Args:
+            before: for every frame pair, the number of text columns before its tokens.
+            units: number of tokens per frame pair.
+            start: first column of the video.
+            after: number of text columns after the tokens of a frame pair.
+        """
+        runs = []
+        around = []
+        for text in before:
+            runs.append(range(start + text, start + text + units))
+            around.append(range(start, runs[-1].stop + after))
+            start = around[-1].stop
+        return cls(tuple(runs), tuple(around))
+
     def __len__(self) -> int:
         """Return the number of placeholders."""
         return sum(map(len, self.runs))
@@ -325,24 +364,6 @@ class Place:
         return [self.around[run] for run in (held == 0).nonzero()[:, 0].tolist()]
 
 
-def place_of_pairs(before: Sequence[int], units: int, *, start: int = 0, after: int = 1) -> Place:
-    """Return the place of a video whose frame pairs follow their timestamps.
-
-    Args:
-        before: for every frame pair, the number of text columns before its tokens.
-        units: number of tokens per frame pair.
-        start: first column of the video.
-        after: number of text columns after the tokens of a frame pair.
-    """
-    runs = []
-    around = []
-    for text in before:
-        runs.append(range(start + text, start + text + units))
-        around.append(range(start, runs[-1].stop + after))
-        start = around[-1].stop
-    return Place(tuple(runs), tuple(around))
-
-
 def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
     """Return the timestamps that Qwen3-VL and Qwen3.5 read before frame pairs: the mean time of a pair's first and last frame.
 
@@ -366,6 +387,97 @@ class Prompt:
     # Number of leading ids up to the end of the question. Later prompts of the conversation begin with the same ids.
     turn_length: int
 
+    @classmethod
+    def build(
+        cls,
+        tokenizer: Tokenizer,
+        question: str,
+        inputs: Sequence[tuple[str, int]],
+        *,
+        system: str | None = None,
+        subtitles: str = "",
+        times: Sequence[Sequence[str]] = (),
+        thinking: bool = False,
+        earlier: Sequence[Turn] = (),
+    ) -> "Prompt":
+        """Build the prompt for a question, up to the beginning of the answer.
+
+        The prompt has the inputs in order, the subtitles, the earlier turns and the question. Questions that are `Placed` have
+        inputs between their texts; these are the last inputs.
+
+        All texts are taken literally. The first question follows the subtitles without a space. If the texts contain no special
+        tokens, the ids are the same as for tokenizing the rendered conversation at once.
+
+        Args:
+            inputs: for every input, "video" or "picture" and its number of visual tokens without pruning, at least 1.
+            system: a system prompt; None leaves it to the template.
+            times: for every input, the texts before its frame pairs (`timestamps`), which then have markers of their own. Empty for
+                an input whose placeholders form a single run, which is the default.
+            thinking: see `Tokenizer.render`.
+            earlier: the earlier turns of the conversation, in order. The inputs belong to the first question, unless a `Placed`
+                says otherwise.
+
+        Raises:
+            ModelError: the chat template is broken, or does not write the inputs in order, followed by the conversation.
+            UsageError: a text is not valid Unicode (stray bytes from a shell), the template has no place for a system prompt, or it
+                does not support thinking.
+            ValueError: there are no inputs, an input has no tokens, or there are more places than inputs.
+        """
+        if not inputs or min(count for _, count in inputs) < 1:
+            raise ValueError(f"a prompt has inputs with at least one visual token each, not {list(inputs)}")
+        specials = tokenizer.specials()
+        markers = MARKERS if any(times) else ()
+        kinds = [kind for kind, _ in inputs]
+        contents, said = _laid_out(question, earlier, len(inputs))
+        flat = [part for content in contents for part in content]
+        after_inputs = flat[len(flat) - flat[::-1].index(None)]  # the text that follows the last input
+        rendered = _render(tokenizer, kinds, system is not None, markers, thinking, contents)
+        if thinking and not (tokenizer.can_switch_thinking or opens_thoughts(rendered)):
+            problem = "this model's chat template knows nothing of thinking"
+            raise UsageError(
+                problem, "leave --think (think) out, or take a model that thinks, as Qwen3.5 or Qwen3-VL-Thinking"
+            )
+        if system and _SYSTEM not in rendered:
+            problem = "the model's chat template has no place for a system prompt"
+            raise UsageError(problem, "leave it out, or write it in the question")
+        check_text(question, system, *_texts(earlier))
+        words = said | {after_inputs: subtitles + said[after_inputs], _SYSTEM: system or ""}
+        times_of = times or [()] * len(inputs)
+        # Number of placeholders per run. An input with timestamps has a run for every timestamp.
+        lengths = (
+            count // (len(own) or 1) for (_, count), own in zip(inputs, times_of, strict=True) for _ in own or [""]
+        )
+        ids = []
+        runs = []
+        prefix_length = 0
+        turn_length = 0
+        # Split only at the template's special tokens, where the tokenizer splits too. The text between two of them is encoded at
+        # once, so that merges across the edge of the user's text (such as with a newline before it) are the same as in the whole
+        # prompt.
+        for piece in re.split(f"({'|'.join(map(re.escape, specials))})", _with_times(rendered, times_of)):
+            if piece in _PLACEHOLDERS:
+                runs.append(range(len(ids), len(ids) + next(lengths)))
+                ids += [specials[piece]] * len(runs[-1])
+            elif piece in specials:
+                ids.append(specials[piece])
+            else:
+                # Substitute in one pass, so that a placeholder inside the user's words is not replaced.
+                text = _WORDS.sub(lambda match: words[match[0]], piece)
+                encoded = tokenizer.encode(text)
+                if after_inputs in piece:
+                    prefix_length = len(ids)
+                    if subtitles:
+                        before = tokenizer.encode(piece.partition(after_inputs)[0] + subtitles)
+                        if (
+                            encoded[: len(before)] == before
+                        ):  # False if the question's beginning merges with the subtitles
+                            prefix_length += len(before)
+                ids += encoded
+                if _QUESTION in piece:
+                    turn_length = len(ids)
+        places = tuple(_places(tokenizer, ids, runs, times_of))
+        return cls(torch.tensor(ids, dtype=torch.int64, device="cpu"), places, prefix_length, turn_length)
+
     @property
     def visual_tokens(self) -> int:
         """Total number of placeholders."""
@@ -375,91 +487,6 @@ class Prompt:
     def text_tokens(self) -> int:
         """Number of ids that are not placeholders. A pruned prompt may have fewer (`Place.around`)."""
         return len(self.input_ids) - self.visual_tokens
-
-
-def build_prompt(
-    tokenizer: Tokenizer,
-    question: str,
-    inputs: Sequence[tuple[str, int]],
-    *,
-    system: str | None = None,
-    subtitles: str = "",
-    times: Sequence[Sequence[str]] = (),
-    thinking: bool = False,
-    earlier: Sequence[Turn] = (),
-) -> Prompt:
-    """Build the prompt for a question, up to the beginning of the answer.
-
-    The prompt has the inputs in order, the subtitles, the earlier turns and the question. Questions that are `Placed` have inputs
-    between their texts; these are the last inputs.
-
-    All texts are taken literally. The first question follows the subtitles without a space. If the texts contain no special tokens,
-    the ids are the same as for tokenizing the rendered conversation at once.
-
-    Args:
-        inputs: for every input, "video" or "picture" and its number of visual tokens without pruning, at least 1.
-        system: a system prompt; None leaves it to the template.
-        times: for every input, the texts before its frame pairs (`timestamps`), which then have markers of their own. Empty for an
-            input whose placeholders form a single run, which is the default.
-        thinking: see `Tokenizer.render`.
-        earlier: the earlier turns of the conversation, in order. The inputs belong to the first question, unless a `Placed` says
-            otherwise.
-
-    Raises:
-        ModelError: the chat template is broken, or does not write the inputs in order, followed by the conversation.
-        UsageError: a text is not valid Unicode (stray bytes from a shell), the template has no place for a system prompt, or it
-            does not support thinking.
-        ValueError: there are no inputs, an input has no tokens, or there are more places than inputs.
-    """
-    if not inputs or min(count for _, count in inputs) < 1:
-        raise ValueError(f"a prompt has inputs with at least one visual token each, not {list(inputs)}")
-    specials = tokenizer.specials()
-    markers = MARKERS if any(times) else ()
-    kinds = [kind for kind, _ in inputs]
-    contents, said = _laid_out(question, earlier, len(inputs))
-    flat = [part for content in contents for part in content]
-    after_inputs = flat[len(flat) - flat[::-1].index(None)]  # the text that follows the last input
-    rendered = _render(tokenizer, kinds, system is not None, markers, thinking, contents)
-    if thinking and not (tokenizer.can_switch_thinking or opens_thoughts(rendered)):
-        problem = "this model's chat template knows nothing of thinking"
-        raise UsageError(
-            problem, "leave --think (think) out, or take a model that thinks, as Qwen3.5 or Qwen3-VL-Thinking"
-        )
-    if system and _SYSTEM not in rendered:
-        problem = "the model's chat template has no place for a system prompt"
-        raise UsageError(problem, "leave it out, or write it in the question")
-    check_text(question, system, *_texts(earlier))
-    words = said | {after_inputs: subtitles + said[after_inputs], _SYSTEM: system or ""}
-    times_of = times or [()] * len(inputs)
-    # Number of placeholders per run. An input with timestamps has a run for every timestamp.
-    lengths = (count // (len(own) or 1) for (_, count), own in zip(inputs, times_of, strict=True) for _ in own or [""])
-    ids = []
-    runs = []
-    prefix_length = 0
-    turn_length = 0
-    # Split only at the template's special tokens, where the tokenizer splits too. The text between two of them is encoded at once,
-    # so that merges across the edge of the user's text (such as with a newline before it) are the same as in the whole prompt.
-    for piece in re.split(f"({'|'.join(map(re.escape, specials))})", _with_times(rendered, times_of)):
-        if piece in _PLACEHOLDERS:
-            runs.append(range(len(ids), len(ids) + next(lengths)))
-            ids += [specials[piece]] * len(runs[-1])
-        elif piece in specials:
-            ids.append(specials[piece])
-        else:
-            # Substitute in one pass, so that a placeholder inside the user's words is not replaced.
-            text = _WORDS.sub(lambda match: words[match[0]], piece)
-            encoded = tokenizer.encode(text)
-            if after_inputs in piece:
-                prefix_length = len(ids)
-                if subtitles:
-                    before = tokenizer.encode(piece.partition(after_inputs)[0] + subtitles)
-                    if encoded[: len(before)] == before:  # False if the question's beginning merges with the subtitles
-                        prefix_length += len(before)
-            ids += encoded
-            if _QUESTION in piece:
-                turn_length = len(ids)
-    places = tuple(_places(tokenizer, ids, runs, times_of))
-    return Prompt(torch.tensor(ids, dtype=torch.int64, device="cpu"), places, prefix_length, turn_length)
 
 
 def _texts(turns: Sequence[Turn]) -> list[str]:

@@ -26,16 +26,12 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.language import (
-    CONTENTS,
-    MARKERS,
     GenerationOptions,
     LanguageModel,
-    Place,
     PrefillState,
+    Prompt,
     PrunedPrompt,
     Turn,
-    build_prompt,
-    place_of_pairs,
     prompt_positions,
     prune_prompt,
     timestamps,
@@ -538,7 +534,7 @@ class VideoStream(Askable):
         loaded = self._session.loaded
         times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()  # markers go with the frame pairs
         kwargs = {"system": self._system, "times": times, "thinking": thinking, "earlier": earlier}
-        prompt = build_prompt(loaded.tokenizer, question, [("video", 1)], **kwargs)
+        prompt = Prompt.build(loaded.tokenizer, question, [("video", 1)], **kwargs)
         (video,) = prompt.places[0].around or prompt.places[0].runs
         return prompt.input_ids[: video.start], prompt.input_ids[video.stop :]
 
@@ -666,25 +662,19 @@ def window_columns(
     config = loaded.model.config.vision_config
     span = encoding.plan.sampling
     (grid,) = encoding.encoded.grids
-    specials = loaded.tokenizer.specials()
-    start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS["video"][1], MARKERS[1]))
-    units = grid[1] * grid[2]
+    times = ()
     if config.traits.timestamps:
         times = timestamps([(slot + 0.5) * step_s for slot in slots])
-        words = [[*loaded.tokenizer.encode(text), start] for text in times]
-        ids = [token for before in words for token in (*before, *[pad] * units, end)]
-        place = place_of_pairs([len(before) for before in words], units)
+    ids, place = loaded.tokenizer.video_columns(grid, times)
+    if times:
         positions = prompt_positions(len(ids), place.positions(grid, 1.0, None)) + following
     else:
-        ids = [pad] * units * grid[0]
-        place = Place((range(len(ids)),))
         step = 1.0
         if config.tokens_per_second:
             step = 2 * step_s * config.tokens_per_second
         time = torch.tensor([floor(slot / 2 * step) for slot in slots[::2]], dtype=torch.int64, device="cpu")
         inside = torch.meshgrid(time, *(arange_on(side, "cpu") for side in grid[1:]), indexing="ij")
         positions = torch.stack(inside).flatten(1)
-    ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
     prompt = prune_prompt(ids, [place], [encoding.encoded], positions, loaded.language.embed)
     stays = torch.full_like(ids, len(order))
     stays[prompt.columns[prompt.visual]] = order

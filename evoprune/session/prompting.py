@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from evoprune.errors import DoesNotFit
-from evoprune.language import GenerationOptions, Prompt, Tokenizer, Turn, build_prompt, prompt_positions, timestamps
+from evoprune.language import GenerationOptions, Prompt, Tokenizer, Turn, prompt_positions, timestamps
 from evoprune.model import VisionConfig
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.memory import TEXT, check_memory, fitting_pieces
@@ -129,7 +129,7 @@ def prompt_about(
     """Return the prompt of a question about one or several inputs.
 
     With several videos, a line with the number of the video precedes its subtitles. Raises the same errors as
-    `language.prompt.build_prompt`.
+    `language.prompt.Prompt.build`.
 
     Args:
         earlier: The conversation so far.
@@ -147,7 +147,7 @@ def prompt_about(
         times.append(before_pairs)
     inputs = [(plan.kind, plan.visual_tokens) for plan in plans]
     kwargs = {"system": system, "thinking": thinking, "earlier": earlier}
-    return build_prompt(tokenizer, question, inputs, subtitles=subtitles, times=times, **kwargs)
+    return Prompt.build(tokenizer, question, inputs, subtitles=subtitles, times=times, **kwargs)
 
 
 def longest_prompt(

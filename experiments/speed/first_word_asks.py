@@ -73,7 +73,7 @@ class Transformers:
         import torch
         from transformers import AutoModelForImageTextToText
 
-        from evoprune.language import load_tokenizer
+        from evoprune.language import Tokenizer
         from evoprune.session import (
             DTYPES,
             ModelOptions,
@@ -85,7 +85,7 @@ class Transformers:
         self._found = found
         self._device = torch.device(found.device)
         self._dtype = DTYPES[found.dtype]
-        self._tokenizer = load_tokenizer(found.folder)
+        self._tokenizer = Tokenizer.load(found.folder)
         flash = find_spec("flash_attn") is not None and self._device.type == "cuda"
         how = {"dtype": self._dtype, "attn_implementation": "flash_attention_2" if flash else "sdpa"}
         self._model = AutoModelForImageTextToText.from_pretrained(found.folder, **how).to(found.device).eval()

@@ -20,7 +20,7 @@ from evoprune.language.generate import (
     penalised,
     probabilities,
 )
-from evoprune.language.prompt import Tokenizer, build_prompt, prompt_positions
+from evoprune.language.prompt import Prompt, Tokenizer, prompt_positions
 from evoprune.language.pruned import prune_prompt
 from tests.tiny import encoded_tokens, tiny_model, tiny_tokenizer
 
@@ -49,7 +49,7 @@ class Clip:
         self.pixels = torch.randn(t * h * w * 4, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(t + h))
         with torch.no_grad():
             self.features = model.model.visual(self.pixels, grid_thw=self.grid_thw).pooler_output
-        self.prompt = build_prompt(own_tokenizer(), question, [("video", t * h * w)])
+        self.prompt = Prompt.build(own_tokenizer(), question, [("video", t * h * w)])
         videos = self.prompt.places[0].positions(grid, seconds, 2)
         self.positions = prompt_positions(len(self.prompt.input_ids), videos)
         self.next_position = int(self.positions.max()) + 1
@@ -133,7 +133,7 @@ def test_impossible_selections_are_refused(model, kept):
 
 
 def test_embedding_a_prompt_with_several_inputs(model):
-    prompt = build_prompt(own_tokenizer(), "Which?", [("video", 5), ("picture", 4), ("video", 3)])
+    prompt = Prompt.build(own_tokenizer(), "Which?", [("video", 5), ("picture", 4), ("video", 3)])
     kept = [torch.tensor([1, 4]), torch.tensor([0]), torch.arange(3)]
     sizes = [None, torch.tensor([4.0]), torch.tensor([1.0, 2.0, 3.0])]
     features = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).split([2, 1, 3])
@@ -152,12 +152,12 @@ def test_embedding_a_prompt_with_several_inputs(model):
     found = dict(zip(made.columns.tolist(), made.sizes.tolist(), strict=True))
     assert [found[i] for i in at[1] + at[2]] == [4, 1, 2, 3]
     assert sum(found.values()) == len(made) - 4 + 10
-    alone = build_prompt(own_tokenizer(), "Which?", [("picture", 5)])
+    alone = Prompt.build(own_tokenizer(), "Which?", [("picture", 5)])
     assert pruned(model, alone, [encoded_tokens(features[0], kept[0])]).sizes is None
 
 
 def test_a_part_of_a_pruned_prompt_is_what_the_whole_has_there(model):
-    prompt = build_prompt(own_tokenizer(), "Which?", [("video", 6)])
+    prompt = Prompt.build(own_tokenizer(), "Which?", [("video", 6)])
     random = torch.Generator().manual_seed(0)
     tokens = encoded_tokens(
         torch.randn(3, 64, generator=random), [0, 2, 5], torch.rand(3), torch.randn(2, 3, 64, generator=random)

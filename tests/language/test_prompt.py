@@ -18,8 +18,6 @@ from evoprune.errors import ModelError, UsageError
 from evoprune.language.prompt import (
     Prompt,
     Tokenizer,
-    build_prompt,
-    load_tokenizer,
     opens_thoughts,
     prompt_positions,
     timestamps,
@@ -39,7 +37,7 @@ def folder(tmp_path):
 
 
 def test_it_is_the_one_that_transformers_loads(folder):
-    own, theirs = load_tokenizer(folder), tiny_tokenizer()
+    own, theirs = Tokenizer.load(folder), tiny_tokenizer()
     assert own.chat_template == theirs.chat_template
     assert own.specials() == {token: theirs.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     assert own.named["eos_token"] == "<|im_end|>"
@@ -85,7 +83,7 @@ REFUSED = ["{{ namespace(_a=1) }}", "{% set n = namespace() %}{% set n.__a = 1 %
 @pytest.mark.few(7)
 @pytest.mark.parametrize("template", [None, *TEMPLATES])
 def test_rendering_is_that_of_transformers(folder, template):
-    own, theirs = load_tokenizer(folder), tiny_tokenizer()
+    own, theirs = Tokenizer.load(folder), tiny_tokenizer()
     own.chat_template = template or own.chat_template
     for messages in (MESSAGES, MESSAGES[1:]):
         how = {"tokenize": False, "add_generation_prompt": True, "chat_template": template}
@@ -94,7 +92,7 @@ def test_rendering_is_that_of_transformers(folder, template):
 
 @pytest.mark.parametrize("template", REFUSED)
 def test_what_transformers_refuses_is_refused(folder, template):
-    own = load_tokenizer(folder)
+    own = Tokenizer.load(folder)
     own.chat_template = template
     with pytest.raises(ValueError, match=r"underscore|argument"):
         own.render(MESSAGES)
@@ -105,7 +103,7 @@ def test_what_transformers_refuses_is_refused(folder, template):
 
 
 def test_a_template_does_not_see_pythons_insides(folder):
-    own = load_tokenizer(folder)
+    own = Tokenizer.load(folder)
     own.chat_template = "{{ ('{0.__globals__}' | attr('format'))(raise_exception) }}"
     assert own.render(MESSAGES) == ""
 
@@ -114,14 +112,14 @@ def test_where_templates_are_kept(folder):
     text = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match="no chat template"):
-        load_tokenizer(folder)
+        Tokenizer.load(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     by_name = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": text}]
     for found in (text, by_name):
         (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": found}))
-        assert load_tokenizer(folder).chat_template == text
+        assert Tokenizer.load(folder).chat_template == text
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": "the processor's"}))
-    assert load_tokenizer(folder).chat_template == "the processor's"
+    assert Tokenizer.load(folder).chat_template == "the processor's"
 
 
 def test_vocabulary_and_merges_alone_will_do(folder, tmp_path_factory):
@@ -132,7 +130,7 @@ def test_vocabulary_and_merges_alone_will_do(folder, tmp_path_factory):
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         (bare / name).write_text((folder / name).read_text())
     (bare / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
-    assert load_tokenizer(bare).encode("What happens?") == load_tokenizer(folder).encode("What happens?")
+    assert Tokenizer.load(bare).encode("What happens?") == Tokenizer.load(folder).encode("What happens?")
 
 
 ORDINARY = [
@@ -165,7 +163,7 @@ def own(hf):
 
 
 def about_video(tokenizer, question, visual_tokens, **more) -> Prompt:
-    return build_prompt(tokenizer, question, [(VIDEO, visual_tokens)], **more)
+    return Prompt.build(tokenizer, question, [(VIDEO, visual_tokens)], **more)
 
 
 def whole(question, visual_tokens, system, template=None):
@@ -229,7 +227,7 @@ def test_any_text_without_special_tokens_gives_the_ids_of_the_whole(question, sy
 
 @pytest.mark.parametrize("kinds", [[PICTURE], [VIDEO, PICTURE], [PICTURE, VIDEO, VIDEO, PICTURE]])
 def test_several_inputs_stand_in_their_order(tokenizer, kinds):
-    prompt = build_prompt(tokenizer, "Which?", [(kind, 2 + i) for i, kind in enumerate(kinds)])
+    prompt = Prompt.build(tokenizer, "Which?", [(kind, 2 + i) for i, kind in enumerate(kinds)])
     start, end, *pads = tiny_tokenizer().convert_tokens_to_ids(
         ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
     )
@@ -267,7 +265,7 @@ def test_inputs_keep_their_places_between_texts(tokenizer, question, earlier):
     theirs = tiny_tokenizer()
     text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     text = text.replace("<|video_pad|>", "<|video_pad|>" * 3).replace("<|image_pad|>", "<|image_pad|>" * 2)
-    prompt = build_prompt(tokenizer, question, [(PICTURE, 2), (VIDEO, 3)], earlier=earlier)
+    prompt = Prompt.build(tokenizer, question, [(PICTURE, 2), (VIDEO, 3)], earlier=earlier)
     assert prompt.input_ids.tolist() == theirs(text)["input_ids"]
     assert prompt.prefix_length == prompt.places[-1].runs[-1].stop + 1
 
@@ -337,7 +335,7 @@ def test_templates_without_the_inputs_in_order_and_a_question_after_them_are_ref
     monkeypatch.setattr(tokenizer, "chat_template", template)
     inputs = [(VIDEO, 1), (PICTURE, 2)] if "order" in NO_TEMPLATES[template] else [(VIDEO, 1)]
     with pytest.raises(ModelError, match=NO_TEMPLATES[template]):
-        build_prompt(tokenizer, "Why?", inputs)
+        Prompt.build(tokenizer, "Why?", inputs)
 
 
 def test_a_question_that_merges_with_the_subtitles_shares_the_video_alone(tokenizer):
@@ -349,7 +347,7 @@ def test_a_question_that_merges_with_the_subtitles_shares_the_video_alone(tokeni
 def test_what_is_refused(tokenizer):
     for inputs in ([], [(VIDEO, 0)], [(VIDEO, 2), (PICTURE, 0)]):
         with pytest.raises(ValueError, match="at least one"):
-            build_prompt(tokenizer, "Why?", inputs)
+            Prompt.build(tokenizer, "Why?", inputs)
     for content in (b"\xff?", "why?".encode("utf-16-le")):
         with pytest.raises(UsageError, match="not valid text"):
             about_video(tokenizer, content.decode(errors="surrogateescape"), 1)
@@ -359,7 +357,7 @@ TIMES = ["<0.3 seconds>", "<0.8 seconds>", "<11.3 seconds>"]
 
 
 def test_times_stand_before_frame_pairs_between_their_own_markers(tokenizer):
-    prompt = build_prompt(tokenizer, "Why?", [(PICTURE, 2), (VIDEO, 6)], subtitles="said", times=[(), TIMES])
+    prompt = Prompt.build(tokenizer, "Why?", [(PICTURE, 2), (VIDEO, 6)], subtitles="said", times=[(), TIMES])
     picture, video = prompt.places
     frames = "".join(f"{time}<|vision_start|>{'<|video_pad|>' * 2}<|vision_end|>" for time in TIMES)
     text = tiny_tokenizer().decode(prompt.input_ids)
@@ -381,7 +379,7 @@ def test_times_stand_before_frame_pairs_between_their_own_markers(tokenizer):
     merging = Tokenizer(
         tokenizer.backend, tokenizer.chat_template.replace("'<|vision_start|>", "'said: Wh<|vision_start|>")
     )
-    (place,) = build_prompt(merging, "Why?", [(VIDEO, 2)], times=[["at", "at"]]).places
+    (place,) = Prompt.build(merging, "Why?", [(VIDEO, 2)], times=[["at", "at"]]).places
     before = [run.start - around.start for run, around in zip(place.runs, place.around, strict=True)]
     assert before == [1, 1 + len(tokenizer.encode("at"))]
 
@@ -493,7 +491,7 @@ def test_ids_of_placeholders_are_those_that_the_tokenizer_has_by_name():
     ]
     content["model"]["vocab"] |= moved
     own = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), CHAT_TEMPLATE)
-    prompt = build_prompt(own, "Why?", [(PICTURE, 2), (VIDEO, 4)], times=[(), ("<0.5 seconds>", "<1.5 seconds>")])
+    prompt = Prompt.build(own, "Why?", [(PICTURE, 2), (VIDEO, 4)], times=[(), ("<0.5 seconds>", "<1.5 seconds>")])
     ids = prompt.input_ids
     assert ids[prompt.places[0].columns].tolist() == [248056] * 2
     assert ids[prompt.places[1].columns].tolist() == [248057] * 4
@@ -506,7 +504,7 @@ def test_positions_of_frame_pairs_with_times_are_those_of_transformers(family):
 
     grids = [(3, 2, 4), (1, 5, 2)]  # a video, and a picture
     tokenizer, times = own(tiny_tokenizer()), [("<0.3 seconds>", "<1.3 seconds>", "<2.3 seconds>"), ()]
-    prompt = build_prompt(tokenizer, "Why?", [(VIDEO, 24), (PICTURE, 10)], times=times)
+    prompt = Prompt.build(tokenizer, "Why?", [(VIDEO, 24), (PICTURE, 10)], times=times)
     videos = [run for place, grid in zip(prompt.places, grids, strict=True) for run in place.positions(grid, 1.0, None)]
     made = prompt_positions(len(prompt.input_ids), videos)
     with torch.device("meta"):

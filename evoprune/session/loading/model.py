@@ -26,7 +26,7 @@ from evoprune.backend import (
 )
 from evoprune.bundled import Demo, may_be_of_any_world, unknown_words, world_of
 from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_memory
-from evoprune.language import LanguageModel, Tokenizer, has_tokenizer, load_tokenizer, warm_up
+from evoprune.language import LanguageModel, Tokenizer, warm_up
 from evoprune.methods import MethodChain
 from evoprune.model import (
     PATCHES,
@@ -216,8 +216,8 @@ def load_model(
     use_threads(model)
     tokenizer = None
     start = time.perf_counter()
-    if folder is not None and (has_tokenizer(folder) or not model.random):
-        tokenizer = load_tokenizer(folder)
+    if folder is not None and (Tokenizer.is_in(folder) or not model.random):
+        tokenizer = Tokenizer.load(folder)
     if to_answer and tokenizer is None:
         raise no_tokenizer(settings.model)
     generation = read_generation(folder)

@@ -13,7 +13,7 @@ import torch
 
 from evoprune import methods
 from evoprune.errors import PluginError, UsageError
-from evoprune.language import Place, place_of_pairs, prompt_positions, prune_prompt
+from evoprune.language import Place, prompt_positions, prune_prompt
 from evoprune.methods import Budget, Grid, MethodChain
 from evoprune.model import VisionConfig
 from evoprune.util import did_you_mean
@@ -124,7 +124,7 @@ def with_columns(
     place = Place((range(prod(grid)),))
     if words:
         # A frame pair without tokens keeps its timestamp.
-        place = replace(place_of_pairs(words, grid[1] * grid[2]), around=())
+        place = replace(Place.of_pairs(words, grid[1] * grid[2]), around=())
     embeds = found.features[:0] if text is None else text.to(found.features)
     ids = torch.zeros(len(place) + len(embeds), dtype=torch.int64, device="cpu")
     positions = prompt_positions(len(ids), place.positions(grid, seconds, tokens_per_second))

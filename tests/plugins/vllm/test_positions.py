@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evoprune.language import place_of_pairs, prompt_positions, prune_prompt, video_positions
+from evoprune.language import Place, prompt_positions, prune_prompt, video_positions
 from evoprune_vllm.positions import (
     LIMIT,
     as_columns,
@@ -108,7 +108,7 @@ def test_positions_of_rows_behind_times(chosen):
         starts[unit // units] + unit % units for unit in kept.tolist()
     }
     columns = [column for column in range(start, before[-1]) if column not in dropped]
-    place = replace(place_of_pairs(words, units), around=())
+    place = replace(Place.of_pairs(words, units), around=())
     ids = torch.zeros(place.runs[-1].stop + 1, dtype=torch.int64)
     own = prompt_positions(len(ids), place.positions(grid, 1.0, None))
     made = prune_prompt(ids, [place], [encoded_tokens(torch.zeros(len(kept), 1), kept, grid=grid)], own)

@@ -23,7 +23,7 @@ from evoprune.batch import load_rows
 from evoprune.bench import EvalSettings, Evaluation, TuneSettings, Tuning
 from evoprune.bench.verify.subject import QUESTION, SAMPLING, Subject
 from evoprune.errors import LFS_HINT, ModelError, ModelWarning, UsageError, VideoError
-from evoprune.language import build_prompt, template
+from evoprune.language import Prompt, template
 from evoprune.session.loading import hub as hub_module
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.hub import MODEL_HINT, kind_hint
@@ -564,7 +564,7 @@ def test_a_pattern_that_takes_too_many_steps(folder, capfd):
     edit(folder / "tokenizer.json", pre_tokenizer=split)
     tokenizer = load(str(folder), pack=False).tokenizer
     with pytest.raises(ModelError, match=r"broke down: .*limit"):
-        build_prompt(tokenizer, "a" * 99, [("video", 1)])
+        Prompt.build(tokenizer, "a" * 99, [("video", 1)])
 
 
 def test_a_device_that_computes_nothing(folder):
@@ -588,7 +588,7 @@ def refusal(folder: Path, source: str) -> str:
     (folder / "chat_template.jinja").write_text(source)
     tokenizer = load(str(folder), pack=False).tokenizer
     with pytest.raises(ModelError) as caught:
-        build_prompt(tokenizer, "What?", [("video", 1)])
+        Prompt.build(tokenizer, "What?", [("video", 1)])
     assert str(folder / "chat_template.jinja") in caught.value.message
     return caught.value.message
 
@@ -608,9 +608,9 @@ def test_templates_without_an_end(folder, source, monkeypatch):
 
 def test_a_template_is_rendered_once(folder, monkeypatch):
     tokenizer = load(str(folder), pack=False).tokenizer
-    build_prompt(tokenizer, "What?", [("video", 1)])
+    Prompt.build(tokenizer, "What?", [("video", 1)])
     monkeypatch.setattr(template, "apart", partial(pytest.fail, "a second process"))
-    build_prompt(tokenizer, "Why?", [("video", 1)])
+    Prompt.build(tokenizer, "Why?", [("video", 1)])
 
 
 CLIP = "samples/square.mp4"
