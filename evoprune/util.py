@@ -1,4 +1,4 @@
-"""Helpers: short and safe texts, file states, and options (fields that describe them, objects made from keywords, records)."""
+"""Helpers: short and safe texts, file states, seeds, and options (fields that describe them, objects from keywords, records)."""
 
 import hashlib
 import math
@@ -258,6 +258,12 @@ def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
         "modified_utc": newest.isoformat(),
         "digest": hashlib.sha256(repr(stats).encode()).hexdigest()[:16],
     }
+
+
+def generator_seed(seed: int) -> int:
+    """Return a seed for torch's CPU generator, which uses only 32 bits: `seed` if it is below 2**32, otherwise a hash of it."""
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=4).digest()
+    return seed if 0 <= seed < 2**32 else int.from_bytes(digest)
 
 
 OPTION = "option"  # key in the metadata of a field

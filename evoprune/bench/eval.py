@@ -36,7 +36,6 @@ from evoprune.bench.shared import (
     swept,
 )
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
-from evoprune.methods import generator_seed
 from evoprune.model import Cost, shortage
 from evoprune.report import Report
 from evoprune.session import (
@@ -56,7 +55,7 @@ from evoprune.session import (
     open_inputs,
     weights_of,
 )
-from evoprune.util import counted
+from evoprune.util import counted, generator_seed
 from evoprune.video import input_state
 from evoprune.vision import tower_geometry
 

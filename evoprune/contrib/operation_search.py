@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from evoprune.contrib.operations import ALL, KEY, PLACE, REST, SCHEMA, Operation, Operations, Recipe, Removed, closed
 from evoprune.errors import UsageError
-from evoprune.methods import LanguagePlan, MethodChain, layers_before
+from evoprune.methods import LanguagePlan, MethodChain
 from evoprune.model import head_size
 
 STEP = 0.3 / 15  # step of the allowed loss, as a share of the loss with everything removed
@@ -130,7 +130,7 @@ class RecipeSearch:
     schema: ClassVar[str] = SCHEMA
 
     def __init__(self, config):
-        after = layers_before(PLACE, config.num_hidden_layers)
+        after = LanguagePlan.layers_before(PLACE, config.num_hidden_layers)
         if not after:
             raise UsageError("a language model with one layer has no operations to leave out", "take a deeper model")
         self._blank = Recipe(config.num_hidden_layers, after, KEY, weights(config), ())

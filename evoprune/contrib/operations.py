@@ -14,17 +14,7 @@ from typing import Any, Self
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods import (
-    Budget,
-    Drop,
-    Dropping,
-    LanguageMethod,
-    LanguagePlan,
-    LayerState,
-    Selection,
-    nonzero_fixed,
-    select_in_language,
-)
+from evoprune.methods import Budget, Dropping, LanguageMethod, LanguagePlan, LayerState, Selection, nonzero_fixed
 from evoprune.untrusted import read_object
 from evoprune.util import missing_hint
 
@@ -145,13 +135,13 @@ class Recipe:
         if not gone:
             return OperationPlan(self.depth, tokens, ())
         end, rest_end = (_last_keys(gone, group, self.depth) + 1 for group in (ALL, REST))
-        drops = []
+        left = {}
         if rest_end < end and key < tokens:
-            drops.append(Drop(rest_end, key))
+            left[rest_end] = key
         if end < self.depth:
-            drops.append(Drop(end, 0))
-        looks = sorted({self.after, *(drop.after for drop in drops)})
-        return OperationPlan(self.depth, tokens, tuple(drops), looks=tuple(looks), key=key, gone=gone)
+            left[end] = 0
+        looks = tuple(sorted({self.after, *left}))
+        return OperationPlan.of(self.depth, tokens, left, looks=looks, key=key, gone=gone)
 
     def _gone(self, removed: Iterable[Operation]) -> Removed:
         """Return the operations that are not computed: `closed`, plus useless operations in a group's last layer of keys.
@@ -242,7 +232,7 @@ class _Grouped(Dropping):
 
     def _selected(self, state: LayerState) -> Selection | None:
         if self._key is None:
-            kept = select_in_language(self._method, self._seen(state, self._plan.key)).kept
+            kept = self._chosen(state, self._plan.key).kept
             self._key = torch.zeros_like(self._visual, dtype=torch.bool).index_fill_(0, kept, True)
         left = self._plan.left(state.after)
         if left == len(self._key):

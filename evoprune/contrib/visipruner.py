@@ -6,17 +6,7 @@ from typing import Annotated
 import torch
 
 from evoprune.contrib.shared import Part, relative
-from evoprune.methods import (
-    Budget,
-    Drop,
-    LanguageMethod,
-    LanguagePlan,
-    LayerTokens,
-    Selection,
-    arange_on,
-    highest,
-    layers_before,
-)
+from evoprune.methods import Budget, LanguageMethod, LanguagePlan, LayerTokens, Selection, arange_on, highest
 
 
 @dataclass(frozen=True)
@@ -45,13 +35,13 @@ class VisiPruner(LanguageMethod):
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         keep = Budget.count(budget, tokens)
-        blind = layers_before(self.shallow, depth)
+        blind = LanguagePlan.layers_before(self.shallow, depth)
         if keep == tokens or depth < 2:
             return LanguagePlan(depth, tokens, ())
         first = min(blind + 2, depth - 1)
-        latest = max(first, layers_before(self.latest, depth))
+        latest = max(first, LanguagePlan.layers_before(self.latest, depth))
         looks = tuple(range(first, depth))
-        return LanguagePlan(depth, tokens, (Drop(latest, keep),), exact=False, looks=looks, blind=blind)
+        return LanguagePlan.of(depth, tokens, {latest: keep}, exact=False, looks=looks, blind=blind)
 
     def select(self, tokens: LayerTokens) -> Selection | None:
         if not len(tokens.visual):

@@ -14,8 +14,9 @@ from evoprune.language.hosted import HostedCache
 from evoprune.language.pruned import PrunedPrompt
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import StaticCache, best_of
-from evoprune.methods import Dropping, MethodChain, arange_on, generator_seed
+from evoprune.methods import Dropping, MethodChain, arange_on
 from evoprune.model import ANSWER_COLUMNS, HostedVL, not_a_number_error
+from evoprune.util import generator_seed
 from evoprune.vision import Encoded
 
 

@@ -14,20 +14,16 @@ if TYPE_CHECKING:
     from evoprune.methods.chain import MethodChain, PruneConfig, parse
     from evoprune.methods.evoprune import FarthestPoints
     from evoprune.methods.evoprune_paper import EvoPrunePaper
-    from evoprune.methods.farthest import STEPS, grid_tables
     from evoprune.methods.language import (
-        Drop,
         Dropping,
         LanguageMethod,
         LanguagePlan,
         LayerState,
         LayerTokens,
-        layers_before,
         one_drop,
-        select_in_language,
         several_drops,
     )
-    from evoprune.methods.plans import EncoderPlan, Grid, Merge, SetAside, Stage, TowerShape, full_plan, spread
+    from evoprune.methods.plans import EncoderPlan, Grid, SetAside, Stage, TowerShape, spread
     from evoprune.methods.ranking import alternate, highest, match
     from evoprune.methods.registry import (
         DEFAULT,
@@ -41,17 +37,15 @@ if TYPE_CHECKING:
         plugin_code,
         plugins,
     )
-    from evoprune.methods.selecting import select, snap, tokens_before_inflection
-    from evoprune.methods.types import Candidates, Selection, Tokens, arange_on, generator_seed, nonzero_fixed
+    from evoprune.methods.selecting import select, snap
+    from evoprune.methods.types import Candidates, Selection, Tokens, arange_on, nonzero_fixed
 
 __all__ = [
     "DEFAULT",
     "REUSE",
-    "STEPS",
     "Budget",
     "Candidates",
     "DivPrune",
-    "Drop",
     "Dropping",
     "EncoderMethod",
     "EncoderPlan",
@@ -63,7 +57,6 @@ __all__ = [
     "LanguagePlan",
     "LayerState",
     "LayerTokens",
-    "Merge",
     "Merger",
     "MethodChain",
     "PruneConfig",
@@ -78,12 +71,8 @@ __all__ = [
     "available",
     "built_in",
     "check",
-    "full_plan",
-    "generator_seed",
     "get",
-    "grid_tables",
     "highest",
-    "layers_before",
     "match",
     "may_resize",
     "nonzero_fixed",
@@ -93,12 +82,10 @@ __all__ = [
     "plugin_code",
     "plugins",
     "select",
-    "select_in_language",
     "several_drops",
     "smaller_frame",
     "snap",
     "spread",
-    "tokens_before_inflection",
 ]
 
 __getattr__, __dir__ = door(
@@ -110,20 +97,16 @@ __getattr__, __dir__ = door(
         "chain": ["MethodChain", "PruneConfig", "parse"],
         "evoprune": ["FarthestPoints"],
         "evoprune_paper": ["EvoPrunePaper"],
-        "farthest": ["STEPS", "grid_tables"],
         "language": [
-            "Drop",
             "Dropping",
             "LanguageMethod",
             "LanguagePlan",
             "LayerState",
             "LayerTokens",
-            "layers_before",
             "one_drop",
-            "select_in_language",
             "several_drops",
         ],
-        "plans": ["EncoderPlan", "Grid", "Merge", "SetAside", "Stage", "TowerShape", "full_plan", "spread"],
+        "plans": ["EncoderPlan", "Grid", "SetAside", "Stage", "TowerShape", "spread"],
         "ranking": ["alternate", "highest", "match"],
         "registry": [
             "DEFAULT",
@@ -137,7 +120,7 @@ __getattr__, __dir__ = door(
             "plugin_code",
             "plugins",
         ],
-        "selecting": ["select", "snap", "tokens_before_inflection"],
-        "types": ["Candidates", "Selection", "Tokens", "arange_on", "generator_seed", "nonzero_fixed"],
+        "selecting": ["select", "snap"],
+        "types": ["Candidates", "Selection", "Tokens", "arange_on", "nonzero_fixed"],
     },
 )

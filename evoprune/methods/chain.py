@@ -15,7 +15,7 @@ from evoprune.methods import registry
 from evoprune.methods.base import EncoderMethod, InputMethod, Method, Selector, not_automatic
 from evoprune.methods.budget import AUTO, AUTO_INFLECTION, Budget
 from evoprune.methods.language import LanguageMethod
-from evoprune.methods.plans import EncoderPlan, Grid, Stage, TowerShape, full_plan
+from evoprune.methods.plans import EncoderPlan, Grid, Stage, TowerShape
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,9 @@ class MethodChain:
             inflection: Let the curve of the selector's scores decide the number of tokens, at most K.
         """
         if self.input:
-            return full_plan(tower, call(self.input.package, self.input.resize, grid, keep))
+            return EncoderPlan.full(tower, call(self.input.package, self.input.resize, grid, keep))
         if keep >= prod(grid) or not (self.encoder or self.selector):
-            return full_plan(tower, grid)
+            return EncoderPlan.full(tower, grid)
         stages = []
         reuse = 0.0
         below = self.after_tower_below(tower.launch_bound)

@@ -5,10 +5,10 @@ A method is a `LanguageMethod` with two functions: `drops`, and `score` or `sele
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 
@@ -56,6 +56,26 @@ class LanguagePlan:
     looks: tuple[int, ...] = ()  # layer counts after which the method is called; those in `drops` if `exact`
     blind: int = 0  # number of first layers whose text after the visual tokens does not attend to them
 
+    @classmethod
+    def of(cls, depth: int, tokens: int, left: Mapping[int, int], **more: Any) -> Self:
+        """Return the plan that leaves `left[n]` tokens after n layers, without drops that would drop nothing.
+
+        Args:
+            more: Other fields. `looks` are the drops unless given.
+        """
+        drops: list[Drop] = []
+        read = tokens
+        for after, count in left.items():
+            if after and count < read:
+                drops.append(Drop(after, count))
+                read = count
+        return cls(depth, tokens, tuple(drops), **{"looks": tuple(drop.after for drop in drops)} | more)
+
+    @staticmethod
+    def layers_before(share: float, depth: int) -> int:
+        """Return the number of layers, from 1 to depth - 1, after which a `share` of `depth` layers has run; 0 if depth is 1."""
+        return min(depth - 1, max(1, round(share * depth)))
+
     @property
     def layers(self) -> tuple[int, ...]:
         """The number of visual tokens that each layer reads."""
@@ -87,14 +107,9 @@ def tokens_of_layers(depth: int, tokens: int, drops: Sequence[Sequence[int]]) ->
     return tuple(left for (after, left), (end, _) in pairwise(edges) for _ in range(after, end))
 
 
-def layers_before(share: float, depth: int) -> int:
-    """Return the number of layers, from 1 to depth - 1, after which a `share` of the `depth` layers has run; 0 if depth is 1."""
-    return min(depth - 1, max(1, round(share * depth)))
-
-
 def one_drop(depth: int, tokens: int, place: float, budget: float) -> LanguagePlan:
     """Return a plan with one drop: after a share `place` of the layers, `Budget.count(budget, tokens)` tokens are left."""
-    return _plan(depth, tokens, [layers_before(place, depth)], [Budget.count(budget, tokens)])
+    return LanguagePlan.of(depth, tokens, {LanguagePlan.layers_before(place, depth): Budget.count(budget, tokens)})
 
 
 def several_drops(
@@ -106,7 +121,7 @@ def several_drops(
         places: The share of the layers that has run at each drop.
         shares: Maps a number to the share left after each drop, growing from 0 to 1.
     """
-    layers = [layers_before(place, depth) for place in places]
+    layers = [LanguagePlan.layers_before(place, depth) for place in places]
     runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]  # layers after each drop
     low = 0.0
     high = 1.0
@@ -119,18 +134,9 @@ def several_drops(
             high = middle
     # Rounded before rounding down, because the search may end a little below an exact half.
     counts = [max(1, math.floor(round(share * tokens, 6) + 0.5)) for share in shares(high)]
-    return _plan(depth, tokens, layers, counts)
-
-
-def _plan(depth: int, tokens: int, layers: Sequence[int], counts: Sequence[int]) -> LanguagePlan:
-    """Return the plan without drops that would drop nothing; of several drops after the same layer, the last one counts."""
-    drops: list[Drop] = []
-    read = tokens
-    for after, left in dict(zip(layers, counts, strict=True)).items():
-        if after and left < read:
-            drops.append(Drop(after, left))
-            read = left
-    return LanguagePlan(depth, tokens, tuple(drops), looks=tuple(drop.after for drop in drops))
+    return LanguagePlan.of(
+        depth, tokens, dict(zip(layers, counts, strict=True))
+    )  # the last drop after the same layer counts
 
 
 @dataclass(frozen=True)
@@ -368,6 +374,10 @@ class Dropping:
         """Return the selection of tokens that stay, or None if all stay."""
         plan = self._plan
         left = plan.left(state.after) if plan.exact else plan.drops[-1].left
+        return self._chosen(state, left)
+
+    def _chosen(self, state: LayerState, left: int) -> Selection | None:
+        """Return the method's selection of `left` tokens, checked if the method is a plug-in."""
         return select_in_language(self._method, self._seen(state, left))
 
     def _seen(self, state: LayerState, left: int) -> LayerTokens:

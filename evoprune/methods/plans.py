@@ -122,6 +122,11 @@ class EncoderPlan:
         if self.row_stages and any(isinstance(stage.reduce, SetAside) for stage in self.stages):
             raise ValueError("rows that are set aside come back after the last layer, and none may be selected before")
 
+    @classmethod
+    def full(cls, tower: TowerShape, grid: Grid) -> Self:
+        """Return the plan that sends every unit through every layer and turns it into a token."""
+        return cls(grid, prod(grid), tower.depth)
+
     @property
     def units(self) -> int:
         """N, the number of units in the grid."""
@@ -176,11 +181,6 @@ class EncoderPlan:
         fewer = (s for s in self.stages if s is not self.token_stage and not isinstance(s.reduce, SetAside))
         counts = [self.units, *(stage.rows for stage in fewer)]
         return counts[-1]
-
-
-def full_plan(tower: TowerShape, grid: Grid) -> EncoderPlan:
-    """Return the plan that sends every unit through every layer and turns it into a token."""
-    return EncoderPlan(grid, prod(grid), tower.depth)
 
 
 def layer_weights(depth: int, allocation: str, first: float, last: float) -> dict[int, float]:

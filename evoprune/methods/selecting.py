@@ -17,14 +17,19 @@ from evoprune.model import without_autocast
 HOST = torch.device("cpu")  # where kept tokens may be, whatever the device of the rows
 
 
-def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
+def select(selector: Selector, tokens: Tokens, keep: int, inflection: bool = False) -> Selection:
     """Return the selection of `selector`.
+
+    Args:
+        inflection: Let the curve of the selector's scores decide the number of tokens, at most `keep`.
 
     Raises:
         PluginError: A selector of another package returned something that its base class does not allow.
     """
     name = selector.package
     units = len(tokens.unit_to_row)
+    if inflection:
+        keep = tokens_before_inflection(selector, tokens, keep)
     with without_autocast():
         # Other methods of an evaluation share the rows, and code of other packages may write into its arguments.
         if name:
@@ -113,10 +118,10 @@ def _unlike(
 def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:
     """Return how many tokens `selector` keeps by the curve of its scores (arXiv 2409.01162), at most `keep`."""
     min_keep = min(keep, Budget.count(AUTO_LEAST, len(tokens.unit_to_row)))
-    return min(keep, max(min_keep, inflection(call(selector.package, selector.scores, tokens))))
+    return min(keep, max(min_keep, inflection_point(call(selector.package, selector.scores, tokens))))
 
 
-def inflection(scores: torch.Tensor) -> int:
+def inflection_point(scores: torch.Tensor) -> int:
     """Return how many of `scores` (float `[N]`) lie before the inflection point of the sorted curve, or N if there is none."""
     curve = scores.float().sort(descending=True).values
     height = curve[0] - curve[-1]

@@ -7,13 +7,13 @@ depends on values.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from hashlib import blake2b
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 
 from evoprune.backend import mean_rows
+from evoprune.util import generator_seed
 
 # Counting and indexing.
 
@@ -27,12 +27,6 @@ def nonzero_fixed(mask: torch.Tensor, count: int) -> torch.Tensor:
     """Return int64 `[count]`: the first `count` indices at which `mask` (bool `[n]`) is True, ascending, padded with zeros."""
     slot = torch.where(mask, mask.cumsum(0) - 1, count).clamp(max=count)
     return slot.new_zeros(count + 1).scatter_(0, slot, arange_on(len(mask), mask.device))[:count]
-
-
-def generator_seed(seed: int) -> int:
-    """Return a seed for torch's CPU generator, which uses only 32 bits: `seed` if it is below 2**32, otherwise a hash of it."""
-    digest = blake2b(str(seed).encode(), digest_size=4).digest()
-    return seed if 0 <= seed < 2**32 else int.from_bytes(digest)
 
 
 @dataclass(frozen=True)

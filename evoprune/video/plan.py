@@ -13,7 +13,7 @@ from os import PathLike
 from typing import Annotated, Any, ClassVar
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.methods import EncoderPlan, Grid, TowerShape, full_plan
+from evoprune.methods import EncoderPlan, Grid, TowerShape
 from evoprune.untrusted import Rule
 from evoprune.util import check_types, option, parse_time
 from evoprune.video.info import (
@@ -342,7 +342,7 @@ class Plan:
     def encoder(self) -> EncoderPlan:
         """The encoder's plan. Computed on first access, because methods import torch."""
         if self.pruning is None:
-            return full_plan(self.tower, self.grid)
+            return EncoderPlan.full(self.tower, self.grid)
         return self.pruning.plan(self.tower, self.full.grid)
 
     @property

@@ -28,7 +28,6 @@ from evoprune.backend import devices, snap, without_cudnn
 from evoprune.errors import UsageError
 from evoprune.methods import (
     EncoderPlan,
-    Merge,
     Selection,
     SetAside,
     Stage,
@@ -36,7 +35,6 @@ from evoprune.methods import (
     TowerShape,
     arange_on,
     select,
-    tokens_before_inflection,
 )
 from evoprune.model import PATCHES, Tower, VisionConfig, all_finite, not_a_number_error, without_autocast
 from evoprune.vision.families import embed, merge_patches, tower_layers
@@ -499,8 +497,9 @@ def _hooks(
         before, after = looks(selector, tower, merge)
     stages = plan.inside_pairs
     aside = [stage.reduce.hook(stage.first_layer) for stage in stages if isinstance(stage.reduce, SetAside)]
-    left = {stage.first_layer: stage.reduce.left for stage in stages if isinstance(stage.reduce, Merge)}
-    mergers = {stage.reduce.merger for stage in stages if isinstance(stage.reduce, Merge)}
+    merging = [stage for stage in stages if not isinstance(stage.reduce, SetAside)]
+    left = {stage.first_layer: stage.reduce.left for stage in merging}
+    mergers = {stage.reduce.merger for stage in merging}
     if len(aside) + len(mergers) > 1:
         raise TypeError("the rows of a frame pair are merged by one merger, or set aside once")
     return [*before, *aside, *(Merging(merger, left, tower, as_planned) for merger in mergers), *after]
@@ -554,9 +553,7 @@ def token_selection(video: EncodedRows, question: torch.Tensor | None = None) ->
             problem = f"method {selector.name} reads the question, and there is none here"
             raise UsageError(problem, "give the question with the video, or take another method")
         tokens = replace(tokens, given={**tokens.given, "question": question.to(unit.device).float()})
-    if stage.inflection:
-        keep = tokens_before_inflection(selector, tokens, keep)
-    return select(selector, tokens, keep)
+    return select(selector, tokens, keep, stage.inflection)
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ from evoprune.bench.profile_rows import (
 )
 from evoprune.bench.shared import TimeLimit, paced
 from evoprune.errors import OutOfMemory
-from evoprune.methods import full_plan
+from evoprune.methods import EncoderPlan
 from evoprune.model import matmul_rate
 from evoprune.report import Environment, ModelFacts
 from evoprune.session import ModelOptions, PruneOptions, describe
@@ -43,7 +43,7 @@ MOTION = partial(clips.synthetic_frames, "motion")
 
 
 def unpruned(loaded, clip):
-    return full_plan(tower_shape(loaded.model.model.visual), clip.grid)
+    return EncoderPlan.full(tower_shape(loaded.model.model.visual), clip.grid)
 
 
 @pytest.fixture(autouse=True)

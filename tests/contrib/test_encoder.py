@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from evoprune import methods
 from evoprune.contrib.earlytom import EarlyTom, FrameTokens, MergedFrames, Runs, highest_of_stretches, similarities
 from evoprune.contrib.ipcv import Follow, Ipcv
-from evoprune.methods import EncoderPlan, MethodChain, Stage, Tokens, TowerShape, full_plan
+from evoprune.methods import EncoderPlan, MethodChain, Stage, Tokens, TowerShape
 from evoprune.methods.baselines import Random
 from evoprune.vision import Rows, encode_rows, geometry, select_tokens, token_selection, tower_shape
 from evoprune.vision.rows import all_units
@@ -377,7 +377,7 @@ def test_ipcv_the_plan():
     assert plan.layers == (units,) * 3 + (4 * 21,) * 29
     for name in ("ipcv:keep=1", "ipcv:first=1"):  # nothing is dropped
         assert len(methods.parse(name).plan(tower, (4, 6, 10), 24).stages) == 1
-    assert methods.parse("ipcv").plan(tower, (4, 6, 10), units) == full_plan(tower, (4, 6, 10))
+    assert methods.parse("ipcv").plan(tower, (4, 6, 10), units) == EncoderPlan.full(tower, (4, 6, 10))
 
 
 GRID = (5, 4, 5)

@@ -10,7 +10,7 @@ from evoprune.errors import UsageError
 from evoprune.methods import registry
 from evoprune.methods.budget import Budget
 from evoprune.methods.plans import TowerShape
-from evoprune.methods.selecting import inflection, tokens_before_inflection
+from evoprune.methods.selecting import inflection_point, tokens_before_inflection
 from evoprune.session import PruneOptions
 from evoprune.video_qa import VideoQA
 from evoprune.vision import encode, tower_shape
@@ -79,7 +79,9 @@ def inflection_line_by_line(scores: list[float]) -> int:
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.lists(st.integers(-50, 50), min_size=1, max_size=40))
 def test_the_inflection_point(scores):
-    assert inflection(torch.tensor(scores, dtype=torch.float32)) == inflection_line_by_line([float(s) for s in scores])
+    assert inflection_point(torch.tensor(scores, dtype=torch.float32)) == inflection_line_by_line(
+        [float(s) for s in scores]
+    )
 
 
 def test_the_methods_that_rank_tokens():
@@ -94,7 +96,7 @@ def test_the_count_is_the_contents_inside_the_bounds(name):
     for kind in ("random", "duplicates", "constant", "drift"):
         tokens, config = tokens_of(kind, (5, 4, 5)), PruneOptions("auto:inflection", name).config()
         method = config.method
-        keep = min(50, max(5, inflection(method.selector.scores(tokens))))
+        keep = min(50, max(5, inflection_point(method.selector.scores(tokens))))
         assert tokens_before_inflection(method.selector, tokens, 50) == keep
         assert method == methods.parse(name)
         stage = config.plan(TowerShape(8, (7,)), (5, 4, 5)).token_stage

@@ -17,7 +17,6 @@ from evoprune.methods.plans import (
     EncoderPlan,
     Stage,
     TowerShape,
-    full_plan,
     layer_weights,
     rows_after_layers,
     spread,
@@ -154,7 +153,7 @@ def test_the_encoder_computes_what_was_planned(name, keep):
 @pytest.mark.parametrize("name", NAMES)
 def test_with_the_whole_budget_every_unit_goes_through_every_layer(name):
     plan = methods.parse(name).plan(SHAPE, GRID, UNITS)
-    assert plan == full_plan(SHAPE, GRID) == EncoderPlan(GRID, UNITS, 8)
+    assert plan == EncoderPlan.full(SHAPE, GRID) == EncoderPlan(GRID, UNITS, 8)
     assert not plan.prunes and plan.exact and (plan.layers, plan.rows) == ((UNITS,) * 8, UNITS)
 
 
@@ -169,8 +168,8 @@ def test_a_selector_needs_the_whole_encoder(name):
 
 
 def test_an_input_method_plans_a_smaller_grid():
-    assert methods.parse("subsample").plan(SHAPE, GRID, 50) == full_plan(SHAPE, (2, 4, 6))
-    assert methods.parse("downscale").plan(SHAPE, GRID, 35) == full_plan(SHAPE, (5, 2, 3))
+    assert methods.parse("subsample").plan(SHAPE, GRID, 50) == EncoderPlan.full(SHAPE, (2, 4, 6))
+    assert methods.parse("downscale").plan(SHAPE, GRID, 35) == EncoderPlan.full(SHAPE, (5, 2, 3))
 
 
 def test_evoprune_selects_before_and_between_layers():

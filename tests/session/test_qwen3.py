@@ -11,7 +11,7 @@ from evoprune import methods
 from evoprune.bench import hugging_face_model
 from evoprune.bench.clips import place_of
 from evoprune.language import LanguageModel, prompt_positions, prune_prompt
-from evoprune.methods import full_plan
+from evoprune.methods import EncoderPlan
 from evoprune.session.cache import Cache
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.hub import BUNDLED_CONFIGS
@@ -253,7 +253,7 @@ def test_full_budget_at_true_dimensions(name):
     patches = torch.randn(2 * 3 * 7 * 4, 1536, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = theirs.model.visual(patches, torch.tensor([[2, 6, 14]]))
-    made = encode(model.model.visual, [patches], full_plan(tower_shape(model.model.visual), grid))
+    made = encode(model.model.visual, [patches], EncoderPlan.full(tower_shape(model.model.visual), grid))
     for ours, other in zip(
         [made.features, *made.deepstack], [expected.pooler_output, *expected.deepstack_features], strict=True
     ):

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from math import inf
+from math import inf, prod
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 
 from evoprune.backend import capture_on, operators, plain_pytorch, uses_kernels
 from evoprune.bench.clips import prepare, synthetic_frames
@@ -33,7 +34,7 @@ from evoprune.bench.verify.subject import (
 from evoprune.errors import first_line, is_out_of_memory
 from evoprune.hf import interface
 from evoprune.language import prune_prompt
-from evoprune.methods import STEPS, arange_on, grid_tables
+from evoprune.methods import arange_on
 from evoprune.model import PATCHES
 from evoprune.session import PruneOptions
 from evoprune.util import counted
@@ -208,6 +209,7 @@ def first_token(subject: Subject) -> Outcome:
 GRID = (6, 9, 13)
 ROWS = 500
 WIDTH = 128
+STEPS = 16384  # distances are in steps, as in methods/farthest.py
 SAME = 0.99  # required share of equal units; sums round differently, so near ties may flip
 
 
@@ -249,9 +251,12 @@ def _selections(device: torch.device) -> dict[str, float]:
 
     place = drawn(ROWS, WIDTH) * (STEPS / WIDTH) ** 0.5
     salience = drawn(ROWS).abs().clamp(max=1)
-    units = GRID[0] * GRID[1] * GRID[2]
+    units = prod(GRID)
     row = torch.randint(ROWS, (units,), generator=random, dtype=torch.int64, device="cpu").to(device)
-    time, _, tubes = grid_tables(GRID, str(device))
+    index = arange_on(units, device)
+    time = (index // (units // GRID[0])).float() / (GRID[0] - 1)
+    tubes = index.view(GRID).transpose(0, 1).flatten(1)  # one for each row of the frame
+    tubes = F.pad(tubes, (0, 5), value=units)
     half = place.square().sum(1) / 2
     weight = STEPS * salience**2
     first = (salience * STEPS / 2).round()

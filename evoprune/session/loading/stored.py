@@ -18,7 +18,7 @@ import torch
 import evoprune
 from evoprune.backend import levels, places, quantize, restore
 from evoprune.language import LanguageModel
-from evoprune.methods import arange_on, full_plan
+from evoprune.methods import EncoderPlan, arange_on
 from evoprune.model import PATCHES, Model
 from evoprune.session.cache import Entries, cache_folder, own_code
 from evoprune.util import open_safetensors
@@ -161,7 +161,7 @@ def calibrate(model: Model) -> None:
 
 def calibrate_tower(visual) -> torch.Tensor:
     """Run every linear layer of a tower once on the CPU, and return the features `[N, hidden]`."""
-    return encode(visual, [_patches(visual)], full_plan(tower_shape(visual), CALIBRATION_GRID)).features
+    return encode(visual, [_patches(visual)], EncoderPlan.full(tower_shape(visual), CALIBRATION_GRID)).features
 
 
 def _patches(visual) -> torch.Tensor:

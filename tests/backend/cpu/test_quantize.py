@@ -7,7 +7,7 @@ from torch import nn
 
 from evoprune.backend.cpu.quantize import GROUP, Bytes, Int4Linear, Int8Linear, check, large_channels, levels, quantize
 from evoprune.errors import UsageError
-from evoprune.methods import full_plan
+from evoprune.methods import EncoderPlan
 from evoprune.session import calibrate
 from evoprune.vision import encode, tower_shape
 from tests.quantized import int4, int8, parameters
@@ -140,7 +140,7 @@ def test_four_bits_decode_and_eight_read_prompts():
 
 def features_of(model):
     visual, patches = model.model.visual, torch.randn(96, 1176, generator=torch.Generator().manual_seed(1))
-    return encode(visual, [patches], full_plan(tower_shape(visual), (2, 4, 3))).features
+    return encode(visual, [patches], EncoderPlan.full(tower_shape(visual), (2, 4, 3))).features
 
 
 @pytest.mark.parametrize("kind", parameters("int8", "int4"))
