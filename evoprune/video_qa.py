@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from evoprune.backend import holds_values
+from evoprune.backend import Device
 from evoprune.errors import OTHER_MODELS, UsageError
 from evoprune.language import GenerationOptions
 from evoprune.session import (
@@ -105,7 +105,7 @@ class VideoQA(Uncopied):
         self._ahead: ReadAhead | None = None  # may already have read inputs
         if self.loaded.tokenizer is None:
             raise no_tokenizer(self.loaded.id)
-        if not holds_values(self.session.device):
+        if not Device(self.session.device).holds_values:
             raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
 
     @classmethod

@@ -321,7 +321,7 @@ class _Watching:
             _write("\r\x1b[K")
 
     def _state(self) -> str:
-        from evoprune.backend import memory_in_use
+        from evoprune.backend import Device
 
         seen = self._stream.seen
         until_s = self._stream.until_s
@@ -340,7 +340,7 @@ class _Watching:
             said += f"; lag {backlog.lag_s:.1f} s"
         if seen:
             said += f", {counted(seen.frames, 'frame')}, {counted(seen.tokens, 'token')}"
-        return printable(f"{said}, {size(memory_in_use(self._device)[0])}")[: columns() - 1]
+        return printable(f"{said}, {size(Device(self._device).memory_in_use()[0])}")[: columns() - 1]
 
 
 def _write(text: str) -> None:

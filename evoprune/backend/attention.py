@@ -56,21 +56,17 @@ def attends_by_products(queries: torch.Tensor, keys: int) -> bool:
     return is_host(queries.device) and queries.dtype == torch.bfloat16 and keys < LONG
 
 
-def transformers_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the fastest attention that transformers offers on a device: flash-attn if it is installed, otherwise torch's SDPA."""
-    if is_host(device) or dtype.itemsize != 2 or find_spec("flash_attn") is None:
-        return "sdpa"
-    return "flash_attention_2"
+def transformers_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
+    """Return the fastest attention that transformers offers on a device: flash-attn if it is installed, otherwise torch's SDPA.
 
-
-def attention_note(device: torch.device, attention: str) -> str | None:
-    """Return a note for reports on how transformers' tower runs with this attention, or None on a CPU."""
+    Also return a note for reports on how transformers' tower runs with it, or None on a CPU.
+    """
     if is_host(device):
-        return None
-    note = f"transformers runs {attention}"
-    if attention == "sdpa":
-        note += ", whose tower loops over windows in Python; flash-attn, which does not, is not installed"
-    return note
+        return "sdpa", None
+    if dtype.itemsize == 2 and find_spec("flash_attn") is not None:
+        return "flash_attention_2", "transformers runs flash_attention_2"
+    why = "whose tower loops over windows in Python; flash-attn, which does not, is not installed"
+    return "sdpa", f"transformers runs sdpa, {why}"
 
 
 def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:

@@ -40,6 +40,170 @@ SIDES = (1024, 2048)
 GPU_SIDES = (4096, 8192)
 
 
+class Device:
+    """What depends on a device: its speed, memory and clock, and the versions that a report names.
+
+    Args:
+        device: a torch device, or its name.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self._device = torch.device(device)
+        self._on_cuda = self._device.type == "cuda"  # where torch counts the memory
+        self._on_host = is_host(self._device)
+
+    @property
+    def kind(self) -> str:
+        """The kind, such as "cuda" for "cuda:1". Devices of the same kind compute the same numbers."""
+        return self._device.type
+
+    @property
+    def product_name(self) -> str:
+        if self._on_cuda:
+            return torch.cuda.get_device_name(self._device)
+        try:
+            with open("/proc/cpuinfo") as f:
+                return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+        except (OSError, StopIteration):
+            return platform.processor() or platform.machine()
+
+    def environment(self) -> Environment:
+        """Return the versions of packages, the product name of the device, and the number of threads."""
+        return Environment(
+            evoprune=evoprune.__version__,
+            torch=str(torch.__version__),
+            transformers=_installed("transformers"),
+            device_name=self.product_name,
+            threads=torch.get_num_threads(),
+        )
+
+    @property
+    def holds_values(self) -> bool:
+        """Whether tensors on the device have values. Tensors on the meta device have only shapes."""
+        return self._device.type != "meta"
+
+    @property
+    def default_dtype(self) -> str:
+        """The name of the fastest dtype: "bf16" if the device has hardware bf16 matmul, otherwise "fp32"."""
+        return "bf16" if _has_bf16(self._device) else "fp32"
+
+    @property
+    def busy_cores(self) -> int:
+        """Number of cores that a running model keeps busy: all torch threads on the CPU, one core to drive any other device."""
+        return torch.get_num_threads() if self._on_host else 1
+
+    @property
+    def piece_units(self) -> int:
+        """Number of units that are embedded, or sent through a matrix product, at a time."""
+        return PIECE_UNITS if self._on_host else GPU_PIECE_UNITS
+
+    @property
+    def scores_at_a_time(self) -> int:
+        """Number of score matrix entries held at a time."""
+        return SCORES if self._on_host else GPU_SCORES
+
+    @property
+    def product_sides(self) -> tuple[int, ...]:
+        """Sides of the square matrix products that measure the matmul rate."""
+        return SIDES if self._on_host else GPU_SIDES
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether kernels run: only on CUDA, unless plain PyTorch is requested."""
+        return uses_kernels(self._device)
+
+    @property
+    def capture(self) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
+        """`run_and_capture` for this device, or None if it has no CUDA graphs or plain PyTorch is requested."""
+        if not self.uses_kernels or torch.version.cuda is None:
+            return None
+        return lambda function: run_and_capture(function, self._device)
+
+    def run_beside(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Run a function in its own thread and CUDA stream. Does nothing on other devices.
+
+        Returns:
+            A function that waits for the end of the thread. Exceptions in the thread are discarded.
+        """
+        if not self._on_cuda:
+            return lambda: None
+        device = self._device
+        if device.index is None:  # resolve it here, because each thread has its own current device
+            device = torch.device("cuda", torch.cuda.current_device())
+
+        def run() -> None:
+            # The program will do the same work later, and report the error then.
+            with suppress(Exception), as_current(device), torch.cuda.stream(torch.cuda.Stream(device)):
+                function()
+
+        thread = threading.Thread(target=run, name="evoprune-beside", daemon=True)
+        thread.start()
+        atexit.register(thread.join)  # a compiler that runs while the interpreter ends crashes it
+        return thread.join
+
+    def now(self) -> float:
+        """Return the time in seconds. On an accelerator, wait until all launched kernels have finished."""
+        if self._device.type == accelerator():
+            torch.accelerator.synchronize(self._device)
+        return time.perf_counter()
+
+    def available_memory(self) -> int | None:
+        """Return the bytes that this process can allocate without swapping, or None if unknown, and on the meta device.
+
+        On CUDA, this is the device's free memory plus the unused part of torch's allocator. See `limits.host_memory` otherwise.
+        """
+        if self._on_cuda:
+            kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+            return torch.cuda.mem_get_info(self._device)[0] + kept
+        return limits.host_memory() if self.holds_values else None
+
+    def memory_in_use(self) -> tuple[int | None, int | None]:
+        """Return the bytes that this process uses now: its own memory, and mapped file pages. None if unknown, and on CUDA."""
+        if self._on_cuda:
+            return None, None
+        try:
+            own, shared, mapped = limits.kib(Path("/proc/self/status"), "RssAnon", "RssShmem", "RssFile")
+            return own + shared, mapped
+        except (OSError, KeyError):
+            return None, None
+
+    def peak_memory(self) -> int | None:
+        """Return the peak memory in bytes, or None if unknown: of torch's allocator on CUDA, else the peak RSS of this process."""
+        if self._on_cuda:
+            return torch.cuda.max_memory_allocated(self._device)
+        try:
+            # getrusage is the fallback, because on Linux its peak includes the parent process.
+            return limits.kib(Path("/proc/self/status"), "VmHWM")[0]
+        except (OSError, KeyError):
+            pass
+        try:
+            import resource
+        except ImportError:  # not a Unix
+            return None
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if sys.platform == "darwin":  # in bytes, elsewhere in KiB
+            return peak
+        return peak * 1024
+
+    @property
+    def peak_memory_note(self) -> str | None:
+        """A note if `peak_memory` counts more than the model in question, otherwise None."""
+        return None if self._on_cuda else "peak memory is the process's, with the weights of all rows in it"
+
+    def reset_peak_memory(self) -> bool:
+        """Reset the peak of `peak_memory`. Returns False if the system does not support this."""
+        if self._on_cuda:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return True
+        try:
+            with open("/proc/self/clear_refs", "w") as f:
+                empty_cache()  # otherwise cached memory would be reused without raising the peak
+                f.write("5")
+        except OSError:
+            return False
+        return True
+
+
 def pick_device(name: str, *, auto: bool = False) -> torch.device:
     """Return the device with this name.
 
@@ -67,15 +231,10 @@ def pick_device(name: str, *, auto: bool = False) -> torch.device:
         if auto:
             found = "the driver of a GPU is here, but torch cannot use the GPU"
             hint = "--device cpu does without it; or repair the driver, which nvidia-smi or rocminfo checks"
-        if _on_cuda(name) and visible is not None:  # the variable may hide GPUs from this process
+        if name.startswith("cuda") and visible is not None:  # the variable may hide GPUs from this process
             hint += f"; CUDA_VISIBLE_DEVICES is {visible!r}"
         raise UsageError(f"{found}: {reason}", hint) from problem
     return device
-
-
-def default_dtype(device: torch.device) -> str:
-    """Return the name of the fastest dtype on a device: "bf16" if it has hardware bf16 matmul, otherwise "fp32"."""
-    return "bf16" if _has_bf16(device) else "fp32"
 
 
 def _has_bf16(device: torch.device) -> bool:
@@ -99,46 +258,15 @@ def _installed(package: str) -> str:
     return version(package)
 
 
-def environment(device: str) -> Environment:
-    """Return the versions of packages, the product name of a device, and the number of threads."""
-    return Environment(
-        evoprune=evoprune.__version__,
-        torch=str(torch.__version__),
-        transformers=_installed("transformers"),
-        device_name=device_name(device),
-        threads=torch.get_num_threads(),
-    )
-
-
 def describe_devices() -> dict[str, str]:
     """Return a description of each available device (product name and capabilities), keyed by device name."""
-    bf16 = "yes" if _has_bf16(torch.device("cpu")) else "no"
-    devices = {"cpu": f"{device_name('cpu')}, bf16 {bf16}"}
+    cpu = Device("cpu")
+    bf16 = "yes" if cpu.default_dtype == "bf16" else "no"
+    devices = {"cpu": f"{cpu.product_name}, bf16 {bf16}"}
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
     return devices
-
-
-def device_name(device: str) -> str:
-    """Return the product name of a device."""
-    if _on_cuda(device):
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def kind(device: str) -> str:
-    """Return the kind of a device, such as "cuda" for "cuda:1". Devices of the same kind compute the same numbers."""
-    return torch.device(device).type
-
-
-def _on_cuda(name: str) -> bool:
-    """Return whether a device, named as in options, is a CUDA device, whose memory torch counts."""
-    return name.startswith("cuda")
 
 
 def cluster_share(device: str, gpus: int, cores: Sequence[int]) -> tuple[int, dict[str, float]]:
@@ -151,15 +279,10 @@ def cluster_share(device: str, gpus: int, cores: Sequence[int]) -> tuple[int, di
         gpus: number of GPUs in the whole cluster.
         cores: number of cores per node.
     """
-    if _on_cuda(device) or (device == "auto" and gpus):
+    if device.startswith("cuda") or (device == "auto" and gpus):
         return max(1, gpus), {"num_gpus": 1}
     min_cores = min((count for count in cores if count), default=1)
     return max(1, sum(count // min_cores for count in cores)), {"num_cpus": min_cores}
-
-
-def holds_values(device: torch.device) -> bool:
-    """Return whether tensors on a device have values. Tensors on the meta device have only shapes."""
-    return device.type != "meta"
 
 
 def is_host(device: torch.device) -> bool:
@@ -169,26 +292,6 @@ def is_host(device: torch.device) -> bool:
     run in oneDNN.
     """
     return device.type == "cpu"
-
-
-def busy_cores(device: torch.device) -> int:
-    """Return how many cores a running model keeps busy: all torch threads on the CPU, one core to drive any other device."""
-    return torch.get_num_threads() if is_host(device) else 1
-
-
-def largest_piece(device: torch.device) -> int:
-    """Return how many units are embedded, or sent through a matrix product, at a time."""
-    return PIECE_UNITS if is_host(device) else GPU_PIECE_UNITS
-
-
-def scores_at_a_time(device: torch.device) -> int:
-    """Return how many score matrix entries are held at a time."""
-    return SCORES if is_host(device) else GPU_SCORES
-
-
-def product_sides(device: torch.device) -> tuple[int, ...]:
-    """Return the sides of the square matrix products that measure the matmul rate of a device."""
-    return SIDES if is_host(device) else GPU_SIDES
 
 
 def accelerator() -> str | None:
@@ -205,13 +308,6 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     if x.device.type == "cpu" and device.type == accelerator():
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
-
-
-def now(device: torch.device) -> float:
-    """Return the time in seconds. On an accelerator, wait until all launched kernels have finished."""
-    if device.type == accelerator():
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 class Timer:
@@ -251,81 +347,6 @@ class Timer:
         if pairs:
             pairs[-1][1].synchronize()
         return sum(start.elapsed_time(end) for start, end in pairs) / 1000
-
-
-def peak_memory(device: str) -> int | None:
-    """Return the peak memory in bytes, or None if unknown: on CUDA of torch's allocator, otherwise the peak RSS of this process."""
-    if _on_cuda(device):
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        # getrusage is the fallback, because on Linux its peak includes the parent process.
-        return limits.kib(Path("/proc/self/status"), "VmHWM")[0]
-    except (OSError, KeyError):
-        pass
-    try:
-        import resource
-    except ImportError:  # not a Unix
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if sys.platform == "darwin":  # in bytes, elsewhere in KiB
-        return peak
-    return peak * 1024
-
-
-def peak_memory_note(device: str) -> str | None:
-    """Return a note if `peak_memory` counts more than the model in question, otherwise None."""
-    if _on_cuda(device):
-        return None
-    return "peak memory is the process's, with the weights of all rows in it"
-
-
-def counted_memory(device: str) -> int:
-    """Return the bytes in use now, counted like `peak_memory`.
-
-    Raises:
-        TypeError: the system does not report them.
-    """
-    if _on_cuda(device):
-        return torch.cuda.memory_allocated(device)
-    return sum(memory_in_use(device))
-
-
-def memory_in_use(device: str) -> tuple[int | None, int | None]:
-    """Return the bytes that this process uses now: its own memory, and mapped file pages. Both are None if unknown, and on CUDA."""
-    if _on_cuda(device):
-        return None, None
-    try:
-        own, shared, mapped = limits.kib(Path("/proc/self/status"), "RssAnon", "RssShmem", "RssFile")
-        return own + shared, mapped
-    except (OSError, KeyError):
-        return None, None
-
-
-def reset_peak_memory(device: str) -> bool:
-    """Reset the peak of `peak_memory`. Returns False if the system does not support this."""
-    if _on_cuda(device):
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        with open("/proc/self/clear_refs", "w") as f:
-            empty_cache()  # otherwise cached memory would be reused without raising the peak
-            f.write("5")
-    except OSError:
-        return False
-    return True
-
-
-def available_memory(device: str) -> int | None:
-    """Return the bytes that this process can allocate without swapping, or None if unknown, and on the meta device.
-
-    On CUDA, this is the free memory of the device plus the unused part of torch's allocator. See `limits.host_memory` otherwise.
-    """
-    if _on_cuda(device):
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    if not holds_values(torch.device(device)):
-        return None
-    return limits.host_memory()
 
 
 def empty_cache() -> None:
@@ -437,13 +458,6 @@ def on_its_device(function: Callable) -> Callable:
     return run
 
 
-def capture_on(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
-    """Return `run_and_capture` for a device, or None if it has no CUDA graphs or plain PyTorch is requested."""
-    if not uses_kernels(device) or torch.version.cuda is None:
-        return None
-    return lambda function: run_and_capture(function, device)
-
-
 def run_and_capture(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Run a function, then capture it as a CUDA graph.
 
@@ -472,28 +486,6 @@ def run_and_capture(function: Callable[[], None], device: torch.device) -> Calla
             graph.replay()
 
     return replay
-
-
-def run_beside(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Run a function in its own thread and CUDA stream. Does nothing on other devices.
-
-    Returns:
-        A function that waits for the end of the thread. Exceptions in the thread are discarded.
-    """
-    if device.type != "cuda":
-        return lambda: None
-    if device.index is None:  # resolve it here, because each thread has its own current device
-        device = torch.device("cuda", torch.cuda.current_device())
-
-    def run() -> None:
-        # The program will do the same work later, and report the error then.
-        with suppress(Exception), as_current(device), torch.cuda.stream(torch.cuda.Stream(device)):
-            function()
-
-    thread = threading.Thread(target=run, name="evoprune-beside", daemon=True)
-    thread.start()
-    atexit.register(thread.join)  # a compiler that runs while the interpreter ends crashes it
-    return thread.join
 
 
 # These functions read values on the CPU, which costs nothing. On other devices they return an answer that needs no synchronization.

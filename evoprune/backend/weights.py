@@ -5,7 +5,7 @@ from collections.abc import Collection
 import torch
 
 from evoprune.backend.cpu.linear import Packing, pack
-from evoprune.backend.devices import available_memory, is_host, uses_kernels
+from evoprune.backend.devices import Device, is_host, uses_kernels
 from evoprune.backend.layers import join, join_tower
 
 RESERVED_BYTES = 2**29  # bytes that packing must leave free for the computation
@@ -44,7 +44,7 @@ def prepare(model, packs: bool = True) -> Packing:
         join_tower(model.model.visual)
     if packs and is_host(model.device):
         weights = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
-        available = available_memory("cpu")
+        available = Device("cpu").available_memory()
         if available is None or available > weights + RESERVED_BYTES:
             pack(model.model.visual)
             pack(model, packing)

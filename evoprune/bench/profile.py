@@ -16,21 +16,13 @@ from typing import NamedTuple
 import torch
 
 from evoprune.backend import (
+    Device,
     PackedLinear,
-    attention_note,
     available_cores,
-    available_memory,
     cache_name,
     can_pack,
-    environment,
-    largest_piece,
-    now,
     pack,
-    peak_memory,
-    peak_memory_note,
-    product_sides,
     quantize,
-    reset_peak_memory,
     saved_bytes,
     transformers_attention,
     weights_bytes,
@@ -243,8 +235,8 @@ def quantized_models(
     all_bytes = sum(weight.nbytes for weight in loaded.model.parameters())
     if can_pack(next(ours.parameters())):
         progress("packing weights")
-        start = now(ours.device)
-        free = available_memory(loaded.device)
+        start = Device(ours.device).now()
+        free = Device(loaded.device).available_memory()
         for part, size in ((ours, tower + 1.2 * language), (ours.model.visual, tower)):
             if free is None or free > 1.1 * size + working:
                 pack(part)
@@ -259,19 +251,21 @@ def quantized_models(
         if short := shortage(all_bytes - saved_bytes(loaded.model, name) + working, loaded.device):
             missing[name] = f"not run: beside the other weights, {name} {short}"
             continue
-        start = now(loaded.model.device)
+        start = Device(loaded.model.device).now()
         model = shared(loaded.model)
         title = f"quantizing to {name}"
         quantize(model, name, calibrate, lambda done, total, title=title: progress(f"{title}: {done} of {total}"))
         models[name] = replace(loaded, model=model, quantize=name, weights_bytes=weights_bytes(model))
         notes.append(_ready(name, model, start))
-    if note := peak_memory_note(loaded.device):
+    if note := Device(loaded.device).peak_memory_note:
         notes.append(note)
     return models, missing, notes
 
 
 def _ready(name: str, model: QwenVL, start: float) -> str:
-    return f"{name} weights: {weights_bytes(model) / 2**30:.1f} GiB, ready in {now(model.device) - start:.1f} s"
+    return (
+        f"{name} weights: {weights_bytes(model) / 2**30:.1f} GiB, ready in {Device(model.device).now() - start:.1f} s"
+    )
 
 
 def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: int) -> int:
@@ -297,7 +291,7 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
     model = loaded.model
     visual = model.model.visual
     method = config.method
-    reset_peak_memory(loaded.device)
+    Device(loaded.device).reset_peak_memory()
     clock = Clock(torch.device(loaded.device))
     with clock.stage("encode"):
         question = None
@@ -330,7 +324,7 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     """Run the tower, language model and cache of transformers' `reference` one by one. Only the last logits are computed."""
     from transformers import DynamicCache
 
-    reset_peak_memory(loaded.device)
+    Device(loaded.device).reset_peak_memory()
     clock = Clock(torch.device(loaded.device))
     text = reference.model.language_model
     device = clip.patches.device
@@ -367,7 +361,7 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
 
 def _sample(loaded: LoadedModel, clock: Clock, prune: float = 0.0, prefill_prune: float = 0.0) -> Sample:
     s = clock.seconds
-    return Sample(s["encode"], prune, s["prefill"], s["generate"], peak_memory(loaded.device), prefill_prune)
+    return Sample(s["encode"], prune, s["prefill"], s["generate"], Device(loaded.device).peak_memory(), prefill_prune)
 
 
 def _counts(model: Model, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens: int, prompt: int) -> Counts:
@@ -391,14 +385,14 @@ class Bench:
         self._loaded = loaded
         self._settings = settings
         model = loaded.model
-        attention = transformers_attention(model.device, model.dtype)
+        attention, attention_note = transformers_attention(model.device, model.dtype)
         self._reference = hugging_face_model(model, attention)
         names = [name for name in settings.quantize if any(row.quantize == name for row in rows)]
         cases = {case: [row for row in rows if row.case == case] for case in dict.fromkeys(row.case for row in rows)}
         needed = {c: working_memory(model.config, c, loaded.video, model.dtype.itemsize) for c in cases}
         self._models, missing, self.notes = quantized_models(loaded, names, max(needed.values()), progress)
-        if note := attention_note(model.device, attention):
-            self.notes.append(note)
+        if attention_note:
+            self.notes.append(attention_note)
         for row in rows:
             row.error = missing.get(row.quantize)
         self._clips: dict[tuple, Clip] = {}  # by case, or by case, method and budget for methods that act on the input
@@ -414,9 +408,11 @@ class Bench:
                         if (config := settings.config(name, budget)).method.acts == "input":
                             self._clips[case, name, budget] = prepare(loaded, *frames, config)
         # Large squares, and the tower's widest product with as many rows as it computes at a time.
-        sides = product_sides(model.device)
+        sides = Device(model.device).product_sides
         vision = model.config.vision_config
-        piece_units = min(largest_piece(model.device), max((clip.units for clip in self._clips.values()), default=1))
+        piece_units = min(
+            Device(model.device).piece_units, max((clip.units for clip in self._clips.values()), default=1)
+        )
         widest = max(3 * vision.hidden_size, vision.intermediate_size)
         self._shapes = [*((side,) * 3 for side in sides), (PATCHES * piece_units, vision.hidden_size, widest)]
 
@@ -489,7 +485,7 @@ def measure(
     rows = [*asked]
     progress("preparing")
     notes = []
-    if not reset_peak_memory(loaded.device):
+    if not Device(loaded.device).reset_peak_memory():
         notes.append("peak memory is the whole process's so far: this system cannot measure it for each row")
     if loaded.model.config.vision_config.traits.timestamps:
         more = BEFORE_PAIR + AFTER_PAIR
@@ -501,7 +497,7 @@ def measure(
     results = ProfileResults(
         model=replace(loaded.facts(), quantize="none"),
         weights_bytes=loaded.weights_bytes,
-        env=environment(loaded.device),
+        env=Device(loaded.device).environment(),
         machine={
             "python": platform.python_version(),
             "platform": platform.platform(),

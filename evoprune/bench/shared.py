@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
-from evoprune.backend import environment
+from evoprune.backend import Device
 from evoprune.methods import EncoderPlan, PruneConfig, SetAside
 from evoprune.model import Clock
 from evoprune.session import LoadedModel, OpenInput, PruneOptions, chunk_bytes
@@ -49,7 +49,7 @@ def model_and_machine(loaded: LoadedModel | None) -> dict[str, Any]:
     """Return a document's facts about the model and the machine. Both are None before a model is loaded."""
     if loaded is None:
         return {"model": None, "env": None}
-    return {"model": asdict(loaded.facts()), "env": asdict(environment(loaded.device))}
+    return {"model": asdict(loaded.facts()), "env": asdict(Device(loaded.device).environment())}
 
 
 # The kinds of rounds that `paced` yields.

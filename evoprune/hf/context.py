@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from evoprune import methods
-from evoprune.backend import environment, memory_in_use, peak_memory, weights_bytes
+from evoprune.backend import Device, weights_bytes
 from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.hf.columns import (
@@ -387,13 +387,13 @@ def call_report(
         sampling=sampling,
         pruning=pruning_facts(settings.pruning, units, encoded, positions),
         tokens=TokenCounts(prompt - visual, visual, prompt),
-        memory=Memory(weights_bytes(model), peak_memory(device), *memory_in_use(device)),
+        memory=Memory(weights_bytes(model), Device(device).peak_memory(), *Device(device).memory_in_use()),
         model=ModelFacts(
             id=model.name_or_path or type(model).__name__,
             dtype=next((name for name, dtype in DTYPES.items() if dtype == model.dtype), str(model.dtype)),
             device=device,
         ),
-        env=environment(device),
+        env=Device(device).environment(),
         warnings=warnings,
     )
 

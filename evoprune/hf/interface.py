@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from evoprune.backend import cache_name, holds_values
+from evoprune.backend import Device, cache_name
 from evoprune.errors import ModelError, UsageError
 from evoprune.language import Place, prompt_positions
 from evoprune.methods import arange_on
@@ -69,7 +69,7 @@ def tower_of(model):
         VisionConfig.of(visual.config).check()
     except ValueError as problem:
         raise ModelError(f"the vision tower of this model cannot be run: {problem}", SUPPORTED) from problem
-    if not holds_values(visual.patch_embed.proj.weight.device):
+    if not Device(visual.patch_embed.proj.weight.device).holds_values:
         raise ModelError("the vision tower's weights are offloaded", "load the model with its tower on a device")
     for name, module in visual.named_modules():
         # Only linear layers are called. Other modules only have their weights read, so a wrapper around them would be ignored.

@@ -17,9 +17,8 @@ from torch import nn
 
 from evoprune.backend import (
     EXPERTS,
-    available_memory,
+    Device,
     bias_features,
-    devices,
     is_unhooked_linear,
     to_device,
     without_cudnn,
@@ -52,7 +51,7 @@ class StaticCache(ABC):
         self.logits = like.new_zeros(len(model.lm_head.weight), dtype=torch.float32)  # logits of the next token
         self.best = like.new_zeros(2, dtype=torch.int64)  # see `best_of`
         self.graphs: dict[int, Callable[[], None]] = {}  # by the number of columns that they read
-        self._capture = devices.capture_on(like.device)
+        self._capture = Device(like.device).capture
         self._lock = threading.Lock()
         self._holder: object | None = None  # the answer that the cache serves, or None
         self._room = 0  # number of tokens that still fit
@@ -281,7 +280,7 @@ def begin(
         left: number of tokens that the answer may still get.
     """
     like = model.model.language_model.norm.weight
-    if devices.capture_on(like.device) is None or not _is_even(cache):
+    if Device(like.device).capture is None or not _is_even(cache):
         return None
     need = cache.length + min(left, MAX_NEW)
     columns = max(MIN_COLUMNS, 1 << (need - 1).bit_length())
@@ -297,7 +296,7 @@ def begin(
         if not can_step(model):
             return None
         if not known and (steps is None or steps.capacity < columns):
-            available = available_memory(str(like.device))
+            available = Device(like.device).available_memory()
             if available is not None and Cost(model.config).kv_bytes(columns, like.itemsize) >= SHARE * available:
                 return None
             steps = _caches[model] = new_cache(model, columns)

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from evoprune.backend import available_memory, now
+from evoprune.backend import Device
 from evoprune.errors import memory_guard
 from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, TextConfig, head_size
 from evoprune.model.numerics import without_autocast
@@ -29,7 +29,7 @@ class Clock:
         self._device = device
 
     def now(self) -> float:
-        return now(self._device)
+        return Device(self._device).now()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -54,7 +54,7 @@ class Clock:
 
 def shortage(needed: int, device: str) -> str | None:
     """Return in words how much memory is missing, or None if `needed` bytes are available."""
-    available = available_memory(device)
+    available = Device(device).available_memory()
     if available is None or needed <= available:
         return None
     return f"needs about {_size(needed)} of memory, and {_size(available)} are available"
@@ -308,12 +308,12 @@ def matmul_rate(
         shapes: (rows, inner, columns) of the products; the fastest shape counts.
     """
     best = 0.0
-    place = torch.device(device)
+    clock = Device(device)
     for rows, inner, columns in shapes:
         a, b = (torch.randn(x, dtype=dtype, device=device) for x in ((rows, inner), (inner, columns)))
         a @ b
-        end = now(place) + seconds
-        while (start := now(place)) < end:
+        end = clock.now() + seconds
+        while (start := clock.now()) < end:
             a @ b
-            best = max(best, 2 * rows * inner * columns / (now(place) - start))
+            best = max(best, 2 * rows * inner * columns / (clock.now() - start))
     return best

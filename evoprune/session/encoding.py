@@ -15,7 +15,7 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.backend import empty_cache, kind
+from evoprune.backend import Device, empty_cache
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
 from evoprune.model import Clock
 from evoprune.report import BESIDE, OF_INPUTS
@@ -371,7 +371,7 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
         "size": [plan.height, plan.width],
         "encoder": asdict(plan.encoder),
         "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
-        "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, kind(loaded.device)],
+        "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, Device(loaded.device).kind],
         "method": [repr(pruning.method.before), pruning.seed],  # the repr contains the classes and all settings
         "code": [evoprune.__version__, torch.__version__, own_code(), methods.plugin_code(pruning.name)],
         "reader": version(READERS[plan.decoder]),

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TextIO
 
 import evoprune
-from evoprune.backend import available_memory
+from evoprune.backend import Device
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
 from evoprune.methods import Budget
@@ -114,7 +114,7 @@ def memory_facts(weights: ModelWeights, plan: Plan) -> dict:
     depth = model.config.text_config.num_hidden_layers
     share = pruning.budget.share_of_all([encoder.grid])
     prompt = pruning.method.prompt_columns(depth, encoder.keep, TEXT, share)
-    available = available_memory(model.device)
+    available = Device(model.device).available_memory()
     bytes_each = DTYPES[model.dtype].itemsize
     # Like a run, try smaller pieces if memory is short.
     for _, working in piece_needs(model.config, weights.device, encoder, bytes_each, prompt):

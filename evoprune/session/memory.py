@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from evoprune.backend import largest_piece
+from evoprune.backend import Device
 from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.methods import EncoderPlan, SetAside
 from evoprune.model import PATCHES, Config, Cost, shortage
@@ -46,7 +46,7 @@ def piece_needs(
     size is half as large, down to the size of a frame pair.
     """
     pair = encoder.grid[1] * encoder.grid[2]
-    sizes = [largest_piece(device)]
+    sizes = [Device(device).piece_units]
     size = min(sizes[0], encoder.units)
     while size > pair:
         size = max(pair, size // 2)

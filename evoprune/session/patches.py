@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from evoprune.backend import available_memory, empty_cache
+from evoprune.backend import Device, empty_cache
 from evoprune.model import Clock
 from evoprune.session.reading import Reading, state_of
 from evoprune.video import FrameChunk, InputLimits, OnFrames, Plan, PromptSubtitles
@@ -82,7 +82,7 @@ class PatchStore:
             if reading is None or not (reading.complete or reading.is_here):
                 if size > self.limit_bytes:
                     return None
-                available = available_memory(str(device))
+                available = Device(device).available_memory()
                 used = sum(each.size for each in self._entries.values() if each.users)
                 if available is not None and SHARE * (used + size) > available:
                     self._drop_unused(0)

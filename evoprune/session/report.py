@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from math import prod
 
-from evoprune.backend import environment, memory_in_use, peak_memory
+from evoprune.backend import Device
 from evoprune.methods import Dropping, PruneConfig
 from evoprune.report import FLAT, InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.encoded import EncodedInput
@@ -53,7 +53,7 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
     report = Report(
         memory=Memory(weights_bytes=loaded.weights_bytes),
         model=loaded.facts(),
-        env=environment(loaded.device),
+        env=Device(loaded.device).environment(),
         inputs=[_input_facts(session, encoding) for encoding in encodings],
         cache=next(state for state in ("miss", "off", "hit") if state in states),  # "hit" only if every input is
     )
@@ -144,8 +144,8 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
     if passes and generating > 0:
         rate = Rate(passes / generating)
     report.rate = rate
-    report.memory.peak_bytes = peak_memory(device)
-    report.memory.own_bytes, report.memory.mapped_bytes = memory_in_use(device)
+    report.memory.peak_bytes = Device(device).peak_memory()
+    report.memory.own_bytes, report.memory.mapped_bytes = Device(device).memory_in_use()
 
 
 def fill_dropped(report: Report, dropping: Dropping | None) -> None:

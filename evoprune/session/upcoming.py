@@ -11,9 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
-import torch
-
-from evoprune.backend import available_cores, busy_cores, host_memory
+from evoprune.backend import Device, available_cores, host_memory
 from evoprune.session.encoding import OpenInputs
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.reading import Reading, Readings, stop_all
@@ -33,7 +31,7 @@ def idle_cores(loaded: LoadedModel) -> int:
     cores = available_cores()
     if loaded.cores is not None:
         cores = min(cores, loaded.cores)
-    return max(0, cores - busy_cores(torch.device(loaded.device)))
+    return max(0, cores - Device(loaded.device).busy_cores)
 
 
 def readers(loaded: LoadedModel) -> int:

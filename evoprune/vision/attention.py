@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import NEVER, attends_by_products, bias_features, devices, form_of_groups
+from evoprune.backend import NEVER, Device, attends_by_products, bias_features, devices, form_of_groups
 from evoprune.methods import arange_on
 from evoprune.model import PATCHES, without_autocast
 from evoprune.vision.layout import Scope, bincount_fixed, cat, group_table, group_units, order_tables, runs
@@ -411,7 +411,7 @@ def attend_by_products(
         with timer:
             received = torch.zeros(batch * heads, keys, dtype=torch.float32, device=q.device)
             weight = weight.repeat_interleave(heads, 0)[:, :, None]
-    held = devices.scores_at_a_time(q.device)
+    held = Device(q.device).scores_at_a_time
     rows = max(1, min(queries, held // keys))
     groups = max(1, min(len(q), held // (rows * keys)))
     for g in range(0, len(q), groups):
@@ -448,7 +448,7 @@ def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGr
     batch, heads, _, dim = queries.shape
     weight = query_weight(groups, queries.transpose(1, 2))
     total = torch.zeros(batch, keys.shape[2], dtype=torch.float32, device=keys.device)
-    step = max(1, devices.scores_at_a_time(queries.device) // (batch * heads * keys.shape[2]))
+    step = max(1, Device(queries.device).scores_at_a_time // (batch * heads * keys.shape[2]))
     for at in range(0, queries.shape[2], step):
         scores = ((queries[:, :, at : at + step] * dim**-0.5) @ keys.transpose(2, 3)).float()
         if groups.bias is not None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import devices, snap, without_cudnn
+from evoprune.backend import Device, devices, snap, without_cudnn
 from evoprune.errors import UsageError
 from evoprune.methods import (
     EncoderPlan,
@@ -239,7 +239,7 @@ class EncoderRun:
         visual, plan: see `encode_rows`.
         normal: mean and standard deviation of colors for normalizing pixels.
         seed: see `Tokens`.
-        piece_units: number of rows per product and of units to embed at a time; default: `devices.largest_piece`. It determines the
+        piece_units: number of rows per product and of units to embed at a time; default: `Device.piece_units`. It determines the
             memory. In 16 bits, it can also change the rounding, because products of different sizes may round differently.
         on_layer: called after every layer with the number of finished layers and the total.
         pause: called after every layer; it may wait.
@@ -266,7 +266,7 @@ class EncoderRun:
         self.device = weight.device
         self.dtype = weight.dtype
         self.geometry = tower_geometry(visual, *plan.grid[1:])
-        self.piece = piece_units or devices.largest_piece(self.device)
+        self.piece = piece_units or Device(self.device).piece_units
         self.on_layer = on_layer
         self.pause = pause
         self.timer = devices.Timer(self.device)

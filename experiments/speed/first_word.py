@@ -195,7 +195,7 @@ def make(run: Run, path: Path, module: Sequence[str], until: float) -> None:
 def about(run: Run) -> dict[str, Any]:
     """Return the machine, package versions and settings of this run."""
     from evoprune import __version__
-    from evoprune.backend import available_cores, device_name
+    from evoprune.backend import Device, available_cores
 
     packages = ("torch", "transformers", "av", "torchcodec", "decord", "opencv-python-headless")
     asked = (
@@ -208,8 +208,8 @@ def about(run: Run) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "device": run.args.device,
-        "device_name": device_name(run.args.device),
-        "cpu": device_name("cpu"),
+        "device_name": Device(run.args.device).product_name,
+        "cpu": Device("cpu").product_name,
         "cores": available_cores(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "model": run.model.name,

@@ -228,9 +228,9 @@ class _Words:
 
 def _clock(device) -> Callable[[], float]:
     """Return a function that waits for the device and returns the time in seconds."""
-    from evoprune.backend import now
+    from evoprune.backend import Device
 
-    return lambda: now(device)
+    return Device(device).now
 
 
 def parser() -> argparse.ArgumentParser:

@@ -230,17 +230,17 @@ def generated(bench, count: int) -> tuple[float, list[int]]:
     """
     import torch
 
-    from evoprune.backend import now
+    from evoprune.backend import Device
 
     (clip, *_), reference = bench._clips.values(), bench._reference
     ids = clip.ids.clamp(min=5, max=500)[None].to(clip.patches.device)  # no image or video placeholders
 
     def seconds(length: int) -> tuple[float, list[int]]:
-        begun = now(ids.device)
+        begun = Device(ids.device).now()
         how = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
         with torch.inference_mode():
             made = reference.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
-        return now(ids.device) - begun, made[0, ids.shape[1] :].tolist()
+        return Device(ids.device).now() - begun, made[0, ids.shape[1] :].tolist()
 
     one, (all_, tokens) = seconds(1)[0], seconds(count)
     return 1000 * (all_ - one) / (count - 1), tokens

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from evoprune.backend import (
+    Device,
     Int4Linear,
     Int8Linear,
     PackedLinear,
     Unquantised,
     can_pack,
     check,
-    environment,
     int4_weights,
     int8_weights,
     pack,
@@ -179,7 +179,7 @@ def main() -> None:
     sizes = Sizes(describe(ModelOptions(MODEL, load_format="dummy")).config)
     if not can_pack(torch.empty(1, dtype=DTYPE)):
         parser.exit(2, "this CPU has no products in bf16\n")
-    env = environment("cpu")
+    env = Device("cpu").environment()
     rate = matmul_rate(DTYPE) / 1e9
     print(f"{env.device_name}, {env.threads} threads, {rate:.0f} GFLOP/s in bf16 products; torch {env.torch}")
     print(f"Medians of {args.repeat} rounds after one of warm-up, all rows of a table in turn")

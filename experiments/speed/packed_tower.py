@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from evoprune.backend import environment
+from evoprune.backend import Device
 from evoprune.bench import Case, hugging_face_model, synthetic_clip
 from evoprune.hf import PackedTower, encode_each, patch_config
 from evoprune.methods import Budget
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     frames = synthetic_clip("motion", case.frames, case.height, case.width)
     patches = patchify(torch.from_numpy(frames)).to(dtype)
     grid_thw = torch.tensor([[case.frames // 2, case.height // 14, case.width // 14]])
-    env = environment("cpu")
+    env = Device("cpu").environment()
     print(
         f"{options.model}, {options.dtype}, {case}, {options.rounds} rounds, {options.threads} threads, {env.device_name}"
     )

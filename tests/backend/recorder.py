@@ -79,15 +79,12 @@ def _storage(x: torch.Tensor) -> torch.UntypedStorage:
 
 
 class Graphs:
-    """Stands in for the graphs of `backend.devices`: records instead of capturing."""
+    """Stands in for the graphs of `backend.Device`: records instead of capturing."""
 
     def __init__(self):
         self.captured = self.replayed = 0
 
-    def capture_on(self, device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]]:
-        return lambda function: self.run_and_capture(function, device)
-
-    def run_and_capture(self, function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         function()
         self.captured += 1
         with torch.inference_mode(), Recorder() as recorder:

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from evoprune.backend.attention import attention_note, transformers_attention
-from evoprune.backend.devices import busy_cores, cluster_share, kind, memory_in_use, product_sides
+from evoprune.backend.attention import transformers_attention
+from evoprune.backend.devices import Device, cluster_share
 from evoprune.backend.limits import MAX_VISUAL_TOKENS_CPU, visual_token_limit
 from evoprune.backend.weights import are_mapped, are_widened
 
@@ -33,10 +33,10 @@ def test_a_cluster_without_cores_has_room_for_one():
 
 
 def test_a_cpu_computes_with_all_threads():
-    assert (busy_cores(CPU), busy_cores(GPU)) == (torch.get_num_threads(), 1)
-    assert max(product_sides(CPU)) < min(product_sides(GPU))
+    assert (Device(CPU).busy_cores, Device(GPU).busy_cores) == (torch.get_num_threads(), 1)
+    assert max(Device(CPU).product_sides) < min(Device(GPU).product_sides)
     assert visual_token_limit("cpu") == MAX_VISUAL_TOKENS_CPU < visual_token_limit("cuda:1")
-    assert (kind("cpu"), kind("cuda:1")) == ("cpu", "cuda")
+    assert (Device("cpu").kind, Device("cuda:1").kind) == ("cpu", "cuda")
 
 
 def test_weights_stay_in_their_files_on_a_cpu_alone():
@@ -58,9 +58,8 @@ def test_weights_stay_in_their_files_on_a_cpu_alone():
 )
 def test_the_attention_of_transformers(device, dtype, installed, expected, monkeypatch):
     monkeypatch.setattr("evoprune.backend.attention.find_spec", lambda name: installed or None)
-    made = transformers_attention(device, dtype)
+    made, note = transformers_attention(device, dtype)
     assert made == expected
-    note = attention_note(device, made)
     assert note is None if device == CPU else note.startswith(f"transformers runs {made}")
 
 
@@ -68,8 +67,8 @@ def test_the_attention_of_transformers(device, dtype, installed, expected, monke
 def test_mapped_files_are_not_the_processs_own_memory(tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(b"1" * 2**26)
-    own, mapped = memory_in_use("cpu")
+    own, mapped = Device("cpu").memory_in_use()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         assert sum(view[:: mmap.PAGESIZE]) > 0
-        own_then, mapped_then = memory_in_use("cpu")
+        own_then, mapped_then = Device("cpu").memory_in_use()
     assert mapped_then - mapped > 0.9 * 2**26 and own_then - own < 2**25

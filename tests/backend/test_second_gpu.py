@@ -174,7 +174,7 @@ def test_a_graph_is_captured_and_run_again_on_its_device(streams):
 def test_what_runs_beside_runs_on_the_device_of_the_model(name, current, streams):
     """A new thread starts with the first device as current, whatever the current device of the program."""
     streams.current.number = current
-    devices.run_beside(lambda: streams.note("run"), torch.device(name))()
+    devices.Device(name).run_beside(lambda: streams.note("run"))()
     assert streams.all == [("run", 1)]
 
 

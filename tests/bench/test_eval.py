@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from evoprune import methods
-from evoprune.backend import limits
+from evoprune.backend import Device, limits
 from evoprune.batch import Row
 from evoprune.bench import eval as evaluation
 from evoprune.bench import shared
@@ -254,7 +254,7 @@ def test_a_video_is_read_once_for_all_rows_that_look_at_the_same_pixels(loaded, 
 
 def test_more_copies_of_the_model_than_fit_are_refused(loaded, monkeypatch):
     run = begun(loaded, SETTINGS, videos(CLIPS[:1]))
-    monkeypatch.setattr("evoprune.model.cost.available_memory", lambda device: 3 * loaded.weights_bytes)
+    monkeypatch.setattr(Device, "available_memory", lambda self: 3 * loaded.weights_bytes)
     monkeypatch.setattr(evaluation, "map_in_processes", lambda *_: pytest.fail("processes were started"))
     with pytest.raises(OutOfMemory, match=r"^4 copies of .*: needs about") as caught:
         run.run(processes=4)
@@ -266,7 +266,7 @@ def test_copies_are_counted_as_they_are_read(tmp_path, monkeypatch, kind):
     """transformers reads all weights in the dtype of their files, before they are quantised."""
     loaded = evaluation.load_model(str(save_tiny(tmp_path, family="qwen3_5")), dtype="fp32", quantize=kind)
     run = begun(loaded, SETTINGS, videos(CLIPS[:1]))
-    monkeypatch.setattr("evoprune.model.cost.available_memory", lambda device: 3 * loaded.weights_bytes)
+    monkeypatch.setattr(Device, "available_memory", lambda self: 3 * loaded.weights_bytes)
     monkeypatch.setattr(evaluation, "map_in_processes", lambda *_: pytest.fail("processes were started"))
     with pytest.raises(OutOfMemory, match=r"^2 copies of .*: needs about"):
         run.run(processes=2)

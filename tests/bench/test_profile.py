@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune.backend import peak_memory, reset_peak_memory
+from evoprune.backend import Device
 from evoprune.bench import clips, profile
 from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.bench.profile import measure, run_evoprune, run_hugging_face
@@ -249,7 +249,7 @@ def test_a_row_that_runs_out_of_memory_stays(loaded, monkeypatch):
 
 def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
     monkeypatch.setattr(profile, "load_model", lambda *_, **__: pytest.fail("weights were read"))
-    monkeypatch.setattr("evoprune.model.cost.available_memory", lambda device: 10**6)
+    monkeypatch.setattr(Device, "available_memory", lambda self: 10**6)
     with pytest.raises(OutOfMemory, match=r"needs about 7.* GiB of memory, and 0 MiB are available") as problem:
         profile.load(describe(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct", dtype="bf16", load_format="dummy")), [CASE])
     assert (
@@ -273,8 +273,7 @@ def test_random_weights_need_a_bundled_config(tmp_path, monkeypatch):
 def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
     large = Case(64, 560, 560)
     enough = profile.working_memory(loaded.model.config, CASE, loaded.video, 4)
-    for module in ("model.cost", "bench.profile"):
-        monkeypatch.setattr(f"evoprune.{module}.available_memory", lambda device: enough)
+    monkeypatch.setattr(Device, "available_memory", lambda self: enough)
 
     def source(case):
         assert case != large
@@ -443,14 +442,14 @@ def test_no_bound_without_budget_one(loaded, monkeypatch):
 
 
 def test_peak_memory_counts_from_where_it_is_reset():
-    if not reset_peak_memory("cpu"):
+    if not Device("cpu").reset_peak_memory():
         pytest.skip("this system cannot reset it")
-    before = peak_memory("cpu")
+    before = Device("cpu").peak_memory()
     held = np.ones(2**26, np.uint8)
-    while_held = peak_memory("cpu")
+    while_held = Device("cpu").peak_memory()
     del held
-    reset_peak_memory("cpu")
-    assert while_held >= before + 2**25 and peak_memory("cpu") <= while_held - 2**25
+    Device("cpu").reset_peak_memory()
+    assert while_held >= before + 2**25 and Device("cpu").peak_memory() <= while_held - 2**25
 
 
 def test_the_matrix_product_rate_is_that_of_the_best_shape():

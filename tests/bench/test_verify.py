@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import pytest
 import torch
 
+from evoprune.backend import Device
 from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify import checks
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
@@ -58,9 +59,8 @@ def test_everything_holds(folders, name):
 def graphs(monkeypatch):
     """Treat the CPU as a GPU whose graphs are recorded."""
     made = Graphs()
-    monkeypatch.setattr(checks, "uses_kernels", lambda device: True)
-    monkeypatch.setattr(checks, "capture_on", made.capture_on)
-    monkeypatch.setattr(static, "devices", made)
+    monkeypatch.setattr(Device, "uses_kernels", True)
+    monkeypatch.setattr(Device, "capture", property(lambda self: made.capture))
     monkeypatch.setattr(static, "_caches", WeakKeyDictionary())
     monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: False)
     return made
@@ -89,10 +89,10 @@ def test_a_model_that_has_no_graph_differs_in_nothing(folders, graphs, monkeypat
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore::evoprune.errors.DeviceWarning")  # the answer's tokens are decoded without a graph
 def test_a_capture_that_fails_differs_in_nothing(folders, graphs, monkeypatch):
-    def fails(function, device):
+    def fails(function):
         raise RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture\nand more")
 
-    monkeypatch.setattr(graphs, "run_and_capture", fails)
+    monkeypatch.setattr(graphs, "capture", fails)
     outcome = plain(folders["qwen3_5_moe"])
     assert outcome.state == SKIPPED
     assert outcome.says.startswith(

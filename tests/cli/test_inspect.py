@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
+from evoprune.backend import Device
 from evoprune.bundled import DEMOS
 from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune_cli.inspect import TITLE, lines
@@ -96,11 +97,10 @@ def test_fewer_bits_need_less_memory_whether_or_not_the_model_is_here(cli, no_ne
 def test_short_memory_is_counted_with_fewer_units_at_a_time(cli, tiny_folder, monkeypatch):
     args = ("inspect", CLIP, "--frames", "24", "-m", tiny_folder, "--json")
     usual = cli(*args).record["memory"]
-    place = "evoprune.session.inspection.available_memory"
-    monkeypatch.setattr(place, lambda device: usual["needed_bytes"] - 1)
+    monkeypatch.setattr(Device, "available_memory", lambda self: usual["needed_bytes"] - 1)
     short = cli(*args).record["memory"]
     assert short["enough"] and short["needed_bytes"] < usual["needed_bytes"]
-    monkeypatch.setattr(place, lambda device: 1)
+    monkeypatch.setattr(Device, "available_memory", lambda self: 1)
     assert not cli(*args).record["memory"]["enough"]
 
 
@@ -109,7 +109,7 @@ def test_it_fits_the_terminal(cli, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
     product = "A Processor(R) of a Long Name CPU @ 2.00GHz"
-    monkeypatch.setattr("evoprune.backend.devices.device_name", lambda device: product)
+    monkeypatch.setattr(Device, "product_name", product)
     text = cli("inspect").out + cli("inspect", CLIP).out
     assert "  EVOPRUNE_BUDGET" in text
     for line in text.splitlines():

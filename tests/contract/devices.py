@@ -69,10 +69,11 @@ def recorded_graphs() -> Iterator[None]:
     """Record decoding steps once and replay them, as a CUDA graph would."""
     from unittest.mock import patch
 
+    from evoprune.backend import Device
     from evoprune.language import static
     from tests.backend.recorder import Graphs
 
-    with patch.object(static, "devices", Graphs()), patch.object(static, "can_step", lambda model: True):
+    with patch.object(Device, "capture", Graphs().capture), patch.object(static, "can_step", lambda model: True):
         yield
 
 

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from evoprune.backend import bias_features, devices, layers
+from evoprune.backend import Device, bias_features, devices, layers
 from evoprune.errors import DeviceWarning, ModelError
 from evoprune.language import decoder, static
 from evoprune.language.generate import GenerationOptions, LanguageModel, PrefillState, TokenStream
@@ -41,7 +41,7 @@ def hosted(tmp_path_factory):
 def graphs(monkeypatch):
     """Replay recorded graphs on the CPU, from the second token on."""
     made = Graphs()
-    monkeypatch.setattr(static, "devices", made)
+    monkeypatch.setattr(Device, "capture", property(lambda self: made.capture))
     monkeypatch.setattr(static, "PLAIN_TOKENS", 1)
     monkeypatch.setattr(static, "MIN_COLUMNS", 64)
     monkeypatch.setattr(static, "_caches", weakref.WeakKeyDictionary())
@@ -253,7 +253,7 @@ def test_what_is_decoded_plainly(graphs, reason, monkeypatch):
     state = state_of(model)
     if reason == "memory":
         # Enough for 64 columns of two layers.
-        monkeypatch.setattr(static, "available_memory", lambda device: 4 * 32 * 1024)
+        monkeypatch.setattr(Device, "available_memory", lambda self: 4 * 32 * 1024)
     elif reason == "hooks":
         model.model.language_model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
     else:
@@ -261,7 +261,7 @@ def test_what_is_decoded_plainly(graphs, reason, monkeypatch):
     list(stream(model, state))
     assert graphs.captured == 0 and len(calls) == (NEW - 1) * (reason == "hooks")
     if reason == "memory":
-        monkeypatch.setattr(static, "available_memory", lambda device: 4 * 32 * 1024 + 1)
+        monkeypatch.setattr(Device, "available_memory", lambda self: 4 * 32 * 1024 + 1)
         list(stream(model, state_of(model)))
         assert graphs.captured == 1
 
@@ -281,11 +281,11 @@ def test_a_hook_that_comes_after_a_capture_is_called(graphs):
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError, AttributeError])
 @pytest.mark.filterwarnings("error")
 def test_a_capture_that_fails_is_said_once_and_tokens_are_decoded_plainly(kind, model, graphs, monkeypatch):
-    def fails(function, device):
+    def fails(function):
         function()
         raise kind("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(graphs, "run_and_capture", fails)
+    monkeypatch.setattr(graphs, "capture", fails)
     expected = plainly(model, state_of(model))
     said = r"without a CUDA graph.*: operation not permitted when stream is capturing$"
     with pytest.warns(DeviceWarning, match=said):
@@ -309,7 +309,7 @@ def test_plain_is_a_setting_of_the_environment(value, expected, monkeypatch):
     if value is not None:
         monkeypatch.setenv("EVOPRUNE_PLAIN", value)
     assert devices.wants_plain_pytorch() is expected
-    assert devices.capture_on(torch.device("cpu")) is None
+    assert Device("cpu").capture is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -335,7 +335,7 @@ def decoding(how: str):
         if how == "old":
             patch.setattr(layers, "kernels_for", lambda device: None)
         if how == "step":
-            patch.setattr(static.devices, "run_and_capture", lambda function, device: function() or function)
+            patch.setattr(devices, "run_and_capture", lambda function, device: function() or function)
         if how in ("plain", "old"):
             patch.setattr(static, "begin", lambda *_: None)
         elif how == "step":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune.backend import memory_in_use, reset_peak_memory
+from evoprune.backend import Device
 from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.live import segments
@@ -460,8 +460,8 @@ def test_two_hours():
                 answer = stream.ask("What happens?", max_new_tokens=1)
                 next(answer, None)
                 answer.close()
-                reset_peak_memory("cpu")  # also returns the memory cached by the C library
-                held[number // 2], waits[number // 2] = memory_in_use("cpu")[0], time.perf_counter() - begun
+                Device("cpu").reset_peak_memory()  # also returns the memory cached by the C library
+                held[number // 2], waits[number // 2] = Device("cpu").memory_in_use()[0], time.perf_counter() - begun
         seen = stream.seen
     first, *later = held.values()
     assert len(later) == 23 and max(later) <= 1.05 * first, held

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.backend import available_memory, default_dtype, saved_bytes
+from evoprune.backend import Device, saved_bytes
 from evoprune.errors import NO_MEMORY, USE_LESS, OutOfMemory, error_record, is_out_of_memory, memory_guard
 from evoprune.methods import TowerShape
-from evoprune.model import cost
 from evoprune.model.cost import ROW_COPIES, Cost
 from evoprune.model.weights import empty
 from evoprune.session import ModelOptions, describe, encoding, load_model, memory, open_inputs, weights_of
@@ -136,19 +135,19 @@ def test_layers_that_read_fewer_tokens_hold_and_cost_less():
 
 
 def test_memory_that_this_process_may_not_have_is_not_available():
-    if available_memory("cpu") is None:
+    if Device("cpu").available_memory() is None:
         pytest.skip("this system does not tell")
     pid = os.fork()
     if pid == 0:
         mapped = next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmSize")) * 1024  # noqa: SIM115
         resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**27, -1))
-        os._exit(0 if 2**25 < available_memory("cpu") <= 2**27 else 1)
+        os._exit(0 if 2**25 < Device("cpu").available_memory() <= 2**27 else 1)
     assert os.waitpid(pid, 0)[1] == 0
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])  # the file has fp32, which stays in the mapped file
 def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch, dtype):
-    monkeypatch.setattr(cost, "available_memory", lambda device: 10**5)
+    monkeypatch.setattr(Device, "available_memory", lambda self: 10**5)
     monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(OutOfMemory, match=r"^loading .* needs about \d MiB of memory, and 0 MiB are ava") as caught:
         load_model(str(saved), dtype=dtype)
@@ -162,8 +161,7 @@ def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
     kind = KINDS[0]
     wide, small = (needed_bytes(config, torch.float32, each, mapped=True) for each in ("none", kind))
     assert small < wide
-    monkeypatch.setattr(cost, "available_memory", lambda device: small)
-    monkeypatch.setattr("evoprune.backend.weights.available_memory", lambda device: small)
+    monkeypatch.setattr(Device, "available_memory", lambda self: small)
     with pytest.raises(OutOfMemory) as caught:
         load_model(str(saved), dtype="fp32")
     assert re.search(rf"^--quantize {kind} needs about \d+ MiB for the weights; ", caught.value.hint)
@@ -172,9 +170,9 @@ def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
 
 
 def test_half_the_bytes_are_suggested_where_they_fit(saved, monkeypatch):
-    monkeypatch.setattr(cost, "available_memory", lambda device: 10**8)
+    monkeypatch.setattr(Device, "available_memory", lambda self: 10**8)
     found = weights_of(describe(ModelOptions(str(saved), dtype="fp32")))
-    slow = "" if default_dtype(found.device) == "bf16" else ", which is slow on this device,"
+    slow = "" if Device(found.device).default_dtype == "bf16" else ", which is slow on this device,"
     need = found.bytes_as("bf16", "none")
     assert need < found.bytes
     assert f"--dtype bf16{slow} needs about {size(need)} for the weights" in found.what_fits()
@@ -183,7 +181,7 @@ def test_half_the_bytes_are_suggested_where_they_fit(saved, monkeypatch):
 
 
 def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):
-    monkeypatch.setattr(cost, "available_memory", lambda device: 2**26)
+    monkeypatch.setattr(Device, "available_memory", lambda self: 2**26)
     read = []
     monkeypatch.setattr(encoding, "read_chunks", lambda *_, **__: read.append(1))
     video = open_inputs(VideoQA(loaded, budget=0.5).session, [CLIP])
@@ -205,11 +203,11 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
         return real(*args, piece_units=piece_units, **how)
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(memory, "largest_piece", lambda device: 4 * per_pair)
+    monkeypatch.setattr(Device, "piece_units", 4 * per_pair)
     video = qa.encode(CLIP)
     assert video.plan.grid[1:] == (4, 6) and used == [96]
     free = needed(video.plan.visual_tokens, 48, video.plan.encoder.keep + memory.TEXT, 4)
-    monkeypatch.setattr(cost, "available_memory", lambda device: free)
+    monkeypatch.setattr(Device, "available_memory", lambda self: free)
     again = qa.encode(CLIP)
     assert used == [96, 48]
     torch.testing.assert_close(again.encoded.features, video.encoded.features)
@@ -234,7 +232,7 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, tmp_path, threade
         return made
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(memory, "largest_piece", lambda device: 96)
+    monkeypatch.setattr(Device, "piece_units", 96)
     if room < 24:
         with pytest.raises(OutOfMemory, match=OUT):
             open_inputs(qa.session, [clip]).encode()

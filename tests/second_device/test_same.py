@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evoprune
-from evoprune.backend import attention, limits
+from evoprune.backend import Device, attention, limits
 from evoprune.batch import Settings, answers, group_by_span, product_rows
 from evoprune.bench import TuneSettings, Tuning
 from evoprune.bench.shared import TimeLimit
@@ -171,7 +171,7 @@ def test_graphs(family, tmp_path, monkeypatch):
     graphs, how = Graphs(), {"temperature": 1.0, "max_new_tokens": 12, "seed": 2}
     expected = cpu.ask(QUESTION, **how)
     expected.text  # generates the answer # noqa: B018
-    monkeypatch.setattr(static, "devices", graphs)
+    monkeypatch.setattr(Device, "capture", property(lambda self: graphs.capture))
     # Tensors of this device are a subclass, like quantized ones.
     monkeypatch.setattr(static, "can_step", lambda model: True)
     made = device.ask(QUESTION, **how)

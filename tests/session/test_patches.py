@@ -5,10 +5,12 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from evoprune.backend import Device
 from evoprune.errors import VideoError
 from evoprune.session import encoding, patches
 from evoprune.session.encoding import OpenInput, open_inputs
@@ -112,7 +114,7 @@ def test_what_cannot_be_kept_is_read_again(loaded, read, monkeypatch, why):
     qa.encode(CLIP, frames=4)
     assert len(loaded.patches._entries) == 1
     if why == "memory is short":
-        monkeypatch.setattr(patches, "available_memory", lambda device: 2**20)
+        monkeypatch.setattr(patches, "Device", lambda device: SimpleNamespace(available_memory=lambda: 2**20))
     else:
         loaded.patches.limit_bytes = 0 if why == "off" else 100_000
     for _ in range(2):
@@ -161,7 +163,7 @@ def test_smaller_chunks_read_nothing_again(loaded, read, monkeypatch):
         return real(visual, pieces, plan, piece_units=piece_units, **how)
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr("evoprune.session.memory.largest_piece", lambda device: 96)
+    monkeypatch.setattr(Device, "piece_units", 96)
     video = VideoQA(loaded, budget=0.5).encode("samples/three.mp4")
     assert len(tried) == 3 and len(read) == 1 and video.report.sampling.frames > 4
 

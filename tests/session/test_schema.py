@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
+from evoprune.backend import Device
 from evoprune.errors import UsageError
 from evoprune.language import static
 from evoprune.session.loading.model import load_model
@@ -188,7 +189,7 @@ def test_every_way_to_decode_follows_it(tmp_path, monkeypatch, family, engine, g
     loaded = load_model(str(save_tiny(tmp_path, family=family)), dtype="fp32", engine=engine, pack=False)
     if graph:
         made = Graphs()
-        monkeypatch.setattr(static, "devices", made)
+        monkeypatch.setattr(Device, "capture", property(lambda self: made.capture))
         monkeypatch.setattr(static, "PLAIN_TOKENS", 1)
         monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: True)
     video = VideoQA(loaded, budget=0.5).encode(CLIP, frames=4)

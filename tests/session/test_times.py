@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evoprune.backend import Device
 from evoprune.report import Report
 from evoprune.session.ahead import read_ahead
 from evoprune.session.cache import Cache
@@ -61,7 +62,7 @@ class Hands:
 @pytest.fixture
 def hands(monkeypatch):
     hands = Hands()
-    monkeypatch.setattr("evoprune.model.cost.now", lambda device: hands.now)
+    monkeypatch.setattr(Device, "now", lambda self: hands.now)
     return hands
 
 
@@ -127,7 +128,7 @@ def picture(folder):
 )
 def test_of_one_video(kernels, slow, method, threaded, monkeypatch):
     monkeypatch.setattr("evoprune.session.encoding.OpenInput.threaded", threaded)
-    monkeypatch.setattr("evoprune.session.memory.largest_piece", lambda device: 24)
+    monkeypatch.setattr(Device, "piece_units", 24)
     qa = VideoQA(kernels, budget=0.25, method=method)
     with timed(slow) as reports:
         video = qa.encode(OTHER)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import evoprune
+from evoprune.backend import Device
 from evoprune.bench import TracedVideo, hugging_face_model
 from evoprune.errors import ModelError, UsageError, VideoError, error_record
 from evoprune.language import prompt_positions, video_positions
@@ -291,7 +292,7 @@ def test_times_add_up(loaded, threaded, monkeypatch):
 @pytest.mark.parametrize("method", ["evoprune", "evs"])
 def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method):
     monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
-    monkeypatch.setattr("evoprune.session.memory.largest_piece", lambda device: 24)
+    monkeypatch.setattr(Device, "piece_units", 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
     monkeypatch.setattr(OpenInput, "threaded", False)
@@ -379,7 +380,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
         fails()
         return pixel_patches(*args)
 
-    monkeypatch.setattr("evoprune.session.memory.largest_piece", lambda device: 24)
+    monkeypatch.setattr(Device, "piece_units", 24)
     monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
     if stage == "read":
         reading.each = fails

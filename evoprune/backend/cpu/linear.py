@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.backend.devices import available_memory, is_host
+from evoprune.backend.devices import Device, is_host
 from evoprune.backend.layers import is_unhooked_linear
 
 # Number of rows that packing assumes. The packed layout is the same for any number above a few dozen.
@@ -151,7 +151,7 @@ class PackedLinear(nn.Module):
             return plain
         start = time.perf_counter()
         weights = plain
-        available = available_memory("cpu")
+        available = Device("cpu").available_memory()
         if available is None or available > self.nbytes + SPARE:
             weights = _packed(plain)
         self._held = weights, True

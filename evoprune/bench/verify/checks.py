@@ -9,7 +9,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import capture_on, operators, plain_pytorch, uses_kernels
+from evoprune.backend import Device, operators, plain_pytorch
 from evoprune.bench.clips import prepare, synthetic_frames
 from evoprune.bench.profile import run_evoprune, run_hugging_face
 from evoprune.bench.profile_results import median_ratio
@@ -218,7 +218,7 @@ def accelerated(subject: Subject) -> Outcome:
 
     If everything else holds but no CUDA graph is used for decoding, the check counts as skipped.
     """
-    if not uses_kernels(subject.device):
+    if not Device(subject.device).uses_kernels:
         return skipped("kernels and graphs are for CUDA, and EVOPRUNE_PLAIN switches them off")
     figures: dict[str, tuple[float, float]] = {}
     for name, share in _selections(subject.device).items():
@@ -285,7 +285,7 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
 
     If there is no graph, return the reason instead.
     """
-    if capture_on(subject.device) is None:
+    if Device(subject.device).capture is None:
         return "this device has none"
     language = subject.loaded.language
     if not language.can_capture:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evoprune.backend import environment, peak_memory, without_packages
+from evoprune.backend import Device, without_packages
 from evoprune.bench import clips
 from evoprune.bench.results import Results, folded
 from evoprune.bench.shared import TimeLimit
@@ -80,7 +80,7 @@ class VerifyResults(Results):
     def document(self) -> dict[str, Any]:
         """Return the record, without paths, prompts or machine names."""
         loaded = self.loaded
-        env = environment(loaded.device)
+        env = Device(loaded.device).environment()
         counts = {state: len(self.of(state)) for state in (HELD, DIFFERS, SKIPPED)}
         checks = [
             {"name": finding.check.name, "compares": finding.check.compares, "state": finding.outcome.state}
@@ -99,7 +99,7 @@ class VerifyResults(Results):
             "env": asdict(env) | {"platform": f"{platform.system()} {platform.machine()}"},
             "checks": checks,
             "seconds": round(self.seconds, 2),
-            "peak_bytes": peak_memory(loaded.device),
+            "peak_bytes": Device(loaded.device).peak_memory(),
             "error": self.error,
         }
 

@@ -90,11 +90,10 @@ class ModelDescription:
             return self.options.dtype
         if demo_in(self.folder):
             return "fp32"
-        import torch
 
-        from evoprune.backend import default_dtype
+        from evoprune.backend import Device
 
-        return default_dtype(torch.device(self.device))
+        return Device(self.device).default_dtype
 
     @property
     def max_visual_tokens(self) -> int:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from evoprune.backend import (
+    Device,
     Packing,
     available_cores,
     empty_cache,
     places,
     prepare,
-    run_beside,
     weights_bytes,
 )
 from evoprune.bundled import Demo, may_be_of_any_world, unknown_words, world_of
@@ -225,7 +225,7 @@ def load_model(
     stored.files  # noqa: B018 (checked here)
     seconds = {"tokenizer": time.perf_counter() - start}
     work = partial(_warm_up, stored.config, DTYPES[model.dtype], stored.device, model.native)
-    ready = run_beside(work, stored.device)
+    ready = Device(stored.device).run_beside(work)
     weights, packing = _loaded(stored, pack, progress, seconds)
     return LoadedModel(
         description=model,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from evoprune.backend import are_mapped, are_widened, can_pack, default_dtype, kinds, pick_device, saved_bytes
+from evoprune.backend import Device, are_mapped, are_widened, can_pack, kinds, pick_device, saved_bytes
 from evoprune.backend import check as check_quantize
 from evoprune.errors import ModelError, ModelWarning
 from evoprune.model import Config, Cost, empty, name_in_memory, shortage
@@ -155,7 +155,7 @@ class ModelWeights:
         if quantized and self.description.can_be_quantized:
             forms += [(f"--quantize {kind}", self.description.dtype, kind) for kind in kinds(self.device)]
         if self.description.dtype == "fp32":
-            slow = "" if default_dtype(self.device) == "bf16" else ", which is slow on this device,"
+            slow = "" if Device(self.device).default_dtype == "bf16" else ", which is slow on this device,"
             forms.append((f"--dtype bf16{slow}", "bf16", "none"))
         hints = []
         for words, dtype, kind in forms:

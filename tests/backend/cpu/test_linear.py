@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from evoprune.backend import Device
 from evoprune.backend.cpu import linear as module
 from evoprune.backend.cpu.linear import (
     MANY_ROWS,
@@ -265,7 +266,7 @@ def test_small_weights_do_not_wait():
 
 def test_a_layer_stays_plain_where_memory_is_short_when_few_rows_come(large, monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "available_memory", lambda device: asked.append(device) or large.weight.nbytes)
+    monkeypatch.setattr(Device, "available_memory", lambda self: asked.append(self.kind) or large.weight.nbytes)
     waiting, x = PackedLinear(large, Packing()), torch.randn(1, 1536, dtype=torch.bfloat16)
     torch.testing.assert_close(waiting(x), F.linear(x, large.weight, large.bias), rtol=0.02, atol=0.02)
     waiting(x)

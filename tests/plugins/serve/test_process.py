@@ -431,15 +431,16 @@ def test_open_webui_is_told_what_is_not_supported(port):
 
 
 def test_models_that_do_not_fit_together_are_refused_before_one_is_loaded(monkeypatch):
+    from evoprune.backend import Device
     from evoprune.errors import OutOfMemory
     from evoprune.session import ModelOptions, describe, weights_of
     from evoprune_serve.command import _described
 
     models = [ModelOptions(name) for name in ("demo", "demo-scenes")]
     needed = sum(weights_of(describe(each)).bytes for each in models)
-    monkeypatch.setattr("evoprune.model.cost.available_memory", lambda device: needed)
+    monkeypatch.setattr(Device, "available_memory", lambda self: needed)
     _described(models)
-    monkeypatch.setattr("evoprune.model.cost.available_memory", lambda device: needed - 1)
+    monkeypatch.setattr(Device, "available_memory", lambda self: needed - 1)
     _described(models[:1])
     with pytest.raises(OutOfMemory, match="demo and demo-scenes needs about"):
         _described(models)

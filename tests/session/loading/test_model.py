@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evoprune.backend import Int8Linear, PackedLinear, accelerator, available_memory, pick_device, weights
+from evoprune.backend import Device, Int8Linear, PackedLinear, accelerator, pick_device
 from evoprune.backend.cpu import linear
 from evoprune.backend.devices import is_host
 from evoprune.bundled import DEMOS
@@ -114,7 +114,7 @@ def test_large_layers_of_the_language_model_are_packed_when_few_rows_come(saved,
 def test_forms_of_the_weights(saved, quantize, monkeypatch):
     sizes = {}
     for available in (None, 0):
-        monkeypatch.setattr(weights, "available_memory", lambda _, available=available: available)
+        monkeypatch.setattr(Device, "available_memory", lambda self, available=available: available)
         loaded = model.load_model(str(saved), dtype="fp32", quantize=quantize)
         layer = loaded.model.model.language_model.layers[0].mlp.up_proj
         assert loaded.quantize == quantize
@@ -405,7 +405,7 @@ def test_two_models_on_one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * gib, 16 * gib))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gib)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * gib)
-    assert available_memory("cuda:1") == 4 * gib and shortage(4 * gib, "cuda:1") is None
+    assert Device("cuda:1").available_memory() == 4 * gib and shortage(4 * gib, "cuda:1") is None
     assert shortage(5 * gib, "cuda:1") == "needs about 5.0 GiB of memory, and 4.0 GiB are available"
 
 
