@@ -3,7 +3,8 @@
 import errno
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from traceback import walk_tb
 from typing import TypeVar
 
@@ -198,6 +199,17 @@ class memory_guard:  # noqa: N801 (called as a function)
         if said and said[2]:
             message += f", {said[2]} free"
         raise OutOfMemory(message, USE_LESS, stage=self.stage) from problem
+
+
+@contextmanager
+def named(files: Mapping[str, str]) -> Iterator[None]:
+    """Replace paths of temporary files (keys) by the names that users know (values) in the messages of errors."""
+    try:
+        yield
+    except VideoError as problem:
+        for path, name in files.items():
+            problem.message = problem.message.replace(path, name)
+        raise
 
 
 def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:

@@ -40,7 +40,7 @@ from evoprune_cli.terminal import (
 
 if TYPE_CHECKING:
     from evoprune.session import Answer, Chat, EncodedInputs, ModelDescription, ReadAhead, Session
-    from evoprune.video import Plan, PromptSubtitles, Video
+    from evoprune.video import Plan, Video
 
 STDIN = "-"
 USAGE = 'evoprune ask video.mp4 "What happens?"'
@@ -276,7 +276,7 @@ def _encode(
         if not quiet and not full:
             for plan in plans:
                 _note_limits(plan.full, sampling)
-                _note_subtitles(plan.subtitles)
+                _note_subtitles(plan)
         return opened.encode(encoding(show))
 
 
@@ -361,8 +361,9 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
         note(f"at most {most} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}")
 
 
-def _note_subtitles(lines: "PromptSubtitles") -> None:
+def _note_subtitles(plan: "Plan") -> None:
     """Report which subtitles are read and how many lines, or why none are."""
+    lines = plan.subtitles
     if lines.source is None:
         if lines.note:
             tell(f"note: no subtitles: {lines.note}")

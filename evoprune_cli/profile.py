@@ -11,13 +11,8 @@ from evoprune.bench import Case, ProfileSettings
 from evoprune.errors import UsageError
 from evoprune.session import ModelOptions, PruneOptions
 from evoprune.util import size as size_text
-from evoprune.util import (
-    without_password,
-    words_of,
-)
-from evoprune.video import (
-    Video,
-)
+from evoprune.util import without_password, words_of
+from evoprune.video import Video
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepare, print_text, rescuing, write_bytes
 from evoprune_cli.terminal import WIDTH, check_output, note, page_width, progress

@@ -17,13 +17,7 @@ from evoprune.session import PipelineOptions, StreamOptions
 from evoprune.util import check_text, clock, counted, missing_hint, parse_time, size
 from evoprune.video import LiveSource, warm_up
 from evoprune_cli import options as opt
-from evoprune_cli.ask import (
-    Conversation,
-    check_generation,
-    check_history,
-    single_questions,
-    typed_questions,
-)
+from evoprune_cli.ask import Conversation, check_generation, check_history, single_questions, typed_questions
 from evoprune_cli.running import SOME_FAILED, load
 from evoprune_cli.terminal import check_output, columns, note, print_error, print_titled, printable, progress, tell
 

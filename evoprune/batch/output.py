@@ -23,13 +23,8 @@ from evoprune.errors import UsageError
 from evoprune.report import SCHEMA, rounded
 from evoprune.session import PipelineOptions
 from evoprune.untrusted import loads
-from evoprune.util import (
-    record_of,
-    shown,
-)
-from evoprune.video import (
-    input_state,
-)
+from evoprune.util import record_of, shown
+from evoprune.video import input_state
 
 if TYPE_CHECKING:
     from evoprune.session import ModelDescription

@@ -29,17 +29,8 @@ from evoprune.errors import UsageError
 from evoprune.language import Place, prompt_positions
 from evoprune.methods import PruneConfig
 from evoprune.model import VisionConfig
-from evoprune.session import (
-    LoadedModel,
-)
-from evoprune.video import (
-    InputLimits,
-    Plan,
-    SamplingOptions,
-    SamplingPlan,
-    Video,
-    read_chunks,
-)
+from evoprune.session import LoadedModel
+from evoprune.video import InputLimits, Plan, SamplingOptions, SamplingPlan, Video, read_chunks
 from evoprune.vision import normalised, pixel_patches, resize, tower_shape
 
 # Default side of a merge unit in pixels, and frames in a grid.

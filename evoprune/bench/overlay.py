@@ -8,7 +8,7 @@ its owner, or an arrow points toward the frame pair of its owner.
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,7 +25,7 @@ from evoprune.errors import UsageError
 from evoprune.methods import arange_on
 from evoprune.session import OpenInput, Progress, Session, open_inputs
 from evoprune.util import counted
-from evoprune.video import FrameChunk, OnFrames, Plan, SamplingOptions
+from evoprune.video import FrameChunk, Plan, SamplingOptions
 from evoprune.vision import EncodedRows, resize, token_selection
 
 BACKGROUND = (18, 18, 22)
@@ -184,7 +184,7 @@ class _TracedInput(OpenInput):
 
     shares: ClassVar[bool] = False  # it needs every frame
 
-    def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
+    def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
         self.shown = []  # reset if the encoder restarts after running out of memory
         with closing(super().frames(on_frames)) as chunks:
             for chunk in chunks:

@@ -14,7 +14,7 @@ from evoprune.backend import Device
 from evoprune.methods import EncoderPlan, PruneConfig, SetAside
 from evoprune.model import Clock
 from evoprune.session import LoadedModel, OpenInput, PruneOptions, chunk_bytes
-from evoprune.video import FrameChunk, OnFrames
+from evoprune.video import FrameChunk
 from evoprune.vision import EncodedRows, encode_rows
 
 T = TypeVar("T")
@@ -156,7 +156,7 @@ class GreyInput(OpenInput):
 
     shares: ClassVar[bool] = False
 
-    def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
+    def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
         source = self.plan.source
         times_s = self.plan.sampling.times_s
         at_once = source.frames_at_once(chunk_bytes(self.plan))

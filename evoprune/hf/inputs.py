@@ -14,19 +14,10 @@ from transformers import BatchFeature
 
 from evoprune.language import Prompt, Tokenizer
 from evoprune.model import VisionConfig
-from evoprune.session import SMALL_FILES, ModelOptions, describe, inputs_of, plan_input, prompt_about, prompt_subtitles
+from evoprune.session import SMALL_FILES, ModelOptions, describe, inputs_of, plan_input, prompt_about, with_subtitles
 from evoprune.signatures import takes
 from evoprune.util import check_question, from_keywords
-from evoprune.video import (
-    HeldVideo,
-    Input,
-    InputLimits,
-    Plan,
-    SamplingOptions,
-    local_input,
-    probe,
-    read_chunks,
-)
+from evoprune.video import HeldVideo, Input, InputLimits, Plan, SamplingOptions, local_input, probe, read_chunks
 from evoprune.vision import normalised, patches_of
 
 if TYPE_CHECKING:
@@ -88,7 +79,7 @@ def processor_inputs(
         for info, wanted in zip(infos, options.of_each(infos), strict=True):
             options.check_picture(info)
             plan = plan_input(checkpoint, info, wanted)
-            plans.append(replace(plan, subtitles=prompt_subtitles(tokenizer, plan, wanted)))
+            plans.append(with_subtitles(tokenizer, plan, wanted))
         read = [read_patches(plan, limits[plan.kind]) for plan in plans]
     plans = [plan for plan, _ in read]
     prompt = prompt_about(tokenizer, vision, plans, question, system)

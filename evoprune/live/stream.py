@@ -56,14 +56,7 @@ from evoprune.session import (
     plan_input,
 )
 from evoprune.util import brief, check_type
-from evoprune.video import (
-    FrameChunk,
-    OnFrames,
-    Plan,
-    SamplingOptions,
-    SamplingPlan,
-    Video,
-)
+from evoprune.video import FrameChunk, Plan, SamplingOptions, SamplingPlan, Video
 from evoprune.vision import Encoded, EncodedRows, resize
 
 CONTEXT = 32_768  # context length of a model that states none
@@ -169,7 +162,7 @@ class _WindowInput(OpenInput):
     earlier: Earlier | None
     pause: Callable[[], None]
 
-    def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
+    def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
         yield FrameChunk(0, self.pixels, tuple(self.plan.sampling.times_s))
 
     def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:

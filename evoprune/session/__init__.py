@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         longest_prompt,
         positions_of,
         prompt_about,
-        prompt_subtitles,
+        with_subtitles,
     )
     from evoprune.session.reading import chunk_bytes, probed
     from evoprune.session.report import inputs_report, pruning_facts
@@ -97,7 +97,6 @@ __all__ = [
     "positions_of",
     "probed",
     "prompt_about",
-    "prompt_subtitles",
     "pruning_facts",
     "random_model",
     "read_ahead",
@@ -107,6 +106,7 @@ __all__ = [
     "weights_folder",
     "weights_of",
     "with_frequencies",
+    "with_subtitles",
 ]
 
 __getattr__, __dir__ = door(
@@ -135,7 +135,7 @@ __getattr__, __dir__ = door(
             "longest_prompt",
             "positions_of",
             "prompt_about",
-            "prompt_subtitles",
+            "with_subtitles",
         ],
         "reading": ["chunk_bytes", "probed"],
         "report": ["inputs_report", "pruning_facts"],

@@ -20,13 +20,7 @@ from evoprune.session.planning import plan_input
 from evoprune.session.reading import PATIENCE_S, Reading, Readings, chunk_bytes, probed, state_of, stop_all
 from evoprune.signatures import takes
 from evoprune.util import brief, from_keywords
-from evoprune.video import (
-    FrameChunk,
-    Plan,
-    SamplingOptions,
-    read_chunks,
-    wait_for,
-)
+from evoprune.video import FrameChunk, Plan, SamplingOptions, Scope, read_chunks
 
 if TYPE_CHECKING:
     from evoprune.keywords import ReadAheadKeywords
@@ -132,7 +126,7 @@ class ReadAhead(Readings):
             if any(earlier.taken for earlier in self.unfinished[:place]) and not reading.ended:
                 return False
             # The input is already probed, so planning takes no time unless the thread hangs.
-            return wait_for(self.changed, lambda: reading.begun or reading.ended, PATIENCE_S)
+            return Scope.wait_for(self.changed, lambda: reading.begun or reading.ended, PATIENCE_S)
 
     def _begin(
         self, early: _Early, names: Sequence[str], place: int, sampling: SamplingOptions, reading: Reading

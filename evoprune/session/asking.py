@@ -15,15 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.language import (
-    AnswerStream,
-    GenerationOptions,
-    PrefillState,
-    PrefixCache,
-    Prompt,
-    Turn,
-    prune_prompt,
-)
+from evoprune.language import AnswerStream, GenerationOptions, PrefillState, PrefixCache, Prompt, Turn, prune_prompt
 from evoprune.model import Clock
 from evoprune.report import ABOUT_SOUND, OF_INPUTS, Report, TokenCounts
 from evoprune.session.answers import Answer, Chat, Shape
@@ -31,19 +23,9 @@ from evoprune.session.encoded import EncodedInput
 from evoprune.session.prompting import fitting_prompt, positions_of
 from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.session.session import Session, check_conversation
-from evoprune.signatures import (
-    takes,
-)
-from evoprune.util import (
-    Uncopied,
-    check_question,
-    check_type,
-    counted,
-    from_keywords,
-)
-from evoprune.video import (
-    Plan,
-)
+from evoprune.signatures import takes
+from evoprune.util import Uncopied, check_question, check_type, counted, from_keywords
+from evoprune.video import Plan
 from evoprune.vision import Encoded
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 import evoprune
 from evoprune import methods
 from evoprune.backend import Device, empty_cache
-from evoprune.errors import OutOfMemory, UsageError, memory_guard
+from evoprune.errors import OutOfMemory, UsageError, memory_guard, named
 from evoprune.model import Clock
 from evoprune.report import BESIDE, OF_INPUTS
 from evoprune.session.ahead import ReadAhead
@@ -26,7 +26,7 @@ from evoprune.session.encoded import EncodedInput
 from evoprune.session.memory import TEXT, fitting_pieces
 from evoprune.session.patches import PatchChunk, content_key, cut_frames, patch_bytes
 from evoprune.session.planning import plan_input
-from evoprune.session.prompting import prompt_subtitles
+from evoprune.session.prompting import with_subtitles
 from evoprune.session.reading import Reading, Readings, chunk_bytes, probed
 from evoprune.session.session import Session
 from evoprune.util import brief
@@ -34,7 +34,6 @@ from evoprune.video import (
     FrameChunk,
     HeldVideo,
     Input,
-    OnFrames,
     Plan,
     SamplingOptions,
     Stopped,
@@ -44,7 +43,6 @@ from evoprune.video import (
     is_temporary,
     local_input,
     name_of,
-    named,
     read_chunks,
 )
 from evoprune.vision import Encoded, EncodedRows, encode_rows, select_tokens
@@ -100,7 +98,7 @@ class OpenInput:
         self._closed = False
         self._lock = threading.Lock()
 
-    def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
+    def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
         """Yield the sampled frames. For arguments and results, see `video.frames.read_chunks`."""
         plan = self.plan
         if self.ahead and (early := self.ahead.take(plan)):
@@ -339,7 +337,7 @@ class OpenInput:
     def _cut_in_thread(self, reading: Reading[PatchChunk]) -> Iterator[PatchChunk]:
         return self._cut(reading.at_least)
 
-    def _cut(self, on_frames: OnFrames) -> Iterator[PatchChunk]:
+    def _cut(self, on_frames: Callable[[int], None]) -> Iterator[PatchChunk]:
         """Yield the patches of each chunk of frames."""
         limits = self.session.loaded.limits[self.plan.kind]
         return cut_frames(self.frames(on_frames), self.plan, limits, self.session.device, self.clock, on_frames)
@@ -516,7 +514,7 @@ def open_inputs(
         for path, clock, info, wanted, name in zip(paths, clocks, infos, sampling.of_each(infos), names, strict=True):
             with clock.stage("read"):
                 plan = plan_input(loaded.description, info, wanted, session.pruning, name)
-                plan = replace(plan, subtitles=prompt_subtitles(loaded.tokenizer, plan, wanted))
+                plan = with_subtitles(loaded.tokenizer, plan, wanted)
             inputs.append(kind(session, plan, clock, ahead=ahead, cache=cache, temporary=is_temporary(path)))
         return OpenInputs(session, inputs, stack.pop_all())
 

@@ -11,22 +11,9 @@ from evoprune import methods
 from evoprune.bundled import DEMOS
 from evoprune.errors import OTHER_MODELS, UsageError
 from evoprune.language import GenerationOptions
-from evoprune.methods import (
-    Budget,
-    EncoderPlan,
-    Grid,
-    TowerShape,
-)
-from evoprune.util import (
-    check_types,
-    file_state,
-    from_keywords,
-    option,
-    parse_time,
-)
-from evoprune.video import (
-    SamplingOptions,
-)
+from evoprune.methods import Budget, EncoderPlan, Grid, TowerShape
+from evoprune.util import check_types, file_state, from_keywords, option, parse_time
+from evoprune.video import SamplingOptions
 
 if TYPE_CHECKING:
     from evoprune.methods import PruneConfig

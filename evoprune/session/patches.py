@@ -7,14 +7,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from evoprune.backend import Device, empty_cache
 from evoprune.model import Clock
 from evoprune.session.reading import Reading, state_of
-from evoprune.video import FrameChunk, InputLimits, OnFrames, Plan, PromptSubtitles
+from evoprune.video import FrameChunk, InputLimits, Plan
 from evoprune.vision import patches_of
 
 LIMIT_BYTES = 2**29  # limit for one input, and for all unused inputs together
@@ -43,7 +43,7 @@ def cut_frames(
     limits: InputLimits,
     device: torch.device,
     clock: Clock,
-    on_frames: OnFrames,
+    on_frames: Callable[[int], None],
 ) -> Iterator[PatchChunk]:
     """Yield patches, one chunk per chunk of frames, and close `frames`. Adds the seconds of "read" and "preprocess" to `clock`.
 
@@ -145,19 +145,5 @@ def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashab
         state = state_of(plan.info.path)
     if state is None:
         return None
-    read = replace(
-        plan,
-        info=replace(plan.info, path=""),
-        sampling=replace(plan.sampling, wanted=0),
-        frame_limit=0,
-        token_limit=0,
-        token_capped=False,
-        tower=None,
-        pruning=None,
-        unshrunk=None,
-        name="",
-        limited=False,
-        subtitles=PromptSubtitles(),
-    )
     sizes = limits.patch_size, limits.temporal_patch_size, limits.merge_size
-    return repr((state, read, sizes, str(device)))
+    return repr((state, plan.of_pixels, sizes, str(device)))

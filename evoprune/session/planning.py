@@ -7,15 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evoprune.session.loading.description import ModelDescription
-from evoprune.session.options import (
-    PruneOptions,
-)
-from evoprune.video import (
-    Plan,
-    SamplingOptions,
-    Video,
-    choose_decoder,
-)
+from evoprune.session.options import PruneOptions
+from evoprune.video import Plan, SamplingOptions, Video, choose_decoder
 
 if TYPE_CHECKING:
     from evoprune.methods import PruneConfig

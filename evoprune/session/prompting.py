@@ -1,6 +1,7 @@
 """Build the prompt of a question about videos and pictures, with subtitles, and check that it fits."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -10,15 +11,8 @@ from evoprune.model import VisionConfig
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.memory import TEXT, check_memory, fitting_pieces
 from evoprune.session.session import Session
-from evoprune.util import clock, counted
-from evoprune.video import (
-    Plan,
-    PromptSubtitles,
-    SamplingOptions,
-    SubtitleLine,
-    Subtitles,
-    read_subtitles,
-)
+from evoprune.util import counted
+from evoprune.video import Plan, SamplingOptions, read_subtitles
 
 
 def fitting_prompt(
@@ -51,60 +45,16 @@ def fitting_prompt(
     return prompt
 
 
-def prompt_subtitles(tokenizer: Tokenizer, plan: Plan, sampling: SamplingOptions) -> PromptSubtitles:
-    """Return the subtitles of an input's sampled time span, in at most `max_subtitle_tokens` tokens.
+def with_subtitles(tokenizer: Tokenizer, plan: Plan, sampling: SamplingOptions) -> Plan:
+    """Return a plan with the subtitles of its time span, in at most `max_subtitle_tokens` tokens.
 
     Raises the same errors as `frames.read_subtitles`.
     """
-    info = plan.info
-    choice = sampling.subtitles
-    if choice == "none":
-        return PromptSubtitles()
-    if info.is_picture:
-        sampling.check_picture(info)
-        return PromptSubtitles(note=f"{info.path} is a picture")
+    sampling.check_picture(plan.info)
     span = plan.full.sampling
-    return fit(tokenizer, read_subtitles(info, choice, span.start_s, span.end_s), sampling.max_subtitle_tokens)
-
-
-def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtitles:
-    """Choose as many subtitle lines as fit into `max_tokens`, spread evenly over all lines.
-
-    Lines are never cut. Lines that are too long by themselves are left out.
-    """
-    longest = 16 * max_tokens  # characters; tokenizing a longer text might take minutes
-    lines = [line for line in found.lines if len(line[2]) <= longest]
-    # Bisect. Each line has more than one token, so `max_tokens + 1` lines cannot fit.
-    fits = 0
-    too_many = min(len(lines), max_tokens) + 1
-    text = ""
-    tokens = 0
-    while too_many - fits > 1:
-        count = (fits + too_many) // 2
-        # The middle line of each of `count` equal parts.
-        middles = [(2 * i + 1) * len(lines) // (2 * count) for i in range(count)]
-        block = as_text([lines[i] for i in middles])
-        needed = max_tokens + 1
-        if len(block) <= longest:
-            needed = len(tokenizer.encode(block))
-        if needed <= max_tokens:
-            fits = count
-            text = block
-            tokens = needed
-        else:
-            too_many = count
-    return PromptSubtitles(text, found.source, len(found.lines), fits, tokens, tuple(found.warnings), found.note)
-
-
-def as_text(lines: Sequence[SubtitleLine]) -> str:
-    """Return subtitle lines as a block of text with a title and an empty line at the end.
-
-    Each line begins with its start time, rounded down to a second.
-    """
-    times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
-    return "\n".join(
-        ["Subtitles:", *(f"[{time}] {text}" for time, (_, _, text) in zip(times, lines, strict=True)), "", ""]
-    )
+    found = read_subtitles(plan.info, sampling.subtitles, span.start_s, span.end_s)
+    fitted = found.fitted(sampling.max_subtitle_tokens, lambda text: len(tokenizer.encode(text)))
+    return replace(plan, subtitles=fitted)
 
 
 def positions_of(prompt: Prompt, plans: Sequence[Plan], loaded: LoadedModel) -> torch.Tensor:

@@ -16,7 +16,7 @@ from contextvars import Context, copy_context
 from itertools import count
 from typing import Any, Generic, Self, TypeVar
 
-from evoprune.video import IMAGES, Plan, Scope, Stopped, Video, check_wanted, probe, wait_for
+from evoprune.video import IMAGES, Plan, Scope, Stopped, Video, probe
 
 T = TypeVar("T")
 
@@ -135,7 +135,7 @@ class Reading(Generic[T]):
             start = time.perf_counter()
             while not self._is_made(number):
                 waiting()
-                check_wanted()
+                Scope.check()
             chunk = self._take(number)
             if chunk is None:
                 return
@@ -151,7 +151,7 @@ class Reading(Generic[T]):
             Stopped: If the calling thread is stopped.
         """
         with self._changed:
-            wait_for(self._changed, lambda: self.ended or (self.begun and not self._has_room()))
+            Scope.wait_for(self._changed, lambda: self.ended or (self.begun and not self._has_room()))
 
     def close(self) -> None:
         """Drop all chunks and stop the thread. If it waits for a worker process, it stops at once.
@@ -186,16 +186,16 @@ class Reading(Generic[T]):
         problem = None
         try:
             with self._changed:
-                wait_for(self._changed, self._has_turn)
-            check_wanted()
+                Scope.wait_for(self._changed, self._has_turn)
+            Scope.check()
             with closing(self._source(self)) as chunks:
                 with self._changed:
                     self.begun = True
                     self._changed.notify_all()
                 while True:
                     with self._changed:
-                        wait_for(self._changed, self._has_room)
-                    check_wanted()
+                        Scope.wait_for(self._changed, self._has_room)
+                    Scope.check()
                     start = time.perf_counter()
                     chunk = next(chunks, None)
                     if chunk is None:

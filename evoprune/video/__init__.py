@@ -22,44 +22,26 @@ if TYPE_CHECKING:
         scan,
     )
     from evoprune.video.given import Input, held_video, is_frames, is_given, is_temporary, local_input, name_of
-    from evoprune.video.info import (
-        IMAGES,
-        VIDEOS,
-        FrameTimes,
-        HeldVideo,
-        PromptSubtitles,
-        SubtitleLine,
-        Subtitles,
-        Video,
-        files,
-        in_order,
-        input_state,
-    )
+    from evoprune.video.info import IMAGES, VIDEOS, HeldVideo, Video, files, in_order, input_state
     from evoprune.video.live import LiveSource
     from evoprune.video.plan import InputLimits, Plan, SamplingOptions, SamplingPlan
-    from evoprune.video.sandbox.isolation import OnFrames, Scope, Stopped, check_wanted, keep_idle, wait_for, warm_up
-    from evoprune.video.temporary import named, temporary_file, temporary_folder
+    from evoprune.video.sandbox.isolation import Scope, Stopped, keep_idle, warm_up
+    from evoprune.video.temporary import temporary_file, temporary_folder
 
 __all__ = [
     "IMAGES",
     "VIDEOS",
     "FrameChunk",
-    "FrameTimes",
     "HeldVideo",
     "Input",
     "InputLimits",
     "LiveSource",
-    "OnFrames",
     "Plan",
-    "PromptSubtitles",
     "SamplingOptions",
     "SamplingPlan",
     "Scope",
     "Stopped",
-    "SubtitleLine",
-    "Subtitles",
     "Video",
-    "check_wanted",
     "choose_decoder",
     "cut_clip",
     "downloaded",
@@ -76,7 +58,6 @@ __all__ = [
     "local_file",
     "local_input",
     "name_of",
-    "named",
     "probe",
     "read_chunks",
     "read_frames",
@@ -84,7 +65,6 @@ __all__ = [
     "scan",
     "temporary_file",
     "temporary_folder",
-    "wait_for",
     "warm_up",
 ]
 
@@ -105,22 +85,10 @@ __getattr__, __dir__ = door(
             "scan",
         ],
         "given": ["Input", "held_video", "is_frames", "is_given", "is_temporary", "local_input", "name_of"],
-        "info": [
-            "FrameTimes",
-            "HeldVideo",
-            "IMAGES",
-            "PromptSubtitles",
-            "SubtitleLine",
-            "Subtitles",
-            "VIDEOS",
-            "Video",
-            "files",
-            "in_order",
-            "input_state",
-        ],
+        "info": ["HeldVideo", "IMAGES", "VIDEOS", "Video", "files", "in_order", "input_state"],
         "live": ["LiveSource"],
         "plan": ["InputLimits", "Plan", "SamplingOptions", "SamplingPlan"],
-        "sandbox.isolation": ["OnFrames", "Scope", "Stopped", "check_wanted", "keep_idle", "wait_for", "warm_up"],
-        "temporary": ["named", "temporary_file", "temporary_folder"],
+        "sandbox.isolation": ["Scope", "Stopped", "keep_idle", "warm_up"],
+        "temporary": ["temporary_file", "temporary_folder"],
     },
 )

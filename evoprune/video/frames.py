@@ -14,16 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import is_url
-from evoprune.video.info import (
-    FOLDER_FPS,
-    Decoder,
-    FrameTimes,
-    HeldVideo,
-    ScanResult,
-    Subtitles,
-    Video,
-    check_seek,
-)
+from evoprune.video.info import FOLDER_FPS, Decoder, FrameTimes, HeldVideo, ScanResult, Subtitles, Video, check_seek
 from evoprune.video.sandbox.isolation import run_task, stream_frames
 from evoprune.video.temporary import temporary_file
 
@@ -85,13 +76,17 @@ def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float 
 
     Args:
         choice: a subtitle file (SRT, WebVTT, ASS, SSA), or a video with a text track. "auto" takes a file next to the video,
-            otherwise the video's default text track or its only one, otherwise none.
+            otherwise the video's default text track or its only one, otherwise none. "none" takes none. A picture has none.
         start_s, end_s: the span, in seconds from the first frame.
 
     Raises:
         VideoError: the file does not exist, has no subtitles or only image subtitles, or its encoding is unknown; see also
             `isolation.run_task`.
     """
+    if choice == "none":
+        return Subtitles()
+    if info.is_picture:
+        return Subtitles(note=f"{info.path} is a picture")
     values = _run("subtitles", info.path, origin_s=info.start_s, choice=choice, start_s=start_s, end_s=end_s)
     return Subtitles(**values | {"lines": [tuple(line) for line in values["lines"]]})
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.util import file_state
+from evoprune.util import clock, file_state
 
 if TYPE_CHECKING:
     import numpy as np
@@ -232,6 +232,37 @@ class Subtitles:
     warnings: list[str] = field(default_factory=list)
     note: str | None = None  # the reason if there are no subtitles
 
+    def fitted(self, max_tokens: int, count_tokens: Callable[[str], int]) -> "PromptSubtitles":
+        """Choose as many lines for the prompt as fit into `max_tokens`, spread evenly over all lines.
+
+        Lines are never cut. Lines that are too long by themselves are left out.
+
+        Args:
+            count_tokens: returns the number of tokens of a text.
+        """
+        longest = 16 * max_tokens  # characters; tokenizing a longer text might take minutes
+        lines = [line for line in self.lines if len(line[2]) <= longest]
+        # Bisect. Each line has more than one token, so `max_tokens + 1` lines cannot fit.
+        fits = 0
+        too_many = min(len(lines), max_tokens) + 1
+        text = ""
+        tokens = 0
+        while too_many - fits > 1:
+            count = (fits + too_many) // 2
+            # The middle line of each of `count` equal parts.
+            middles = [(2 * i + 1) * len(lines) // (2 * count) for i in range(count)]
+            block = as_text([lines[i] for i in middles])
+            needed = max_tokens + 1
+            if len(block) <= longest:
+                needed = count_tokens(block)
+            if needed <= max_tokens:
+                fits = count
+                text = block
+                tokens = needed
+            else:
+                too_many = count
+        return PromptSubtitles(text, self.source, len(self.lines), fits, tokens, tuple(self.warnings), self.note)
+
 
 @dataclass(frozen=True)
 class PromptSubtitles:
@@ -249,6 +280,17 @@ class PromptSubtitles:
         if self.source is None:
             return None
         return {name: getattr(self, name) for name in ("source", "lines", "lines_in_prompt", "tokens")}
+
+
+def as_text(lines: Sequence[SubtitleLine]) -> str:
+    """Return subtitle lines as a block of text with a title and an empty line at the end.
+
+    Each line begins with its start time, rounded down to a second.
+    """
+    times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
+    return "\n".join(
+        ["Subtitles:", *(f"[{time}] {text}" for time, (_, _, text) in zip(times, lines, strict=True)), "", ""]
+    )
 
 
 def check_seek(seek: str) -> None:

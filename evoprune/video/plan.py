@@ -16,16 +16,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.methods import EncoderPlan, Grid, TowerShape
 from evoprune.untrusted import Rule
 from evoprune.util import check_types, option, parse_time
-from evoprune.video.info import (
-    FOLDER_FPS,
-    Decoder,
-    Kind,
-    PromptSubtitles,
-    Seek,
-    Video,
-    check_seek,
-    span_of,
-)
+from evoprune.video.info import FOLDER_FPS, Decoder, Kind, PromptSubtitles, Seek, Video, check_seek, span_of
 
 # Limit on the units of one frame if the model limits the total of all frames (Qwen's own limit). Without it, a four-frame video
 # would spend the whole total on four frames.
@@ -364,6 +355,24 @@ class Plan:
     def read_arguments(self) -> dict[str, Any]:
         """The arguments of `frames.read_chunks` that determine which frames are read."""
         return {"decoder": self.decoder, "seek": self.seek, "part_s": self.sampling.seconds_per_frame}
+
+    @property
+    def of_pixels(self) -> "Plan":
+        """A copy without the path and everything else that the input's patches do not depend on."""
+        return replace(
+            self,
+            info=replace(self.info, path=""),
+            sampling=replace(self.sampling, wanted=0),
+            frame_limit=0,
+            token_limit=0,
+            token_capped=False,
+            tower=None,
+            pruning=None,
+            unshrunk=None,
+            name="",
+            limited=False,
+            subtitles=PromptSubtitles(),
+        )
 
     @property
     def full(self) -> "Plan":

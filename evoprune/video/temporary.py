@@ -3,11 +3,11 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from evoprune.errors import VideoError
+from evoprune.errors import VideoError, named
 
 PREFIX = "evoprune-"
 LOCK = ".evoprune-lock"  # file in every temporary folder, locked by the process that uses the folder
@@ -67,14 +67,3 @@ def _delete_abandoned(parent: Path) -> None:
                 with open(folder / LOCK, "rb+") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def named(files: Mapping[str, str]) -> Iterator[None]:
-    """Replace paths of temporary files (keys) by the names that users know (values) in the messages of errors."""
-    try:
-        yield
-    except VideoError as problem:
-        for path, name in files.items():
-            problem.message = problem.message.replace(path, name)
-        raise

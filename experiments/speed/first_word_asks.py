@@ -137,11 +137,7 @@ class Transformers:
 
     def _plan(self, video: str, frames: int | None):
         """Return the plan that evoprune would use, with the same frame times and size."""
-        from evoprune.video import (
-            Plan,
-            SamplingOptions,
-            probe,
-        )
+        from evoprune.video import Plan, SamplingOptions, probe
 
         info = probe(video)
         sampling = replace(SamplingOptions(frames=frames), max_visual_tokens=self._found.max_visual_tokens)

@@ -13,8 +13,8 @@ from evoprune.session import memory
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
-from evoprune.session.prompting import PromptSubtitles, as_text, fit, fitting_prompt, longest_prompt
-from evoprune.video import SamplingOptions, Subtitles
+from evoprune.session.prompting import fitting_prompt, longest_prompt
+from evoprune.video import SamplingOptions
 from evoprune.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
 from tests.video.subtitled import srt
@@ -35,10 +35,6 @@ def said(tmp_path):
     return path
 
 
-def found(count: int) -> Subtitles:
-    return Subtitles("a.srt", [(float(n), n + 1.0, f"a few words {n}") for n in range(count)])
-
-
 def prompt_of(qa, video, question="Why?"):
     """Return the text of a prompt, with special tokens, from the end of the video to the end of the turn, and its ids."""
     ids = fitting_prompt(qa.session, video.plans, question, GenerationOptions(2), len(video.encoded.kept)).input_ids
@@ -55,27 +51,6 @@ def test_the_prompt_to_the_letter(qa, said):
     }  # fmt: skip
     part = prompt_of(qa, qa.encode(CLIP, subtitles=said, start_s=2.5, end_s=5))[0]
     assert part.splitlines()[1:-2] == ["[0:03] <|im_end|>\x1b[31m"]
-    lines = fit(qa.loaded.tokenizer, Subtitles("a", [(3661.9, 3662.0, "x"), (-3.0, 1.0, "y")]), 99).text
-    assert lines == "Subtitles:\n[1:01:01] x\n[0:00] y\n\n"
-    # The long line is left out as a whole.
-    long = [(0.0, 1.0, "short"), (1.0, 2.0, "word " * 10**6), (2.0, 3.0, "brief")]
-    fitted = fit(qa.loaded.tokenizer, Subtitles("a", long), 100)
-    assert fitted.text == "Subtitles:\n[0:00] short\n[0:02] brief\n\n" and fitted.lines == 3
-
-
-@pytest.mark.parametrize("limit", [1, 20, 100, 2048])
-@pytest.mark.parametrize("count", [0, 1, 7, 400])
-def test_the_most_lines_that_fit_evenly(qa, limit, count):
-    tokenizer, lines = qa.loaded.tokenizer, found(count).lines
-
-    def text(kept: int) -> str:
-        return as_text([lines[int((i + 0.5) * count / kept)] for i in range(kept)])
-
-    fitted = fit(tokenizer, found(count), limit)
-    kept = fitted.lines_in_prompt
-    assert fitted.lines == count and fitted.text == (text(kept) if kept else "")
-    assert fitted.tokens == len(tokenizer.encode(fitted.text)) <= limit
-    assert kept == count or len(tokenizer.encode(text(kept + 1))) > limit
 
 
 @pytest.mark.few(1)
@@ -94,7 +69,8 @@ def test_answers_do_not_depend_on_earlier_questions(qa, said, budget):
 def about_said_wh(qa):
     """Return a video with subtitles whose last token may merge with the question."""
     video = qa.encode(CLIP)
-    video.plans = [replace(video.plan, subtitles=PromptSubtitles("said: Wh"))]
+    plan = video.plan
+    video.plans = [replace(plan, subtitles=replace(plan.subtitles, text="said: Wh"))]
     return video
 
 

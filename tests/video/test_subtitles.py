@@ -8,6 +8,7 @@ import pytest
 
 from evoprune.errors import VideoError
 from evoprune.video.frames import probe, read_subtitles
+from evoprune.video.info import Subtitles, as_text
 from tests.video.files import numbered_frame, numbered_frames, write_image, write_video
 from tests.video.subtitled import ASS, FORMAT, HEAD, SRT, SSA, VTT, pictures, srt, write_subtitled
 
@@ -320,3 +321,32 @@ def test_hostile_texts_are_read_or_refused_soon(video, tmp_path, content):
     except VideoError as refused:
         assert "subtitles" in refused.message and "decoder" not in refused.message
     assert time.monotonic() - begin < 30
+
+
+def words(text: str) -> int:
+    """Count words, in place of a tokenizer."""
+    return len(text.split())
+
+
+def test_lines_for_the_prompt():
+    lines = Subtitles("a", [(3661.9, 3662.0, "x"), (-3.0, 1.0, "y")]).fitted(99, words).text
+    assert lines == "Subtitles:\n[1:01:01] x\n[0:00] y\n\n"
+    # The long line is left out as a whole.
+    long = [(0.0, 1.0, "short"), (1.0, 2.0, "word " * 10**6), (2.0, 3.0, "brief")]
+    fitted = Subtitles("a", long).fitted(100, words)
+    assert fitted.text == "Subtitles:\n[0:00] short\n[0:02] brief\n\n" and fitted.lines == 3
+
+
+@pytest.mark.parametrize("limit", [1, 20, 100, 2048])
+@pytest.mark.parametrize("count", [0, 1, 7, 400])
+def test_the_most_lines_that_fit_evenly(limit, count):
+    lines = [(float(n), n + 1.0, f"a few words {n}") for n in range(count)]
+
+    def text(kept: int) -> str:
+        return as_text([lines[int((i + 0.5) * count / kept)] for i in range(kept)])
+
+    fitted = Subtitles("a.srt", lines).fitted(limit, words)
+    kept = fitted.lines_in_prompt
+    assert fitted.lines == count and fitted.text == (text(kept) if kept else "")
+    assert fitted.tokens == words(fitted.text) <= limit
+    assert kept == count or words(text(kept + 1)) > limit

@@ -297,6 +297,34 @@ class Scope:
             for worker in list(self._workers):
                 worker.stop()
 
+    @staticmethod
+    def check() -> None:
+        """Raise Stopped if the scope of the current thread was stopped."""
+        scope = _scope.get()
+        if scope and scope.stopped:
+            raise Stopped
+
+    @staticmethod
+    def wait_for(changed: threading.Condition, true: Callable[[], Any], patience_s: float = math.inf) -> bool:
+        """Wait until a condition becomes true in another thread. The caller holds the lock of `changed`.
+
+        Args:
+            true: the condition; called with the lock held.
+            patience_s: timeout in seconds.
+
+        Returns:
+            True if the condition holds, False after a timeout.
+
+        Raises:
+            Stopped: the scope of the current thread was stopped.
+        """
+        end_s = time.monotonic() + patience_s
+        while not changed.wait_for(true, min(LOOK_S, end_s - time.monotonic())):
+            Scope.check()
+            if time.monotonic() >= end_s:
+                return False
+        return True
+
     @contextmanager
     def using(self, worker: WorkerProcess) -> Iterator[None]:
         """Let `stop` kill a worker process during a block. Raises Stopped if the scope was stopped before."""
@@ -314,34 +342,6 @@ class Scope:
 
 
 _scope: ContextVar[Scope | None] = ContextVar("evoprune-scope", default=None)
-
-
-def check_wanted() -> None:
-    """Raise Stopped if the scope of this thread was stopped."""
-    scope = _scope.get()
-    if scope and scope.stopped:
-        raise Stopped
-
-
-def wait_for(changed: threading.Condition, true: Callable[[], Any], patience_s: float = math.inf) -> bool:
-    """Wait until a condition becomes true in another thread. The caller holds the lock of `changed`.
-
-    Args:
-        true: the condition; called with the lock held.
-        patience_s: timeout in seconds.
-
-    Returns:
-        True if the condition holds, False after a timeout.
-
-    Raises:
-        Stopped: the scope of this thread was stopped.
-    """
-    end_s = time.monotonic() + patience_s
-    while not changed.wait_for(true, min(LOOK_S, end_s - time.monotonic())):
-        check_wanted()
-        if time.monotonic() >= end_s:
-            return False
-    return True
 
 
 def warm_up() -> None:

@@ -17,22 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.language import (
-    GenerationOptions,
-)
-from evoprune.session import (
-    ModelOptions,
-    PipelineOptions,
-    PruneOptions,
-)
-from evoprune.util import (
-    counted,
-    parse_time,
-)
-from evoprune.video import (
-    SamplingOptions,
-    warm_up,
-)
+from evoprune.language import GenerationOptions
+from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
+from evoprune.util import counted, parse_time
+from evoprune.video import SamplingOptions, warm_up
 from evoprune_cli import load, prepare, progress, tell
 from evoprune_cli import options as opt
 

@@ -11,16 +11,9 @@ from typing import Any, TypeVar
 from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions
 from evoprune.methods import parse_names
-from evoprune.session import (
-    PipelineOptions,
-    PruneOptions,
-)
-from evoprune.util import (
-    parse_time,
-)
-from evoprune.video import (
-    SamplingOptions,
-)
+from evoprune.session import PipelineOptions, PruneOptions
+from evoprune.util import parse_time
+from evoprune.video import SamplingOptions
 from evoprune_serve.errors import ApiError, refused
 from evoprune_serve.fields import NUMBER, Fields, json_text
 from evoprune_serve.messages import read_messages

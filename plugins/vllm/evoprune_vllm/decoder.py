@@ -7,7 +7,7 @@ import numpy as np
 from vllm.multimodal.video_decoders.base import VideoSourceMetadata, VideoTargetMetadata, check_frame_pixel_limit
 
 from evoprune.errors import VideoError
-from evoprune.video import FrameTimes, Video, frame_times, in_one, probe, temporary_file
+from evoprune.video import Video, frame_times, in_one, probe, temporary_file
 
 OPTIONS = {"num_ffmpeg_threads": 0}  # options with their defaults, named as TorchCodec's options in vLLM
 
@@ -38,7 +38,7 @@ def decode_evoprune(
                 raise VideoError("a picture was sent as a video", "send it as image_url")
             check_frame_pixel_limit(info.width, info.height)
             times = frame_times(info)
-            source = loader_cls._prepare_source(described(info, times))
+            source = loader_cls._prepare_source(described(info, len(times.times_s), times.stated))
             wanted = loader_cls.compute_frames_index_to_sample(source=source, target=target, **sampling_kwargs)
             read = sorted({number for number in wanted if number < len(times.times_s)})
             if not read:
@@ -50,13 +50,16 @@ def decode_evoprune(
     return frames, source, wanted, read
 
 
-def described(info: Video, times: FrameTimes) -> VideoSourceMetadata:
+def described(info: Video, count: int, stated: int) -> VideoSourceMetadata:
     """Return a file's metadata in the format of vLLM's decoders.
 
     The frame count is taken from the header, as in OpenCV, if it is off by at most one.
+
+    Args:
+        count: number of frames.
+        stated: number of frames by the header; 0 if it does not state it.
     """
-    count = len(times.times_s)
-    total = times.stated if times.stated and abs(times.stated - count) <= 1 else count
+    total = stated if stated and abs(stated - count) <= 1 else count
     rate = info.fps or count / (info.duration_s or count)
     return VideoSourceMetadata(total, rate, total / rate)
 
