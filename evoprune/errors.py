@@ -212,6 +212,15 @@ def named(files: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
+def not_a_number_error(stage: str) -> ModelError:
+    """Return the error to raise if the output of `stage` has NaN or infinity."""
+    return ModelError(
+        f"NaN or infinity among the numbers of {stage}",
+        "fp16 can overflow: take dtype bf16 or fp32; if it stays, the weights are damaged: get them again",
+        stage=stage,
+    )
+
+
 def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:
     """Return the error to raise if the system refuses to start or serve a process. `what` is the action that failed."""
     message = f"cannot {what}: {problem.strerror}"

@@ -20,7 +20,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "video": 37,
     "bench": 26,
     "language": 18,
-    "model": 27,
+    "model": 21,
     "batch": 33,
     "vision": 21,
     "hf": 16,

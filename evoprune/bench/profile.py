@@ -67,7 +67,6 @@ from evoprune.model import (
     Model,
     QwenVL,
     matmul_rate,
-    shared,
     shortage,
 )
 from evoprune.session import (
@@ -227,7 +226,7 @@ def quantized_models(
     # On devices without packing, layers may have been joined, which stays so.
     ours = loaded.model
     if can_pack(next(ours.parameters())):
-        ours = shared(ours)
+        ours = ours.shared()
     notes = []
     missing = {}
     tower = sum(weight.nbytes for weight in ours.model.visual.parameters())
@@ -252,7 +251,7 @@ def quantized_models(
             missing[name] = f"not run: beside the other weights, {name} {short}"
             continue
         start = Device(loaded.model.device).now()
-        model = shared(loaded.model)
+        model = loaded.model.shared()
         title = f"quantizing to {name}"
         quantize(model, name, calibrate, lambda done, total, title=title: progress(f"{title}: {done} of {total}"))
         models[name] = replace(loaded, model=model, quantize=name, weights_bytes=weights_bytes(model))

@@ -10,10 +10,10 @@ from math import isfinite
 import torch
 
 from evoprune.backend import to_device
+from evoprune.errors import not_a_number_error
 from evoprune.language.generate import PrefillState, TokenLogprobs
 from evoprune.language.prompt import Tokenizer
 from evoprune.language.settings import GenerationOptions
-from evoprune.model import not_a_number_error
 
 
 @dataclass(frozen=True)

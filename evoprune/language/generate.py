@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from evoprune.backend import begin_pass, to_device
-from evoprune.errors import EvopruneError, ModelError, call
+from evoprune.errors import EvopruneError, ModelError, call, not_a_number_error
 from evoprune.language import decoder, hosted, static
 from evoprune.language.decoder import KVCache
 from evoprune.language.hosted import HostedCache
@@ -15,7 +15,7 @@ from evoprune.language.pruned import PrunedPrompt
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import StaticCache, best_of
 from evoprune.methods import Dropping, MethodChain, arange_on
-from evoprune.model import ANSWER_COLUMNS, HostedVL, not_a_number_error
+from evoprune.model import ANSWER_COLUMNS, HostedVL
 from evoprune.util import generator_seed
 from evoprune.vision import Encoded
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     )
     from evoprune.model.cost import Clock, Cost, matmul_rate, shortage
     from evoprune.model.heads import heads_of, norm, rotate
-    from evoprune.model.numerics import all_finite, not_a_number_error, without_autocast
-    from evoprune.model.weights import HostedVL, Model, QwenVL, Tower, Tree, empty, fill_random, name_in_memory, shared
+    from evoprune.model.numerics import all_finite, without_autocast
+    from evoprune.model.weights import HostedVL, Model, QwenVL, Tower
 
 __all__ = [
     "ANSWER_COLUMNS",
@@ -35,20 +35,14 @@ __all__ = [
     "Model",
     "QwenVL",
     "Tower",
-    "Tree",
     "Unsupported",
     "VisionConfig",
     "all_finite",
-    "empty",
-    "fill_random",
     "head_size",
     "heads_of",
     "matmul_rate",
-    "name_in_memory",
     "norm",
-    "not_a_number_error",
     "rotate",
-    "shared",
     "shortage",
     "without_autocast",
 ]
@@ -68,17 +62,7 @@ __getattr__, __dir__ = door(
         ],
         "cost": ["Clock", "Cost", "matmul_rate", "shortage"],
         "heads": ["heads_of", "norm", "rotate"],
-        "numerics": ["all_finite", "not_a_number_error", "without_autocast"],
-        "weights": [
-            "HostedVL",
-            "Model",
-            "QwenVL",
-            "Tower",
-            "Tree",
-            "empty",
-            "fill_random",
-            "name_in_memory",
-            "shared",
-        ],
+        "numerics": ["all_finite", "without_autocast"],
+        "weights": ["HostedVL", "Model", "QwenVL", "Tower"],
     },
 )

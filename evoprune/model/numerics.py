@@ -1,4 +1,4 @@
-"""The dtype of matrix products, and checks for NaN and infinity, which make a stage raise an error.
+"""The dtype of matrix products, and a check for NaN and infinity.
 
 torch.autocast would compute float32 products in 16 bits. The layers of a user's own transformers model obey it, as they do without
 pruning. Methods, scores and evoprune's own models ignore it: methods compare in float32, and users choose the dtype.
@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from evoprune.backend import accelerator
-from evoprune.errors import ModelError
 
 
 def all_finite(x: torch.Tensor) -> torch.Tensor:
@@ -20,15 +19,6 @@ def all_finite(x: torch.Tensor) -> torch.Tensor:
     """
     low, high = x.aminmax()  # both NaN if any number is
     return low * 0 == high * 0
-
-
-def not_a_number_error(stage: str) -> ModelError:
-    """Return the error to raise if the output of `stage` has NaN or infinity."""
-    return ModelError(
-        f"NaN or infinity among the numbers of {stage}",
-        "fp16 can overflow: take dtype bf16 or fp32; if it stays, the weights are damaged: get them again",
-        stage=stage,
-    )
 
 
 @contextmanager

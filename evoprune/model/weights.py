@@ -5,6 +5,7 @@ was loaded with transformers. Models loaded by evoprune do not need transformers
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import nn
@@ -125,6 +126,10 @@ class Model(Tree):
     def device(self) -> torch.device:
         return self.model.language_model.embed_tokens.weight.device
 
+    def shared(self) -> Self:
+        """Return another tree on the same tensors. Its layers can be replaced without changing this one."""
+        raise NotImplementedError
+
 
 class QwenVL(Model):
     """A model in evoprune's own tree of weights."""
@@ -138,6 +143,18 @@ class QwenVL(Model):
         )
         self.config = config
         self.tie()
+
+    @classmethod
+    def empty(cls, config: Config) -> Self:
+        """Return a model on the meta device, which has names and shapes but no memory."""
+        with torch.device("meta"):
+            return cls(config).eval().requires_grad_(False)
+
+    def shared(self) -> Self:
+        copy = self.empty(self.config)
+        copy.load_state_dict(self.state_dict(), assign=True)
+        copy.tie()
+        return copy.requires_grad_(False)
 
     def tie(self) -> None:
         """Make input and output embeddings share one tensor if the config says so."""
@@ -155,50 +172,8 @@ class HostedVL(Model):
         super().__init__(model=Tree(visual=visual, language_model=language_model), lm_head=lm_head)
         self.config = config
 
-
-def empty(config: Config) -> QwenVL:
-    """Return a model on the meta device, which has names and shapes but no memory."""
-    with torch.device("meta"):
-        return QwenVL(config).eval().requires_grad_(False)
-
-
-def fill_random(model: nn.Module) -> None:
-    """Fill all weights: vectors with 1, biases with 0, everything else with seeded noise."""
-    like = next(model.parameters())
-    # A single block of noise is repeated. Its length is prime, so no two rows of a matrix are equal.
-    random = torch.Generator().manual_seed(0)
-    block = torch.randn(1_048_573, generator=random, dtype=torch.float32, device="cpu").mul_(0.02).to(like)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 1:
-                value = 0 if name.endswith("bias") else 1
-                weight.fill_(value)
-                continue
-            noise = block.roll(int(torch.randint(len(block), (), generator=random, dtype=torch.int64, device="cpu")))
-            for piece in weight.view(-1).split(len(noise)):
-                piece.copy_(noise[: len(piece)])
-
-
-def shared(model: Model) -> Model:
-    """Return another tree on the same tensors. Its layers can be replaced without changing the original."""
-    if isinstance(model, HostedVL):
-        parts = model.model.visual, model.model.language_model, model.lm_head
-        hosted = HostedVL(model.config, *(shared_copy(part, lambda module: None) for part in parts))
-        hosted.package = model.package
+    def shared(self) -> Self:
+        parts = self.model.visual, self.model.language_model, self.lm_head
+        hosted = type(self)(self.config, *(shared_copy(part, lambda module: None) for part in parts))
+        hosted.package = self.package
         return hosted
-    copy = empty(model.config)
-    copy.load_state_dict(model.state_dict(), assign=True)
-    copy.tie()
-    return copy.requires_grad_(False)
-
-
-def name_in_memory(name: str) -> str:
-    """Return the name in the tree for the name of a tensor in a checkpoint.
-
-    Published checkpoints use older names for the tower and the language model.
-    """
-    if name.startswith("visual."):
-        return "model." + name
-    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
-        return "model.language_model." + name.removeprefix("model.")
-    return name

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import Device, devices, snap, without_cudnn
-from evoprune.errors import UsageError
+from evoprune.errors import UsageError, not_a_number_error
 from evoprune.methods import (
     EncoderPlan,
     Selection,
@@ -36,7 +36,7 @@ from evoprune.methods import (
     arange_on,
     select,
 )
-from evoprune.model import PATCHES, Tower, VisionConfig, all_finite, not_a_number_error, without_autocast
+from evoprune.model import PATCHES, Tower, VisionConfig, all_finite, without_autocast
 from evoprune.vision.families import embed, merge_patches, tower_layers
 from evoprune.vision.hooks import Hook, looks
 from evoprune.vision.layout import bincount_fixed, cat, window_order

@@ -69,7 +69,7 @@ def _write_weights(folder: Path, config: Config, shards: int) -> None:
 
 
 def _published(name: str) -> str:
-    """Return the inverse of `model.weights.name_in_memory`."""
+    """Return the inverse of `name_in_memory` (session/loading/weights.py)."""
     return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
 
 

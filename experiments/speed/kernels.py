@@ -27,7 +27,7 @@ from evoprune.backend import (
     quantize,
 )
 from evoprune.errors import UsageError
-from evoprune.model import Config, QwenVL, Tree, matmul_rate, shared
+from evoprune.model import Config, QwenVL, matmul_rate
 from evoprune.session import ModelOptions, describe, random_model
 from experiments.tables import table
 from experiments.timing import medians
@@ -129,19 +129,27 @@ def call_layers(module: nn.Module) -> None:
         layer(torch.zeros(1, layer.in_features, dtype=DTYPE))
 
 
+def tree(**children: nn.Module) -> nn.Module:
+    """Return a module with these children."""
+    module = nn.Module()
+    for name, child in children.items():
+        module.add_module(name, child)
+    return module
+
+
 def conversions(model: QwenVL, sizes: Sizes) -> None:
     """Print how long packing and quantising take per layer and for the whole model. `model` has one decoder layer."""
     text = sizes.config.text_config
     vision = sizes.config.vision_config
     rows = []
     for kind in ("packed", "int8", "int4"):
-        fresh = shared(model)  # new layers sharing the same weights
+        fresh = model.shared()  # new layers sharing the same weights
         pieces = {
-            "a decoder layer": (text.num_hidden_layers, Tree(model=Tree(language_model=fresh.model.language_model))),
-            "the output layer": (1, Tree(lm_head=fresh.lm_head)),
+            "a decoder layer": (text.num_hidden_layers, tree(model=tree(language_model=fresh.model.language_model))),
+            "the output layer": (1, tree(lm_head=fresh.lm_head)),
         }
         if kind == "packed":
-            pieces["a tower layer"] = vision.depth, Tree(block=fresh.model.visual.blocks[0])
+            pieces["a tower layer"] = vision.depth, tree(block=fresh.model.visual.blocks[0])
         total = 0.0
         for name, (count, module) in pieces.items():
             module.dtype = DTYPE  # a whole model takes it from its norms

@@ -17,7 +17,7 @@ import torch
 
 from evoprune.backend.limits import ROOT, _groups, available_cores, host_memory
 from evoprune.bundled import DEMOS
-from evoprune.model import empty
+from evoprune.model import QwenVL
 from evoprune.session import BUNDLED_CONFIGS, ModelOptions, describe
 from tests.quantized import parameters
 from tests.video.files import write_video
@@ -183,7 +183,7 @@ def empty_checkpoint(folder: Path) -> None:
     for path in (config, *DEMOS["demo"].folder.glob("*token*.json"), DEMOS["demo"].folder / "chat_template.jinja"):
         shutil.copy(path, folder / ("config.json" if path == config else path.name))
     header, end = {}, 0
-    model = empty(describe(ModelOptions(name, load_format="dummy")).config)
+    model = QwenVL.empty(describe(ModelOptions(name, load_format="dummy")).config)
     for name, weight in model.to(torch.bfloat16).state_dict().items():
         if name != "lm_head.weight":  # tied
             header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [end, end + weight.nbytes]}

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evoprune.model.config import FAMILIES, QWEN3_5, QWEN3_5_MOE, Config, head_size
 from evoprune.model.cost import DELTA_CHUNK, Cost, _mlp_size
-from evoprune.model.weights import empty
+from evoprune.model.weights import QwenVL
 from evoprune.session import BUNDLED_CONFIGS
 from evoprune.session.loading.hosted import hugging_face_config
 from tests.tiny import tiny_config, tiny_model
@@ -28,7 +28,7 @@ def test_parameters_are_those_of_transformers(name):
     theirs.tie_weights()
     assert Cost(config).parameters == sum(weight.numel() for weight in theirs.parameters())
     if FAMILIES[config.vision_config.family].native:
-        assert Cost(config).parameters == sum(weight.numel() for weight in empty(config).parameters())
+        assert Cost(config).parameters == sum(weight.numel() for weight in QwenVL.empty(config).parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ from evoprune.backend import Device, saved_bytes
 from evoprune.errors import NO_MEMORY, USE_LESS, OutOfMemory, error_record, is_out_of_memory, memory_guard
 from evoprune.methods import TowerShape
 from evoprune.model.cost import ROW_COPIES, Cost
-from evoprune.model.weights import empty
+from evoprune.model.weights import QwenVL
 from evoprune.session import ModelOptions, describe, encoding, load_model, memory, open_inputs, weights_of
 from evoprune.session.loading.weights import needed_bytes
 from evoprune.util import size
@@ -89,7 +89,7 @@ def test_what_is_foretold_of_a_real_model():
     # The number of rows at a time is capped by the number of rows.
     assert Cost(config).working_memory(100, 10**9, 50, 2) == Cost(config).working_memory(100, 100, 50, 2)
     # The input embedding and the quantized layers; int4 includes the int8 ones.
-    whole = empty(config).to(torch.bfloat16)
+    whole = QwenVL.empty(config).to(torch.bfloat16)
     bits = sum(weight.nbytes for weight in whole.parameters())
     assert 4.0 * GIB < bits - saved_bytes(whole, "int8") < 4.2 * GIB
     assert 5.5 * GIB < bits - saved_bytes(whole, "int4") < 5.7 * GIB

@@ -219,12 +219,12 @@ def test_it_answers_in_fewer_bits(folder, loaded, quantize):
 def test_the_bundled_dimensions_are_those_of_transformers(name):
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from evoprune.model import empty
+    from evoprune.model import QwenVL
 
     config = describe(ModelOptions(name, load_format="dummy")).config
     with torch.device("meta"):
         theirs = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(BUNDLED_CONFIGS[name]))
-    ours = {key: value.shape for key, value in empty(config).state_dict().items()}
+    ours = {key: value.shape for key, value in QwenVL.empty(config).state_dict().items()}
     assert ours == {key: value.shape for key, value in theirs.state_dict().items()}
 
 

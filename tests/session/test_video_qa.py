@@ -21,7 +21,7 @@ from evoprune.backend import Device
 from evoprune.bench import TracedVideo, hugging_face_model
 from evoprune.errors import ModelError, UsageError, VideoError, error_record
 from evoprune.language import prompt_positions, video_positions
-from evoprune.model import FAMILIES, shared
+from evoprune.model import FAMILIES
 from evoprune.report import Report, warning_lines
 from evoprune.session.answers import Answer
 from evoprune.session.encoding import OpenInput, open_inputs
@@ -107,7 +107,7 @@ SIZES = [(101, 67), (997, 13), (3, 400), (1, 1), (27, 29), (140, 112)]
 @pytest.mark.parametrize("pack", [True, False])
 def test_full_budget_is_hugging_faces_generate(models, model, kinds, pack, tmp_path):
     loaded, folder = models(model)
-    ours, sizes = replace(loaded, model=shared(loaded.model)), iter(SIZES[pack::2])
+    ours, sizes = replace(loaded, model=loaded.model.shared()), iter(SIZES[pack::2])
     make_ready(ours.model, "none", pack=pack)
     paths = [
         picture(tmp_path / f"{i}.png", *next(sizes)) if kind == "p" else {"v": CLIP, "l": LONG}[kind]

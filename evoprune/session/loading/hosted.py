@@ -23,9 +23,17 @@ from evoprune.backend import (
     use_experts,
 )
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
-from evoprune.model import Config, HostedVL, fill_random, name_in_memory
+from evoprune.model import Config, HostedVL
 from evoprune.session.loading.description import ADAPTER
-from evoprune.session.loading.weights import BELONG, PACKAGES, PLAIN, stored_tensors, weight_files
+from evoprune.session.loading.weights import (
+    BELONG,
+    PACKAGES,
+    PLAIN,
+    fill_random,
+    name_in_memory,
+    stored_tensors,
+    weight_files,
+)
 from evoprune.untrusted import read_object
 from evoprune.util import counted, listed
 from evoprune.video import temporary_folder

@@ -35,9 +35,6 @@ from evoprune.model import (
     GenerationSettings,
     Model,
     QwenVL,
-    empty,
-    fill_random,
-    name_in_memory,
     shortage,
 )
 from evoprune.report import ModelFacts
@@ -48,6 +45,8 @@ from evoprune.session.loading.weights import (
     EMBEDDINGS,
     HEAD,
     ModelWeights,
+    fill_random,
+    name_in_memory,
     stored_tensors,
     weights_of,
 )
@@ -361,7 +360,7 @@ def load_weights(
     Raises:
         ModelError: If tensors are missing, have another shape, or are stored twice with different values.
     """
-    model = empty(config)
+    model = QwenVL.empty(config)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
     as_stored = []
     if quantize != "none":
@@ -410,7 +409,7 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
 
     Takes seconds at 3B.
     """
-    model = empty(config)
+    model = QwenVL.empty(config)
     for module in model.modules():  # `to_empty` would import torch's compiler, which takes two seconds
         for name, weight in [*module.named_parameters(recurse=False)]:
             values = torch.empty(weight.shape, dtype=dtype, device=device)

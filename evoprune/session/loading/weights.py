@@ -17,7 +17,7 @@ import torch
 from evoprune.backend import Device, are_mapped, are_widened, can_pack, kinds, pick_device, saved_bytes
 from evoprune.backend import check as check_quantize
 from evoprune.errors import ModelError, ModelWarning
-from evoprune.model import Config, Cost, empty, name_in_memory, shortage
+from evoprune.model import Config, Cost, QwenVL, shortage
 from evoprune.session.loading.description import ADAPTER, MERGE, ModelDescription, read_json, valid
 from evoprune.session.loading.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
 from evoprune.untrusted import Rule, check_fetched, section
@@ -175,7 +175,7 @@ class ModelWeights:
             return 0
         if not can_pack(torch.empty(1, dtype=dtype, device=self.device)):
             return 0
-        layers = [module for module in empty(self.config).to(dtype).modules() if type(module) is torch.nn.Linear]
+        layers = [module for module in QwenVL.empty(self.config).to(dtype).modules() if type(module) is torch.nn.Linear]
         return sum(layer.weight.nbytes for layer in layers)
 
     def _stays_mapped(self, dtype: str, quantize: str) -> bool:
@@ -303,6 +303,18 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
                 yield file, content, stored
 
 
+def name_in_memory(name: str) -> str:
+    """Return the name in the tree of a model (model/weights.py) for the name of a tensor in a checkpoint.
+
+    Published checkpoints use older names for the tower and the language model.
+    """
+    if name.startswith("visual."):
+        return "model." + name
+    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
+        return "model.language_model." + name.removeprefix("model.")
+    return name
+
+
 def separate_head(files: Iterable[Path]) -> bool:
     """Return True if the files have an output layer that differs from the embeddings.
 
@@ -324,7 +336,7 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
     Args:
         mapped: Whether the weights `stay_mapped`.
     """
-    model = empty(config).to(dtype)
+    model = QwenVL.empty(config).to(dtype)
     wide = sum(weight.nbytes for weight in model.parameters())
     if quantize != "none" and mapped:
         return wide - saved_bytes(model, quantize)
@@ -335,3 +347,20 @@ def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, qua
     """Return True if weights are used, or quantized, directly from their memory-mapped files."""
     stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(files[:1])}
     return bool(files) and are_mapped(device, stored, dtype, quantize)
+
+
+def fill_random(model: torch.nn.Module) -> None:
+    """Fill all weights: vectors with 1, biases with 0, everything else with seeded noise."""
+    like = next(model.parameters())
+    # A single block of noise is repeated. Its length is prime, so no two rows of a matrix are equal.
+    random = torch.Generator().manual_seed(0)
+    block = torch.randn(1_048_573, generator=random, dtype=torch.float32, device="cpu").mul_(0.02).to(like)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                value = 0 if name.endswith("bias") else 1
+                weight.fill_(value)
+                continue
+            noise = block.roll(int(torch.randint(len(block), (), generator=random, dtype=torch.int64, device="cpu")))
+            for piece in weight.view(-1).split(len(noise)):
+                piece.copy_(noise[: len(piece)])
