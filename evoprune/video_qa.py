@@ -36,12 +36,9 @@ from evoprune.session import (
     Session,
     Shape,
     StreamOptions,
-    check_fits,
-    check_streams,
     describe,
     inputs_of,
     load_model,
-    longest_prompt,
     no_tokenizer,
     open_inputs,
     paths_of,
@@ -260,7 +257,7 @@ class VideoQA(Uncopied):
                 plans = [plan for item in opened for plan in item.plans]
                 new = [item for item in opened if isinstance(item, OpenInputs)]
                 with new[0].planning() if new else nullcontext():
-                    longest_prompt(self.session, plans, [question], generation, held)
+                    self.session.longest_prompt(plans, [question], generation, held)
             encoded = [item if isinstance(item, EncodedInputs) else item.encode() for item in opened]
         asked = together(self.session, encoded)
         if asked not in opened:  # the caller has no reference to it, so it cannot be asked again
@@ -380,8 +377,8 @@ def load_qa(
     config = pruning.config()  # rejects bad settings before looking for a model
     if isinstance(model, ModelOptions):
         model = describe(model)
-    check_fits(config.method, model)
+    model.check_method(config.method)
     if streams:
-        check_streams(config.method, model)
+        model.check_streams(config.method)
     loaded = load_model(model, to_answer=True, progress=progress)
     return kind(Session(loaded, config, time.perf_counter() - start))

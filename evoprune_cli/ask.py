@@ -133,9 +133,7 @@ def ask(
             with progress(not quiet) as show:
                 qa = load(pipeline, show, quiet, model=model)
                 if history == opt.ON:
-                    from evoprune.session import check_conversation
-
-                    check_conversation(qa.session.pruning.method)
+                    qa.session.pruning.method.check_conversation()
                 encoded = encode(qa.session, show, ahead=ahead)
             ahead.close()
             encode_full = (lambda show: encode(qa.unpruned().session, show, full=True)) if compare else None
@@ -262,7 +260,7 @@ def _encode(
     ahead: "ReadAhead | None" = None,
 ) -> "EncodedInputs":
     """Encode the inputs at `paths`, after reporting on stderr which limits apply."""
-    from evoprune.session import Cache, longest_prompt, open_inputs
+    from evoprune.session import Cache, open_inputs
 
     show("reading")
     sampling = options.sampling
@@ -272,7 +270,7 @@ def _encode(
         plans = opened.plans
         if questions:
             with opened.planning():
-                longest_prompt(session, plans, questions, options.generation)
+                session.longest_prompt(plans, questions, options.generation)
         if not quiet and not full:
             for plan in plans:
                 _note_limits(plan.full, sampling)

@@ -125,9 +125,7 @@ def batch(
     span = pipeline.sampling.start_s, pipeline.sampling.end_s
     rows = _rows(videos or [], questions or [], source, quiet, span, recursive, is_table(output))
     if any(row.earlier for row in rows):
-        from evoprune.session import check_conversation
-
-        check_conversation(pipeline.pruning.config().method)
+        pipeline.pruning.config().method.check_conversation()
     if pipeline.generation.choices_from_rows:
         if source is None:
             raise UsageError(

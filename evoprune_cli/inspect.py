@@ -120,9 +120,9 @@ def inspect(
 def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool) -> Iterator[dict]:
     """Yield facts about versions, devices, decoders and caches, and about the model if one is named."""
     if clear_cache:
-        from evoprune.session import Cache, weights_folder
+        from evoprune.session import Cache
 
-        for cache in (Cache(), Cache().of_segments, weights_folder()):
+        for cache in (Cache(), Cache().of_segments, Cache().of_weights):
             try:
                 cache.clear()
             except OSError as problem:
@@ -133,13 +133,14 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
     if overlay is not None:
         raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
     model = options().model
-    from evoprune.session import describe, environment_facts, model_facts, weights_of
+    from evoprune.session import describe, weights_of
+    from evoprune_cli.inspection import environment_facts
 
     # Check the model first, so that a wrong name is reported without 50 lines before it.
     weights = weights_of(describe(model, local=True)) if model.model else None
     yield environment_facts(stdout())
     if weights is not None:
-        yield {"model": model_facts(weights)}
+        yield {"model": weights.facts()}
 
 
 def _about_video(
@@ -176,14 +177,15 @@ def _about_video(
                 count = partial(_show_frames, show, frames)
                 count(0)
                 yield {"scan": asdict(scan_video(path, folder_fps=rate, on_frames=count))}
-        from evoprune.session import describe, memory_facts, model_facts, plan_facts, plan_input, weights_of
+        from evoprune.session import describe, plan_input, weights_of
+        from evoprune_cli.inspection import plan_facts
 
         model = describe(pipeline.model, local=True)
         weights = weights_of(model)
-        yield {"model": model_facts(weights)}
+        yield {"model": weights.facts()}
         plan = plan_input(model, info, pipeline.sampling, pipeline.pruning)
         yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
-        yield {"memory": memory_facts(weights, plan)}
+        yield {"memory": weights.memory_facts(plan)}
         if overlay is not None:
             yield {"overlay": _draw_overlay(overlay, ending, path, video, pipeline)}
 

@@ -15,7 +15,7 @@ ROOMS = {
 }
 MOST_NAMES = {  # on each door; may only be lowered
     "backend": 74,
-    "session": 67,
+    "session": 52,
     "methods": 45,
     "video": 37,
     "bench": 26,

@@ -48,7 +48,6 @@ from evoprune.session import (
     PruneOptions,
     ReadAhead,
     Session,
-    check_fits,
     describe,
     in_flight,
     load_model,
@@ -169,7 +168,7 @@ class Evaluation:
         """
         model = model or describe(self.settings.model)
         for name in {variant.method for variant in self.variants}:
-            check_fits(methods.parse(name), model)
+            model.check_method(methods.parse(name))
         self.loaded = load_model(model, progress=progress)
         if self.folder:
             self.folder.check_model(model.state)

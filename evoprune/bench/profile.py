@@ -76,7 +76,6 @@ from evoprune.session import (
     ModelDescription,
     ModelOptions,
     calibrate,
-    check_fits,
     describe,
     load_model,
     weights_of,
@@ -120,7 +119,7 @@ class Profile:
         self.limit = TimeLimit(settings.time_limit_s, begun=begun)
         self.model = describe(replace(model, load_format=load_format or default_load_format(model.model)))
         for method in methods:
-            check_fits(method, self.model)
+            self.model.check_method(method)
         unit = self.model.limits["video"].unit
         self.cases = list(cases)
         if not exact:

@@ -47,7 +47,6 @@ from evoprune.session import (
     PruneOptions,
     ReadAhead,
     Session,
-    check_fits,
     describe,
     idle_cores,
     in_flight,
@@ -611,7 +610,7 @@ class Tuning(Run):
         """
         self.model = model = model or describe(self.settings.model)
         for candidate in self.known:
-            check_fits(methods.parse(candidate.method), model)
+            model.check_method(methods.parse(candidate.method))
         if self._quantizes:
             with suppress(OutOfMemory):  # otherwise the full answers come from the quantized weights
                 exact = replace(model.options, quantize="none", store_quantized=False)

@@ -48,10 +48,6 @@ from evoprune.session import (
     OpenInput,
     Session,
     StreamOptions,
-    check_context,
-    check_memory,
-    check_streams,
-    check_texts,
     inputs_report,
     plan_input,
 )
@@ -196,7 +192,7 @@ class VideoStream(Askable):
     ):
         super().__init__(session)
         self._lock = PriorityLock()
-        check_streams(session.pruning.method, session.loaded.description)
+        session.loaded.description.check_streams(session.pruning.method)
         self._options = options
         self._sampling = sampling
         self._system = system
@@ -580,13 +576,13 @@ class VideoStream(Askable):
         with clock.stage("prefill"):
             unread = self._unread
             self._read_waiting(after=unread)
-            check_texts(loaded, question, earlier=earlier or ())
+            loaded.check_texts(question, earlier=earlier or ())
             before, ids = self._around(question, options.thinking, earlier or ())
             seen = self._seen(unread)
             memory = self._memory
             text = memory.columns + sum(len(window.prompt) for window in unread) - seen.tokens + len(ids)
-            check_context(loaded, text, seen.tokens, options.max_new_tokens)
-            check_memory(self._session, text, seen.tokens)
+            loaded.check_context(text, seen.tokens, options.max_new_tokens)
+            self._session.check_memory(text, seen.tokens)
             report.tokens = TokenCounts(text, seen.tokens, text + seen.tokens, 0)
             report.stream = asdict(seen)
             following = memory.look(*unread) if unread else memory.following
@@ -600,12 +596,12 @@ class VideoStream(Askable):
 
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
         """Check the prompt against the largest size of the memory, because it may fill up before the question is read."""
-        check_texts(self._session.loaded, question, earlier=earlier)
+        self._session.loaded.check_texts(question, earlier=earlier)
         _, ids = self._around(question, options.thinking, earlier)
         with self._lock:
             self._check_open()
             columns = self._memory.most_columns if self._memory else 0
-        check_context(self._session.loaded, len(ids), columns, options.max_new_tokens)
+        self._session.loaded.check_context(len(ids), columns, options.max_new_tokens)
 
     def _ended(self, turn: int) -> None:
         release_omp_threads()  # the encoder computes in another thread

@@ -148,6 +148,16 @@ class MethodChain:
             alternative = "take a method that ranks tokens, such as visionzip, with auto:inflection"
             raise UsageError(problem, f"give a share such as 0.25, or {alternative}")
 
+    def check_conversation(self) -> None:
+        """Check that conversations are possible.
+
+        Raises:
+            UsageError: If a method prunes for a single question.
+        """
+        if self.reads_question:
+            hint = "ask single questions, or take a method that does not: --method (method) evoprune"
+            raise UsageError(f"{self.name} prunes for one question, so there is no conversation", hint)
+
     def plan(self, tower: TowerShape, grid: Grid, keep: int, inflection: bool = False) -> EncoderPlan:
         """Return the encoder's plan for one video of `grid` that leaves `keep` tokens (K) for the language model.
 

@@ -35,7 +35,6 @@ from evoprune.session import (
     OpenInput,
     SegmentCache,
     Session,
-    longest_prompt,
     plan_input,
 )
 from evoprune.util import brief, check_question
@@ -469,7 +468,7 @@ class Search:
         segments = cut(start_s, end_s, self._fps, height * width, total_tokens, self._options.segment_s)
         plan = self._plan(segments[0])
         texts = [text for questions in self._questions.values() for text, _ in questions]
-        longest_prompt(self._session, [plan], texts, ONE_TOKEN)
+        self._session.longest_prompt([plan], texts, ONE_TOKEN)
         return segments, len(segments) * plan.units
 
     def _plan(self, segment: Segment, seek: str = "auto") -> Plan:

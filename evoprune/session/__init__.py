@@ -15,28 +15,18 @@ if TYPE_CHECKING:
     from evoprune.session.cache import Cache, ContentHash, SegmentCache
     from evoprune.session.encoded import EncodedInput
     from evoprune.session.encoding import OpenInput, OpenInputs, Progress, inputs_of, open_inputs, paths_of
-    from evoprune.session.inspection import environment_facts, memory_facts, model_facts, plan_facts
     from evoprune.session.loading.description import ModelDescription, describe, local_folder
     from evoprune.session.loading.hosted import meta_model, read_whole, with_frequencies
     from evoprune.session.loading.hub import BUNDLED_CONFIGS, SMALL_FILES
     from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer, random_model, use_threads
-    from evoprune.session.loading.stored import calibrate, calibrate_tower, weights_folder
+    from evoprune.session.loading.stored import calibrate, calibrate_tower
     from evoprune.session.loading.weights import DTYPES, weights_of
-    from evoprune.session.memory import TEXT, check_memory
     from evoprune.session.options import FindOptions, ModelOptions, PipelineOptions, PruneOptions, StreamOptions
     from evoprune.session.planning import plan_input
-    from evoprune.session.prompting import (
-        check_context,
-        check_texts,
-        fitting_prompt,
-        longest_prompt,
-        positions_of,
-        prompt_about,
-        with_subtitles,
-    )
+    from evoprune.session.prompting import prompt_about, with_subtitles
     from evoprune.session.reading import chunk_bytes, probed
     from evoprune.session.report import inputs_report, pruning_facts
-    from evoprune.session.session import Session, check_conversation, check_fits, check_streams
+    from evoprune.session.session import Session
     from evoprune.session.upcoming import idle_cores, in_flight
 
 __all__ = [
@@ -44,7 +34,6 @@ __all__ = [
     "DTYPES",
     "FIRST",
     "SMALL_FILES",
-    "TEXT",
     "Answer",
     "Askable",
     "Asked",
@@ -69,32 +58,19 @@ __all__ = [
     "StreamOptions",
     "calibrate",
     "calibrate_tower",
-    "check_context",
-    "check_conversation",
-    "check_fits",
-    "check_memory",
-    "check_streams",
-    "check_texts",
     "chunk_bytes",
     "describe",
-    "environment_facts",
-    "fitting_prompt",
     "idle_cores",
     "in_flight",
     "inputs_of",
     "inputs_report",
     "load_model",
     "local_folder",
-    "longest_prompt",
-    "memory_facts",
     "meta_model",
-    "model_facts",
     "no_tokenizer",
     "open_inputs",
     "paths_of",
-    "plan_facts",
     "plan_input",
-    "positions_of",
     "probed",
     "prompt_about",
     "pruning_facts",
@@ -103,7 +79,6 @@ __all__ = [
     "read_whole",
     "together",
     "use_threads",
-    "weights_folder",
     "weights_of",
     "with_frequencies",
     "with_subtitles",
@@ -118,28 +93,18 @@ __getattr__, __dir__ = door(
         "cache": ["Cache", "ContentHash", "SegmentCache"],
         "encoded": ["EncodedInput"],
         "encoding": ["OpenInput", "OpenInputs", "Progress", "inputs_of", "open_inputs", "paths_of"],
-        "inspection": ["environment_facts", "memory_facts", "model_facts", "plan_facts"],
         "loading.description": ["ModelDescription", "describe", "local_folder"],
         "loading.hosted": ["meta_model", "read_whole", "with_frequencies"],
         "loading.hub": ["BUNDLED_CONFIGS", "SMALL_FILES"],
         "loading.model": ["LoadedModel", "load_model", "no_tokenizer", "random_model", "use_threads"],
-        "loading.stored": ["calibrate", "calibrate_tower", "weights_folder"],
+        "loading.stored": ["calibrate", "calibrate_tower"],
         "loading.weights": ["DTYPES", "weights_of"],
-        "memory": ["TEXT", "check_memory"],
         "options": ["FindOptions", "ModelOptions", "PipelineOptions", "PruneOptions", "StreamOptions"],
         "planning": ["plan_input"],
-        "prompting": [
-            "check_context",
-            "check_texts",
-            "fitting_prompt",
-            "longest_prompt",
-            "positions_of",
-            "prompt_about",
-            "with_subtitles",
-        ],
+        "prompting": ["prompt_about", "with_subtitles"],
         "reading": ["chunk_bytes", "probed"],
         "report": ["inputs_report", "pruning_facts"],
-        "session": ["Session", "check_conversation", "check_fits", "check_streams"],
+        "session": ["Session"],
         "upcoming": ["idle_cores", "in_flight"],
     },
 )

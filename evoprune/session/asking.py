@@ -16,13 +16,13 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.language import AnswerStream, GenerationOptions, PrefillState, PrefixCache, Prompt, Turn, prune_prompt
-from evoprune.model import Clock
+from evoprune.model import Clock, Cost
 from evoprune.report import ABOUT_SOUND, OF_INPUTS, Report, TokenCounts
 from evoprune.session.answers import Answer, Chat, Shape
 from evoprune.session.encoded import EncodedInput
-from evoprune.session.prompting import fitting_prompt, positions_of
+from evoprune.session.memory import TEXT
 from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
-from evoprune.session.session import Session, check_conversation
+from evoprune.session.session import Session
 from evoprune.signatures import takes
 from evoprune.util import Uncopied, check_question, check_type, counted, from_keywords
 from evoprune.video import Plan
@@ -137,7 +137,7 @@ class Askable(ABC, Uncopied):
         Raises:
             UsageError: If messages have another form, or the method reads the question.
         """
-        check_conversation(self._session.pruning.method)
+        self._session.pruning.method.check_conversation()
         return Chat(self, check_type("system", system, str | None), Turn.from_messages(messages))
 
     def _answer(
@@ -354,6 +354,15 @@ class EncodedInputs(Askable):
                 logits = state.logits_along(given, one_by_one=loaded.one_by_one)
             return logits, seconds
 
+    def bytes_with(self, new_tokens: int) -> int:
+        """Estimate the bytes that these inputs take, with the KV cache of one question and its answer of `new_tokens` tokens."""
+        model = self._session.loaded.model
+        each = model.dtype.itemsize
+        kept = self.report.pruning.visual_tokens_kept
+        rows = self.report.pruning.encoder_rows + kept
+        columns = kept + TEXT + new_tokens
+        return rows * model.config.text_config.hidden_size * each + Cost(model.config).kv_bytes(columns, each)
+
     @property
     def _spent(self) -> tuple[dict[str, float], float]:
         """Busy seconds by stage and wall-clock seconds, summed over all inputs."""
@@ -384,7 +393,7 @@ class EncodedInputs(Askable):
 
     def _fitting_prompt(self, question: str, options: GenerationOptions, earlier: Sequence[Turn] | None) -> Prompt:
         kept = sum(encoding.kept for encoding in self._encodings)
-        return fitting_prompt(self._session, self.plans, question, options, kept, earlier or ())
+        return self._session.fitting_prompt(self.plans, question, options, kept, earlier or ())
 
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
         self._fitting_prompt(question, options, earlier)
@@ -421,7 +430,7 @@ class EncodedInputs(Askable):
         loaded = self._session.loaded
         pruning = self._session.pruning
         read = [encoding.encoded for encoding in self._encodings]
-        positions = positions_of(prompt, self.plans, loaded)
+        positions = loaded.positions_of(prompt, self.plans)
         pruned = prune_prompt(prompt.input_ids, prompt.places, read, positions, loaded.language.embed)
         share = pruning.budget.share_of_all([plan.grid for plan in self.plans])
         dropping = loaded.language.dropping_for(pruning.method, share, read, pruned)

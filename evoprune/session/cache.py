@@ -30,6 +30,7 @@ from evoprune.vision import Encoded
 # suffixes of finished entries, and of files that are still being written
 SUFFIX = ".safetensors"
 UNFINISHED = ".tmp"
+WEIGHTS_LIMIT_BYTES = 32 * 2**30
 OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry may lack
 
 
@@ -213,6 +214,11 @@ class Cache(Entries):
     def of_segments(self) -> "SegmentCache":
         """A cache inside this folder for segments of long videos, with its own limit."""
         return SegmentCache(self.folder / "segments")
+
+    @property
+    def of_weights(self) -> Entries:
+        """A folder inside this one for quantized weights, with its own limit."""
+        return Entries(self.folder / "weights", WEIGHTS_LIMIT_BYTES)
 
     def store(self, key: str, entry: Entry) -> bool:
         """Write an entry atomically, and evict old entries beyond the limit.

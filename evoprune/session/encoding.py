@@ -23,7 +23,7 @@ from evoprune.session.ahead import ReadAhead
 from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.encoded import EncodedInput
-from evoprune.session.memory import TEXT, fitting_pieces
+from evoprune.session.memory import TEXT
 from evoprune.session.patches import PatchChunk, content_key, cut_frames, patch_bytes
 from evoprune.session.planning import plan_input
 from evoprune.session.prompting import with_subtitles
@@ -167,7 +167,7 @@ class OpenInput:
             progress: Called in this thread: with "read", frames read so far and in all, while waiting for frames; with "encode",
                 frames embedded so far and in all, after every chunk; then with "layers", layers of the tower finished and in all.
             pieces: Numbers of rows that go through a matrix product at a time; the next one is tried when memory runs out. Default:
-                `fitting_pieces`.
+                `Session.fitting_pieces`.
 
         Raises:
             VideoError: If the input is unreadable.
@@ -241,7 +241,7 @@ class OpenInput:
         pruning = self.session.pruning
         if pieces is None:
             with self.clock.stage("plan"):
-                pieces = fitting_pieces(self.session, plan)
+                pieces = self.session.fitting_pieces(plan)
         with clock.stage("compile"):
             loaded.ready()
         start = clock.now()
@@ -445,7 +445,7 @@ class OpenInputs:
             fitting = []
             if not opened.stored:
                 with opened.clock.stage("plan"):
-                    fitting = fitting_pieces(self.session, opened.plan, others)
+                    fitting = self.session.fitting_pieces(opened.plan, others)
             pieces.append(fitting)
         for number, opened in enumerate(self.inputs):
             if progress and count > 1:

@@ -5,12 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from evoprune.backend import Device
-from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.methods import EncoderPlan, SetAside
-from evoprune.model import PATCHES, Config, Cost, shortage
-from evoprune.session.session import Session
-from evoprune.util import counted
-from evoprune.video import Plan
+from evoprune.model import PATCHES, Config, Cost
 
 TEXT = 64  # assumed number of text tokens in a prompt
 
@@ -52,45 +48,3 @@ def piece_needs(
         size = max(pair, size // 2)
         sizes.append(size)
     return [(size, encoding_bytes(config, encoder, max(pair, size), bytes_each, prompt)) for size in sizes]
-
-
-def fitting_pieces(session: Session, plan: Plan, other_tokens: int = TEXT) -> list[int]:
-    """Return the piece sizes from `piece_needs` that fit into memory, largest first.
-
-    If memory is short, this first evicts the stored patches of earlier inputs.
-
-    Args:
-        other_tokens: Number of prompt tokens in addition to this video's.
-
-    Raises:
-        OutOfMemory: If not even a frame pair, or the prompt, fits.
-    """
-    model = session.loaded.model
-    encoder = plan.encoder
-    prompt = session.prompt_columns(encoder.keep, other_tokens)
-    needs = piece_needs(model.config, model.device, encoder, model.dtype.itemsize, prompt)
-    for number, (_, needed) in enumerate(needs):
-        short = shortage(needed, str(model.device))
-        if short and session.loaded.patches.clear():  # evicts the patches of earlier inputs
-            short = shortage(needed, str(model.device))
-        if not short:
-            return [size for size, _ in needs[number:]]
-    frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
-    kept = f"{frames}, {encoder.keep:,} visual tokens kept"
-    if other_tokens > TEXT:
-        kept += f", {other_tokens:,} other tokens"
-    raise OutOfMemory(f"{plan.name} {short}: {kept}", USE_LESS, stage="encode")
-
-
-def check_memory(session: Session, text: int, visual: int) -> None:
-    """Check that a prompt fits whose text is longer than the encoder's check assumed (`TEXT` tokens).
-
-    Raises:
-        OutOfMemory: If it does not fit.
-    """
-    if text <= TEXT:
-        return
-    model = session.loaded.model
-    needed = Cost(model.config).language_bytes(session.prompt_columns(visual, text), model.dtype.itemsize)
-    if short := shortage(needed, session.loaded.device):
-        raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", USE_LESS, stage="prefill")

@@ -1,13 +1,19 @@
 """A loaded model together with its pruning settings, shared by encoding and answering."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from evoprune.errors import UsageError
-from evoprune.methods import Budget, MethodChain, PruneConfig
-from evoprune.session.loading.description import ModelDescription
+from evoprune.errors import USE_LESS, OutOfMemory
+from evoprune.language import GenerationOptions, Prompt, Turn
+from evoprune.methods import Budget, PruneConfig
+from evoprune.model import Cost, shortage
 from evoprune.session.loading.model import LoadedModel
+from evoprune.session.memory import TEXT, piece_needs
+from evoprune.session.prompting import prompt_about
+from evoprune.util import counted
+from evoprune.video import Plan
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Session:
     load_seconds: float | None = None  # load time for reports; None if unknown
 
     def __post_init__(self):
-        check_fits(self.pruning.method, self.loaded.description)
+        self.loaded.description.check_method(self.pruning.method)
 
     def __repr__(self) -> str:
         settings = f"method {self.pruning.name!r}, budget {self.pruning.budget.recorded}, seed {self.pruning.seed}"
@@ -46,45 +52,106 @@ class Session:
         depth = self.loaded.model.config.text_config.num_hidden_layers
         return self.pruning.method.prompt_columns(depth, tokens, text, self.pruning.budget.largest)
 
+    def fitting_prompt(
+        self,
+        plans: Sequence[Plan],
+        question: str,
+        options: GenerationOptions,
+        kept: int,
+        earlier: Sequence[Turn] = (),
+    ) -> Prompt:
+        """Return the prompt of a question, after checking that it fits into the context and into memory.
+
+        The prompt has room for all visual tokens of the inputs.
+
+        Args:
+            kept: Number of visual tokens that the language model will read.
+            earlier: The conversation so far.
+
+        Raises:
+            UsageError: If the prompt does not fit into the model's context.
+            OutOfMemory: If it does not fit into memory.
+            ModelError: If the chat template is unusable.
+        """
+        loaded = self.loaded
+        loaded.check_texts(question, options.system, earlier)
+        vision = loaded.model.config.vision_config
+        prompt = prompt_about(loaded.tokenizer, vision, plans, question, options.system, options.thinking, earlier)
+        loaded.check_context(prompt.text_tokens, kept, options.max_new_tokens)
+        self.check_memory(prompt.text_tokens, kept)
+        return prompt
+
+    def longest_prompt(
+        self,
+        plans: Sequence[Plan],
+        questions: Sequence[str],
+        options: GenerationOptions,
+        encoded: Collection[Plan] = (),
+    ) -> int:
+        """Return the number of text tokens in the longest prompt of several questions, after checking that all of them fit.
+
+        Args:
+            encoded: The plans of inputs that are already encoded, whose memory is not checked again.
+
+        Raises:
+            UsageError: If a question does not fit into the model's context.
+            OutOfMemory: If encoding an input and reading the prompt need too much memory.
+            ModelError: If the chat template is unusable.
+        """
+        for question in questions:
+            self.loaded.check_texts(question, options.system)
+        given = self.loaded.tokenizer, self.loaded.model.config.vision_config, plans
+        beginning = options.system, options.thinking
+        longest = max(prompt_about(*given, asked, *beginning).text_tokens for asked in questions)
+        kept = sum(plan.encoder.keep for plan in plans)
+        self.loaded.check_context(longest, kept, options.max_new_tokens)
+        for plan in plans:
+            other_tokens = max(TEXT, longest) + kept - plan.encoder.keep
+            if other_tokens > TEXT and not any(plan is each for each in encoded):
+                self.fitting_pieces(plan, other_tokens)
+        return longest
+
+    def fitting_pieces(self, plan: Plan, other_tokens: int = TEXT) -> list[int]:
+        """Return the piece sizes from `piece_needs` that fit into memory, largest first.
+
+        If memory is short, this first evicts the stored patches of earlier inputs.
+
+        Args:
+            other_tokens: Number of prompt tokens in addition to this video's.
+
+        Raises:
+            OutOfMemory: If not even a frame pair, or the prompt, fits.
+        """
+        model = self.loaded.model
+        encoder = plan.encoder
+        prompt = self.prompt_columns(encoder.keep, other_tokens)
+        needs = piece_needs(model.config, model.device, encoder, model.dtype.itemsize, prompt)
+        for number, (_, needed) in enumerate(needs):
+            short = shortage(needed, str(model.device))
+            if short and self.loaded.patches.clear():  # evicts the patches of earlier inputs
+                short = shortage(needed, str(model.device))
+            if not short:
+                return [size for size, _ in needs[number:]]
+        frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
+        kept = f"{frames}, {encoder.keep:,} visual tokens kept"
+        if other_tokens > TEXT:
+            kept += f", {other_tokens:,} other tokens"
+        raise OutOfMemory(f"{plan.name} {short}: {kept}", USE_LESS, stage="encode")
+
+    def check_memory(self, text: int, visual: int) -> None:
+        """Check that a prompt fits whose text is longer than the encoder's check assumed (`TEXT` tokens).
+
+        Raises:
+            OutOfMemory: If it does not fit.
+        """
+        if text <= TEXT:
+            return
+        model = self.loaded.model
+        needed = Cost(model.config).language_bytes(self.prompt_columns(visual, text), model.dtype.itemsize)
+        if short := shortage(needed, self.loaded.device):
+            raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", USE_LESS, stage="prefill")
+
     @property
     def device(self) -> torch.device:
         """Device of the vision tower."""
         return self.loaded.model.model.visual.patch_embed.proj.weight.device
-
-
-def check_fits(method: MethodChain, model: ModelDescription) -> None:
-    """Check that a method can act in this model's language model.
-
-    Raises:
-        UsageError: If it cannot, for example because the method has no recipe for this number of layers.
-    """
-    method.language_work(model.config.text_config.num_hidden_layers, 64, 1.0)
-    if method.language and not model.native:
-        works = method.before.name if method.before.members else "evoprune"
-        problem = f"method {method.name} acts inside the language model, which is transformers' own here"
-        raise UsageError(problem, f"use {works}, or {model.to_be_native}")
-
-
-def check_conversation(method: MethodChain) -> None:
-    """Check that a method allows conversations.
-
-    Raises:
-        UsageError: If the method prunes for a single question.
-    """
-    if method.reads_question:
-        hint = "ask single questions, or take a method that does not: --method (method) evoprune"
-        raise UsageError(f"{method.name} prunes for one question, so there is no conversation", hint)
-
-
-def check_streams(method: MethodChain, model: ModelDescription) -> None:
-    """Check that this model and method can process a stream.
-
-    Raises:
-        UsageError: If the method cannot prune a stream, or the model cannot forget its oldest tokens.
-    """
-    if method.reads_question or method.language or method.input:
-        hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
-        raise UsageError(f"method {method.name} cannot prune a stream", hint)
-    if not model.native:
-        problem = f"the language model of {model.id} is run by transformers, which cannot forget the oldest tokens"
-        raise UsageError(problem, model.to_be_native)

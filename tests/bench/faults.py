@@ -53,7 +53,7 @@ FAULTS = {
         "positions", "evoprune.language.prompt:video_positions", 'arange_on(w, "cpu")', 'arange_on(w, "cpu") + 1'
     ),
     "text behind a video off by one": Fault(
-        "positions", "evoprune.session.prompting:prompt_positions", "int(inside.max()) + 1", "int(inside.max()) + 2"
+        "positions", "evoprune.session.loading.model:prompt_positions", "int(inside.max()) + 1", "int(inside.max()) + 2"
     ),
     "the bias of keys and queries left out": Fault(
         "tower",

@@ -69,7 +69,7 @@ def test_a_model_of_which_nothing_is_known_here(cli, no_network_no_weights):
 @pytest.mark.parametrize("options", [("-b", "0.1"), ("-b", "0.5", "--method", "downscale"), ("--frames", "4")])
 def test_the_memory_is_that_of_the_check_before_a_run(cli, tiny_folder, monkeypatch, options):
     needed = []
-    monkeypatch.setattr("evoprune.session.memory.shortage", lambda size, device: needed.append(size))
+    monkeypatch.setattr("evoprune.session.session.shortage", lambda size, device: needed.append(size))
     args = (CLIP, "-m", tiny_folder, *options, "--dtype", "fp32", "--json")
     record = cli("inspect", *args).record
     assert not needed and record["memory"]["enough"] in (True, None)
@@ -175,6 +175,15 @@ def test_an_overlay_never_changes_the_video(cli, tmp_path):
     assert "would change what is read" in cli("inspect", video, "--overlay", video).err
     assert "would change what is read" in cli("inspect", tmp_path, "--overlay", tmp_path / "frame.png").err
     assert video.read_bytes() == before and not (tmp_path / "frame.png").exists()
+
+
+def test_the_plan_of_a_picture(cli, tiny_folder, tmp_path):
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "a.png")
+    plan = cli("inspect", tmp_path / "a.png", "-m", tiny_folder, "--json").record["plan"]
+    assert (plan["resized_hw"], plan["grid"], plan["timestamps_s"]) == ([196, 308], [1, 7, 11], None)
+    full, fast = (plan["presets"][name] for name in ("full", "fast"))
+    assert (fast["tokens"], fast["share"], fast["budget"]) == (23, 0.3, pytest.approx(23 / 77, abs=1e-3))
+    assert fast["kv_cache_bytes"] * 77 == full["kv_cache_bytes"] * 23
 
 
 def test_inspecting_a_picture(cli, photo, tmp_path):

@@ -9,9 +9,9 @@ from PIL import Image
 
 from evoprune.errors import UsageError
 from evoprune.session.cache import Cache
-from evoprune.session.inspection import plan_facts
 from evoprune.session.loading.model import load_model
 from evoprune.session.memory import TEXT
+from evoprune.session.session import Session
 from evoprune.video_qa import VideoQA
 from tests.loading import described
 from tests.threads import one_thread  # noqa: F401
@@ -48,14 +48,6 @@ def test_a_picture_has_the_limits_of_pictures(loaded, tmp_path):
     other = described(loaded, limits=limits | {"video": replace(limits["video"], image_std=(5.0, 5.0, 5.0))})
     alike = [VideoQA(model, budget=1.0).encode(picture).encoded.features for model in (loaded, other)]
     assert torch.equal(*alike)
-
-
-def test_what_inspect_says_of_a_picture(loaded, tmp_path):
-    facts = plan_facts(VideoQA(loaded).encode(save(tmp_path / "a.png", 300, 200)).plan, loaded.model.config)
-    assert (facts["resized_hw"], facts["grid"], facts["timestamps_s"]) == ([196, 308], [1, 7, 11], None)
-    full, fast = (facts["presets"][name] for name in ("full", "fast"))
-    assert (fast["tokens"], fast["share"], fast["budget"]) == (23, 0.3, 23 / 77)
-    assert fast["kv_cache_bytes"] * 77 == full["kv_cache_bytes"] * 23
 
 
 def test_several_inputs_take_the_time_of_all_and_are_told_one_by_one(loaded, tmp_path):
@@ -98,17 +90,16 @@ def test_the_memory_of_all_inputs_is_checked_before_any_frame_is_read(loaded, mo
     tokens = [len(held.encoded.kept), len(qa.encode(CLIP).encoded.kept)]
     monkeypatch.setattr("evoprune.session.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded"))
     noting = lambda _, __, around: asked.append(around) or [1024]  # noqa: E731
-    for place, ask, others in (
-        ("encoding", lambda: qa.encode([CLIP, OTHER]), tokens),
-        ("prompting", lambda: qa.ask([CLIP, OTHER], "Why?"), tokens),
-        ("prompting", lambda: qa.ask([CLIP, held], "Why?"), tokens[:1]),
+    monkeypatch.setattr(Session, "fitting_pieces", noting)
+    for ask, others in (
+        (lambda: qa.encode([CLIP, OTHER]), tokens),
+        (lambda: qa.ask([CLIP, OTHER], "Why?"), tokens),
+        (lambda: qa.ask([CLIP, held], "Why?"), tokens[:1]),
     ):
         asked.clear()
-        with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception):
-            patch.setattr(f"evoprune.session.{place}.fitting_pieces", noting)
+        with pytest.raises(pytest.fail.Exception):
             ask()
-        assert asked == [TEXT + other for other in others]
-    monkeypatch.setattr("evoprune.session.prompting.fitting_pieces", noting)
+        assert [around for around in asked if around != TEXT] == [TEXT + other for other in others]
     asked.clear()
     assert qa.ask([held, held], "Why? " * 100, max_new_tokens=1).text is not None and not asked
 

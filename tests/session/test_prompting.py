@@ -9,11 +9,9 @@ from PIL import Image
 
 from evoprune.errors import DoesNotFit, OutOfMemory, UsageError
 from evoprune.language import GenerationOptions, LanguageModel, Tokenizer
-from evoprune.session import memory
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
-from evoprune.session.prompting import fitting_prompt, longest_prompt
 from evoprune.video import SamplingOptions
 from evoprune.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
@@ -37,7 +35,7 @@ def said(tmp_path):
 
 def prompt_of(qa, video, question="Why?"):
     """Return the text of a prompt, with special tokens, from the end of the video to the end of the turn, and its ids."""
-    ids = fitting_prompt(qa.session, video.plans, question, GenerationOptions(2), len(video.encoded.kept)).input_ids
+    ids = qa.session.fitting_prompt(video.plans, question, GenerationOptions(2), len(video.encoded.kept)).input_ids
     text = qa.loaded.tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False)
     return text.partition("<|vision_end|>")[2].rpartition("<|im_end|>")[0], ids
 
@@ -121,7 +119,7 @@ def test_encoded_videos_in_the_cache_serve_any_subtitles(qa, said, tmp_path, mon
 
 def test_every_question_counts_them_before_the_video_is_encoded(qa, said):
     plans = [open_inputs(qa.session, [CLIP], SamplingOptions(subtitles=each)).plans for each in (str(said), "none")]
-    with_them, without = (longest_prompt(qa.session, plan, ["Why?"], GenerationOptions(2)) for plan in plans)
+    with_them, without = (qa.session.longest_prompt(plan, ["Why?"], GenerationOptions(2)) for plan in plans)
     assert with_them == without + qa.encode(CLIP, subtitles=said).report.subtitles["tokens"]
 
 
@@ -148,11 +146,11 @@ def test_prompt_and_answer_fill_the_context_to_the_last_token(qa, plan, context)
     report.text  # noqa: B018 (generates it)
     tokens = report.report.tokens
     context(tokens.prompt + 3)
-    assert longest_prompt(qa.session, [plan], ["Hm?", "What?"], GenerationOptions(3)) == tokens.text
+    assert qa.session.longest_prompt([plan], ["Hm?", "What?"], GenerationOptions(3)) == tokens.text
     assert video.ask("What?", max_new_tokens=3).text == report.text
     for question, options in (("What?", {"max_new_tokens": 4}), ("What is it? Why?", {"max_new_tokens": 3})):
         with pytest.raises(UsageError, match="do not fit into the") as early:
-            longest_prompt(qa.session, [plan], ["Hm?", question], GenerationOptions(**options))
+            qa.session.longest_prompt([plan], ["Hm?", question], GenerationOptions(**options))
         with pytest.raises(UsageError) as late:
             next(video.ask(question, **options))
         assert early.value.message == late.value.message and early.value.hint
@@ -170,7 +168,7 @@ def test_only_the_beginning_of_what_is_too_long_is_split(qa, plan, context, monk
     long = "word " * 10_000
     for question, system, says in ((long, None, "a question of"), ("Why?", long, "a system prompt of")):
         with pytest.raises(DoesNotFit, match=says):
-            longest_prompt(qa.session, [plan], [question], GenerationOptions(2, system=system))
+            qa.session.longest_prompt([plan], [question], GenerationOptions(2, system=system))
         with pytest.raises(DoesNotFit, match=says):
             next(video.chat(system).ask(question, max_new_tokens=2))
     for turn in ((long, "so"), ("Why?", long)):
@@ -196,10 +194,10 @@ def test_a_long_question_takes_memory(qa, plan, monkeypatch):
         asked.append(needed)
         return "needs about 9.9 GiB of memory, and 1.0 GiB are available" if len(asked) > 1 else None
 
-    monkeypatch.setattr(memory, "shortage", shortage)
-    longest_prompt(qa.session, [plan], ["What?"], GenerationOptions(1))
+    monkeypatch.setattr("evoprune.session.session.shortage", shortage)
+    qa.session.longest_prompt([plan], ["What?"], GenerationOptions(1))
     assert not asked  # the encoder's own check assumes this
-    longest_prompt(qa.session, [plan], [LONG], GenerationOptions(1))
+    qa.session.longest_prompt([plan], [LONG], GenerationOptions(1))
     assert asked
     with pytest.raises(OutOfMemory, match="needs about 9"):
         next(video.ask(LONG, max_new_tokens=1))

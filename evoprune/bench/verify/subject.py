@@ -23,7 +23,7 @@ from evoprune.bench.hugging_face import hugging_face_model, share_equal
 from evoprune.hf import NAMES, TYPES, arguments, read_patches
 from evoprune.language import GenerationOptions
 from evoprune.model import shortage
-from evoprune.session import EncodedInputs, LoadedModel, fitting_prompt, open_inputs, positions_of, read_whole
+from evoprune.session import EncodedInputs, LoadedModel, open_inputs, read_whole
 from evoprune.video import SamplingOptions
 from evoprune.video_qa import VideoQA
 
@@ -461,8 +461,8 @@ class Asked:
         with closing(open_inputs(session, paths, SAMPLING)) as opened:
             self.plans = opened.plans
         units = sum(plan.units for plan in self.plans)
-        self.prompt = fitting_prompt(session, self.plans, QUESTION, GenerationOptions(), units)
-        self.positions = positions_of(self.prompt, self.plans, loaded)
+        self.prompt = session.fitting_prompt(self.plans, QUESTION, GenerationOptions(), units)
+        self.positions = loaded.positions_of(self.prompt, self.plans)
         # Resize frames as the encoder does.
         read = [read_patches(plan, loaded.limits[plan.kind], subject.device) for plan in self.plans]
         call = arguments(self.prompt, read, loaded.limits, loaded.model.config.vision_config)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evoprune.backend import resolve_device, visual_token_limit
 from evoprune.bundled import DEMOS, Demo, demo_in
@@ -36,6 +36,9 @@ from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.untrusted import TEXT, check_fetched, checked, read_object, section
 from evoprune.util import did_you_mean, is_text, missing_hint, shorten
 from evoprune.video import InputLimits, SamplingOptions
+
+if TYPE_CHECKING:
+    from evoprune.methods import MethodChain
 
 ADAPTER = "adapter_config.json"
 MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
@@ -127,6 +130,31 @@ class ModelDescription:
     def can_be_quantized(self) -> bool:
         """Whether `quantize` applies. It does not apply to experts, which are not linear layers."""
         return self.quantization is None and self.config.text_config.experts is None
+
+    def check_method(self, method: "MethodChain") -> None:
+        """Check that a method can act in this model's language model.
+
+        Raises:
+            UsageError: If it cannot, for example because the method has no recipe for this number of layers.
+        """
+        method.language_work(self.config.text_config.num_hidden_layers, 64, 1.0)
+        if method.language and not self.native:
+            works = method.before.name if method.before.members else "evoprune"
+            problem = f"method {method.name} acts inside the language model, which is transformers' own here"
+            raise UsageError(problem, f"use {works}, or {self.to_be_native}")
+
+    def check_streams(self, method: "MethodChain") -> None:
+        """Check that this model can watch a stream with a method.
+
+        Raises:
+            UsageError: If the method cannot prune a stream, or the model cannot forget its oldest tokens.
+        """
+        if method.reads_question or method.language or method.input:
+            hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
+            raise UsageError(f"method {method.name} cannot prune a stream", hint)
+        if not self.native:
+            problem = f"the language model of {self.id} is run by transformers, which cannot forget the oldest tokens"
+            raise UsageError(problem, self.to_be_native)
 
     def download(self, *patterns: str) -> None:
         """Download more files of a hub model, from the same commit.

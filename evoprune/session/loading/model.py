@@ -25,8 +25,8 @@ from evoprune.backend import (
     weights_bytes,
 )
 from evoprune.bundled import Demo, may_be_of_any_world, unknown_words, world_of
-from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_memory
-from evoprune.language import LanguageModel, Tokenizer, warm_up
+from evoprune.errors import DoesNotFit, ModelError, ModelWarning, OutOfMemory, is_out_of_memory
+from evoprune.language import LanguageModel, Prompt, Tokenizer, Turn, prompt_positions, warm_up
 from evoprune.methods import MethodChain
 from evoprune.model import (
     PATCHES,
@@ -54,7 +54,7 @@ from evoprune.session.options import AUTO_THREADS, NATIVE, TRANSFORMERS, ModelOp
 from evoprune.session.patches import PatchStore
 from evoprune.untrusted import pick
 from evoprune.util import counted, from_keywords, listed
-from evoprune.video import InputLimits, Video
+from evoprune.video import InputLimits, Plan, Video
 from evoprune.vision import encode, tower_shape
 
 if TYPE_CHECKING:
@@ -168,6 +168,65 @@ class LoadedModel:
             return "demo_untold" if all(may_be_of_any_world(info.container) for info in foreign) else "demo_model"
         unlike = self.demo is not None and (len(inputs) > self.demo.inputs or subtitles)
         return "demo_inputs" if unlike else None
+
+    def check_texts(self, question: str, system: str | None = None, earlier: Sequence[Turn] = ()) -> None:
+        """Check that each text of a prompt is short enough to tokenize: tokenizing a huge text might take minutes.
+
+        Raises:
+            DoesNotFit: If the beginning of a text already exceeds the model's context.
+        """
+        self._check_beginning(question, "a question", "ask a shorter question")
+        self._check_beginning(system or "", "a system prompt", "give a shorter system prompt")
+        said = "\n".join(text for turn in earlier for text in (turn.question, turn.answer))
+        self._check_beginning(said, "a conversation", "leave out what was said first")
+
+    def _check_beginning(self, text: str, what: str, hint: str) -> None:
+        """Check that the beginning of a text fits into the model's context.
+
+        Args:
+            what: Name of the text for the error.
+            hint: Hint for the error.
+
+        Raises:
+            DoesNotFit: If it does not fit.
+        """
+        context = self.model.config.text_config.max_position_embeddings
+        if not context:
+            return
+        beginning = text[: 8 * context]  # 8 characters per token
+        # Cutting a word may add a few tokens. That is harmless, because the rest of the prompt and the answer need as many.
+        if len(beginning) < len(text) and len(self.tokenizer.encode(beginning)) > context:
+            length = f"{what} of {len(text):,} characters"
+            raise DoesNotFit(f"{length} does not fit into the {context:,} tokens of this model's context", hint)
+
+    def check_context(self, text: int, visual: int, new: int) -> None:
+        """Check that a prompt and its answer fit into the model's context.
+
+        Args:
+            text: Number of text tokens in the prompt.
+            visual: Number of visual tokens in the prompt.
+            new: Largest number of tokens in the answer.
+
+        Raises:
+            DoesNotFit: If they do not fit.
+        """
+        context = self.model.config.text_config.max_position_embeddings
+        if context is not None and text + visual + new > context:
+            raise DoesNotFit(
+                f"{counted(text, 'token')} of text, {counted(visual, 'visual token')} and an answer of up to "
+                f"{counted(new, 'token')} do not fit into the {context:,} tokens of this model's context",
+                "ask a shorter question, or for a shorter answer (-n, max_new_tokens), keep fewer visual tokens (-b, budget) or "
+                "subtitles (--max-subtitle-tokens, max_subtitle_tokens), or look at fewer frames (--max-frames, max_frames)",
+            )
+
+    def positions_of(self, prompt: Prompt, plans: Sequence[Plan]) -> torch.Tensor:
+        """Return the positions of a prompt by Qwen's rule, int64 `[3, L]`."""
+        pair = self.video.temporal_patch_size
+        per_second = self.model.config.vision_config.tokens_per_second
+        videos = []
+        for place, plan in zip(prompt.places, plans, strict=True):
+            videos += place.positions(plan.grid, plan.sampling.seconds_per_pair(pair), per_second)
+        return prompt_positions(len(prompt.input_ids), videos)
 
     @property
     def video(self) -> InputLimits:

@@ -20,13 +20,12 @@ from evoprune.backend import levels, places, quantize, restore
 from evoprune.language import LanguageModel
 from evoprune.methods import EncoderPlan, arange_on
 from evoprune.model import PATCHES, Model
-from evoprune.session.cache import Entries, cache_folder, own_code
+from evoprune.session.cache import Cache, own_code
 from evoprune.util import open_safetensors
 from evoprune.vision import encode, tower_shape
 
 CALIBRATION_GRID = (1, 8, 8)  # frame pairs, and rows and columns of units
 CALIBRATION_TOKENS = 64  # number of text tokens before the visual tokens, and as many after them
-LIMIT_BYTES = 32 * 2**30
 HEADER_BYTES = 2**21  # header size, padded with spaces; a tensor takes about 120 bytes of it
 NAMES = {
     torch.int8: "I8",
@@ -36,11 +35,6 @@ NAMES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
-
-
-def weights_folder() -> Entries:
-    """Return the folder of stored weights: `weights` in the cache folder."""
-    return Entries(cache_folder() / "weights", LIMIT_BYTES)
 
 
 def quantize_once(
@@ -54,7 +48,7 @@ def quantize_once(
     if fingerprint is None:
         quantize(model, kind, calibrate, progress)
         return
-    entries = weights_folder()
+    entries = Cache().of_weights
     key = _key(fingerprint, kind)
     if read := _entry(entries.path(key), key, dict(places(model, kind))):
         restore(model, kind, read, progress)

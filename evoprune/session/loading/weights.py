@@ -20,8 +20,11 @@ from evoprune.errors import ModelError, ModelWarning
 from evoprune.model import Config, Cost, QwenVL, shortage
 from evoprune.session.loading.description import ADAPTER, MERGE, ModelDescription, read_json, valid
 from evoprune.session.loading.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
+from evoprune.session.memory import TEXT, piece_needs
+from evoprune.session.patches import LIMIT_BYTES, patch_bytes
 from evoprune.untrusted import Rule, check_fetched, section
 from evoprune.util import file_stats, listed, open_safetensors, size
+from evoprune.video import Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PACKAGES = {  # packages that transformers needs for a quantization method, besides accelerate
@@ -194,6 +197,62 @@ class ModelWeights:
         if self.description.stored_dtype and is_id(self.description.id):
             return self.parameters * DTYPES[self.description.stored_dtype].itemsize
         return None
+
+    def facts(self) -> dict[str, Any]:
+        """Return facts about a model that is not loaded: whether it is on disk, its layers, and the memory for its self."""
+        model = self.description
+        vision = model.config.vision_config
+        text = model.config.text_config
+        return {
+            "id": model.id,
+            "on_disk": bool(self.files_here),
+            "folder": model.folder and str(model.folder),
+            "download_bytes": self.download_bytes,
+            "tower": {"layers": vision.depth, "hidden_size": vision.hidden_size},
+            "language_model": {"layers": text.num_hidden_layers, "hidden_size": text.hidden_size},
+            "context_tokens": text.max_position_embeddings,
+            "parameters": self.parameters,
+            "dtype": model.dtype,
+            "device": model.device,
+            "weights_bytes": self.bytes,
+        }
+
+    def memory_facts(self, plan: Plan) -> dict[str, Any]:
+        """Return the memory that one question about an input takes, computed as in the check before a run.
+
+        The entry "enough" tells whether that memory is available, or is None if the available memory is unknown.
+        """
+        model = self.description
+        pruning = plan.pruning.config()
+        encoder = plan.encoder
+        depth = model.config.text_config.num_hidden_layers
+        share = pruning.budget.share_of_all([encoder.grid])
+        prompt = pruning.method.prompt_columns(depth, encoder.keep, TEXT, share)
+        available = Device(model.device).available_memory()
+        bytes_each = DTYPES[model.dtype].itemsize
+        # Like a run, try smaller pieces if memory is short.
+        for _, working in piece_needs(model.config, self.device, encoder, bytes_each, prompt):
+            needed = self.bytes + working
+            if available is None or needed <= available:
+                break
+        enough = None
+        if available is not None:
+            enough = needed <= available
+        most = needed + self.packed_bytes
+        patches = patch_bytes(plan, model.limits[plan.kind])
+        if patches <= LIMIT_BYTES:
+            most += patches
+        return {
+            "method": pruning.name,
+            "budget": pruning.budget.recorded,
+            "visual_tokens": encoder.keep,
+            "weights_bytes": self.bytes,
+            "working_bytes": working,
+            "needed_bytes": needed,
+            "used_if_free_bytes": most,
+            "available_bytes": available,
+            "enough": enough,
+        }
 
     @cached_property
     def fingerprint(self) -> str:

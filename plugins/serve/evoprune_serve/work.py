@@ -21,15 +21,12 @@ from typing import Any
 
 from evoprune.backend import host_memory, packing_meanwhile, waiting_layers
 from evoprune.errors import OutOfMemory
-from evoprune.model import Cost
 from evoprune.report import Report
 from evoprune.session import (
-    TEXT,
     Answer,
     EncodedInputs,
     OpenInput,
     OpenInputs,
-    longest_prompt,
     open_inputs,
     use_threads,
 )
@@ -444,7 +441,7 @@ class Work:
         opened = open_inputs(qa.session, fetched.inputs(), question.sampling, names=fetched.names, kind=job.kind)
         try:
             with opened.planning():
-                longest_prompt(qa.session, opened.plans, [question.text], question.generation)
+                qa.session.longest_prompt(opened.plans, [question.text], question.generation)
         except BaseException:
             opened.close()
             raise
@@ -600,18 +597,8 @@ class Work:
         encoded = opened.encode(progress)
         job.opened = None
         opened.close()
-        self.kept.put(key, encoded, self._bytes(encoded, job.question))
+        self.kept.put(key, encoded, encoded.bytes_with(job.question.generation.max_new_tokens))
         return encoded
-
-    def _bytes(self, encoded: EncodedInputs, question: Question) -> int:
-        """Estimate the bytes taken by an encoding, including the KV cache of one question."""
-        model = self.models[question.model].loaded.model
-        config = model.config
-        each = model.dtype.itemsize
-        pruning = encoded.report.pruning
-        rows = pruning.encoder_rows + pruning.visual_tokens_kept
-        columns = pruning.visual_tokens_kept + TEXT + question.generation.max_new_tokens
-        return rows * config.text_config.hidden_size * each + Cost(config).kv_bytes(columns, each)
 
 
 def encoding_key(question: Question, fetched: Fetched) -> str:

@@ -10,7 +10,7 @@ import torch
 from evoprune import VideoQA
 from evoprune.backend import quantize
 from evoprune.errors import UsageError
-from evoprune.session.cache import Entries
+from evoprune.session.cache import Cache, Entries
 from evoprune.session.loading import stored
 from evoprune.session.loading.stored import calibrate
 from tests.loading import delete_when_mapped
@@ -92,7 +92,7 @@ def test_an_entry_that_is_deleted_while_it_is_opened_is_written_again(kind, fold
 @pytest.mark.parametrize("kind", parameters(SOME))
 def test_a_disk_that_is_full_or_read_only_changes_nothing(kind, folder, runs, monkeypatch):
     expected = quantised(kind)
-    monkeypatch.setattr(stored, "weights_folder", lambda: Entries(folder / "no", 10))
+    monkeypatch.setattr(Cache, "of_weights", Entries(folder / "no", 10))
     (folder / "no").write_text("a file")
     assert same(quantised(kind), expected)
     monkeypatch.undo()
