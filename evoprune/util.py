@@ -266,6 +266,20 @@ def generator_seed(seed: int) -> int:
     return seed if 0 <= seed < 2**32 else int.from_bytes(digest)
 
 
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Describe the entries that differ between two dicts; empty if they are equal."""
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
+
+
+def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
+    """Describe a change in the state of files (see `file_state`); empty if nothing has changed or a state is unknown."""
+    if not before or not now or before == now:
+        return ""
+    first, second = ({name: value for name, value in state.items() if name != "digest"} for state in (before, now))
+    return differences(first, second) or "single files have other sizes or times"
+
+
 OPTION = "option"  # key in the metadata of a field
 # For a declared type, the accepted type and its name in messages.
 ACCEPTED: dict[type, tuple[type, str]] = {

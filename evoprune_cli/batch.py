@@ -18,7 +18,7 @@ from evoprune_cli.running import SOME_FAILED, is_one_of, note_model, prepare
 from evoprune_cli.terminal import encoding, print_traceback, print_warning, progress, stdout, tell
 
 if TYPE_CHECKING:
-    from evoprune.batch import RecordFile, Row
+    from evoprune.batch import RecordFile, Row, RowReader
 
 DASH = "-"  # stdin, or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
@@ -104,13 +104,11 @@ def batch(
     pipeline = options()
     from evoprune.batch import (
         RecordFile,
+        RowReader,
         Settings,
         Sources,
+        Span,
         TableFile,
-        group_by_span,
-        is_table,
-        remaining,
-        with_scored_options,
     )
     from evoprune.video import choose_decoder
 
@@ -119,11 +117,12 @@ def batch(
     choose_decoder(pipeline.sampling.decoder)
     if pipeline.generation.system is not None and not is_text(pipeline.generation.system):
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
-    if pipeline.generation.logprobs is not None and is_table(output):
+    table = TableFile.is_meant(output)
+    if pipeline.generation.logprobs is not None and table:
         raise UsageError("--logprobs have no place in a table", "give -o a name that ends in .jsonl")
     settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling.timeless, pipeline.generation)
-    span = pipeline.sampling.start_s, pipeline.sampling.end_s
-    rows = _rows(videos or [], questions or [], source, quiet, span, recursive, is_table(output))
+    reader = RowReader(passes_on=table, start_s=pipeline.sampling.start_s, end_s=pipeline.sampling.end_s)
+    rows = _rows(videos or [], questions or [], source, quiet, reader, recursive)
     if any(row.earlier for row in rows):
         pipeline.pruning.config().method.check_conversation()
     if pipeline.generation.choices_from_rows:
@@ -131,13 +130,13 @@ def batch(
             raise UsageError(
                 "--choices options are those of rows, and there are none", "give --from FILE, or the texts"
             )
-        rows = with_scored_options(rows)
+        rows = [row.with_scored_options() for row in rows]
     tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
-    kind = partial(TableFile, rows=rows) if is_table(output) else RecordFile
+    kind = partial(TableFile, rows=rows) if table else RecordFile
     opened = kind(output, stdout=stdout(), resume=resume, overwrite=overwrite)
     with tally, closing(opened) as file, progress(not quiet) as show:
         sources = Sources(settings)
-        left = remaining(rows, settings, file.found, sources)
+        left = sources.remaining(rows, file.found)
         ready = partial(tally.start, file, len(left), show)
         others = len({record.id for record in file.found} - {row.id for row in rows})
         if others and not quiet:
@@ -147,7 +146,7 @@ def batch(
             ready()
             file.begin()
             return 0
-        spans = group_by_span(left)
+        spans = Span.group(left)
         files = {row.id: sources.of(row) for row in left}
         if on == "ray":
             from evoprune.batch import answers_on_ray
@@ -194,21 +193,10 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
 
 
 def _rows(
-    videos: list[str],
-    questions: list[str],
-    source: str | None,
-    quiet: bool,
-    span: tuple[float, float | None],
-    recursive: bool,
-    passes_on: bool,
+    videos: list[str], questions: list[str], source: str | None, quiet: bool, reader: "RowReader", recursive: bool
 ) -> list["Row"]:
-    """Return all rows.
-
-    Args:
-        span: start and end in seconds for rows without their own.
-        passes_on: whether the output repeats all fields of a row.
-    """
-    from evoprune.batch import BATCH, left_out, load_rows, product_rows, read_all, read_rows
+    """Return all rows."""
+    from evoprune.batch import left_out
 
     if source is None:
         if not videos:
@@ -217,8 +205,8 @@ def _rows(
             raise UsageError("no question", f"put -Q before each question, or give --from FILE: {USAGE}")
         if DASH in videos:
             raise UsageError("a batch takes no video from stdin", "evoprune ask - does; a file of that name is ./-")
-        pictures = span == (0.0, None)  # a span does not apply to pictures
-        rows = product_rows(videos, questions, *span, recursive, pictures)
+        pictures = (reader.start_s, reader.end_s) == (0.0, None)  # a span does not apply to pictures
+        rows = reader.pairs(videos, questions, recursive, pictures)
         if not quiet and not recursive:
             for line in filter(None, (left_out(video, pictures) for video in videos)):
                 tell(line)
@@ -227,13 +215,12 @@ def _rows(
         raise UsageError("-r is about folders, and --from names every video", "leave out one of the two")
     if videos or questions:
         raise UsageError("--from excludes videos and questions", "the rows of the file name both")
-    rules = replace(BATCH, passes_on=passes_on)
     if source != DASH:
-        return load_rows(source, *span, rules)
+        return reader.load(source)
     stdin = getattr(sys.stdin, "buffer", None)
     if stdin is None or sys.stdin.isatty():
         raise UsageError("--from - reads stdin, and nothing is piped into it", "pipe rows into it, or name a file")
-    return read_rows(read_all(stdin, "stdin", "name a file with --from"), "stdin", "", *span, rules)
+    return replace(reader, file="name a file with --from").read(stdin, "stdin")
 
 
 def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool) -> list[str]:

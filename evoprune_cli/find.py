@@ -178,7 +178,8 @@ class Kept:
     """The output file of a search; must be closed. `left` are the rows that it does not contain yet."""
 
     def __init__(self, rows: Sequence["Row"], options: PipelineOptions, path: str, resume: bool, overwrite: bool):
-        from evoprune.batch import MomentsFile, SearchSettings, Sources, remaining
+        from evoprune.batch import Sources
+        from evoprune_cli.found import MomentsFile, SearchSettings
 
         if path == "-":
             raise UsageError("-o names a file", "--json prints on stdout")
@@ -191,7 +192,7 @@ class Kept:
         self._file = MomentsFile(path, resume=resume, overwrite=overwrite)
         try:
             self._sources = Sources(settings)
-            self.left = remaining(rows, settings, self._file.found, self._sources)
+            self.left = self._sources.remaining(rows, self._file.found)
         except BaseException:
             self.close()
             raise
@@ -201,7 +202,7 @@ class Kept:
         self, row: "Row", moments: list[dict[str, Any]] | None, error: dict[str, Any] | None, commit: str | None
     ) -> None:
         """Append the line of a video and sync it to disk."""
-        from evoprune.batch import FoundVideo
+        from evoprune_cli.found import FoundVideo
 
         self._sources.check_revision(commit)
         if not self._file.written:  # keep earlier records until there is a new one to write
@@ -240,12 +241,12 @@ def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]
 
 
 def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOptions, quiet: bool) -> list["Row"]:
-    """Return a row per video, expanding folders of videos, and report skipped files.
+    """Return a row per video, expanding folders of videos, and report skipped files. Its question has one query per line.
 
     Raises:
         VideoError: a video does not exist.
     """
-    from evoprune.batch import left_out, search_rows
+    from evoprune.batch import RowReader, left_out
 
     missing = [word for word in words if not is_url(word) and not os.path.exists(word)]
     if missing:
@@ -253,7 +254,8 @@ def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOption
             f"no such file: {shown(missing[0])}",
             missing_hint(missing[0], f"check the path; videos come first: {USAGE}"),
         )
-    rows = search_rows(words, queries, sampling)
+    reader = RowReader(start_s=sampling.start_s, end_s=sampling.end_s)
+    rows = reader.pairs(words, ["\n".join(queries)])
     if not quiet:
         for line in filter(None, (left_out(word, hint="") for word in words)):
             tell(line)

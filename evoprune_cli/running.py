@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evoprune.backend import host_memory, keep_freed_memory
-from evoprune.batch import OPEN_FILES, write_file
 from evoprune.errors import OutOfMemory, UsageError
+from evoprune.files import OPEN_FILES, write_file
 from evoprune.language import GenerationOptions
 from evoprune.report import WIDTH
 from evoprune.session import PipelineOptions

@@ -151,7 +151,7 @@ def tune(
 def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
     """Return the questions without duplicates; empty for the general ones."""
     if file is not None:
-        from evoprune.batch import read_all
+        from evoprune.files import read_all
 
         hint = "a text file with a question on each line"
         try:

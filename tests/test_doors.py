@@ -21,7 +21,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "bench": 26,
     "language": 18,
     "model": 21,
-    "batch": 33,
+    "batch": 11,
     "vision": 21,
     "hf": 16,
     "bundled": 8,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import evoprune
-from evoprune.batch import Settings, answers, group_by_span, product_rows
+from evoprune.batch import RowReader, Settings, Span, answers
 from evoprune.video import probe, read_chunks
 from evoprune.video.sandbox import isolation
 from tests.process_state import differences, process_state
@@ -67,8 +67,8 @@ def test_a_question_is_answered(tmp_path):
             assert qa.encode([CLIP, picture]).ask("What happens?", temperature=temperature).text
         with pytest.raises(evoprune.VideoError):
             qa.encode(tmp_path / "no.mp4")
-        rows = product_rows([CLIP], ["What happens?"])
-        assert not any(made.error for made in answers(qa, group_by_span(rows), Settings.of(model="demo")))
+        rows = RowReader().pairs([CLIP], ["What happens?"])
+        assert not any(made.error for made in answers(qa, Span.group(rows), Settings.of(model="demo")))
 
 
 def test_a_hugging_face_model_is_pruned():

@@ -1,18 +1,15 @@
 """The output file of a batch: it grows by whole lines even if the program crashes, and only one program writes it at a time.
 
-There are no companion files: every record contains its row and settings, and the lock is on the output file itself. The functions
-at the end write files completely or not at all, for the results of every command. Imports no torch.
+There are no companion files: every record contains its row and settings, and the lock is on the output file itself. Imports no
+torch.
 """
 
 import errno
-import glob
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TextIO
@@ -20,10 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TextIO
 from evoprune import methods
 from evoprune.batch.rows import Row
 from evoprune.errors import UsageError
+from evoprune.files import OPEN_FILES, append, create_unfinished, remove_unfinished
 from evoprune.report import SCHEMA, rounded
 from evoprune.session import PipelineOptions
 from evoprune.untrusted import loads
-from evoprune.util import record_of, shown
+from evoprune.util import differences, file_changes, record_of, shown
 from evoprune.video import input_state
 
 if TYPE_CHECKING:
@@ -32,11 +30,6 @@ if TYPE_CHECKING:
 
 STDOUT = "-"
 OTHER_HINT = "name another file with -o, or remove this one"
-SIZE_HINT = "give the same --device, or a new -o; inner=always prunes alike on all devices"
-OPEN_FILES = ("/dev/", "/proc/self/fd/")  # written to directly, such as the pipe of >(gzip > x)
-UNFINISHED = (
-    "{}.evoprune-{}.tmp"  # temporary name while a file is being written: its final name and eight hexadecimal digits
-)
 # Options that are recorded even at their default values; all others are recorded only if changed.
 RECORDED = (
     "model", "revision", "dtype", "quantize", "load_format", "budget", "method", "seed", "fps", "frames",
@@ -103,12 +96,13 @@ class Found:
 
 
 class Sources:
-    """The states (`file_state`) of a batch's files, model and inputs, when the batch begins.
+    """The states (`file_state`) of a batch's files, model and inputs, when the batch begins, to compare with earlier records.
 
     None means unknown, such as for a hub model, whose commit is in each record instead.
     """
 
     def __init__(self, settings: Settings):
+        self._settings = settings
         self._name = settings.model.model
         self._subtitles = settings.sampling.subtitles
         self._model = settings.model.state()
@@ -121,7 +115,30 @@ class Sources:
         subtitles = row.subtitles_path or self._subtitles
         return {"model": self._model, "inputs": [self._input(path, subtitles) for path in row.paths]}
 
-    def check(self, earlier: Found, row: Row | None) -> None:
+    def remaining(self, rows: Sequence[Row], found: Sequence[Found]) -> list[Row]:
+        """Return the rows that have not been answered yet or have failed.
+
+        Raises:
+            UsageError: a record has other settings, its row has changed, or its files have changed.
+        """
+        by_id = {row.id: row for row in rows}
+        now = rounded(self._settings.record())
+        asked = {row.id: rounded(row.asked) for row in rows}
+        done = set()
+        for earlier in found:
+            if change := differences(earlier.settings, now):
+                hint = "give the same ones, or another -o"
+                raise UsageError(f"the output was begun with other settings: {change}", hint)
+            before = earlier.row | {"answer": None}  # the answer does not depend on it
+            if change := differences(before, asked.get(earlier.id, before) | {"answer": None}):
+                hint = "give changed rows ids of their own, or choose another -o"
+                raise UsageError(f"the row {earlier.id!r} is not what it was: {change}", hint)
+            self._check(earlier, by_id.get(earlier.id))
+            if not earlier.failed:
+                done.add(earlier.id)
+        return [row for row in rows if row.id not in done]
+
+    def _check(self, earlier: Found, row: Row | None) -> None:
         """Raise UsageError if the model has changed since an earlier record, or if an input of an answered row has."""
         if change := file_changes(earlier.files.get("model"), self._model):
             self._refuse(change)
@@ -147,8 +164,7 @@ class Sources:
 
         `after_tower_below` is as in `Found`.
         """
-        if change := size_rule_changes(self._after_tower_below, after_tower_below):
-            raise UsageError(f"the output was begun on another device or version: {change}", SIZE_HINT)
+        check_size_rule("the output", self._after_tower_below, after_tower_below)
         if after_tower_below is not None:
             self._after_tower_below = after_tower_below
 
@@ -157,60 +173,22 @@ class Sources:
         raise UsageError(f"the model {self._name} is not what it was when the output was begun: {change}", hint)
 
 
-def remaining(
-    rows: Sequence[Row], settings: Settings, found: Sequence[Found], sources: Sources | None = None
-) -> list[Row]:
-    """Return the rows that have not been answered yet or have failed.
+def check_size_rule(run: str, before: int | None, now: int | None) -> None:
+    """Raise UsageError if the size limit below which inputs are pruned only after the tower has changed since `run` was begun.
 
-    Raises:
-        UsageError: a record has other settings, its row has changed, or its files have changed.
-    """
-    sources = sources or Sources(settings)
-    by_id = {row.id: row for row in rows}
-    now = rounded(settings.record())
-    asked = {row.id: rounded(row.asked) for row in rows}
-    done = set()
-    for earlier in found:
-        if change := differences(earlier.settings, now):
-            raise UsageError(f"the output was begun with other settings: {change}", "give the same ones, or another -o")
-        before = earlier.row | {"answer": None}  # the answer does not depend on it
-        if change := differences(before, asked.get(earlier.id, before) | {"answer": None}):
-            hint = "give changed rows ids of their own, or choose another -o"
-            raise UsageError(f"the row {earlier.id!r} is not what it was: {change}", hint)
-        sources.check(earlier, by_id.get(earlier.id))
-        if not earlier.failed:
-            done.add(earlier.id)
-    return [row for row in rows if row.id not in done]
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Describe the entries that differ between two dicts; empty if they are equal."""
-    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
-
-
-def size_rule_changes(before: int | None, now: int | None) -> str:
-    """Describe a change of the size limit, in units, below which inputs are pruned only after the tower; empty if unchanged.
-
-    0 means that the device never does this; None means unknown.
+    The limits are in units. 0 means that the device never does this; None means unknown.
     """
     if before is None or now is None or before == now:
-        return ""
-    return f"the inputs pruned after the tower alone were {_inputs_below(before)}, are {_inputs_below(now)}"
+        return
+    change = f"the inputs pruned after the tower alone were {_inputs_below(before)}, are {_inputs_below(now)}"
+    hint = "give the same --device, or a new -o; inner=always prunes alike on all devices"
+    raise UsageError(f"{run} was begun on another device or version: {change}", hint)
 
 
 def _inputs_below(units: int) -> str:
     if units == 0:
         return "none"
     return f"those of fewer than {units:,} visual tokens"
-
-
-def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """Describe a change in the state of files (`file_state`); empty if nothing has changed or a state is unknown."""
-    if not before or not now or before == now:
-        return ""
-    first, second = ({name: value for name, value in state.items() if name != "digest"} for state in (before, now))
-    return differences(first, second) or "single files have other sizes or times"
 
 
 class RecordFile:
@@ -440,46 +418,3 @@ def _is_torn(line: bytes, head: bytes, follows: bool) -> bool:
     except ValueError:
         return begun.startswith(head) or head.startswith(begun)
     return False  # a complete object, such as a record of `ask --json`
-
-
-def write_file(path: str, content: bytes) -> None:
-    """Write a file completely or not at all.
-
-    Raises OSError, as do the three functions below.
-    """
-    number, unfinished = create_unfinished(path)
-    try:
-        with open(number, "wb") as file:
-            file.write(content)
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
-
-
-def append(number: int, content: bytes, regular: bool = True) -> None:
-    """Append to an open file. On a `regular` file, either all of `content` is appended and synced to disk, or nothing is."""
-    size = os.fstat(number).st_size
-    rest = memoryview(content)
-    try:
-        while rest:
-            rest = rest[os.write(number, rest) :]
-        if regular:
-            os.fsync(number)
-    except BaseException:
-        if regular:
-            os.ftruncate(number, size)
-        raise
-
-
-def create_unfinished(path: str) -> tuple[int, str]:
-    """Create a temporary file for `path`, open for reading and appending. Returns its descriptor and its new, unique name."""
-    name = UNFINISHED.format(path, secrets.token_hex(4))
-    return os.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666), name
-
-
-def remove_unfinished(path: str) -> None:
-    """Remove temporary files for `path` that killed programs left. No program may be writing one."""
-    for name in glob.glob(UNFINISHED.format(glob.escape(path), "[0-9a-f]" * 8)):
-        with suppress(FileNotFoundError):
-            os.unlink(name)

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar, Self
 from urllib.parse import unquote
 
 from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, UsageError
+from evoprune.files import read_all
 from evoprune.language import GenerationOptions, Turn
 from evoprune.untrusted import loads
 from evoprune.util import (
@@ -33,7 +34,6 @@ from evoprune.util import (
 )
 from evoprune.video import IMAGES, VIDEOS, SamplingOptions, files, in_order
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # labels for the options of a question
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)
 # Fields a row may have. `type` and `groups` are used by evaluations, whose files a batch can read too.
 FIELDS = (
@@ -44,7 +44,6 @@ SAME = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # name
 LONGEST_PATH = 4096  # characters
 LIST_COLUMNS = ("inputs", "options", "groups")  # columns whose cells in a CSV file are lists, separated by |
 ENDINGS_HINT = f"files that count end in {', '.join((*VIDEOS, *IMAGES))}"
-MAX_BYTES = 2**28  # limit for a file, because all rows are held in memory
 # "line" ("row" in a JSON array), its number from 1, and its fields or the reason why they are invalid.
 Line = tuple[str, int, dict[str, Any] | ValueError]
 
@@ -52,6 +51,8 @@ Line = tuple[str, int, dict[str, Any] | ValueError]
 @dataclass(frozen=True)
 class Row:
     """A question about one or several inputs, or about a time span of the videos among them."""
+
+    LETTERS: ClassVar[str] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # labels for the options of a question
 
     id: str  # the row's name in the results
     inputs: tuple[str, ...]  # paths of videos and pictures as the user wrote them
@@ -88,7 +89,7 @@ class Row:
         """
         if not self.options or self.scored:
             return self.question
-        lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
+        lines = [f"{letter}. {option}" for letter, option in zip(Row.LETTERS, self.options, strict=False)]
         return "\n".join([self.question, *lines, "Answer with the option's letter from the given choices directly."])
 
     @property
@@ -120,41 +121,18 @@ class Row:
             own["choices"] = self.options
         return replace(usual, **own)
 
+    def with_scored_options(self) -> Self:
+        """Return the row with its answer chosen among its options by probability.
 
-def with_scored_options(rows: Iterable[Row]) -> list[Row]:
-    """Return rows whose answers are chosen among their options by probability.
-
-    Raises:
-        UsageError: a row has no options, or the same option twice.
-    """
-    rows = list(rows)
-    for row in rows:
-        if not row.options:
-            raise UsageError(f"row {shown(row.id)} has no options to choose from", "give each row a list of options")
-        if len(set(row.options)) < len(row.options):
-            raise UsageError(
-                f"row {shown(row.id)} has an option twice: {shown(', '.join(row.options))}", "give each once"
-            )
-    return [replace(row, scored=True) for row in rows]
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Requirements for the rows of a file beyond `video` and `question`."""
-
-    fields: str  # hint for errors in the fields of a row
-    file: str = "give a JSONL or CSV file of rows"  # hint for errors in the file
-    passes_on: bool = False  # whether the output repeats unknown fields
-    numbered: bool = False  # name rows without an id by line number instead of a digest of the question
-    # Called with each row and its fields. Returns the completed row, or raises ValueError to reject it.
-    complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
-
-
-MAY_HAVE = "id, start, end, fps, frames, frame_rate, max_new_tokens, options"  # optional fields, for hints
-BATCH = Rules(
-    f"a row has question and video, or inputs for several, and may have {MAY_HAVE}, subtitles and answer; or messages in place of "
-    "question"
-)
+        Raises:
+            UsageError: the row has no options, or the same option twice.
+        """
+        if not self.options:
+            raise UsageError(f"row {shown(self.id)} has no options to choose from", "give each row a list of options")
+        if len(set(self.options)) < len(self.options):
+            said = shown(", ".join(self.options))
+            raise UsageError(f"row {shown(self.id)} has an option twice: {said}", "give each once")
+        return replace(self, scored=True)
 
 
 @dataclass(frozen=True)
@@ -168,81 +146,99 @@ class Span:
         """The fields of `SamplingOptions` that the rows set."""
         return self.rows[0].sampling
 
-
-def group_by_span(rows: Iterable[Row]) -> list[Span]:
-    """Group rows that share an encoding. Groups are ordered by their first rows."""
-    inputs: dict[tuple[str, ...], dict[tuple, list[Row]]] = {}
-    for row in rows:
-        encoding = tuple(row.sampling.items())
-        inputs.setdefault(row.paths, {}).setdefault(encoding, []).append(row)
-    return [Span(tuple(group)) for spans in inputs.values() for group in spans.values()]
-
-
-def product_rows(
-    videos: Sequence[str],
-    questions: Sequence[str],
-    start_s: float = 0.0,
-    end_s: float | None = None,
-    recursive: bool = False,
-    pictures: bool = False,
-) -> list[Row]:
-    """Return a row for every pair of a video and a question. Folders of videos are expanded.
-
-    Args:
-        recursive: also search subfolders.
-        pictures: also include the pictures in a folder of videos, as in `in_folder`.
-
-    Raises:
-        UsageError: names everything that is wrong.
-    """
-    wrong = Wrong()
-    videos = list(in_folders(videos, wrong, recursive, pictures))
-    for noun, texts, check in (("video", videos, _file), ("question", questions, _text)):
-        for text, times in Counter(texts).items():
-            if times > 1:
-                wrong.add(f"the {noun} {text!r} is there twice", f"name every {noun} once")
-            with wrong.noting(f"{shown(text)!r}: ", BATCH.fields):
-                check(text, noun)
-    with wrong.noting("", "choose an end after the start"):
-        _check_span(start_s, end_s)
-    wrong.check(dict.fromkeys(videos, ""))
-    pairs = (("", 0, {"video": video, "question": question}) for video in videos for question in questions)
-    return _rows(pairs, "", "", (start_s, end_s), BATCH)
+    @classmethod
+    def group(cls, rows: Iterable[Row]) -> list[Self]:
+        """Group rows that share an encoding. Groups are ordered by their first rows."""
+        inputs: dict[tuple[str, ...], dict[tuple, list[Row]]] = {}
+        for row in rows:
+            encoding = tuple(row.sampling.items())
+            inputs.setdefault(row.paths, {}).setdefault(encoding, []).append(row)
+        return [cls(tuple(group)) for spans in inputs.values() for group in spans.values()]
 
 
-def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules: Rules = BATCH) -> list[Row]:
-    """Return the rows of a file, see `read_rows`. Paths are relative to the file's folder.
+@dataclass(frozen=True)
+class RowReader:
+    """Reads rows from a file, or makes them of videos and questions.
 
-    Raises:
-        UsageError: also if the file cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            content = read_all(file, path, rules.file)
-    except OSError as problem:
-        raise UsageError(f"cannot read {path}: {problem.strerror}", missing_hint(path, rules.file)) from problem
-    return read_rows(content, path, os.path.dirname(path), start_s, end_s, rules)
-
-
-def read_rows(
-    content: bytes, name: str, folder: str, start_s: float = 0.0, end_s: float | None = None, rules: Rules = BATCH
-) -> list[Row]:
-    """Return the rows of a JSONL or CSV file.
-
-    Args:
-        folder: the folder that paths are relative to.
+    Attributes:
+        fields: hint for errors in the fields of a row.
+        file: hint for errors in the file.
+        passes_on: whether the output repeats unknown fields.
+        numbered: name rows without an id by line number instead of a digest of the question.
+        complete: called with each row and its fields. Returns the completed row, or raises ValueError to reject it.
         start_s, end_s: span for rows without their own.
-
-    Raises:
-        UsageError: rows are invalid or repeat an id, or there are none. Names the first bad rows and counts the rest.
     """
-    rows = _rows(_lines(content, name, rules.fields), name, folder, (start_s, end_s), rules)
-    if not rows:
-        raise UsageError(f"{name} holds no rows", rules.fields)
-    return rows
+
+    MAY_HAVE: ClassVar[str] = (
+        "id, start, end, fps, frames, frame_rate, max_new_tokens, options"  # optional fields, for hints
+    )
+
+    fields: str = (
+        f"a row has question and video, or inputs for several, and may have {MAY_HAVE}, subtitles and answer; or messages in place "
+        "of question"
+    )
+    file: str = "give a JSONL or CSV file of rows"
+    passes_on: bool = False
+    numbered: bool = False
+    complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
+    start_s: float = 0.0
+    end_s: float | None = None
+
+    def load(self, path: str) -> list[Row]:
+        """Return the rows of a JSONL or CSV file. Paths are relative to the file's folder.
+
+        Raises:
+            UsageError: the file cannot be read; otherwise as in `read`.
+        """
+        try:
+            with open(path, "rb") as file:
+                content = read_all(file, path, self.file)
+        except OSError as problem:
+            raise UsageError(f"cannot read {path}: {problem.strerror}", missing_hint(path, self.file)) from problem
+        return self._parsed(content, path, os.path.dirname(path))
+
+    def read(self, file: BinaryIO, name: str, folder: str = "") -> list[Row]:
+        """Return the rows of an open file. `folder` is what paths are relative to.
+
+        Raises:
+            UsageError: rows are invalid or repeat an id, or there are none. Names the first bad rows and counts the rest.
+        """
+        return self._parsed(read_all(file, name, self.file), name, folder)
+
+    def _parsed(self, content: bytes, name: str, folder: str) -> list[Row]:
+        rows = _rows(_lines(content, name, self.fields), name, folder, self)
+        if not rows:
+            raise UsageError(f"{name} holds no rows", self.fields)
+        return rows
+
+    def pairs(
+        self, videos: Sequence[str], questions: Sequence[str], recursive: bool = False, pictures: bool = False
+    ) -> list[Row]:
+        """Return a row for every pair of a video and a question. Folders of videos are expanded.
+
+        Args:
+            recursive: also search subfolders.
+            pictures: also include the pictures in a folder of videos, as in `in_folder`.
+
+        Raises:
+            UsageError: names everything that is wrong.
+        """
+        wrong = Wrong()
+        videos = list(in_folders(videos, wrong, recursive, pictures))
+        for noun, texts, check in (("video", videos, _file), ("question", questions, _text)):
+            for text, times in Counter(texts).items():
+                if times > 1:
+                    wrong.add(f"the {noun} {text!r} is there twice", f"name every {noun} once")
+                with wrong.noting(f"{shown(text)!r}: ", self.fields):
+                    check(text, noun)
+        with wrong.noting("", "choose an end after the start"):
+            _check_span(self.start_s, self.end_s)
+        wrong.check(dict.fromkeys(videos, ""))
+        pairs = (("", 0, {"video": video, "question": question}) for video in videos for question in questions)
+        return _rows(pairs, "", "", self)
 
 
-def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, float | None], rules: Rules) -> list[Row]:
+def _rows(lines: Iterable[Line], name: str, folder: str, reader: RowReader) -> list[Row]:
     """Return the rows of all lines. `name` is the file's name, or "" if there is no file.
 
     Raises:
@@ -254,8 +250,8 @@ def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, floa
     unused = Counter()
     for noun, number, fields in lines:
         place = f"{name}, {noun} {number}"
-        with wrong.noting(f"{place}: ", rules.fields):
-            row = _row(number, fields, folder, span, rules)
+        with wrong.noting(f"{place}: ", reader.fields):
+            row = _row(number, fields, folder, reader)
             if row.id in rows:
                 message = f"{place}: the same id (or the same question) as {places[row.id]}"
                 wrong.add(message, "give every row an id of its own")
@@ -271,7 +267,7 @@ def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, floa
             videos.setdefault(path, place)
     wrong.check(videos, name)
     if unused:
-        are = "passed on, not read" if rules.passes_on else "not used"
+        are = "passed on, not read" if reader.passes_on else "not used"
         warnings.warn(f"{name}: fields that are {are}: {_named(unused)}", EvopruneWarning, stacklevel=4)
     return list(rows.values())
 
@@ -287,9 +283,7 @@ def _named(unused: Counter) -> str:
     return some(texts)
 
 
-def _row(
-    number: int, fields: dict[str, Any] | ValueError, folder: str, span: tuple[float, float | None], rules: Rules
-) -> Row:
+def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: RowReader) -> Row:
     if isinstance(fields, ValueError):
         raise fields
     fields = {name: value for name, value in fields.items() if value is not None}
@@ -297,6 +291,7 @@ def _row(
     for theirs, own in SAME.items():
         _must(theirs not in fields or own not in fields, f"{own} and {theirs} exclude each other")
     fields = {SAME.get(name, name): value for name, value in fields.items()}
+    span = reader.start_s, reader.end_s
     start, end = (_seconds(fields.get(name, usual), name) for name, usual in zip(("start", "end"), span, strict=True))
     _check_span(start, end)
     kinds = {"fps": float, "frames": int, "max_new_tokens": int, "frame_rate": float}
@@ -333,9 +328,9 @@ def _row(
     # Both raise an error for values out of range.
     row.generation(GenerationOptions())
     SamplingOptions(**row.sampling)
-    row = rules.complete(row, fields)
+    row = reader.complete(row, fields)
     name = number
-    if not rules.numbered:
+    if not reader.numbered:
         name = hashlib.sha256(json.dumps(row.asked, sort_keys=True).encode()).hexdigest()[:16]
     name = fields.get("id", name)
     right = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
@@ -402,14 +397,14 @@ def _must(holds: bool, problem: str) -> None:
 
 def _options(options: Any) -> tuple[str, ...]:
     """Return the options of a question without their leading letters, because the prompt adds its own."""
-    right = isinstance(options, list) and len(options) != 1 and len(options) <= len(LETTERS)
-    _must(right, f"options are not a list of 2 to {len(LETTERS)} texts")
+    right = isinstance(options, list) and len(options) != 1 and len(options) <= len(Row.LETTERS)
+    _must(right, f"options are not a list of 2 to {len(Row.LETTERS)} texts")
     options = tuple(_text(option, "option") for option in options)
     lettered = [LETTERED.fullmatch(option) for option in options]
     if not options or not all(lettered):
         return options
     letters = "".join(match[1] or match[2] for match in lettered).upper()
-    in_order = LETTERS[: len(options)]
+    in_order = Row.LETTERS[: len(options)]
     mixed = letters != in_order and sorted(letters) == list(in_order)
     _must(not mixed, f"the letters of the options are {', '.join(letters)}, not in order")
     if letters != in_order:
@@ -601,18 +596,6 @@ def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
     counts = {"video": len(videos), "picture": len(taken) - len(videos)}
     found = " and ".join(counted(count, noun) for noun, count in counts.items() if count)
     return f"{video}: {found}; left out: {some(list(map(shown, names)))}"
-
-
-def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
-    """Return the content of an open file, which may be endless.
-
-    Raises:
-        UsageError: it has more than `MAX_BYTES`.
-    """
-    content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise UsageError(f"{name} has more than {MAX_BYTES // 2**20} MiB", f"give it in pieces; {hint}")
-    return content
 
 
 def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:

@@ -5,19 +5,15 @@ import io
 from collections.abc import Container, Sequence
 from typing import TextIO
 
-from evoprune.batch.output import OPEN_FILES, STDOUT, RecordFile
+from evoprune.batch.output import STDOUT, RecordFile
 from evoprune.batch.rows import Row
 from evoprune.errors import UsageError
+from evoprune.files import OPEN_FILES
 from evoprune.report import Report
 from evoprune.util import harmless
 
 ENDING = ".csv"
 COLUMNS = ("answer", "error", "finish_reason", "visual_tokens", "new_tokens", "total_ms")
-
-
-def is_table(path: str) -> bool:
-    """Return True if an output path means a CSV table. Stdout and open files never do, regardless of their names."""
-    return path.lower().endswith(ENDING) and path != STDOUT and not path.startswith(OPEN_FILES)
 
 
 class TableFile(RecordFile):
@@ -36,6 +32,11 @@ class TableFile(RecordFile):
         self._rows = {row.id: dict(row.cells) for row in rows}
         self._names = list(dict.fromkeys(name for row in rows for name, _ in row.cells))
         super().__init__(path, stdout=stdout, overwrite=overwrite)
+
+    @staticmethod
+    def is_meant(path: str) -> bool:
+        """Return True if an output path means a CSV table. Stdout and open files never do, regardless of their names."""
+        return path.lower().endswith(ENDING) and path != STDOUT and not path.startswith(OPEN_FILES)
 
     @property
     def resumable(self) -> bool:

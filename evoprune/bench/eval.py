@@ -19,7 +19,7 @@ import torch
 
 from evoprune import methods
 from evoprune.backend import available_cores
-from evoprune.batch import Row, Span, file_changes, group_by_span
+from evoprune.batch import Row, Span
 from evoprune.bench.eval_folder import SIZE_RULE, RunFolder
 from evoprune.bench.eval_results import EvalResults
 from evoprune.bench.eval_settings import SCORES, EvalSettings
@@ -54,7 +54,7 @@ from evoprune.session import (
     open_inputs,
     weights_of,
 )
-from evoprune.util import counted, generator_seed
+from evoprune.util import counted, file_changes, generator_seed
 from evoprune.video import input_state
 from evoprune.vision import tower_geometry
 
@@ -227,7 +227,7 @@ class Evaluation:
 
     def _opened(self, video: VideoQuestions, cores: int | None) -> OpenInputs:
         """Open all parts of a video that questions are about, as the first variant reads them, for prefetching."""
-        parts = [self._open(self.variants[0], video, span) for span in group_by_span(video.rows)]
+        parts = [self._open(self.variants[0], video, span) for span in Span.group(video.rows)]
         inputs = OpenInputs(parts[0].session, [opened for part in parts for opened in part.inputs])
         inputs.use_cores(cores)
         return inputs
@@ -247,7 +247,7 @@ class Evaluation:
         try:
             if isinstance(opened, Exception):
                 raise opened
-            for span in group_by_span(video.rows):
+            for span in Span.group(video.rows):
                 rows = SharedRows()
                 for variant in self.variants:
                     progress(variant.name)

@@ -8,17 +8,11 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from evoprune.batch import (
-    SIZE_HINT,
-    append,
-    differences,
-    file_changes,
-    remove_unfinished,
-    size_rule_changes,
-    write_file,
-)
+from evoprune.batch import check_size_rule
 from evoprune.errors import UsageError
+from evoprune.files import append, remove_unfinished, write_file
 from evoprune.untrusted import read_object
+from evoprune.util import differences, file_changes
 
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
@@ -98,8 +92,7 @@ class RunFolder:
 
     def check_size_rule(self, after_tower_below: int | None) -> None:
         """Raise UsageError if the run began with another size limit for pruning only after the tower. None is unknown."""
-        if change := size_rule_changes(self.after_tower_below, after_tower_below):
-            raise UsageError(f"{self.path} was begun on another device or version: {change}", SIZE_HINT)
+        check_size_rule(str(self.path), self.after_tower_below, after_tower_below)
 
     def add(self, samples: list[dict]) -> None:
         """Append all samples of a video, or none of them. They are on disk when this returns.

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import evoprune
 from evoprune import methods
-from evoprune.batch import group_by_span
+from evoprune.batch import Span
 from evoprune.bench.eval_folder import SIZE_RULE, no_folder, stored_settings
 from evoprune.bench.questions import VideoQuestions, load_questions, of_groups
 from evoprune.errors import UsageError
@@ -103,5 +103,5 @@ class EvalSettings:
     def first_inputs(self, videos: Sequence[VideoQuestions]) -> list[Asked]:
         """Return the inputs that are read first, for `ReadAhead`."""
         chosen = of_groups(videos, self.groups)[: self.limit]
-        spans = ((video, group_by_span(video.rows)[0]) for video in chosen[:FIRST])
+        spans = ((video, Span.group(video.rows)[0]) for video in chosen[:FIRST])
         return [([video.path], self.sampling.but(**span.sampling)) for video, span in spans]

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from evoprune.batch import LETTERS, MAY_HAVE, Row, Rules, load_rows
+from evoprune.batch import Row, RowReader
 from evoprune.util import is_url
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -104,7 +104,7 @@ def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
     two options.
     """
     alone = normalised(said)
-    for lines in (options, [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]):
+    for lines in (options, [f"{letter}. {option}" for letter, option in zip(Row.LETTERS, options, strict=False)]):
         texts = [normalised(text) for text in lines]
         if texts.count(alone) == 1 and not re.fullmatch("[a-z]", alone):  # a letter may be the letter of another option
             return texts.index(alone)
@@ -318,11 +318,11 @@ def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, froze
 
     Longer texts come first.
     """
-    letters = {letter: {-1} for letter in LETTERS}
-    letters |= {letter: {index} for index, letter in enumerate(LETTERS[: len(options)])}
+    letters = {letter: {-1} for letter in Row.LETTERS}
+    letters |= {letter: {index} for index, letter in enumerate(Row.LETTERS[: len(options)])}
     patterns: dict[str, set[int]] = {}
     for index, option in enumerate(options):
-        pattern = _pattern(option, LETTERS[index])
+        pattern = _pattern(option, Row.LETTERS[index])
         if re.fullmatch("[A-Z]", pattern, re.IGNORECASE):  # the text is a letter, perhaps the letter of another option
             letters[pattern.upper()] = letters[pattern.upper()] - {-1} | {index}
         elif pattern:
@@ -380,14 +380,14 @@ def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list
 def load_questions(path: Path) -> list[VideoQuestions]:
     """Return the questions of a file by video, in the order of first appearance.
 
-    In addition to the fields that `batch.rows.read_rows` reads, a row must have `answer` (with `options`: a letter or an option's
+    In addition to the fields that `RowReader` reads, a row must have `answer` (with `options`: a letter or an option's
     text), and may have `type` and `groups` (separated by | in CSV). Ids default to the line number.
 
     Raises:
         UsageError: the file cannot be read, rows are invalid or repeat an id, or there are none.
     """
     videos: dict[str, list[Row]] = {}
-    for row in load_rows(str(path), rules=GRADED):
+    for row in GRADED.load(str(path)):
         videos.setdefault(row.video, []).append(row)
     return [VideoQuestions(name, Path(rows[0].paths[0]), tuple(rows)) for name, rows in videos.items()]
 
@@ -407,7 +407,7 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
     asked = without_tags(row.question)
     answer = str(row.answer) if isinstance(row.answer, int) else row.answer
     for wrong, problem in (
-        (len(set(texts)) < len(texts), f"options are 2 to {len(LETTERS)} different texts"),
+        (len(set(texts)) < len(texts), f"options are 2 to {len(Row.LETTERS)} different texts"),
         (not isinstance(groups, list) or not all(isinstance(g, str) for g in groups), "groups is not a list of texts"),
         (len(row.inputs) > 1, "an evaluation asks about one video or picture at a time"),
         (any(map(is_url, row.inputs)), "an evaluation reads no URLs: download the video first"),
@@ -429,8 +429,8 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
     return replace(row, question=asked, answer=answer, type=type, groups=tuple(groups))
 
 
-GRADED = Rules(
-    fields=f"a row has video, question and answer, and may have {MAY_HAVE}, type and groups",
+GRADED = RowReader(
+    fields=f"a row has video, question and answer, and may have {RowReader.MAY_HAVE}, type and groups",
     file="give a JSONL or CSV file of questions",
     numbered=True,
     complete=_complete,

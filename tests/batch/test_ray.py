@@ -19,7 +19,7 @@ import pytest
 from evoprune.batch import ray as integration
 from evoprune.batch.output import Settings
 from evoprune.batch.ray import TRIES, RemoteError, Worker, answers_on_ray
-from evoprune.batch.rows import group_by_span, product_rows
+from evoprune.batch.rows import RowReader, Span
 from evoprune.batch.run import answers
 from evoprune.errors import UsageError
 from evoprune.report import Report
@@ -30,7 +30,7 @@ QUESTIONS = ["What happens?", "How many shapes are there?"]
 ROWS = [
     replace(row, id=f"{row.id} {start}", start_s=start, answer="?")
     for start in (0.0, 1.0)
-    for row in product_rows([*CLIPS, "gone.mp4"], QUESTIONS)
+    for row in RowReader().pairs([*CLIPS, "gone.mp4"], QUESTIONS)
 ]
 REASON = "Ray is not installed: pip install 'evoprune[ray]'"
 SETTINGS = Settings.of(max_new_tokens=16)
@@ -45,7 +45,7 @@ def facts(record) -> tuple:
 def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match="--on ray needs Ray") as caught:
-        list(answers_on_ray(group_by_span(ROWS), SETTINGS))
+        list(answers_on_ray(Span.group(ROWS), SETTINGS))
     assert "evoprune[ray]" in caught.value.hint
 
 
@@ -79,10 +79,10 @@ def workers(cluster) -> list[int]:
 
 @pytest.mark.slow
 def test_the_same_records_though_workers_are_killed(cluster, capfd):
-    lines = [record.to_json() for record in answers(SETTINGS.load(), group_by_span(ROWS), SETTINGS)]
+    lines = [record.to_json() for record in answers(SETTINGS.load(), Span.group(ROWS), SETTINGS)]
     here = {record.id: record for record in map(Report.from_json, lines)}
     made, killed = [], []
-    with closing(answers_on_ray(group_by_span(ROWS), SETTINGS, address=cluster.address)) as there:
+    with closing(answers_on_ray(Span.group(ROWS), SETTINGS, address=cluster.address)) as there:
         for record in there:
             made.append(record)
             if len(made) in (3, 8, 13):
@@ -114,8 +114,8 @@ class Deadly(Worker):
 @pytest.mark.slow
 def test_a_span_that_kills_its_workers_is_given_up(cluster, monkeypatch):
     monkeypatch.setattr(integration, "Worker", Deadly)
-    rows = product_rows(CLIPS, QUESTIONS)
-    made = {record.id: record for record in answers_on_ray(group_by_span(rows), SETTINGS, address=cluster.address)}
+    rows = RowReader().pairs(CLIPS, QUESTIONS)
+    made = {record.id: record for record in answers_on_ray(Span.group(rows), SETTINGS, address=cluster.address)}
     assert made.keys() == {row.id for row in rows}
     for row in rows:
         error = made[row.id].error
@@ -128,11 +128,7 @@ def test_a_span_that_kills_its_workers_is_given_up(cluster, monkeypatch):
 @pytest.mark.slow
 def test_a_model_that_no_worker_can_load(cluster):
     with pytest.raises(RemoteError, match=r"config\.json") as caught:
-        list(
-            answers_on_ray(
-                group_by_span(ROWS), Settings.of(model="samples", max_new_tokens=16), address=cluster.address
-            )
-        )
+        list(answers_on_ray(Span.group(ROWS), Settings.of(model="samples", max_new_tokens=16), address=cluster.address))
     assert (caught.value.exit_code, caught.value.type, caught.value.stage) == (4, "model", "load") and caught.value.hint
 
 
@@ -144,7 +140,7 @@ def test_no_cluster(monkeypatch):
 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(UsageError, match=r"(?m)no Ray cluster: Could not find any running Ray instance\.$") as caught:
-        list(answers_on_ray(group_by_span(ROWS), SETTINGS, address="auto"))
+        list(answers_on_ray(Span.group(ROWS), SETTINGS, address="auto"))
     assert "ray start" in caught.value.hint
 
 
@@ -161,9 +157,7 @@ def test_sigterm_stays_ours(monkeypatch, when):
     before = signal.signal(signal.SIGTERM, lambda *_: 1 / 0)
     try:
         with pytest.raises(ZeroDivisionError):
-            for _ in answers_on_ray(
-                group_by_span(ROWS), SETTINGS, on_ready=lambda: signal.raise_signal(signal.SIGTERM)
-            ):
+            for _ in answers_on_ray(Span.group(ROWS), SETTINGS, on_ready=lambda: signal.raise_signal(signal.SIGTERM)):
                 pass
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -227,7 +221,7 @@ def test_stopping_early_lets_go_of_the_cluster(cluster):
     import ray
 
     before = set(threading.enumerate())
-    with closing(answers_on_ray(group_by_span(ROWS), SETTINGS, address=cluster.address)) as made:
+    with closing(answers_on_ray(Span.group(ROWS), SETTINGS, address=cluster.address)) as made:
         next(made)
     assert not ray.is_initialized()
     until = time.monotonic() + 30

@@ -1,5 +1,6 @@
 """The rows of a batch: from files and from the command line, and how they are grouped."""
 
+import io
 import json
 import warnings
 from pathlib import Path
@@ -10,14 +11,11 @@ from hypothesis import strategies as st
 
 from evoprune.batch.rows import (
     Row,
+    RowReader,
     Span,
     Wrong,
-    group_by_span,
     in_folders,
     left_out,
-    load_rows,
-    product_rows,
-    read_rows,
 )
 from evoprune.errors import EvopruneWarning, UsageError
 from evoprune.language import Turn
@@ -37,14 +35,14 @@ def jsonl(*rows) -> bytes:
 
 
 def read(content: bytes, **span) -> list[Row]:
-    return read_rows(content, "rows", "there", **span)
+    return RowReader(**span).read(io.BytesIO(content), "rows", "there")
 
 
 def test_json_lines(tmp_path):
     rows = [ROW, "", ROW | {"id": 7, "start": "1:30", "end": 99.5, "type": "order", "answer": 3}]
     rows.append(ROW | {"id": "x", "question": "Which?\u2028", "options": ["red", "blue"], "start": None})
     (tmp_path / "q.jsonl").write_bytes(jsonl(*rows))
-    first, second, third = load_rows(str(tmp_path / "q.jsonl"))
+    first, second, third = RowReader().load(str(tmp_path / "q.jsonl"))
     assert (first.inputs, first.paths, first.prompt) == (("a.mp4",), (str(tmp_path / "a.mp4"),), "What?")
     assert (second.id, second.start_s, second.end_s, second.answer) == ("7", 90.0, 99.5, 3)
     assert (third.id, third.start_s, third.end_s, third.options) == ("x", 0.0, None, ("red", "blue"))
@@ -104,9 +102,8 @@ def test_an_id_is_made_of_what_is_asked_and_of_nothing_else():
     def name(**other):
         return read(jsonl(ROW | other))[0].id
 
-    assert (
-        name() == name(answer="yes") == name(type="order") == name(start=0) == product_rows(["a.mp4"], ["What?"])[0].id
-    )
+    (pair,) = RowReader().pairs(["a.mp4"], ["What?"])
+    assert name() == name(answer="yes") == name(type="order") == name(start=0) == pair.id
     others = {"video": "b.mp4", "question": "Who?", "start": 1, "end": 1, "options": ["a", "b"], "subtitles": "a.srt"}
     assert len({name(), *(name(**{field: value}) for field, value in others.items())}) == 7
     assert [row.id for row in read(jsonl(ROW | {"question": "Who?"}, ROW))][1] == name()
@@ -216,7 +213,7 @@ def test_files_without_rows(content, says):
 def test_all_that_is_wrong_is_named_at_once(tmp_path):
     (tmp_path / "here.mp4").touch()
     with pytest.raises(UsageError) as caught:
-        product_rows(["a", f"{tmp_path}/here.mp4", "a", "b", "b"], ["1", "", "1"], 3.0, 2.0)
+        RowReader(start_s=3.0, end_s=2.0).pairs(["a", f"{tmp_path}/here.mp4", "a", "b", "b"], ["1", "", "1"])
     assert caught.value.message == (
         "the video 'a' is there twice; the video 'b' is there twice; the question '1' is there twice; '': question is empty; "
         "end 2 s is not after start 3 s; no such file: a; no such file: b"
@@ -237,7 +234,7 @@ def test_a_row_may_have_several_inputs():
     (of_csv,) = read(b"question,inputs\nWhich?,a.mp4|b.jpg\n")
     assert of_csv == row
     (other,) = read(jsonl({"inputs": ["b.jpg", "a.mp4"], "question": "Which?"}))
-    assert other.id != row.id and len(group_by_span([row, other])) == 2
+    assert other.id != row.id and len(Span.group([row, other])) == 2
     (alone,), (named,) = (read(jsonl(ROW | own)) for own in ({}, {"inputs": [ROW["video"]], "video": None}))
     assert alone == named
 
@@ -253,7 +250,7 @@ def test_fields_as_other_tools_write_them():
     (often,) = read(jsonl(ROW | {"fps": "0.5"}))
     (usual,) = read(jsonl(ROW))
     assert len({often.id, usual.id, row.id}) == 3
-    spans = group_by_span([often, row, usual, usual])
+    spans = Span.group([often, row, usual, usual])
     # A row's own rate replaces the batch's number of frames, and vice versa.
     assert [span.sampling for span in spans] == [
         {"start_s": 0.0, "end_s": None, "fps": 0.5},
@@ -358,7 +355,7 @@ some_rows = st.lists(
 @settings(deadline=None)
 @given(some_rows)
 def test_rows_that_one_encoding_serves_are_together(rows):
-    spans = group_by_span(rows)
+    spans = Span.group(rows)
     assert sorted((row for span in spans for row in span.rows), key=id) == sorted(rows, key=id)
     keys = [(span.rows[0].paths, span.sampling) for span in spans]
     assert all(key not in keys[:i] for i, key in enumerate(keys))  # one encoding each
@@ -401,8 +398,8 @@ def test_a_photo_among_videos_is_taken(tmp_path):
     for name in ("a.mp4", "b.mp4", "c.mov", "a.jpg", "b2.png", *(f"{n}.txt" for n in range(12))):
         (tmp_path / name).touch()
     folder = str(tmp_path)
-    found = [Path(row.video).name for row in product_rows([folder], ["Why?"], pictures=True)]
+    found = [Path(row.video).name for row in RowReader().pairs([folder], ["Why?"], pictures=True)]
     assert found == ["a.mp4", "b.mp4", "b2.png", "c.mov"]
-    assert [Path(row.video).name for row in product_rows([folder], ["Why?"])] == ["a.mp4", "b.mp4", "c.mov"]
+    assert [Path(row.video).name for row in RowReader().pairs([folder], ["Why?"])] == ["a.mp4", "b.mp4", "c.mov"]
     names = ", ".join([*(f"{n}.txt" for n in range(10)), "and 3 more"])
     assert left_out(folder, pictures=True) == f"{folder}: 3 videos and 1 picture; left out: {names}"

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.batch.output import Found, RecordFile, Settings, Sources, remaining
-from evoprune.batch.rows import Row, group_by_span, product_rows
+from evoprune.batch.output import Found, RecordFile, Settings, Sources
+from evoprune.batch.rows import Row, RowReader, Span
 from evoprune.batch.run import answers
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.language import Turn
@@ -21,7 +21,7 @@ from evoprune.video import read_chunks
 
 CLIPS = ["samples/square.mp4", "samples/three.mp4", "samples/vanish.webm"]
 QUESTIONS = ["What happens?", "How many red squares are there in the video?"]
-ROWS = product_rows(CLIPS, QUESTIONS)
+ROWS = RowReader().pairs(CLIPS, QUESTIONS)
 SETTINGS = Settings.of()
 
 
@@ -47,8 +47,9 @@ def test_what_has_no_answer_is_left(states, start, budget):
     rows = [replace(row, start_s=start, options=("a", "b"), answer=3) for row in ROWS]
     before = [found(row, state, settings) for row, state in zip(rows, states, strict=True) if state is not None]
     left = [row for row, state in zip(rows, states, strict=True) if state is not False]
-    assert remaining(rows, settings, before) == left
-    assert remaining(rows[1:], settings, before) == [row for row in left if row is not rows[0]]  # others do not matter
+    assert Sources(settings).remaining(rows, before) == left
+    others = [row for row in left if row is not rows[0]]
+    assert Sources(settings).remaining(rows[1:], before) == others
 
 
 @pytest.mark.parametrize("failed", [True, False])
@@ -65,7 +66,7 @@ def test_other_settings_are_refused(failed):
     for name, value in others.items():
         other = changed(**{name: value})
         with pytest.raises(UsageError, match=f"other settings: {name} was .*, is ") as caught:
-            remaining(ROWS, other, before)
+            Sources(other).remaining(ROWS, before)
         assert caught.value.hint
 
 
@@ -74,8 +75,8 @@ def test_a_row_that_changed_is_refused(name):
     value = ("a", "b") if name == "options" else 3.0 if "_s" in name else ("x",) if name == "video" else "x"
     rows = [replace(ROWS[0], **{"inputs" if name == "video" else name: value}), *ROWS[1:]]
     with pytest.raises(UsageError, match=f"is not what it was: {name} was "):
-        remaining(rows, SETTINGS, [found(ROWS[0])])
-    assert remaining([replace(ROWS[0], answer="yes")], SETTINGS, [found(ROWS[0])]) == []  # never asked
+        Sources(SETTINGS).remaining(rows, [found(ROWS[0])])
+    assert Sources(SETTINGS).remaining([replace(ROWS[0], answer="yes")], [found(ROWS[0])]) == []  # never asked
 
 
 def test_another_commit_of_a_hub_model_is_refused():
@@ -85,11 +86,11 @@ def test_another_commit_of_a_hub_model_is_refused():
         replace(found(row, settings=settings), revision=name) for row, name in zip(ROWS, [None, "a"], strict=False)
     ]
     sources = Sources(settings)
-    assert remaining(ROWS, settings, before, sources) == ROWS[2:]
+    assert sources.remaining(ROWS, before) == ROWS[2:]
     sources.check_revision(None)
     sources.check_revision("a")
     other = [*before, replace(before[1], revision="b")]
-    for check in (lambda: sources.check_revision("b"), lambda: remaining(ROWS, settings, other)):
+    for check in (lambda: sources.check_revision("b"), lambda: Sources(settings).remaining(ROWS, other)):
         with pytest.raises(UsageError, match=r"org/model is not what it was .*: its commit was a, is b") as caught:
             check()
         assert "--revision" in caught.value.hint
@@ -103,11 +104,11 @@ def test_a_device_that_prunes_other_sizes_elsewhere_is_refused(begun, now):
         for row, below in zip(ROWS, [None, begun, begun], strict=False)
     ]
     sources = Sources(SETTINGS)
-    assert remaining(ROWS, SETTINGS, before, sources) == [ROWS[0], *ROWS[3:]]
+    assert sources.remaining(ROWS, before) == [ROWS[0], *ROWS[3:]]
     sources.check_sizes(None)
     sources.check_sizes(begun)
     other = [*before, replace(before[1], after_tower_below=now)]
-    for check in (lambda: sources.check_sizes(now), lambda: remaining(ROWS, SETTINGS, other)):
+    for check in (lambda: sources.check_sizes(now), lambda: Sources(SETTINGS).remaining(ROWS, other)):
         with pytest.raises(
             UsageError, match="begun on another device or version: the inputs pruned after the tower"
         ) as caught:
@@ -117,7 +118,7 @@ def test_a_device_that_prunes_other_sizes_elsewhere_is_refused(begun, now):
 
 @pytest.mark.parametrize("before", [{}, {"model": None, "inputs": [None]}, {"inputs": []}, {"inputs": None}])
 def test_what_is_unknown_of_files_is_accepted(before):
-    assert remaining(ROWS[:1], SETTINGS, [replace(found(ROWS[0]), files=before)]) == []
+    assert Sources(SETTINGS).remaining(ROWS[:1], [replace(found(ROWS[0]), files=before)]) == []
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def qa(saved):
 def test_each_record_is_what_asking_alone_gives(qa):
     settings = changed(max_new_tokens=8, temperature=0.7, fps=1.0, system="Be brief.")
     rows = [replace(row, start_s=1.0, answer="?") for row in ROWS]
-    made = list(answers(qa, group_by_span(rows), settings))
+    made = list(answers(qa, Span.group(rows), settings))
     assert [report.id for report in made] == [row.id for row in rows]
     for row, report in zip(rows, made, strict=True):
         video = qa.encode(row.paths[0], fps=1.0, start_s=1.0)
@@ -144,7 +145,7 @@ def test_each_record_is_what_asking_alone_gives(qa):
 
 def test_a_record_names_a_video_as_its_row_does(qa):
     rows = [replace(ROWS[0], inputs=("square.mp4",))]
-    (report,) = answers(qa, group_by_span(rows), changed(max_new_tokens=1, frames=2))
+    (report,) = answers(qa, Span.group(rows), changed(max_new_tokens=1, frames=2))
     assert report.error is None and report.video.path == report.inputs[0].path == "square.mp4"
 
 
@@ -159,7 +160,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
         return read_chunks(info, times, **how)
 
     monkeypatch.setattr("evoprune.session.encoding.read_chunks", read)
-    with closing(answers(qa, group_by_span(ROWS), changed(max_new_tokens=1))) as made:
+    with closing(answers(qa, Span.group(ROWS), changed(max_new_tokens=1))) as made:
         next(made)
         assert second.wait(20)
         time.sleep(0.1)
@@ -180,7 +181,7 @@ def test_a_video_of_several_rows_is_read_once_and_waiting_is_told(qa, monkeypatc
     monkeypatch.setattr("evoprune.session.encoding.read_chunks", counted)
     asked = [CLIPS[:1], CLIPS[:2], [CLIPS[1], CLIPS[1], CLIPS[0]], CLIPS[2:]]
     rows = [Row(str(number), tuple(paths), tuple(paths), "What?") for number, paths in enumerate(asked)]
-    made = list(answers(qa, group_by_span(rows), changed(max_new_tokens=1, frames=4), on_wait=waited.append))
+    made = list(answers(qa, Span.group(rows), changed(max_new_tokens=1, frames=4), on_wait=waited.append))
     assert [report.id for report in made] == ["0", "1", "2", "3"] and not any(report.error for report in made)
     assert read == CLIPS
     assert len(waited) == 2 * len(rows) and min(waited) >= 0 < sum(waited)
@@ -189,7 +190,7 @@ def test_a_video_of_several_rows_is_read_once_and_waiting_is_told(qa, monkeypatc
 def test_a_row_with_messages_goes_on_with_them(qa):
     turns = (Turn(QUESTIONS[0], "A square moves."),)
     rows = [replace(ROWS[0], id=str(number), earlier=earlier) for number, earlier in enumerate([turns, (), turns])]
-    first, single, again = answers(qa, group_by_span(rows), changed(max_new_tokens=4))
+    first, single, again = answers(qa, Span.group(rows), changed(max_new_tokens=4))
     chat = qa.encode(CLIPS[0]).chat(messages=Turn.to_messages(turns))
     expected = chat.ask(ROWS[0].question, max_new_tokens=4)
     assert first.answer == again.answer == expected.text and first.tokens.prompt > single.tokens.prompt
@@ -216,7 +217,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, problem, kind, stage, failing, at):
     """A failure in the `at`-th call fails the rows it belongs to: one question, or all rows of the video."""
     settings = changed(max_new_tokens=1)
-    whole = [report.answer for report in answers(qa, group_by_span(ROWS), settings)]
+    whole = [report.answer for report in answers(qa, Span.group(ROWS), settings)]
     qa.loaded.patches.clear()  # otherwise nothing would be read again
     module, _, name = where.rpartition(".")
     real, calls, problems = getattr(__import__(module, fromlist=[name]), name), [], []
@@ -231,7 +232,7 @@ def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, 
         return real(*args, **how)
 
     monkeypatch.setattr(where, breaks)
-    made = list(answers(qa, group_by_span(ROWS), settings, on_failure=problems.append))
+    made = list(answers(qa, Span.group(ROWS), settings, on_failure=problems.append))
     first = (at - 1) * failing
     failed = list(range(first, first + failing))
     assert [report.id for report in made] == [row.id for row in ROWS]
@@ -266,7 +267,7 @@ def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
     monkeypatch.setattr("evoprune.session.encoding.encode_rows", encode)
     gc.disable()
     try:
-        assert all(report.error for report in answers(qa, group_by_span(ROWS), SETTINGS))
+        assert all(report.error for report in answers(qa, Span.group(ROWS), SETTINGS))
     finally:
         gc.enable()
     assert len(alive) > 3 and set(alive) == {1}  # three videos, and retries in smaller pieces
@@ -280,7 +281,7 @@ def test_an_interruption_is_no_failure(qa, monkeypatch, stop, where):
 
     monkeypatch.setattr(f"evoprune.{where}", stops)
     with pytest.raises(type(stop)):
-        list(answers(qa, group_by_span(ROWS), SETTINGS))
+        list(answers(qa, Span.group(ROWS), SETTINGS))
     assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-prefetch"]
 
 
@@ -291,6 +292,6 @@ def test_records_of_versions_without_seek_are_of_exact_frames(tmp_path):
     line = {"schema": SCHEMA, "id": ROWS[0].id, "error": None, "batch": {"row": ROWS[0].asked, "settings": settings}}
     path.write_text(json.dumps(line) + "\n")
     with closing(RecordFile(str(path), resume=True)) as output:
-        assert remaining(ROWS, changed(seek="exact"), output.found) == ROWS[1:]
+        assert Sources(changed(seek="exact")).remaining(ROWS, output.found) == ROWS[1:]
         with pytest.raises(UsageError, match=r"other settings: seek was .*exact.*, is .*auto"):
-            remaining(ROWS, SETTINGS, output.found)
+            Sources(SETTINGS).remaining(ROWS, output.found)

@@ -106,7 +106,7 @@ CASES = {
     "bug": Case(ASK, 1, "ZeroDivisionError", breaks=("evoprune_cli.ask._check_inputs", ZeroDivisionError("1/0"))),
     "bug in inspect": Case(("inspect", CLIP), 1, "KeyError", breaks=("evoprune_cli.inspect.asdict", KeyError(1))),
     "bug in batch": Case(
-        BATCH, 1, "KeyError", breaks=("evoprune.batch.output.remaining", KeyError(1)), ways=EVERYWHERE
+        BATCH, 1, "KeyError", breaks=("evoprune.batch.output.Sources.remaining", KeyError(1)), ways=EVERYWHERE
     ),
     # 2: usage
     "unknown command": fails(2, "what", "what"),

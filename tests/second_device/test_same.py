@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import evoprune
 from evoprune.backend import Device, attention, limits
-from evoprune.batch import Settings, answers, group_by_span, product_rows
+from evoprune.batch import RowReader, Settings, Span, answers
 from evoprune.bench import TuneSettings, Tuning
 from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify.run import subject_of, verify
@@ -250,10 +250,10 @@ def test_verify():
 
 
 def test_batch():
-    rows = product_rows([CLIP, PICTURE], [QUESTION, "Which digit is shown?"])
+    rows = RowReader().pairs([CLIP, PICTURE], [QUESTION, "Which digit is shown?"])
     settings = Settings.of(frames=8, max_visual_tokens=200, max_new_tokens=8)
     cpu, device = (
-        [(report.answer, report.error) for report in answers(qa, group_by_span(rows), settings)]
+        [(report.answer, report.error) for report in answers(qa, Span.group(rows), settings)]
         for qa in (evoprune.VideoQA(loaded(device)) for device in ("cpu", NAME))
     )
     assert device == cpu and len(device) == 4 and not any(error for _, error in device)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evoprune.batch import Settings, answers, group_by_span, product_rows
+from evoprune.batch import RowReader, Settings, Span, answers
 from evoprune.errors import ModelError, UsageError, VideoError
 from evoprune.session import ahead as module
 from evoprune.session import encoding, reading
@@ -476,9 +476,9 @@ def test_what_nobody_asks_for_goes_with_the_model(long):
 
 
 def test_a_batch_takes_its_first_videos(demo, read_anew):
-    rows = product_rows([SQUARE, THREE, "samples/vanish.webm"], ["What happens?"])
+    rows = RowReader().pairs([SQUARE, THREE, "samples/vanish.webm"], ["What happens?"])
     settings = Settings.of(max_new_tokens=2)
-    spans, without = group_by_span(rows), None
+    spans, without = Span.group(rows), None
     for first in (0, 2, 3):
         asked = [(span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in spans[:first]]
         with ReadAhead(DEMO, asked) as ahead:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from evoprune.batch import load_rows
+from evoprune.batch import RowReader
 from evoprune.bench import EvalSettings, Evaluation, TuneSettings, Tuning
 from evoprune.bench.verify.subject import QUESTION, SAMPLING, Subject
 from evoprune.errors import LFS_HINT, ModelError, ModelWarning, UsageError, VideoError
@@ -205,7 +205,7 @@ def test_git_lfs_pointers_of_clips_and_beside_them(tmp_path):
     for error, read in (
         *((VideoError, partial(probe, tmp_path / name)) for name in ("clip.mp4", "picture.png", "frames")),
         (VideoError, lambda: subtitles.read(str(tmp_path), 0.0, str(tmp_path / "lines.srt"), 0.0, 1.0)),
-        (UsageError, lambda: load_rows(str(tmp_path / "rows.jsonl"))),
+        (UsageError, lambda: RowReader().load(str(tmp_path / "rows.jsonl"))),
     ):
         with pytest.raises(error, match="is a git-lfs pointer") as caught:
             read()

@@ -1,15 +1,12 @@
-"""The output file of a search: one line per video with the moments found in it. Imports no torch."""
+"""The output file of `evoprune find`: one line per video with the moments found in it."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from evoprune.batch.output import RECORDED, RecordFile, Settings
-from evoprune.batch.rows import Row, product_rows
+from evoprune.batch import RecordFile, Settings
 from evoprune.report import INVISIBLE, rounded
 from evoprune.session import FindOptions
-from evoprune.video import SamplingOptions
 
 SCHEMA = "evoprune/found@1"
 
@@ -18,7 +15,7 @@ SCHEMA = "evoprune/found@1"
 class SearchSettings(Settings):
     """The options of a search. Each row has its own time span instead of `start_s` and `end_s`."""
 
-    ALWAYS: ClassVar[tuple[str, ...]] = (*RECORDED, *(option.name for option in fields(FindOptions)))
+    ALWAYS: ClassVar[tuple[str, ...]] = (*Settings.ALWAYS, *(option.name for option in fields(FindOptions)))
 
     @property
     def groups(self) -> tuple[Any, ...]:
@@ -51,12 +48,3 @@ class FoundVideo:
         record = {"schema": SCHEMA} | asdict(self)
         text = json.dumps(rounded(record), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
         return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
-def search_rows(videos: Sequence[str], queries: Sequence[str], sampling: SamplingOptions) -> list[Row]:
-    """Return a row per video; folders of videos are expanded. The question of a row has one query per line.
-
-    Raises:
-        UsageError: names everything that is wrong.
-    """
-    return product_rows(videos, ["\n".join(queries)], sampling.start_s, sampling.end_s)
