@@ -17,7 +17,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "backend": 74,
     "session": 52,
     "methods": 45,
-    "video": 37,
+    "video": 32,
     "bench": 26,
     "language": 18,
     "model": 21,

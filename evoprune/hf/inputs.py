@@ -17,7 +17,7 @@ from evoprune.model import VisionConfig
 from evoprune.session import SMALL_FILES, ModelOptions, describe, inputs_of, plan_input, prompt_about, with_subtitles
 from evoprune.signatures import takes
 from evoprune.util import check_question, from_keywords
-from evoprune.video import HeldVideo, Input, InputLimits, Plan, SamplingOptions, local_input, probe, read_chunks
+from evoprune.video import GivenInput, Input, InputLimits, Plan, SamplingOptions, probe, read_chunks
 from evoprune.vision import normalised, patches_of
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def processor_inputs(
     limits = checkpoint.limits
     vision = checkpoint.config.vision_config
     with ExitStack() as stack:
-        files = [stack.enter_context(local_input(each, offline=offline)) for each in given]
-        infos = [file if isinstance(file, HeldVideo) else probe(file, folder_fps=options.frame_rate) for file in files]
+        files = [stack.enter_context(GivenInput(each).local(offline=offline)) for each in given]
+        infos = [probe(file, folder_fps=options.frame_rate) for file in files]
         plans: list[Plan] = []
         for info, wanted in zip(infos, options.of_each(infos), strict=True):
             options.check_picture(info)

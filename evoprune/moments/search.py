@@ -38,16 +38,7 @@ from evoprune.session import (
     plan_input,
 )
 from evoprune.util import brief, check_question
-from evoprune.video import (
-    HeldVideo,
-    Input,
-    Plan,
-    SamplingOptions,
-    Video,
-    local_input,
-    name_of,
-    probe,
-)
+from evoprune.video import GivenInput, Input, Plan, SamplingOptions, Video, probe
 
 # Questions that together decide whether a segment matches a query, each with the answer (True for yes) that means a match.
 Questions = tuple[tuple[str, bool], ...]
@@ -123,16 +114,15 @@ class Search:
         self.queries = checked(queries)
         self._questions = {query: questions_for(session, options, query) for query in self.queries}
         self._yes, self._no = first_tokens(session.loaded.tokenizer, options.yes, options.no)
-        self.name = name_of(source)
+        given = GivenInput(source)
+        self.name = given.name
         self.warnings: dict[str, VideoFacts] = {}
         self.unread = 0
         self._files = ExitStack()
         try:
             offline = session.loaded.description.options.offline
-            file = self._files.enter_context(local_input(source, offline=offline))
-            self._info = file
-            if not isinstance(file, HeldVideo):
-                self._info = probe(file, folder_fps=sampling.frame_rate)
+            file = self._files.enter_context(given.local(offline=offline))
+            self._info = probe(file, folder_fps=sampling.frame_rate)
             if self._info.is_picture:
                 raise UsageError(
                     f"{self.name} is a picture, which has no moments", "give a video; ask asks about a picture"

@@ -30,21 +30,7 @@ from evoprune.session.prompting import with_subtitles
 from evoprune.session.reading import Reading, Readings, chunk_bytes, probed
 from evoprune.session.session import Session
 from evoprune.util import brief
-from evoprune.video import (
-    FrameChunk,
-    HeldVideo,
-    Input,
-    Plan,
-    SamplingOptions,
-    Stopped,
-    held_video,
-    is_frames,
-    is_given,
-    is_temporary,
-    local_input,
-    name_of,
-    read_chunks,
-)
+from evoprune.video import FrameChunk, GivenInput, HeldVideo, Input, Plan, SamplingOptions, Stopped, read_chunks
 from evoprune.vision import Encoded, EncodedRows, encode_rows, select_tokens
 
 Path = str | os.PathLike[str]
@@ -493,29 +479,27 @@ def open_inputs(
     sampling.check_one_file(len(paths))
     # CPU clocks never wait for a GPU.
     clocks = [Clock(torch.device("cpu")) for _ in paths]
+    given = [GivenInput(path) for path in paths]
     infos = []
     inputs = []
     if session.pruning.method.reads_question:
         cache = None
     if names is None:
-        names = [name_of(path) for path in paths]
+        names = [each.name for each in given]
     loaded = session.loaded
     how = {"offline": loaded.description.options.offline}
     if progress:
         how["progress"] = partial(progress, "download")
     with ExitStack() as stack:
-        for path, clock in zip(paths, clocks, strict=True):
-            file = stack.enter_context(local_input(path, **how))
+        for each, clock in zip(given, clocks, strict=True):
+            file = stack.enter_context(each.local(**how))
             with clock.stage("read"):
-                if isinstance(file, HeldVideo):
-                    infos.append(file)
-                else:
-                    infos.append(probed(file, folder_fps=sampling.frame_rate))
-        for path, clock, info, wanted, name in zip(paths, clocks, infos, sampling.of_each(infos), names, strict=True):
+                infos.append(probed(file, folder_fps=sampling.frame_rate))
+        for each, clock, info, wanted, name in zip(given, clocks, infos, sampling.of_each(infos), names, strict=True):
             with clock.stage("read"):
                 plan = plan_input(loaded.description, info, wanted, session.pruning, name)
                 plan = with_subtitles(loaded.tokenizer, plan, wanted)
-            inputs.append(kind(session, plan, clock, ahead=ahead, cache=cache, temporary=is_temporary(path)))
+            inputs.append(kind(session, plan, clock, ahead=ahead, cache=cache, temporary=each.is_temporary))
         return OpenInputs(session, inputs, stack.pop_all())
 
 
@@ -527,18 +511,18 @@ def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[flo
         times_s: The time of each frame in an array, in seconds, instead of a frame rate.
 
     Raises:
-        UsageError: If there are no inputs, or one is of another type. See also `held_video`.
+        UsageError: If there are no inputs, or one is of another type. See also `HeldVideo.of`.
     """
     inputs = list(given) if isinstance(given, list | tuple) else [given]
     if not inputs:
         raise UsageError(f"the input is {brief(given)}, not a path", KINDS_HINT)
-    if times_s is not None and not any(map(is_frames, inputs)):
+    if times_s is not None and not any(GivenInput(value).is_frames for value in inputs):
         raise UsageError("times_s are of an array of frames, and there is none", "files know their own times")
     made: list[Input] = []
     for value in inputs:
-        if is_frames(value):
-            made.append(held_video(value, frame_rate, times_s, several=len(inputs) > 1))
-        elif is_given(value):
+        if GivenInput(value).is_frames:
+            made.append(HeldVideo.of(value, frame_rate, times_s, several=len(inputs) > 1))
+        elif GivenInput(value).has_content:
             made.append(value)
         elif isinstance(value, str | os.PathLike) and not isinstance(os.fspath(value), bytes):
             made.append(os.fspath(value))

@@ -16,7 +16,7 @@ from contextvars import Context, copy_context
 from itertools import count
 from typing import Any, Generic, Self, TypeVar
 
-from evoprune.video import IMAGES, Plan, Scope, Stopped, Video, probe
+from evoprune.video import IMAGES, HeldVideo, Plan, Scope, Stopped, Video, probe
 
 T = TypeVar("T")
 
@@ -291,8 +291,10 @@ _probed: dict[tuple[str, float], tuple[tuple | None, Video]] = {}  # file state 
 _probed_lock = threading.Lock()
 
 
-def probed(path: str | os.PathLike[str], *, folder_fps: float) -> Video:
+def probed(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float) -> Video:
     """Return the metadata of an input, see `frames.probe`. A file is probed again only if it has changed since."""
+    if isinstance(path, HeldVideo):
+        return path
     key = os.fspath(path), folder_fps
     state = state_of(key[0])
     before, info = _probed.get(key, (None, None))

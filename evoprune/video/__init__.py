@@ -21,8 +21,9 @@ if TYPE_CHECKING:
         read_subtitles,
         scan,
     )
-    from evoprune.video.given import Input, held_video, is_frames, is_given, is_temporary, local_input, name_of
-    from evoprune.video.info import IMAGES, VIDEOS, HeldVideo, Video, files, in_order, input_state
+    from evoprune.video.given import GivenInput, Input
+    from evoprune.video.held import HeldVideo
+    from evoprune.video.info import IMAGES, VIDEOS, Video, files, in_order, input_state
     from evoprune.video.live import LiveSource
     from evoprune.video.plan import InputLimits, Plan, SamplingOptions, SamplingPlan
     from evoprune.video.sandbox.isolation import Scope, Stopped, keep_idle, warm_up
@@ -32,6 +33,7 @@ __all__ = [
     "IMAGES",
     "VIDEOS",
     "FrameChunk",
+    "GivenInput",
     "HeldVideo",
     "Input",
     "InputLimits",
@@ -47,17 +49,11 @@ __all__ = [
     "downloaded",
     "files",
     "frame_times",
-    "held_video",
     "in_one",
     "in_order",
     "input_state",
-    "is_frames",
-    "is_given",
-    "is_temporary",
     "keep_idle",
     "local_file",
-    "local_input",
-    "name_of",
     "probe",
     "read_chunks",
     "read_frames",
@@ -84,8 +80,9 @@ __getattr__, __dir__ = door(
             "read_subtitles",
             "scan",
         ],
-        "given": ["Input", "held_video", "is_frames", "is_given", "is_temporary", "local_input", "name_of"],
-        "info": ["HeldVideo", "IMAGES", "VIDEOS", "Video", "files", "in_order", "input_state"],
+        "given": ["GivenInput", "Input"],
+        "held": ["HeldVideo"],
+        "info": ["IMAGES", "VIDEOS", "Video", "files", "in_order", "input_state"],
         "live": ["LiveSource"],
         "plan": ["InputLimits", "Plan", "SamplingOptions", "SamplingPlan"],
         "sandbox.isolation": ["Scope", "Stopped", "keep_idle", "warm_up"],

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import is_url
-from evoprune.video.info import FOLDER_FPS, Decoder, FrameTimes, HeldVideo, ScanResult, Subtitles, Video, check_seek
+from evoprune.video.held import HeldVideo
+from evoprune.video.info import FOLDER_FPS, Decoder, FrameTimes, ScanResult, Subtitles, Video, check_seek
 from evoprune.video.sandbox.isolation import run_task, stream_frames
 from evoprune.video.temporary import temporary_file
 
@@ -27,14 +28,14 @@ OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/")  # paths that refer to op
 CHUNK_BYTES = 2**20  # chunk size for copying standard input
 
 
-def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Video:
+def probe(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float = FOLDER_FPS) -> Video:
     """Read the metadata of a video file, a picture, or a folder of images that is read as a video.
 
     Decodes the first frame and reads the packets of the last seconds. If FFmpeg cannot seek near the end of the file, all its
     packets are read once, without decoding.
 
     Args:
-        path: never interpreted as a URL or a pattern; playlists are not followed.
+        path: never interpreted as a URL or a pattern; playlists are not followed. A `HeldVideo` is returned as it is.
         folder_fps: images of a folder per second of video.
 
     Raises:
@@ -42,6 +43,8 @@ def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Vi
         VideoError: no such file, not a video, no video stream, no decodable frame, or a folder without images; see also
             `isolation.run_task`.
     """
+    if isinstance(path, HeldVideo):
+        return path
     return Video(**_run("probe", path, folder_fps=folder_fps))
 
 

@@ -1,20 +1,18 @@
 """Python inputs other than paths: arrays of frames, Pillow images, bytes, open files, and URLs."""
 
 import io
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.util import brief, is_url, without_password
-from evoprune.video.info import TOLERANCE_S, HeldVideo
+from evoprune.util import is_url, without_password
+from evoprune.video.held import HeldVideo
 from evoprune.video.temporary import temporary_file
 
 if TYPE_CHECKING:
@@ -27,95 +25,59 @@ Input = Union[str, os.PathLike[str], NDArray[np.uint8], "Tensor", "Image", Bytes
 CHUNK_BYTES = 2**20  # chunk size for copying an open file
 MOST_LEVELS = 65535  # highest gray level in 16 bits
 STORED_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # Pillow modes that PNG stores without conversion
-RATE_HINT = "frame_rate=30, in frames a second, or times_s=[...], in seconds"
 
 
-def held_video(
-    frames: Any, frame_rate: float | None, times_s: Sequence[float] | None, several: bool = False
-) -> HeldVideo:
-    """Wrap an array of frames as a video.
+class GivenInput:
+    """An input as a Python caller gave it, in any of the forms of `Input`."""
 
-    Args:
-        frames: uint8 `[T, H, W, 3]`, RGB; an array, or anything that `numpy.asarray` accepts.
-        frame_rate: frames per second, or None if `times_s` is given.
-        times_s: start time of each frame in seconds, ascending. The first one is the beginning of the video.
-        several: True if this is one of several inputs; changes only the hints of errors.
+    def __init__(self, value: Any):
+        self._value = value
 
-    Raises:
-        UsageError: wrong shape or dtype, an invalid rate or invalid times, or not exactly one of the two.
-    """
-    try:
-        array = np.asarray(frames)
-    except Exception as problem:  # classes of other packages may raise anything, e.g. tensors on a GPU
-        hint = "give an array of numpy; of a tensor: tensor.cpu().numpy()"
-        raise UsageError(f"the frames of class {type(frames).__name__} are no array: {problem}", hint) from problem
-    shape = list(array.shape)
-    if array.ndim == 3 and shape[-1] == 3:
-        hint = "of a picture: PIL.Image.fromarray(array)"
-        if several:
-            hint = f"frames of one video: numpy.stack(list); {hint}"
-        raise UsageError(f"an array of shape {shape} is one frame", hint)
-    if array.ndim != 4 or shape[-1] != 3:
-        hint = "frames are [T, H, W, 3], RGB"
-        if array.ndim == 4 and shape[1] == 3:
-            hint += "; channels go last by array.transpose(0, 2, 3, 1)"
-        raise UsageError(f"an array of shape {shape} is no video", hint)
-    if array.dtype != np.uint8:
-        hint = "frames are uint8, 0 to 255; of floats up to 1: (array * 255).round().astype('uint8')"
-        raise UsageError(f"an array of {array.dtype} is no video", hint)
-    if not array.size:
-        raise UsageError(f"an array of shape {shape} holds no pixels", "give at least one frame")
-    if (frame_rate is None) == (times_s is None):
-        problem = "no rate" if frame_rate is None else "a rate and times, which exclude each other"
-        raise UsageError(f"an array of {len(array)} frames has {problem}", RATE_HINT)
-    if times_s is None:
-        return _described(array, tuple(number / frame_rate for number in range(len(array))), frame_rate, 0.0)
-    times = _checked(times_s, len(array))
-    first = times[0]
-    lasted = times[-1] - first
-    rate = (len(times) - 1) / lasted if lasted else 1.0  # a single frame lasts for a second
-    return _described(array, tuple(time - first for time in times), rate, first)
+    @property
+    def is_frames(self) -> bool:
+        """True for an array or a tensor, but not for a Pillow image."""
+        return hasattr(self._value, "__array__") and not is_picture(self._value)
 
+    @property
+    def has_content(self) -> bool:
+        """True if the input brings its own content: a picture, bytes, an open file or a `HeldVideo`, and not a path or a URL."""
+        return isinstance(self._value, Bytes | HeldVideo) or is_picture(self._value) or hasattr(self._value, "read")
 
-def _described(array: np.ndarray, frames_s: tuple[float, ...], rate: float, start_s: float) -> HeldVideo:
-    """Return the video of an array. Raises UsageError if the frame rate or the duration is not a finite number above 0."""
-    if not (0 < rate < math.inf and math.isfinite(frames_s[-1] + 1 / rate)):
-        raise UsageError(f"{rate:g} frames a second are no rate of a video", RATE_HINT)
-    gaps = [later - earlier for earlier, later in pairwise(frames_s)]
-    return HeldVideo(
-        path="<array>",
-        duration_s=frames_s[-1] + 1 / rate,
-        width=array.shape[2],
-        height=array.shape[1],
-        rotation_deg=0,
-        codec="rawvideo",
-        pix_fmt="rgb24",
-        container="array",
-        fps=rate,
-        variable_rate=any(abs(gap - 1 / rate) > TOLERANCE_S for gap in gaps),
-        frames_total=len(array),
-        start_s=start_s,
-        held=array,
-        frames_s=frames_s,
-    )
+    @property
+    def is_temporary(self) -> bool:
+        """True if `local` copies the input to a temporary file."""
+        return not isinstance(self._value, HeldVideo) and (self.has_content or is_url(self._value))
 
+    @property
+    def name(self) -> str:
+        """The name for reports and errors. Passwords are removed from URLs."""
+        return name_of(self._value)
 
-def _checked(times_s: Any, count: int) -> list[float]:
-    """Return the times as Python floats. Raises UsageError unless they are `count` finite, strictly ascending numbers."""
-    try:
-        times = [float(time) for time in times_s]
-    except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"times_s is {brief(times_s)}, not a list of numbers", RATE_HINT) from None
-    if len(times) != count:
-        raise UsageError(f"{len(times)} times for {count} frames", "times_s has the time of each frame, in seconds")
-    if not all(map(math.isfinite, times)) or any(later <= earlier for earlier, later in pairwise(times)):
-        raise UsageError("times_s are not numbers that ascend", "each frame begins after the one before it, in seconds")
-    return times
+    @contextmanager
+    def local(
+        self, *, offline: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[str | os.PathLike[str] | HeldVideo]:
+        """Yield what `probe` can open.
 
+        Paths and `HeldVideo` are yielded unchanged. Any other input is copied to a temporary file, which is deleted afterwards.
 
-def is_frames(value: Any) -> bool:
-    """Return True if the value is an array or a tensor, but not a Pillow image."""
-    return hasattr(value, "__array__") and not is_picture(value)
+        Args:
+            offline, progress: see `download.downloaded`.
+
+        Raises:
+            UsageError: a file opened in text mode, a picture that PNG cannot hold, or a URL with `offline`.
+            VideoError: the input cannot be read or stored, or the download fails.
+        """
+        if not self.is_temporary:
+            yield self._value
+        elif is_url(self._value):
+            from evoprune.video.download import downloaded
+
+            with downloaded(self._value, offline=offline, progress=progress) as path:
+                yield path
+        else:
+            with temporary_file(_pieces(self._value), self.name) as path:
+                yield path
 
 
 def is_picture(value: Any) -> bool:
@@ -124,18 +86,8 @@ def is_picture(value: Any) -> bool:
     return pillow is not None and isinstance(value, pillow.Image)
 
 
-def is_given(value: Any) -> bool:
-    """Return True if `local_input` accepts the value and it is not a path or a URL."""
-    return isinstance(value, Bytes | HeldVideo) or is_picture(value) or hasattr(value, "read")
-
-
-def is_temporary(source: Any) -> bool:
-    """Return True if `local_input` copies the input to a temporary file."""
-    return not isinstance(source, HeldVideo) and (is_given(source) or is_url(source))
-
-
 def name_of(source: Any) -> str:
-    """Return the name of an input for reports and errors. Passwords are removed from URLs."""
+    """Return the name of an input for reports and errors, see `GivenInput.name`."""
     if isinstance(source, HeldVideo):
         return source.path
     if is_picture(source):
@@ -148,34 +100,6 @@ def name_of(source: Any) -> str:
             return name
         return "<file>"
     return without_password(os.fspath(source))
-
-
-@contextmanager
-def local_input(
-    source: Any, *, offline: bool = False, progress: Callable[[int, int], None] | None = None
-) -> Iterator[Any]:
-    """Yield a path that `probe` can open.
-
-    Paths and `HeldVideo` are yielded unchanged. Any other input is copied to a temporary file, which is deleted afterwards.
-
-    Args:
-        offline, progress: see `download.downloaded`.
-
-    Raises:
-        UsageError: a file opened in text mode, a picture that PNG cannot hold, or a URL with `offline`.
-        VideoError: the input cannot be read or stored, or the download fails.
-    """
-    if not is_temporary(source):
-        yield source
-        return
-    if is_url(source):
-        from evoprune.video.download import downloaded
-
-        with downloaded(source, offline=offline, progress=progress) as path:
-            yield path
-        return
-    with temporary_file(_pieces(source), name_of(source)) as path:
-        yield path
 
 
 def _pieces(source: Any) -> Iterator[bytes]:

@@ -4,7 +4,6 @@ from files next to it. Also lists the files of a folder by their extensions."""
 import math
 import os
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -13,9 +12,8 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.util import clock, file_state
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
-TOLERANCE_S = 1e-4  # a frame of a `HeldVideo` that begins up to this much after a time counts as on screen
 SAME_SHAPE = 0.02  # relative difference up to which two aspect ratios count as equal
 Kind = Literal["video", "picture"]  # kinds of input, for the model
 FOLDER_FPS = 2.0  # default rate of a folder of images; frames for Qwen2.5-VL are usually extracted at this rate
@@ -125,32 +123,6 @@ class Video:
         if self.stated_s is None or self.duration_s is None:
             return False
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
-
-
-@dataclass(frozen=True, eq=False)
-class HeldVideo(Video):
-    """An array of frames in a Python program, as a video. Compares by identity."""
-
-    held: "np.ndarray" = field(kw_only=True, repr=False)  # uint8 `[T, H, W, 3]`, RGB as displayed
-    frames_s: tuple[float, ...] = field(kw_only=True, repr=False)  # T times in seconds from the first frame, ascending
-
-    @property
-    def is_file(self) -> bool:
-        return False
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    __hash__ = object.__hash__
-
-    def on_screen(self, times_s: Sequence[float]) -> "tuple[np.ndarray, tuple[float, ...]]":
-        """Return the frames on screen at n times, uint8 `[n, H, W, 3]`, C-contiguous, and the frames' own times."""
-        begun = [bisect_right(self.frames_s, time_s + TOLERANCE_S) for time_s in times_s]
-        numbers = [max(count - 1, 0) for count in begun]
-        frames = self.held[numbers]
-        if not frames.flags.c_contiguous:
-            frames = frames.copy()
-        return frames, tuple(self.frames_s[number] for number in numbers)
 
 
 def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from PIL import Image
 import evoprune
 from evoprune.errors import UsageError, VideoError
 from evoprune.session.encoding import inputs_of, open_inputs
-from evoprune.video import held_video, probe, read_chunks
+from evoprune.video import HeldVideo, probe, read_chunks
 from tests.video.files import numbered_frame, numbered_frames, write_video
 
 QUESTION = "What is there?"
@@ -87,11 +87,11 @@ def test_an_array_is_never_taken_for_another(qa, frames, tmp_path, monkeypatch):
     other = qa.encode(frames[::-1], frame_rate=RATE, cache=cache)
     assert not torch.equal(features(first), features(other))
     assert cache.size() == (0, 0) and not qa.loaded.patches._entries
-    assert held_video(frames, RATE, None) != held_video(frames, RATE, None)
+    assert HeldVideo.of(frames, RATE, None) != HeldVideo.of(frames, RATE, None)
 
 
 def test_times_of_frames_need_not_be_regular(frames):
-    video = held_video(frames[:4], None, [3.0, 3.5, 4.0, 6.0])
+    video = HeldVideo.of(frames[:4], None, [3.0, 3.5, 4.0, 6.0])
     assert (video.start_s, video.duration_s, video.fps, video.variable_rate) == (3.0, 4.0, 1.0, True)
     asked = [0.0, 0.49, 0.5, 2.9, 3.0, 99.0]
     (chunk,) = read_chunks(video, asked)
@@ -102,7 +102,7 @@ def test_times_of_frames_need_not_be_regular(frames):
 
 
 def test_a_single_frame_lasts_for_a_second(qa, frames):
-    assert held_video(frames[:1], None, [7.0]).duration_s == 1.0
+    assert HeldVideo.of(frames[:1], None, [7.0]).duration_s == 1.0
     assert report(qa.encode(frames[:1], times_s=[0.0])).sampling.frames == 2
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from evoprune.errors import VideoError
 from evoprune.util import size, without_password
-from evoprune.video import HeldVideo, Input, downloaded, held_video, in_one, probe
+from evoprune.video import HeldVideo, Input, downloaded, in_one, probe
 from evoprune_serve.errors import ApiError, full, refused
 from evoprune_serve.public import PublicTransport
 from evoprune_serve.store import UNUSED_S, Content, Store
@@ -108,7 +108,7 @@ class LocalFrames:
                 raise refused(f"{self.name} has more than {FRAMES_BYTES >> 20} MiB of pixels")
             frames, _ = in_one(info, [0.0])
             arrays.append(frames[0])
-        return held_video(np.stack(arrays), self.rate, self.times_s)
+        return HeldVideo.of(np.stack(arrays), self.rate, self.times_s)
 
 
 Local = LocalFile | LocalFrames

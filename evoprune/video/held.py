@@ -1,0 +1,129 @@
+"""Arrays of frames as videos. Does not import numpy before it gets an array."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from evoprune.errors import UsageError
+from evoprune.util import brief
+from evoprune.video.info import Video
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TOLERANCE_S = 1e-4  # a frame of a `HeldVideo` that begins up to this much after a time counts as on screen
+RATE_HINT = "frame_rate=30, in frames a second, or times_s=[...], in seconds"
+
+
+@dataclass(frozen=True, eq=False)
+class HeldVideo(Video):
+    """An array of frames in a Python program, as a video. Compares by identity."""
+
+    held: "np.ndarray" = field(kw_only=True, repr=False)  # uint8 `[T, H, W, 3]`, RGB as displayed
+    frames_s: tuple[float, ...] = field(kw_only=True, repr=False)  # T times in seconds from the first frame, ascending
+
+    @classmethod
+    def of(
+        cls, frames: Any, frame_rate: float | None, times_s: Sequence[float] | None, several: bool = False
+    ) -> "HeldVideo":
+        """Wrap an array of frames as a video.
+
+        Args:
+            frames: uint8 `[T, H, W, 3]`, RGB; an array, or anything that `numpy.asarray` accepts.
+            frame_rate: frames per second, or None if `times_s` is given.
+            times_s: start time of each frame in seconds, ascending. The first one is the beginning of the video.
+            several: True if this is one of several inputs; changes only the hints of errors.
+
+        Raises:
+            UsageError: wrong shape or dtype, an invalid rate or invalid times, or not exactly one of the two.
+        """
+        import numpy as np
+
+        try:
+            array = np.asarray(frames)
+        except Exception as problem:  # classes of other packages may raise anything, e.g. tensors on a GPU
+            hint = "give an array of numpy; of a tensor: tensor.cpu().numpy()"
+            raise UsageError(f"the frames of class {type(frames).__name__} are no array: {problem}", hint) from problem
+        shape = list(array.shape)
+        if array.ndim == 3 and shape[-1] == 3:
+            hint = "of a picture: PIL.Image.fromarray(array)"
+            if several:
+                hint = f"frames of one video: numpy.stack(list); {hint}"
+            raise UsageError(f"an array of shape {shape} is one frame", hint)
+        if array.ndim != 4 or shape[-1] != 3:
+            hint = "frames are [T, H, W, 3], RGB"
+            if array.ndim == 4 and shape[1] == 3:
+                hint += "; channels go last by array.transpose(0, 2, 3, 1)"
+            raise UsageError(f"an array of shape {shape} is no video", hint)
+        if array.dtype != np.uint8:
+            hint = "frames are uint8, 0 to 255; of floats up to 1: (array * 255).round().astype('uint8')"
+            raise UsageError(f"an array of {array.dtype} is no video", hint)
+        if not array.size:
+            raise UsageError(f"an array of shape {shape} holds no pixels", "give at least one frame")
+        if (frame_rate is None) == (times_s is None):
+            problem = "no rate" if frame_rate is None else "a rate and times, which exclude each other"
+            raise UsageError(f"an array of {len(array)} frames has {problem}", RATE_HINT)
+        if times_s is None:
+            return _described(array, tuple(number / frame_rate for number in range(len(array))), frame_rate, 0.0)
+        times = _checked(times_s, len(array))
+        first = times[0]
+        lasted = times[-1] - first
+        rate = (len(times) - 1) / lasted if lasted else 1.0  # a single frame lasts for a second
+        return _described(array, tuple(time - first for time in times), rate, first)
+
+    @property
+    def is_file(self) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def on_screen(self, times_s: Sequence[float]) -> "tuple[np.ndarray, tuple[float, ...]]":
+        """Return the frames on screen at n times, uint8 `[n, H, W, 3]`, C-contiguous, and the frames' own times."""
+        begun = [bisect_right(self.frames_s, time_s + TOLERANCE_S) for time_s in times_s]
+        numbers = [max(count - 1, 0) for count in begun]
+        frames = self.held[numbers]
+        if not frames.flags.c_contiguous:
+            frames = frames.copy()
+        return frames, tuple(self.frames_s[number] for number in numbers)
+
+
+def _described(array: "np.ndarray", frames_s: tuple[float, ...], rate: float, start_s: float) -> HeldVideo:
+    """Return the video of an array. Raises UsageError if the frame rate or the duration is not a finite number above 0."""
+    if not (0 < rate < math.inf and math.isfinite(frames_s[-1] + 1 / rate)):
+        raise UsageError(f"{rate:g} frames a second are no rate of a video", RATE_HINT)
+    gaps = [later - earlier for earlier, later in pairwise(frames_s)]
+    return HeldVideo(
+        path="<array>",
+        duration_s=frames_s[-1] + 1 / rate,
+        width=array.shape[2],
+        height=array.shape[1],
+        rotation_deg=0,
+        codec="rawvideo",
+        pix_fmt="rgb24",
+        container="array",
+        fps=rate,
+        variable_rate=any(abs(gap - 1 / rate) > TOLERANCE_S for gap in gaps),
+        frames_total=len(array),
+        start_s=start_s,
+        held=array,
+        frames_s=frames_s,
+    )
+
+
+def _checked(times_s: Any, count: int) -> list[float]:
+    """Return the times as Python floats. Raises UsageError unless they are `count` finite, strictly ascending numbers."""
+    try:
+        times = [float(time) for time in times_s]
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"times_s is {brief(times_s)}, not a list of numbers", RATE_HINT) from None
+    if len(times) != count:
+        raise UsageError(f"{len(times)} times for {count} frames", "times_s has the time of each frame, in seconds")
+    if not all(map(math.isfinite, times)) or any(later <= earlier for earlier, later in pairwise(times)):
+        raise UsageError("times_s are not numbers that ascend", "each frame begins after the one before it, in seconds")
+    return times
