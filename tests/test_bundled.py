@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import evoprune
-from evoprune.bundled import DEMOS, WORDS, demo_in, unknown_words
+from evoprune.bundled import DEMOS, WORDS, Demo
 
 PACKAGE = Path(evoprune.__file__).parent
 CLIPS = {"demo": "samples/square.mp4", "demo-scenes": "samples/scenes/crossing.mp4"}
@@ -14,8 +14,8 @@ CLIPS = {"demo": "samples/square.mp4", "demo-scenes": "samples/scenes/crossing.m
 
 def test_each_world_has_a_model_that_knows_it():
     assert [demo.world for demo in DEMOS.values()] == list(WORDS)
-    assert [demo_in(demo.folder / "." / "") for demo in DEMOS.values()] == list(DEMOS.values())
-    assert demo_in(PACKAGE) is demo_in(None) is None
+    assert [Demo.of(demo.folder / "." / "") for demo in DEMOS.values()] == list(DEMOS.values())
+    assert Demo.of(PACKAGE) is Demo.of(None) is None
 
 
 def test_the_package_holds_their_files():
@@ -32,15 +32,15 @@ def test_they_answer_about_their_own_clips(name):
 
 
 @pytest.mark.parametrize(
-    ("world", "question", "unknown"),
+    ("name", "question", "unknown"),
     [
-        ("shapes", "What colour is the Square?", []),
-        ("shapes", "Does the man smile?", ["man", "smile"]),
-        ("shapes", "What does the sign say?", ["sign", "say"]),
-        ("shapes", "NORTH", ["north"]),
-        ("scenes", "In the second picture: What colour is the sign that says NORTH?\nA. red\nB. 4711", []),
-        ("scenes", "Is the digit on the North sign?", ["digit", "north"]),
+        ("demo", "What colour is the Square?", []),
+        ("demo", "Does the man smile?", ["man", "smile"]),
+        ("demo", "What does the sign say?", ["sign", "say"]),
+        ("demo", "NORTH", ["north"]),
+        ("demo-scenes", "In the second picture: What colour is the sign that says NORTH?\nA. red\nB. 4711", []),
+        ("demo-scenes", "Is the digit on the North sign?", ["digit", "north"]),
     ],
 )
-def test_what_is_unknown(world, question, unknown):
-    assert unknown_words(question, world) == unknown
+def test_what_is_unknown(name, question, unknown):
+    assert DEMOS[name].unknown_words(question) == unknown

@@ -24,7 +24,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "batch": 11,
     "vision": 21,
     "hf": 16,
-    "bundled": 8,
+    "bundled": 2,
     "live": 2,
     "moments": 4,
     "contrib": 1,

@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-__all__ = ["DEMOS", "DEMO_TAG", "SCENES_TAG", "Demo", "demo_in", "may_be_of_any_world", "unknown_words", "world_of"]
+__all__ = ["DEMOS", "Demo"]
 _WEIGHTS = Path(__file__).parent
 
 
@@ -15,6 +16,7 @@ class Demo:
 
     folder: Path
     world: str
+    tag: str  # comment in the metadata of the world's clips
     inputs: int  # the most inputs in a training prompt
     span: int  # temporal positions of the longest training clip, two per second
     presence: str  # the training question whether a thing is there, with {} for its name
@@ -32,6 +34,26 @@ class Demo:
                 event = asked
         return tuple((text.format(thing), yes) for text, yes in ((self.presence, True), *event))
 
+    def unknown_words(self, question: str) -> list[str]:
+        """Return the words of a question that no training question has, in order and in lower case."""
+        signs = self.world == "scenes"
+        words = (word for word in re.findall(r"\w+", question) if not (signs and SIGN.fullmatch(word)))
+        return [word for word in map(str.lower, words) if word not in WORDS[self.world]]
+
+    def made(self, tags: Mapping[str, str]) -> bool:
+        """Return whether the generator of the demo's world made a file, from the tags of the file."""
+        return any(key.lower() == "comment" and text == self.tag for key, text in tags.items())
+
+    @staticmethod
+    def stores_tags(container: str) -> bool:
+        """Return whether a file format stores tags. Without them, any generator may have made a file."""
+        return _NO_COMMENTS.isdisjoint(container.split(","))
+
+    @classmethod
+    def of(cls, folder: Path | None) -> Self | None:
+        """Return the demo model in a folder, or None for another folder or no folder."""
+        return next((demo for demo in DEMOS.values() if folder and demo.folder.resolve() == folder.resolve()), None)
+
 
 ARTICLE = re.compile(r"^(a|an|any|the)\s+", re.IGNORECASE)
 AT_START = "Is the {} there at the start?"
@@ -44,36 +66,17 @@ EVENTS = {
 }
 
 DEMOS = {
-    "demo": Demo(_WEIGHTS / "demo", "shapes", inputs=1, span=48, presence="Is there a {}?"),
-    "demo-scenes": Demo(_WEIGHTS / "demo-scenes", "scenes", inputs=2, span=64, presence="Is there any {}?"),
+    "demo": Demo(_WEIGHTS / "demo", "shapes", "evoprune demo clip", inputs=1, span=48, presence="Is there a {}?"),
+    "demo-scenes": Demo(
+        _WEIGHTS / "demo-scenes", "scenes", "evoprune scenes clip", inputs=2, span=64, presence="Is there any {}?"
+    ),
 }
 
-
-def demo_in(folder: Path | None) -> Demo | None:
-    return next((demo for demo in DEMOS.values() if folder and demo.folder.resolve() == folder.resolve()), None)
-
-
-# Comments in the metadata of clips, which name the generator.
-DEMO_TAG = "evoprune demo clip"
-SCENES_TAG = "evoprune scenes clip"
-_WORLDS = {DEMO_TAG: "shapes", SCENES_TAG: "scenes"}
 # Formats, under FFmpeg's names, that store no comment: transport and raw formats, and frames without a file.
 _NO_COMMENTS = {
     "mpegts", "hls", "dash", "rtsp", "rtp", "sdp", "mpeg", "mpegvideo", "mjpeg", "mpjpeg", "h264", "hevc", "av1", "obu", "ivf",
     "yuv4mpegpipe", "apng", "stream",
 }  # fmt: skip
-
-
-def world_of(tags: Mapping[str, str]) -> str | None:
-    """Return the world of a file from the tag that its generator wrote, or None if no generator made the file."""
-    comments = (text for key, text in tags.items() if key.lower() == "comment")
-    return next((_WORLDS[text] for text in comments if text in _WORLDS), None)
-
-
-def may_be_of_any_world(container: str) -> bool:
-    """Return whether a file format stores no tag, so that a generator may have made the file even without one."""
-    return not _NO_COMMENTS.isdisjoint(container.split(","))
-
 
 WORDS = {  # by world; the words for scenes include those in options and in the request for a letter
     world: frozenset(text.split())
@@ -97,10 +100,3 @@ WORDS = {  # by world; the words for scenes include those in options and in the 
 }
 # The text of signs. Models read it letter by letter, so questions may contain any word in capitals and any number.
 SIGN = re.compile(r"[A-Z]{3,6}|\d+")
-
-
-def unknown_words(question: str, world: str) -> list[str]:
-    """Return the words of a question that no training question on a world has, in order and in lower case."""
-    signs = world == "scenes"
-    words = (word for word in re.findall(r"\w+", question) if not (signs and SIGN.fullmatch(word)))
-    return [word for word in map(str.lower, words) if word not in WORDS[world]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bundled import DEMO_TAG
+from evoprune.bundled import DEMOS
 
 # Seven rows of five dots each, as hexadecimal numbers.
 _DOTS = {
@@ -99,7 +99,7 @@ def write_frames(
     codec: str = "libx264",
     crf: int = 18,
     preset: str = "medium",
-    tag: str = DEMO_TAG,
+    tag: str = DEMOS["demo"].tag,
 ) -> None:
     """Encode uint8 frames `[height, width, 3]` as a video, with `tag` as its comment.
 

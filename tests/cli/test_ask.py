@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from evoprune.backend.limits import MAX_VISUAL_TOKENS_CPU
-from evoprune.bundled import DEMOS, SCENES_TAG
+from evoprune.bundled import DEMOS
 from evoprune.errors import VideoError
 from evoprune.language import LanguageModel
 from evoprune.report import Report
@@ -179,7 +179,7 @@ def scenes_of_tiny(tiny_folder, monkeypatch):
 )
 def test_the_model_for_scenes_warns_of_what_it_does_not_know(cli, tmp_path, scenes_of_tiny, inputs, asked, warnings):
     (tmp_path / "said.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nHello.\n")
-    Image.new("RGB", (112, 112)).save(tmp_path / "still.jpg", comment=SCENES_TAG)
+    Image.new("RGB", (112, 112)).save(tmp_path / "still.jpg", comment=DEMOS["demo-scenes"].tag)
     inputs = [tmp_path / name if name in ("still.jpg", "said.srt") else name for name in inputs]
     record = cli("ask", *inputs, asked, "-m", "demo-scenes", "--frames", "4", "-n", "1", "--json").record
     found = [name for name in record["warnings"] if name not in ("answer_cut", "equal_scores")]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bundled import DEMO_TAG, SCENES_TAG
+from evoprune.bundled import DEMOS
 from experiments.demo import clips, drawing
 from experiments.demo.painting import write_frames
 from experiments.demo.scenes import clip as scenes_clip
@@ -48,8 +48,15 @@ def scene_shown(clip: scenes_clip.Clip) -> Iterator[tuple[str, float, float]]:
 
 
 WORLDS = {
-    "shapes": (DEMO_TAG, shapes_clip, drawing.render, shapes_shown, clips.COLOURS, clips.SHAPES),
-    "scenes": (SCENES_TAG, scene, scenes_drawing.render, scene_shown, scenes_clip.COLOURS, scenes_clip.OUTLINES),
+    "shapes": (DEMOS["demo"].tag, shapes_clip, drawing.render, shapes_shown, clips.COLOURS, clips.SHAPES),
+    "scenes": (
+        DEMOS["demo-scenes"].tag,
+        scene,
+        scenes_drawing.render,
+        scene_shown,
+        scenes_clip.COLOURS,
+        scenes_clip.OUTLINES,
+    ),
 }
 
 

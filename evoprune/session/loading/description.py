@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evoprune.backend import resolve_device, visual_token_limit
-from evoprune.bundled import DEMOS, Demo, demo_in
+from evoprune.bundled import DEMOS, Demo
 from evoprune.errors import EvopruneWarning, ModelError, UsageError, first_line
 from evoprune.methods import TowerShape
 from evoprune.model import FAMILIES, Config, Unsupported, VisionConfig
@@ -80,7 +80,7 @@ class ModelDescription:
     @cached_property
     def demo(self) -> Demo | None:
         """The bundled demo model that this is, with its trained weights; None for other models."""
-        return None if self.random else demo_in(self.folder)
+        return None if self.random else Demo.of(self.folder)
 
     @cached_property
     def dtype(self) -> str:
@@ -91,7 +91,7 @@ class ModelDescription:
         """
         if self.options.dtype != "auto":
             return self.options.dtype
-        if demo_in(self.folder):
+        if Demo.of(self.folder):
             return "fp32"
 
         from evoprune.backend import Device

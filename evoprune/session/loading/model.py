@@ -24,7 +24,7 @@ from evoprune.backend import (
     prepare,
     weights_bytes,
 )
-from evoprune.bundled import Demo, may_be_of_any_world, unknown_words, world_of
+from evoprune.bundled import Demo
 from evoprune.errors import DoesNotFit, ModelError, ModelWarning, OutOfMemory, is_out_of_memory
 from evoprune.language import LanguageModel, Prompt, Tokenizer, Turn, prompt_positions, warm_up
 from evoprune.methods import MethodChain
@@ -151,11 +151,11 @@ class LoadedModel:
 
     def knows(self, info: Video) -> bool:
         """Return True if the model may understand a file. A demo model understands only clips of its own world."""
-        return self.demo is None or world_of(info.tags) == self.demo.world
+        return self.demo is None or self.demo.made(info.tags)
 
     def knows_words(self, question: str) -> bool:
         """Return True if the model may know the words of a question. A demo model knows only its training words."""
-        return self.demo is None or not unknown_words(question, self.demo.world)
+        return self.demo is None or not self.demo.unknown_words(question)
 
     def doubt(self, inputs: Sequence[Video], subtitles: bool) -> str | None:
         """Return the name of a warning if inputs are unlike the model's training data, otherwise None.
@@ -165,7 +165,7 @@ class LoadedModel:
         """
         foreign = [info for info in inputs if not self.knows(info)]
         if foreign:
-            return "demo_untold" if all(may_be_of_any_world(info.container) for info in foreign) else "demo_model"
+            return "demo_model" if any(Demo.stores_tags(info.container) for info in foreign) else "demo_untold"
         unlike = self.demo is not None and (len(inputs) > self.demo.inputs or subtitles)
         return "demo_inputs" if unlike else None
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from evoprune.bundled import SCENES_TAG
+from evoprune.bundled import DEMOS
 from experiments.demo.painting import LOSSLESS, add_noise, blend, write_frames
 from experiments.demo.scenes.clip import Clip
 from experiments.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, Sprite, make_scenery, thing_shadow, thing_sprite
@@ -36,14 +36,14 @@ def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> Non
         still = Image.fromarray(render(clip, [clip.seconds / 2])[0])
         if crf == LOSSLESS:
             tag = PngInfo()
-            tag.add_text("comment", SCENES_TAG)
+            tag.add_text("comment", DEMOS["demo-scenes"].tag)
             still.save(path, "PNG", pnginfo=tag)
             return
-        still.save(path, "JPEG", quality=95 - 2 * (crf - FINEST), comment=SCENES_TAG)
+        still.save(path, "JPEG", quality=95 - 2 * (crf - FINEST), comment=DEMOS["demo-scenes"].tag)
         return
     frames = render(clip, [i / fps for i in range(round(clip.seconds * fps))])
     size = clip.height, clip.width
-    write_frames(frames, path, size, fps, crf=crf, preset="veryfast", tag=SCENES_TAG)
+    write_frames(frames, path, size, fps, crf=crf, preset="veryfast", tag=DEMOS["demo-scenes"].tag)
 
 
 def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

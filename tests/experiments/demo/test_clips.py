@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evoprune.bundled import DEMO_TAG
+from evoprune.bundled import DEMOS
 from experiments.demo.clips import SHAPES, Clip, Thing, make_clip
 from experiments.demo.drawing import render, thing_mask, write_video
 
@@ -69,7 +69,7 @@ def test_a_written_video_shows_the_clip_and_says_where_it_is_from(tmp_path):
     clip = make_clip("samples", 0, seconds=1.0, grids=1)
     write_video(clip, tmp_path / "clip.mp4", fps=6)
     with av.open(str(tmp_path / "clip.mp4")) as container:
-        assert container.metadata["comment"] == DEMO_TAG
+        assert container.metadata["comment"] == DEMOS["demo"].tag
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     drawn = render(clip, [i / 6 for i in range(6)])
     assert len(frames) == 6

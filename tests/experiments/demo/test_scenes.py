@@ -2,7 +2,7 @@
 
 import pytest
 
-from evoprune.bundled import world_of
+from evoprune.bundled import DEMOS
 from evoprune.video import probe
 from experiments.demo.scenes.clip import COLOURS, Camera, Clip, Thing
 from experiments.demo.scenes.compose import make_clip
@@ -52,4 +52,4 @@ def test_a_written_file_says_which_world_it_is_of_and_is_as_large_as_the_clip(tm
     clip = make_clip("validation", seed)
     write_file(clip, tmp_path / name, crf=28)
     info = probe(tmp_path / name)
-    assert world_of(info.tags) == "scenes" and (info.height, info.width) == (clip.height, clip.width)
+    assert DEMOS["demo-scenes"].made(info.tags) and (info.height, info.width) == (clip.height, clip.width)
