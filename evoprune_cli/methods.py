@@ -39,7 +39,7 @@ def methods(*, json: opt.option(bool, "--json", "JSON on stdout instead of text.
     evoprune methods
     evoprune methods --json
     """
-    entries = [_facts(name, None) for name in registry.built_in()]
+    entries = [_facts(name, None) for name in registry.available(plugins=False)]
     entries += [_facts(name, state) for name, state in registry.plugins().items()]
     if json:
         print_document({"schema": "evoprune/methods@1", "methods": entries, "error": None})
@@ -56,13 +56,13 @@ def _facts(name: str, plugin: str | None) -> dict[str, Any]:
     `plugin`: its package, or also why it cannot be used; the other facts are then unknown.
     """
     method = None
-    if plugin is None or name not in registry.built_in():
+    if plugin is None or name not in registry.available(plugins=False):
         with suppress(EvopruneError):
             method = registry.get(name)
     return {
         "name": name,
         "acts": method and method.acts,
-        "reads_question": method and (method.acts == "language" or registry.parse(name).reads_question),
+        "reads_question": method and (method.acts == "language" or registry.MethodChain.parse(name).reads_question),
         "source": method and method.source,
         "plugin": plugin,
     }

@@ -16,10 +16,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from evoprune import methods
 from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
-from evoprune.methods import REUSE, Budget
+from evoprune.methods import Budget, MethodText
 from evoprune.session import PipelineOptions
 from evoprune.util import OPTION, Option, kinds_of, words_of
 from evoprune_cli.terminal import only_answers_on_stdout
@@ -54,20 +53,7 @@ def _after_commas(typed: str, complete: Callable[[str], Iterable[str]]) -> list[
 
 
 def _methods(typed: str) -> list[str]:
-    """Return the methods that may follow the last `+`."""
-    before = typed.removesuffix(methods.parse_names(typed)[-1].text)
-    names = [before + name for name in methods.available() if _exists(before + name)]
-    if typed and f"{REUSE}+".startswith(typed) and not any(name.startswith(typed) for name in names):
-        return _methods(f"{REUSE}+")  # it is not a method by itself
-    return names
-
-
-def _exists(method: str) -> bool:
-    try:
-        methods.check(method)
-    except UsageError:
-        return False
-    return True
+    return MethodText(typed).completions()
 
 
 def _budget_lists(context: typer.Context, incomplete: str) -> list[str]:
@@ -219,7 +205,7 @@ Budgets = option(
 Methods = option(
     list[str] | None,
     "--method",
-    f"Names (see evoprune methods); default: {methods.DEFAULT}. NAME:SETTING=VALUE for its settings; "
+    f"Names (see evoprune methods); default: {MethodText.DEFAULT}. NAME:SETTING=VALUE for its settings; "
     "reuse+NAME, ipcv+NAME and NAME+fastv.",
     SWEEP,
     **METHODS,
@@ -276,9 +262,9 @@ def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = F
     Raises:
         UsageError: a budget is invalid, or a method does not exist.
     """
-    wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
+    wanted = tuple(dict.fromkeys(listed(names) or [MethodText.DEFAULT]))
     for name in wanted:
-        methods.check(name)
+        MethodText(name).check()
     shares = (Budget.parse(text, auto=named).recorded for text in listed(budgets) or list(Budget.PRESETS)[1:])
     return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted}
 

@@ -5,10 +5,9 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from evoprune import methods
 from evoprune.errors import UsageError, VideoError
 from evoprune.language import GenerationOptions
-from evoprune.methods import Budget
+from evoprune.methods import Budget, MethodText
 from evoprune.session import ModelOptions, PruneOptions
 from evoprune.util import missing_hint, shown
 from evoprune.video import SamplingOptions
@@ -112,7 +111,7 @@ def tune(
     settings["budgets"] = tuple(Budget.parse(text).video for text in opt.listed(budget))
     settings["methods"] = tuple(opt.listed(method))
     for name in settings["methods"]:
-        methods.check(name)
+        MethodText(name).check()
     pipeline = options()
     settings |= {"seed": pipeline.pruning.seed, "model": pipeline.model, "sampling": pipeline.sampling}
     settings["think"] = pipeline.generation.think

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TextIO
 
-from evoprune import methods
 from evoprune.batch.rows import Row
 from evoprune.errors import UsageError
 from evoprune.files import OPEN_FILES, append, create_unfinished, remove_unfinished
+from evoprune.methods import MethodText
 from evoprune.report import SCHEMA, rounded
 from evoprune.session import PipelineOptions
 from evoprune.untrusted import loads
@@ -61,7 +61,7 @@ class Settings(PipelineOptions):
 
     def record(self) -> dict[str, Any]:
         """Return all options as flat JSON data, as records contain them."""
-        code = methods.plugin_code(self.pruning.method)
+        code = MethodText(self.pruning.method).plugin_code()
         facts = record_of(self.groups, self.ALWAYS) | {"method_args": {}}  # method settings are part of `method`
         if code:
             facts["plugins"] = code

@@ -17,7 +17,6 @@ from zlib import crc32
 
 import torch
 
-from evoprune import methods
 from evoprune.backend import available_cores
 from evoprune.batch import Row, Span
 from evoprune.bench.eval_folder import SIZE_RULE, RunFolder
@@ -36,6 +35,7 @@ from evoprune.bench.shared import (
     swept,
 )
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
+from evoprune.methods import MethodChain
 from evoprune.model import Cost, shortage
 from evoprune.report import Report
 from evoprune.session import (
@@ -168,7 +168,7 @@ class Evaluation:
         """
         model = model or describe(self.settings.model)
         for name in {variant.method for variant in self.variants}:
-            model.check_method(methods.parse(name))
+            model.check_method(MethodChain.parse(name))
         self.loaded = load_model(model, progress=progress)
         if self.folder:
             self.folder.check_model(model.state)

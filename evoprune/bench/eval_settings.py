@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import evoprune
-from evoprune import methods
 from evoprune.batch import Span
 from evoprune.bench.eval_folder import SIZE_RULE, no_folder, stored_settings
 from evoprune.bench.questions import VideoQuestions, load_questions, of_groups
 from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions
-from evoprune.methods import Budget
+from evoprune.methods import Budget, MethodText
 from evoprune.session import FIRST, Asked, ModelOptions, PipelineOptions
 from evoprune.util import OPTION, record_of
 from evoprune.video import SamplingOptions
@@ -36,7 +35,7 @@ class EvalSettings:
 
     data: str  # path of a file of questions, or a description of the videos
     budgets: tuple[float | str, ...]  # see `Budget.recorded`
-    methods: tuple[str, ...] = (methods.DEFAULT,)
+    methods: tuple[str, ...] = (MethodText.DEFAULT,)
     blind: bool = False  # also ask without the video
     seed: int = 0  # for methods that select at random
     score: Score = (
@@ -81,7 +80,7 @@ class EvalSettings:
 
     def record(self) -> dict[str, Any]:
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
-        code = {name: code for text in self.methods for name, code in methods.plugin_code(text).items()}
+        code = {name: code for text in self.methods for name, code in MethodText(text).plugin_code().items()}
         options = record_of((self.sampling, self.generation, self.model), RECORDED)
         if code:
             options["plugins"] = code

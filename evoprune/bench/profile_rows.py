@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from evoprune import methods
+from evoprune.methods import MethodText
 from evoprune.session import PruneOptions
 from evoprune.util import budget_text
 
@@ -15,7 +15,7 @@ class ProfileSettings:
     SYNTHETIC: ClassVar[tuple[str, ...]] = ("motion", "static90", "noise")  # kinds of synthetic clips, see `clips.py`
 
     budgets: tuple[float | str, ...]  # see `Budget.recorded`
-    methods: tuple[str, ...] = (methods.DEFAULT,)
+    methods: tuple[str, ...] = (MethodText.DEFAULT,)
     quantize: tuple[str, ...] = ("none",)
     seed: int = 0  # for methods that select at random
     new_tokens: int = 4  # always generated; end-of-sequence tokens are ignored

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from evoprune import methods
 from evoprune.backend import pack_waiting
 from evoprune.bench.agreement import Reference
 from evoprune.bench.results import Results
@@ -37,6 +36,7 @@ from evoprune.bench.shared import (
 )
 from evoprune.bench.tune_results import TuneResults
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
+from evoprune.methods import MethodChain, MethodText
 from evoprune.session import (
     EncodedInputs,
     LoadedModel,
@@ -79,7 +79,7 @@ class Candidate:
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
     """Return `METHODS` and `more` at each of `budgets` (default `BUDGETS`), without combinations that prune nothing.
 
-    Raises the errors of `methods.parse`.
+    Raises the errors of `MethodChain.parse`.
     """
     return [Candidate(*pair) for pair in swept((*METHODS, *more), sorted({*(budgets or BUDGETS)}, reverse=True))]
 
@@ -236,7 +236,7 @@ def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
     of_work = defaultdict(list)
     works = {}
     for candidate, seen in tried.items():
-        names = tuple(each.name for each in methods.parse_names(candidate.method))
+        names = tuple(each.name for each in MethodText(candidate.method).parts)
         works[candidate] = names, round(mean(seen.kept), 6), round(mean(seen.live), 6)
     for candidate, seen in tried.items():
         of_work[works[candidate]] += [first / full for first, full in zip(seen.first_s, seen.full_s, strict=True)]
@@ -250,7 +250,7 @@ def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     as_fast = [row for row in passing if row["first_token"] <= fastest * (1 + SAME_TIME)]
 
     def order(row: dict[str, Any]) -> tuple[int, float]:
-        return sum(len(each.settings) for each in methods.parse_names(row["method"])), row["first_token"]
+        return sum(len(each.settings) for each in MethodText(row["method"]).parts), row["first_token"]
 
     return min(as_fast, key=order, default=None)
 
@@ -610,7 +610,7 @@ class Tuning(Run):
         """
         self.model = model = model or describe(self.settings.model)
         for candidate in self.known:
-            model.check_method(methods.parse(candidate.method))
+            model.check_method(MethodChain.parse(candidate.method))
         if self._quantizes:
             with suppress(OutOfMemory):  # otherwise the full answers come from the quantized weights
                 exact = replace(model.options, quantize="none", store_quantized=False)

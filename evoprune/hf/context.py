@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack
 import torch
 from torch import nn
 
-from evoprune import methods
 from evoprune.backend import Device, weights_bytes
 from evoprune.errors import UsageError
 from evoprune.hf import interface
@@ -38,7 +37,7 @@ from evoprune.hf.columns import (
     without_pruned,
 )
 from evoprune.hf.encoding import INT8, PackedTower, encode_each, patch_config
-from evoprune.methods import Budget
+from evoprune.methods import Budget, MethodText
 from evoprune.model import Clock
 from evoprune.report import FLAT, Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session import DTYPES, pruning_facts
@@ -87,7 +86,7 @@ class EvoPrune:
         Budget.DEFAULT,
         "Share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset.",
     )
-    method: str = option(methods.DEFAULT, "Name of a pruning method, NAME:SETTING=VALUE for its settings.")
+    method: str = option(MethodText.DEFAULT, "Name of a pruning method, NAME:SETTING=VALUE for its settings.")
     positions: Literal["host", "qwen"] = option(
         "host",
         "host gives each token the position that the model itself gives it, so that budget 1.0 is the model's own output; "

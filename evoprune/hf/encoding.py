@@ -5,7 +5,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from evoprune import methods
 from evoprune.backend import (
     Int8Linear,
     PackedLinear,
@@ -18,7 +17,7 @@ from evoprune.backend import (
 )
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.methods import Budget, PruneConfig
+from evoprune.methods import Budget, MethodText, PruneConfig
 from evoprune.model import VisionConfig, all_finite
 from evoprune.session import calibrate_tower
 from evoprune.video import InputLimits
@@ -38,7 +37,7 @@ def encode(
     video_grid_thw: torch.Tensor,
     *,
     budget: Budget.GivenShare = Budget.DEFAULT,
-    method: str = methods.DEFAULT,
+    method: str = MethodText.DEFAULT,
     question: torch.Tensor | None = None,
     seed: int = 0,
 ) -> Encoded:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from evoprune.methods.base import EncoderMethod, InputMethod, Merger, Selector
     from evoprune.methods.baselines import DivPrune, smaller_frame
     from evoprune.methods.budget import Budget
-    from evoprune.methods.chain import MethodChain, PruneConfig, parse
+    from evoprune.methods.chain import MethodChain, PruneConfig
     from evoprune.methods.evoprune import FarthestPoints
     from evoprune.methods.evoprune_paper import EvoPrunePaper
     from evoprune.methods.language import (
@@ -25,24 +25,11 @@ if TYPE_CHECKING:
     )
     from evoprune.methods.plans import EncoderPlan, Grid, SetAside, Stage, TowerShape, spread
     from evoprune.methods.ranking import alternate, highest, match
-    from evoprune.methods.registry import (
-        DEFAULT,
-        REUSE,
-        available,
-        built_in,
-        check,
-        get,
-        may_resize,
-        parse_names,
-        plugin_code,
-        plugins,
-    )
+    from evoprune.methods.registry import MethodText, available, get, plugins
     from evoprune.methods.selecting import select, snap
     from evoprune.methods.types import Candidates, Selection, Tokens, arange_on, nonzero_fixed
 
 __all__ = [
-    "DEFAULT",
-    "REUSE",
     "Budget",
     "Candidates",
     "DivPrune",
@@ -59,6 +46,7 @@ __all__ = [
     "LayerTokens",
     "Merger",
     "MethodChain",
+    "MethodText",
     "PruneConfig",
     "Selection",
     "Selector",
@@ -69,17 +57,11 @@ __all__ = [
     "alternate",
     "arange_on",
     "available",
-    "built_in",
-    "check",
     "get",
     "highest",
     "match",
-    "may_resize",
     "nonzero_fixed",
     "one_drop",
-    "parse",
-    "parse_names",
-    "plugin_code",
     "plugins",
     "select",
     "several_drops",
@@ -94,7 +76,7 @@ __getattr__, __dir__ = door(
         "base": ["EncoderMethod", "InputMethod", "Merger", "Selector"],
         "baselines": ["DivPrune", "smaller_frame"],
         "budget": ["Budget"],
-        "chain": ["MethodChain", "PruneConfig", "parse"],
+        "chain": ["MethodChain", "PruneConfig"],
         "evoprune": ["FarthestPoints"],
         "evoprune_paper": ["EvoPrunePaper"],
         "language": [
@@ -108,18 +90,7 @@ __getattr__, __dir__ = door(
         ],
         "plans": ["EncoderPlan", "Grid", "SetAside", "Stage", "TowerShape", "spread"],
         "ranking": ["alternate", "highest", "match"],
-        "registry": [
-            "DEFAULT",
-            "REUSE",
-            "available",
-            "built_in",
-            "check",
-            "get",
-            "may_resize",
-            "parse_names",
-            "plugin_code",
-            "plugins",
-        ],
+        "registry": ["MethodText", "available", "get", "plugins"],
         "selecting": ["select", "snap"],
         "types": ["Candidates", "Selection", "Tokens", "arange_on", "nonzero_fixed"],
     },

@@ -11,11 +11,11 @@ import torch
 
 from evoprune.backend import launch_bound_units
 from evoprune.errors import UsageError, call
-from evoprune.methods import registry
 from evoprune.methods.base import EncoderMethod, InputMethod, Method, Selector, not_automatic
 from evoprune.methods.budget import AUTO, AUTO_INFLECTION, Budget
 from evoprune.methods.language import LanguageMethod
 from evoprune.methods.plans import EncoderPlan, Grid, Stage, TowerShape
+from evoprune.methods.registry import MethodText, impossible
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,19 @@ class MethodChain:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the chain that `text` names: a single method as in `registry.get`, or several joined by `+` in the order they act.
+        """Return the chain that `text` names: a single method as in `get`, or several joined by `+` in the order they act.
 
         Raises:
-            UsageError: As `registry.get`, or the methods cannot act in this order.
+            UsageError: As `get`, or the methods cannot act in this order.
         """
-        members = registry.members(text)
+        members = MethodText(text).members()
         chain = cls.of(*members)
         if len(members) > 1 and not (chain.members == members and chain.possible):
-            raise registry.impossible(text)
+            raise impossible(text)
         language = chain.language
         if members == [language] and language.share is not None:
             name = language.name
-            instead = f"{registry.DEFAULT}+{name}:share={language.share}"
+            instead = f"{MethodText.DEFAULT}+{name}:share={language.share}"
             hint = f"the budget (-b) is the share of a method alone; or combine it: {instead}"
             raise UsageError(f"method {name} has a share, and nothing acts before it", hint)
         return chain
@@ -261,8 +261,3 @@ class PruneConfig:
         if self.budget == Budget.FULL:
             return 0
         return self.method.after_tower_below(launch_bound_units(str(device)))
-
-
-def parse(text: str) -> MethodChain:
-    """Return the chain that `text` names; see `MethodChain.parse`."""
-    return MethodChain.parse(text)

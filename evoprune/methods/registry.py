@@ -1,17 +1,17 @@
 """The methods by name: the core methods, and the entry points in `evoprune.methods`, including evoprune.contrib.
 
-Only `parse_names` reads the text that users write. Importing this module imports no torch.
+Only `MethodText.parts` reads the text that users write. Importing this module imports no torch.
 """
 
 import hashlib
 import inspect
 import re
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from functools import cache
 from importlib import import_module
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
 from warnings import warn
 
 from evoprune.errors import EvopruneError, PluginWarning, UsageError, first_line
@@ -36,7 +36,6 @@ CORE = {
 # Paper names under which users look for a method, reduced to letters and digits.
 FOLLOWED_BY = {"idpruner": "mmr", "mmgvid": "mmg", "streamingassistant": "adjacent", "pdrop": "pyramiddrop"}
 RESIZING = ("downscale", "subsample")  # this project's methods of class `InputMethod`
-DEFAULT = "evoprune"
 REUSE = "reuse"  # prefix of a selector: reuse+divprune
 OWN = "evoprune"  # the distribution whose entry points are this project's
 _NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # a number as a setting's value
@@ -50,65 +49,105 @@ class Named(NamedTuple):
     settings: tuple[tuple[str, str | None], ...]  # (setting, value) pairs; the value is None without an equals sign
 
 
-def parse_names(text: str) -> list[Named]:
-    """Return the methods in `text`, separated by plus signs. A plus inside a number, such as 1e+1, does not separate."""
-    hidden = _NUMBER.sub(lambda match: match[0].replace("+", "\0"), text)
-    found = []
-    for part in hidden.split("+"):
-        written = part.replace("\0", "+")
-        name, *settings = written.split(":")
-        pairs = (setting.partition("=") for setting in settings)
-        found.append(Named(written, name, tuple((key, value if equals else None) for key, equals, value in pairs)))
-    return found
+@dataclass(frozen=True)
+class MethodText:
+    """Methods as users write them, joined by plus signs. Only `members` imports torch."""
+
+    DEFAULT: ClassVar[str] = "evoprune"
+
+    text: str
+
+    @property
+    def parts(self) -> list[Named]:
+        """The methods in the text. A plus inside a number, such as 1e+1, does not separate."""
+        hidden = _NUMBER.sub(lambda match: match[0].replace("+", "\0"), self.text)
+        found = []
+        for part in hidden.split("+"):
+            written = part.replace("\0", "+")
+            name, *settings = written.split(":")
+            pairs = (setting.partition("=") for setting in settings)
+            found.append(Named(written, name, tuple((key, value if equals else None) for key, equals, value in pairs)))
+        return found
+
+    def check(self) -> None:
+        """Check that the methods exist and that their order is possible, as far as this is known without loading plug-ins.
+
+        Raises:
+            UsageError: A method does not exist, or the order is impossible.
+        """
+        text = self.text
+        names = [each.name for each in self.parts]
+        if _is_list(text):
+            hint = f"to compare several: evoprune eval --method {text}; --compare shows one beside nothing pruned"
+            raise UsageError(f"{text!r} is a list, and one method is taken here", hint)
+        if names == [REUSE]:
+            raise UsageError(f"{REUSE} needs a method that selects after it", f"for example {REUSE}+divprune")
+        for name in names:
+            if name != REUSE and name not in available():
+                raise _unknown(name)
+        # This project's entry points, and whether they act inside the language model.
+        own = {name: entry.group == GROUPS[1] for name, entry in _plugins().items() if _is_own(entry)}
+        *before, last = names
+        if len(names) > 3 or REUSE in names[1:] or any(own.get(name) for name in before):
+            raise impossible(text)
+        after_core = before and before[0] in CORE and (len(before) > 1 or last in CORE or own.get(last) is False)
+        if after_core or (before == [REUSE] and own.get(last)):
+            raise impossible(text)  # `MethodChain.parse` checks methods of other packages
+
+    def members(self) -> "list[Method]":
+        """Return the methods, with their settings. Raises UsageError."""
+        self.check()
+        return [_made(each) for each in self.parts]
+
+    def completions(self) -> list[str]:
+        """Return the texts that complete this one, by a method that may follow its last plus sign."""
+        before = self.text.removesuffix(self.parts[-1].text)
+        texts = [before + name for name in available() if MethodText(before + name)._is_possible]
+        if self.text and f"{REUSE}+".startswith(self.text) and not any(text.startswith(self.text) for text in texts):
+            return MethodText(f"{REUSE}+").completions()  # it is not a method by itself
+        return texts
+
+    @property
+    def _is_possible(self) -> bool:
+        try:
+            self.check()
+        except UsageError:
+            return False
+        return True
+
+    @property
+    def may_resize(self) -> bool:
+        """Whether a method makes inputs smaller. Also True for plug-ins, which are not loaded and might do so."""
+        own = available(plugins=False)
+        return any(each.name in RESIZING or not (each.name == REUSE or each.name in own) for each in self.parts)
+
+    def plugin_code(self) -> dict[str, str]:
+        """Return a hash of each plug-in method's code, by method name.
+
+        Raises:
+            UsageError: A method cannot be loaded.
+        """
+        hashes = {}
+        for name in (each.name for each in self.parts):
+            if (entry := _plugins().get(name)) and not _is_own(entry):
+                files = _code_files(entry, Path(inspect.getfile(_load(entry))))
+                hashes[name] = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+        return hashes
 
 
-def built_in() -> list[str]:
-    """Return the names of this project's methods, core first, then evoprune.contrib."""
-    return [*CORE, *(name for name, entry in _plugins().items() if _is_own(entry))]
+def available(plugins: bool = True) -> list[str]:
+    """Return the names of all methods, this project's first: the core methods, then evoprune.contrib.
 
-
-def available() -> list[str]:
-    """Return the names of all methods, this project's first. Methods of other packages are not loaded, and may be broken."""
-    return [*CORE, *_plugins()]
-
-
-def check(text: str) -> list[Named]:
-    """Return the methods that `text` names. Imports no torch.
-
-    Raises:
-        UsageError: A method does not exist, or the order is impossible.
+    Args:
+        plugins: Include the methods of other packages, which are not loaded and may be broken.
     """
-    named = parse_names(text)
-    names = [each.name for each in named]
-    if _is_list(text):
-        hint = f"to compare several: evoprune eval --method {text}; --compare shows one beside nothing pruned"
-        raise UsageError(f"{text!r} is a list, and one method is taken here", hint)
-    if names == [REUSE]:
-        raise UsageError(f"{REUSE} needs a method that selects after it", f"for example {REUSE}+divprune")
-    for name in names:
-        if name != REUSE and name not in available():
-            raise _unknown(name)
-    # This project's entry points, and whether they act inside the language model.
-    own = {name: entry.group == GROUPS[1] for name, entry in _plugins().items() if _is_own(entry)}
-    *before, last = names
-    if len(names) > 3 or REUSE in names[1:] or any(own.get(name) for name in before):
-        raise impossible(text)
-    after_core = before and before[0] in CORE and (len(before) > 1 or last in CORE or own.get(last) is False)
-    if after_core or (before == [REUSE] and own.get(last)):
-        raise impossible(text)  # `MethodChain.parse` checks methods of other packages
-    return named
-
-
-def may_resize(text: str) -> bool:
-    """Return True if a method in `text` makes inputs smaller. Also True for plug-ins, which are not loaded and might do so."""
-    names = {each.name for each in parse_names(text)}
-    return any(name in RESIZING or not (name == REUSE or name in built_in()) for name in names)
+    return [*CORE, *(name for name, entry in _plugins().items() if plugins or _is_own(entry))]
 
 
 def _is_list(text: str) -> bool:
     """Return True if a comma separates methods, rather than being part of a setting's value."""
-    later = {parse_names(part.strip())[0].name for part in text.split(",")[1:]}
-    return any("," in each.name for each in parse_names(text)) or not later.isdisjoint((*available(), REUSE))
+    later = {MethodText(part.strip()).parts[0].name for part in text.split(",")[1:]}
+    return any("," in each.name for each in MethodText(text).parts) or not later.isdisjoint((*available(), REUSE))
 
 
 def _unknown(name: str) -> UsageError:
@@ -119,7 +158,7 @@ def _unknown(name: str) -> UsageError:
     near = did_you_mean(name, same or known, 3)
     if letters in FOLLOWED_BY:
         near = f"{FOLLOWED_BY[letters]} follows it; "
-    if len(built_in()) == len(CORE):  # a checkout installed before these became entry points
+    if len(available(plugins=False)) == len(CORE):  # a checkout installed before these became entry points
         near = "the methods of evoprune.contrib are not installed: pip install evoprune again; "
     return UsageError(f"no pruning method {name!r}", f"{near}evoprune methods lists them all")
 
@@ -137,15 +176,10 @@ def impossible(text: str) -> UsageError:
 
 def get(text: str) -> "Method":
     """Return the single method in `text` (`NAME:SETTING=VALUE:...`). Raises UsageError."""
-    first, *others = members(text)
+    first, *others = MethodText(text).members()
     if others:
         raise impossible(text)
     return first
-
-
-def members(text: str) -> "list[Method]":
-    """Return the methods in `text`, with their settings. Raises UsageError."""
-    return [_made(each) for each in check(text)]
 
 
 def _made(named: Named) -> "Method":
@@ -216,20 +250,6 @@ def _class(name: str) -> "type[Method]":
         module, _, attribute = CORE[name].partition(":")
         return getattr(import_module(module), attribute)
     return _load(_plugins()[name])
-
-
-def plugin_code(text: str) -> dict[str, str]:
-    """Return a hash of each plug-in method's code, by method name.
-
-    Raises:
-        UsageError: A method cannot be loaded.
-    """
-    hashes = {}
-    for name in (each.name for each in parse_names(text)):
-        if (entry := _plugins().get(name)) and not _is_own(entry):
-            files = _code_files(entry, Path(inspect.getfile(_load(entry))))
-            hashes[name] = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    return hashes
 
 
 def _code_files(entry: EntryPoint, file: Path) -> list[Path]:

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 
 import evoprune
-from evoprune import methods
 from evoprune.backend import Device, empty_cache
 from evoprune.errors import OutOfMemory, UsageError, memory_guard, named
+from evoprune.methods import MethodText
 from evoprune.model import Clock
 from evoprune.report import BESIDE, OF_INPUTS
 from evoprune.session.ahead import ReadAhead
@@ -357,7 +357,7 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
         "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
         "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, Device(loaded.device).kind],
         "method": [repr(pruning.method.before), pruning.seed],  # the repr contains the classes and all settings
-        "code": [evoprune.__version__, torch.__version__, own_code(), methods.plugin_code(pruning.name)],
+        "code": [evoprune.__version__, torch.__version__, own_code(), MethodText(pruning.name).plugin_code()],
         "reader": version(READERS[plan.decoder]),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

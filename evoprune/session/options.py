@@ -7,11 +7,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
-from evoprune import methods
 from evoprune.bundled import DEMOS
 from evoprune.errors import OTHER_MODELS, UsageError
 from evoprune.language import GenerationOptions
-from evoprune.methods import Budget, EncoderPlan, Grid, TowerShape
+from evoprune.methods import Budget, EncoderPlan, Grid, MethodText, TowerShape
 from evoprune.util import check_types, file_state, from_keywords, option, parse_time
 from evoprune.video import SamplingOptions
 
@@ -184,7 +183,7 @@ class PruneOptions:
         env="EVOPRUNE_BUDGET",
     )
     method: str = option(
-        methods.DEFAULT,
+        MethodText.DEFAULT,
         "How tokens are pruned, by name (see evoprune methods). NAME:SETTING=VALUE for its settings; "
         "reuse+NAME to encode changed units alone; ipcv+NAME to compute a third of the rows in most layers; NAME+fastv to drop "
         "tokens inside the language model, too.",
@@ -202,7 +201,7 @@ class PruneOptions:
             Budget.parse(None)  # raises an error that names the presets
         check_types(self)
         object.__setattr__(self, "budget", Budget.parse(self.budget, auto=True).recorded)
-        methods.check(self.method)
+        MethodText(self.method).check()
 
     def config(self) -> "PruneConfig":
         """Return the budget and the method as objects. Imports torch.
@@ -217,7 +216,7 @@ class PruneOptions:
     @property
     def resizes(self) -> bool:
         """True if the method may make inputs smaller, so that frames depend on its plan. Imports no torch."""
-        return methods.may_resize(self.method)
+        return MethodText(self.method).may_resize
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
         """Return the same plan as `PruneConfig.plan`. Imports torch.

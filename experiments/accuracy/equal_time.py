@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune import methods
 from evoprune.bench import Panel, Point, Series, draw
-from evoprune.methods import Budget
+from evoprune.methods import Budget, MethodChain
 from evoprune.util import budget_text
 from experiments import tables
 from experiments.accuracy.frontier import FULL, METHOD, SETS, kept, samples_of
@@ -81,7 +80,7 @@ def speeds(page: str) -> dict[Key, float]:
 def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
     """Return the speed of a row, or None. Methods that select after the encoder have the speed of the bound."""
     name, budget = key
-    if methods.parse(name).acts == "after":
+    if MethodChain.parse(name).acts == "after":
         name = BOUND
     return fast.get((name, Budget.parse(budget).video))
 
@@ -192,7 +191,7 @@ def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, f
         speed = speed_of(key, fast)
         if key[0] in (OURS, "none") or not speed:
             continue
-        if methods.parse(key[0]).acts == "after":
+        if MethodChain.parse(key[0]).acts == "after":
             after.append(Point(speed, kept_there))
         else:
             inside.append(Point(speed, kept_there, label=key[0]))

@@ -442,7 +442,7 @@ def test_the_demo_model_on_the_sample_questions():
     assert torch.get_num_threads() == 1
 
 
-AFTER = tuple(name for name in methods.built_in() if methods.parse(name).acts == "after")
+AFTER = tuple(name for name in methods.available(plugins=False) if methods.MethodChain.parse(name).acts == "after")
 REUSING = ("evoprune", "evoprune:alpha=0", "reuse+divprune", "reuse+scope", "reuse+cdpruner", "evoprune:depth=1")
 
 
@@ -486,7 +486,7 @@ def test_selectors_after_the_same_tower_share_rows(loaded, towers):
     settings = replace(SETTINGS, methods=(*REUSING, "divprune", "random", "reuse:threshold=5+divprune"))
     samples(loaded, settings, videos(CLIPS[:1]))
     inside = [(8.0, 2, 24), (8.0, 2, 12)]  # evoprune selects inside the tower, with different rows in each variant
-    needs = {methods.parse(name).token_selector.needs for name in REUSING[2:]}
+    needs = {methods.MethodChain.parse(name).token_selector.needs for name in REUSING[2:]}
     after_reuse = [(8.0, 0, 24)] * len(needs)  # once for selectors that need attention, keys, both or nothing
     assert len(needs) >= 2 and frozenset() in needs  # evoprune:depth=1 shares the rows of reuse+divprune
     other_threshold, after = (5.0, 0, 24), (0.0, 0, 24)  # random shares the rows of divprune

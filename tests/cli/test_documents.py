@@ -22,7 +22,7 @@ from typer.main import get_command
 import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods import Budget, built_in
+from evoprune.methods import Budget, available
 from evoprune_cli.main import COMMANDS, ParserError, app, plugged_command
 from experiments.demo.scenes_batches import ScenesRecipe
 from experiments.pictures.examples import MADE_BY, counts
@@ -127,7 +127,7 @@ def test_the_number_of_methods_is_that_of_the_list(page):
     counted = re.findall(
         r"(?:\ball (?:the )?|^|- )(\d+) (?:other )?(?:pruning )?methods\b|(\d+) other methods", text, re.M
     )
-    assert {int(number) for found in counted for number in found if number} <= {len(built_in())}, counted
+    assert {int(number) for found in counted for number in found if number} <= {len(available(plugins=False))}, counted
 
 
 def test_each_block_that_is_run_is_in_the_list_of_those():
@@ -288,8 +288,8 @@ def problem(arguments: list[str]) -> str | None:
 def check(name: str, choices: list[str], given: object) -> None:
     """Raise UsageError if a value is not among an option's listed values, or if a method or budget does not exist."""
     for value in ",".join(given).split(",") if isinstance(given, list | tuple) else str(given).split(","):
-        if name == "method" and methods.parse_names(value)[-1].name not in ADDED:
-            methods.registry.check(value)
+        if name == "method" and methods.MethodText(value).parts[-1].name not in ADDED:
+            methods.MethodText(value).check()
         elif name == "budget":
             Budget.parse(value, auto=True)
         elif value not in choices and len(choices) > 1 and all(choice == choice.lower() for choice in choices):

@@ -9,7 +9,7 @@ from evoprune import methods
 from tests.methods.kinds import INNER, one_of_each
 
 CLIP = "samples/square.mp4"
-NAMES = methods.built_in()
+NAMES = methods.available(plugins=False)
 RUN = [name for name in NAMES if name != "operations"]  # operations needs the recipe of a model
 
 PAIRS = [
@@ -17,11 +17,11 @@ PAIRS = [
     for before, inner in zip(("evoprune", "reuse+divprune", "downscale", "tome"), INNER, strict=False)
 ]
 
-EXACT = [name for name in NAMES if name != "none" and methods.parse(name).exact]
+EXACT = [name for name in NAMES if name != "none" and methods.MethodChain.parse(name).exact]
 
 
 def reads_question(name: str) -> bool:
-    return methods.parse(name).reads_question or name in INNER
+    return methods.MethodChain.parse(name).reads_question or name in INNER
 
 
 @pytest.fixture

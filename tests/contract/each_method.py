@@ -37,6 +37,6 @@ def one_method(method: str) -> Held:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Held]]]:
-    for method in (*evoprune.methods.built_in(), *COMBINED):
+    for method in (*evoprune.methods.available(plugins=False), *COMBINED):
         given = f"{method}:recipe=recipe.json" if method == "operations" else method
         yield f"method {method}", partial(one_method, given)

@@ -93,7 +93,13 @@ def read(ids: torch.Tensor, items: list[tuple], columns: torch.Tensor) -> Held:
 def taken() -> Held:
     """Return which methods and budgets a server accepts, and its messages about the others."""
     held: Held = {}
-    for name in (*evoprune.methods.built_in(), "reuse+divprune", "evoprune+fastv", "evoprune:within=0.01", "no"):
+    for name in (
+        *evoprune.methods.available(plugins=False),
+        "reuse+divprune",
+        "evoprune+fastv",
+        "evoprune:within=0.01",
+        "no",
+    ):
         held[f"method {name}"] = said(pruning.served_method, {"evoprune": {"method": name}})
     for options, rate in (
         ({}, None), ({}, 0.75), ({"evoprune_budget": "50%"}, 0.9), ({"evoprune_budget": "fast"}, 0.9),

@@ -221,7 +221,7 @@ def test_earlytom_the_plan():
         (TowerShape(8, (1, 5)), [2, 5]),
         (TowerShape(1, (0,)), []),
     ):
-        plan = methods.parse("earlytom").plan(tower, grid, 40)
+        plan = methods.MethodChain.parse("earlytom").plan(tower, grid, 40)
         stages = [Stage(layer, units, merge, exact=False, whole_pairs=True) for layer in merges]
         assert plan == EncoderPlan(grid, 40, tower.depth, stages=(*stages, Stage(tower.depth, 40, FrameTokens())))
         assert (plan.layers, plan.rows, plan.exact) == ((units,) * tower.depth, units, not merges)
@@ -368,7 +368,7 @@ def test_ipcv_the_whole_encoder_line_by_line(grid, full_layers, first, follow):
 
 def test_ipcv_the_plan():
     tower, units = TowerShape(32, (7, 15, 23, 31)), 4 * 60
-    plan = methods.parse("ipcv").plan(tower, (4, 6, 10), 24)
+    plan = methods.MethodChain.parse("ipcv").plan(tower, (4, 6, 10), 24)
     assert plan.stages[0] == Stage(3, 4 * 21, Follow(21, 10, 10)) and (plan.rows, plan.keep, plan.exact) == (
         units,
         24,
@@ -376,8 +376,8 @@ def test_ipcv_the_plan():
     )
     assert plan.layers == (units,) * 3 + (4 * 21,) * 29
     for name in ("ipcv:keep=1", "ipcv:first=1"):  # nothing is dropped
-        assert len(methods.parse(name).plan(tower, (4, 6, 10), 24).stages) == 1
-    assert methods.parse("ipcv").plan(tower, (4, 6, 10), units) == EncoderPlan.full(tower, (4, 6, 10))
+        assert len(methods.MethodChain.parse(name).plan(tower, (4, 6, 10), 24).stages) == 1
+    assert methods.MethodChain.parse("ipcv").plan(tower, (4, 6, 10), units) == EncoderPlan.full(tower, (4, 6, 10))
 
 
 GRID = (5, 4, 5)
@@ -386,7 +386,7 @@ GRID = (5, 4, 5)
 @pytest.mark.parametrize("name", ["dart", "visionzip", "nuwa", "divprune", "mmr", "random", "par"])
 def test_the_selector_sees_every_unit(name):
     """A dropped row has the attention, keys and states of the rows it followed."""
-    selector, method = methods.get(name), methods.parse(f"ipcv+{name}")
+    selector, method = methods.get(name), methods.MethodChain.parse(f"ipcv+{name}")
     patches = random_patches(GRID)
     plan = method.plan(tower_shape(tiny_tower()), GRID, 9)
     tokens = encode_rows(tiny_tower(), [patches], plan).selector_input
@@ -398,10 +398,10 @@ def test_the_selector_sees_every_unit(name):
 
 
 def test_dart_is_the_default():
-    alone, named = methods.parse("ipcv"), methods.parse("ipcv+dart")
+    alone, named = methods.MethodChain.parse("ipcv"), methods.MethodChain.parse("ipcv+dart")
     assert alone.token_selector == named.token_selector and alone.args == named.args and alone.reads_question
-    assert not methods.parse("ipcv+divprune").reads_question
-    assert methods.parse("ipcv:keep=0.5+scope:alpha=2").args == {
+    assert not methods.MethodChain.parse("ipcv+divprune").reads_question
+    assert methods.MethodChain.parse("ipcv:keep=0.5+scope:alpha=2").args == {
         "keep": 0.5, "first": 3 / 32, "follow": 7 / 32, "neighbours": 10, "scope": {"alpha": 2.0},
     }  # fmt: skip
 

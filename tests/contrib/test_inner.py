@@ -424,12 +424,12 @@ def test_published_counts_at_published_depths():
 @pytest.mark.parametrize("name", DROPPING)
 def test_the_default_share_is_its_papers(name):
     for combined, share in ((f"divprune+{name}", None), (f"divprune+{name}:share=0.2", 0.2)):
-        both, alone = methods.parse(combined), methods.parse(name)
+        both, alone = methods.MethodChain.parse(combined), methods.MethodChain.parse(name)
         assert both.language_work(32, 576, 0.1) == alone.language_work(32, 576, share or both.language.left)
 
 
 def test_columns_of_a_prompt():
-    assert methods.parse("fastv").prompt_columns(4, 100, 7, 0.25) == (107, 32, 32, 32)
-    assert methods.parse("fastv").prompt_columns(4, 100, 7, 1.0) == 107
-    assert methods.parse("divprune").prompt_columns(4, 100, 7, 0.25) == 107
-    assert methods.parse("divprune+fastv:share=0.1").prompt_columns(4, 100, 7, 0.25) == (107, 17, 17, 17)
+    assert methods.MethodChain.parse("fastv").prompt_columns(4, 100, 7, 0.25) == (107, 32, 32, 32)
+    assert methods.MethodChain.parse("fastv").prompt_columns(4, 100, 7, 1.0) == 107
+    assert methods.MethodChain.parse("divprune").prompt_columns(4, 100, 7, 0.25) == 107
+    assert methods.MethodChain.parse("divprune+fastv:share=0.1").prompt_columns(4, 100, 7, 0.25) == (107, 17, 17, 17)

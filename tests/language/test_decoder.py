@@ -340,7 +340,7 @@ def test_decoding_equals_reading_all_of_it_anew(name, sizes):
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_room_for_the_prompt_and_not_for_what_left(name):
-    model, (embeds, positions), method = deep_model(), a_prompt(), methods.parse(name)
+    model, (embeds, positions), method = deep_model(), a_prompt(), methods.MethodChain.parse(name)
     visual = encoded_tokens(embeds[VISUAL], torch.arange(len(VISUAL)), grid=GRID)
     place = Place((range(BEFORE, BEFORE + len(VISUAL)),))
     ids = torch.zeros(COLUMNS, dtype=torch.int64)
@@ -422,6 +422,6 @@ def test_a_method_sees_where_in_their_frames_tokens_are(monkeypatch):
     monkeypatch.setattr(PyramidDrop, "select", watched)
     ids = torch.zeros(COLUMNS, dtype=torch.int64)
     prompt = prune_prompt(ids, places, read, positions, LanguageModel(model).embed)
-    dropping = LanguageModel(model).dropping_for(methods.parse("pyramiddrop"), 0.5, read, prompt)
+    dropping = LanguageModel(model).dropping_for(methods.MethodChain.parse("pyramiddrop"), 0.5, read, prompt)
     LanguageModel(model).prefill(prompt.embeds, prompt.positions, 60, dropping=dropping)
     assert len(seen) == 3

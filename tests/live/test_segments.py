@@ -37,7 +37,7 @@ def test_without_selections_between_layers_segments_are_the_whole(tower, share, 
     visual, grid, pairs = tower(), (9, *PLACES), (3, 1, 3, 2)
     changed = changes(grid, share)
     patches = clip(grid, changed, width=QWEN3_WIDTH if tower is tiny_qwen3 else 1176)
-    method = methods.parse("evoprune:depth=1:first=0")
+    method = methods.MethodChain.parse("evoprune:depth=1:first=0")
     ((whole, _),) = in_segments(visual, patches, method, (9,), 1 / 3)  # a plan with another count has the same rows
     parts = [rows for rows, _ in in_segments(visual, patches, method, pairs, 1 / 3, piece_units=piece_units)]
     for values in (lambda rows: rows.selector_input.rows, lambda rows: rows.rows.deepstack):
@@ -53,7 +53,7 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, mon
     entered, select_rows = [], SegmentRun.select_rows
     monkeypatch.setattr(SegmentRun, "select_rows", lambda *args: entered.append(select_rows(*args)) or entered[-1])
     patches = clip(grid, changes(grid, 0.3))
-    method = methods.parse(name)
+    method = methods.MethodChain.parse(name)
     parts, cut = (in_segments(visual, patches, method, pairs, 0.4, piece_units=size) for size in (10**6, 1))
     for number, ((part, _), (other, _)) in enumerate(zip(parts, cut, strict=True)):
         torch.testing.assert_close(part.selector_input.rows, other.selector_input.rows, atol=2e-5, rtol=1e-5)
@@ -82,13 +82,13 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, mon
 def test_a_segment_without_anything_new_is_refused():
     patches = clip((4, *PLACES), changes((4, *PLACES), 0.0))
     with pytest.raises(NothingNew):
-        in_segments(tiny_tower(), patches, methods.parse("evoprune"), (2, 2), 0.5)
+        in_segments(tiny_tower(), patches, methods.MethodChain.parse("evoprune"), (2, 2), 0.5)
 
 
 @pytest.mark.parametrize("name", ["tome", "evoprune-paper", "divprune", "reuse+vispruner", "evoprune:reuse=0", "none"])
 def test_what_needs_more_than_rows_leaves_nothing(name):
     patches = clip((4, *PLACES), changes((4, *PLACES), 0.3))
-    visual, method = tiny_tower(), methods.parse(name)
+    visual, method = tiny_tower(), methods.MethodChain.parse(name)
     parts = in_segments(visual, patches, method, (2, 2), 0.5)
     plan = plan_of(method, tower_shape(visual), (2, *PLACES), 30)
     alone = encode_rows(visual, [patches[len(patches) // 2 :]], plan)

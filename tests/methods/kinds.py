@@ -13,7 +13,7 @@ ONE_OF_EACH = (
 )  # fmt: skip
 
 # Methods that act inside the language model.
-INNER = tuple(name for name in methods.built_in() if methods.parse(name).language)
+INNER = tuple(name for name in methods.available(plugins=False) if methods.MethodChain.parse(name).language)
 
 
 def one_of_each(names: Iterable[str]) -> list:

@@ -88,7 +88,7 @@ def test_from_the_limit_on_nothing_differs(grid):
     assert len(made.stages) == 3 and made.reuse
 
 
-OTHERS = [name for name in methods.built_in() if name not in ("evoprune", "operations")]
+OTHERS = [name for name in methods.available(plugins=False) if name not in ("evoprune", "operations")]
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "reuse+divprune", "ipcv+divprune"])
@@ -110,7 +110,7 @@ def test_nothing_is_left_out_where_nothing_is_pruned():
 @pytest.mark.parametrize("value", ["never", "", "0"])
 def test_a_wrong_setting_is_refused(value):
     with pytest.raises(evoprune.UsageError, match="inner is one of auto, always"):
-        methods.parse(f"evoprune:inner={value}")
+        methods.MethodChain.parse(f"evoprune:inner={value}")
 
 
 def test_the_tower_computes_all_rows_without_an_operation_of_a_selection(monkeypatch):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods import registry
+from evoprune.methods import MethodText
 from evoprune.methods.budget import Budget
 from evoprune.methods.plans import TowerShape
 from evoprune.methods.selecting import inflection_point, tokens_before_inflection
@@ -55,8 +55,8 @@ def test_what_cannot_be_is_refused(budget, name):
 
 
 def test_a_method_is_looked_up_once_for_a_whole_answer(monkeypatch):
-    asked, real = [], registry.members
-    monkeypatch.setattr(registry, "members", lambda *args: asked.append(args[0]) or real(*args))
+    asked, real = [], MethodText.members
+    monkeypatch.setattr(MethodText, "members", lambda text: asked.append(text.text) or real(text))
     str(VideoQA.load("demo", method="divprune").encode("samples/square.mp4", frames=4).ask("What?", max_new_tokens=1))
     assert asked == ["divprune"]
 
@@ -64,7 +64,7 @@ def test_a_method_is_looked_up_once_for_a_whole_answer(monkeypatch):
 # `-b auto:inflection`: the curve of a method's sorted scores determines the number of kept tokens.
 
 
-RANKING = [name for name in methods.built_in() if getattr(methods.get(name), "scores", None) is not None]
+RANKING = [name for name in methods.available(plugins=False) if getattr(methods.get(name), "scores", None) is not None]
 
 
 def inflection_line_by_line(scores: list[float]) -> int:
@@ -98,7 +98,7 @@ def test_the_count_is_the_contents_inside_the_bounds(name):
         method = config.method
         keep = min(50, max(5, inflection_point(method.selector.scores(tokens))))
         assert tokens_before_inflection(method.selector, tokens, 50) == keep
-        assert method == methods.parse(name)
+        assert method == methods.MethodChain.parse(name)
         stage = config.plan(TowerShape(8, (7,)), (5, 4, 5)).token_stage
         assert stage.reduce == methods.get(name) and stage.inflection
 

@@ -32,7 +32,7 @@ QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", AFTER)
 def test_the_result_does_not_depend_on_the_chunk_size(name):
-    args = methods.parse(name), clip(GRID, changes(GRID, 0.4)), GRID, 23
+    args = methods.MethodChain.parse(name), clip(GRID, changes(GRID, 0.4)), GRID, 23
     whole, *others = (encoded(*args, question=QUESTION, piece_units=size) for size in (10**6, 1, 40))
     for other in others:
         assert torch.equal(other.kept, whole.kept)
@@ -125,12 +125,18 @@ def test_no_matrix_of_all_pairs(kind):
 # Every method in host programs with another default dtype or default device, and under torch's autocast.
 
 
-NAMES = [*methods.built_in(), "reuse+visionzip", "evoprune+fastv"]
-ON_PATCHES = [name for name in NAMES if methods.parse(name).acts != "input" and not methods.parse(name).language]
-ALONE = [name for name in ON_PATCHES if not methods.parse(name).reads_question]
+NAMES = [*methods.available(plugins=False), "reuse+visionzip", "evoprune+fastv"]
+ON_PATCHES = [
+    name
+    for name in NAMES
+    if methods.MethodChain.parse(name).acts != "input" and not methods.MethodChain.parse(name).language
+]
+ALONE = [name for name in ON_PATCHES if not methods.MethodChain.parse(name).reads_question]
 OTHERS = [name for name in NAMES if name not in ALONE]
 CHOOSING = [
-    name for name in ON_PATCHES if methods.parse(name).token_selector or isinstance(methods.parse(name).encoder, Merger)
+    name
+    for name in ON_PATCHES
+    if methods.MethodChain.parse(name).token_selector or isinstance(methods.MethodChain.parse(name).encoder, Merger)
 ]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 HALVES = ["bf16", "fp16"]
@@ -230,7 +236,7 @@ def test_video_qa_answers_the_same_whatever_the_default_and_under_autocast(name,
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", one_of_each(CHOOSING))
 def test_a_method_chooses_from_the_same_rows_as_without_autocast(name, half, monkeypatch):
-    method, calls = methods.parse(name), []
+    method, calls = methods.MethodChain.parse(name), []
     kind, call = (type(method.token_selector), "select") if method.token_selector else (type(method.encoder), "match")
     choose = getattr(kind, call)
 

@@ -118,7 +118,7 @@ GRID = (5, 4, 6)
 UNITS = prod(GRID)
 QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 NAMES = [
-    *methods.built_in(),
+    *methods.available(plugins=False),
     "evoprune:reuse=0",
     "evoprune:depth=1",
     "evoprune:within=0.3",
@@ -132,7 +132,7 @@ NAMES = [
 @pytest.mark.parametrize("keep", [1, 12, 77])
 @pytest.mark.parametrize("name", one_of_each(NAMES))
 def test_the_encoder_computes_what_was_planned(name, keep):
-    method = methods.parse(name)
+    method = methods.MethodChain.parse(name)
     plan = method.plan(tower_shape(tiny_tower()), GRID, keep)
     patches = clip(plan.grid, changes(plan.grid, 0.3))
     made = encode(tiny_tower(), [patches], plan, question=QUESTION)
@@ -152,7 +152,7 @@ def test_the_encoder_computes_what_was_planned(name, keep):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_the_whole_budget_every_unit_goes_through_every_layer(name):
-    plan = methods.parse(name).plan(SHAPE, GRID, UNITS)
+    plan = methods.MethodChain.parse(name).plan(SHAPE, GRID, UNITS)
     assert plan == EncoderPlan.full(SHAPE, GRID) == EncoderPlan(GRID, UNITS, 8)
     assert not plan.prunes and plan.exact and (plan.layers, plan.rows) == ((UNITS,) * 8, UNITS)
 
@@ -160,26 +160,26 @@ def test_with_the_whole_budget_every_unit_goes_through_every_layer(name):
 @pytest.mark.parametrize("name", AFTER)
 def test_a_selector_needs_the_whole_encoder(name):
     stages = (Stage(8, 9, methods.get(name)),)
-    plan = methods.parse(name).plan(SHAPE, GRID, 9)
+    plan = methods.MethodChain.parse(name).plan(SHAPE, GRID, 9)
     assert plan == EncoderPlan(GRID, 9, 8, stages=stages)
     assert (plan.layers, plan.rows, plan.exact) == ((UNITS,) * 8, UNITS, True)
-    reusing = methods.parse(f"reuse:threshold=5+{name}").plan(SHAPE, GRID, 9)
+    reusing = methods.MethodChain.parse(f"reuse:threshold=5+{name}").plan(SHAPE, GRID, 9)
     assert reusing == replace(plan, reuse=5.0) and not reusing.exact
 
 
 def test_an_input_method_plans_a_smaller_grid():
-    assert methods.parse("subsample").plan(SHAPE, GRID, 50) == EncoderPlan.full(SHAPE, (2, 4, 6))
-    assert methods.parse("downscale").plan(SHAPE, GRID, 35) == EncoderPlan.full(SHAPE, (5, 2, 3))
+    assert methods.MethodChain.parse("subsample").plan(SHAPE, GRID, 50) == EncoderPlan.full(SHAPE, (2, 4, 6))
+    assert methods.MethodChain.parse("downscale").plan(SHAPE, GRID, 35) == EncoderPlan.full(SHAPE, (5, 2, 3))
 
 
 def test_evoprune_selects_before_and_between_layers():
     first, rows = round(UNITS * (30 / UNITS) ** 0.4), round(UNITS * (30 / UNITS) ** 0.75)
-    plan = methods.parse("evoprune").plan(SHAPE, GRID, 30)
+    plan = methods.MethodChain.parse("evoprune").plan(SHAPE, GRID, 30)
     patches, select = FarthestPoints(average=False, before_norm=True), FarthestPoints(average=False)
     stages = (Stage(0, first, patches), Stage(1, rows, select), Stage(8, 30, FarthestPoints()))
     assert plan == EncoderPlan(GRID, 30, 8, 8.0, stages) and not plan.exact
     assert (plan.layers, plan.rows) == ((first, *(rows,) * 7), rows)
-    still = methods.parse("evoprune:reuse=0")
+    still = methods.MethodChain.parse("evoprune:reuse=0")
     assert still.plan(SHAPE, GRID, 30) == replace(plan, reuse=0.0) and replace(plan, reuse=0.0).exact
     assert not still.automatic().plan(SHAPE, GRID, 30).exact  # fewer rows may be enough
 
@@ -196,15 +196,15 @@ def test_evoprune_selects_before_and_between_layers():
     ],
 )  # fmt: skip
 def test_before_and_between_which_layers_evoprune_selects(settings, tower, grid, stages):
-    plan = methods.parse(f"evoprune:{settings}".rstrip(":")).plan(tower, grid, 30)
+    plan = methods.MethodChain.parse(f"evoprune:{settings}".rstrip(":")).plan(tower, grid, 30)
     assert [(stage.first_layer, stage.rows) for stage in plan.stages] == stages
     rows = [[prod(grid), *(count for at, count in stages if at <= layer)][-1] for layer in range(tower.depth)]
     assert list(plan.layers) == rows
 
 
 def test_a_merger_plans_rows_for_each_frame_pair():
-    plan = methods.parse("tome").plan(TowerShape(4, (1, 3)), (2, 4, 6), 9)  # 4 and 5 of 24
+    plan = methods.MethodChain.parse("tome").plan(TowerShape(4, (1, 3)), (2, 4, 6), 9)  # 4 and 5 of 24
     assert [stage.reduce.left for stage in plan.inside_pairs] == [(19, 19), (14, 14), (9, 10), (4, 5)]
     assert (plan.layers, plan.rows, plan.exact) == ((48, 38, 28, 19), 9, True)
-    plan = methods.parse("evoprune-merge").plan(SHAPE, GRID, 2)  # each frame pair keeps at least one row
+    plan = methods.MethodChain.parse("evoprune-merge").plan(SHAPE, GRID, 2)  # each frame pair keeps at least one row
     assert (plan.keep, plan.rows) == (2, 5) and plan.stages[-1].reduce.left == (1,) * 5

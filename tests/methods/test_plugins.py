@@ -136,7 +136,7 @@ def forget():
 
 def test_they_are_listed_after_the_built_in_ones_and_loaded_when_selected(package):
     assert methods.available()[-3:] == ["absent", "first", "wrong"] and methods.available().count("random") == 1
-    assert methods.built_in() == methods.available()[:-3] and "extra_methods" not in sys.modules
+    assert methods.available(plugins=False) == methods.available()[:-3] and "extra_methods" not in sys.modules
     made = methods.get("first:skip=2")
     assert made.name == "first" and made.skip == 2
     with pytest.raises(UsageError, match="no argument 'skipp'"):
@@ -152,7 +152,7 @@ def test_they_are_listed_after_the_built_in_ones_and_loaded_when_selected(packag
 def test_a_broken_one_fails_only_when_it_is_selected(package, name, says):
     for text in (name, f"reuse+{name}"):
         with pytest.raises(UsageError, match=says) as caught:
-            methods.parse(text)
+            methods.MethodChain.parse(text)
         assert "extra-methods 1.2" in caught.value.message and "uninstall" in caught.value.hint
     with pytest.raises(UsageError, match="'with,comma' is a list"):
         methods.get("with,comma")
@@ -254,7 +254,7 @@ def test_the_documented_methods_are_short_and_complete(documented):
 )
 def test_the_documented_methods_keep_their_budget_in_the_encoder(documented, name, keep):
     patches, question = clip(GRID, changes(GRID, 0.5)), torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
-    args = methods.parse(name), patches, GRID, keep
+    args = methods.MethodChain.parse(name), patches, GRID, keep
     made, in_pieces = (encoded(*args, question=question, piece_units=size) for size in (10**6, 1))
     assert len(made.kept) == keep and torch.equal(made.kept, in_pieces.kept)
     if keep < 96:
@@ -312,7 +312,7 @@ def test_a_built_in_name_cannot_be_taken_and_commands_warn_of_it_once(package, c
     warning = "warning: method 'random' of extra-methods 1.2 is ignored: random is evoprune's own; give it another name"
     assert err.splitlines().count(warning) == err.count("ignored") == 1
     assert type(methods.get("random")).__module__ == "evoprune.methods.baselines"
-    assert methods.parse("reuse+first:skip=3").selector == methods.get("first:skip=3")
+    assert methods.MethodChain.parse("reuse+first:skip=3").selector == methods.get("first:skip=3")
 
 
 def test_what_fails_inside_one_is_not_called_a_bug_of_this_package(package, cli):  # noqa: F811
@@ -346,15 +346,20 @@ def test_a_documented_method_works_in_a_command(documented, cli, name, tokens, l
 @pytest.mark.parametrize("text", ["evoprune+first", "tome+first", "first+first", "none+first", "first+divprune"])
 def test_impossible_combinations_with_methods_of_other_packages(package, text):
     with pytest.raises(UsageError, match="methods cannot be combined"):
-        methods.parse(text)
-    assert methods.parse("reuse+first").selector.name == "first" and methods.parse("first+fastv").name == "first+fastv"
+        methods.MethodChain.parse(text)
+    assert (
+        methods.MethodChain.parse("reuse+first").selector.name == "first"
+        and methods.MethodChain.parse("first+fastv").name == "first+fastv"
+    )
 
 
 def test_the_code_of_a_method_is_all_that_its_package_brings(package, tmp_path):
     found = {}
     for helper in ("SHARE = 1\n", "SHARE = 2\n"):
         (package / "helper_of_methods.py").write_text(helper)
-        found[helper] = methods.plugin_code("evoprune+fastv") | methods.plugin_code("reuse+first")
+        found[helper] = (
+            methods.MethodText("evoprune+fastv").plugin_code() | methods.MethodText("reuse+first").plugin_code()
+        )
     assert len({code["first"] for code in found.values()}) == 2
     qa, cache = evoprune.VideoQA.load("demo", method="first"), evoprune.Cache(tmp_path / "cache")
     assert [qa.encode("samples/square.mp4", cache=cache).report.cache for _ in range(2)] == ["miss", "hit"]
@@ -374,7 +379,7 @@ def test_a_run_is_not_gone_on_with_other_code_of_a_method(package, cli, tmp_path
     for command in ((*asked, "--resume", run), (*batch, "--resume")):
         result = cli(*command)
         assert result.code == 2 and "plugins" in result.err
-    assert methods.plugin_code("evoprune+fastv") == methods.plugin_code("reuse+scope") == {}
+    assert methods.MethodText("evoprune+fastv").plugin_code() == methods.MethodText("reuse+scope").plugin_code() == {}
 
 
 NOISY = "import sys\nprint('hello of a package')\n"
@@ -384,7 +389,7 @@ MINE = "@dataclass(frozen=True)\nclass Mine(First):\n    name: ClassVar[str] = '
 def test_one_that_leaves_the_program_when_it_is_imported_is_broken(package, cli):  # noqa: F811
     (package / "extra_methods.py").write_text("raise SystemExit('no licence')\n")
     with pytest.raises(UsageError, match=r"'first' of extra-methods 1.2 cannot be loaded .SystemExit: ") as caught:
-        methods.parse("first")
+        methods.MethodChain.parse("first")
     assert "uninstall" in caught.value.hint
     done = cli("methods")
     assert done.code == 0 and "cannot be loaded" in done.out

@@ -28,11 +28,11 @@ from tests.methods.kinds import INNER
 
 
 def test_the_registry_lists_what_it_can_get():
-    names = methods.built_in()
+    names = methods.available(plugins=False)
     assert {"evoprune", "evoprune-paper", "evoprune-merge", "none", "random"} <= set(names)
-    assert methods.DEFAULT in names and len(set(names)) == len(names)
+    assert methods.MethodText.DEFAULT in names and len(set(names)) == len(names)
     for name in names:
-        method, pipeline = methods.get(name), methods.parse(name)
+        method, pipeline = methods.get(name), methods.MethodChain.parse(name)
         assert isinstance(method, Method) and sys.modules[type(method).__module__].__doc__
         assert method.name == pipeline.name == name
         assert method.acts in ("none", "input", "inside", "after", "language")
@@ -41,7 +41,7 @@ def test_the_registry_lists_what_it_can_get():
         assert (pipeline.language is not None) == (name in INNER)
 
 
-@pytest.mark.parametrize("name", methods.built_in())
+@pytest.mark.parametrize("name", methods.available(plugins=False))
 def test_settings_survive_the_way_through_texts(name):
     method = methods.get(name)
     settings = [f"{field.name}={getattr(method, field.name)}" for field in fields(method)]
@@ -58,15 +58,15 @@ def test_settings_are_parsed_by_their_type():
 @pytest.mark.parametrize("name", ["", "EvoPrune", "magic", "evoprune_paper"])
 def test_an_unknown_method_is_refused_with_where_all_are_listed(name):
     with pytest.raises(UsageError) as caught:
-        methods.parse(name)
+        methods.MethodChain.parse(name)
     assert repr(name) in caught.value.message and caught.value.hint.endswith("evoprune methods lists them all")
-    assert sum(known in caught.value.hint.split() for known in methods.built_in()) <= 3
+    assert sum(known in caught.value.hint.split() for known in methods.available(plugins=False)) <= 3
 
 
 @pytest.mark.parametrize("text", ["evoprune,divprune", "visionzip:dominant=0.5,divprune", "evoprune,no-such", "a,b"])
 def test_a_list_is_refused_with_what_takes_one(text):
     with pytest.raises(UsageError, match="is a list") as caught:
-        methods.check(text)
+        methods.MethodText(text).check()
     assert f"evoprune eval --method {text}" in caught.value.hint and "--compare" in caught.value.hint
 
 
@@ -84,14 +84,14 @@ def test_a_list_is_refused_with_what_takes_one(text):
 )
 def test_settings_out_of_range_are_each_named_with_their_own_range(text, says):
     with pytest.raises(UsageError) as caught:
-        methods.parse(text)
+        methods.MethodChain.parse(text)
     assert caught.value.message == f"method {text.partition(':')[0]}: {says}"
 
 
 @pytest.mark.parametrize(("name", "argument"), [("evoprune-paper", "ratio"), ("random", "seed"), ("none", "name")])
 def test_an_unknown_argument_is_refused_with_those_there_are(name, argument):
     with pytest.raises(UsageError) as caught:
-        methods.parse(f"{name}:{argument}=1")
+        methods.MethodChain.parse(f"{name}:{argument}=1")
     assert repr(argument) in caught.value.message and name in caught.value.message
     for field in fields(methods.get(name)):
         assert f"{field.name}={field.default}" in caught.value.hint
@@ -119,20 +119,20 @@ BAD_VALUES = {
 @pytest.mark.parametrize(("name", "setting"), [(name, text) for name in BAD_VALUES for text in BAD_VALUES[name]])
 def test_a_bad_value_is_refused_with_what_would_be_good(name, setting):
     with pytest.raises(UsageError) as caught:
-        methods.parse(f"{name}:{setting}")
+        methods.MethodChain.parse(f"{name}:{setting}")
     assert name in caught.value.message and "defaults" in caught.value.hint
     assert setting.partition("=")[0] in caught.value.message or "schedule" in caught.value.message
 
 
 def made_of(name: str, setting: str, value: object) -> Method:
     behind = "+divprune" if name == "reuse" else ""
-    return registry.members(f"{name}:{setting}={value}{behind}")[0]
+    return registry.MethodText(f"{name}:{setting}={value}{behind}").members()[0]
 
 
 def test_every_number_is_finite_or_has_a_text_in_json():
     """Infinite numbers are refused unless they have a meaning."""
     infinite = []
-    for kind in (Reuse, *(type(methods.get(name)) for name in methods.built_in())):
+    for kind in (Reuse, *(type(methods.get(name)) for name in methods.available(plugins=False))):
         for setting in (f.name for f in fields(kind) if "float" in str(f.type)):
             with pytest.raises(UsageError, match=f"method {kind.name}: .*nan") as caught:
                 made_of(kind.name, setting, "nan")
@@ -150,7 +150,7 @@ def test_every_number_is_finite_or_has_a_text_in_json():
         "evoprune:reuse", "nuwa:reach", "reuse:threshold", "visipruner:token"
     ]  # fmt: skip
     assert not [text for text in infinite if "=-" in text]
-    combined = methods.parse("reuse:threshold=inf+mmr+visipruner:token=inf")
+    combined = methods.MethodChain.parse("reuse:threshold=inf+mmr+visipruner:token=inf")
     assert combined.args["threshold"] == combined.args["visipruner"]["token"] == "inf"
 
 
@@ -179,12 +179,12 @@ def test_a_name_may_bring_settings():
     ],
 )
 def test_what_can_be_combined(text, method):
-    methods.check(text)
-    assert methods.parse(text) == method and methods.plugin_code(text) == {}
+    methods.MethodText(text).check()
+    assert methods.MethodChain.parse(text) == method and methods.MethodText(text).plugin_code() == {}
 
 
 def test_what_a_combination_says_of_itself():
-    combined = methods.parse("evoprune+fastv")
+    combined = methods.MethodChain.parse("evoprune+fastv")
     assert combined.args["fastv"] == {"share": 0.5, "depth": 0.0625}
     assert combined.automatic().encoder.within > 0
 
@@ -202,7 +202,10 @@ def test_what_a_combination_says_of_itself():
     ],
 )
 def test_names_are_read_in_one_place(text, named):
-    assert methods.parse_names(text) == named and "+".join(each.text for each in methods.parse_names(text)) == text
+    assert (
+        methods.MethodText(text).parts == named
+        and "+".join(each.text for each in methods.MethodText(text).parts) == text
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,7 +226,7 @@ def test_names_are_read_in_one_place(text, named):
 )  # fmt: skip
 def test_other_combinations_are_refused(name):
     with pytest.raises(UsageError) as caught:
-        methods.parse(name)
+        methods.MethodChain.parse(name)
     assert caught.value.hint
 
 
@@ -232,9 +235,9 @@ def test_other_combinations_are_refused(name):
 )
 def test_some_are_known_to_be_wrong_before_their_classes_are_loaded(name):
     for known in ("random", "evoprune-paper:nonsense", "reuse:threshold=5+mmr:lam=0.7", "mmr+fastv"):
-        methods.check(known)
+        methods.MethodText(known).check()
     with pytest.raises(UsageError):
-        methods.check(name)
+        methods.MethodText(name).check()
 
 
 @pytest.mark.parametrize(
@@ -251,22 +254,22 @@ def test_some_are_known_to_be_wrong_before_their_classes_are_loaded(name):
 )
 def test_what_was_probably_meant(name, meant):
     with pytest.raises(UsageError) as caught:
-        methods.check(name)
+        methods.MethodText(name).check()
     assert caught.value.hint.startswith(meant)
 
 
 def test_an_installation_without_entry_points_says_so(monkeypatch):
     monkeypatch.setattr(registry, "_plugins", dict)
     with pytest.raises(UsageError) as caught:
-        methods.check("tome")
+        methods.MethodText("tome").check()
     assert caught.value.hint.startswith("the methods of evoprune.contrib are not installed")
 
 
 def test_only_evoprune_finds_a_budget_by_itself():
-    assert methods.parse("evoprune").automatic().encoder.within > 0
-    assert methods.parse("evoprune:within=0.2").automatic().encoder.within == 0.2
-    for name in {*methods.built_in(), "reuse+divprune"} - {"evoprune"}:
-        method = methods.parse(name)
+    assert methods.MethodChain.parse("evoprune").automatic().encoder.within > 0
+    assert methods.MethodChain.parse("evoprune:within=0.2").automatic().encoder.within == 0.2
+    for name in {*methods.available(plugins=False), "reuse+divprune"} - {"evoprune"}:
+        method = methods.MethodChain.parse(name)
         with pytest.raises(UsageError, match=method.first.name):
             method.automatic()
 
@@ -291,7 +294,7 @@ def works(call, *args, **more) -> str:
 
 def facts(name: str) -> tuple[str, ...]:
     """Return the table cells of a method, in the order of `HEADER`. tests/cli/test_methods.py runs each one in every command."""
-    method = methods.parse(name)
+    method = methods.MethodChain.parse(name)
     encode = works(patch_config, Budget.PRESETS["fast"], name, has_question=True)
     return (
         "yes",
@@ -308,7 +311,7 @@ def facts(name: str) -> tuple[str, ...]:
 def table() -> list[str]:
     """Return the lines of the table. Methods that work in the same places share a row."""
     rows: dict[tuple[str, ...], list[str]] = {}
-    for name in methods.built_in():
+    for name in methods.available(plugins=False):
         rows.setdefault(facts(name), []).append(f"`{name}`")
     lines = [HEADER, ("---",) * len(HEADER), *((", ".join(names), *where) for where, names in rows.items())]
     return [f"| {' | '.join(line)} |" for line in lines]
@@ -317,7 +320,7 @@ def table() -> list[str]:
 def test_the_document_says_where_each_method_works():
     page = Path("docs/methods.md").read_text(encoding="utf-8")
     assert "\n".join(table()) in page, "docs/methods.md needs this table:\n" + "\n".join(table())
-    names, context = methods.built_in(), HEADER.index("`EvoPrune(...)(model)`, `apply`") - 1
+    names, context = methods.available(plugins=False), HEADER.index("`EvoPrune(...)(model)`, `apply`") - 1
     refused = sum(facts(name)[context] == "no" for name in names)
     assert f"there, {refused} of the {len(names)} names are refused" in " ".join(page.split())
 
@@ -351,8 +354,13 @@ def test_the_contract_of_a_selector_names_all_that_it_gets_and_returns():
 
 
 def test_methods_that_make_inputs_smaller_are_known_before_they_are_loaded():
-    own = [name for name in methods.built_in() if isinstance(methods.get(name), InputMethod)]
+    own = [name for name in methods.available(plugins=False) if isinstance(methods.get(name), InputMethod)]
     assert sorted(own) == sorted(registry.RESIZING)
-    assert [name for name in methods.built_in() if methods.may_resize(name)] == list(registry.RESIZING)
-    assert not methods.may_resize("reuse:threshold=5+divprune+fastv") and methods.may_resize("downscale+fastv")
-    assert methods.may_resize("mixed")  # a method of another package may resize
+    assert [name for name in methods.available(plugins=False) if methods.MethodText(name).may_resize] == list(
+        registry.RESIZING
+    )
+    assert (
+        not methods.MethodText("reuse:threshold=5+divprune+fastv").may_resize
+        and methods.MethodText("downscale+fastv").may_resize
+    )
+    assert methods.MethodText("mixed").may_resize  # a method of another package may resize

@@ -14,7 +14,7 @@ from evoprune.methods.types import Selection, Tokens
 from evoprune.vision import encode, tower_shape
 from tests.vision.tower import tiny_tower
 
-AFTER = [name for name in methods.built_in() if methods.get(name).acts == "after"]
+AFTER = [name for name in methods.available(plugins=False) if methods.get(name).acts == "after"]
 KINDS = ("random", "duplicates", "constant", "zero", "two directions", "drift")
 
 

@@ -103,7 +103,7 @@ def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
 
     def foretold(name: str, piece_units: int = 512) -> int:
         return memory.encoding_bytes(
-            config, methods.parse(name).plan(tower, grid, 1638), piece_units, 2, 1638 + memory.TEXT
+            config, methods.MethodChain.parse(name).plan(tower, grid, 1638), piece_units, 2, 1638 + memory.TEXT
         )
 
     after = foretold("divprune")

@@ -18,7 +18,7 @@ from evoprune.bench.verify.subject import DIFFERS, Subject
 from evoprune.errors import OutOfMemory
 from evoprune.hf import processor_inputs
 from evoprune.language import static
-from evoprune.methods import built_in
+from evoprune.methods import available
 from evoprune.model import FAMILIES
 from evoprune.model.config import QWEN2, QWEN2_5
 from evoprune.session import ModelOptions, load_model
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.device
 CLIP, OTHER, PICTURE = "samples/square.mp4", "samples/arrivals.webm", "docs/overlay.png"
 QUESTION = "What colour is the square?"
 COMBINED = ("reuse+divprune", "ipcv+divprune", "evoprune+fastv")
-METHODS = [name for name in built_in() if name != "operations"]
+METHODS = [name for name in available(plugins=False) if name != "operations"]
 FRAMES = {"frames": 8}
 
 

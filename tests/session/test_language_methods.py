@@ -139,20 +139,20 @@ def test_a_damaged_file_is_refused_and_named(tmp_path, changed, message):
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(document() | changed))
     with pytest.raises(UsageError, match=f"recipe.json holds no recipe of operations: .*{message}") as caught:
-        methods.parse(f"operations:recipe={path}")
+        methods.MethodChain.parse(f"operations:recipe={path}")
     assert "evoprune tune VIDEO... --operations -o" in caught.value.hint
     for content in ("", "[]", "{"):
         path.write_text(content)
         with pytest.raises(UsageError, match="holds no recipe"):
-            methods.parse(f"evoprune+operations:recipe={path}")
+            methods.MethodChain.parse(f"evoprune+operations:recipe={path}")
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path):
     assert methods.get("operations").args["recipe"] is None
     for recipe in (TINY, DEMO):
-        assert methods.parse(write_recipe(tmp_path, recipe)).language.recipe == recipe
+        assert methods.MethodChain.parse(write_recipe(tmp_path, recipe)).language.recipe == recipe
     with pytest.raises(UsageError, match=r"cannot read the recipe .*gone.json: No such file"):
-        methods.parse(f"operations:recipe={tmp_path}/gone.json")
+        methods.MethodChain.parse(f"operations:recipe={tmp_path}/gone.json")
 
 
 @pytest.mark.parametrize("name", ["operations", "evoprune+operations:share=0.3"])

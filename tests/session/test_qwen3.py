@@ -161,7 +161,7 @@ def test_pruned_logits_against_a_prompt_by_hand(loaded, host, name, budget):
     video = VideoQA(loaded, budget=budget, method=name).encode(LONG, max_visual_tokens=60)
     plan, answer = video.plan, [5, 300, 7]
     ours, _ = video.read_along(QUESTION, answer)
-    method, grid, patches = methods.parse(name), plan.grid, patches_of(plan)
+    method, grid, patches = methods.MethodChain.parse(name), plan.grid, patches_of(plan)
     keep, visual = plan.encoder.keep, host.model.visual
     units = grid[1] * grid[2]
     source, _ = scan(patch_means(patches, units, HALF), threshold=8.0)
@@ -200,7 +200,7 @@ def test_the_cache_keeps_deepstack(loaded, tmp_path):
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["fastv", "evoprune+fastv", "sparsevlm", "visionzip", "cdpruner", "ipcv", "subsample"])
 def test_every_kind_of_method_runs(loaded, name):
-    if methods.parse(name).language and not loaded.model.native:
+    if methods.MethodChain.parse(name).language and not loaded.model.native:
         pytest.skip("transformers runs this language model")
     made = VideoQA(loaded, budget=0.3, method=name).encode(LONG).ask(QUESTION, max_new_tokens=4)
     assert made.text is not None and made.report.tokens.new <= 4

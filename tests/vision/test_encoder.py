@@ -14,7 +14,7 @@ from evoprune import methods
 from evoprune.backend import attention, pack
 from evoprune.contrib.tome import ToMe
 from evoprune.errors import UsageError
-from evoprune.methods import Budget, EvoPrunePaper, MethodChain, Selection, Selector, Tokens, built_in, parse
+from evoprune.methods import Budget, EvoPrunePaper, MethodChain, Selection, Selector, Tokens, available
 from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPruneMethod, Reuse
 from evoprune.methods.plans import ALLOCATIONS
@@ -75,7 +75,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(name):
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            made.append(encode_patches(clip(grid, changes(grid, 0.5)), grid, methods.parse(name), 60))
+            made.append(encode_patches(clip(grid, changes(grid, 0.5)), grid, methods.MethodChain.parse(name), 60))
         finally:
             torch.set_num_threads(1)
     assert_same(*made)
@@ -239,12 +239,12 @@ def test_merging_against_loops(grid, settings_, keep, full_layers):
 # Every method on the GPU path, with groups packed for the varlen kernel or padded without it, equals the CPU's result
 
 GRID = (5, 5, 7)
-METHODS = [name for name in built_in() if name not in (*INNER, "downscale", "subsample")]
+METHODS = [name for name in available(plugins=False) if name not in (*INNER, "downscale", "subsample")]
 COMBINED = ["reuse+divprune", "reuse+visionzip", "ipcv+divprune", "ipcv+nuwa"]
 
 
 def encoded(name: str, piece_units: int):
-    method, visual = parse(name), tiny_tower((1, 3))
+    method, visual = MethodChain.parse(name), tiny_tower((1, 3))
     plan = method.plan(tower_shape(visual), GRID, 40)
     random = torch.Generator().manual_seed(1)
     question = torch.randn(6, 24, generator=random) if method.reads_question else None

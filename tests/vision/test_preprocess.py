@@ -200,7 +200,7 @@ GRID = (5, 4, 5)
 @pytest.mark.few(6)
 @pytest.mark.parametrize("name", AFTER)
 def test_the_selector_sees_every_unit_with_what_its_row_has(name):
-    selector, method = methods.get(name), methods.parse(f"reuse+{name}")
+    selector, method = methods.get(name), methods.MethodChain.parse(f"reuse+{name}")
     question = torch.randn(4, 24, generator=torch.Generator().manual_seed(1))
     patches = clip(GRID, changes(GRID, 0.4))
     plan = method.plan(tower_shape(tiny_tower()), GRID, 9)

@@ -47,7 +47,7 @@ def encoded_units(patches, grid, threshold=THRESHOLD) -> torch.Tensor:
     piece_units=st.integers(1, 200),
 )
 def test_the_result_does_not_depend_on_the_size_of_pieces(grid, share, seed, share_kept, name, piece_units):
-    method, changed = methods.parse(name), changes(grid, share, seed)
+    method, changed = methods.MethodChain.parse(name), changes(grid, share, seed)
     keep = max(1, round(prod(grid) * share_kept))
     whole = encode_clip(grid, changed, method, keep, seed, piece_units=10**6)
     assert_same(encode_clip(grid, changed, method, keep, seed, piece_units=piece_units), whole)

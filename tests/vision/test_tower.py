@@ -108,7 +108,7 @@ METHODS = (
 @pytest.mark.parametrize("budget", [0.5, 0.2])
 @torch.no_grad()
 def test_pruned_features_against_loops(name, budget):
-    method, keep, changed = methods.parse(name), Budget.count(budget, prod(GRID)), changes(GRID, 0.4)
+    method, keep, changed = methods.MethodChain.parse(name), Budget.count(budget, prod(GRID)), changes(GRID, 0.4)
     patches = clip(GRID, changed, width=QWEN3_WIDTH)
     reuse = plan_of(method, tower_shape(tiny_qwen3()), GRID, keep).reuse
     kept, tokens, _ = tokens_slowly(tiny_qwen3(), patches, GRID, method, keep, changed if reuse else None)
@@ -125,7 +125,7 @@ def test_pruned_features_against_loops(name, budget):
 
 @pytest.mark.parametrize("name", ["ipcv", "earlytom"])
 def test_rows_that_come_back_and_whole_pairs_have_features_too(name):
-    patches, method = random_patches(GRID, width=QWEN3_WIDTH), methods.parse(name)
+    patches, method = random_patches(GRID, width=QWEN3_WIDTH), methods.MethodChain.parse(name)
     made, cut = (
         encode_patches(patches, GRID, method, 15, tiny_qwen3(), question=torch.ones(2, 24), piece_units=size)
         for size in (10**6, 1)
@@ -133,7 +133,7 @@ def test_rows_that_come_back_and_whole_pairs_have_features_too(name):
     assert made.deepstack.shape == (3, 15, 24)
     torch.testing.assert_close(cut.deepstack, made.deepstack, rtol=1e-4, atol=1e-4)
     if name == "ipcv":  # most of its rows are still there before the first of these layers
-        whole = encode_patches(patches, GRID, methods.parse("none"), prod(GRID), tiny_qwen3())
+        whole = encode_patches(patches, GRID, methods.MethodChain.parse("none"), prod(GRID), tiny_qwen3())
         alike = torch.nn.functional.cosine_similarity(made.deepstack[0], whole.deepstack[0, made.kept], dim=1)
         assert alike.mean() > 0.9
 
@@ -156,7 +156,7 @@ def test_budget_one_is_transformers_tower(model, grid):
         inner = getattr(theirs, "deepstack_features", None)
         theirs = theirs.pooler_output
     for name in ("none", "evoprune", "divprune"):
-        ours = encode_patches(patches, grid, methods.parse(name), prod(grid), model.model.visual)
+        ours = encode_patches(patches, grid, methods.MethodChain.parse(name), prod(grid), model.model.visual)
         torch.testing.assert_close(ours.features, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
         assert (ours.deepstack is None) == (inner is None)
         for one, other in zip(ours.deepstack if inner else (), inner or (), strict=True):
@@ -196,7 +196,7 @@ def test_what_a_layer_makes_on_the_way_is_bounded(name):
     """Norms, rotations and MLPs of 600 units run in pieces of 20, so no tensor is larger than queries, keys and values."""
     grid = (30, 4, 5)
     pieces = clip(grid, changes(grid, 0.5)).split(4 * 20)
-    plan = plan_of(methods.parse(name), tower_shape(tiny_tower()), grid, 60)
+    plan = plan_of(methods.MethodChain.parse(name), tower_shape(tiny_tower()), grid, 60)
     with Largest() as largest:
         encode_rows(tiny_tower(), (piece.clone() for piece in pieces), plan, piece_units=20)
     assert largest.numbers <= max(20 * 4 * PATCH_WIDTH, prod(grid) * 4 * 3 * 32)

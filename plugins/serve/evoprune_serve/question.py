@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions
-from evoprune.methods import parse_names
+from evoprune.methods import MethodText
 from evoprune.session import PipelineOptions, PruneOptions
 from evoprune.util import parse_time
 from evoprune.video import SamplingOptions
@@ -261,7 +261,7 @@ def _pruning(fields: Fields) -> dict[str, Any]:
     if fields.has("method"):
         method = fields.take("method", str)
         with _naming("method"):
-            parts = parse_names(method)
+            parts = MethodText(method).parts
         for name, value in (setting for each in parts for setting in each.settings):
             if value is not None and not SETTING.fullmatch(value):  # other values could name a file of this machine
                 fields.refuse("method", f"sets {name[:60]}: requests set numbers, true and false alone")

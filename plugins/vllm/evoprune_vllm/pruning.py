@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from evoprune import methods
 from evoprune.errors import PluginError, UsageError
 from evoprune.language import Place, prompt_positions, prune_prompt
-from evoprune.methods import Budget, Grid, MethodChain
+from evoprune.methods import Budget, Grid, MethodChain, MethodText
 from evoprune.model import VisionConfig
 from evoprune.util import did_you_mean
 from evoprune.vision import CLIP, Encoded, Normal, encode, tower_shape
@@ -35,10 +34,10 @@ def served_method(additional: Any) -> MethodChain:
     unknown = sorted(set(section) - {"method"}) if isinstance(section, Mapping) else [str(section)]
     if unknown:
         raise UsageError(f"evoprune in --additional-config has no setting {unknown[0]!r}", EXAMPLE)
-    name = section.get("method", methods.DEFAULT)
+    name = section.get("method", MethodText.DEFAULT)
     if not isinstance(name, str):
         raise UsageError(f"method {name!r} is not a name", EXAMPLE)
-    method = methods.parse(name)
+    method = MethodChain.parse(name)
     if method.acts == "none":
         raise UsageError(f"method {name} prunes nothing", "leave --video-pruning-rate out instead")
     if method.acts == "input":

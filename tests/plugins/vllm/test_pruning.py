@@ -75,14 +75,16 @@ def test_a_bad_budget_of_a_request_is_refused(options, rate, says):
 
 
 def test_columns_hold_position_and_log_of_the_cluster_size(visual):
-    found = encoded(visual, patches(), GRID, 20, methods.parse("evoprune"))
+    found = encoded(visual, patches(), GRID, 20, methods.MethodChain.parse("evoprune"))
     made = with_columns(found, 0.7, 2.0)
     wide = found.features.shape[1]
     plain, bias = split_bias(from_columns(made[:, wide:]))
     assert made.shape == (20, wide + COLUMNS) and torch.equal(made[:, :wide], found.features)
     assert torch.equal(plain, video_positions(GRID, 0.7, 2.0)[:, found.kept])
     assert torch.equal(bias, found.size.log()) and bias.max() > 0
-    whole = with_columns(encoded(visual, patches(), GRID, math.prod(GRID), methods.parse("evoprune")), 1.0, 2.0)
+    whole = with_columns(
+        encoded(visual, patches(), GRID, math.prod(GRID), methods.MethodChain.parse("evoprune")), 1.0, 2.0
+    )
     assert not split_bias(from_columns(whole[:, -COLUMNS:]))[1].any()
 
 
@@ -93,13 +95,13 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(visual, m
     pixels, normal = pixel_patches(levels), normalisation((mean,) * 3, (std,) * 3, scale)
     assert [each[0] for each in normal] == pytest.approx([0.1, 5.0])
     for each in (pixels, (pixels * scale - mean) / std):  # bytes, and values normalized as by Hugging Face's processor
-        found = encoded(visual, each, GRID, 20, methods.parse("reuse+divprune"), normal)
+        found = encoded(visual, each, GRID, 20, methods.MethodChain.parse("reuse+divprune"), normal)
         assert found.layers[0] == (0, 24 + 12)
 
 
 def test_bytes_are_normalised_as_in_preprocessing(visual):
     pixels = torch.randint(0, 256, (math.prod(GRID) * 4, 1176), generator=torch.Generator().manual_seed(0)).byte()
-    normal, method = normalisation(*CLIP, 1 / 255), methods.parse("divprune")
+    normal, method = normalisation(*CLIP, 1 / 255), methods.MethodChain.parse("divprune")
     assert normal == CLIP
     both = [encoded(visual, each, GRID, 20, method, normal) for each in (pixels, normalised(pixels))]
     assert torch.equal(both[0].features, both[1].features) and torch.equal(both[0].kept, both[1].kept)
@@ -127,13 +129,13 @@ def test_a_method_that_does_not_hold_what_it_declares_fails_at_the_start(visual)
         try_out(visual, MethodChain.of(TooFew()))
     with pytest.raises(UsageError, match="sizes"):
         try_out(visual, MethodChain.of(Undeclared()))
-    try_out(visual, methods.parse("evoprune"))
+    try_out(visual, methods.MethodChain.parse("evoprune"))
 
 
 def served() -> list[str]:
     """Return the methods that a server accepts."""
     found = ["evoprune:count=0", "reuse+divprune", "ipcv+divprune"]
-    for name in methods.built_in():
+    for name in methods.available(plugins=False):
         with suppress(UsageError):
             served_method({"evoprune": {"method": name}})
             found.append(name)
@@ -142,6 +144,6 @@ def served() -> list[str]:
 
 @pytest.mark.parametrize("name", served())
 def test_whether_tokens_have_weights_is_declared(visual, name):
-    method = methods.parse(name)
+    method = methods.MethodChain.parse(name)
     found = encoded(visual, patches(), GRID, 20, method)
     assert (found.size is not None) == method.weighs
