@@ -24,6 +24,9 @@ ADDRESS = re.compile(r"([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)  # a
 WWW = re.compile(r"www\.[^/\s]+\.[^/\s]+(/\S*)?", re.IGNORECASE)  # a web address without its scheme
 STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # schemes of live video, which cannot be read as a file
 DOWNLOAD_HINT = "download what is on the web first, e.g. with yt-dlp"
+_TAG = r"(?:<(?:video|image)>|<\|vision_start\|><\|(?:video|image)_pad\|><\|vision_end\|>)"
+TAGS_BEFORE = re.compile(rf"\A\s*+(?:{_TAG}\s*+)+")
+TAGS_BEHIND = re.compile(rf"(?:\n[ \t]*+{_TAG}[ \t\r]*+){{1,64}}\s*+\Z")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LONGEST = 200  # maximum length of a path in a message
 SOME = 10  # maximum number of texts that a message lists
@@ -206,6 +209,14 @@ def harmless(text: str) -> str:
 def is_text(value: str) -> bool:
     """Return whether a string is valid text, without NUL (as in UTF-16) or lone surrogates (from stray bytes in arguments)."""
     return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
+
+
+def without_tags(question: str) -> str:
+    """Remove tags of the input before a question or on lines after it, as in LLaVA's files: `<video>\\nWhat happens?`.
+
+    The prompt already contains the input. Tags inside a question are kept as text.
+    """
+    return TAGS_BEHIND.sub("", TAGS_BEFORE.sub("", question))
 
 
 def check_text(*texts: str | None) -> None:

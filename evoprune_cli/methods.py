@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 from evoprune import methods as registry
-from evoprune.bench import folded, grid
+from evoprune.bench import text_table
 from evoprune.errors import EvopruneError
 from evoprune.util import one_line
 from evoprune_cli import options as opt
@@ -45,8 +45,7 @@ def methods(*, json: opt.option(bool, "--json", "JSON on stdout instead of text.
         print_document({"schema": "evoprune/methods@1", "methods": entries, "error": None})
         return 0
     rows = [[cell(entry) for cell in COLUMNS.values()] for entry in entries]
-    lines, _ = grid([*COLUMNS], rows, page_width(), right=False)
-    print_text("\n".join([*lines, "", *folded([COMBINED], page_width())]) + "\n")
+    print_text(text_table([*COLUMNS], rows, COMBINED, page_width()))
     return 0
 
 

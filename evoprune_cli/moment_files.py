@@ -78,11 +78,11 @@ class MomentFiles:
         left_out = sum(map(search.more, search.queries))
         note = f"about {left_out:,} more left out by --top" if left_out else ""
         if self.srt is not None:
-            from evoprune.moments import srt
+            from evoprune_cli.subtitles import srt
 
             write_bytes(self.srt, srt(moments).encode())
         if self.chapters is not None:
-            from evoprune.moments import chapters
+            from evoprune_cli.subtitles import chapters
 
             text = chapters(moments, search.duration_s)
             if note:

@@ -18,7 +18,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "session": 52,
     "methods": 38,
     "video": 32,
-    "bench": 26,
+    "bench": 24,
     "language": 18,
     "model": 21,
     "batch": 11,
@@ -26,7 +26,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "hf": 16,
     "bundled": 2,
     "live": 2,
-    "moments": 4,
+    "moments": 2,
     "contrib": 1,
 }
 MOST_IN_TESTS = 108  # number of inner imports; may only be lowered

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from evoprune.bench.processes import map_in_processes
     from evoprune.bench.profile import Profile
     from evoprune.bench.profile_rows import Case, ProfileSettings
-    from evoprune.bench.questions import VideoQuestions, grade, without_tags
-    from evoprune.bench.results import Results, folded, grid
+    from evoprune.bench.questions import VideoQuestions, grade
+    from evoprune.bench.results import Results, text_table
     from evoprune.bench.sheet import contact_sheet
     from evoprune.bench.tune import TuneSettings, Tuning
     from evoprune.bench.tune_operations import OperationTuning
@@ -44,14 +44,12 @@ __all__ = [
     "VideoQuestions",
     "contact_sheet",
     "draw",
-    "folded",
     "grade",
-    "grid",
     "hugging_face_model",
     "map_in_processes",
     "run_checks",
     "synthetic_clip",
-    "without_tags",
+    "text_table",
 ]
 
 __getattr__, __dir__ = door(
@@ -67,8 +65,8 @@ __getattr__, __dir__ = door(
         "processes": ["map_in_processes"],
         "profile": ["Profile"],
         "profile_rows": ["Case", "ProfileSettings"],
-        "questions": ["VideoQuestions", "grade", "without_tags"],
-        "results": ["Results", "folded", "grid"],
+        "questions": ["VideoQuestions", "grade"],
+        "results": ["Results", "text_table"],
         "sheet": ["contact_sheet"],
         "tune": ["TuneSettings", "Tuning"],
         "tune_operations": ["OperationTuning"],

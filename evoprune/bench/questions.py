@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.batch import Row, RowReader
-from evoprune.util import is_url
+from evoprune.util import is_url, without_tags
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 # The pattern for each number, by its word and by its digits.
@@ -47,9 +47,6 @@ COMMON = {
 
 _SPACED = re.compile(r"([\u3041-\u9fff\uac00-\ud7a3])")  # Chinese, Japanese and Korean do not put spaces between words
 _MARKUP = str.maketrans(dict.fromkeys('*`$"“”{}#', " ") | {"\\": "", "’": "'", "‘": "'"})
-_TAG = r"(?:<(?:video|image)>|<\|vision_start\|><\|(?:video|image)_pad\|><\|vision_end\|>)"
-BEFORE = re.compile(rf"\A\s*+(?:{_TAG}\s*+)+")
-BEHIND = re.compile(rf"(?:\n[ \t]*+{_TAG}[ \t\r]*+){{1,64}}\s*+\Z")
 ENDS = ("clause", "stop", "line", "aside")
 JOINS = re.compile("and|then|to|maybe|perhaps|possibly|[/&]", re.IGNORECASE)  # joins two names that are both meant
 FILLERS = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.IGNORECASE)
@@ -390,14 +387,6 @@ def load_questions(path: Path) -> list[VideoQuestions]:
     for row in GRADED.load(str(path)):
         videos.setdefault(row.video, []).append(row)
     return [VideoQuestions(name, Path(rows[0].paths[0]), tuple(rows)) for name, rows in videos.items()]
-
-
-def without_tags(question: str) -> str:
-    """Remove tags of the input before a question or on lines after it, as in LLaVA's files: `<video>\\nWhat happens?`.
-
-    The prompt already contains the input. Tags inside a question are kept as text.
-    """
-    return BEHIND.sub("", BEFORE.sub("", question))
 
 
 def _complete(row: Row, fields: dict[str, Any]) -> Row:

@@ -106,6 +106,12 @@ def grid(
     return [line.rstrip() for line in captured.get().splitlines()], wide <= width
 
 
+def text_table(titles: Sequence[str], rows: Iterable[Sequence[str]], note: str, width: int) -> str:
+    """Return a table of texts, with a note below it. Words that do not fit into `width` are broken."""
+    lines, _ = grid(titles, rows, width, right=False)
+    return "\n".join([*lines, "", *folded([note], width)]) + "\n"
+
+
 def markdown(rows: Iterable[T], columns: Sequence[Column[T]]) -> list[str]:
     """Return the lines of a Markdown table."""
     lines = [[column.title for column in columns], ["---"] * len(columns)]

@@ -6,19 +6,7 @@ from evoprune.doors import door
 
 if TYPE_CHECKING:
     from evoprune.moments.search import Moment, Search
-    from evoprune.moments.subtitles import chapters, srt
 
-__all__ = [
-    "Moment",
-    "Search",
-    "chapters",
-    "srt",
-]
+__all__ = ["Moment", "Search"]
 
-__getattr__, __dir__ = door(
-    __name__,
-    {
-        "search": ["Moment", "Search"],
-        "subtitles": ["chapters", "srt"],
-    },
-)
+__getattr__, __dir__ = door(__name__, {"search": ["Moment", "Search"]})

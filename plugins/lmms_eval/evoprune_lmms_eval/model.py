@@ -20,11 +20,10 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from evoprune.bench import without_tags
 from evoprune.errors import UsageError
 from evoprune.report import Report
 from evoprune.session import EncodedInputs, PipelineOptions
-from evoprune.util import from_keywords
+from evoprune.util import from_keywords, without_tags
 from evoprune.video import temporary_folder
 from evoprune.video_qa import load_qa
 

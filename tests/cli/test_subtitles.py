@@ -6,8 +6,8 @@ import av
 import pytest
 
 from evoprune import Moment
-from evoprune.moments.subtitles import chapters, srt
 from evoprune.video import probe, read_subtitles
+from evoprune_cli.subtitles import chapters, srt
 from tests.video.files import numbered_frames, write_video
 
 MOMENTS = [

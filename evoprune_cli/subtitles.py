@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import chain, pairwise
 from operator import attrgetter
 
-from evoprune.moments.search import Moment
+from evoprune.moments import Moment
 from evoprune.util import long_clock
 
 SPECIAL = re.compile(r"[=;#\\\n]")  # characters that must be escaped in FFmpeg's metadata
