@@ -17,7 +17,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "backend": 74,
     "session": 52,
     "methods": 38,
-    "video": 32,
+    "video": 29,
     "bench": 24,
     "language": 18,
     "model": 21,

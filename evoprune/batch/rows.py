@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, ClassVar, Self
 from urllib.parse import unquote
 
 from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, UsageError
-from evoprune.files import read_all
+from evoprune.files import in_natural_order, read_all
 from evoprune.language import GenerationOptions, Turn
 from evoprune.untrusted import loads
 from evoprune.util import (
@@ -32,7 +32,7 @@ from evoprune.util import (
     shown,
     some,
 )
-from evoprune.video import IMAGES, VIDEOS, SamplingOptions, files, in_order
+from evoprune.video import Folder, SamplingOptions
 
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)
 # Fields a row may have. `type` and `groups` are used by evaluations, whose files a batch can read too.
@@ -43,7 +43,7 @@ FIELDS = (
 SAME = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # names of the same fields in qwen-vl-utils
 LONGEST_PATH = 4096  # characters
 LIST_COLUMNS = ("inputs", "options", "groups")  # columns whose cells in a CSV file are lists, separated by |
-ENDINGS_HINT = f"files that count end in {', '.join((*VIDEOS, *IMAGES))}"
+ENDINGS_HINT = f"files that count end in {', '.join((*Folder.VIDEOS, *Folder.IMAGES))}"
 # "line" ("row" in a JSON array), its number from 1, and its fields or the reason why they are invalid.
 Line = tuple[str, int, dict[str, Any] | ValueError]
 
@@ -501,7 +501,7 @@ def folders_below(folder: str) -> Iterator[str]:
             inside = [e.name for e in entries if e.name[0] != "." and e.is_dir(follow_symlinks=False)]
     except OSError:  # `in_folders` reports it
         return
-    for name in in_order(inside):
+    for name in in_natural_order(inside):
         yield from folders_below(os.path.join(folder, name))
 
 
@@ -513,13 +513,12 @@ def in_folder(folder: str, pictures: bool = False) -> list[str]:
     Raises:
         OSError: the folder cannot be read.
     """
-    videos = files(folder, VIDEOS)
+    inside = Folder(folder)
+    videos = inside.videos
     if not pictures:
         return videos
     stems = {os.path.splitext(path)[0] for path in videos}
-    return [
-        path for path in files(folder, (*VIDEOS, *IMAGES)) if path in videos or os.path.splitext(path)[0] not in stems
-    ]
+    return [path for path in inside.files if path in videos or os.path.splitext(path)[0] not in stems]
 
 
 def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False, pictures: bool = False) -> Iterator[str]:
@@ -542,12 +541,13 @@ def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False, pic
             yield from in_folders(below, wrong, pictures=pictures)
             continue
         try:
-            images = files(video, IMAGES)
-            video_files = files(video, VIDEOS)
+            inside = Folder(video)
         except OSError as problem:
             hint = "check the path, and whether you may read it"
             wrong.add(f"cannot read the folder {video}: {problem.strerror}", hint)
             continue
+        images = inside.images
+        video_files = inside.videos
         if len(video_files) > len(images) or (images and not video_files):
             yield from in_folder(video, pictures) if video_files else [video]
         elif images:
@@ -565,7 +565,7 @@ def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False, pic
 def holds_some(folder: str) -> bool:
     """Return True if a folder directly contains videos or images, or cannot be read, so that the error is reported later."""
     try:
-        return bool(files(folder, VIDEOS) or files(folder, IMAGES))
+        return bool(Folder(folder).files)
     except OSError:
         return True
 
@@ -581,12 +581,13 @@ def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
     """
     if not os.path.isdir(video):
         return ""
-    videos = files(video, VIDEOS)
-    images = files(video, IMAGES)
+    inside = Folder(video)
+    videos = inside.videos
+    images = inside.images
     taken = in_folder(video, pictures)
     with os.scandir(video) as entries:
         others = [entry for entry in entries if entry.name[0] != "." and entry.path not in taken]
-        names = in_order(entry.name + "/" * entry.is_dir() for entry in others)
+        names = in_natural_order(entry.name + "/" * entry.is_dir() for entry in others)
     if len(videos) <= len(images):
         if not images or not any(name.endswith("/") for name in names):
             return ""

@@ -16,7 +16,7 @@ from contextvars import Context, copy_context
 from itertools import count
 from typing import Any, Generic, Self, TypeVar
 
-from evoprune.video import IMAGES, HeldVideo, Plan, Scope, Stopped, Video, probe
+from evoprune.video import Folder, HeldVideo, Plan, Scope, Stopped, Video, probe
 
 T = TypeVar("T")
 
@@ -317,7 +317,7 @@ def state_of(path: str) -> tuple | None:
         if not os.path.isdir(path):
             return _facts("", os.stat(path))
         with os.scandir(path) as entries:
-            images = [entry for entry in entries if entry.name.lower().endswith(IMAGES)]
+            images = [entry for entry in entries if entry.name.lower().endswith(Folder.IMAGES)]
         return tuple(sorted(_facts(entry.name, entry.stat()) for entry in images))
     except (OSError, ValueError):
         return None

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     )
     from evoprune.video.given import GivenInput, Input
     from evoprune.video.held import HeldVideo
-    from evoprune.video.info import IMAGES, VIDEOS, Video, files, in_order, input_state
+    from evoprune.video.info import Video
+    from evoprune.video.input_files import Folder, input_state
     from evoprune.video.live import LiveSource
     from evoprune.video.plan import InputLimits, Plan, SamplingOptions, SamplingPlan
     from evoprune.video.sandbox.isolation import Scope, Stopped, keep_idle, warm_up
     from evoprune.video.temporary import temporary_file, temporary_folder
 
 __all__ = [
-    "IMAGES",
-    "VIDEOS",
+    "Folder",
     "FrameChunk",
     "GivenInput",
     "HeldVideo",
@@ -47,10 +47,8 @@ __all__ = [
     "choose_decoder",
     "cut_clip",
     "downloaded",
-    "files",
     "frame_times",
     "in_one",
-    "in_order",
     "input_state",
     "keep_idle",
     "local_file",
@@ -82,7 +80,8 @@ __getattr__, __dir__ = door(
         ],
         "given": ["GivenInput", "Input"],
         "held": ["HeldVideo"],
-        "info": ["IMAGES", "VIDEOS", "Video", "files", "in_order", "input_state"],
+        "info": ["Video"],
+        "input_files": ["Folder", "input_state"],
         "live": ["LiveSource"],
         "plan": ["InputLimits", "Plan", "SamplingOptions", "SamplingPlan"],
         "sandbox.isolation": ["Scope", "Stopped", "keep_idle", "warm_up"],

@@ -1,15 +1,13 @@
 """Facts about a video or picture: `Video` from its metadata, `ScanResult` from decoding all of it, `Subtitles` from its tracks or
-from files next to it. Also lists the files of a folder by their extensions."""
+from files next to it."""
 
 import math
-import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.util import clock, file_state
+from evoprune.util import clock
 
 if TYPE_CHECKING:
     pass
@@ -269,87 +267,3 @@ def check_seek(seek: str) -> None:
     """Raise UsageError if `seek` is not one of `SEEKS`."""
     if seek not in SEEKS:
         raise UsageError(f"unknown seek {seek!r}", f"use {', '.join(SEEKS)}")
-
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-VIDEOS = (
-    ".3g2", ".3gp", ".asf", ".avi", ".divx", ".f4v", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
-    ".mts", ".mxf", ".ogv", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m",
-)  # fmt: skip
-
-
-SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")  # extensions of subtitle files next to a video, preferred first
-LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")  # tag before the extension: .en, .pt-BR
-
-
-def files(folder: str, endings: tuple[str, ...]) -> list[str]:
-    """Return the paths of a folder's files with these extensions, in natural order, without hidden ones.
-
-    Args:
-        endings: extensions in lower case, with the dot.
-
-    Raises:
-        OSError, ValueError: the folder cannot be read.
-    """
-    with os.scandir(folder) as entries:
-        seen = [e for e in entries if e.name.lower().endswith(endings) and e.name[0] != "."]
-        names = [e.name for e in seen if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
-    return [os.path.join(folder, name) for name in in_order(names)]
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Sort file names by the whole numbers in them: frame2 before frame10. Dashes are not minus signs, dots are separators."""
-    from natsort import natsorted, ns  # takes tens of milliseconds
-
-    return natsorted(sorted(names), alg=ns.PATH | ns.IGNORECASE)
-
-
-def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[list[str], list[str]]:
-    """Find the subtitle files next to a video.
-
-    Args:
-        listdir: `os.listdir`, or a cached version of it.
-
-    Returns:
-        The paths of the files with the video's own name, preferred format first; and those with a language added to the name.
-
-    Raises:
-        OSError: the folder cannot be read.
-    """
-    path = os.path.normpath(path)
-    folder, name = os.path.split(path)
-    stem = name if os.path.isdir(path) else os.path.splitext(name)[0]
-    exact = {}
-    others = []
-    for file in listdir(folder or "."):
-        front, ending = os.path.splitext(file)
-        if not file.startswith(stem) or ending.lower() not in SUBTITLES:
-            continue
-        if front == stem:
-            exact[ending.lower()] = os.path.join(folder, file)
-        elif LANGUAGE.fullmatch(front[len(stem) :]):
-            others.append(os.path.join(folder, file))
-    return [exact[ending] for ending in SUBTITLES if ending in exact], others
-
-
-def input_state(
-    path: str, subtitles: str = "none", listdir: Callable[[str], list[str]] = os.listdir
-) -> dict[str, Any] | None:
-    """Return the `file_state` of an input's files: the video, picture or images of a folder, and the subtitles.
-
-    Args:
-        subtitles: a file, "none", or "auto" for all subtitle files next to the input.
-        listdir: see `subtitles_beside`.
-
-    Returns:
-        The state, or None if a file is missing.
-    """
-    try:
-        own = files(path, IMAGES) if os.path.isdir(path) else [path]
-        if subtitles == "auto":
-            own += [file for found in subtitles_beside(path, listdir) for file in found]
-        elif subtitles != "none":
-            own.append(subtitles)
-        return file_state(own)
-    except (OSError, ValueError):
-        return None

@@ -10,7 +10,8 @@ import av
 from av.video.frame import VideoFrame
 
 from evoprune.errors import LFS, LFS_HINT, UsageError, VideoError
-from evoprune.video.info import IMAGES, Video, files
+from evoprune.video.info import Video
+from evoprune.video.input_files import Folder
 from evoprune.video.readers import colour, ffmpeg
 
 CONTAINER = "folder"
@@ -26,11 +27,13 @@ def list_images(folder: str) -> list[str]:
             may be decimals (0.25 before 0.5) or separate numbers (1.9 before 1.10).
     """
     try:
-        images = files(folder, IMAGES)
+        images = Folder(folder).images
     except (OSError, ValueError) as error:
         raise VideoError(f"cannot read the folder {folder}: {ffmpeg.reason(error)}", "check the path") from error
     if not images:
-        hint = f"files that count as images: {', '.join(IMAGES)}; for a folder of videos: evoprune batch {folder}"
+        hint = (
+            f"files that count as images: {', '.join(Folder.IMAGES)}; for a folder of videos: evoprune batch {folder}"
+        )
         raise VideoError(f"no images in the folder {folder}", hint)
     names = [os.path.basename(os.path.splitext(image)[0]) for image in images]
     if len({len(fraction) for name in names for fraction in FRACTION.findall(name)}) > 1:

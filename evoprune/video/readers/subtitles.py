@@ -19,7 +19,8 @@ from av.subtitles.stream import SubtitleStream
 
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import missing_hint, shorten, shown
-from evoprune.video.info import SubtitleLine, Subtitles, subtitles_beside
+from evoprune.video.info import SubtitleLine, Subtitles
+from evoprune.video.input_files import subtitles_beside
 from evoprune.video.readers import ffmpeg
 
 TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")

@@ -1,0 +1,94 @@
+"""The files of inputs: which files of a folder count, the subtitles next to a video, and their states."""
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from evoprune.files import in_natural_order
+from evoprune.util import file_state
+
+SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")  # extensions of subtitle files next to a video, preferred first
+LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")  # tag before the extension: .en, .pt-BR
+
+
+class Folder:
+    """A folder of videos or images. Files count by their extensions; hidden files do not.
+
+    Attributes:
+        files: the paths of all videos and images, in natural order.
+
+    Raises:
+        OSError, ValueError: the folder cannot be read.
+    """
+
+    IMAGES: ClassVar[tuple[str, ...]] = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+    VIDEOS: ClassVar[tuple[str, ...]] = (
+        ".3g2", ".3gp", ".asf", ".avi", ".divx", ".f4v", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
+        ".mts", ".mxf", ".ogv", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m",
+    )  # fmt: skip
+
+    def __init__(self, path: str):
+        with os.scandir(path) as entries:
+            seen = [e for e in entries if e.name.lower().endswith(self.VIDEOS + self.IMAGES) and e.name[0] != "."]
+            names = [e.name for e in seen if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
+        self.files = [os.path.join(path, name) for name in in_natural_order(names)]
+
+    @property
+    def images(self) -> list[str]:
+        return [path for path in self.files if path.lower().endswith(self.IMAGES)]
+
+    @property
+    def videos(self) -> list[str]:
+        return [path for path in self.files if path.lower().endswith(self.VIDEOS)]
+
+
+def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[list[str], list[str]]:
+    """Find the subtitle files next to a video.
+
+    Args:
+        listdir: `os.listdir`, or a cached version of it.
+
+    Returns:
+        The paths of the files with the video's own name, preferred format first; and those with a language added to the name.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    path = os.path.normpath(path)
+    folder, name = os.path.split(path)
+    stem = name if os.path.isdir(path) else os.path.splitext(name)[0]
+    exact = {}
+    others = []
+    for file in listdir(folder or "."):
+        front, ending = os.path.splitext(file)
+        if not file.startswith(stem) or ending.lower() not in SUBTITLES:
+            continue
+        if front == stem:
+            exact[ending.lower()] = os.path.join(folder, file)
+        elif LANGUAGE.fullmatch(front[len(stem) :]):
+            others.append(os.path.join(folder, file))
+    return [exact[ending] for ending in SUBTITLES if ending in exact], others
+
+
+def input_state(
+    path: str, subtitles: str = "none", listdir: Callable[[str], list[str]] = os.listdir
+) -> dict[str, Any] | None:
+    """Return the `file_state` of an input's files: the video, picture or images of a folder, and the subtitles.
+
+    Args:
+        subtitles: a file, "none", or "auto" for all subtitle files next to the input.
+        listdir: see `subtitles_beside`.
+
+    Returns:
+        The state, or None if a file is missing.
+    """
+    try:
+        own = Folder(path).images if os.path.isdir(path) else [path]
+        if subtitles == "auto":
+            own += [file for found in subtitles_beside(path, listdir) for file in found]
+        elif subtitles != "none":
+            own.append(subtitles)
+        return file_state(own)
+    except (OSError, ValueError):
+        return None
