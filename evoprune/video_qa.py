@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 from evoprune.backend import Device
 from evoprune.errors import OTHER_MODELS, UsageError
@@ -34,15 +34,12 @@ from evoprune.session import (
     PruneOptions,
     ReadAhead,
     Session,
-    Shape,
     StreamOptions,
     describe,
     inputs_of,
     load_model,
     no_tokenizer,
     open_inputs,
-    paths_of,
-    together,
 )
 from evoprune.signatures import takes
 from evoprune.util import Uncopied, brief, check_type, from_keywords
@@ -64,6 +61,7 @@ if TYPE_CHECKING:
 
 
 Path = str | os.PathLike[str]
+Shape = TypeVar("Shape")  # the class given as `schema`
 
 
 class VideoQA(Uncopied):
@@ -131,7 +129,7 @@ class VideoQA(Uncopied):
         if ahead is None:
             return load_qa(loading, pruning, progress=progress, kind=cls)
         if not isinstance(ahead, ReadAhead):
-            paths = paths_of(ahead)
+            paths = _paths_of(ahead)
             pruning.config()  # rejects bad settings before looking for a model
             ahead = ReadAhead(describe(loading), [(paths, SamplingOptions())], pruning)
         same = ahead.model.options == loading
@@ -259,7 +257,7 @@ class VideoQA(Uncopied):
                 with new[0].planning() if new else nullcontext():
                     self.session.longest_prompt(plans, [question], generation, held)
             encoded = [item if isinstance(item, EncodedInputs) else item.encode() for item in opened]
-        asked = together(self.session, encoded)
+        asked = EncodedInputs.together(self.session, encoded)
         if asked not in opened:  # the caller has no reference to it, so it cannot be asked again
             asked.last_question = True
         return asked.ask(question, seed=seed, on_thoughts=on_thoughts, **options)
@@ -345,6 +343,26 @@ class VideoQA(Uncopied):
         with Search(self.session, source, queries, finding, sampling, segments) as search:
             search.run(progress)
             return search.moments()
+
+
+def _paths_of(given: Any) -> list[str]:
+    """Return the paths of one or several inputs as texts.
+
+    Raises:
+        UsageError: If there are no paths, or a value is not a path.
+    """
+    paths = given
+    if isinstance(given, str | os.PathLike):
+        paths = [given]
+    if not isinstance(paths, list | tuple) or not paths:
+        raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")
+    for path in paths:
+        if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+            hint = "give paths of files or folders"
+            if isinstance(path, EncodedInputs):
+                hint = EncodedInputs.AS_INPUT
+            raise UsageError(f"an input is {brief(path)}, not a path", hint)
+    return [os.fspath(path) for path in paths]
 
 
 def _check_cache(cache: Any) -> None:

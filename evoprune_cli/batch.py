@@ -173,13 +173,13 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
 
     `tally` gets the progress of encoding and the time spent waiting for reads.
     """
-    from evoprune.session import FIRST, ReadAhead, describe
+    from evoprune.session import ReadAhead, describe
 
     show("loading model")
     prepare()
     model = describe(settings.model)
-    first = [] if cache else spans[:FIRST]  # cached inputs need not be read
-    asked = [(span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in first]
+    first = [] if cache else spans  # cached inputs need not be read
+    asked = ((span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in first)
     with ReadAhead(model, asked, settings.pruning) as ahead:
         from evoprune.batch import answers
         from evoprune.session import Cache

@@ -166,9 +166,9 @@ def evaluate(
         tell("loading libraries")
         prepare()
         model = describe(settings.model)
-        asked = []
+        asked = ()
         if resume is None and processes == 1:
-            asked = settings.first_inputs(videos)
+            asked = settings.inputs(videos)
         ahead = cleanup.enter_context(ReadAhead(model, asked))
         from evoprune.bench import Evaluation
 

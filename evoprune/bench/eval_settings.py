@@ -1,7 +1,7 @@
 """Settings of `evoprune eval`, from the command line or the folder of an earlier run, and its questions. Imports no torch."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +13,7 @@ from evoprune.bench.questions import VideoQuestions, load_questions, of_groups
 from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions
 from evoprune.methods import Budget, MethodText
-from evoprune.session import FIRST, Asked, ModelOptions, PipelineOptions
+from evoprune.session import ModelOptions, PipelineOptions
 from evoprune.util import OPTION, record_of
 from evoprune.video import SamplingOptions
 
@@ -99,8 +99,8 @@ class EvalSettings:
             raise UsageError("--score likelihood is about options, and no question has any", hint)
         return replace(self, digest=hashlib.sha256(path.read_bytes()).hexdigest()), videos
 
-    def first_inputs(self, videos: Sequence[VideoQuestions]) -> list[Asked]:
-        """Return the inputs that are read first, for `ReadAhead`."""
-        chosen = of_groups(videos, self.groups)[: self.limit]
-        spans = ((video, Span.group(video.rows)[0]) for video in chosen[:FIRST])
-        return [([video.path], self.sampling.but(**span.sampling)) for video, span in spans]
+    def inputs(self, videos: Sequence[VideoQuestions]) -> Iterator[tuple[list[str], SamplingOptions]]:
+        """Yield the inputs in the order in which they are read, for `ReadAhead`."""
+        for video in of_groups(videos, self.groups)[: self.limit]:
+            span, *_ = Span.group(video.rows)
+            yield [video.path], self.sampling.but(**span.sampling)

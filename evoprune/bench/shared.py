@@ -13,7 +13,7 @@ import torch
 from evoprune.backend import Device
 from evoprune.methods import EncoderPlan, PruneConfig, SetAside
 from evoprune.model import Clock
-from evoprune.session import LoadedModel, OpenInput, PruneOptions, chunk_bytes
+from evoprune.session import LoadedModel, OpenInput, PruneOptions
 from evoprune.video import FrameChunk
 from evoprune.vision import EncodedRows, encode_rows
 
@@ -159,7 +159,7 @@ class GreyInput(OpenInput):
     def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
         source = self.plan.source
         times_s = self.plan.sampling.times_s
-        at_once = source.frames_at_once(chunk_bytes(self.plan))
+        at_once = source.frames_at_once(self.plan.chunk_bytes)
         for first in range(0, len(times_s), at_once):
             times = tuple(times_s[first : first + at_once])
             yield FrameChunk(first, np.full((len(times), source.height, source.width, 3), 128, np.uint8), times)

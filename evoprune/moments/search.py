@@ -29,11 +29,10 @@ from evoprune.moments.segments import (
 )
 from evoprune.report import ABOUT_SOUND, VideoFacts, warned
 from evoprune.session import (
-    ContentHash,
+    Cache,
     EncodedInputs,
     FindOptions,
     OpenInput,
-    SegmentCache,
     Session,
     plan_input,
 )
@@ -102,13 +101,13 @@ class Search:
         queries: Sequence[str],
         options: FindOptions,
         sampling: SamplingOptions,
-        cache: SegmentCache | None = None,
+        cache: Cache | None = None,
     ):
         self._session = session
         self._cache = cache
         self._input: dict[str, Any] = {}  # further arguments for every `OpenInput`
         if cache and not session.pruning.method.reads_question:
-            self._input = {"cache": cache, "hashed": ContentHash()}
+            self._input = {"cache": cache}
         self._options = options
         self._sampling = sampling
         self.queries = checked(queries)

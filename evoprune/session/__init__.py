@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from evoprune.doors import door
 
 if TYPE_CHECKING:
-    from evoprune.session.ahead import FIRST, Asked, ReadAhead, read_ahead
-    from evoprune.session.answers import Answer, Chat, Shape
-    from evoprune.session.asking import Askable, EncodedInputs, together
-    from evoprune.session.cache import Cache, ContentHash, SegmentCache
+    from evoprune.session.ahead import ReadAhead, read_ahead
+    from evoprune.session.answers import Answer, Chat
+    from evoprune.session.asking import Askable, EncodedInputs
+    from evoprune.session.cache import Cache
     from evoprune.session.encoded import EncodedInput
-    from evoprune.session.encoding import OpenInput, OpenInputs, Progress, inputs_of, open_inputs, paths_of
+    from evoprune.session.encoding import OpenInput, OpenInputs, Progress, inputs_of, open_inputs
     from evoprune.session.loading.description import ModelDescription, describe, local_folder
     from evoprune.session.loading.hosted import meta_model, read_whole, with_frequencies
     from evoprune.session.loading.hub import BUNDLED_CONFIGS, SMALL_FILES
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from evoprune.session.options import FindOptions, ModelOptions, PipelineOptions, PruneOptions, StreamOptions
     from evoprune.session.planning import plan_input
     from evoprune.session.prompting import prompt_about, with_subtitles
-    from evoprune.session.reading import chunk_bytes, probed
+    from evoprune.session.reading import probed
     from evoprune.session.report import inputs_report, pruning_facts
     from evoprune.session.session import Session
     from evoprune.session.upcoming import idle_cores, in_flight
@@ -32,14 +32,11 @@ if TYPE_CHECKING:
 __all__ = [
     "BUNDLED_CONFIGS",
     "DTYPES",
-    "FIRST",
     "SMALL_FILES",
     "Answer",
     "Askable",
-    "Asked",
     "Cache",
     "Chat",
-    "ContentHash",
     "EncodedInput",
     "EncodedInputs",
     "FindOptions",
@@ -52,13 +49,10 @@ __all__ = [
     "Progress",
     "PruneOptions",
     "ReadAhead",
-    "SegmentCache",
     "Session",
-    "Shape",
     "StreamOptions",
     "calibrate",
     "calibrate_tower",
-    "chunk_bytes",
     "describe",
     "idle_cores",
     "in_flight",
@@ -69,7 +63,6 @@ __all__ = [
     "meta_model",
     "no_tokenizer",
     "open_inputs",
-    "paths_of",
     "plan_input",
     "probed",
     "prompt_about",
@@ -77,7 +70,6 @@ __all__ = [
     "random_model",
     "read_ahead",
     "read_whole",
-    "together",
     "use_threads",
     "weights_of",
     "with_frequencies",
@@ -87,12 +79,12 @@ __all__ = [
 __getattr__, __dir__ = door(
     __name__,
     {
-        "ahead": ["Asked", "FIRST", "ReadAhead", "read_ahead"],
-        "answers": ["Answer", "Chat", "Shape"],
-        "asking": ["Askable", "EncodedInputs", "together"],
-        "cache": ["Cache", "ContentHash", "SegmentCache"],
+        "ahead": ["ReadAhead", "read_ahead"],
+        "answers": ["Answer", "Chat"],
+        "asking": ["Askable", "EncodedInputs"],
+        "cache": ["Cache"],
         "encoded": ["EncodedInput"],
-        "encoding": ["OpenInput", "OpenInputs", "Progress", "inputs_of", "open_inputs", "paths_of"],
+        "encoding": ["OpenInput", "OpenInputs", "Progress", "inputs_of", "open_inputs"],
         "loading.description": ["ModelDescription", "describe", "local_folder"],
         "loading.hosted": ["meta_model", "read_whole", "with_frequencies"],
         "loading.hub": ["BUNDLED_CONFIGS", "SMALL_FILES"],
@@ -102,7 +94,7 @@ __getattr__, __dir__ = door(
         "options": ["FindOptions", "ModelOptions", "PipelineOptions", "PruneOptions", "StreamOptions"],
         "planning": ["plan_input"],
         "prompting": ["prompt_about", "with_subtitles"],
-        "reading": ["chunk_bytes", "probed"],
+        "reading": ["probed"],
         "report": ["inputs_report", "pruning_facts"],
         "session": ["Session"],
         "upcoming": ["idle_cores", "in_flight"],

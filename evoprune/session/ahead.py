@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Unpack
 
 from evoprune.backend import host_memory
@@ -17,7 +18,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.planning import plan_input
-from evoprune.session.reading import PATIENCE_S, Reading, Readings, chunk_bytes, probed, state_of, stop_all
+from evoprune.session.reading import PATIENCE_S, Reading, Readings, probed, state_of, stop_all
 from evoprune.signatures import takes
 from evoprune.util import brief, from_keywords
 from evoprune.video import FrameChunk, Plan, SamplingOptions, Scope, read_chunks
@@ -26,11 +27,10 @@ if TYPE_CHECKING:
     from evoprune.keywords import ReadAheadKeywords
 
 Path = str | os.PathLike[str]
-Asked = tuple[Sequence[Path], SamplingOptions]  # inputs that are opened together, and how to sample them
 
 HELD_BYTES = 512 * 2**20  # limit for waiting frames; less if memory is short
 SHARE = 16  # waiting frames take at most 1 / SHARE of the available memory
-FIRST = 4  # number of videos to prefetch if there are many
+FIRST = 4  # number of groups of inputs to prefetch if there are many
 
 
 @dataclass(eq=False)
@@ -59,7 +59,8 @@ class ReadAhead(Readings):
 
     Args:
         model: The description of the model that the inputs are read for.
-        asked: The inputs, in the order in which they will be encoded.
+        asked: Inputs that are opened together, and how to sample them; for several groups in the order in which they will be
+            encoded. At most `FIRST` groups are read.
         pruning: The pruning options, because a method may make inputs smaller; None for no pruning.
         held_bytes: Upper bound on the bytes of waiting frames. Default: 512 MiB, less if memory is short.
     """
@@ -67,7 +68,7 @@ class ReadAhead(Readings):
     def __init__(
         self,
         model: ModelDescription,
-        asked: Iterable[Asked],
+        asked: Iterable[tuple[Sequence[Path], SamplingOptions]],
         pruning: PruneOptions | None = None,
         held_bytes: int | None = None,
     ):
@@ -79,7 +80,7 @@ class ReadAhead(Readings):
         self.model = model
         self._pruning = pruning
         self._every: list[_Early] = []
-        for paths, sampling in asked:
+        for paths, sampling in islice(asked, FIRST):
             names = [os.fspath(path) for path in paths]
             for place, path in enumerate(names):
                 early = _Early(path)
@@ -138,7 +139,7 @@ class ReadAhead(Readings):
         source = plan.source
         times = plan.sampling.times_s
         early.request = _request(plan)
-        size = chunk_bytes(plan)
+        size = plan.chunk_bytes
         reading.chunk_bytes = source.width * source.height * 3 * min(len(times), source.frames_at_once(size))
         cores = self.model.options.cores
         return read_chunks(source, times, chunk_bytes=size, cores=cores, **plan.read_arguments)

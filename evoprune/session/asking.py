@@ -290,6 +290,8 @@ class EncodedInputs(Askable):
             reads the prompt in one pass.
     """
 
+    AS_INPUT = "ask takes it as it is: ask([encoded, ...], question)"  # hint for an error where a path is needed
+
     def __init__(self, session: Session, encodings: Sequence[EncodedInput]):
         super().__init__(session)
         self._encodings = [encoding.own() for encoding in encodings]
@@ -309,6 +311,21 @@ class EncodedInputs(Askable):
                 size = f"{plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
             said.append(f"{plan.name!r}: {size}, {len(tokens.kept):,} of {plan.units:,} visual tokens kept")
         return f"<EncodedInputs {', '.join(said)}>"
+
+    @classmethod
+    def together(cls, session: Session, inputs: Sequence["EncodedInputs"]) -> "EncodedInputs":
+        """Combine inputs that were encoded separately, to ask about them together.
+
+        Raises:
+            UsageError: If there are no inputs, or one was encoded by another session.
+        """
+        if not inputs:
+            raise UsageError("there is no input", "give at least one path, or what encode made of it")
+        if any(encoded._session is not session for encoded in inputs):
+            raise UsageError("an input was encoded by another VideoQA", "encode it with this one")
+        if len(inputs) == 1:
+            return inputs[0]
+        return cls(session, [encoding for encoded in inputs for encoding in encoded._encodings])
 
     def with_session(self, session: Session) -> "EncodedInputs":
         """Return the same tokens with another session, which may differ only in what happens inside the language model."""
@@ -435,18 +452,3 @@ class EncodedInputs(Askable):
         share = pruning.budget.share_of_all([plan.grid for plan in self.plans])
         dropping = loaded.language.dropping_for(pruning.method, share, read, pruned)
         return self._prefix.read(pruned, prompt, last, goes_on, dropping)
-
-
-def together(session: Session, inputs: Sequence[EncodedInputs]) -> EncodedInputs:
-    """Combine inputs that were encoded separately, to ask about them together.
-
-    Raises:
-        UsageError: If there are no inputs, or one was encoded by another session.
-    """
-    if not inputs:
-        raise UsageError("there is no input", "give at least one path, or what encode made of it")
-    if any(encoded._session is not session for encoded in inputs):
-        raise UsageError("an input was encoded by another VideoQA", "encode it with this one")
-    if len(inputs) == 1:
-        return inputs[0]
-    return EncodedInputs(session, [encoding for encoded in inputs for encoding in encoded._encodings])

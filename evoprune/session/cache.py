@@ -167,6 +167,14 @@ class Cache(Entries):
 
         def __init__(self, folder: str | os.PathLike[str] = ..., limit_bytes: int = ...) -> None: ...
 
+    def content_hash(self, path: str | os.PathLike[str]) -> str:
+        """Return a hash of a file's bytes, or of the names and contents of the files in a folder.
+
+        Raises:
+            OSError: If a file cannot be read.
+        """
+        return content_hash(path)
+
     def load(self, key: str, device: torch.device) -> Entry | None:
         """Load an entry onto a device.
 
@@ -250,21 +258,16 @@ class Cache(Entries):
 class SegmentCache(Cache):
     """A folder of encoded video segments.
 
-    A video has hundreds of segments, so the caller calls `make_room` once after storing all of them.
+    A video has hundreds of segments, so the caller calls `make_room` once after storing all of them. A file is hashed again only if
+    its size or time has changed.
     """
 
     makes_room: ClassVar[bool] = False
 
     limit_bytes: int = 4 * 2**30
+    _known: dict[tuple, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-
-class ContentHash:
-    """Hash files like `content_hash`, but hash a file again only if its size or time has changed."""
-
-    def __init__(self):
-        self._known: dict[tuple, str] = {}
-
-    def __call__(self, path: str | os.PathLike[str]) -> str:
+    def content_hash(self, path: str | os.PathLike[str]) -> str:
         path = Path(path)
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         state = (path, *file_stats(files))

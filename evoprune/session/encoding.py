@@ -21,13 +21,13 @@ from evoprune.model import Clock
 from evoprune.report import BESIDE, OF_INPUTS
 from evoprune.session.ahead import ReadAhead
 from evoprune.session.asking import EncodedInputs
-from evoprune.session.cache import Cache, Entry, content_hash, own_code
+from evoprune.session.cache import Cache, Entry, own_code
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.memory import TEXT
 from evoprune.session.patches import PatchChunk, content_key, cut_frames, patch_bytes
 from evoprune.session.planning import plan_input
 from evoprune.session.prompting import with_subtitles
-from evoprune.session.reading import Reading, Readings, chunk_bytes, probed
+from evoprune.session.reading import Reading, Readings, probed
 from evoprune.session.session import Session
 from evoprune.util import brief
 from evoprune.video import FrameChunk, GivenInput, HeldVideo, Input, Plan, SamplingOptions, Stopped, read_chunks
@@ -53,7 +53,6 @@ class OpenInput:
         shares: Whether this input may share patches with other inputs. False in subclasses that change frames or need all of them.
         ahead: A prefetch that may have read the frames already.
         cache: The disk cache. A hit skips reading and encoding, a miss is stored after encoding.
-        hashed: Hashes the file for the cache. Default: `content_hash`.
         temporary: Whether the files are removed when the input is closed, so no later input can read them.
         cores: Number of cores that reading may keep busy, or None for all that this process may use.
     """
@@ -67,7 +66,6 @@ class OpenInput:
     _: KW_ONLY
     ahead: ReadAhead | None = None
     cache: Cache | None = None
-    hashed: Callable[[Path], str] | None = None
     temporary: bool = False
 
     def __post_init__(self):
@@ -89,7 +87,7 @@ class OpenInput:
         plan = self.plan
         if self.ahead and (early := self.ahead.take(plan)):
             return self._early_frames(early)
-        given = {"chunk_bytes": chunk_bytes(plan), "cores": self.cores, "on_frames": on_frames}
+        given = {"chunk_bytes": plan.chunk_bytes, "cores": self.cores, "on_frames": on_frames}
         return read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
 
     def _early_frames(self, early: Reading[FrameChunk]) -> Iterator[FrameChunk]:
@@ -117,7 +115,7 @@ class OpenInput:
             return self.cache.load(self.key, self.session.device)
 
     def _key_now(self) -> str | None:
-        return entry_key(self.session, self.plan, self.hashed or content_hash) if self.cache else None
+        return entry_key(self.session, self.plan, self.cache.content_hash) if self.cache else None
 
     def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         """Run the vision tower. For `options`, see `vision.encoder.encode_rows`."""
@@ -333,7 +331,7 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
     """Return a cache key. Equal keys mean equal encodings.
 
     Args:
-        hashed: Hashes the file, such as `content_hash`.
+        hashed: Hashes the file, such as `Cache.content_hash`.
 
     Returns:
         The key, or None if the model has no fingerprint, the input is an array, or the file cannot be read.
@@ -528,30 +526,6 @@ def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[flo
             made.append(os.fspath(value))
         else:
             subject = "the input" if value is given else "an input"
-            raise UsageError(f"{subject} is {brief(value)}, not a path", _hint(value, KINDS_HINT))
+            hint = EncodedInputs.AS_INPUT if isinstance(value, EncodedInputs) else KINDS_HINT
+            raise UsageError(f"{subject} is {brief(value)}, not a path", hint)
     return made
-
-
-def _hint(value: Any, usual: str) -> str:
-    """Return the usual hint for a value that cannot be opened, or a better one for inputs that are already encoded."""
-    if isinstance(value, EncodedInputs):
-        return "ask takes it as it is: ask([encoded, ...], question)"
-    return usual
-
-
-def paths_of(given: Any) -> Sequence[Path]:
-    """Return the paths of one or several inputs as texts.
-
-    Raises:
-        UsageError: If there are no paths, or a value is not a path.
-    """
-    paths = given
-    if isinstance(given, str | os.PathLike):
-        paths = [given]
-    if not isinstance(paths, list | tuple) or not paths:
-        raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")
-    for path in paths:
-        if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
-            hint = _hint(path, "give paths of files or folders")
-            raise UsageError(f"an input is {brief(path)}, not a path", hint)
-    return [os.fspath(path) for path in paths]

@@ -16,11 +16,10 @@ from contextvars import Context, copy_context
 from itertools import count
 from typing import Any, Generic, Self, TypeVar
 
-from evoprune.video import Folder, HeldVideo, Plan, Scope, Stopped, Video, probe
+from evoprune.video import Folder, HeldVideo, Scope, Stopped, Video, probe
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 8 * 2**20  # size of a chunk's frames, both decoded and resized; two frames may be larger
 TICK_S = 0.25  # between two calls of a consumer's `waiting`
 PATIENCE_S = 3.0  # how long closing waits for a thread
 MOST_PROBED = 256  # inputs whose metadata is remembered
@@ -272,12 +271,6 @@ def stop_all(readings: list[Reading]) -> None:
         reading.stop()
     for reading in readings:
         reading.join()
-
-
-def chunk_bytes(plan: Plan) -> int:
-    """Return the number of bytes of decoded frames in a chunk."""
-    pixels = plan.source.width * plan.source.height
-    return CHUNK_BYTES * pixels // max(pixels, plan.width * plan.height)
 
 
 def size_of(chunk: Any) -> int:

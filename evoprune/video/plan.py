@@ -21,6 +21,7 @@ from evoprune.video.info import FOLDER_FPS, Decoder, Kind, PromptSubtitles, Seek
 # Limit on the units of one frame if the model limits the total of all frames (Qwen's own limit). Without it, a four-frame video
 # would spend the whole total on four frames.
 MAX_FRAME_TOKENS = 768
+CHUNK_BYTES = 8 * 2**20  # size of a chunk's frames, both decoded and resized; two frames may be larger
 
 Area = Annotated[int, Rule.whole(1, 2**31)]
 Means = Annotated[tuple[float, float, float], Rule.list_of(Rule.number(-1000, 1000), 3)]
@@ -355,6 +356,12 @@ class Plan:
     def read_arguments(self) -> dict[str, Any]:
         """The arguments of `frames.read_chunks` that determine which frames are read."""
         return {"decoder": self.decoder, "seek": self.seek, "part_s": self.sampling.seconds_per_frame}
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Number of bytes of decoded frames in a chunk."""
+        pixels = self.source.width * self.source.height
+        return CHUNK_BYTES * pixels // max(pixels, self.width * self.height)
 
     @property
     def of_pixels(self) -> "Plan":

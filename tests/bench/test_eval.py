@@ -187,7 +187,7 @@ def test_what_leaves_inside_the_language_model_costs_less(loaded):
 def test_the_blind_row_sees_nothing_but_size_and_length(loaded, monkeypatch):
     info = probe(SAMPLES / "square.mp4")
     opened = open_inputs(VideoQA(loaded).session, [info.path], SamplingOptions(frames=4), kind=GreyInput)
-    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
+    monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
     chunks = list(opened.inputs[0].frames(lambda frames: None))
     assert [chunk.first for chunk in chunks] == [0, 2] and all((chunk.pixels == 128).all() for chunk in chunks)
     assert chunks[0].pixels.shape == (2, info.height, info.width, 3) and chunks[0].pixels.dtype == np.uint8
@@ -244,7 +244,7 @@ def test_a_video_is_read_once_for_all_rows_that_look_at_the_same_pixels(loaded, 
         return real(info, times_s, **how)
 
     monkeypatch.setattr(encoding, "read_chunks", counted)
-    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)  # also if it comes in several chunks
+    monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)  # also if it comes in several chunks
     settings = replace(SETTINGS, methods=("random", "subsample"), blind=True)
     run = begun(loaded, settings, videos(CLIPS[:2]))
     run.run()

@@ -1,11 +1,13 @@
 """Cached segments: another query reads nothing, and one hash of the file serves all segments."""
 
+from dataclasses import replace
+
 import pytest
 
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.moments.search import Search
-from evoprune.session import ContentHash, FindOptions, SegmentCache, encoding
+from evoprune.session import Cache, FindOptions, encoding
 from evoprune.session import cache as cache_module
 from evoprune.video import SamplingOptions
 from tests.cli.conftest import ROOT
@@ -30,7 +32,7 @@ def test_another_query_reads_and_encodes_nothing(demo, tmp_path, monkeypatch):
     plain = [scores(demo, query) for query in ("a green square", "a red ring")]
     hashed = []
     monkeypatch.setattr(cache_module, "content_hash", lambda path: hashed.append(path) or "the same")
-    cache = SegmentCache(tmp_path / "kept")
+    cache = Cache(tmp_path / "kept").of_segments
     assert scores(demo, "a green square", cache) == plain[0] and len(hashed) == 1
     assert cache.size()[0] == 3
 
@@ -38,7 +40,7 @@ def test_another_query_reads_and_encodes_nothing(demo, tmp_path, monkeypatch):
         raise AssertionError("it is read")
 
     monkeypatch.setattr(encoding, "read_chunks", refused)
-    assert scores(demo, "a red ring", cache) == plain[1] and len(hashed) == 2
+    assert scores(demo, "a red ring", cache) == plain[1] and len(hashed) == 1
     assert cache.size()[0] == 3
 
 
@@ -56,36 +58,23 @@ def test_moments_are_the_same_with_a_cache(demo, tmp_path):
 
 def test_room_is_made_once_at_the_end(demo, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(SegmentCache, "make_room", lambda self: made.append(self.size()[0]))
-    scores(demo, "a green square", SegmentCache(tmp_path))
+    monkeypatch.setattr(type(Cache().of_segments), "make_room", lambda self: made.append(self.size()[0]))
+    scores(demo, "a green square", Cache(tmp_path).of_segments)
     assert made == [3]
 
 
 def test_a_limit_of_its_own(demo, tmp_path):
-    one = SegmentCache(tmp_path / "one")
+    one = Cache(tmp_path / "one").of_segments
     scores(demo, "a green square", one)
     entries, occupied = one.size()
     limit = occupied * 2 // entries
-    few = SegmentCache(tmp_path / "few", limit + limit // 4)
+    few = replace(Cache(tmp_path / "few").of_segments, limit_bytes=limit + limit // 4)
     scores(demo, "a green square", few)
     assert few.size()[0] == 2
 
 
 def test_a_method_that_reads_the_question_keeps_nothing(demo, tmp_path):
     qa = evoprune.VideoQA(demo.loaded, budget=0.25, method="cdpruner")
-    cache = SegmentCache(tmp_path)
+    cache = Cache(tmp_path).of_segments
     assert qa.session.pruning.method.reads_question
     assert scores(qa, "a green square", cache) == scores(qa, "a green square") and cache.size()[0] == 0
-
-
-def test_a_file_is_hashed_again_when_it_has_changed(tmp_path):
-    hashed = ContentHash()
-    path = tmp_path / "clip"
-    path.write_bytes(b"one")
-    first = hashed(path)
-    assert hashed(path) == first == cache_module.content_hash(path)
-    path.write_bytes(b"another")
-    assert hashed(path) == cache_module.content_hash(path) != first
-    assert hashed(tmp_path) == cache_module.content_hash(tmp_path)
-    with pytest.raises(OSError):
-        hashed(tmp_path / "gone")

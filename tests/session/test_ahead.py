@@ -177,7 +177,7 @@ def test_a_method_that_makes_an_input_smaller_reads_what_it_wants(demo, tmp_path
 
 @pytest.mark.parametrize("size", [1, 2**20, 2**26])
 def test_chunks_are_those_of_reading(long, monkeypatch, size):
-    monkeypatch.setattr(reading, "CHUNK_BYTES", size)
+    monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", size)
     with begun(long) as ahead:
         wait_for(lambda: all_read(ahead))
         plan = plan_input(DEMO, probe(long), SamplingOptions())
@@ -185,7 +185,7 @@ def test_chunks_are_those_of_reading(long, monkeypatch, size):
         assert ahead.held_bytes == len(times) * 64 * 48 * 3
         got = list(ahead.take(plan).chunks())
         assert ahead.held_bytes == 0
-    right = list(read_chunks(plan.source, times, chunk_bytes=reading.chunk_bytes(plan), **plan.read_arguments))
+    right = list(read_chunks(plan.source, times, chunk_bytes=plan.chunk_bytes, **plan.read_arguments))
     for one, other in zip(right, got, strict=True):
         assert one.first == other.first and one.times_s == other.times_s
         assert (one.pixels == other.pixels).all() and other.pixels.flags.c_contiguous
@@ -270,7 +270,7 @@ def test_frames_are_given_once_in_the_order_of_the_inputs(long):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("order", [[0, 1], [1, 0], [1]])
 def test_frames_that_wait_are_bounded_and_whoever_asks_gets_them_in_any_order(long, monkeypatch, order):
-    monkeypatch.setattr(reading, "CHUNK_BYTES", 1)
+    monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
     pair = 2 * 64 * 48 * 3
     paths = [long, SQUARE]
     with begun(*paths, held_bytes=5 * pair) as ahead:
@@ -297,7 +297,7 @@ def test_little_memory_leaves_little_to_frames(monkeypatch):
 
 def test_while_one_is_read_for_somebody_the_next_is_not_waited_for(long, monkeypatch):
     """Inputs are read one at a time, so the next may never be read if the consumer of the first stops."""
-    monkeypatch.setattr(reading, "CHUNK_BYTES", 1)
+    monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
     with begun(long, SQUARE, held_bytes=0) as ahead, closing(ahead.take(planned(long))) as first:
         next(first.chunks())
         assert ahead.take(planned(SQUARE)) is None
@@ -334,7 +334,7 @@ def test_what_breaks_off_ahead_ends_the_session_if_it_is_about_the_video(demo, m
             yield chunk
 
     monkeypatch.setattr(module, "read_chunks", breaks)
-    monkeypatch.setattr(reading, "CHUNK_BYTES", 1)
+    monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
     qa = VideoQA(demo)
     with begun(SQUARE) as ahead:
         wait_for(lambda: all_read(ahead))
@@ -349,7 +349,7 @@ def test_what_breaks_off_ahead_ends_the_session_if_it_is_about_the_video(demo, m
 
 
 def test_whoever_closes_it_waits_for_nothing(long, monkeypatch):
-    monkeypatch.setattr(reading, "CHUNK_BYTES", 1)
+    monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
     for at_once in (True, False):
         ahead = begun(long, SQUARE, held_bytes=10**5)
         wait_for(lambda ahead=ahead, at_once=at_once: at_once or ahead.held_bytes)

@@ -14,7 +14,7 @@ import torch
 
 from evoprune.contrib.evs import Evs
 from evoprune.session import encoding
-from evoprune.session.cache import Cache, Entry, content_hash
+from evoprune.session.cache import Cache, Entry, SegmentCache, content_hash
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
@@ -311,3 +311,16 @@ def test_a_damaged_video_is_not_kept_because_nobody_would_be_warned(loaded, cach
         report = qa.encode(path, cache=cache).report
         assert (report.cache, report.warnings.count("damaged_video"), report.video.damaged) == ("miss", 1, 2)
     assert cache.size() == (0, 0)
+
+
+def test_a_file_is_hashed_again_when_it_has_changed(tmp_path):
+    hashed = SegmentCache(tmp_path / "cache").content_hash
+    path = tmp_path / "clip"
+    path.write_bytes(b"one")
+    first = hashed(path)
+    assert hashed(path) == first == content_hash(path)
+    path.write_bytes(b"another")
+    assert hashed(path) == content_hash(path) != first
+    assert hashed(tmp_path) == content_hash(tmp_path)
+    with pytest.raises(OSError):
+        hashed(tmp_path / "gone")

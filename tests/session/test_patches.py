@@ -219,7 +219,7 @@ def test_what_nobody_needs_any_more_ends():
 
 
 def test_damage_of_every_chunk_is_told(loaded, monkeypatch, tmp_path):
-    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
+    monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
     clip = spoil(Path("samples/three.mp4"), tmp_path / "damaged.mp4", {10})
     report = VideoQA(loaded, budget=0.5).encode(clip).report
     assert report.video.damaged == 1 and "damaged_video" in report.warnings

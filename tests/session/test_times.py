@@ -31,7 +31,7 @@ SLOW = (
     "evoprune.session.encoding.probed",
     "evoprune.session.encoding.plan_input",
     "evoprune.session.session.Session.fitting_pieces",
-    "evoprune.session.encoding.content_hash",
+    "evoprune.session.cache.content_hash",
     "evoprune.session.patches.patches_of",
     "evoprune.session.encoding.encode_rows",
     "evoprune.session.encoding.select_tokens",

@@ -266,7 +266,7 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
     """Resizing small frames up does not make a chunk too large."""
     write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
     done = []
-    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 2**19)
+    monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 2**19)
     VideoQA(loaded).encode(tmp_path / "small.mp4", frames=32, progress=lambda *now: done.append(now))
     frames = [count for stage, count, _ in done if stage == "encode"]
     assert frames[0] <= 16 and frames[-1] == 32
@@ -291,7 +291,7 @@ def test_times_add_up(loaded, threaded, monkeypatch):
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize("method", ["evoprune", "evs"])
 def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method):
-    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
+    monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
     monkeypatch.setattr(Device, "piece_units", 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
@@ -312,7 +312,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
 def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, kept):
     """Stored patches are all ready before the encoding; otherwise, as many as fit. Nothing is read twice or left out."""
     monkeypatch.setattr("evoprune.session.encoding.AHEAD_BYTES", 0)
-    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
+    monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
     monkeypatch.setattr(OpenInput, "shares", kept)
     qa, made = VideoQA(loaded, budget=0.25), []
 
@@ -381,7 +381,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
         return pixel_patches(*args)
 
     monkeypatch.setattr(Device, "piece_units", 24)
-    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
+    monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
     if stage == "read":
         reading.each = fails
     if stage == "preprocess":
