@@ -467,7 +467,7 @@ def test_rows(cli, soon, tmp_path, content, code, says):
 
 
 def test_input_without_an_end(cli, soon, monkeypatch, tmp_path):
-    monkeypatch.setattr("evoprune.batch.rows.MAX_BYTES", 2**20)
+    monkeypatch.setattr("evoprune.files.MAX_BYTES", 2**20)
     for command in (("batch", "--from", "/dev/zero", "-o", tmp_path / "out.jsonl"), ("eval", "--data", "/dev/zero")):
         result = cli(*command, *QUICK)
         assert result.code == 2 and "/dev/zero has more than 1 MiB" in result.err
