@@ -22,7 +22,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "language": 18,
     "model": 21,
     "batch": 11,
-    "vision": 21,
+    "vision": 11,
     "hf": 16,
     "bundled": 2,
     "live": 2,

@@ -27,11 +27,18 @@ import torch
 from evoprune.bench.profile_rows import Case, ProfileSettings
 from evoprune.errors import UsageError
 from evoprune.language import Place, prompt_positions
-from evoprune.methods import PruneConfig
+from evoprune.methods import PruneConfig, TowerShape
 from evoprune.model import VisionConfig
 from evoprune.session import LoadedModel
-from evoprune.video import InputLimits, Plan, SamplingOptions, SamplingPlan, Video, read_chunks
-from evoprune.vision import normalised, pixel_patches, resize, tower_shape
+from evoprune.video import (
+    InputLimits,
+    Plan,
+    SamplingOptions,
+    SamplingPlan,
+    Video,
+    read_chunks,
+)
+from evoprune.vision import normalised, pixel_patches, resize
 
 # Default side of a merge unit in pixels, and frames in a grid.
 UNIT = 28
@@ -231,7 +238,7 @@ def prepare(
     count, height, width, _ = frames.shape
     grid = case_grid(Case(count, height, width), v)
     unpruned = prod(grid)
-    smaller = config.plan(tower_shape(visual), grid).grid if config else grid
+    smaller = config.plan(TowerShape.of_tower(visual), grid).grid if config else grid
     if smaller != grid:
         grid = smaller
         fewer = min(count, smaller[0] * v.temporal_patch_size)

@@ -35,7 +35,7 @@ from evoprune.bench.shared import (
     swept,
 )
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
-from evoprune.methods import MethodChain
+from evoprune.methods import MethodChain, TowerShape
 from evoprune.model import Cost, shortage
 from evoprune.report import Report
 from evoprune.session import (
@@ -56,7 +56,6 @@ from evoprune.session import (
 )
 from evoprune.util import counted, file_changes, generator_seed
 from evoprune.video import input_state
-from evoprune.vision import tower_geometry
 
 COST_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 NOTE = (
@@ -78,7 +77,7 @@ class AnswerCost:
         config = describe(ModelOptions(COST_MODEL, load_format="dummy")).config
         vision = config.vision_config
         grids, height, width = encoded.plan.grid
-        windows = tower_geometry(loaded.model.model.visual, height, width).windows
+        windows = TowerShape.of_tower(loaded.model.model.visual).windows(height, width)
         entered = [rows for _, rows in encoded.report.pruning.layers]
         rows = [*_stretched(entered, vision.depth), encoded.report.pruning.encoder_rows]
         self._cost = Cost(config)

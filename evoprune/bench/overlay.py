@@ -26,7 +26,7 @@ from evoprune.methods import arange_on
 from evoprune.session import OpenInput, Progress, Session, open_inputs
 from evoprune.util import counted
 from evoprune.video import FrameChunk, Plan, SamplingOptions
-from evoprune.vision import EncodedRows, resize, token_selection
+from evoprune.vision import EncodedRows, resize
 
 BACKGROUND = (18, 18, 22)
 INK = (235, 235, 240)
@@ -81,7 +81,7 @@ class Fates:
     def of(cls, video: EncodedRows) -> Self:
         """Return the fates of the units of an encoded video. The method must not depend on the question."""
         row = video.selector_input.unit_to_row.cpu()
-        selection = token_selection(video)
+        selection = video.token_selection()
         owner = torch.where(row >= 0, video.rows.unit.cpu()[row.clamp(min=0)], -1)
         kept = selection.kept.cpu()
         if selection.unit_to_token is not None:  # otherwise draw the merging inside the encoder

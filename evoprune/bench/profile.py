@@ -58,7 +58,7 @@ from evoprune.bench.profile_rows import (
 from evoprune.bench.shared import COUNTED, WARM_UP, TimeLimit, after_tower_below, after_tower_note, paced, swept
 from evoprune.errors import ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language import GenerationOptions, LanguageModel, TokenStream, prune_prompt
-from evoprune.methods import EncoderPlan, PruneConfig, arange_on
+from evoprune.methods import EncoderPlan, PruneConfig, TowerShape, arange_on
 from evoprune.model import (
     PATCHES,
     Clock,
@@ -81,7 +81,7 @@ from evoprune.session import (
     weights_of,
 )
 from evoprune.video import InputLimits, Video
-from evoprune.vision import encode, geometry, tower_geometry, tower_shape
+from evoprune.vision import encode_rows
 
 Progress = Callable[[str], None]
 
@@ -205,7 +205,7 @@ def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) ->
     dtype = DTYPES[model.dtype]
     grid = case_grid(cases[0], model.limits["video"])
     units = prod(grid)
-    windows = geometry(*grid[1:], model.tower.window, "cpu").windows
+    windows = model.tower.windows(*grid[1:])
     cost = Cost(config)
     flop = cost.tower_flop([units] * (config.vision_config.depth + 1), grid[0], windows)
     prompt = units + text_tokens(config.vision_config, cases[0], model.limits["video"])
@@ -296,8 +296,8 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
         if method.reads_question:
             embed = model.model.language_model.embed_tokens
             question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device))
-        options = {"normal": loaded.video.normal, "question": question, "seed": config.seed}
-        encoded = encode(visual, [clip.pixels], plan, **options)
+        options = {"normal": loaded.video.normal, "seed": config.seed}
+        encoded = encode_rows(visual, [clip.pixels], plan, **options).select_tokens(question)
     with clock.stage("prefill"):
         language = LanguageModel(model)
         prompt = prune_prompt(clip.ids, [clip.place], [encoded], clip.positions, language.embed)
@@ -363,7 +363,7 @@ def _sample(loaded: LoadedModel, clock: Clock, prune: float = 0.0, prefill_prune
 
 
 def _counts(model: Model, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens: int, prompt: int) -> Counts:
-    windows = tower_geometry(model.model.visual, *clip.grid[1:]).windows
+    windows = TowerShape.of_tower(model.model.visual).windows(*clip.grid[1:])
     flop = Cost(model.config).tower_flop([*(entered for _, entered in layers), rows], clip.grid[0], windows)
     share = sum(entered for _, entered in layers) / len(layers) / clip.unpruned
     return Counts(clip.unpruned, rows, share, tuple(layers), tokens, prompt, flop)
@@ -428,7 +428,7 @@ class Bench:
                 return run_hugging_face(loaded, self._reference, clip, settings.new_tokens)
             model = self._models[row.quantize]
             config = settings.config(row.method, row.budget)
-            plan = config.plan(tower_shape(model.model.model.visual), case_grid(row.case, self._loaded.video))
+            plan = config.plan(TowerShape.of_tower(model.model.model.visual), case_grid(row.case, self._loaded.video))
             return run_evoprune(model, clip, plan, config, settings.new_tokens)
         except (ModelError, OutOfMemory) as problem:
             return problem.message

@@ -17,12 +17,11 @@ from evoprune.backend import (
 )
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.methods import Budget, MethodText, PruneConfig
+from evoprune.methods import Budget, MethodText, PruneConfig, TowerShape
 from evoprune.model import VisionConfig, all_finite
 from evoprune.session import calibrate_tower
 from evoprune.video import InputLimits
-from evoprune.vision import Encoded, joined, tower_shape
-from evoprune.vision import encode as encode_video
+from evoprune.vision import Encoded, encode_rows
 
 INT8 = "int8"
 SAMPLES = 16  # values sampled from each weight to detect changes
@@ -67,7 +66,7 @@ def encode(
     """
     config = patch_config(Budget.parse(budget), method, seed, has_question=question is not None)
     visual = interface.tower_of(model)
-    return joined(encode_each(visual, pixel_values_videos, video_grid_thw, config, question))
+    return Encoded.joined(encode_each(visual, pixel_values_videos, video_grid_thw, config, question))
 
 
 def encode_each(
@@ -83,13 +82,13 @@ def encode_each(
     merge = visual.config.spatial_merge_size
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
     sizes = [t * h * w * merge**2 for t, h, w in grids]
-    tower = tower_shape(visual)
+    tower = TowerShape.of_tower(visual)
     normal = InputLimits(**VisionConfig.of(visual.config).traits.video).normal
     videos = []
     for patches, grid in zip(pixel_values_videos.split(sizes), grids, strict=True):
         plan = config.plan(tower, grid)
-        kwargs = {"normal": normal, "question": question, "seed": config.seed}
-        videos.append(encode_video(visual, [patches], plan, **kwargs))
+        rows = encode_rows(visual, [patches], plan, normal=normal, seed=config.seed)
+        videos.append(rows.select_tokens(question))
     return videos
 
 

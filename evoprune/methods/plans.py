@@ -48,6 +48,11 @@ class TowerShape:
         window = sizes.window_size // sizes.patch_size // sizes.spatial_merge_size
         return cls(sizes.depth, sizes.fullatt_block_indexes, window, launch_bound_units(device))
 
+    @classmethod
+    def of_tower(cls, visual) -> Self:
+        """Return the shape of a tower in memory: the weights of this project, or a module of transformers."""
+        return cls.of(VisionConfig.of(visual.config), str(visual.patch_embed.proj.weight.device))
+
     def scope(self, layer: int) -> Literal["window", "pair"]:
         return "pair" if layer in self.full_layers else "window"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.video import Plan
-from evoprune.vision import Encoded, EncodedRows, select_tokens
+from evoprune.vision import Encoded, EncodedRows
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,4 @@ class EncodedInput:
         Args:
             question: Embedded words of the question, `[words, D]`.
         """
-        return replace(self, encoded=select_tokens(self.unselected, question)) if self.unselected else self
+        return replace(self, encoded=self.unselected.select_tokens(question)) if self.unselected else self

@@ -30,8 +30,17 @@ from evoprune.session.prompting import with_subtitles
 from evoprune.session.reading import Reading, Readings, probed
 from evoprune.session.session import Session
 from evoprune.util import brief
-from evoprune.video import FrameChunk, GivenInput, HeldVideo, Input, Plan, SamplingOptions, Stopped, read_chunks
-from evoprune.vision import Encoded, EncodedRows, encode_rows, select_tokens
+from evoprune.video import (
+    FrameChunk,
+    GivenInput,
+    HeldVideo,
+    Input,
+    Plan,
+    SamplingOptions,
+    Stopped,
+    read_chunks,
+)
+from evoprune.vision import Encoded, EncodedRows, encode_rows
 
 Path = str | os.PathLike[str]
 # Called with a stage, the amount done, and the total: frames for "read" and "encode", then perhaps "layers" of the tower.
@@ -239,7 +248,7 @@ class OpenInput:
                     try:
                         with memory_guard("encode"):
                             rows = self.run_tower(self._patches(clock, progress), piece_units=piece_units, **options)
-                            result = rows if late else select_tokens(rows)
+                            result = rows if late else rows.select_tokens()
                         break
                     except OutOfMemory as problem:
                         if problem.stage != "encode" or piece_units == pieces[-1]:

@@ -13,41 +13,25 @@ if TYPE_CHECKING:
         Encoded,
         EncodedRows,
         EncoderRun,
-        encode,
         encode_rows,
-        joined,
-        select_tokens,
-        token_selection,
     )
     from evoprune.vision.hooks import Hook
-    from evoprune.vision.layout import geometry
-    from evoprune.vision.patches import CLIP, Normal, ReferenceBlocks, normalised, patchify
+    from evoprune.vision.patches import ReferenceBlocks, normalised
     from evoprune.vision.preprocess import patches_of, pixel_patches, resize
     from evoprune.vision.rows import Rows
-    from evoprune.vision.tower import tower_geometry, tower_shape
 
 __all__ = [
-    "CLIP",
     "Encoded",
     "EncodedRows",
     "EncoderRun",
     "Hook",
-    "Normal",
     "ReferenceBlocks",
     "Rows",
-    "encode",
     "encode_rows",
-    "geometry",
-    "joined",
     "normalised",
     "patches_of",
-    "patchify",
     "pixel_patches",
     "resize",
-    "select_tokens",
-    "token_selection",
-    "tower_geometry",
-    "tower_shape",
 ]
 
 __getattr__, __dir__ = door(
@@ -57,17 +41,11 @@ __getattr__, __dir__ = door(
             "Encoded",
             "EncodedRows",
             "EncoderRun",
-            "encode",
             "encode_rows",
-            "joined",
-            "select_tokens",
-            "token_selection",
         ],
         "hooks": ["Hook"],
-        "layout": ["geometry"],
-        "patches": ["CLIP", "Normal", "ReferenceBlocks", "normalised", "patchify"],
+        "patches": ["ReferenceBlocks", "normalised"],
         "preprocess": ["patches_of", "pixel_patches", "resize"],
         "rows": ["Rows"],
-        "tower": ["tower_geometry", "tower_shape"],
     },
 )

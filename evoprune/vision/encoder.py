@@ -6,7 +6,8 @@ does not depend on these limits. Without pruning, the output equals Hugging Face
 
 A step of the plan runs some layers, followed by a selection among the rows of the whole video. After a selection, a frame pair also
 attends to selected rows of other frame pairs that represent its units. Merging and setting aside stay inside a frame pair; they are
-hooks after a layer (hooks.py). Finally, `select_tokens` selects the tokens for the language model among the rows after the tower.
+hooks after a layer (hooks.py). Finally, `EncodedRows.select_tokens` selects the tokens for the language model among the rows after
+the tower.
 
 The plan states how many rows every layer computes, so all shapes are known without reading values from a GPU. The program
 synchronizes with the GPU only at a selection between layers, at the end, when it reads all checks, and with reuse if the patches
@@ -39,7 +40,7 @@ from evoprune.methods import (
 from evoprune.model import PATCHES, Tower, VisionConfig, all_finite, without_autocast
 from evoprune.vision.families import embed, merge_patches, tower_layers
 from evoprune.vision.hooks import Hook, looks
-from evoprune.vision.layout import bincount_fixed, cat, window_order
+from evoprune.vision.layout import bincount_fixed, cat, geometry, window_order
 from evoprune.vision.merging import Merging
 from evoprune.vision.patches import CLIP, Normal, ReferenceBlocks, in_pairs, normalised, patch_means, scan
 from evoprune.vision.rows import Rows, all_units, reused_units
@@ -50,8 +51,6 @@ from evoprune.vision.tower import (
     rotation_of,
     run_by_kernels,
     run_layer,
-    tower_geometry,
-    tower_shape,
 )
 
 ROWS_AT_ONCE = 512  # number of rows of a matrix of cosines held at a time
@@ -112,34 +111,37 @@ class Encoded:
         ends = accumulate(h * w for t, h, w in self.grids for _ in range(t))
         return [after - before for before, after in pairwise([0, *(bisect_left(kept, end) for end in ends)])]
 
-
-def joined(videos: list[Encoded]) -> Encoded:
-    """Join several encoded videos into one. Unit and row numbers continue from video to video."""
-    if len(videos) == 1:
-        return videos[0]
-    units = [0, *accumulate(len(v.unit_to_row) for v in videos)]
-    rows = [0, *accumulate(len(v.rows) for v in videos)]
-    sizes = None
-    if any(v.size is not None for v in videos):
-        sizes = torch.cat([v.every_size for v in videos])
-    deepstack = None
-    if videos[0].deepstack is not None:
-        deepstack = torch.cat([v.deepstack for v in videos], 1)
-    return Encoded(
-        torch.cat([v.features for v in videos]),
-        torch.cat([v.kept + first for v, first in zip(videos, units, strict=False)]),
-        torch.cat([v.rows for v in videos]),
-        torch.cat(
-            [torch.where(v.unit_to_row >= 0, v.unit_to_row + first, -1) for v, first in zip(videos, rows, strict=False)]
-        ),
-        sum((v.grids for v in videos), ()),
-        [(layers[0][0], sum(n for _, n in layers)) for layers in zip(*(v.layers for v in videos), strict=True)],
-        sum(v.prune_seconds for v in videos),
-        all(v.flat for v in videos),
-        sizes,
-        deepstack,
-        after_tower_below=max(v.after_tower_below for v in videos),
-    )
+    @staticmethod
+    def joined(videos: "list[Encoded]") -> "Encoded":
+        """Join several encoded videos into one. Unit and row numbers continue from video to video."""
+        if len(videos) == 1:
+            return videos[0]
+        units = [0, *accumulate(len(v.unit_to_row) for v in videos)]
+        rows = [0, *accumulate(len(v.rows) for v in videos)]
+        sizes = None
+        if any(v.size is not None for v in videos):
+            sizes = torch.cat([v.every_size for v in videos])
+        deepstack = None
+        if videos[0].deepstack is not None:
+            deepstack = torch.cat([v.deepstack for v in videos], 1)
+        return Encoded(
+            torch.cat([v.features for v in videos]),
+            torch.cat([v.kept + first for v, first in zip(videos, units, strict=False)]),
+            torch.cat([v.rows for v in videos]),
+            torch.cat(
+                [
+                    torch.where(v.unit_to_row >= 0, v.unit_to_row + first, -1)
+                    for v, first in zip(videos, rows, strict=False)
+                ]
+            ),
+            sum((v.grids for v in videos), ()),
+            [(layers[0][0], sum(n for _, n in layers)) for layers in zip(*(v.layers for v in videos), strict=True)],
+            sum(v.prune_seconds for v in videos),
+            all(v.flat for v in videos),
+            sizes,
+            deepstack,
+            after_tower_below=max(v.after_tower_below for v in videos),
+        )
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,55 @@ class EncodedRows:
     def selector_input(self) -> Tokens:
         """The rows as input for the selector of tokens."""
         return Tokens(self.rows.values, self.rows.unit_to_row, self.plan.grid, self.seed, self.rows.given)
+
+    @torch.inference_mode()
+    def select_tokens(self, question: torch.Tensor | None = None) -> Encoded:
+        """Select the tokens that the language model reads. May be called again with another question.
+
+        Args:
+            question: `[Q, D]`, embeddings of the question's tokens; ignored unless the method reads the question.
+
+        Raises:
+            ModelError, RuntimeError: see `read_checks`.
+            UsageError, PluginError: see `token_selection`.
+        """
+        rows = self.rows
+        with self.timer:
+            selection = self.token_selection(question)
+            kept = devices.to_device(selection.kept, rows.unit.device)
+            features = rows.values
+            deepstack = rows.deepstack
+            if selection is not self.selection:
+                here = replace(selection, kept=kept)
+                features = rows.mean(features, here)
+                deepstack = rows.mean(deepstack, here)
+        return self.encoded(features, kept, selection.size, deepstack)
+
+    def token_selection(self, question: torch.Tensor | None = None) -> Selection:
+        """Return the selection of units that the language model reads. Arguments: see `select_tokens`.
+
+        Raises:
+            UsageError: the method reads the question, but there is no question.
+            PluginError: see `methods.selecting.select`.
+        """
+        tokens = self.selector_input
+        unit = self.rows.unit
+        keep = self.plan.keep
+        stage = self.plan.token_stage
+        if self.selection is not None or not self.plan.prunes:
+            return self.selection or Selection(unit)
+        if stage is None:
+            if len(unit) <= keep:
+                return Selection(unit)
+            size = bincount_fixed(tokens.unit_to_row, len(unit))
+            return Selection(unit[_largest(size, keep)])
+        selector = stage.selector
+        if selector.reads_question:
+            if question is None:
+                problem = f"method {selector.name} reads the question, and there is none here"
+                raise UsageError(problem, "give the question with the video, or take another method")
+            tokens = replace(tokens, given={**tokens.given, "question": question.to(unit.device).float()})
+        return select(selector, tokens, keep, stage.inflection)
 
     def nothing_selected(self) -> Encoded:
         """Return an encoding without tokens, for a method that has to wait for a question."""
@@ -203,20 +254,8 @@ class EncodedRows:
         return flat, self.timer.seconds(), kept
 
 
-def encode(
-    visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, *, question: torch.Tensor | None = None, **kwargs: Any
-) -> Encoded:
-    """Encode one video: run `encode_rows`, then `select_tokens`. Raises the exceptions of both.
-
-    Args:
-        visual, patches, plan, kwargs: see `encode_rows`.
-        question: `[Q, D]`, embeddings of the question's tokens, for a method that reads the question.
-    """
-    return select_tokens(encode_rows(visual, patches, plan, **kwargs), question)
-
-
 def encode_rows(visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options: Any) -> EncodedRows:
-    """Run the part of `encode` that needs no question.
+    """Encode one video up to the selection of tokens, which may need a question: `EncodedRows.select_tokens`.
 
     Args:
         visual: the tower's weights: a `model.weights.Tower`, or a transformers tower of the same families. The latter's layers obey
@@ -259,13 +298,14 @@ class EncoderRun:
         pause: Callable[[], None] = lambda: None,
     ):
         weight = visual.patch_embed.proj.weight
+        tower = TowerShape.of_tower(visual)
         self.visual = visual
         self.plan = plan
         self.normal = normal
         self.seed = seed
         self.device = weight.device
         self.dtype = weight.dtype
-        self.geometry = tower_geometry(visual, *plan.grid[1:])
+        self.geometry = geometry(*plan.grid[1:], tower.window, str(self.device))
         self.piece = piece_units or Device(self.device).piece_units
         self.on_layer = on_layer
         self.pause = pause
@@ -276,7 +316,6 @@ class EncoderRun:
         self.one_colour: list[torch.Tensor] = []  # per piece, whether every frame pair has a single color
         self.finite: list[torch.Tensor] = []  # whether rows are finite
         self.as_planned: list[torch.Tensor] = []  # per merge, whether as many rows are left as planned
-        tower = tower_shape(visual)
         self.hooks = _hooks(plan, tower, lambda x: self.merge_patches(x.to(self.dtype)), self.as_planned)
         self.computed = [0] * tower.depth  # number of rows computed per layer
         self.source: torch.Tensor | None = None  # see `EncodedRows`
@@ -503,57 +542,6 @@ def _hooks(
     if len(aside) + len(mergers) > 1:
         raise TypeError("the rows of a frame pair are merged by one merger, or set aside once")
     return [*before, *aside, *(Merging(merger, left, tower, as_planned) for merger in mergers), *after]
-
-
-@torch.inference_mode()
-def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> Encoded:
-    """Select the tokens that the language model reads. May be called again with another question.
-
-    Args:
-        question: see `encode`; ignored unless the method reads the question.
-
-    Raises:
-        ModelError, RuntimeError: see `EncodedRows.read_checks`.
-        UsageError, PluginError: see `token_selection`.
-    """
-    rows = video.rows
-    with video.timer:
-        selection = token_selection(video, question)
-        kept = devices.to_device(selection.kept, rows.unit.device)
-        features = rows.values
-        deepstack = rows.deepstack
-        if selection is not video.selection:
-            here = replace(selection, kept=kept)
-            features = rows.mean(features, here)
-            deepstack = rows.mean(deepstack, here)
-    return video.encoded(features, kept, selection.size, deepstack)
-
-
-def token_selection(video: EncodedRows, question: torch.Tensor | None = None) -> Selection:
-    """Return the selection of units that the language model reads. Arguments: see `select_tokens`.
-
-    Raises:
-        UsageError: the method reads the question, but there is no question.
-        PluginError: see `methods.selecting.select`.
-    """
-    tokens = video.selector_input
-    unit = video.rows.unit
-    keep = video.plan.keep
-    stage = video.plan.token_stage
-    if video.selection is not None or not video.plan.prunes:
-        return video.selection or Selection(unit)
-    if stage is None:
-        if len(unit) <= keep:
-            return Selection(unit)
-        size = bincount_fixed(tokens.unit_to_row, len(unit))
-        return Selection(unit[_largest(size, keep)])
-    selector = stage.selector
-    if selector.reads_question:
-        if question is None:
-            problem = f"method {selector.name} reads the question, and there is none here"
-            raise UsageError(problem, "give the question with the video, or take another method")
-        tokens = replace(tokens, given={**tokens.given, "question": question.to(unit.device).float()})
-    return select(selector, tokens, keep, stage.inflection)
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:

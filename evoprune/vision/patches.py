@@ -17,7 +17,6 @@ from evoprune.backend import devices, reuse_scan
 from evoprune.model import PATCHES
 from evoprune.video import InputLimits
 from evoprune.vision.layout import Geometry, cat
-from evoprune.vision.preprocess import pixel_patches
 
 # Mean and standard deviation of red, green and blue, on a scale from 0 to 1.
 Normal = tuple[tuple[float, ...], tuple[float, ...]]
@@ -73,13 +72,6 @@ def normalised(patches: torch.Tensor, normal: Normal = CLIP) -> torch.Tensor:
 @lru_cache(maxsize=32)
 def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     return devices.to_device(255 * torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1), device)
-
-
-def patchify(
-    frames: torch.Tensor, normal: Normal = CLIP, patch: int = 14, temporal: int = 2, merge: int = 2
-) -> torch.Tensor:
-    """Return the normalized patches of frames in float32, as Hugging Face's processors do. Arguments: see `pixel_patches`."""
-    return normalised(pixel_patches(frames, patch, temporal, merge), normal)
 
 
 def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> torch.Tensor:

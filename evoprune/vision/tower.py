@@ -18,7 +18,7 @@ from evoprune.model import PATCHES, VisionConfig
 from evoprune.vision.attention import Groups, PackedGroups, attention_groups, attention_received, grouped_attention
 from evoprune.vision.families import EPS, Layers, tower_layers
 from evoprune.vision.hooks import PRECISE
-from evoprune.vision.layout import Geometry, Scope, geometry
+from evoprune.vision.layout import Geometry, Scope
 from evoprune.vision.rows import Rows
 
 Table = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
@@ -47,17 +47,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     wide = x.float()
     rolled = wide.roll(x.shape[-1] // 2, -1)
     return (wide * cos).addcmul_(rolled, sin).to(x.dtype)
-
-
-def tower_shape(visual) -> TowerShape:
-    """Return the properties of a tower (`model.model.visual`) that plans depend on."""
-    device = visual.patch_embed.proj.weight.device
-    return TowerShape.of(VisionConfig.of(visual.config), str(device))
-
-
-def tower_geometry(visual, height: int, width: int) -> Geometry:
-    """Return the geometry of a frame pair of height x width units, with the tower's windows."""
-    return geometry(height, width, tower_shape(visual).window, str(visual.patch_embed.proj.weight.device))
 
 
 def in_pieces(
@@ -105,7 +94,9 @@ class Layer:
     def of(cls, visual, number: int) -> "Layer":
         """Return layer `number` of a tower."""
         heads = VisionConfig.of(visual.config).num_heads
-        return cls(number, visual.blocks[number], tower_layers(visual), heads, tower_shape(visual).scope(number))
+        return cls(
+            number, visual.blocks[number], tower_layers(visual), heads, TowerShape.of_tower(visual).scope(number)
+        )
 
     def queries_keys_values(self, x: torch.Tensor, piece: int) -> torch.Tensor:
         """Return the queries, keys and values `[R, 4, 3, heads, d]` of rows `[R, 4, hidden]`, before rotary."""

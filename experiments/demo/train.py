@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.vision import patchify
+from evoprune.vision import normalised, pixel_patches
 from experiments.demo.batches import ATTRIBUTES, COLUMNS, ROWS, Recipe, question_batches, vision_batches
 from experiments.demo.build import build_config, build_tokenizer, init_weights
 from experiments.demo.forward import tower
@@ -72,7 +72,7 @@ class Head(nn.Module):
 def look(visual, batch: dict) -> torch.Tensor:
     """Return the frozen tower's output for a batch of clips: `[G, units, 4 * hidden]`, before the merger's projection."""
     _, height, width = batch["grid"]
-    return tower(visual, patchify(batch["frames"]), height, width)[1]
+    return tower(visual, normalised(pixel_patches(batch["frames"])), height, width)[1]
 
 
 def train(folder: Path, recipe: Recipe) -> None:
@@ -117,7 +117,7 @@ def vision_step(visual, head: Head, batch: tuple, learn: Learn, log: Log) -> Non
     """Train one step of stage 1."""
     frames, labels, (height, width) = batch
     with half_precision():
-        _, flat = tower(visual, patchify(frames), height, width)
+        _, flat = tower(visual, normalised(pixel_patches(frames)), height, width)
         loss, right = head(flat, labels, height, width)
     learn(loss)
     log.add("loss", loss.item())

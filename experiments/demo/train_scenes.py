@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from evoprune.vision import patchify
+from evoprune.vision import normalised, pixel_patches
 from experiments.demo.build import init_weights
 from experiments.demo.forward import tower
 from experiments.demo.scenes_batches import GROUPS, ScenesRecipe, question_batches, vision_batches
@@ -151,7 +151,7 @@ def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None
     """Train one step of stage 1."""
     frames, patches, units, (height, width) = batch
     with half_precision():
-        _, flat = tower(model.model.visual, patchify(frames), height, width)
+        _, flat = tower(model.model.visual, normalised(pixel_patches(frames)), height, width)
         loss, right = head(flat, patches, units, height, width)
     learn(loss)
     log.add("loss", loss.item())
@@ -162,7 +162,7 @@ def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None
 def match_step(visual, aim, batch: tuple, learn: Learn, log: Log) -> None:
     """Train the merger of `visual` for one step towards the visual tokens of the tower `aim`."""
     frames, _, _, (height, width) = batch
-    patches = patchify(frames)
+    patches = normalised(pixel_patches(frames))
     with half_precision():
         with torch.no_grad():
             _, flat = tower(visual, patches, height, width)
@@ -178,7 +178,7 @@ def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels
     _, height, width = batch["grid"]
     with half_precision():
         with torch.set_grad_enabled(labels > 0):
-            _, flat = tower(model.model.visual, patchify(batch["frames"]), height, width)
+            _, flat = tower(model.model.visual, normalised(pixel_patches(batch["frames"])), height, width)
             seen, right = head(flat, *batch["labels"], height, width)
         merged = model.model.visual.merger.mlp(flat)
         video = merged.reshape(len(batch["pack"]["tokens"]), -1, merged.shape[-1])

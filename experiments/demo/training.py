@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.vision import CLIP
+from evoprune.video import InputLimits
 from experiments.demo.muon import Muon
 from experiments.demo.shared_prompts import hidden_of_rows
 from experiments.demo.team import Team
@@ -257,8 +257,8 @@ def export(folder: Path, model, tokenizer, most: int = 10 * 14, frames: int = 24
         "patch_size": 14,
         "temporal_patch_size": 2,
         "merge_size": 2,
-        "image_mean": CLIP[0],
-        "image_std": CLIP[1],
+        "image_mean": InputLimits.image_mean,
+        "image_std": InputLimits.image_std,
     }
     video = {"video_processor_type": "Qwen2VLVideoProcessor", "fps": 2.0, "min_frames": 2, "max_frames": frames}
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video | limits | shared, indent=2) + "\n")

@@ -18,7 +18,7 @@ from evoprune.bench import Case, hugging_face_model, synthetic_clip
 from evoprune.hf import PackedTower, encode_each, patch_config
 from evoprune.methods import Budget
 from evoprune.session import DTYPES, ModelOptions, describe, random_model
-from evoprune.vision import patchify
+from evoprune.vision import normalised, pixel_patches
 from experiments.tables import table
 from experiments.timing import medians
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = DTYPES[options.dtype]
     case = Case(*map(int, options.case.split("x")))
     frames = synthetic_clip("motion", case.frames, case.height, case.width)
-    patches = patchify(torch.from_numpy(frames)).to(dtype)
+    patches = normalised(pixel_patches(torch.from_numpy(frames))).to(dtype)
     grid_thw = torch.tensor([[case.frames // 2, case.height // 14, case.width // 14]])
     env = Device("cpu").environment()
     print(

@@ -27,12 +27,11 @@ from evoprune.bench.profile_rows import (
 )
 from evoprune.bench.shared import TimeLimit, paced
 from evoprune.errors import OutOfMemory
-from evoprune.methods import EncoderPlan
+from evoprune.methods import EncoderPlan, TowerShape
 from evoprune.model import matmul_rate
 from evoprune.report import Environment, ModelFacts
 from evoprune.session import ModelOptions, PruneOptions, describe
 from evoprune.video import probe
-from evoprune.vision import tower_shape
 from tests.quantized import KINDS
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
@@ -43,7 +42,7 @@ MOTION = partial(clips.synthetic_frames, "motion")
 
 
 def unpruned(loaded, clip):
-    return EncoderPlan.full(tower_shape(loaded.model.model.visual), clip.grid)
+    return EncoderPlan.full(TowerShape.of_tower(loaded.model.model.visual), clip.grid)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from evoprune.contrib.earlytom import EarlyTom, FrameTokens, MergedFrames, Runs,
 from evoprune.contrib.ipcv import Follow, Ipcv
 from evoprune.methods import EncoderPlan, MethodChain, Stage, Tokens, TowerShape
 from evoprune.methods.baselines import Random
-from evoprune.vision import Rows, encode_rows, geometry, select_tokens, token_selection, tower_shape
+from evoprune.vision import Rows, encode_rows, layout
 from evoprune.vision.rows import all_units
 from tests.contrib.line_by_line import shares
 from tests.contrib.public import public_tokens
@@ -107,7 +107,7 @@ def test_merging_line_by_line(count, places, kind, seed, data):
 @torch.no_grad()
 def earlytom_slowly(visual, patches, grid, method: EarlyTom, after: set[int]) -> list[Frame]:
     """Return the frames that leave the tower with their tokens, computed in float64."""
-    geo, depth = geometry(*grid[1:]), len(visual.blocks)
+    geo, depth = layout.geometry(*grid[1:]), len(visual.blocks)
     rows = embedded(visual, patches, geo, math.prod(grid))
     pairs = {pair: [pair] for pair in range(grid[0])}  # the frame pairs represented by each remaining frame pair
     for layer, block in enumerate(visual.blocks):
@@ -171,7 +171,7 @@ def test_earlytom_the_whole_encoder_line_by_line(grid, full_layers, settings_, s
         "one colour": lambda: torch.full((math.prod(grid) * 4, 1176), 0.3),
     }[scene]()
     keep, units = math.prod(grid) // 4, grid[1] * grid[2]
-    plan = plan_of(method, tower_shape(visual), grid, keep)
+    plan = plan_of(method, TowerShape.of_tower(visual), grid, keep)
     frames = earlytom_slowly(visual, patches, grid, method, {stage.first_layer for stage in plan.row_stages})
     for size in (1, 10**6):
         rows = encode_rows(visual, [patches], plan, piece_units=size)
@@ -185,7 +185,7 @@ def test_earlytom_the_whole_encoder_line_by_line(grid, full_layers, settings_, s
         received = torch.tensor([value for *_, attention in frames for value in attention])
         torch.testing.assert_close(rows.selector_input.given["attention"], received, atol=1e-4, rtol=1e-4)
         if scene != "one colour":  # where the last bits decide
-            assert token_selection(rows).kept.tolist() == tokens_line_by_line(frames, units, keep, method)
+            assert rows.token_selection().kept.tolist() == tokens_line_by_line(frames, units, keep, method)
 
 
 @pytest.mark.few(2)
@@ -234,13 +234,13 @@ def test_earlytom_equal_scores_go_by_index():
 @pytest.mark.parametrize("kernel", [True, False])
 def test_earlytom_nothing_but_the_selections_waits_for_a_gpu(kernel, monkeypatch):
     grid, method = (9, 4, 5), methods.get("earlytom:threshold=-1")
-    plan, patches = plan_of(method, tower_shape(tiny_tower()), grid, 30), random_patches(grid)
+    plan, patches = plan_of(method, TowerShape.of_tower(tiny_tower()), grid, 30), random_patches(grid)
     expected = encode_rows(tiny_tower(), [patches], plan)
     with monkeypatch.context() as patch, take_gpu_route(patch, kernel) as mode:
         made = encode_rows(tiny_tower(), [patches], plan, piece_units=40)
         with mode.pause():
-            kept = select_tokens(made).kept
-    assert torch.equal(kept, select_tokens(expected).kept) and made.layers == expected.layers
+            kept = made.select_tokens().kept
+    assert torch.equal(kept, expected.select_tokens().kept) and made.layers == expected.layers
     torch.testing.assert_close(made.selector_input.rows, expected.selector_input.rows, atol=1e-4, rtol=1e-4)
 
 
@@ -280,7 +280,7 @@ def test_does_what_the_public_code_does(case):
     x = public_tokens(case["kind"], case["seed"], tuple(grid)).features
     n = len(x)
     followers = Follow(int(0.35 * n), first + case["follow"], 10).hook(first)
-    rows = every_unit(x.view(n, 4, -1), geometry(*grid[1:], side=16), 1)
+    rows = every_unit(x.view(n, 4, -1), layout.geometry(*grid[1:], side=16), 1)
     rows = followers(0, rows, {})
     for layer in range(depth):
         x = attended(rows.values.flatten(1)).view_as(rows.values)
@@ -299,7 +299,7 @@ def test_does_what_the_public_code_does(case):
 def ipcv_slowly(visual, patches, grid, stage: Stage) -> torch.Tensor:
     """Return tokens `[N, D]` for all units, computed in float64."""
     plan = stage.reduce
-    geo, depth = geometry(*grid[1:]), len(visual.blocks)
+    geo, depth = layout.geometry(*grid[1:]), len(visual.blocks)
     rows = embedded(visual, patches, geo, math.prod(grid))
     kept, saved, near = None, {}, {}
 
@@ -355,7 +355,7 @@ def ipcv_slowly(visual, patches, grid, stage: Stage) -> torch.Tensor:
 def test_ipcv_the_whole_encoder_line_by_line(grid, full_layers, first, follow):
     visual, patches = tiny_tower(full_layers), random_patches(grid)
     method = Ipcv(first=first / 4, follow=follow / 4, neighbours=3)
-    plan = MethodChain(encoder=method, selector=Random()).plan(tower_shape(visual), grid, 5)
+    plan = MethodChain(encoder=method, selector=Random()).plan(TowerShape.of_tower(visual), grid, 5)
     stage, tokens = plan.stages
     assert stage.first_layer == first and tokens.selector == Random()
     assert stage.reduce == Follow(int(0.35 * grid[1] * grid[2]), first + follow, 3)
@@ -388,7 +388,7 @@ def test_the_selector_sees_every_unit(name):
     """A dropped row has the attention, keys and states of the rows it followed."""
     selector, method = methods.get(name), methods.MethodChain.parse(f"ipcv+{name}")
     patches = random_patches(GRID)
-    plan = method.plan(tower_shape(tiny_tower()), GRID, 9)
+    plan = method.plan(TowerShape.of_tower(tiny_tower()), GRID, 9)
     tokens = encode_rows(tiny_tower(), [patches], plan).selector_input
     assert {what: len(value) for what, value in tokens.given.items()} == dict.fromkeys(selector.needs, 100)
     every = Tokens(tokens.rows, tokens.unit_to_row, GRID, given={**tokens.given, "question": QUESTION})
@@ -417,7 +417,7 @@ def test_nothing_waits_for_a_gpu(full_layers, piece_units, kernel, monkeypatch):
 
 
 def test_equal_rows_go_by_index():
-    followers, rows = Follow(3, 2, 2).hook(1), every_unit(torch.zeros(36, 4, 2), geometry(3, 6), 2)
+    followers, rows = Follow(3, 2, 2).hook(1), every_unit(torch.zeros(36, 4, 2), layout.geometry(3, 6), 2)
     followers(0, rows, {})
     rows.values = torch.ones(36, 4, 2)
     followers(1, rows, {})
@@ -429,7 +429,7 @@ def test_ipcv_no_matrix_of_all_pairs():
     """With 16,384 units in 64 frame pairs, no tensor is larger than the rows."""
     grid, hidden = (64, 16, 16), 8
     x = features_of("random", 16384, width=4 * hidden).view(-1, 4, hidden)
-    followers, rows = Follow(89, 2, 10).hook(1), every_unit(torch.zeros_like(x), geometry(16, 16), 64)
+    followers, rows = Follow(89, 2, 10).hook(1), every_unit(torch.zeros_like(x), layout.geometry(16, 16), 64)
     with Largest() as largest:
         followers(0, rows, {})
         rows.values = x

@@ -8,9 +8,10 @@ import torch
 
 from evoprune import methods
 from evoprune.live.segments import NothingNew, SegmentRun, encode_segment
+from evoprune.methods import TowerShape
 from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune.model import Cost
-from evoprune.vision import encode_rows, select_tokens, tower_shape
+from evoprune.vision import encode_rows
 from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
 from tests.vision.tower import QWEN3_WIDTH, tiny_qwen3, tiny_tower
@@ -23,7 +24,7 @@ def in_segments(visual, patches, method, pairs, budget, **how):
     earlier, made = None, []
     for piece, count in zip(patches.split([4 * prod(PLACES) * n for n in pairs]), pairs, strict=True):
         grid = (count, *PLACES)
-        plan = plan_of(method, tower_shape(visual), grid, max(1, round(budget * prod(grid))))
+        plan = plan_of(method, TowerShape.of_tower(visual), grid, max(1, round(budget * prod(grid))))
         made.append(encode_segment(visual, [piece], plan, earlier, **how))
         earlier = made[-1][1]
     return made
@@ -44,7 +45,7 @@ def test_without_selections_between_layers_segments_are_the_whole(tower, share, 
         of_units = torch.cat([values(part)[part.selector_input.unit_to_row] for part in parts])
         torch.testing.assert_close(of_units, values(whole)[whole.selector_input.unit_to_row], atol=2e-5, rtol=1e-5)
     assert sum(part.layers[0][1] for part in parts) == whole.layers[0][1] == changed.sum()
-    assert all(len(select_tokens(part).kept) == round(prod(part.plan.grid) / 3) for part in parts)
+    assert all(len(part.select_tokens().kept) == round(prod(part.plan.grid) / 3) for part in parts)
 
 
 @pytest.mark.parametrize("name", ["evoprune", "evoprune:first=0", "evoprune:first=0.2:rows=0.4:depth=0.5"])
@@ -66,7 +67,7 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, mon
         assert (part.rows.unit.diff() > 0).all() and torch.equal(
             owner[part.rows.unit], torch.arange(len(part.rows.unit))
         )
-        tokens = select_tokens(part)
+        tokens = part.select_tokens()
         assert len(tokens.kept) == 36 and tokens.features.isfinite().all()
         if number:
             before, place = parts[number - 1][1].features, part.rows.unit % prod(PLACES)
@@ -90,7 +91,7 @@ def test_what_needs_more_than_rows_leaves_nothing(name):
     patches = clip((4, *PLACES), changes((4, *PLACES), 0.3))
     visual, method = tiny_tower(), methods.MethodChain.parse(name)
     parts = in_segments(visual, patches, method, (2, 2), 0.5)
-    plan = plan_of(method, tower_shape(visual), (2, *PLACES), 30)
+    plan = plan_of(method, TowerShape.of_tower(visual), (2, *PLACES), 30)
     alone = encode_rows(visual, [patches[len(patches) // 2 :]], plan)
     assert parts[0][1] is None and torch.equal(parts[1][0].selector_input.rows, alone.selector_input.rows)
 
@@ -98,7 +99,9 @@ def test_what_needs_more_than_rows_leaves_nothing(name):
 def test_what_a_segment_leaves_to_the_next_one():
     grid = (6, 3, 5)
     patches, visual = clip(grid, changes(grid, 0.1)), tiny_tower()
-    _, left = encode_segment(visual, [patches], plan_of(EvoPruneMethod(depth=1.0), tower_shape(visual), grid, 30), None)
+    _, left = encode_segment(
+        visual, [patches], plan_of(EvoPruneMethod(depth=1.0), TowerShape.of_tower(visual), grid, 30), None
+    )
     per_place = 4 * (2 * 4 * 32 * 4)  # keys and values of four patches in four layers
     assert sum(x.untyped_storage().nbytes() for x in left.keys_values.values()) == 15 * per_place
     cost = Cost(SimpleNamespace(vision_config=visual.config, text_config=None))

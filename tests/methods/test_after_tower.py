@@ -19,7 +19,7 @@ from evoprune.session import Cache, ModelOptions, PruneOptions, describe, load_m
 from evoprune.session.loading import model
 from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
-from evoprune.vision import encode, encoder
+from evoprune.vision import encode_rows, encoder
 from tests.tiny import tiny_model
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower
@@ -54,9 +54,9 @@ class Counting(TorchDispatchMode):
 
 def counted(how, patches: torch.Tensor):
     """Return an encoding by the plan `how`, and its number of operations after a warm-up run."""
-    encode(tiny_tower(), [patches], how)
+    encode_rows(tiny_tower(), [patches], how).select_tokens()
     with Counting() as counting:
-        made = encode(tiny_tower(), [patches], how)
+        made = encode_rows(tiny_tower(), [patches], how).select_tokens()
     return made, counting.operations.total()
 
 
@@ -227,7 +227,7 @@ def test_a_held_model_follows(as_cuda):
 
 def test_warming_up_compiles_what_larger_inputs_need(loaded, as_cuda, monkeypatch):
     plans = []
-    monkeypatch.setattr(model, "encode", lambda *given: plans.append(given[2]) or encode(*given))
+    monkeypatch.setattr(model, "encode_rows", lambda *given: plans.append(given[2]) or encode_rows(*given))
     model._warm_up(loaded.model.config, torch.float32, CPU, native=True)
     assert len(plans[0].stages) == 3 and plans[0].reuse
 

@@ -13,7 +13,7 @@ from evoprune.methods.plans import TowerShape
 from evoprune.methods.selecting import inflection_point, tokens_before_inflection
 from evoprune.session import PruneOptions
 from evoprune.video_qa import VideoQA
-from evoprune.vision import encode, tower_shape
+from evoprune.vision import encode_rows
 from tests.methods.tokens import ranked, snapped, tokens_of
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower
@@ -106,8 +106,8 @@ def test_the_count_is_the_contents_inside_the_bounds(name):
 def test_it_works_behind_reuse():
     config = PruneOptions("auto:inflection", "reuse+visionzip").config()
     visual = tiny_tower()
-    plan = config.plan(tower_shape(visual), (5, 4, 5))
-    made = encode(visual, [clip((5, 4, 5), changes((5, 4, 5), 0.4))], plan)
+    plan = config.plan(TowerShape.of_tower(visual), (5, 4, 5))
+    made = encode_rows(visual, [clip((5, 4, 5), changes((5, 4, 5), 0.4))], plan).select_tokens()
     assert plan.reuse and 5 <= len(made.kept) < 50
 
 

@@ -21,7 +21,7 @@ from evoprune.methods.plans import (
     rows_after_layers,
     spread,
 )
-from evoprune.vision import encode, tower_shape
+from evoprune.vision import encode_rows
 from tests.methods.kinds import one_of_each
 from tests.methods.tokens import AFTER
 from tests.vision.clips import changes, clip
@@ -133,9 +133,9 @@ NAMES = [
 @pytest.mark.parametrize("name", one_of_each(NAMES))
 def test_the_encoder_computes_what_was_planned(name, keep):
     method = methods.MethodChain.parse(name)
-    plan = method.plan(tower_shape(tiny_tower()), GRID, keep)
+    plan = method.plan(TowerShape.of_tower(tiny_tower()), GRID, keep)
     patches = clip(plan.grid, changes(plan.grid, 0.3))
-    made = encode(tiny_tower(), [patches], plan, question=QUESTION)
+    made = encode_rows(tiny_tower(), [patches], plan).select_tokens(QUESTION)
     rows = [count for _, count in made.layers]
     assert [layer for layer, _ in made.layers] == list(range(4)) and len(plan.layers) == 4
     if plan.exact:

@@ -13,10 +13,10 @@ import torch
 import evoprune
 from evoprune import methods
 from evoprune.errors import PluginError, UsageError
-from evoprune.methods import registry
+from evoprune.methods import TowerShape, registry
 from evoprune.methods.language import select_in_language
 from evoprune.methods.types import Selection
-from evoprune.vision import encode_rows, select_tokens, tower_shape
+from evoprune.vision import encode_rows
 from tests.cli.conftest import cli  # noqa: F401
 from tests.contrib.eager import COLUMNS, a_prompt, deep_model, run_method
 from tests.contrib.public import public_layer
@@ -198,13 +198,13 @@ def test_one_may_write_into_what_it_gets(documented, monkeypatch, name, more):
     """An evaluation shares the encoder's rows among methods, so each method gets copies."""
     method, call = methods.get(name), "match" if name == "neighbours" else "select"
     patches, sizes, prompt = clip(GRID, changes(GRID, 1.0)), torch.rand(COLUMNS) + 1, a_prompt()
-    plan = method if name == "loudest" else plan_of(method, tower_shape(tiny_tower()), GRID, 24)
+    plan = method if name == "loudest" else plan_of(method, TowerShape.of_tower(tiny_tower()), GRID, 24)
 
     def result():
         if name == "loudest":
             return run_method(deep_model(), method, *prompt, 0.5, sizes)[0]
         rows = encode_rows(tiny_tower(), [patches], plan)
-        return torch.cat([select_tokens(rows).features, rows.selector_input.rows])
+        return torch.cat([rows.select_tokens().features, rows.selector_input.rows])
 
     expected, real = result(), getattr(type(method), call)
 

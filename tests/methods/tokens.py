@@ -11,7 +11,7 @@ from evoprune.methods.base import Method
 from evoprune.methods.chain import MethodChain
 from evoprune.methods.plans import EncoderPlan, TowerShape
 from evoprune.methods.types import Selection, Tokens
-from evoprune.vision import encode, tower_shape
+from evoprune.vision import encode_rows
 from tests.vision.tower import tiny_tower
 
 AFTER = [name for name in methods.available(plugins=False) if methods.get(name).acts == "after"]
@@ -85,11 +85,13 @@ def encoded(
     grid: tuple[int, int, int],
     keep: int,
     full_layers=(1, 3),
+    question: torch.Tensor | None = None,
     **how,
 ):
-    """Encode a video with the tiny tower. `how`: further arguments of `encode`."""
+    """Encode a video with the tiny tower. `how`: further arguments of `encode_rows`."""
     visual = tiny_tower(full_layers)
-    return encode(visual, [patches], plan_of(method, tower_shape(visual), grid, keep), **how)
+    plan = plan_of(method, TowerShape.of_tower(visual), grid, keep)
+    return encode_rows(visual, [patches], plan, **how).select_tokens(question)
 
 
 def plan_of(method: Method | MethodChain, tower: TowerShape, grid: tuple[int, int, int], keep: int) -> EncoderPlan:

@@ -11,7 +11,7 @@ from evoprune import methods
 from evoprune.bench import hugging_face_model
 from evoprune.bench.clips import place_of
 from evoprune.language import LanguageModel, prompt_positions, prune_prompt
-from evoprune.methods import EncoderPlan
+from evoprune.methods import EncoderPlan, TowerShape
 from evoprune.session.cache import Cache
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.hub import BUNDLED_CONFIGS
@@ -19,7 +19,7 @@ from evoprune.session.loading.model import load_model, random_model
 from evoprune.session.options import ModelOptions
 from evoprune.video import read_chunks
 from evoprune.video_qa import VideoQA
-from evoprune.vision import encode, patchify, resize, tower_shape
+from evoprune.vision import encode_rows, normalised, pixel_patches, resize
 from evoprune.vision.patches import patch_means, scan
 from tests.hf.reference import skip_where_not_taken
 from tests.methods.tokens import plan_of
@@ -82,7 +82,7 @@ def picture(folder):
 def patches_of(plan) -> torch.Tensor:
     chunks = read_chunks(plan.info, plan.sampling.times_s)
     frames = torch.from_numpy(np.concatenate([chunk.pixels for chunk in chunks]))
-    return patchify(resize(frames, plan.height, plan.width), HALF, 16)
+    return normalised(pixel_patches(resize(frames, plan.height, plan.width), 16), HALF)
 
 
 class Written:
@@ -165,7 +165,7 @@ def test_pruned_logits_against_a_prompt_by_hand(loaded, host, name, budget):
     keep, visual = plan.encoder.keep, host.model.visual
     units = grid[1] * grid[2]
     source, _ = scan(patch_means(patches, units, HALF), threshold=8.0)
-    reuse = plan_of(method, tower_shape(visual), grid, keep).reuse
+    reuse = plan_of(method, TowerShape.of_tower(visual), grid, keep).reuse
     changed = source == torch.arange(grid[0])[:, None] if reuse else None
     kept, features, sizes = tokens_slowly(visual, patches, grid, method, keep, changed)
     assert video.encoded.kept.tolist() == kept
@@ -253,7 +253,8 @@ def test_full_budget_at_true_dimensions(name):
     patches = torch.randn(2 * 3 * 7 * 4, 1536, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = theirs.model.visual(patches, torch.tensor([[2, 6, 14]]))
-    made = encode(model.model.visual, [patches], EncoderPlan.full(tower_shape(model.model.visual), grid))
+    plan = EncoderPlan.full(TowerShape.of_tower(model.model.visual), grid)
+    made = encode_rows(model.model.visual, [patches], plan).select_tokens()
     for ours, other in zip(
         [made.features, *made.deepstack], [expected.pooler_output, *expected.deepstack_features], strict=True
     ):

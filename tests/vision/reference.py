@@ -12,9 +12,8 @@ from functools import cache
 
 import torch
 
-from evoprune.methods import Tokens
+from evoprune.methods import Tokens, TowerShape
 from evoprune.vision.layout import Geometry, geometry
-from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import plan_of
 from tests.vision.tower import group_key, place_key
 
@@ -50,7 +49,7 @@ def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[li
 def rows_slowly(visual, patches, grid, method, keep, changed=None) -> list[Row]:
     """Return the rows after the last layer, ascending by unit. Arguments as in `encode_slowly`."""
     geo, total = geometry(*grid[1:]), math.prod(grid)
-    shape = tower_shape(visual)
+    shape = TowerShape.of_tower(visual)
     plan = plan_of(method, shape, grid, keep)
     stages = {stage.first_layer: stage for stage in plan.stages}
     merger = next((stage.reduce.merger for stage in plan.inside_pairs), None)
@@ -75,7 +74,7 @@ def tokens_slowly(
     rows = rows_slowly(visual, patches, grid, method, keep, changed)
     last = torch.stack([merged_patches(visual.merger, row.x) for row in rows])
     every = torch.stack([last, *(torch.stack(layer) for layer in zip(*(row.deep for row in rows), strict=True))])
-    owner, stage = owners(rows, math.prod(grid)), plan_of(method, tower_shape(visual), grid, keep).token_stage
+    owner, stage = owners(rows, math.prod(grid)), plan_of(method, TowerShape.of_tower(visual), grid, keep).token_stage
     if stage is None:  # the rows are the tokens
         return [row.unit for row in rows], every, None
     found = stage.selector.select(Tokens(last.float(), torch.tensor(owner), grid), keep)

@@ -4,18 +4,19 @@ from math import prod
 
 import torch
 
-from evoprune.vision.encoder import Encoded, encode
-from evoprune.vision.tower import tower_shape
+from evoprune.methods import TowerShape
+from evoprune.vision.encoder import Encoded, encode_rows
 from tests.methods.tokens import plan_of
 from tests.vision.clips import clip
 from tests.vision.tower import random_patches, tiny_tower
 
 
-def encode_patches(patches, grid, method, keep, visual=None, **how) -> Encoded:
-    """Run `encode` with the method's own plan. `patches`: one tensor, or pieces."""
+def encode_patches(patches, grid, method, keep, visual=None, question=None, **how) -> Encoded:
+    """Encode with the method's own plan. `patches`: one tensor, or pieces."""
     visual = visual or tiny_tower()
     pieces = [patches] if isinstance(patches, torch.Tensor) else patches
-    return encode(visual, pieces, plan_of(method, tower_shape(visual), grid, keep), **how)
+    plan = plan_of(method, TowerShape.of_tower(visual), grid, keep)
+    return encode_rows(visual, pieces, plan, **how).select_tokens(question)
 
 
 def encode_noise(grid, method, keep, full_layers=(1, 3), seed=0, **how) -> Encoded:

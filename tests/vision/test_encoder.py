@@ -14,15 +14,24 @@ from evoprune import methods
 from evoprune.backend import attention, pack
 from evoprune.contrib.tome import ToMe
 from evoprune.errors import UsageError
-from evoprune.methods import Budget, EvoPrunePaper, MethodChain, Selection, Selector, Tokens, available
+from evoprune.methods import (
+    Budget,
+    EvoPrunePaper,
+    MethodChain,
+    Selection,
+    Selector,
+    Tokens,
+    TowerShape,
+    available,
+)
 from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPruneMethod, Reuse
 from evoprune.methods.plans import ALLOCATIONS
 from evoprune.vision import encoder
-from evoprune.vision.encoder import encode, encode_rows, select_tokens
+from evoprune.vision.encoder import encode_rows
 from evoprune.vision.layout import geometry
-from evoprune.vision.patches import patchify
-from evoprune.vision.tower import tower_shape
+from evoprune.vision.patches import normalised
+from evoprune.vision.preprocess import pixel_patches
 from tests.methods.kinds import INNER
 from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
@@ -106,7 +115,7 @@ def still_frames(grid, scene: str) -> torch.Tensor:
 )
 def test_the_result_does_not_depend_on_the_size_of_pieces(scene, grid, keep, method):
     """Holds with ties too."""
-    patches = random_patches(grid) if scene == "noise" else patchify(still_frames(grid, scene))
+    patches = random_patches(grid) if scene == "noise" else normalised(pixel_patches(still_frames(grid, scene)))
     units = grid[1] * grid[2]
     whole, *others = (
         encode_patches(patches, grid, method, keep, piece_units=size) for size in (10**6, 1, 2 * units, 3 * units)
@@ -160,7 +169,7 @@ def papers(draw):
 def test_exactly_the_budget_comes_out(grid, budget, method, full_layers, piece_units):
     keep, visual = Budget.count(budget, prod(grid)), tiny_tower(full_layers)
     encoded = encode_noise(grid, method, keep, full_layers, piece_units=piece_units)
-    plan = plan_of(method, tower_shape(visual), grid, keep)
+    plan = plan_of(method, TowerShape.of_tower(visual), grid, keep)
     assert len(encoded.kept) == len(encoded.features) == keep
     assert encoded.layers == list(enumerate(plan.layers)) and len(encoded.rows) == plan.rows
     assert encoded.live_share == pytest.approx(sum(plan.layers) / 4 / prod(grid))
@@ -245,11 +254,11 @@ COMBINED = ["reuse+divprune", "reuse+visionzip", "ipcv+divprune", "ipcv+nuwa"]
 
 def encoded(name: str, piece_units: int):
     method, visual = MethodChain.parse(name), tiny_tower((1, 3))
-    plan = method.plan(tower_shape(visual), GRID, 40)
+    plan = method.plan(TowerShape.of_tower(visual), GRID, 40)
     random = torch.Generator().manual_seed(1)
     question = torch.randn(6, 24, generator=random) if method.reads_question else None
     patches = clip(GRID, changes(GRID, 0.4))
-    return encode(visual, [patches], plan, question=question, piece_units=piece_units)
+    return encode_rows(visual, [patches], plan, piece_units=piece_units).select_tokens(question)
 
 
 @pytest.mark.few(4)
@@ -384,13 +393,13 @@ class Asks(Selector):
 def test_the_question_is_read_after_the_encoder():
     grid, questions = (2, 3, 4), torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     visual = tiny_tower()
-    args = visual, [random_patches(grid)], plan_of(Asks(), tower_shape(visual), grid, 4)
+    args = visual, [random_patches(grid)], plan_of(Asks(), TowerShape.of_tower(visual), grid, 4)
     with pytest.raises(UsageError, match="reads the question, and there is none"):
-        encode(*args)
+        encode_rows(*args).select_tokens()
     rows = encode_rows(*args)
-    made = [select_tokens(rows, question) for question in questions]
+    made = [rows.select_tokens(question) for question in questions]
     for question, one in zip(questions, made, strict=True):
-        assert torch.equal(one.kept, encode(*args, question=question).kept) and len(one.kept) == 4
+        assert torch.equal(one.kept, encode_rows(*args).select_tokens(question).kept) and len(one.kept) == 4
         assert torch.equal(one.features, one.rows[one.kept])
     assert not torch.equal(made[0].kept, made[1].kept)
     none = rows.nothing_selected()

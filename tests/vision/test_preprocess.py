@@ -12,14 +12,13 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 
 from evoprune import methods
 from evoprune.backend.operators import BLOCKS
-from evoprune.methods import EncoderPlan, Tokens
+from evoprune.methods import EncoderPlan, Tokens, TowerShape
 from evoprune.video import InputLimits
 from evoprune.vision import encoder
 from evoprune.vision.encoder import EncoderRun, encode_rows
 from evoprune.vision.layout import geometry
-from evoprune.vision.patches import CLIP, patch_means, patchify, scan
-from evoprune.vision.preprocess import resize
-from evoprune.vision.tower import tower_shape
+from evoprune.vision.patches import CLIP, normalised, patch_means, scan
+from evoprune.vision.preprocess import pixel_patches, resize
 from tests.methods.tokens import AFTER, encoded
 from tests.threads import one_thread  # noqa: F401
 from tests.vision.clips import changes, clip
@@ -92,7 +91,7 @@ def test_resized_at_its_edges(size, limits):
 )
 def test_resized_patches_are_hugging_faces_within_one_grey_level(frame, limits):
     height, width = InputLimits(*limits).resized(*frame.shape[1:3])
-    ours = patchify(resize(frame, height, width).repeat(2, 1, 1, 1))
+    ours = normalised(pixel_patches(resize(frame, height, width).repeat(2, 1, 1, 1)))
     theirs, grid = hf_patches(frame, *limits)
     assert grid == [1, height // 14, width // 14]
     far = (ours - theirs).abs()
@@ -129,8 +128,10 @@ def patches_by_hand(frames, normal, patch, temporal, merge):
 )
 def test_patches_of_a_video_against_loops(shape, cut):
     frames = noise(shape[1], shape[2], frames=shape[0])
-    whole = {"normal": CLIP, "patch": 14, "temporal": 2, "merge": 2} | cut
-    torch.testing.assert_close(patchify(frames, **cut), patches_by_hand(frames, **whole), atol=1e-5, rtol=1e-5)
+    normal = cut.pop("normal", CLIP)
+    whole = {"normal": normal, "patch": 14, "temporal": 2, "merge": 2} | cut
+    made = normalised(pixel_patches(frames, **cut), normal)
+    torch.testing.assert_close(made, patches_by_hand(frames, **whole), atol=1e-5, rtol=1e-5)
 
 
 # Which units become rows, piece by piece.
@@ -139,7 +140,7 @@ def test_patches_of_a_video_against_loops(shape, cut):
 def embedded(pieces, grid, units, threshold, note=lambda patches: None):
     """Run the encoder's embedding step with patches as values. `note` is called with every piece's patches."""
     tower = tiny_tower()
-    plan = EncoderPlan(grid, prod(grid), tower_shape(tower).depth, threshold)
+    plan = EncoderPlan(grid, prod(grid), TowerShape.of_tower(tower).depth, threshold)
     run = EncoderRun(tower, plan, piece_units=units)
 
     def embed(visual, patches, geo, unit):
@@ -203,7 +204,7 @@ def test_the_selector_sees_every_unit_with_what_its_row_has(name):
     selector, method = methods.get(name), methods.MethodChain.parse(f"reuse+{name}")
     question = torch.randn(4, 24, generator=torch.Generator().manual_seed(1))
     patches = clip(GRID, changes(GRID, 0.4))
-    plan = method.plan(tower_shape(tiny_tower()), GRID, 9)
+    plan = method.plan(TowerShape.of_tower(tiny_tower()), GRID, 9)
     tokens = encode_rows(tiny_tower(), [patches], plan).selector_input
     assert len(tokens.rows) == changes(GRID, 0.4).sum() < 100
     assert set(tokens.given) == selector.needs
@@ -250,7 +251,7 @@ def brighter(frame, steps):
 
 def test_the_means_of_patches_are_those_of_the_frames():
     frames = torch.randint(0, 256, (4, HEIGHT, WIDTH, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    made = patch_means(patchify(frames), UNITS)
+    made = patch_means(normalised(pixel_patches(frames)), UNITS)
     assert made.dtype == torch.float32
     torch.testing.assert_close(made, block_means(frames), atol=1e-3, rtol=0)
     # Unit 4 is the second of the second row; its block (1, 2) in the second frame of pair 1.

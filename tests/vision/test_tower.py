@@ -9,12 +9,11 @@ import torch
 from evoprune import methods
 from evoprune.backend import attention, devices
 from evoprune.backend.layers import join_tower
-from evoprune.methods import Budget, Merger, MethodChain
+from evoprune.methods import Budget, Merger, MethodChain, TowerShape
 from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune.model import FAMILIES, Tower, VisionConfig
 from evoprune.vision import tower
 from evoprune.vision.encoder import encode_rows
-from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import Largest, plan_of
 from tests.tiny import tiny_model
 from tests.vision.clips import changes, clip
@@ -110,7 +109,7 @@ METHODS = (
 def test_pruned_features_against_loops(name, budget):
     method, keep, changed = methods.MethodChain.parse(name), Budget.count(budget, prod(GRID)), changes(GRID, 0.4)
     patches = clip(GRID, changed, width=QWEN3_WIDTH)
-    reuse = plan_of(method, tower_shape(tiny_qwen3()), GRID, keep).reuse
+    reuse = plan_of(method, TowerShape.of_tower(tiny_qwen3()), GRID, keep).reuse
     kept, tokens, _ = tokens_slowly(tiny_qwen3(), patches, GRID, method, keep, changed if reuse else None)
     made = encode_patches(patches, GRID, method, keep, tiny_qwen3())
     check_result(made, GRID, whole_clip=not isinstance(method.encoder, Merger))
@@ -196,7 +195,7 @@ def test_what_a_layer_makes_on_the_way_is_bounded(name):
     """Norms, rotations and MLPs of 600 units run in pieces of 20, so no tensor is larger than queries, keys and values."""
     grid = (30, 4, 5)
     pieces = clip(grid, changes(grid, 0.5)).split(4 * 20)
-    plan = plan_of(methods.MethodChain.parse(name), tower_shape(tiny_tower()), grid, 60)
+    plan = plan_of(methods.MethodChain.parse(name), TowerShape.of_tower(tiny_tower()), grid, 60)
     with Largest() as largest:
         encode_rows(tiny_tower(), (piece.clone() for piece in pieces), plan, piece_units=20)
     assert largest.numbers <= max(20 * 4 * PATCH_WIDTH, prod(grid) * 4 * 3 * 32)

@@ -34,11 +34,11 @@ from evoprune.bench.verify.subject import (
 from evoprune.errors import first_line, is_out_of_memory
 from evoprune.hf import interface
 from evoprune.language import prune_prompt
-from evoprune.methods import arange_on
+from evoprune.methods import TowerShape, arange_on
 from evoprune.model import PATCHES
 from evoprune.session import PruneOptions
 from evoprune.util import counted
-from evoprune.vision import Encoded, tower_shape
+from evoprune.vision import Encoded
 
 
 def weights(subject: Subject) -> Outcome:
@@ -193,7 +193,7 @@ def first_token(subject: Subject) -> Outcome:
     (whole,) = subject.about(subject.video).plans
     case = Case(SAMPLING.frames, whole.height, whole.width)
     clip = prepare(loaded, *synthetic_frames("motion", case, loaded.video.unit))
-    plan = config.plan(tower_shape(loaded.model.model.visual), clip.grid)
+    plan = config.plan(TowerShape.of_tower(loaded.model.model.visual), clip.grid)
 
     def run_round(*_) -> tuple[float, float]:
         theirs = run_hugging_face(loaded, subject.transformers, clip, 1)

@@ -25,9 +25,22 @@ from evoprune.backend import (
     weights_bytes,
 )
 from evoprune.bundled import Demo
-from evoprune.errors import DoesNotFit, ModelError, ModelWarning, OutOfMemory, is_out_of_memory
-from evoprune.language import LanguageModel, Prompt, Tokenizer, Turn, prompt_positions, warm_up
-from evoprune.methods import MethodChain
+from evoprune.errors import (
+    DoesNotFit,
+    ModelError,
+    ModelWarning,
+    OutOfMemory,
+    is_out_of_memory,
+)
+from evoprune.language import (
+    LanguageModel,
+    Prompt,
+    Tokenizer,
+    Turn,
+    prompt_positions,
+    warm_up,
+)
+from evoprune.methods import MethodChain, TowerShape
 from evoprune.model import (
     PATCHES,
     Config,
@@ -55,7 +68,7 @@ from evoprune.session.patches import PatchStore
 from evoprune.untrusted import pick
 from evoprune.util import counted, from_keywords, listed
 from evoprune.video import InputLimits, Plan, Video
-from evoprune.vision import encode, tower_shape
+from evoprune.vision import encode_rows
 
 if TYPE_CHECKING:
     from evoprune.language import Vocabulary
@@ -532,5 +545,5 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     values = visual.patch_embed.proj.weight[0].numel()
     pixels = torch.randint(256, (units * PATCHES, values), dtype=torch.uint8, device=device)
     # Use the plan of a larger input, because reuse and selections inside the tower use more kernels.
-    plan = MethodChain.parse("evoprune:inner=always").plan(tower_shape(visual), grid, units // 4)
-    warm_up(model, encode(visual, [pixels], plan), native)
+    plan = MethodChain.parse("evoprune:inner=always").plan(TowerShape.of_tower(visual), grid, units // 4)
+    warm_up(model, encode_rows(visual, [pixels], plan).select_tokens(), native)

@@ -18,11 +18,11 @@ import torch
 import evoprune
 from evoprune.backend import levels, places, quantize, restore
 from evoprune.language import LanguageModel
-from evoprune.methods import EncoderPlan, arange_on
+from evoprune.methods import EncoderPlan, TowerShape, arange_on
 from evoprune.model import PATCHES, Model
 from evoprune.session.cache import Cache, own_code
 from evoprune.util import open_safetensors
-from evoprune.vision import encode, tower_shape
+from evoprune.vision import encode_rows
 
 CALIBRATION_GRID = (1, 8, 8)  # frame pairs, and rows and columns of units
 CALIBRATION_TOKENS = 64  # number of text tokens before the visual tokens, and as many after them
@@ -155,11 +155,12 @@ def calibrate(model: Model) -> None:
 
 def calibrate_tower(visual) -> torch.Tensor:
     """Run every linear layer of a tower once on the CPU, and return the features `[N, hidden]`."""
-    return encode(visual, [_patches(visual)], EncoderPlan.full(tower_shape(visual), CALIBRATION_GRID)).features
+    plan = EncoderPlan.full(TowerShape.of_tower(visual), CALIBRATION_GRID)
+    return encode_rows(visual, [_patches(visual)], plan).select_tokens().features
 
 
 def _patches(visual) -> torch.Tensor:
-    """Return the calibration picture in the form of `vision.patches.patchify`.
+    """Return the calibration picture as normalized patches in Hugging Face's order.
 
     float32 `[patches, values]`, with values between about -2 and 2.
     """

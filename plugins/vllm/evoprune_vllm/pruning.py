@@ -13,12 +13,22 @@ import torch
 
 from evoprune.errors import PluginError, UsageError
 from evoprune.language import Place, prompt_positions, prune_prompt
-from evoprune.methods import Budget, Grid, MethodChain, MethodText
+from evoprune.methods import (
+    Budget,
+    Grid,
+    MethodChain,
+    MethodText,
+    TowerShape,
+)
 from evoprune.model import VisionConfig
 from evoprune.util import did_you_mean
-from evoprune.vision import CLIP, Encoded, Normal, encode, tower_shape
+from evoprune.video import InputLimits
+from evoprune.vision import Encoded, encode_rows
 from evoprune_vllm.positions import as_columns
 
+# Mean and standard deviation of red, green and blue, on a scale from 0 to 1.
+Normal = tuple[tuple[float, ...], tuple[float, ...]]
+CLIP: Normal = InputLimits().normal
 BUDGET = "evoprune_budget"
 EXAMPLE = 'for example --additional-config \'{"evoprune": {"method": "divprune"}}\''
 EXACT = "choose evoprune, evoprune-merge, tome, divprune or another exact method"
@@ -85,8 +95,8 @@ def encoded(
         ModelError: the tower computes NaN or infinite values.
         PluginError: another package's method failed, or kept another number of tokens.
     """
-    plan = method.plan(tower_shape(visual), grid, keep)
-    found = encode(visual, [patches], plan, normal=normal)
+    plan = method.plan(TowerShape.of_tower(visual), grid, keep)
+    found = encode_rows(visual, [patches], plan, normal=normal).select_tokens()
     if len(found.kept) != keep:
         hint = "choose another method"
         raise PluginError(f"method {method.name} kept {len(found.kept):,} tokens of {keep:,}", hint)

@@ -7,9 +7,9 @@ from torch import nn
 
 from evoprune.backend.cpu.quantize import GROUP, Bytes, Int4Linear, Int8Linear, check, large_channels, levels, quantize
 from evoprune.errors import UsageError
-from evoprune.methods import EncoderPlan
+from evoprune.methods import EncoderPlan, TowerShape
 from evoprune.session import calibrate
-from evoprune.vision import encode, tower_shape
+from evoprune.vision import encode_rows
 from tests.quantized import int4, int8, parameters
 from tests.tiny import tiny_model
 
@@ -140,7 +140,8 @@ def test_four_bits_decode_and_eight_read_prompts():
 
 def features_of(model):
     visual, patches = model.model.visual, torch.randn(96, 1176, generator=torch.Generator().manual_seed(1))
-    return encode(visual, [patches], EncoderPlan.full(tower_shape(visual), (2, 4, 3))).features
+    plan = EncoderPlan.full(TowerShape.of_tower(visual), (2, 4, 3))
+    return encode_rows(visual, [patches], plan).select_tokens().features
 
 
 @pytest.mark.parametrize("kind", parameters("int8", "int4"))

@@ -12,7 +12,8 @@ from evoprune import methods
 from evoprune.errors import PluginError, UsageError
 from evoprune.language import video_positions
 from evoprune.methods import MethodChain, Selection, Selector
-from evoprune.vision import CLIP, normalised, pixel_patches
+from evoprune.video import InputLimits
+from evoprune.vision import normalised, pixel_patches
 from evoprune_vllm.positions import COLUMNS, from_columns, split_bias
 from evoprune_vllm.pruning import encoded, normalisation, request_budget, served_method, try_out, with_columns
 from tests.tiny import tiny_model
@@ -101,8 +102,8 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(visual, m
 
 def test_bytes_are_normalised_as_in_preprocessing(visual):
     pixels = torch.randint(0, 256, (math.prod(GRID) * 4, 1176), generator=torch.Generator().manual_seed(0)).byte()
-    normal, method = normalisation(*CLIP, 1 / 255), methods.MethodChain.parse("divprune")
-    assert normal == CLIP
+    normal, method = normalisation(*InputLimits().normal, 1 / 255), methods.MethodChain.parse("divprune")
+    assert normal == InputLimits().normal
     both = [encoded(visual, each, GRID, 20, method, normal) for each in (pixels, normalised(pixels))]
     assert torch.equal(both[0].features, both[1].features) and torch.equal(both[0].kept, both[1].kept)
 

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 
 from evoprune.errors import ModelError
+from evoprune.methods import TowerShape
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.model import load_model
@@ -18,7 +19,6 @@ from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.planning import plan_input
 from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
-from evoprune.vision import tower_shape
 
 ROOT = Path(__file__).parents[3]
 CLIP = "samples/square.mp4"
@@ -51,7 +51,7 @@ def test_the_plan_of_a_session_is_the_one_that_was_made_before(saved, options, m
     before = plan_input(model, info, sampling, pruning)
     loaded = load_model(model, pack=False)
     assert loaded.description is model and loaded.limits is model.limits
-    assert tower_shape(loaded.model.model.visual) == model.tower
+    assert TowerShape.of_tower(loaded.model.model.visual) == model.tower
     session = VideoQA(loaded, budget=0.25, method=method).session
     later = plan_input(loaded.description, info, sampling, session.pruning)
     assert before.encoder == later.encoder
