@@ -155,9 +155,7 @@ def ask(
                 tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
                 if alone and history is None:
                     tell(f"Each question is on its own: {alone}.")
-            from evoprune.backend import packing_meanwhile
-
-            for question in typed_questions(meanwhile=partial(packing_meanwhile, qa.session.loaded.model), chat=chat):
+            for question in typed_questions(meanwhile=qa.session.loaded.packing.meanwhile, chat=chat):
                 questions.append(question)
                 talk.attempt(question, typed=True)
         except BaseException as problem:

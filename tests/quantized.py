@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from evoprune.backend import Int4Linear, Int8Linear, int4_weights, int8_weights, kinds
+from evoprune.backend import Quantization
+from evoprune.backend.cpu.quantize import Int4Linear, Int8Linear, int4_weights, int8_weights
 
-KINDS = kinds(torch.device("cpu"))
+KINDS = Quantization.kinds(torch.device("cpu"))
 SOME = KINDS[0] if KINDS else "none"  # a kind that works here
 
 

@@ -17,17 +17,14 @@ import torch
 
 from evoprune.backend import (
     Device,
-    PackedLinear,
+    Quantization,
     available_cores,
     cache_name,
     can_pack,
     pack,
-    quantize,
-    saved_bytes,
     transformers_attention,
     weights_bytes,
 )
-from evoprune.backend import check as check_quantize
 from evoprune.bench.clips import (
     AFTER_PAIR,
     BEFORE_PAIR,
@@ -220,10 +217,10 @@ def quantized_models(
     loaded: LoadedModel, names: Sequence[str], working: int, progress: Progress
 ) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
     """Return the models that fit in memory beside `working` bytes ("none" is packed), reasons for missing ones, and notes."""
-    for name in names:
-        check_quantize(name, torch.device(loaded.device))
-    # On devices without packing, layers may have been joined, which stays so.
     ours = loaded.model
+    for name in names:
+        Quantization(name).check(ours.device)
+    # On devices without packing, layers may have been joined, which stays so.
     if can_pack(next(ours.parameters())):
         ours = ours.shared()
     notes = []
@@ -235,24 +232,27 @@ def quantized_models(
         progress("packing weights")
         start = Device(ours.device).now()
         free = Device(loaded.device).available_memory()
+        packed = None
         for part, size in ((ours, tower + 1.2 * language), (ours.model.visual, tower)):
             if free is None or free > 1.1 * size + working:
-                pack(part)
+                pack(packed := part)
                 break
-        if not isinstance(ours.lm_head, PackedLinear):
+        if packed is not ours:
             notes.append("not enough memory to pack all weights beside those of Hugging Face: ask is faster than this")
         notes.append(_ready("packed", ours, start))
     models = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}
     for name in names:
         if name == "none":
             continue
-        if short := shortage(all_bytes - saved_bytes(loaded.model, name) + working, loaded.device):
+        if short := shortage(all_bytes - Quantization(name).saved_bytes(loaded.model) + working, loaded.device):
             missing[name] = f"not run: beside the other weights, {name} {short}"
             continue
         start = Device(loaded.model.device).now()
         model = loaded.model.shared()
         title = f"quantizing to {name}"
-        quantize(model, name, calibrate, lambda done, total, title=title: progress(f"{title}: {done} of {total}"))
+        Quantization(name).apply(
+            model, calibrate, lambda done, total, title=title: progress(f"{title}: {done} of {total}")
+        )
         models[name] = replace(loaded, model=model, quantize=name, weights_bytes=weights_bytes(model))
         notes.append(_ready(name, model, start))
     if note := Device(loaded.device).peak_memory_note:

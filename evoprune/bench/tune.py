@@ -21,7 +21,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from evoprune.backend import pack_waiting
 from evoprune.bench.agreement import Reference
 from evoprune.bench.results import Results
 from evoprune.bench.scores import Z95, share_variance, wilson
@@ -437,7 +436,7 @@ class Answering:
         opened.read()  # finds the patches and keeps them in memory
         spent = self._limit.now() - start
         if not self.made:
-            pack_waiting(self.session.loaded.model)  # otherwise the first answers would be slower than later ones
+            self.session.loaded.packing.finish()  # otherwise the first answers would be slower than later ones
             if spent < SLOW * self._limit.seconds:
                 video, seconds = encode(self.session, path, self._sampling)  # the first run also warmed up
             self._plan(video, spent, videos)

@@ -6,13 +6,10 @@ import torch
 from torch import nn
 
 from evoprune.backend import (
-    Int8Linear,
-    PackedLinear,
+    Quantization,
     can_pack,
-    check,
     is_unhooked_linear,
-    packed_copy,
-    quantize,
+    pack,
     shared_copy,
 )
 from evoprune.errors import UsageError
@@ -167,7 +164,7 @@ class PackedTower:
             hint = "it is for CPUs, in float32 or, where the CPU multiplies it in hardware, bfloat16; leave it out"
             raise UsageError(f"pack=True does not work in {dtype} on {weight.device} here", hint)
         if pack == INT8:
-            check(INT8, weight.device)
+            Quantization(INT8).check(weight.device)
         self._visual = visual
         self._pack = pack
         self._state: tuple = (None, None, None)  # one tuple, replaced as a whole, because several threads may encode
@@ -190,15 +187,15 @@ class PackedTower:
                 sample += flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].tolist()
         packed, packed_known, packed_sample = self._state
         if packed is None or (known, sample) != (packed_known, packed_sample):
+            packed = shared_copy(self._visual)
             if self._pack == INT8:
-                packed = shared_copy(self._visual, lambda layer: layer if type(layer) is nn.Linear else None)
-                quantize(packed, INT8, calibrate_tower)
+                Quantization(INT8).apply(packed, calibrate_tower)
             else:
-                packed = packed_copy(self._visual)
+                pack(packed)
             self._state = packed, known, sample
         return packed
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed layers, in addition to the model's own."""
-        return sum(layer.nbytes for layer in self._state[0].modules() if isinstance(layer, PackedLinear | Int8Linear))
+        return sum(getattr(layer, "nbytes", 0) for layer in self._state[0].modules())

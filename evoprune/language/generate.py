@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from evoprune.backend import begin_pass, to_device
+from evoprune.backend import Packing, to_device
 from evoprune.errors import EvopruneError, ModelError, call, not_a_number_error
 from evoprune.language import decoder, hosted, static
 from evoprune.language.decoder import KVCache
@@ -108,7 +108,7 @@ class LanguageModel:
             given["dropping"] = dropping
         if cache is None:
             cache = self.new_cache(columns)
-        begin_pass(self.model)
+        Packing.of(self.model).begin_pass()
         after = self.logits(inputs_embeds, positions, cache, sizes, deepstack=deepstack, **given)[0]
         return PrefillState(self, cache, after, next_position, dropping)
 
@@ -163,7 +163,7 @@ class PrefillState:
         """Read `n` more tokens of the answer, int64 `[n]`, and return the logits after every token, float32 `[n, vocabulary]`."""
         positions = (arange_on(len(ids), "cpu") + self.next_position + len(self.answer)).expand(3, -1)
         embeds = self.language.embed(ids)
-        begin_pass(self.language.model)
+        Packing.of(self.language.model).begin_pass()
         logits = self.language.logits(embeds, positions, self.cache, last=len(ids))
         self.answer += ids.tolist()
         self.logits = logits[-1]

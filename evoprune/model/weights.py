@@ -174,6 +174,6 @@ class HostedVL(Model):
 
     def shared(self) -> Self:
         parts = self.model.visual, self.model.language_model, self.lm_head
-        hosted = type(self)(self.config, *(shared_copy(part, lambda module: None) for part in parts))
+        hosted = type(self)(self.config, *map(shared_copy, parts))
         hosted.package = self.package
         return hosted

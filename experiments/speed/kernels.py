@@ -15,16 +15,10 @@ from torch import nn
 
 from evoprune.backend import (
     Device,
-    Int4Linear,
-    Int8Linear,
-    PackedLinear,
-    Unquantised,
+    Quantization,
     can_pack,
-    check,
-    int4_weights,
-    int8_weights,
     pack,
-    quantize,
+    shared_copy,
 )
 from evoprune.errors import UsageError
 from evoprune.model import Config, QwenVL, matmul_rate
@@ -75,15 +69,15 @@ def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, lis
         weight = torch.randn(outer, inner).mul_(0.02).to(DTYPE)
         layers[-1].weight = nn.Parameter(weight, requires_grad=False)
     yield "bf16, plain", layers[0].weight.nbytes, layers
-    packed = [PackedLinear(layer) for layer in layers]
+    packed = converted(layers, pack)
     yield "bf16, packed", packed[0].nbytes, packed
     scale = torch.ones(outer, dtype=DTYPE)
     bytes_ = [layer.weight.to(torch.int8) for layer in layers]
     products = [partial(torch.ops.aten._weight_int8pack_mm, mat2=weight, scales=scale) for weight in bytes_]
     yield "int8, `_weight_int8pack_mm`", bytes_[0].nbytes + scale.nbytes, products
-    int8 = [Int8Linear(int8_weights(layer)) for layer in layers]
+    int8 = converted(layers, lambda module: Quantization("int8").apply(module, call_layers))
     yield "int8, integer products (as built)", int8[0].nbytes, int8
-    int4 = [Int4Linear(int4_weights(layer), (outer, inner)) for layer in layers]
+    int4 = converted(layers, lambda module: Quantization("int4").apply(module, call_layers))
     yield "int4, groups of 32 (as built)", int4[0].nbytes, int4
     # The quantised layer supports only groups of 32. The time does not depend on the values.
     group = 128
@@ -92,6 +86,15 @@ def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, lis
     held = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1) for _ in layers]
     products = [partial(_int4_product, packed=packed, group=group, scales=scales.clone()) for packed in held]
     yield "int4, groups of 128", held[0].nbytes + scales.nbytes, products
+
+
+def converted(layers: Sequence[nn.Linear], convert: Callable[[nn.Module], None]) -> list[nn.Module]:
+    """Return what `convert` makes of copies of layers. It changes a module in place, here one named like a language model."""
+    copies = nn.ModuleList(map(shared_copy, layers))
+    module = tree(model=tree(language_model=copies))
+    module.dtype = DTYPE  # a whole model takes it from its norms
+    convert(module)
+    return [*copies]
 
 
 def _int4_product(x: torch.Tensor, packed: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
@@ -125,7 +128,7 @@ def memory(sizes: Sizes, repeat: int) -> None:
 
 def call_layers(module: nn.Module) -> None:
     """Call every linear layer with one row."""
-    for layer in [each for each in module.modules() if type(each) is Unquantised]:
+    for layer in [each for each in module.modules() if hasattr(each, "in_features")]:
         layer(torch.zeros(1, layer.in_features, dtype=DTYPE))
 
 
@@ -154,7 +157,7 @@ def conversions(model: QwenVL, sizes: Sizes) -> None:
         for name, (count, module) in pieces.items():
             module.dtype = DTYPE  # a whole model takes it from its norms
             start = time.perf_counter()
-            pack(module) if kind == "packed" else quantize(module, kind, call_layers)
+            pack(module) if kind == "packed" else Quantization(kind).apply(module, call_layers)
             spent = time.perf_counter() - start
             total += count * spent
             rows.append((kind, name, f"{spent:.2f}", f"{count}", f"{count * spent:.1f}"))
@@ -180,8 +183,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7, help="measured rounds; their median is shown (default: 7)")
     args = parser.parse_args()
     try:
-        check("int8", CPU)
-        check("int4", CPU)
+        Quantization("int8").check(CPU)
+        Quantization("int4").check(CPU)
     except UsageError as problem:
         parser.exit(2, f"{problem.message}\n")
     sizes = Sizes(describe(ModelOptions(MODEL, load_format="dummy")).config)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from evoprune import VideoQA
+from evoprune.backend import Quantization
 from evoprune.language import GenerationOptions
 from evoprune.report import Report, VideoFacts, stats_block
 from evoprune.session import ModelOptions, describe
@@ -92,7 +93,7 @@ def test_a_warning_says_which_video_it_is_about(capsys, name, path, more, says):
     ],
 )
 def test_a_large_model_in_fp32_is_told_of_8_bits(saved, capsys, changes, said, monkeypatch):
-    monkeypatch.setattr("evoprune.backend.cpu.quantize.kinds", lambda device: ["int8"])
+    monkeypatch.setattr(Quantization, "kinds", staticmethod(lambda device: ["int8"]))
     loaded = replace(load_model(str(saved), dtype="fp32"), weights_bytes=2**32)
     session = VideoQA(loaded).session
     note_model(replace(session, loaded=replace(loaded, **changes)), GenerationOptions(), False)

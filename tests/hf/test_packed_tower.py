@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import evoprune
-from evoprune.backend import Int8Linear, PackedLinear, can_pack
+from evoprune.backend import can_pack
+from evoprune.backend.cpu.linear import PackedLinear
+from evoprune.backend.cpu.quantize import Int8Linear
 from evoprune.hf.encoding import PackedTower
 from evoprune.model import FAMILIES
 from evoprune.model.config import QWEN3_MOE

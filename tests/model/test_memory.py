@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.backend import Device, saved_bytes
+from evoprune.backend import Device, Quantization
 from evoprune.errors import NO_MEMORY, USE_LESS, OutOfMemory, error_record, is_out_of_memory, memory_guard
 from evoprune.methods import TowerShape
 from evoprune.model.cost import ROW_COPIES, Cost
@@ -91,8 +91,8 @@ def test_what_is_foretold_of_a_real_model():
     # The input embedding and the quantized layers; int4 includes the int8 ones.
     whole = QwenVL.empty(config).to(torch.bfloat16)
     bits = sum(weight.nbytes for weight in whole.parameters())
-    assert 4.0 * GIB < bits - saved_bytes(whole, "int8") < 4.2 * GIB
-    assert 5.5 * GIB < bits - saved_bytes(whole, "int4") < 5.7 * GIB
+    assert 4.0 * GIB < bits - Quantization("int8").saved_bytes(whole) < 4.2 * GIB
+    assert 5.5 * GIB < bits - Quantization("int4").saved_bytes(whole) < 5.7 * GIB
 
 
 def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():

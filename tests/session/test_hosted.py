@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune.backend import levels
+from evoprune.backend import Quantization
 from evoprune.backend.hosted import FUSED
 from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
@@ -371,9 +371,11 @@ def test_a_hybrid_in_fewer_bits(tmp_path, monkeypatch, hybrid, kind, dtype):
     )
     assert torch.equal(*rounded)
     # A limit for layers this small; unrelated weights would differ by 1.4. Without VNNI, rows are rounded to 7 bits instead of 8.
-    limit = {"int8": 0.15 * 127 / levels(), "int4": 0.7}[kind]
+    limit = {"int8": 0.15 * 127 / Quantization(kind).levels, "int4": 0.7}[kind]
     error = float((rounded[0] - plain).std() / plain.std())
-    assert error < limit, f"the logits differ by {error:.3f} of their standard deviation, with {levels()} levels"
+    assert error < limit, (
+        f"the logits differ by {error:.3f} of their standard deviation, with {Quantization(kind).levels} levels"
+    )
 
 
 def test_the_dtype_of_files_is_read_beside_the_layers_too(hybrid, tmp_path):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from evoprune import VideoQA
-from evoprune.backend import PackedLinear, can_pack, pack_waiting
+from evoprune.backend import can_pack
 from evoprune.backend.cpu import linear
+from evoprune.backend.cpu.linear import PackedLinear
 from evoprune.session.loading.model import load_model
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
@@ -53,7 +54,7 @@ def ids_of(video, question, n=12) -> list[int]:
 def want(load) -> list[list[int]]:
     """The answers of a model that is packed from the beginning."""
     loaded = load()
-    pack_waiting(loaded.model)
+    loaded.packing.finish()
     video = VideoQA(loaded, budget=0.25).encode(CLIP)
     return [ids_of(video, question) for question in QUESTIONS]
 
@@ -69,7 +70,7 @@ def test_answers_are_the_same_however_many_were_asked_before(load, want):
             assert ids_of(video, QUESTIONS[number]) == want[number]
         assert [ids_of(qa.encode(CLIP), question) for question in QUESTIONS] == want
         assert waiting(loaded) < before and loaded.packing.seconds
-        pack_waiting(loaded.model)
+        loaded.packing.finish()
         assert [ids_of(video, question) for question in QUESTIONS] == want
 
 
@@ -99,7 +100,7 @@ def test_an_interruption_while_layers_are_packed(load, want, monkeypatch):
         monkeypatch.setattr(linear, "_packed", reorder)
         assert waiting(loaded)
         assert [ids_of(video, question) for question in QUESTIONS] == want
-        pack_waiting(loaded.model)
+        loaded.packing.finish()
         assert [ids_of(video, question) for question in QUESTIONS] == want
 
 

@@ -11,10 +11,12 @@ torch lacks them, layers are not packed.
 
 import threading
 import time
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -44,18 +46,63 @@ class Packing:
     of a shape is packed at once, and both forms of its weights are kept as a sample until all layers with this shape are packed.
 
     Attributes:
+        model: weak reference to the model whose layers wait, or None.
         seconds: time that the layers sharing this object have spent on packing.
         passes: passes through the language model for a next token, so far (`begin_pass`).
         room: bytes of weights still to be packed in this pass.
     """
 
     def __init__(self):
+        self.model: weakref.ref[nn.Module] | None = None
         self.seconds = 0.0
         self.passes = 0
         self.room = 0
         self._waiting: Counter[torch.Size] = Counter()  # number of waiting layers, by the shape of their weights
         self._samples: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}  # plain and packed weights
         self._same: dict[tuple, bool] = {}  # whether plain and packed products are equal, by shape, rows and threads
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """Return the schedule of a model, or an empty one if no layer of it ever waited."""
+        return getattr(model, "packing", None) or cls()
+
+    @property
+    def waiting(self) -> list["PackedLinear"]:
+        """The layers that wait to be packed."""
+        model = self.model and self.model()
+        if model is None:
+            return []
+        return [module for module in model.modules() if isinstance(module, PackedLinear) and module.waits]
+
+    def finish(self) -> None:
+        """Pack all waiting layers now, for measurements that should not include packing."""
+        for layer in self.waiting:
+            layer.pack()
+
+    @contextmanager
+    def meanwhile(self) -> Iterator[None]:
+        """Pack waiting layers in another thread within this context, while this thread is idle.
+
+        On exit, the thread finishes the layer that it is packing. The remaining layers keep waiting.
+        """
+        layers = self.waiting
+        ended = threading.Event()
+
+        def work() -> None:
+            for layer in layers:
+                if ended.is_set():
+                    return
+                layer.pack()
+
+        thread = threading.Thread(target=work, name="evoprune-packing", daemon=True)
+        if layers:
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if layers:
+                thread.join()
 
     def begin_pass(self) -> None:
         """Record that a pass through the language model for a next token begins."""
@@ -252,83 +299,25 @@ def can_pack(weight: torch.Tensor) -> bool:
 def pack(model: nn.Module, packing: Packing | None = None) -> None:
     """Replace the linear layers inside `model` by packed ones, one at a time, and free the plain weights.
 
+    Layers with hooks stay as they are.
+
     Args:
         model: changed in place.
         packing: None to pack now. Otherwise all layers but small ones wait, and `packing` decides how long.
     """
     for parent in model.modules():
         for name, child in parent.named_children():
-            if type(child) is nn.Linear and can_pack(child.weight):
+            if is_unhooked_linear(child) and can_pack(child.weight):
                 large = packing is not None and child.weight.numel() > LARGE_WEIGHT
                 form = PackedParts if large else PackedLinear
                 setattr(parent, name, form(child, packing))
     if packing is not None:
         model.packing = packing
+        packing.model = weakref.ref(model)
 
 
-def waiting_layers(model: nn.Module) -> list[PackedLinear]:
-    """Return the layers that wait to be packed."""
-    return [module for module in model.modules() if isinstance(module, PackedLinear) and module.waits]
-
-
-def pack_waiting(model: nn.Module) -> None:
-    """Pack all waiting layers now, for measurements that should not include packing."""
-    for layer in waiting_layers(model):
-        layer.pack()
-
-
-@contextmanager
-def packing_meanwhile(model: nn.Module) -> Iterator[None]:
-    """Pack waiting layers in another thread within this context, while this thread is idle.
-
-    On exit, the thread finishes the layer that it is packing. The remaining layers keep waiting.
-    """
-    layers = waiting_layers(model)
-    ended = threading.Event()
-
-    def work() -> None:
-        for layer in layers:
-            if ended.is_set():
-                return
-            layer.pack()
-
-    thread = threading.Thread(target=work, name="evoprune-packing", daemon=True)
-    if layers:
-        thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        if layers:
-            thread.join()
-
-
-def begin_pass(model: nn.Module) -> None:
-    """Record that a pass through a language model for a next token begins. Waiting layers are packed by the number of passes."""
-    packing = getattr(model, "packing", None)
-    if packing is not None:
-        packing.begin_pass()
-
-
-def packed_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of `module` with packed linear layers. It shares everything else, and `module` does not change."""
-    return shared_copy(module, lambda layer: PackedLinear(layer) if packs(layer) else None)
-
-
-def shared_copy(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """Return a copy of a module tree that shares its weights.
-
-    Args:
-        module: the root of the tree.
-        replace: returns the replacement of a module, or None to copy the module.
-    """
-    if (replacement := replace(module)) is not None:
-        return replacement
+def shared_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of a module tree on the same tensors. Its layers can be replaced without changing the original."""
     clone = copy(module)
-    clone._modules = {name: child and shared_copy(child, replace) for name, child in module.named_children()}
+    clone._modules = {name: child and shared_copy(child) for name, child in module.named_children()}
     return clone
-
-
-def packs(module: nn.Module) -> bool:
-    """Return whether `packed_copy` packs this module."""
-    return is_unhooked_linear(module) and can_pack(module.weight)

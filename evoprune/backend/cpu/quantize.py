@@ -9,7 +9,7 @@ int4: a scale and a zero for every 32 weights, with PyTorch's own kernel. It is 
 used for everything else, including the tower.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -30,7 +30,6 @@ GATES = "in_proj_a", "in_proj_b"
 
 SCRATCH_BYTES = 2**25  # larger blocks are returned to the system when they are freed
 Weights = dict[str, torch.Tensor]  # the tensors of a quantized layer on the CPU, by name
-Progress = Callable[[int, int], None]
 
 
 class Bytes:
@@ -251,114 +250,127 @@ class Unquantised(nn.Module):
         return self._become(layer, large_channels(x))(x)
 
 
-def check(kind: str, device: torch.device) -> None:
-    """Check that a kind of quantization works on this device, PyTorch and CPU. Raises UsageError otherwise."""
-    if kind == "none":
-        return
-    if not is_host(device):
-        raise UsageError(f"quantize {kind} works on the CPU, not on {device}", "leave quantize out")
-    if kind not in kinds(device):
-        raise UsageError(f"this PyTorch has no exact {kind} products for this CPU", "leave quantize out")
-
-
-def kinds(device: torch.device) -> list[str]:
-    """Return the kinds of quantization, except "none", that work on a device with this PyTorch and this CPU."""
-    if not is_host(device) or not exact(127):
-        return []
-    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-        return ["int8"]
-    return ["int8", "int4"]
-
-
-def places(model: nn.Module, kind: str) -> Iterator[tuple[str, str]]:
-    """Yield the names of the linear layers to quantize, with the kind of each: "int8" or "int4"."""
-    for path, layer in model.named_modules():
-        if is_unhooked_linear(layer) and not path.endswith(GATES):
-            decodes = path.startswith(("model.language_model.", "lm_head")) and layer.in_features % GROUP == 0
-            becomes = kind if decodes else "int8"
-            yield path, becomes
-
-
 def reads_rows(path: str, becomes: str) -> bool:
     """Return whether a quantized layer needs int8 weights: all do except an int4 output layer, which reads only one row."""
     return becomes == "int8" or path != "lm_head"
 
 
-def saved_bytes(model: nn.Module, kind: str) -> int:
-    """Return the bytes that quantization ("int8" or "int4") saves. The model may be on the meta device.
+class Quantization:
+    """Quantization of the linear layers of a model on a CPU.
 
-    If the output layer shares its weights with the input embedding, the original weights stay too.
+    Attributes:
+        kind: "int8", "int4", or "none", which leaves the layers as they are.
     """
-    saved = 0
-    embedding = model.model.language_model.embed_tokens.weight
-    for path, becomes in places(model, kind):
-        weight = model.get_submodule(path).weight
-        rows, columns = weight.shape
-        row = 0
-        if reads_rows(path, becomes):
-            row += columns + 16
-        if becomes == "int4":
-            row += columns // 2 + columns // GROUP * 2 * weight.itemsize
-        saved -= rows * row
-        if weight is not embedding:
-            saved += weight.nbytes
-    return saved
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    @staticmethod
+    def kinds(device: torch.device) -> list[str]:
+        """Return the kinds of quantization, except "none", that work on a device with this PyTorch and this CPU."""
+        if not is_host(device) or not exact(127):
+            return []
+        if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+            return ["int8"]
+        return ["int8", "int4"]
+
+    def check(self, device: torch.device) -> None:
+        """Check that this quantization works on a device with this PyTorch and this CPU. Raises UsageError otherwise."""
+        if self.kind == "none":
+            return
+        if not is_host(device):
+            raise UsageError(f"quantize {self.kind} works on the CPU, not on {device}", "leave quantize out")
+        if self.kind not in self.kinds(device):
+            raise UsageError(f"this PyTorch has no exact {self.kind} products for this CPU", "leave quantize out")
+
+    @property
+    def levels(self) -> int:
+        """Number of levels on either side of zero for rounding rows, which depends on the CPU."""
+        return levels()
+
+    def layers(self, model: nn.Module) -> dict[str, str]:
+        """Return the kind of each linear layer to quantize, "int8" or "int4", by the layer's name."""
+        kinds = {}
+        for path, layer in model.named_modules():
+            if is_unhooked_linear(layer) and not path.endswith(GATES):
+                decodes = path.startswith(("model.language_model.", "lm_head")) and layer.in_features % GROUP == 0
+                kinds[path] = self.kind if decodes else "int8"
+        return kinds
+
+    def saved_bytes(self, model: nn.Module) -> int:
+        """Return the bytes that quantization saves. The model may be on the meta device.
+
+        If the output layer shares its weights with the input embedding, the original weights stay too.
+        """
+        saved = 0
+        embedding = model.model.language_model.embed_tokens.weight
+        for path, becomes in self.layers(model).items():
+            weight = model.get_submodule(path).weight
+            rows, columns = weight.shape
+            row = 0
+            if reads_rows(path, becomes):
+                row += columns + 16
+            if becomes == "int4":
+                row += columns // 2 + columns // GROUP * 2 * weight.itemsize
+            saved -= rows * row
+            if weight is not embedding:
+                saved += weight.nbytes
+        return saved
+
+    def apply(
+        self,
+        model: nn.Module,
+        run: Callable[[nn.Module], None],
+        progress: Callable[[int, int], None] | None = None,
+        store: Callable[[str, Weights], None] | None = None,
+    ) -> None:
+        """Quantize the linear layers of a model in place, each as soon as its input is known.
+
+        Args:
+            model: changed in place.
+            run: runs the model on some input, which is the same in every run. It must call every linear layer.
+            progress: called with the number of finished layers and the total.
+            store: called with the name of a layer and the tensors that `restore` needs for it.
+
+        Raises:
+            RuntimeError: a layer was not called.
+        """
+        layers = _Layers(model, self.layers(model), progress)
+        # Without a shared buffer, temporary blocks per layer would leave holes between the blocks that stay: a third of the model.
+        memory = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device="cpu")
+
+        def become(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
+            becomes = layers.kinds[path]
+            weights = {}
+            if reads_rows(path, becomes):
+                weights |= int8_weights(layer, large, memory)
+            if becomes == "int4":
+                weights |= int4_weights(layer)
+            if store:
+                store(path, weights)
+            return layers.put(path, layer, weights)
+
+        for path in layers.kinds:
+            layers.replace(path, Unquantised(model.get_submodule(path), partial(become, path)))
+        with torch.inference_mode():
+            run(model)
+        if missing := len(layers.kinds) - layers.done:
+            raise RuntimeError(f"{missing} layers of the model were not called, so they are not quantised")
+
+    def restore(
+        self, model: nn.Module, read: Callable[[str], Weights], progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Replace linear layers by quantized ones, with weights that `apply` stored. `read` returns them for a layer's name."""
+        layers = _Layers(model, self.layers(model), progress)
+        for path in layers.kinds:
+            layers.put(path, model.get_submodule(path), read(path))
 
 
-def quantize(
-    model: nn.Module,
-    kind: str,
-    run: Callable[[nn.Module], None],
-    progress: Progress | None = None,
-    store: Callable[[str, Weights], None] | None = None,
-) -> None:
-    """Quantize the linear layers of a model in place, each as soon as its input is known.
+class _Layers:
+    """The linear layers of a model, which are quantized one after another. `kinds` is from `Quantization.layers`."""
 
-    Args:
-        model: changed in place.
-        kind: "int8" or "int4".
-        run: runs the model on some input, which is the same in every run. It must call every linear layer.
-        progress: called with the number of finished layers and the total.
-        store: called with the name of a layer and the tensors that `restore` needs for it.
-
-    Raises:
-        RuntimeError: a layer was not called.
-    """
-    quantised = _Quantised(model, kind, progress)
-    # Without a shared buffer, temporary blocks per layer would leave holes between the blocks that stay: a third of the model.
-    memory = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device="cpu")
-
-    def become(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
-        becomes = quantised.every[path]
-        weights = {}
-        if reads_rows(path, becomes):
-            weights |= int8_weights(layer, large, memory)
-        if becomes == "int4":
-            weights |= int4_weights(layer)
-        if store:
-            store(path, weights)
-        return quantised.put(path, layer, weights)
-
-    for path in quantised.every:
-        quantised.replace(path, Unquantised(model.get_submodule(path), partial(become, path)))
-    with torch.inference_mode():
-        run(model)
-    if missing := len(quantised.every) - quantised.done:
-        raise RuntimeError(f"{missing} layers of the model were not called, so they are not quantised")
-
-
-def restore(model: nn.Module, kind: str, read: Callable[[str], Weights], progress: Progress | None = None) -> None:
-    """Replace linear layers by quantized ones, with weights that `quantize` stored. `read` returns the weights for a layer name."""
-    quantised = _Quantised(model, kind, progress)
-    for path in quantised.every:
-        quantised.put(path, model.get_submodule(path), read(path))
-
-
-class _Quantised:
-    """A model whose linear layers are quantized one after another."""
-
-    def __init__(self, model: nn.Module, kind: str, progress: Progress | None):
-        self.every = dict(places(model, kind))
+    def __init__(self, model: nn.Module, kinds: dict[str, str], progress: Callable[[int, int], None] | None):
+        self.kinds = kinds
         self.done = 0
         self._model = model
         self._progress = progress
@@ -371,7 +383,7 @@ class _Quantised:
 
     def put(self, path: str, layer: nn.Linear, weights: Weights) -> nn.Module:
         """Make the quantized layer from `weights`, and put it in the place of `layer`."""
-        becomes = self.every[path]
+        becomes = self.kinds[path]
         full = None
         if reads_rows(path, becomes):
             # Layers of one module with the same large channels have the same input. `to_bytes` recognizes them by identity.
@@ -386,5 +398,5 @@ class _Quantised:
         self.replace(path, quantised)
         self.done += 1
         if self._progress:
-            self._progress(self.done, len(self.every))
+            self._progress(self.done, len(self.kinds))
         return quantised

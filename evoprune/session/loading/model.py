@@ -18,9 +18,9 @@ import torch
 from evoprune.backend import (
     Device,
     Packing,
+    Quantization,
     available_cores,
     empty_cache,
-    places,
     prepare,
     weights_bytes,
 )
@@ -342,7 +342,7 @@ def _loaded(
             else:
                 weights = hosted.random_hosted(stored.config, *read_in)
             if quantize != "none":
-                hosted.widen(weights, DTYPES[model.dtype], skip=dict(places(weights, quantize)))
+                hosted.widen(weights, DTYPES[model.dtype], skip=Quantization(quantize).layers(weights))
         elif stored.files:
             weights = load_weights(stored.config, stored.files, *form, quantize)
         else:
@@ -436,7 +436,7 @@ def load_weights(
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
     as_stored = []
     if quantize != "none":
-        as_stored = ["lm_head", "model.language_model.embed_tokens", *dict(places(model, quantize))]
+        as_stored = ["lm_head", "model.language_model.embed_tokens", *Quantization(quantize).layers(model)]
     computed = re.compile(r"(^|\.)(inv_freq|position_ids)$")  # buffers in older files, recomputed from the config
     tensors = {}
     unused = []

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 
 import evoprune
-from evoprune.backend import levels, places, quantize, restore
+from evoprune.backend import Quantization
 from evoprune.language import LanguageModel
 from evoprune.methods import EncoderPlan, TowerShape, arange_on
 from evoprune.model import PATCHES, Model
@@ -45,32 +45,33 @@ def quantize_once(
     Args:
         fingerprint: Identifies the model's files and dtype. None to store nothing.
     """
+    quantization = Quantization(kind)
     if fingerprint is None:
-        quantize(model, kind, calibrate, progress)
+        quantization.apply(model, calibrate, progress)
         return
     entries = Cache().of_weights
-    key = _key(fingerprint, kind)
-    if read := _entry(entries.path(key), key, dict(places(model, kind))):
-        restore(model, kind, read, progress)
+    key = _key(fingerprint, quantization)
+    if read := _entry(entries.path(key), key, quantization.layers(model)):
+        quantization.restore(model, read, progress)
         return
     stream = _Stream(key)
 
     def write(file: BinaryIO) -> None:
         stream.file = file
-        quantize(model, kind, calibrate, progress, stream.add)
+        quantization.apply(model, calibrate, progress, stream.add)
         stream.end()
 
     if not entries.write(key, write) and not stream.file:  # the folder cannot be created
-        quantize(model, kind, calibrate, progress)
+        quantization.apply(model, calibrate, progress)
 
 
-def _key(fingerprint: str, kind: str) -> str:
+def _key(fingerprint: str, quantization: Quantization) -> str:
     """Return a key. Equal keys mean equal quantized weights.
 
     The key includes the CPU's capabilities, because kernels arrange weights by them.
     """
-    cpu = [torch.backends.cpu.get_cpu_capability(), levels()]
-    facts = [fingerprint, kind, cpu, evoprune.__version__, torch.__version__, own_code()]
+    cpu = [torch.backends.cpu.get_cpu_capability(), quantization.levels]
+    facts = [fingerprint, quantization.kind, cpu, evoprune.__version__, torch.__version__, own_code()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from evoprune.backend import Device, are_mapped, are_widened, can_pack, kinds, pick_device, saved_bytes
-from evoprune.backend import check as check_quantize
+from evoprune.backend import Device, Quantization, are_mapped, are_widened, can_pack, pick_device
 from evoprune.errors import ModelError, ModelWarning
 from evoprune.model import Config, Cost, QwenVL, shortage
 from evoprune.session.loading.description import ADAPTER, MERGE, ModelDescription, read_json, valid
@@ -156,7 +155,7 @@ class ModelWeights:
         """
         forms = []
         if quantized and self.description.can_be_quantized:
-            forms += [(f"--quantize {kind}", self.description.dtype, kind) for kind in kinds(self.device)]
+            forms += [(f"--quantize {kind}", self.description.dtype, kind) for kind in Quantization.kinds(self.device)]
         if self.description.dtype == "fp32":
             slow = "" if Device(self.device).default_dtype == "bf16" else ", which is slow on this device,"
             forms.append((f"--dtype bf16{slow}", "bf16", "none"))
@@ -276,7 +275,7 @@ def weights_of(model: ModelDescription) -> ModelWeights:
         UsageError: If its device cannot be used, or cannot run the requested quantization.
     """
     device = pick_device(model.device, auto=model.options.device == "auto")
-    check_quantize(model.options.quantize, device)
+    Quantization(model.options.quantize).check(device)
     return ModelWeights(model, device)
 
 
@@ -398,7 +397,7 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
     model = QwenVL.empty(config).to(dtype)
     wide = sum(weight.nbytes for weight in model.parameters())
     if quantize != "none" and mapped:
-        return wide - saved_bytes(model, quantize)
+        return wide - Quantization(quantize).saved_bytes(model)
     return wide
 
 

@@ -243,7 +243,7 @@ def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
         ModelError: a model does not exist.
     """
     prepare()
-    from evoprune.backend import kinds
+    from evoprune.backend import Quantization
     from evoprune.model import shortage
     from evoprune.session import describe, weights_of
     from evoprune.util import size
@@ -254,7 +254,7 @@ def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
     if short := shortage(sum(each.bytes for each in weights), str(device)):
         names = " and ".join(each.id for each in described)
         hint = "serve fewer or smaller models"
-        for kind in kinds(device) if all(each.can_be_quantized for each in described) else ():
+        for kind in Quantization.kinds(device) if all(each.can_be_quantized for each in described) else ():
             needed = sum(each.bytes_as(each.description.dtype, kind) for each in weights)
             if not shortage(needed, str(device)):
                 hint += f"; --quantize {kind} needs about {size(needed)} for the weights"

@@ -19,7 +19,7 @@ from functools import partial
 from math import ceil
 from typing import Any
 
-from evoprune.backend import host_memory, packing_meanwhile, waiting_layers
+from evoprune.backend import host_memory
 from evoprune.errors import OutOfMemory
 from evoprune.report import Report
 from evoprune.session import (
@@ -487,13 +487,13 @@ class Work:
     # Answering, in the model's thread.
 
     def _serve(self) -> None:
-        unpacked = [qa.loaded.model for qa in self.models.values()]
+        unpacked = [qa.loaded.packing for qa in self.models.values()]
         while True:
-            unpacked = [model for model in unpacked if waiting_layers(model)]
+            unpacked = [packing for packing in unpacked if packing.waiting]
             with ExitStack() as meanwhile:
                 if not self.waiting:
-                    for model in unpacked:
-                        meanwhile.enter_context(packing_meanwhile(model))
+                    for packing in unpacked:
+                        meanwhile.enter_context(packing.meanwhile())
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed or self._next())
             with self._changed:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evoprune import VideoQA
-from evoprune.backend.cpu.quantize import MAX_LARGE, quantize
+from evoprune.backend.cpu.quantize import MAX_LARGE, Quantization
 from evoprune.bench import Reference
 from evoprune.session import calibrate, load_model
 from experiments.demo.write import clips_asked, demo_video
@@ -35,7 +35,7 @@ def demo(kind, share=MAX_LARGE) -> VideoQA:
     if kind != "none":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("evoprune.backend.cpu.quantize.MAX_LARGE", share)
-            quantize(loaded.model, kind, calibrate)
+            Quantization(kind).apply(loaded.model, calibrate)
     return VideoQA(loaded, budget=1.0)
 
 

@@ -15,12 +15,9 @@ from evoprune.backend.cpu.linear import (
     START_PASSES,
     PackedLinear,
     Packing,
-    begin_pass,
     can_pack,
     linear,
     pack,
-    pack_waiting,
-    packing_meanwhile,
 )
 from tests.threads import one_thread  # noqa: F401
 
@@ -113,7 +110,7 @@ def stack(large, layers):
 
 def compute(model, x):
     """Run a pass and return the indices of the layers that are still waiting."""
-    begin_pass(model)
+    model.packing.begin_pass()
     for layer in model:
         layer(x)
     return [number for number, layer in enumerate(model) if layer.waits]
@@ -151,7 +148,7 @@ def test_one_weight_of_a_shape_is_in_memory_twice(large, same):
     compute(model, x)
     ((plain, packed),) = model.packing._samples.values()
     assert packed is model[0].weights_for(x) and plain.shape == large.weight.shape
-    pack_waiting(model)
+    model.packing.finish()
     assert not any(layer.waits for layer in model) and not model.packing._samples
 
 
@@ -180,7 +177,7 @@ def test_numbers_are_those_of_packed_weights_from_the_first_pass_on(large, dtype
     packed = [PackedLinear(layer)(x) for layer in model]
     pack(model, Packing())
     for _ in range(START_PASSES + 2):
-        begin_pass(model)
+        model.packing.begin_pass()
         for layer, numbers in zip(model, packed, strict=True):
             assert torch.equal(layer(x), numbers)
     assert not any(layer.waits for layer in model)
@@ -198,7 +195,7 @@ def test_a_large_layer_waits_in_parts(monkeypatch, same, bias, outputs):
     for rows in (x, x[:1]):
         torch.testing.assert_close(model[0](rows), expected[: len(rows)])
     assert any(part.waits for part in model[0].parts)
-    pack_waiting(model)
+    model.packing.finish()
     torch.testing.assert_close(model[0](x), expected)
     assert module.weights_bytes(model) == 4 * outputs * (33 if bias else 32)
 
@@ -215,13 +212,13 @@ def test_layers_are_packed_while_someone_is_waited_for(large, same, monkeypatch)
         return reorder(weight)
 
     monkeypatch.setattr(module, "_packed", slowly)
-    with suppress(KeyboardInterrupt), packing_meanwhile(model):
+    with suppress(KeyboardInterrupt), model.packing.meanwhile():
         assert begun.wait(60)
         threading.Timer(0.2, go_on.set).start()
         raise KeyboardInterrupt  # stops after the current layer
     assert [layer.waits for layer in model] == [False, False, True, True]
     monkeypatch.setattr(module, "_packed", reorder)
-    with packing_meanwhile(model):
+    with model.packing.meanwhile():
         end = time.monotonic() + 60
         while any(layer.waits for layer in model) and time.monotonic() < end:
             time.sleep(0.01)
@@ -229,7 +226,7 @@ def test_layers_are_packed_while_someone_is_waited_for(large, same, monkeypatch)
     for layer, numbers in zip(model, expected, strict=True):
         torch.testing.assert_close(layer(x), numbers)  # `same` claims that they are equal, whatever this CPU does
     threads = threading.active_count()
-    with packing_meanwhile(model):
+    with model.packing.meanwhile():
         assert threading.active_count() == threads  # nothing left to do
 
 

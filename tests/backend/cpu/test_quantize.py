@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.backend.cpu.quantize import GROUP, Bytes, Int4Linear, Int8Linear, check, large_channels, levels, quantize
+from evoprune.backend.cpu.quantize import GROUP, Bytes, Int4Linear, Int8Linear, Quantization, large_channels, levels
 from evoprune.errors import UsageError
 from evoprune.methods import EncoderPlan, TowerShape
 from evoprune.session import calibrate
@@ -148,7 +148,7 @@ def features_of(model):
 def test_a_whole_model(kind):
     plain, seen = tiny_model(), []
     model = copy.deepcopy(plain)
-    quantize(model, kind, calibrate, progress=lambda done, total: seen.append((done, total)))
+    Quantization(kind).apply(model, calibrate, progress=lambda done, total: seen.append((done, total)))
     linear = [name for name, layer in plain.named_modules() if type(layer) is nn.Linear]
     assert seen == [(done + 1, len(linear)) for done in range(len(linear))]
     made = {name: type(model.get_submodule(name)) for name in linear}
@@ -156,19 +156,19 @@ def test_a_whole_model(kind):
     assert made["lm_head"] == (Int8Linear if kind == "int8" else Int4Linear)
     assert relative(features_of(model), features_of(plain)) < 0.05
     again = copy.deepcopy(plain)
-    quantize(again, kind, calibrate)
+    Quantization(kind).apply(again, calibrate)
     assert torch.equal(features_of(model), features_of(again))
 
 
 def test_a_layer_that_is_not_called_is_an_error():
     with pytest.raises(RuntimeError, match="were not called"):
-        quantize(copy.deepcopy(tiny_model()), "int8", lambda model: None)
+        Quantization("int8").apply(copy.deepcopy(tiny_model()), lambda model: None)
 
 
 def test_kinds_and_devices():
-    check("none", torch.device("meta"))
+    Quantization("none").check(torch.device("meta"))
     with pytest.raises(UsageError, match="works on the CPU"):
-        check("int8", torch.device("meta"))
+        Quantization("int8").check(torch.device("meta"))
 
 
 @pytest.mark.parametrize("make", [int8, int4])
@@ -185,7 +185,7 @@ def test_threads_change_no_more_than_float32_does(kind):
     """On some CPUs the last bit of float32 products, such as the patch embedding, depends on the number of threads."""
     plain, found, without = copy.deepcopy(tiny_model()), [], []
     model = copy.deepcopy(plain)
-    quantize(model, kind, calibrate)
+    Quantization(kind).apply(model, calibrate)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from evoprune.backend import check
+from evoprune.backend import Quantization
 from evoprune.model import Config
 from experiments.speed import kernels
 from tests.threads import one_thread  # noqa: F401
@@ -21,7 +21,7 @@ def sizes():
 @pytest.fixture(scope="module")
 def needs_bytes_and_bf16():
     try:
-        check("int8", kernels.CPU)
+        Quantization("int8").check(kernels.CPU)
     except kernels.UsageError:
         pytest.skip("no products of bytes here")
     if not kernels.can_pack(torch.empty(1, dtype=kernels.DTYPE)):

@@ -886,12 +886,11 @@ def test_weights_are_packed_while_nothing_is_asked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(linear, "SMALL_WEIGHT", 0)
     qa = VideoQA.load("demo")
-    model = qa.loaded.model
-    if not linear.waiting_layers(model):
+    if not qa.loaded.packing.waiting:
         pytest.skip("no layer of this model waits on this CPU")
     with serving(qa, tmp_path) as server:
         end = time.monotonic() + 60
-        while linear.waiting_layers(model):
+        while qa.loaded.packing.waiting:
             assert time.monotonic() < end
             time.sleep(0.02)
         assert text_of(answer(server)) == "green"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evoprune.backend import PackedLinear
+from evoprune.backend.cpu.linear import PackedLinear
 from evoprune.model import Tower
 from tests.plugins.vllm.serving import (
     NEW,

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evoprune.backend import Device, Int8Linear, PackedLinear, accelerator, pick_device
+from evoprune.backend import Device, accelerator, pick_device
 from evoprune.backend.cpu import linear
+from evoprune.backend.cpu.linear import PackedLinear
+from evoprune.backend.cpu.quantize import Int8Linear
 from evoprune.backend.devices import is_host
 from evoprune.bundled import DEMOS
 from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard

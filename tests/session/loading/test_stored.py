@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evoprune import VideoQA
-from evoprune.backend import quantize
+from evoprune.backend import Quantization
 from evoprune.errors import UsageError
 from evoprune.session.cache import Cache, Entries
 from evoprune.session.loading import stored
@@ -55,7 +55,7 @@ def runs(monkeypatch):
 @pytest.mark.parametrize("kind", parameters("int8", "int4"))
 def test_a_second_model_is_the_same_without_a_calibration(kind, folder, runs):
     plain = copy.deepcopy(tiny_model())
-    quantize(plain, kind, calibrate)
+    Quantization(kind).apply(plain, calibrate)
     seen = []
     made = [quantised(kind, progress=lambda done, total: seen.append((done, total))) for _ in range(2)]
     assert all(same(each, outputs(plain)) for each in made)
