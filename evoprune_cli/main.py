@@ -53,6 +53,7 @@ TRIED = {
         ("serve", "server", "api"),
         "pip install ./plugins/serve in a checkout brings it; for many users vLLM has a plugin of evoprune",
     ),
+    **dict.fromkeys(("mcp", "agent", "agents"), "pip install ./plugins/mcp in a checkout brings it"),
     **dict.fromkeys(
         ("info", "show", "probe", "doctor", "env", "cache"), "evoprune inspect, also with a video or -m MODEL"
     ),

@@ -19,7 +19,9 @@ PROJECTS = {name: made["project"] for name, made in PLUGINS.items()}
 
 def test_the_plugins_are_those_that_pytest_and_ruff_find():
     assert (
-        sorted(PLUGINS) == ["lmms_eval", "serve", "vllm"] == sorted(path.name for path in (ROOT / "plugins").iterdir())
+        sorted(PLUGINS)
+        == ["lmms_eval", "mcp", "serve", "vllm"]
+        == sorted(path.name for path in (ROOT / "plugins").iterdir())
     )
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]
     folders = {f"plugins/{name}" for name in PLUGINS}
@@ -47,8 +49,9 @@ def test_the_core_has_neither_their_extras_nor_their_entry_points():
 
 
 def test_an_entry_point_imports_neither_its_host_program_nor_torch():
-    hosts = "{'vllm', 'lmms_eval', 'starlette', 'uvicorn', 'torch'}"
-    code = f"import sys, evoprune, evoprune_vllm, evoprune_lmms_eval, evoprune_serve; assert not {hosts} & {{*sys.modules}}"
+    hosts = "{'vllm', 'lmms_eval', 'starlette', 'uvicorn', 'mcp', 'torch'}"
+    plugins = ", ".join(f"evoprune_{name}" for name in PLUGINS)
+    code = f"import sys, evoprune, {plugins}; assert not {hosts} & {{*sys.modules}}"
     folders = [str(ROOT / "plugins" / name) for name in PLUGINS]
     subprocess.run([sys.executable, "-c", f"import sys; sys.path += {folders}; {code}"], check=True, cwd=ROOT)
 

@@ -1,0 +1,62 @@
+"""The command `evoprune mcp`. The package `mcp` and torch are imported when it runs."""
+
+from evoprune.errors import UsageError
+from evoprune.language import GenerationOptions
+from evoprune.session import FindOptions, ModelOptions, PruneOptions
+from evoprune.video import SamplingOptions
+from evoprune_cli import options as opt
+from evoprune_cli import tell
+from evoprune_mcp.folders import Folders
+from evoprune_mcp.videos import Videos
+from evoprune_mcp.wire import real_streams
+from evoprune_mcp.worker import Worker
+
+
+@opt.command(
+    ModelOptions,
+    PruneOptions,
+    SamplingOptions,
+    GenerationOptions,
+    FindOptions,
+    short="allow_dir model budget quantize fps frames max_new_tokens",
+    without=(
+        *("start_s", "end_s", "frame_rate", "stop", "logprobs"),
+        *("schema", "regex", "choices", "choice_score"),
+    ),
+)
+def mcp(
+    *,
+    allow_dir: opt.option(
+        list[str] | None, "--allow-dir DIR", "Read videos and pictures below this folder; repeatable.", "Access"
+    ) = None,
+    options: opt.MakeOptions,
+    cache: opt.Cache = False,
+    quiet: opt.Quiet = False,
+) -> int:
+    """Let an agent ask about videos (MCP).
+
+    This is a Model Context Protocol server on stdin and stdout. The agent's program starts it, and it ends when stdin does.
+
+    \b
+    evoprune mcp --allow-dir ~/Videos
+    evoprune mcp --allow-dir ~/Videos -m Qwen/Qwen3.5-4B
+    """
+    pipeline = options()
+    if not allow_dir:
+        raise UsageError("no folder may be read", "name folders with videos: --allow-dir DIR")
+    videos = Videos(Folders(allow_dir), pipeline, cache, quiet)
+    try:
+        from evoprune_mcp.server import make_server
+    except ImportError as problem:
+        message = f"the command needs {problem.name}, which is not installed"
+        raise UsageError(message, "pip install evoprune-mcp") from problem
+    with Worker() as model, Worker() as prober, real_streams():
+        if not quiet:
+            tell(
+                f"{pipeline.model.model} answers about files below {videos.folders}; Ctrl-C or the end of stdin ends it"
+            )
+        try:
+            make_server(videos, model, prober).run("stdio")
+        except* BrokenPipeError:
+            pass  # the client is gone
+    return 0

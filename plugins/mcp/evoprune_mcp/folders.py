@@ -1,0 +1,64 @@
+"""The folders that an agent may read."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from evoprune.errors import UsageError
+
+
+class Folders:
+    """Folders whose files may be read, including subfolders.
+
+    Raises:
+        UsageError: a path is not a folder.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        self._folders = []
+        for path in paths:
+            folder = Path(path).expanduser()
+            if not folder.is_dir():
+                raise UsageError(f"--allow-dir {path} is no folder", "name one that exists")
+            self._folders.append(folder.resolve())
+
+    def __str__(self) -> str:
+        return " or ".join(printable(folder) for folder in self._folders)
+
+    def find(self, path: str) -> str:
+        """Return the real path of a file, or of a folder of frames, that may be read.
+
+        Args:
+            path: absolute, or relative to one of the folders.
+
+        Raises:
+            UsageError: there is no such file below the folders. Links that lead out of them do not count.
+        """
+        problem = UsageError(f"{path} is no file below an allowed folder", f"give the path of a file below {self}")
+        try:
+            given = Path(path).expanduser()
+            for folder in self._folders:
+                real = (folder / given).resolve()  # an absolute path replaces the folder
+                if self._has(real) and real.exists():
+                    break
+            else:
+                raise problem
+            if not all(self._has(file.resolve()) for file in _read_with(real)):
+                raise problem
+        except (OSError, RuntimeError, ValueError) as unusable:  # also an unknown home, and links in a circle
+            raise problem from unusable
+        return str(real)
+
+    def _has(self, real: Path) -> bool:
+        return any(real.is_relative_to(folder) for folder in self._folders)
+
+
+def _read_with(real: Path) -> Iterator[Path]:
+    """Return the files that may be read together with a path: the pictures of a folder, the subtitles beside a video."""
+    if real.is_dir():
+        return real.iterdir()
+    return (file for file in real.parent.iterdir() if file.name.startswith(real.stem))
+
+
+def printable(path: Path) -> str:
+    """Return a path as valid Unicode, because a message of the protocol cannot hold anything else."""
+    return str(path).encode("utf-8", "backslashreplace").decode()

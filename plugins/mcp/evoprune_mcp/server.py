@@ -1,0 +1,116 @@
+"""The tools that agents see, their errors and their progress."""
+
+import asyncio
+import os
+import sys
+import traceback
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, redirect_stdout
+from typing import Annotated, Any
+
+from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp_types import ToolAnnotations
+from pydantic import Field
+
+import evoprune
+from evoprune.errors import error_record
+from evoprune_cli import tell
+from evoprune_mcp.videos import Answered, Moments, Videos
+from evoprune_mcp.worker import Report, Worker
+
+TICK_S = 0.2  # least time between two progress notifications
+
+# The arguments of the tools, with what agents read about them.
+Path = Annotated[str, Field(description="A file, or a folder of frames: absolute, or relative to an allowed folder.")]
+Paths = Annotated[list[Path], Field(description="Videos and pictures to ask about together.", min_length=1)]
+Time = Annotated[float | str | None, Field(description="Seconds, or a text such as 1:30; below 0: from the end.")]
+Budget = Annotated[
+    float | str | None, Field(description="Share of visual tokens to keep: 0.25, or high, balanced, fast.")
+]
+Query = Annotated[str, Field(description="What to look for, such as: a red car.")]
+
+
+def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
+    """Return a server with its tools. It loads the model when it starts.
+
+    Args:
+        videos: answers the tools' questions.
+        model: the only thread that uses the model.
+        prober: a thread that reads metadata, even while the model is busy.
+    """
+
+    @asynccontextmanager
+    async def start(_: MCPServer) -> AsyncIterator[None]:
+        model.submit(videos.load_early)
+        with redirect_stdout(sys.stderr):  # for what libraries print; the server has already opened the real stdout
+            yield
+
+    server = MCPServer(
+        "evoprune",
+        version=evoprune.__version__,
+        instructions=f"Answers questions about videos and pictures below {videos.folders}.",
+        log_level="CRITICAL",
+        lifespan=start,
+    )
+    reads = ToolAnnotations(read_only_hint=True, open_world_hint=False)
+
+    @server.tool(annotations=reads)
+    async def ask_video(
+        context: Context,
+        paths: Paths,
+        question: str,
+        start: Time = None,
+        end: Time = None,
+        budget: Budget = None,
+    ) -> Answered:
+        """Ask a vision-language model about what can be seen. Further questions about the same files and times are fast."""
+        return await _result(context, model, lambda report: videos.ask(report, paths, question, start, end, budget))
+
+    @server.tool(annotations=reads)
+    async def find_moments(context: Context, path: Path, query: Query) -> Moments:
+        """Find when something can be seen in a video, the best match first. Times are in seconds."""
+        return await _result(context, model, lambda report: videos.find(report, path, query))
+
+    @server.tool(annotations=reads)
+    async def describe_file(context: Context, path: Path) -> dict[str, Any]:
+        """Say how long and how large a video or picture is, and whether it has sound. Does not look at the frames."""
+        return await _result(context, prober, lambda report: videos.describe(path))
+
+    return server
+
+
+async def _result(context: Context, worker: Worker, work: Callable[[Report], Any]) -> Any:
+    """Run a function in a worker's thread, and report its progress to the client. If the request is cancelled, stop it.
+
+    Raises:
+        ToolError: the function failed.
+    """
+    job = worker.submit(work)
+    future = asyncio.wrap_future(job.future)
+    reported = -1.0
+    try:
+        while not future.done():
+            await asyncio.wait([future], timeout=TICK_S)
+            done, what = job.progress
+            if done > reported:
+                await context.report_progress(done, 1.0, what)
+                reported = done
+        return future.result()
+    except asyncio.CancelledError:
+        future.cancel()
+        job.stop()
+        raise
+    except Exception as problem:
+        raise ToolError(_told(problem)) from problem
+
+
+def _told(problem: Exception) -> str:
+    """Return the message and the hint of an error. An unexpected one is also printed to stderr."""
+    record = error_record(problem)
+    if record["type"] == "bug":
+        tell(f"error: {record['message']}")
+        if "--debug" in sys.argv or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0"):
+            traceback.print_exception(problem)
+    return "\nhint: ".join(filter(None, (record["message"], record["hint"])))

@@ -1,0 +1,201 @@
+"""Answers about files: one model, and the encodings of the latest inputs. Each method blocks, and runs in a worker's thread."""
+
+from collections import OrderedDict
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from evoprune.errors import EvopruneError, OutOfMemory, UsageError
+from evoprune.report import warned, warning_text
+from evoprune.session import PipelineOptions
+from evoprune.util import parse_time
+from evoprune.video import input_state, probe
+from evoprune_cli import load, tell
+from evoprune_mcp.folders import Folders
+from evoprune_mcp.worker import Report
+
+if TYPE_CHECKING:
+    from evoprune import Cache, EncodedInputs, VideoQA
+
+KEPT = 8  # encodings of inputs that are kept for further questions
+# Stages of `VideoQA.encode` and `VideoQA.find`: their text, and the share of the work that is done when they begin and end. Frames
+# are encoded while others are read.
+STAGES = {
+    "read": ("reading, frame", 0.0, 0.6),
+    "encode": ("encoding, frame", 0.0, 0.6),
+    "layers": ("encoding, layer", 0.6, 1.0),
+    "segment": ("reading segment", 0.0, 0.8),
+    "piece": ("looking closer, part", 0.8, 0.9),
+    "moment": ("moment", 0.9, 1.0),
+}
+
+
+@dataclass
+class Answered:
+    """The answer to a question.
+
+    Attributes:
+        answer: the text.
+        cut: whether the answer was cut because it reached the token limit.
+        reused: whether an earlier question about the same input had encoded it.
+        warnings: what the model did not see as a player shows it, and other reasons to doubt the answer.
+    """
+
+    answer: str
+    cut: bool
+    reused: bool
+    warnings: list[str]
+
+
+@dataclass
+class Found:
+    """A part of a video that matches a query. Times are in seconds, and `score` is a probability."""
+
+    start_s: float
+    end_s: float
+    best_s: float
+    score: float
+
+
+@dataclass
+class Moments:
+    """The moments of a video that match a query, the best first."""
+
+    moments: list[Found]
+
+
+class Videos:
+    """Answers about files.
+
+    Args:
+        folders: which files may be read.
+        options: defaults for all questions.
+        cache: whether encoded videos are also kept on disk.
+        quiet: whether to print no notes about the model.
+    """
+
+    def __init__(self, folders: Folders, options: PipelineOptions, cache: bool, quiet: bool):
+        self.folders = folders
+        self._options = options
+        self._cached = cache
+        self._quiet = quiet
+        self._qa: VideoQA | None = None
+        self._kept: OrderedDict[str, EncodedInputs] = OrderedDict()
+
+    def load_early(self, report: Report) -> None:
+        """Load the model before the first question. A failure is only printed; each question tries again."""
+        try:
+            self._model(report)
+        except EvopruneError as problem:
+            tell(f"error: {problem}")
+
+    def ask(
+        self,
+        report: Report,
+        paths: list[str],
+        question: str,
+        start: float | str | None,
+        end: float | str | None,
+        budget: float | str | None,
+    ) -> Answered:
+        """Answer a question about inputs together.
+
+        Raises:
+            EvopruneError: an argument, an input or the model cannot be used.
+        """
+        if not question.strip():
+            raise UsageError("the question is empty", "ask in words")
+        paths = [self.folders.find(path) for path in paths]
+        span = {"start_s": start, "end_s": end}
+        times = {name: parse_time(value) if isinstance(value, str) else value for name, value in span.items()}
+        sampling = replace(self._options.sampling, **{name: time for name, time in times.items() if time is not None})
+        pruning = self._options.pruning if budget is None else replace(self._options.pruning, budget=budget)
+        key = repr((paths, [input_state(path, sampling.subtitles) for path in paths], times, pruning))
+        reused = key in self._kept
+        encoded = None
+        try:
+            encoded = self._encoded(key, paths, sampling, pruning, report)
+        except OutOfMemory:
+            if not self._kept:
+                raise
+        if encoded is None:  # not in the `except` block, where the error still holds what had been computed
+            self._kept.clear()
+            encoded = self._encoded(key, paths, sampling, pruning, report)
+
+        def answering(_piece: str) -> None:
+            report(1.0, "answering")
+
+        answering("")
+        with closing(encoded.ask(question, on_thoughts=answering, **vars(self._options.generation))) as answer:
+            for piece in answer:
+                answering(piece)
+        made = answer.report
+        warnings = [warning_text(name, video) for name, video in warned(made)]
+        return Answered(made.answer or "", made.finish_reason == "length", reused, warnings)
+
+    def find(self, report: Report, path: str, query: str) -> Moments:
+        """Return the moments of a video that match a query, the best first. Raises the same errors as `ask`."""
+        path = self.folders.find(path)
+        qa = self._model(report)
+        how = {"fps": self._options.sampling.fps} | vars(self._options.find)
+        found = qa.find(path, query, progress=partial(_show, report, [1, 1]), cache=self._cache(), **how)
+        times = [(each.start_s, each.end_s, each.best_s, each.score) for each in found]
+        return Moments([Found(*(round(number, 3) for number in each)) for each in times])
+
+    def describe(self, path: str) -> dict[str, Any]:
+        """Return what is known about a file without the model: the fields of `evoprune.video.Video`, and `kind`.
+
+        Raises:
+            EvopruneError: the file is unreadable, or may not be read.
+        """
+        video = probe(self.folders.find(path))
+        return {"kind": video.kind} | {name: value for name, value in asdict(video).items() if value is not None}
+
+    def _encoded(self, key: str, paths: list[str], sampling: Any, pruning: Any, report: Report) -> "EncodedInputs":
+        """Return the kept encoding of inputs, or encode them."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        qa = self._model(report)
+        if pruning != self._options.pruning:
+            from evoprune import VideoQA
+
+            qa = VideoQA(qa.loaded, **vars(pruning))
+        progress = partial(_show, report, [1, len(paths)])
+        encoded = qa.encode(paths, progress=progress, cache=self._cache(), **vars(sampling))
+        self._kept[key] = encoded
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return encoded
+
+    def _model(self, report: Report) -> "VideoQA":
+        """Return the model, loaded on first use."""
+        if self._qa is None:
+            self._qa = load(self._options, lambda what, *_: report(0.0, what), self._quiet)
+        return self._qa
+
+    def _cache(self) -> "Cache | None":
+        if not self._cached:
+            return None
+        from evoprune import Cache
+
+        return Cache()
+
+
+def _show(report: Report, which: list[int], stage: str, done: int, total: int) -> None:
+    """Report progress of `VideoQA.encode` or `VideoQA.find`.
+
+    Args:
+        which: number of the current input, and number of inputs. Changed here.
+    """
+    number, count = which
+    if stage == "input":
+        which[0] = done
+    elif stage in STAGES:
+        name, before, after = STAGES[stage]
+        share = before + (after - before) * done / max(total, 1)
+        text = f"{name} {done:,}/{total:,}"
+        if count > 1:
+            text = f"input {number}/{count}: {text}"
+        report((number - 1 + share) / count, text)

@@ -1,0 +1,55 @@
+"""The process's streams and signals while it serves."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import BinaryIO
+
+ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+CHUNK_BYTES = 2**16
+
+
+@contextmanager
+def real_streams() -> Iterator[None]:
+    """Make `sys.stdin` a copy of the real stdin that also ends at the first signal, and `sys.stdout` the real stdout.
+
+    Otherwise a blocked read of stdin would delay the end. A signal is raised again when the context ends; a second signal ends the
+    process at once.
+    """
+    real_stdin = sys.stdin
+    received: list[int] = []
+    reader, target = os.pipe()
+    writer = os.fdopen(target, "wb", buffering=0)
+
+    def end(number: int, _frame: object) -> None:
+        received.append(number)
+        for each in usual:
+            signal.signal(each, signal.SIG_DFL)
+        writer.close()
+
+    handlers = {number: signal.getsignal(number) for number in ENDINGS}
+    usual = {number: handler for number, handler in handlers.items() if callable(handler)}  # `nohup` ignores SIGHUP
+    for number in usual:
+        signal.signal(number, end)
+    try:
+        sys.stdin = os.fdopen(reader, encoding="utf-8")
+        threading.Thread(target=_copy, args=(os.dup(0), writer), name="evoprune-mcp-stdin", daemon=True).start()
+        with redirect_stdout(sys.__stdout__):
+            yield
+    finally:
+        sys.stdin = real_stdin
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    for number in received:
+        signal.raise_signal(number)
+
+
+def _copy(source: int, target: BinaryIO) -> None:
+    """Copy a stream until it ends or the target is closed."""
+    with suppress(OSError, ValueError), target:
+        while chunk := os.read(source, CHUNK_BYTES):
+            while chunk:
+                chunk = chunk[target.write(chunk) :]

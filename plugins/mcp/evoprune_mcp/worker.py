@@ -1,0 +1,82 @@
+"""A thread that runs jobs one after another, so that the event loop stays free."""
+
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from contextvars import Context
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Self
+
+from evoprune.video import Scope
+
+END_S = 1.0  # how long the end waits for the last job; clients kill a server that takes 2 s
+
+Report = Callable[[float, str], None]
+
+
+class Job:
+    """A function to run, with its result and its progress.
+
+    Attributes:
+        future: the result.
+        progress: the share that is done, from 0 to 1, which never decreases, and what is being done.
+    """
+
+    def __init__(self, work: Callable[[Report], Any]):
+        self.future: Future = Future()
+        self.progress = (0.0, "waiting for the model")
+        self._work = work
+        self._scope = Scope()
+
+    def run(self) -> None:
+        """Run the function in the current thread, unless the job was stopped."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        self._scope.enter()
+        self._report(0.0, "starting")
+        try:
+            self.future.set_result(self._work(self._report))
+        except BaseException as problem:
+            self.future.set_exception(problem)
+
+    def stop(self) -> None:
+        """Cancel a job that waits, or let a running one fail when it next reads a file or reports progress."""
+        self.future.cancel()
+        self._scope.stop()
+
+    def _report(self, done: float, what: str) -> None:
+        if self._scope.stopped:
+            raise CancelledError
+        self.progress = (max(done, self.progress[0]), what)
+
+
+class Worker:
+    """A thread that runs jobs in the order in which they were submitted. Leaving the context stops all jobs."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Job] = SimpleQueue()
+        self._unfinished: list[Job] = []
+        self._thread = Thread(target=self._run, name="evoprune-mcp", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for job in list(self._unfinished):
+            job.stop()
+        self.submit(lambda report: None)
+        self._thread.join(END_S)
+
+    def submit(self, work: Callable[[Report], Any]) -> Job:
+        """Queue a function. It is called with a function that reports progress, and raises CancelledError after `Job.stop`."""
+        job = Job(work)
+        self._unfinished.append(job)
+        self._jobs.put(job)
+        return job
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            Context().run(job.run)
+            self._unfinished.remove(job)

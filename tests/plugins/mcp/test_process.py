@@ -1,0 +1,150 @@
+"""`evoprune mcp` as a process: how it starts and ends, and what it writes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.plugins.mcp.serving import COLOUR, ENCODES, REASON, ROOT, SAMPLES, command
+
+pytest.importorskip("mcp.server.mcpserver", reason=REASON)
+INITIALIZE = {
+    "protocolVersion": "2025-06-18",
+    "capabilities": {},
+    "clientInfo": {"name": "test", "version": "1"},
+}
+
+
+def line(method: str, number: int | None = None, **params) -> str:
+    message = {"jsonrpc": "2.0", "method": method, "params": params}
+    return json.dumps(message if number is None else message | {"id": number}) + "\n"
+
+
+HELLO = line("initialize", 1, **INITIALIZE) + line("notifications/initialized")
+
+
+def started(*options: str, **variables: str) -> subprocess.Popen:
+    arguments, environment = command("--allow-dir", str(SAMPLES), *options, **variables)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(arguments, env=os.environ | environment, text=True, cwd=ROOT, **pipes)
+
+
+def greeted(*options: str, **variables: str) -> subprocess.Popen:
+    """Start a server and wait for its greeting."""
+    server = started(*options, **variables)
+    server.stdin.write(HELLO)
+    server.stdin.flush()
+    assert json.loads(server.stdout.readline())["result"]["serverInfo"]["name"] == "evoprune"
+    return server
+
+
+def ask(server: subprocess.Popen, path: str = "square.mp4") -> None:
+    arguments = {"paths": [path], "question": COLOUR}
+    server.stdin.write(line("tools/call", 2, name="ask_video", arguments=arguments))
+    server.stdin.flush()
+
+
+def test_the_end_of_stdin_ends_it():
+    server = greeted()
+    ask(server)
+    assert json.loads(server.stdout.readline())["result"]["structuredContent"]["answer"] == "green"
+    start = time.monotonic()
+    out, err = server.communicate(timeout=30)
+    assert server.returncode == 0 and out == "" and "Traceback" not in err
+    assert time.monotonic() - start < 10
+
+
+def test_the_end_of_stdin_stops_a_question_in_progress(tmp_path):
+    shutil.copy(SAMPLES / "square.mp4", tmp_path / "slow.mp4")
+    server = greeted("--allow-dir", str(tmp_path))
+    ask(server, str(tmp_path / "slow.mp4"))
+    while server.stderr.readline() != ENCODES:
+        pass
+    out, err = server.communicate(timeout=30)
+    assert server.returncode == 0 and "Traceback" not in err
+    assert all(json.loads(each)["jsonrpc"] == "2.0" for each in out.splitlines())
+
+
+def test_lines_that_are_no_messages_are_survived():
+    server = greeted()
+    server.stdin.write('no JSON\n{"jsonrpc": "2.0"}\n\n' + line("ping", 3))
+    server.stdin.flush()
+    while (answer := json.loads(server.stdout.readline())).get("id") != 3:
+        assert "error" in answer
+    out, err = server.communicate(timeout=30)
+    assert server.returncode == 0 and out == "" and "Traceback" not in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+@pytest.mark.parametrize("state", ["idle", "loading", "answering"])
+def test_signals_end_it(tmp_path, state, number, code):
+    shutil.copy(SAMPLES / "square.mp4", tmp_path / "slow.mp4")
+    server = greeted("--allow-dir", str(tmp_path), LOAD_S="60" if state == "loading" else "0")
+    if state == "answering":
+        ask(server, str(tmp_path / "slow.mp4"))
+        while server.stderr.readline() != ENCODES:
+            pass
+    server.send_signal(number)
+    assert server.wait(30) == code
+    out, err = server.communicate()
+    assert "Traceback" not in err and all(json.loads(each)["id"] == 2 for each in out.splitlines())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("moment_s", [0.3, 0.6, 0.9, 1.2, 1.8])
+def test_ctrl_c_ends_it_before_it_serves(moment_s):
+    with started() as server:
+        time.sleep(moment_s)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == -signal.SIGINT and "Traceback" not in server.stderr.read()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("gap_s", [0, 0.02, 0.1])
+def test_ctrl_c_twice_says_nothing_more(gap_s):
+    with greeted() as server:
+        for _ in range(2):
+            server.send_signal(signal.SIGINT)
+            time.sleep(gap_s)
+        assert server.wait(30) == -signal.SIGINT and "Traceback" not in server.stderr.read()
+
+
+def test_a_client_that_is_gone_ends_it_quietly():
+    with greeted() as server:
+        server.stdout.close()
+        server.stdin.write(line("tools/list", 2))
+        server.stdin.close()
+        assert server.wait(30) == 0 and "Traceback" not in server.stderr.read()
+
+
+def test_folders_are_required_and_must_exist(tmp_path):
+    (tmp_path / "file").write_text("")
+    for options, says in (
+        ((), "--allow-dir DIR"),
+        (("--allow-dir", str(tmp_path / "none")), "is no folder"),
+        (("--allow-dir", str(tmp_path / "file")), "is no folder"),
+        (("--allow-dir", str(tmp_path), "-b", "7"), "budget"),
+        (("--allow-dir", str(tmp_path), "-m", str(tmp_path / "none")), "none"),
+    ):
+        arguments, environment = command(*options)
+        done = subprocess.run(
+            arguments, env=os.environ | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        assert done.stdout == "" and says in done.stderr and len(done.stderr.splitlines()) == 2, done.stderr
+        assert done.returncode == (4 if "-m" in options else 2)
+
+
+def test_the_configuration_of_the_page():
+    page = (ROOT / "docs" / "agents.md").read_text("utf-8")
+    (block,) = re.findall(r"^```json\n(.*?)^```", page, re.S | re.M)
+    configured = json.loads(block)["mcpServers"]["evoprune"]
+    assert configured["command"] == "evoprune" and configured["args"][:2] == ["mcp", "--allow-dir"]
+    with greeted(*configured["args"][3:]) as server:
+        server.stdin.close()
+        assert server.wait(30) == 0
