@@ -169,9 +169,8 @@ class RowReader:
         start_s, end_s: span for rows without their own.
     """
 
-    MAY_HAVE: ClassVar[str] = (
-        "id, start, end, fps, frames, frame_rate, max_new_tokens, options"  # optional fields, for hints
-    )
+    # Optional fields, for hints.
+    MAY_HAVE: ClassVar[str] = "id, start, end, fps, frames, frame_rate, max_new_tokens, options"
 
     fields: str = (
         f"a row has question and video, or inputs for several, and may have {MAY_HAVE}, subtitles and answer; or messages in place "

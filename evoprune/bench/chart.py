@@ -109,7 +109,7 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
                 axes.set_xticks(panel.x_ticks, [f"{tick:,.6g}" for tick in panel.x_ticks])
             axes.margins(x=0.1)  # room for labels
             axes.set_xlim(left=0)
-            start = _start(axes.yaxis, values, cut)
+            start = axes.yaxis.get_major_locator().tick_values(min(values), max(values))[0] if cut else 0
             axes.set_ylim(start)
         begins = f" (axis from {start:,.3g})" if cut else ""
         for axes, panel in zip(every, panels, strict=True):
@@ -130,13 +130,6 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
     return svg[svg.index("<svg") :].replace(
         "\n <title>", "\n<!-- evoprune -->\n <title>", 1
     )  # identifies files written by evoprune
-
-
-def _start(axis, values: Sequence[float], cut: bool) -> float:
-    """Return the start of the value axis: 0, or the tick below the lowest value if the axis is cut."""
-    if not cut:
-        return 0
-    return axis.get_major_locator().tick_values(min(values), max(values))[0]
 
 
 def _draw_series(axes, series: Series) -> None:
