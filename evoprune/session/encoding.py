@@ -24,23 +24,14 @@ from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import Cache, Entry, own_code
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.memory import TEXT
-from evoprune.session.patches import PatchChunk, content_key, cut_frames, patch_bytes
+from evoprune.session.patches import PatchChunk, content_key, patch_bytes
 from evoprune.session.planning import plan_input
 from evoprune.session.prompting import with_subtitles
 from evoprune.session.reading import Reading, Readings, probed
 from evoprune.session.session import Session
 from evoprune.util import brief
-from evoprune.video import (
-    FrameChunk,
-    GivenInput,
-    HeldVideo,
-    Input,
-    Plan,
-    SamplingOptions,
-    Stopped,
-    read_chunks,
-)
-from evoprune.vision import Encoded, EncodedRows, encode_rows
+from evoprune.video import FrameChunk, GivenInput, HeldVideo, Input, Plan, SamplingOptions, Stopped, read_chunks
+from evoprune.vision import Encoded, EncodedRows, encode_rows, patches_of
 
 Path = str | os.PathLike[str]
 # Called with a stage, the amount done, and the total: frames for "read" and "encode", then perhaps "layers" of the tower.
@@ -271,7 +262,7 @@ class OpenInput:
         self.damaged = 0
         self.other_size = self.moved = False
         self.read_s = ()
-        chunks = self._begun().chunks(self._tell) if self.threaded else self._cut(lambda frames: None)
+        chunks = self._begun().chunks(self._tell) if self.threaded else self._cut()
         for chunk in clock.each("wait", chunks):
             self._tell()
             self.damaged += chunk.damaged
@@ -292,7 +283,7 @@ class OpenInput:
             if self._closed:
                 raise Stopped
             if self._reading is None:
-                self._reading = self._shared() or Reading(self._cut_in_thread, Readings(AHEAD_BYTES))
+                self._reading = self._shared() or Reading(self._cut, Readings(AHEAD_BYTES))
             return self._reading
 
     def _shared(self) -> Reading[PatchChunk] | None:
@@ -305,7 +296,7 @@ class OpenInput:
         if key is None:
             return None
         size = patch_bytes(self.plan, limits)
-        reading = self.session.loaded.patches.open(key, size, device, self._cut_in_thread)
+        reading = self.session.loaded.patches.open(key, size, device, self._cut)
         if reading:
             self._patch_key = key
         return reading
@@ -327,13 +318,20 @@ class OpenInput:
             self._reported_frames = self._reading.frames
             self._progress("read", self._reported_frames, self.plan.sampling.frames)
 
-    def _cut_in_thread(self, reading: Reading[PatchChunk]) -> Iterator[PatchChunk]:
-        return self._cut(reading.at_least)
+    def _cut(self, reading: Reading[PatchChunk] | None = None) -> Iterator[PatchChunk]:
+        """Turn frames into patches, one chunk per chunk of frames. Adds the seconds of "read" and "preprocess" to the clock.
 
-    def _cut(self, on_frames: Callable[[int], None]) -> Iterator[PatchChunk]:
-        """Yield the patches of each chunk of frames."""
+        Args:
+            reading: The reading whose thread runs this, for its count of frames.
+        """
+        on_frames = reading.at_least if reading else lambda frames: None
         limits = self.session.loaded.limits[self.plan.kind]
-        return cut_frames(self.frames(on_frames), self.plan, limits, self.session.device, self.clock, on_frames)
+        with closing(self.frames(on_frames)) as frames:
+            for chunk in self.clock.each("read", frames):
+                on_frames(chunk.end)
+                with self.clock.stage("preprocess"):
+                    patches = patches_of(chunk.pixels, self.plan, limits, self.session.device)
+                yield PatchChunk(patches, chunk.end, chunk.times_s, chunk.damaged, chunk.other_size, chunk.moved)
 
 
 def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Turn frames into patches, and keep the patches, so other settings can encode the same input without reading it again.
+"""Keep the patches of inputs, so other settings can encode the same input without reading it again.
 
 Patches are uint8 and stay on the device that made them. The largest default input, 24,576 units, takes 116 MB (151 MB in Qwen3-VL).
 """
@@ -6,16 +6,13 @@ Patches are uint8 and stay on the device that made them. The largest default inp
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 
 from evoprune.backend import Device, empty_cache
-from evoprune.model import Clock
 from evoprune.session.reading import Reading, state_of
-from evoprune.video import FrameChunk, InputLimits, Plan
-from evoprune.vision import patches_of
+from evoprune.video import InputLimits, Plan
 
 LIMIT_BYTES = 2**29  # limit for one input, and for all unused inputs together
 SHARE = 4  # patches in use take at most 1 / SHARE of the available memory
@@ -35,27 +32,6 @@ class PatchChunk:
     @property
     def nbytes(self) -> int:
         return self.patches.nbytes
-
-
-def cut_frames(
-    frames: Iterator[FrameChunk],
-    plan: Plan,
-    limits: InputLimits,
-    device: torch.device,
-    clock: Clock,
-    on_frames: Callable[[int], None],
-) -> Iterator[PatchChunk]:
-    """Yield patches, one chunk per chunk of frames, and close `frames`. Adds the seconds of "read" and "preprocess" to `clock`.
-
-    Args:
-        on_frames: Called with the number of frames read so far.
-    """
-    with closing(frames):
-        for chunk in clock.each("read", frames):
-            on_frames(chunk.end)
-            with clock.stage("preprocess"):
-                patches = patches_of(chunk.pixels, plan, limits, device)
-            yield PatchChunk(patches, chunk.end, chunk.times_s, chunk.damaged, chunk.other_size, chunk.moved)
 
 
 class PatchStore:

@@ -73,7 +73,7 @@ def test_what_is_looked_at_otherwise_is_read(loaded, read, other, monkeypatch):
     monkeypatch.setattr(
         "evoprune.session.planning.choose_decoder", lambda name, info=None: name.replace("auto", "pyav")
     )
-    monkeypatch.setattr(patches, "patches_of", lambda *what: pytest.fail("read"))
+    monkeypatch.setattr(encoding, "patches_of", lambda *what: pytest.fail("read"))
     with pytest.raises(BaseException, match="read"):
         qa.encode(CLIP, **{"frames": 8} | other)
 
@@ -141,13 +141,13 @@ def test_what_shows_other_frames_is_not_kept(loaded, read):
 
 
 def test_a_failure_is_not_kept(loaded, read, monkeypatch):
-    real = patches.patches_of
-    monkeypatch.setattr(patches, "patches_of", lambda *what: (_ for _ in ()).throw(VideoError("gone")))
+    real = encoding.patches_of
+    monkeypatch.setattr(encoding, "patches_of", lambda *what: (_ for _ in ()).throw(VideoError("gone")))
     qa = VideoQA(loaded, budget=0.5)
     with pytest.raises(VideoError, match="gone"):
         qa.encode(CLIP, frames=4)
     assert not loaded.patches._entries
-    monkeypatch.setattr(patches, "patches_of", real)
+    monkeypatch.setattr(encoding, "patches_of", real)
     assert qa.encode(CLIP, frames=4).report.sampling.frames == 4
 
 

@@ -32,7 +32,7 @@ SLOW = (
     "evoprune.session.encoding.plan_input",
     "evoprune.session.session.Session.fitting_pieces",
     "evoprune.session.cache.content_hash",
-    "evoprune.session.patches.patches_of",
+    "evoprune.session.encoding.patches_of",
     "evoprune.session.encoding.encode_rows",
     "evoprune.vision.encoder.EncodedRows.select_tokens",
     "evoprune.session.cache.Cache.store",
