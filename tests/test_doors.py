@@ -20,7 +20,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "video": 29,
     "bench": 24,
     "language": 18,
-    "model": 21,
+    "model": 20,
     "batch": 11,
     "vision": 11,
     "hf": 16,

@@ -157,6 +157,13 @@ class Device:
             return torch.cuda.mem_get_info(self._device)[0] + kept
         return limits.host_memory() if self.holds_values else None
 
+    def shortage(self, needed: int) -> str | None:
+        """Return in words how much memory is missing, or None if `needed` bytes are available."""
+        available = self.available_memory()
+        if available is None or needed <= available:
+            return None
+        return f"needs about {_size(needed)} of memory, and {_size(available)} are available"
+
     def memory_in_use(self) -> tuple[int | None, int | None]:
         """Return the bytes that this process uses now: its own memory, and mapped file pages. None if unknown, and on CUDA."""
         if self._on_cuda:
@@ -202,6 +209,12 @@ class Device:
         except OSError:
             return False
         return True
+
+
+def _size(size: int) -> str:
+    if size >= 2**30:
+        return f"{size / 2**30:.1f} GiB"
+    return f"{max(0, size) >> 20} MiB"
 
 
 def pick_device(name: str, *, auto: bool = False) -> torch.device:

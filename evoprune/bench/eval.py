@@ -17,7 +17,7 @@ from zlib import crc32
 
 import torch
 
-from evoprune.backend import available_cores
+from evoprune.backend import Device, available_cores
 from evoprune.batch import Row, Span
 from evoprune.bench.eval_folder import SIZE_RULE, RunFolder
 from evoprune.bench.eval_results import EvalResults
@@ -36,7 +36,7 @@ from evoprune.bench.shared import (
 )
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.methods import MethodChain, TowerShape
-from evoprune.model import Cost, shortage
+from evoprune.model import Cost
 from evoprune.report import Report
 from evoprune.session import (
     EncodedInputs,
@@ -202,7 +202,7 @@ class Evaluation:
         if processes > 1:
             loaded = self.loaded
             model = self.settings.model
-            if loaded and (short := shortage(processes * weights_of(loaded.description).bytes, loaded.device)):
+            if loaded and (short := Device(loaded.device).shortage(processes * weights_of(loaded.description).bytes)):
                 hint = "fewer processes (--processes), or a smaller model"
                 raise OutOfMemory(f"{processes} copies of {loaded.id}: {short}", hint, stage="load")
             model = replace(model, threads=threads_of_each(model.threads, processes))

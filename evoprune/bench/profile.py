@@ -56,16 +56,7 @@ from evoprune.bench.shared import COUNTED, WARM_UP, TimeLimit, after_tower_below
 from evoprune.errors import ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language import GenerationOptions, LanguageModel, TokenStream, prune_prompt
 from evoprune.methods import EncoderPlan, PruneConfig, TowerShape, arange_on
-from evoprune.model import (
-    PATCHES,
-    Clock,
-    Config,
-    Cost,
-    Model,
-    QwenVL,
-    matmul_rate,
-    shortage,
-)
+from evoprune.model import PATCHES, Clock, Config, Cost, Model, QwenVL, matmul_rate
 from evoprune.session import (
     BUNDLED_CONFIGS,
     DTYPES,
@@ -173,7 +164,7 @@ def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
     weights = Cost(model.config).parameters * size
     working = min(working_memory(model.config, case, model.limits["video"], size) for case in cases)
     stored = weights_of(model)
-    if short := shortage(weights + working, model.device):
+    if short := Device(model.device).shortage(weights + working):
         hint = f"take fewer or smaller frames (--frames, --size); {stored.what_fits(working, quantized=False)}"
         raise OutOfMemory(f"{model.id} at {min(cases)} {short}", hint, stage="load")
     loaded = load_model(model, pack=False)
@@ -244,7 +235,7 @@ def quantized_models(
     for name in names:
         if name == "none":
             continue
-        if short := shortage(all_bytes - Quantization(name).saved_bytes(loaded.model) + working, loaded.device):
+        if short := Device(loaded.device).shortage(all_bytes - Quantization(name).saved_bytes(loaded.model) + working):
             missing[name] = f"not run: beside the other weights, {name} {short}"
             continue
         start = Device(loaded.model.device).now()
@@ -395,7 +386,7 @@ class Bench:
             row.error = missing.get(row.quantize)
         self._clips: dict[tuple, Clip] = {}  # by case, or by case, method and budget for methods that act on the input
         for case, here in cases.items():
-            if short := shortage(needed[case], loaded.device):
+            if short := Device(loaded.device).shortage(needed[case]):
                 for row in here:
                     row.error = f"not run: {short}"
             else:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from evoprune.backend import Device
 from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.methods import EncoderPlan, Stage, arange_on
-from evoprune.model import Cost, shortage
+from evoprune.model import Cost
 from evoprune.session import Session
 from evoprune.video import Plan
 from evoprune.vision import EncodedRows, EncoderRun, ReferenceBlocks, Rows, encode_rows
@@ -141,5 +142,5 @@ def check_carried(session: Session, plan: Plan) -> None:
     _, height, width = plan.encoder.grid
     # The states of two windows are alive at once.
     needed = 2 * Cost(model.config).carried_bytes(height * width, model.dtype.itemsize)
-    if plan.encoder.reuse and (short := shortage(needed, str(model.device))):
+    if plan.encoder.reuse and (short := Device(model.device).shortage(needed)):
         raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", USE_LESS, stage="encode")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         VisionConfig,
         head_size,
     )
-    from evoprune.model.cost import Clock, Cost, matmul_rate, shortage
+    from evoprune.model.cost import Clock, Cost, matmul_rate
     from evoprune.model.heads import heads_of, norm, rotate
     from evoprune.model.numerics import all_finite, without_autocast
     from evoprune.model.weights import HostedVL, Model, QwenVL, Tower
@@ -43,7 +43,6 @@ __all__ = [
     "matmul_rate",
     "norm",
     "rotate",
-    "shortage",
     "without_autocast",
 ]
 
@@ -60,7 +59,7 @@ __getattr__, __dir__ = door(
             "VisionConfig",
             "head_size",
         ],
-        "cost": ["Clock", "Cost", "matmul_rate", "shortage"],
+        "cost": ["Clock", "Cost", "matmul_rate"],
         "heads": ["heads_of", "norm", "rotate"],
         "numerics": ["all_finite", "without_autocast"],
         "weights": ["HostedVL", "Model", "QwenVL", "Tower"],

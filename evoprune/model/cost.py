@@ -52,20 +52,6 @@ class Clock:
             yield item
 
 
-def shortage(needed: int, device: str) -> str | None:
-    """Return in words how much memory is missing, or None if `needed` bytes are available."""
-    available = Device(device).available_memory()
-    if available is None or needed <= available:
-        return None
-    return f"needs about {_size(needed)} of memory, and {_size(available)} are available"
-
-
-def _size(size: int) -> str:
-    if size >= 2**30:
-        return f"{size / 2**30:.1f} GiB"
-    return f"{max(0, size) >> 20} MiB"
-
-
 class Cost:
     """The costs of running a model of any family: parameters, operations, and bytes of memory.
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from evoprune.backend import Device
 from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.language import GenerationOptions, Prompt, Turn
 from evoprune.methods import Budget, PruneConfig
-from evoprune.model import Cost, shortage
+from evoprune.model import Cost
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.prompting import prompt_about
@@ -127,9 +128,9 @@ class Session:
         prompt = self.prompt_columns(encoder.keep, other_tokens)
         needs = piece_needs(model.config, model.device, encoder, model.dtype.itemsize, prompt)
         for number, (_, needed) in enumerate(needs):
-            short = shortage(needed, str(model.device))
+            short = Device(model.device).shortage(needed)
             if short and self.loaded.patches.clear():  # evicts the patches of earlier inputs
-                short = shortage(needed, str(model.device))
+                short = Device(model.device).shortage(needed)
             if not short:
                 return [size for size, _ in needs[number:]]
         frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
@@ -148,7 +149,7 @@ class Session:
             return
         model = self.loaded.model
         needed = Cost(model.config).language_bytes(self.prompt_columns(visual, text), model.dtype.itemsize)
-        if short := shortage(needed, self.loaded.device):
+        if short := Device(self.loaded.device).shortage(needed):
             raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", USE_LESS, stage="prefill")
 
     @property

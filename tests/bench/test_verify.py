@@ -141,8 +141,10 @@ def test_a_separate_output_layer_under_tied_embeddings_that_is_left_out_is_found
 
 
 def test_without_memory_for_a_second_copy_it_is_made_of_our_tensors(monkeypatch):
-    monkeypatch.setattr("evoprune.bench.verify.subject.shortage", lambda *_: "needs more")
-    results = verified("demo", checks=CHECKS[:4])
+    loaded = load_model("demo", device="cpu", dtype="fp32", pack=False)
+    monkeypatch.setattr(Device, "shortage", lambda _, needed: "needs more" if needed == loaded.weights_bytes else None)
+    with subject_of(loaded, None) as subject:
+        results = [*verify(subject, TimeLimit(1e6), checks=CHECKS[:4])][-1]
     assert {n for n, s in states(results).items() if s == SKIPPED} == {"weights"}
 
 
@@ -185,10 +187,10 @@ def test_the_record_has_no_paths_prompts_or_names_of_machines(folders):
 
 
 def test_a_wider_dtype_shows_rounding_and_leaves_the_model_as_it_was(folders, monkeypatch):
-    monkeypatch.setattr("evoprune.bench.verify.subject.shortage", lambda *_: "so that our tensors are used")
     loaded = load_model(str(folders["qwen2_5_vl"]), device="cpu", dtype="bf16", pack=False)
     exact = load_model(str(folders["qwen2_5_vl"]), device="cpu", dtype="bf16", pack=False)
     exact.model.float()
+    monkeypatch.setattr(Device, "shortage", lambda *_: "so that our tensors are used")
     with subject_of(loaded, None) as subject, subject_of(exact, None) as other:
         before = subject.features(subject.about(subject.video).call)[0]
         with computing_in(subject.transformers, torch.float32):

@@ -69,12 +69,12 @@ def test_a_model_of_which_nothing_is_known_here(cli, no_network_no_weights):
 @pytest.mark.parametrize("options", [("-b", "0.1"), ("-b", "0.5", "--method", "downscale"), ("--frames", "4")])
 def test_the_memory_is_that_of_the_check_before_a_run(cli, tiny_folder, monkeypatch, options):
     needed = []
-    monkeypatch.setattr("evoprune.session.session.shortage", lambda size, device: needed.append(size))
+    monkeypatch.setattr(Device, "shortage", lambda self, size: needed.append(size))
     args = (CLIP, "-m", tiny_folder, *options, "--dtype", "fp32", "--json")
     record = cli("inspect", *args).record
     assert not needed and record["memory"]["enough"] in (True, None)
     made = cli("ask", CLIP, "?", "-n", "1", *args[1:]).record
-    assert record["memory"]["working_bytes"] == needed[0]
+    assert [record["model"]["weights_bytes"], record["memory"]["working_bytes"]] == needed[:2]
     assert record["memory"]["visual_tokens"] == made["pruning"]["visual_tokens_kept"]
     assert record["memory"]["needed_bytes"] == record["memory"]["working_bytes"] + record["model"]["weights_bytes"]
     assert (

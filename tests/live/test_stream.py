@@ -12,7 +12,6 @@ import torch
 from evoprune.backend import Device
 from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.live import segments
 from evoprune.session import load_model
 from evoprune.video import read_chunks
 from evoprune.video_qa import VideoQA
@@ -433,7 +432,7 @@ def test_what_has_not_changed_since_the_window_before_is_not_encoded_again(demo)
 
 def test_what_a_window_leaves_to_the_next_one_counts_as_memory(demo, monkeypatch):
     asked = []
-    monkeypatch.setattr(segments, "shortage", lambda needed, device: asked.append(needed) or "needs more than there is")
+    monkeypatch.setattr(Device, "shortage", lambda self, needed: asked.append(needed) or "needs more than there is")
     frame = np.zeros((112, 168, 3), np.uint8)
     with VideoQA(demo, budget=0.25).stream(window_s=2.0, fps=2.0) as stream:
         for _ in range(2):  # the error is repeated

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evoprune.backend import Device
 from evoprune.errors import DoesNotFit, OutOfMemory, UsageError
 from evoprune.language import GenerationOptions, LanguageModel, Tokenizer
 from evoprune.session.cache import Cache
@@ -190,11 +191,11 @@ def test_a_long_question_takes_memory(qa, plan, monkeypatch):
     video = qa.encode(CLIP)
     asked = []
 
-    def shortage(needed, device):
+    def shortage(device, needed):
         asked.append(needed)
         return "needs about 9.9 GiB of memory, and 1.0 GiB are available" if len(asked) > 1 else None
 
-    monkeypatch.setattr("evoprune.session.session.shortage", shortage)
+    monkeypatch.setattr(Device, "shortage", shortage)
     qa.session.longest_prompt([plan], ["What?"], GenerationOptions(1))
     assert not asked  # the encoder's own check assumes this
     qa.session.longest_prompt([plan], [LONG], GenerationOptions(1))

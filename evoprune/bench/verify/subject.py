@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.backend import cache_name
+from evoprune.backend import Device, cache_name
 from evoprune.bench.hugging_face import hugging_face_model, share_equal
 from evoprune.hf import NAMES, TYPES, arguments, read_patches
 from evoprune.language import GenerationOptions
-from evoprune.model import shortage
 from evoprune.session import EncodedInputs, LoadedModel, open_inputs, read_whole
 from evoprune.video import SamplingOptions
 from evoprune.video_qa import VideoQA
@@ -281,7 +280,7 @@ class Subject:
         """
         model = self.loaded.model
         origin = self.loaded.description
-        short = shortage(self.loaded.weights_bytes, self.loaded.device)
+        short = Device(self.loaded.device).shortage(self.loaded.weights_bytes)
         if origin.random or origin.quantization or short:
             self.not_read = "random weights are in no file"
             if short:

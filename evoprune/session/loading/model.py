@@ -41,15 +41,7 @@ from evoprune.language import (
     warm_up,
 )
 from evoprune.methods import MethodChain, TowerShape
-from evoprune.model import (
-    PATCHES,
-    Config,
-    Cost,
-    GenerationSettings,
-    Model,
-    QwenVL,
-    shortage,
-)
+from evoprune.model import PATCHES, Config, Cost, GenerationSettings, Model, QwenVL
 from evoprune.report import ModelFacts
 from evoprune.session.loading.description import ModelDescription, describe, read_json, valid
 from evoprune.session.loading.weights import (
@@ -332,7 +324,7 @@ def _loaded(
         from evoprune.session.loading import hosted
     form = DTYPES[model.dtype], device
     start = time.perf_counter()
-    if short := shortage(stored.bytes, str(device)):
+    if short := Device(device).shortage(stored.bytes):
         raise OutOfMemory(f"loading {name} {short} ({device})", stored.what_fits(), stage="load")
     try:
         if not model.native:

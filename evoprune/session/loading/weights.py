@@ -16,7 +16,7 @@ import torch
 
 from evoprune.backend import Device, Quantization, are_mapped, are_widened, can_pack, pick_device
 from evoprune.errors import ModelError, ModelWarning
-from evoprune.model import Config, Cost, QwenVL, shortage
+from evoprune.model import Config, Cost, QwenVL
 from evoprune.session.loading.description import ADAPTER, MERGE, ModelDescription, read_json, valid
 from evoprune.session.loading.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
 from evoprune.session.memory import TEXT, piece_needs
@@ -162,7 +162,7 @@ class ModelWeights:
         hints = []
         for words, dtype, kind in forms:
             needed = self.bytes_as(dtype, kind)
-            if not shortage(needed + beside, str(self.device)):
+            if not Device(self.device).shortage(needed + beside):
                 hints.append(f"{words} needs about {size(needed)} for the weights")
         return "; ".join([*hints, "or use a smaller model" if hints else "use a smaller model"])
 

@@ -243,20 +243,19 @@ def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
         ModelError: a model does not exist.
     """
     prepare()
-    from evoprune.backend import Quantization
-    from evoprune.model import shortage
+    from evoprune.backend import Device, Quantization
     from evoprune.session import describe, weights_of
     from evoprune.util import size
 
     described = [describe(each) for each in models]
     weights = [weights_of(each) for each in described]
     device = weights[0].device
-    if short := shortage(sum(each.bytes for each in weights), str(device)):
+    if short := Device(device).shortage(sum(each.bytes for each in weights)):
         names = " and ".join(each.id for each in described)
         hint = "serve fewer or smaller models"
         for kind in Quantization.kinds(device) if all(each.can_be_quantized for each in described) else ():
             needed = sum(each.bytes_as(each.description.dtype, kind) for each in weights)
-            if not shortage(needed, str(device)):
+            if not Device(device).shortage(needed):
                 hint += f"; --quantize {kind} needs about {size(needed)} for the weights"
         raise OutOfMemory(f"{names} {short}", hint, stage="load")
     return described

@@ -22,7 +22,7 @@ from evoprune.backend.devices import is_host
 from evoprune.bundled import DEMOS
 from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language import LanguageModel
-from evoprune.model import FAMILIES, Config, Cost, shortage
+from evoprune.model import FAMILIES, Config, Cost
 from evoprune.session.loading import model
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import InputLimits, use_threads
@@ -407,8 +407,8 @@ def test_two_models_on_one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * gib, 16 * gib))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gib)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * gib)
-    assert Device("cuda:1").available_memory() == 4 * gib and shortage(4 * gib, "cuda:1") is None
-    assert shortage(5 * gib, "cuda:1") == "needs about 5.0 GiB of memory, and 4.0 GiB are available"
+    assert Device("cuda:1").available_memory() == 4 * gib and Device("cuda:1").shortage(4 * gib) is None
+    assert Device("cuda:1").shortage(5 * gib) == "needs about 5.0 GiB of memory, and 4.0 GiB are available"
 
 
 def test_reading_waits_everywhere_but_on_the_cpu(monkeypatch):
