@@ -23,7 +23,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "model": 20,
     "batch": 11,
     "vision": 11,
-    "hf": 16,
+    "hf": 13,
     "bundled": 2,
     "live": 2,
     "moments": 2,

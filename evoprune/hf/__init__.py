@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING
 from evoprune.doors import door
 
 if TYPE_CHECKING:
-    from evoprune.hf import interface
     from evoprune.hf.columns import Columns
     from evoprune.hf.context import EvoPrune, PrunedModel, apply, remove
-    from evoprune.hf.encoding import PackedTower, encode, encode_each, patch_config
-    from evoprune.hf.inputs import NAMES, TYPES, arguments, processor_inputs, read_patches
-    from evoprune.hf.interface import MODELS
+    from evoprune.hf.encoding import PackedTower, encode, encode_each
+    from evoprune.hf.inputs import arguments, processor_inputs, read_patches
+    from evoprune.hf.interface import model_positions, takes_encoded
 
 __all__ = [
-    "MODELS",
-    "NAMES",
-    "TYPES",
     "Columns",
     "EvoPrune",
     "PackedTower",
@@ -27,11 +23,11 @@ __all__ = [
     "arguments",
     "encode",
     "encode_each",
-    "interface",
-    "patch_config",
+    "model_positions",
     "processor_inputs",
     "read_patches",
     "remove",
+    "takes_encoded",
 ]
 
 __getattr__, __dir__ = door(
@@ -39,8 +35,8 @@ __getattr__, __dir__ = door(
     {
         "columns": ["Columns"],
         "context": ["EvoPrune", "PrunedModel", "apply", "remove"],
-        "encoding": ["PackedTower", "encode", "encode_each", "patch_config"],
-        "inputs": ["NAMES", "TYPES", "arguments", "processor_inputs", "read_patches"],
-        "interface": ["MODELS"],
+        "encoding": ["PackedTower", "encode", "encode_each"],
+        "inputs": ["arguments", "processor_inputs", "read_patches"],
+        "interface": ["model_positions", "takes_encoded"],
     },
 )

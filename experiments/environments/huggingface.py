@@ -28,7 +28,6 @@ import transformers
 
 import evoprune
 from evoprune.errors import EvopruneError
-from evoprune.hf import MODELS
 from evoprune.model import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -232,7 +231,7 @@ def with_patches(config, inputs: dict, before: int, videos: bool) -> tuple:
 
 def _prune_all_models(method: str) -> None:
     """Make every model of the supported classes prune from its first call on."""
-    for cls in (getattr(transformers, model) for model in MODELS):
+    for cls in (getattr(transformers, f"{family.model}ForConditionalGeneration") for family in FAMILIES.values()):
         for name in ("forward", "generate"):
             setattr(cls, name, _from_now_on(getattr(cls, name), name, method))
 

@@ -15,8 +15,8 @@ import torch
 
 from evoprune.backend import Device
 from evoprune.bench import Case, hugging_face_model, synthetic_clip
-from evoprune.hf import PackedTower, encode_each, patch_config
-from evoprune.methods import Budget
+from evoprune.hf import PackedTower, encode_each
+from evoprune.methods import Budget, PruneConfig
 from evoprune.session import DTYPES, ModelOptions, describe, random_model
 from evoprune.vision import normalised, pixel_patches
 from experiments.tables import table
@@ -33,7 +33,7 @@ def random_tower(name: str, dtype: torch.dtype):
 def measure(visual, patches: torch.Tensor, grid_thw: torch.Tensor, rounds: int) -> list[tuple[str, float, float]]:
     """Return name, median milliseconds and relative deviation of the tokens from Hugging Face's, for each variant."""
     packed = PackedTower(visual)
-    none = patch_config(Budget.parse(1.0), "none")
+    none = PruneConfig.of(Budget.parse(1.0), "none")
     ways = {
         "Hugging Face": lambda: visual(patches, grid_thw=grid_thw).pooler_output,
         "EvoPrune": lambda: encode_each(visual, patches, grid_thw, none)[0].features,

@@ -14,7 +14,6 @@ from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify import checks
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
 from evoprune.bench.verify.subject import DIFFERS, HELD, QUESTION, SKIPPED, Check, Outcome, computing_in, gap, judged
-from evoprune.hf import interface
 from evoprune.language import static
 from evoprune.model import FAMILIES
 from evoprune.session import load_model
@@ -150,7 +149,7 @@ def test_without_memory_for_a_second_copy_it_is_made_of_our_tensors(monkeypatch)
 
 @pytest.mark.full
 def test_what_an_older_transformers_cannot_do_is_skipped(monkeypatch):
-    monkeypatch.setattr(interface, "takes_encoded", lambda model: False)
+    monkeypatch.setattr("evoprune.bench.verify.checks.takes_encoded", lambda model: False)
     positions = [check for check in CHECKS if check.name == "positions"]
     assert states(verified("demo", path="samples/square.mp4", checks=positions)) == {"positions": SKIPPED}  # 2 / 3 s
     assert states(verified("demo", checks=positions)) == {"positions": HELD}

@@ -74,7 +74,7 @@ def test_what_was_found_before_an_interrupt_is_told(cli, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("evoprune.hf.interface.model_positions", interrupted)
+    monkeypatch.setattr("evoprune.bench.verify.checks.model_positions", interrupted)
     result = cli("verify", "-m", "demo", "--quick", "-o", tmp_path / "report.json")
     record = json.loads((tmp_path / "report.json").read_text())
     assert result.code == 130 == record["error"]["code"]

@@ -13,7 +13,7 @@ from evoprune import methods
 from evoprune.contrib.fastv import FastV
 from evoprune.contrib.mmr import Mmr
 from evoprune.errors import UsageError
-from evoprune.hf import patch_config
+from evoprune.hf import encoding
 from evoprune.methods import registry
 from evoprune.methods.base import InputMethod, Method
 from evoprune.methods.baselines import DivPrune
@@ -295,7 +295,7 @@ def works(call, *args, **more) -> str:
 def facts(name: str) -> tuple[str, ...]:
     """Return the table cells of a method, in the order of `HEADER`. tests/cli/test_methods.py runs each one in every command."""
     method = methods.MethodChain.parse(name)
-    encode = works(patch_config, Budget.PRESETS["fast"], name, has_question=True)
+    encode = works(encoding.patch_config, Budget.PRESETS["fast"], name, has_question=True)
     return (
         "yes",
         "whole" if name in ("none", *WHOLE) else "pruned",

@@ -32,7 +32,7 @@ from evoprune.bench.verify.subject import (
     skipped,
 )
 from evoprune.errors import first_line, is_out_of_memory
-from evoprune.hf import interface
+from evoprune.hf import model_positions, takes_encoded
 from evoprune.language import prune_prompt
 from evoprune.methods import TowerShape, arange_on
 from evoprune.model import PATCHES
@@ -73,10 +73,10 @@ def positions(subject: Subject) -> Outcome:
         call = {name: value.cpu() for name, value in asked.call.items()}
         if "second_per_grid_ts" in call:  # exactly: a product that is a whole number must not be rounded down below it
             seconds = [asked.plans[-1].sampling.seconds_per_pair(pair)]
-            if seconds[0] % 1 and not interface.takes_encoded(subject.transformers):
+            if seconds[0] % 1 and not takes_encoded(subject.transformers):
                 return skipped("this transformers cuts seconds from one frame pair to the next to whole ones")
             call["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
-        theirs = interface.model_positions(subject.transformers, call, call["attention_mask"], False)[:, 0]
+        theirs = model_positions(subject.transformers, call, call["attention_mask"], False)[:, 0]
         # one run for each stretch of text, picture or video
         runs = []
         at = 0

@@ -20,7 +20,7 @@ from torch import nn
 
 from evoprune.backend import Device, cache_name
 from evoprune.bench.hugging_face import hugging_face_model, share_equal
-from evoprune.hf import NAMES, TYPES, arguments, read_patches
+from evoprune.hf import arguments, read_patches
 from evoprune.language import GenerationOptions
 from evoprune.session import EncodedInputs, LoadedModel, open_inputs, read_whole
 from evoprune.video import SamplingOptions
@@ -330,11 +330,12 @@ class Subject:
         """
         kinds = call["mm_token_type_ids"][0]
         parts = {}
-        for kind, (pixels, grids) in NAMES.items():
+        names = {2: ("pixel_values_videos", "video_grid_thw"), 1: ("pixel_values", "image_grid_thw")}  # by token type
+        for kind, (pixels, grids) in names.items():
             if pixels in call:
                 output = self.transformers.model.visual(call[pixels].to(self.dtype), grid_thw=call[grids])
                 inner = getattr(output, "deepstack_features", None) or ()
-                parts[TYPES[kind]] = torch.stack([output.pooler_output, *inner])
+                parts[kind] = torch.stack([output.pooler_output, *inner])
         first = next(iter(parts.values()))
         every = first.new_empty(len(first), len(kinds), first.shape[2])
         for kind, part in parts.items():
