@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from evoprune.doors import door
 
 if TYPE_CHECKING:
-    from evoprune.backend import devices, layers, operators
     from evoprune.backend.attention import (
         NEVER,
         attends_by_products,
@@ -31,16 +30,10 @@ if TYPE_CHECKING:
         empty_cache,
         pick_device,
         plain_pytorch,
+        read_or,
         to_device,
     )
-    from evoprune.backend.hosted import (
-        EXPERTS,
-        cache_name,
-        choose_functions,
-        form_of_layers,
-        use_experts,
-        without_packages,
-    )
+    from evoprune.backend.hosted import EXPERTS, cache_name, choose_functions, form_of_layers, without_packages
     from evoprune.backend.layers import give_up, is_unhooked_linear, joined, kernels_for
     from evoprune.backend.limits import (
         available_cores,
@@ -62,7 +55,7 @@ if TYPE_CHECKING:
         unit_counts,
     )
     from evoprune.backend.pixels import resized
-    from evoprune.backend.weights import are_mapped, are_widened, prepare
+    from evoprune.backend.weights import prepare
 
 __all__ = [
     "EXPERTS",
@@ -72,8 +65,6 @@ __all__ = [
     "Quantization",
     "Timer",
     "accelerator",
-    "are_mapped",
-    "are_widened",
     "attends_by_products",
     "available_cores",
     "bias_features",
@@ -83,7 +74,6 @@ __all__ = [
     "choose_functions",
     "cluster_share",
     "describe_devices",
-    "devices",
     "empty_cache",
     "form_of_groups",
     "form_of_layers",
@@ -95,16 +85,15 @@ __all__ = [
     "keep_freed_memory",
     "kernels_for",
     "launch_bound_units",
-    "layers",
     "linear",
     "mean_rows",
     "nearest_selected",
     "oom_kills",
-    "operators",
     "pack",
     "pick_device",
     "plain_pytorch",
     "prepare",
+    "read_or",
     "resized",
     "resolve_device",
     "reuse_scan",
@@ -116,7 +105,6 @@ __all__ = [
     "transformers_attention",
     "tube_radii",
     "unit_counts",
-    "use_experts",
     "varlen_kernel",
     "visual_token_limit",
     "weights_bytes",
@@ -149,9 +137,10 @@ __getattr__, __dir__ = door(
             "empty_cache",
             "pick_device",
             "plain_pytorch",
+            "read_or",
             "to_device",
         ],
-        "hosted": ["EXPERTS", "cache_name", "choose_functions", "form_of_layers", "use_experts", "without_packages"],
+        "hosted": ["EXPERTS", "cache_name", "choose_functions", "form_of_layers", "without_packages"],
         "layers": ["give_up", "is_unhooked_linear", "joined", "kernels_for"],
         "limits": [
             "available_cores",
@@ -173,6 +162,6 @@ __getattr__, __dir__ = door(
             "unit_counts",
         ],
         "pixels": ["resized"],
-        "weights": ["are_mapped", "are_widened", "prepare"],
+        "weights": ["prepare"],
     },
 )

@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, wraps
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -28,6 +29,10 @@ from evoprune.backend import limits
 from evoprune.errors import DeviceWarning, UsageError, first_line, is_out_of_memory
 from evoprune.report import Environment
 
+T = TypeVar("T")
+
+WIDENED = ("compressed-tensors", "fp8")  # quantization that transformers undoes when it loads weights on a CPU
+STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # dtype names in safetensors
 # Number of units whose rows are multiplied at a time. With 256 units (1,024 patches), matrix products run at full speed and their
 # results stay in the CPU caches (results/benchmarks.md, "Kernels"). A GPU needs more to be busy.
 PIECE_UNITS = 256
@@ -86,6 +91,20 @@ class Device:
     def default_dtype(self) -> str:
         """The name of the fastest dtype: "bf16" if the device has hardware bf16 matmul, otherwise "fp32"."""
         return "bf16" if _has_bf16(self._device) else "fp32"
+
+    def maps_weights(self, stored: Collection[str], dtype: torch.dtype, quantize: str) -> bool:
+        """Return whether weights stay memory-mapped until they are packed or quantized, as on a CPU.
+
+        Args:
+            stored: dtypes of the weights in the files, as safetensors names them.
+            dtype: requested dtype.
+            quantize: requested kind of quantization, or "none".
+        """
+        return self._on_host and (quantize != "none" or {*stored} == {STORED[dtype]})
+
+    def widens(self, quantization: str | None) -> bool:
+        """Return whether weights with this quantization are dequantized when they are loaded."""
+        return self._on_host and quantization in WIDENED
 
     @property
     def busy_cores(self) -> int:
@@ -501,34 +520,9 @@ def run_and_capture(function: Callable[[], None], device: torch.device) -> Calla
     return replay
 
 
-# These functions read values on the CPU, which costs nothing. On other devices they return an answer that needs no synchronization.
+def read_or(read: Callable[[], T], like: torch.Tensor, otherwise: T) -> T:
+    """Return `read()` if `like` is on the CPU, where reading values costs nothing.
 
-
-def count_or_bound(count: Callable[[], int], like: torch.Tensor, bound: int) -> int:
-    """Return `count()` if `like` is on the CPU, otherwise `bound`, an upper bound of it."""
-    return count() if is_host(like.device) else bound
-
-
-def positive_or_all(number: torch.Tensor, *along: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return `number` and the tensors `along` it, on the CPU only the entries with a positive number, otherwise all entries.
-
-    Args:
-        number: `[n]`.
-        along: tensors `[n, ...]`.
+    On other devices, return `otherwise`, an answer that needs no synchronization, such as an upper bound.
     """
-    if not is_host(number.device):
-        return number, *along
-    at = (number > 0).nonzero().flatten()
-    return number[at], *(x[at] for x in along)
-
-
-def known_false(flag: torch.Tensor) -> bool:
-    """Return True if `flag` (bool, 0-dimensional) is on the CPU and false. Other devices are not read, so the result is False."""
-    return is_host(flag.device) and not flag
-
-
-def read_together(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two tensors `[n]` on the CPU. From another device they are copied together, as int64."""
-    if is_host(second.device):
-        return first, second
-    return torch.cat([first.long(), second]).cpu().split([len(first), len(second)])
+    return read() if is_host(like.device) else otherwise

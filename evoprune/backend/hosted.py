@@ -47,20 +47,6 @@ def form_of_layers(device: torch.device, few: T, modules: T) -> T:
     return modules if is_host(device) or wants_plain_pytorch() else few
 
 
-def use_experts(model) -> None:
-    """Make mixtures of experts call `_through_experts`, unless another implementation than transformers' default was chosen.
-
-    `model` is a `HostedVL`.
-    """
-    config = model.model.language_model.config
-    if model.config.text_config.experts is None or config._experts_implementation != "grouped_mm":
-        return
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _through_experts)
-    config._experts_implementation = EXPERTS
-
-
 def _through_experts(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return the output of the experts in a layer, `[L, hidden]`.
 
@@ -95,16 +81,28 @@ def without_packages() -> Iterator[None]:
         _thread.depth -= 1
 
 
-def choose_functions(module: torch.nn.Module) -> None:
-    """Make transformers run its own functions instead of imported `FUSED` kernels, on the CPU and within `without_packages`.
+def choose_functions(model, *, experts: bool) -> None:
+    """Choose the functions that the language model of a `HostedVL` calls.
 
-    transformers would call the kernels on any device, but they fail on a CPU.
+    Instead of imported `FUSED` kernels, transformers then runs its own functions on the CPU and within `without_packages`. It would
+    call the kernels on any device, but they fail on a CPU.
+
+    Args:
+        model: changed in place.
+        experts: make mixtures of experts call `_through_experts`, unless another implementation than transformers' default was
+            chosen.
     """
-    for source in {type(part).__module__ for part in module.modules()}:
+    text = model.model.language_model
+    for source in {type(part).__module__ for part in text.modules()}:
         functions = vars(sys.modules[source])
         for name in FUSED & functions.keys():
             if own := getattr(functions[name], "__wrapped__", None):
                 functions[name] = partial(_chosen, functions[name], own)
+    if experts and model.config.text_config.experts is not None and text.config._experts_implementation == "grouped_mm":
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _through_experts)
+        text.config._experts_implementation = EXPERTS
 
 
 def _chosen(fused: Callable, own: Callable, x: torch.Tensor, *args, **kwargs):

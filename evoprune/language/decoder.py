@@ -12,7 +12,16 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import causal_attention, layers, linear, room_for_bias, to_device, without_cudnn
+from evoprune.backend import (
+    causal_attention,
+    give_up,
+    joined,
+    kernels_for,
+    linear,
+    room_for_bias,
+    to_device,
+    without_cudnn,
+)
 from evoprune.methods import Dropping, LayerState, arange_on
 from evoprune.model import head_size, heads_of, norm, rotate, without_autocast
 
@@ -500,9 +509,9 @@ def _fused(
     mlp = layer.mlp
     eps = config.rms_norm_eps
     heads = config.num_attention_heads
-    fast = layers.kernels_for(x.device)
-    into = layers.joined(attention)
-    gates = layers.joined(mlp)
+    fast = kernels_for(x.device)
+    into = joined(attention)
+    gates = joined(mlp)
     if None in (fast, into, gates):
         return None
     try:
@@ -519,5 +528,5 @@ def _fused(
         x, h = fast.add_norm(x.contiguous(), attention.o_proj(seen), layer.post_attention_layernorm.weight, eps)
         return x + mlp.down_proj(fast.silu_times(F.linear(h, gates[0]))), queries[..., :dim], keys, values
     except Exception as problem:
-        layers.give_up(problem)
+        give_up(problem)
         return None

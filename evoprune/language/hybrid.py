@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import layers as backend
+from evoprune.backend import give_up, kernels_for
 from evoprune.model import rotate
 
 CHUNK = 64  # columns, as in transformers
@@ -73,14 +73,14 @@ def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, gain: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum `x + plus` (`x` if `plus` is None) and its RMS norm, scaled by `gain` (float32) before rounding."""
-    if fast := backend.kernels_for(x.device):
+    if fast := kernels_for(x.device):
         try:
             # Quantised layers may return tensors that are not contiguous.
             if plus is not None:
                 plus = plus.contiguous()
             return fast.add_norm(x.contiguous(), plus, gain, eps, rounds=False)
         except Exception as problem:
-            backend.give_up(problem)
+            give_up(problem)
     total = x
     if plus is not None:
         total = x + plus

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import NEVER, Device, attends_by_products, bias_features, devices, form_of_groups
+from evoprune.backend import NEVER, Device, Timer, attends_by_products, bias_features, form_of_groups
 from evoprune.methods import arange_on
 from evoprune.model import PATCHES, without_autocast
 from evoprune.vision.layout import Scope, bincount_fixed, cat, group_table, group_units, order_tables, runs
@@ -307,7 +307,7 @@ def grouped_attention(
     v: torch.Tensor,
     groups: Groups,
     received: torch.Tensor | None = None,
-    timer: devices.Timer | None = None,
+    timer: Timer | None = None,
     at_once: int | None = None,
 ) -> torch.Tensor:
     """Return the softmax attention of every row to the key rows of its group, `[R, 4, heads, d]`.

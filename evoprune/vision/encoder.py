@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import Device, devices, snap, without_cudnn
+from evoprune.backend import Device, Timer, read_or, snap, to_device, without_cudnn
 from evoprune.errors import UsageError, not_a_number_error
 from evoprune.methods import (
     EncoderPlan,
@@ -154,7 +154,7 @@ class EncodedRows:
     source: torch.Tensor  # int64 `[T, H*W]`, for every unit the frame pair whose pixels represent it
     layers: list[tuple[int, int]]  # see `Encoded`
     selection: Selection | None  # last selection in the tower, if the language model reads exactly its rows
-    timer: devices.Timer  # measures pruning
+    timer: Timer  # measures pruning
     # bool `[3]`: all values are finite; mergers removed as many rows as planned; every frame pair has a single color. Read only at
     # the end, so that nothing synchronizes earlier.
     checks: torch.Tensor
@@ -178,7 +178,7 @@ class EncodedRows:
         rows = self.rows
         with self.timer:
             selection = self.token_selection(question)
-            kept = devices.to_device(selection.kept, rows.unit.device)
+            kept = to_device(selection.kept, rows.unit.device)
             features = rows.values
             deepstack = rows.deepstack
             if selection is not self.selection:
@@ -244,7 +244,7 @@ class EncodedRows:
             ModelError: a row has NaN or infinite values.
             RuntimeError: a merger did not remove as many rows as planned.
         """
-        checks, kept = devices.read_together(self.checks, kept)
+        checks, kept = _read_together(self.checks, kept)
         numbers, as_planned, flat = map(bool, checks.tolist())
         if not numbers:
             raise not_a_number_error("encode")
@@ -309,7 +309,7 @@ class EncoderRun:
         self.piece = piece_units or Device(self.device).piece_units
         self.on_layer = on_layer
         self.pause = pause
-        self.timer = devices.Timer(self.device)
+        self.timer = Timer(self.device)
         # State of reuse after the frame pairs embedded so far
         self.references: ReferenceBlocks | None = None
         # 0-d bool tensors that `checks` combines:
@@ -381,7 +381,7 @@ class EncoderRun:
 
         A frame pair has a single color if all its patches are equal within one level of 255.
         """
-        if self.one_colour and devices.known_false(self.one_colour[-1]):
+        if self.one_colour and read_or(lambda: not self.one_colour[-1], self.one_colour[-1], False):
             return
         self.one_colour.append((patches.amax(1) - patches.amin(1)).max() < 1 / 255)
 
@@ -483,7 +483,7 @@ class EncoderRun:
         for values in rows:
             if values.numel():
                 self.finite.append(all_finite(values))
-                if devices.known_false(self.finite[-1]):
+                if read_or(lambda: not self.finite[-1], self.finite[-1], False):
                     raise not_a_number_error("encode")
 
     def checks(self) -> torch.Tensor:
@@ -557,3 +557,10 @@ def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
     first = torch.cat([torch.ones(1, dtype=torch.bool, device=size.device), even[1:] != even[:-1]])
     rank = (size * 2 + first).argsort(descending=True, stable=True)
     return rank[:keep].sort().values
+
+
+def _read_together(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two tensors `[n]` on the CPU. From another device they are copied together, as int64."""
+    if on_cpu := read_or(lambda: (first, second), second, None):
+        return on_cpu
+    return torch.cat([first.long(), second]).cpu().split([len(first), len(second)])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from evoprune.backend import devices
+from evoprune.backend import read_or, to_device
 from evoprune.errors import call
 from evoprune.methods import Candidates, Merger, TowerShape, arange_on, nonzero_fixed
 from evoprune.model import without_autocast
@@ -79,25 +79,26 @@ def merge_in_rounds(
         RuntimeError: the merger removed no row in a round, or too many in total. Raised only if values are read.
     """
     longest = rows.longest(scope)
-    goal = devices.to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), rows.unit.device)
+    goal = to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), rows.unit.device)
     wanted = share_rows(rows.lengths(scope).view(len(target), -1), goal, longest).flatten()
-    rounds = devices.count_or_bound(
-        lambda: len(rows) - sum(target), rows.unit, most_rounds(rows, scope, target, merger)
-    )
+    rounds = read_or(lambda: len(rows) - sum(target), rows.unit, most_rounds(rows, scope, target, merger))
     for left_rounds in reversed(range(rounds)):
         lengths = rows.lengths(scope)
         start = lengths.cumsum(0) - lengths
-        remove, start, lengths = devices.positive_or_all(lengths - wanted, start, lengths)
+        remove = lengths - wanted
+        # Where values are read, only the groups that still lose rows take part.
+        if (losing := read_or(lambda: (remove > 0).nonzero().flatten(), remove, None)) is not None:  # noqa: B023
+            remove, start, lengths = remove[losing], start[losing], lengths[losing]
         if not len(remove):
             break
         into = _partners(rows, start, lengths, longest, remove, merger, features, attention)
         stays = into == arange_on(len(into), into.device)
-        moves = devices.count_or_bound(lambda: int((~stays).sum()), into, len(rows) - sum(target))  # noqa: B023
+        moves = read_or(lambda: int((~stays).sum()), into, len(rows) - sum(target))  # noqa: B023
         if not moves:
             raise RuntimeError(f"method {merger.name} merged nothing in a {scope} that must lose rows")
         left = len(rows) - moves
         if left_rounds:
-            left = devices.count_or_bound(lambda: left, into, len(rows))  # noqa: B023
+            left = read_or(lambda: left, into, len(rows))  # noqa: B023
         if attention is not None:
             attention = torch.zeros_like(attention).index_add_(0, into, attention)[nonzero_fixed(stays, left)]
         features = merge_rows(features, rows.size, into, left, moves)
@@ -106,7 +107,7 @@ def merge_in_rounds(
             counts = target
         rows = rows.merge(into, scope, left, moves, counts, merger.size_bias)
     as_planned = (rows.lengths(scope) == wanted).all()
-    if devices.known_false(as_planned):
+    if read_or(lambda: not as_planned, as_planned, False):
         raise RuntimeError(f"method {merger.name} left {len(rows)} rows where {sum(target)} were planned")
     # If a merger removed too many rows, padding is left. Keep it inside the last frame pair until `as_planned` is read.
     return replace(rows, unit=rows.unit.clamp(max=len(rows.unit_to_row) - 1)), as_planned
@@ -129,7 +130,7 @@ def _partners(
         longest: upper bound of `length`.
         merger, features, attention: see `merge_in_rounds`.
     """
-    longest = devices.count_or_bound(lambda: int(length.max()), length, longest)
+    longest = read_or(lambda: int(length.max()), length, longest)
     row, valid = runs(start, length, longest, len(rows))
     if attention is not None:
         attention = attention[row]

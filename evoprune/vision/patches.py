@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from evoprune.backend import devices, reuse_scan
+from evoprune.backend import reuse_scan, to_device
 from evoprune.model import PATCHES
 from evoprune.video import InputLimits
 from evoprune.vision.layout import Geometry, cat
@@ -43,7 +43,7 @@ def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: 
         if left < 0:
             break
         if len(piece):
-            held.append(devices.to_device(piece, device))
+            held.append(to_device(piece, device))
         while (have := sum(map(len, held))) >= size:
             joined = cat(held)
             yield joined[:size]
@@ -71,7 +71,7 @@ def normalised(patches: torch.Tensor, normal: Normal = CLIP) -> torch.Tensor:
 
 @lru_cache(maxsize=32)
 def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return devices.to_device(255 * torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1), device)
+    return to_device(255 * torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1), device)
 
 
 def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> torch.Tensor:

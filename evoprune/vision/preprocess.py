@@ -7,7 +7,7 @@ and x. After normalization (patches.py), the result equals the output of `Qwen2V
 import numpy as np
 import torch
 
-from evoprune.backend import devices, resized
+from evoprune.backend import resized, to_device
 from evoprune.video import InputLimits, Plan
 
 # Maximum shrink factor for a side of a frame on a device, because torch's CUDA kernel rejects much larger factors.
@@ -26,7 +26,7 @@ def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torc
     pixels, (height, width) = torch.from_numpy(frames), frames.shape[1:3]
     if max(height / plan.height, width / plan.width) > MAX_SHRINK:
         pixels = resize(pixels, plan.height, plan.width)
-    resized = resize(devices.to_device(pixels, device), plan.height, plan.width)
+    resized = resize(to_device(pixels, device), plan.height, plan.width)
     return pixel_patches(resized, limits.patch_size, limits.temporal_patch_size, limits.merge_size)
 
 

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import devices
+from evoprune.backend import read_or
 from evoprune.methods import Selection, arange_on, nonzero_fixed
 from evoprune.vision.layout import Geometry, Scope, bincount_fixed, group_table, order_tables
 
@@ -125,7 +125,7 @@ class Rows:
         if self.counts:
             rows = max(self.counts)
         else:
-            rows = devices.count_or_bound(lambda: max(self.per_pair), self.unit, len(self))
+            rows = read_or(lambda: max(self.per_pair), self.unit, len(self))
         return min(rows, self.geometry.largest(scope))
 
     def mixes(self, scope: Scope) -> bool:

@@ -9,7 +9,6 @@ import torch
 from evoprune.backend.attention import transformers_attention
 from evoprune.backend.devices import Device, cluster_share
 from evoprune.backend.limits import MAX_VISUAL_TOKENS_CPU, visual_token_limit
-from evoprune.backend.weights import are_mapped, are_widened
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -40,11 +39,13 @@ def test_a_cpu_computes_with_all_threads():
 
 
 def test_weights_stay_in_their_files_on_a_cpu_alone():
-    assert are_mapped(CPU, {"BF16"}, torch.bfloat16, "none") and are_mapped(CPU, {"BF16"}, torch.float32, "int8")
-    assert not are_mapped(CPU, {"BF16"}, torch.float32, "none")
-    assert not are_mapped(CPU, {"BF16", "F32"}, torch.float32, "none")
-    assert not are_mapped(GPU, {"BF16"}, torch.bfloat16, "none")
-    assert are_widened(CPU, "fp8") and not are_widened(CPU, "awq") and not are_widened(GPU, "fp8")
+    assert Device(CPU).maps_weights({"BF16"}, torch.bfloat16, "none") and Device(CPU).maps_weights(
+        {"BF16"}, torch.float32, "int8"
+    )
+    assert not Device(CPU).maps_weights({"BF16"}, torch.float32, "none")
+    assert not Device(CPU).maps_weights({"BF16", "F32"}, torch.float32, "none")
+    assert not Device(GPU).maps_weights({"BF16"}, torch.bfloat16, "none")
+    assert Device(CPU).widens("fp8") and not Device(CPU).widens("awq") and not Device(GPU).widens("fp8")
 
 
 @pytest.mark.parametrize(

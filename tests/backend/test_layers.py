@@ -29,7 +29,9 @@ def fast():
 
 @pytest.fixture
 def used(fast, monkeypatch):
-    monkeypatch.setattr(layers, "kernels_for", lambda device: None if devices.failed("layers") else fast)
+    for module in ("decoder", "hybrid"):
+        place = f"evoprune.language.{module}.kernels_for"
+        monkeypatch.setattr(place, lambda device: None if devices.failed("layers") else fast)
     monkeypatch.setattr(devices, "_failed", set())
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evoprune.backend import devices, layers
+from evoprune.backend import devices
 from evoprune.errors import DeviceWarning
 from evoprune.language import hosted, hybrid
 from evoprune.language.generate import GenerationOptions, LanguageModel, TokenStream
@@ -167,7 +167,7 @@ def test_norms_take_the_kernel_while_it_works(fails, model, elsewhere, monkeypat
             return kernels.add_norm(*args, **kwargs)
 
     monkeypatch.setattr(devices, "_failed", set())
-    monkeypatch.setattr(layers, "kernels_for", lambda device: None if devices.failed("layers") else Counted)
+    monkeypatch.setattr(hybrid, "kernels_for", lambda device: None if devices.failed("layers") else Counted)
     x, expected = columns(20), as_transformers(model, (20,), columns(20))[0]
     if fails:
         with pytest.warns(DeviceWarning, match="no such kernel"):
@@ -180,7 +180,7 @@ def test_norms_take_the_kernel_while_it_works(fails, model, elsewhere, monkeypat
 
 def test_the_kernel_reads_what_is_not_contiguous(model, elsewhere, monkeypatch):
     kernels = pytest.importorskip("evoprune.backend.kernels", reason="Triton is missing")
-    monkeypatch.setattr(layers, "kernels_for", lambda device: kernels)
+    monkeypatch.setattr(hybrid, "kernels_for", lambda device: kernels)
     x, expected = columns(20), as_transformers(model, (20,), columns(20))[0]
     for layer in model.model.language_model.layers:
         layer.mlp.register_forward_hook(lambda *args: args[2].mT.contiguous().mT)

@@ -333,7 +333,8 @@ def decoding(how: str):
     """
     with pytest.MonkeyPatch.context() as patch:
         if how == "old":
-            patch.setattr(layers, "kernels_for", lambda device: None)
+            for module in ("decoder", "hybrid"):
+                patch.setattr(f"evoprune.language.{module}.kernels_for", lambda device: None)
         if how == "step":
             patch.setattr(devices, "run_and_capture", lambda function, device: function() or function)
         if how in ("plain", "old"):

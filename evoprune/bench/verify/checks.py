@@ -9,7 +9,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import Device, operators, plain_pytorch
+from evoprune.backend import Device, mean_rows, nearest_selected, plain_pytorch, reuse_scan, tube_radii
 from evoprune.bench.clips import prepare, synthetic_frames
 from evoprune.bench.profile import run_evoprune, run_hugging_face
 from evoprune.bench.profile_results import median_ratio
@@ -264,11 +264,11 @@ def _selections(device: torch.device) -> dict[str, float]:
     means[1::2, 30:] = means[:-1:2, 30:]
 
     def outputs() -> dict[str, torch.Tensor]:
-        radii = operators.tube_radii(place, half, weight, first, row, time, tubes, units)
+        radii = tube_radii(place, half, weight, first, row, time, tubes, units)
         kept = radii.topk(units // 4).indices.sort().values
-        scanned = operators.reuse_scan(means, means[0], torch.zeros_like(row[:117]), False, 0, 8.0)[0]
-        of = operators.nearest_selected(place, half, weight, row, time, selected)
-        averages = operators.mean_rows(place, of, row, torch.ones_like(time), len(selected))
+        scanned = reuse_scan(means, means[0], torch.zeros_like(row[:117]), False, 0, 8.0)[0]
+        of = nearest_selected(place, half, weight, row, time, selected)
+        averages = mean_rows(place, of, row, torch.ones_like(time), len(selected))
         mask = torch.zeros_like(row, dtype=torch.bool).index_fill_(0, kept, True)
         return {"selection": mask, "clusters": of, "reuse": scanned, "means": averages.round(decimals=2)}
 

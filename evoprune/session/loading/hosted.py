@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 
 from evoprune.backend import (
-    are_widened,
+    Device,
     choose_functions,
-    use_experts,
 )
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
 from evoprune.model import Config, HostedVL
@@ -98,11 +97,9 @@ def load_hosted(
     if unused := sorted(map(str, info["unexpected_keys"])):
         said = f"{counted(len(unused), 'tensor')} of the weights are not used in {folder}: {', '.join(unused[:3])}"
         warnings.warn(said, ModelWarning, stacklevel=2)
-    model = _of(config, host)
+    model = _of(config, host, experts=not quantization)  # quantized experts bring their own implementations
     if quantization:
         model.package = f"a layer quantised by {listed(PACKAGES.get(quantization, [quantization]))}"
-    else:  # quantized experts bring their own implementations
-        use_experts(model)
     return model
 
 
@@ -165,7 +162,7 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
     # Some programs write quantization_config into text_config, and older transformers releases look there for only a few families.
     if not getattr(config, "quantization_config", None):
         config.quantization_config = config.text_config.quantization_config
-    if are_widened(device, quantization):
+    if Device(device).widens(quantization):
         config.quantization_config["dequantize"] = True
     for field in UNQUANTIZED:
         names = config.quantization_config.get(field)
@@ -266,15 +263,13 @@ def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> H
     fill_random(host)
     with_frequencies(host, device)
     host.tie_weights()
-    model = _of(config, host)
-    use_experts(model)
-    return model
+    return _of(config, host, experts=True)
 
 
-def _of(config: Config, host) -> HostedVL:
+def _of(config: Config, host, *, experts: bool) -> HostedVL:
     host.eval().requires_grad_(False)
     model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
-    choose_functions(model.model.language_model)
+    choose_functions(model, experts=experts)
     for logger in SAID:
         logging.getLogger(logger).addFilter(_is_news)  # adding the same filter twice has no effect
     return model

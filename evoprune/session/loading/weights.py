@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from evoprune.backend import Device, Quantization, are_mapped, are_widened, can_pack, pick_device
+from evoprune.backend import Device, Quantization, can_pack, pick_device
 from evoprune.errors import ModelError, ModelWarning
 from evoprune.model import Config, Cost, QwenVL
 from evoprune.session.loading.description import ADAPTER, MERGE, ModelDescription, read_json, valid
@@ -133,7 +133,7 @@ class ModelWeights:
         model = self.description
         if model.native:
             return needed_bytes(self.config, DTYPES[dtype], quantize, self._stays_mapped(dtype, quantize))
-        if model.quantization and self.files_here and not are_widened(self.device, model.quantization):
+        if model.quantization and self.files_here and not Device(self.device).widens(model.quantization):
             return sum(file.stat().st_size for file in self.files_here)
         return self.parameters * self.read_dtype(dtype, quantize).itemsize
 
@@ -404,7 +404,7 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
 def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
     """Return True if weights are used, or quantized, directly from their memory-mapped files."""
     stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(files[:1])}
-    return bool(files) and are_mapped(device, stored, dtype, quantize)
+    return bool(files) and Device(device).maps_weights(stored, dtype, quantize)
 
 
 def fill_random(model: torch.nn.Module) -> None:
