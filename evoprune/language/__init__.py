@@ -1,7 +1,7 @@
 """Answer a question about visual tokens: tokenizer, prompt, positions, and the language model's forward pass.
 
-`prompt` builds a prompt, `pruned` prunes it, and `generate` reads it and generates the answer. `generate` runs `decoder` or
-`hosted`, and `static` on CUDA.
+`Prompt.build` builds a prompt, `prune_prompt` prunes it, and `LanguageModel.prefill` or a `PrefixCache` reads it. The result is a
+`PrefillState`, from which an `AnswerStream` generates the answer.
 """
 
 from typing import TYPE_CHECKING
