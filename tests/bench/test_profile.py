@@ -232,8 +232,8 @@ def test_a_row_that_runs_out_of_memory_stays(loaded, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(visual, patches, plan, **more)
 
-    real = profile.encode
-    monkeypatch.setattr(profile, "encode", encode)
+    real = profile.encode_rows
+    monkeypatch.setattr(profile, "encode_rows", encode)
     results = last(loaded, [CASE], MOTION, SETTINGS)
     failed = [row for row in results.rows if row.error]
     assert [(row.name, row.error, row.samples) for row in failed] == [

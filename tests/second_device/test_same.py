@@ -20,7 +20,6 @@ from evoprune.hf import processor_inputs
 from evoprune.language import static
 from evoprune.methods import available
 from evoprune.model import FAMILIES
-from evoprune.model.config import QWEN2, QWEN2_5
 from evoprune.session import ModelOptions, load_model
 from evoprune.video import InputLimits, SamplingOptions
 from evoprune.vision import patches_of
@@ -111,7 +110,7 @@ def test_the_varlen_kernel(method, monkeypatch):
 @pytest.mark.parametrize("budget", [1.0, 0.3])
 def test_every_family(family, budget, tmp_path):
     model = str(save_tiny(tmp_path / family, family=family))
-    assert_same(*both(CLIP, model, budget=budget), near=2e-4 if family in (QWEN2, QWEN2_5) else 1e-3)  # others resize
+    assert_same(*both(CLIP, model, budget=budget), near=2e-4 if family in ("qwen2_vl", "qwen2_5_vl") else 1e-3)  # others resize
 
 
 @pytest.mark.parametrize("inputs", [PICTURE, [CLIP, OTHER], [PICTURE, CLIP]], ids=["picture", "two", "both"])

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.model import FAMILIES
-from evoprune.model.config import QWEN3
 from evoprune.video.info import Video
 from evoprune.video.plan import (
     InputLimits,
@@ -181,7 +180,7 @@ def test_frames_of_qwen3_have_the_size_that_its_processor_gives_them(size, frame
     """With the limit per frame, which is a setting of the processor."""
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resized
 
-    limits = InputLimits(**FAMILIES[QWEN3].video, patch_size=16)
+    limits = InputLimits(**FAMILIES["qwen3_vl"].video, patch_size=16)
     info = video(size[1], size[0], 1000.0)
     plan = Plan.of(info, limits, SamplingOptions(frames=frames, max_visual_tokens=10**6))
     each = min(768 * 32 * 32, limits.max_pixels // frames)
