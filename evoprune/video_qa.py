@@ -38,7 +38,6 @@ from evoprune.session import (
     describe,
     inputs_of,
     load_model,
-    no_tokenizer,
     open_inputs,
 )
 from evoprune.signatures import takes
@@ -98,8 +97,7 @@ class VideoQA(Uncopied):
             raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
         self.session = Session(loaded, pruning.config(), load_seconds) if isinstance(loaded, LoadedModel) else loaded
         self._ahead: ReadAhead | None = None  # may already have read inputs
-        if self.loaded.tokenizer is None:
-            raise no_tokenizer(self.loaded.id)
+        self.loaded.check_tokenizer()
         if not Device(self.session.device).holds_values:
             raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
 

@@ -172,9 +172,7 @@ def _made(said: dict[str, Option], typed: dict[str, Any], *, check_model: bool) 
         problem.message = _as_typed(problem.message, said)
         raise
     if check_model and options.model.model:  # `inspect` needs no model
-        from evoprune.session import local_folder
-
-        local_folder(options.model)  # before imports that take seconds
+        options.model.local_folder()  # before imports that take seconds
     return options
 
 

@@ -14,7 +14,7 @@ from transformers import BatchFeature
 
 from evoprune.language import Prompt, Tokenizer
 from evoprune.model import VisionConfig
-from evoprune.session import SMALL_FILES, ModelOptions, describe, inputs_of, plan_input, prompt_about, with_subtitles
+from evoprune.session import ModelOptions, describe, inputs_of, plan_input, prompt_about, with_subtitles
 from evoprune.signatures import takes
 from evoprune.util import check_question, from_keywords
 from evoprune.video import GivenInput, Input, InputLimits, Plan, SamplingOptions, probe, read_chunks
@@ -68,7 +68,7 @@ def processor_inputs(
     given = inputs_of(inputs, sampling.get("frame_rate"), times_s)
     options.check_one_file(len(given))
     checkpoint = describe(ModelOptions(model, revision, device="cpu", offline=offline))
-    checkpoint.download(*SMALL_FILES)
+    checkpoint.download_small_files()
     tokenizer = Tokenizer.load(checkpoint.folder)
     limits = checkpoint.limits
     vision = checkpoint.config.vision_config

@@ -48,7 +48,6 @@ from evoprune.session import (
     OpenInput,
     Session,
     StreamOptions,
-    inputs_report,
     plan_input,
 )
 from evoprune.util import brief, check_type
@@ -538,7 +537,7 @@ class VideoStream(Askable):
             self._check_open()
             if encoding is None:
                 raise UsageError("nothing was seen yet", "feed frames first: add(frame, time_s)")
-            report = inputs_report(self._session, [encoding])
+            report = self._report_of_inputs([encoding])
             seen = self._seen(self._unread)
             report.stream = seen and asdict(seen)
             report.video.duration_s = encoding.plan.sampling.end_s

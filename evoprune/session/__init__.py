@@ -15,24 +15,23 @@ if TYPE_CHECKING:
     from evoprune.session.cache import Cache
     from evoprune.session.encoded import EncodedInput
     from evoprune.session.encoding import OpenInput, OpenInputs, Progress, inputs_of, open_inputs
-    from evoprune.session.loading.description import ModelDescription, describe, local_folder
+    from evoprune.session.hub import BUNDLED_CONFIGS
+    from evoprune.session.loading.description import ModelDescription, describe
     from evoprune.session.loading.hosted import meta_model, read_whole, with_frequencies
-    from evoprune.session.loading.hub import BUNDLED_CONFIGS, SMALL_FILES
-    from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer, random_model, use_threads
+    from evoprune.session.loading.model import LoadedModel, load_model, random_model
     from evoprune.session.loading.stored import calibrate, calibrate_tower
     from evoprune.session.loading.weights import DTYPES, weights_of
     from evoprune.session.options import FindOptions, ModelOptions, PipelineOptions, PruneOptions, StreamOptions
     from evoprune.session.planning import plan_input
     from evoprune.session.prompting import prompt_about, with_subtitles
     from evoprune.session.reading import probed
-    from evoprune.session.report import inputs_report, pruning_facts
+    from evoprune.session.report import pruning_facts
     from evoprune.session.session import Session
     from evoprune.session.upcoming import idle_cores, in_flight
 
 __all__ = [
     "BUNDLED_CONFIGS",
     "DTYPES",
-    "SMALL_FILES",
     "Answer",
     "Askable",
     "Cache",
@@ -57,11 +56,8 @@ __all__ = [
     "idle_cores",
     "in_flight",
     "inputs_of",
-    "inputs_report",
     "load_model",
-    "local_folder",
     "meta_model",
-    "no_tokenizer",
     "open_inputs",
     "plan_input",
     "probed",
@@ -70,7 +66,6 @@ __all__ = [
     "random_model",
     "read_ahead",
     "read_whole",
-    "use_threads",
     "weights_of",
     "with_frequencies",
     "with_subtitles",
@@ -85,17 +80,17 @@ __getattr__, __dir__ = door(
         "cache": ["Cache"],
         "encoded": ["EncodedInput"],
         "encoding": ["OpenInput", "OpenInputs", "Progress", "inputs_of", "open_inputs"],
-        "loading.description": ["ModelDescription", "describe", "local_folder"],
+        "hub": ["BUNDLED_CONFIGS"],
+        "loading.description": ["ModelDescription", "describe"],
         "loading.hosted": ["meta_model", "read_whole", "with_frequencies"],
-        "loading.hub": ["BUNDLED_CONFIGS", "SMALL_FILES"],
-        "loading.model": ["LoadedModel", "load_model", "no_tokenizer", "random_model", "use_threads"],
+        "loading.model": ["LoadedModel", "load_model", "random_model"],
         "loading.stored": ["calibrate", "calibrate_tower"],
         "loading.weights": ["DTYPES", "weights_of"],
         "options": ["FindOptions", "ModelOptions", "PipelineOptions", "PruneOptions", "StreamOptions"],
         "planning": ["plan_input"],
         "prompting": ["prompt_about", "with_subtitles"],
         "reading": ["probed"],
-        "report": ["inputs_report", "pruning_facts"],
+        "report": ["pruning_facts"],
         "session": ["Session"],
         "upcoming": ["idle_cores", "in_flight"],
     },

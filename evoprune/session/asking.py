@@ -52,6 +52,10 @@ class Askable(ABC, Uncopied):
         """True if a video has sound, but no subtitles were read for it."""
         return False
 
+    def _report_of_inputs(self, encodings: Sequence[EncodedInput]) -> Report:
+        """Return the report of encoded inputs, without the times of their stages."""
+        return inputs_report(self._session, encodings)
+
     @abstractmethod
     def _blank_report(self) -> Report:
         """Return a new report for an answer, as it is before the question is read."""
@@ -298,7 +302,7 @@ class EncodedInputs(Askable):
         self.plans = [encoding.plan for encoding in encodings]
         self._prefix = PrefixCache(session.loaded.language)
         self.last_question = False
-        self._blank = inputs_report(session, self._encodings)
+        self._blank = self._report_of_inputs(self._encodings)
         self.report = deepcopy(self._blank)
         fill_times(self.report, *self._spent, session.loaded.device)
 

@@ -3,15 +3,26 @@
 import math
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from evoprune.bundled import DEMOS
-from evoprune.errors import OTHER_MODELS, UsageError
+from evoprune.errors import OTHER_MODELS, ModelError, UsageError
 from evoprune.language import GenerationOptions
 from evoprune.methods import Budget, EncoderPlan, Grid, MethodText, TowerShape
-from evoprune.util import check_types, file_state, from_keywords, option, parse_time
+from evoprune.session.hub import MODEL_HINT, is_id, near_hint
+from evoprune.util import (
+    check_types,
+    did_you_mean,
+    file_state,
+    from_keywords,
+    is_text,
+    missing_hint,
+    option,
+    parse_time,
+)
 from evoprune.video import SamplingOptions
 
 if TYPE_CHECKING:
@@ -146,6 +157,36 @@ class ModelOptions:
         """Folder of a bundled or local model. A hub id has no folder by this name."""
         return DEMOS[self.model].folder if self.model in DEMOS else Path(os.path.expanduser(self.model))
 
+    def local_folder(self) -> Path | None:
+        """Return the folder of a local model, or None if the name is a hub id.
+
+        Raises:
+            ModelError: If the name is neither a usable folder nor a hub id.
+            UsageError: If a revision is given for a local model.
+        """
+        name = self.model
+        revision = self.revision
+        if not name.strip():
+            raise ModelError("the name of the model is empty", MODEL_HINT)
+        folder = self.folder
+        if name in DEMOS and not (folder / "config.json").is_file():
+            hint = "install evoprune again, or name another model"
+            raise ModelError(f"the bundled {name} model is missing: {folder}", hint)
+        if os.path.isdir(folder):  # unlike Path.is_dir, it never raises
+            if revision is not None:
+                raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
+            if not is_text(os.path.abspath(folder)):  # the tokenizer and weight readers require this
+                hint = "rename it, or set LC_ALL to a locale with UTF-8, such as C.UTF-8"
+                raise ModelError(f"the path {folder} is not valid text", hint)
+            return folder
+        if os.path.exists(folder):
+            raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
+        if not is_id(name):
+            meant = near_hint(name) or did_you_mean(name, DEMOS)
+            hint = missing_hint(name, f"{meant}a hub id is org/name; {MODEL_HINT}")
+            raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
+        return None
+
     @property
     def cores(self) -> int | None:
         """Number of cores that reading videos may keep busy, or None for all that this process may use."""
@@ -200,8 +241,12 @@ class PruneOptions:
         if self.budget is None:
             Budget.parse(None)  # raises an error that names the presets
         check_types(self)
-        object.__setattr__(self, "budget", Budget.parse(self.budget, auto=True).recorded)
+        object.__setattr__(self, "budget", self._parsed_budget.recorded)
         MethodText(self.method).check()
+
+    @cached_property
+    def _parsed_budget(self) -> Budget:
+        return Budget.parse(self.budget, auto=True)
 
     def config(self) -> "PruneConfig":
         """Return the budget and the method as objects. Imports torch.
@@ -211,7 +256,7 @@ class PruneOptions:
         """
         from evoprune.methods import PruneConfig
 
-        return PruneConfig.of(Budget.parse(self.budget, auto=True), self.method, self.seed)
+        return PruneConfig.of(self._parsed_budget, self.method, self.seed)
 
     @property
     def resizes(self) -> bool:

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -28,7 +28,11 @@ SETTINGS = Settings.of()
 def changed(settings: Settings = SETTINGS, **options) -> Settings:
     """Return the same settings with some options changed."""
     return Settings.of(
-        **vars(settings.model) | vars(settings.pruning) | vars(settings.sampling) | vars(settings.generation) | options
+        **vars(settings.model)
+        | asdict(settings.pruning)
+        | vars(settings.sampling)
+        | vars(settings.generation)
+        | options
     )
 
 

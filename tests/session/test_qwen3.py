@@ -13,8 +13,8 @@ from evoprune.bench.clips import place_of
 from evoprune.language import LanguageModel, prompt_positions, prune_prompt
 from evoprune.methods import EncoderPlan, TowerShape
 from evoprune.session.cache import Cache
+from evoprune.session.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.description import describe
-from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.model import load_model, random_model
 from evoprune.session.options import ModelOptions
 from evoprune.video import read_chunks

@@ -14,32 +14,34 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.backend import resolve_device, visual_token_limit
+from evoprune.backend import available_cores, resolve_device, visual_token_limit
 from evoprune.bundled import DEMOS, Demo
 from evoprune.errors import EvopruneWarning, ModelError, UsageError, first_line
 from evoprune.methods import TowerShape
 from evoprune.model import FAMILIES, Config, Unsupported, VisionConfig
-from evoprune.session.loading.hub import (
+from evoprune.session.hub import (
     BUNDLED_CONFIGS,
     MODEL_HINT,
     SETTINGS,
+    SMALL_FILES,
     cached_folder,
     cached_id,
     fetch,
-    is_id,
     kind_hint,
     near_hint,
     reach,
     revision_flag,
 )
-from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
+from evoprune.session.options import AUTO_THREADS, NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.untrusted import TEXT, check_fetched, checked, read_object, section
-from evoprune.util import did_you_mean, is_text, missing_hint, shorten
+from evoprune.util import shorten
 from evoprune.video import InputLimits, SamplingOptions
 
 if TYPE_CHECKING:
     from evoprune.methods import MethodChain
 
+# Number of weights per thread. The demo model has 4 million weights, the smallest Qwen 2 billion.
+WEIGHTS_PER_THREAD = 32_000_000
 ADAPTER = "adapter_config.json"
 MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
 # Like transformers, take these settings for bitsandbytes even if another method is named.
@@ -156,6 +158,29 @@ class ModelDescription:
             problem = f"the language model of {self.id} is run by transformers, which cannot forget the oldest tokens"
             raise UsageError(problem, self.to_be_native)
 
+    def use_threads(self) -> None:
+        """Set the number of torch threads of this process, if the options ask for it. Imports torch.
+
+        "auto" depends on the model's size and the available cores, unless OMP_NUM_THREADS is set.
+        """
+        import torch
+
+        from evoprune.model import Cost
+
+        wanted = self.options.threads
+        if wanted == AUTO_THREADS and not os.environ.get("OMP_NUM_THREADS"):
+            torch.set_num_threads(max(1, min(available_cores(), Cost(self.config).parameters // WEIGHTS_PER_THREAD)))
+        elif isinstance(wanted, int):
+            torch.set_num_threads(wanted)
+
+    def download_small_files(self) -> None:
+        """Download the settings, the tokenizer and the chat template of a hub model.
+
+        Raises:
+            ModelError: See `hub.fetch`.
+        """
+        self.download(*SMALL_FILES)
+
     def download(self, *patterns: str) -> None:
         """Download more files of a hub model, from the same commit.
 
@@ -221,7 +246,7 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
         if revision is not None:
             raise UsageError(f"the bundled config of {name} has no revision {revision!r}", "leave the revision out")
         return None, None, None
-    if folder := local_folder(options):
+    if folder := options.local_folder():
         return folder, None, None
     if random:
         hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {' and '.join(BUNDLED_CONFIGS)}"
@@ -236,37 +261,6 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
     command = f"hf download {name} config.json preprocessor_config.json{revision_flag(revision)}"
     hint = near_hint(name).strip() or f"{kind_hint(name)}its settings are small, and suffice: {command}"
     raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)
-
-
-def local_folder(options: ModelOptions) -> Path | None:
-    """Return the folder of a local model, or None if the name is a hub id.
-
-    Raises:
-        ModelError: If the name is neither a usable folder nor a hub id.
-        UsageError: If a revision is given for a local model.
-    """
-    name = options.model
-    revision = options.revision
-    if not name.strip():
-        raise ModelError("the name of the model is empty", MODEL_HINT)
-    folder = options.folder
-    if name in DEMOS and not (folder / "config.json").is_file():
-        hint = "install evoprune again, or name another model"
-        raise ModelError(f"the bundled {name} model is missing: {folder}", hint)
-    if os.path.isdir(folder):  # unlike Path.is_dir, it never raises
-        if revision is not None:
-            raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
-        if not is_text(os.path.abspath(folder)):  # the tokenizer and weight readers require this
-            hint = "rename it, or set LC_ALL to a locale with UTF-8, such as C.UTF-8"
-            raise ModelError(f"the path {folder} is not valid text", hint)
-        return folder
-    if os.path.exists(folder):
-        raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
-    if not is_id(name):
-        meant = near_hint(name) or did_you_mean(name, DEMOS)
-        hint = missing_hint(name, f"{meant}a hub id is org/name; {MODEL_HINT}")
-        raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
-    return None
 
 
 def _no_config(folder: Path) -> ModelError:

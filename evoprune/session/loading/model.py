@@ -3,7 +3,6 @@
 No code that comes with a model is ever run.
 """
 
-import os
 import re
 import time
 import warnings
@@ -19,7 +18,6 @@ from evoprune.backend import (
     Device,
     Packing,
     Quantization,
-    available_cores,
     empty_cache,
     prepare,
     weights_bytes,
@@ -41,7 +39,13 @@ from evoprune.language import (
     warm_up,
 )
 from evoprune.methods import MethodChain, TowerShape
-from evoprune.model import PATCHES, Config, Cost, GenerationSettings, Model, QwenVL
+from evoprune.model import (
+    PATCHES,
+    Config,
+    GenerationSettings,
+    Model,
+    QwenVL,
+)
 from evoprune.report import ModelFacts
 from evoprune.session.loading.description import ModelDescription, describe, read_json, valid
 from evoprune.session.loading.weights import (
@@ -55,7 +59,7 @@ from evoprune.session.loading.weights import (
     stored_tensors,
     weights_of,
 )
-from evoprune.session.options import AUTO_THREADS, NATIVE, TRANSFORMERS, ModelOptions
+from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.session.patches import PatchStore
 from evoprune.untrusted import pick
 from evoprune.util import counted, from_keywords, listed
@@ -72,8 +76,6 @@ NOT_DONE = dict.fromkeys(
      "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "top_h", "constraints", "dola_layers",
      "force_words_ids", "watermarking_config"), 0
 ) | dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), 1)  # fmt: skip
-# Number of weights per thread. The demo model has 4 million weights, the smallest Qwen 2 billion.
-WEIGHTS_PER_THREAD = 32_000_000
 
 
 @dataclass
@@ -173,6 +175,15 @@ class LoadedModel:
             return "demo_model" if any(Demo.stores_tags(info.container) for info in foreign) else "demo_untold"
         unlike = self.demo is not None and (len(inputs) > self.demo.inputs or subtitles)
         return "demo_inputs" if unlike else None
+
+    def check_tokenizer(self) -> None:
+        """Check that the model has a tokenizer, so that questions can be asked.
+
+        Raises:
+            ModelError: If it has none.
+        """
+        if self.tokenizer is None:
+            raise _no_tokenizer(self.id)
 
     def check_texts(self, question: str, system: str | None = None, earlier: Sequence[Turn] = ()) -> None:
         """Check that each text of a prompt is short enough to tokenize: tokenizing a huge text might take minutes.
@@ -276,13 +287,13 @@ def load_model(
     stored.download()
     settings = model.options
     folder = model.folder
-    use_threads(model)
+    model.use_threads()
     tokenizer = None
     start = time.perf_counter()
     if folder is not None and (Tokenizer.is_in(folder) or not model.random):
         tokenizer = Tokenizer.load(folder)
     if to_answer and tokenizer is None:
-        raise no_tokenizer(settings.model)
+        raise _no_tokenizer(settings.model)
     generation = read_generation(folder)
     ends = eos_ids(folder, generation, model.config, tokenizer)
     stored.files  # noqa: B018 (checked here)
@@ -395,21 +406,9 @@ def eos_ids(
     return tuple(token for token in ids if token not in never)
 
 
-def no_tokenizer(name: str) -> ModelError:
+def _no_tokenizer(name: str) -> ModelError:
     hint = "name a folder that holds config.json and a tokenizer; to measure speed without one: evoprune profile"
     return ModelError(f"random weights of {name} have no tokenizer, so no question can be asked", hint)
-
-
-def use_threads(model: ModelDescription) -> None:
-    """Set the number of torch threads of this process, if the model's options ask for it.
-
-    "auto" depends on the model's size and the available cores, unless OMP_NUM_THREADS is set.
-    """
-    wanted = model.options.threads
-    if wanted == AUTO_THREADS and not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(max(1, min(available_cores(), Cost(model.config).parameters // WEIGHTS_PER_THREAD)))
-    elif isinstance(wanted, int):
-        torch.set_num_threads(wanted)
 
 
 def load_weights(

@@ -17,8 +17,8 @@ import torch
 from evoprune.backend import Device, Quantization, can_pack, pick_device
 from evoprune.errors import ModelError, ModelWarning
 from evoprune.model import Config, Cost, QwenVL
+from evoprune.session.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
 from evoprune.session.loading.description import ADAPTER, MERGE, ModelDescription, read_json, valid
-from evoprune.session.loading.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
 from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.patches import LIMIT_BYTES, patch_bytes
 from evoprune.untrusted import Rule, check_fetched, section

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import ceil
 from typing import Any
@@ -28,7 +28,6 @@ from evoprune.session import (
     OpenInput,
     OpenInputs,
     open_inputs,
-    use_threads,
 )
 from evoprune.video import Scope
 from evoprune.video_qa import VideoQA
@@ -412,7 +411,7 @@ class Work:
             if key in self._sessions:
                 self._sessions.move_to_end(key)
                 return self._sessions[key]
-        made = VideoQA(qa.loaded, load_seconds=qa.session.load_seconds, **vars(question.pruning))
+        made = VideoQA(qa.loaded, load_seconds=qa.session.load_seconds, **asdict(question.pruning))
         with self._changed:
             made = self._sessions.setdefault(key, made)
             while len(self._sessions) > SESSIONS:
@@ -543,7 +542,7 @@ class Work:
     def _use_threads(self, qa: VideoQA) -> None:
         """Use the number of CPU threads that a model wants."""
         if qa is not self._threads_of:
-            use_threads(qa.loaded.description)
+            qa.loaded.description.use_threads()
             self._threads_of = qa
 
     def _answer(self, job: Job, put: Put) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from evoprune.errors import ModelError
 from evoprune.methods import TowerShape
+from evoprune.session.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.description import describe
-from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.planning import plan_input

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evoprune.session.loading.hub import nearest_id
+from evoprune.session.hub import nearest_id
 
 
 @pytest.mark.parametrize(
