@@ -9,6 +9,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,7 +117,8 @@ def test_large_layers_of_the_language_model_are_packed_when_few_rows_come(saved,
 def test_forms_of_the_weights(saved, quantize, monkeypatch):
     sizes = {}
     for available in (None, 0):
-        monkeypatch.setattr(Device, "available_memory", lambda self, available=available: available)
+        memory = SimpleNamespace(available_memory=lambda available=available: available)
+        monkeypatch.setattr("evoprune.backend.weights.Device", lambda name, memory=memory: memory)
         loaded = model.load_model(str(saved), dtype="fp32", quantize=quantize)
         layer = loaded.model.model.language_model.layers[0].mlp.up_proj
         assert loaded.quantize == quantize
