@@ -8,7 +8,7 @@ from evoprune_cli import options as opt
 from evoprune_cli import tell
 from evoprune_mcp.folders import Folders
 from evoprune_mcp.videos import Videos
-from evoprune_mcp.wire import real_streams
+from evoprune_mcp.wire import end_at_once, real_streams
 from evoprune_mcp.worker import Worker
 
 
@@ -50,13 +50,16 @@ def mcp(
     except ImportError as problem:
         message = f"the command needs {problem.name}, which is not installed"
         raise UsageError(message, "pip install evoprune-mcp") from problem
-    with Worker() as model, Worker() as prober, real_streams():
+    with real_streams() as received:
         if not quiet:
             tell(
                 f"{pipeline.model.model} answers about files below {videos.folders}; Ctrl-C or the end of stdin ends it"
             )
-        try:
-            make_server(videos, model, prober).run("stdio")
-        except* BrokenPipeError:
-            pass  # the client is gone
+        with Worker() as model, Worker() as prober:
+            try:
+                make_server(videos, model, prober).run("stdio")
+            except* BrokenPipeError:
+                pass  # the client is gone
+        if model.busy or prober.busy:
+            end_at_once(received)
     return 0

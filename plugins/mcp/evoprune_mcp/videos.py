@@ -39,7 +39,7 @@ class Answered:
         answer: the text.
         cut: whether the answer was cut because it reached the token limit.
         reused: whether an earlier question about the same input had encoded it.
-        warnings: what the model did not see as a player shows it, and other reasons to doubt the answer.
+        warnings: reasons to doubt the answer, such as damage in the video.
     """
 
     answer: str
@@ -144,7 +144,7 @@ class Videos:
         return Moments([Found(*(round(number, 3) for number in each)) for each in times])
 
     def describe(self, path: str) -> dict[str, Any]:
-        """Return what is known about a file without the model: the fields of `evoprune.video.Video`, and `kind`.
+        """Return metadata of a file without using the model: the fields of `evoprune.video.Video`, and `kind`.
 
         Raises:
             EvopruneError: the file is unreadable, or may not be read.

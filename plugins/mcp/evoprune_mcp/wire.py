@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import BinaryIO
 
@@ -13,11 +13,14 @@ CHUNK_BYTES = 2**16
 
 
 @contextmanager
-def real_streams() -> Iterator[None]:
+def real_streams() -> Iterator[list[int]]:
     """Make `sys.stdin` a copy of the real stdin that also ends at the first signal, and `sys.stdout` the real stdout.
 
     Otherwise a blocked read of stdin would delay the end. A signal is raised again when the context ends; a second signal ends the
     process at once.
+
+    Yields:
+        The received signals.
     """
     real_stdin = sys.stdin
     received: list[int] = []
@@ -38,13 +41,27 @@ def real_streams() -> Iterator[None]:
         sys.stdin = os.fdopen(reader, encoding="utf-8")
         threading.Thread(target=_copy, args=(os.dup(0), writer), name="evoprune-mcp-stdin", daemon=True).start()
         with redirect_stdout(sys.__stdout__):
-            yield
+            yield received
     finally:
         sys.stdin = real_stdin
         for number, handler in usual.items():
             signal.signal(number, handler)
     for number in received:
         signal.raise_signal(number)
+
+
+def end_at_once(received: Sequence[int]) -> None:
+    """End the process without Python's cleanup, which could crash a thread that still computes.
+
+    Args:
+        received: the signals that end the process.
+    """
+    sys.stderr.flush()
+    if signal.SIGINT in received and os.name == "posix":  # so that a shell also stops its loop
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    codes = [130 if number == signal.SIGINT else 143 for number in received]
+    os._exit((*codes, 0)[0])
 
 
 def _copy(source: int, target: BinaryIO) -> None:

@@ -19,7 +19,7 @@ class Job:
 
     Attributes:
         future: the result.
-        progress: the share that is done, from 0 to 1, which never decreases, and what is being done.
+        progress: share of the work done, from 0 to 1 (never decreases), and the name of the current step.
     """
 
     def __init__(self, work: Callable[[Report], Any]):
@@ -33,8 +33,8 @@ class Job:
         if not self.future.set_running_or_notify_cancel():
             return
         self._scope.enter()
-        self._report(0.0, "starting")
         try:
+            self._report(0.0, "starting")
             self.future.set_result(self._work(self._report))
         except BaseException as problem:
             self.future.set_exception(problem)
@@ -51,10 +51,10 @@ class Job:
 
 
 class Worker:
-    """A thread that runs jobs in the order in which they were submitted. Leaving the context stops all jobs."""
+    """A thread that runs jobs in order of submission. Leaving the context stops all jobs."""
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[Job] = SimpleQueue()
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._unfinished: list[Job] = []
         self._thread = Thread(target=self._run, name="evoprune-mcp", daemon=True)
 
@@ -65,8 +65,13 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         for job in list(self._unfinished):
             job.stop()
-        self.submit(lambda report: None)
+        self._jobs.put(None)
         self._thread.join(END_S)
+
+    @property
+    def busy(self) -> bool:
+        """True if a job still runs, which is possible even after the context: loading a model cannot be stopped."""
+        return self._thread.is_alive()
 
     def submit(self, work: Callable[[Report], Any]) -> Job:
         """Queue a function. It is called with a function that reports progress, and raises CancelledError after `Job.stop`."""
@@ -76,7 +81,6 @@ class Worker:
         return job
 
     def _run(self) -> None:
-        while True:
-            job = self._jobs.get()
+        while job := self._jobs.get():
             Context().run(job.run)
             self._unfinished.remove(job)
