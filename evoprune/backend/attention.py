@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,10 @@ T = TypeVar("T")
 # With this many keys the fused kernel becomes faster, because the scores no longer fit into the CPU cache. It takes a third of the
 # time for a picture of 2688x2688 pixels (36,864 patches).
 LONG = 4096
-NEVER = 1000.0  # an ignored key gets the weight e^-NEVER, for kernels that cannot take an infinite bias
 
 _lock = threading.Lock()
-_inside = 0
-_before = False
+_active = 0  # number of active `without_cudnn` contexts
+_setting_before = False
 
 
 @contextmanager
@@ -33,71 +32,150 @@ def without_cudnn() -> Iterator[None]:
 
     The flag is process-wide: the first thread that enters saves it, and the last one that leaves restores it.
     """
-    global _inside, _before
+    global _active, _setting_before
     with _lock:
-        if not _inside:
-            _before = torch.backends.cuda.cudnn_sdp_enabled()
+        if not _active:
+            _setting_before = torch.backends.cuda.cudnn_sdp_enabled()
             torch.backends.cuda.enable_cudnn_sdp(False)
-        _inside += 1
+        _active += 1
     try:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            if not _inside:
-                torch.backends.cuda.enable_cudnn_sdp(_before)
+            _active -= 1
+            if not _active:
+                torch.backends.cuda.enable_cudnn_sdp(_setting_before)
 
 
-def attends_by_products(queries: torch.Tensor, keys: int) -> bool:
-    """Return True if two matrix products, with the scores held in between, are faster than a fused kernel for `keys` keys.
-
-    This is the case for bf16 on a CPU with fewer than `LONG` keys.
-    """
-    return is_host(queries.device) and queries.dtype == torch.bfloat16 and keys < LONG
-
-
-def transformers_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
-    """Return the fastest attention that transformers offers on a device: flash-attn if it is installed, otherwise torch's SDPA.
-
-    Also return a note for reports on how transformers' tower runs with it, or None on a CPU.
-    """
-    if is_host(device):
-        return "sdpa", None
-    if dtype.itemsize == 2 and find_spec("flash_attn") is not None:
-        return "flash_attention_2", "transformers runs flash_attention_2"
-    why = "whose tower loops over windows in Python; flash-attn, which does not, is not installed"
-    return "sdpa", f"transformers runs sdpa, {why}"
-
-
-def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
-    """Return a function that attends in one call within groups of different lengths, or None if torch does not have it here.
-
-    The function takes queries, keys and values `[patches, heads, d]`, the cumulative ends of the groups among queries and among
-    keys (int32), the largest number of queries and of keys in a group, and `scale`. It needs 16-bit floats and CUDA GPUs since
-    Ampere.
-    """
-    if not uses_kernels(device) or torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16):
-        return None
-    if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cuda.is_flash_attention_available():
-        return None
-    return attend_varlen
-
-
-def form_of_groups(
-    like: torch.Tensor, by_length: Callable[[], T], packed: Callable[[Callable], T], padded: Callable[[], T]
-) -> T:
-    """Return attention groups in the form that suits the device and dtype of `like`.
+class Attention:
+    """How attention runs on a device, in a dtype.
 
     Args:
-        like: a tensor on the device, in the dtype of the attention.
-        by_length: makes the form for a CPU, which reads the lengths of the groups.
-        packed: makes the form for a kernel, which it is given (see `varlen_kernel`).
-        padded: makes the form for devices without such a kernel.
+        device: where the queries, keys and values are.
+        dtype: of the queries, keys and values.
     """
-    if is_host(like.device):
-        return by_length()
-    kernel = varlen_kernel(like.device, like.dtype)
-    return packed(kernel) if kernel else padded()
+
+    # An ignored key gets the weight e^-NEVER, for kernels that cannot take an infinite bias.
+    NEVER = 1000.0
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self._device = device
+        self._dtype = dtype
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Self:
+        """Return the attention for tensors with the device and the dtype of `x`."""
+        return cls(x.device, x.dtype)
+
+    def prefers_products(self, keys: int) -> bool:
+        """Return True if two matrix products, with the scores held in between, are faster than a fused kernel for `keys` keys.
+
+        This is the case for bf16 on a CPU with fewer than `LONG` keys.
+        """
+        return is_host(self._device) and self._dtype == torch.bfloat16 and keys < LONG
+
+    def of_transformers(self) -> tuple[str, str | None]:
+        """Return the fastest attention that transformers offers: flash-attn if it is installed, otherwise torch's SDPA.
+
+        Also return a note for reports on how transformers' tower runs with it, or None on a CPU.
+        """
+        if is_host(self._device):
+            return "sdpa", None
+        if self._dtype.itemsize == 2 and find_spec("flash_attn") is not None:
+            return "flash_attention_2", "transformers runs flash_attention_2"
+        why = "whose tower loops over windows in Python; flash-attn, which does not, is not installed"
+        return "sdpa", f"transformers runs sdpa, {why}"
+
+    @property
+    def varlen_kernel(self) -> Callable | None:
+        """A function that attends in one call within groups of different lengths, or None if torch does not have it here.
+
+        The function takes queries, keys and values `[patches, heads, d]`, the cumulative ends of the groups among queries and among
+        keys (int32), the largest number of queries and of keys in a group, and `scale`. It needs 16-bit floats and CUDA GPUs since
+        Ampere.
+        """
+        half = self._dtype in (torch.bfloat16, torch.float16)
+        if not uses_kernels(self._device) or torch.version.cuda is None or not half:
+            return None
+        is_old = torch.cuda.get_device_capability(self._device) < (8, 0)
+        if is_old or not torch.backends.cuda.is_flash_attention_available():
+            return None
+        return attend_varlen
+
+    def form_of_groups(self, by_length: Callable[[], T], packed: Callable[[Callable], T], padded: Callable[[], T]) -> T:
+        """Return attention groups in the form that runs fastest.
+
+        Args:
+            by_length: makes the form for a CPU, which reads the lengths of the groups.
+            packed: makes the form for a kernel, which it is given (see `varlen_kernel`).
+            padded: makes the form for devices without such a kernel.
+        """
+        if is_host(self._device):
+            return by_length()
+        kernel = self.varlen_kernel
+        return packed(kernel) if kernel else padded()
+
+    def causal(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
+    ) -> torch.Tensor | None:
+        """Return causal attention of the last L of n columns, `[..., L, d]`, or None if no kernel can compute it without a mask.
+
+        On CUDA, kernels without a mask are several times faster than kernels with one.
+
+        Args:
+            queries: `[..., heads, L, d]`.
+            keys, values: `[..., heads, n, d]`.
+            scale: of the scores; None for torch's default.
+        """
+        if queries.shape[2] == keys.shape[2]:
+            return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
+        if not uses_kernels(self._device):
+            return None
+        # `torch.nn.attention.bias` calls the same operator, but imports all of torch.compile. Flash attention aligns its causal
+        # mask to the lower right corner, torch to the upper left. So the check would refuse is_causal=True: it is asked only about
+        # shapes and dtypes.
+        params = torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, False, False)
+        with as_current(self._device):  # the check queries the capability of the current device
+            if not torch.backends.cuda.can_use_flash_attention(params) or queries.shape[3] % 8:
+                return None
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(queries, keys, values, 0.0, True, False, scale=scale)[0]
+
+    def bias_features(self, bias: torch.Tensor, dim: int, least: float = -math.inf) -> torch.Tensor:
+        """Return extra key features `[n, e]` whose product with ones adds `bias` to the attention scores of the keys.
+
+        This brings a bias into kernels that take no mask. Heads may have up to 256 features, in multiples of eight, so `dim + e` is
+        a multiple of eight. The kernel divides scores by the square root of `dim`, so the bias is multiplied by it here. It is
+        split into the sum of two numbers, because a single bf16 number would be off by up to 2^-9 of its value.
+
+        Args:
+            bias: float32 `[n]`, added to the scores of the keys.
+            dim: features of a head, without the extra ones.
+            least: smaller products are raised to this value.
+        """
+        least = max(least, torch.finfo(self._dtype).min / 4)  # -inf times 0 would be NaN
+        value = (bias * dim**0.5).clamp(min=least)
+        high = value.to(self._dtype)
+        return F.pad(torch.stack([high, (value - high.float()).to(self._dtype)], -1), (0, -(dim + 2) % 8))
+
+    def room_for_bias(self, bias: torch.Tensor, columns: int, kv_heads: int, dim: int) -> torch.Tensor | None:
+        """Allocate room `[2, kv_heads, n, dim + e]` for the keys and values of a layer, followed by features that carry a bias.
+
+        After the keys come the features of `bias_features`, after the values zeros. Masks are slow on a GPU, so kernels without one
+        are used. Returns None if the device has no such kernels, or for a single column: callers then apply the bias as a mask.
+
+        Args:
+            bias: float32 `[n]`, added to the scores of the keys.
+            columns: number of columns with queries.
+            kv_heads: number of key/value heads.
+            dim: features of a head.
+        """
+        if columns == 1 or not uses_kernels(self._device):
+            return None
+        features = self.bias_features(bias, dim)
+        room = features.new_zeros(2, kv_heads, len(features), dim + features.shape[1])
+        room[0, :, :, dim:] = features
+        return room
 
 
 def attend_varlen(
@@ -110,74 +188,9 @@ def attend_varlen(
     most: int,
     scale: float,
 ) -> torch.Tensor:
-    """Run the attention described in `varlen_kernel`.
+    """Run the attention described in `Attention.varlen_kernel`.
 
     `torch.nn.attention.varlen` calls the same operator, but takes longer to import.
     """
     lengths = query_ends, key_ends, longest, most
     return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, False, False, scale=scale)[0]
-
-
-def causal_attention(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
-) -> torch.Tensor | None:
-    """Return causal attention of the last L of n columns, `[..., L, d]`, or None if no kernel can compute it without a mask.
-
-    On CUDA, kernels without a mask are several times faster than kernels with one.
-
-    Args:
-        queries: `[..., heads, L, d]`.
-        keys, values: `[..., heads, n, d]`.
-        scale: of the scores; None for torch's default.
-    """
-    if queries.shape[2] == keys.shape[2]:
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
-    if not uses_kernels(queries.device):
-        return None
-    # `torch.nn.attention.bias` calls the same operator, but imports all of torch.compile. Flash attention aligns its causal mask to
-    # the lower right corner, torch to the upper left. So the check would refuse is_causal=True: it is asked only about shapes and
-    # dtypes.
-    params = torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, False, False)
-    with as_current(queries.device):  # the check queries the capability of the current device
-        if not torch.backends.cuda.can_use_flash_attention(params) or queries.shape[3] % 8:
-            return None
-    return torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values, 0.0, True, False, scale=scale)[0]
-
-
-def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype, least: float = -math.inf) -> torch.Tensor:
-    """Return extra key features `[n, e]` whose product with ones adds `bias` (float32 `[n]`) to the attention scores of the keys.
-
-    This brings a bias into kernels that take no mask. Heads may have up to 256 features, in multiples of eight, so `dim + e` is a
-    multiple of eight. The kernel divides scores by the square root of `dim`, so the bias is multiplied by it here. It is split into
-    the sum of two numbers, because a single bf16 number would be off by up to 2^-9 of its value.
-
-    Args:
-        bias: float32 `[n]`, added to the scores of the keys.
-        dim: features of a head, without the extra ones.
-        dtype: of the keys.
-        least: smaller products are raised to this value.
-    """
-    least = max(least, torch.finfo(dtype).min / 4)  # -inf times 0 would be NaN
-    value = (bias * dim**0.5).clamp(min=least)
-    high = value.to(dtype)
-    return F.pad(torch.stack([high, (value - high.float()).to(dtype)], -1), (0, -(dim + 2) % 8))
-
-
-def room_for_bias(bias: torch.Tensor, like: torch.Tensor, kv_heads: int, dim: int) -> torch.Tensor | None:
-    """Allocate room `[2, kv_heads, n, dim + e]` for the keys and values of a layer, followed by features that carry a bias.
-
-    After the keys come the features of `bias_features`, after the values zeros. Masks are slow on a GPU, so kernels without one are
-    used. Returns None if the device has no such kernels, or for a single column: callers then apply the bias as a mask.
-
-    Args:
-        bias: float32 `[n]`, added to the scores of the keys.
-        like: columns `[L, hidden]`, in the dtype of the keys.
-        kv_heads: number of key/value heads.
-        dim: features of a head.
-    """
-    if len(like) == 1 or not uses_kernels(like.device):
-        return None
-    features = bias_features(bias, dim, like.dtype)
-    room = features.new_zeros(2, kv_heads, len(features), dim + features.shape[1])
-    room[0, :, :, dim:] = features
-    return room

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from evoprune.backend.attention import NEVER
+from evoprune.backend.attention import Attention
 from evoprune.backend.devices import on_its_device
 
 # Selection. The matrix products in between run in cuBLAS.
@@ -647,6 +647,7 @@ def rotate_into_groups(
         keys = torch.arange(rows, dtype=torch.int64, device=qkv.device)
     _rotate_into_groups[rows + total,](
         qkv, cos, sin, place, _given(keys, place), _given(weight, place), q, k, v, rows,
-        heads=heads, dim=dim, more=more, root=dim**0.5, least=-NEVER, half=triton.next_power_of_2(dim // 2), gathers=gathers,
+        heads=heads, dim=dim, more=more, root=dim**0.5, least=-Attention.NEVER, half=triton.next_power_of_2(dim // 2),
+        gathers=gathers,
     )  # fmt: skip
     return q, k, v

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 
 from evoprune.backend import (
+    Attention,
     Device,
     Quantization,
     available_cores,
     cache_name,
     can_pack,
     pack,
-    transformers_attention,
     weights_bytes,
 )
 from evoprune.bench.clips import (
@@ -374,7 +374,7 @@ class Bench:
         self._loaded = loaded
         self._settings = settings
         model = loaded.model
-        attention, attention_note = transformers_attention(model.device, model.dtype)
+        attention, attention_note = Attention(model.device, model.dtype).of_transformers()
         self._reference = hugging_face_model(model, attention)
         names = [name for name in settings.quantize if any(row.quantize == name for row in rows)]
         cases = {case: [row for row in rows if row.case == case] for case in dict.fromkeys(row.case for row in rows)}

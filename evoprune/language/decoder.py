@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import (
-    causal_attention,
+    Attention,
     give_up,
     joined,
     kernels_for,
     linear,
-    room_for_bias,
     to_device,
     without_cudnn,
 )
@@ -95,15 +94,15 @@ def attend(
     """Return the causal attention of L columns to n keys, `[L, heads * head_dim]`.
 
     Args:
-        queries: `[1, L, heads, head_dim]`. They may have additional bias features at the end (`backend.attention.bias_features`).
+        queries: `[1, L, heads, head_dim]`. They may have additional bias features at the end (`Attention.bias_features`).
         keys, values: `[1, kv_heads, n, head_dim]`. Neighboring query heads share them. For a single column, they may also have
             additional bias features.
         bias: `[n]`, added to the logits of keys. The logarithm of a cluster size gives a key the weight of that many equal keys
             (arXiv 2210.09461, section 3).
         sees: int64 `[L]`, ascending, the number of keys that every query sees; the last one is n. None if the queries are the last
             L columns.
-        wide: buffer `[2, kv_heads, n, head_dim + e]` for keys and values with bias features (`room_for_bias`), for kernels that
-            take no mask.
+        wide: buffer `[2, kv_heads, n, head_dim + e]` for keys and values with bias features (`Attention.room_for_bias`), for
+            kernels that take no mask.
         dim: head_dim; required if the queries have additional features.
     """
     _, columns, heads, given = queries.shape
@@ -136,7 +135,7 @@ def attend(
                 asks = F.pad(queries, (0, wide.shape[3] - given), value=1.0)
             shared = wide[:, :, None]
             scale = dim**-0.5
-        out = causal_attention(asks, *(t.expand(-1, group, -1, -1) for t in shared), scale=scale)
+        out = Attention.of(asks).causal(asks, *(t.expand(-1, group, -1, -1) for t in shared), scale=scale)
         if out is not None:
             return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
     queries = queries[..., :dim]
@@ -160,7 +159,7 @@ def attend(
 
 
 def columns_of(wide: torch.Tensor | None, columns: torch.Tensor | slice | None) -> torch.Tensor | None:
-    """Return the given columns of a buffer made by `room_for_bias`, or all if `columns` is None."""
+    """Return the given columns of a buffer made by `Attention.room_for_bias`, or all if `columns` is None."""
     return wide if wide is None or columns is None else wide[:, :, columns]
 
 
@@ -428,7 +427,8 @@ def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch
     if sizes is None:
         return None, None
     bias = sizes.log()
-    return bias.to(like.dtype), room_for_bias(bias, like, config.num_key_value_heads, head_size(config))
+    wide = Attention.of(like).room_for_bias(bias, len(like), config.num_key_value_heads, head_size(config))
+    return bias.to(like.dtype), wide
 
 
 def run_layer(

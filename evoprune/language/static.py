@@ -17,8 +17,8 @@ from torch import nn
 
 from evoprune.backend import (
     EXPERTS,
+    Attention,
     Device,
-    bias_features,
     is_unhooked_linear,
     to_device,
     without_cudnn,
@@ -115,7 +115,7 @@ class NativeStaticCache(StaticCache):
         config = model.config.text_config
         like = model.model.language_model.norm.weight
         self._dim = head_size(config)
-        more = bias_features(torch.zeros(1, dtype=torch.float32, device="cpu"), self._dim, like.dtype).shape[1]
+        more = Attention.of(like).bias_features(torch.zeros(1, dtype=torch.float32, device="cpu"), self._dim).shape[1]
         wide = self._dim + more
         self._held = like.new_zeros(config.num_hidden_layers, 2, config.num_key_value_heads, capacity, wide)
         self.frequencies = to_device(frequencies_of(config)[0], like.device)
@@ -129,7 +129,7 @@ class NativeStaticCache(StaticCache):
                 to[:, :length, :dim] = given[0]
         # An earlier answer may have left NaN, which a weight of 0 does not remove.
         self._held[:, :, :, length:read, :dim] = 0
-        self._held[:, 0, :, :read, dim:] = bias_features(bias, dim, self._held.dtype)
+        self._held[:, 0, :, :read, dim:] = Attention.of(self._held).bias_features(bias, dim)
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one new column. Returns all columns that attention reads, with bias features; see `KVCache.put`."""

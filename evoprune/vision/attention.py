@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import NEVER, Device, Timer, attends_by_products, bias_features, form_of_groups
+from evoprune.backend import Attention, Device, Timer
 from evoprune.methods import arange_on
 from evoprune.model import PATCHES, without_autocast
 from evoprune.vision.layout import Scope, bincount_fixed, cat, group_table, group_units, order_tables, runs
@@ -97,7 +97,7 @@ class PackedGroups:
 
     rows: Rows
     scope: Scope
-    kernel: Callable  # result of `varlen_kernel`
+    kernel: Callable  # `Attention.varlen_kernel`
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Return the attention inside the groups, computed by one kernel call.
@@ -140,8 +140,7 @@ Groups = list[PaddedGroups] | PackedGroups
 
 def attention_groups(rows: Rows, scope: Scope, like: torch.Tensor) -> Groups:
     """Return the groups of `scope` in the best form for the device and the dtype of `like`."""
-    return form_of_groups(
-        like,
+    return Attention.of(like).form_of_groups(
         by_length=lambda: groups_by_length(rows, scope),
         packed=lambda kernel: PackedGroups(rows, scope, kernel),
         padded=lambda: [padded_groups(rows, scope)],
@@ -358,7 +357,7 @@ def _attend_padded(
     if bias is not None:
         bias = bias.to(q.dtype)
     per_key = None
-    if attends_by_products(q, key.shape[2]):
+    if Attention.of(q).prefers_products(key.shape[2]):
         weight = None
         if received is not None:
             with timer:
@@ -502,10 +501,10 @@ def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Pac
 def with_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Encode the log of `weight` (int64 `[K]`) in extra head dimensions: q' = [q, 1, 1, 0 ...], k' = [k, high, low, 0 ...].
 
-    The extra dimensions come from `bias_features`. A weight of 0 becomes e^-`NEVER`.
+    The extra dimensions come from `Attention.bias_features`. A weight of 0 becomes e^-`Attention.NEVER`.
     """
     dim = q.shape[-1]
-    more = bias_features(weight.float().log(), dim, k.dtype, least=-NEVER * dim**0.5)
+    more = Attention.of(k).bias_features(weight.float().log(), dim, least=-Attention.NEVER * dim**0.5)
     extra = more.shape[1]
     more = more[:, None, None].expand(*k.shape[:3], extra)
     ones = F.pad(q.new_ones(*q.shape[:3], 2), (0, extra - 2))

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import Timer, give_up, joined, kernels_for, linear, varlen_kernel
+from evoprune.backend import Attention, Timer, give_up, joined, kernels_for, linear
 from evoprune.methods import TowerShape, arange_on
 from evoprune.model import PATCHES, VisionConfig
 from evoprune.vision.attention import Groups, PackedGroups, attention_groups, attention_received, grouped_attention
@@ -226,7 +226,7 @@ def run_layer(
 
 def can_fuse(x: torch.Tensor) -> bool:
     """Return True if there are kernels for the device and dtype of `x`."""
-    return varlen_kernel(x.device, x.dtype) is not None and kernels_for(x.device) is not None
+    return Attention.of(x).varlen_kernel is not None and kernels_for(x.device) is not None
 
 
 def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callable[[int, Rows, int], None]) -> range:

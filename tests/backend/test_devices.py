@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from evoprune.backend.attention import transformers_attention
+from evoprune.backend.attention import Attention
 from evoprune.backend.devices import Device, cluster_share
 from evoprune.backend.limits import MAX_VISUAL_TOKENS_CPU, visual_token_limit
 
@@ -59,7 +59,7 @@ def test_weights_stay_in_their_files_on_a_cpu_alone():
 )
 def test_the_attention_of_transformers(device, dtype, installed, expected, monkeypatch):
     monkeypatch.setattr("evoprune.backend.attention.find_spec", lambda name: installed or None)
-    made, note = transformers_attention(device, dtype)
+    made, note = Attention(device, dtype).of_transformers()
     assert made == expected
     assert note is None if device == CPU else note.startswith(f"transformers runs {made}")
 

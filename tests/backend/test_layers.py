@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import devices, layers
-from evoprune.backend.attention import causal_attention
+from evoprune.backend.attention import Attention
 from evoprune.errors import DeviceWarning
 from evoprune.language import decoder, static
 from evoprune.model import Config, QwenVL, norm, rotate
@@ -181,10 +181,10 @@ def test_a_cpu_has_no_kernels(monkeypatch):
 def test_a_whole_prompt_and_its_end():
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 20, 16, generator=random) for _ in range(3))
-    whole = causal_attention(q, k, v, None)
+    whole = Attention.of(q).causal(q, k, v, None)
     weights = (q @ k.transpose(2, 3) / 4).masked_fill(~torch.ones(20, 20).tril().bool(), -torch.inf).softmax(-1)
     torch.testing.assert_close(whole, weights @ v)
-    assert causal_attention(q[:, :, 5:], k, v, None) is None  # on a CPU a mask is just as good
+    assert Attention.of(q).causal(q[:, :, 5:], k, v, None) is None  # on a CPU a mask is just as good
 
 
 @pytest.mark.cuda
@@ -195,7 +195,7 @@ def test_the_end_of_a_prompt_on_a_gpu(rows, dim):
     q, k, v = (torch.randn(2, 1, 700, dim, generator=random).to("cuda", torch.bfloat16) for _ in range(3))
     k, v = k.expand(-1, 8, -1, -1), v.expand(-1, 8, -1, -1)
     q = q.repeat(1, 8, 1, 1)[:, :, 700 - rows :]
-    made = causal_attention(q, k, v, 0.1)
+    made = Attention.of(q).causal(q, k, v, 0.1)
     scores = (q.float() @ k.float().transpose(2, 3) * 0.1).masked_fill(
         ~torch.ones(rows, 700, device="cuda").tril(700 - rows).bool(), -torch.inf
     )

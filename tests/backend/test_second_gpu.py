@@ -188,5 +188,5 @@ def test_flash_attention_is_asked_of_the_device_of_the_queries(seen, monkeypatch
     monkeypatch.setattr(torch.backends, "cuda", fakes)
     queries, keys = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 9, 8)
     with OnTheSecond():
-        assert attention.causal_attention(queries, keys, keys, None) is None
+        assert attention.Attention.of(queries).causal(queries, keys, keys, None) is None
     assert seen.all == [("asked", 1)]

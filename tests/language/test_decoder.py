@@ -115,7 +115,7 @@ def test_a_bias_in_features_of_heads_is_that_in_a_mask(cuts, dtype, near, monkey
     def with_blind_columns():
         return run_method(deep_model(), methods.get("visipruner"), *a_prompt(), 0.25, sizes_of())[0]
 
-    def lower_right(queries, keys, values, scale):
+    def lower_right(_, queries, keys, values, scale):
         """Apply a causal mask aligned to the lower right, as the CUDA kernels do."""
         shapes.append((queries.shape[2:], keys.shape[2:], values.shape[2:]))
         mask = torch.ones(queries.shape[2], keys.shape[2]).tril(keys.shape[2] - queries.shape[2]).bool()
@@ -123,7 +123,7 @@ def test_a_bias_in_features_of_heads_is_that_in_a_mask(cuts, dtype, near, monkey
 
     expected, masked, shapes = made(), with_blind_columns(), []
     monkeypatch.setattr("evoprune.backend.attention.uses_kernels", lambda device: True)
-    monkeypatch.setattr(decoder, "causal_attention", lower_right)
+    monkeypatch.setattr("evoprune.backend.attention.Attention.causal", lower_right)
     assert_close(made(), expected, near)
     ends = [end for end in [*cuts, LENGTH] if end != LENGTH or LENGTH - 1 not in cuts]
     # The last column of the top layer, and a single column, use the mask.

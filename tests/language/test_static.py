@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from evoprune.backend import Device, bias_features, devices, layers
+from evoprune.backend import Attention, Device, devices, layers
 from evoprune.errors import DeviceWarning, ModelError
 from evoprune.language import decoder, static
 from evoprune.language.generate import GenerationOptions, LanguageModel, PrefillState, TokenStream
@@ -315,7 +315,7 @@ def test_plain_is_a_setting_of_the_environment(value, expected, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_features_of_a_bias(dtype):
     bias = torch.tensor([0.0, 1.0, 40.0, 1000.0]).log()
-    made = bias_features(bias, 16, dtype)
+    made = Attention(torch.device("cpu"), dtype).bias_features(bias, 16)
     assert made.shape == (4, 8) and made.dtype == dtype
     found = made.float().sum(1) / 4
     torch.testing.assert_close(found[1:], bias[1:], atol=1e-4, rtol=1e-4)

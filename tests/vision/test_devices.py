@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evoprune.backend import Timer, attention, varlen_kernel
+from evoprune.backend import Attention, Timer
 from evoprune.backend.attention import attend_varlen
 from evoprune.methods import EvoPrunePaper
 from evoprune.methods.evoprune import EvoPruneMethod
@@ -76,17 +76,17 @@ def test_extra_head_dimensions_carry_the_bias(dim, dtype, error):
 
 
 def test_the_kernel_is_used_only_on_gpus_that_can_run_it(monkeypatch):
-    assert varlen_kernel(torch.device("cpu"), torch.bfloat16) is None
+    assert Attention(torch.device("cpu"), torch.bfloat16).varlen_kernel is None
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert varlen_kernel(gpu, torch.bfloat16) is None
+    assert Attention(gpu, torch.bfloat16).varlen_kernel is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert varlen_kernel(gpu, torch.float32) is None
-    assert varlen_kernel(gpu, torch.float16) is attend_varlen
+    assert Attention(gpu, torch.float32).varlen_kernel is None
+    assert Attention(gpu, torch.float16).varlen_kernel is attend_varlen
     monkeypatch.setenv("EVOPRUNE_PLAIN", "1")
-    assert varlen_kernel(gpu, torch.float16) is None
+    assert Attention(gpu, torch.float16).varlen_kernel is None
 
 
 def test_torchs_own_kernel_accepts_the_arguments():
@@ -145,7 +145,7 @@ def test_every_shape_is_known_on_a_device_without_values(keep, kernel, monkeypat
     def answer(q, k, v, *_, scale):
         return torch.empty_like(q)
 
-    monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: answer if kernel else None)
+    monkeypatch.setattr(Attention, "varlen_kernel", property(lambda _: answer if kernel else None))
     monkeypatch.setattr(encoder.EncodedRows, "read_checks", lambda _, kept: (False, 0.0, kept))
     visual = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta)
     method = EvoPrunePaper(first=0.0, last=1.0)

@@ -41,8 +41,7 @@ def on_kernels(monkeypatch):
     real = tower.Layer.by_kernels
     monkeypatch.setattr(devices, "is_host", lambda device: False)
     monkeypatch.setattr(attention, "is_host", lambda device: False)
-    monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: varlen_by_hand)
-    monkeypatch.setattr(tower, "varlen_kernel", lambda device, dtype: varlen_by_hand)
+    monkeypatch.setattr(attention.Attention, "varlen_kernel", property(lambda _: varlen_by_hand))
     monkeypatch.setattr(tower, "kernels_for", lambda device: kernels)
     monkeypatch.setattr(tower.Layer, "by_kernels", counted)
     return ran
