@@ -90,40 +90,41 @@ class UntypedKeywords(TypedDict, total=False):
     """GenerationKeywords without schema."""
 
     max_new_tokens: int
-    """Longest answer, in tokens."""
+    """Maximum length of the answer, in tokens."""
     temperature: float
     """0 is greedy."""
     top_p: float
     """Nucleus sampling."""
     top_k: int
-    """Draw among the N most probable tokens; 0: all."""
+    """Sample from the N most probable tokens; 0: from all."""
     repetition_penalty: float | None
-    """Above 1, tokens of prompt and answer are less probable; 1: off; default: that of the model's
+    """Above 1, tokens of the prompt and the answer become less probable; 1: off; default: from the model's
     generation_config.json."""
     system: str | None
     """A system prompt."""
     think: Literal["off", "on"]
-    """Whether a model that can do both thinks before it answers. max_new_tokens counts thoughts and answer together."""
+    """Whether the model thinks before it answers, if it supports both. max_new_tokens limits thoughts and answer
+    together."""
     stop: str | Sequence[str] | None
-    """One text or several: the answer ends where one of them would begin. Thoughts may have it."""
+    """One or several texts: the answer ends before the first one. Thoughts may contain them."""
     logprobs: int | None
-    """Keep the log probability of each token of the answer, and those of so many of the most probable ones in its
-    place; at most 20, 0: of the answer's alone."""
+    """Keep the log probability of each token of the answer, and of this many most probable tokens at its position; at
+    most 20, 0: only of the answer's tokens."""
     regex: str | None
-    """The answer matches this regular expression as a whole. Needs evoprune[schema]."""
+    """The whole answer matches this regular expression. Needs evoprune[schema]."""
     choices: str | Sequence[str] | None
-    """Two texts or more: the answer is one of them, and `Answer.choices` says how probable each is."""
+    """Two or more texts: the answer is one of them, and `Answer.choices` has the probability of each."""
     choice_score: Literal["sum", "mean"]
-    """What choices are compared by: the sum of the log probabilities of their tokens, or the mean, which does not
-    favour short ones."""
+    """Compare choices by the sum of the log probabilities of their tokens, or by the mean, which does not favor short
+    choices."""
 
 
 class GenerationKeywords(UntypedKeywords, total=False):
     """How an answer is generated."""
 
     schema: Mapping[str, Any] | type[Any] | None
-    """A JSON Schema as a dict, a dataclass, or a model of pydantic: the answer is JSON that follows it, and
-    `Answer.parsed` is its value, an instance of the class. Needs evoprune[schema]."""
+    """A JSON Schema as a dict, a dataclass or a pydantic model: the answer is JSON that follows it, and `Answer.parsed`
+    is its value, an instance of the class. Needs evoprune[schema]."""
 
 
 class StreamKeywords(TypedDict, total=False):
@@ -167,13 +168,13 @@ class EvoPruneKeywords(TypedDict, total=False):
     method: str
     """Name of a pruning method, NAME:SETTING=VALUE for its settings."""
     positions: Literal["host", "qwen"]
-    """host gives each token the position that the model itself gives it, so that budget 1.0 is the model's own output;
-    qwen starts the text after a video at the end of the video's time, as Qwen trained its models."""
+    """host: every token gets the model's own position, so that budget 1.0 reproduces the model's output. qwen: text
+    after a video starts at the end of the video's time, as in the training of Qwen's models."""
     seed: int
     """Seed of methods that draw at random."""
     pack: bool | Literal["int8"]
-    """On a CPU, encode with copies of the tower's linear layers in the order in which products read them, which is
-    faster. int8: with copies in 8 bits, twice as fast as float32 and less exact."""
+    """On a CPU, encode faster, with packed copies of the tower's linear layers. int8: with 8-bit copies, twice as fast
+    as float32 and less exact."""
     pictures: bool
     """Prune pictures too, each to the same share of its tokens. Otherwise they stay whole."""
 

@@ -183,7 +183,9 @@ def _as_typed(message: str, said: dict[str, Option]) -> str:
         name = found[0]
         return _names(name, said[name]).split()[-1] if name in said else name
 
-    return re.sub(r"^\w+(?= (is|and|needs)\b)|(?<= and )\w+(?= exclude\b)|(?<= needs )\w+$", typed, message)
+    return re.sub(
+        r"^\w+(?= (is|and|needs)\b)|(?<= and )\w+(?= (exclude|cannot be combined)\b)|(?<= needs )\w+$", typed, message
+    )
 
 
 # Options shared by several commands.

@@ -84,8 +84,8 @@ class Columns:
         """
         ends = self.index[:, places].unique()
         if len(ends) > 1:
-            hint = "cut those of each prompt on its own"
-            raise UsageError("past_key_values were cut in the middle of a padded batch", hint)
+            hint = "crop the cache of each prompt separately"
+            raise UsageError("past_key_values were cropped in the middle of a padded batch", hint)
         return Columns(self.index[:, :places], int(ends))
 
     def repeated(self, times: int) -> "Columns":
@@ -215,7 +215,9 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
         _check_placeholders(model, call, video)
     grids = call.get("video_grid_thw")
     if grids is not None and len(interface.seconds_per_pair(call)) != len(grids):
-        raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
+        raise UsageError(
+            "second_per_grid_ts does not have one value per video", "pass everything that the processor returned"
+        )
     places = []
     pruned = []
     for ids, inputs in zip(call["input_ids"].tolist(), interface.placed_inputs(model, call, None), strict=True):
@@ -265,7 +267,7 @@ def _check_placeholders(model, call: dict, video: bool) -> None:
     if grids is not None:
         units = int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
     if not units or units != found:
-        problem = f"input_ids have {found} {name} tokens, {name}_grid_thw makes {units}"
+        problem = f"input_ids have {found} {name} tokens, but {name}_grid_thw needs {units}"
         raise UsageError(problem, interface.ONE_CALL)
 
 
@@ -278,7 +280,9 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
     visual = model.model.visual
     given = [call.get(name) for name in ("pixel_values_videos", "pixel_values")]
     if call.get(interface.ENCODED) or given == [None, None]:
-        return UsageError(f"what is in {interface.ENCODED} is encoded already", "pass the processor's pixels instead")
+        return UsageError(
+            f"the inputs in {interface.ENCODED} are already encoded", "pass the processor's pixels instead"
+        )
     # In eval mode gradients are rarely wanted, although weights require them by default. If they are, `backward` raises.
     training = visual.training or optional
     traced = any(pixels is not None and pixels.requires_grad for pixels in given)
@@ -286,23 +290,23 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
         return no_gradients()
     ids = call.get("input_ids")
     if ids is None or call.get("inputs_embeds") is not None:
-        hint = "pass input_ids, which have the video's tokens"
-        return UsageError("inputs_embeds beside a video cannot be pruned", hint)
+        hint = "pass input_ids, which contain the video's tokens"
+        return UsageError("inputs_embeds together with a video cannot be pruned", hint)
     per_column = ("attention_mask", *interface.PER_COLUMN)
     for name in ("input_ids", *per_column, "position_ids", "video_grid_thw", "image_grid_thw"):
         if not isinstance(call.get(name), torch.Tensor | None):
             hint = "call the processor with return_tensors='pt'"
-            return UsageError(f"{name} are of class {type(call[name]).__name__}, not a tensor", hint)
+            return UsageError(f"{name} is of class {type(call[name]).__name__}, not a tensor", hint)
     if ids.ndim != 2:
-        return UsageError(f"input_ids are {list(ids.shape)}, not [prompts, columns]", "pass input_ids[None]")
+        return UsageError(f"input_ids has shape {list(ids.shape)}, not [prompts, columns]", "pass input_ids[None]")
     for name in (*per_column, "position_ids"):
         # Only the last dimension of `position_ids` is compared, because several shapes are allowed.
         compared = slice(-1, None) if name == "position_ids" else slice(None)
         if call.get(name) is not None and call[name].shape[compared] != ids.shape[compared]:
-            shapes = f"{name} are {list(call[name].shape)}, input_ids are {list(ids.shape)}"
+            shapes = f"shape {list(call[name].shape)} of {name} does not match {list(ids.shape)} of input_ids"
             return UsageError(shapes, "pass a value for each column of the whole prompt")
     if _packed(call):
-        return UsageError("several sequences packed in a row cannot be pruned", "pass them as rows of a batch")
+        return UsageError("several sequences packed into one row cannot be pruned", "pass them as rows of a batch")
     if generating:
         return None
     shape = ids.shape
@@ -310,9 +314,11 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
     for name, value in call.items():
         per_column = isinstance(value, torch.Tensor) and value.shape[:2] == shape and name not in known
         if per_column or name.startswith("cu_seq_lens"):
-            return UsageError(f"{name} cannot go with a pruned prompt", "leave it out, or remove the pruning first")
+            return UsageError(
+                f"{name} cannot be combined with a pruned prompt", "leave it out, or remove the pruning first"
+            )
     if isinstance(call.get("logits_to_keep"), torch.Tensor):
-        return UsageError("logits_to_keep as indices would miss their columns", "pass a number of last columns, or 0")
+        return UsageError("logits_to_keep as indices would select wrong columns", "pass a number of last columns, or 0")
     return None
 
 
@@ -435,10 +441,10 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
     ids = call.get("input_ids")
     mask = call.get("attention_mask")
     if call.get("pixel_values") is not None or (generating and call.get("inputs_embeds") is not None):
-        raise UsageError("only text can follow a pruned video in past_key_values", "pass the whole conversation anew")
+        raise UsageError("only text can follow a pruned video in past_key_values", "pass the whole conversation again")
     new = call["inputs_embeds"] if ids is None else ids
     if len(new) % len(past.delta):
-        problem = f"{len(new)} rows go on from past_key_values of {len(past.delta)} prompts"
+        problem = f"{len(new)} rows continue past_key_values of {len(past.delta)} prompts"
         raise UsageError(problem, "continue all rows, or pass the whole conversation")
     columns = past.columns.repeated(len(new) // len(past.columns.index))
     known = columns.width + length - columns.places
@@ -449,7 +455,7 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
     else:
         total = known + new.shape[1]
     if total <= known or (not generating and total != known + new.shape[1]):
-        problem = f"{total} columns go on from past_key_values that represent {known}"
+        problem = f"{total} columns continue past_key_values that represent {known}"
         raise UsageError(problem, "count the pruned tokens of the video in ids and attention_mask too")
     columns = columns.following(total)
     if mask is None and generating:
@@ -476,8 +482,8 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
 
 
 def no_gradients() -> UsageError:
-    hint = "to train the language model alone: model.model.visual.requires_grad_(False)"
-    return UsageError("a vision tower that prunes has no gradients", hint)
+    hint = "to train only the language model: model.model.visual.requires_grad_(False)"
+    return UsageError("the vision tower has no gradients while it prunes", hint)
 
 
 def trained_weights(visual) -> list[torch.Tensor]:

@@ -52,7 +52,7 @@ METHODS = ("generate", "forward")  # methods of the model that are replaced
 INNER = "evoprune_inside"  # argument that marks inner calls, which must not prune again
 LOCK = threading.Lock()  # shared by all patches, because two threads may start to prune one model at the same time
 Run = Callable[[Callable, dict], Any]  # takes the model's own method and the call's arguments by name
-SWITCH = "this object only says how long the model prunes"
+SWITCH = "this object only switches pruning on and off"
 
 
 def _settings_alone(init: Callable) -> Callable:
@@ -62,8 +62,8 @@ def _settings_alone(init: Callable) -> Callable:
     def checked(self, *args, **given) -> None:
         for model in (*args, *given.values()):
             if isinstance(model, torch.nn.Module):
-                hint = "first the settings, then the model: EvoPrune(budget=0.1)(model)"
-                raise UsageError(f"an object of class {type(model).__name__} is no setting", hint)
+                hint = "pass the settings first, then the model: EvoPrune(budget=0.1)(model)"
+                raise UsageError(f"an object of class {type(model).__name__} is not a setting", hint)
         check_known(given, EvoPrune)
         init(self, *args, **given)
 
@@ -89,14 +89,14 @@ class EvoPrune:
     method: str = option(MethodText.DEFAULT, "Name of a pruning method, NAME:SETTING=VALUE for its settings.")
     positions: Literal["host", "qwen"] = option(
         "host",
-        "host gives each token the position that the model itself gives it, so that budget 1.0 is the model's own output; "
-        "qwen starts the text after a video at the end of the video's time, as Qwen trained its models.",
+        "host: every token gets the model's own position, so that budget 1.0 reproduces the model's output. "
+        "qwen: text after a video starts at the end of the video's time, as in the training of Qwen's models.",
     )
     seed: int = option(0, "Seed of methods that draw at random.")
     pack: bool | Literal["int8"] = option(
         False,
-        "On a CPU, encode with copies of the tower's linear layers in the order in which products read them, which is faster. "
-        "int8: with copies in 8 bits, twice as fast as float32 and less exact.",
+        "On a CPU, encode faster, with packed copies of the tower's linear layers. "
+        "int8: with 8-bit copies, twice as fast as float32 and less exact.",
     )
     pictures: bool = option(
         False,
@@ -106,10 +106,10 @@ class EvoPrune:
     def __post_init__(self):
         budget = Budget.parse(self.budget)  # before the type check, because its message names the presets
         if self.positions not in ("host", "qwen"):
-            raise UsageError(f"positions {self.positions!r} are not known", "host or qwen")
+            raise UsageError(f"positions is {self.positions!r}", "use host or qwen")
         if not isinstance(self.pack, bool) and self.pack != INT8:
             raise UsageError(
-                f"pack is {brief(self.pack)}, not True, False or {INT8!r}", "leave it out to change nothing"
+                f"pack is {brief(self.pack)}, not True, False or {INT8!r}", "leave it out to encode without packing"
             )
         check_types(self)
         object.__setattr__(self, "pruning", patch_config(budget, self.method, self.seed))
@@ -207,7 +207,7 @@ class PrunedModel:
         def __getattr__(self, name: str):
             problem = f"{type(self).__name__!r} object has no attribute {name!r}"
             if hasattr(vars(self).get("model"), name):
-                problem += f"; take model.{name}: {SWITCH}"
+                problem += f"; use model.{name}: {SWITCH}"
             raise AttributeError(problem)
 
         def __call__(self, *_: object, **__: object) -> NoReturn:
@@ -308,8 +308,8 @@ class PrunedModel:
         length = 0 if cache is None else int(cache.get_seq_length())
         if self._prunes(call):
             if length:
-                hint = "pass the whole conversation without them"
-                raise UsageError("a video cannot go on from past_key_values", hint)
+                hint = "pass the whole conversation without past_key_values"
+                raise UsageError("a video cannot follow past_key_values", hint)
             as_host = self.settings.positions == "host" or call.get("position_ids") is not None
             optional = as_host and not self.settings.pruning.prunes
             if (reason := why_not(self.model, call, generating, optional)) is None:
@@ -443,9 +443,9 @@ class Patches:
         with LOCK:
             if not self._installed:
                 if end_of(self._model):
-                    hint = "it prunes in one way at a time: evoprune.remove(model) ends the other; "
+                    hint = "call evoprune.remove(model) first; "
                     hint += "a service calls evoprune.apply(model, ...) once, at its start"
-                    raise UsageError("this model is pruned already", hint)
+                    raise UsageError("this model is already pruned", hint)
                 own = vars(self._model)
                 self._replaced = {name: own[name] for name in self._runs if name in own}
                 for name, run in self._runs.items():
@@ -522,7 +522,7 @@ class _Patch:
 
     def __reduce_ex__(self, _):
         if self.active:
-            hint = "evoprune.remove(model) ends that"
+            hint = "call evoprune.remove(model) first"
             raise UsageError("a model cannot be copied or pickled while it is pruned", hint)
         return _itself, (self._stock,)
 

@@ -22,9 +22,7 @@ from evoprune.vision import Encoded, encode_rows
 
 INT8 = "int8"
 SAMPLES = 16  # values sampled from each weight to detect changes
-PROCESSOR = (
-    "pass pixel_values_videos and video_grid_thw of one call of the processor (return_tensors='pt'), in this order"
-)
+PROCESSOR = "pass pixel_values_videos and video_grid_thw from one processor call (return_tensors='pt'), in this order"
 
 
 def encode(
@@ -100,7 +98,7 @@ def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = 
     method = config.method
     if method.acts == "input":
         hint = "use VideoQA, or shrink the video first"
-        raise UsageError(f"method {name} acts on frames, and these are patches", hint)
+        raise UsageError(f"method {name} acts on frames, but these are patches", hint)
     if method.language:
         works = method.before.name if method.before.members else "evoprune"
         hint = f"use VideoQA or the command line; here {works} works"
@@ -108,7 +106,7 @@ def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = 
     if method.reads_question and not has_question:
         what, instead = method.refusals
         hint = f"pass question=... to evoprune.encode, use VideoQA, or {instead}"
-        raise UsageError(f"{what}, and it is not known here", hint)
+        raise UsageError(f"{what}, which is not known here", hint)
     return config
 
 
@@ -121,14 +119,16 @@ def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
         raise UsageError(f"pixel_values_videos are {_what(pixels)}, not floating-point [patches, {width}]", PROCESSOR)
     good = isinstance(grids, torch.Tensor) and not (grids.is_floating_point() or grids.dtype == torch.bool)
     if not (good and grids.ndim == 2 and grids.shape[1] == 3):
-        raise UsageError(f"video_grid_thw are {_what(grids)}, not int64 [videos, 3]", PROCESSOR)
+        raise UsageError(f"video_grid_thw is {_what(grids)}, not int64 [videos, 3]", PROCESSOR)
     shapes = grids.tolist()
     if any(min(shape) < 1 or shape[1] % merge or shape[2] % merge for shape in shapes):
-        raise UsageError(f"video_grid_thw {shapes} are not (T, H, W), H and W in multiples of {merge}", PROCESSOR)
+        raise UsageError(
+            f"video_grid_thw {shapes} is not a list of (T, H, W) with H and W in multiples of {merge}", PROCESSOR
+        )
     if not shapes or int(grids.prod(1).sum()) != len(pixels):
         raise UsageError(f"{len(pixels)} patches do not fit video_grid_thw {shapes}", PROCESSOR)
     if not all_finite(pixels.detach()):
-        raise UsageError("pixel_values_videos hold NaN or infinity", "look at what the processor was given")
+        raise UsageError("pixel_values_videos contain NaN or infinity", "check the inputs of the processor")
 
 
 def _check_question(visual, question: torch.Tensor | None) -> None:
@@ -138,7 +138,7 @@ def _check_question(visual, question: torch.Tensor | None) -> None:
     width = VisionConfig.of(visual.config).out_hidden_size
     good = isinstance(question, torch.Tensor) and question.is_floating_point() and question.ndim == 2
     if not (good and len(question) and question.shape[1] == width):
-        hint = "pass model.get_input_embeddings()(ids), ids being the question's tokens as a tensor of one dimension"
+        hint = "pass model.get_input_embeddings()(ids) for the question's tokens, a one-dimensional tensor"
         raise UsageError(f"the question is {_what(question)}, not floating-point [tokens, {width}]", hint)
 
 
@@ -161,7 +161,7 @@ class PackedTower:
         weight = visual.patch_embed.proj.weight
         if pack is True and not can_pack(weight):
             dtype = str(weight.dtype).removeprefix("torch.")
-            hint = "it is for CPUs, in float32 or, where the CPU multiplies it in hardware, bfloat16; leave it out"
+            hint = "it needs a CPU and float32, or bfloat16 if the CPU multiplies it in hardware; leave it out"
             raise UsageError(f"pack=True does not work in {dtype} on {weight.device} here", hint)
         if pack == INT8:
             Quantization(INT8).check(weight.device)

@@ -22,7 +22,7 @@ from evoprune.model import FAMILIES, VisionConfig
 
 MODELS = [f"{family.model}ForConditionalGeneration" for family in FAMILIES.values()]
 SUPPORTED = (
-    f"supported are transformers' {', '.join(MODELS[:-1])} and {MODELS[-1]}; take it out of what wraps it "
+    f"supported: {', '.join(MODELS[:-1])} and {MODELS[-1]} of transformers; unwrap the model "
     "(PEFT: get_base_model(), torch.compile: _orig_mod)"
 )
 # Arguments of `forward` for videos and pictures, which must be left out once these are encoded.
@@ -33,7 +33,7 @@ VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", 
 ENCODED = "mm_encoder_outputs"
 # A hint, because processors mistake placeholders in a question for inputs.
 ONE_CALL = (
-    "pass all that one call of the processor returned, in its order; is <|video_pad|> or <|image_pad|> in a question?"
+    "pass everything that one processor call returned, in order; is <|video_pad|> or <|image_pad|> in a question?"
 )
 # Prefixes of argument and setting names: for videos (True) and pictures (False).
 WORDS = {True: "video", False: "image"}
@@ -74,7 +74,7 @@ def tower_of(model):
     for name, module in visual.named_modules():
         # Only linear layers are called. Other modules only have their weights read, so a wrapper around them would be ignored.
         if not isinstance(getattr(module, "base_layer", None), torch.nn.Linear | None):
-            hint = "merge it (PEFT: merge_and_unload), or leave this module out of its target_modules; linear layers may have one"
+            hint = "merge it (PEFT: merge_and_unload), or leave this module out of target_modules; adapters on linear layers work"
             raise ModelError(f"an adapter on {name} of the vision tower would not run", hint)
     return visual
 
@@ -111,7 +111,7 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
         videos = [features for features, _ in videos]
         if setting(model, call, "prefill_chunk_size") is not None:
             hint = f"unset it, or use {NEEDED}"
-            raise UsageError("prefill_chunk_size leaves videos out in this transformers", hint)
+            raise UsageError("prefill_chunk_size leaves out videos in this version of transformers", hint)
         pictures = {name: call[name] for name in ("pixel_values", "image_grid_thw") if call.get(name) is not None}
         grids = torch.tensor([[1, 1, len(features)] for features in videos], dtype=torch.int64, device=videos[0].device)
         return pictures | {"pixel_values_videos": torch.cat(videos).as_subclass(_Features), "video_grid_thw": grids}
@@ -174,7 +174,7 @@ def takes_encoded(model) -> bool:
 
 
 def _older(what: str) -> UsageError:
-    return UsageError(f"transformers {version('transformers')} takes no {what}", f"use {NEEDED}")
+    return UsageError(f"transformers {version('transformers')} does not accept {what}", f"use {NEEDED}")
 
 
 def takes_numbers(model) -> bool:
@@ -270,8 +270,8 @@ def warn_of_hooks(visual) -> None:
         named = ", ".join(hooks[:4])
         if len(hooks) > 4:
             named += f" and {len(hooks) - 4} others"
-        what = f"hooks on the vision tower see nothing, or rows of evoprune, while the model prunes: {named}"
-        warnings.warn(f"{what}; take what evoprune.encode returns, or remove the pruning first", stacklevel=3)
+        what = f"hooks on the vision tower are skipped, or see evoprune's rows, while the model prunes: {named}"
+        warnings.warn(f"{what}; use the result of evoprune.encode, or remove the pruning first", stacklevel=3)
 
 
 def has_video(call: dict) -> bool:

@@ -51,11 +51,11 @@ def apart(work: Callable[[str], Any], request: str, seconds: int, needs: str, st
             start_new_session=True,  # Ctrl-C must reach only this process
         )
     except subprocess.TimeoutExpired as problem:
-        raise ValueError("it does not come to an end") from problem
+        raise ValueError("it does not finish") from problem
     with suppress(ValueError):
         return json.loads(done.stdout)
     if done.returncode < 0:  # killed by a signal: CPU limit, stack limit, timer or the system
-        raise ValueError(f"it does not come to an end within {seconds} s, or takes too much memory")
+        raise ValueError(f"it does not finish within {seconds} s, or takes too much memory")
     said = done.stderr.decode(errors="replace")[-2000:]
     raise RuntimeError(f"the process of {work.__module__} failed: {said}")
 

@@ -231,7 +231,7 @@ class KVCache:
                 to 0 is always possible.
         """
         if not (0 <= length <= self.length and (length >= self._uneven_until or not length)):
-            raise ValueError(f"the cache holds {self.length} columns, not {length}")
+            raise ValueError(f"a cache of {self.length} columns cannot be cropped to {length}")
         lengths = [max(0, end - (self.length - length)) for end in self.lengths]
         cropped = {id(sizes): sizes[:end] for sizes, end in zip(self.sizes, lengths, strict=True) if sizes is not None}
         sizes = [cropped.get(id(sizes)) for sizes in self.sizes]
@@ -249,7 +249,7 @@ class KVCache:
             ValueError: layers lost different columns.
         """
         if self._uneven_until:
-            raise ValueError("columns that left only some layers cannot be counted alike in all")
+            raise ValueError("the layers have dropped different columns, so none can be selected in all of them")
         columns = to_device(columns, self._layers[0][0].device)
         count = len(columns)
         sized = {id(sizes): sizes[columns] for sizes in self.sizes if sizes is not None}
@@ -371,11 +371,11 @@ def forward(
     """
     columns = len(inputs_embeds)
     if not columns or positions.shape != (3, columns):
-        raise ValueError(f"positions {list(positions.shape)} for {columns} columns")
+        raise ValueError(f"positions have shape {list(positions.shape)} for {columns} columns")
     if not 1 <= last <= columns:
-        raise ValueError(f"the last {last} of {columns} columns")
+        raise ValueError(f"last is {last} for {columns} columns")
     if dropping and cache.length:
-        raise ValueError(f"visual tokens leave a prompt, and {cache.length} columns come before it")
+        raise ValueError(f"dropping visual tokens needs an empty cache, not one with {cache.length} columns")
     config = model.config.text_config
     text = model.model.language_model
     x = inputs_embeds

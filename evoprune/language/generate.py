@@ -57,8 +57,8 @@ class LanguageModel:
         embed = self.model.model.language_model.embed_tokens
         norm = self.model.model.language_model.norm
         if len(ids) and ids.max() >= len(embed.weight):
-            problem = f"the tokenizer makes token {int(ids.max())}, and the model knows {len(embed.weight):,}"
-            raise ModelError(problem, "take tokenizer and weights from the same model", stage="prefill")
+            problem = f"the tokenizer produced token {int(ids.max())}, but the model has only {len(embed.weight):,}"
+            raise ModelError(problem, "use the tokenizer and the weights of the same model", stage="prefill")
         embeds = embed(to_device(ids, embed.weight.device))
         return embeds.to(norm.weight.dtype)  # embeddings may be kept in the dtype of their file
 

@@ -73,10 +73,10 @@ def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
     """
     if kind == REGEX and not given:
         raise UsageError(
-            "the regular expression is empty", "no answer has a character then: give one that says something"
+            "the regular expression is empty", "it allows only an empty answer; write one that matches some text"
         )
     if kind == REGEX and len(given) > LONGEST:
-        raise UsageError(f"the regular expression has more than {LONGEST:,} characters", "give a shorter one")
+        raise UsageError(f"the regular expression has more than {LONGEST:,} characters", "use a shorter one")
     return _checked(kind, given if kind == REGEX else json.dumps(given))
 
 
@@ -94,7 +94,7 @@ def _checked(kind: str, text: str) -> str:
         return _grammar(kind, text)
     what = "regular expression" if kind == REGEX else "schema"
     where = f" at {path}" if path else ""
-    raise UsageError(f"the {what} cannot be followed{where}: {wrong}", "change what is named, or give a simpler one")
+    raise UsageError(f"the {what} cannot be used{where}: {wrong}", "fix this, or use a simpler one")
 
 
 def _grammar(kind: str, text: str) -> str:
@@ -188,7 +188,7 @@ def _line(error: str) -> str:
     """Return an error of llguidance in one line, without the lines that show the position in a regular expression."""
     first, *_ = (error.partition("error: ")[2] or error).strip().splitlines() or [""]
     if first in NOTHING_FOLLOWS:
-        return "nothing can be written that it allows"
+        return "no text can match it"
     return first if len(first) <= LINE else first[:LINE] + "..."
 
 
@@ -246,5 +246,5 @@ class GrammarConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            said = f"the schema or regular expression could not be followed further: {_line(self._matcher.get_error())}"
-            raise UsageError(said, "give a simpler one")
+            said = f"the answer could not follow the schema or regular expression: {_line(self._matcher.get_error())}"
+            raise UsageError(said, "use a simpler one")

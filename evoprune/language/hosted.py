@@ -47,7 +47,7 @@ class HostedCache:
             ValueError: the cache holds fewer columns, or has recurrent states.
         """
         if not (0 <= length <= self.length and self.can_crop):
-            raise ValueError(f"a cache of {self.length} columns cannot be cut to {length}")
+            raise ValueError(f"a cache of {self.length} columns cannot be cropped to {length}")
         for layer in self.states.layers:
             if layer.get_seq_length() > length:
                 layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
@@ -99,13 +99,13 @@ def forward(
     columns = len(inputs_embeds)
     before = cache.length
     if not columns or positions.shape != (3, columns):
-        raise ValueError(f"positions {list(positions.shape)} for {columns} columns")
+        raise ValueError(f"positions have shape {list(positions.shape)} for {columns} columns")
     if not 1 <= last <= columns:
-        raise ValueError(f"the last {last} of {columns} columns")
+        raise ValueError(f"last is {last} for {columns} columns")
     if cache.can_crop:  # an earlier pass may have failed between two layers
         cache.crop(before)
     elif before < 0:
-        raise ValueError("a pass failed that had changed the recurrent states of this cache")
+        raise ValueError("the cache is invalid: an earlier pass failed after changing its recurrent states")
     every = None
     if sizes is not None or cache.sizes is not None:
         old = all_sizes(cache.sizes, before, inputs_embeds)

@@ -89,22 +89,20 @@ class Tokenizer:
         """
         if not cls.is_in(folder):
             hint = "copy tokenizer.json and tokenizer_config.json from the original model"
-            raise ModelError(f"{folder} holds no tokenizer", hint)
+            raise ModelError(f"{folder} contains no tokenizer", hint)
         try:
             backend = _backend(folder)
             for name, kinds in KINDS.items():
                 kind = type(getattr(backend, name)).__name__
                 if kind not in kinds:
-                    raise ValueError(
-                        f"its {name} is of kind {kind}, not {' or '.join(kinds)}".replace("NoneType", "none")
-                    )
+                    raise ValueError(f"its {name} is {kind}, not {' or '.join(kinds)}".replace("NoneType", "none"))
             settings = _settings(folder / "tokenizer_config.json")
             template, source = _template(folder, settings)
         except Exception as problem:  # the Rust parser raises plain Exceptions
             if isinstance(problem, ModelError) or is_out_of_memory(problem):
                 raise
             message = f"the tokenizer in {folder} cannot be loaded: {first_line(problem)}"
-            raise ModelError(message, "get its files again") from problem
+            raise ModelError(message, "download its files again") from problem
         if not template:
             hint = "copy chat_template.jinja or chat_template.json from the original model"
             raise ModelError(f"the tokenizer in {folder} has no chat template", hint)
@@ -125,8 +123,8 @@ class Tokenizer:
         except BaseException as problem:  # a panic in Rust is not an Exception
             if type(problem).__name__ != "PanicException":
                 raise
-            message = f"the model's tokenizer broke down: {first_line(problem)}"
-            raise ModelError(message, "take the tokenizer of the original model", stage="prefill") from problem
+            message = f"the model's tokenizer crashed: {first_line(problem)}"
+            raise ModelError(message, "use the tokenizer of the original model", stage="prefill") from problem
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids` without special tokens. Incomplete characters become U+FFFD."""
@@ -223,9 +221,9 @@ def _backend(folder: Path):
 
 def _check_size(file: Path) -> None:
     if not stat.S_ISREG(file.stat().st_mode):
-        raise ValueError(f"{file.name} is no regular file")
+        raise ValueError(f"{file.name} is not a regular file")
     if file.stat().st_size > MAX_BYTES[file.name]:
-        raise ValueError(f"{file.name} has more than {MAX_BYTES[file.name] // 2**20} MiB")
+        raise ValueError(f"{file.name} is larger than {MAX_BYTES[file.name] // 2**20} MiB")
     check_fetched(file)
 
 
@@ -297,7 +295,7 @@ def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) ->
     for start, own in videos:
         tokens = own.shape[1]
         if start < at or start + tokens > length:
-            raise ValueError(f"video at {start} with {tokens} tokens does not fit the prompt")
+            raise ValueError(f"the video at column {start} with {tokens} tokens does not fit into the prompt")
         pieces.append((arange_on(start - at, "cpu") + following).expand(3, -1))
         following += start - at
         inside = own + following
@@ -424,7 +422,7 @@ class Prompt:
             ValueError: there are no inputs, an input has no tokens, or there are more places than inputs.
         """
         if not inputs or min(count for _, count in inputs) < 1:
-            raise ValueError(f"a prompt has inputs with at least one visual token each, not {list(inputs)}")
+            raise ValueError(f"a prompt needs inputs with at least one visual token each, not {list(inputs)}")
         specials = tokenizer.specials()
         markers = MARKERS if any(times) else ()
         kinds = [kind for kind, _ in inputs]
@@ -433,9 +431,9 @@ class Prompt:
         after_inputs = flat[len(flat) - flat[::-1].index(None)]  # the text that follows the last input
         rendered = _render(tokenizer, kinds, system is not None, markers, thinking, contents)
         if thinking and not (tokenizer.can_switch_thinking or opens_thoughts(rendered)):
-            problem = "this model's chat template knows nothing of thinking"
+            problem = "this model's chat template does not support thinking"
             raise UsageError(
-                problem, "leave --think (think) out, or take a model that thinks, as Qwen3.5 or Qwen3-VL-Thinking"
+                problem, "leave out --think (think), or use a model that thinks, such as Qwen3.5 or Qwen3-VL-Thinking"
             )
         if system and _SYSTEM not in rendered:
             problem = "the model's chat template has no place for a system prompt"
@@ -506,7 +504,7 @@ def _laid_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list
     messages = [text.parts if isinstance(text, Placed) else (text,) for text in (*_texts(earlier), question)]
     front = inputs - sum(part is None for parts in messages for part in parts)
     if front < 0:
-        raise ValueError(f"the texts have places for {inputs - front} inputs, and there are {inputs}")
+        raise ValueError(f"the texts have places for {inputs - front} inputs, but there are {inputs}")
     contents = []
     words = {}
     for name, parts in zip(names, messages, strict=True):
@@ -589,13 +587,13 @@ def _render(
         inputs = [token for token in due if token in _PLACEHOLDERS]
         missing = {*inputs, *markers} - tokenizer.specials().keys()
         if missing or inputs != [token for token in written if token in _PLACEHOLDERS]:
-            raise ValueError("it does not write the inputs in their order")
+            raise ValueError("it does not write the inputs in order")
         # A template may repeat a single question that follows the inputs.
         if written != due and (len(due) > len(inputs) + 1 or written[: len(due)] != due):
-            raise ValueError("it does not write what is said in its order, after the inputs")
+            raise ValueError("it does not write the messages in order after the inputs")
     except ValueError as problem:
         where = f" ({tokenizer.template_file})" if tokenizer.template_file else ""
-        hint = "take tokenizer and chat template from the model that this one was made from"
+        hint = "use the tokenizer and the chat template of the original model"
         raise ModelError(f"the model's chat template cannot be used{where}: {problem}", hint) from problem
     except OSError as problem:
         raise process_error("start the process that renders the chat template", problem, "prefill") from problem

@@ -35,7 +35,7 @@ def read_schema(path: str | None) -> dict[str, Any] | None:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as problem:
-        hint = missing_hint(path, "name a file that holds a JSON Schema")
+        hint = missing_hint(path, "name a file that contains a JSON Schema")
         raise UsageError(f"cannot read the schema {path}: {problem.strerror}", hint) from problem
     return _parsed(content, f"the schema {path}")
 
@@ -51,25 +51,27 @@ def schema_of(given: Mapping[str, Any] | type) -> dict[str, Any]:
     if isinstance(given, type):
         return SchemaOfClass(_closed(schema_of(_of_class(given))), given)
     if not isinstance(given, Mapping):
-        hint = "give a dict, a dataclass, a model of pydantic or None"
+        hint = "pass a dict, a dataclass, a pydantic model or None"
         raise UsageError(f"schema is {brief(given)}, not a JSON Schema", hint)
     try:
         content = json.dumps(dict(given)).encode()
     except (TypeError, ValueError, RecursionError) as problem:
-        raise UsageError(f"schema is no JSON: {first_line(problem)}", "give what json.loads returns") from problem
+        raise UsageError(
+            f"schema cannot be written as JSON: {first_line(problem)}", "pass a dict as from json.loads"
+        ) from problem
     return _parsed(content, "schema")
 
 
 def _parsed(content: bytes, name: str) -> dict[str, Any]:
     """Parse a JSON object. Error messages call it `name`."""
     if len(content) > MOST_BYTES:
-        raise UsageError(f"{name} has more than {MOST_BYTES // 2**20} MiB", "give a smaller one")
+        raise UsageError(f"{name} is larger than {MOST_BYTES // 2**20} MiB", "use a smaller one")
     try:
         schema = loads(content.decode())
     except ValueError as problem:
-        raise UsageError(f"{name} is no JSON: {first_line(problem)}", "give a JSON Schema") from problem
+        raise UsageError(f"{name} is not valid JSON: {first_line(problem)}", "use a JSON Schema") from problem
     if not isinstance(schema, dict):
-        raise UsageError(f"{name} is no JSON object", 'give a JSON Schema, such as {"type": "object"}')
+        raise UsageError(f"{name} is not a JSON object", 'use a JSON Schema, such as {"type": "object"}')
     return schema
 
 
@@ -87,7 +89,7 @@ def _of_class(kind: type) -> dict[str, Any]:
         return TypeAdapter(kind).json_schema()
     except Exception as problem:  # raised by pydantic or by the class's own code
         said = f"the class {kind.__name__} has no JSON Schema: {first_line(problem)}"
-        raise UsageError(said, "give a dataclass or a model of pydantic, with fields that JSON has") from problem
+        raise UsageError(said, "use a dataclass or a pydantic model whose fields have JSON types") from problem
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
@@ -146,5 +148,7 @@ def instance_of(kind: type, answer: str) -> Any:
     try:
         return TypeAdapter(kind).validate_json(answer)
     except Exception as problem:  # raised by pydantic or by the class's own code
-        said = f"the answer is no {kind.__name__}: {shorten(' '.join(str(problem).split()), 300)}"
-        raise UsageError(said, "put what the class checks into its JSON Schema, as fields of pydantic do") from problem
+        said = f"the answer is not a valid {kind.__name__}: {shorten(' '.join(str(problem).split()), 300)}"
+        raise UsageError(
+            said, "move the class's checks into its JSON Schema, for example with pydantic's Field"
+        ) from problem

@@ -33,7 +33,7 @@ class GenerationOptions:
 
     PANEL: ClassVar[str] = "Generation"
 
-    max_new_tokens: int = option(256, "Longest answer, in tokens.", "-n", "--max-new-tokens")
+    max_new_tokens: int = option(256, "Maximum length of the answer, in tokens.", "-n", "--max-new-tokens")
     temperature: float = option(
         0.0,
         "0 is greedy.",
@@ -46,38 +46,39 @@ class GenerationOptions:
     )
     top_k: int = option(
         0,
-        "Draw among the N most probable tokens; 0: all.",
+        "Sample from the N most probable tokens; 0: from all.",
     )
     repetition_penalty: float | None = option(
         None,
-        "Above 1, tokens of prompt and answer are less probable; 1: off; default: that of the model's generation_config.json.",
+        "Above 1, tokens of the prompt and the answer become less probable; 1: off; default: from the model's "
+        "generation_config.json.",
         metavar="N",
     )
     system: str | None = option(None, "A system prompt.", "-s", "--system", metavar="TEXT")
     think: Think = option(
         "off",
-        "Whether a model that can do both thinks before it answers. -n counts thoughts and answer together.",
+        "Whether the model thinks before it answers, if it supports both. -n limits thoughts and answer together.",
     )
     stop: str | Sequence[str] | None = option(
         None,
-        "Ends the answer where this text would begin; repeatable. It is no part of the answer, and thoughts may have it.",
-        in_python="One text or several: the answer ends where one of them would begin. Thoughts may have it.",
+        "End the answer before this text; repeatable. The text is not part of the answer, and thoughts may contain it.",
+        in_python="One or several texts: the answer ends before the first one. Thoughts may contain them.",
         metavar="TEXT",
         typed=list[str],
     )
     logprobs: int | None = option(
         None,
-        "With --json, the log probability of each token of the answer, and those of the N most probable ones in its place; at most "
-        "20, 0: of the answer's alone.",
-        in_python="Keep the log probability of each token of the answer, and those of so many of the most probable ones in its "
-        "place; at most 20, 0: of the answer's alone.",
+        "With --json, the log probability of each token of the answer, and of the N most probable tokens at its position; at "
+        "most 20, 0: only of the answer's tokens.",
+        in_python="Keep the log probability of each token of the answer, and of this many most probable tokens at its position; "
+        "at most 20, 0: only of the answer's tokens.",
         metavar="N",
     )
     schema: Mapping[str, Any] | type[Any] | None = option(
         None,
-        "The answer is JSON that follows the JSON Schema in this file; with --json also in the field parsed. "
+        "The answer is JSON that follows the JSON Schema in this file; with --json, also in the field parsed. "
         "Needs evoprune[schema].",
-        in_python="A JSON Schema as a dict, a dataclass, or a model of pydantic: the answer is JSON that follows it, and "
+        in_python="A JSON Schema as a dict, a dataclass or a pydantic model: the answer is JSON that follows it, and "
         "`Answer.parsed` is its value, an instance of the class. Needs evoprune[schema].",
         metavar="FILE",
         typed=str,
@@ -85,23 +86,22 @@ class GenerationOptions:
     )
     regex: str | None = option(
         None,
-        "The answer matches this regular expression as a whole. Needs evoprune[schema].",
+        "The whole answer matches this regular expression. Needs evoprune[schema].",
         metavar="REGEX",
     )
 
     choices: str | Sequence[str] | None = option(
         None,
-        "The answer is one of these, by commas or repetition; with --json also how probable each is. In batch, options: those of "
-        "the rows, which are then no lines of the question.",
-        in_python="Two texts or more: the answer is one of them, and `Answer.choices` says how probable each is.",
+        "The answer is one of these texts, separated by commas or repeated; with --json, also the probability of each. In batch, "
+        "the value options means each row's own options, which are then not part of the question.",
+        in_python="Two or more texts: the answer is one of them, and `Answer.choices` has the probability of each.",
         metavar="LIST",
         typed=list[str],
         parse=listed_choices,
     )
     choice_score: ChoiceScore = option(
         "sum",
-        "What choices are compared by: the sum of the log probabilities of their tokens, or the mean, which does not favour short "
-        "ones.",
+        "Compare choices by the sum of the log probabilities of their tokens, or by the mean, which does not favor short choices.",
     )
 
     def __post_init__(self):
@@ -109,25 +109,27 @@ class GenerationOptions:
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}", "ask for at least one token")
         if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature is {self.temperature}", "0 is greedy, 1 samples as the model was trained")
+            raise UsageError(
+                f"temperature is {self.temperature}", "0 is greedy, 1 samples from the model's own probabilities"
+            )
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}", "top_p is a probability above 0, and 1 keeps every token")
         if self.top_k < 0:
             raise UsageError(f"top_k is {self.top_k}", "0 keeps every token")
         if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
-            raise UsageError(f"repetition_penalty is {self.repetition_penalty}", "1 is off, 1.05 is a usual value")
+            raise UsageError(f"repetition_penalty is {self.repetition_penalty}", "1 is off, 1.05 is a common value")
         if self.think not in THINK:
             raise UsageError(f"think is {self.think!r}", f"use {' or '.join(THINK)}")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "choices", _choices(self.choices))
         self._check_choices()
         if self.schema is not None and self.regex is not None:
-            raise UsageError("schema and regex exclude each other", "give one of the two")
+            raise UsageError("schema and regex cannot be combined", "leave one out")
         if self.schema is not None:
             object.__setattr__(self, "schema", schema_of(self.schema))
         self.grammar  # noqa: B018 (checked here)
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
-            raise UsageError(f"logprobs is {self.logprobs}", f"0 is the token chosen alone, {MOST_LOGPROBS} the most")
+            raise UsageError(f"logprobs is {self.logprobs}", f"use 0 (only the chosen token) to {MOST_LOGPROBS}")
 
     def _check_choices(self) -> None:
         if self.choice_score not in CHOICE_SCORES:
@@ -135,7 +137,7 @@ class GenerationOptions:
         if self.choices is None:
             if self.choice_score != "sum":
                 raise UsageError(
-                    f"choice_score is {self.choice_score!r}, and there are no choices", "name them: --choices"
+                    f"choice_score is {self.choice_score!r}, but there are no choices", "add them: --choices"
                 )
             return
         others = {
@@ -148,7 +150,9 @@ class GenerationOptions:
         }
         for name, given in others.items():
             if given:
-                raise UsageError(f"choices and {name} exclude each other", "leave one out: nothing is generated")
+                raise UsageError(
+                    f"choices and {name} cannot be combined", "leave one out: choices are scored, not generated"
+                )
 
     @property
     def thinking(self) -> bool:
@@ -184,21 +188,17 @@ class GenerationOptions:
         if self.choices is None:
             return []
         if self.choices_from_rows:
-            raise UsageError("choices 'options' are those of the rows of a batch", "give two texts or more")
+            raise UsageError("choices 'options' works only in batch, whose rows have options", "use two or more texts")
         if tokenizer.always_thinks:
-            raise UsageError(
-                "this model thinks before every answer, so choices have no probability before that", "leave choices out"
-            )
+            raise UsageError("this model thinks before every answer, so choices cannot be scored", "leave out choices")
         every: list[list[int]] = []
         for text in self.choices:
             ids = tokenizer.encode(text)
             if len(ids) > self.max_new_tokens:
-                said = (
-                    f"the choice {shown(text)!r} has {len(ids):,} tokens, and an answer at most {self.max_new_tokens:,}"
-                )
-                raise UsageError(said, "allow more (-n, max_new_tokens), or give a shorter one")
+                said = f"the choice {shown(text)!r} has {len(ids):,} tokens, but an answer has at most {self.max_new_tokens:,}"
+                raise UsageError(said, "allow more (-n, max_new_tokens), or use a shorter choice")
             if ids in every:
-                raise UsageError(f"the choice {shown(text)!r} is to the model the same as another", "leave one out")
+                raise UsageError(f"the choice {shown(text)!r} has the same tokens as another choice", "leave one out")
             every.append(ids)
         return every
 
@@ -236,9 +236,9 @@ def _stop_strings(given: Any) -> list[str] | None:
         return None
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"stop is {brief(given)}, not a text, a list of texts or None", "give texts")
+        raise UsageError(f"stop is {brief(given)}, not a text, a list of texts or None", "pass texts")
     if not all(texts):
-        raise UsageError("stop is an empty text", "an answer cannot end at nothing: give at least one character")
+        raise UsageError("stop is an empty text", "use a text with at least one character")
     if not all(map(is_text, texts)):
         raise UsageError("stop is not valid text", "write it in UTF-8")
     return list(texts) or None
@@ -252,9 +252,9 @@ def _choices(given: Any) -> str | list[str] | None:
     """
     if given is None or given == OF_ROWS:
         return given
-    hint = "give two texts or more, each once"
+    hint = "use two or more different texts"
     if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
-        raise UsageError(f"choices is {brief(given)}, not several texts", hint)
+        raise UsageError(f"choices is {brief(given)}, not a list of texts", hint)
     texts = list(given)
     if not all(map(is_text, texts)):
         raise UsageError("a choice is not valid text", "write it in UTF-8")

@@ -52,7 +52,7 @@ def answer_of(request: str) -> dict[str, str]:
     except Exception as problem:  # a template is a program and may raise anything
         return {"error": (str(problem).strip() or type(problem).__name__).splitlines()[0][:200]}
     if len(text) > MAX_CHARACTERS:
-        return {"error": f"it makes {len(text):,} characters, more than {MAX_CHARACTERS:,}"}
+        return {"error": f"its output has {len(text):,} characters, more than {MAX_CHARACTERS:,}"}
     return {"text": text}
 
 
@@ -84,7 +84,7 @@ def _compiled(source: str):
 
         def __setitem__(self, name, value):
             if str(name).startswith("_"):
-                raise SecurityError(f"a namespace stores no names with an underscore before them: {name!r}")
+                raise SecurityError(f"a name in a namespace must not start with an underscore: {name!r}")
             Namespace.__setitem__(self, name, value)
 
     class Dict:

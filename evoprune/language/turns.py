@@ -64,10 +64,10 @@ class Turn:
         for number, message in enumerate(messages):
             role = (USER, ASSISTANT)[number % 2]
             if not isinstance(message, Mapping) or {*message} != {"role", "content"}:
-                raise UsageError(f"message {number + 1} is {brief(message)}, not a role and its content", hint)
+                raise UsageError(f"message {number + 1} is {brief(message)}, not a dict with role and content", hint)
             if message["role"] == "system":
                 raise UsageError(
-                    f"message {number + 1} is a system prompt", "give it apart: system, at the command line -s"
+                    f"message {number + 1} is a system prompt", "pass it separately: system, or -s on the command line"
                 )
             if message["role"] != role:
                 raise UsageError(f"message {number + 1} has role {brief(message['role'])}, not {role!r}", hint)

@@ -17,7 +17,7 @@ LINE = 200  # longest path or message of jsonschema to show, in characters
 # Keywords that only llguidance checks: Python's `re` has another syntax and can take forever.
 BY_THE_ENGINE = ("pattern", "patternProperties", "format")
 SAMPLES: list[Any] = [None, False, 0, "", [], {}]
-ENDLESS = "its references do not come to an end"
+ENDLESS = "its references never end"
 
 
 class _TooManyReferences(Exception):
@@ -43,7 +43,7 @@ def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
     except (_TooManyReferences, RecursionError):
         return ENDLESS
     except Unresolvable as problem:
-        return f"the reference {shorten(str(problem.ref), LINE)} leads nowhere"
+        return f"the reference {shorten(str(problem.ref), LINE)} cannot be resolved"
     if error is None:
         return None
     return f"{error.validator} at {shorten(error.json_path, LINE)}"

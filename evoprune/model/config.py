@@ -194,15 +194,15 @@ class VisionConfig:
             value = getattr(self, name)
             _check(value == only, f"{name} {value} is not supported, only {only}", Unsupported)
         _check(self.patch_size % 2 == 0, f"patch_size {self.patch_size} is not even")
-        _check(self.hidden_size % (4 * self.num_heads) == 0, "the tower's hidden_size does not divide into heads")
+        _check(self.hidden_size % (4 * self.num_heads) == 0, "the tower's hidden_size does not fit its number of heads")
         _check(
             self.window_size % (self.patch_size * self.spatial_merge_size) == 0,
-            "window_size is no whole number of units",
+            "window_size is not a whole number of units",
         )
         for name in ("fullatt_block_indexes", "deepstack_visual_indexes"):
-            _check(all(0 <= i < self.depth for i in getattr(self, name)), f"{name} names layers that are not there")
+            _check(all(0 <= i < self.depth for i in getattr(self, name)), f"{name} names layers that do not exist")
         after = self.deepstack_visual_indexes
-        _check(all(a < b for a, b in pairwise(after)), "deepstack_visual_indexes do not ascend")
+        _check(all(a < b for a, b in pairwise(after)), "deepstack_visual_indexes are not in ascending order")
         table = self.num_position_embeddings or 4
         _check(table > 1 and math.isqrt(table) ** 2 == table, f"{table} learned positions do not fill a square")
 
@@ -323,7 +323,7 @@ class Config:
         config.vision_config.check()
         _check_rope(section(content, "rope_scaling"))  # not read otherwise if there is a `text_config`
         same = config.vision_config.out_hidden_size == config.text_config.hidden_size
-        _check(same, "tower and language model differ in size")
+        _check(same, "out_hidden_size of the tower differs from hidden_size of the language model")
         return config
 
     def as_written(self) -> dict[str, Any]:
@@ -381,7 +381,7 @@ def _check_places(content: dict, family: str) -> None:
     for name in usual.keys() - {"eos_token_id", "max_position_embeddings"}:
         outer = content.get(name)
         misplaced = type(outer) is int and inner.get(name) is None and outer != usual[name]
-        _check(not misplaced, f"{name} stands beside text_config, not in it")
+        _check(not misplaced, f"{name} is next to text_config instead of inside it")
 
 
 def _parse_text(content: dict, family: str) -> TextConfig:
@@ -422,8 +422,11 @@ def _parse_text(content: dict, family: str) -> TextConfig:
     act = text.hidden_act
     _check(act == "silu", f"activation {act} is not supported, only silu", Unsupported)
     divides = text.head_dim is not None or text.hidden_size % (2 * text.num_attention_heads) == 0
-    _check(divides, "hidden_size does not divide into heads")
-    _check(text.num_attention_heads % text.num_key_value_heads == 0, "key/value heads do not divide the heads")
+    _check(divides, "hidden_size does not fit the number of heads")
+    _check(
+        text.num_attention_heads % text.num_key_value_heads == 0,
+        "num_key_value_heads does not divide num_attention_heads",
+    )
     sections = Rule.list_of(Rule.whole(0, 2**16), 3).check(rope["mrope_section"], "mrope_section")
     share = 1
     if text.delta_net:
@@ -440,10 +443,10 @@ def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
     for layer in range(interval - 1, depth, interval):
         kinds[layer] = FULL
     net = pick(DeltaNet, {"layer_types": kinds} | given, "text_config")
-    _check(len(net.layer_types) == depth, f"layer_types names {len(net.layer_types)} layers of {depth}")
+    _check(len(net.layer_types) == depth, f"layer_types has {len(net.layer_types)} entries for {depth} layers")
     for kind in net.layer_types:
         _check(kind in (FULL, LINEAR), f"a layer of type {kind[:100]!r} is not supported", Unsupported)
-    _check(FULL in net.layer_types, "a language model without a layer of attention is not supported", Unsupported)
+    _check(FULL in net.layer_types, "a language model without attention layers is not supported", Unsupported)
     whole_groups = net.linear_num_value_heads % net.linear_num_key_heads == 0
     _check(whole_groups, "linear_num_key_heads does not divide linear_num_value_heads")
     _check(
@@ -465,7 +468,7 @@ def _parse_experts(given: dict, known: Collection[str], family: str) -> Experts:
     experts = pick(Experts, given, "text_config")
     active = experts.num_experts_per_tok
     count = experts.num_experts
-    _check(active <= count, f"a token goes through {active} experts (num_experts_per_tok) of {count}")
+    _check(active <= count, f"num_experts_per_tok is {active}, but there are {count} experts")
     _check(given.get("norm_topk_prob", True) is True, "norm_topk_prob false is not supported", Unsupported)
     # In transformers, a family supports either layers without experts or a shared expert, not both.
     shared = "shared_expert_intermediate_size"

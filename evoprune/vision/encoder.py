@@ -208,8 +208,8 @@ class EncodedRows:
         selector = stage.selector
         if selector.reads_question:
             if question is None:
-                problem = f"method {selector.name} reads the question, and there is none here"
-                raise UsageError(problem, "give the question with the video, or take another method")
+                problem = f"method {selector.name} reads the question, but there is no question"
+                raise UsageError(problem, "pass the question with the video, or use another method")
             tokens = replace(tokens, given={**tokens.given, "question": question.to(unit.device).float()})
         return select(selector, tokens, keep, stage.inflection)
 
@@ -250,7 +250,7 @@ class EncodedRows:
             raise not_a_number_error("encode")
         if not as_planned:
             name = self.plan.stages[0].reduce.merger.name
-            raise RuntimeError(f"method {name} did not remove as many rows as it was asked to")
+            raise RuntimeError(f"method {name} did not remove the requested number of rows")
         return flat, self.timer.seconds(), kept
 
 
@@ -531,7 +531,7 @@ def _hooks(
     if plan.token_stage and plan.token_stage.selector.needs:
         selector = plan.token_stage.selector
         if not all(stage.whole_pairs for stage in plan.row_stages):
-            problem = "selects behind a selection between layers, and gets nothing but the rows"
+            problem = "cannot get more than rows after a selection between layers"
             raise TypeError(f"method {selector.name} {problem}")
         before, after = looks(selector, tower, merge)
     stages = plan.inside_pairs
@@ -540,7 +540,7 @@ def _hooks(
     left = {stage.first_layer: stage.reduce.left for stage in merging}
     mergers = {stage.reduce.merger for stage in merging}
     if len(aside) + len(mergers) > 1:
-        raise TypeError("the rows of a frame pair are merged by one merger, or set aside once")
+        raise TypeError("inside frame pairs, only one merger or one stage that sets rows aside can act")
     return [*before, *aside, *(Merging(merger, left, tower, as_planned) for merger in mergers), *after]
 
 

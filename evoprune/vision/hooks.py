@@ -90,10 +90,10 @@ def looks(
         ValueError: the tower has no full-attention layer.
     """
     if unknown := sorted(selector.needs - set(KNOWN)):
-        known = f"after the encoder there is {', '.join(KNOWN)}"
+        known = f"the encoder provides {', '.join(KNOWN)}"
         raise TypeError(f"method {selector.name} needs {unknown[0]!r}; {known}")
     if not tower.full_layers:
-        raise ValueError(f"method {selector.name} needs a full-attention layer, and this tower has none")
+        raise ValueError(f"method {selector.name} needs a full-attention layer, but this tower has none")
     after = []
     if "middle" in selector.needs:
         after.append(Middle(tower, merge))

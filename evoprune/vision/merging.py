@@ -95,7 +95,7 @@ def merge_in_rounds(
         stays = into == arange_on(len(into), into.device)
         moves = read_or(lambda: int((~stays).sum()), into, len(rows) - sum(target))  # noqa: B023
         if not moves:
-            raise RuntimeError(f"method {merger.name} merged nothing in a {scope} that must lose rows")
+            raise RuntimeError(f"method {merger.name} merged no rows in a {scope} that must lose some")
         left = len(rows) - moves
         if left_rounds:
             left = read_or(lambda: left, into, len(rows))  # noqa: B023
@@ -108,7 +108,7 @@ def merge_in_rounds(
         rows = rows.merge(into, scope, left, moves, counts, merger.size_bias)
     as_planned = (rows.lengths(scope) == wanted).all()
     if read_or(lambda: not as_planned, as_planned, False):
-        raise RuntimeError(f"method {merger.name} left {len(rows)} rows where {sum(target)} were planned")
+        raise RuntimeError(f"method {merger.name} left {len(rows)} rows instead of {sum(target)}")
     # If a merger removed too many rows, padding is left. Keep it inside the last frame pair until `as_planned` is read.
     return replace(rows, unit=rows.unit.clamp(max=len(rows.unit_to_row) - 1)), as_planned
 

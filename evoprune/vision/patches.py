@@ -51,7 +51,7 @@ def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: 
             if have > size:  # do not hold an empty piece
                 held.append(joined[size:])
     if left:
-        raise ValueError(f"there are not as many patches as {pairs} frame pairs of {geo.units} units have")
+        raise ValueError(f"the number of patches does not match {pairs} frame pairs of {geo.units} units")
     if held:
         yield torch.cat(held)
 

@@ -232,16 +232,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--presets", type=Path, nargs="+")
     parser.add_argument("--rivals", type=Path, nargs="+")
     parser.add_argument(
-        "--tables", type=Path, help="a page made before, to draw the chart without --presets and --rivals"
+        "--tables", type=Path, help="an existing page with tables, to draw the chart without --presets and --rivals"
     )
-    parser.add_argument("-o", "--output", type=Path, help="of the tables; default: stdout")
+    parser.add_argument("-o", "--output", type=Path, help="file for the tables; default: stdout")
     parser.add_argument("--chart", type=Path)
     args = parser.parse_args(arguments)
     times = args.times.read_text(encoding="utf-8")
     fast = speeds(times)
     if args.tables:
         if not args.chart or args.presets or args.rivals:
-            parser.error("--tables goes with --chart alone")
+            parser.error("--tables goes only with --chart")
         ours, others = worst_in_tables(times, args.tables.read_text(encoding="utf-8"))
         args.chart.write_text(chart(ours, others, fast), encoding="utf-8")
         return

@@ -118,8 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", default="evoprune")
     parser.add_argument("--sets", default=";".join(SETS), help="some of: %(default)s")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--against", type=Path, help="folder of the same run of another version, row by row")
-    parser.add_argument("--also", type=Path, nargs="+", default=[], help="folders of other runs that count too")
+    parser.add_argument("--against", type=Path, help="folder of the same run by another version, to compare row by row")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], help="folders of other runs to include")
     args = parser.parse_args(arguments)
     samples = {name: evaluated(args.out, name, args) for name in args.sets.split(";")}
     for name, each in samples.items():

@@ -201,7 +201,9 @@ def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for checkpoint, log and weights")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, with a checkpoint")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after this many minutes and save a checkpoint"
+    )
     for name, value in asdict(ScenesRecipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = vars(parser.parse_args())

@@ -52,7 +52,7 @@ def clips_asked(world: str, split: str, block: int, limit: int, groups: Collecti
     fitting = (seed for seed in seeds(block, BLOCK) if not groups or WORLDS[world].may_hold(seed, groups))
     found = [ClipName(split, seed, world) for seed in islice(fitting, limit)]
     if len(found) < limit:
-        raise UsageError(f"a block holds {len(found):,} such clips", "take fewer, or several blocks")
+        raise UsageError(f"a block contains {len(found):,} such clips", "use fewer, or several blocks")
     return found
 
 
@@ -89,7 +89,7 @@ def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Col
     except OSError as problem:
         reason = problem.strerror or problem
         raise UsageError(
-            f"cannot write a clip to {folder}: {reason}", "choose a folder with room, or TMPDIR"
+            f"cannot write a clip to {folder}: {reason}", "choose a folder with free space, or set TMPDIR"
         ) from problem
     return VideoQuestions(str(name), path, rows)
 
@@ -142,7 +142,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--group", default="", help="only questions of these groups, for example picture,open of scenes"
     )
-    parser.add_argument("--compressed", action="store_true", help="the files that figures in results/ are of")
+    parser.add_argument(
+        "--compressed",
+        action="store_true",
+        help="write the files that results/ was measured on",
+    )
     asked = parser.parse_args(args)
     if asked.block < 0 or asked.clips < 1:
         parser.error("--block is 0 or more, --clips 1 or more")

@@ -148,7 +148,7 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--source", type=Path, metavar="DIR", help="a checkout of transformers, for its tests")
     options = parser.parse_args(argv[:own])
     if (options.name == "transformers") != (options.source is not None):
-        parser.error("--source DIR belongs to transformers, which needs it")
+        parser.error("transformers needs --source DIR, and only transformers does")
     return options, list(argv[own + 1 :])
 
 

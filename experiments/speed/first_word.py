@@ -4,7 +4,7 @@
     python -m experiments.speed.first_word -o DIR --parts loaded     # one part; the others keep their results
     python -m experiments.speed.first_word -o DIR --device cuda      # at most eight minutes
     python -m experiments.speed.first_word -o DIR --readme --also GPU    # measures nothing, writes the results into the documents
-    python -m experiments.speed.first_word -o DIR --tiny             # small clips and the demo model: does it run?
+    python -m experiments.speed.first_word -o DIR --tiny             # trial run with small clips and the demo model
 
 | part | measures |
 |---|---|
@@ -343,7 +343,7 @@ def run_once(command: Sequence[str], seconds: float, log: Path) -> dict[str, Any
         answer.
     """
     if seconds <= 0:
-        return {"error": "not begun: no time was left"}
+        return {"error": "not started: no time was left"}
     with log.open("w", encoding="utf-8") as said:
         begun = time.perf_counter()
         process = subprocess.Popen(  # noqa: S603 (Python, and a module of ours)
@@ -386,23 +386,23 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.speed.first_word", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a folder for all that is made")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for all results")
     parser.add_argument(
         "-m", "--model", type=Path, metavar="CKPT", help="a folder with a model; default: DIR/checkpoint, 3B"
     )
     parser.add_argument("--parts", default=",".join(PARTS[1:]), metavar="LIST", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
     parser.add_argument("-r", "--rounds", type=int, default=3, help="default: 3")
-    parser.add_argument("--seconds", default="", metavar="PART=N,...", help="that a part may take")
+    parser.add_argument("--seconds", default="", metavar="PART=N,...", help="time limits of parts")
     parser.add_argument(
         "--wheels", type=Path, metavar="DIR", help="install the other readers from here, without network"
     )
-    parser.add_argument("--tiny", action="store_true", help="small clips and the demo model: does it run?")
+    parser.add_argument("--tiny", action="store_true", help="trial run with small clips and the demo model")
     parser.add_argument(
-        "--readme", action="store_true", help="measure nothing: write the tables into README.md and results/"
+        "--readme", action="store_true", help="measure nothing, only write the tables into README.md and results/"
     )
     parser.add_argument(
-        "--also", type=Path, nargs="+", default=[], metavar="DIR", help="--readme: runs on other machines"
+        "--also", type=Path, nargs="+", default=[], metavar="DIR", help="with --readme: runs on other machines"
     )
     args = parser.parse_args(argv)
     args.parts = args.parts.split(",")
@@ -410,7 +410,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.tiny:
         usual = dict.fromkeys(usual, TINY_S)
     if unknown := {*args.parts} - {*PARTS}:
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     try:
         args.seconds = limits_of(args.seconds, usual)
     except ValueError as problem:

@@ -237,7 +237,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-m", "--model", required=True, help="a folder")
     made.add_argument("--device", default="cpu")
     made.add_argument("--once", metavar="FILE", help="ask one question about a video, and print the answer")
-    made.add_argument("--frames", type=int, help="default: what the model's rate and limits give")
+    made.add_argument("--frames", type=int, help="default: from the model's rate and limits")
     made.add_argument("-n", "--new-tokens", type=int, default=32)
     return made
 

@@ -252,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("file", type=Path)
     parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--shrink", type=int, default=1, help="divides the sides of the pictures")
+    parser.add_argument("--shrink", type=int, default=1, help="factor by which the sides of the pictures are divided")
     args = parser.parse_args(arguments)
     make_clip(args.file, args.kind, args.seconds, args.shrink)
 

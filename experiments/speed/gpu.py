@@ -185,12 +185,12 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a folder for the results")
     parser.add_argument("--parts", default=",".join(SECONDS), metavar="LIST", help="default: %(default)s")
     usual = ", ".join(f"{name}={seconds}" for name, seconds in SECONDS.items())
-    parser.add_argument("--seconds", default="", metavar="PART=N,...", help=f"that a part may take; default: {usual}")
-    parser.add_argument("--dry", action="store_true", help="everything at the size of the demo, on a CPU")
+    parser.add_argument("--seconds", default="", metavar="PART=N,...", help=f"time limits of parts; default: {usual}")
+    parser.add_argument("--dry", action="store_true", help="run everything at demo size, on a CPU")
     args = parser.parse_args(argv)
     args.parts = args.parts.split(",")
     if unknown := {*args.parts} - {*SECONDS}:
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(SECONDS)}")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; the parts are {', '.join(SECONDS)}")
     try:
         args.seconds = limits_of(args.seconds, dict.fromkeys(SECONDS, DRY_SECONDS) if args.dry else SECONDS)
     except ValueError as problem:
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from experiments.speed.checkpoint import write_settings
 
         if not torch.cuda.is_available():
-            sys.exit("error: no GPU that torch can use\nhint: --dry runs everything at the size of the demo, on a CPU")
+            sys.exit("error: no GPU that torch can use\nhint: --dry runs run everything at demo size, on a CPU")
         settings = args.output / "settings"
         settings.mkdir(exist_ok=True)
         write_settings(settings, M3)

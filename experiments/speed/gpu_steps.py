@@ -309,13 +309,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-m", "--model", required=True)
     made.add_argument("--device", default="cuda")
     made.add_argument("--dtype", default="auto")
-    made.add_argument("--load-format", default="auto", help="of the step `first`")
+    made.add_argument("--load-format", default="auto", help="for the step `first`")
     made.add_argument("--cases", nargs="+", default=["8x224x336"], metavar="FRAMESxHEIGHTxWIDTH")
     made.add_argument("-b", "--budgets", nargs="+", type=float, default=[0.25])
     made.add_argument("--rounds", type=int, default=3)
-    made.add_argument("--tokens", type=int, default=64, help="of an answer")
-    made.add_argument("--seconds", type=float, default=60.0, help="after which no turn begins")
-    made.add_argument("--hf", action="store_true", help="decoding: with transformers")
+    made.add_argument("--tokens", type=int, default=64, help="tokens per answer")
+    made.add_argument("--seconds", type=float, default=60.0, help="time after which no turn starts")
+    made.add_argument("--hf", action="store_true", help="for the step decoding: use transformers")
     return made
 
 

@@ -162,7 +162,7 @@ def conversions(model: QwenVL, sizes: Sizes) -> None:
             total += count * spent
             rows.append((kind, name, f"{spent:.2f}", f"{count}", f"{count * spent:.1f}"))
         rows.append((kind, "all", "", "", f"{total:.1f}"))
-    show("Seconds to pack and to quantise weights", ("form", "of", "s", "times", "s in all"), rows)
+    show("Seconds to pack and to quantize weights", ("form", "of", "s", "times", "s in all"), rows)
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.speed.packed_tower", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--model", default="Qwen/Qwen2.5-VL-3B-Instruct", help="whose dimensions to take")
+    parser.add_argument("--model", default="Qwen/Qwen2.5-VL-3B-Instruct", help="model whose dimensions to use")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--case", default="8x224x336", help="frames x height x width")
     parser.add_argument("--rounds", type=int, default=9)

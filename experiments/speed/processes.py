@@ -34,7 +34,7 @@ class Side:
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Return the answer to a request, or `{"error": text}` if the process ends or `seconds` pass without an answer."""
         if seconds <= 0:
-            return {"error": "not begun: no time was left"}
+            return {"error": "not started: no time was left"}
         if self._process is None:
             self._start()
         try:

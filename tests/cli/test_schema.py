@@ -50,10 +50,10 @@ def test_a_bad_schema_is_refused_before_a_model_is_loaded(cli, tmp_path):
     file.write_text('{"properties": {"a": {"not": {}}}}')
     asked = ("ask", CLIP, QUESTION, "-m", "no/such/model")
     for option, said in (
-        (("--schema", str(file)), "cannot be followed at /properties/a"),
+        (("--schema", str(file)), "cannot be used at /properties/a"),
         (("--schema", "gone.json"), "cannot read the schema gone.json"),
         (("--regex", "("), "unclosed group"),
-        (("--regex", "a", "--schema", str(file)), "--schema and --regex exclude each other"),
+        (("--regex", "a", "--schema", str(file)), "--schema and --regex cannot be combined"),
     ):
         refused = cli(*asked, *option)
         assert refused.code == 2 and said in refused.err

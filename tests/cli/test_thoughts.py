@@ -67,7 +67,7 @@ def test_an_answer_that_is_cut_inside_thoughts_says_so(cli, folder, says):
 def test_a_model_that_cannot_is_refused_before_it_encodes(cli, monkeypatch):
     monkeypatch.setattr("evoprune.session.encoding.OpenInputs.encode", lambda *_: pytest.fail("it was encoded"))
     done = cli("ask", CLIP, QUESTION, "--think", "on")
-    assert done.code == 2 and "knows nothing of thinking" in done.err and "hint: leave --think" in done.err
+    assert done.code == 2 and "does not support thinking" in done.err and "hint: leave out --think" in done.err
 
 
 def test_a_model_that_always_thinks_says_so_once(cli, folder, says, tmp_path):

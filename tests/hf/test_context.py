@@ -66,13 +66,13 @@ ARGUMENTS = {
     r"pixel_values_videos are float32 \[32, 588\]": {"pixels": PATCHES[:, :588]},
     r"pixel_values_videos are float32 \[32\]": {"pixels": PATCHES[:, 0]},
     "pixel_values_videos are uint8": {"pixels": PATCHES.byte()},
-    "pixel_values_videos hold NaN": {"pixels": PATCHES / 0},
+    "pixel_values_videos contain NaN": {"pixels": PATCHES / 0},
     "28 patches do not fit": {"pixels": PATCHES[:-4]},
-    "video_grid_thw are of type list": {"grids": GRIDS.tolist()},
-    r"video_grid_thw are float32 \[1, 3\]": {"grids": GRIDS.float()},
-    "video_grid_thw are bool": {"grids": GRIDS.bool()},
-    r"video_grid_thw are int64 \[3\]": {"grids": GRIDS[0]},
-    "are not .T, H, W., H and W in multiples of 2": {"grids": torch.tensor([[2, 16, 1]])},
+    "video_grid_thw is of type list": {"grids": GRIDS.tolist()},
+    r"video_grid_thw is float32 \[1, 3\]": {"grids": GRIDS.float()},
+    "video_grid_thw is bool": {"grids": GRIDS.bool()},
+    r"video_grid_thw is int64 \[3\]": {"grids": GRIDS[0]},
+    "is not a list of .T, H, W. with H and W in multiples of 2": {"grids": torch.tensor([[2, 16, 1]])},
     "video_grid_thw .. are not|do not fit": {"grids": GRIDS[:0]},
     "the question is of type str": {"question": "What?"},
     "the question is int64": {"question": torch.tensor([3, 4])},
@@ -155,7 +155,7 @@ def test_a_forward_that_was_replaced_before_comes_back(model):
 def test_pruning_a_model_twice_is_refused(model):
     with evoprune.EvoPrune(budget=0.5)(model) as run:
         for again in (lambda: evoprune.apply(model), lambda: evoprune.EvoPrune()(model).__enter__()):
-            with pytest.raises(evoprune.UsageError, match="pruned already") as caught:
+            with pytest.raises(evoprune.UsageError, match="already pruned") as caught:
                 again()
             assert "evoprune.remove(model)" in caught.value.hint and "at its start" in caught.value.hint
         with run:  # the same one
@@ -163,7 +163,7 @@ def test_pruning_a_model_twice_is_refused(model):
         assert "generate" not in vars(model)
     handle = evoprune.apply(model)
     pruning, model.forward = model.forward, functools.wraps(model.forward)(lambda *a, **k: None)
-    with pytest.raises(evoprune.UsageError, match="pruned already"):
+    with pytest.raises(evoprune.UsageError, match="already pruned"):
         evoprune.apply(model)
     model.forward = pruning
     handle.remove()
@@ -185,7 +185,7 @@ def test_pruning_that_nobody_holds_can_be_removed(model):
 
 def test_what_belongs_to_the_model_is_asked_of_the_model(model):
     run = evoprune.EvoPrune()(model)
-    with pytest.raises(AttributeError, match=r"no attribute 'generate'; take model\.generate"):
+    with pytest.raises(AttributeError, match=r"no attribute 'generate'; use model\.generate"):
         run.generate()
     with pytest.raises(TypeError, match="call the model itself"):
         run()
@@ -258,32 +258,32 @@ def refusals(model, prompt):
     video = {"video": SimpleNamespace(pooler_output=[])}
     yield "inputs_embeds", changed(prompt, inputs_embeds=embeds)
     yield "inputs_embeds", changed(prompt, inputs_embeds=embeds, input_ids=None)
-    yield "attention_mask are", changed(prompt, attention_mask=mask[:, :-1])
-    yield "attention_mask are", changed(prompt, attention_mask=mask[:, None, None])
-    yield "video tokens, video_grid_thw makes", changed(prompt, video_grid_thw=prompt["video_grid_thw"][:1])
-    yield "video tokens, video_grid_thw makes", changed(prompt, video_grid_thw=None)
+    yield "shape .* of attention_mask does not match", changed(prompt, attention_mask=mask[:, :-1])
+    yield "shape .* of attention_mask does not match", changed(prompt, attention_mask=mask[:, None, None])
+    yield "video tokens, but video_grid_thw needs", changed(prompt, video_grid_thw=prompt["video_grid_thw"][:1])
+    yield "video tokens, but video_grid_thw needs", changed(prompt, video_grid_thw=None)
     shorter = {"input_ids": ids[:, :-12], "attention_mask": mask[:, :-12], "mm_token_type_ids": None}
-    yield "video tokens, video_grid_thw makes", changed(prompt, **shorter)
+    yield "video tokens, but video_grid_thw needs", changed(prompt, **shorter)
     for token in (model.config.video_token_id, model.config.image_token_id):  # in the question
         more = {"attention_mask": None, "mm_token_type_ids": None}
         with_it = torch.cat([ids[:, :-4], torch.tensor([[token]]), ids[:, -4:]], 1)
-        yield "video tokens, video_grid_thw makes|a run of image tokens", changed(prompt, input_ids=with_it, **more)
-    yield "labels are", changed(prompt, labels=ids[:, -4:], logits_to_keep=4)
-    yield "shift_labels are", changed(prompt, shift_labels=ids[0])
-    yield "mm_token_type_ids are", changed(prompt, mm_token_type_ids=ids[:, 1:])
-    yield "mm_token_type_ids are of class list", changed(prompt, mm_token_type_ids=ids.tolist())
-    yield "position_ids are", changed(prompt, position_ids=torch.arange(5)[None])
-    yield "input_ids are", changed(prompt, input_ids=ids[0], attention_mask=mask[0])
+        yield "video tokens, but video_grid_thw needs|a run of image tokens", changed(prompt, input_ids=with_it, **more)
+    yield "shape .* of labels does not match", changed(prompt, labels=ids[:, -4:], logits_to_keep=4)
+    yield "shape .* of shift_labels does not match", changed(prompt, shift_labels=ids[0])
+    yield "shape .* of mm_token_type_ids does not match", changed(prompt, mm_token_type_ids=ids[:, 1:])
+    yield "mm_token_type_ids is of class list", changed(prompt, mm_token_type_ids=ids.tolist())
+    yield "shape .* of position_ids does not match", changed(prompt, position_ids=torch.arange(5)[None])
+    yield "input_ids has shape", changed(prompt, input_ids=ids[0], attention_mask=mask[0])
     yield "patches do not fit", changed(prompt, pixel_values_videos=prompt["pixel_values_videos"][:-4])
     yield "second_per_grid_ts", changed(prompt, second_per_grid_ts=torch.ones(3))
     yield "packed", changed(prompt, position_ids=packed)
     yield "past_key_values", changed(prompt, past_key_values=cache)
-    yield "input_ids are of class list, not a tensor", changed(prompt, input_ids=ids.tolist())
-    yield "attention_mask are of class list, not a tensor", changed(prompt, attention_mask=mask.tolist())
-    yield "video_grid_thw are of class list", changed(prompt, video_grid_thw=prompt["video_grid_thw"].tolist())
+    yield "input_ids is of class list, not a tensor", changed(prompt, input_ids=ids.tolist())
+    yield "attention_mask is of class list, not a tensor", changed(prompt, attention_mask=mask.tolist())
+    yield "video_grid_thw is of class list", changed(prompt, video_grid_thw=prompt["video_grid_thw"].tolist())
     for name, value in zip(PER_COLUMN, (ids, torch.tensor([0, 110]), torch.arange(3)), strict=True):
         yield name, changed(prompt, **{name: value})
-    yield "encoded already", changed(prompt, pixel_values_videos=None, mm_encoder_outputs=video)
+    yield "already encoded", changed(prompt, pixel_values_videos=None, mm_encoder_outputs=video)
 
 
 def test_what_cannot_be_pruned_is_refused(model):
@@ -324,13 +324,13 @@ def test_calls_that_cannot_go_on_from_a_pruned_prompt_are_refused(model):
     prompt = processed(model, (5, ("video", 4, 8, 12), 7), (4, ("video", 4, 8, 12), 7))
     ids, mask = prompt["input_ids"], prompt["attention_mask"]
     text = {"input_ids": ids[:, :2], "attention_mask": mask}
-    wrong = "110 columns go on from past_key_values that represent 110"
+    wrong = "110 columns continue past_key_values that represent 110"
     calls = [
         (wrong, text),
         (wrong.replace("110", "50", 1), text | {"attention_mask": mask[:, :50]}),
         ("only text", text | {"pixel_values": torch.zeros(4, 1176)}),
-        ("rows go on", {"input_ids": ids[:1, :2]}),
-        ("video cannot go on", prompt),
+        ("rows continue", {"input_ids": ids[:1, :2]}),
+        ("video cannot follow", prompt),
     ]
     with evoprune.EvoPrune(budget=0.25)(model), torch.no_grad():
         cache = model(**prompt, use_cache=True).past_key_values
@@ -339,7 +339,7 @@ def test_calls_that_cannot_go_on_from_a_pruned_prompt_are_refused(model):
                 with pytest.raises(evoprune.UsageError, match=message):
                     way(**call, past_key_values=cache)
         cache.crop(-20)
-        with pytest.raises(evoprune.UsageError, match="cut in the middle of a padded batch"):
+        with pytest.raises(evoprune.UsageError, match="cropped in the middle of a padded batch"):
             model(input_ids=ids[:, :2], past_key_values=cache)
 
 
@@ -475,7 +475,7 @@ def test_of_two_threads_that_begin_to_prune_a_model_at_once_one_is_refused(model
     for thread in started(begin, begin):
         thread.join()
     evoprune.remove(model)
-    assert refused == ["this model is pruned already"] and not {"generate", "forward"} & vars(model).keys()
+    assert refused == ["this model is already pruned"] and not {"generate", "forward"} & vars(model).keys()
 
 
 def test_each_thread_reads_the_report_of_its_own_call(model):

@@ -109,7 +109,7 @@ def test_qwen3_is_refused_before_it_is_pruned_where_transformers_takes_no_encode
     monkeypatch.setattr(interface, "version", {"transformers": "5.17.0"}.get)
     for use in (evoprune.EvoPrune(budget=1.0), evoprune.apply):
         with pytest.raises(
-            evoprune.UsageError, match=r"^transformers 5\.17\.0 takes no encoded videos of Qwen3-VL"
+            evoprune.UsageError, match=r"^transformers 5\.17\.0 does not accept encoded videos of Qwen3-VL"
         ) as caught:
             use(tiny_model(family="qwen3_vl"))
         assert caught.value.hint == "use transformers 5.20 or later"

@@ -15,6 +15,6 @@ def asleep(request: str) -> str:
 
 def test_time_on_the_clock_is_limited_too():
     start = time.monotonic()
-    with pytest.raises(ValueError, match="does not come to an end within 1 s"):
+    with pytest.raises(ValueError, match="does not finish within 1 s"):
         apart(asleep, "", 1, "time")
     assert time.monotonic() - start < 25

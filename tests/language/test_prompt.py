@@ -324,8 +324,8 @@ NO_TEMPLATES = {
     "{{ messages[-1].content[1].text }}<|video_pad|>": "chat template",
     "{{ raise_exception('text only') }}": "chat template",
     "{% for %}": "chat template",
-    CHAT_TEMPLATE.replace(CONTENT, f"{CONTENT} | reverse"): "in their order",
-    CHAT_TEMPLATE.replace(CONTENT, f"{CONTENT}[1:]"): "in their order",
+    CHAT_TEMPLATE.replace(CONTENT, f"{CONTENT} | reverse"): "inputs in order",
+    CHAT_TEMPLATE.replace(CONTENT, f"{CONTENT}[1:]"): "inputs in order",
 }
 
 
@@ -477,7 +477,7 @@ def test_thoughts_begin_where_the_template_says(name, thinking):
 
 def test_a_template_that_knows_nothing_of_thinking(tokenizer):
     assert not tokenizer.can_switch_thinking and not tokenizer.always_thinks
-    with pytest.raises(UsageError, match="knows nothing of thinking"):
+    with pytest.raises(UsageError, match="does not support thinking"):
         about_video(tokenizer, "Why?", 3, thinking=True)
     assert about_video(tokenizer, "Why?", 3).input_ids.tolist() == whole("Why?", 3, None)
 

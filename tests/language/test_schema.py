@@ -33,16 +33,16 @@ def test_a_schema_is_read_from_a_file(tmp_path):
     assert read_schema(str(file)) == schema_of(SHOWN) == SHOWN and read_schema(None) is None
     assert "cannot read the schema gone.json" in refusal(read_schema, "gone.json")
     for text, said in (
-        ("[1]", "no JSON object"),
-        ("{", "is no JSON"),
-        ('{"a": NaN}', "is no JSON"),
-        (" " * MOST_BYTES + "{}", "more than 1 MiB"),
-        ('{"items":' * 10_000 + "{}" + "}" * 10_000, "is no JSON"),
+        ("[1]", "not a JSON object"),
+        ("{", "is not valid JSON"),
+        ('{"a": NaN}', "is not valid JSON"),
+        (" " * MOST_BYTES + "{}", "larger than 1 MiB"),
+        ('{"items":' * 10_000 + "{}" + "}" * 10_000, "is not valid JSON"),
     ):
         file.write_text(text)
         assert said in refusal(read_schema, str(file))
     file.write_bytes(b"\xff\xfe")
-    assert "is no JSON" in refusal(read_schema, str(file))
+    assert "is not valid JSON" in refusal(read_schema, str(file))
 
 
 def test_a_dataclass_and_a_model_of_pydantic_have_schemas():
@@ -83,7 +83,7 @@ def test_a_class_that_has_no_schema_is_refused():
 
 @pytest.mark.parametrize("given", [3, "object", [SHOWN], {"a": {1}}])
 def test_what_is_no_schema_is_refused(given):
-    assert refusal(schema_of, given).startswith("schema is ")
+    assert refusal(schema_of, given).startswith(("schema is ", "schema cannot "))
 
 
 def test_a_schema_does_not_change_with_what_was_given():

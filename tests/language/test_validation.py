@@ -59,7 +59,7 @@ def test_references_without_an_end_are_named():
 
 def test_nothing_is_fetched():
     assert wrong_schema({"$ref": "http://127.0.0.1:9/schema.json"}) == (
-        "the reference http://127.0.0.1:9/schema.json leads nowhere"
+        "the reference http://127.0.0.1:9/schema.json cannot be resolved"
     )
 
 

@@ -224,15 +224,15 @@ TEXT, VISION = "text_config", "vision_config"
 REFUSED = (  # family, part, entry, value, and the message
     ("2", VISION, "embed_dim", 0, "embed_dim is 0, not a whole number"),
     ("2", VISION, "num_heads", None, "has no num_heads"),
-    ("2", VISION, "num_heads", 7, "does not divide into heads"),
-    ("2", VISION, "hidden_size", 1280, "differ in size"),
+    ("2", VISION, "num_heads", 7, "does not fit its number of heads"),
+    ("2", VISION, "hidden_size", 1280, "differs from hidden_size"),
     ("2", VISION, "hidden_act", "gelu", "only quick_gelu"),
     ("2", VISION, "mlp_ratio", 3.5, "not a whole number"),
     ("2", VISION, "embed_dim", None, "has no embed_dim"),
     ("3", TEXT, "attention_bias", True, "attention_bias"),
     ("3", TEXT, "head_dim", 96, "mrope_section"),
     ("3", VISION, "deepstack_visual_indexes", [5, 24], "deepstack_visual_indexes names layers"),
-    ("3", VISION, "deepstack_visual_indexes", [11, 5], "do not ascend"),
+    ("3", VISION, "deepstack_visual_indexes", [11, 5], "not in ascending order"),
     ("3", VISION, "num_position_embeddings", 2300, "square"),
     ("3", VISION, "patch_size", 15, "not even"),
     ("2.5", TEXT, "hidden_size", None, "has no hidden_size"),
@@ -249,7 +249,7 @@ REFUSED = (  # family, part, entry, value, and the message
         "eos_token_id is 'end', not a whole number .*, or a list, each a whole number",
     ),
     ("2.5", TEXT, "max_position_embeddings", 0, "max_position_embeddings is 0"),
-    ("2.5", TEXT, "num_key_value_heads", 3, "key/value heads"),
+    ("2.5", TEXT, "num_key_value_heads", 3, "num_key_value_heads does not divide"),
     ("2.5", TEXT, "use_sliding_window", "yes", "use_sliding_window is 'yes', not true or false"),
     ("2.5", TEXT, "hidden_act", "gelu", "activation"),
     ("2.5", TEXT, "rope_parameters", "big", "rope_parameters is 'big', not an object"),
@@ -261,17 +261,17 @@ REFUSED = (  # family, part, entry, value, and the message
     ("2.5", VISION, "spatial_merge_size", 3, "spatial_merge_size 3"),
     ("2.5", VISION, "temporal_patch_size", 3, "temporal_patch_size 3"),
     ("2.5", VISION, "in_channels", 4, "in_channels 4"),
-    ("2.5", VISION, "out_hidden_size", 5, "differ in size"),
-    ("2.5", VISION, "fullatt_block_indexes", [32], "layers that are not there"),
+    ("2.5", VISION, "out_hidden_size", 5, "differs from hidden_size"),
+    ("2.5", VISION, "fullatt_block_indexes", [32], "layers that do not exist"),
     ("2.5", VISION, "fullatt_block_indexes", 7, "not a list, each a whole number"),
     ("2.5", VISION, "fullatt_block_indexes", [True, "1"], "not a list, each a whole number"),
     ("2.5", VISION, "tokens_per_second", -4, "tokens_per_second is -4"),
     ("2.5", VISION, "hidden_act", ["silu"], "hidden_act is ..silu.., not a text"),
-    ("2.5", VISION, "window_size", 100, "no whole number of units"),
-    ("2.5", VISION, "num_heads", 7, "divide into heads"),
+    ("2.5", VISION, "window_size", 100, "not a whole number of units"),
+    ("2.5", VISION, "num_heads", 7, "does not fit its number of heads"),
     ("3", VISION, "rope_parameters", {"rope_theta": 1e5}, "rope_theta 100000.0 of the tower"),
     ("3 experts", TEXT, "num_local_experts", 0, "num_experts is 0"),
-    ("3 experts", TEXT, "num_experts_per_tok", 5, "through 5 experts .num_experts_per_tok. of 4"),
+    ("3 experts", TEXT, "num_experts_per_tok", 5, "num_experts_per_tok is 5, but there are 4 experts"),
     ("3 experts", TEXT, "mlp_only_layers", ["1"], "mlp_only_layers is"),
     ("3 experts", TEXT, "decoder_sparse_step", 0, "decoder_sparse_step is 0"),
     ("3 experts", TEXT, "intermediate_size", None, "has no intermediate_size"),
@@ -281,10 +281,10 @@ REFUSED = (  # family, part, entry, value, and the message
     ("3.5", TEXT, "attention_bias", True, "attention_bias"),
     ("3.5", TEXT, "attn_output_gate", False, "without an output gate"),
     ("3.5", TEXT, "output_gate_type", "sigmoid", "output_gate_type 'sigmoid'"),
-    ("3.5", TEXT, "layer_types", [LINEAR, FULL], "layer_types names 2 layers of 6"),
+    ("3.5", TEXT, "layer_types", [LINEAR, FULL], "layer_types has 2 entries for 6 layers"),
     ("3.5", TEXT, "layer_types", ["sliding_attention"] * 6, "a layer of type 'sliding_attention'"),
     ("3.5", TEXT, "layer_types", [1] * 6, "layer_types is"),
-    ("3.5", TEXT, "layer_types", [LINEAR] * 6, "without a layer of attention"),
+    ("3.5", TEXT, "layer_types", [LINEAR] * 6, "without attention layers"),
     ("3.5", TEXT, "linear_num_value_heads", 3, "linear_num_key_heads does not divide"),
     ("3.5", TEXT, "linear_key_head_dim", 0, "linear_key_head_dim is 0"),
     ("3.5", TEXT, "head_dim", 16, "mrope_section does not fit"),
@@ -328,7 +328,7 @@ def test_a_size_beside_the_language_model_is_named(family, name):
     whole = Config.parse(content)
     assert whole == Config.parse(content[TEXT] | {name: value for name, value in content.items() if name != TEXT})
     del content[TEXT][name]
-    with pytest.raises(ValueError, match=f"{name} stands beside text_config, not in it"):
+    with pytest.raises(ValueError, match=f"{name} is next to text_config instead of inside it"):
         Config.parse(content)
 
 

@@ -196,8 +196,8 @@ def test_thoughts_are_not_remembered(tmp_path):
         ([{"role": "user", "content": " "}], "not a text"),
         ([{"role": "user", "content": ["What?"]}], "not a text"),
         ([{"role": "system", "content": "Be brief."}], "is a system prompt"),
-        ([{"role": "user"}], "not a role and its content"),
-        (["What?"], "not a role and its content"),
+        ([{"role": "user"}], "not a dict with role and content"),
+        (["What?"], "not a dict with role and content"),
     ],
 )
 def test_messages_that_are_none(tiny, given, said):

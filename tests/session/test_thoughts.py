@@ -106,7 +106,7 @@ def test_a_model_that_always_thinks_says_so(video, says):
 
 @pytest.mark.parametrize("qa", ["none"], indirect=True)
 def test_a_model_that_cannot_think_is_not_asked_to(video):
-    with pytest.raises(UsageError, match="knows nothing of thinking"):
+    with pytest.raises(UsageError, match="does not support thinking"):
         str(video.ask(QUESTION, think="on"))
     assert "always_thinks" not in video.ask(QUESTION).report.warnings
 

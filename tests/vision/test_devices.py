@@ -198,7 +198,7 @@ class Greedy(EvoPrunePaper):
 
 
 @pytest.mark.parametrize(
-    ("method", "says"), [(Slow(honest=False), None), (Stubborn(), "merged nothing"), (Greedy(), "planned")]
+    ("method", "says"), [(Slow(honest=False), None), (Stubborn(), "merged no rows"), (Greedy(), "rows instead of")]
 )
 def test_a_merger_that_does_not_do_what_it_said_is_an_error(method, says, monkeypatch):
     if says:

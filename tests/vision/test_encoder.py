@@ -370,7 +370,7 @@ def test_what_does_not_exist_cannot_be_declared():
     class Values(Looks):
         needs: ClassVar[frozenset[str]] = frozenset({"values"})
 
-    with pytest.raises(TypeError, match="looks needs 'values'; after the encoder there is attention, keys, middle"):
+    with pytest.raises(TypeError, match="looks needs 'values'; the encoder provides attention, keys, middle"):
         encode_noise((2, 3, 4), Values(), 3)
     with pytest.raises(ValueError, match="needs a full-attention layer"):
         encode_noise((2, 3, 4), Looks(), 3, full_layers=())
@@ -394,7 +394,7 @@ def test_the_question_is_read_after_the_encoder():
     grid, questions = (2, 3, 4), torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     visual = tiny_tower()
     args = visual, [random_patches(grid)], plan_of(Asks(), TowerShape.of_tower(visual), grid, 4)
-    with pytest.raises(UsageError, match="reads the question, and there is none"):
+    with pytest.raises(UsageError, match="reads the question, but there is no question"):
         encode_rows(*args).select_tokens()
     rows = encode_rows(*args)
     made = [rows.select_tokens(question) for question in questions]

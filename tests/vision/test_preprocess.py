@@ -188,7 +188,7 @@ def test_patches_are_as_many_as_the_frame_pairs_have():
     grid = (4, 3, 5)
     patches = clip(grid, changes(grid, 0.3))
     for pieces in ([patches[:-1]], [patches[: -4 * 15]], [patches, patches[:4]], []):
-        with pytest.raises(ValueError, match="not as many patches as 4 frame pairs of 15 units have"):
+        with pytest.raises(ValueError, match="number of patches does not match 4 frame pairs of 15 units"):
             embedded(pieces, grid, 30, 0.0)
 
 

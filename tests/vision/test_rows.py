@@ -195,5 +195,5 @@ class Asks(Given):
 
 
 def test_a_selector_inside_the_tower_may_not_ask_for_what_there_is_after_it():
-    with pytest.raises(TypeError, match="nothing but the rows"):
+    with pytest.raises(TypeError, match="cannot get more than rows"):
         encode_patches(random_patches((2, 3, 5)), (2, 3, 5), inside([0], torch.zeros(30), Asks), 6)

@@ -116,7 +116,7 @@ def test_a_side_that_fails_ends_or_hangs_says_so(tmp_path):
     assert said["dies"]["error"].startswith("ended with 7")
     assert said["hangs"] == {"error": "not done in 2 s", "over_s": 1.5}
     assert [side.running for side in sides.values()] == [True, True, False, False]
-    assert sides["echoes"].ask({}, 0) == {"error": "not begun: no time was left"}
+    assert sides["echoes"].ask({}, 0) == {"error": "not started: no time was left"}
     assert sides["echoes"].end() == 0 and time.monotonic() - begun < 55
 
 

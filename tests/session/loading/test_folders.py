@@ -543,7 +543,7 @@ def test_more_tokens_than_embeddings(folder):
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["vocab"]["?"] = 10**6
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ModelError, match="makes token 1000000, and the model knows 4"):
+    with pytest.raises(ModelError, match="produced token 1000000, but the model has only 4"):
         VideoQA.load(str(folder)).encode("samples/square.mp4").ask("What?", max_new_tokens=1).text  # noqa: B018
 
 
@@ -553,17 +553,17 @@ BOMB = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
 def test_steps_of_a_tokenizer_that_multiply(folder):
     whole = (folder / "tokenizer.json").read_text()
     edit(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [BOMB] * 9})
-    assert "normalizer is of kind" in error_of(folder)
+    assert "normalizer is Sequence" in error_of(folder)
     (folder / "tokenizer.json").write_text(whole)
     edit(folder / "tokenizer.json", decoder=BOMB)
-    assert "decoder is of kind Replace, not ByteLevel" in error_of(folder)
+    assert "decoder is Replace, not ByteLevel" in error_of(folder)
 
 
 def test_a_pattern_that_takes_too_many_steps(folder, capfd):
     split = {"type": "Split", "pattern": {"Regex": "(a|aa)+c"}, "behavior": "Isolated", "invert": False}
     edit(folder / "tokenizer.json", pre_tokenizer=split)
     tokenizer = load(str(folder), pack=False).tokenizer
-    with pytest.raises(ModelError, match=r"broke down: .*limit"):
+    with pytest.raises(ModelError, match=r"crashed: .*limit"):
         Prompt.build(tokenizer, "a" * 99, [("video", 1)])
 
 
@@ -578,7 +578,7 @@ LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 TEMPLATES = {
     "10 GB": ("{{ 'x' * 10**10 }}", "too much memory"),
     "10 GB by a filter": ("{{ 'x' | center(10**10) }}", "too much memory"),
-    "long": ("{{ 'x' * 2000000 }}", "it makes 2,000,000 characters"),
+    "long": ("{{ 'x' * 2000000 }}", "its output has 2,000,000 characters"),
     "deep": ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "nested too deeply"),
     "calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deeply"),
 }
@@ -603,7 +603,7 @@ def test_templates_that_take_too_much(folder, source, says):
 @pytest.mark.parametrize("source", [LOOPS, "{{ 3 ** (3 ** 30) }}"], ids=["loops", "a power, which sees no signal"])
 def test_templates_without_an_end(folder, source, monkeypatch):
     monkeypatch.setattr(template, "SECONDS", 1)
-    assert "come to an end" in refusal(folder, source)
+    assert "does not finish" in refusal(folder, source)
 
 
 def test_a_template_is_rendered_once(folder, monkeypatch):

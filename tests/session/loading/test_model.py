@@ -215,7 +215,7 @@ DAMAGE = [  # file; new content (bytes, changed entries, or None for no file); t
     (WEIGHTS, lambda old: old[:-1000], "damaged or incomplete"),
     (WEIGHTS, lambda old: struct.pack("<Q", 100) + b"no json", "damaged or incomplete"),
     (INDEX, lambda old: SHARD, "00002.safetensors is missing"),
-    ("tokenizer.json", None, "holds no tokenizer"),
+    ("tokenizer.json", None, "contains no tokenizer"),
     ("tokenizer.json", lambda old: b"{}", "tokenizer .* cannot be loaded"),
     ("chat_template.jinja", None, "no chat template"),
 ]
