@@ -13,13 +13,11 @@ token.
 """
 
 import os
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
-from evoprune.backend import Device
 from evoprune.errors import OTHER_MODELS, UsageError
 from evoprune.language import GenerationOptions
 from evoprune.session import (
@@ -27,7 +25,6 @@ from evoprune.session import (
     EncodedInputs,
     FindOptions,
     LoadedModel,
-    ModelDescription,
     ModelOptions,
     OpenInputs,
     Progress,
@@ -37,7 +34,6 @@ from evoprune.session import (
     StreamOptions,
     describe,
     inputs_of,
-    load_model,
     open_inputs,
 )
 from evoprune.signatures import takes
@@ -97,9 +93,7 @@ class VideoQA(Uncopied):
             raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
         self.session = Session(loaded, pruning.config(), load_seconds) if isinstance(loaded, LoadedModel) else loaded
         self._ahead: ReadAhead | None = None  # may already have read inputs
-        self.loaded.check_tokenizer()
-        if not Device(self.session.device).holds_values:
-            raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
+        self.loaded.check_answers()
 
     @classmethod
     @takes(ModelOptions, PruneOptions)
@@ -125,14 +119,14 @@ class VideoQA(Uncopied):
         check_type("progress", progress, Callable | None)
         loading, pruning = from_keywords({"model": model, **options}, ModelOptions, PruneOptions)
         if ahead is None:
-            return load_qa(loading, pruning, progress=progress, kind=cls)
+            return cls(Session.load(loading, pruning, progress=progress))
         if not isinstance(ahead, ReadAhead):
             paths = _paths_of(ahead)
             pruning.config()  # rejects bad settings before looking for a model
             ahead = ReadAhead(describe(loading), [(paths, SamplingOptions())], pruning)
         same = ahead.model.options == loading
         try:
-            qa = load_qa(ahead.model if same else loading, pruning, progress=progress, kind=cls)
+            qa = cls(Session.load(ahead.model if same else loading, pruning, progress=progress))
         except BaseException:
             ahead.close()
             raise
@@ -370,31 +364,3 @@ def _check_cache(cache: Any) -> None:
         if not isinstance(cache, Cache):
             hint = "give evoprune.Cache(), evoprune.Cache(folder) or None"
             raise UsageError(f"cache is {brief(cache)}, not a Cache", hint)
-
-
-def load_qa(
-    model: ModelOptions | ModelDescription,
-    pruning: PruneOptions,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-    kind: type[VideoQA] = VideoQA,
-    streams: bool = False,
-) -> VideoQA:
-    """Load a model like `VideoQA.load`. A method that does not work with the model is rejected before weights are downloaded.
-
-    Args:
-        model: options, or the description of a model.
-        pruning: method, budget and seed.
-        progress: see `VideoQA.load`.
-        kind: the class to make.
-        streams: whether to also reject methods and models that cannot watch a stream.
-    """
-    start = time.perf_counter()
-    config = pruning.config()  # rejects bad settings before looking for a model
-    if isinstance(model, ModelOptions):
-        model = describe(model)
-    model.check_method(config.method)
-    if streams:
-        model.check_streams(config.method)
-    loaded = load_model(model, to_answer=True, progress=progress)
-    return kind(Session(loaded, config, time.perf_counter() - start))

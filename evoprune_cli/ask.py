@@ -131,15 +131,15 @@ def ask(
             ahead = cleanup.enter_context(ReadAhead(model, asked, pipeline.pruning))
             encode = partial(_encode, names, paths, questions, pipeline, cache, quiet)
             with progress(not quiet) as show:
-                qa = load(pipeline, show, quiet, model=model)
+                session = load(pipeline, show, quiet, model=model)
                 if history == opt.ON:
-                    qa.session.pruning.method.check_conversation()
-                encoded = encode(qa.session, show, ahead=ahead)
+                    session.pruning.method.check_conversation()
+                encoded = encode(session, show, ahead=ahead)
             ahead.close()
-            encode_full = (lambda show: encode(qa.unpruned().session, show, full=True)) if compare else None
+            encode_full = (lambda show: encode(session.unpruned(), show, full=True)) if compare else None
             chat = None
             if interactive:
-                alone = single_questions(history, qa.session, compare)
+                alone = single_questions(history, session, compare)
                 if alone is None:
                     chat = encoded.chat(pipeline.generation.system)
             talk.begin(encoded, pipeline.generation, encode_full, chat)
@@ -155,7 +155,7 @@ def ask(
                 tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
                 if alone and history is None:
                     tell(f"Each question is on its own: {alone}.")
-            for question in typed_questions(meanwhile=qa.session.loaded.packing.meanwhile, chat=chat):
+            for question in typed_questions(meanwhile=session.loaded.packing.meanwhile, chat=chat):
                 questions.append(question)
                 talk.attempt(question, typed=True)
         except BaseException as problem:

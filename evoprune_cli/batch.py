@@ -184,12 +184,12 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
         from evoprune.batch import answers
         from evoprune.session import Cache
 
-        qa = settings.load(partial(show, "quantizing"), model)
-        note_model(qa.session, settings.generation, quiet)
+        session = settings.load(partial(show, "quantizing"), model)
+        note_model(session, settings.generation, quiet)
         ready()
         stored = Cache() if cache else None
         told = {"progress": encoding(tally.encoding), "on_wait": tally.wait}
-        yield from answers(qa, spans, settings, stored, print_traceback, ahead, **told)
+        yield from answers(session, spans, settings, stored, print_traceback, ahead, **told)
 
 
 def _rows(

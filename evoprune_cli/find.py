@@ -141,7 +141,7 @@ def find(
             return 0
         warm_up()  # warms up while this process imports its dependencies
         with progress(not quiet) as show:
-            qa = load(pipeline, show, quiet)
+            session = load(pipeline, show, quiet)
         from evoprune.moments import Search
         from evoprune.session import Cache
 
@@ -153,7 +153,7 @@ def find(
             clips: list[str] = []
             error = None
             try:
-                with Search(qa.session, row.paths[0], queries, pipeline.find, pipeline.sampling, stored) as search:
+                with Search(session, row.paths[0], queries, pipeline.find, pipeline.sampling, stored) as search:
                     if not quiet:
                         _announce(search, name)
                     try:
@@ -170,7 +170,7 @@ def find(
                 failed += 1
                 error = _report_failure(problem, name, json)
             if kept:
-                kept.add(row, moments, error, qa.loaded.description.commit)
+                kept.add(row, moments, error, session.loaded.description.commit)
         return SOME_FAILED if failed else 0
 
 

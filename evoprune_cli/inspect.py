@@ -203,10 +203,10 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
     with progress(True) as show:
         prepare()
         from evoprune.bench import TracedVideo
-        from evoprune.video_qa import load_qa
+        from evoprune.session import Session
 
         show("loading model")
-        session = load_qa(options.model, options.pruning).session
+        session = Session.load(options.model, options.pruning)
         show("reading video")
         traced = TracedVideo.trace(session, path, options.sampling, video, encoding(show))
         show("drawing")

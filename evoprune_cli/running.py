@@ -24,7 +24,6 @@ from evoprune_cli.terminal import encodable, failure, page_width, stdout, tell, 
 if TYPE_CHECKING:
     from evoprune.bench import Results
     from evoprune.session import ModelDescription, Session
-    from evoprune.video_qa import VideoQA
 
 SOME_FAILED = 6  # an exit code
 # Bytes that importing torch and this package takes. No model answers in less.
@@ -69,21 +68,22 @@ def load(
     *,
     streams: bool = False,
     model: "ModelDescription | None" = None,
-) -> "VideoQA":
+) -> "Session":
     """Load the model for `ask`, `watch` and other commands that answer.
 
     Args:
         show: from `terminal.progress`.
-        streams: see `load_qa`.
+        streams: see `Session.load`.
         model: the model's description, if known already.
     """
     prepare()
-    from evoprune.video_qa import load_qa
+    from evoprune.session import Session
 
     show("loading model")
-    qa = load_qa(model or options.model, options.pruning, progress=partial(show, "quantizing"), streams=streams)
-    note_model(qa.session, options.generation, quiet)
-    return qa
+    report = partial(show, "quantizing")
+    session = Session.load(model or options.model, options.pruning, progress=report, streams=streams)
+    note_model(session, options.generation, quiet)
+    return session
 
 
 def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> None:

@@ -125,11 +125,11 @@ def watch(
     talk = Conversation([opened.name], json, stats, quiet, verbose, **shown)
     try:
         with progress(not quiet) as show:
-            qa = load(pipeline, show, quiet, streams=True)
+            session = load(pipeline, show, quiet, streams=True)
         from evoprune.live import LiveFeed, VideoStream
 
         system = pipeline.generation.system
-        stream = VideoStream(qa.session, pipeline.stream, pipeline.sampling, system, opened.name)
+        stream = VideoStream(session, pipeline.stream, pipeline.sampling, system, opened.name)
         with LiveFeed(stream, opened, pipeline.stream.window_s, every_s or inf) as feed:
             with progress(not quiet) as show:
                 show("waiting for a frame")
@@ -138,11 +138,11 @@ def watch(
             feed.check()
             chat = None
             if prompt:
-                alone = single_questions(history, qa.session)
+                alone = single_questions(history, session)
                 if alone is None:
                     chat = stream.chat(system)
             begin = partial(talk.begin, stream, pipeline.generation, None, chat)
-            watching = _Watching(talk, begin, stream, feed, qa.session.loaded.device, prompt, quiet, speak)
+            watching = _Watching(talk, begin, stream, feed, session.loaded.device, prompt, quiet, speak)
             if prompt:
                 speak("Ask about what was seen. /help for help; q, Ctrl-D or Ctrl-C to end.")
                 if alone and history is None:

@@ -25,8 +25,7 @@ from evoprune.util import differences, file_changes, record_of, shown
 from evoprune.video import input_state
 
 if TYPE_CHECKING:
-    from evoprune.session import ModelDescription
-    from evoprune.video_qa import VideoQA
+    from evoprune.session import ModelDescription, Session
 
 STDOUT = "-"
 OTHER_HINT = "name another file with -o, or remove this one"
@@ -45,14 +44,14 @@ class Settings(PipelineOptions):
 
     def load(
         self, progress: Callable[[int, int], None] | None = None, model: "ModelDescription | None" = None
-    ) -> "VideoQA":
+    ) -> "Session":
         """Load the model. `model` is its description, if known already.
 
-        Raises the errors of `VideoQA.load`.
+        Raises the errors of `Session.load`.
         """
-        from evoprune.video_qa import load_qa
+        from evoprune.session import Session
 
-        return load_qa(model or self.model, self.pruning, progress=progress)
+        return Session.load(model or self.model, self.pruning, progress=progress)
 
     @property
     def groups(self) -> tuple[Any, ...]:

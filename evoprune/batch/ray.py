@@ -119,7 +119,7 @@ class Worker:
         self._broken = None
         try:
             _enter(folder)  # paths of videos and models are relative to it
-            self._qa = settings.load()
+            self._session = settings.load()
         except EvopruneError as problem:  # if it were raised here, Ray would retry
             self._broken = error_record(problem)
         if cache:
@@ -138,7 +138,7 @@ class Worker:
         import ray
 
         if ray.get(self._tries.another.remote(span.rows[0].id)) <= TRIES:
-            return answers(self._qa, [span], self._settings, self._cache)
+            return answers(self._session, [span], self._settings, self._cache)
         hint = "was there too little memory? take fewer frames (--frames)"
         error = error_record(WorkerDied(f"the worker died, {TRIES} times", hint))
         return (failure_report(row, self._settings, error) for row in span.rows)

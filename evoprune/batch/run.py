@@ -11,15 +11,14 @@ from evoprune.batch.rows import Row, Span
 from evoprune.errors import OutOfMemory, error_record
 from evoprune.language import Turn
 from evoprune.report import Report, name_inputs
-from evoprune.session import Cache, EncodedInputs, OpenInputs, Progress, ReadAhead, in_flight, open_inputs
+from evoprune.session import Cache, EncodedInputs, OpenInputs, Progress, ReadAhead, Session, in_flight, open_inputs
 from evoprune.util import without_password
-from evoprune.video_qa import VideoQA
 
 T = TypeVar("T")
 
 
 def answers(
-    qa: VideoQA,
+    session: Session,
     spans: Iterable[Span],
     settings: Settings,
     cache: Cache | None = None,
@@ -41,12 +40,12 @@ def answers(
         first = span.rows[0]
         sampling = settings.sampling.but(**span.sampling)
         given = {"names": [without_password(name) for name in first.inputs], "cache": cache, "ahead": ahead}
-        inputs = open_inputs(qa.session, first.paths, sampling, **given)
+        inputs = open_inputs(session, first.paths, sampling, **given)
         inputs.use_cores(cores)
         inputs.begin()
         return inputs
 
-    with closing(in_flight(spans, opened, qa.loaded, on_wait)) as prepared:
+    with closing(in_flight(spans, opened, session.loaded, on_wait)) as prepared:
         for span, inputs in prepared:
             yield from _asked(span, inputs, settings, on_failure, progress, on_wait)
 

@@ -1,7 +1,9 @@
 """A loaded model together with its pruning settings, shared by encoding and answering."""
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -10,8 +12,10 @@ from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.language import GenerationOptions, Prompt, Turn
 from evoprune.methods import Budget, PruneConfig
 from evoprune.model import Cost
-from evoprune.session.loading.model import LoadedModel
+from evoprune.session.loading.description import ModelDescription, describe
+from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.memory import TEXT, piece_needs
+from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.prompting import prompt_about
 from evoprune.util import counted
 from evoprune.video import Plan
@@ -31,6 +35,34 @@ class Session:
 
     def __post_init__(self):
         self.loaded.description.check_method(self.pruning.method)
+
+    @classmethod
+    def load(
+        cls,
+        model: ModelOptions | ModelDescription,
+        pruning: PruneOptions,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        streams: bool = False,
+    ) -> Self:
+        """Load a model that answers. A method that does not work with it is rejected before weights are downloaded.
+
+        Raises the errors of `load_model` and of `LoadedModel.check_answers`.
+
+        Args:
+            progress: See `load_model`.
+            streams: Whether to also reject methods and models that cannot watch a stream.
+        """
+        start = time.perf_counter()
+        config = pruning.config()  # rejects bad settings before looking for a model
+        if isinstance(model, ModelOptions):
+            model = describe(model)
+        model.check_method(config.method)
+        if streams:
+            model.check_streams(config.method)
+        loaded = load_model(model, to_answer=True, progress=progress)
+        loaded.check_answers()
+        return cls(loaded, config, time.perf_counter() - start)
 
     def __repr__(self) -> str:
         settings = f"method {self.pruning.name!r}, budget {self.pruning.budget.recorded}, seed {self.pruning.seed}"

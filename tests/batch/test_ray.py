@@ -97,10 +97,10 @@ def test_the_same_records_though_workers_are_killed(cluster, capfd):
     assert said.out == "" and "worker died" in said.err
 
 
-def deadly_answers(qa, spans, *how):
+def deadly_answers(session, spans, *how):
     if "three" in spans[0].rows[0].video:
         os.kill(os.getpid(), signal.SIGKILL)
-    return answers(qa, spans, *how)
+    return answers(session, spans, *how)
 
 
 class Deadly(Worker):

@@ -18,6 +18,7 @@ from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.language import Turn
 from evoprune.report import SCHEMA, Report
 from evoprune.video import read_chunks
+from evoprune.video_qa import VideoQA
 
 CLIPS = ["samples/square.mp4", "samples/three.mp4", "samples/vanish.webm"]
 QUESTIONS = ["What happens?", "How many red squares are there in the video?"]
@@ -127,13 +128,13 @@ def test_what_is_unknown_of_files_is_accepted(before):
 
 @pytest.fixture(scope="module")
 def qa(saved):
-    return changed(model=str(saved)).load()
+    return VideoQA(changed(model=str(saved)).load())
 
 
 def test_each_record_is_what_asking_alone_gives(qa):
     settings = changed(max_new_tokens=8, temperature=0.7, fps=1.0, system="Be brief.")
     rows = [replace(row, start_s=1.0, answer="?") for row in ROWS]
-    made = list(answers(qa, Span.group(rows), settings))
+    made = list(answers(qa.session, Span.group(rows), settings))
     assert [report.id for report in made] == [row.id for row in rows]
     for row, report in zip(rows, made, strict=True):
         video = qa.encode(row.paths[0], fps=1.0, start_s=1.0)
@@ -149,7 +150,7 @@ def test_each_record_is_what_asking_alone_gives(qa):
 
 def test_a_record_names_a_video_as_its_row_does(qa):
     rows = [replace(ROWS[0], inputs=("square.mp4",))]
-    (report,) = answers(qa, Span.group(rows), changed(max_new_tokens=1, frames=2))
+    (report,) = answers(qa.session, Span.group(rows), changed(max_new_tokens=1, frames=2))
     assert report.error is None and report.video.path == report.inputs[0].path == "square.mp4"
 
 
@@ -164,7 +165,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
         return read_chunks(info, times, **how)
 
     monkeypatch.setattr("evoprune.session.encoding.read_chunks", read)
-    with closing(answers(qa, Span.group(ROWS), changed(max_new_tokens=1))) as made:
+    with closing(answers(qa.session, Span.group(ROWS), changed(max_new_tokens=1))) as made:
         next(made)
         assert second.wait(20)
         time.sleep(0.1)
@@ -185,7 +186,7 @@ def test_a_video_of_several_rows_is_read_once_and_waiting_is_told(qa, monkeypatc
     monkeypatch.setattr("evoprune.session.encoding.read_chunks", counted)
     asked = [CLIPS[:1], CLIPS[:2], [CLIPS[1], CLIPS[1], CLIPS[0]], CLIPS[2:]]
     rows = [Row(str(number), tuple(paths), tuple(paths), "What?") for number, paths in enumerate(asked)]
-    made = list(answers(qa, Span.group(rows), changed(max_new_tokens=1, frames=4), on_wait=waited.append))
+    made = list(answers(qa.session, Span.group(rows), changed(max_new_tokens=1, frames=4), on_wait=waited.append))
     assert [report.id for report in made] == ["0", "1", "2", "3"] and not any(report.error for report in made)
     assert read == CLIPS
     assert len(waited) == 2 * len(rows) and min(waited) >= 0 < sum(waited)
@@ -194,7 +195,7 @@ def test_a_video_of_several_rows_is_read_once_and_waiting_is_told(qa, monkeypatc
 def test_a_row_with_messages_goes_on_with_them(qa):
     turns = (Turn(QUESTIONS[0], "A square moves."),)
     rows = [replace(ROWS[0], id=str(number), earlier=earlier) for number, earlier in enumerate([turns, (), turns])]
-    first, single, again = answers(qa, Span.group(rows), changed(max_new_tokens=4))
+    first, single, again = answers(qa.session, Span.group(rows), changed(max_new_tokens=4))
     chat = qa.encode(CLIPS[0]).chat(messages=Turn.to_messages(turns))
     expected = chat.ask(ROWS[0].question, max_new_tokens=4)
     assert first.answer == again.answer == expected.text and first.tokens.prompt > single.tokens.prompt
@@ -221,7 +222,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, problem, kind, stage, failing, at):
     """A failure in the `at`-th call fails the rows it belongs to: one question, or all rows of the video."""
     settings = changed(max_new_tokens=1)
-    whole = [report.answer for report in answers(qa, Span.group(ROWS), settings)]
+    whole = [report.answer for report in answers(qa.session, Span.group(ROWS), settings)]
     qa.loaded.patches.clear()  # otherwise nothing would be read again
     module, _, name = where.rpartition(".")
     real, calls, problems = getattr(__import__(module, fromlist=[name]), name), [], []
@@ -236,7 +237,7 @@ def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, 
         return real(*args, **how)
 
     monkeypatch.setattr(where, breaks)
-    made = list(answers(qa, Span.group(ROWS), settings, on_failure=problems.append))
+    made = list(answers(qa.session, Span.group(ROWS), settings, on_failure=problems.append))
     first = (at - 1) * failing
     failed = list(range(first, first + failing))
     assert [report.id for report in made] == [row.id for row in ROWS]
@@ -271,7 +272,7 @@ def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
     monkeypatch.setattr("evoprune.session.encoding.encode_rows", encode)
     gc.disable()
     try:
-        assert all(report.error for report in answers(qa, Span.group(ROWS), SETTINGS))
+        assert all(report.error for report in answers(qa.session, Span.group(ROWS), SETTINGS))
     finally:
         gc.enable()
     assert len(alive) > 3 and set(alive) == {1}  # three videos, and retries in smaller pieces
@@ -285,7 +286,7 @@ def test_an_interruption_is_no_failure(qa, monkeypatch, stop, where):
 
     monkeypatch.setattr(f"evoprune.{where}", stops)
     with pytest.raises(type(stop)):
-        list(answers(qa, Span.group(ROWS), SETTINGS))
+        list(answers(qa.session, Span.group(ROWS), SETTINGS))
     assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-prefetch"]
 
 

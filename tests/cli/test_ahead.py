@@ -54,13 +54,13 @@ def without(monkeypatch):
 @pytest.fixture
 def slowly(made, monkeypatch):
     """Models load only once frames are waiting. The list has the number of waiting frames per load."""
-    from evoprune import video_qa
     from evoprune.bench import eval as evaluation
     from evoprune.bench import tune
+    from evoprune.session import session
 
     begun, _ = made
     waited = []
-    for place in (video_qa, evaluation, tune):
+    for place in (session, evaluation, tune):
         real = place.load_model
 
         def load_model(*args, real=real, **how):

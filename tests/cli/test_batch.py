@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune import video_qa
 from evoprune.backend import limits
 from evoprune.language.static import best_of
+from evoprune.session import session
 from evoprune_cli import batch
 from evoprune_cli.terminal import Terminated
 from tests.cli.screen import visible
@@ -345,8 +345,8 @@ def test_cache(run, out, monkeypatch, tmp_path):
 
 
 def test_the_model_is_loaded_once(run, monkeypatch):
-    loads, real = [], video_qa.load_model
-    monkeypatch.setattr(video_qa, "load_model", lambda *a, **k: loads.append(1) or real(*a, **k))
+    loads, real = [], session.load_model
+    monkeypatch.setattr(session, "load_model", lambda *a, **k: loads.append(1) or real(*a, **k))
     run(*CLIPS, *ASKED)
     assert loads == [1]
 

@@ -28,6 +28,7 @@ from evoprune.errors import (
     ModelError,
     ModelWarning,
     OutOfMemory,
+    UsageError,
     is_out_of_memory,
 )
 from evoprune.language import (
@@ -176,14 +177,17 @@ class LoadedModel:
         unlike = self.demo is not None and (len(inputs) > self.demo.inputs or subtitles)
         return "demo_inputs" if unlike else None
 
-    def check_tokenizer(self) -> None:
-        """Check that the model has a tokenizer, so that questions can be asked.
+    def check_answers(self) -> None:
+        """Check that questions can be asked: the model has a tokenizer, and its device computes.
 
         Raises:
-            ModelError: If it has none.
+            ModelError: If it has no tokenizer.
+            UsageError: If it is on the meta device.
         """
         if self.tokenizer is None:
             raise _no_tokenizer(self.id)
+        if not Device(self.model.device).holds_values:
+            raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
 
     def check_texts(self, question: str, system: str | None = None, earlier: Sequence[Turn] = ()) -> None:
         """Check that each text of a prompt is short enough to tokenize: tokenizing a huge text might take minutes.

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from evoprune.errors import UsageError
 from evoprune.report import Report
-from evoprune.session import EncodedInputs, PipelineOptions
+from evoprune.session import EncodedInputs, PipelineOptions, Session
 from evoprune.util import from_keywords, without_tags
 from evoprune.video import temporary_folder
-from evoprune.video_qa import load_qa
+from evoprune.video_qa import VideoQA
 
 HINT = "evoprune_qwen2_5_vl answers generate_until about one video a question"
 
@@ -72,7 +72,7 @@ class EvoPruneQwen25VL(lmms):
         # Default maximum of new tokens for tasks that do not set one.
         given = {"model": pretrained, "system": system_prompt, "max_new_tokens": 128, **options}
         model, pruning, self._sampling, self._generation = from_keywords(given, *PipelineOptions.KINDS)
-        self._qa = load_qa(model, pruning)
+        self._qa = VideoQA(Session.load(model, pruning))
         self._pictures = str(pictures).lower() in ("true", "1")
         self._inputs: EncodedInputs | None = None  # inputs of the latest question
         self._shown: list[str] | None = None  # their paths; files in memory are named by content

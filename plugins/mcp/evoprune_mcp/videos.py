@@ -172,7 +172,9 @@ class Videos:
     def _model(self, report: Report) -> "VideoQA":
         """Return the model, loaded on first use."""
         if self._qa is None:
-            self._qa = load(self._options, lambda what, *_: report(0.0, what), self._quiet)
+            from evoprune import VideoQA
+
+            self._qa = VideoQA(load(self._options, lambda what, *_: report(0.0, what), self._quiet))
         return self._qa
 
     def _cache(self) -> "Cache | None":

@@ -230,9 +230,10 @@ def _loaded(
             hint = "--name, repeated in the order of -m and --also, gives them other names"
             raise UsageError(f"{count} models are called {each}", hint)
     described = _described([each.model for each in options]) if also else [None]
-    return {
-        each: load(one, show, quiet, model=model) for each, one, model in zip(called, options, described, strict=True)
-    }
+    from evoprune.video_qa import VideoQA
+
+    sessions = [load(one, show, quiet, model=model) for one, model in zip(options, described, strict=True)]
+    return {name: VideoQA(session) for name, session in zip(called, sessions, strict=True)}
 
 
 def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":

@@ -30,10 +30,11 @@ from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import load_model as load
 from evoprune.session.loading.weights import weights_of
 from evoprune.session.options import ModelOptions, PruneOptions
+from evoprune.session.session import Session
 from evoprune.util import from_keywords
 from evoprune.video import probe
 from evoprune.video.readers import subtitles
-from evoprune.video_qa import VideoQA, load_qa
+from evoprune.video_qa import VideoQA
 from tests.loading import edit, error_of, load_model, no_network
 from tests.tiny import tiny_model
 
@@ -307,7 +308,7 @@ def test_what_a_name_says_of_its_model():
 def test_what_a_model_cannot_do_is_refused_before_the_download(hub, options, streams, says, hint):
     loading, pruning = from_keywords({"model": "org/tiny"} | options, ModelOptions, PruneOptions)
     with pytest.raises(UsageError, match=says) as caught:
-        load_qa(loading, pruning, streams=streams)
+        Session.load(loading, pruning, streams=streams)
     assert hint in caught.value.hint
     assert hub.requests and not any("safetensors" in path for path in hub.requests)
 
