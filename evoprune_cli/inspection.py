@@ -20,7 +20,7 @@ def environment_facts(stdout: TextIO) -> dict:
     from huggingface_hub import constants
 
     from evoprune import methods
-    from evoprune.backend import available_cores, describe_devices, host_memory
+    from evoprune.backend import Device, available_cores, host_memory
     from evoprune.session import BUNDLED_CONFIGS, Cache
     from evoprune.video import choose_decoder
 
@@ -45,7 +45,7 @@ def environment_facts(stdout: TextIO) -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {"evoprune": evoprune.__version__} | {name: _version(name) for name in PACKAGES},
-        "devices": describe_devices(),
+        "devices": Device.describe_all(),
         "available": {"cores": available_cores(), "memory_bytes": host_memory()},
         "decoders": decoders,
         "methods": methods.available(),

@@ -12,14 +12,11 @@ if TYPE_CHECKING:
         Attention,
         without_cudnn,
     )
-    from evoprune.backend.cpu.linear import Packing, can_pack, linear, pack, shared_copy, weights_bytes
+    from evoprune.backend.cpu.linear import Packing, linear, shared_copy, weights_bytes
     from evoprune.backend.cpu.quantize import Quantization
     from evoprune.backend.devices import (
         Device,
         Timer,
-        accelerator,
-        cluster_share,
-        describe_devices,
         empty_cache,
         pick_device,
         plain_pytorch,
@@ -27,15 +24,13 @@ if TYPE_CHECKING:
         to_device,
     )
     from evoprune.backend.hosted import EXPERTS, cache_name, choose_functions, form_of_layers, without_packages
-    from evoprune.backend.layers import give_up, is_unhooked_linear, joined, kernels_for
+    from evoprune.backend.layers import is_unhooked_linear, joined, kernels_for
     from evoprune.backend.limits import (
+        DeviceName,
         available_cores,
         host_memory,
         keep_freed_memory,
-        launch_bound_units,
         oom_kills,
-        resolve_device,
-        visual_token_limit,
     )
     from evoprune.backend.operators import (
         greedy_cosine,
@@ -47,44 +42,35 @@ if TYPE_CHECKING:
         tube_radii,
         unit_counts,
     )
-    from evoprune.backend.pixels import resized
     from evoprune.backend.weights import prepare
 
 __all__ = [
     "EXPERTS",
     "Attention",
     "Device",
+    "DeviceName",
     "Packing",
     "Quantization",
     "Timer",
-    "accelerator",
     "available_cores",
     "cache_name",
-    "can_pack",
     "choose_functions",
-    "cluster_share",
-    "describe_devices",
     "empty_cache",
     "form_of_layers",
-    "give_up",
     "greedy_cosine",
     "host_memory",
     "is_unhooked_linear",
     "joined",
     "keep_freed_memory",
     "kernels_for",
-    "launch_bound_units",
     "linear",
     "mean_rows",
     "nearest_selected",
     "oom_kills",
-    "pack",
     "pick_device",
     "plain_pytorch",
     "prepare",
     "read_or",
-    "resized",
-    "resolve_device",
     "reuse_scan",
     "shared_copy",
     "snap",
@@ -92,7 +78,6 @@ __all__ = [
     "to_device",
     "tube_radii",
     "unit_counts",
-    "visual_token_limit",
     "weights_bytes",
     "without_cudnn",
     "without_packages",
@@ -105,14 +90,11 @@ __getattr__, __dir__ = door(
             "Attention",
             "without_cudnn",
         ],
-        "cpu.linear": ["Packing", "can_pack", "linear", "pack", "shared_copy", "weights_bytes"],
+        "cpu.linear": ["Packing", "linear", "shared_copy", "weights_bytes"],
         "cpu.quantize": ["Quantization"],
         "devices": [
             "Device",
             "Timer",
-            "accelerator",
-            "cluster_share",
-            "describe_devices",
             "empty_cache",
             "pick_device",
             "plain_pytorch",
@@ -120,15 +102,13 @@ __getattr__, __dir__ = door(
             "to_device",
         ],
         "hosted": ["EXPERTS", "cache_name", "choose_functions", "form_of_layers", "without_packages"],
-        "layers": ["give_up", "is_unhooked_linear", "joined", "kernels_for"],
+        "layers": ["is_unhooked_linear", "joined", "kernels_for"],
         "limits": [
+            "DeviceName",
             "available_cores",
             "host_memory",
             "keep_freed_memory",
-            "launch_bound_units",
             "oom_kills",
-            "resolve_device",
-            "visual_token_limit",
         ],
         "operators": [
             "greedy_cosine",
@@ -140,7 +120,6 @@ __getattr__, __dir__ = door(
             "tube_radii",
             "unit_counts",
         ],
-        "pixels": ["resized"],
         "weights": ["prepare"],
     },
 )

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, wraps
 from importlib.metadata import version
@@ -61,6 +61,22 @@ class Device:
     def kind(self) -> str:
         """The kind, such as "cuda" for "cuda:1". Devices of the same kind compute the same numbers."""
         return self._device.type
+
+    @staticmethod
+    def describe_all() -> dict[str, str]:
+        """Return a description of each available device (product name and capabilities), keyed by device name."""
+        cpu = Device("cpu")
+        bf16 = "yes" if cpu.default_dtype == "bf16" else "no"
+        devices = {"cpu": f"{cpu.product_name}, bf16 {bf16}"}
+        for number in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(number)
+            devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
+        return devices
+
+    @staticmethod
+    def kinds() -> set[str]:
+        """Return the kinds of devices that torch can use here: "cpu", and the accelerator's if there is one."""
+        return {"cpu", accelerator() or "cpu"}
 
     @property
     def product_name(self) -> str:
@@ -115,6 +131,11 @@ class Device:
     def piece_units(self) -> int:
         """Number of units that are embedded, or sent through a matrix product, at a time."""
         return PIECE_UNITS if self._on_host else GPU_PIECE_UNITS
+
+    @property
+    def resizes_bytes(self) -> bool:
+        """Whether torch resizes pictures of bytes on the device, as on the CPU."""
+        return self._on_host
 
     @property
     def scores_at_a_time(self) -> int:
@@ -288,33 +309,6 @@ def _has_bf16(device: torch.device) -> bool:
 def _installed(package: str) -> str:
     """Return the version of an installed package. Cached, because looking it up reads files."""
     return version(package)
-
-
-def describe_devices() -> dict[str, str]:
-    """Return a description of each available device (product name and capabilities), keyed by device name."""
-    cpu = Device("cpu")
-    bf16 = "yes" if cpu.default_dtype == "bf16" else "no"
-    devices = {"cpu": f"{cpu.product_name}, bf16 {bf16}"}
-    for number in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(number)
-        devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
-    return devices
-
-
-def cluster_share(device: str, gpus: int, cores: Sequence[int]) -> tuple[int, dict[str, float]]:
-    """Return how many model processes fit on a Ray cluster, and the resources of each process under Ray's names.
-
-    On GPUs, each process gets one GPU. On CPUs, each gets as many cores as the smallest node has.
-
-    Args:
-        device: as in options.
-        gpus: number of GPUs in the whole cluster.
-        cores: number of cores per node.
-    """
-    if device.startswith("cuda") or (device == "auto" and gpus):
-        return max(1, gpus), {"num_gpus": 1}
-    min_cores = min((count for count in cores if count), default=1)
-    return max(1, sum(count // min_cores for count in cores)), {"num_cpus": min_cores}
 
 
 def is_host(device: torch.device) -> bool:

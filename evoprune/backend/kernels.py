@@ -10,8 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
+from evoprune.backend import devices
 from evoprune.backend.attention import Attention
 from evoprune.backend.devices import on_its_device
+
+
+def give_up(problem: Exception) -> None:
+    """Run layers without fused kernels from now on, and warn. Raises `problem` again if it means out of memory."""
+    devices.give_up("layers", "layers compute without fused kernels", problem)
+
 
 # Selection. The matrix products in between run in cuBLAS.
 

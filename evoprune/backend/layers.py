@@ -6,8 +6,7 @@ from types import ModuleType
 
 import torch
 
-from evoprune.backend import devices
-from evoprune.backend.devices import has_triton, uses_kernels
+from evoprune.backend.devices import failed, has_triton, uses_kernels
 
 TOGETHER = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}  # these share their input
 _apart: list[bool] = []
@@ -87,13 +86,8 @@ def unjoined() -> Iterator[None]:
 
 def kernels_for(device: torch.device) -> ModuleType | None:
     """Return the module of fused kernels (`backend.kernels`), or None if the device does not use it or a kernel has failed."""
-    if not uses_kernels(device) or devices.failed("layers") or not has_triton():
+    if not uses_kernels(device) or failed("layers") or not has_triton():
         return None
     from evoprune.backend import kernels
 
     return kernels
-
-
-def give_up(problem: Exception) -> None:
-    """Run layers without fused kernels from now on. Raises `problem` again if it means out of memory."""
-    devices.give_up("layers", "layers compute without fused kernels", problem)

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,15 +51,51 @@ MAX_VISUAL_TOKENS_CPU = 4_096
 LAUNCH_BOUND_UNITS = {"cuda": 2048}
 
 
-def resolve_device(name: str, root: Path = ROOT) -> str:
-    """Return the name of a device. "auto" means "cuda" if torch is built for a GPU whose driver is here and visible, else "cpu".
+class DeviceName:
+    """What follows from the name of a device, without torch.
 
-    The answer is final: if torch cannot use the GPU, loading a model raises an error (`pick_device`).
+    Args:
+        name: as in options: "auto", or the name of a torch device such as "cuda:1".
     """
-    if name != "auto":
-        return name
-    hidden = any(variable in os.environ and not VISIBLE.match(os.environ[variable]) for variable in HIDING)
-    return "cpu" if hidden or not _has_gpu(root) else "cuda"
+
+    def __init__(self, name: str):
+        self.name = name
+        self._kind = name.partition(":")[0]
+
+    def resolve(self, root: Path = ROOT) -> str:
+        """Return the name of the device.
+
+        "auto" means "cuda" if torch is built for a GPU whose driver is here and visible, else "cpu".
+        The answer is final: if torch cannot use the GPU, loading a model raises an error (`pick_device`).
+        """
+        if self.name != "auto":
+            return self.name
+        hidden = any(variable in os.environ and not VISIBLE.match(os.environ[variable]) for variable in HIDING)
+        return "cpu" if hidden or not _has_gpu(root) else "cuda"
+
+    @property
+    def visual_token_limit(self) -> float:
+        """Maximum number of visual tokens before pruning, or infinity if only the model limits them."""
+        return MAX_VISUAL_TOKENS_CPU if self._kind == "cpu" else math.inf
+
+    @property
+    def launch_bound_units(self) -> int:
+        """Number of units below which the tower is launch-bound, or 0 if it never is."""
+        return LAUNCH_BOUND_UNITS.get(self._kind, 0)
+
+    def cluster_share(self, gpus: int, cores: Sequence[int]) -> tuple[int, dict[str, float]]:
+        """Return how many model processes fit on a Ray cluster, and the resources of each process under Ray's names.
+
+        On GPUs, each process gets one GPU. On CPUs, each gets as many cores as the smallest node has.
+
+        Args:
+            gpus: number of GPUs in the whole cluster.
+            cores: number of cores per node.
+        """
+        if self.name.startswith("cuda") or (self.name == "auto" and gpus):
+            return max(1, gpus), {"num_gpus": 1}
+        min_cores = min((count for count in cores if count), default=1)
+        return max(1, sum(count // min_cores for count in cores)), {"num_cpus": min_cores}
 
 
 def _has_gpu(root: Path) -> bool:
@@ -78,16 +114,6 @@ def _toolkits() -> list[str]:
         return BUILT_WITH.findall(Path(folders[0], "version").with_suffix(".py").read_text(encoding="utf-8"))
     except (AttributeError, TypeError, IndexError, OSError, ValueError):  # frozen, or laid out in another way
         return list(DRIVERS)
-
-
-def visual_token_limit(device: str) -> float:
-    """Return the maximum number of visual tokens before pruning on a device, or infinity if only the model limits them."""
-    return MAX_VISUAL_TOKENS_CPU if device.partition(":")[0] == "cpu" else math.inf
-
-
-def launch_bound_units(device: str) -> int:
-    """Return the number of units below which the tower is launch-bound on a device, or 0 if it never is."""
-    return LAUNCH_BOUND_UNITS.get(device.partition(":")[0], 0)
 
 
 def available_cores(root: Path = ROOT) -> int:

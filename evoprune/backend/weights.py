@@ -1,6 +1,6 @@
 """How a device holds the weights of a model: packed or joined."""
 
-from evoprune.backend.cpu.linear import Packing, pack
+from evoprune.backend.cpu.linear import Packing
 from evoprune.backend.devices import Device, is_host, uses_kernels
 from evoprune.backend.layers import join, join_tower
 
@@ -23,6 +23,6 @@ def prepare(model, packs: bool = True) -> Packing:
         weights = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
         available = Device("cpu").available_memory()
         if available is None or available > weights + RESERVED_BYTES:
-            pack(model.model.visual)
-            pack(model, packing)
+            Packing.now(model.model.visual)
+            packing.later(model)
     return packing

@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
-from evoprune.backend import cluster_share
+from evoprune.backend import DeviceName
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.batch.run import answers, failure_report
@@ -95,7 +95,7 @@ def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]
 def _workers(ray, device: str) -> tuple[int, dict[str, float]]:
     """Return the number of workers and the resources per worker: a GPU, or as many cores as the smallest node has."""
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return cluster_share(device, int(ray.cluster_resources().get("GPU", 0)), cores)
+    return DeviceName(device).cluster_share(int(ray.cluster_resources().get("GPU", 0)), cores)
 
 
 class Tries:

@@ -18,11 +18,10 @@ import torch
 from evoprune.backend import (
     Attention,
     Device,
+    Packing,
     Quantization,
     available_cores,
     cache_name,
-    can_pack,
-    pack,
     weights_bytes,
 )
 from evoprune.bench.clips import (
@@ -212,21 +211,21 @@ def quantized_models(
     for name in names:
         Quantization(name).check(ours.device)
     # On devices without packing, layers may have been joined, which stays so.
-    if can_pack(next(ours.parameters())):
+    if Packing.supports(next(ours.parameters())):
         ours = ours.shared()
     notes = []
     missing = {}
     tower = sum(weight.nbytes for weight in ours.model.visual.parameters())
     language = sum(weight.nbytes for weight in ours.model.language_model.parameters())
     all_bytes = sum(weight.nbytes for weight in loaded.model.parameters())
-    if can_pack(next(ours.parameters())):
+    if Packing.supports(next(ours.parameters())):
         progress("packing weights")
         start = Device(ours.device).now()
         free = Device(loaded.device).available_memory()
         packed = None
         for part, size in ((ours, tower + 1.2 * language), (ours.model.visual, tower)):
             if free is None or free > 1.1 * size + working:
-                pack(packed := part)
+                Packing.now(packed := part)
                 break
         if packed is not ours:
             notes.append("not enough memory to pack all weights beside those of Hugging Face: ask is faster than this")

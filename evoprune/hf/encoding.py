@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from evoprune.backend import (
+    Packing,
     Quantization,
-    can_pack,
     is_unhooked_linear,
-    pack,
     shared_copy,
 )
 from evoprune.errors import UsageError
@@ -159,7 +158,7 @@ class PackedTower:
 
     def __init__(self, visual: nn.Module, pack: Literal[True, "int8"] = True):
         weight = visual.patch_embed.proj.weight
-        if pack is True and not can_pack(weight):
+        if pack is True and not Packing.supports(weight):
             dtype = str(weight.dtype).removeprefix("torch.")
             hint = "it needs a CPU and float32, or bfloat16 if the CPU multiplies it in hardware; leave it out"
             raise UsageError(f"pack=True does not work in {dtype} on {weight.device} here", hint)
@@ -191,7 +190,7 @@ class PackedTower:
             if self._pack == INT8:
                 Quantization(INT8).apply(packed, calibrate_tower)
             else:
-                pack(packed)
+                Packing.now(packed)
             self._state = packed, known, sample
         return packed
 

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from evoprune.backend import (
     Attention,
-    give_up,
     joined,
     kernels_for,
     linear,
@@ -528,5 +527,5 @@ def _fused(
         x, h = fast.add_norm(x.contiguous(), attention.o_proj(seen), layer.post_attention_layernorm.weight, eps)
         return x + mlp.down_proj(fast.silu_times(F.linear(h, gates[0]))), queries[..., :dim], keys, values
     except Exception as problem:
-        give_up(problem)
+        fast.give_up(problem)
         return None

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import give_up, kernels_for
+from evoprune.backend import kernels_for
 from evoprune.model import rotate
 
 CHUNK = 64  # columns, as in transformers
@@ -80,7 +80,7 @@ def add_norm(
                 plus = plus.contiguous()
             return fast.add_norm(x.contiguous(), plus, gain, eps, rounds=False)
         except Exception as problem:
-            give_up(problem)
+            fast.give_up(problem)
     total = x
     if plus is not None:
         total = x + plus

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from evoprune.backend import launch_bound_units
+from evoprune.backend import DeviceName
 from evoprune.errors import UsageError, call
 from evoprune.methods.base import EncoderMethod, InputMethod, Method, Selector, not_automatic
 from evoprune.methods.budget import AUTO, AUTO_INFLECTION, Budget
@@ -260,4 +260,4 @@ class PruneConfig:
         """
         if self.budget == Budget.FULL:
             return 0
-        return self.method.after_tower_below(launch_bound_units(str(device)))
+        return self.method.after_tower_below(DeviceName(str(device)).launch_bound_units)

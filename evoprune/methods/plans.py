@@ -12,7 +12,7 @@ from itertools import pairwise
 from math import prod
 from typing import Any, Literal, Self
 
-from evoprune.backend import launch_bound_units
+from evoprune.backend import DeviceName
 from evoprune.model import VisionConfig
 
 # How tokens are spread over the frame pairs.
@@ -46,7 +46,7 @@ class TowerShape:
     def of(cls, sizes: VisionConfig, device: str) -> Self:
         """Return the shape of a tower with these sizes on a device such as "cuda:1"."""
         window = sizes.window_size // sizes.patch_size // sizes.spatial_merge_size
-        return cls(sizes.depth, sizes.fullatt_block_indexes, window, launch_bound_units(device))
+        return cls(sizes.depth, sizes.fullatt_block_indexes, window, DeviceName(device).launch_bound_units)
 
     @classmethod
     def of_tower(cls, visual) -> Self:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from evoprune.backend import accelerator
+from evoprune.backend import Device
 
 
 def all_finite(x: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,7 @@ def all_finite(x: torch.Tensor) -> torch.Tensor:
 def without_autocast() -> Iterator[None]:
     """Turn off autocast, so that products are computed in the dtype of their factors. A context manager and a decorator."""
     with ExitStack() as stack:
-        for kind in {"cpu", accelerator() or "cpu"}:
+        for kind in Device.kinds():
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield

@@ -6,12 +6,14 @@ and x. After normalization (patches.py), the result equals the output of `Qwen2V
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from evoprune.backend import resized, to_device
+from evoprune.backend import Device, to_device
 from evoprune.video import InputLimits, Plan
 
 # Maximum shrink factor for a side of a frame on a device, because torch's CUDA kernel rejects much larger factors.
 MAX_SHRINK = 32
+FLOATS = 1 << 24  # number of float32 values that a device resizes at a time: 64 MiB
 
 
 def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torch.device) -> torch.Tensor:
@@ -31,10 +33,22 @@ def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torc
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resize frames (uint8 `[F, H, W, 3]`) with antialiased bicubic interpolation, like PIL up to one level of 255."""
+    """Resize frames (uint8 `[F, H, W, 3]`) with antialiased bicubic interpolation, like PIL up to one level of 255.
+
+    On the CPU, torch resizes bytes: first the rows, rounded to bytes, then the columns. Other devices do the same steps in float32.
+    """
     if frames.shape[1:3] == (height, width):
         return frames
-    return resized(frames.permute(0, 3, 1, 2), height, width).permute(0, 2, 3, 1)
+    planes = frames.permute(0, 3, 1, 2)
+    kwargs = {"mode": "bicubic", "antialias": True}
+    if Device(frames.device).resizes_bytes:
+        return F.interpolate(planes, size=(height, width), **kwargs).permute(0, 2, 3, 1)
+    parts = []
+    for part in planes.split(max(1, FLOATS // planes[0].numel())):
+        for size in ((planes.shape[2], width), (height, width)):
+            part = F.interpolate(part.float(), size=size, **kwargs).round_().clamp_(0, 255)
+        parts.append(part.byte())
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).permute(0, 2, 3, 1)
 
 
 def pixel_patches(frames: torch.Tensor, patch: int = 14, temporal: int = 2, merge: int = 2) -> torch.Tensor:

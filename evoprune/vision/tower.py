@@ -8,11 +8,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import Attention, Timer, give_up, joined, kernels_for, linear
+from evoprune.backend import Attention, Timer, joined, kernels_for, linear
 from evoprune.methods import TowerShape, arange_on
 from evoprune.model import PATCHES, VisionConfig
 from evoprune.vision.attention import Groups, PackedGroups, attention_groups, attention_received, grouped_attention
@@ -224,9 +225,9 @@ def run_layer(
     return seen
 
 
-def can_fuse(x: torch.Tensor) -> bool:
-    """Return True if there are kernels for the device and dtype of `x`."""
-    return Attention.of(x).varlen_kernel is not None and kernels_for(x.device) is not None
+def fused_kernels(x: torch.Tensor) -> ModuleType | None:
+    """Return the module of fused kernels, or None if it does not support the device and dtype of `x`."""
+    return None if Attention.of(x).varlen_kernel is None else kernels_for(x.device)
 
 
 def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callable[[int, Rows, int], None]) -> range:
@@ -239,7 +240,8 @@ def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callabl
     Returns:
         The layers left to run: none normally, the remaining ones if a kernel fails, all if there are no kernels.
     """
-    if not layers or not can_fuse(rows.values):
+    kernels = fused_kernels(rows.values)
+    if not layers or kernels is None:
         return layers
     table: Table = rotary(VisionConfig.of(visual.config), rows.geometry)
     shape = rows.values.shape
@@ -256,7 +258,7 @@ def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callabl
                 following = visual.blocks[number + 1].norm1
             x, normed = layer.by_kernels(x, normed, following, groups[layer.scope], rows, table, piece)
         except Exception as problem:
-            give_up(problem)
+            kernels.give_up(problem)
             return range(number, layers.stop)
         rows.values = x.view(shape)
         after(number + 1, rows, len(rows))

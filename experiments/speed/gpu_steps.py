@@ -64,7 +64,7 @@ def environment(device: str) -> dict[str, Any]:
 
 def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] = ("evoprune",)):
     """Return a benchmark of `evoprune profile` with its rows. `bench.run(row)` measures one turn of a row."""
-    from evoprune.backend import launch_bound_units
+    from evoprune.backend import DeviceName
     from evoprune.bench import Case, Profile, ProfileSettings
     from evoprune.session import ModelOptions
 
@@ -79,7 +79,7 @@ def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] =
         # DivPrune, which selects after the tower, runs only at the first budget. `INSIDE` runs only if it differs from `evoprune`.
         if row.method == INSIDE:
             units = row.case.frames // 2 * (row.case.height // unit) * (row.case.width // unit)
-            return units < launch_bound_units("cuda")
+            return units < DeviceName("cuda").launch_bound_units
         return row.method != "divprune" or row.budget == args.budgets[0]
 
     rows = [row for row in rows if measured(row)]

@@ -15,9 +15,8 @@ from torch import nn
 
 from evoprune.backend import (
     Device,
+    Packing,
     Quantization,
-    can_pack,
-    pack,
     shared_copy,
 )
 from evoprune.errors import UsageError
@@ -69,7 +68,7 @@ def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, lis
         weight = torch.randn(outer, inner).mul_(0.02).to(DTYPE)
         layers[-1].weight = nn.Parameter(weight, requires_grad=False)
     yield "bf16, plain", layers[0].weight.nbytes, layers
-    packed = converted(layers, pack)
+    packed = converted(layers, Packing.now)
     yield "bf16, packed", packed[0].nbytes, packed
     scale = torch.ones(outer, dtype=DTYPE)
     bytes_ = [layer.weight.to(torch.int8) for layer in layers]
@@ -157,7 +156,7 @@ def conversions(model: QwenVL, sizes: Sizes) -> None:
         for name, (count, module) in pieces.items():
             module.dtype = DTYPE  # a whole model takes it from its norms
             start = time.perf_counter()
-            pack(module) if kind == "packed" else Quantization(kind).apply(module, call_layers)
+            Packing.now(module) if kind == "packed" else Quantization(kind).apply(module, call_layers)
             spent = time.perf_counter() - start
             total += count * spent
             rows.append((kind, name, f"{spent:.2f}", f"{count}", f"{count * spent:.1f}"))
@@ -188,7 +187,7 @@ def main() -> None:
     except UsageError as problem:
         parser.exit(2, f"{problem.message}\n")
     sizes = Sizes(describe(ModelOptions(MODEL, load_format="dummy")).config)
-    if not can_pack(torch.empty(1, dtype=DTYPE)):
+    if not Packing.supports(torch.empty(1, dtype=DTYPE)):
         parser.exit(2, "this CPU has no products in bf16\n")
     env = Device("cpu").environment()
     rate = matmul_rate(DTYPE) / 1e9

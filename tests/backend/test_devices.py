@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from evoprune.backend.attention import Attention
-from evoprune.backend.devices import Device, cluster_share
-from evoprune.backend.limits import MAX_VISUAL_TOKENS_CPU, visual_token_limit
+from evoprune.backend.devices import Device
+from evoprune.backend.limits import MAX_VISUAL_TOKENS_CPU, DeviceName
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -24,17 +24,17 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
     ],
 )
 def test_the_share_of_a_process_in_a_cluster(device, gpus, expected):
-    assert cluster_share(device, gpus, [2, 4, 5, 0]) == expected
+    assert DeviceName(device).cluster_share(gpus, [2, 4, 5, 0]) == expected
 
 
 def test_a_cluster_without_cores_has_room_for_one():
-    assert cluster_share("cpu", 0, [0]) == (1, {"num_cpus": 1})
+    assert DeviceName("cpu").cluster_share(0, [0]) == (1, {"num_cpus": 1})
 
 
 def test_a_cpu_computes_with_all_threads():
     assert (Device(CPU).busy_cores, Device(GPU).busy_cores) == (torch.get_num_threads(), 1)
     assert max(Device(CPU).product_sides) < min(Device(GPU).product_sides)
-    assert visual_token_limit("cpu") == MAX_VISUAL_TOKENS_CPU < visual_token_limit("cuda:1")
+    assert DeviceName("cpu").visual_token_limit == MAX_VISUAL_TOKENS_CPU < DeviceName("cuda:1").visual_token_limit
     assert (Device("cpu").kind, Device("cuda:1").kind) == ("cpu", "cuda")
 
 

@@ -7,7 +7,7 @@ import torch
 
 from evoprune.backend import limits
 from evoprune.backend.devices import pick_device
-from evoprune.backend.limits import HIDING, resolve_device
+from evoprune.backend.limits import HIDING, DeviceName
 
 
 @pytest.fixture
@@ -26,9 +26,14 @@ def driver(machine, file: str) -> None:
 
 
 def test_names_say_it_and_auto_is_what_torch_finds_here():
-    assert resolve_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert pick_device(resolve_device("auto"), auto=True).type == resolve_device("auto")
-    assert [resolve_device(name) for name in ("cpu:0", "cuda:1", "xpu", "mps")] == ["cpu:0", "cuda:1", "xpu", "mps"]
+    assert DeviceName("auto").resolve() == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert pick_device(DeviceName("auto").resolve(), auto=True).type == DeviceName("auto").resolve()
+    assert [DeviceName(name).resolve() for name in ("cpu:0", "cuda:1", "xpu", "mps")] == [
+        "cpu:0",
+        "cuda:1",
+        "xpu",
+        "mps",
+    ]
 
 
 def test_a_torch_without_gpus_is_known_by_its_files(monkeypatch):
@@ -56,13 +61,13 @@ def test_a_torch_without_gpus_is_known_by_its_files(monkeypatch):
     ],
 )
 def test_a_driver_is_a_gpu_for_a_torch_of_its_kind(machine, monkeypatch, toolkit, file):
-    assert resolve_device("auto", machine) == "cpu"
+    assert DeviceName("auto").resolve(machine) == "cpu"
     driver(machine, file)
     for built in ("cuda", "hip"):
         monkeypatch.setattr(limits, "_toolkits", lambda built=built: [built])
-        assert resolve_device("auto", machine) == ("cuda" if built == toolkit else "cpu")
+        assert DeviceName("auto").resolve(machine) == ("cuda" if built == toolkit else "cpu")
     monkeypatch.setattr(limits, "_toolkits", list)
-    assert resolve_device("auto", machine) == "cpu"
+    assert DeviceName("auto").resolve(machine) == "cpu"
 
 
 @pytest.mark.parametrize("variable", HIDING)
@@ -70,17 +75,17 @@ def test_a_gpu_may_be_hidden(machine, monkeypatch, variable):
     driver(machine, "dev/nvidia0")
     for hidden in ("", " ", "-1", "NoDevFiles"):
         monkeypatch.setenv(variable, hidden)
-        assert resolve_device("auto", machine) == "cpu"
+        assert DeviceName("auto").resolve(machine) == "cpu"
     for visible in ("0,1", "GPU-8932f937-d72c", "MIG-GPU-1/0/0"):
         monkeypatch.setenv(variable, visible)
-        assert resolve_device("auto", machine) == "cuda"
+        assert DeviceName("auto").resolve(machine) == "cuda"
 
 
 def test_a_gpu_may_be_forbidden(machine, monkeypatch):
     driver(machine, "dev/nvidia0")
     monkeypatch.setattr(os, "access", lambda file, mode: False)
-    assert resolve_device("auto", machine) == "cpu"
+    assert DeviceName("auto").resolve(machine) == "cpu"
 
 
 def test_where_devices_are_no_files_the_build_of_torch_decides(tmp_path, machine):
-    assert resolve_device("auto", tmp_path / "elsewhere") == "cuda"
+    assert DeviceName("auto").resolve(tmp_path / "elsewhere") == "cuda"

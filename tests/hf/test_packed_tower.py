@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import evoprune
-from evoprune.backend import can_pack
+from evoprune.backend import Packing
 from evoprune.backend.cpu.linear import PackedLinear
 from evoprune.backend.cpu.quantize import Int8Linear
 from evoprune.hf.encoding import PackedTower
@@ -14,7 +14,7 @@ from tests.prompts import processed
 from tests.quantized import parameters
 from tests.tiny import NATIVE, tiny_model
 
-pytestmark = pytest.mark.skipif(not can_pack(torch.empty(1)), reason="this torch has no packed products")
+pytestmark = pytest.mark.skipif(not Packing.supports(torch.empty(1)), reason="this torch has no packed products")
 INT8 = parameters("int8")
 PROMPT = (5, ("image", 4, 4), 2, ("video", 4, 8, 12), 7)
 

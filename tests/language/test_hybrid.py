@@ -159,6 +159,8 @@ def test_norms_take_the_kernel_while_it_works(fails, model, elsewhere, monkeypat
     calls = []
 
     class Counted:
+        give_up = staticmethod(kernels.give_up)
+
         @staticmethod
         def add_norm(*args, **kwargs):
             calls.append(kwargs)

@@ -62,7 +62,9 @@ def counted(how, patches: torch.Tensor):
 
 @pytest.mark.parametrize(("device", "units"), [("cpu", 0), ("cuda", LIMIT), ("cuda:1", LIMIT), ("xpu", 0), ("meta", 0)])
 def test_launches_bound_the_tower_on_cuda_alone(device, units):
-    assert TowerShape.of(tiny_tower().config, device).launch_bound == limits.launch_bound_units(device) == units
+    assert (
+        TowerShape.of(tiny_tower().config, device).launch_bound == limits.DeviceName(device).launch_bound_units == units
+    )
 
 
 def test_the_limit_lies_between_the_sizes_that_were_measured():

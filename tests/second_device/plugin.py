@@ -20,6 +20,6 @@ def no_gradients(mode: bool = True):
 torch.inference_mode = no_gradients
 far.register()
 
-from evoprune.session.loading import description  # noqa: E402
+from evoprune.backend import limits  # noqa: E402
 
-description.resolve_device = lambda name: far.NAME if name == "auto" else name
+limits.DeviceName.resolve = lambda self: far.NAME if self.name == "auto" else self.name

@@ -149,7 +149,7 @@ def test_frames_are_copied_once_and_resized_there(shape, height, width, monkeypa
     assert copies.shapes == [shape] and there.device.type == NAME and there.dtype == torch.uint8
     levels = (there.cpu().int() - here.int()).abs()
     assert levels.max() <= 1 and (levels > 0).float().mean() < 0.02
-    monkeypatch.setattr("evoprune.backend.pixels.FLOATS", 1)  # frame by frame
+    monkeypatch.setattr("evoprune.vision.preprocess.FLOATS", 1)  # frame by frame
     assert torch.equal(patches_of(frames, plan, limits, there.device).cpu(), there.cpu())
 
 

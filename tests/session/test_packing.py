@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evoprune import VideoQA
-from evoprune.backend import can_pack
+from evoprune.backend import Packing
 from evoprune.backend.cpu import linear
 from evoprune.backend.cpu.linear import PackedLinear
 from evoprune.session.loading.model import load_model
@@ -16,7 +16,7 @@ from tests.tiny import save_tiny
 CLIP, QUESTIONS = "samples/square.mp4", ("What happens?", "And then, where does the red square go?", "Why?")
 MODELS = ("demo fp32", "demo bf16", "qwen2_5_vl bf16", "qwen2_5_vl fp32", "qwen3_vl bf16", "qwen3_5 bf16")
 
-pytestmark = pytest.mark.skipif(not can_pack(torch.empty(1)), reason="this torch has no packed products")
+pytestmark = pytest.mark.skipif(not Packing.supports(torch.empty(1)), reason="this torch has no packed products")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
 def load(request, folders):
     """A function that loads the model again. All layers of its language model are packed from the third pass on."""
     name, dtype = request.param.split()
-    if not can_pack(torch.empty(1, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)):
+    if not Packing.supports(torch.empty(1, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)):
         pytest.skip("this dtype is not packed here")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "SMALL_WEIGHT", 0)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.backend import attention, pack
+from evoprune.backend import Packing, attention
 from evoprune.contrib.tome import ToMe
 from evoprune.errors import UsageError
 from evoprune.methods import (
@@ -64,7 +64,7 @@ def test_bf16_is_as_near_to_float32_as_hugging_faces(grid, packed):
     exact, half, own = (deepcopy(tiny_tower()) for _ in range(3))
     half.bfloat16(), own.bfloat16()
     if packed:
-        pack(own)
+        Packing.now(own)
     patches, thw = random_patches(grid), torch.tensor([[grid[0], 2 * grid[1], 2 * grid[2]]])
     with torch.inference_mode():
         truth = exact(patches, grid_thw=thw).pooler_output

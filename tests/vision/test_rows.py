@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.backend import devices, pack
+from evoprune.backend import Packing, devices
 from evoprune.errors import ModelError
 from evoprune.methods import DivPrune, EncoderMethod, FarthestPoints, Selection, Selector, Stage
 from evoprune.methods.evoprune import THRESHOLD, EvoPruneMethod
@@ -83,7 +83,7 @@ def test_the_farthest_points_are_selected_a_token_is_the_mean_of_its_cluster_and
 def test_a_piece_may_have_nothing_new(dtype, packed):
     visual, grid = deepcopy(tiny_tower()).to(dtype), (6, 5, 6)
     if packed:
-        pack(visual)
+        Packing.now(visual)
     changed = torch.zeros(6, 30, dtype=torch.bool)
     # The others have no rows at all; in the fourth pair, new rows attend to old ones.
     changed[0] = changed[3, :4] = True

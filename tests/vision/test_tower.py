@@ -61,7 +61,7 @@ def test_layers_by_kernels_are_the_plain_ones(on_kernels, monkeypatch, tower_of,
     patches = clip(FUSED_GRID, changes(FUSED_GRID, 0.5), width=width)
     given = patches, FUSED_GRID, method, 9 if isinstance(method, EvoPruneMethod) else 36
     with monkeypatch.context() as patch:
-        patch.setattr(tower, "can_fuse", lambda x: False)
+        patch.setattr(tower, "fused_kernels", lambda x: None)
         expected = encode_patches(*given, visual)
     assert not on_kernels
     if joins:

@@ -61,6 +61,32 @@ class Packing:
         self._samples: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}  # plain and packed weights
         self._same: dict[tuple, bool] = {}  # whether plain and packed products are equal, by shape, rows and threads
 
+    @staticmethod
+    def supports(weight: torch.Tensor) -> bool:
+        """Return whether packing works and saves time: on the CPU, in fp32 or hardware bf16, if torch has the operators."""
+        if not is_host(weight.device) or weight.dtype not in (torch.float32, torch.bfloat16):
+            return False
+        if type(weight.data) is not torch.Tensor:  # a tensor of a quantization library, such as torchao
+            return False
+        if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        operators = "_reorder_linear_weight", "_linear_pointwise"
+        return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+
+    @staticmethod
+    def now(model: nn.Module) -> None:
+        """Pack the linear layers inside `model` at once, in place. Layers with hooks stay as they are."""
+        _replace_layers(model, None)
+
+    def later(self, model: nn.Module) -> None:
+        """Let the linear layers inside `model` wait, except small ones, which are packed at once.
+
+        Layers with hooks stay as they are. The schedule is stored in the model (see `of`).
+        """
+        _replace_layers(model, self)
+        model.packing = self
+        self.model = weakref.ref(model)
+
     @classmethod
     def of(cls, model: nn.Module) -> Self:
         """Return the schedule of a model, or an empty one if no layer of it ever waited."""
@@ -284,36 +310,14 @@ def weights_bytes(model: nn.Module) -> int:
     return inside + sum(weight.nbytes for weight in model.parameters())
 
 
-def can_pack(weight: torch.Tensor) -> bool:
-    """Return whether packing works and saves time: on the CPU, in fp32 or hardware bf16, if torch has the operators."""
-    if not is_host(weight.device) or weight.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if type(weight.data) is not torch.Tensor:  # a tensor of a quantization library, such as torchao
-        return False
-    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    operators = "_reorder_linear_weight", "_linear_pointwise"
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
-
-
-def pack(model: nn.Module, packing: Packing | None = None) -> None:
-    """Replace the linear layers inside `model` by packed ones, one at a time, and free the plain weights.
-
-    Layers with hooks stay as they are.
-
-    Args:
-        model: changed in place.
-        packing: None to pack now. Otherwise all layers but small ones wait, and `packing` decides how long.
-    """
+def _replace_layers(model: nn.Module, packing: Packing | None) -> None:
+    """Replace the linear layers inside `model` by packed ones, one at a time, and free the plain weights; see `Packing`."""
     for parent in model.modules():
         for name, child in parent.named_children():
-            if is_unhooked_linear(child) and can_pack(child.weight):
+            if is_unhooked_linear(child) and Packing.supports(child.weight):
                 large = packing is not None and child.weight.numel() > LARGE_WEIGHT
                 form = PackedParts if large else PackedLinear
                 setattr(parent, name, form(child, packing))
-    if packing is not None:
-        model.packing = packing
-        packing.model = weakref.ref(model)
 
 
 def shared_copy(module: nn.Module) -> nn.Module:

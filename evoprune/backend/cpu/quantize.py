@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 import torch
 from torch import nn
 
-from evoprune.backend.cpu.linear import can_pack
+from evoprune.backend.cpu.linear import Packing
 from evoprune.backend.devices import is_host
 from evoprune.backend.layers import is_unhooked_linear
 from evoprune.errors import UsageError
@@ -169,7 +169,7 @@ def levels() -> int:
 def exact(largest: int) -> bool:
     """Return whether this CPU has exact products of bytes up to `largest` with 127."""
     scale = torch.ones(64, dtype=torch.float32, device="cpu")
-    if not can_pack(scale) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+    if not Packing.supports(scale) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False
     zero = torch.zeros(64, dtype=torch.int32, device="cpu")
     bytes_ = torch.full((2, 64), largest, dtype=torch.uint8, device="cpu")

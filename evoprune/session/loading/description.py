@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.backend import available_cores, resolve_device, visual_token_limit
+from evoprune.backend import DeviceName, available_cores
 from evoprune.bundled import DEMOS, Demo
 from evoprune.errors import EvopruneWarning, ModelError, UsageError, first_line
 from evoprune.methods import TowerShape
@@ -105,7 +105,7 @@ class ModelDescription:
         """Default limit before pruning. The demos are so small that the device sets no lower limit."""
         if self.demo:
             return SamplingOptions.MAX_VISUAL_TOKENS
-        return min(SamplingOptions.MAX_VISUAL_TOKENS, visual_token_limit(self.device))
+        return min(SamplingOptions.MAX_VISUAL_TOKENS, DeviceName(self.device).visual_token_limit)
 
     @property
     def tower(self) -> TowerShape:
@@ -215,7 +215,7 @@ def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
     dtype = next((said for text in texts if (said := text.get("dtype") or text.get("torch_dtype"))), None)
     description = ModelDescription(
         options=options,
-        device=resolve_device(options.device),
+        device=DeviceName(options.device).resolve(),
         folder=folder,
         commit=commit,
         unreachable=unreachable,

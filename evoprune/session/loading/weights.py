@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from evoprune.backend import Device, Quantization, can_pack, pick_device
+from evoprune.backend import Device, Packing, Quantization, pick_device
 from evoprune.errors import ModelError, ModelWarning
 from evoprune.model import Config, Cost, QwenVL
 from evoprune.session.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
@@ -175,7 +175,7 @@ class ModelWeights:
             self.description.native and quantize == "none" and self._stays_mapped(self.description.dtype, quantize)
         ):
             return 0
-        if not can_pack(torch.empty(1, dtype=dtype, device=self.device)):
+        if not Packing.supports(torch.empty(1, dtype=dtype, device=self.device)):
             return 0
         layers = [module for module in QwenVL.empty(self.config).to(dtype).modules() if type(module) is torch.nn.Linear]
         return sum(layer.weight.nbytes for layer in layers)

@@ -42,7 +42,7 @@ from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 
-from evoprune.backend import pack
+from evoprune.backend import Packing
 from evoprune.errors import ModelError, UsageError
 from evoprune.language import video_positions
 from evoprune.model import Tower, VisionConfig
@@ -132,7 +132,7 @@ class _Pruned(SupportsMultiModalPruning):
         """Load weights as vLLM does, then pack the tower's linear layers if this makes matrix products faster on the CPU."""
         loaded = super().load_weights(weights)
         if isinstance(self.visual, Tower):
-            pack(self.visual)
+            Packing.now(self.visual)
             if self.is_multimodal_pruning_enabled:
                 try_out(self.visual, self.method)
         return loaded

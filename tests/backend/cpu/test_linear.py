@@ -15,13 +15,11 @@ from evoprune.backend.cpu.linear import (
     START_PASSES,
     PackedLinear,
     Packing,
-    can_pack,
     linear,
-    pack,
 )
 from tests.threads import one_thread  # noqa: F401
 
-pytestmark = pytest.mark.skipif(not can_pack(torch.empty(1)), reason="this torch has no packed products")
+pytestmark = pytest.mark.skipif(not Packing.supports(torch.empty(1)), reason="this torch has no packed products")
 
 
 def layer_and_input(rows, dtype, bias=True):
@@ -30,7 +28,7 @@ def layer_and_input(rows, dtype, bias=True):
 
 
 @pytest.mark.parametrize(
-    "dtype", [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(torch.empty(1, dtype=dtype))]
+    "dtype", [dtype for dtype in (torch.float32, torch.bfloat16) if Packing.supports(torch.empty(1, dtype=dtype))]
 )
 @pytest.mark.parametrize("rows", [(1,), (3,), (5, 4), (600,)])
 @pytest.mark.parametrize("bias", [True, False])
@@ -61,7 +59,7 @@ def test_packing_replaces_every_plain_linear_layer_and_nothing_else():
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.ModuleDict({"deep": nn.Linear(8, 8), "own": Special(8, 8)}))
     x = torch.randn(3, 8)
     before = model[2]["deep"](model[1](model[0](x)))
-    pack(model.requires_grad_(False))
+    Packing.now(model.requires_grad_(False))
     assert isinstance(model[0], PackedLinear) and isinstance(model[2]["deep"], PackedLinear)
     assert type(model[2]["own"]) is Special
     torch.testing.assert_close(model[2]["deep"](model[1](model[0](x))), before)
@@ -69,9 +67,9 @@ def test_packing_replaces_every_plain_linear_layer_and_nothing_else():
 
 def test_what_cannot_be_packed_stays():
     layer = nn.Linear(8, 8).half()
-    assert not can_pack(layer.weight) and not can_pack(torch.empty(1, device="meta"))
+    assert not Packing.supports(layer.weight) and not Packing.supports(torch.empty(1, device="meta"))
     model = nn.Sequential(layer)
-    pack(model)
+    Packing.now(model)
     assert model[0] is layer
 
 
@@ -81,7 +79,7 @@ def large():
     torch.manual_seed(0)
     layer = nn.Linear(1536, 1408).bfloat16().requires_grad_(False)
     assert layer.weight.numel() > SMALL_WEIGHT
-    if not can_pack(layer.weight):
+    if not Packing.supports(layer.weight):
         pytest.skip("bf16 is not packed here")
     return layer
 
@@ -104,7 +102,7 @@ def stack(large, layers):
     model = nn.ModuleList(nn.Linear(1536, 1408, bias=False, device="meta") for _ in range(layers))
     for layer in model:
         layer.weight = nn.Parameter(large.weight.clone(), requires_grad=False)
-    pack(model, Packing())
+    Packing().later(model)
     return model, torch.randn(1, 1536, dtype=torch.bfloat16)
 
 
@@ -170,12 +168,12 @@ def test_layers_wait_only_where_that_changes_no_number(large, same, rows, waits)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 30, MANY_ROWS - 1])
 def test_numbers_are_those_of_packed_weights_from_the_first_pass_on(large, dtype, rows):
-    if not can_pack(torch.empty(1, dtype=dtype)):
+    if not Packing.supports(torch.empty(1, dtype=dtype)):
         pytest.skip("this dtype is not packed here")
     model = nn.ModuleList(nn.Linear(1536, 1408).to(dtype) for _ in range(3)).requires_grad_(False)
     x = torch.randn(rows, 1536, dtype=dtype)
     packed = [PackedLinear(layer)(x) for layer in model]
-    pack(model, Packing())
+    Packing().later(model)
     for _ in range(START_PASSES + 2):
         model.packing.begin_pass()
         for layer, numbers in zip(model, packed, strict=True):
@@ -191,7 +189,7 @@ def test_a_large_layer_waits_in_parts(monkeypatch, same, bias, outputs):
     torch.manual_seed(0)
     model, x = nn.ModuleList([nn.Linear(32, outputs, bias=bias)]).requires_grad_(False), torch.randn(2, 32)
     expected = model[0](x)
-    pack(model, Packing())
+    Packing().later(model)
     for rows in (x, x[:1]):
         torch.testing.assert_close(model[0](rows), expected[: len(rows)])
     assert any(part.waits for part in model[0].parts)

@@ -24,7 +24,7 @@ def needs_bytes_and_bf16():
         Quantization("int8").check(kernels.CPU)
     except kernels.UsageError:
         pytest.skip("no products of bytes here")
-    if not kernels.can_pack(torch.empty(1, dtype=kernels.DTYPE)):
+    if not kernels.Packing.supports(torch.empty(1, dtype=kernels.DTYPE)):
         pytest.skip("no products in bf16 here")
 
 

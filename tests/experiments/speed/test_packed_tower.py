@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from evoprune.backend import can_pack
+from evoprune.backend import Packing
 from experiments.speed.packed_tower import measure
 from tests.tiny import tiny_model
 
 
-@pytest.mark.skipif(not can_pack(torch.empty(1)), reason="this torch has no packed products")
+@pytest.mark.skipif(not Packing.supports(torch.empty(1)), reason="this torch has no packed products")
 def test_every_way_gives_the_tokens_of_hugging_face():
     patches = torch.randn(2 * 8 * 12, 1176, generator=torch.Generator().manual_seed(0))
     rows = measure(tiny_model().model.visual, patches, torch.tensor([[2, 8, 12]]), rounds=1)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evoprune.backend import Device, accelerator, pick_device
+from evoprune.backend import Device, pick_device
 from evoprune.backend.cpu import linear
 from evoprune.backend.cpu.linear import PackedLinear
 from evoprune.backend.cpu.quantize import Int8Linear
@@ -362,7 +362,7 @@ def test_where_torch_finds_another_device_than_drivers_promise_loading_says_so(s
         raise RuntimeError("No CUDA GPUs are available")
 
     with monkeypatch.context() as patch:
-        patch.setattr("evoprune.session.loading.description.resolve_device", lambda name: "cuda")
+        patch.setattr("evoprune.backend.limits.DeviceName.resolve", lambda _: "cuda")
         patch.setattr(torch, "zeros", refuses)
         with pytest.raises(
             UsageError, match=r"driver of a GPU is here, but .*too old \(found version 11040\)"
@@ -417,7 +417,7 @@ def test_reading_waits_everywhere_but_on_the_cpu(monkeypatch):
     names = "cpu", "cuda:1", "xpu", "mps", "meta"
     assert [name for name in names if is_host(torch.device(name))] == ["cpu"]
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
-    assert accelerator() == "xpu"
+    assert Device.kinds() == {"cpu", "xpu"}
 
 
 FREE = "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1.25 GiB is free."
