@@ -21,8 +21,8 @@ from evoprune.util import budget_text, clock, counted, listed, one_line, shorten
 
 SCHEMA = "evoprune/answer@1"
 # Reasons why the report of a Hugging Face model call is empty, by their name in `warnings`.
-EMPTY = {
-    "not_active": "pruning is not active: call the model inside `with`, or after evoprune.apply",
+EMPTY_REASONS = {
+    "not_active": "pruning is not active: call the model inside `with` or after evoprune.apply",
     "no_video": "no video in this call",
     "pictures_only": "pictures are not pruned without pictures=True",
     "own_code": "the model's own code encoded the video",
@@ -31,61 +31,66 @@ EMPTY = {
 # could make a terminal show a different text.
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
-AS_IT_IS = ("parsed", "schema")  # fields whose numbers are not rounded, because they are not measured
+UNROUNDED = ("parsed", "schema")  # fields that contain data, not measurements
 STAGES = ("plan", "read", "preprocess", "compile", "encode", "store", "prefill", "generate")
-BESIDE = "overlap"  # not a stage: time for reading and preprocessing that overlapped with other work
+OVERLAP = "overlap"  # not a stage: time for reading and preprocessing that overlapped with other work
 # Stages per input. A later question about the same input does not wait for them again.
-OF_INPUTS = ("plan", "read", "preprocess", "compile", "encode", "store", BESIDE)
-SELDOM = ("compile", "store")  # stages that have a line only if they take at least a millisecond
+INPUT_STAGES = ("plan", "read", "preprocess", "compile", "encode", "store", OVERLAP)
+BRIEF_STAGES = ("compile", "store")  # stages that have a line only if they take at least a millisecond
 WIDTH = 80
 BAR = 12
 INDENT = " " * 11
-KNOWN = "the demo models know only generated clips (demo: coloured shapes and digits; demo-scenes: crowded scenes with signs)"
-FLAT = "equal_scores"  # the warning about a video whose selection had nothing to go by
+DEMO_KNOWLEDGE = (
+    "the demo models know only generated clips (demo: colored shapes and digits; demo-scenes: crowded scenes with "
+    "signs)"
+)
+EQUAL_SCORES = "equal_scores"  # warning about a video whose units all have the same score
 WARNINGS = {
-    "whole_picture": "{video} stays whole: the method prunes frames of videos, and a picture has one",
-    "pictures_whole": "the pictures stay whole without pictures=True; counts of pruning are those of the videos alone",
-    FLAT: "{video} shows nothing but even colours, so pruning had nothing to go by",
-    "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
-    "cache_not_written": "the encoded video could not be stored; `evoprune inspect` names the folder: is it full, or read-only?",
-    "damaged_subtitles": "some of the subtitles cannot be decoded and are left out; is their text UTF-8?",
-    "subtitles_encoding": "the file of subtitles is not UTF-8 and was read as Windows-1252; if letters are wrong, save it as UTF-8",
+    "whole_picture": "{video} is not pruned: this method keeps or drops whole frames, and a picture has only one",
+    "pictures_whole": "pictures are not pruned without pictures=True; pruning counts cover only the videos",
+    EQUAL_SCORES: "{video} shows only flat colors, so pruning had nothing to go by",
+    "random_weights": "the weights are random, so the answer is meaningless; times and counts are valid for these dimensions",
+    "cache_not_written": "the encoded video could not be stored: is the cache folder full or read-only? `evoprune inspect` shows "
+    "its path",
+    "damaged_subtitles": "some subtitles cannot be decoded and were left out; is their text UTF-8?",
+    "subtitles_encoding": "the subtitle file is not UTF-8 and was read as Windows-1252; if letters are wrong, save it as UTF-8",
     "damaged_video": "{video} is damaged ({damaged:,} of its packets or images); each frame that cannot be decoded was "
-    "replaced by the one before it",
-    "cut_short": "{video} breaks off at {ends}, although its file says that it lasts until {stated}",
+    "replaced by the previous one",
+    "cut_short": "{video} breaks off at {ends}, although its file states a length of {stated}",
     "hdr_video": "{video} is HDR, mapped to SDR",
-    "interlaced_video": "{video} is interlaced: edges of what moves look like combs. Deinterlace it first, e.g. with ffmpeg -i IN "
+    "interlaced_video": "{video} is interlaced: moving edges look like combs. Deinterlace it first, e.g. with ffmpeg -i IN "
     "-vf bwdif OUT",
-    "stretched_video": "the pixels of {video} are not square, and are read as if they were: it looks narrower or wider than in a "
-    "player. Scale it first, e.g. with ffmpeg -i IN -vf scale=iw*sar:ih,setsar=1 OUT",
-    "other_tracks": "{video} has more than one video track; only the main one is read. Extract another with ffmpeg -map",
-    "changing_size": "{video} changes the size of its pictures: all are read at the size of the first, those of another shape "
-    "between black borders",
-    "guessed_rate": "{video} does not state its frame rate, and is read at 25 frames a second: times are right only if that is it. "
-    "ffmpeg -r RATE -i IN -c copy OUT.mp4 states it",
-    "clock_gap": "the clock of {video} jumps ahead by {gap}: what follows is read as if it came at once. If it is a gap, times "
-    "behind it are too early by so much",
-    "joined_files": "{video} holds another file after its first one, as cat writes it: what follows the first may be missing or "
-    "misplaced. ffmpeg -f concat joins videos",
-    "sound_ignored": "the sound of {video} is not read, so an answer about it comes from the pictures alone; --subtitles (in "
-    "Python subtitles) reads a file that says what is spoken",
-    "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
-    "set the limits",
-    "answer_cut": "the answer may be incomplete: -n (max_new_tokens) allows no more tokens",
-    "history_cut": "the conversation does not fit into the model's context any more: its oldest turns are left out",
-    "thoughts_cut": "the model was still thinking when -n (max_new_tokens) allowed no more tokens, so there is no answer",
-    "thoughts_only": "the model ended inside its thoughts, so there is no answer",
-    "always_thinks": "this model thinks before every answer, and has no switch for it; -n (max_new_tokens) counts its thoughts too",
-    "demo_model": f"{KNOWN}; {{answers}} nothing. For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
-    "demo_untold": f"{KNOWN}; the format of {{video}} does not tell whether it is one of these. If it is not, trust no answer "
-    "about it. For any video: --model=Qwen/Qwen2.5-VL-3B-Instruct",
-    "demo_inputs": "the demo models were trained without subtitles, and on few inputs at a time (demo: one video; demo-scenes: "
-    "up to two videos or pictures); answers about others mean little",
-    "demo_question": "a demo model knows only the words of its training, and a question has others; its answer means little. "
-    "samples/questions.jsonl has questions that demo knows, and docs/demo-model.md some for demo-scenes",
-    "demo_history": "the demo models know single questions: after others they are right less often (docs/limits.md)",
-    "demo_overlay": f"{KNOWN}; what the model merges and selects in {{video}} "
-    "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",
+    "stretched_video": "the pixels of {video} are not square, but are read as if they were, so it looks narrower or wider than "
+    "in a player. Scale it first, e.g. with ffmpeg -i IN -vf scale=iw*sar:ih,setsar=1 OUT",
+    "other_tracks": "{video} has several video tracks; only the main one is read. Extract another one with ffmpeg -map",
+    "changing_size": "the frame size of {video} changes: all frames are read at the size of the first, and other shapes get black "
+    "borders",
+    "guessed_rate": "{video} does not state its frame rate and is read at 25 frames per second; if that is wrong, so are all "
+    "times. ffmpeg -r RATE -i IN -c copy OUT.mp4 sets it",
+    "clock_gap": "the timestamps of {video} jump ahead by {gap}; later frames are read as if nothing were missing. If something "
+    "is, times after the jump are too early by {gap}",
+    "joined_files": "{video} contains another file after the first one, as if joined with cat; everything after the first may be "
+    "missing or misplaced. ffmpeg -f concat joins videos",
+    "sound_ignored": "the sound of {video} is not read, so an answer about it comes only from the pictures; --subtitles (in "
+    "Python subtitles) reads a file with the spoken words",
+    "limited": "fewer or smaller frames were read than --fps or --frames ask for; the limits are --max-frames and "
+    "--max-visual-tokens",
+    "answer_cut": "the answer may be incomplete: it reached the token limit, -n (max_new_tokens)",
+    "history_cut": "the conversation no longer fits into the model's context, so its oldest turns were left out",
+    "thoughts_cut": "the model was still thinking when it reached the token limit, -n (max_new_tokens), so there is no answer",
+    "thoughts_only": "the model stopped while it was still thinking, so there is no answer",
+    "always_thinks": "this model always thinks before it answers; -n (max_new_tokens) counts its thoughts too",
+    "demo_model": f"{DEMO_KNOWLEDGE}; {{answers}} meaningless. For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
+    "demo_untold": f"{DEMO_KNOWLEDGE}; the format of {{video}} does not show whether it is one of these. If it is not, do not "
+    "trust any answer about it. For other videos: --model=Qwen/Qwen2.5-VL-3B-Instruct",
+    "demo_inputs": "the demo models were trained without subtitles and on few inputs at a time (demo: one video; demo-scenes: "
+    "up to two videos or pictures); answers about anything else mean little",
+    "demo_question": "a demo model knows only the words of its training data, and a question has others, so its answer means "
+    "little. samples/questions.jsonl has questions for demo, and docs/demo-model.md some for demo-scenes",
+    "demo_history": "the demo models were trained on single questions and answer follow-up questions less accurately "
+    "(docs/limits.md)",
+    "demo_overlay": f"{DEMO_KNOWLEDGE}; what the model merges or drops in {{video}} says little. For a real model: "
+    "--model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
 NOTES = ("hdr_video", "sound_ignored")  # warnings that may need no action
 # English words in questions about sound.
@@ -321,7 +326,7 @@ class Report:
             facts.append(f"{pruning.visual_tokens_kept:,} of {pruning.visual_tokens_in:,} visual tokens")
         if first is not None:
             facts.append(f"first token {first:,.0f} ms")
-        empty = ["empty", *(EMPTY[name] for name in self.warnings if name in EMPTY)]
+        empty = ["empty", *(EMPTY_REASONS[name] for name in self.warnings if name in EMPTY_REASONS)]
         return f"<Report: {', '.join(facts) or ': '.join(empty)}>"
 
     def to_json(self, ascii_only: bool = False) -> str:
@@ -345,23 +350,23 @@ class Report:
     def _from_record(cls, record: Any) -> "Report":
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise ValueError(f"not a record of {SCHEMA}")
-        report = _filled(cls(), record)
+        report = _fill(cls(), record)
         if report.compare is not None:
             report.compare = cls._from_record(report.compare)
         if not isinstance(report.inputs, list):
             raise ValueError("inputs is not a list")
-        report.inputs = [_filled(InputFacts(), facts) for facts in report.inputs]
+        report.inputs = [_fill(InputFacts(), facts) for facts in report.inputs]
         return report
 
 
-def _filled(target, record: Any, name: str = "a record"):
+def _fill(target, record: Any, name: str = "a record"):
     """Fill a dataclass, including nested dataclasses, with the values of a record. Unknown fields are ignored."""
     if not isinstance(record, dict):
         raise ValueError(f"{name} is not an object")
     for field_, value in record.items():
         current = getattr(target, field_, None)
         if hasattr(current, "__dataclass_fields__"):
-            _filled(current, value, field_)
+            _fill(current, value, field_)
         elif field_ in target.__dataclass_fields__:
             setattr(target, field_, value)
     return target
@@ -380,7 +385,7 @@ def rounded(value):
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, dict):
-        return {k: v if k in AS_IT_IS else rounded(v) for k, v in value.items()}
+        return {k: v if k in UNROUNDED else rounded(v) for k, v in value.items()}
     if isinstance(value, list):
         return [rounded(v) for v in value]
     return value
@@ -391,20 +396,25 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
 
     With `verbose`, they include the rows per layer, settings and versions.
     """
-    lines = [*_heading(report, width), *_stages(report, width), *_totals(report), *_memory(report.memory)]
+    lines = [
+        *_heading_lines(report, width),
+        *_stage_lines(report, width),
+        *_total_lines(report),
+        *_memory_lines(report.memory),
+    ]
     if report.compare:
-        lines += _side_by_side(report, report.compare)
+        lines += _comparison_lines(report, report.compare)
     if verbose:
-        lines += _verbose(report)
+        lines += _verbose_lines(report)
     if report.error:
         lines.append(f"{'error':<11}{report.error['message']}")
-    return [piece for line in lines for piece in _folded(line, width)]
+    return [piece for line in lines for piece in _wrap_line(line, width)]
 
 
 def warning_lines(report: Report) -> list[str]:
     """Return the text of a report's warnings, as lines of at most `WIDTH` columns."""
     texts = (f"{warning_title(name):<11}{warning_text(name, video)}" for name, video in warned(report))
-    return [piece for text in texts for piece in _folded(text, WIDTH)]
+    return [piece for text in texts for piece in _wrap_line(text, WIDTH)]
 
 
 def warned(report: Report) -> list[tuple[str, VideoFacts]]:
@@ -430,8 +440,8 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
     Args:
         name: of the warning.
         video: the video that the warning is about.
-        path: name of the video in the text; by default the base name of its path.
-        answers: in the text, the answers that mean nothing; by default the answer about this video.
+        path: name of the video in the text, by default the base name of its path.
+        answers: the subject of "... meaningless" with its verb; by default "its answer about PATH is".
     """
     path = path or os.path.basename(os.path.abspath(video.path or "the video"))
     if video.path == "-":
@@ -442,7 +452,7 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
         "stated": clock(video.stated_s),
         "gap": clock(video.clock_gap_s),
     }
-    return WARNINGS.get(name, name).format(**facts, video=path, answers=answers or f"its answer about {path} means")
+    return WARNINGS.get(name, name).format(**facts, video=path, answers=answers or f"its answer about {path} is")
 
 
 def summary(report: Report) -> str:
@@ -455,11 +465,11 @@ def summary(report: Report) -> str:
         first = f"{times.ttft_wall:,.0f} ms"
     line = f"{read}; first token {first}, total {times.total or 0:,.0f} ms"
     if report.choices:
-        line += f"; choices {_ranked(report.choices)}"
+        line += f"; choices {_choices_text(report.choices)}"
     return line
 
 
-def _ranked(choices: Sequence[dict[str, Any]]) -> str:
+def _choices_text(choices: Sequence[dict[str, Any]]) -> str:
     """Return choices with their probabilities, the most probable first."""
     ranked = sorted(choices, key=lambda choice: -choice["probability"])
     return ", ".join(f"{one_line(choice['text'])} {choice['probability']:.3f}" for choice in ranked)
@@ -472,7 +482,7 @@ def device_text(name: str | None, threads: int | None) -> str:
     return str(name)
 
 
-def _heading(report, width: int) -> list[str]:
+def _heading_lines(report, width: int) -> list[str]:
     model = report.model
     pruning = report.pruning
     lines = []
@@ -487,7 +497,7 @@ def _heading(report, width: int) -> list[str]:
         flags = pruning.method
         if pruning.method != "none":
             flags += f" -b {budget_text(pruning.budget)}"
-        lines.append(f"{'pruning':<11}{flags}: {_kept(pruning)}")
+        lines.append(f"{'pruning':<11}{flags}: {_kept_text(pruning)}")
     return lines
 
 
@@ -504,7 +514,7 @@ def _input_line(facts, width: int) -> str:
     times = size
     if medium == "video":
         fps = f"{video.fps:.4g}" if video.fps else "?"
-        times = f"{_span(facts)}  {size}  {fps} fps"
+        times = f"{_duration_text(facts)}  {size}  {fps} fps"
     known = ""
     if video.decoder:
         known = f"  {times}  {video.codec}  ({video.decoder})"
@@ -512,22 +522,22 @@ def _input_line(facts, width: int) -> str:
     return f"{medium:<11}{shorten(name, max(20, width - 11 - len(known)))}{known}"
 
 
-def _kept(pruning) -> str:
+def _kept_text(pruning) -> str:
     """Return the share of visual tokens kept. If layers of the language model drop some, return the share left after each drop."""
     kept = 100 * (pruning.kept_ratio or 0)
     read = pruning.language_layers or []
-    left: dict[int, int] = {}  # by the number of tokens, how many layers have run before
+    first_layers: dict[int, int] = {}  # token count -> the first layer with that many tokens
     for layer, tokens in read:
-        left.setdefault(tokens, layer)
-    if len(left) < 2:
+        first_layers.setdefault(tokens, layer)
+    if len(first_layers) < 2:
         return f"{kept:.1f}% kept, {100 - kept:.1f}% pruned"
-    drops = list(left.items())[1:]
+    drops = list(first_layers.items())[1:]
     shares = ", ".join(f"{100 * tokens / pruning.visual_tokens_in:.1f}%" for tokens, _ in drops)
     after = ", ".join(str(layer) for _, layer in drops)
     return f"{kept:.1f}% enter the language model; {shares} left after {after} of its {len(read)} layers"
 
 
-def _span(report) -> str:
+def _duration_text(report) -> str:
     """Return the length of the video, and the part that was read unless it is the whole video."""
     length = report.video.duration_s
     start = report.sampling.start_s
@@ -537,12 +547,12 @@ def _span(report) -> str:
     return f"{clock(start)}-{clock(end)} of {clock(length)}"
 
 
-def _stages(report, width: int) -> list[str]:
+def _stage_lines(report, width: int) -> list[str]:
     times = report.time_ms
-    flow = _flow(report)
-    spent = {stage: getattr(times, stage) or 0 for stage in STAGES if _has_line(times, stage)}
+    notes = _stage_notes(report)
+    spent = {stage: getattr(times, stage) or 0 for stage in STAGES if _is_printed(times, stage)}
     longest = max(spent.values(), default=0) or 1
-    room = width - 21 - max((len(flow[stage]) for stage in spent), default=0)  # columns left for the bars
+    room = width - 21 - max((len(notes[stage]) for stage in spent), default=0)  # columns left for the bars
     bar = 0
     gap = ""
     if room >= 6:
@@ -551,40 +561,40 @@ def _stages(report, width: int) -> list[str]:
     lines = []
     for stage, ms in spent.items():
         marks = "#" * round(bar * ms / longest)
-        lines.append(f"{stage:<11}{ms:>8,.0f}  {marks:<{bar}}{gap}{flow[stage]}".rstrip())
+        lines.append(f"{stage:<11}{ms:>8,.0f}  {marks:<{bar}}{gap}{notes[stage]}".rstrip())
         if pruning := getattr(times, f"{stage}_prune", None):
             line = f"{'  pruning':<11}{pruning:>8,.0f}"
             if stage == "encode":
-                line += _only_after(report)
+                line += _after_tower_note(report)
             lines.append(line)
         if stage == "generate" and (times.pack or 0) >= 1:
-            lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  of all stages, once for each layer")
+            lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  included in the stages above, once per layer")
         if stage == "preprocess" and (times.overlap or 0) >= 1:
-            lines.append(f"{'  overlap':<11}{-times.overlap:>8,.0f}  ran beside other work")
+            lines.append(f"{'  overlap':<11}{-times.overlap:>8,.0f}  overlapped with other work")
     if lines:
         lines.insert(0, f"{'stage':<11}{'ms':>8}")
     if times.read:
-        lines += _each_input(report)
+        lines += _input_lines(report)
     return lines
 
 
-def _only_after(report) -> str:
+def _after_tower_note(report) -> str:
     """Return a note if inputs were pruned only after the tower because they are small, otherwise an empty string."""
     pruning = report.pruning
     if not pruning.after_tower_inputs:
         return ""
-    return f"  after the tower alone: under {pruning.after_tower_below:,} visual tokens"
+    return f"  only after the tower: under {pruning.after_tower_below:,} visual tokens"
 
 
-def _has_line(times: Times, stage: str) -> bool:
-    """Return whether a stage was reached, and was timed for this question rather than an earlier one about the same video."""
+def _is_printed(times: Times, stage: str) -> bool:
+    """Return True if a stage was reached and was timed for this question, not for an earlier one about the same video."""
     spent = getattr(times, stage)
     if stage in ("prefill", "generate"):
         return spent is not None
-    return bool(spent) and (spent >= 1 or stage not in SELDOM)
+    return bool(spent) and (spent >= 1 or stage not in BRIEF_STAGES)
 
 
-def _each_input(report) -> list[str]:
+def _input_lines(report) -> list[str]:
     """Return a line per input with its times and tokens, if there are several."""
     lines = []
     for number, facts in enumerate(report.inputs, 1):
@@ -604,56 +614,57 @@ def _frames_read(report) -> str:
     if not video.frames_total:
         return counted(sampling.frames, "frame")
     part = ""
-    if "-" in _span(report) and video.fps and video.variable_rate is False:
+    if "-" in _duration_text(report) and video.fps and video.variable_rate is False:
         # Count frames on screen between start and end. Times are exact to a hundredth of a frame.
         inside = ceil(sampling.end_s * video.fps - 0.01) - floor(sampling.start_s * video.fps + 0.01)
         part = f"{inside:,} of "
     return f"{part}{counted(video.frames_total, 'frame')} -> {sampling.frames}"
 
 
-def _flow(report) -> dict[str, str]:
+def _stage_notes(report) -> dict[str, str]:
+    """Return the text after the time of each stage: its input and output."""
     pruning = report.pruning
     sampling = report.sampling
     count = report.tokens
-    flow = dict.fromkeys(STAGES, "")
-    flow["plan"] = "whether memory and context suffice"
-    flow["compile"] = "kernels, once a machine; loaded once a process"
-    flow["store"] = "into the cache"
+    notes = dict.fromkeys(STAGES, "")
+    notes["plan"] = "check that memory and context suffice"
+    notes["compile"] = "kernels, built once per machine, loaded once per process"
+    notes["store"] = "to the cache"
     if len(report.inputs) > 1:
-        flow["read"] = f"{len(report.inputs)} inputs"
+        notes["read"] = f"{len(report.inputs)} inputs"
     elif sampling.frames:
         height, width = sampling.resized_hw
         still = any(facts.kind == "picture" for facts in report.inputs)
-        flow["read"] = _frames_read(report)
-        flow["preprocess"] = f"{counted(sampling.frames, 'frame')} of {width}x{height}"
+        notes["read"] = _frames_read(report)
+        notes["preprocess"] = f"{counted(sampling.frames, 'frame')} of {width}x{height}"
         if still:
-            flow["read"] = "a picture"
-            flow["preprocess"] = f"{width}x{height}"
+            notes["read"] = "a picture"
+            notes["preprocess"] = f"{width}x{height}"
     if pruning.visual_tokens_kept is not None:
         tokens = counted(pruning.visual_tokens_in, "visual token")
         kept = pruning.visual_tokens_kept
-        flow["encode"] = f"{tokens} -> {kept:,}, with {100 * (pruning.encoder_live_share or 0):.0f}% of the work"
+        notes["encode"] = f"{tokens} -> {kept:,}, with {100 * (pruning.encoder_live_share or 0):.0f}% of the work"
         if report.cache == "hit":
-            flow["read"] = f"{counted(kept, 'visual token')} from the cache"
+            notes["read"] = f"{counted(kept, 'visual token')} from the cache"
     if count.prompt is not None:
         drops = [tokens for _, tokens in pruning.language_layers or []]
         fewer = [f"{tokens:,}" for tokens in dict.fromkeys(drops) if tokens < drops[0]]
-        flow["prefill"] = (
+        notes["prefill"] = (
             f"{counted(count.prompt, 'token')} read: {count.visual or 0:,} visual + {count.text or 0} text"
         )
         if fewer:
-            flow["prefill"] += f", then {', '.join(fewer)} visual"
-        flow["generate"] = f"{counted(count.new or 0, 'token')} written"
+            notes["prefill"] += f", then {', '.join(fewer)} visual"
+        notes["generate"] = f"{counted(count.new or 0, 'token')} written"
         if report.rate.generate_tok_s:
-            flow["generate"] += f", {report.rate.generate_tok_s:.1f} tok/s"
-    return flow
+            notes["generate"] += f", {report.rate.generate_tok_s:.1f} tok/s"
+    return notes
 
 
-def _totals(report) -> list[str]:
+def _total_lines(report) -> list[str]:
     times = report.time_ms
     lines = []
     if report.choices:
-        lines.append(f"{'choices':<11}{_ranked(report.choices)}")
+        lines.append(f"{'choices':<11}{_choices_text(report.choices)}")
     if times.ttft_wall is not None:
         line = f"{'first token':<11}{times.ttft_wall:>8,.0f}"
         if times.ttft_model is not None:
@@ -671,18 +682,18 @@ def _totals(report) -> list[str]:
     return lines
 
 
-def _memory(memory) -> list[str]:
+def _memory_lines(memory) -> list[str]:
     """Return the line for peak memory, and on a CPU a line for the process's own memory and mapped files in use."""
     if memory.peak_bytes is None:
         return []
     lines = [f"{'memory':<11}peak {size(memory.peak_bytes)}; weights {size(memory.weights_bytes)}"]
     if memory.own_bytes is not None and memory.mapped_bytes is not None:
         files = f"{size(memory.mapped_bytes)} of mapped files that can be dropped"
-        lines.append(f"{INDENT}now {size(memory.own_bytes)} its own, and {files}")
+        lines.append(f"{INDENT}now {size(memory.own_bytes)} private, and {files}")
     return lines
 
 
-def _side_by_side(pruned, full) -> list[str]:
+def _comparison_lines(pruned, full) -> list[str]:
     """Return lines that compare time and tokens of a question with and without pruning.
 
     Only the time for encode and prefill is compared, because the second run reuses the patches that the first one has read.
@@ -693,31 +704,31 @@ def _side_by_side(pruned, full) -> list[str]:
     )
     lines = [f"{'compare':<16}{'pruned':>9}{'full':>9}"]
     for name, ours, theirs in rows:
-        line = f"{name:<16}{_figure(ours):>9}{_figure(theirs):>9}"
+        line = f"{name:<16}{_number(ours):>9}{_number(theirs):>9}"
         if ours and theirs:
             line += f"{theirs / ours:>7.1f}x"
         lines.append(line)
     if along := pruned.agreement:
         agree = f"agrees at {along['agree']} of {counted(along['tokens'], 'token')} of the full answer"
         lines.append(f"{'agreement':<16}{agree}, KL {along['kl']:.3f} nats")
-    why = "the first of the two also warms up"
+    why = "the first run includes the warm-up"
     if pruned.model.id in DEMOS:
-        why = "the demo is too small to gain time"
+        why = "the demo is too small for a speedup"
     return [*lines, f"{why}; to measure: evoprune profile"]
 
 
-def _figure(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-def _folded(line: str, width: int) -> list[str]:
+def _wrap_line(line: str, width: int) -> list[str]:
     """Return the line, wrapped at `width` columns between words, with the later pieces indented."""
     if len(line) <= width:
         return [line]
     return textwrap.wrap(line, max(width, 30), subsequent_indent=INDENT)
 
 
-def _verbose(report) -> list[str]:
+def _verbose_lines(report) -> list[str]:
     """Return lines with loading times in ms, grid, rows or tokens per layer, tokens per frame pair, settings and versions."""
     env = report.env
     times = report.time_ms
@@ -728,32 +739,35 @@ def _verbose(report) -> list[str]:
         pairs, high, wide = report.sampling.grid_thw
         grid = [counted(pairs, "frame pair"), "of", f"{high}x{wide}", "patches"]
     lines = [
-        *_wrapped("load", [f"{name}={spent:,.0f}" for name, spent in loads.items() if spent is not None]),
-        *_wrapped("grid", grid),
-        *_wrapped("rows", [f"{layer}:{rows:,}" for layer, rows in pruning.layers or []]),
+        *_wrap_words("load", [f"{name}={spent:,.0f}" for name, spent in loads.items() if spent is not None]),
+        *_wrap_words("grid", grid),
+        *_wrap_words("rows", [f"{layer}:{rows:,}" for layer, rows in pruning.layers or []]),
     ]
     if read := pruning.language_layers:
-        lines += _wrapped("read", [f"{layer}:{tokens:,}" for layer, tokens in read])
+        lines += _wrap_words("read", [f"{layer}:{tokens:,}" for layer, tokens in read])
     if work := pruning.language_work:
-        lines += _wrapped("work", [f"{layer}:{k:,}/{q:,}/{m:,}" for layer, k, q, m in work])
-    lines += _wrapped("kept", [f"{n:,}" for n in pruning.kept_per_pair or []])
+        lines += _wrap_words("work", [f"{layer}:{k:,}/{q:,}/{m:,}" for layer, k, q, m in work])
+    lines += _wrap_words("kept", [f"{n:,}" for n in pruning.kept_per_pair or []])
     if report.subtitles:
-        lines.append(_subtitles(report.subtitles))
+        lines.append(_subtitles_line(report.subtitles))
     return [
         *lines,
-        *_wrapped("settings", [f"{k}={v}" for k, v in (pruning.args or {}).items()] or ["none"]),
-        *_wrapped("versions", [f"evoprune {env.evoprune},", f"torch {env.torch},", f"transformers {env.transformers}"]),
-        *_wrapped("device", [str(env.device_name)]),
+        *_wrap_words("settings", [f"{k}={v}" for k, v in (pruning.args or {}).items()] or ["none"]),
+        *_wrap_words(
+            "versions", [f"evoprune {env.evoprune},", f"torch {env.torch},", f"transformers {env.transformers}"]
+        ),
+        *_wrap_words("device", [str(env.device_name)]),
     ]
 
 
-def _subtitles(said: dict) -> str:
-    name = one_line(said["source"])
-    count = f"{said['lines_in_prompt']:,} of {counted(said['lines'], 'line')}, {counted(said['tokens'], 'token')}"
+def _subtitles_line(subtitles: dict) -> str:
+    name = one_line(subtitles["source"])
+    lines = f"{subtitles['lines_in_prompt']:,} of {counted(subtitles['lines'], 'line')}"
+    count = f"{lines}, {counted(subtitles['tokens'], 'token')}"
     return f"{'subtitles':<11}{shorten(name, WIDTH - 13 - len(count))}: {count}"
 
 
-def _wrapped(title: str, words: list[str]) -> list[str]:
+def _wrap_words(title: str, words: list[str]) -> list[str]:
     settings = {"break_long_words": False, "break_on_hyphens": False}
     lines = textwrap.wrap(" ".join(words), WIDTH, initial_indent=f"{title:<11}", subsequent_indent=INDENT, **settings)
     return lines or [f"{title:<10}"]

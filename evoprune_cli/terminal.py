@@ -228,7 +228,7 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
         if text == template:  # a warning that does not name the video
             text += f" ({video.path})"
     else:
-        text = warning_text(name, video, video.path, f"its answers about {more + 1:,} videos mean")
+        text = warning_text(name, video, video.path, f"its answers about {more + 1:,} videos are")
         if text == template:
             text += f" ({video.path} and {more:,} more)"
         elif "{video}" in template:

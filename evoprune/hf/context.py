@@ -39,7 +39,7 @@ from evoprune.hf.columns import (
 from evoprune.hf.encoding import INT8, PackedTower, encode_each, patch_config
 from evoprune.methods import Budget, MethodText
 from evoprune.model import Clock
-from evoprune.report import FLAT, Memory, ModelFacts, Report, Sampling, TokenCounts
+from evoprune.report import EQUAL_SCORES, Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session import DTYPES, pruning_facts
 from evoprune.signatures import explained, takes
 from evoprune.util import brief, budget_text, check_known, check_types, from_keywords, option
@@ -375,7 +375,7 @@ def call_report(
     if interface.has_picture(call) and all(visuals.videos):
         warnings.append("pictures_whole")
     if all(each.flat for each in encoded):
-        warnings.append(FLAT)
+        warnings.append(EQUAL_SCORES)
     sampling = Sampling()
     if len(grids) == 1:
         sampling.grid_thw = grids[0]

@@ -40,7 +40,7 @@ from evoprune.live.omp import release_omp_threads
 from evoprune.live.segments import Earlier, NothingNew, check_carried, encode_segment
 from evoprune.methods import FarthestPoints, Tokens, arange_on, select
 from evoprune.model import Clock
-from evoprune.report import OF_INPUTS, Report, TokenCounts
+from evoprune.report import INPUT_STAGES, Report, TokenCounts
 from evoprune.session import (
     Askable,
     EncodedInput,
@@ -424,7 +424,7 @@ class VideoStream(Askable):
     def _owe(self, seconds: dict[str, float], wall: float) -> None:
         """Add to the time that the next question pays for."""
         if self._paid:
-            owed = dict.fromkeys(OF_INPUTS, 0.0)
+            owed = dict.fromkeys(INPUT_STAGES, 0.0)
             owed_wall = 0.0
         else:
             owed, owed_wall = self._spent

@@ -17,7 +17,7 @@ import torch
 from evoprune.errors import UsageError
 from evoprune.language import AnswerStream, GenerationOptions, PrefillState, PrefixCache, Prompt, Turn, prune_prompt
 from evoprune.model import Clock, Cost
-from evoprune.report import ABOUT_SOUND, OF_INPUTS, Report, TokenCounts
+from evoprune.report import ABOUT_SOUND, INPUT_STAGES, Report, TokenCounts
 from evoprune.session.answers import Answer, Chat, Shape
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.memory import TEXT
@@ -218,7 +218,7 @@ class Askable(ABC, Uncopied):
         loaded = self._session.loaded
         clock = Clock(self._session.device)
         if self._paid:
-            clock.seconds = dict.fromkeys(OF_INPUTS, 0.0)
+            clock.seconds = dict.fromkeys(INPUT_STAGES, 0.0)
             earlier = 0.0
             report.time_ms.encode_prune = 0.0
         else:  # the first answer's report includes the times of the inputs
@@ -388,7 +388,7 @@ class EncodedInputs(Askable):
     def _spent(self) -> tuple[dict[str, float], float]:
         """Busy seconds by stage and wall-clock seconds, summed over all inputs."""
         every = self._encodings
-        stages = {stage: sum(encoding.seconds[stage] for encoding in every) for stage in OF_INPUTS}
+        stages = {stage: sum(encoding.seconds[stage] for encoding in every) for stage in INPUT_STAGES}
         return stages, sum(encoding.wall_seconds for encoding in every)
 
     def _blank_report(self) -> Report:

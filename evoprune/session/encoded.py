@@ -15,7 +15,7 @@ class EncodedInput:
     plan: Plan
     encoded: Encoded  # tokens for the language model; empty until a question selects them
     unselected: EncodedRows | None  # rows to select from, if the method selects tokens per question
-    seconds: dict[str, float]  # busy seconds by stage; the keys are `report.OF_INPUTS`
+    seconds: dict[str, float]  # busy seconds by stage; the keys are `report.INPUT_STAGES`
     wall_seconds: float  # from the start of planning to the end of encoding
     cache: str  # "hit" (from disk), "miss" (encoded, then stored) or "off"
     warnings: tuple[str, ...]  # names, as in reports

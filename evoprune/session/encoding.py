@@ -18,7 +18,7 @@ from evoprune.backend import Device, empty_cache
 from evoprune.errors import OutOfMemory, UsageError, memory_guard, named
 from evoprune.methods import MethodText
 from evoprune.model import Clock
-from evoprune.report import BESIDE, OF_INPUTS
+from evoprune.report import INPUT_STAGES, OVERLAP
 from evoprune.session.ahead import ReadAhead
 from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import Cache, Entry, own_code
@@ -163,7 +163,7 @@ class OpenInput:
         pruning = self.session.pruning
         self._progress = progress
         start = clock.now()
-        before = dict.fromkeys(OF_INPUTS, 0.0) | self.clock.seconds
+        before = dict.fromkeys(INPUT_STAGES, 0.0) | self.clock.seconds
         read_before = 0.0 if self.read_early else before["read"]  # read time that the caller waited for
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
@@ -179,9 +179,9 @@ class OpenInput:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
         plan = replace(plan, read_s=self.read_s, moved=self.moved)
         waited = read_before + self.waited_s
-        seconds = dict.fromkeys(OF_INPUTS, 0.0) | clock.seconds | self.clock.seconds
+        seconds = dict.fromkeys(INPUT_STAGES, 0.0) | clock.seconds | self.clock.seconds
         ahead = seconds["read"] + seconds["preprocess"] - waited
-        seconds[BESIDE] = max(0.0, ahead)
+        seconds[OVERLAP] = max(0.0, ahead)
         # Waiting longer than reading took: the machine is busy, or the thread reads another input.
         seconds["read"] += max(0.0, -ahead)
         return EncodedInput(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)

@@ -9,7 +9,7 @@ from math import prod
 
 from evoprune.backend import Device
 from evoprune.methods import Dropping, PruneConfig
-from evoprune.report import FLAT, InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
+from evoprune.report import EQUAL_SCORES, InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.session import Session
 from evoprune.vision import Encoded
@@ -67,14 +67,16 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
     for part, spent in loaded.load_seconds.items():
         setattr(report.time_ms, f"load_{part}", spent * 1000)
     report.time_ms.encode_prune = sum(encoding.encoded.prune_seconds for encoding in encodings) * 1000
-    report.warnings = list(dict.fromkeys(name for facts in report.inputs for name in facts.warnings if name != FLAT))
+    report.warnings = list(
+        dict.fromkeys(name for facts in report.inputs for name in facts.warnings if name != EQUAL_SCORES)
+    )
     subtitles = any(facts.subtitles for facts in report.inputs)
     if doubt := loaded.doubt([encoding.plan.info for encoding in encodings], subtitles):
         report.warnings.append(doubt)
     if loaded.description.random:
         report.warnings.append("random_weights")
     if all(encoding.encoded.flat for encoding in encodings):
-        report.warnings.append(FLAT)
+        report.warnings.append(EQUAL_SCORES)
     return report
 
 
@@ -98,7 +100,7 @@ def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
         sampling.seconds_per_pair = plan.sampling.seconds_per_pair(session.loaded.video.temporal_patch_size)
     warnings = [*encoding.warnings, *plan.subtitles.warnings]
     if tokens.flat:
-        warnings.append(FLAT)
+        warnings.append(EQUAL_SCORES)
     return InputFacts(
         path=plan.name,
         kind=plan.kind,

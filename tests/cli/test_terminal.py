@@ -69,12 +69,12 @@ def test_hints_keep_options_whole(cli):
 @pytest.mark.parametrize(
     ("name", "path", "more", "says"),
     [
-        ("demo_model", "clips/a.mp4", None, "its answer about a.mp4 means nothing"),
-        ("demo_model", "clips/a.mp4", 0, "its answer about clips/a.mp4 means nothing"),
-        ("demo_model", "clips/a.mp4", 3, "its answers about 4 videos mean nothing"),
-        ("demo_model", "-", None, "its answer about standard input means nothing"),
-        ("cut_short", "clips/a.mp4", 1, "it lasts until ? (and 1 more video)"),
-        ("other_tracks", "clips/a.mp4", None, "warning: a.mp4 has more than one video track"),
+        ("demo_model", "clips/a.mp4", None, "its answer about a.mp4 is meaningless"),
+        ("demo_model", "clips/a.mp4", 0, "its answer about clips/a.mp4 is meaningless"),
+        ("demo_model", "clips/a.mp4", 3, "its answers about 4 videos are meaningless"),
+        ("demo_model", "-", None, "its answer about standard input is meaningless"),
+        ("cut_short", "clips/a.mp4", 1, "a length of ? (and 1 more video)"),
+        ("other_tracks", "clips/a.mp4", None, "warning: a.mp4 has several video tracks"),
         ("hdr_video", "clips/a.mp4", None, "note: a.mp4 is HDR, mapped to SDR\n"),
     ],
 )  # fmt: skip

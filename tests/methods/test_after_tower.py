@@ -171,7 +171,7 @@ def test_a_record_says_it(loaded, as_cuda):
         assert (pruning.after_tower_below, pruning.after_tower_inputs) == (below, count)
         assert report.inputs[0].pruning == pruning
         lines = "\n".join(stats_block(report))
-        assert ("after the tower alone: under 2,048 visual tokens" in lines) == bool(count)
+        assert ("only after the tower: under 2,048 visual tokens" in lines) == bool(count)
     said = small.report.pruning
     assert said.visual_tokens_kept == inside.report.pruning.visual_tokens_kept
     assert said.encoder_live_share == 1 > inside.report.pruning.encoder_live_share

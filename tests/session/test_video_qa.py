@@ -493,7 +493,7 @@ def test_a_black_video_is_a_video(loaded, tmp_path, method):
     assert len(video.encoded.kept) == round(0.25 * video.plan.visual_tokens)
     assert asked(video).report.warnings[0] == "equal_scores" and video.report.warnings == ["equal_scores"]
     # Its frames may be uniform and still differ.
-    assert "black.mp4 shows nothing but even colours" in " ".join(warning_lines(video.report))
+    assert "black.mp4 shows only flat colors" in " ".join(warning_lines(video.report))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from evoprune.bench import Fates
 from evoprune.errors import UsageError
 from evoprune.methods import Budget
 from evoprune.moments import Search
-from evoprune.report import KNOWN, WARNINGS, Times, VideoFacts, warned, warning_text
+from evoprune.report import DEMO_KNOWLEDGE, WARNINGS, Times, VideoFacts, warned, warning_text
 from evoprune.session import OpenInput, PipelineOptions, Session
 from evoprune.video import Plan
 from evoprune.video_qa import VideoQA
@@ -34,32 +34,33 @@ UNITS = "/page/units"
 MOMENTS = "/page/moments"
 PAGE_PATHS = (PAGE, SETTINGS, UNITS, MOMENTS)
 SHARES = (0.05, 0.15, 0.6, 0.8)  # in addition to the presets
-# Texts of warnings for the page, where they differ from the command line: visitors give no options and do not read this project's
-# pages, and the page does not have the times and numbers that some warnings contain.
-OF_THE_PAGE = {
-    "damaged_video": "the video is damaged: each frame that cannot be decoded was replaced by the one before it",
+# Texts of warnings that differ from the command line's: visitors set no options and do not read this project's
+# documentation, and the page does not have the times and numbers that some warnings contain.
+PAGE_TEXTS = {
+    "damaged_video": "the video is damaged: each frame that cannot be decoded was replaced by the previous one",
     "cut_short": "the video breaks off before the end that its file states",
-    "clock_gap": "the clock of the video jumps ahead: times after that may be too early",
-    "joined_files": "the video holds another file after its first one: what follows the first may be missing or misplaced",
-    "pictures_whole": "the pictures stay whole; counts of pruning are those of the videos alone",
+    "clock_gap": "the timestamps of the video jump ahead; times after the jump may be too early",
+    "joined_files": "the video contains another file after the first one; everything after the first may be missing or misplaced",
+    "pictures_whole": "pictures are not pruned; pruning counts cover only the videos",
     "cache_not_written": "the server could not store the encoded video",
-    "interlaced_video": "the video is interlaced: edges of what moves may look like combs",
-    "stretched_video": "the pixels of the video are not square, and are read as if they were: it looks narrower or wider "
+    "interlaced_video": "the video is interlaced: moving edges may look like combs",
+    "stretched_video": "the pixels of the video are not square, but are read as if they were, so it looks narrower or wider "
     "than in a player",
-    "other_tracks": "the video has more than one video track; only the main one is read",
-    "guessed_rate": "the video does not state its frame rate, and is read at 25 frames a second: times are right only if "
-    "that is it",
-    "sound_ignored": "the sound of the video is not read, so an answer about it comes from the pictures alone",
-    "limited": "the server looked at fewer or smaller frames of the video than usual, because it is long or large",
-    "answer_cut": "the answer may be incomplete: it has as many tokens as the server allows",
-    "thoughts_cut": "the model was still thinking after as many tokens as the server allows, so there is no answer",
-    "always_thinks": "this model thinks before every answer; its thoughts count among the tokens of the answer",
-    "demo_model": f"{KNOWN}; an answer about anything else means nothing",
-    "demo_untold": f"{KNOWN}; whether the video is one of these cannot be told from its format. "
-    "If it is not, trust no answer about it",
-    "demo_question": "a demo model knows only the words of its training, and the question has others; its answer means little",
-    "demo_history": "the demo models know single questions: after others they are right less often",
-    "demo_overlay": f"{KNOWN}; what it merges and selects in other videos says little",
+    "other_tracks": "the video has several video tracks; only the main one is read",
+    "guessed_rate": "the video does not state its frame rate and is read at 25 frames per second; if that is wrong, "
+    "so are all times",
+    "sound_ignored": "the sound of the video is not read, so an answer about it comes only from the pictures",
+    "limited": "the server read fewer or smaller frames than usual, because the video is long or large",
+    "answer_cut": "the answer may be incomplete: it reached the server's token limit",
+    "thoughts_cut": "the model was still thinking when it reached the server's token limit, so there is no answer",
+    "always_thinks": "this model always thinks before it answers; its thoughts count toward the token limit",
+    "demo_model": f"{DEMO_KNOWLEDGE}; answers about anything else are meaningless",
+    "demo_untold": f"{DEMO_KNOWLEDGE}; the video's format does not show whether it is one of these. "
+    "If it is not, do not trust any answer about it",
+    "demo_question": "a demo model knows only the words of its training data, and the question has others, so its answer means "
+    "little",
+    "demo_history": "the demo models were trained on single questions and answer follow-up questions less accurately",
+    "demo_overlay": f"{DEMO_KNOWLEDGE}; what it merges or drops in other videos says little",
 }
 
 
@@ -208,7 +209,7 @@ def check_one_video(job: Job) -> None:
     """Raise ApiError unless a request is about one video."""
     count = len(job.files().names)
     if count != 1:
-        raise refused(f"the messages have {count} videos: this is about one", "messages")
+        raise refused(f"the messages have {count} videos; this request takes exactly one", "messages")
 
 
 def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
@@ -261,7 +262,7 @@ def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
 
 def sentence(warning: str) -> str:
     """Return the page's text for a warning."""
-    return OF_THE_PAGE.get(warning) or warning_text(warning, VideoFacts(), "the video")
+    return PAGE_TEXTS.get(warning) or warning_text(warning, VideoFacts(), "the video")
 
 
 def policy(html: str, urls: bool) -> str:
