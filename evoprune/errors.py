@@ -10,10 +10,10 @@ from typing import TypeVar
 
 # Hint on how to use less memory, at a shell and in Python.
 USE_LESS = (
-    "take fewer frames, fewer visual tokens or a lower budget: --frames, --max-visual-tokens, -b; "
+    "use fewer frames, fewer visual tokens or a lower budget: --frames, --max-visual-tokens, -b; "
     "in Python frames, max_visual_tokens, budget"
 )
-OTHER_MODELS = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"  # hint
+OTHER_MODELS = "to prune a model you loaded: evoprune.EvoPrune(budget=0.1)(model)"  # hint
 # Messages (regular expressions) of torch, oneDNN, CUDA, C++, Python threads and the dynamic linker for out of memory, when the
 # exception type could mean anything.
 NO_MEMORY = (
@@ -134,7 +134,7 @@ def call(package: str, function: Callable[..., T], *args, **kwargs) -> T:
         if not package or isinstance(problem, EvopruneError) or is_out_of_memory(problem):
             raise
         hint = (
-            "report it to that package's authors, with the traceback, which --debug prints; or do without that package"
+            "report it to the authors of that package with the traceback (--debug prints it), or uninstall the package"
         )
         raise PluginError(f"{package} failed: {type(problem).__name__}: {first_line(problem)}", hint) from problem
 
@@ -144,10 +144,10 @@ def error_record(problem: BaseException) -> dict:
     if is_out_of_memory(problem):  # raised outside of a stage
         problem = OutOfMemory("out of memory", f"close other programs, or {USE_LESS}")
     elif isinstance(problem, FileNotFoundError) and problem.filename is None:  # from os.getcwd
-        problem = UsageError("the current folder is gone", "go to another")
+        problem = UsageError("the current folder no longer exists", "change to another folder")
     elif path := _damaged_module(problem):
-        hint = "delete it, and Python makes it anew; was a disk full, or the size of files limited (ulimit -f)?"
-        problem = UsageError(f"a compiled module of Python is damaged: {path}", hint)
+        hint = "delete it, and Python will recreate it; was the disk full, or file size limited (ulimit -f)?"
+        problem = UsageError(f"a compiled Python module is damaged: {path}", hint)
     elif not isinstance(problem, EvopruneError):
         hint = "this is a bug; report it with its traceback, which --debug prints"
         problem = EvopruneError(f"{type(problem).__name__}: {first_line(problem)}", hint)
@@ -215,8 +215,8 @@ def named(files: Mapping[str, str]) -> Iterator[None]:
 def not_a_number_error(stage: str) -> ModelError:
     """Return the error to raise if the output of `stage` has NaN or infinity."""
     return ModelError(
-        f"NaN or infinity among the numbers of {stage}",
-        "fp16 can overflow: take dtype bf16 or fp32; if it stays, the weights are damaged: get them again",
+        f"NaN or infinity in the output of {stage}",
+        "fp16 can overflow: use dtype bf16 or fp32; if that does not help, download the weights again",
         stage=stage,
     )
 
@@ -227,9 +227,9 @@ def process_error(what: str, problem: OSError, stage: str | None = None) -> Evop
     if problem.errno == errno.ENOMEM:
         return OutOfMemory(message, "close other programs", stage=stage)
     hints = {
-        errno.EMFILE: "close files that this program holds open, or allow it more of them: ulimit -n",
+        errno.EMFILE: "close files that this program has open, or raise their limit: ulimit -n",
         errno.ENFILE: "close other programs: this system has too many open files",
-        errno.EAGAIN: "end other processes of this user, or allow more of them: ulimit -u",
+        errno.EAGAIN: "end other processes of this user, or raise their limit: ulimit -u",
     }
     python = f"sys.executable is {sys.executable}; set it to a Python that can be run"
     return UsageError(message, hints.get(problem.errno, python), stage=stage)

@@ -59,31 +59,31 @@ class SamplingKeywords(TypedDict, total=False):
     """What of a video is looked at."""
 
     fps: float | None
-    """Frames a second to look at; default: the model's rate."""
+    """Frames per second to look at; default: the model's rate."""
     frames: int | None
-    """Number of frames to look at, instead of fps; odd numbers round up."""
+    """Number of frames to look at, instead of fps; odd numbers are rounded up."""
     start_s: float
-    """Where to start, in seconds; below 0 from the end."""
+    """Where to start, in seconds; negative values count from the end."""
     end_s: float | None
-    """Where to stop, in seconds; below 0 from the end; None for the end."""
+    """Where to stop, in seconds; negative values count from the end; None for the end."""
     max_frames: int | None
-    """At most this many frames; default: the model's limit."""
+    """Maximum number of frames; default: the model's limit."""
     max_visual_tokens: int | None
-    """Limit before pruning: above it, frames become smaller, then fewer; default: 24576, for real models on a CPU
-    4096."""
+    """Limit before pruning: above it, frames become smaller, then fewer; default: 24576, or 4096 for real models on a
+    CPU."""
     frame_rate: float
-    """Frames a second of an array, or in a folder of frames. Video files have their own rate."""
+    """Frames per second of an array or a folder of frames. Video files have their own rate."""
     decoder: Literal["auto", "pyav", "decord"]
     """Library that reads the video; auto is pyav."""
     seek: Literal["auto", "exact", "keyframes"]
-    """Which frame is taken for each equal part of the video: exact, that in its middle; keyframes, the keyframe nearest
-    to it, if the part has one, which is read many times as fast. auto: keyframes where that saves seconds, else
-    exact."""
+    """Which frame to take from each equal part of the video. exact: the one in the middle. keyframes: the keyframe
+    nearest to the middle, if the part has one, which reads many times faster. auto: keyframes if that saves seconds,
+    otherwise exact."""
     subtitles: str | PathLike[str]
-    """Subtitles for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a
-    video with a text track."""
+    """Subtitles for the prompt. auto: a file next to the video, otherwise a text track in it. FILE: SRT, WebVTT, ASS,
+    or a video with a text track."""
     max_subtitle_tokens: int
-    """Limit of the subtitles: above it, lines are left out evenly."""
+    """Limit on subtitle tokens: above it, lines are left out evenly."""
 
 
 class UntypedKeywords(TypedDict, total=False):

@@ -55,14 +55,14 @@ class Rule:
     @classmethod
     def list_of(cls, rule: Self, length: int | None = None) -> Self:
         """Return the rule for a list whose values all follow `rule`."""
-        what = f"a list of {length}" if length else "a list"
+        what = f"a list of {length} values" if length else "a list"
         return cls(
             f"{what}, each {rule.what}",
             lambda v: isinstance(v, list | tuple) and len(v) == (length or len(v)) and all(map(rule.holds, v)),
         )
 
 
-TEXT = Rule("a text", lambda v: isinstance(v, str))
+TEXT = Rule("a string", lambda v: isinstance(v, str))
 YES_OR_NO = Rule("true or false", lambda v: isinstance(v, bool))
 OBJECT = Rule("an object", lambda v: isinstance(v, dict))
 
@@ -127,7 +127,7 @@ def loads(text: str, once: bool = False) -> Any:
     """
 
     def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no number of JSON")
+        raise ValueError(f"{word} is not a valid JSON number")
 
     def finite(number: str) -> float:
         if math.isinf(value := float(number)):
@@ -138,10 +138,10 @@ def loads(text: str, once: bool = False) -> Any:
         value = dict(pairs)
         if len(value) < len(pairs):
             twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise ValueError(f"the field {twice[:40]} is there twice")
+            raise ValueError(f"the field {twice[:40]} appears twice")
         return value
 
-    too_deep = ValueError(f"it is nested deeper than {MAX_LEVELS} levels")
+    too_deep = ValueError(f"it is nested more than {MAX_LEVELS} levels deep")
     try:
         hook = unique if once else None
         value = json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=hook)
@@ -179,9 +179,9 @@ def read_object(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode):  # for example a pipe without a writer, which would block forever
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES // 2**20} MiB")
+        raise ValueError(f"it is larger than {MAX_BYTES // 2**20} MiB")
     value = loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")

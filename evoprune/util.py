@@ -23,7 +23,7 @@ WEB = re.compile("https?://", re.IGNORECASE)  # scheme of a web address
 ADDRESS = re.compile(r"([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)  # a URL, possibly after a folder
 WWW = re.compile(r"www\.[^/\s]+\.[^/\s]+(/\S*)?", re.IGNORECASE)  # a web address without its scheme
 STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # schemes of live video, which cannot be read as a file
-DOWNLOAD_HINT = "download what is on the web first, e.g. with yt-dlp"
+DOWNLOAD_HINT = "download it first, e.g. with yt-dlp"
 _TAG = r"(?:<(?:video|image)>|<\|vision_start\|><\|(?:video|image)_pad\|><\|vision_end\|>)"
 TAGS_BEFORE = re.compile(rf"\A\s*+(?:{_TAG}\s*+)+")
 TAGS_BEHIND = re.compile(rf"(?:\n[ \t]*+{_TAG}[ \t\r]*+){{1,64}}\s*+\Z")
@@ -138,17 +138,17 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
 def missing_hint(path: str, usual: str) -> str:
     """Return a hint for a path that does not exist: how to use such an address, a similar file name, or `usual`."""
     if path.startswith("data:"):
-        return "write it to a file, and give the path of that"
+        return "write it to a file and give its path"
     if path.startswith(FILE_URL):
         return f"leave out {FILE_URL}"
     if WWW.fullmatch(path):
-        return f"an address begins with https://: https://{shown(path)}"
+        return f"web addresses start with https://: https://{shown(path)}"
     if address := ADDRESS.search(path):
         if address[1].lower() in STREAMS:
             return f'live video: evoprune watch {without_password(shown(address[0]))} -Q "What happens?"'
         if WEB.match(path):
             return DOWNLOAD_HINT
-        return "download it first; videos of http:// and https:// are read as they are"
+        return "download it first; only http:// and https:// URLs are read directly"
     if near := near_file(path):
         return f"did you mean {shown(near)}? {usual}".rstrip()
     return usual
@@ -222,7 +222,7 @@ def without_tags(question: str) -> str:
 def check_text(*texts: str | None) -> None:
     """Check that all given questions and system prompts are valid text. Raises UsageError otherwise."""
     if not all(is_text(text) for text in texts if text):
-        raise UsageError("the question or the system prompt is not valid text", "write it in UTF-8")
+        raise UsageError("the question or the system prompt is not valid text", "encode it as UTF-8")
 
 
 def file_stats(paths: Iterable[str | PathLike]) -> list[tuple[str, int, int]]:
@@ -288,7 +288,7 @@ def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> s
     if not before or not now or before == now:
         return ""
     first, second = ({name: value for name, value in state.items() if name != "digest"} for state in (before, now))
-    return differences(first, second) or "single files have other sizes or times"
+    return differences(first, second) or "some files have different sizes or modification times"
 
 
 OPTION = "option"  # key in the metadata of a field
@@ -296,7 +296,7 @@ OPTION = "option"  # key in the metadata of a field
 ACCEPTED: dict[type, tuple[type, str]] = {
     float: (Real, "a number"),
     int: (Integral, "a whole number"),
-    str: (str, "a text"),
+    str: (str, "a string"),
     bool: (bool, "True or False"),
     dict: (Mapping, "a dict"),
     PathLike: (PathLike, "a path"),
@@ -396,7 +396,7 @@ def check_type(name: str, value: Any, declared: Any) -> Any:
     if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted):
         raise UsageError(f"{name} is {brief(value)}, not {right}", f"give {right}")
     if isinstance(value, Integral) and not MIN_INTEGER <= value <= MAX_INTEGER:
-        raise UsageError(f"{name} is {value}, which 64 bits cannot hold", "give a smaller number")
+        raise UsageError(f"{name} is {value}, which does not fit into 64 bits", "give a smaller number")
     if isinstance(value, Real) and not isinstance(value, int | float):
         if isinstance(value, Integral):
             return int(value)
@@ -420,13 +420,13 @@ def record_of(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
 
 
 def check_question(question: Any) -> None:
-    """Check that a question is a text and not empty.
+    """Check that a question is a string and not empty.
 
     Raises:
         UsageError: If it is not.
     """
     if not isinstance(question, str):
-        raise UsageError(f"the question is {brief(question)}, not a text", 'for example "What happens?"')
+        raise UsageError(f"the question is {brief(question)}, not a string", 'for example "What happens?"')
     if not question.strip():
         raise UsageError("the question is empty", 'for example "What happens?"')
 
@@ -442,4 +442,4 @@ class Uncopied:
         Raises:
             TypeError: Always.
         """
-        raise TypeError(f"no {type(self).__name__} can be pickled or copied: {self.INSTEAD}")
+        raise TypeError(f"{type(self).__name__} objects cannot be pickled or copied: {self.INSTEAD}")

@@ -30,7 +30,7 @@ class Dart(Selector):
     def __post_init__(self):
         super().__post_init__()
         if not self.visual + self.text:
-            raise ValueError("visual and text are both 0, and one of them must be more")
+            raise ValueError("visual and text are both 0; at least one must be above 0")
 
     @property
     def reads_question(self) -> bool:

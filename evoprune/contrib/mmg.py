@@ -32,7 +32,7 @@ class Mmg(Selector):
     """
 
     name = "mmg"
-    source = "after arXiv 2508.21044, whose formulas this project fills in"
+    source = "based on arXiv 2508.21044, with formulas filled in by this project"
 
     threshold: Cosine = 0.95  # cosine of neighboring frame pairs below which the video is cut
     beta: Share = 0.5  # weight of repetition in the gain of a segment

@@ -21,7 +21,7 @@ class Mmr(Selector):
     """
 
     name = "mmr"
-    source = "after arXiv 2602.13315, without its trained scorer"
+    source = "based on arXiv 2602.13315, without its trained scorer"
 
     importance: str = "attention"  # `attention` received, or `keynorm` for the norm of a unit's key
     lam: Share = 0.5  # weight of importance; diversity has the weight 1 - lam
@@ -29,7 +29,7 @@ class Mmr(Selector):
     def __post_init__(self):
         super().__post_init__()
         if self.importance not in ("attention", "keynorm"):
-            raise ValueError(f"importance is one of attention, keynorm, not {self.importance!r}")
+            raise ValueError(f"importance must be attention or keynorm, not {self.importance!r}")
 
     @property
     def needs(self) -> frozenset[str]:

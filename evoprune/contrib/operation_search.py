@@ -132,7 +132,7 @@ class RecipeSearch:
     def __init__(self, config):
         after = LanguagePlan.layers_before(PLACE, config.num_hidden_layers)
         if not after:
-            raise UsageError("a language model with one layer has no operations to leave out", "take a deeper model")
+            raise UsageError("a language model with one layer has no operations to skip", "use a deeper model")
         self._blank = Recipe(config.num_hidden_layers, after, KEY, weights(config), ())
         self.found: list[Step] = []
         self.complete = False

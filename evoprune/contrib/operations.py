@@ -27,7 +27,7 @@ PLACE = 2 / 32  # share of the layers after which the key tokens are known
 Operation = tuple[int, str, str]  # layer, ALL or REST, kind
 Removed = frozenset[Operation]
 SCHEMA = "evoprune/tune-operations@1"  # schema of the file that `evoprune tune VIDEO... --operations -o FILE` writes
-AGAIN = "evoprune tune VIDEO... --operations -o FILE.json finds one"
+AGAIN = "to create one: evoprune tune VIDEO... --operations -o FILE.json"
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class Recipe:
 
     def __post_init__(self):
         if not (1 <= self.after <= self.depth and 0 < self.key < 1):
-            raise ValueError("after must be from 1 to depth, and key a share")
+            raise ValueError("after must be from 1 to depth, and key between 0 and 1")
         if len(self.weights) != len(KINDS) or min(self.weights) <= 0:
             raise ValueError(f"weights must be {len(KINDS)} numbers above 0")
         if wrong := [operation for operation in chain(*self.steps) if tuple(operation) not in self._every]:
-            raise ValueError(f"there is no operation {[*wrong[0]]}")
+            raise ValueError(f"unknown operation {[*wrong[0]]}")
 
     @classmethod
     def read(cls, file: str) -> Self:
@@ -87,7 +87,7 @@ class Recipe:
         try:
             content = read_object(Path(file))
             if content.get("schema") != SCHEMA or not content.get("complete"):
-                raise ValueError(f"it is no complete result of {SCHEMA}")
+                raise ValueError(f"it is not a complete {SCHEMA} result")
             steps = tuple(tuple(tuple(operation) for operation in step["operations"]) for step in content["steps"])
             facts = content["recipe"]
             return cls(**facts | {"weights": tuple(facts["weights"])}, steps=steps)
@@ -96,7 +96,7 @@ class Recipe:
                 f"cannot read the recipe {file}: {problem.strerror}", missing_hint(file, AGAIN)
             ) from problem
         except (ValueError, KeyError, TypeError) as problem:
-            raise UsageError(f"{file} holds no recipe of operations: {problem}", AGAIN) from problem
+            raise UsageError(f"{file} is not a recipe of operations: {problem}", AGAIN) from problem
 
     @property
     def _every(self) -> list[Operation]:
@@ -198,9 +198,9 @@ class Operations(LanguageMethod):
     def drops(self, depth: int, tokens: int, budget: float) -> OperationPlan:
         recipe = self.recipe
         if recipe is None:
-            raise UsageError("method operations has no recipe", f"operations:recipe=FILE.json; {AGAIN}")
+            raise UsageError("method operations needs a recipe", f"operations:recipe=FILE.json; {AGAIN}")
         if recipe.depth != depth:
-            raise UsageError(f"the recipe is for {recipe.depth} layers, and this model has {depth}", AGAIN)
+            raise UsageError(f"the recipe is for {recipe.depth} layers, but this model has {depth}", AGAIN)
         return recipe.plan(tokens, recipe.removed(budget))
 
     def reading(

@@ -267,14 +267,16 @@ class VideoStream(Askable):
             if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
                 raise UsageError(f"a frame is {brief(frame)}, not uint8 [H, W, 3]", "give RGB pixels as a numpy array")
             if not frame.size:
-                raise UsageError(f"a frame is {list(frame.shape)}, without pixels", "leave it out")
+                raise UsageError(f"a frame of shape {list(frame.shape)} has no pixels", "leave it out")
             check_type("time_s", time_s, float)
             if not isfinite(time_s):
-                raise UsageError(f"the time of a frame is {time_s}", "give seconds")
+                raise UsageError(f"the time of a frame is {time_s}, not a finite number", "give seconds")
             if self._plan is None:
                 self._begin(frame, time_s)
             if time_s < self._last_s:
-                raise UsageError(f"a frame of {time_s:g} s comes after one of {self._last_s:g} s", "feed them in order")
+                raise UsageError(
+                    f"a frame at {time_s:g} s comes after one at {self._last_s:g} s", "feed frames in order of time"
+                )
             self._last_s = time_s
             slot = floor((time_s - self._origin_s) / self.step_s + 1e-6)
             size = self._plan.sampling.frames
@@ -364,8 +366,8 @@ class VideoStream(Askable):
             wanted = options.memory_tokens or floor(options.memory_s / options.window_s * window_tokens)
             limit = min(wanted, room)  # tokens in memory
             if limit < 2 * window_tokens:
-                problem = f"a memory of {limit:,} tokens is less than two windows of {window_tokens:,}"
-                raise UsageError(problem, "a longer memory, shorter windows (window_s, --window) or a lower budget")
+                problem = f"a memory of {limit:,} tokens is smaller than two windows of {window_tokens:,}"
+                raise UsageError(problem, "use a longer memory, shorter windows (window_s, --window) or a lower budget")
             check_carried(self._session, self._plan)
             head, _ = self._around("?")
             positions = loaded.span or room
@@ -504,7 +506,7 @@ class VideoStream(Askable):
         except _Overtaken:
             return
         except BaseException:  # also Ctrl-C: the cache may be half changed
-            self._problem = "reading a window was broken off"
+            self._problem = "reading a window was interrupted"
             raise
 
     def _give_way(self) -> None:
@@ -513,7 +515,7 @@ class VideoStream(Askable):
 
     def _check_open(self) -> None:
         if self._problem:
-            raise UsageError(self._problem, "begin another one: VideoQA.stream()")
+            raise UsageError(self._problem, "start a new stream: VideoQA.stream()")
 
     def _around(
         self, question: str, thinking: bool = False, earlier: Sequence[Turn] = ()
@@ -536,7 +538,7 @@ class VideoStream(Askable):
         with self._lock:
             self._check_open()
             if encoding is None:
-                raise UsageError("nothing was seen yet", "feed frames first: add(frame, time_s)")
+                raise UsageError("the stream has no frames yet", "feed frames first: add(frame, time_s)")
             report = self._report_of_inputs([encoding])
             seen = self._seen(self._unread)
             report.stream = seen and asdict(seen)
@@ -570,7 +572,7 @@ class VideoStream(Askable):
     ) -> PrefillState:
         self._check_open()
         if options.system not in (None, self._system):
-            raise UsageError("the system prompt was read when the stream began", "give it to VideoQA.stream()")
+            raise UsageError("the system prompt is fixed when a stream starts", "give it to VideoQA.stream()")
         loaded = self._session.loaded
         with clock.stage("prefill"):
             unread = self._unread

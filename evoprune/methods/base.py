@@ -62,8 +62,8 @@ class Method:
 
 def not_automatic(name: str) -> UsageError:
     """Return the error for an "auto" budget with a method that cannot let the content decide."""
-    hint = "give a share such as 0.25, or take method evoprune"
-    return UsageError(f"method {name} cannot let the content decide the budget", hint)
+    hint = "give a share such as 0.25, or use method evoprune"
+    return UsageError(f"method {name} does not support automatic budgets", hint)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Subsample(InputMethod):
     """Fewer frame pairs, at least one."""
 
     name = "subsample"
-    source = "arXiv 2605.30010, a baseline there"
+    source = "arXiv 2605.30010, as a baseline"
 
     def resize(self, grid: Grid, keep: int) -> Grid:
         count, height, width = grid
@@ -52,7 +52,7 @@ class Downscale(InputMethod):
     """The same number of frame pairs with smaller frames: whole units in nearly the same ratio, at least one."""
 
     name = "downscale"
-    source = "VTC-Bench, a baseline there"
+    source = "VTC-Bench, as a baseline"
 
     def resize(self, grid: Grid, keep: int) -> Grid:
         count, height, width = grid
@@ -67,7 +67,7 @@ class Pool(Selector):
     """
 
     name = "pool"
-    source = "arXiv 2605.30010, a baseline there"
+    source = "arXiv 2605.30010, as a baseline"
     exact = False
 
     def select(self, tokens: Tokens, keep: int) -> Selection:

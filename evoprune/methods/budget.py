@@ -108,9 +108,7 @@ def _number(value: float | str) -> float:
 def _refused(given: float | str, known: dict[str, Budget]) -> UsageError:
     """Return the error for a value that `parse` does not accept; `known` has the allowed names."""
     if isinstance(given, str) and given in Budget.AUTOS:
-        hint = (
-            f"give a share of tokens such as 0.25; {given} works with VideoQA, and with commands that ask or evaluate"
-        )
+        hint = f"give a share of tokens such as 0.25; {given} works only with VideoQA and with commands that ask or evaluate"
         return UsageError(f"budget {given!r} does not work here", hint)
     autos = [name for name in Budget.AUTOS if name in known]
     percent = _number(given)

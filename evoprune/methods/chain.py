@@ -42,8 +42,8 @@ class MethodChain:
         if members == [language] and language.share is not None:
             name = language.name
             instead = f"{MethodText.DEFAULT}+{name}:share={language.share}"
-            hint = f"the budget (-b) is the share of a method alone; or combine it: {instead}"
-            raise UsageError(f"method {name} has a share, and nothing acts before it", hint)
+            hint = f"set the budget (-b) instead of the share, or combine methods: {instead}"
+            raise UsageError(f"method {name} takes a share only after another method", hint)
         return chain
 
     @classmethod
@@ -144,8 +144,8 @@ class MethodChain:
             name = self.first.name
             if self.selector or (self.encoder and self.encoder.combines):
                 name = self.token_selector.name
-            problem = f"method {name} has no scores whose curve could decide the budget"
-            alternative = "take a method that ranks tokens, such as visionzip, with auto:inflection"
+            problem = f"method {name} has no scores to choose the budget from"
+            alternative = "use auto:inflection with a method that ranks tokens, such as visionzip"
             raise UsageError(problem, f"give a share such as 0.25, or {alternative}")
 
     def check_conversation(self) -> None:
@@ -155,8 +155,8 @@ class MethodChain:
             UsageError: If a method prunes for a single question.
         """
         if self.reads_question:
-            hint = "ask single questions, or take a method that does not: --method (method) evoprune"
-            raise UsageError(f"{self.name} prunes for one question, so there is no conversation", hint)
+            hint = "ask single questions, or use another method: --method (method) evoprune"
+            raise UsageError(f"method {self.name} prunes for a single question, so it cannot hold a conversation", hint)
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int, inflection: bool = False) -> EncoderPlan:
         """Return the encoder's plan for one video of `grid` that leaves `keep` tokens (K) for the language model.

@@ -103,7 +103,7 @@ class EvoPruneMethod(EncoderMethod):
     """Reuse, then three selections; see the module docstring."""
 
     name: ClassVar[str] = "evoprune"
-    source: ClassVar[str] = "this project; its aim is that of arXiv 2603.03681"
+    source: ClassVar[str] = "this project; same goal as arXiv 2603.03681"
 
     # A unit is encoded again if it changes by at least this many of 255 levels; 0 encodes every unit.
     reuse: Annotated[float, "[0, inf]"] = THRESHOLD
@@ -128,7 +128,7 @@ class EvoPruneMethod(EncoderMethod):
 
     def __post_init__(self):
         if self.inner not in INNER:
-            raise ValueError(f"inner is one of {', '.join(INNER)}, not {self.inner!r}")
+            raise ValueError(f"inner must be one of {', '.join(INNER)}, not {self.inner!r}")
         super().__post_init__()
 
     @property

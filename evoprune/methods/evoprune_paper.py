@@ -40,7 +40,7 @@ class EvoPrunePaper(Merger):
     def __post_init__(self):
         layer_weights(8, self.allocation, self.first, self.last)
         if self.features not in FEATURES:
-            raise ValueError(f"features is one of {', '.join(FEATURES)}, not {self.features!r}")
+            raise ValueError(f"features must be one of {', '.join(FEATURES)}, not {self.features!r}")
         super().__post_init__()
 
     @property

@@ -125,7 +125,7 @@ class EncoderPlan:
             if after.first_layer < stage.first_layer or (after.inside_pairs and not stage.inside_pairs):
                 raise ValueError(f"stage {after} cannot come after {stage}")
         if self.row_stages and any(isinstance(stage.reduce, SetAside) for stage in self.stages):
-            raise ValueError("rows that are set aside come back after the last layer, and none may be selected before")
+            raise ValueError("rows that are set aside return after the last layer, so no rows may be selected before")
 
     @classmethod
     def full(cls, tower: TowerShape, grid: Grid) -> Self:
@@ -201,7 +201,7 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
         ValueError: An unknown allocation or an empty range.
     """
     if allocation not in ALLOCATIONS or not 0 <= first <= last <= 1:
-        known = f"one of {ALLOCATIONS}, 0 <= first <= last <= 1"
+        known = f"use one of {ALLOCATIONS}, and 0 <= first <= last <= 1"
         raise ValueError(f"no schedule {allocation!r} from {first} to {last}: {known}")
     end = min(depth, max(1, round(last * depth))) - 1
     begin = min(end, max(0, math.ceil(first * depth) - 1))

@@ -78,10 +78,10 @@ class MethodText:
         text = self.text
         names = [each.name for each in self.parts]
         if _is_list(text):
-            hint = f"to compare several: evoprune eval --method {text}; --compare shows one beside nothing pruned"
-            raise UsageError(f"{text!r} is a list, and one method is taken here", hint)
+            hint = f"to compare several: evoprune eval --method {text}; --compare shows one next to the unpruned model"
+            raise UsageError(f"{text!r} is a list, but only one method can be used here", hint)
         if names == [REUSE]:
-            raise UsageError(f"{REUSE} needs a method that selects after it", f"for example {REUSE}+divprune")
+            raise UsageError(f"{REUSE} must be followed by a method that selects", f"for example {REUSE}+divprune")
         for name in names:
             if name != REUSE and name not in available():
                 raise _unknown(name)
@@ -157,10 +157,10 @@ def _unknown(name: str) -> UsageError:
     same = [each for each in known if _letters(each) == letters]
     near = did_you_mean(name, same or known, 3)
     if letters in FOLLOWED_BY:
-        near = f"{FOLLOWED_BY[letters]} follows it; "
+        near = f"{FOLLOWED_BY[letters]} is based on it; "
     if len(available(plugins=False)) == len(CORE):  # a checkout installed before these became entry points
-        near = "the methods of evoprune.contrib are not installed: pip install evoprune again; "
-    return UsageError(f"no pruning method {name!r}", f"{near}evoprune methods lists them all")
+        near = "the methods of evoprune.contrib are not installed: reinstall evoprune with pip; "
+    return UsageError(f"unknown pruning method {name!r}", f"{near}evoprune methods lists them all")
 
 
 def _letters(name: str) -> str:
@@ -192,7 +192,7 @@ def _made(named: Named) -> "Method":
     values = {}
     for name, text in named.settings:
         if name not in known:
-            raise UsageError(f"method {method.name} has no argument {name!r}", settings_hint(method))
+            raise UsageError(f"method {method.name} has no setting {name!r}", settings_hint(method))
         values[name] = _parsed(method, known[name], text)
     try:
         instance = method(**values)
@@ -207,8 +207,8 @@ def settings_hint(method: type, name: str | None = None) -> str:
     """Return a hint that lists the settings, or that shows how to give the setting `name`."""
     known = {f.name: f"{f.name}={f.default}" for f in fields(method)}
     if name in known:
-        return f"a setting has a value: {method.name}:{known[name]}"
-    return f"its arguments and defaults: {', '.join(known.values()) or 'none'}"
+        return f"give the setting a value: {method.name}:{known[name]}"
+    return f"its settings and defaults: {', '.join(known.values()) or 'none'}"
 
 
 def _parsed(method: type, setting: Field, text: str) -> Any:
@@ -235,10 +235,14 @@ def _warn_of_ignored(name: str) -> None:
     """Warn, once per process, about plug-in methods that are ignored because another method has the same name."""
     for entry in _entry_points():
         if entry.name == name and _plugins().get(name) is not entry:
-            used = "evoprune's own"
+            used = "evoprune"
             if name not in (*CORE, REUSE) and not _is_own(_plugins()[name]):
-                used = f"that of {_package(_plugins()[name])}"
-            warn(f"{_named(entry)} is ignored: {name} is {used}; give it another name", PluginWarning, stacklevel=2)
+                used = _package(_plugins()[name])
+            warn(
+                f"{_named(entry)} is ignored: {used} has a method {name}; give it another name",
+                PluginWarning,
+                stacklevel=2,
+            )
 
 
 def _class(name: str) -> "type[Method]":
@@ -277,7 +281,7 @@ def plugins() -> dict[str, str]:
             continue
         state = f"of {_package(entry)}"
         if _plugins().get(entry.name) is not entry:
-            state += ", ignored: the name is taken or not valid"
+            state += ", ignored: the name is taken or invalid"
         else:
             try:
                 _load(entry)
@@ -333,11 +337,11 @@ def _load(entry: EntryPoint) -> type["Method"]:
     if not (isinstance(loaded, type) and issubclass(loaded, Method)):
         raise _broken(entry, f"is not a Method: {entry.value}")
     if missing := sorted(getattr(loaded, "__abstractmethods__", ())):
-        raise _broken(entry, f"is not complete: class {loaded.__name__} has no {', '.join(missing)}")
+        raise _broken(entry, f"is incomplete: class {loaded.__name__} has no {', '.join(missing)}")
     if loaded.name != entry.name:
-        raise _broken(entry, f"has another name in its class: {loaded.__name__} needs name = {entry.name!r}")
+        raise _broken(entry, f"has a different name in its class: {loaded.__name__} needs name = {entry.name!r}")
     if "__dataclass_params__" not in vars(loaded):
-        raise _broken(entry, f"is no dataclass: {loaded.__name__} needs @dataclass(frozen=True)")
+        raise _broken(entry, f"is not a dataclass: {loaded.__name__} needs @dataclass(frozen=True)")
     if not _is_own(entry):
         loaded.package = _named(entry)
     return loaded

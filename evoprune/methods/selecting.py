@@ -49,17 +49,19 @@ def check_selection(name: str, selection: Selection, enough: bool, keep: int, un
         enough: Whether the method may return this number of units when asked for `keep` of `units`.
     """
     if wrong := next(_faults(selection, enough, keep, units, device), None):
-        raise PluginError(f"{name} returned {wrong}", "report it to that package's authors, or choose another method")
+        raise PluginError(
+            f"{name} returned {wrong}", "report it to the authors of that package, or choose another method"
+        )
 
 
 def _faults(selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> Iterator[str]:
     """Yield the faults of a selection, in order. Faults after the first are not meaningful."""
     if not isinstance(selection, Selection):
-        yield f"an object of class {type(selection).__name__} where a Selection was asked for"
+        yield f"an object of class {type(selection).__name__} instead of a Selection"
     kept = selection.kept
     yield from _unlike("kept", kept, torch.int64, None, device)
     if not enough:
-        yield f"{len(kept):,} units where {keep:,} were asked for"
+        yield f"{len(kept):,} units instead of {keep:,}"
     if not (kept[1:] > kept[:-1]).all():
         yield "units that are not in ascending order"
     if len(kept) and (kept[0] < 0 or kept[-1] >= units):
@@ -69,19 +71,19 @@ def _faults(selection: Selection, enough: bool, keep: int, units: int, device: t
         yield from _unlike("unit_to_token", token, torch.int64, units, device)
         own = arange_on(count, kept.device)
         if token.min() < -1 or token.max() >= count or not (token[kept].to(own) == own).all():
-            yield "a unit_to_token that is not the index of a kept unit, of each kept unit its own, or -1"
+            yield "a unit_to_token whose entries are not indices of kept units (for a kept unit, its own) or -1"
     if selection.weight is not None:
         yield from _unlike("weight", selection.weight, torch.float32, units, device)
         if not (
             selection.weight.isfinite().all() and (selection.weight >= 0).all() and (selection.weight[kept] > 0).all()
         ):
-            yield "a weight that is not a number, below 0, or 0 for a kept unit"
+            yield "a weight that is not finite, is below 0, or is 0 for a kept unit"
     if selection.means is not None:
         yield from _wrong_means(selection.means, count, units, device)
     if selection.size is not None:
         yield from _unlike("size", selection.size, torch.float32, count, device)
         if not (selection.size.isfinite().all() and (selection.size > 0).all()):
-            yield "a size that is not a number above 0"
+            yield "a size that is not a finite number above 0"
 
 
 def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, device: torch.device) -> Iterator[str]:
@@ -105,14 +107,14 @@ def _unlike(
 ) -> Iterator[str]:
     """Yield how a tensor differs from the expected one-dimensional tensor of this `length` (None for any), dtype and device."""
     if not isinstance(value, torch.Tensor):
-        yield f"an object of class {type(value).__name__} as {name} where a tensor was asked for"
+        yield f"an object of class {type(value).__name__} as {name} instead of a tensor"
     shape = "[K]" if length is None else f"[{length}]"
     wanted = str(dtype).removeprefix("torch.")
     if value.dtype != dtype or value.ndim != 1 or length not in (None, len(value)):
         given = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-        yield f"{name} as {given} where {wanted} {shape} was asked for"
+        yield f"{name} as {given} instead of {wanted} {shape}"
     if value.device not in ((device, HOST) if name == "kept" else (device,)):
-        yield f"{name} on {value.device} where the tokens are on {device}"
+        yield f"{name} on {value.device}, but the tokens are on {device}"
 
 
 def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:

@@ -96,7 +96,7 @@ class Tokens:
             missing = f'"{name}" in its `needs`'
             if name == "question":
                 missing = "`reads_question`"
-            raise TypeError(f"there is no {name} here: the method must declare {missing}")
+            raise TypeError(f"{name} is not available: the method must declare {missing}")
         return self.given[name]
 
     def _of_units(self, rows: torch.Tensor) -> torch.Tensor:

@@ -529,19 +529,19 @@ def checked(queries: Sequence[str]) -> list[str]:
     """Return the queries as a list.
 
     Raises:
-        UsageError: there are no queries, or a query is not a text, empty or repeated.
+        UsageError: there are no queries, or a query is not a string, empty or repeated.
     """
     if not isinstance(queries, Sequence):
-        raise UsageError(f"the query is {brief(queries)}, not a text", 'for example "a red star"')
+        raise UsageError(f"the query is {brief(queries)}, not a string", 'for example "a red star"')
     if not queries:
         raise UsageError("no query", 'say what to find, such as "a red star"')
     for query in queries:
         if not isinstance(query, str):
-            raise UsageError(f"the query is {brief(query)}, not a text", 'for example "a red star"')
+            raise UsageError(f"the query is {brief(query)}, not a string", 'for example "a red star"')
         if not query.strip():
             raise UsageError("the query is empty", 'say what to find, such as "a red star"')
         if queries.count(query) > 1:
-            raise UsageError(f"the query {query!r} is there twice", "name every query once")
+            raise UsageError(f"the query {query!r} appears twice", "give each query once")
     return list(queries)
 
 
@@ -579,5 +579,5 @@ def first_tokens(tokenizer: Tokenizer, yes: str, no: str) -> tuple[list[int], li
         begins.append({tokenizer.encode(text)[0] for text in texts})
     both = begins[0] & begins[1]
     if not begins[0] - both or not begins[1] - both:
-        raise UsageError(f"{yes!r} and {no!r} begin with the same token", "choose words that differ in their beginning")
+        raise UsageError(f"{yes!r} and {no!r} begin with the same token", "choose words that start differently")
     return sorted(begins[0] - both), sorted(begins[1] - both)

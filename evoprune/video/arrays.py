@@ -61,7 +61,10 @@ def read_frames(
     if times_s is None and not sampling.sets_frames:
         raise UsageError("neither times nor frames nor fps is given", "give one of them")
     if times_s is not None and sampling != SamplingOptions(frame_rate=frame_rate, seek="exact"):
-        raise UsageError("times exclude frames, fps, start_s, end_s and seek", "leave out the times, or the others")
+        raise UsageError(
+            "times cannot be combined with frames, fps, start_s, end_s or seek",
+            "give only the times, or leave them out",
+        )
     times = None if times_s is None else _as_numbers(times_s)
     info = probe(path, folder_fps=frame_rate)
     part_s = 0.0
@@ -94,8 +97,8 @@ def check_room(info: Video, count: int) -> None:
     available = host_memory()
     if available is not None and needed > available:
         figures = f"{counted(count, 'frame')} of {info.width}x{info.height} take {size(needed)}"
-        hint = "read fewer at a time, for example by start_s and end_s"
-        raise OutOfMemory(f"{figures}, and {size(available)} are available", hint, stage="read")
+        hint = "read fewer at a time, for example with start_s and end_s"
+        raise OutOfMemory(f"{figures}, but only {size(available)} are available", hint, stage="read")
 
 
 def _check_path(path: object) -> None:
@@ -110,7 +113,7 @@ def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
         return tuple(float(time) for time in times_s)
     except (TypeError, ValueError, OverflowError):
         message = f"times_s is {brief(times_s)}, not numbers"
-        raise UsageError(message, "give a list of seconds from the first frame") from None
+        raise UsageError(message, "give a list of times in seconds from the first frame") from None
 
 
 def _parts(info: Video, sampling: SamplingOptions) -> tuple[tuple[float, ...], float]:

@@ -16,7 +16,7 @@ from evoprune.video.info import CLIP_ENDINGS, Video
 from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
 
 UNFINISHED = ".part"  # file ending while a clip is being written, after eight hexadecimal digits
-WITHOUT_SOUND = "the file was joined of several, or FFmpeg has no decoder for the sound"
+WITHOUT_SOUND = "the file consists of several joined files, or FFmpeg has no decoder for its sound"
 LONGEST_STEM = 50  # characters of the video's name to use in a clip's name, of up to four bytes each
 
 
@@ -62,7 +62,7 @@ def cut_clip(
             `isolation.run_task`.
     """
     if not 0 <= start_s < end_s:
-        hint = "begin at 0 s, the first frame, or later, and end after that"
+        hint = "start at 0 s (the first frame) or later, and end after the start"
         raise UsageError(f"a clip cannot go from {start_s:g} s to {end_s:g} s", hint)
     if not info.is_picture:  # a picture has no length; the reader rejects it
         start_s, end_s = info.span(start_s, end_s)
@@ -77,14 +77,12 @@ def cut_clip(
                 file.truncate()
                 facts = _write(info, how, file)
             if facts["loses_sound"]:
-                warnings.warn(
-                    f"{info.path}: its sound is left out of clips ({WITHOUT_SOUND})", EvopruneWarning, stacklevel=2
-                )
+                warnings.warn(f"{info.path}: clips have no sound ({WITHOUT_SOUND})", EvopruneWarning, stacklevel=2)
             file.close()
             return Clip(_placed(file.name, folder, name, facts["ending"]), facts["start_s"])
     except OSError as problem:
-        hint = "free some space, or name another folder"
-        raise UsageError(f"cannot write a clip into {folder}: {problem.strerror}", hint) from problem
+        hint = "free some space, or choose another folder"
+        raise UsageError(f"cannot write a clip to {folder}: {problem.strerror}", hint) from problem
 
 
 def clip_name(video: str, start_s: float) -> str:

@@ -23,8 +23,8 @@ MAX_S = 3_600.0  # time limit of the whole download
 HEADERS = {"User-Agent": f"evoprune/{evoprune.__version__}", "Accept": "*/*", "Accept-Encoding": "identity"}
 LATER_HINT = "check the address, or try again later"
 HINTS = {  # by HTTP status
-    401: "it wants a login: download the file yourself, and give its path",
-    403: f"the server refuses it; {DOWNLOAD_HINT}",
+    401: "it requires a login: download the file yourself and give its path",
+    403: f"the server denies access; {DOWNLOAD_HINT}",
     404: "check the address",
     410: "check the address",
 }
@@ -54,7 +54,7 @@ def downloaded(
     name = without_password(url)
     if offline:
         hint = "leave out --offline (offline=True), or download it first and give the path of the file"
-        raise UsageError(f"the network may not be used (offline), and {name} is on the web", hint)
+        raise UsageError(f"cannot download {name}: the network may not be used (offline)", hint)
     with closing(_chunks(url, name, progress, transport)) as chunks, temporary_file(chunks, name) as path:
         yield path
 
@@ -68,7 +68,7 @@ def _chunks(
     try:
         address = httpx2.URL(url)
         if not address.host:
-            raise httpx2.InvalidURL("it names no server")
+            raise httpx2.InvalidURL("it has no host name")
         auth = (address.username, address.password) if address.userinfo else None  # keeps them out of httpx2's log
         address = address.copy_with(userinfo=b"")
         with (
@@ -102,15 +102,15 @@ def _chunks(
             problem = f"the download of {name} stalled after {done:,} bytes: nothing arrived for {TIMEOUT_S:g} s"
         raise VideoError(problem, "try again later") from error
     except httpx2.DecodingError as error:
-        raise VideoError(f"{name} does not have the encoding that the server announces", DOWNLOAD_HINT) from error
+        raise VideoError(f"{name} is not encoded as the server states", DOWNLOAD_HINT) from error
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, ImportError) as error:
         if done:
-            raise VideoError(f"the download of {name} broke off after {done:,} bytes", "try again") from error
+            raise VideoError(f"the download of {name} was interrupted after {done:,} bytes", "try again") from error
         reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)).partition("\n")[0] or type(error).__name__
         hint = LATER_HINT
         if isinstance(error, ImportError):
             reason = "a SOCKS proxy needs the package socksio"
-            hint = "pip install socksio, or unset the variable that names the proxy, such as ALL_PROXY"
+            hint = "pip install socksio, or unset the proxy variable, such as ALL_PROXY"
         raise VideoError(f"cannot download {name}: {reason}", hint) from error
     if not done:
         raise VideoError(f"{name} is empty", "check the address")
@@ -133,7 +133,7 @@ def _check_beginning(beginning: bytes, content_type: str, name: str) -> None:
     """Raise VideoError for playlists and web pages. `content_type` is only a hint: servers also send videos as text/html."""
     text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"#extm3u") or (text.startswith(b"<") and b"<mpd" in text):
-        hint = 'evoprune watch follows playlists: evoprune watch URL -Q "What happens?"'
+        hint = 'evoprune watch reads playlists: evoprune watch URL -Q "What happens?"'
         raise VideoError(f"{name} is a playlist, not a video or a picture", hint)
     if text.startswith(b"<") and ("html" in content_type.lower() or b"html" in text):
         raise VideoError(f"{name} is a web page, not a video or a picture", DOWNLOAD_HINT)

@@ -157,7 +157,7 @@ def read_chunks(
     """
     times = tuple(float(t) for t in times_s)
     if not all(map(math.isfinite, times)) or any(b < a for a, b in pairwise(times)):
-        raise UsageError("times of frames must be numbers that ascend")
+        raise UsageError("frame times must be finite numbers in ascending order")
     check_seek(seek)
     decoder = choose_decoder(decoder, info)
     per_chunk = info.frames_at_once(chunk_bytes)

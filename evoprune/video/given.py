@@ -121,11 +121,11 @@ def _read(file: Any) -> Iterator[bytes]:
             raise VideoError(f"cannot read {name_of(file)}: {problem}", "open it as open(path, 'rb')") from problem
         if not isinstance(piece, bytes):
             hint = "open it as open(path, 'rb')"
-            raise UsageError(f"the open file {name_of(file)} gives {type(piece).__name__}, not bytes", hint)
+            raise UsageError(f"the open file {name_of(file)} returns {type(piece).__name__}, not bytes", hint)
         if not piece:
             if not begun and _stands(file) > 0:
-                said = f"{name_of(file)} is read from where it stands, which is its end"
-                raise VideoError(said, "file.seek(0) goes back to its beginning")
+                said = f"nothing to read: {name_of(file)} is already at its end"
+                raise VideoError(said, "go back to its beginning: file.seek(0)")
             return
         begun = True
         yield piece

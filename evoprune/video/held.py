@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 TOLERANCE_S = 1e-4  # a frame of a `HeldVideo` that begins up to this much after a time counts as on screen
-RATE_HINT = "frame_rate=30, in frames a second, or times_s=[...], in seconds"
+RATE_HINT = "give frame_rate=30 (frames per second) or times_s=[...] (seconds)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,26 +45,28 @@ class HeldVideo(Video):
         try:
             array = np.asarray(frames)
         except Exception as problem:  # classes of other packages may raise anything, e.g. tensors on a GPU
-            hint = "give an array of numpy; of a tensor: tensor.cpu().numpy()"
-            raise UsageError(f"the frames of class {type(frames).__name__} are no array: {problem}", hint) from problem
+            hint = "give a NumPy array; for a tensor: tensor.cpu().numpy()"
+            raise UsageError(
+                f"frames of class {type(frames).__name__} cannot become an array: {problem}", hint
+            ) from problem
         shape = list(array.shape)
         if array.ndim == 3 and shape[-1] == 3:
-            hint = "of a picture: PIL.Image.fromarray(array)"
+            hint = "for a picture: PIL.Image.fromarray(array)"
             if several:
-                hint = f"frames of one video: numpy.stack(list); {hint}"
+                hint = f"for frames of one video: numpy.stack(list); {hint}"
             raise UsageError(f"an array of shape {shape} is one frame", hint)
         if array.ndim != 4 or shape[-1] != 3:
             hint = "frames are [T, H, W, 3], RGB"
             if array.ndim == 4 and shape[1] == 3:
-                hint += "; channels go last by array.transpose(0, 2, 3, 1)"
-            raise UsageError(f"an array of shape {shape} is no video", hint)
+                hint += "; to move channels last: array.transpose(0, 2, 3, 1)"
+            raise UsageError(f"an array of shape {shape} is not a video", hint)
         if array.dtype != np.uint8:
-            hint = "frames are uint8, 0 to 255; of floats up to 1: (array * 255).round().astype('uint8')"
-            raise UsageError(f"an array of {array.dtype} is no video", hint)
+            hint = "frames are uint8, 0 to 255; for floats from 0 to 1: (array * 255).round().astype('uint8')"
+            raise UsageError(f"an array of {array.dtype} is not a video", hint)
         if not array.size:
-            raise UsageError(f"an array of shape {shape} holds no pixels", "give at least one frame")
+            raise UsageError(f"an array of shape {shape} contains no pixels", "give at least one frame")
         if (frame_rate is None) == (times_s is None):
-            problem = "no rate" if frame_rate is None else "a rate and times, which exclude each other"
+            problem = "no frame rate" if frame_rate is None else "both a frame rate and times"
             raise UsageError(f"an array of {len(array)} frames has {problem}", RATE_HINT)
         if times_s is None:
             return _described(array, tuple(number / frame_rate for number in range(len(array))), frame_rate, 0.0)
@@ -96,7 +98,7 @@ class HeldVideo(Video):
 def _described(array: "np.ndarray", frames_s: tuple[float, ...], rate: float, start_s: float) -> HeldVideo:
     """Return the video of an array. Raises UsageError if the frame rate or the duration is not a finite number above 0."""
     if not (0 < rate < math.inf and math.isfinite(frames_s[-1] + 1 / rate)):
-        raise UsageError(f"{rate:g} frames a second are no rate of a video", RATE_HINT)
+        raise UsageError(f"{rate:g} frames per second is not a valid frame rate", RATE_HINT)
     gaps = [later - earlier for earlier, later in pairwise(frames_s)]
     return HeldVideo(
         path="<array>",
@@ -123,7 +125,9 @@ def _checked(times_s: Any, count: int) -> list[float]:
     except (TypeError, ValueError, OverflowError):
         raise UsageError(f"times_s is {brief(times_s)}, not a list of numbers", RATE_HINT) from None
     if len(times) != count:
-        raise UsageError(f"{len(times)} times for {count} frames", "times_s has the time of each frame, in seconds")
+        raise UsageError(f"{len(times)} times for {count} frames", "give the time of each frame in seconds")
     if not all(map(math.isfinite, times)) or any(later <= earlier for earlier, later in pairwise(times)):
-        raise UsageError("times_s are not numbers that ascend", "each frame begins after the one before it, in seconds")
+        raise UsageError(
+            "times_s is not a list of ascending numbers", "give times in seconds, each later than the one before"
+        )
     return times

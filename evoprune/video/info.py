@@ -96,7 +96,7 @@ class Video:
     def length_s(self) -> float:
         """`duration_s`, if it is known. Raises VideoError otherwise."""
         if self.duration_s is None:
-            raise VideoError(f"cannot tell how long {self.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
+            raise VideoError(f"the duration of {self.path} is unknown", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
         return self.duration_s
 
     def span(self, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
@@ -134,7 +134,7 @@ def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None)
         VideoError: the span is empty, or the video has no finite length above 0.
     """
     if not 0 < duration_s < math.inf:
-        raise VideoError(f"the video has no length that frames could be spread over ({duration_s} s)")
+        raise VideoError(f"the video has no usable duration ({duration_s} s)")
     start = start_s if start_s >= 0 else max(0.0, duration_s + start_s)
     end = duration_s if end_s is None else end_s
     if end < 0:
@@ -142,9 +142,9 @@ def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None)
     end = min(end, duration_s)
     video = f"the video, which is {duration_s:g} s long"
     if start >= duration_s:
-        raise VideoError(f"start {start_s:g} s lies beyond {video}", "choose an earlier start")
+        raise VideoError(f"start {start_s:g} s is after the end of {video}", "choose an earlier start")
     if end <= start:
-        hint = "choose an end after the start; below 0 both count back from the video's end"
+        hint = "choose an end after the start; negative times count from the video's end"
         raise VideoError(f"nothing between start {start_s:g} s and end {end_s:g} s of {video}", hint)
     return start, end
 

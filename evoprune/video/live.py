@@ -58,9 +58,9 @@ class LiveSource:
         if pace not in PACES:
             raise UsageError(f"unknown pace {pace!r}", f"choose {' or '.join(PACES)}")
         if not 1 <= timeout_s <= LONGEST_S:
-            raise UsageError(f"a timeout of {timeout_s:g} s", f"1 to {LONGEST_S:g} s")
+            raise UsageError(f"the timeout is {timeout_s:g} s", f"give 1 to {LONGEST_S:g} s")
         if reconnects < 0:
-            raise UsageError(f"{reconnects} reconnects", "0 or more")
+            raise UsageError(f"{reconnects} reconnects", "give 0 or more")
         _check(source)
         is_file = source != STDIN and os.path.isfile(source)
         self.name = without_password(source)
@@ -116,11 +116,11 @@ class LiveSource:
                 return
             if last is None or tries >= self._reconnects:
                 if problem or last is None:
-                    raise problem or VideoError(f"{self.name} has no frame", "does it play elsewhere?")
+                    raise problem or VideoError(f"{self.name} has no frames", "does it play elsewhere?")
                 return
             tries += 1
             why = problem.message if problem else f"{self.name} has ended"
-            self._tell(f"{why}; connecting again ({tries} of {self._reconnects})")
+            self._tell(f"{why}; reconnecting ({tries} of {self._reconnects})")
             self._closing.wait(min(2.0 ** (tries - 1), 10.0))
             base = last[0] + time.monotonic() - last[1]
 
@@ -171,10 +171,10 @@ def _check(source: str) -> None:
         return
     if "://" in source and not os.path.exists(source):
         if (scheme := source.partition("://")[0].lower()) not in SCHEMES:
-            hint = f"one of {', '.join(SCHEMES)}"
+            hint = f"use one of {', '.join(SCHEMES)}"
             if source.startswith(FILE_URL):
                 hint = missing_hint(source, "")
-            raise UsageError(f"streams of {scheme}:// are not read", hint)
+            raise UsageError(f"{scheme}:// streams are not supported", hint)
         return
     try:
         kind = os.stat(source).st_mode
@@ -183,4 +183,4 @@ def _check(source: str) -> None:
         hint = missing_hint(source, "give a file, a camera, a URL, or - for a pipe")
         raise VideoError(f"cannot read {shown(source)}: {reason}", hint) from error
     if not (stat.S_ISREG(kind) or stat.S_ISCHR(kind)):
-        raise VideoError(f"{source} is neither a file nor a camera", "- reads a pipe")
+        raise VideoError(f"{source} is neither a file nor a camera", "use - to read a pipe")

@@ -40,16 +40,16 @@ class SamplingOptions:
     PANEL: ClassVar[str] = "Sampling"
     MAX_VISUAL_TOKENS: ClassVar[int] = 24_576  # Qwen2.5-VL's own limit for a video, before pruning
 
-    fps: float | None = option(None, "Frames a second to look at; default: the model's rate.")
+    fps: float | None = option(None, "Frames per second to look at; default: the model's rate.")
     frames: int | None = option(
         None,
-        "Number of frames to look at, instead of --fps; odd numbers round up.",
+        "Number of frames to look at, instead of --fps; odd numbers are rounded up.",
     )
     start_s: float = option(
         0.0,
         "Where to start: 90, 1:30, 01:30:00 or 1m30s; -5: 5 s before the end.",
         "--start",
-        in_python="Where to start, in seconds; below 0 from the end.",
+        in_python="Where to start, in seconds; negative values count from the end.",
         metavar="TIME",
         typed=str,
         unless_typed="0",
@@ -58,55 +58,55 @@ class SamplingOptions:
     )
     end_s: float | None = option(
         None,
-        "Where to stop, in the same way; default: the end.",
+        "Where to stop, in the same format; default: the end.",
         "--end",
-        in_python="Where to stop, in seconds; below 0 from the end; None for the end.",
+        in_python="Where to stop, in seconds; negative values count from the end; None for the end.",
         metavar="TIME",
         typed=str,
         parse=lambda text: parse_time(text) if text else None,
         changes_answers=False,
     )
-    max_frames: int | None = option(None, "At most this many frames; default: the model's limit.")
+    max_frames: int | None = option(None, "Maximum number of frames; default: the model's limit.")
     max_visual_tokens: int | None = option(
         None,
-        "Limit before pruning: above it, frames become smaller, then fewer; default: 24576, for real models on a CPU 4096.",
+        "Limit before pruning: above it, frames become smaller, then fewer; default: 24576, or 4096 for real models on a CPU.",
     )
     frame_rate: float = option(
         FOLDER_FPS,
-        "Frames a second in a folder of frames. Video files have their own rate.",
-        in_python="Frames a second of an array, or in a folder of frames. Video files have their own rate.",
+        "Frames per second of a folder of frames. Video files have their own rate.",
+        in_python="Frames per second of an array or a folder of frames. Video files have their own rate.",
     )
     decoder: Decoder = option("auto", "Library that reads the video; auto is pyav.")
     seek: Seek = option(
         "auto",
-        "Which frame is taken for each equal part of the video: exact, that in its middle; keyframes, the keyframe nearest to it, "
-        "if the part has one, which is read many times as fast. auto: keyframes where that saves seconds, else exact.",
+        "Which frame to take from each equal part of the video. exact: the one in the middle. keyframes: the keyframe nearest to "
+        "the middle, if the part has one, which reads many times faster. auto: keyframes if that saves seconds, otherwise exact.",
     )
     subtitles: str | PathLike[str] = option(
         "none",
-        "Subtitles for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a video "
-        "with a text track.",
+        "Subtitles for the prompt. auto: a file next to the video, otherwise a text track in it. FILE: SRT, WebVTT, ASS, or a "
+        "video with a text track.",
         words=("none", "auto", "FILE"),
     )
-    max_subtitle_tokens: int = option(2048, "Limit of the subtitles: above it, lines are left out evenly.")
+    max_subtitle_tokens: int = option(2048, "Limit on subtitle tokens: above it, lines are left out evenly.")
 
     def __post_init__(self):
         check_types(self)
         object.__setattr__(self, "subtitles", os.fspath(self.subtitles))
         if not self.subtitles:
-            raise UsageError("subtitles is empty", "none, auto or a file")
+            raise UsageError("subtitles is empty", "give none, auto or a file")
         if self.max_subtitle_tokens < 1:
-            raise UsageError(f"at most {self.max_subtitle_tokens} tokens of subtitles", "1 or more; or no subtitles")
+            raise UsageError(f"max_subtitle_tokens is {self.max_subtitle_tokens}", "give 1 or more, or no subtitles")
         check_seek(self.seek)
         if not 0 < self.frame_rate < math.inf:
             raise UsageError(f"frame_rate is {self.frame_rate:g}", "give a number above 0")
         if self.max_visual_tokens is not None and self.max_visual_tokens < 1:
-            raise UsageError(f"at most {self.max_visual_tokens} visual tokens", "allow at least one")
+            raise UsageError(f"max_visual_tokens is {self.max_visual_tokens}", "give 1 or more")
         if self.fps is not None and self.frames is not None:
             raise UsageError("fps and frames exclude each other", "give one of the two")
         for name, time_s in (("start", self.start_s), ("end", self.end_s)):
             if time_s is not None and not math.isfinite(time_s):
-                raise UsageError(f"{name} is {time_s}", "give seconds from the beginning, or below 0 from the end")
+                raise UsageError(f"{name} is {time_s}", "give seconds from the start, or negative seconds from the end")
         _check_at_least(2, "max_frames", self.max_frames)
         _check_at_least(1, "frames", self.frames)
         if self.fps is not None and not 0 < self.fps < math.inf:
@@ -120,9 +120,9 @@ class SamplingOptions:
     def check_one_file(self, inputs: int) -> None:
         """Raise UsageError if one subtitle file is given for several inputs."""
         if inputs > 1 and self.subtitle_file:
-            hint = "auto takes those beside each video, or in it"
+            hint = "auto uses the subtitles next to each video or in it"
             raise UsageError(
-                f"{self.subtitle_file} holds the subtitles of one video, and there are {inputs} inputs", hint
+                f"{self.subtitle_file} has the subtitles of one video, but there are {inputs} inputs", hint
             )
 
     def check_picture(self, info: Video) -> None:
@@ -451,7 +451,7 @@ def plan_sampling(
 def check_no_span(picture: Video, start_s: float, end_s: float | None) -> None:
     """Raise UsageError if a time span is given for a picture."""
     if start_s != 0 or end_s is not None:
-        raise UsageError(f"{picture.path} is a picture, which has no start and no end", "leave out start and end")
+        raise UsageError(f"{picture.path} is a picture, which has no start or end", "leave out start and end")
 
 
 def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:

@@ -126,7 +126,7 @@ def test_an_id_is_made_of_what_is_asked_and_of_nothing_else():
         (ROW | {"start": "soon"}, "'soon' is not a time"),
         (ROW | {"start": True}, "start is not a time"),
         (ROW | {"start": -1, "end": -2}, "end -2 s is not after start -1 s"),
-        (ROW | {"end": float("nan")}, "line 2: NaN is no number of JSON"),
+        (ROW | {"end": float("nan")}, "line 2: NaN is not a valid JSON number"),
         (ROW | {"start": 3, "end": 3}, "end 3 s is not after start 3 s"),
         (ROW | {"id": 1.5}, "id is neither"),
         (ROW | {"id": ""}, "id is neither"),
@@ -154,7 +154,7 @@ def test_an_id_is_made_of_what_is_asked_and_of_nothing_else():
         (TALK | {"messages": [SAID[0], *SAID]}, "message 2 has role 'user', not 'assistant'"),
         (TALK | {"messages": [*SAID[:2], {"role": "user", "content": " "}]}, "the last message is empty"),
         (TALK | {"messages": [SAID[0], {"role": "assistant", "content": "\ud800"}, SAID[2]]}, "not valid text"),
-        *((ROW | {name: 10**400}, "64 bits cannot hold") for name in ("start", "fps", "frames", "frame_rate")),
+        *((ROW | {name: 10**400}, "does not fit into 64 bits") for name in ("start", "fps", "frames", "frame_rate")),
     ],
 )
 def test_what_is_no_row(row, says):
@@ -285,8 +285,8 @@ def test_other_numbers_are_no_whole_ones(name, written):
     [
         ("video,question,Video \na.mp4,What?,b.mp4\n", "the first line names the column video twice"),
         ("video,question,notes,NOTES\na.mp4,What?,x,\n", "the first line names the column notes twice"),
-        ('{"video": "a.mp4", "question": "What?", "question": "Why?"}\n', "line 1: the field question is there twice"),
-        ('[{"video": "a.mp4", "question": "What?", "video": "b.mp4"}]', "the field video is there twice"),
+        ('{"video": "a.mp4", "question": "What?", "question": "Why?"}\n', "line 1: the field question appears twice"),
+        ('[{"video": "a.mp4", "question": "What?", "video": "b.mp4"}]', "the field video appears twice"),
     ],
 )
 def test_a_field_that_is_there_twice(content, says):

@@ -130,8 +130,8 @@ def test_rows_are_about_parts_which_may_be_missing(loaded, tmp_path, monkeypatch
     assert made["videos"] == {"wanted": 3, "evaluated": 1, "failed": 2} and run.failed
     assert made["items"] == {"answered": 4, "failed": 3}
     assert [f["message"] for f in made["failures"]] == [
-        "start 200 s lies beyond the video, which is 6 s long",
-        f"{tmp_path / 'p.png'} is a picture, which has no start and no end",
+        "start 200 s is after the end of the video, which is 6 s long",
+        f"{tmp_path / 'p.png'} is a picture, which has no start or end",
     ]
 
 

@@ -250,7 +250,7 @@ LONG = "a" * 300 + ".mp4"
 @pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("given", "hint"),
-    [(DATA, "write it to a file, and give the path of that"), (LONG, ""), ("file:///clips/a.mp4", "leave out file://")],
+    [(DATA, "write it to a file and give its path"), (LONG, ""), ("file:///clips/a.mp4", "leave out file://")],
     ids=["data", "long", "file"],
 )
 @pytest.mark.parametrize(
@@ -533,7 +533,7 @@ def test_why_a_prompt_does_not_remember(cli):
     for more, says in (
         (("--history", "maybe"), "--history maybe"),
         (("--history", "on", "--compare"), "--compare is about single questions"),
-        (("--history", "on", "--method", "cdpruner"), "prunes for one question"),
+        (("--history", "on", "--method", "cdpruner"), "prunes for a single question"),
     ):
         result = cli(*TALK, *more, stdin=f"{QUESTION}\n", terminal=True)
         assert (result.code, result.out) == (2, "") and says in result.err

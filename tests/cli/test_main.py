@@ -125,7 +125,7 @@ CASES = {
     "video from stdin, and no question": fails(2, "stdin is the video", "ask", "-"),
     "a cache and a video to inspect": fails(2, "not about a video", "inspect", CLIP, "--clear-cache"),
     "automatic budget of times": fails(
-        2, "auto works with VideoQA, and with commands that ask or evaluate", "profile", "-b", "auto", ways=PIPE
+        2, "auto works only with VideoQA and with commands that ask or evaluate", "profile", "-b", "auto", ways=PIPE
     ),
     # 3: video
     "missing video": fails(3, "no such file: no/such.mp4", "ask", "no/such.mp4", QUESTION, stage="read"),
@@ -296,7 +296,7 @@ def test_a_damaged_compiled_module_is_named(cli, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("evoprune_cli.ask._check_inputs", lambda *_: importlib.import_module("halved"))
     result = cli(*ASK)
-    assert result.code == 2 and f"a compiled module of Python is damaged: {compiled}" in result.err
+    assert result.code == 2 and f"a compiled Python module is damaged: {compiled}" in result.err
 
 
 @pytest.mark.few(1)
@@ -308,7 +308,10 @@ def test_a_current_folder_that_is_gone_is_named(tmp_path, output):
     done = subprocess.run(
         words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
-    assert done.returncode == 2 and done.stderr == "error: the current folder is gone\nhint: go to another\n"
+    assert (
+        done.returncode == 2
+        and done.stderr == "error: the current folder no longer exists\nhint: change to another folder\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["ask", "batch", "eval", "inspect", "profile"])
@@ -441,11 +444,11 @@ def answer(text: str) -> str:
 
 ROWS = {
     # input: exit code, text in stderr
-    "an infinite answer": (answer("[1, -Infinity]"), 2, "line 1: -Infinity is no number of JSON"),
+    "an infinite answer": (answer("[1, -Infinity]"), 2, "line 1: -Infinity is not a valid JSON number"),
     "a number too large": (answer("1e999"), 2, "line 1: the number 1e999 is too large"),
     "a whole number of 5,000 digits": (answer("9" * 5000), 2, "line 1: Exceeds the limit"),
-    "a deep answer": (answer("[" * 900 + "]" * 900), 2, "it is nested deeper than 100 levels"),
-    "a deep line": ("[" * 10**5, 2, "it is nested deeper than 100 levels"),
+    "a deep answer": (answer("[" * 900 + "]" * 900), 2, "it is nested more than 100 levels deep"),
+    "a deep line": ("[" * 10**5, 2, "it is nested more than 100 levels deep"),
     "NUL in a name": (row(id=1) + row(video="a\0b"), 2, "line 2: no file can have the name 'a"),
     "half a surrogate in a name": (row(id=1) + row(subtitles="\ud800"), 2, "line 2: no file can have the name"),
     "UTF-16": (row().encode("utf-16"), 2, "is not UTF-8"),
@@ -751,8 +754,8 @@ def test_a_misspelt_file_has_the_near_name_in_the_hint(cli, command, near):
     [
         ("rtsp://me:sesame@host/x", 'live video: evoprune watch rtsp://host/x -Q "What happens?"'),
         ("udp://host:9", 'live video: evoprune watch udp://host:9 -Q "What happens?"'),
-        ("htp://host/x.mp4", "download it first; videos of http:// and https:// are read as they are"),
-        ("www.example.com/clip.mp4", "an address begins with https://: https://www.example.com/clip.mp4"),
+        ("htp://host/x.mp4", "download it first; only http:// and https:// URLs are read directly"),
+        ("www.example.com/clip.mp4", "web addresses start with https://: https://www.example.com/clip.mp4"),
     ],
 )
 def test_addresses_that_are_not_read_say_what_is(cli, given, hint):

@@ -61,7 +61,7 @@ def test_a_recipe_of_operations_that_is_used(tune, cli, tiny_folder, tmp_path):
     made = tune(*short, "--json", videos=CLIPS[:1])
     assert made.code == 0 and not made.record["complete"] and "too little to order" in made.err
     assert "no recipe was found" in tune(*short, "-o", tmp_path / "u.json", videos=CLIPS[:1]).out
-    assert "no complete result" in cli(*ask, recipe.replace("t.json", "u.json"), "-b", "0.3").err
+    assert "is not a complete" in cli(*ask, recipe.replace("t.json", "u.json"), "-b", "0.3").err
 
 
 @pytest.mark.full

@@ -328,7 +328,7 @@ def test_frames_that_are_too_many_too_few_or_of_another_size(demo):
             stream.add(noise(3), 59.0)
         with pytest.raises(UsageError, match="not uint8"):
             stream.add(noise(3).astype(float), 61.0)
-        with pytest.raises(UsageError, match="without pixels"):
+        with pytest.raises(UsageError, match="has no pixels"):
             stream.add(noise(3)[:0], 61.0)
         with pytest.raises(UsageError, match="nan"):
             stream.add(noise(3), float("nan"))
@@ -341,10 +341,10 @@ def test_what_a_stream_refuses(demo):
             VideoQA(demo, budget=0.25, method=method).stream()
     with pytest.raises(UsageError, match="window_s is 0"):
         qa.stream(window_s=0.0)
-    with qa.stream(memory_tokens=3) as stream, pytest.raises(UsageError, match="less than two windows"):
+    with qa.stream(memory_tokens=3) as stream, pytest.raises(UsageError, match="smaller than two windows"):
         stream.add(noise(0), 0.0)
     with qa.stream(system="Be brief.") as stream:
-        with pytest.raises(UsageError, match="nothing was seen yet"):
+        with pytest.raises(UsageError, match="the stream has no frames yet"):
             stream.ask(QUESTION)
         stream.add(noise(0), 0.0)
         assert stream.ask(QUESTION).text  # about the unfinished window

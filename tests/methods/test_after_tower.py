@@ -111,7 +111,7 @@ def test_nothing_is_left_out_where_nothing_is_pruned():
 
 @pytest.mark.parametrize("value", ["never", "", "0"])
 def test_a_wrong_setting_is_refused(value):
-    with pytest.raises(evoprune.UsageError, match="inner is one of auto, always"):
+    with pytest.raises(evoprune.UsageError, match="inner must be one of auto, always"):
         methods.MethodChain.parse(f"evoprune:inner={value}")
 
 

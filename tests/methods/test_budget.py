@@ -53,7 +53,7 @@ def test_where_the_content_decides_shares_are_limits(name):
     with pytest.raises(UsageError) as caught:
         Budget.parse(name)
     assert caught.value.message == f"budget {name!r} does not work here"
-    assert caught.value.hint.startswith(f"give a share of tokens such as 0.25; {name} works with VideoQA")
+    assert caught.value.hint.startswith(f"give a share of tokens such as 0.25; {name} works only with VideoQA")
 
 
 def test_several_inputs_have_one_share_together():

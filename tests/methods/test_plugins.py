@@ -56,11 +56,11 @@ with,comma = extra_methods:First
 """
 # Invalid results of a selector (24 of 96 units expected), by the error message; and classes that are refused when loaded.
 RETURNS = {
-    "returned an object of class list where a Selection": "[1]",
+    "returned an object of class list instead of a Selection": "[1]",
     "returned 26 units where 24": "Selection(torch.arange(keep + 2))",
     "returned 0 units where 24": "Selection(torch.arange(0))",
-    "returned kept as int32 .24. where int64 .K.": "Selection(torch.arange(keep).int())",
-    "returned kept as int64 .1, 24. where": "Selection(torch.arange(keep)[None])",
+    "returned kept as int32 .24. instead of int64 .K.": "Selection(torch.arange(keep).int())",
+    "returned kept as int64 .1, 24. instead of": "Selection(torch.arange(keep)[None])",
     "returned kept as bool .96.": "Selection(torch.arange(96) < keep)",
     "returned an object of class list as kept": "Selection(list(range(keep)))",
     "returned kept on meta": "Selection(torch.arange(keep, device='meta'))",
@@ -69,7 +69,7 @@ RETURNS = {
     "returned units from -1 to 22": "Selection(torch.arange(-1, keep - 1))",
     "returned unit_to_token as float32 .96.": "Selection(torch.arange(keep), torch.zeros(96))",
     "returned a unit_to_token that is not": "Selection(torch.arange(keep), torch.zeros(96).long())",
-    "returned weight as float32 .24. where": "Selection(torch.arange(keep), None, torch.ones(keep))",
+    "returned weight as float32 .24. instead of": "Selection(torch.arange(keep), None, torch.ones(keep))",
     "returned a weight that is not": "Selection(torch.arange(keep), None, torch.ones(96) / 0)",
     "returned size as int64 .24.": "Selection(torch.arange(keep), size=torch.arange(keep))",
     "returned means, tokens as float32 .2.": "Selection(torch.arange(keep), means=(torch.ones(2),) * 3)",
@@ -84,10 +84,10 @@ RETURNS = {
     "failed: ZeroDivisionError: division": "1 / 0",
 }
 REFUSED = {
-    "is not complete: class Mine has no select": "@dataclass(frozen=True)\nclass Mine(Selector):\n    name = 'mine'",
+    "is incomplete: class Mine has no select": "@dataclass(frozen=True)\nclass Mine(Selector):\n    name = 'mine'",
     "Mine needs name = 'mine'": "@dataclass(frozen=True)\nclass Mine(First):\n    name = 'your'",
-    "another name in its class: Mine needs": "@dataclass(frozen=True)\nclass Mine(Selector):\n    select = First.select",
-    "is no dataclass: Mine needs": "class Mine(First):\n    name = 'mine'\n    more: int = 1",
+    "a different name in its class: Mine needs": "@dataclass(frozen=True)\nclass Mine(Selector):\n    select = First.select",
+    "is not a dataclass: Mine needs": "class Mine(First):\n    name = 'mine'\n    more: int = 1",
 }
 PAGES = ["CONTRIBUTING.md", "docs/adding-a-method.md", "docs/methods.md"]
 DOCUMENTED = ["longest", "sieve", "neighbours", "mixed", "asked", "loudest"]
@@ -139,7 +139,7 @@ def test_they_are_listed_after_the_built_in_ones_and_loaded_when_selected(packag
     assert methods.available(plugins=False) == methods.available()[:-3] and "extra_methods" not in sys.modules
     made = methods.get("first:skip=2")
     assert made.name == "first" and made.skip == 2
-    with pytest.raises(UsageError, match="no argument 'skipp'"):
+    with pytest.raises(UsageError, match="no setting 'skipp'"):
         methods.get("first:skipp=2")
     lines = methods.plugins()
     assert lines["first"] == "of extra-methods 1.2"
@@ -309,7 +309,9 @@ def test_commands_know_them(package, cli):  # noqa: F811
 def test_a_built_in_name_cannot_be_taken_and_commands_warn_of_it_once(package, cli):  # noqa: F811
     two = ("batch", "samples/square.mp4", *QUESTIONS, "-m", "demo", "--frames", "4", "-n", "1", "-o", "-")
     err = cli(*two, "--method", "random").err
-    warning = "warning: method 'random' of extra-methods 1.2 is ignored: random is evoprune's own; give it another name"
+    warning = (
+        "warning: method 'random' of extra-methods 1.2 is ignored: evoprune has a method random; give it another name"
+    )
     assert err.splitlines().count(warning) == err.count("ignored") == 1
     assert type(methods.get("random")).__module__ == "evoprune.methods.baselines"
     assert methods.MethodChain.parse("reuse+first:skip=3").selector == methods.get("first:skip=3")
@@ -320,7 +322,7 @@ def test_what_fails_inside_one_is_not_called_a_bug_of_this_package(package, cli)
     done = cli(*failing)
     error, hint = done.err.splitlines()[-2:]
     assert error == "error: method 'first' of extra-methods 1.2 failed: ZeroDivisionError: no such token"
-    assert done.code == 1 and "that package's authors" in hint and "Traceback" not in done.err
+    assert done.code == 1 and "the authors of that package" in hint and "Traceback" not in done.err
     assert cli(*failing, "--json").record["error"]["type"] == "plugin"
     assert "in select" in cli(*failing, "--debug").err
     # This would end the command as if it had answered.

@@ -266,7 +266,7 @@ REFUSED = (  # family, part, entry, value, and the message
     ("2.5", VISION, "fullatt_block_indexes", 7, "not a list, each a whole number"),
     ("2.5", VISION, "fullatt_block_indexes", [True, "1"], "not a list, each a whole number"),
     ("2.5", VISION, "tokens_per_second", -4, "tokens_per_second is -4"),
-    ("2.5", VISION, "hidden_act", ["silu"], "hidden_act is ..silu.., not a text"),
+    ("2.5", VISION, "hidden_act", ["silu"], "hidden_act is ..silu.., not a string"),
     ("2.5", VISION, "window_size", 100, "not a whole number of units"),
     ("2.5", VISION, "num_heads", 7, "does not fit its number of heads"),
     ("3", VISION, "rope_parameters", {"rope_theta": 1e5}, "rope_theta 100000.0 of the tower"),

@@ -126,8 +126,8 @@ def test_words_for_yes_and_no(demo):
     [
         (("a", ""), "query is empty"),
         (("a", []), "no query"),
-        (("a", [3]), "query is 3, not a text"),
-        (("a", ["x", "x"]), "is there twice"),
+        (("a", [3]), "query is 3, not a string"),
+        (("a", ["x", "x"]), "appears twice"),
         ((["a", "b"], "x"), "find takes one video"),
     ],
 )

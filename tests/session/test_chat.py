@@ -207,7 +207,7 @@ def test_messages_that_are_none(tiny, given, said):
 
 def test_what_a_conversation_does_not_take(tiny):
     reads = VideoQA(tiny, method="cdpruner").encode(CLIP, frames=4)
-    with pytest.raises(UsageError, match="prunes for one question"):
+    with pytest.raises(UsageError, match="prunes for a single question"):
         reads.chat()
     chat = VideoQA(tiny).encode(CLIP, frames=4).chat("Be brief.")
     with pytest.raises(UsageError, match="one system prompt"):

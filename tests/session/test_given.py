@@ -211,35 +211,35 @@ def at_its_end() -> io.BytesIO:
 
 
 WRONG = [
-    (GREY, {}, "no rate", "frame_rate=30"),
-    (GREY, {"frame_rate": 2.0, "times_s": [0, 1]}, "exclude each other", "times_s"),
+    (GREY, {}, "no frame rate", "frame_rate=30"),
+    (GREY, {"frame_rate": 2.0, "times_s": [0, 1]}, "both a frame rate and times", "times_s"),
     (GREY, {"frame_rate": 0.0}, "frame_rate is 0", "above 0"),
     (GREY, {"times_s": [0.0]}, "1 times for 2 frames", "each frame"),
-    (GREY, {"times_s": [1.0, 1.0]}, "ascend", "begins after"),
-    (GREY, {"times_s": [0.0, float("nan")]}, "ascend", "begins after"),
+    (GREY, {"times_s": [1.0, 1.0]}, "ascend", "later than"),
+    (GREY, {"times_s": [0.0, float("nan")]}, "ascend", "later than"),
     (GREY, {"times_s": [0, 10**400]}, "not a list of numbers", "times_s=[...]"),
-    (GREY, {"times_s": [-1e308, 1e308]}, "0 frames a second", "in seconds"),
-    (GREY, {"times_s": [0, 5e-324]}, "inf frames a second", "in seconds"),
-    (GREY, {"frame_rate": 5e-324}, "no rate of a video", "frame_rate=30"),
+    (GREY, {"times_s": [-1e308, 1e308]}, "0 frames per second", "(seconds)"),
+    (GREY, {"times_s": [0, 5e-324]}, "inf frames per second", "(seconds)"),
+    (GREY, {"frame_rate": 5e-324}, "not a valid frame rate", "frame_rate=30"),
     (GREY, {"times_s": "ab"}, "not a list of numbers", "times_s=[...]"),
     (GREY, {"times_s": 3}, "not a list of numbers", "times_s=[...]"),
     (GREY[0], {"frame_rate": 2.0}, "is one frame", "PIL.Image.fromarray"),
-    ([GREY[0], GREY[0]], {"frame_rate": 2.0}, "is one frame", "frames of one video: numpy.stack(list)"),
-    (GREY.transpose(0, 3, 1, 2), {"frame_rate": 2.0}, "no video", "transpose(0, 2, 3, 1)"),
-    (GREY[..., 0], {"frame_rate": 2.0}, "no video", "[T, H, W, 3]"),
+    ([GREY[0], GREY[0]], {"frame_rate": 2.0}, "is one frame", "for frames of one video: numpy.stack(list)"),
+    (GREY.transpose(0, 3, 1, 2), {"frame_rate": 2.0}, "not a video", "transpose(0, 2, 3, 1)"),
+    (GREY[..., 0], {"frame_rate": 2.0}, "not a video", "[T, H, W, 3]"),
     (GREY / 255, {"frame_rate": 2.0}, "float64", "astype('uint8')"),
     (GREY[:0], {"frame_rate": 2.0}, "no pixels", "at least one frame"),
     (OnAnotherDevice(), {"frame_rate": 2.0}, "cuda", "tensor.cpu().numpy()"),
-    (io.StringIO("text"), {}, "gives str, not bytes", "'rb'"),
+    (io.StringIO("text"), {}, "returns str, not bytes", "'rb'"),
     (Image.new("F", (28, 28)), {}, "more than 16 bits", "convert"),
     (Image.new("I", (28, 28), 70_000), {}, "more than 16 bits", "convert"),
     (b"bytes", {"times_s": [0.0]}, "of an array", "own times"),
     (5, {}, "the input is 5, not a path", "an open file"),
     ([], {}, "not a path", "an array of frames"),
     ([[GREY]], {"frame_rate": 2.0}, "an input is", "an array of frames"),
-    (b"", {}, "<bytes> is empty", "end"),
-    (at_its_end(), {}, "<file> is read from where it stands, which is its end", "file.seek(0)"),
-    (io.BytesIO(), {}, "<file> is empty", "end"),
+    (b"", {}, "<bytes> is empty", "completely"),
+    (at_its_end(), {}, "nothing to read: <file> is already at its end", "file.seek(0)"),
+    (io.BytesIO(), {}, "<file> is empty", "completely"),
     (b"some text", {}, "<bytes> is not a video", "MP4"),
     (io.BytesIO(b"\0" * 4000), {}, "<file>", "MP4"),
 ]  # fmt: skip
@@ -266,7 +266,7 @@ def test_closed_and_damaged_files_are_refused(qa, clip, tmp_path):
 
 
 def test_an_array_without_a_rate_is_refused_in_ask_too(qa):
-    with pytest.raises(UsageError, match="no rate"):
+    with pytest.raises(UsageError, match="no frame rate"):
         qa.ask(GREY, QUESTION)
 
 

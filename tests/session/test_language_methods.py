@@ -127,10 +127,10 @@ WRONG = [
     ({"recipe": None}, "NoneType"),
     ({"recipe": {"depth": 2, "after": 3, "key": 0.25, "weights": [1, 1, 1]}}, "after must be"),
     ({"recipe": {"depth": 2}}, "weights"),
-    ({"steps": [{"operations": [[0, "all", "mlp"]]}]}, "no operation"),
+    ({"steps": [{"operations": [[0, "all", "mlp"]]}]}, "unknown operation"),
     ({"steps": [1]}, "not subscriptable"),
-    ({"complete": False}, "no complete result"),
-    ({"schema": "evoprune/tune@1"}, "no complete result"),
+    ({"complete": False}, "not a complete"),
+    ({"schema": "evoprune/tune@1"}, "not a complete"),
 ]
 
 
@@ -138,12 +138,12 @@ WRONG = [
 def test_a_damaged_file_is_refused_and_named(tmp_path, changed, message):
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(document() | changed))
-    with pytest.raises(UsageError, match=f"recipe.json holds no recipe of operations: .*{message}") as caught:
+    with pytest.raises(UsageError, match=f"recipe.json is not a recipe of operations: .*{message}") as caught:
         methods.MethodChain.parse(f"operations:recipe={path}")
     assert "evoprune tune VIDEO... --operations -o" in caught.value.hint
     for content in ("", "[]", "{"):
         path.write_text(content)
-        with pytest.raises(UsageError, match="holds no recipe"):
+        with pytest.raises(UsageError, match="is not a recipe"):
             methods.MethodChain.parse(f"evoprune+operations:recipe={path}")
 
 
@@ -158,8 +158,8 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize("name", ["operations", "evoprune+operations:share=0.3"])
 def test_a_model_without_one_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, name):
     monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(UsageError, match="method operations has no recipe") as caught:
+    with pytest.raises(UsageError, match="method operations needs a recipe") as caught:
         VideoQA.load("demo", method=name)
     assert "evoprune tune VIDEO... --operations" in caught.value.hint
-    with pytest.raises(UsageError, match="for 2 layers, and this model has 4"):  # the tiny model's recipe
+    with pytest.raises(UsageError, match="for 2 layers, but this model has 4"):  # the tiny model's recipe
         VideoQA.load("demo", method=name.replace("operations", write_recipe(tmp_path)))

@@ -34,7 +34,7 @@ VP9 = {"codec": "libvpx-vp9"}
 AV1 = {"codec": "libsvtav1"}
 OPEN_GOP = {"options": {"x264-params": "open-gop=1:bframes=3:b-pyramid=normal"}}
 VARY = {"pts": [0.01 * i * i for i in range(40)]}
-NO_TIMES = "does not know the times"
+NO_TIMES = "does not report the times"
 UNRELIABLE = "reliably"
 
 KINDS = {

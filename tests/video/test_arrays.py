@@ -89,7 +89,7 @@ def test_a_folder_and_a_picture(tmp_path):
     for how in ({"frames": 64}, {"fps": 2}, {"times_s": [0.5]}):
         frames, times_s = evoprune.read_frames(tmp_path / "3.png", **how)
         assert numbers(frames) == [3] and times_s.tolist() == [0]
-    with pytest.raises(UsageError, match="no start and no end"):
+    with pytest.raises(UsageError, match="no start or end"):
         evoprune.read_frames(tmp_path / "3.png", frames=1, end_s=2)
 
 
@@ -98,9 +98,9 @@ def test_a_folder_and_a_picture(tmp_path):
     ("how", "says"),
     [
         ({}, "neither times nor frames nor fps"),
-        ({"times_s": [1], "frames": 2}, "times exclude"),
-        ({"times_s": [1], "start_s": 1.0}, "times exclude"),
-        ({"times_s": [1], "seek": "auto"}, "times exclude"),
+        ({"times_s": [1], "frames": 2}, "times cannot be combined"),
+        ({"times_s": [1], "start_s": 1.0}, "times cannot be combined"),
+        ({"times_s": [1], "seek": "auto"}, "times cannot be combined"),
         ({"times_s": [2, 1]}, "ascend"),
         ({"times_s": [float("nan")]}, "ascend"),
         ({"times_s": 0.5}, "times_s is 0.5, not"),
@@ -140,14 +140,14 @@ def test_files_that_cannot_be_read(tmp_path, clip):
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(VideoError, match="text file"):
         evoprune.read_frames(tmp_path / "text.mp4", [0])
-    with pytest.raises(VideoError, match="lies beyond"):
+    with pytest.raises(VideoError, match="is after the end of"):
         evoprune.read_frames(clip, frames=2, start_s=100)
 
 
 @pytest.mark.parametrize("how", [{"frames": 10**15}, {"fps": 1e300}, {"times_s": [0.0] * 200}])
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(monkeypatch, clip, how):
     monkeypatch.setattr(arrays, "host_memory", lambda: 2**20)
-    with pytest.raises(OutOfMemory, match=r"frames of 64x48 take .*iB, and 1 MiB are available") as caught:
+    with pytest.raises(OutOfMemory, match=r"frames of 64x48 take .*iB, but only 1 MiB are available") as caught:
         evoprune.read_frames(clip, **how)
     assert "start_s" in caught.value.hint and caught.value.stage == "read"
 

@@ -382,7 +382,7 @@ REFUSED = {
 
 def check_refused(error, path, *words):
     assert error.exit_code == 3 and "BT.709" in error.hint
-    assert error.message.startswith(f"the colours of {path} cannot be converted: ")
+    assert error.message.startswith(f"the colors of {path} cannot be converted: ")
     assert all(word in error.message for word in words)
 
 

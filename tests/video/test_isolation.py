@@ -171,7 +171,7 @@ def test_silence_is_an_error(when, named, started, monkeypatch):
     monkeypatch.setattr(isolation, "SILENCE_S", 0.6)
     path = named(f"{when}hang")
     begin = time.monotonic()
-    with pytest.raises(VideoError, match="standstill") as caught:
+    with pytest.raises(VideoError, match="is stuck") as caught:
         numbers(probe(path), TIMES, chunk_bytes=SMALL)
     assert str(path) in caught.value.message and time.monotonic() - begin < 24  # well before the usual 25 s
     assert len(started) == 1 and gone(started[0])
@@ -225,9 +225,9 @@ def test_a_process_that_cannot_start(named, started, monkeypatch):
 
 CANNOT = {
     errno.ENOMEM: (OutOfMemory, "close other programs"),
-    errno.EMFILE: (UsageError, "close files that this program holds open, or allow it more of them: ulimit -n"),
+    errno.EMFILE: (UsageError, "close files that this program has open, or raise their limit: ulimit -n"),
     errno.ENFILE: (UsageError, "close other programs: this system has too many open files"),
-    errno.EAGAIN: (UsageError, "end other processes of this user, or allow more of them: ulimit -u"),
+    errno.EAGAIN: (UsageError, "end other processes of this user, or raise their limit: ulimit -u"),
 }
 
 

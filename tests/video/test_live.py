@@ -132,7 +132,7 @@ def test_a_pipe(clip, piped, tmp_path):
     found, _, problem = piped(lambda pipe: pipe.write(content))  # the pipe stays open, so FFmpeg keeps reading
     assert "nothing came from standard input for 1 s" in problem.message and found
     found, _, problem = piped(lambda pipe: (pipe.write(b"no video\n" * 9999), pipe.close()))
-    assert not found and "no video that can be read" in problem.message
+    assert not found and "does not send readable video" in problem.message
 
 
 def test_a_source_that_ends_and_comes_back(served):
@@ -142,7 +142,7 @@ def test_a_source_that_ends_and_comes_back(served):
     times = [time_s for time_s, _ in found]
     assert times == sorted(times) and times[30] - times[29] > 0.9  # the lost time counts
     tries = [text.rpartition("; ")[2] for text in told]
-    assert tries == [f"connecting again ({number} of 2)" for number in (1, 1, 2)] and "has ended" in told[0]
+    assert tries == [f"reconnecting ({number} of 2)" for number in (1, 1, 2)] and "has ended" in told[0]
     assert problem.exit_code == 3 and "404" in problem.message
 
 
@@ -168,7 +168,7 @@ def test_garbage(served):
 
 def test_a_password_is_asked_for_and_never_printed(served):
     url, _ = served
-    assert "wants a user and a password" in read(f"{url}/secret.ts")[2].message
+    assert "requires a valid user name and password" in read(f"{url}/secret.ts")[2].message
     there = url.replace("//", "//me:sesame@")
     live = LiveSource(f"{there}/secret.ts", timeout_s=1.0, reconnects=0)
     assert "sesame" not in live.name and number_of(next(live.frames(lambda: 0.0))[1]) == 0
@@ -176,7 +176,7 @@ def test_a_password_is_asked_for_and_never_printed(served):
     assert "sesame" not in str(problem) and "me:" not in str(problem)
     with connection(UNAUTHORISED, answers=True) as port:
         problem = read(f"rtsp://127.0.0.1:{port}/x")[2]
-        assert "wants a user and a password" in problem.message
+        assert "requires a valid user name and password" in problem.message
 
 
 @pytest.mark.parametrize("where", ["file://{}", "{}", "concat:{}", "http+{}"])

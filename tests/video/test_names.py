@@ -52,7 +52,7 @@ NO_FILES = {  # a name, and the error message
     **dict.fromkeys(["https://example.org/a.mp4", "rtsp://a/b", "file:///a.mp4"], "URL"),
     **dict.fromkeys(["pipe:1", "http:/a.mp4", "concat:a|b", "a/../../nowhere.mp4"], "no such file"),
     **dict.fromkeys(["pipe.mp4", "socket.mp4", "/dev/zero", "/dev/null", "/dev/full", "/dev/tty"], "not a regular file"),
-    "nul\0byte.mp4": "no file can have the name", "images": "no images", "dangling.mp4": "a link to a file that is not there",
+    "nul\0byte.mp4": "is not a valid file name", "images": "no images", "dangling.mp4": "a link to a file that does not exist",
     **dict.fromkeys(["loop.mp4", "loop.mp4/a", "in/itself", "a.mp4/b.mp4", "x" * 300, "/proc/self/mem", "/sys", "hole.mp4"]),
 }  # fmt: skip
 

@@ -156,12 +156,12 @@ def plain(pixels):
 REFUSED = {
     "animation.webp": (animation, "is an animation"),
     "pages.tiff": (animation, "has several pages"),
-    "photo.heic": (heic, "HEIC, which is not read"),
-    "raw.tiff": (raw, "only a preview"),
+    "photo.heic": (heic, "HEIC, which is not supported"),
+    "raw.tiff": (raw, "only the preview"),
     "float.tiff": (plain(RGB[..., 0].astype(np.float32)), "floating-point"),
     **{f"truncated.{end}": (truncated, "cannot read the picture") for end in ("jpg", "png", "webp", "bmp", "tiff")},
-    "picture.ppm": (plain(RGB), "picture of a kind that is not read"),
-    "picture.jp2": (plain(RGB), "picture of a kind that is not read"),
+    "picture.ppm": (plain(RGB), "picture in an unsupported format"),
+    "picture.jp2": (plain(RGB), "picture in an unsupported format"),
 }
 
 

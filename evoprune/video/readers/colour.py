@@ -182,7 +182,7 @@ class Converter:
         """
         hdr = hdr_format(frame, self._header)
         if hdr == IPT:
-            problem = f"{self._name} is Dolby Vision with no HDR10, HLG or SDR in it (profile 5), which is not read"
+            problem = f"{self._name} is Dolby Vision without HDR10, HLG or SDR (profile 5), which is not supported"
             raise VideoError(problem, "export it as HDR10 or SDR first")
         try:
             return self._rgb(frame, width, height, hdr)
@@ -190,7 +190,7 @@ class Converter:
             raise MemoryError(str(error)) from error
         except (av.error.FFmpegError, ValueError) as error:
             hint = "export it as 8-bit 4:2:0 video in BT.709, as most programs do"
-            raise VideoError(f"the colours of {self._name} cannot be converted: {_described(frame)}", hint) from error
+            raise VideoError(f"the colors of {self._name} cannot be converted: {_described(frame)}", hint) from error
 
     def _rgb(self, frame: VideoFrame, width: int, height: int, hdr: str | None) -> np.ndarray:
         plain = hdr is None and not _is_limited_grey(frame)
@@ -226,7 +226,7 @@ class Converter:
         self, frame: VideoFrame, form: str, width: int | None = None, height: int | None = None
     ) -> VideoFrame:
         if frame.format.name in UNREAD:
-            raise ValueError("libswscale reads it wrong, or ends the process")
+            raise ValueError("libswscale misreads it or crashes")
         return self._reformatter.reformat(frame, width, height, format=form)
 
 

@@ -51,7 +51,7 @@ CLOCK = Fraction(1, 60_000)  # time base of re-encoded frames; MPEG-4 allows no 
 BT709 = 1  # FFmpeg's number for the primaries, transfer curve and matrix of BT.709
 LIMITED_RANGE = 1  # FFmpeg's number for limited color range, the usual one
 REORDERED_S = 2.0  # a frame stored before a keyframe is displayed at most this much after it
-EXACTLY = "cut it exactly, which re-encodes it: --exact, in Python exact=True"
+EXACTLY = "re-encode the clip instead: --exact, in Python exact=True"
 
 # Packets with their decoding times, and pictures (uint8 `[H, W, 3]`) with their display times: seconds from the beginning of the
 # clip, ascending.
@@ -73,7 +73,7 @@ class ClipReader:
 
     def __init__(self, info: Video, start_s: float, end_s: float, exact: bool, title: str):
         if info.is_picture or info.container == folder.CONTAINER:
-            raise VideoError(f"{info.path} is no video file, of which a clip could be cut", "give a video file")
+            raise VideoError(f"cannot cut a clip from {info.path}: it is not a video file", "give a video file")
         self._path = info.path
         self._made = _Written()
         self._steps = _cut(info, start_s, end_s, exact, title, self._made)
@@ -145,7 +145,7 @@ def _cut(
     """Write a clip to `file`. Yields the facts of `ClipReader`, then an empty dict after every packet."""
     joined = info.clock_restarts > 0
     if joined and not exact:
-        raise VideoError(f"{info.path} was joined of several files, so its packets cannot be copied", EXACTLY)
+        raise VideoError(f"{info.path} consists of several joined files, so its packets cannot be copied", EXACTLY)
     with closing(Track(info)) as track, ffmpeg.open_video(info.path) as beside:
         heard = beside.streams.best("audio")
         sound = heard
@@ -184,7 +184,7 @@ def _writing(info: Video, exact: bool) -> Iterator[None]:
         yield
     except (av.error.FFmpegError, ValueError) as error:
         hint = "convert it first, e.g. with ffmpeg" if exact else EXACTLY
-        raise VideoError(f"cannot make a clip of {info.path}: {ffmpeg.reason(error)}", hint) from error
+        raise VideoError(f"cannot cut a clip from {info.path}: {ffmpeg.reason(error)}", hint) from error
 
 
 def _codec(stream: Stream) -> str:
@@ -208,7 +208,7 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
         VideoError: packets have no timestamps, or there is no such keyframe.
     """
     path = track.info.path
-    timeless = VideoError(f"{path} does not say when its packets are shown, so they cannot be copied", EXACTLY)
+    timeless = VideoError(f"{path} has no display times for its packets, so they cannot be copied", EXACTLY)
     if track.info.container == ffmpeg.AVI and track.stream.codec_context.has_b_frames:
         raise timeless
 
@@ -240,7 +240,7 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
             place = number
             begin_s = shown_s(packet)
     if place is None:
-        raise VideoError(f"{path} has no keyframe at {start_s:g} s or before", EXACTLY)
+        raise VideoError(f"{path} has no keyframe at or before {start_s:g} s", EXACTLY)
     return begin_s, islice(track.packets(None), place, None)
 
 
@@ -347,7 +347,7 @@ def _copied(
         latest = packet.dts
         left -= packet.size
         if left < 0:
-            raise VideoError(f"{path} is damaged: it lists more than it holds", EXACTLY)
+            raise VideoError(f"{path} is damaged: its packets add up to more than its size", EXACTLY)
         packet.stream = target
         yield decoded_s, packet
 

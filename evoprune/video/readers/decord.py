@@ -43,15 +43,15 @@ def check(info: Video) -> None:
     if info.container not in CONTAINERS:
         raise _refusal(info, f"it does not read {info.container} reliably")
     if info.pix_fmt and colour.may_be_transparent(VideoFormat(info.pix_fmt)):
-        raise _refusal(info, "it shows transparent parts as black")
+        raise _refusal(info, "it shows transparent areas as black")
     if info.hdr:
         raise _refusal(info, "it does not map HDR to SDR")
     if info.crop:
-        raise _refusal(info, "it does not crop the pictures as the file says")
+        raise _refusal(info, "it ignores the crop that the file states")
     if info.clock_restarts:
-        raise _refusal(info, "it loses the frames after a restart of the clock")
+        raise _refusal(info, "it loses the frames after the timestamps restart")
     if info.mirrored and info.container == ffmpeg.MOV:
-        raise _refusal(info, "it turns mirrored videos the wrong way")
+        raise _refusal(info, "it rotates mirrored videos the wrong way")
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
@@ -65,7 +65,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         with ffmpeg.open_video(info.path) as container:
             matrix = ffmpeg.video_stream(container, info.path).codec_context.colorspace
         if matrix not in colour.USUAL:
-            raise _refusal(info, "it takes its matrix of colours for another")
+            raise _refusal(info, "it uses the wrong color matrix")
         # Open by file descriptor if the system supports it, because decord's FFmpeg takes some names for patterns. Otherwise use
         # the absolute path, because in a relative one it takes the text before a colon for a protocol.
         name = f"/dev/fd/{file.fileno()}"
@@ -85,7 +85,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
                     with closing(pyav.read(info, (0.0,), ffmpeg.ignore_damage)) as pictures:
                         right = next(pictures).rgb
                     if np.abs(_pixels(info, frame).astype(np.int16) - right).mean() > OTHER_FRAME:
-                        raise _refusal(info, "it does not begin with the first frame")
+                        raise _refusal(info, "it does not start with the first frame")
                 at = at + 1
                 rgb = None
             if rgb is None:
@@ -104,7 +104,7 @@ def _refusing(info: Video) -> Iterator[None]:
     except (VideoError, MemoryError):
         raise
     except Exception as error:  # decord raises its own errors, AssertionError, StopIteration, ...
-        raise _refusal(info, "it does not open it, or stops at damage") from error
+        raise _refusal(info, "it cannot open the file, or stops at damaged data") from error
 
 
 def _stamps(info: Video, reader) -> np.ndarray:
@@ -115,7 +115,7 @@ def _stamps(info: Video, reader) -> np.ndarray:
     # decord's times start at 0 with the first displayed frame, unless it includes frames that are never displayed. Missing times,
     # as in AVI and very short Matroska files, are huge numbers.
     if abs(stamps[0]) > ffmpeg.TOLERANCE_S or np.any(np.diff(stamps) < 0):
-        raise _refusal(info, "it does not know the times of the frames")
+        raise _refusal(info, "it does not report the times of the frames")
     return stamps
 
 
@@ -126,7 +126,7 @@ def _pixels(info: Video, frame) -> np.ndarray:
     turn = 0 if info.container == ffmpeg.MOV else info.rotation_deg
     width, height = ffmpeg.turned_size((info.width, info.height), turn)
     if rows.shape[:2] != (height, width):
-        raise _refusal(info, "the frames change their size")
+        raise _refusal(info, "the frame size changes")
     # Rows of narrow rotated frames are padded, as if a pixel had more than three bytes.
     rgb = rows.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
     return ffmpeg.rotated(rgb, turn, info.mirrored)

@@ -57,7 +57,7 @@ MAX_VIDEO_PIXELS = 2**26  # limit for video frames; enough for 8K video and 11K 
 MAX_DECODED_PIXELS = 2**33
 MAX_PIXELS_PER_BYTE = 2**18
 INCOMPLETE = (
-    "is it a complete video file? An MP4 or MOV cut off before its index, usually at its end, cannot be read at all"
+    "is it a complete video file? An MP4 or MOV that is cut off before its index (usually at the end) cannot be read"
 )
 # Containers without gaps between packets, so a gap reveals damage: FFmpeg searches for the next packet without reporting an error.
 DENSE = (MATROSKA, "flv")
@@ -67,7 +67,9 @@ WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders for streams that
 CROPPING = re.compile(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)")  # left, right, top, bottom
 SAMPLE_AES = "/ 0x00DB)"  # in `stream_log`: type of an H.264 stream in MPEG-TS that HLS has encrypted
 TOLERANCE_S = 0.0006  # a frame counts as on screen this long before its time, because Matroska rounds to milliseconds
-FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, pictures, and folders of images"
+FORMATS = (
+    "supported formats: MP4, MOV, MKV, WebM, AVI, GIF, most others that FFmpeg reads, pictures, and folders of images"
+)
 OTHERS = {
     b"#EXTM3U": "a playlist", b"ffconcat version": "a playlist", b"%PDF-": "a PDF document",
     b"PK\x03\x04": "a ZIP archive or an office document", b"\x1f\x8b": "a gzip archive",
@@ -127,7 +129,7 @@ class Encrypted(ValueError):
 
 
 def encrypted(path: str) -> VideoError:
-    return VideoError(f"the video in {path} is encrypted", "give a copy without DRM, or decrypt it with its key first")
+    return VideoError(f"the video in {path} is encrypted", "use a copy without DRM, or decrypt it with its key first")
 
 
 def ignore_damage(mark: object) -> None: ...
@@ -212,18 +214,20 @@ def check_file(path: str) -> None:
             hint = missing_hint(path, "")
             raise VideoError(f"{shown(path)} is a URL, not a file", hint) from None
         if os.path.islink(path):
-            raise VideoError(f"{path} is a link to a file that is not there", "check where it leads") from None
+            raise VideoError(
+                f"{path} is a link to a file that does not exist", "check the target of the link"
+            ) from None
         raise VideoError(f"no such file: {shown(path) or repr(path)}", missing_hint(path, "check the path")) from None
     except ValueError:  # such as a null byte
-        raise VideoError(f"no file can have the name {shorten(repr(path), LONGEST)}", "check the path") from None
+        raise VideoError(f"{shorten(repr(path), LONGEST)} is not a valid file name", "check the path") from None
     except OSError as error:
-        hint = missing_hint(path, "check the path, and whether you may read it")
+        hint = missing_hint(path, "check the path and its permissions")
         raise VideoError(f"cannot read {shown(path)}: {error.strerror}", hint) from error
     if not stat.S_ISREG(status.st_mode):
         problem = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise VideoError(f"{path} is {problem}", "give a video file; - reads one from standard input")
     if not status.st_size:
-        raise VideoError(f"{path} is empty", "was it copied or downloaded to its end?")
+        raise VideoError(f"{path} is empty", "was it copied or downloaded completely?")
 
 
 @contextmanager
@@ -267,17 +271,17 @@ def video_stream(
     tracks = moving(container)
     if not tracks:
         content = "only a cover picture" if container.streams.video else "no video stream"
-        raise VideoError(f"{path} has {content}", "give a file with moving pictures")
+        raise VideoError(f"{path} has {content}", "give a file that contains video")
     best = container.streams.best("video")
     stream = best if best in tracks else tracks[0]
     if stream.codec_context is None:
-        hint = "convert it to H.264, e.g. with ffmpeg, unless it is damaged or encrypted"
-        raise VideoError(f"there is no decoder for the video in {path}", hint)
+        hint = "convert it to H.264, e.g. with ffmpeg; or is it damaged or encrypted?"
+        raise VideoError(f"FFmpeg has no decoder for the video in {path}", hint)
     width = stream.codec_context.width
     height = stream.codec_context.height
     if width * height > max_pixels:
-        hint = f"at most {max_pixels // 10**6} megapixels can be read; is it damaged?"
-        raise VideoError(f"{path} says that its pictures have {width:,} x {height:,} pixels", hint)
+        hint = f"the limit is {max_pixels // 10**6} megapixels; is the file damaged?"
+        raise VideoError(f"{path} states a frame size of {width:,} x {height:,} pixels", hint)
     stream.codec_context.options = {"max_pixels": str(max_pixels)}  # a frame may state a larger size than the header
     picture_size(width * height)
     if stream.codec_context.codec.canonical_name in UNTHREADED:
@@ -309,7 +313,7 @@ def thread_count(cores: int) -> int:
 
 def nothing_decoded(path: str) -> VideoError:
     hint = (
-        f"it is damaged, incomplete, encrypted, or its pictures are larger than {MAX_VIDEO_PIXELS // 10**6} megapixels"
+        f"it is damaged, incomplete or encrypted, or its frames are larger than {MAX_VIDEO_PIXELS // 10**6} megapixels"
     )
     return VideoError(f"no frame of {path} can be decoded", hint)
 

@@ -37,8 +37,8 @@ def list_images(folder: str) -> list[str]:
         raise VideoError(f"no images in the folder {folder}", hint)
     names = [os.path.basename(os.path.splitext(image)[0]) for image in images]
     if len({len(fraction) for name in names for fraction in FRACTION.findall(name)}) > 1:
-        hint = "give all as many digits behind the point, such as 0.25 and 0.50, or use whole numbers"
-        raise VideoError(f"the names in the folder {folder} have numbers whose order is not clear", hint)
+        hint = "use the same number of decimals in all names, such as 0.25 and 0.50, or whole numbers"
+        raise VideoError(f"the numbers in the file names in {folder} have no clear order", hint)
     return images
 
 
@@ -53,7 +53,7 @@ def probe(folder: str, fps: float) -> Video:
         VideoError: see `list_images`; or no image can be decoded.
     """
     if not 0 < fps < math.inf:
-        raise UsageError(f"{fps} images per second make no video", "give a number above 0")
+        raise UsageError(f"{fps} images per second is not a valid frame rate", "give a number above 0")
     images = list_images(folder)
     decoded = next(filter(None, map(decode_image, images)), None)
     if decoded is None:
@@ -63,7 +63,7 @@ def probe(folder: str, fps: float) -> Video:
             if image.read(len(LFS)) == LFS:
                 raise VideoError(f"{images[0]} is a git-lfs pointer", LFS_HINT)
         check_size(images[0])  # FFmpeg does not tell an oversized picture from a damaged one
-        raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged, or no images")
+        raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged or not images")
     codec, frame, (rotation, _) = decoded
     width, height = ffmpeg.turned_size((frame.width, frame.height), rotation)
     hdr = colour.hdr_format(frame)
@@ -108,8 +108,10 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
                 width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
                 # An image with another aspect ratio than the first would get black borders.
                 if info.fitted(width, height) != (info.width, info.height):
-                    shapes = f"{images[i]} has {width}x{height}, the first {info.width}x{info.height}"
-                    hint = "a folder is a video, whose frames have one shape; pictures are asked about one by one: a.jpg b.jpg"
+                    shapes = f"{images[i]} is {width}x{height}, the first is {info.width}x{info.height}"
+                    hint = (
+                        "a folder is one video, with frames of one shape; to ask about pictures, list them: a.jpg b.jpg"
+                    )
                     raise VideoError(f"images of different shapes: {shapes}", hint)
                 current = i
                 rgb = ffmpeg.to_rgb(frame, info.width, info.height, *turn, converter)

@@ -231,7 +231,7 @@ class LiveReader:
             back = (self._scheme or not self._source) and self.facts["container"] == ffmpeg.MOV and not end
             if back and isinstance(problem, av.error.InvalidDataError | av.error.OSError):
                 message = f"{self._name} has its index at its end, so it can be read only as a file"
-                hint = "download it first, or have it written by ffmpeg -movflags +faststart"
+                hint = "download it first, or write it with ffmpeg -movflags +faststart"
                 raise VideoError(message, hint) from problem
             yield None
             # FFmpeg reports EIO at the end of a transfer of unknown length.
@@ -242,26 +242,28 @@ class LiveReader:
             and os.path.isfile(self._source)
             and another_follows(self._source, self.facts["container"], end)
         ):
-            message = f"{self._name} holds another file after its first one, as cat writes it, which is not read"
+            message = f"{self._name} contains a second file after the first (as written by cat), which is not read"
             raise VideoError(message, "join the videos with ffmpeg -f concat")
 
     def _error(self, problem: Exception) -> VideoError:
         """Return the error to show for a failure. It never contains the URL as typed, which may include a password."""
         name = self._name
         if isinstance(problem, av.error.HTTPUnauthorizedError):
-            return VideoError(f"{name} wants a user and a password, or other ones", "SCHEME://USER:PASSWORD@HOST/...")
+            return VideoError(f"{name} requires a valid user name and password", "SCHEME://USER:PASSWORD@HOST/...")
         if isinstance(problem, av.error.ExitError | av.error.TimeoutError | TimeoutError):
             hint = "is it running, and can it be reached from here? --timeout waits longer"
             return VideoError(f"nothing came from {name} for {self._timeout_s:g} s", hint)
         if isinstance(problem, av.error.InvalidDataError | av.error.ArgumentError):
-            hint = "does the command before it fail? A pipe carries MPEG-TS or Matroska, an MP4 only in fragments"
+            hint = "did the command before the pipe fail? A pipe can carry MPEG-TS, Matroska or fragmented MP4"
             if self._source:
                 hint = GARBAGE
-            return VideoError(f"{name} sends no video that can be read", hint)
-        return VideoError(f"cannot read {name}: {ffmpeg.reason(problem)}", "check the address, and whether it plays")
+            return VideoError(f"{name} does not send readable video", hint)
+        return VideoError(
+            f"cannot read {name}: {ffmpeg.reason(problem)}", "check the address and whether it plays elsewhere"
+        )
 
 
-GARBAGE = "does it play elsewhere? Formats are those of files, and of playlists over http"
+GARBAGE = "does it play elsewhere? The formats of files are supported, and playlists over http"
 
 
 class _Following:

@@ -64,7 +64,7 @@ def check_size(path: str) -> None:
 
 def too_large(path: str) -> VideoError:
     message = f"the picture {path} is too large: evoprune reads at most {ffmpeg.MAX_PIXELS // 10**6} megapixels"
-    return VideoError(message, "make it smaller; the model sees no more than a few megapixels of it")
+    return VideoError(message, "make it smaller; the model sees at most a few megapixels of it")
 
 
 def probe(path: str) -> Video:
@@ -117,11 +117,11 @@ def _opened(path: str) -> Iterator[Image.Image]:
     """
     name = ffmpeg.picture_format(path)
     if name == "HEIC":
-        raise VideoError(f"{path} is in HEIC, which is not read", CONVERT)
+        raise VideoError(f"{path} is in HEIC, which is not supported", CONVERT)
     if name is None:
-        raise VideoError(f"{path} is no picture any more", CONVERT)
+        raise VideoError(f"{path} is no longer a picture", CONVERT)
     if name == "AVIF" and not features.check("avif"):
-        raise VideoError(f"{path} is in AVIF, which this version of Pillow does not read", CONVERT)
+        raise VideoError(f"{path} is in AVIF, which this version of Pillow does not support", CONVERT)
     try:
         if os.stat(path).st_size > MAX_BYTES:
             raise too_large(path)
@@ -130,17 +130,17 @@ def _opened(path: str) -> Iterator[Image.Image]:
             ffmpeg.picture_size(image.width * image.height)
             tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
             if 50706 in tags or tags.get(254, 0) & 1:  # a DNG, or a reduced preview before the picture itself
-                raise VideoError(f"{path} is a camera's raw file, of which only a preview could be read", CONVERT)
+                raise VideoError(f"{path} is a camera raw file, of which only the preview could be read", CONVERT)
             several = getattr(image, "is_animated", False)  # counting the pages of a TIFF would read all of it
             if several and image.format == "TIFF":
                 raise VideoError(f"{path} has several pages", "save one page as a JPEG or PNG")
             if several and image.format != "MPO":  # the first picture of an MPO is the photograph
-                raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one picture of it as a PNG")
+                raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one frame of it as a PNG")
             yield image
     except (VideoError, MemoryError):
         raise
     except Exception as problem:  # a damaged file may raise anything
-        hint = f"is it complete? {', '.join(ffmpeg.PICTURES)} are read as pictures"
+        hint = f"is it complete? supported picture formats: {', '.join(ffmpeg.PICTURES)}"
         raise VideoError(f"cannot read the picture {path}: {str(problem) or type(problem).__name__}", hint) from problem
 
 
@@ -150,12 +150,12 @@ def _rgb(image: Image.Image, path: str) -> Image.Image:
     if image.mode.startswith("I"):
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
-            raise VideoError(f"{path} has more than 16 bits, which are not read", CONVERT)
+            raise VideoError(f"{path} has more than 16 bits per channel, which is not supported", CONVERT)
         if transparent is not None:
             levels = np.where(levels == transparent, 65535, levels)
         return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise VideoError(f"{path} has floating-point pixels, which are not read", CONVERT)
+        raise VideoError(f"{path} has floating-point pixels, which are not supported", CONVERT)
     if "A" in image.getbands() or "a" in image.getbands() or transparent is not None:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")

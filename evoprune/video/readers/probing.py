@@ -42,8 +42,8 @@ def probe(path: str) -> Video:
 def _probe(path: str, container: InputContainer) -> Video:
     stream = ffmpeg.video_stream(container, path)
     if container.format.name.endswith("_pipe"):  # FFmpeg's names for single pictures: jpegxl_pipe and so on
-        hint = f"convert it to JPEG or PNG; {', '.join(ffmpeg.PICTURES)} are read"
-        raise VideoError(f"{path} is a picture of a kind that is not read ({stream.codec_context.codec.name})", hint)
+        hint = f"convert it to JPEG or PNG; supported formats: {', '.join(ffmpeg.PICTURES)}"
+        raise VideoError(f"{path} is a picture in an unsupported format ({stream.codec_context.codec.name})", hint)
     log = ffmpeg.stream_log(stream)
     ffmpeg.check_encryption(stream, log, path)
     if container.format.name == ffmpeg.MOV and _has_encrypted_track(path):
@@ -152,7 +152,7 @@ def _check_decodable(path: str, pixels: int, frames: int) -> None:
     decoded = pixels * min(frames, size)  # a frame takes at least one byte
     if decoded > max(ffmpeg.MAX_DECODED_PIXELS, ffmpeg.MAX_PIXELS_PER_BYTE * size):
         message = f"{path} has {decoded / 10**9:,.0f} billion pixels in {frames:,} frames, too many for {size:,} bytes"
-        raise VideoError(message, "it is damaged, or made to do harm; else convert it to smaller frames, or to fewer")
+        raise VideoError(message, "it is damaged or malicious; otherwise convert it to fewer or smaller frames")
 
 
 @dataclass

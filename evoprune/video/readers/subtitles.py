@@ -50,7 +50,7 @@ READ = {
     "webvtt": re.compile(rf"[ \t]*+{SHORT}\.[0-9]{{3}}{ARROW}{SHORT}\.[0-9]{{3}}(?![0-9]).*"),
 }
 USUAL = {"ass": "0:00:01.50", "srt": "00:00:01,500 --> 00:00:02,000", "webvtt": "00:00:01.500 --> 00:00:02.000"}
-HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a text track; or leave them out"
+HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a text track; or leave subtitles out"
 
 
 def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) -> Subtitles:
@@ -71,7 +71,7 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
             if subtitles.source is None:
                 raise VideoError(f"no subtitles in {file}: {subtitles.note}", HINT)
         elif os.path.isdir(path):
-            subtitles = Subtitles(note=why or "no file beside the folder")
+            subtitles = Subtitles(note=why or "no file next to the folder")
         else:
             subtitles = _from_container(path, origin_s, "")
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -96,7 +96,7 @@ def _beside(path: str) -> tuple[str | None, str | None]:
     if len(others) == 1:
         return others[0], None
     if others:
-        return None, f"{len(others)} files beside the video differ in language; name one"
+        return None, f"{len(others)} files next to the video differ in language; choose one"
     return None, None
 
 
@@ -115,18 +115,18 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
     try:
         status = os.stat(file)
     except FileNotFoundError:
-        hint = missing_hint(file, "check the path; auto looks for one beside the video")
-        raise VideoError(f"no such file of subtitles: {shown(file)}", hint) from None
+        hint = missing_hint(file, "check the path; auto looks for one next to the video")
+        raise VideoError(f"no such subtitle file: {shown(file)}", hint) from None
     if not stat.S_ISREG(status.st_mode):
-        raise VideoError(f"{file} is no file of subtitles", HINT)
+        raise VideoError(f"{file} is not a subtitle file", HINT)
     with open(file, "rb") as opened:
         content = opened.read(HEAD_BYTES)
         if b"\0" in content and not content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
             return _from_container(file, origin_s, f"{file}, ")
         content += opened.read(MAX_BYTES + 1 - len(content))
     if len(content) > MAX_BYTES:
-        hint = "is it a file of subtitles? cut it into pieces"
-        raise VideoError(f"{file} has more than {MAX_BYTES // 2**20} MiB", hint)
+        hint = "is it a subtitle file? then split it"
+        raise VideoError(f"{file} is larger than {MAX_BYTES // 2**20} MiB", hint)
     text, warnings = _decoded(content, file)
     text = re.sub("\r{1,2}\n|\r", "\n", text)
     start = text.lstrip()[:16].lower()
@@ -136,7 +136,7 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
     elif start.startswith("[script info]"):
         name = "ass"
     if name == "srt" and max(map(len, text.encode().split(b"\n"))) > LONGEST_LINE:
-        hint = "is it a file of subtitles? break the line"
+        hint = "is it a subtitle file? then break the line"
         raise VideoError(f"{file} has a line of more than {LONGEST_LINE:,} bytes", hint)
     _check_times(text, name, file)
     with ffmpeg.open_bytes(io.BytesIO(text.encode()), name) as container:
@@ -144,7 +144,7 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
     if not lines:
         if content.startswith(LFS):
             raise VideoError(f"{file} is a git-lfs pointer", LFS_HINT)
-        raise VideoError(f"{file} holds no subtitles", HINT)
+        raise VideoError(f"{file} contains no subtitles", HINT)
     return Subtitles(file, lines, warnings)
 
 
@@ -158,9 +158,9 @@ def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
         warnings = ["subtitles_encoding"]
         proper = re.sub(r"[\n\r\t\xa0\xad]", "", text).isprintable() and "\ufffd" not in text
         if not proper or NO_WESTERN_WORD.search(text):
-            raise VideoError(f"{file} is not UTF-8, nor another text that can be recognised", HINT) from error
+            raise VideoError(f"{file} is neither UTF-8 nor another recognizable encoding", HINT) from error
     if "\0" in text:
-        raise VideoError(f"{file} is no text", HINT)
+        raise VideoError(f"{file} is not text", HINT)
     return text, warnings
 
 
@@ -169,8 +169,8 @@ def _check_times(text: str, name: str, file: str) -> None:
     for line in TIMES[name].findall(text):
         if not READ[name].fullmatch(line):
             raise VideoError(
-                f"the subtitles in {file} have times that are not read: {shorten(line.strip(), 60)}",
-                f"write {USUAL[name]}",
+                f"the subtitles in {file} have times in an unsupported format: {shorten(line.strip(), 60)}",
+                f"write times like {USUAL[name]}",
             )
 
 
@@ -181,9 +181,11 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
         default = [pair for pair in texts if pair[1].disposition & Disposition.default]
         if not default and len(texts) != 1:
-            note = "no file beside the video, and no text track in it"
+            note = "no file next to the video, and no text track in it"
             if tracks:
-                note = "its subtitles are pictures, which are not read; convert them to text, e.g. with Subtitle Edit"
+                note = (
+                    "its subtitles are pictures, which are not supported; convert them to text, e.g. with Subtitle Edit"
+                )
             if texts:
                 note = f"{len(texts)} text tracks, none of them marked as default; extract one, e.g. with ffmpeg"
             return Subtitles(note=note)
@@ -226,8 +228,8 @@ def _cues(
             continue
         size += packet.size + 24  # overhead of a line in addition to its text
         if size > MAX_BYTES:
-            hint = "give a file of those that are needed"
-            raise VideoError(f"the subtitles have more than {MAX_BYTES // 2**20} MiB", hint)
+            hint = "give a file with only the subtitles you need"
+            raise VideoError(f"the subtitles are larger than {MAX_BYTES // 2**20} MiB", hint)
         start = packet.pts * tick / per - origin_s
         end = start + max(0, packet.duration or 0) * tick / per
         yield start, end, [line for text in texts for line in _plain(text, hidden)]

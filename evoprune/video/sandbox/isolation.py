@@ -44,7 +44,7 @@ OnFrames = Callable[[int], None]
 # The code that a worker process runs. It imports from the same paths as this process.
 PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.video.sandbox.worker import main; main({socket})"
 ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}
-HINT = "it is damaged, or made to do harm; if it plays elsewhere, convert it, e.g. with ffmpeg"
+HINT = "it is damaged or malicious; if it plays elsewhere, convert it, e.g. with ffmpeg"
 
 
 class Crash(VideoError):
@@ -91,11 +91,13 @@ class WorkerProcess:
         self.pid = self._process.pid
 
     def request(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Build the message that requests a task. Raises VideoError if `path` is relative and the current folder is gone."""
+        """Build the message that requests a task. Raises VideoError if a relative path has no current folder."""
         try:
             folder = None if os.path.isabs(self.path) else os.getcwd()
         except FileNotFoundError as error:
-            raise VideoError(f"cannot read {self.path}: the current folder is gone", "go to another") from error
+            raise VideoError(
+                f"cannot read {self.path}: the current folder no longer exists", "change to another folder"
+            ) from error
         return {"task": task, "folder": folder, "arguments": arguments}
 
     def ask_to_fill(self, memory: FrameMemory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
@@ -118,8 +120,8 @@ class WorkerProcess:
         except OSError as error:
             self.busy = True  # the process is in the middle of a video, so it cannot serve another one
             if error.errno == errno.EFBIG:
-                message = "the limit on the size of files is below that of a few frames"
-                raise VideoError(message, "ulimit -f unlimited") from error
+                message = "the file size limit is too low for a few frames"
+                raise VideoError(message, "raise it: ulimit -f unlimited") from error
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise process_error("share frames with the process that reads videos", error, "read") from error
             raise MemoryError(f"no memory for frames: {error.strerror}") from error
@@ -152,7 +154,7 @@ class WorkerProcess:
         try:
             message, _ = self._channel.receive(SILENCE_S, on_frames)
         except TimeoutError as error:
-            message = f"reading {self.path} has come to a standstill: nothing for {SILENCE_S:g} s"
+            message = f"reading {self.path} is stuck: no progress for {SILENCE_S:g} s"
             raise VideoError(message, HINT) from error
         except (OSError, EOFError, ValueError, RecursionError) as error:
             raise self._crash() from error

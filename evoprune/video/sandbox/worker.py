@@ -303,7 +303,9 @@ def _enter(folder: str | None) -> None:
         try:
             os.chdir(folder)
         except OSError as error:
-            raise VideoError(f"cannot enter {folder}: {error.strerror}", "give the whole path of the video") from error
+            raise VideoError(
+                f"cannot enter {folder}: {error.strerror}", "give the absolute path of the video"
+            ) from error
 
 
 def _begin(task: str, arguments: dict[str, Any]) -> tuple[FrameReader | LiveReader | ClipReader | None, dict | None]:
