@@ -20,7 +20,7 @@ def environment_facts(stdout: TextIO) -> dict:
     from huggingface_hub import constants
 
     from evoprune import methods
-    from evoprune.backend import Device, available_cores, host_memory
+    from evoprune.backend import Device, Host
     from evoprune.session import BUNDLED_CONFIGS, Cache
     from evoprune.video import choose_decoder
 
@@ -46,7 +46,7 @@ def environment_facts(stdout: TextIO) -> dict:
         "platform": platform.platform(),
         "versions": {"evoprune": evoprune.__version__} | {name: _version(name) for name in PACKAGES},
         "devices": Device.describe_all(),
-        "available": {"cores": available_cores(), "memory_bytes": host_memory()},
+        "available": {"cores": Host().available_cores(), "memory_bytes": Host().available_memory()},
         "decoders": decoders,
         "methods": methods.available(),
         "method_plugins": methods.plugins(),

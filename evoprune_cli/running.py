@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.backend import host_memory, keep_freed_memory
+from evoprune.backend import Host, keep_freed_memory
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.files import OPEN_FILES, write_file
 from evoprune.language import GenerationOptions
@@ -53,7 +53,7 @@ def prepare() -> None:
     Raises:
         OutOfMemory: there is not enough memory even for the libraries.
     """
-    available = host_memory()
+    available = Host().available_memory()
     if available is not None and available < LIBRARIES:  # the system would kill this process without a message
         figures = f"{max(0, available) >> 20} MiB are available, and the libraries alone take {LIBRARIES >> 20}"
         hint = "close other programs, or give the container more"

@@ -27,10 +27,8 @@ if TYPE_CHECKING:
     from evoprune.backend.layers import is_unhooked_linear, joined, kernels_for
     from evoprune.backend.limits import (
         DeviceName,
-        available_cores,
-        host_memory,
+        Host,
         keep_freed_memory,
-        oom_kills,
     )
     from evoprune.backend.operators import (
         greedy_cosine,
@@ -49,16 +47,15 @@ __all__ = [
     "Attention",
     "Device",
     "DeviceName",
+    "Host",
     "Packing",
     "Quantization",
     "Timer",
-    "available_cores",
     "cache_name",
     "choose_functions",
     "empty_cache",
     "form_of_layers",
     "greedy_cosine",
-    "host_memory",
     "is_unhooked_linear",
     "joined",
     "keep_freed_memory",
@@ -66,7 +63,6 @@ __all__ = [
     "linear",
     "mean_rows",
     "nearest_selected",
-    "oom_kills",
     "pick_device",
     "plain_pytorch",
     "prepare",
@@ -104,11 +100,9 @@ __getattr__, __dir__ = door(
         "hosted": ["EXPERTS", "cache_name", "choose_functions", "form_of_layers", "without_packages"],
         "layers": ["is_unhooked_linear", "joined", "kernels_for"],
         "limits": [
+            "Host",
             "DeviceName",
-            "available_cores",
-            "host_memory",
             "keep_freed_memory",
-            "oom_kills",
         ],
         "operators": [
             "greedy_cosine",

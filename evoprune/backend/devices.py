@@ -190,12 +190,12 @@ class Device:
     def available_memory(self) -> int | None:
         """Return the bytes that this process can allocate without swapping, or None if unknown, and on the meta device.
 
-        On CUDA, this is the device's free memory plus the unused part of torch's allocator. See `limits.host_memory` otherwise.
+        On CUDA, this is the device's free memory plus the unused part of torch's allocator. See `limits.Host` otherwise.
         """
         if self._on_cuda:
             kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
             return torch.cuda.mem_get_info(self._device)[0] + kept
-        return limits.host_memory() if self.holds_values else None
+        return limits.Host().available_memory() if self.holds_values else None
 
     def shortage(self, needed: int) -> str | None:
         """Return in words how much memory is missing, or None if `needed` bytes are available."""

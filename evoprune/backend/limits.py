@@ -1,7 +1,7 @@
 """The resources that the system grants this process (cores, memory, a GPU), and limits that follow from a device name. No torch.
 
 Containers limit cores and memory with control groups of version 1, version 2, or both. A limit applies to a group and all groups
-inside it. Functions read `proc` and the mounts below `root`. If a file does not exist, there is no limit.
+inside it. If a file does not exist, there is no limit.
 """
 
 import math
@@ -116,32 +116,48 @@ def _toolkits() -> list[str]:
         return list(DRIVERS)
 
 
-def available_cores(root: Path = ROOT) -> int:
-    """Return how many cores this process may keep busy, at least 1.
+class Host:
+    """The cores and the memory that the system grants this process.
 
-    These are the cores in its CPU affinity, or fewer if a control group has a quota of CPU time. A quota is rounded up to whole
-    cores.
+    Args:
+        root: the folder that contains `proc` and the mounts of control groups.
     """
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    quota = min((share for folder in _groups("cpu", root) for share in _quotas(folder)), default=math.inf)
-    return max(1, math.ceil(min(cores, quota)))
 
+    def __init__(self, root: Path = ROOT):
+        self._root = root
 
-def host_memory(root: Path = ROOT) -> int | None:
-    """Return the bytes that this process can allocate without swapping, or None if unknown.
+    def available_cores(self) -> int:
+        """Return how many cores this process may keep busy, at least 1.
 
-    This is the minimum of the memory available in Linux, the memory left by control groups, and the rest of the address space
-    (`ulimit -v`). Cached files count as available, because the system drops them when memory is short.
-    """
-    try:
-        (free,) = kib(root / "proc/meminfo", "MemAvailable")
-        (mapped,) = kib(root / "proc/self/status", "VmSize")
-    except (OSError, KeyError):
-        return None
-    groups = (left for folder in _groups("memory", root) for left in _left(folder))
-    return min(free, _left_of_address_space(mapped), *groups)
+        These are the cores in its CPU affinity, or fewer if a control group has a quota of CPU time. A quota is rounded up to whole
+        cores.
+        """
+        cores = os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        folders = _groups("cpu", self._root)
+        quota = min((quota for folder in folders for quota in _quotas(folder)), default=math.inf)
+        return max(1, math.ceil(min(cores, quota)))
+
+    def available_memory(self) -> int | None:
+        """Return the bytes that this process can allocate without swapping, or None if unknown.
+
+        This is the minimum of the memory available in Linux, the memory left by control groups, and the rest of the address space
+        (`ulimit -v`). Cached files count as available, because the system drops them when memory is short.
+        """
+        try:
+            (free,) = kib(self._root / "proc/meminfo", "MemAvailable")
+            (mapped,) = kib(self._root / "proc/self/status", "VmSize")
+        except (OSError, KeyError):
+            return None
+        groups = (left for folder in _groups("memory", self._root) for left in _unused_memory(folder))
+        return min(free, _unused_address_space(mapped), *groups)
+
+    def oom_kills(self) -> int:
+        """Return how many processes the system has killed so far because memory ran out, in any group; 0 if unknown."""
+        with suppress(OSError, ValueError, StopIteration), (self._root / "proc/vmstat").open() as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
+        return 0
 
 
 def keep_freed_memory() -> None:
@@ -157,13 +173,6 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def oom_kills(root: Path = ROOT) -> int:
-    """Return how many processes the system has killed so far because memory ran out, in any group; 0 if unknown."""
-    with suppress(OSError, ValueError, StopIteration), (root / "proc/vmstat").open() as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
-    return 0
-
-
 def _quotas(folder: Path) -> Iterator[float]:
     """Yield the CPU quotas of a group, in cores."""
     with suppress(OSError, ValueError):  # "max" is no limit
@@ -175,7 +184,7 @@ def _quotas(folder: Path) -> Iterator[float]:
             yield quota / period
 
 
-def _left(folder: Path) -> Iterator[int]:
+def _unused_memory(folder: Path) -> Iterator[int]:
     """Yield the bytes of memory left below each limit of a group."""
     for limit, used in MEMORY:
         with suppress(OSError, ValueError):  # "max" is no limit
@@ -230,7 +239,7 @@ def kib(path: Path, *names: str) -> list[int]:
     return [int(values[name].split()[0]) * 1024 for name in names]
 
 
-def _left_of_address_space(mapped: int) -> float:
+def _unused_address_space(mapped: int) -> float:
     import resource  # exists wherever /proc does
 
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)

@@ -17,7 +17,7 @@ from zlib import crc32
 
 import torch
 
-from evoprune.backend import Device, available_cores
+from evoprune.backend import Device, Host
 from evoprune.batch import Row, Span
 from evoprune.bench.eval_folder import SIZE_RULE, RunFolder
 from evoprune.bench.eval_results import EvalResults
@@ -396,4 +396,4 @@ def threads_of_each(wanted: int | str | None, processes: int) -> int:
     """
     if isinstance(wanted, int):
         return wanted
-    return max(1, min(torch.get_num_threads(), available_cores() // processes))
+    return max(1, min(torch.get_num_threads(), Host().available_cores() // processes))

@@ -12,7 +12,7 @@ from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any
 
-from evoprune.backend import keep_freed_memory, oom_kills
+from evoprune.backend import Host, keep_freed_memory
 from evoprune.errors import EvopruneError, EvopruneWarning, OutOfMemory, process_error
 
 Work = Callable[[Any], list[dict]]
@@ -34,7 +34,7 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
     """
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     others = set(multiprocessing.active_children())
-    killed = oom_kills()
+    killed = Host().oom_kills()
     pool = ProcessPoolExecutor(processes, context, _begin, (start,))
     try:
         # Not `pool.map`: it cancels the remaining jobs after a failure, and in Python 3.11 the thread that cleans up a broken pool
@@ -50,7 +50,7 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
             process.kill()
         if not isinstance(problem, BrokenProcessPool):
             raise
-        if oom_kills() > killed:
+        if Host().oom_kills() > killed:
             hint = "fewer processes (--processes), or a smaller model"
             raise OutOfMemory(f"out of memory: the system ended one of {processes} processes", hint) from problem
         hint = "one process (--processes 1) tells more"

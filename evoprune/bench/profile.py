@@ -18,9 +18,9 @@ import torch
 from evoprune.backend import (
     Attention,
     Device,
+    Host,
     Packing,
     Quantization,
-    available_cores,
     cache_name,
     weights_bytes,
 )
@@ -490,7 +490,7 @@ def measure(
             "python": platform.python_version(),
             "platform": platform.platform(),
             "processors": os.cpu_count(),
-            "cores": available_cores(),
+            "cores": Host().available_cores(),
         },
         settings={
             **(about or {}),

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Unpack
 
-from evoprune.backend import host_memory
+from evoprune.backend import Host
 from evoprune.errors import UsageError, VideoError
 from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.options import ModelOptions, PruneOptions
@@ -74,7 +74,7 @@ class ReadAhead(Readings):
     ):
         if held_bytes is None:
             held_bytes = HELD_BYTES
-            if (available := host_memory()) is not None:
+            if (available := Host().available_memory()) is not None:
                 held_bytes = min(HELD_BYTES, available // SHARE)
         super().__init__(held_bytes)
         self.model = model

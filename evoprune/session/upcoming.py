@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
-from evoprune.backend import Device, available_cores, host_memory
+from evoprune.backend import Device, Host
 from evoprune.session.encoding import OpenInputs
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.reading import Reading, Readings, stop_all
@@ -28,7 +28,7 @@ def idle_cores(loaded: LoadedModel) -> int:
 
     The model keeps `busy_cores` busy. `--threads N` allows N cores in all.
     """
-    cores = available_cores()
+    cores = Host().available_cores()
     if loaded.cores is not None:
         cores = min(cores, loaded.cores)
     return max(0, cores - Device(loaded.device).busy_cores)
@@ -39,7 +39,7 @@ def readers(loaded: LoadedModel) -> int:
 
     At least one and at most `MOST`.
     """
-    available = host_memory()
+    available = Host().available_memory()
     most = MOST
     if available is not None:
         most = min(most, available // READER_BYTES)

@@ -9,7 +9,7 @@ from contextlib import closing
 import numpy as np
 from numpy.typing import NDArray
 
-from evoprune.backend import host_memory
+from evoprune.backend import Host
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
 from evoprune.util import brief, counted, size
 from evoprune.video.frames import probe, read_chunks
@@ -94,7 +94,7 @@ def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uin
 def check_room(info: Video, count: int) -> None:
     """Raise OutOfMemory if `count` frames do not fit into memory."""
     needed = 3 * count * info.height * info.width
-    available = host_memory()
+    available = Host().available_memory()
     if available is not None and needed > available:
         figures = f"{counted(count, 'frame')} of {info.width}x{info.height} take {size(needed)}"
         hint = "read fewer at a time, for example with start_s and end_s"

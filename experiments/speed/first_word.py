@@ -195,7 +195,7 @@ def make(run: Run, path: Path, module: Sequence[str], until: float) -> None:
 def about(run: Run) -> dict[str, Any]:
     """Return the machine, package versions and settings of this run."""
     from evoprune import __version__
-    from evoprune.backend import Device, available_cores
+    from evoprune.backend import Device, Host
 
     packages = ("torch", "transformers", "av", "torchcodec", "decord", "opencv-python-headless")
     asked = (
@@ -210,7 +210,7 @@ def about(run: Run) -> dict[str, Any]:
         "device": run.args.device,
         "device_name": Device(run.args.device).product_name,
         "cpu": Device("cpu").product_name,
-        "cores": available_cores(),
+        "cores": Host().available_cores(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "model": run.model.name,
         "tiny": run.args.tiny,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune.backend.limits import ROOT, _groups, available_cores, host_memory
+from evoprune.backend.limits import ROOT, Host, _groups
 from evoprune.bundled import DEMOS
 from evoprune.model import QwenVL
 from evoprune.session import BUNDLED_CONFIGS, ModelOptions, describe
@@ -97,7 +97,7 @@ def made_up(root: Path, groups, mounts, files: dict[str, dict], prefix: str) -> 
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_of_control_groups(name, tmp_path):
     *tree, gib = MEMORY[name]
-    assert host_memory(made_up(tmp_path, *tree, "memory")) == gib * GIB
+    assert Host(made_up(tmp_path, *tree, "memory")).available_memory() == gib * GIB
 
 
 CORES = {
@@ -121,13 +121,13 @@ CORES = {
 def test_cores_of_control_groups(name, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     *tree, cores = CORES[name]
-    assert available_cores(made_up(tmp_path, *tree, "cpu")) == cores
+    assert Host(made_up(tmp_path, *tree, "cpu")).available_cores() == cores
 
 
 def test_a_system_without_proc(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert available_cores(tmp_path) == 6 and host_memory(tmp_path) is None
+    assert Host(tmp_path).available_cores() == 6 and Host(tmp_path).available_memory() is None
 
 
 @pytest.fixture
@@ -168,8 +168,8 @@ def limited():
 
 def test_a_real_quota(limited):
     limits = {"cpu.cfs_quota_us": 150_000, "cpu.max": "150000 100000"}
-    done = limited("cpu", limits, "-c", "from evoprune.backend.limits import available_cores; print(available_cores())")
-    assert done.stdout == f"{min(2, available_cores())}\n", done.stderr
+    done = limited("cpu", limits, "-c", "from evoprune.backend.limits import Host; print(Host().available_cores())")
+    assert done.stdout == f"{min(2, Host().available_cores())}\n", done.stderr
 
 
 def memory_limit(size: int) -> dict[str, object]:
@@ -204,7 +204,7 @@ def empty_checkpoint(folder: Path) -> None:
 def test_a_container_that_is_too_small(limited, tmp_path, limit, found, hint):
     """Exit code 5 and a hint, instead of a process that the system kills silently."""
     empty_checkpoint(tmp_path)
-    if host_memory() < 9 * GIB:
+    if Host().available_memory() < 9 * GIB:
         pytest.skip("this machine itself has too little memory free")
     ask = f"-m evoprune_cli ask samples/square.mp4 What -q -m {tmp_path} --dtype bf16"
     done = limited("memory", memory_limit(limit), *ask.split())

@@ -538,6 +538,6 @@ def test_names_that_are_no_text(loaded, tmp_path):
 @pytest.mark.parametrize(("wanted", "processes", "each"), [("auto", 2, 3), (None, 4, 2), ("auto", 100, 1), (5, 4, 5)])
 def test_several_processes_share_the_cores(wanted, processes, each, monkeypatch):
     """A host program with three threads, on a machine with eight cores."""
-    monkeypatch.setattr(evaluation, "available_cores", lambda: 8)
+    monkeypatch.setattr("evoprune.backend.limits.Host.available_cores", lambda _: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert threads_of_each(wanted, processes) == each

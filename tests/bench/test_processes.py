@@ -65,7 +65,7 @@ def test_a_failure_at_the_start_ends_all_processes(start, code, message, capfd):
 
 def test_the_system_ends_a_process_that_takes_too_much_memory(monkeypatch):
     kills = iter((5, 6))
-    monkeypatch.setattr(processes, "oom_kills", lambda: next(kills))
+    monkeypatch.setattr("evoprune.backend.limits.Host.oom_kills", lambda _: next(kills))
     with pytest.raises(OutOfMemory, match="one of 2 processes"):
         list(map_in_processes(crashes, range(10), 2))
 

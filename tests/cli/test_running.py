@@ -265,9 +265,9 @@ def test_threads_sleep_soon_unless_the_environment_says_otherwise(monkeypatch, g
 def test_without_memory_for_the_libraries(monkeypatch):
     monkeypatch.setattr("evoprune_cli.running.keep_freed_memory", lambda: None)
     for enough in (LIBRARIES, None):
-        monkeypatch.setattr("evoprune_cli.running.host_memory", lambda enough=enough: enough)
+        monkeypatch.setattr("evoprune.backend.limits.Host.available_memory", lambda _, enough=enough: enough)
         prepare()
-    monkeypatch.setattr("evoprune_cli.running.host_memory", lambda: LIBRARIES - 1)
+    monkeypatch.setattr("evoprune.backend.limits.Host.available_memory", lambda _: LIBRARIES - 1)
     with pytest.raises(OutOfMemory, match=r"^too little memory: 255 MiB are available") as caught:
         prepare()
     assert caught.value.exit_code == 5 and "container" in caught.value.hint

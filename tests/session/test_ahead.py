@@ -289,9 +289,9 @@ def test_where_there_is_no_room_at_all_frames_come_one_by_one(long):
 
 
 def test_little_memory_leaves_little_to_frames(monkeypatch):
-    monkeypatch.setattr(module, "host_memory", lambda: 2**30)
+    monkeypatch.setattr("evoprune.backend.limits.Host.available_memory", lambda _: 2**30)
     assert ReadAhead(DEMO, []).limit_bytes == 2**26
-    monkeypatch.setattr(module, "host_memory", lambda: None)
+    monkeypatch.setattr("evoprune.backend.limits.Host.available_memory", lambda _: None)
     assert ReadAhead(DEMO, []).limit_bytes == module.HELD_BYTES
 
 

@@ -189,8 +189,8 @@ def test_what_is_opened_too_late_is_closed(ahead_of):
     ],
 )
 def test_how_many_are_read_at_a_time(monkeypatch, device, cores, torch_threads, asked, memory, idle, count):
-    monkeypatch.setattr(upcoming, "available_cores", lambda: cores)
-    monkeypatch.setattr(upcoming, "host_memory", lambda: memory)
-    monkeypatch.setattr(upcoming.torch, "get_num_threads", lambda: torch_threads)
+    monkeypatch.setattr("evoprune.backend.limits.Host.available_cores", lambda _: cores)
+    monkeypatch.setattr("evoprune.backend.limits.Host.available_memory", lambda _: memory)
+    monkeypatch.setattr("torch.get_num_threads", lambda: torch_threads)
     loaded = SimpleNamespace(device=device, cores=asked)
     assert (idle_cores(loaded), readers(loaded)) == (idle, count)

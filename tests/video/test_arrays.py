@@ -10,7 +10,6 @@ import pytest
 
 import evoprune
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.video import arrays
 from evoprune.video.frames import frame_times, probe
 from evoprune.video.plan import SamplingOptions, plan_sampling
 from evoprune.video.temporary import temporary_file
@@ -146,7 +145,7 @@ def test_files_that_cannot_be_read(tmp_path, clip):
 
 @pytest.mark.parametrize("how", [{"frames": 10**15}, {"fps": 1e300}, {"times_s": [0.0] * 200}])
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(monkeypatch, clip, how):
-    monkeypatch.setattr(arrays, "host_memory", lambda: 2**20)
+    monkeypatch.setattr("evoprune.backend.limits.Host.available_memory", lambda _: 2**20)
     with pytest.raises(OutOfMemory, match=r"frames of 64x48 take .*iB, but only 1 MiB are available") as caught:
         evoprune.read_frames(clip, **how)
     assert "start_s" in caught.value.hint and caught.value.stage == "read"

@@ -161,7 +161,7 @@ def test_those_that_died_while_idle_are_replaced(good, started, monkeypatch, for
         os.kill(pid, signal.SIGKILL)
     assert all(map(gone, started)) and len(started) == 2
     if for_memory:  # simulates the system's counter
-        monkeypatch.setattr(isolation, "oom_kills", lambda: 1e9)
+        monkeypatch.setattr("evoprune.backend.limits.Host.oom_kills", lambda _: 1e9)
     assert probe(good).frames_total == 20 and len(started) == 3
 
 

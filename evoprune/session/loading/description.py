@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.backend import DeviceName, available_cores
+from evoprune.backend import DeviceName, Host
 from evoprune.bundled import DEMOS, Demo
 from evoprune.errors import EvopruneWarning, ModelError, UsageError, first_line
 from evoprune.methods import TowerShape
@@ -169,7 +169,9 @@ class ModelDescription:
 
         wanted = self.options.threads
         if wanted == AUTO_THREADS and not os.environ.get("OMP_NUM_THREADS"):
-            torch.set_num_threads(max(1, min(available_cores(), Cost(self.config).parameters // WEIGHTS_PER_THREAD)))
+            torch.set_num_threads(
+                max(1, min(Host().available_cores(), Cost(self.config).parameters // WEIGHTS_PER_THREAD))
+            )
         elif isinstance(wanted, int):
             torch.set_num_threads(wanted)
 

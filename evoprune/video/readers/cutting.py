@@ -31,7 +31,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
-from evoprune.backend import available_cores
+from evoprune.backend import Host
 from evoprune.errors import VideoError
 from evoprune.video.info import CLIP_ENDINGS, Video
 from evoprune.video.readers import ffmpeg, folder
@@ -362,7 +362,7 @@ def _encoder(out: OutputContainer, info: Video) -> VideoStream:
     stream.pix_fmt = "yuv420p"
     context = stream.codec_context
     context.time_base = CLOCK
-    context.thread_count = ffmpeg.thread_count(available_cores())
+    context.thread_count = ffmpeg.thread_count(Host().available_cores())
     context.color_primaries = context.color_trc = context.colorspace = BT709
     context.color_range = LIMITED_RANGE
     if info.pixel_aspect:
@@ -425,7 +425,7 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
 def _decoded(info: Video, start_s: float) -> Iterator[TimedFrame]:
     """Yield the frames from a keyframe at or before `start_s` on, or from the beginning of the file."""
     (run,) = planned(info, [max(0.0, start_s)], "exact", 0.0)
-    with closing(Track(info, ffmpeg.thread_count(available_cores()))) as track:
+    with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         frames = None
         with suppress(Unreachable):
             _, frames = begun(track, run, ffmpeg.ignore_damage, sparing=False)

@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 from av.video.format import VideoFormat
 
-from evoprune.backend import available_cores
+from evoprune.backend import Host
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg, pyav
@@ -71,7 +71,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         name = f"/dev/fd/{file.fileno()}"
         if not os.path.exists(name):
             name = os.path.abspath(info.path)
-        reader = decord.VideoReader(name, num_threads=ffmpeg.thread_count(available_cores()))
+        reader = decord.VideoReader(name, num_threads=ffmpeg.thread_count(Host().available_cores()))
         stamps = _stamps(info, reader)
         # One float32 step of additional tolerance, because decord rounds its times to float32.
         begins = stamps - np.spacing(stamps) - ffmpeg.TOLERANCE_S

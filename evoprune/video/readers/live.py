@@ -18,7 +18,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
 
-from evoprune.backend import available_cores
+from evoprune.backend import Host
 from evoprune.errors import VideoError
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.probing import another_follows
@@ -74,7 +74,7 @@ class LiveReader:
         except (av.error.FFmpegError, OSError, ValueError) as problem:
             raise self._error(problem) from problem
         stream = self._stream = ffmpeg.video_stream(
-            self._container, name, threads=ffmpeg.thread_count(available_cores())
+            self._container, name, threads=ffmpeg.thread_count(Host().available_cores())
         )
         known = self._scheme and ((self._container.duration or 0) > 0 or (self._container.size or 0) > 0)
         codec = stream.codec_context.codec.canonical_name

@@ -14,7 +14,7 @@ from operator import itemgetter
 
 from av.video.frame import VideoFrame
 
-from evoprune.backend import available_cores, host_memory
+from evoprune.backend import Host
 from evoprune.video.info import FrameTimes, Video
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
@@ -55,7 +55,7 @@ def read(
         seek, part_s: see `frames.read_chunks`.
         cores: number of cores to keep busy; None uses all that this process may use.
     """
-    cores = cores or available_cores()
+    cores = cores or Host().available_cores()
     with ffmpeg.reading(info.path):
         runs = planned(info, times_s, seek, part_s)
         done = 0
@@ -82,7 +82,7 @@ def read(
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
     """Decode all frames and yield the time and duration of every frame in seconds, and whether it is a keyframe."""
     step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
-    with closing(Track(info, ffmpeg.thread_count(available_cores()))) as track:
+    with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         for time_s, frame in track.from_beginning((), damaged):
             length = frame.duration if frame.pts is not None else 0
             yield time_s, float((length or 0) * frame.time_base) or step, frame.key_frame
@@ -126,7 +126,7 @@ def _by_threads(
 
 def _most_decoders(pixels: int) -> int:
     """Return how many decoders for frames of `pixels` pixels fit into memory, at least 1."""
-    available = host_memory()
+    available = Host().available_memory()
     if available is None:
         return 1
     return max(1, int(available / 2 - ROOM_BYTES) // (DECODER_BYTES * pixels))

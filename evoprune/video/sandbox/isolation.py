@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import evoprune
-from evoprune.backend import oom_kills
+from evoprune.backend import Host
 from evoprune.errors import OutOfMemory, UsageError, VideoError, process_error
 from evoprune.video.info import Video
 from evoprune.video.sandbox.channel import Channel, FrameMemory
@@ -68,7 +68,7 @@ class WorkerProcess:
         self.path = ""
         self.busy = False
         self._answered = False
-        self._oom_kills = oom_kills()
+        self._oom_kills = Host().oom_kills()
         self.stopped = False
         here, there = socket.socketpair()
         here.settimeout(SILENCE_S)
@@ -177,7 +177,7 @@ class WorkerProcess:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
         code = self._process.returncode
-        if code == -signal.SIGKILL and oom_kills() > self._oom_kills:
+        if code == -signal.SIGKILL and Host().oom_kills() > self._oom_kills:
             hint = "close other programs, give the container more memory, or convert the video to a smaller size"
             return OutOfMemory(f"out of memory: the system ended the decoder of {self.path}", hint, stage="read")
         hint = HINT

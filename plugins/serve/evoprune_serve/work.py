@@ -19,7 +19,7 @@ from functools import partial
 from math import ceil
 from typing import Any
 
-from evoprune.backend import host_memory
+from evoprune.backend import Host
 from evoprune.errors import OutOfMemory
 from evoprune.report import Report
 from evoprune.session import (
@@ -217,7 +217,7 @@ class KeptEncodings:
         with self._lock:
             self._kept[key] = encoded, size
             self._kept.move_to_end(key)
-            room = host_memory()
+            room = Host().available_memory()
             while len(self._kept) > self._most or (
                 room is not None and SHARE * self._bytes > room and len(self._kept) > 1
             ):

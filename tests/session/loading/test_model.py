@@ -24,7 +24,7 @@ from evoprune.bundled import DEMOS
 from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language import LanguageModel
 from evoprune.model import FAMILIES, Config, Cost
-from evoprune.session.loading import description, model
+from evoprune.session.loading import model
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import InputLimits
 from evoprune.session.loading.weights import DTYPES
@@ -438,7 +438,7 @@ def test_running_out_of_memory_on_a_gpu_has_numbers(says):
 @pytest.fixture
 def three_threads(monkeypatch):
     """A host program with three threads, on a machine with eight cores."""
-    monkeypatch.setattr(description, "available_cores", lambda: 8)
+    monkeypatch.setattr("evoprune.backend.limits.Host.available_cores", lambda _: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -451,7 +451,7 @@ def three_threads(monkeypatch):
     [(4_000_000, 64, 1), (72_000_000, 8, 2), (3_754_622_976, 4, 4), (3_754_622_976, 1, 1), (0, 4, 1)],
 )
 def test_small_models_get_one_thread_and_large_ones_all_cores(weights, cores, count, monkeypatch, three_threads):
-    monkeypatch.setattr(description, "available_cores", lambda: cores)
+    monkeypatch.setattr("evoprune.backend.limits.Host.available_cores", lambda _: cores)
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.setattr(Cost, "parameters", weights)
     describe(ModelOptions(threads="auto")).use_threads()
