@@ -88,7 +88,7 @@ class VideoQA(Uncopied):
     ):
         (pruning,) = from_keywords(options, PruneOptions)
         if hasattr(loaded, "forward"):
-            raise TypeError(f"VideoQA takes no {type(loaded).__name__}; {OTHER_MODELS}")
+            raise TypeError(f"VideoQA does not take a {type(loaded).__name__}; {OTHER_MODELS}")
         if not isinstance(loaded, LoadedModel | Session):
             raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
         self.session = Session(loaded, pruning.config(), load_seconds) if isinstance(loaded, LoadedModel) else loaded
@@ -239,15 +239,17 @@ class VideoQA(Uncopied):
                     opened.append(item)
                     continue
                 if isinstance(item, list | tuple):
-                    raise UsageError(f"an input is {brief(item)}", "give one list of all inputs")
+                    raise UsageError(
+                        f"an input is {brief(item)}, not a single input", "pass one flat list of all inputs"
+                    )
                 inputs_of_item = open_inputs(self.session, inputs_of(item), ahead=self._ahead)
                 opened.append(stack.enter_context(closing(inputs_of_item)))
             if isinstance(question, str) and opened:
-                held = [plan for item in opened if isinstance(item, EncodedInputs) for plan in item.plans]
+                encoded_plans = [plan for item in opened if isinstance(item, EncodedInputs) for plan in item.plans]
                 plans = [plan for item in opened for plan in item.plans]
                 new = [item for item in opened if isinstance(item, OpenInputs)]
                 with new[0].planning() if new else nullcontext():
-                    self.session.longest_prompt(plans, [question], generation, held)
+                    self.session.longest_prompt(plans, [question], generation, encoded_plans)
             encoded = [item if isinstance(item, EncodedInputs) else item.encode() for item in opened]
         asked = EncodedInputs.together(self.session, encoded)
         if asked not in opened:  # the caller has no reference to it, so it cannot be asked again
@@ -328,7 +330,7 @@ class VideoQA(Uncopied):
         _check_cache(cache)
         source, *others = inputs_of(path)
         if others:
-            raise UsageError("find takes one video", "call it for each of them")
+            raise UsageError("find takes one video", "call it once per video")
         queries = [query] if isinstance(query, str) else query
         sampling = SamplingOptions(fps=fps, start_s=start_s, end_s=end_s)
         segments = cache.of_segments if cache else None
@@ -347,10 +349,10 @@ def _paths_of(given: Any) -> list[str]:
     if isinstance(given, str | os.PathLike):
         paths = [given]
     if not isinstance(paths, list | tuple) or not paths:
-        raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")
+        raise UsageError(f"the input is {brief(given)}, not a path", "pass the path of a file or a folder of frames")
     for path in paths:
         if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
-            hint = "give paths of files or folders"
+            hint = "pass paths of files or folders"
             if isinstance(path, EncodedInputs):
                 hint = EncodedInputs.AS_INPUT
             raise UsageError(f"an input is {brief(path)}, not a path", hint)
@@ -362,5 +364,5 @@ def _check_cache(cache: Any) -> None:
         from evoprune.session import Cache
 
         if not isinstance(cache, Cache):
-            hint = "give evoprune.Cache(), evoprune.Cache(folder) or None"
+            hint = "pass evoprune.Cache(), evoprune.Cache(folder) or None"
             raise UsageError(f"cache is {brief(cache)}, not a Cache", hint)

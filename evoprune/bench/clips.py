@@ -54,7 +54,7 @@ def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int
         ValueError: the content is unknown, or the sizes are not whole grids of whole units.
     """
     if content not in ProfileSettings.SYNTHETIC:
-        raise ValueError(f"no synthetic clip {content!r}: one of {', '.join(ProfileSettings.SYNTHETIC)}")
+        raise ValueError(f"unknown synthetic clip {content!r}: choose one of {', '.join(ProfileSettings.SYNTHETIC)}")
     if min(frames, height, width) < 1 or frames % PAIR or height % unit or width % unit:
         raise ValueError(f"{frames} frames of {height}x{width} are not whole grids of whole units")
     draw = {"motion": _motion, "static90": partial(_static, unit=unit), "noise": _noise}[content](height, width)
@@ -188,7 +188,7 @@ def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
     """
     if case.height % limits.unit or case.width % limits.unit:
         raise UsageError(
-            f"frames of {case.height}x{case.width} pixels are no whole number of merge units",
+            f"frames of {case.height}x{case.width} pixels are not a whole number of merge units",
             f"height and width must be multiples of {limits.unit}, for example {8 * limits.unit}x{12 * limits.unit}",
         )
     return max(1, case.frames // limits.temporal_patch_size), case.height // limits.unit, case.width // limits.unit

@@ -59,8 +59,8 @@ from evoprune.video import input_state
 
 COST_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 NOTE = (
-    f"operations: tower and prefill at the dimensions of {COST_MODEL.rpartition('/')[2]}, from the true rows of each layer, by "
-    "relative depth, and the true length of the prompt"
+    f"operations: tower and prefill at the dimensions of {COST_MODEL.rpartition('/')[2]}, from the actual rows of each layer "
+    "(by relative depth) and the actual prompt length"
 )
 
 
@@ -151,7 +151,9 @@ class Evaluation:
         self.ahead: ReadAhead | None = None  # may have prefetched the first videos
         chosen = of_groups(videos, settings.groups)
         if videos and not chosen:
-            raise UsageError(f"no question is in {' or '.join(settings.groups)}", "see the field groups of the file")
+            raise UsageError(
+                f"no question is in the group {' or '.join(settings.groups)}", "see the field groups in the file"
+            )
         self.videos = chosen[: settings.limit]
         self.total = len(self.videos)
         self.samples: list[dict] = []
@@ -182,8 +184,8 @@ class Evaluation:
         states = {sample["video"]: sample.get("files") for sample in self.samples}
         for video in self.videos:
             if change := file_changes(states.get(video.name), _state(video)):
-                hint = "give the earlier one, or a new -o DIR"
-                raise UsageError(f"{video.name} is not what it was when {path} was begun: {change}", hint)
+                hint = "restore the earlier file, or choose a new -o DIR"
+                raise UsageError(f"{video.name} has changed since {path} was started: {change}", hint)
 
     @property
     def failed(self) -> bool:
@@ -203,7 +205,7 @@ class Evaluation:
             loaded = self.loaded
             model = self.settings.model
             if loaded and (short := Device(loaded.device).shortage(processes * weights_of(loaded.description).bytes)):
-                hint = "fewer processes (--processes), or a smaller model"
+                hint = "use fewer processes (--processes) or a smaller model"
                 raise OutOfMemory(f"{processes} copies of {loaded.id}: {short}", hint, stage="load")
             model = replace(model, threads=threads_of_each(model.threads, processes))
             results = map_in_processes(partial(_start, replace(self.settings, model=model)), missing, processes)
@@ -295,13 +297,13 @@ class Evaluation:
             if settings.score == "likelihood" and row.options:
                 row = replace(row, scored=True)
             answer = encoded.ask(row.prompt, **vars(row.generation(settings.generation)))
-            said = "".join(answer)
-            right = grade(row, said)
+            text = "".join(answer)
+            right = grade(row, text)
             sample = {
                 **asdict(variant),
                 "question": row.question,
                 "expected": row.answer,
-                "answer": said,
+                "answer": text,
                 "thoughts": answer.thoughts,
                 "right": bool(right),
                 "unparseable": right is None,
@@ -358,17 +360,17 @@ class Evaluation:
 
     def _notes(self) -> list[str]:
         notes = [NOTE]
-        if said := after_tower_note(self._after_tower_below() or 0):
-            notes.append(said)
+        if note := after_tower_note(self._after_tower_below() or 0):
+            notes.append(note)
         total = counted(len(self.samples), "answer")
         for name, what in {
             "answer_cut": "may be incomplete",
-            "thoughts_cut": "ended inside the model's thoughts",
+            "thoughts_cut": "ended while the model was still thinking",
         }.items():
             if cut := sum(name in s.get("warnings", ()) for s in self.samples):
-                notes.append(f"{cut:,} of {total} {what}: -n (max_new_tokens) allows no more tokens")
+                notes.append(f"{cut:,} of {total} {what}: token limit reached (-n, max_new_tokens)")
         if any({"demo_model", "demo_untold"} & {*s.get("warnings", ())} for s in self.samples):
-            notes.append("the demo model knows only its own clips; what it says about other videos means nothing")
+            notes.append("the demo model knows only its own clips; its answers about other videos are meaningless")
         return notes
 
 

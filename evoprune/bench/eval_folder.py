@@ -72,7 +72,9 @@ class RunFolder:
         except OSError as problem:
             raise no_folder(path) from problem
         if change := differences(before, now):
-            raise UsageError(f"{path} was begun with other settings: {change}", "give the same ones, or a new -o DIR")
+            raise UsageError(
+                f"{path} was started with other settings: {change}", "use the same settings, or a new -o DIR"
+            )
         with _writing(path):
             for name in (SETTINGS, SAMPLES, RESULTS):
                 remove_unfinished(str(path / name))
@@ -87,8 +89,8 @@ class RunFolder:
     def check_model(self, state: dict[str, Any] | None) -> None:
         """Raise UsageError if the model differs from the one the run began with."""
         if change := file_changes(self.model, state):
-            problem = f"the model is not what it was when {self.path} was begun: {change}"
-            raise UsageError(problem, "give the earlier one, or a new -o DIR")
+            problem = f"the model has changed since {self.path} was started: {change}"
+            raise UsageError(problem, "use the earlier model, or a new -o DIR")
 
     def check_size_rule(self, after_tower_below: int | None) -> None:
         """Raise UsageError if the run began with another size limit for pruning only after the tower. None is unknown."""
@@ -117,7 +119,7 @@ def stored_settings(path: Path) -> dict[str, Any]:
     """Return the settings of the run in a folder.
 
     Raises:
-        UsageError: the folder holds no run.
+        UsageError: the folder contains no run.
     """
     try:
         return {"seek": "exact"} | read_object(path / SETTINGS)  # earlier versions had no other mode
@@ -126,7 +128,7 @@ def stored_settings(path: Path) -> dict[str, Any]:
 
 
 def no_folder(path: Path) -> UsageError:
-    return UsageError(f"{path} is no folder of an evaluation", f"name one with a {SETTINGS}")
+    return UsageError(f"{path} is not the folder of an evaluation", f"choose a folder that contains {SETTINGS}")
 
 
 def _line(sample: dict) -> str:
@@ -157,5 +159,5 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        hint = "make room there" if problem.errno in FULL else "choose another place"
+        hint = "free some space there" if problem.errno in FULL else "choose another place"
         raise UsageError(f"cannot write {path}: {problem.strerror}", hint) from problem

@@ -89,7 +89,7 @@ class EvalResults(Results):
             return None
         panels = []
         for cost, title, label in (
-            ("layer_tokens", "By tokens", "visual tokens read, mean of a question and of the layers"),
+            ("layer_tokens", "By tokens", "visual tokens read, averaged over questions and layers"),
             ("tflop_3b", "By cost", "TFLOP of tower and prefill at 3B dimensions"),
         ):
             points: dict[str, list[Point]] = {}
@@ -119,8 +119,8 @@ def _difference(row: Row, name: str = "difference") -> str:
     value, low, high = (_percent(row[f"{name}{end}"], "+") for end in ("", "_low", "_high"))
     if low == "-":  # too few videos
         return value
-    said = f"{value} ({low} to {high})"
-    return f"tie {said}" if is_tie(row, name) else said
+    interval = f"{value} ({low} to {high})"
+    return f"tie {interval}" if is_tie(row, name) else interval
 
 
 NAME: Column[Row] = Column("", lambda row: row["name"])
@@ -128,44 +128,44 @@ ANSWERS: list[Column[Row]] = [
     Column(
         "accuracy",
         lambda row: f"{_percent(row['accuracy'])} ({_percent(row['low'])}-{_percent(row['high'])})",
-        "accuracy, in percent, with its 95% interval over videos",
+        "accuracy in percent, with its 95% interval over videos",
     ),
     Column(
         "vs full",
         _difference,
-        "vs full: the paired difference in points, with its interval, a tie where that includes 0",
+        "vs full: paired difference in points with its interval; a tie if the interval includes 0",
         drop=2,
     ),
     Column(
         "kept",
         lambda row: "" if row["row"] == FULL else _percent(row["kept_of_full"]),
-        "kept: of full's accuracy",
+        "kept: percent of full's accuracy",
         drop=1,
     ),
 ]
 BRIER: Column[Row] = Column(
     "Brier",
     lambda row: "-" if row["brier"] is None else f"{row['brier']:.3f}",
-    "Brier: squared error of the options' probabilities, mean of questions with options; 0 is certain and right, "
+    "Brier: squared error of the options' probabilities, averaged over questions with options; 0 is certain and right, "
     "2 certain and wrong",
 )
 UNPARSED: Column[Row] = Column(
     "unparsed",
     lambda row: f"{row['unparseable']:,}",
-    "unparsed: answers that name none of the options, or several; they count as wrong",
+    "unparsed: answers that name no option or several; they count as wrong",
     drop=3,
 )
 COSTS: list[Column[Row]] = [
     Column(
         "tokens",
         lambda row: f"{row['layer_tokens']:,.0f}",
-        "tokens that the language model reads, mean of a question and of its layers",
+        "tokens: visual tokens read by the language model, averaged over questions and layers",
     ),
     Column("of all", lambda row: f"{_percent(row['kept_share'] * row['layer_tokens'] / row['tokens'])}%", drop=1),
     Column(
         "live",
         lambda row: f"{row['live_share']:.2f}",
-        "live: share of the rows that the tower computes, mean over its layers",
+        "live: share of rows computed by the tower, averaged over its layers",
         drop=4,
     ),
     Column("tower", lambda row: f"{row['tflop_3b_tower']:,.3g}", drop=3),
@@ -190,8 +190,10 @@ def _versus_first(rows: list[Row], width: int) -> tuple[list[str], list[str]]:
     if not fits:
         return [], []
     if any(marks):
-        drawn += folded([f"* reads another number of tokens than {first} at this budget; how many: below"], width)
-    legend = f"vs {first}: the paired difference to the first method, at the same budget"
+        drawn += folded(
+            [f"* reads a different number of tokens than {first} at this budget; see the table below"], width
+        )
+    legend = f"vs {first}: paired difference from the first method at the same budget"
     return ["", *drawn], [legend]
 
 
@@ -231,5 +233,5 @@ def _too_small(rows: Sequence[Row], width: int, title: str = "") -> list[str]:
         where = f" in every {title}"
     elif title:
         where = f" in {', '.join(names)}"
-    said = f"fewer than {LEAST_QUESTIONS} questions{where}: an example, not a measurement"
-    return folded([said], width)
+    note = f"fewer than {LEAST_QUESTIONS} questions{where}: an example, not a measurement"
+    return folded([note], width)

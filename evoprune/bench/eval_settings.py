@@ -95,8 +95,8 @@ class EvalSettings:
         path = Path(self.data)
         videos = load_questions(path)
         if self.score == "likelihood" and not any(row.options for video in videos for row in video.rows):
-            hint = "leave it out, or give options"
-            raise UsageError("--score likelihood is about options, and no question has any", hint)
+            hint = "leave it out, or add options to questions"
+            raise UsageError("--score likelihood needs options, and no question has any", hint)
         return replace(self, digest=hashlib.sha256(path.read_bytes()).hexdigest()), videos
 
     def inputs(self, videos: Sequence[VideoQuestions]) -> Iterator[tuple[list[str], SamplingOptions]]:

@@ -69,11 +69,14 @@ class Fates:
         """Raise UsageError if units have no fates: the method depends on the question or only acts inside the language model."""
         if session.pruning.method.reads_question:
             what, instead = session.pruning.method.refusals
-            raise UsageError(f"{what}, and an overlay has none", f"use {instead}")
+            raise UsageError(f"{what}, and an overlay has no question", f"use {instead}")
         if session.pruning.method.acts == "language":
-            hint = "use a method that acts before the language model; in a combination, the overlay shows what that one does"
+            hint = (
+                "use a method that acts before the language model; in a combination, the overlay shows only its effect"
+            )
             raise UsageError(
-                f"method {session.pruning.name} drops tokens by the question, and an overlay has none", hint
+                f"method {session.pruning.name} drops tokens based on the question, and an overlay has no question",
+                hint,
             )
 
     @classmethod
@@ -319,10 +322,10 @@ class Overlay:
         size = text_size(width)
         drawn = list(self._captioned([pair * (len(self._video.frames) // count) for pair in shown], round(0.85 * size)))
         rows = [joined(drawn[at : at + across], GAP, across=True) for at in range(0, len(drawn), across)]
-        number = "Each frame pair"
+        number = "All frame pairs"
         if len(shown) < count:
             number = f"{len(shown)} of {count} frame pairs"
-        note = f"{number}, by its first frame. A square is a unit, which can become one token."
+        note = f"{number}; each is shown by its first frame. A square is a unit, which can become one token."
         above = text_picture(self._title, width, size)
         return framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
 
@@ -387,13 +390,13 @@ class Overlay:
         counts = fates.counts()
         units = f"{counts['read']:,} of {counts['units']:,} units"
         if again := int((fates.chosen & ~fates.encoded).sum()):
-            units += f", {again:,} of them with the row of an earlier frame pair"
+            units += f", {again:,} of them represented by a row of an earlier frame pair"
         meanings = {
-            "read": f"one token of the language model each. {units}.",
+            "read": f"each is one token of the language model. {units}.",
             "reused": f"unchanged since an earlier frame pair, so not encoded again. {counted(counts['reused'], 'unit')}.",
             "merged": "averaged into the unit with the dot at the end of the line; an arrow points to an earlier or a later frame "
             f"pair. {counted(counts['merged'], 'unit')}.",
-            "dropped": f"encoded, and then left out. {counted(counts['dropped'], 'unit')}.",
+            "dropped": f"encoded and then dropped. {counted(counts['dropped'], 'unit')}.",
         }
         return [
             _legend_entry(name, f"{name.capitalize()}: {meaning}", width, size)

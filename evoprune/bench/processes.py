@@ -51,10 +51,10 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
         if not isinstance(problem, BrokenProcessPool):
             raise
         if Host().oom_kills() > killed:
-            hint = "fewer processes (--processes), or a smaller model"
-            raise OutOfMemory(f"out of memory: the system ended one of {processes} processes", hint) from problem
-        hint = "one process (--processes 1) tells more"
-        raise EvopruneError(f"one of {processes} processes crashed, or was killed", hint) from problem
+            hint = "use fewer processes (--processes) or a smaller model"
+            raise OutOfMemory(f"out of memory: the system killed one of {processes} processes", hint) from problem
+        hint = "a run with one process (--processes 1) shows more"
+        raise EvopruneError(f"one of {processes} processes crashed or was killed", hint) from problem
     finally:
         pool.shutdown()
 

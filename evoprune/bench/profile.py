@@ -123,12 +123,10 @@ class Profile:
         needs = needs_of(self.model, self.cases, self.settings.new_tokens)
         if needs.seconds > self.limit.left:
             total = needs.seconds + self.limit.spent
-            alone = (
-                f"Hugging Face and budget 1.0 alone take at least {total:.0f} s on this machine with {self.model.id}"
-            )
+            alone = f"Hugging Face and budget 1.0 take at least {total:.0f} s on this machine with {self.model.id}"
             raise UsageError(
-                f"{alone}, the import of libraries included, and --time-limit is {self.limit.seconds:g}",
-                f"--time-limit {2 * ceil(total)}, fewer or smaller frames (--frames, --size), or -m demo",
+                f"{alone}, including imports, but --time-limit is {self.limit.seconds:g}",
+                f"use --time-limit {2 * ceil(total)}, fewer or smaller frames (--frames, --size), or -m demo",
             )
         return needs
 
@@ -163,9 +161,9 @@ def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
     weights = Cost(model.config).parameters * size
     working = min(working_memory(model.config, case, model.limits["video"], size) for case in cases)
     stored = weights_of(model)
-    if short := Device(model.device).shortage(weights + working):
-        hint = f"take fewer or smaller frames (--frames, --size); {stored.what_fits(working, quantized=False)}"
-        raise OutOfMemory(f"{model.id} at {min(cases)} {short}", hint, stage="load")
+    if missing_memory := Device(model.device).shortage(weights + working):
+        hint = f"use fewer or smaller frames (--frames, --size); {stored.what_fits(working, quantized=False)}"
+        raise OutOfMemory(f"{model.id} at {min(cases)} {missing_memory}", hint, stage="load")
     loaded = load_model(model, pack=False)
     loaded.ready()
     return loaded
@@ -228,14 +226,18 @@ def quantized_models(
                 Packing.now(packed := part)
                 break
         if packed is not ours:
-            notes.append("not enough memory to pack all weights beside those of Hugging Face: ask is faster than this")
+            notes.append(
+                "not enough memory to pack all weights next to those of Hugging Face, so ask is faster than these figures"
+            )
         notes.append(_ready("packed", ours, start))
     models = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}
     for name in names:
         if name == "none":
             continue
-        if short := Device(loaded.device).shortage(all_bytes - Quantization(name).saved_bytes(loaded.model) + working):
-            missing[name] = f"not run: beside the other weights, {name} {short}"
+        if missing_memory := Device(loaded.device).shortage(
+            all_bytes - Quantization(name).saved_bytes(loaded.model) + working
+        ):
+            missing[name] = f"not run: in addition to the other weights, {name} {missing_memory}"
             continue
         start = Device(loaded.model.device).now()
         model = loaded.model.shared()
@@ -474,10 +476,10 @@ def measure(
     progress("preparing")
     notes = []
     if not Device(loaded.device).reset_peak_memory():
-        notes.append("peak memory is the whole process's so far: this system cannot measure it for each row")
+        notes.append("peak memory is for the whole process so far, because this system cannot measure it per row")
     if loaded.model.config.vision_config.traits.timestamps:
         more = BEFORE_PAIR + AFTER_PAIR
-        notes.append(f"{more} tokens more for the time and the markers of each frame pair of a clip")
+        notes.append(f"each frame pair of a clip adds {more} tokens for its time and markers")
     configs = [settings.config(row.method, row.budget) for row in rows if row.kind == METHOD]
     below = after_tower_below(configs, loaded.device)
     if any(prod(case_grid(case, loaded.video)) < below for case in cases):
@@ -516,7 +518,7 @@ def measure(
             continue
         if phase == COUNTED:
             results.warmups -= 1
-            notes.append("without a warm-up: a second round would not have ended in time, so the first one counts")
+            notes.append("measured without a warm-up, because a second round would have exceeded the time limit")
         results.rows = _with_bounds([replace(row) for row in rows])
         results.matmul_rates.append(rate)
         results.rounds, results.seconds = results.rounds + 1, limit.spent
@@ -558,7 +560,7 @@ def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: Ti
     missing += [f"{row.name}, {row.case}" for row in asked if row.case in cases and (row.name, row.case) not in there]
     if not missing:
         return []
-    return [f"left out to end within {limit.seconds:g} s: {'; '.join(missing)}"]
+    return [f"left out to finish within {limit.seconds:g} s: {'; '.join(missing)}"]
 
 
 def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:

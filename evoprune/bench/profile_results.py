@@ -91,14 +91,16 @@ class ProfileResults(Results):
         """The notes, and the reason if there are fewer rounds than requested."""
         wanted = self.settings["repetitions"]
         limit = self.settings["time_limit_s"]
-        said = list(self.notes)
+        remarks = list(self.notes)
         if self.interrupted:
-            said.append(f"interrupted: {self.rounds} of {wanted} rounds were finished")
+            remarks.append(f"interrupted: {self.rounds} of {wanted} rounds finished")
         elif self.rounds < wanted:
-            said.append(f"{self.rounds} of {wanted} rounds: another would not have ended within {limit:g} s")
+            remarks.append(
+                f"{self.rounds} of {wanted} rounds: another would have exceeded the time limit of {limit:g} s"
+            )
         if self.warmup_seconds > limit:
-            said.append(f"the warm-up alone took {self.warmup_seconds:.0f} s, more than the time limit of {limit:g} s")
-        return said
+            remarks.append(f"the warm-up took {self.warmup_seconds:.0f} s, more than the time limit of {limit:g} s")
+        return remarks
 
     @property
     def cases(self) -> list[Case]:
@@ -200,7 +202,7 @@ class ProfileResults(Results):
                 drawn, there = fitting(rows, [NAME, *columns], width)
                 lines += ["", *drawn]
                 shown += there
-        far = "±: the round that is farthest from the median"
+        far = "±: distance of the farthest round from the median"
         lines += ["", *folded((*_legend(shown), far, *self._remarks()), width)]
         return "\n".join(lines) + "\n"
 
@@ -214,9 +216,9 @@ class ProfileResults(Results):
         heading = self._heading()
         head = "; ".join([*heading[:3], seen, *heading[3:]]) + "."
         rows = [(row, self.figures(row)) for row in self.rows]
-        notes = (*_legend(MARKDOWN), "Times: the median (lowest-highest) of the rounds", *self._remarks())
-        said = [f"- {note[0].upper()}{note[1:]}." for note in notes]
-        return "\n".join([head, "", *markdown(rows, columns), "", *said]) + "\n"
+        notes = (*_legend(MARKDOWN), "Times: median (lowest-highest) of the rounds", *self._remarks())
+        items = [f"- {note[0].upper()}{note[1:]}." for note in notes]
+        return "\n".join([head, "", *markdown(rows, columns), "", *items]) + "\n"
 
     def _csv(self) -> str:
         """Return one line per row, each with all facts. Unknown values are empty."""
@@ -304,7 +306,7 @@ class ProfileResults(Results):
         if "budget 1.0" in points:
             points = {ideal: [Point(0, 0), Point(1, points["budget 1.0"][0].y)], **points}
         series = lines(points, FIXED | {ideal: PALE}, [ideal])
-        return Panel("Encode", "live share: rows computed, mean over all layers", unit, series)
+        return Panel("Encode", "live share: rows computed, averaged over all layers", unit, series)
 
     def _source(self) -> str:
         """Return the name of the video, or the kind of synthetic clip."""
@@ -322,8 +324,8 @@ class ProfileResults(Results):
         return [
             f"evoprune profile {env.evoprune}, torch {env.torch}, transformers {env.transformers}",  # `-o` recognizes files by it
             f"{name}, {model.dtype}",
-            f"{device_text(model.device, env.threads)}: {env.device_name}, "
-            f"{median(self.matmul_rates) / 1e9:,.0f} GFLOP/s in matrix products",
+            f"{device_text(model.device, env.threads)}: {env.device_name}, {median(self.matmul_rates) / 1e9:,.0f} GFLOP/s in "
+            "matrix products",
             "; ".join(read),
             f"{counted(self.rounds, 'round')} after {self.warmups} of warm-up, {self.seconds:.0f} s in all",
         ]
@@ -349,8 +351,8 @@ def _short(value: float | None) -> float | None:
 
 LEGEND = (
     "Hugging Face: plain transformers on the same weights; budget 1.0: evoprune, nothing pruned",
-    "bound: the best that pruning after the encoder can do, put together from the same round: encode of budget 1.0, a selection "
-    "that costs nothing, prefill and generation of as many tokens as the row below it keeps",
+    "bound: the best possible result of pruning after the encoder, computed from the same round: encode of budget 1.0, a free "
+    "selection, and prefill and generation with the tokens that the row below it keeps",
 )
 
 
@@ -359,7 +361,7 @@ def _legend(columns: Sequence[Column]) -> list[str]:
     ratios = ", ".join(title for title in ("vs HF", "vs bound") if title in [column.title for column in columns])
     texts = [*LEGEND]
     if ratios:
-        faster = "how many times faster, the median of the rounds' own ratios; first token is encode + prefill"
+        faster = "speedup, the median of the ratios in each round; first token is encode + prefill"
         texts.append(f"{ratios}: {faster}")
     if shares := meanings(list(dict.fromkeys(columns))):
         texts.append(shares)
@@ -430,13 +432,13 @@ BOTH: dict[str, Column[Row]] = {
         Column(
             "live",
             partial(_count, "{:.2f}".format, "live_share"),
-            "live: share of the rows that the tower computes, mean over its layers",
+            "live: share of rows computed by the tower, averaged over its layers",
         ),
         Column("pruning", _pruning, drop=4),
         Column(
             "matmul",
             partial(_figure, "{:.0%}".format, "matmul_share"),
-            "matmul: of the machine's rate, what it reaches",
+            "matmul: share of the machine's matmul rate that is reached",
             drop=5,
         ),
         Column("peak", partial(_figure, size, "peak_bytes"), drop=2),

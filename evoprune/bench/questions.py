@@ -396,22 +396,25 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
     asked = without_tags(row.question)
     answer = str(row.answer) if isinstance(row.answer, int) else row.answer
     for wrong, problem in (
-        (len(set(texts)) < len(texts), f"options are 2 to {len(Row.LETTERS)} different texts"),
-        (not isinstance(groups, list) or not all(isinstance(g, str) for g in groups), "groups is not a list of texts"),
-        (len(row.inputs) > 1, "an evaluation asks about one video or picture at a time"),
-        (any(map(is_url, row.inputs)), "an evaluation reads no URLs: download the video first"),
-        (bool(row.earlier), "an evaluation asks single questions, so a row has question, not messages"),
+        (len(set(texts)) < len(texts), f"options must be 2 to {len(Row.LETTERS)} different texts"),
+        (
+            not isinstance(groups, list) or not all(isinstance(g, str) for g in groups),
+            "groups is not a list of strings",
+        ),
+        (len(row.inputs) > 1, "a question in an evaluation is about one video or picture"),
+        (any(map(is_url, row.inputs)), "an evaluation does not read URLs: download the video first"),
+        (bool(row.earlier), "an evaluation asks single questions, so a row needs question, not messages"),
         (row.subtitles is not None, "subtitles are not read in an evaluation"),
         (not asked.strip(), "question is empty"),
         (answer is None, "no answer"),
-        (not isinstance(answer, str) or not answer.strip(), "answer is not a text"),
+        (not isinstance(answer, str) or not answer.strip(), "answer is not a string"),
     ):
         if wrong:
             raise ValueError(problem)
     if texts:  # a text takes precedence over a letter
         choice = texts.index(normalised(answer)) if normalised(answer) in texts else chosen_option(answer, row.options)
         if choice is None:
-            raise ValueError(f"the answer {answer!r} is none of the options")
+            raise ValueError(f"the answer {answer!r} is not one of the options")
         answer = row.options[choice]
     if type is not None:
         type = str(type)

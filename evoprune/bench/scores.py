@@ -139,7 +139,7 @@ def precision(rows: Sequence[dict]) -> str | None:
     reach = max(max(value - low, high - value) for value, low, high in intervals if value is not None)
     unseen = 1 - 0.05 ** (1 / videos)  # the share of differing videos that this sample misses with a chance of 5%
     points = math.ceil(1000 * (reach or unseen) - 1e-6) / 10
-    return f"{asked}: differences are known to about ±{points:.1f} points"
+    return f"{asked}: differences are accurate to about ±{points:.1f} points"
 
 
 def _firsts(keys: Sequence[tuple]) -> list[int | None]:

@@ -107,7 +107,7 @@ def after_tower_note(below: int) -> str:
     if not below:
         return ""
     return (
-        f"inputs of fewer than {below:,} visual tokens were pruned after the tower alone, as inner=auto has it on a GPU"
+        f"inputs of fewer than {below:,} visual tokens were pruned only after the tower, because of inner=auto on a GPU"
     )
 
 

@@ -501,10 +501,10 @@ class TuneSettings:
         if not self.videos or not self.questions:
             raise UsageError("there is nothing to ask", "give at least one video and one question")
         if not 0 < self.agree < 1:
-            hint = "for example 0.98; with -b full all tokens agree"
+            hint = "use for example 0.98; with -b full, all tokens agree"
             raise UsageError(f"agreement {self.agree:g} is not between 0 and 1", hint)
         if not self.time_limit_s > 0:
-            raise UsageError(f"a time limit of {self.time_limit_s:g} s leaves no time", "for example 600")
+            raise UsageError(f"a time limit of {self.time_limit_s:g} s leaves no time", "use for example 600")
 
     def record(self) -> dict[str, Any]:
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling")}
@@ -593,7 +593,7 @@ class Tuning(Run):
         super().__init__(settings, now)
         self.known: Known = {candidate: [] for candidate in candidates(settings.budgets, settings.methods)}
         if not self.known:
-            raise UsageError("no candidate prunes anything", "give budgets below 1 (-b 0.25,0.1)")
+            raise UsageError("no candidate prunes anything", "use budgets below 1 (-b 0.25,0.1)")
         self._quantizes = settings.model.quantize != "none"
         self._problem = None
         if self._quantizes:
@@ -639,7 +639,9 @@ class Tuning(Run):
             super().load(lambda done, of: progress("quantizing, layer", done, of), self.model)
             self.loaded.patches = patches
         elif self._quantizes:
-            self._problem = "full answers are those of the quantised weights, because memory for the others is missing"
+            self._problem = (
+                "full answers come from the quantized weights, because the unquantized ones do not fit into memory"
+            )
             note(self._problem)
         if warning := self._too_few():
             note(warning)
@@ -702,7 +704,7 @@ class Tuning(Run):
         videos = max(2, -(-least_tokens(goal) // max(1, round(mean(tokens)))))
         return (
             f"{counted(sum(tokens), 'token')} of answers about {counted(len(tokens), 'video')} cannot prove that "
-            f"{100 * goal:g}% agree, even if all do: that takes about {videos} such videos, or more questions (-Q)"
+            f"{100 * goal:g}% agree, even if all do: it takes about {videos} such videos, or more questions (-Q)"
         )
 
     def _notes(self) -> list[str]:
@@ -715,11 +717,11 @@ class Tuning(Run):
             notes.append(f"the time limit left out {wanted - len(answering.made)} of {counted(wanted, 'video')}")
         if answering.tokens < TOKENS[0] or answering.asked < len(settings.questions):
             asked = f"{answering.asked} of {counted(len(settings.questions), 'question')}"
-            notes.append(f"the time limit allowed answers of {answering.tokens} tokens to {asked}")
+            notes.append(f"the time limit allowed only answers of {answering.tokens} tokens to {asked}")
         fewer = sum(len(trials) < len(answering.made) for trials in known)
         if self.has_results and fewer:
-            said = "settings were not tried on all videos: the time went to the better ones"
-            notes.append(f"{fewer} of {len(known)} {said}")
+            untried = "settings were not tried on all videos: the time was spent on better ones"
+            notes.append(f"{fewer} of {len(known)} {untried}")
         if self.loaded:
             configs = [PruneOptions(each.budget, each.method).config() for each in self.known]
             notes.append(after_tower_note(after_tower_below(configs, self.loaded.device)))

@@ -28,13 +28,13 @@ COLUMNS: list[Column[dict[str, Any]]] = [
     Column(
         "work",
         lambda row: f"{100 * row['share']:.1f}%",
-        "work: what is left of the work on visual tokens in the layers that leave some out",
+        "work: share of the work on visual tokens that remains, in the layers that skip some of it",
     ),
-    Column("operations", lambda row: f"{row['operations']:,}", "operations: left out", drop=1),
+    Column("operations", lambda row: f"{row['operations']:,}", "operations: number left out", drop=1),
     Column(
         "KL",
         partial(_if_measured, "{kl:.3f}"),
-        "KL: mean of KL(unpruned, pruned) in nats a token; -: not measured",
+        "KL: mean of KL(unpruned, pruned) in nats per token; -: not measured",
     ),
     Column("agree", partial(_if_measured, "{agree:.1%}"), "agree: tokens with the same first choice", drop=2),
 ]
@@ -57,12 +57,12 @@ class OperationResults(Results):
             drawn, columns = fitting(found["rows"], [BUDGET, *COLUMNS], width)
             lines += ["", *drawn, "", *folded([meanings(columns)], width)]
         else:
-            lines.append("no recipe was found: too little time")
+            lines.append("no recipe was found: the time was too short")
         lines += failures(found)
         if found["error"]:
             lines += folded([f"{found['error']['message']}: not everything was measured"], width)
         if found["complete"]:
-            lines += ["", "the file of -o is the recipe: --method operations:recipe=FILE"]
+            lines += ["", "the file written by -o is the recipe; use it with --method operations:recipe=FILE"]
         return "\n".join(lines) + "\n"
 
 
@@ -108,7 +108,9 @@ class OperationTuning(Run):
 
         self.search.run(measure, lambda: self.limit.left > 0)
         if not self.search.complete:
-            note(f"{self._measured} measurements took all the time: too little to order the operations (--time-limit)")
+            note(
+                f"{self._measured} measurements took all the time, so the operations were not ordered (raise --time-limit)"
+            )
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
         """Return the results so far, for JSON. `Recipe.read` reads them if they are complete.

@@ -24,17 +24,17 @@ class TuneResults(Results):
         """Return the heading, the verdict, a row per setting, and the recommended options in the last line."""
         found = self.document()
         output = heading(found, width)
-        said = [_verdict(found)]
+        notes = [_verdict(found)]
         if found["rows"]:
             mark = found["recommended"]
             name: Column[Row] = Column("", lambda row: f"{'*' if row['name'] == mark else ' '} {row['name']}")
             drawn, columns = fitting(found["rows"], [name, *COLUMNS], width)
             output += ["", *drawn, ""]
-            said.append(meanings(columns))
-        said += [*found["notes"], *failures(found)]
+            notes.append(meanings(columns))
+        notes += [*found["notes"], *failures(found)]
         if found["error"]:
-            said.append(f"{found['error']['message']}: not everything was tried")
-        output += folded(said, width, break_on_hyphens=False)
+            notes.append(f"{found['error']['message']}: not everything was tried")
+        output += folded(notes, width, break_on_hyphens=False)
         if options := found["options"]:
             output += ["", f"-b {options['budget']:g} --method {options['method']}"]
         return "\n".join(output) + "\n"
@@ -56,7 +56,7 @@ class TuneResults(Results):
         title = f"{short_name(found['model']['id'])}: agreement with the unpruned model against time to the first token"
         answers = counted(found["answer_tokens"], "token")
         videos = counted(found["videos"]["answered"], "video")
-        asked = f"{100 * found['settings']['agree']:g}% asked"
+        asked = f"{100 * found['settings']['agree']:g}% required"
         facts = f"{answers} of answers about {videos}, 95% intervals over videos; {asked}"
         label = "first token, % of the unpruned model's"
         series = lines(points, {"frontier": PALE}, ["frontier"])
@@ -77,24 +77,24 @@ COLUMNS: list[Column[Row]] = [
     Column(
         "first token",
         lambda row: f"{1 / row['first_token']:.2f}x",
-        "first token: how much sooner than unpruned, the median over videos",
+        "first token: speedup over unpruned, median over videos",
     ),
     Column(
         "agree",
         lambda row: f"{100 * row['agreement']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})",
-        "agree: percent of the tokens of the unpruned model's answers at which the first choice is the same, estimated in the "
+        "agree: percent of the unpruned model's answer tokens with the same first choice, estimated in the "
         "order of KL, with the 95% interval over videos",
     ),
-    Column("KL", lambda row: f"{row['kl']:.3f}", "KL: mean of KL(unpruned, pruned) in nats a token", drop=5),
+    Column("KL", lambda row: f"{row['kl']:.3f}", "KL: mean of KL(unpruned, pruned) in nats per token", drop=5),
     Column("KL 95%", lambda row: f"{row['kl_p95']:.3f}", "KL 95%: its 95th percentile", drop=1),
     Column("tokens", lambda row: f"{100 * row['kept_share']:.0f}%", "tokens: visual tokens kept", drop=4),
     Column(
         "work",
         lambda row: f"{100 * row['live_share']:.0f}%",
-        "work: rows that the vision encoder computes, a mean over its layers",
+        "work: share of rows computed by the vision encoder, averaged over its layers",
         drop=2,
     ),
-    Column("videos", lambda row: f"{row['videos']}", "videos: on which it was tried", drop=3),
+    Column("videos", lambda row: f"{row['videos']}", "videos: number of videos it was tried on", drop=3),
 ]
 
 
@@ -103,9 +103,9 @@ def _verdict(document: dict[str, Any]) -> str:
     goal = f"{100 * document['settings']['agree']:g}%"
     if name := document["recommended"]:
         gain = f"{1 / rows[name]['first_token']:.1f}x as fast, {100 * rows[name]['agreement']:.1f}% agree"
-        return f"recommended: {name}, the fastest that is sure to agree at {goal} of the tokens: first token {gain}"
+        return f"recommended: {name}, the fastest that certainly agrees on {goal} of the tokens: first token {gain}"
     if not rows:
-        return "nothing was tried: too little time"
+        return "nothing was tried: the time was too short"
     row = rows[document["best"]]
     best = f"the best is {row['name']}: at least {100 * row['low']:.1f}%"
-    return f"no setting is sure to agree at {goal} of the tokens; {best}"
+    return f"no setting certainly agrees on {goal} of the tokens; {best}"

@@ -354,7 +354,7 @@ def test_other_settings_are_refused(loaded, tmp_path):
     ):
         with pytest.raises(UsageError, match=f"other settings: {next(iter(changes))} was"):
             begun(loaded, replace(SETTINGS, **changes), folder=tmp_path / "run", resume=True)
-    with pytest.raises(UsageError, match="no folder of an evaluation"):
+    with pytest.raises(UsageError, match="not the folder of an evaluation"):
         begun(loaded, folder=tmp_path / "nothing", resume=True)
 
 
@@ -378,7 +378,7 @@ def test_going_on_where_other_sizes_are_pruned_after_the_tower_is_refused(saved,
         first.keep_in(folder)
         written = json.loads((folder / "settings.json").read_text())
         assert written.get("after_tower_below", 0) == begun_with
-        assert any("after the tower alone" in note for note in first.document()["notes"]) == bool(begun_with)
+        assert any("only after the tower" in note for note in first.document()["notes"]) == bool(begun_with)
         assert EvalSettings.of_record(written, ModelOptions()).methods == asked.methods
         monkeypatch.setitem(limits.LAUNCH_BOUND_UNITS, "cpu", goes_on_with)
         again = Evaluation(asked, videos())
@@ -408,7 +408,7 @@ def test_a_model_or_a_video_that_was_replaced_is_refused(loaded, folder, tmp_pat
     begun(loaded, asked, clips, tmp_path / "run", resume=True)
     os.utime((folder if "model" in changed else tmp_path) / changed, (1, 1))
     what = "the model" if "model" in changed else changed
-    with pytest.raises(UsageError, match=f"{what} is not what it was when .*run was begun: ") as caught:
+    with pytest.raises(UsageError, match=f"{what} has changed since .*run was started: ") as caught:
         begun(loaded, asked, clips, tmp_path / "run", resume=True)
     assert caught.value.hint
     for name in ("settings.json", "samples.jsonl"):

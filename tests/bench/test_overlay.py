@@ -133,7 +133,7 @@ def test_a_method_that_makes_the_input_smaller(loaded):
 
 
 def test_a_method_that_reads_the_question(loaded):
-    with pytest.raises(UsageError, match="reads the question, and an overlay has none"):
+    with pytest.raises(UsageError, match="reads the question, and an overlay has no question"):
         traced(loaded, method="dart")
 
 

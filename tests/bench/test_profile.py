@@ -196,7 +196,7 @@ class Ticks(list):
 
 @pytest.mark.parametrize(
     ("repetitions", "limit", "rounds", "warmups", "seconds", "note"),
-    [(3, 120, 1, 1, 100, "1 of 3 rounds: another would not"), (1, 70, 1, 0, 60, "without a warm-up")],
+    [(3, 120, 1, 1, 100, "1 of 3 rounds: another would have"), (1, 70, 1, 0, 60, "measured without a warm-up")],
 )
 def test_fewer_rounds_are_reported(loaded, repetitions, limit, rounds, warmups, seconds, note):
     ticks = Ticks()  # 20 s to prepare, and 40 s per round: matrix products and three rows
@@ -392,11 +392,11 @@ def test_why_there_are_fewer_rounds():
     short = results_of(warmup_seconds=170.0)
     short.rounds = 1
     assert short.remarks == [
-        "1 of 3 rounds: another would not have ended within 150 s",
-        "the warm-up alone took 170 s, more than the time limit of 150 s",
+        "1 of 3 rounds: another would have exceeded the time limit of 150 s",
+        "the warm-up took 170 s, more than the time limit of 150 s",
     ]
     short.interrupted, short.warmup_seconds = True, 20.0
-    assert short.remarks == ["interrupted: 1 of 3 rounds were finished"]
+    assert short.remarks == ["interrupted: 1 of 3 rounds finished"]
 
 
 def test_the_document(measured):

@@ -140,7 +140,7 @@ def test_methods_are_compared_with_the_first_one_at_the_same_budget():
 
 def test_how_precisely_differences_are_known():
     rows = score_rows(with_methods(full="1" * 60, a=("110" * 20, "1" * 60), b=("1110" * 15, "0" * 30 + "1" * 30)))
-    said = "60 questions about 60 videos: differences are known to about ±([0-9.]+) points"
+    said = "60 questions about 60 videos: differences are accurate to about ±([0-9.]+) points"
     found = re.fullmatch(said, precision(rows))
     compared = [
         (r, f) for r in rows if r["group"] == "all" for f in ("difference", "first_difference") if r[f] is not None
@@ -154,7 +154,7 @@ def test_how_precisely_differences_are_known():
 @pytest.mark.parametrize(("videos", "points"), [(10, "25.9"), (100, "3.0")])
 def test_rows_that_do_not_vary_can_still_differ_in_videos_that_were_not_seen(videos, points):
     said = precision(score_rows(with_methods(full="1" * videos, a=("1" * videos,))))
-    assert said.endswith(f" are known to about ±{points} points")
+    assert said.endswith(f" are accurate to about ±{points} points")
 
 
 @pytest.mark.parametrize("videos", [1, 5, 9, 10])

@@ -81,7 +81,7 @@ def test_graphs_decode_what_is_decoded_plainly(folders, family, graphs):
 def test_a_model_that_has_no_graph_differs_in_nothing(folders, graphs, monkeypatch):
     monkeypatch.setattr(static, "can_step", lambda model: False)
     outcome = plain(folders["qwen3_5_moe"])
-    assert outcome.state == SKIPPED and outcome.says.startswith("no graph: layers have hooks, quantised weights")
+    assert outcome.state == SKIPPED and outcome.says.startswith("no graph: layers have hooks, quantized weights")
     assert not graphs.captured and "tower_mean_error" in outcome.figures
 
 
@@ -136,7 +136,7 @@ def test_a_separate_output_layer_under_tied_embeddings_that_is_left_out_is_found
     found = verified(folder, checks=CHECKS[:4])
     assert states(found)["weights"] == states(found)["logits"] == DIFFERS
     (weights,) = (each.outcome for each in found.findings if each.check.name == "weights")
-    assert weights.says == "1 tensor otherwise than transformers reads the files, first lm_head.weight"
+    assert weights.says == "1 tensor not equal to the files as transformers reads them, first lm_head.weight"
 
 
 def test_without_memory_for_a_second_copy_it_is_made_of_our_tensors(monkeypatch):

@@ -72,7 +72,7 @@ def test_rows_that_do_not_read_as_many_tokens_as_the_first_are_marked(cli, tiny_
     out = cli("eval", "--data", DATA, *how, "--method", names).out
     rows = {line.split(" -b")[0]: line for line in table_rows(out, "vs random")[:4]}
     assert {name for name, line in rows.items() if "-b 0.25 * " in line} == {"subsample", "evs", "fastv"}
-    footnote = "* reads another number of tokens than random at this budget; how many: below"
+    footnote = "* reads a different number of tokens than random at this budget; see the table below"
     assert footnote in out and footnote not in cli("eval", "--data", DATA, *how, "--method", "random,divprune").out
 
 
@@ -113,7 +113,7 @@ def test_only_columns_that_are_there_are_explained(run):
     for width in (80, 40, 30):
         made = EvalResults(document).table(width)
         heads, text = [line for line in made.splitlines() if line.startswith("   ")], " ".join(made.split())
-        assert "accuracy, in percent" in text and "TFLOP: operations" in text and "…" not in made
+        assert "accuracy in percent" in text and "TFLOP: operations" in text and "…" not in made
         for title in ("vs full", "kept", "live"):
             there = title in " ".join(heads)
             assert (f"{title}: " in text) == there, (width, title)
@@ -156,7 +156,7 @@ def test_videos_that_failed_are_named_beside_csv(run, tmp_path):
 
 def test_unparseable_answers_have_a_column(run, choices):
     result = run(data=choices)
-    assert "unparsed: answers that name none of the options" in result.out
+    assert "unparsed: answers that name no option" in result.out
     assert all(row.split()[-1] == "2" for row in table_rows(result.out)), result.out
     rows = run("--json", data=choices).record["rows"]
     assert {row["unparseable"] for row in rows} == {2} and {row["accuracy"] for row in rows} == {0}
@@ -213,7 +213,7 @@ def test_a_folder_is_all_that_is_needed_to_go_on(run, cli, tmp_path, monkeypatch
         refused = cli("eval", "--resume", place, given, "0.1")
         assert refused.code == 2 and f"{given} is given beside --resume" in refused.err
     (place / "settings.json").write_text(json.dumps({"data": DATA}))
-    assert f"{place} is no folder of an evaluation" in cli("eval", "--resume", place).err
+    assert f"{place} is not the folder of an evaluation" in cli("eval", "--resume", place).err
     assert "hint: --data FILE, a JSONL or CSV file" in cli("eval", "-b", "0.5").err
 
 
@@ -249,7 +249,7 @@ def test_nothing_but_failures_is_still_a_table(run, tmp_path):
 def test_answers_that_are_cut_short_are_counted(cli):
     some = ("eval", "--data", DATA, "--limit", "1", "-b", "0.25")
     assert "incomplete" not in cli(*some).out
-    assert "of 4 answers may be incomplete: -n (max_new_tokens) allows no more tokens" in _flat(cli(*some, "-n", "1"))
+    assert "of 4 answers may be incomplete: token limit reached (-n, max_new_tokens)" in _flat(cli(*some, "-n", "1"))
 
 
 def test_only_questions_of_a_group(run, choices):
@@ -262,14 +262,14 @@ def test_only_questions_of_a_group(run, choices):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--group", "sound"), "no question is in sound"),
+        (("--group", "sound"), "no question is in the group sound"),
         (("--limit", "0"), "--limit"),
         (("--seed", "-1"), "--seed"),
         (("-o", "a", "--resume", "b"), "exclude each other"),
         *((("-o", name), f"-o '{name}' names no new folder") for name in ("", ".", "..", "/")),
         (("-o", "README.md/a/b"), "cannot write README.md/a/b"),
-        (("--resume", ""), "no folder of an evaluation"),
-        (("--resume", "samples"), "samples is no folder of an evaluation"),
+        (("--resume", ""), "not the folder of an evaluation"),
+        (("--resume", "samples"), "samples is not the folder of an evaluation"),
         (("--chart", "no/such/file.svg"), "cannot write no/such/file.svg"),
         (("--tables",), "see evoprune eval --help"),
     ],

@@ -112,7 +112,7 @@ def test_output_goes_to_a_file(profile, tmp_path):
     assert (result.code, result.out, result.err) == (0, "", "")
     assert (tmp_path / "out.csv").read_text().startswith("row,name,")
     words = [e.text for e in ElementTree.parse(tmp_path / "chart.svg").iter() if e.tag.endswith("text")]
-    assert "live share: rows computed, mean over all layers" in words and "-b 0.5" in words
+    assert "live share: rows computed, averaged over all layers" in words and "-b 0.5" in words
 
 
 @pytest.mark.full
@@ -199,7 +199,7 @@ def test_an_interruption_prints_the_finished_rounds(profile, monkeypatch):
     result = profile("-r", "3", "--format", "json")
     assert (result.code, result.err) == (130, "")
     assert result.record["rounds"]["interrupted"] and result.record["rounds"]["measured"] == 1
-    assert result.record["notes"][-1] == "interrupted: 1 of 3 rounds were finished"
+    assert result.record["notes"][-1] == "interrupted: 1 of 3 rounds finished"
 
 
 def test_defaults(cli, monkeypatch):
@@ -234,8 +234,8 @@ def test_a_run_that_surely_takes_longer_than_its_limit_is_refused_before_it_load
     asked = ("profile", "-b", "0.1", "-r", "1", "--frames", "4")
     result = cli(*asked, "--time-limit", "20")
     assert result.code == 2 and result.out == ""
-    assert "Hugging Face and budget 1.0 alone take at least " in result.err and "--time-limit is 20" in result.err
-    assert "hint: --time-limit " in result.err and "-m demo" in result.err
+    assert "Hugging Face and budget 1.0 take at least " in result.err and "--time-limit is 20" in result.err
+    assert "hint: use --time-limit " in result.err and "-m demo" in result.err
 
 
 def test_what_a_long_run_takes_is_said_before_it(profile, monkeypatch):

@@ -69,7 +69,7 @@ def test_none_passes(tune):
     result = tune("--agree", "0.99")
     assert result.code == 6
     assert "cannot prove that 99% agree" in result.err
-    assert "no setting is sure to agree at 99% of the tokens; the best is" in " ".join(result.out.split())
+    assert "no setting certainly agrees on 99% of the tokens; the best is" in " ".join(result.out.split())
 
 
 @pytest.mark.full

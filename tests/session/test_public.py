@@ -99,7 +99,7 @@ MISTAKES = {
     "unknown option 'bugdet'; known: budget, .*seed": lambda: evoprune.apply(None, bugdet=0.5),
     "unknown option 'fsp'; known: fps, frames, start_s": lambda: evoprune.VideoQA.load("demo").encode("a", fsp=2),
     r"VideoQA.load\('demo'\) loads one": lambda: evoprune.VideoQA("demo"),
-    "VideoQA takes no Linear; to prune a model you loaded: evoprune.EvoPrune": lambda: evoprune.VideoQA(NETWORK),
+    "VideoQA does not take a Linear; to prune a model you loaded: evoprune.EvoPrune": lambda: evoprune.VideoQA(NETWORK),
     "model is of class Linear, not a name; to prune a model you loaded": lambda: evoprune.VideoQA.load(NETWORK),
     "class Linear is not a setting; .*EvoPrune.budget=0.1..model.": lambda: evoprune.EvoPrune(NETWORK),
     "class Linear is not a setting; pass the settings first": lambda: evoprune.EvoPrune(NETWORK, budget=0.1),

@@ -47,9 +47,9 @@ def weights(subject: Subject) -> Outcome:
     if subject.not_read:
         return skipped(subject.not_read)
     if names := subject.differing:
-        says = f"{counted(len(names), 'tensor')} otherwise than transformers reads the files, first {names[0]}"
+        says = f"{counted(len(names), 'tensor')} not equal to the files as transformers reads them, first {names[0]}"
         return Outcome(DIFFERS, says, {"differing": len(names), "differing_limit": 0})
-    says = f"all {count} tensors as transformers reads them of the files"
+    says = f"all {count} tensors equal to the files as transformers reads them"
     return Outcome(HELD, says, {"differing": 0, "differing_limit": 0})
 
 
@@ -87,9 +87,9 @@ def positions(subject: Subject) -> Outcome:
         expected = torch.cat(runs, 1)
         if wrong := int((ours != expected).any(0).sum()):
             first = int((ours != expected).any(0).nonzero()[0])
-            says = f"{counted(wrong, 'position')} of {ours.shape[1]}, the first {ours[:, first].tolist()}, expected "
+            says = f"{counted(wrong, 'position')} of {ours.shape[1]} differ, first {ours[:, first].tolist()}, expected "
             return Outcome(DIFFERS, says + str(expected[:, first].tolist()), {"wrong": wrong, "wrong_limit": 0})
-    return Outcome(HELD, f"all {ours.shape[1]} of a picture and a video equal", {"wrong": 0, "wrong_limit": 0})
+    return Outcome(HELD, f"all {ours.shape[1]} equal for a picture and a video", {"wrong": 0, "wrong_limit": 0})
 
 
 def logits(subject: Subject) -> Outcome:
@@ -118,11 +118,11 @@ def answer(subject: Subject) -> Outcome:
     differences. The features are then compared separately.
     """
     inputs = subject.encode(1.0)
-    said = inputs.ask(QUESTION, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
-    text = said.text
-    ids = [*said.ids]
+    answer = inputs.ask(QUESTION, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
+    text = answer.text
+    ids = [*answer.ids]
     asked = subject.about(subject.video)
-    rows = len(ids) + (said.report.finish_reason == "stop")
+    rows = len(ids) + (answer.report.finish_reason == "stop")
     features = asked.features
     limits = {}
     if not subject.loaded.model.native:
@@ -140,7 +140,7 @@ def answer(subject: Subject) -> Outcome:
         same = f"token {first + 1} of {rows} differs, by {margin[first]:.1%} of its logit, within rounding"
     outcome = judged(same, limits | {"margin_error": (float(margin.max()), 2 * subject.logit_noise)})
     if outcome.state == DIFFERS and first is not None:
-        says = f"token {first + 1} of {rows}, where transformers prefers another by {margin[first]:.1%}; {outcome.says}"
+        says = f"token {first + 1} of {rows}: transformers prefers another by {margin[first]:.1%}; {outcome.says}"
         return Outcome(DIFFERS, says, outcome.figures)
     return outcome
 
@@ -167,7 +167,7 @@ def counted_rows(visual: torch.nn.Module) -> Iterator[list[int]]:
 
 def counts(subject: Subject) -> Outcome:
     """Compare the numbers of rows per layer and of tokens with the plan, at two budgets. Without reuse, all numbers are exact."""
-    said = []
+    summaries = []
     for budget in (BUDGET, 0.1):
         with counted_rows(subject.loaded.model.model.visual) as rows:
             encoded = subject.encode(budget, f"{INSIDE}:reuse=0")
@@ -179,8 +179,8 @@ def counts(subject: Subject) -> Outcome:
             if entered != planned:
                 says = f"{entered} {what} at {budget:g}, expected {planned}"
                 return Outcome(DIFFERS, says, {"count": entered, "count_limit": planned})
-        said.append(f"{plan.units} units, {plan.rows} rows, {plan.keep} tokens at {budget:g}")
-    return Outcome(HELD, "; ".join(said))
+        summaries.append(f"{plan.units} units, {plan.rows} rows, {plan.keep} tokens at {budget:g}")
+    return Outcome(HELD, "; ".join(summaries))
 
 
 ROUNDS = 3
@@ -202,7 +202,7 @@ def first_token(subject: Subject) -> Outcome:
     rounds = [turns for phase, turns in paced(run_round, 1, ROUNDS, TimeLimit(inf)) if phase == ROUND]
     theirs, ours = map(median, zip(*rounds, strict=True))
     figures = {"transformers_s": theirs, "evoprune_s": ours, "ratio": median_ratio(*zip(*rounds, strict=True))}
-    both = f"{ours:.2f} s, transformers {theirs:.2f} s: {figures['ratio']:.1f} times as fast"
+    both = f"{ours:.2f} s, transformers {theirs:.2f} s: {figures['ratio']:.1f}x as fast"
     return Outcome(HELD, f"first token {both} (weights are not packed here)", figures)
 
 
@@ -219,7 +219,7 @@ def accelerated(subject: Subject) -> Outcome:
     If everything else holds but no CUDA graph is used for decoding, the check counts as skipped.
     """
     if not Device(subject.device).uses_kernels:
-        return skipped("kernels and graphs are for CUDA, and EVOPRUNE_PLAIN switches them off")
+        return skipped("kernels and graphs need CUDA and are off with EVOPRUNE_PLAIN")
     figures: dict[str, tuple[float, float]] = {}
     for name, share in _selections(subject.device).items():
         figures[f"{name}_unlike"] = (1 - share, 1 - SAME)
@@ -228,15 +228,15 @@ def accelerated(subject: Subject) -> Outcome:
     actual = subject.encode(1.0).encoded.every_feature
     features = gap(actual, expected)
     figures |= {f"tower_{name}": limit for name, limit in features.limits(subject.features_noise).items()}
-    said = f"tower {features}"
+    summary = f"tower {features}"
     decoded = _decoded(subject)
     if not isinstance(decoded, str):
         logits = gap(*decoded, centred=True)
         figures |= {f"decoding_{name}": limit for name, limit in logits.limits(subject.logits_noise, 2).items()}
-        said += f"; decoding {logits}"
-    outcome = judged(said, figures)
+        summary += f"; decoding {logits}"
+    outcome = judged(summary, figures)
     if outcome.state == DIFFERS:
-        return Outcome(DIFFERS, f"{outcome.says}; EVOPRUNE_PLAIN=1 does without kernels and graphs", outcome.figures)
+        return Outcome(DIFFERS, f"{outcome.says}; EVOPRUNE_PLAIN=1 turns off kernels and graphs", outcome.figures)
     if isinstance(decoded, str):
         return Outcome(SKIPPED, f"no graph: {decoded}; {outcome.says}", outcome.figures)
     return outcome
@@ -286,10 +286,10 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
     If there is no graph, return the reason instead.
     """
     if Device(subject.device).capture is None:
-        return "this device has none"
+        return "this device has no graphs"
     language = subject.loaded.language
     if not language.can_capture:
-        return "layers have hooks, quantised weights, or experts that are chosen on the host"
+        return "layers have hooks, quantized weights, or experts that are chosen on the host"
     encoded = subject.encode(1.0)
     answer = encoded.ask("What happens?", max_new_tokens=NEW_TOKENS)
     answer.text  # generates the answer  # noqa: B018

@@ -26,8 +26,8 @@ from evoprune.video import probe, temporary_folder
 
 SCHEMA = "evoprune/verify@1"
 VERDICTS = {
-    HELD: "this machine computes with this model what transformers computes",
-    DIFFERS: "something is not as it should be; -o FILE.json writes what a bug report needs",
+    HELD: "with this model, this machine computes the same results as transformers",
+    DIFFERS: "something is wrong; -o FILE.json writes the details for a bug report",
     SKIPPED: "nothing was compared",
 }
 UNLIMITED_S = 86_400.0
@@ -38,14 +38,14 @@ HEIGHT = 120
 WIDTH = 180
 # In running order: cheap checks, and checks that others rely on, come first.
 CHECKS = (
-    Check("weights", "every tensor, with what transformers reads of the same files", checks.weights),
-    Check("positions", "positions of a prompt's tokens, with transformers'", checks.positions),
-    Check("tower", "features with nothing pruned, with transformers' tower", checks.tower),
-    Check("logits", "the language model on the same features, with transformers'", checks.logits),
-    Check("answer", "a greedy answer about a video, token by token, with transformers'", checks.answer),
-    Check("counts", "rows of each layer and tokens, with the plan", checks.counts),
-    Check("plain", "kernels and graphs of a GPU, with plain PyTorch", checks.accelerated),
-    Check("speed", "time to the first token, with transformers' in turns", checks.first_token, slow=True),
+    Check("weights", "every tensor, against the same files read by transformers", checks.weights),
+    Check("positions", "positions of prompt tokens, against transformers", checks.positions),
+    Check("tower", "features without pruning, against transformers' tower", checks.tower),
+    Check("logits", "the language model on the same features, against transformers", checks.logits),
+    Check("answer", "a greedy answer about a video, token by token, against transformers", checks.answer),
+    Check("counts", "rows of each layer and tokens, against the plan", checks.counts),
+    Check("plain", "GPU kernels and graphs, against plain PyTorch", checks.accelerated),
+    Check("speed", "time to the first token, alternating with transformers", checks.first_token, slow=True),
 )
 
 Progress = Callable[[str, int, int, str], None]
@@ -218,7 +218,7 @@ def verify(
         if quick and check.slow:
             outcome = skipped("--quick")
         elif limit.left <= 0:
-            outcome = skipped(f"the time limit of {limit.seconds:g} s was over")
+            outcome = skipped(f"the time limit of {limit.seconds:g} s was reached")
         else:
             outcome = _outcome(check, subject, failed)
         results.findings.append(Finding(check, outcome, limit.spent - begun))

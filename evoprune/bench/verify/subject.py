@@ -93,7 +93,7 @@ def judged(says: str, limits: dict[str, tuple[float, float]]) -> Outcome:
             return Outcome(DIFFERS, f"{name.replace('_', ' ')} {value:.2g}, expected at most {limit:.2g}", figures)
     for name, (value, limit) in limits.items():
         if name.endswith("error") and value > COARSE:
-            why = f"not comparable: {name.replace('_', ' ')} {value:.2g}, and rounding alone may be {limit:.2g}"
+            why = f"not comparable: {name.replace('_', ' ')} {value:.2g}, and rounding errors may be {limit:.2g}"
             return Outcome(SKIPPED, why, figures)
     return Outcome(HELD, says, figures)
 
@@ -280,13 +280,13 @@ class Subject:
         """
         model = self.loaded.model
         origin = self.loaded.description
-        short = Device(self.loaded.device).shortage(self.loaded.weights_bytes)
-        if origin.random or origin.quantization or short:
-            self.not_read = "random weights are in no file"
-            if short:
-                self.not_read = f"a second copy of the weights {short}"
+        missing_memory = Device(self.loaded.device).shortage(self.loaded.weights_bytes)
+        if origin.random or origin.quantization or missing_memory:
+            self.not_read = "random weights are not in a file"
+            if missing_memory:
+                self.not_read = f"a second copy of the weights {missing_memory}"
             elif origin.quantization:
-                self.not_read = "quantised weights are in memory once"
+                self.not_read = "only one copy of quantized weights is in memory"
             reference = hugging_face_model(model)
         else:
             reference = read_whole(origin.folder, self.dtype, self.device)
