@@ -83,8 +83,7 @@ class Attention:
             return "sdpa", None
         if self._dtype.itemsize == 2 and find_spec("flash_attn") is not None:
             return "flash_attention_2", "transformers runs flash_attention_2"
-        why = "whose tower loops over windows in Python; flash-attn, which does not, is not installed"
-        return "sdpa", f"transformers runs sdpa, {why}"
+        return "sdpa", "transformers runs sdpa, so its tower loops over windows in Python: flash-attn is not installed"
 
     @property
     def varlen_kernel(self) -> Callable | None:

@@ -193,8 +193,8 @@ class Device:
         On CUDA, this is the device's free memory plus the unused part of torch's allocator. See `limits.Host` otherwise.
         """
         if self._on_cuda:
-            kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-            return torch.cuda.mem_get_info(self._device)[0] + kept
+            cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+            return torch.cuda.mem_get_info(self._device)[0] + cached
         return limits.Host().available_memory() if self.holds_values else None
 
     def shortage(self, needed: int) -> str | None:
@@ -235,7 +235,9 @@ class Device:
     @property
     def peak_memory_note(self) -> str | None:
         """A note if `peak_memory` counts more than the model in question, otherwise None."""
-        return None if self._on_cuda else "peak memory is the process's, with the weights of all rows in it"
+        if self._on_cuda:
+            return None
+        return "peak memory is measured for the whole process, including the weights of all rows"
 
     def reset_peak_memory(self) -> bool:
         """Reset the peak of `peak_memory`. Returns False if the system does not support this."""
@@ -264,29 +266,29 @@ def pick_device(name: str, *, auto: bool = False) -> torch.device:
 
     Args:
         name: as in options, but resolved: not "auto".
-        auto: whether the option was "auto", so that `name` comes from `limits.resolve_device`.
+        auto: whether the option was "auto", so that `name` comes from `DeviceName.resolve`.
 
     Raises:
         UsageError: the device cannot be used.
     """
     if auto and name == "cpu" and torch.cuda.is_available():
-        warnings.warn("torch finds a GPU, which is not used: --device cuda uses it", DeviceWarning, stacklevel=2)
+        warnings.warn("torch finds a GPU that is not used: add --device cuda to use it", DeviceWarning, stacklevel=2)
     try:
-        with warnings.catch_warnings(record=True) as said:  # torch warns about the reason why it finds no GPU
+        with warnings.catch_warnings(record=True) as caught:  # torch warns about the reason why it finds no GPU
             warnings.simplefilter("always")
             device = torch.device(name)
             torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
-        reason = first_line(said[-1].message if said else problem).partition(". ")[0]
+        reason = first_line(caught[-1].message if caught else problem).partition(". ")[0]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        found = f"device {name!r} cannot be used here"
+        failure = f"device {name!r} cannot be used here"
         hint = "cpu always works, auto finds a GPU"
         if auto:
-            found = "the driver of a GPU is here, but torch cannot use the GPU"
-            hint = "--device cpu does without it; or repair the driver, which nvidia-smi or rocminfo checks"
+            failure = "a GPU driver is installed, but torch cannot use the GPU"
+            hint = "use --device cpu, or repair the driver (nvidia-smi or rocminfo checks it)"
         if name.startswith("cuda") and visible is not None:  # the variable may hide GPUs from this process
             hint += f"; CUDA_VISIBLE_DEVICES is {visible!r}"
-        raise UsageError(f"{found}: {reason}", hint) from problem
+        raise UsageError(f"{failure}: {reason}", hint) from problem
     return device
 
 
@@ -421,18 +423,18 @@ def failed(what: str) -> bool:
     return what in _failed
 
 
-def give_up(what: str, said: str, problem: Exception) -> None:
+def give_up(what: str, consequence: str, problem: Exception) -> None:
     """Stop using kernels for `what`, and warn about it. Raises `problem` again if it means out of memory.
 
     Args:
         what: the work that now runs without kernels, as a name for `failed`.
-        said: the beginning of the warning.
+        consequence: what happens without kernels, the beginning of the warning.
         problem: the exception that a kernel raised.
     """
     if is_out_of_memory(problem):
         raise problem
     _failed.add(what)
-    warnings.warn(f"{said}, which takes longer: {first_line(problem)}", DeviceWarning, stacklevel=3)
+    warnings.warn(f"{consequence}, which takes longer: {first_line(problem)}", DeviceWarning, stacklevel=3)
 
 
 def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Callable]:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 # Name of the KV cache in the arguments and outputs of transformers models: since 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
 
-EXPERTS = "evoprune"  # the name of `_through_experts` among transformers' implementations of experts
+EXPERTS = "evoprune"  # the name of `_experts_output` among transformers' implementations of experts
 # Functions in modules of transformers that are GPU kernels if fla or causal-conv1d is installed.
 FUSED = {"causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"}
 # Per thread, the number of active `without_packages` contexts.
@@ -47,7 +47,7 @@ def form_of_layers(device: torch.device, few: T, modules: T) -> T:
     return modules if is_host(device) or wants_plain_pytorch() else few
 
 
-def _through_experts(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _experts_output(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return the output of the experts in a layer, `[L, hidden]`.
 
     Off the CPU, a single column is multiplied with copies of its experts' weights, as transformers does when it generates. The
@@ -89,7 +89,7 @@ def choose_functions(model, *, experts: bool) -> None:
 
     Args:
         model: changed in place.
-        experts: make mixtures of experts call `_through_experts`, unless another implementation than transformers' default was
+        experts: make mixtures of experts call `_experts_output`, unless another implementation than transformers' default was
             chosen.
     """
     text = model.model.language_model
@@ -97,15 +97,15 @@ def choose_functions(model, *, experts: bool) -> None:
         functions = vars(sys.modules[source])
         for name in FUSED & functions.keys():
             if own := getattr(functions[name], "__wrapped__", None):
-                functions[name] = partial(_chosen, functions[name], own)
+                functions[name] = partial(_fused_or_own, functions[name], own)
     if experts and model.config.text_config.experts is not None and text.config._experts_implementation == "grouped_mm":
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _through_experts)
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts_output)
         text.config._experts_implementation = EXPERTS
 
 
-def _chosen(fused: Callable, own: Callable, x: torch.Tensor, *args, **kwargs):
+def _fused_or_own(fused: Callable, own: Callable, x: torch.Tensor, *args, **kwargs):
     if getattr(_thread, "depth", 0) or is_host(x.device):
         return own(x, *args, **kwargs)
     return fused(x, *args, **kwargs)

@@ -8,14 +8,15 @@ import torch
 
 from evoprune.backend.devices import failed, has_triton, uses_kernels
 
-TOGETHER = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}  # these share their input
-_apart: list[bool] = []
+# Linear layers that share their input, by module.
+SHARED_INPUT = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
+_unjoined: list[bool] = []
 
 
 def join(model) -> None:
     """Store weight matrices that multiply the same input contiguously. Each layer keeps a view of its own weights."""
     for layer in model.model.language_model.layers:
-        for part, names in TOGETHER.items():
+        for part, names in SHARED_INPUT.items():
             module = layer.get_submodule(part)
             linears = [module.get_submodule(name) for name in names]
             if not all(map(is_unhooked_linear, linears)):
@@ -36,7 +37,7 @@ def join_tower(visual) -> None:
     """
     for block in visual.blocks:
         mlp = block.mlp
-        linears = [getattr(mlp, name, None) for name in (*TOGETHER["mlp"], "down_proj")]
+        linears = [getattr(mlp, name, None) for name in (*SHARED_INPUT["mlp"], "down_proj")]
         if not all(linear is not None and is_unhooked_linear(linear) for linear in linears):
             continue
         gate, up, down = linears
@@ -60,7 +61,7 @@ def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     Returns None if the module has no joined weights, if its weights have been replaced since, or within `unjoined`.
     """
     parameters = getattr(module, "joined", None)
-    if parameters is None or _apart:
+    if parameters is None or _unjoined:
         return None
     first = module.q_proj if hasattr(module, "q_proj") else module.gate_proj
     if first.weight.data_ptr() != parameters[0].data_ptr():
@@ -77,11 +78,11 @@ def is_unhooked_linear(module: torch.nn.Module) -> bool:
 @contextmanager
 def unjoined() -> Iterator[None]:
     """Multiply by each matrix separately within this context, as a transformers model does."""
-    _apart.append(True)
+    _unjoined.append(True)
     try:
         yield
     finally:
-        _apart.pop()
+        _unjoined.pop()
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:

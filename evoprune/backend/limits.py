@@ -39,7 +39,7 @@ DRIVERS = {
 }
 # Matches the toolkits that torch was built with in its module `version`.
 BUILT_WITH = re.compile(r"^(cuda|hip)\b[^=]*=\s*['\"]", re.MULTILINE)
-HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # start of their values if at least one GPU stays visible
 # Visual tokens before pruning that a CPU encodes in about a minute.
 MAX_VISUAL_TOKENS_CPU = 4_096
@@ -70,7 +70,7 @@ class DeviceName:
         """
         if self.name != "auto":
             return self.name
-        hidden = any(variable in os.environ and not VISIBLE.match(os.environ[variable]) for variable in HIDING)
+        hidden = any(variable in os.environ and not VISIBLE.match(os.environ[variable]) for variable in VISIBLE_DEVICES)
         return "cpu" if hidden or not _has_gpu(root) else "cuda"
 
     @property
@@ -150,7 +150,7 @@ class Host:
             (mapped,) = kib(self._root / "proc/self/status", "VmSize")
         except (OSError, KeyError):
             return None
-        groups = (left for folder in _groups("memory", self._root) for left in _unused_memory(folder))
+        groups = (unused for folder in _groups("memory", self._root) for unused in _unused_memory(folder))
         return min(free, _unused_address_space(mapped), *groups)
 
     def oom_kills(self) -> int:
@@ -188,8 +188,8 @@ def _unused_memory(folder: Path) -> Iterator[int]:
     """Yield the bytes of memory left below each limit of a group."""
     for limit, used in MEMORY:
         with suppress(OSError, ValueError):  # "max" is no limit
-            left = int((folder / limit).read_text()) - int((folder / used).read_text())
-            yield left + _reclaimable((folder / "memory.stat").read_text())
+            unused = int((folder / limit).read_text()) - int((folder / used).read_text())
+            yield unused + _reclaimable((folder / "memory.stat").read_text())
 
 
 def _reclaimable(stat: str) -> int:
@@ -208,7 +208,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
         mounts = (root / "proc/self/mountinfo").read_text().splitlines()
     except OSError:
         return
-    own = {name: path for _, names, path in (line.split(":", 2) for line in lines) for name in names.split(",")}
+    group_paths = {name: path for _, names, path in (line.split(":", 2) for line in lines) for name in names.split(",")}
     for mount in mounts:
         where, _, what = mount.partition(" - ")
         kind, _, options = what.split(" ")[:3]
@@ -218,12 +218,14 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
             name = controller
         else:
             continue
-        if name not in own or ".." in own[name].split("/"):  # ".." if the process was moved out of the visible groups
+        if name not in group_paths or ".." in group_paths[name].split(
+            "/"
+        ):  # the process was moved out of the visible groups
             continue
         top, point = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field) for field in where.split(" ")[3:5])
         # A container sees its own group at the top of the mount, under the same name as in its list of groups.
-        if Path(own[name]).is_relative_to(top):
-            folder = Path(own[name]).relative_to(top)
+        if Path(group_paths[name]).is_relative_to(top):
+            folder = Path(group_paths[name]).relative_to(top)
             mounted = root / point.lstrip("/")
             yield from (mounted / inner for inner in (folder, *folder.parents))
 

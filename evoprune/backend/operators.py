@@ -120,21 +120,21 @@ def _tube_radii(
         keep: only the `keep` largest radii are needed. The CPU stops early, and the other radii may be 0.
     """
     index, rows, valid = _members(row, tubes)
-    apart = _apart(place, half, weight, rows, time[index])
+    distances = _distances(place, half, weight, rows, time[index])
     near = torch.where(valid, first[rows], -1.0)
     at = torch.arange(len(tubes), dtype=torch.int64, device=row.device)
     place_in = torch.arange(tubes.shape[1], dtype=torch.int64, device=row.device)
     start = near.argmax(1, keepdim=True)
     is_start = place_in == start
     radii = torch.where(is_start, near.clamp(min=0), 0.0)
-    near = torch.where(valid & ~is_start, apart[at, start[:, 0]], -1.0)
+    near = torch.where(valid & ~is_start, distances[at, start[:, 0]], -1.0)
     second = near.amax(1, keepdim=True)
     radii = torch.where(is_start & (second > 0), torch.maximum(radii, second + 1), radii)
     for _ in range(1, tubes.shape[1]):
         radius, best = near.max(1, keepdim=True)
         is_best = place_in == best
         radii = torch.where(is_best, torch.maximum(radii, radius), radii)
-        near = torch.where(is_best, -1.0, torch.minimum(near, apart[at, best[:, 0]]))
+        near = torch.where(is_best, -1.0, torch.minimum(near, distances[at, best[:, 0]]))
     by_point = row.new_full((len(row) + 1,), -1, dtype=torch.float32)
     return by_point.scatter_(0, tubes.flatten(), torch.where(valid, radii, -1.0).flatten())[:-1].clone()
 
@@ -147,7 +147,7 @@ def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torc
     return index, rows.clamp(min=0), inside & (rows >= 0)
 
 
-def _apart(
+def _distances(
     place: torch.Tensor, half: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, time: torch.Tensor
 ) -> torch.Tensor:
     """Return rounded distances between points, float32 `[B, selected, candidate]`, from their `rows` (int64 `[B, L]`) and times."""
@@ -156,34 +156,34 @@ def _apart(
     else:
         there = place[rows]
         product = there @ there.transpose(1, 2)
-    apart = (time[:, :, None] - time[:, None, :]).abs_().mul_(weight[rows][:, None, :])
+    distances = (time[:, :, None] - time[:, None, :]).abs_().mul_(weight[rows][:, None, :])
     of = half[rows]
-    return apart.sub_(product).add_(of[:, None, :]).add_(of[:, :, None]).round_().clamp_(min=0)
+    return distances.sub_(product).add_(of[:, None, :]).add_(of[:, :, None]).round_().clamp_(min=0)
 
 
 def _tube_radii_cpu(place, half, weight, first, row, time, tubes, keep):
     by_point = torch.full((len(row) + 1,), -1, dtype=torch.float32, device="cpu")
     for batch in tubes.split(max(1, MAX_DISTANCES // tubes.shape[1] ** 2)):
         index, rows, valid = _members(row, batch)
-        apart = _apart(place, half, weight, rows, time[index])
-        radii = _greedy(apart.numpy(), torch.where(valid, first[rows], -1).numpy(), keep)
+        distances = _distances(place, half, weight, rows, time[index])
+        radii = _greedy(distances.numpy(), torch.where(valid, first[rows], -1).numpy(), keep)
         by_point[batch] = torch.where(valid, torch.from_numpy(radii), -1)
     return by_point[:-1].clone()
 
 
-def _greedy(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
+def _greedy(distances: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
     """Return the radii, float32 `[B, L]`, from distances `[B, L, L]` and `first` (`[B, L]`, -1 for padding)."""
     if len(first) > FEW_TUBES:
-        return _greedy_together(apart, first, keep)
-    return np.stack([_greedy_in(*tube, keep) for tube in zip(apart, first, strict=True)])
+        return _greedy_together(distances, first, keep)
+    return np.stack([_greedy_in_tube(*tube, keep) for tube in zip(distances, first, strict=True)])
 
 
-def _greedy_in(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
+def _greedy_in_tube(distances: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
     """Return the radii in one tube, `[L]`."""
     radii = np.zeros_like(first)
     best = int(first.argmax())
     radii[best] = start = max(first[best], 0)
-    near = np.where(first < 0, np.float32(-1), apart[best])
+    near = np.where(first < 0, np.float32(-1), distances[best])
     near[best] = -1
     if (second := near.max()) > 0:
         radii[best] = start = max(start, second + 1)
@@ -194,19 +194,19 @@ def _greedy_in(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
         if not radius > 0 or (selected >= keep and radius < latest):  # equal radii may still win ties by their index
             break  # NaN also stops the loop, because argmax finds it first
         radii[best] = latest = radius
-        np.minimum(near, apart[best], out=near)
+        np.minimum(near, distances[best], out=near)
         near[best] = -1
     return radii
 
 
-def _greedy_together(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
+def _greedy_together(distances: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
     """Return the same as `_greedy`, advancing all tubes one step at a time."""
     at = np.arange(len(first))
     near = first
     best = near.argmax(1)
     radii = np.zeros_like(first)
     radii[at, best] = near[at, best].clip(0)
-    near = np.where(first < 0, np.float32(-1), apart[at, best])
+    near = np.where(first < 0, np.float32(-1), distances[at, best])
     near[at, best] = -1
     second = near.max(1)
     radii[at, best] = np.where(second > 0, np.maximum(radii[at, best], second + 1), radii[at, best])
@@ -217,7 +217,7 @@ def _greedy_together(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndar
         if farthest <= 0 or (step % 8 == 0 and np.count_nonzero(radii > farthest) >= keep):
             break
         radii[at, best] = np.maximum(radii[at, best], radius)
-        np.minimum(near, apart[at, best], out=near)
+        np.minimum(near, distances[at, best], out=near)
         near[at, best] = -1
     return radii
 
@@ -247,13 +247,13 @@ def _nearest_selected(
         MAX_DISTANCES_ON_DEVICE // len(selected)
     ):
         own = rows[batch]
-        apart = torch.addmm(half_of, place[own], there.T, alpha=-1).add_(half[own][:, None])
-        apart.add_((time[batch][:, None] - when).abs_().mul_(weight[own][:, None]))
-        nearest.append(apart.round_().clamp_(min=0).argmin(1))
-    return _own(torch.cat(nearest), row, selected)
+        distances = torch.addmm(half_of, place[own], there.T, alpha=-1).add_(half[own][:, None])
+        distances.add_((time[batch][:, None] - when).abs_().mul_(weight[own][:, None]))
+        nearest.append(distances.round_().clamp_(min=0).argmin(1))
+    return _with_selected(torch.cat(nearest), row, selected)
 
 
-def _own(nearest: torch.Tensor, row: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+def _with_selected(nearest: torch.Tensor, row: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
     numbers = torch.arange(len(selected), dtype=torch.int64, device=row.device)
     return torch.where(row < 0, -1, nearest).index_copy_(0, selected, numbers)
 
@@ -268,10 +268,10 @@ def _nearest_selected_cpu(place, half, weight, row, time, selected):
     points = (row >= 0).nonzero()[:, 0]
     for batch in points.split(max(1, (MAX_DISTANCES >> 3) // len(selected))):
         own, of = row[batch].unique(return_inverse=True)
-        apart = torch.addmm(half_of, place[own], there.T, alpha=-1).add_(half[own][:, None])[of[:, None], back]
-        apart.add_((time[batch][:, None] - when).abs_().mul_(weight[row[batch]][:, None]))
-        nearest[batch] = apart.round_().clamp_(min=0).argmin(1)
-    return _own(nearest, row, selected)
+        distances = torch.addmm(half_of, place[own], there.T, alpha=-1).add_(half[own][:, None])[of[:, None], back]
+        distances.add_((time[batch][:, None] - when).abs_().mul_(weight[row[batch]][:, None]))
+        nearest[batch] = distances.round_().clamp_(min=0).argmin(1)
+    return _with_selected(nearest, row, selected)
 
 
 def _mean_rows(

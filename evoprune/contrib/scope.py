@@ -42,7 +42,7 @@ class Scope(Selector):
             weight = snap(tokens.attention).double() ** self.alpha
 
         def cosine(rows: torch.Tensor) -> torch.Tensor:
-            return (unit[rows] @ unit.T).mul_(16384).round_()  # in steps, like `ranking.snap`
+            return (unit[rows] @ unit.T).mul_(16384).round_()  # in steps, like `snap`
 
         def adds(rows: torch.Tensor) -> torch.Tensor:
             return cosine(rows).sub_(cover).clamp_(min=0).sum(1, dtype=torch.float64) * weight[rows]

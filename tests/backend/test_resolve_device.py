@@ -7,7 +7,7 @@ import torch
 
 from evoprune.backend import limits
 from evoprune.backend.devices import pick_device
-from evoprune.backend.limits import HIDING, DeviceName
+from evoprune.backend.limits import VISIBLE_DEVICES, DeviceName
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def machine(tmp_path, monkeypatch):
     """Root folder of a machine with a CUDA build of torch and no driver."""
     (tmp_path / "dev").mkdir()
     monkeypatch.setattr(limits, "_toolkits", lambda: ["cuda"])
-    for variable in HIDING:
+    for variable in VISIBLE_DEVICES:
         monkeypatch.delenv(variable, raising=False)
     return tmp_path
 
@@ -70,7 +70,7 @@ def test_a_driver_is_a_gpu_for_a_torch_of_its_kind(machine, monkeypatch, toolkit
     assert DeviceName("auto").resolve(machine) == "cpu"
 
 
-@pytest.mark.parametrize("variable", HIDING)
+@pytest.mark.parametrize("variable", VISIBLE_DEVICES)
 def test_a_gpu_may_be_hidden(machine, monkeypatch, variable):
     driver(machine, "dev/nvidia0")
     for hidden in ("", " ", "-1", "NoDevFiles"):

@@ -483,7 +483,7 @@ def test_a_batch_takes_its_first_videos(demo, read_anew):
         asked = [(span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in spans[:first]]
         with ReadAhead(DEMO, asked) as ahead:
             wait_for(lambda ahead=ahead: all_read(ahead))
-            said = [report.answer for report in answers(VideoQA(demo), spans, settings, ahead=ahead)]
+            said = [report.answer for report in answers(VideoQA(demo).session, spans, settings, ahead=ahead)]
         without = without or said
         assert said == without and None not in said
     assert read_anew == [*(row.video for row in rows), rows[2].video]

@@ -33,7 +33,7 @@ MANY_ROWS = 256
 SMALL_WEIGHT = 2**21
 LARGE_WEIGHT = 2**28  # larger weights, such as an output layer, are split into parts that are packed one by one
 PARTS = 16
-SPARE = 2**28  # bytes that packing leaves free
+SPARE_BYTES = 2**28  # bytes that packing leaves free
 START_PASSES = 32  # passes, one per token, before the waiting layers are packed
 PASS_BYTES = 2**28  # approximate bytes of weights packed in each later pass, so that no token takes a second longer
 
@@ -174,8 +174,8 @@ def _equal_products(plain: torch.Tensor, packed: torch.Tensor, rows: int) -> boo
     x = torch.randn(rows, plain.shape[1], generator=random, dtype=torch.float32, device="cpu").to(plain.dtype)
     product = torch.ops.mkldnn._linear_pointwise
     first, second = (product(x, weight, None, "none", [], "") for weight in (plain, packed))
-    left = (product.binary(x, -first, weight, None, "add") for weight in (plain, packed))
-    return torch.equal(first, second) and torch.equal(*left)
+    remainders = (product.binary(x, -first, weight, None, "add") for weight in (plain, packed))
+    return torch.equal(first, second) and torch.equal(*remainders)
 
 
 class PackedLinear(nn.Module):
@@ -194,24 +194,24 @@ class PackedLinear(nn.Module):
         self._packing = packing
         # The weights, and whether they are final. A single attribute, because several threads may run the model.
         if packing is not None and layer.weight.numel() > SMALL_WEIGHT:
-            self._held = layer.weight.detach(), False
+            self._weights_and_final = layer.weight.detach(), False
             packing.add(layer.weight)
         else:
-            self._held = _packed(layer.weight), True
+            self._weights_and_final = _packed(layer.weight), True
 
     @property
     def nbytes(self) -> int:
         """Bytes held in addition to its parameters."""
-        return self._held[0].numel() * self._held[0].element_size()
+        return self._weights_and_final[0].numel() * self._weights_and_final[0].element_size()
 
     @property
     def waits(self) -> bool:
         """Whether the weights are still plain and will be packed later."""
-        return not self._held[1]
+        return not self._weights_and_final[1]
 
     def weights_for(self, x: torch.Tensor) -> torch.Tensor:
         """Return the weights, plain or packed, for a product with `x` (`[..., in]`)."""
-        weights, final = self._held
+        weights, final = self._weights_and_final
         rows = x.numel() // self.in_features
         if final or rows >= MANY_ROWS or self._packing.can_wait(weights, rows):
             return weights
@@ -219,15 +219,15 @@ class PackedLinear(nn.Module):
 
     def pack(self) -> torch.Tensor:
         """Return the weights, after packing them if they wait. They stay plain if memory is short."""
-        plain, final = self._held
+        plain, final = self._weights_and_final
         if final:
             return plain
         start = time.perf_counter()
         weights = plain
         available = Device("cpu").available_memory()
-        if available is None or available > self.nbytes + SPARE:
+        if available is None or available > self.nbytes + SPARE_BYTES:
             weights = _packed(plain)
-        self._held = weights, True
+        self._weights_and_final = weights, True
         self._packing.remove(plain, weights)
         self._packing.seconds += time.perf_counter() - start
         return weights

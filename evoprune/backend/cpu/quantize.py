@@ -3,7 +3,7 @@
 int8: one scale per output feature of the weights, and one per row of the input. Rows are rounded independently, so the result for a
 row does not depend on the other rows in a batch. Products use integers and are exact. The few input channels that are much larger
 than the others would cost these their precision, so they are computed in float32 (LLM.int8(), arXiv 2208.07339, section 3). They
-are detected once, by `Unquantised`.
+are detected once, by `Unquantized`.
 
 int4: a scale and a zero for every 32 weights, with PyTorch's own kernel. It is used for decoding with the language model. int8 is
 used for everything else, including the tower.
@@ -58,7 +58,7 @@ class Bytes:
         if len(large):
             rest = rows.index_fill(1, large, 0.0)
             room = rest
-        step = _largest(rest)[:, None].clamp_(min=1e-30) / levels()
+        step = _largest_per_row(rest)[:, None].clamp_(min=1e-30) / levels()
         middle = torch.full((), levels() + 1.5, dtype=torch.float32, device="cpu")  # adding 0.5 makes truncation round
         whole = torch.addcmul(middle, rest, 1 / step, out=room).to(torch.uint8)
         rounded = whole, step, rows[:, large]
@@ -89,7 +89,7 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
     for rows, place in zip(_pieces(layer.weight), _pieces(whole), strict=True):
         rows = rows.to(torch.float32, copy=True)
         rows[:, large] = 0.0
-        scales.append(_largest(rows).clamp_(min=1e-12) / 127)
+        scales.append(_largest_per_row(rows).clamp_(min=1e-12) / 127)
         rows.div_(scales[-1][:, None]).round_()
         sums.append(rows.sum(1))  # exact: whole numbers below 2^24
         place.copy_(rows)
@@ -136,7 +136,7 @@ def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: t
     return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, scale, zero, offset, *output_args)
 
 
-def _largest(rows: torch.Tensor) -> torch.Tensor:
+def _largest_per_row(rows: torch.Tensor) -> torch.Tensor:
     """Return the largest absolute value per row, without copying the rows."""
     return torch.maximum(rows.amax(1), -rows.amin(1))
 
@@ -162,11 +162,11 @@ def levels() -> int:
 
     CPUs without dot-product instructions (VNNI) add in 16 bits: two products of 127 and 127 still fit, two of 255 and 127 do not.
     """
-    return 127 if exact(255) else 63
+    return 127 if has_exact_products(255) else 63
 
 
 @lru_cache
-def exact(largest: int) -> bool:
+def has_exact_products(largest: int) -> bool:
     """Return whether this CPU has exact products of bytes up to `largest` with 127."""
     scale = torch.ones(64, dtype=torch.float32, device="cpu")
     if not Packing.supports(scale) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
@@ -231,28 +231,28 @@ class Int4Linear(nn.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
-class Unquantised(nn.Module):
+class Unquantized(nn.Module):
     """Placeholder for a linear layer until its first input shows which channels are large.
 
-    `become` is called with the layer and the large channels. It replaces this module with a quantized layer, and returns the layer
-    that computes this call.
+    `quantize` is called with the layer and the large channels. It replaces this module with a quantized layer, and returns the
+    layer that computes this call.
     """
 
-    def __init__(self, layer: nn.Linear, become: Callable[[nn.Linear, torch.Tensor], nn.Module]):
+    def __init__(self, layer: nn.Linear, quantize: Callable[[nn.Linear, torch.Tensor], nn.Module]):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
         # in a list, so that it does not become a submodule
         self._layer = [layer]
-        self._become = become
+        self._quantize = quantize
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (layer,) = self._layer
-        return self._become(layer, large_channels(x))(x)
+        return self._quantize(layer, large_channels(x))(x)
 
 
-def reads_rows(path: str, becomes: str) -> bool:
+def reads_rows(path: str, kind: str) -> bool:
     """Return whether a quantized layer needs int8 weights: all do except an int4 output layer, which reads only one row."""
-    return becomes == "int8" or path != "lm_head"
+    return kind == "int8" or path != "lm_head"
 
 
 class Quantization:
@@ -268,7 +268,7 @@ class Quantization:
     @staticmethod
     def kinds(device: torch.device) -> list[str]:
         """Return the kinds of quantization, except "none", that work on a device with this PyTorch and this CPU."""
-        if not is_host(device) or not exact(127):
+        if not is_host(device) or not has_exact_products(127):
             return []
         if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
             return ["int8"]
@@ -304,13 +304,13 @@ class Quantization:
         """
         saved = 0
         embedding = model.model.language_model.embed_tokens.weight
-        for path, becomes in self.layers(model).items():
+        for path, kind in self.layers(model).items():
             weight = model.get_submodule(path).weight
             rows, columns = weight.shape
             row = 0
-            if reads_rows(path, becomes):
+            if reads_rows(path, kind):
                 row += columns + 16
-            if becomes == "int4":
+            if kind == "int4":
                 row += columns // 2 + columns // GROUP * 2 * weight.itemsize
             saved -= rows * row
             if weight is not embedding:
@@ -339,23 +339,23 @@ class Quantization:
         # Without a shared buffer, temporary blocks per layer would leave holes between the blocks that stay: a third of the model.
         memory = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device="cpu")
 
-        def become(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
-            becomes = layers.kinds[path]
+        def quantize_layer(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
+            kind = layers.kinds[path]
             weights = {}
-            if reads_rows(path, becomes):
+            if reads_rows(path, kind):
                 weights |= int8_weights(layer, large, memory)
-            if becomes == "int4":
+            if kind == "int4":
                 weights |= int4_weights(layer)
             if store:
                 store(path, weights)
             return layers.put(path, layer, weights)
 
         for path in layers.kinds:
-            layers.replace(path, Unquantised(model.get_submodule(path), partial(become, path)))
+            layers.replace(path, Unquantized(model.get_submodule(path), partial(quantize_layer, path)))
         with torch.inference_mode():
             run(model)
         if missing := len(layers.kinds) - layers.done:
-            raise RuntimeError(f"{missing} layers of the model were not called, so they are not quantised")
+            raise RuntimeError(f"{missing} layers of the model were not called, so they are not quantized")
 
     def restore(
         self, model: nn.Module, read: Callable[[str], Weights], progress: Callable[[int, int], None] | None = None
@@ -375,7 +375,7 @@ class _Layers:
         self._model = model
         self._progress = progress
         self._to_bytes = Bytes()
-        self._known = {}
+        self._large_channels = {}  # by module, input features and channels
 
     def replace(self, path: str, layer: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
@@ -383,20 +383,20 @@ class _Layers:
 
     def put(self, path: str, layer: nn.Linear, weights: Weights) -> nn.Module:
         """Make the quantized layer from `weights`, and put it in the place of `layer`."""
-        becomes = self.kinds[path]
+        kind = self.kinds[path]
         full = None
-        if reads_rows(path, becomes):
+        if reads_rows(path, kind):
             # Layers of one module with the same large channels have the same input. `to_bytes` recognizes them by identity.
             key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
-            large = self._known.setdefault(key, weights["large"])
+            large = self._large_channels.setdefault(key, weights["large"])
             full = Int8Linear(weights | {"large": large}, layer.bias, self._to_bytes)
-        quantised = full
-        if becomes == "int4":
+        quantized = full
+        if kind == "int4":
             # The kernel needs the dtype that the model computes in. The dtype of the file may be narrower.
             weights = weights | {"scales": weights["scales"].to(self._model.dtype)}
-            quantised = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)
-        self.replace(path, quantised)
+            quantized = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)
+        self.replace(path, quantized)
         self.done += 1
         if self._progress:
             self._progress(self.done, len(self.kinds))
-        return quantised
+        return quantized

@@ -235,7 +235,7 @@ def test_packing_that_is_interrupted_goes_on_later(large, same, monkeypatch):
     expected, reorder = [layer(x) for layer in model], module._packed
 
     def interrupt(weight):
-        if weight is model[2]._held[0]:
+        if weight is model[2]._weights_and_final[0]:
             raise KeyboardInterrupt
         return reorder(weight)
 

@@ -365,12 +365,12 @@ def test_where_torch_finds_another_device_than_drivers_promise_loading_says_so(s
         patch.setattr("evoprune.backend.limits.DeviceName.resolve", lambda _: "cuda")
         patch.setattr(torch, "zeros", refuses)
         with pytest.raises(
-            UsageError, match=r"driver of a GPU is here, but .*too old \(found version 11040\)"
+            UsageError, match=r"a GPU driver is installed, but .*too old \(found version 11040\)"
         ) as refused:
             load_model(str(saved))
-    assert refused.value.hint.startswith("--device cpu")
+    assert refused.value.hint.startswith("use --device cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.warns(DeviceWarning, match="torch finds a GPU, which is not used"):
+    with pytest.warns(DeviceWarning, match="torch finds a GPU that is not used"):
         assert load_model(str(saved)).device == "cpu"
 
 
