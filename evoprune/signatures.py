@@ -73,12 +73,12 @@ def meaning(kind: type, field: Field) -> str:
 
     Flags of the command line in the text are replaced by the names of keywords.
     """
-    said = field.metadata[OPTION]
-    if said.in_python:
-        return said.in_python
+    option = field.metadata[OPTION]
+    if option.in_python:
+        return option.in_python
     names = {f"--{each.name.replace('_', '-')}": each.name for each in fields(kind)}
     names |= {flag: each.name for each in fields(kind) for flag in each.metadata[OPTION].flags}
-    return re.sub(r"(?<![\w-])--?[a-z][a-z-]*", lambda match: names.get(match[0], match[0]), said.help)
+    return re.sub(r"(?<![\w-])--?[a-z][a-z-]*", lambda match: names.get(match[0], match[0]), option.help)
 
 
 def type_code(field: Field) -> str:

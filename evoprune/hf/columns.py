@@ -23,7 +23,7 @@ from evoprune.language import Place, PrunedPrompt, prune_prompt
 from evoprune.methods import arange_on
 from evoprune.vision import Encoded
 
-NAMES = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}
+VISION_ARGUMENTS = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}
 PAST = "evoprune"  # attribute set on caches; copies of a cache have it too
 
 
@@ -50,7 +50,7 @@ class Columns:
             padding = (mask.cumsum(1) == 0).sum(1).tolist()
             needed = [columns[columns >= first] for columns, first in zip(left, padding, strict=True)]
         places = max(1, *map(len, needed))
-        return cls(_ending_together(left, places, -1).to(ids.device), ids.shape[1])
+        return cls(_right_aligned(left, places, -1).to(ids.device), ids.shape[1])
 
     def __repr__(self) -> str:
         return f"<Columns: {self.places:,} of {self.width:,} in a batch of {len(self.index)}>"
@@ -93,7 +93,7 @@ class Columns:
         return Columns(self.index.repeat_interleave(times, 0), self.width)
 
 
-def _ending_together(rows: Sequence[torch.Tensor], places: int, fill: float) -> torch.Tensor:
+def _right_aligned(rows: Sequence[torch.Tensor], places: int, fill: float) -> torch.Tensor:
     """Return the last `places` entries of rows `[n]`, as `[B, places]`; shorter rows are padded with `fill` at the start."""
     return torch.stack([pad(row, (places - len(row), 0), value=fill) for row in rows])  # negative padding crops
 
@@ -112,7 +112,7 @@ def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
     for name in ("logits_processor", "stopping_criteria"):
         if pruned_call.get(name):
             wrapped = copy(pruned_call[name])
-            wrapped[:] = [_OnWholePrompts(callback, prompt, places) for callback in wrapped]
+            wrapped[:] = [_WholePromptCallback(callback, prompt, places) for callback in wrapped]
             pruned_call[name] = wrapped
     if (allowed := pruned_call.get("prefix_allowed_tokens_fn")) is not None:
         pruned_call["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
@@ -132,7 +132,7 @@ def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
     return pruned_call
 
 
-class _OnWholePrompts:
+class _WholePromptCallback:
     """Calls a logits processor or stopping criterion with ids of the whole prompt."""
 
     def __init__(self, wrapped: Callable, prompt: torch.Tensor, places: int):
@@ -185,7 +185,7 @@ class Past:
     delta: torch.Tensor
     sizes: torch.Tensor | None = None  # float32 `[B, C]`, cluster sizes of the remaining columns; None for 1
 
-    def held(self, length: int) -> "Past":
+    def cropped(self, length: int) -> "Past":
         """Return the `Past` of the same cache cropped to `length` columns.
 
         A greater length, which includes text after the prompt, changes nothing.
@@ -210,7 +210,9 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
     Raises:
         UsageError: They do not fit the prompt.
     """
-    kinds = [video for video in (True, False) if call.get(NAMES[video][0]) is not None and (video or pictures)]
+    kinds = [
+        video for video in (True, False) if call.get(VISION_ARGUMENTS[video][0]) is not None and (video or pictures)
+    ]
     for video in kinds:
         _check_placeholders(model, call, video)
     grids = call.get("video_grid_thw")
@@ -226,7 +228,7 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
         pruned += inputs
     videos = tuple(each.is_video for each in pruned)
     seconds = tuple(each.seconds_per_pair for each in pruned)
-    pixels, grids = ({video: call[NAMES[video][i]] for video in kinds} for i in (0, 1))
+    pixels, grids = ({video: call[VISION_ARGUMENTS[video][i]] for video in kinds} for i in (0, 1))
     if len(kinds) == 1:
         (only,) = kinds
         return Visuals(places, pixels[only], grids[only], videos, seconds)
@@ -260,7 +262,7 @@ def _with_times(place: Place, ids: list[int], end_marker: int) -> Place:
 
 def _check_placeholders(model, call: dict, video: bool) -> None:
     """Raise UsageError if the number of placeholders for videos, or for pictures, does not match their grids."""
-    name = interface.WORDS[video]
+    name = interface.PREFIXES[video]
     grids = call.get(f"{name}_grid_thw")
     found = int((call["input_ids"] == getattr(model.config, f"{name}_token_id")).sum())
     units = 0
@@ -271,7 +273,7 @@ def _check_placeholders(model, call: dict, video: bool) -> None:
         raise UsageError(problem, interface.ONE_CALL)
 
 
-def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
+def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
     """Return the reason why this package cannot run a new prompt with videos, or None.
 
     Args:
@@ -305,7 +307,7 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
         if call.get(name) is not None and call[name].shape[compared] != ids.shape[compared]:
             shapes = f"shape {list(call[name].shape)} of {name} does not match {list(ids.shape)} of input_ids"
             return UsageError(shapes, "pass a value for each column of the whole prompt")
-    if _packed(call):
+    if _has_packed_sequences(call):
         return UsageError("several sequences packed into one row cannot be pruned", "pass them as rows of a batch")
     if generating:
         return None
@@ -322,7 +324,7 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
     return None
 
 
-def _packed(call: dict) -> bool:
+def _has_packed_sequences(call: dict) -> bool:
     """Return True if positions in four rows number several sequences within a row of the batch."""
     at = call.get("position_ids")
     mask = call.get("attention_mask")
@@ -409,7 +411,7 @@ def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | 
         if sizes is None:
             sizes = torch.ones(len(prompt), dtype=torch.float32, device="cpu")
         rows.append(sizes.to(columns.index.device))
-    return _ending_together(rows, columns.places, 1)
+    return _right_aligned(rows, columns.places, 1)
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
@@ -432,7 +434,7 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
     """Return a call that continues from a cache with a pruned prompt, without the pruned columns.
 
     Args:
-        past: From the cache, cropped to its `length` (`Past.held`).
+        past: From the cache, cropped to its `length` (`Past.cropped`).
         generating: Whether this is a call of `generate`, whose ids and mask include the columns in the cache.
 
     Raises:

@@ -31,7 +31,7 @@ from evoprune.hf.columns import (
     continued,
     find_visuals,
     remember,
-    why_not,
+    unsupported_reason,
     with_whole_prompt,
     with_whole_prompts,
     without_pruned,
@@ -55,7 +55,7 @@ Run = Callable[[Callable, dict], Any]  # takes the model's own method and the ca
 SWITCH = "this object only switches pruning on and off"
 
 
-def _settings_alone(init: Callable) -> Callable:
+def _checked_init(init: Callable) -> Callable:
     """Decorate `EvoPrune.__init__` with better errors for a model passed as a setting, and for an unknown setting."""
 
     @functools.wraps(init)
@@ -129,7 +129,7 @@ class EvoPrune:
         """Do nothing. A with-block needs this method before it calls `__enter__`, which raises."""
 
 
-EvoPrune.__init__ = _settings_alone(EvoPrune.__init__)  # written by `dataclass`
+EvoPrune.__init__ = _checked_init(EvoPrune.__init__)  # written by `dataclass`
 EvoPrune.__doc__ = explained(EvoPrune.__doc__, EvoPrune)
 # The public name for help, repr and tracebacks. A method is called EvoPrune, too.
 EvoPrune.__module__ = "evoprune"
@@ -162,7 +162,7 @@ def remove(model: "nn.Module | PrunedModel") -> None:
     if isinstance(model, PrunedModel):
         model = model.model
     interface.check_class(model)
-    if end := end_of(model):
+    if end := remover_of(model):
         end()
 
 
@@ -191,8 +191,8 @@ class PrunedModel:
         self.settings = settings
         self._packed = None
         # The latest report and the remaining columns of its prompt: per thread, and over all threads.
-        self._of_thread = threading.local()
-        self._of_all = (Report(), None)
+        self._latest_of_thread = threading.local()
+        self._latest_overall = (Report(), None)
         runs = dict(zip(METHODS, (self._generate, self._forward), strict=True))
         self._patches = Patches(model, runs, self.remove)
 
@@ -234,11 +234,11 @@ class PrunedModel:
 
     @property
     def _latest(self) -> tuple[Report, Columns | None]:
-        return getattr(self._of_thread, "call", self._of_all)
+        return getattr(self._latest_of_thread, "call", self._latest_overall)
 
     @_latest.setter
     def _latest(self, call: tuple[Report, Columns | None]) -> None:
-        self._of_thread.call = self._of_all = call
+        self._latest_of_thread.call = self._latest_overall = call
 
     def __enter__(self) -> "PrunedModel":
         pack = self.settings.pack
@@ -268,7 +268,7 @@ class PrunedModel:
         if inside is None:
             call, past = self._without_pruned(call, generating=False)
         sizes = getattr(inside or past, "sizes", None)
-        if sizes is not None and interface.takes_numbers(self.model):
+        if sizes is not None and interface.accepts_float_mask(self.model):
             call = interface.with_cluster_bias(self.model, call, sizes)
         out = stock(**call)
         remember(past, out if isinstance(out, tuple) else out.to_tuple())
@@ -282,15 +282,15 @@ class PrunedModel:
         start = clock.now()
         with self._patches.outer_call():
             if interface.is_assistant(call):
-                call = call | {INNER: _Inside()}
+                call = call | {INNER: _InnerCall()}
             if call.get(INNER) is not None:
                 return stock(**call)
             pruned, past = self._without_pruned(call, generating=True)
             if past is None:
-                return stock(**pruned | {INNER: _Inside()})
+                return stock(**pruned | {INNER: _InnerCall()})
             report = self.report
             remember(past, (interface.cache_of(call),))  # before the run, because a callback may end it
-            out = stock(**with_whole_prompts(self.model, call, pruned) | {INNER: _Inside(past.sizes)})
+            out = stock(**with_whole_prompts(self.model, call, pruned) | {INNER: _InnerCall(past.sizes)})
         remember(past, (interface.cache_of(out) if isinstance(out, Mapping) else None,))
         if self._prunes(call):
             report.time_ms.total = (clock.now() - start) * 1000
@@ -312,7 +312,7 @@ class PrunedModel:
                 raise UsageError("a video cannot follow past_key_values", hint)
             as_host = self.settings.positions == "host" or call.get("position_ids") is not None
             optional = as_host and not self.settings.pruning.prunes
-            if (reason := why_not(self.model, call, generating, optional)) is None:
+            if (reason := unsupported_reason(self.model, call, generating, optional)) is None:
                 return self._prune(call, generating)
             if not optional:
                 raise reason
@@ -325,7 +325,7 @@ class PrunedModel:
             if past is not None:
                 delattr(cache, PAST)
             return call, None
-        past = past.held(length)
+        past = past.cropped(length)
         return continued(self.model, call, past, length, generating), past
 
     def _prunes(self, call: dict) -> bool:
@@ -398,7 +398,7 @@ def call_report(
 
 
 @dataclass(frozen=True)
-class _Inside:
+class _InnerCall:
     """Tells `forward`, in the calls that `generate` makes, that the columns are already pruned."""
 
     sizes: torch.Tensor | None = None  # float32 `[B, C]`, cluster sizes of the prompt's columns; None for 1
@@ -408,7 +408,7 @@ class _Inside:
         return None
 
 
-def end_of(model) -> Callable[[], None] | None:
+def remover_of(model) -> Callable[[], None] | None:
     """Return the function that ends the pruning of a model, or None if it is not pruned."""
     own = vars(model)
     patches = (inspect.unwrap(own[name], stop=_is_active) for name in METHODS if name in own)
@@ -423,7 +423,7 @@ class Patches:
 
     Args:
         runs: For each method name, the function to run instead.
-        end: Result of `end_of`. It calls `remove`, and frees the other resources of the owner of these patches.
+        end: Result of `remover_of`. It calls `remove`, and frees the other resources of the owner of these patches.
     """
 
     def __init__(self, model, runs: dict[str, Run], end: Callable[[], None]):
@@ -442,7 +442,7 @@ class Patches:
         """
         with LOCK:
             if not self._installed:
-                if end_of(self._model):
+                if remover_of(self._model):
                     hint = "call evoprune.remove(model) first; "
                     hint += "a service calls evoprune.apply(model, ...) once, at its start"
                     raise UsageError("this model is already pruned", hint)
@@ -524,12 +524,12 @@ class _Patch:
         if self.active:
             hint = "call evoprune.remove(model) first"
             raise UsageError("a model cannot be copied or pickled while it is pruned", hint)
-        return _itself, (self._stock,)
+        return _identity, (self._stock,)
 
 
 def _is_active(function: Callable) -> bool:
     return isinstance(function, _Patch) and function.active
 
 
-def _itself(x: Any) -> Any:
+def _identity(x: Any) -> Any:
     return x

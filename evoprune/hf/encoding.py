@@ -113,12 +113,14 @@ def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
     """Raise UsageError unless patches and grids come from a processor, and fit one another and the tower `visual`."""
     width = visual.patch_embed.proj.weight[0].numel()
     merge = visual.config.spatial_merge_size
-    good = isinstance(pixels, torch.Tensor) and pixels.is_floating_point() and pixels.shape[1:] == (width,)
-    if not good:
-        raise UsageError(f"pixel_values_videos are {_what(pixels)}, not floating-point [patches, {width}]", PROCESSOR)
-    good = isinstance(grids, torch.Tensor) and not (grids.is_floating_point() or grids.dtype == torch.bool)
-    if not (good and grids.ndim == 2 and grids.shape[1] == 3):
-        raise UsageError(f"video_grid_thw is {_what(grids)}, not int64 [videos, 3]", PROCESSOR)
+    valid = isinstance(pixels, torch.Tensor) and pixels.is_floating_point() and pixels.shape[1:] == (width,)
+    if not valid:
+        raise UsageError(
+            f"pixel_values_videos are {_describe(pixels)}, not floating-point [patches, {width}]", PROCESSOR
+        )
+    valid = isinstance(grids, torch.Tensor) and not (grids.is_floating_point() or grids.dtype == torch.bool)
+    if not (valid and grids.ndim == 2 and grids.shape[1] == 3):
+        raise UsageError(f"video_grid_thw is {_describe(grids)}, not int64 [videos, 3]", PROCESSOR)
     shapes = grids.tolist()
     if any(min(shape) < 1 or shape[1] % merge or shape[2] % merge for shape in shapes):
         raise UsageError(
@@ -135,13 +137,13 @@ def _check_question(visual, question: torch.Tensor | None) -> None:
     if question is None:
         return
     width = VisionConfig.of(visual.config).out_hidden_size
-    good = isinstance(question, torch.Tensor) and question.is_floating_point() and question.ndim == 2
-    if not (good and len(question) and question.shape[1] == width):
+    valid = isinstance(question, torch.Tensor) and question.is_floating_point() and question.ndim == 2
+    if not (valid and len(question) and question.shape[1] == width):
         hint = "pass model.get_input_embeddings()(ids) for the question's tokens, a one-dimensional tensor"
-        raise UsageError(f"the question is {_what(question)}, not floating-point [tokens, {width}]", hint)
+        raise UsageError(f"the question is {_describe(question)}, not floating-point [tokens, {width}]", hint)
 
 
-def _what(value) -> str:
+def _describe(value) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return f"of type {type(value).__name__}"

@@ -23,8 +23,8 @@ from evoprune.vision import normalised, patches_of
 if TYPE_CHECKING:
     from evoprune.keywords import SamplingKeywords
 
-NAMES = {"video": ("pixel_values_videos", "video_grid_thw"), "picture": ("pixel_values", "image_grid_thw")}
-TYPES = {"picture": 1, "video": 2}  # token types in `mm_token_type_ids`
+ARGUMENT_NAMES = {"video": ("pixel_values_videos", "video_grid_thw"), "picture": ("pixel_values", "image_grid_thw")}
+TOKEN_TYPES = {"picture": 1, "video": 2}  # token types in `mm_token_type_ids`
 
 
 @takes(SamplingOptions, seek="exact")
@@ -121,9 +121,9 @@ def arguments(
     plans = [plan for plan, _ in read]
     types = torch.zeros_like(ids)
     for place, plan in zip(prompt.places, plans, strict=True):
-        types[place.columns] = TYPES[plan.kind]
+        types[place.columns] = TOKEN_TYPES[plan.kind]
     inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": types[None]}
-    for kind, (pixels, grids) in NAMES.items():
+    for kind, (pixels, grids) in ARGUMENT_NAMES.items():
         patches = [patches for plan, patches in read if plan.kind == kind]
         if not patches:
             continue

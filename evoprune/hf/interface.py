@@ -36,7 +36,7 @@ ONE_CALL = (
     "pass everything that one processor call returned, in order; is <|video_pad|> or <|image_pad|> in a question?"
 )
 # Prefixes of argument and setting names: for videos (True) and pictures (False).
-WORDS = {True: "video", False: "image"}
+PREFIXES = {True: "video", False: "image"}
 NEEDED = "transformers 5.20 or later"  # for features that older versions lack
 # The kind of all layers if a config names no kinds. Then the model takes one mask instead of a dict.
 ONLY_KIND = "full_attention"
@@ -107,7 +107,7 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
     """
     if not takes_encoded(model):
         if pictures is not None:
-            raise _older("encoded pictures")
+            raise _too_old("encoded pictures")
         videos = [features for features, _ in videos]
         if setting(model, call, "prefill_chunk_size") is not None:
             hint = f"unset it, or use {NEEDED}"
@@ -151,7 +151,7 @@ def accept_features(model) -> None:
     if takes_encoded(model) or hasattr(stock, "returns_features"):
         return
     if getattr(model.config.vision_config, "deepstack_visual_indexes", None):
-        raise _older("encoded videos of Qwen3-VL")
+        raise _too_old("encoded videos of Qwen3-VL")
 
     @wraps(stock)
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
@@ -173,11 +173,11 @@ def takes_encoded(model) -> bool:
     return ENCODED in signature(type(model.model).forward).parameters
 
 
-def _older(what: str) -> UsageError:
+def _too_old(what: str) -> UsageError:
     return UsageError(f"transformers {version('transformers')} does not accept {what}", f"use {NEEDED}")
 
 
-def takes_numbers(model) -> bool:
+def accepts_float_mask(model) -> bool:
     """Return True if the language model's attention accepts a float mask that is added to its logits."""
     return model.config.text_config._attn_implementation in ("eager", "sdpa")
 
@@ -226,7 +226,7 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
     the call's attention mask, so that layers recomputed for the gradient (checkpointing) see it and other threads do not.
 
     Args:
-        model: A model with `takes_numbers`.
+        model: A model with `accepts_float_mask`.
         sizes: float32 `[B, C]`, for the prompt's columns; later columns have size 1. If the call has n * B rows (beams), each row
             of `sizes` applies to n neighboring rows.
     """
@@ -378,7 +378,7 @@ def placed_inputs(model, call: dict, mask: torch.Tensor | None) -> list[list[Pla
         UsageError: The grid of a video or picture is missing, or does not fit its placeholders.
     """
     ids = call["input_ids"].cpu()
-    grids = {video: _rows(call.get(f"{word}_grid_thw")) for video, word in WORDS.items()}
+    grids = {video: _rows(call.get(f"{word}_grid_thw")) for video, word in PREFIXES.items()}
     seconds = iter(seconds_per_pair(call))
     rows = mask_or_ones(ids, mask).cpu().bool()
     return [list(_placed(model.config, ids[row, used], grids, seconds)) for row, used in enumerate(rows)]
@@ -415,20 +415,20 @@ def _placed(
     """Yield the videos and pictures of one row, in order."""
     at = 0
     merge = config.vision_config.spatial_merge_size
-    apart = VisionConfig.of(config.vision_config).traits.timestamps
+    has_timestamps = VisionConfig.of(config.vision_config).traits.timestamps
     tokens = (ids == config.video_token_id) | (ids == config.image_token_id)
     while len(offsets := tokens[at:].nonzero()):
         token = ids[at + int(offsets[0])]
         is_video = int(token) == config.video_token_id
         grid = next(grids[is_video], None)
         if grid is None:
-            raise _unfit(is_video, "there is no row for it")
+            raise _mismatch(is_video, "there is no row for it")
         t, h, w = grid
         second = 1.0
         count = 1
         if is_video:
             second = next(seconds)
-            if apart:
+            if has_timestamps:
                 count = t
         in_units = (t, h // merge, w // merge)
         runs = []
@@ -436,13 +436,13 @@ def _placed(
             at += int((tokens[at:].cumsum(0) == 0).sum())  # skip to the next token, if there is one
             run = range(at, at + prod(in_units) // count)
             if run.stop > len(ids) or bool((ids[run.start : run.stop] != token).any()):
-                raise _unfit(is_video, f"its row is {grid}")
+                raise _mismatch(is_video, f"its row is {grid}")
             runs.append(run)
             at = run.stop
         yield PlacedInput(Place(tuple(runs)), in_units, second, is_video)
 
 
-def _unfit(video: bool, why: str) -> UsageError:
-    name = WORDS[video]
+def _mismatch(video: bool, why: str) -> UsageError:
+    name = PREFIXES[video]
     problem = f"a run of {name} tokens in input_ids does not fit {name}_grid_thw: {why}"
     return UsageError(problem, ONE_CALL)

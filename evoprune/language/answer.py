@@ -44,8 +44,8 @@ class AnswerStream(Iterator[tuple[str, bool]]):
     ):
         self._tokenizer = tokenizer
         if constraint is not None:
-            begun = begins_with_thoughts(tokenizer, state.prompt_ids)
-            constraint = AnswerConstraint(constraint, tokenizer, begun, options.thinking)
+            in_thoughts = begins_with_thoughts(tokenizer, state.prompt_ids)
+            constraint = AnswerConstraint(constraint, tokenizer, in_thoughts, options.thinking)
         if options.choices is None:
             self._tokens = TokenStream(state, options, eos_ids, seed, constraint)
         else:
@@ -95,16 +95,16 @@ class AnswerConstraint:
 
     Args:
         constraint: the rule for the answer.
-        begun: True if the prompt ends with the beginning of the thoughts.
-        may_begin: True if the first token may begin the thoughts.
+        in_thoughts: True if the prompt ends with the beginning of the thoughts.
+        may_think: True if the first token may begin the thoughts.
     """
 
-    def __init__(self, constraint: TokenConstraint, tokenizer: Tokenizer, begun: bool, may_begin: bool):
+    def __init__(self, constraint: TokenConstraint, tokenizer: Tokenizer, in_thoughts: bool, may_think: bool):
         self._constraint = constraint
         self._tokenizer = tokenizer
         self._begin, self._end = map(tokenizer.backend.token_to_id, THOUGHTS)
-        self._thinks = begun
-        self._may_begin = may_begin
+        self._thinks = in_thoughts
+        self._may_begin = may_think
         self._ids: list[int] = []  # tokens of the thoughts and the answer
 
     def mask(self, size: int) -> torch.Tensor | None:
@@ -137,8 +137,8 @@ class AnswerConstraint:
         _, ended, answer = latest.partition(THOUGHTS[1])
         if ended:
             self._thinks = False
-            for begun in self._tokenizer.encode(answer.lstrip()):
-                self._constraint.advance(begun)
+            for answer_token in self._tokenizer.encode(answer.lstrip()):
+                self._constraint.advance(answer_token)
 
     @property
     def complete(self) -> bool:
@@ -186,20 +186,20 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
         pieces = chain(zip(thoughts, repeat(True)), zip(stream_text(tokenizer, ids), repeat(False)))
     else:
         pieces = _split(stream_text(tokenizer, ids), THOUGHTS[1])
-    begun = set()
+    started = set()
     for piece, thought in pieces:
-        if thought not in begun:
+        if thought not in started:
             piece = piece.lstrip()
         if piece:
-            begun.add(thought)
+            started.add(thought)
             yield piece, thought
 
 
 def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
     """Yield the pieces of a text without the first `end`, with True for every piece before it."""
-    held = ""  # text that may be the beginning of `end`
+    held_back = ""  # text that may be the beginning of `end`
     for piece in pieces:
-        before, separator, after = (held + piece).partition(end)
+        before, separator, after = (held_back + piece).partition(end)
         if separator:
             yield before, True
             yield after, False
@@ -208,9 +208,9 @@ def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
         start = next(
             i for i in range(max(0, len(before) - len(end) + 1), len(before) + 1) if end.startswith(before[i:])
         )
-        held = before[start:]
+        held_back = before[start:]
         yield before[:start], True
-    yield held, True
+    yield held_back, True
 
 
 class StopStrings:
@@ -232,30 +232,30 @@ class StopStrings:
 
         Text that may be the beginning of a stop string is held back.
         """
-        held = ""
+        held_back = ""
         for piece, thought in pieces:
             if thought:
                 yield piece, True
                 continue
-            held += piece
-            if self._stops_at(held):
-                held = held[: held.index(self.found)]
+            held_back += piece
+            if self._find_stop(held_back):
+                held_back = held_back[: held_back.index(self.found)]
                 break
-            certain = len(held) - self._begun(held)
+            certain = len(held_back) - self._partial_stop_length(held_back)
             if certain:
-                yield held[:certain], False
-            held = held[certain:]
-        if held:
-            yield held, False
+                yield held_back[:certain], False
+            held_back = held_back[certain:]
+        if held_back:
+            yield held_back, False
 
-    def _stops_at(self, text: str) -> bool:
+    def _find_stop(self, text: str) -> bool:
         """Return True if a text contains a stop string, and record it in `found`."""
         ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if ends:
             *_, self.found = min(ends)
         return bool(ends)
 
-    def _begun(self, text: str) -> int:
+    def _partial_stop_length(self, text: str) -> int:
         """Return the number of characters at the end of a text that may be the beginning of a stop string."""
         longest = min(len(text), max(map(len, self._stops)) - 1)
         return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

@@ -58,23 +58,23 @@ class ChosenTokens(Iterator[int]):
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self._tokens = options.choice_ids(tokenizer)
-        self._score = partial(scored, state, options, self._tokens, eos_ids, one_by_one)
-        self._left: list[int] = []
+        self._score = partial(score_choices, state, options, self._tokens, eos_ids, one_by_one)
+        self._remaining: list[int] = []
 
     def __next__(self) -> int:
         if not self.choices:
             self.choices = self._score()
             best = max(range(len(self.choices)), key=lambda place: self.choices[place].probability)
-            self._left = list(self._tokens[best])
-        if not self._left:
+            self._remaining = list(self._tokens[best])
+        if not self._remaining:
             self.finish_reason = "stop"
             raise StopIteration
-        self.ids.append(self._left.pop(0))
+        self.ids.append(self._remaining.pop(0))
         return self.ids[-1]
 
 
 @torch.inference_mode()
-def scored(
+def score_choices(
     state: PrefillState,
     options: GenerationOptions,
     ids: Sequence[Sequence[int]],
@@ -97,12 +97,12 @@ def scored(
     shared = [same[0] for same in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids, strict=False))]
     ends = list(eos_ids)
     logprobs = []
-    with _lent(state) as begun:
-        common = _read(begun, shared, one_by_one)
+    with _branch(state) as after_shared:
+        shared_logprob = _read_tokens(after_shared, shared, one_by_one)
         for own in ids:
-            with _lent(begun) as complete:
-                logprob = common + _read(complete, own[len(shared) :], one_by_one)
-                logprob += float(complete.logits.log_softmax(0)[ends].logsumexp(0))
+            with _branch(after_shared) as branch:
+                logprob = shared_logprob + _read_tokens(branch, own[len(shared) :], one_by_one)
+                logprob += float(branch.logits.log_softmax(0)[ends].logsumexp(0))
             if not isfinite(logprob):
                 raise not_a_number_error("generate")
             logprobs.append(logprob)
@@ -115,7 +115,7 @@ def scored(
 
 
 @contextmanager
-def _lent(state: PrefillState) -> Iterator[PrefillState]:
+def _branch(state: PrefillState) -> Iterator[PrefillState]:
     """Provide a copy of `state` that may read more tokens. On exit, `state` is unchanged."""
     if state.language.can_crop:
         length = state.cache.length
@@ -127,7 +127,7 @@ def _lent(state: PrefillState) -> Iterator[PrefillState]:
         yield replace(state, cache=state.cache.copy(), answer=list(state.answer))
 
 
-def _read(state: PrefillState, ids: Sequence[int], one_by_one: bool) -> float:
+def _read_tokens(state: PrefillState, ids: Sequence[int], one_by_one: bool) -> float:
     """Read tokens (possibly none) and return the sum of their log probabilities, each given the tokens before it."""
     given = torch.tensor(ids, dtype=torch.int64, device="cpu")
     total = 0.0

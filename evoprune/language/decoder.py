@@ -55,10 +55,10 @@ def rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch
         Two tensors `[L, 1, head_dim]`. The first half of the sines is negated.
     """
     frequencies, axis = frequencies_of(config)
-    return turns_by(to_device(positions[axis].T * frequencies, like.device), like.dtype)
+    return cos_sin_of(to_device(positions[axis].T * frequencies, like.device), like.dtype)
 
 
-def turns_by(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def cos_sin_of(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cosines and sines of angles, float32 `[L, head_dim / 2]`, in the form that `rotation` returns."""
     cos = angles[:, None].cos()
     sin = angles[:, None].sin()
@@ -86,7 +86,7 @@ def attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor | None,
-    sees: torch.Tensor | None = None,
+    visible_keys: torch.Tensor | None = None,
     wide: torch.Tensor | None = None,
     dim: int | None = None,
 ) -> torch.Tensor:
@@ -98,8 +98,8 @@ def attend(
             additional bias features.
         bias: `[n]`, added to the logits of keys. The logarithm of a cluster size gives a key the weight of that many equal keys
             (arXiv 2210.09461, section 3).
-        sees: int64 `[L]`, ascending, the number of keys that every query sees; the last one is n. None if the queries are the last
-            L columns.
+        visible_keys: int64 `[L]`, ascending, the number of keys that every query sees; the last one is n. None if the queries
+            are the last L columns.
         wide: buffer `[2, kv_heads, n, head_dim + e]` for keys and values with bias features (`Attention.room_for_bias`), for
             kernels that take no mask.
         dim: head_dim; required if the queries have additional features.
@@ -123,18 +123,20 @@ def attend(
     queries = queries.view(columns, kv_heads, group, given).permute(1, 2, 0, 3)
     keys = keys.transpose(0, 1)
     values = values.transpose(0, 1)
-    if sees is None and (bias is None or wide is not None):
-        asks = queries
+    if visible_keys is None and (bias is None or wide is not None):
+        padded_queries = queries
         shared = (keys, values)
         scale = None
         if bias is not None:
             for room, tensor in zip(wide[..., :dim], shared, strict=True):
                 room.copy_(tensor[:, 0])
             if wide.shape[3] > given:
-                asks = F.pad(queries, (0, wide.shape[3] - given), value=1.0)
+                padded_queries = F.pad(queries, (0, wide.shape[3] - given), value=1.0)
             shared = wide[:, :, None]
             scale = dim**-0.5
-        out = Attention.of(asks).causal(asks, *(t.expand(-1, group, -1, -1) for t in shared), scale=scale)
+        out = Attention.of(padded_queries).causal(
+            padded_queries, *(t.expand(-1, group, -1, -1) for t in shared), scale=scale
+        )
         if out is not None:
             return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
     queries = queries[..., :dim]
@@ -143,14 +145,14 @@ def attend(
     for start in range(0, columns, STRIP):
         strip = queries[:, :, start : start + STRIP]
         rows = strip.shape[2]
-        if sees is None:
+        if visible_keys is None:
             end = n - columns + start + rows
             mask = torch.ones(rows, end, dtype=torch.bool, device=queries.device).tril(end - rows)
         else:
             end = n
             if start + rows < columns:
-                end = int(sees[start + rows - 1])
-            mask = arange_on(end, queries.device) < sees[start : start + rows, None]
+                end = int(visible_keys[start + rows - 1])
+            mask = arange_on(end, queries.device) < visible_keys[start : start + rows, None]
         if bias is not None:
             mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
         strips.append(F.scaled_dot_product_attention(strip, keys[:, :, :end], values[:, :, :end], attn_mask=mask))

@@ -292,12 +292,12 @@ class TokenStream(Iterator[int]):
         self.logprobs: list[TokenLogprobs] = []  # one entry per token in `ids`, if the settings ask for them
         self._state = state
         self._settings = settings
-        self._picked: TokenLogprobs | None = None  # log probabilities for the latest token
+        self._latest_logprobs: TokenLogprobs | None = None  # log probabilities for the latest token
         self._eos_ids = frozenset(eos_ids)
         self._constraint = constraint
-        penalised = settings.repetition_penalty not in (None, 1) and state.prompt_ids is not None
+        penalized = settings.repetition_penalty not in (None, 1) and state.prompt_ids is not None
         self._seen: set[int] = set()  # tokens of the prompt and the answer
-        if penalised:
+        if penalized:
             self._seen.update(state.prompt_ids.tolist())
         # On the CPU, so that a seed gives the same draws on every device.
         self._random = torch.Generator().manual_seed(generator_seed(seed))
@@ -320,8 +320,8 @@ class TokenStream(Iterator[int]):
             raise StopIteration
         self.ids.append(token)
         self._seen.add(token)
-        if self._picked is not None:
-            self.logprobs.append(self._picked)
+        if self._latest_logprobs is not None:
+            self.logprobs.append(self._latest_logprobs)
         if self._constraint is not None:
             self._constraint.advance(token)
         return token
@@ -330,7 +330,7 @@ class TokenStream(Iterator[int]):
         """Choose the next token from its logits, float32 `[vocabulary]`. `best`: their `best_of`, if it is known."""
         token = self._choose(logits, best)
         if self._settings.logprobs is not None:
-            self._picked = token_logprobs(logits, token, self._settings.logprobs)
+            self._latest_logprobs = token_logprobs(logits, token, self._settings.logprobs)
         return token
 
     def _choose(self, logits: torch.Tensor, best: torch.Tensor | None) -> int:
@@ -344,16 +344,16 @@ class TokenStream(Iterator[int]):
         if settings.temperature == 0 and settings.repetition_penalty in (None, 1):
             if best is None:
                 best = best_of(logits)
-            token, good = best.tolist()
-            self._check(good)
+            token, finite = best.tolist()
+            self._check(finite)
             return token
         logits = logits.cpu()
         self._check(logits.max().isfinite())  # the maximum is NaN if any logit is
         return choose(logits, settings, self._random, self._seen)
 
-    def _check(self, good: bool | torch.Tensor) -> None:
+    def _check(self, finite: bool | torch.Tensor) -> None:
         """Raise ModelError if the logits are not finite."""
-        if not good:
+        if not finite:
             raise not_a_number_error("generate" if self.ids else "prefill")
 
 
@@ -368,13 +368,13 @@ def choose(
         seen: tokens of the prompt and the answer, for a repetition penalty.
     """
     if settings.repetition_penalty not in (None, 1):
-        logits = penalised(logits, settings.repetition_penalty, seen)
+        logits = penalized(logits, settings.repetition_penalty, seen)
     if settings.temperature == 0:
         return int(logits.argmax())
     return int(torch.multinomial(probabilities(logits.cpu(), settings), 1, generator=random))
 
 
-def penalised(logits: torch.Tensor, penalty: float, seen: Collection[int]) -> torch.Tensor:
+def penalized(logits: torch.Tensor, penalty: float, seen: Collection[int]) -> torch.Tensor:
     """Return logits with a repetition penalty (arXiv 1909.05858), as in transformers: above 1, seen tokens get smaller logits."""
     ids = to_device(torch.tensor([*seen], dtype=torch.int64, device="cpu"), logits.device)
     scores = logits[ids]

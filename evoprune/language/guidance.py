@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError, first_line
-from evoprune.language.apart import apart
+from evoprune.language.isolation import run_isolated
 from evoprune.language.schema import parts_of_schema
 from evoprune.language.validation import wrong_schema, wrong_value
 
@@ -29,7 +29,7 @@ EXACT_BITS = 53  # integers up to this size are exact, because llguidance stores
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 NUMERIC = ("type", "multipleOf", *BOUNDS)  # keywords for numbers
 # The layout of JSON. Without a limit, a model could write white space forever. These settings override a schema's "x-guidance".
-FORM = {
+JSON_LAYOUT = {
     "whitespace_pattern": " ?",
     "item_separator": ",",
     "key_separator": ":",
@@ -37,11 +37,11 @@ FORM = {
     "coerce_one_of": False,
     "json_allowed_escapes": 'bfnrt\\"',  # no \\u, which could spell the name of another field
 }
-NOTHING_FOLLOWS = ("NoExtension", "NoExtensionBias")  # llguidance's messages if no token is allowed
+DEAD_END_ERRORS = ("NoExtension", "NoExtensionBias")  # llguidance's messages if no token is allowed
 FIRST_BYTES = 2  # bytes of an answer that the check tries
-MOST_SEARCHED = 2**20  # total characters of the subschemas that are tried to locate an error
-LONGEST = 10_000  # longest regular expression, in characters
-LINE = 200  # longest message of llguidance to show, in characters
+MAX_SEARCHED = 2**20  # total characters of the subschemas that are tried to locate an error
+MAX_REGEX_LENGTH = 10_000  # longest regular expression, in characters
+MAX_MESSAGE_LENGTH = 200  # longest message of llguidance to show, in characters
 
 
 def _check_installed(kind: str) -> None:
@@ -56,8 +56,8 @@ def _library() -> ModuleType:
     try:
         import llguidance
     except ImportError as problem:
-        said = "a schema or a regular expression needs llguidance, which is not installed"
-        raise UsageError(said, "pip install 'evoprune[schema]'") from problem
+        message = "a schema or a regular expression needs llguidance, which is not installed"
+        raise UsageError(message, "pip install 'evoprune[schema]'") from problem
     return llguidance
 
 
@@ -75,18 +75,18 @@ def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
         raise UsageError(
             "the regular expression is empty", "it allows only an empty answer; write one that matches some text"
         )
-    if kind == REGEX and len(given) > LONGEST:
-        raise UsageError(f"the regular expression has more than {LONGEST:,} characters", "use a shorter one")
-    return _checked(kind, given if kind == REGEX else json.dumps(given))
+    if kind == REGEX and len(given) > MAX_REGEX_LENGTH:
+        raise UsageError(f"the regular expression has more than {MAX_REGEX_LENGTH:,} characters", "use a shorter one")
+    return _checked_grammar(kind, given if kind == REGEX else json.dumps(given))
 
 
 @lru_cache(16)
-def _checked(kind: str, text: str) -> str:
+def _checked_grammar(kind: str, text: str) -> str:
     """Check a text and return its grammar; see `grammar_of`."""
     _check_installed(kind)
     needs = "llguidance" if kind == REGEX else "llguidance, jsonschema"
     try:
-        wrong, path = apart(fault, json.dumps([kind, text]), SECONDS, needs, STACK_BYTES)
+        wrong, path = run_isolated(find_fault, json.dumps([kind, text]), SECONDS, needs, STACK_BYTES)
     except ValueError as problem:
         wrong = str(problem)
         path = None
@@ -102,11 +102,11 @@ def _grammar(kind: str, text: str) -> str:
     matcher = _library().LLMatcher
     if kind == REGEX:
         return matcher.grammar_from_regex(text)
-    return matcher.grammar_from_json_schema(text, None, FORM)
+    return matcher.grammar_from_json_schema(text, None, JSON_LAYOUT)
 
 
-def fault(request: str) -> tuple[str, str | None]:
-    """Check a schema or regular expression. To be called through `apart`.
+def find_fault(request: str) -> tuple[str, str | None]:
+    """Check a schema or regular expression. To be called through `run_isolated`.
 
     It needs the limits of a separate process: llguidance limits the work per step, but neither the total work of compiling a schema
     nor the depth of its recursion.
@@ -118,31 +118,31 @@ def fault(request: str) -> tuple[str, str | None]:
         The error message, "" if there is none; and the path of the faulty subschema, None if it is unknown.
     """
     kind, text = json.loads(request)
-    wrong = _tried(kind, text)
+    wrong = _compile_error(kind, text)
     if kind == REGEX:
         return wrong, None
     schema = json.loads(text)
     if wrong:
-        return wrong, _place(schema, wrong)
+        return wrong, _path_of_fault(schema, wrong)
     if wrong := wrong_schema(schema):
         return wrong, None
     return next(_wrong_numbers(schema), ("", None))
 
 
-def _tried(kind: str, text: str) -> str:
+def _compile_error(kind: str, text: str) -> str:
     """Compile a text and try the first bytes of an answer. Returns the error message, or "" on success."""
     library = _library()
     try:
         grammar = _grammar(kind, text)
     except ValueError as problem:
         return first_line(problem)
-    matcher = library.LLMatcher(_bytes(), grammar, log_level=0)
+    matcher = library.LLMatcher(_byte_tokenizer(), grammar, log_level=0)
     for _ in range(FIRST_BYTES):  # grammars that take too much work mostly fail at the beginning
         bits = int.from_bytes(matcher.compute_bitmask(), "little")
         if matcher.is_stopped():
             break
         matcher.consume_token((bits & -bits).bit_length() - 1)  # the first allowed byte
-    return _line(matcher.get_error())
+    return _one_line(matcher.get_error())
 
 
 def _wrong_numbers(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -153,7 +153,7 @@ def _wrong_numbers(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
             if not _allows({"const": value}, json.dumps(value, separators=(",", ":"))):
                 yield f"integers of more than {EXACT_BITS} bits are rounded; strings are exact", path
         rules = {name: part[name] for name in NUMERIC if name in part}
-        numbers = {number for name in BOUNDS if name in rules for number in _beside(rules[name])}
+        numbers = {number for name in BOUNDS if name in rules for number in _with_neighbors(rules[name])}
         for number in sorted(numbers):
             text = f"{Decimal(repr(number)):f}"
             if _allows(rules, text) and (broken := wrong_value(number, rules)):
@@ -161,7 +161,7 @@ def _wrong_numbers(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield f"{text} would pass {rule}; minimum and maximum below 2**{EXACT_BITS} are exact", path
 
 
-def _beside(bound: float) -> Sequence[float]:
+def _with_neighbors(bound: float) -> Sequence[float]:
     """Return a bound, together with both adjacent integers if it is an integer."""
     return (bound - 1, bound, bound + 1) if isinstance(bound, int) else (bound,)
 
@@ -174,33 +174,33 @@ def _has_large_integer(value: Any) -> bool:
 
 def _allows(schema: dict[str, Any], text: str) -> bool:
     """Return True if llguidance accepts a text as a complete answer."""
-    matcher = _library().LLMatcher(_bytes(), _grammar(SCHEMA, json.dumps(schema)), log_level=0)
+    matcher = _library().LLMatcher(_byte_tokenizer(), _grammar(SCHEMA, json.dumps(schema)), log_level=0)
     read = matcher.try_consume_tokens(list(text.encode()))
     return read == len(text.encode()) and matcher.is_accepting()
 
 
 @cache
-def _bytes() -> Any:
+def _byte_tokenizer() -> Any:
     return _library().LLTokenizer("byte")
 
 
-def _line(error: str) -> str:
+def _one_line(error: str) -> str:
     """Return an error of llguidance in one line, without the lines that show the position in a regular expression."""
     first, *_ = (error.partition("error: ")[2] or error).strip().splitlines() or [""]
-    if first in NOTHING_FOLLOWS:
+    if first in DEAD_END_ERRORS:
         return "no text can match it"
-    return first if len(first) <= LINE else first[:LINE] + "..."
+    return first if len(first) <= MAX_MESSAGE_LENGTH else first[:MAX_MESSAGE_LENGTH] + "..."
 
 
-def _place(schema: Any, wrong: str) -> str | None:
+def _path_of_fault(schema: Any, wrong: str) -> str | None:
     """Return the path, as a JSON Pointer, of the smallest subschema that causes the error message `wrong`, or None."""
     parts = [(path, json.dumps(part)) for path, part in parts_of_schema(schema) if path]
     searched = 0
     for path, text in sorted(parts, key=lambda part: len(part[1])):
         searched += len(text)
-        if searched > MOST_SEARCHED:
+        if searched > MAX_SEARCHED:
             return None
-        if _tried(SCHEMA, text) == wrong:
+        if _compile_error(SCHEMA, text) == wrong:
             return path
     return None
 
@@ -246,5 +246,7 @@ class GrammarConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            said = f"the answer could not follow the schema or regular expression: {_line(self._matcher.get_error())}"
-            raise UsageError(said, "use a simpler one")
+            message = (
+                f"the answer could not follow the schema or regular expression: {_one_line(self._matcher.get_error())}"
+            )
+            raise UsageError(message, "use a simpler one")

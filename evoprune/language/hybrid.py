@@ -38,7 +38,9 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
     # Convert the vectors of all layers together, which takes no more operations than for one layer.
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)] + [text.norm]
     gains = iter(_stacked(norm.weight for norm in norms) + 1)
-    of_heads = iter(_stacked(norm.weight for at in _parts(layers, "self_attn") for norm in (at.q_norm, at.k_norm)) + 1)
+    head_gains = iter(
+        _stacked(norm.weight for at in _parts(layers, "self_attn") for norm in (at.q_norm, at.k_norm)) + 1
+    )
     deltas = _parts(layers, "linear_attn")
     rates = iter(-_stacked(delta.A_log for delta in deltas).exp())  # negative decay rates of the heads
     offsets = iter(_stacked(delta.dt_bias for delta in deltas))
@@ -47,11 +49,11 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
     unit = x.new_full((dim,), dim**-0.5, dtype=torch.float32)
     cos, sin = (turn[0, :, None] for turn in text.rotary_emb(x[None], places[1:]))
     first, second = sin.chunk(2, -1)
-    turns = cos, torch.cat([-first, second], -1)
+    cos_sin = cos, torch.cat([-first, second], -1)
     x, normed = add_norm(x, None, next(gains), eps)
     for layer in layers:
         if hasattr(layer, "self_attn"):
-            new = attention(layer.self_attn, normed, turns, states, mask, (next(of_heads), next(of_heads)), eps)
+            new = attention(layer.self_attn, normed, cos_sin, states, mask, (next(head_gains), next(head_gains)), eps)
         elif len(x) == 1:
             new = layer.linear_attn(hidden_states=normed[None], cache_params=states)[0]
         else:
@@ -90,7 +92,7 @@ def add_norm(
 def attention(
     module,
     x: torch.Tensor,
-    turns: tuple[torch.Tensor, torch.Tensor],
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
     states,
     mask: torch.Tensor | None,
     gains: tuple[torch.Tensor, torch.Tensor],
@@ -101,7 +103,7 @@ def attention(
     Args:
         module: the layer, a transformers module.
         x: `[L, hidden]`, the normed input.
-        turns: cosines and sines as from `decoder.rotation`, for the leading features of a head.
+        cos_sin: cosines and sines as from `decoder.rotation`, for the leading features of a head.
         states, mask: see `run`.
         gains: weights of the norms of queries and keys.
     """
@@ -110,13 +112,13 @@ def attention(
     queries, gate = module.q_proj(x).view(length, -1, 2 * dim).chunk(2, -1)
     keys, values = (project(x).view(length, -1, dim) for project in (module.k_proj, module.v_proj))
     heads = keys.shape[1]
-    wide = turns[0].shape[-1]
+    wide = cos_sin[0].shape[-1]
     normed = [
         add_norm(part.reshape(-1, dim), None, gain, eps)[1].view(part.shape)
         for part, gain in zip((queries, keys), gains, strict=True)
     ]
     both = torch.cat(normed, 1)
-    both = torch.cat([rotate(both[..., :wide], *turns), both[..., wide:]], -1)
+    both = torch.cat([rotate(both[..., :wide], *cos_sin), both[..., wide:]], -1)
     queries, keys = both.tensor_split([-heads], 1)
     known = states.update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None], module.layer_idx)
     # Heads that share keys get a dimension of their own, so that keys are not repeated in memory.
@@ -157,17 +159,17 @@ def delta_net(
     value_dim = delta.head_v_dim
     heads = delta.num_k_heads
     group = delta.num_v_heads // delta.num_k_heads
-    more = -length % CHUNK
-    chunks = (length + more) // CHUNK
+    padding = -length % CHUNK
+    chunks = (length + padding) // CHUNK
     by_head = (heads, group, chunks, CHUNK, 1)
     by_chunk = (heads * group, chunks)
 
-    of_layer = states.layers[delta.layer_idx]
+    layer_state = states.layers[delta.layer_idx]
     kernel = delta.conv_kernel_size
-    state = of_layer.recurrent_states[0]
+    state = layer_state.recurrent_states[0]
     projected = delta.in_proj_qkv(x).T[None]
-    seen = of_layer.update_conv_state(projected, conv_kernel_size=kernel)  # may start with columns of earlier passes
-    seen = F.pad(seen, (kernel - 1 - (seen.shape[-1] - length), more))
+    seen = layer_state.update_conv_state(projected, conv_kernel_size=kernel)  # may start with columns of earlier passes
+    seen = F.pad(seen, (kernel - 1 - (seen.shape[-1] - length), padding))
     mixed = F.silu(F.conv1d(seen, delta.conv1d.weight, delta.conv1d.bias, groups=seen.shape[1]))[0]
     qk, v = mixed.split([2 * delta.key_dim, delta.value_dim])
     v = v.view(heads, group, value_dim, chunks, CHUNK).permute(0, 1, 3, 4, 2)
@@ -177,34 +179,38 @@ def delta_net(
     qk = F.rms_norm(qk, (dim,), unit, TINY / dim)
     q, k = (part[:, None] for part in qk.unbind(2))
 
-    beta = F.pad(delta.in_proj_b(x).sigmoid().T, (0, more)).view(by_head)
-    pace = rate * F.softplus(delta.in_proj_a(x) + offset)
-    since = F.pad(pace.T, (0, more)).view(by_head).cumsum(3)  # logarithm of the decay since the chunk began
-    decay = (since - since.mT).exp().tril()  # decay between the write of column j and the read of column i, [..., i, j]
-    grown = since.exp()
+    beta = F.pad(delta.in_proj_b(x).sigmoid().T, (0, padding)).view(by_head)
+    log_decay = rate * F.softplus(delta.in_proj_a(x) + offset)
+    log_decay_in_chunk = (
+        F.pad(log_decay.T, (0, padding)).view(by_head).cumsum(3)
+    )  # logarithm of the decay since the chunk began
+    decay = (
+        (log_decay_in_chunk - log_decay_in_chunk.mT).exp().tril()
+    )  # between the write of column j and the read of i, [..., i, j]
+    decay_in_chunk = log_decay_in_chunk.exp()
 
     rows = qk.flatten(2, 3).flatten(0, 1)
     scores = torch.bmm(rows, rows[:, CHUNK:].mT).view(heads, 1, chunks, 2, CHUNK, CHUNK) * decay[:, :, :, None]
     own = scores[:, :, :, 0].flatten(0, 2)  # products of queries with the keys of their own chunk
     # Columns' writes to the state, [..., values], and the part of the earlier state that they overwrite, [..., keys].
     solved = torch.linalg.solve_triangular(
-        scores[:, :, :, 1] * beta, torch.cat([v, k * grown], -1) * beta, upper=False, unitriangular=True
+        scores[:, :, :, 1] * beta, torch.cat([v, k * decay_in_chunk], -1) * beta, upper=False, unitriangular=True
     ).flatten(0, 2)
     kept = (k * decay[:, :, :, -1, :, None]).view(-1, CHUNK, dim).mT
-    written, taken = torch.bmm(kept, solved).view(*by_chunk, dim, -1).split([value_dim, dim], -1)
-    taken.diagonal(0, -2, -1).sub_(grown[:, :, :, -1].reshape(*by_chunk, 1))
+    written, overwritten = torch.bmm(kept, solved).view(*by_chunk, dim, -1).split([value_dim, dim], -1)
+    overwritten.diagonal(0, -2, -1).sub_(decay_in_chunk[:, :, :, -1].reshape(*by_chunk, 1))
 
     first = qk.new_zeros(heads * group, dim, value_dim) if state is None else state[0]
     before = torch.cat([first[:, None], written], 1)  # the state before every chunk, and the state after the last one
     for i in range(chunks):
-        before[:, i + 1].baddbmm_(taken[:, i], before[:, i], alpha=-1)
-    of_layer.update_recurrent_state(before[None, :, -1])
-    del kept, written, taken  # a third of the memory in use
+        before[:, i + 1].baddbmm_(overwritten[:, i], before[:, i], alpha=-1)
+    layer_state.update_recurrent_state(before[None, :, -1])
+    del kept, written, overwritten  # a third of the memory in use
 
     before = before[:, :-1].reshape(-1, dim, value_dim)
     values, backward = solved.split([value_dim, dim], -1)
     values = torch.baddbmm(values, backward, before, alpha=-1)
-    out = torch.bmm((q * grown).view(-1, CHUNK, dim), before).baddbmm_(own, values)
+    out = torch.bmm((q * decay_in_chunk).view(-1, CHUNK, dim), before).baddbmm_(own, values)
     out = F.rms_norm(out, (value_dim,), scale, delta.norm.variance_epsilon * dim)
     out = out.view(heads * group, -1, value_dim)[:, :length].transpose(0, 1)
     gate = F.silu(delta.in_proj_z(x).view(out.shape))

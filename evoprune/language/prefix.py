@@ -14,7 +14,7 @@ from evoprune.methods import Dropping
 
 
 @dataclass
-class Held:
+class CachedPrefix:
     """A KV cache and the token ids that it holds."""
 
     cache: KVCache | HostedCache
@@ -52,11 +52,11 @@ class PrefixCache:
     def __init__(self, language: LanguageModel):
         self._language = language
         # One cache if it can be cropped. Otherwise copies of recurrent caches at the ends of passes, the shortest first.
-        self._held: list[Held] = []
+        self._cached: list[CachedPrefix] = []
 
     def forget(self) -> None:
         """Drop all caches. To be called when the tokens of the inputs change."""
-        self._held = []
+        self._cached = []
 
     def read(
         self, pruned: PrunedPrompt, prompt: Prompt, last: bool, goes_on: bool, dropping: Dropping | None
@@ -82,7 +82,7 @@ class PrefixCache:
         if goes_on and crops:
             ends.append(len(pruned) - 1)  # always read the last column: its logits choose the answer's first token
         inputs = int(pruned.visual.nonzero()[-1]) + 1
-        cache, known = self._take(pruned.ids[: ends[-1]], inputs, last)
+        cache, known = self._take_cache(pruned.ids[: ends[-1]], inputs, last)
         if not (crops or last):
             for end in ends:
                 if end <= known:
@@ -92,18 +92,18 @@ class PrefixCache:
                 part = pruned[known:end]
                 given = {"sizes": part.sizes, "deepstack": part.deepstack}
                 language.forward(part.embeds, part.positions, cache, **given)
-                self._held = [*self._held[:1], Held(cache, pruned.ids[:end])]
+                self._cached = [*self._cached[:1], CachedPrefix(cache, pruned.ids[:end])]
                 cache = cache.copy()
                 known = end
         rest = pruned[known:]
         state = language.prefill(rest.embeds, rest.positions, rest.following, cache, rest.sizes, None, rest.deepstack)
         if crops and goes_on:
-            self._held = [Held(state.cache, pruned.ids, state.answer)]
+            self._cached = [CachedPrefix(state.cache, pruned.ids, state.answer)]
         elif crops:
-            self._held = [Held(state.cache, pruned.ids[: ends[-1]])]
+            self._cached = [CachedPrefix(state.cache, pruned.ids[: ends[-1]])]
         return state
 
-    def _take(self, ids: torch.Tensor, inputs: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
+    def _take_cache(self, ids: torch.Tensor, inputs: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
         """Return a cache with the beginning of a prompt and its number of columns, or None and 0.
 
         Args:
@@ -111,20 +111,22 @@ class PrefixCache:
             inputs: number of columns up to the end of the inputs. A croppable cache with fewer is not used.
             last: if True, a recurrent cache may be handed out itself instead of a copy.
         """
-        held = self._held
-        self._held = []
+        cached = self._cached
+        self._cached = []
         if self._language.can_crop:
-            if not held or (known := held[0].common(ids)) < inputs:
+            if not cached or (known := cached[0].common(ids)) < inputs:
                 return None, 0
-            cache = held[0].cache
+            cache = cached[0].cache
             cache.crop(known)
-            self._held = [Held(cache, ids[:known])]  # these columns stay valid even if reading the prompt fails
+            self._cached = [
+                CachedPrefix(cache, ids[:known])
+            ]  # these columns stay valid even if reading the prompt fails
             return cache, known
-        held = [each for each in held if each.common(ids) == len(each.prompt)]
-        if not held:
+        cached = [each for each in cached if each.common(ids) == len(each.prompt)]
+        if not cached:
             return None, 0
-        longest = held[-1]
+        longest = cached[-1]
         if last:
             return longest.cache, len(longest.prompt)
-        self._held = held
+        self._cached = cached
         return longest.cache.copy(), len(longest.prompt)

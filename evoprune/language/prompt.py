@@ -36,11 +36,11 @@ _QUESTION = "\ue000question\ue001"
 _SYSTEM = "\ue000system\ue001"
 _EARLIER = "\ue000question {0}\ue001", "\ue000answer {0}\ue001"  # for the earlier turns
 _PART = "\ue000part {0}\ue001"  # for the texts before an input in a `Placed`
-_WORDS = re.compile("\ue000[a-z0-9 ]+\ue001")
-_ALL = re.compile("|".join([*map(re.escape, _PLACEHOLDERS), _WORDS.pattern]))
+_TEXT_PLACEHOLDER = re.compile("\ue000[a-z0-9 ]+\ue001")
+_ANY_PLACEHOLDER = re.compile("|".join([*map(re.escape, _PLACEHOLDERS), _TEXT_PLACEHOLDER.pattern]))
 MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's files have 11 MB and 3 kB
 # The components of Qwen's tokenizers. Other components could turn a short text into gigabytes.
-KINDS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
+COMPONENTS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
 
 
 def _bytes_of_characters() -> dict[str, int]:
@@ -92,7 +92,7 @@ class Tokenizer:
             raise ModelError(f"{folder} contains no tokenizer", hint)
         try:
             backend = _backend(folder)
-            for name, kinds in KINDS.items():
+            for name, kinds in COMPONENTS.items():
                 kind = type(getattr(backend, name)).__name__
                 if kind not in kinds:
                     raise ValueError(f"its {name} is {kind}, not {' or '.join(kinds)}".replace("NoneType", "none"))
@@ -358,8 +358,8 @@ class Place:
         """
         if not self.around:
             return []
-        held = torch.bincount(kept // len(self.runs[0]), minlength=len(self.runs))
-        return [self.around[run] for run in (held == 0).nonzero()[:, 0].tolist()]
+        kept_per_run = torch.bincount(kept // len(self.runs[0]), minlength=len(self.runs))
+        return [self.around[run] for run in (kept_per_run == 0).nonzero()[:, 0].tolist()]
 
 
 def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
@@ -426,7 +426,7 @@ class Prompt:
         specials = tokenizer.specials()
         markers = MARKERS if any(times) else ()
         kinds = [kind for kind, _ in inputs]
-        contents, said = _laid_out(question, earlier, len(inputs))
+        contents, texts = _lay_out(question, earlier, len(inputs))
         flat = [part for content in contents for part in content]
         after_inputs = flat[len(flat) - flat[::-1].index(None)]  # the text that follows the last input
         rendered = _render(tokenizer, kinds, system is not None, markers, thinking, contents)
@@ -439,7 +439,7 @@ class Prompt:
             problem = "the model's chat template has no place for a system prompt"
             raise UsageError(problem, "leave it out, or write it in the question")
         check_text(question, system, *_texts(earlier))
-        words = said | {after_inputs: subtitles + said[after_inputs], _SYSTEM: system or ""}
+        words = texts | {after_inputs: subtitles + texts[after_inputs], _SYSTEM: system or ""}
         times_of = times or [()] * len(inputs)
         # Number of placeholders per run. An input with timestamps has a run for every timestamp.
         lengths = (
@@ -460,7 +460,7 @@ class Prompt:
                 ids.append(specials[piece])
             else:
                 # Substitute in one pass, so that a placeholder inside the user's words is not replaced.
-                text = _WORDS.sub(lambda match: words[match[0]], piece)
+                text = _TEXT_PLACEHOLDER.sub(lambda match: words[match[0]], piece)
                 encoded = tokenizer.encode(text)
                 if after_inputs in piece:
                     prefix_length = len(ids)
@@ -492,7 +492,7 @@ def _texts(turns: Sequence[Turn]) -> list[str]:
     return [text for turn in turns for text in (turn.question, turn.answer)]
 
 
-def _laid_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list[list[str | None]], dict[str, str]]:
+def _lay_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list[list[str | None]], dict[str, str]]:
     """Lay out the messages of a conversation.
 
     Inputs without a place in a `Placed` come first. Every message ends with a text, possibly an empty one.
@@ -522,11 +522,11 @@ def _laid_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list
 
 def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
     """Give inputs with timestamps a placeholder between markers after every timestamp, instead of a single placeholder."""
-    of_inputs = iter(times)
+    remaining_times = iter(times)
     start, end = map(re.escape, MARKERS)
 
     def runs(match: re.Match) -> str:
-        return "".join(f"{time}{match[1].join(MARKERS)}" for time in next(of_inputs)) or match[0]
+        return "".join(f"{time}{match[1].join(MARKERS)}" for time in next(remaining_times)) or match[0]
 
     return re.sub(f"(?:{start})?({'|'.join(map(re.escape, _PLACEHOLDERS))})(?:{end})?", runs, rendered)
 
@@ -543,9 +543,9 @@ def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequ
         return range(start, run.stop + 1)
 
     left = iter(runs)
-    for of_input in times:
-        own = tuple(islice(left, max(1, len(of_input))))
-        yield Place(own, tuple(around(run, time) for run, time in zip(own, of_input, strict=False)))
+    for own_times in times:
+        own = tuple(islice(left, max(1, len(own_times))))
+        yield Place(own, tuple(around(run, time) for run, time in zip(own, own_times, strict=False)))
 
 
 def _render(
@@ -563,7 +563,7 @@ def _render(
         with_system: whether to add a system prompt.
         markers: special tokens that the tokenizer must have.
         thinking: see `Tokenizer.render`.
-        contents: the messages from `_laid_out`.
+        contents: the messages from `_lay_out`.
 
     Raises:
         ModelError: the template cannot be used.
@@ -572,24 +572,24 @@ def _render(
     if with_system:
         messages.append({"role": "system", "content": _SYSTEM})
     left = iter(kinds)
-    due = []  # the expected placeholders of inputs and texts, in order
+    expected = []  # the expected placeholders of inputs and texts, in order
     for number, content in enumerate(contents):
         parts = []
         for part in content:
             kind, token = ("text", part) if part is not None else CONTENTS[next(left)]
             parts.append({"type": kind, "text": part} if part is not None else {"type": kind})
-            due.append(token)
+            expected.append(token)
         role = (USER, ASSISTANT)[number % 2]
         messages.append({"role": role, "content": content[0] if role == ASSISTANT else parts})
     try:
         rendered = tokenizer.render(messages, thinking)
-        written = [each for each in _ALL.findall(rendered) if each != _SYSTEM]
-        inputs = [token for token in due if token in _PLACEHOLDERS]
+        written = [each for each in _ANY_PLACEHOLDER.findall(rendered) if each != _SYSTEM]
+        inputs = [token for token in expected if token in _PLACEHOLDERS]
         missing = {*inputs, *markers} - tokenizer.specials().keys()
         if missing or inputs != [token for token in written if token in _PLACEHOLDERS]:
             raise ValueError("it does not write the inputs in order")
         # A template may repeat a single question that follows the inputs.
-        if written != due and (len(due) > len(inputs) + 1 or written[: len(due)] != due):
+        if written != expected and (len(expected) > len(inputs) + 1 or written[: len(expected)] != expected):
             raise ValueError("it does not write the messages in order after the inputs")
     except ValueError as problem:
         where = f" ({tokenizer.template_file})" if tokenizer.template_file else ""

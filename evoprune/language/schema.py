@@ -9,10 +9,10 @@ from evoprune.language.validation import wrong_value
 from evoprune.untrusted import loads
 from evoprune.util import brief, missing_hint, shorten
 
-MOST_BYTES = 2**20  # largest schema
+MAX_BYTES = 2**20  # largest schema
 # Keywords whose objects map field names (not keywords) to schemas, and keywords that hold data, not schemas.
-NAMES = ("properties", "patternProperties", "$defs", "definitions")
-DATA = ("const", "enum", "default", "examples")
+NAME_KEYWORDS = ("properties", "patternProperties", "$defs", "definitions")
+DATA_KEYWORDS = ("const", "enum", "default", "examples")
 
 
 class SchemaOfClass(dict[str, Any]):
@@ -33,7 +33,7 @@ def read_schema(path: str | None) -> dict[str, Any] | None:
         return None
     try:
         with open(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
+            content = file.read(MAX_BYTES + 1)
     except OSError as problem:
         hint = missing_hint(path, "name a file that contains a JSON Schema")
         raise UsageError(f"cannot read the schema {path}: {problem.strerror}", hint) from problem
@@ -49,7 +49,7 @@ def schema_of(given: Mapping[str, Any] | type) -> dict[str, Any]:
     if isinstance(given, SchemaOfClass):
         return given
     if isinstance(given, type):
-        return SchemaOfClass(_closed(schema_of(_of_class(given))), given)
+        return SchemaOfClass(_without_extra_fields(schema_of(_schema_of_class(given))), given)
     if not isinstance(given, Mapping):
         hint = "pass a dict, a dataclass, a pydantic model or None"
         raise UsageError(f"schema is {brief(given)}, not a JSON Schema", hint)
@@ -64,8 +64,8 @@ def schema_of(given: Mapping[str, Any] | type) -> dict[str, Any]:
 
 def _parsed(content: bytes, name: str) -> dict[str, Any]:
     """Parse a JSON object. Error messages call it `name`."""
-    if len(content) > MOST_BYTES:
-        raise UsageError(f"{name} is larger than {MOST_BYTES // 2**20} MiB", "use a smaller one")
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", "use a smaller one")
     try:
         schema = loads(content.decode())
     except ValueError as problem:
@@ -75,7 +75,7 @@ def _parsed(content: bytes, name: str) -> dict[str, Any]:
     return schema
 
 
-def _of_class(kind: type) -> dict[str, Any]:
+def _schema_of_class(kind: type) -> dict[str, Any]:
     """Return the JSON Schema of a class.
 
     Raises:
@@ -88,11 +88,11 @@ def _of_class(kind: type) -> dict[str, Any]:
     try:
         return TypeAdapter(kind).json_schema()
     except Exception as problem:  # raised by pydantic or by the class's own code
-        said = f"the class {kind.__name__} has no JSON Schema: {first_line(problem)}"
-        raise UsageError(said, "use a dataclass or a pydantic model whose fields have JSON types") from problem
+        message = f"the class {kind.__name__} has no JSON Schema: {first_line(problem)}"
+        raise UsageError(message, "use a dataclass or a pydantic model whose fields have JSON types") from problem
 
 
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+def _without_extra_fields(schema: dict[str, Any]) -> dict[str, Any]:
     """Forbid extra fields in every object of a schema, in place, unless the class allows them. Returns the schema."""
     for _, part in parts_of_schema(schema):
         if "properties" in part:
@@ -106,9 +106,9 @@ def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Itera
         if is_schema:
             yield path, value
         for name, inner in value.items():
-            if not (is_schema and name in DATA):
+            if not (is_schema and name in DATA_KEYWORDS):
                 step = name.replace("~", "~0").replace("/", "~1")
-                yield from parts_of_schema(inner, f"{path}/{step}", not (is_schema and name in NAMES))
+                yield from parts_of_schema(inner, f"{path}/{step}", not (is_schema and name in NAME_KEYWORDS))
     elif isinstance(value, list):
         for number, inner in enumerate(value):
             yield from parts_of_schema(inner, f"{path}/{number}")
@@ -148,7 +148,7 @@ def instance_of(kind: type, answer: str) -> Any:
     try:
         return TypeAdapter(kind).validate_json(answer)
     except Exception as problem:  # raised by pydantic or by the class's own code
-        said = f"the answer is not a valid {kind.__name__}: {shorten(' '.join(str(problem).split()), 300)}"
+        message = f"the answer is not a valid {kind.__name__}: {shorten(' '.join(str(problem).split()), 300)}"
         raise UsageError(
-            said, "move the class's checks into its JSON Schema, for example with pydantic's Field"
+            message, "move the class's checks into its JSON Schema, for example with pydantic's Field"
         ) from problem

@@ -15,16 +15,16 @@ Think = Literal["off", "on"]
 THINK = get_args(Think)
 ChoiceScore = Literal["sum", "mean"]
 CHOICE_SCORES = get_args(ChoiceScore)
-OF_ROWS = "options"  # value of `choices` with which every row of a batch uses its own options
+ROW_OPTIONS = "options"  # value of `choices` with which every row of a batch uses its own options
 MOST_LOGPROBS = 20  # same limit as in other programs
 
 
 def listed_choices(typed: Sequence[str] | None) -> str | list[str] | None:
-    """Split choices typed on the command line at commas. Returns `OF_ROWS` if it is the only one, or None without choices."""
+    """Split choices typed on the command line at commas. Returns `ROW_OPTIONS` if it is the only one, or None without choices."""
     if not typed:
         return None
     texts = [part.strip() for text in typed for part in text.split(",") if part.strip()]
-    return OF_ROWS if texts == [OF_ROWS] else texts
+    return ROW_OPTIONS if texts == [ROW_OPTIONS] else texts
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class GenerationOptions:
             raise UsageError(f"repetition_penalty is {self.repetition_penalty}", "1 is off, 1.05 is a common value")
         if self.think not in THINK:
             raise UsageError(f"think is {self.think!r}", f"use {' or '.join(THINK)}")
-        object.__setattr__(self, "stop", _stop_strings(self.stop))
-        object.__setattr__(self, "choices", _choices(self.choices))
+        object.__setattr__(self, "stop", _checked_stops(self.stop))
+        object.__setattr__(self, "choices", _checked_choices(self.choices))
         self._check_choices()
         if self.schema is not None and self.regex is not None:
             raise UsageError("schema and regex cannot be combined", "leave one out")
@@ -176,7 +176,7 @@ class GenerationOptions:
     @property
     def choices_from_rows(self) -> bool:
         """True if every row of a batch uses its own options as choices."""
-        return self.choices == OF_ROWS
+        return self.choices == ROW_OPTIONS
 
     def choice_ids(self, tokenizer: "Tokenizer") -> list[list[int]]:
         """Return the token ids of every choice, without the end of the answer. Without choices, the list is empty.
@@ -195,8 +195,8 @@ class GenerationOptions:
         for text in self.choices:
             ids = tokenizer.encode(text)
             if len(ids) > self.max_new_tokens:
-                said = f"the choice {shown(text)!r} has {len(ids):,} tokens, but an answer has at most {self.max_new_tokens:,}"
-                raise UsageError(said, "allow more (-n, max_new_tokens), or use a shorter choice")
+                message = f"the choice {shown(text)!r} has {len(ids):,} tokens, but an answer has at most {self.max_new_tokens:,}"
+                raise UsageError(message, "allow more (-n, max_new_tokens), or use a shorter choice")
             if ids in every:
                 raise UsageError(f"the choice {shown(text)!r} has the same tokens as another choice", "leave one out")
             every.append(ids)
@@ -226,7 +226,7 @@ class GenerationOptions:
         return known
 
 
-def _stop_strings(given: Any) -> list[str] | None:
+def _checked_stops(given: Any) -> list[str] | None:
     """Return stop strings as a list, or None without stop strings.
 
     Raises:
@@ -244,13 +244,13 @@ def _stop_strings(given: Any) -> list[str] | None:
     return list(texts) or None
 
 
-def _choices(given: Any) -> str | list[str] | None:
-    """Return choices as a list; `OF_ROWS` and None are returned unchanged.
+def _checked_choices(given: Any) -> str | list[str] | None:
+    """Return choices as a list; `ROW_OPTIONS` and None are returned unchanged.
 
     Raises:
         UsageError: the value is not a list of at least two different, non-empty, valid texts.
     """
-    if given is None or given == OF_ROWS:
+    if given is None or given == ROW_OPTIONS:
         return given
     hint = "use two or more different texts"
     if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):

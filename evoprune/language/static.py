@@ -25,7 +25,7 @@ from evoprune.backend import (
 )
 from evoprune.errors import DeviceWarning, first_line
 from evoprune.language import hosted
-from evoprune.language.decoder import KVCache, frequencies_of, run_layer, turns_by
+from evoprune.language.decoder import KVCache, cos_sin_of, frequencies_of, run_layer
 from evoprune.language.hosted import HostedCache
 from evoprune.model import Cost, HostedVL, head_size, norm, without_autocast
 
@@ -117,19 +117,19 @@ class NativeStaticCache(StaticCache):
         self._dim = head_size(config)
         more = Attention.of(like).bias_features(torch.zeros(1, dtype=torch.float32, device="cpu"), self._dim).shape[1]
         wide = self._dim + more
-        self._held = like.new_zeros(config.num_hidden_layers, 2, config.num_key_value_heads, capacity, wide)
+        self._keys_values = like.new_zeros(config.num_hidden_layers, 2, config.num_key_value_heads, capacity, wide)
         self.frequencies = to_device(frequencies_of(config)[0], like.device)
 
     def _copy(self, cache: KVCache, bias: torch.Tensor) -> None:
         length = cache.length
         read = len(bias)
         dim = self._dim
-        for number, held in enumerate(self._held):
-            for to, given in zip(held, cache.room(number, 0)[2:], strict=True):
+        for number, keys_values in enumerate(self._keys_values):
+            for to, given in zip(keys_values, cache.room(number, 0)[2:], strict=True):
                 to[:, :length, :dim] = given[0]
         # An earlier answer may have left NaN, which a weight of 0 does not remove.
-        self._held[:, :, :, length:read, :dim] = 0
-        self._held[:, 0, :, :read, dim:] = Attention.of(self._held).bias_features(bias, dim)
+        self._keys_values[:, :, :, length:read, :dim] = 0
+        self._keys_values[:, 0, :, :read, dim:] = Attention.of(self._keys_values).bias_features(bias, dim)
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one new column. Returns all columns that attention reads, with bias features; see `KVCache.put`."""
@@ -140,16 +140,16 @@ class NativeStaticCache(StaticCache):
 
     def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the tensors to write to and to read; see `KVCache.room`. The new column goes to `column`."""
-        held = self._held[layer, :, :, : self.read]
-        return *held.unbind(0), held[:1], held[1:]
+        keys_values = self._keys_values[layer, :, :, : self.read]
+        return *keys_values.unbind(0), keys_values[:1], keys_values[1:]
 
     def run(self, model, x: torch.Tensor) -> torch.Tensor:
         config = model.config.text_config
         text = model.model.language_model
         # The three M-RoPE positions of a generated token are equal.
-        places = turns_by(self.position[:, None] * self.frequencies, x.dtype)
+        places = cos_sin_of(self.position[:, None] * self.frequencies, x.dtype)
         # Remove the bias of -inf from the new column, so that attention sees it.
-        self._held[:, 0, :, : self.read, self._dim :].index_fill_(2, self.column, 0)
+        self._keys_values[:, 0, :, : self.read, self._dim :].index_fill_(2, self.column, 0)
         for number, layer in enumerate(text.layers):
             x = run_layer(layer, x, places, self, number, config)[0]
         return norm(x, text.norm.weight, config.rms_norm_eps)
@@ -191,25 +191,25 @@ class StaticLayer:
     """An attention layer with static tensors, for a cache of transformers.
 
     Args:
-        held: `[2, 1, heads, capacity, dim]`, keys and values. `update` returns the first columns, as many as the last `copy` set.
+        keys_values: `[2, 1, heads, capacity, dim]`. `update` returns the first columns, as many as the last `copy` set.
         column: int64 `[1]`, where `update` writes.
     """
 
-    def __init__(self, held: torch.Tensor, column: torch.Tensor):
-        self._held = held
+    def __init__(self, keys_values: torch.Tensor, column: torch.Tensor):
+        self._keys_values = keys_values
         self._column = column
-        self._read = held.shape[3]
+        self._read = keys_values.shape[3]
 
     def copy(self, keys: torch.Tensor, values: torch.Tensor, read: int) -> None:
         length = keys.shape[2]
         self._read = read
-        self._held[:, :, :, :length] = torch.stack([keys, values])
-        self._held[:, :, :, length:read] = 0  # as in `NativeStaticCache`
+        self._keys_values[:, :, :, :length] = torch.stack([keys, values])
+        self._keys_values[:, :, :, length:read] = 0  # as in `NativeStaticCache`
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
-        for held, new in zip(self._held, (keys, values), strict=True):
-            held.index_copy_(2, self._column, new)
-        return self._held[:, :, :, : self._read].unbind(0)
+        for keys_values, new in zip(self._keys_values, (keys, values), strict=True):
+            keys_values.index_copy_(2, self._column, new)
+        return self._keys_values[:, :, :, : self._read].unbind(0)
 
 
 def _is_linear(layer) -> bool:
@@ -338,5 +338,5 @@ def can_step(model) -> bool:
 def give_up(model, problem: Exception) -> None:
     """Decode without a graph for this model from now on, and warn."""
     _caches[model] = None
-    said = f"tokens are decoded without a CUDA graph, which takes longer: {first_line(problem)}"
-    warnings.warn(said, DeviceWarning, stacklevel=2)
+    message = f"tokens are decoded without a CUDA graph, which takes longer: {first_line(problem)}"
+    warnings.warn(message, DeviceWarning, stacklevel=2)

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from evoprune.language.apart import apart
+from evoprune.language.isolation import run_isolated
 
 SECONDS = 5  # limit; real templates render in milliseconds
 MAX_CHARACTERS = 2**20  # limit on the rendered text, which has placeholders for the user's words
@@ -34,13 +34,13 @@ def render(source: str, variables: dict[str, Any]) -> str:
 
 @lru_cache(maxsize=16)
 def _cached(request: str, seconds: int) -> str:
-    answer = apart(answer_of, request, seconds, "jinja2.sandbox")
+    answer = run_isolated(render_request, request, seconds, "jinja2.sandbox")
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer["text"]
 
 
-def answer_of(request: str) -> dict[str, str]:
+def render_request(request: str) -> dict[str, str]:
     """Render the template of a JSON request and return the result under `text`, or a message under `error`."""
     request = json.loads(request)
     try:
@@ -73,14 +73,14 @@ def _compiled(source: str):
             line = next(parser.stream).lineno
             return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
-    class Names(Namespace):
+    class SafeNamespace(Namespace):
         """Jinja's `namespace`, except that it refuses names with a leading underscore."""
 
         def __init__(*args, **kwargs):  # a template may use `self` as a name
             self, *given = args
             Namespace.__init__(self)
             for name, value in dict(*given, **kwargs).items():
-                Names.__setitem__(self, name, value)
+                SafeNamespace.__setitem__(self, name, value)
 
         def __setitem__(self, name, value):
             if str(name).startswith("_"):
@@ -96,7 +96,7 @@ def _compiled(source: str):
         def fromkeys(self, *args):
             return dict.fromkeys(*args)
 
-    def refuse(message: str) -> None:
+    def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
@@ -107,9 +107,9 @@ def _compiled(source: str):
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = to_json
     environment.globals |= {
-        "raise_exception": refuse,
+        "raise_exception": raise_exception,
         "strftime_now": lambda form: datetime.now().strftime(form),
         "dict": Dict(),
-        "namespace": Names,
+        "namespace": SafeNamespace,
     }
     return environment.from_string(source)

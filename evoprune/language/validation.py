@@ -12,16 +12,16 @@ from evoprune.errors import first_line
 from evoprune.util import shorten
 
 DIGITS = 1500  # decimal precision; more digits than the quotient of any two floats has before its decimal point
-MOST_REFERENCES = 100_000  # limit per check, because alternatives that refer to one another multiply
-LINE = 200  # longest path or message of jsonschema to show, in characters
+MAX_REFERENCES = 100_000  # limit per check, because alternatives that refer to one another multiply
+MAX_TEXT_LENGTH = 200  # longest path or message of jsonschema to show, in characters
 # Keywords that only llguidance checks: Python's `re` has another syntax and can take forever.
-BY_THE_ENGINE = ("pattern", "patternProperties", "format")
+ENGINE_KEYWORDS = ("pattern", "patternProperties", "format")
 SAMPLES: list[Any] = [None, False, 0, "", [], {}]
-ENDLESS = "its references never end"
+ENDLESS_REFERENCES = "its references never end"
 
 
 class _TooManyReferences(Exception):
-    """Raised when a check follows more than `MOST_REFERENCES` references."""
+    """Raised when a check follows more than `MAX_REFERENCES` references."""
 
 
 def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
@@ -41,12 +41,12 @@ def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
             checker = validator(_exact(schema, without="$schema"), registry=referencing.Registry())
             error = next(checker.iter_errors(_exact(value)), None)
     except (_TooManyReferences, RecursionError):
-        return ENDLESS
+        return ENDLESS_REFERENCES
     except Unresolvable as problem:
-        return f"the reference {shorten(str(problem.ref), LINE)} cannot be resolved"
+        return f"the reference {shorten(str(problem.ref), MAX_TEXT_LENGTH)} cannot be resolved"
     if error is None:
         return None
-    return f"{error.validator} at {shorten(error.json_path, LINE)}"
+    return f"{error.validator} at {shorten(error.json_path, MAX_TEXT_LENGTH)}"
 
 
 def wrong_schema(schema: dict[str, Any]) -> str | None:
@@ -56,19 +56,21 @@ def wrong_schema(schema: dict[str, Any]) -> str | None:
     try:
         _validator_class(schema).check_schema(schema, format_checker=None)
     except SchemaError as problem:
-        return f"{shorten(first_line(problem.message), LINE)}, at {shorten(problem.json_path, LINE)}"
+        return (
+            f"{shorten(first_line(problem.message), MAX_TEXT_LENGTH)}, at {shorten(problem.json_path, MAX_TEXT_LENGTH)}"
+        )
     found = (wrong_value(sample, schema) for sample in SAMPLES)
     return next((wrong for wrong in found if wrong and "reference" in wrong), None)
 
 
 def _validator_class(schema: dict[str, Any]) -> type:
-    """Return jsonschema's validator class for a schema's dialect, for one check, without the keywords in `BY_THE_ENGINE`."""
+    """Return jsonschema's validator class for a schema's dialect, for one check, without the keywords in `ENGINE_KEYWORDS`."""
     from jsonschema import Draft202012Validator
     from jsonschema.validators import extend, validator_for
 
     kind = validator_for(schema, default=Draft202012Validator)
     rules = kind.VALIDATORS
-    changed: dict[str, Callable] = {name: _pass for name in BY_THE_ENGINE if name in rules}
+    changed: dict[str, Callable] = {name: _pass for name in ENGINE_KEYWORDS if name in rules}
     changed["additionalProperties"] = _unless_patterns(rules["additionalProperties"])
     changed["$ref"] = _counted(rules["$ref"])
     return extend(kind, changed)
@@ -86,13 +88,13 @@ def _unless_patterns(rule: Callable) -> Callable:
 
 
 def _counted(rule: Callable) -> Callable:
-    """Wrap the rule for $ref to raise _TooManyReferences after `MOST_REFERENCES` calls."""
+    """Wrap the rule for $ref to raise _TooManyReferences after `MAX_REFERENCES` calls."""
     count = 0
 
     def follow(validator: Any, given: Any, value: Any, schema: dict[str, Any]) -> Iterator[Any]:
         nonlocal count
         count += 1
-        if count > MOST_REFERENCES:
+        if count > MAX_REFERENCES:
             raise _TooManyReferences
         return rule(validator, given, value, schema)
 

@@ -311,7 +311,7 @@ class Config:
         family = content.get("model_type") or QWEN2_5
         text = section(content, "text_config") or content
         vision = section(content, "vision_config")
-        _check_places(content, family)
+        _check_misplaced_sizes(content, family)
         if content.get("eos_token_id") is not None:  # the top level overrides `text_config`, as in transformers
             text = text | {"eos_token_id": content["eos_token_id"]}
         # As in transformers: families without head norms tie embeddings if either place says so, because earlier versions wrote the
@@ -366,7 +366,7 @@ class Unsupported(ValueError):
     """A valid config of a model that evoprune cannot run."""
 
 
-def _check_places(content: dict, family: str) -> None:
+def _check_misplaced_sizes(content: dict, family: str) -> None:
     """Check that no language model size is given only at the top level if `text_config` exists. Raises ValueError otherwise.
 
     transformers would use its default for such a size, and the weights would not fit. The context length is exempt, because no
@@ -376,11 +376,11 @@ def _check_places(content: dict, family: str) -> None:
     if not inner:
         return
     classes = (TextConfig, DeltaNet, Experts)
-    usual = {field.name: field.default for cls in classes for field in fields(cls)} | dict(FAMILIES[family].text)
-    usual["num_key_value_heads"] = inner.get("num_attention_heads")
-    for name in usual.keys() - {"eos_token_id", "max_position_embeddings"}:
+    defaults = {field.name: field.default for cls in classes for field in fields(cls)} | dict(FAMILIES[family].text)
+    defaults["num_key_value_heads"] = inner.get("num_attention_heads")
+    for name in defaults.keys() - {"eos_token_id", "max_position_embeddings"}:
         outer = content.get(name)
-        misplaced = type(outer) is int and inner.get(name) is None and outer != usual[name]
+        misplaced = type(outer) is int and inner.get(name) is None and outer != defaults[name]
         _check(not misplaced, f"{name} is next to text_config instead of inside it")
 
 
@@ -410,15 +410,19 @@ def _parse_text(content: dict, family: str) -> TextConfig:
         text = replace(text, experts=_parse_experts(given, traits.text.keys(), family))
     every = all(map(text.has_experts, range(text.num_hidden_layers)))
     _check(every or text.intermediate_size is not None, "text_config has no intermediate_size")
-    slides = text.use_sliding_window
-    if slides and "layer_types" in given:  # decides like transformers whether any layer attends over a window
-        slides = "sliding_attention" in Rule.list_of(TEXT).check(given["layer_types"], "text_config.layer_types")
-    elif slides:
+    attends_over_windows = text.use_sliding_window
+    if (
+        attends_over_windows and "layer_types" in given
+    ):  # decides like transformers whether any layer attends over a window
+        attends_over_windows = "sliding_attention" in Rule.list_of(TEXT).check(
+            given["layer_types"], "text_config.layer_types"
+        )
+    elif attends_over_windows:
         full = Rule.whole(0, 2**31).check(given.get("max_window_layers", 80), "text_config.max_window_layers")
-        slides = full < text.num_hidden_layers
-    slides = slides and content.get("sliding_window", True) is not None
+        attends_over_windows = full < text.num_hidden_layers
+    attends_over_windows = attends_over_windows and content.get("sliding_window", True) is not None
     _check_rope(rope)
-    _check(not slides, "sliding window attention is not supported", Unsupported)
+    _check(not attends_over_windows, "sliding window attention is not supported", Unsupported)
     act = text.hidden_act
     _check(act == "silu", f"activation {act} is not supported, only silu", Unsupported)
     divides = text.head_dim is not None or text.hidden_size % (2 * text.num_attention_heads) == 0

@@ -54,10 +54,10 @@ class PaddedGroups:
             return
         for first in range(0, groups, at_once):
             of = slice(first, min(first + at_once, groups))
-            query = _some(self.query, of)
+            query = _index(self.query, of)
             if query is None:
                 query = slice(of.start * longest, of.stop * longest)
-            key, weight, inside = (_some(x, of) for x in (self.key, self.weight, self.valid))
+            key, weight, inside = (_index(x, of) for x in (self.key, self.weight, self.valid))
             yield PaddedGroups((of.stop - of.start, longest), query, key, weight, inside, rows=self.rows)
 
     def by_head(self, x: torch.Tensor, index: torch.Tensor | slice | None) -> torch.Tensor:
@@ -147,7 +147,7 @@ def attention_groups(rows: Rows, scope: Scope, like: torch.Tensor) -> Groups:
     )
 
 
-def _some(x: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor | None:
+def _index(x: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor | None:
     return None if x is None else x[index]
 
 
@@ -251,11 +251,11 @@ def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
     if len(lengths) > 4:
         share = 0.75
     batches = []
-    for alike in _alike(key_length, share):
+    for alike in _by_similar_length(key_length, share):
         if keys is None:
             batches.append(padded(alike))
         else:
-            batches += [padded(alike[subset]) for subset in _alike(length[alike], 0.5)]
+            batches += [padded(alike[subset]) for subset in _by_similar_length(length[alike], 0.5)]
     return batches
 
 
@@ -281,14 +281,14 @@ def _keys_of_groups(
     """
     limit = len(rows) + rows.geometry.units
     group = group_table(rows.geometry, rows.pairs, scope)[:-1]
-    asked = (rows.unit_to_row >= 0) & used[group]  # a group without query rows needs no keys
-    both, count = (group * limit + rows.unit_to_row)[asked].unique(return_counts=True)
+    used_units = (rows.unit_to_row >= 0) & used[group]  # a group without query rows needs no keys
+    group_and_row, count = (group * limit + rows.unit_to_row)[used_units].unique(return_counts=True)
     if not rows.size_bias:
         count = None
-    return both % limit, bincount_fixed(both // limit, rows.group_count(scope))[used], count
+    return group_and_row % limit, bincount_fixed(group_and_row // limit, rows.group_count(scope))[used], count
 
 
-def _alike(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
+def _by_similar_length(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
     """Divide groups into batches by `length` (int64 `[G]`), longest first.
 
     Yields, per batch, the indices of the remaining groups that are longer than `share` times the longest one.
@@ -410,9 +410,9 @@ def attend_by_products(
         with timer:
             received = torch.zeros(batch * heads, keys, dtype=torch.float32, device=q.device)
             weight = weight.repeat_interleave(heads, 0)[:, :, None]
-    held = Device(q.device).scores_at_a_time
-    rows = max(1, min(queries, held // keys))
-    groups = max(1, min(len(q), held // (rows * keys)))
+    score_limit = Device(q.device).scores_at_a_time
+    rows = max(1, min(queries, score_limit // keys))
+    groups = max(1, min(len(q), score_limit // (rows * keys)))
     for g in range(0, len(q), groups):
         of = slice(g, g + groups)
         if bias is not None:

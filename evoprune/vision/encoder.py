@@ -39,7 +39,7 @@ from evoprune.methods import (
 )
 from evoprune.model import PATCHES, Tower, VisionConfig, all_finite, without_autocast
 from evoprune.vision.families import embed, merge_patches, tower_layers
-from evoprune.vision.hooks import Hook, looks
+from evoprune.vision.hooks import Hook, selector_hooks
 from evoprune.vision.layout import bincount_fixed, cat, geometry, window_order
 from evoprune.vision.merging import Merging
 from evoprune.vision.patches import CLIP, Normal, ReferenceBlocks, in_pairs, normalised, patch_means, scan
@@ -204,7 +204,7 @@ class EncodedRows:
             if len(unit) <= keep:
                 return Selection(unit)
             size = bincount_fixed(tokens.unit_to_row, len(unit))
-            return Selection(unit[_largest(size, keep)])
+            return Selection(unit[_largest_clusters(size, keep)])
         selector = stage.selector
         if selector.reads_question:
             if question is None:
@@ -245,8 +245,8 @@ class EncodedRows:
             RuntimeError: a merger did not remove as many rows as planned.
         """
         checks, kept = _read_together(self.checks, kept)
-        numbers, as_planned, flat = map(bool, checks.tolist())
-        if not numbers:
+        finite, as_planned, flat = map(bool, checks.tolist())
+        if not finite:
             raise not_a_number_error("encode")
         if not as_planned:
             name = self.plan.stages[0].reduce.merger.name
@@ -313,7 +313,7 @@ class EncoderRun:
         # State of reuse after the frame pairs embedded so far
         self.references: ReferenceBlocks | None = None
         # 0-d bool tensors that `checks` combines:
-        self.one_colour: list[torch.Tensor] = []  # per piece, whether every frame pair has a single color
+        self.single_color: list[torch.Tensor] = []  # per piece, whether every frame pair has a single color
         self.finite: list[torch.Tensor] = []  # whether rows are finite
         self.as_planned: list[torch.Tensor] = []  # per merge, whether as many rows are left as planned
         self.hooks = _hooks(plan, tower, lambda x: self.merge_patches(x.to(self.dtype)), self.as_planned)
@@ -347,7 +347,7 @@ class EncoderRun:
             first = len(self.counts)  # number of the piece's first frame pair
             pairs = len(piece) // (geo.units * PATCHES)
             if plan.prunes:
-                self.note_colour(piece.view(pairs, -1, piece.shape[1]))
+                self.note_color(piece.view(pairs, -1, piece.shape[1]))
             own = first + arange_on(pairs, self.device)[:, None]
             source = own.expand(pairs, geo.units)
             alive = None
@@ -376,14 +376,14 @@ class EncoderRun:
         with self.timer:
             return reused_units(x, deepstack, geo, self.source, self.counts, cat(units))
 
-    def note_colour(self, patches: torch.Tensor) -> None:
+    def note_color(self, patches: torch.Tensor) -> None:
         """Record whether every frame pair of `patches` (`[pairs, n, values]`) has a single color. Skipped once one is known not to.
 
         A frame pair has a single color if all its patches are equal within one level of 255.
         """
-        if self.one_colour and read_or(lambda: not self.one_colour[-1], self.one_colour[-1], False):
+        if self.single_color and read_or(lambda: not self.single_color[-1], self.single_color[-1], False):
             return
-        self.one_colour.append((patches.amax(1) - patches.amin(1)).max() < 1 / 255)
+        self.single_color.append((patches.amax(1) - patches.amin(1)).max() < 1 / 255)
 
     def run_layers(self, rows: Rows, layers: range) -> Rows:
         """Return the rows after `layers` and their hooks."""
@@ -448,7 +448,7 @@ class EncoderRun:
             reach = "place"
         self.selection = None
         if not self.finite:  # before the first selection
-            self.note_numbers(rows.values, rows.deepstack)
+            self.note_finite(rows.values, rows.deepstack)
         if max_rows >= len(rows) and not any(self.counts[1:]):
             return rows
         with self.timer:
@@ -475,10 +475,10 @@ class EncoderRun:
         """Return the rows after the patch merger, ordered by unit."""
         rows = rows.whole()
         rows.values = self.merge_patches(rows.values)
-        self.note_numbers(rows.values, rows.deepstack)
+        self.note_finite(rows.values, rows.deepstack)
         return rows.by_unit()
 
-    def note_numbers(self, *rows: torch.Tensor) -> None:
+    def note_finite(self, *rows: torch.Tensor) -> None:
         """Record whether `rows` are finite. Raises ModelError at once if reading the values costs nothing."""
         for values in rows:
             if values.numel():
@@ -488,13 +488,13 @@ class EncoderRun:
 
     def checks(self) -> torch.Tensor:
         """Return the checks as bool `[3]`; see `EncodedRows`."""
-        numbers = torch.stack(self.finite).all()
-        as_planned = _all(self.as_planned, numbers, without=True)
-        one_colour = _all(self.one_colour, numbers, without=False)
-        return torch.stack([numbers, as_planned, one_colour])
+        finite = torch.stack(self.finite).all()
+        as_planned = _all_true(self.as_planned, finite, without=True)
+        single_color = _all_true(self.single_color, finite, without=False)
+        return torch.stack([finite, as_planned, single_color])
 
 
-def _all(checks: list[torch.Tensor], like: torch.Tensor, without: bool) -> torch.Tensor:
+def _all_true(checks: list[torch.Tensor], like: torch.Tensor, without: bool) -> torch.Tensor:
     """Return whether all checks are true, as a 0-d bool tensor on the device of `like`. `without`: the result without checks."""
     if not checks:
         return torch.full_like(like, without)
@@ -508,7 +508,9 @@ def _nearest_kept(tokens: Tokens, kept: torch.Tensor) -> torch.Tensor:
     """
     rows = F.normalize(tokens.rows.float(), dim=1)
     chosen = rows[tokens.unit_to_row[kept]]
-    nearest = torch.cat([snap(some @ chosen.T).max(1).indices for some in rows.split(ROWS_AT_ONCE)])[tokens.unit_to_row]
+    nearest = torch.cat([snap(chunk @ chosen.T).max(1).indices for chunk in rows.split(ROWS_AT_ONCE)])[
+        tokens.unit_to_row
+    ]
     return torch.where(tokens.unit_to_row < 0, -1, nearest).index_copy_(0, kept, arange_on(len(kept), kept.device))
 
 
@@ -525,7 +527,7 @@ def _hooks(
         as_planned: see `Merging`.
 
     Raises:
-        TypeError: the stages cannot be combined, or a selector cannot get the data that it needs; see also `looks`.
+        TypeError: the stages cannot be combined, or a selector cannot get the data that it needs; see also `selector_hooks`.
     """
     before = after = []
     if plan.token_stage and plan.token_stage.selector.needs:
@@ -533,7 +535,7 @@ def _hooks(
         if not all(stage.whole_pairs for stage in plan.row_stages):
             problem = "cannot get more than rows after a selection between layers"
             raise TypeError(f"method {selector.name} {problem}")
-        before, after = looks(selector, tower, merge)
+        before, after = selector_hooks(selector, tower, merge)
     stages = plan.inside_pairs
     aside = [stage.reduce.hook(stage.first_layer) for stage in stages if isinstance(stage.reduce, SetAside)]
     merging = [stage for stage in stages if not isinstance(stage.reduce, SetAside)]
@@ -544,7 +546,7 @@ def _hooks(
     return [*before, *aside, *(Merging(merger, left, tower, as_planned) for merger in mergers), *after]
 
 
-def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
+def _largest_clusters(size: torch.Tensor, keep: int) -> torch.Tensor:
     """Return the rows with the largest clusters, int64 `[keep]`, ascending. Ties are broken in favor of evenly spaced rows.
 
     This is needed for budgets below one row per frame pair, which merging inside frame pairs cannot reach.

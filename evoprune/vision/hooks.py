@@ -7,17 +7,20 @@ import torch
 from evoprune.methods import Selector, TowerShape
 from evoprune.vision.rows import Rows
 
-KNOWN = ("attention", "keys", "middle")
-MIDDLE = 7 / 32, 23 / 32  # the layers of "middle" in relative depth, as in Nuwa (arXiv 2602.02951)
+SELECTOR_DATA = ("attention", "keys", "middle")
+MIDDLE_LAYERS = 7 / 32, 23 / 32  # the layers of "middle" in relative depth, as in Nuwa (arXiv 2602.02951)
 # The attention that a row receives, computed separately in float32; "attention" is a by-product of the layer's own computation.
-PRECISE = "precise attention"
+PRECISE_ATTENTION = "precise attention"
 
 
 class Hook:
     """A function called before the first layer and after every layer, for one video. The base class does nothing."""
 
     def needs(self, done: int) -> frozenset[str]:
-        """Return the data needed from the last of `done` layers: "keys" (before rotary), "keys_rotary", "attention", `PRECISE`."""
+        """Return the data needed from the last of `done` layers.
+
+        The names are "keys" (before rotary), "keys_rotary", "attention" and `PRECISE_ATTENTION`.
+        """
         return frozenset()
 
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
@@ -32,7 +35,7 @@ class Hook:
         return rows
 
 
-class Look(Hook):
+class LastLayerData(Hook):
     """Record the attention and keys of the tower's last full-attention layer for a selector."""
 
     def __init__(self, needs: frozenset[str], tower: TowerShape):
@@ -42,19 +45,19 @@ class Look(Hook):
     def needs(self, done: int) -> frozenset[str]:
         if done != self._done:
             return frozenset()
-        names = {"attention": PRECISE, "keys": "keys"}
+        names = {"attention": PRECISE_ATTENTION, "keys": "keys"}
         return frozenset(names[name] for name in names.keys() & self._needs)
 
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
         if done == self._done:
             if "attention" in self._needs:
-                rows.given["attention"] = seen[PRECISE] * rows.geometry.units
+                rows.given["attention"] = seen[PRECISE_ATTENTION] * rows.geometry.units
             if "keys" in self._needs:
                 rows.given["keys"] = seen["keys"]
         return rows
 
 
-class Middle(Hook):
+class MiddleLayerMean(Hook):
     """Record the mean of the hidden states after the tower's middle layers, passed through the patch merger, in float32.
 
     Args:
@@ -62,7 +65,7 @@ class Middle(Hook):
     """
 
     def __init__(self, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]):
-        first, last = (min(round(share * tower.depth), tower.depth - 1) for share in MIDDLE)
+        first, last = (min(round(share * tower.depth), tower.depth - 1) for share in MIDDLE_LAYERS)
         self._after = range(first + 1, last + 2)
         self._merge = merge
 
@@ -77,24 +80,24 @@ class Middle(Hook):
         return rows
 
 
-def looks(
+def selector_hooks(
     selector: Selector, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[list[Hook], list[Hook]]:
     """Return the hooks that record data for a selector: those to run before the other hooks, and those to run after them.
 
     Args:
-        merge: see `Middle`.
+        merge: see `MiddleLayerMean`.
 
     Raises:
         TypeError: the selector needs unknown data.
         ValueError: the tower has no full-attention layer.
     """
-    if unknown := sorted(selector.needs - set(KNOWN)):
-        known = f"the encoder provides {', '.join(KNOWN)}"
+    if unknown := sorted(selector.needs - set(SELECTOR_DATA)):
+        known = f"the encoder provides {', '.join(SELECTOR_DATA)}"
         raise TypeError(f"method {selector.name} needs {unknown[0]!r}; {known}")
     if not tower.full_layers:
         raise ValueError(f"method {selector.name} needs a full-attention layer, but this tower has none")
     after = []
     if "middle" in selector.needs:
-        after.append(Middle(tower, merge))
-    return [Look(selector.needs, tower)], after
+        after.append(MiddleLayerMean(tower, merge))
+    return [LastLayerData(selector.needs, tower)], after

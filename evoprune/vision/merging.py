@@ -28,23 +28,25 @@ class Merging(Hook):
         self, merger: Merger, left: Mapping[int, tuple[int, ...]], tower: TowerShape, as_planned: list[torch.Tensor]
     ):
         self._merger = merger
-        self._left = left
+        self._rows_left = left
         self._tower = tower
         self._as_planned = as_planned
 
     def needs(self, done: int) -> frozenset[str]:
-        return self._merger.needs if done in self._left else frozenset()
+        return self._merger.needs if done in self._rows_left else frozenset()
 
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
-        if done not in self._left:
+        if done not in self._rows_left:
             return rows
         scope = self._tower.scope(done - 1)
-        features = self._compared(rows, seen)
-        rows, as_planned = merge_in_rounds(rows, scope, self._left[done], self._merger, features, seen.get("attention"))
+        features = self._compared_features(rows, seen)
+        rows, as_planned = merge_in_rounds(
+            rows, scope, self._rows_left[done], self._merger, features, seen.get("attention")
+        )
         self._as_planned.append(as_planned)
         return rows
 
-    def _compared(self, rows: Rows, seen: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _compared_features(self, rows: Rows, seen: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the features that the merger compares, float32 `[R, D]`."""
         needs = self._merger.needs
         if "hidden" not in needs:

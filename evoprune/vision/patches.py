@@ -37,23 +37,23 @@ def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: 
     of_pair = geo.units * PATCHES
     size = -(-units // geo.units) * of_pair
     left = pairs * of_pair
-    held = []
+    pending = []
     for piece in patches:
         left -= len(piece)
         if left < 0:
             break
         if len(piece):
-            held.append(to_device(piece, device))
-        while (have := sum(map(len, held))) >= size:
-            joined = cat(held)
+            pending.append(to_device(piece, device))
+        while (rows := sum(map(len, pending))) >= size:
+            joined = cat(pending)
             yield joined[:size]
-            held = []
-            if have > size:  # do not hold an empty piece
-                held.append(joined[size:])
+            pending = []
+            if rows > size:  # do not hold an empty piece
+                pending.append(joined[size:])
     if left:
         raise ValueError(f"the number of patches does not match {pairs} frame pairs of {geo.units} units")
-    if held:
-        yield torch.cat(held)
+    if pending:
+        yield torch.cat(pending)
 
 
 def normalised(patches: torch.Tensor, normal: Normal = CLIP) -> torch.Tensor:
@@ -116,12 +116,12 @@ def scan(
         int64 `[T, units]`, the frame pair whose row represents the unit (its own if the unit is encoded); the state for the next
         piece.
     """
-    held = means[0]
+    reference_means = means[0]
     pair = means.new_zeros(means.shape[1], dtype=torch.int64)
     seen = 0
     if references:
-        held = references.means
+        reference_means = references.means
         pair = references.pair
         seen = references.seen
-    source, held, pair = reuse_scan(means, held, pair, references is not None, seen, threshold)
-    return source, ReferenceBlocks(held, pair, seen + len(means))
+    source, reference_means, pair = reuse_scan(means, reference_means, pair, references is not None, seen, threshold)
+    return source, ReferenceBlocks(reference_means, pair, seen + len(means))

@@ -103,7 +103,7 @@ class Rows:
     def unit_order(self) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 `[R]`, the rows sorted by unit; int64 `[N]`, `unit_to_row` for this order. `take` sets it without sorting."""
         order = self.unit.argsort()
-        return order, _or_none(order.argsort())[self.unit_to_row]
+        return order, _append_none(order.argsort())[self.unit_to_row]
 
     # Groups of rows: windows or frame pairs.
 
@@ -147,7 +147,7 @@ class Rows:
         _, rank = order_tables(self.geometry, self.pairs)
         at = rank[selection.kept]
         place = torch.zeros_like(rank).scatter_(0, at, 1).cumsum(0)[at] - 1  # of the tokens among the new rows
-        unit_to_row = _or_none(place)[unit_to_token]
+        unit_to_row = _append_none(place)[unit_to_token]
         joins = selection.unit_to_token
         if joins is not None:
             joins = unit_to_row
@@ -277,7 +277,7 @@ def reused_units(
     )  # fmt: skip
 
 
-def _or_none(index: torch.Tensor) -> torch.Tensor:
+def _append_none(index: torch.Tensor) -> torch.Tensor:
     """Return `index` (int64 `[n]`) with -1 appended, so that looking up -1 gives -1."""
     return F.pad(index, (0, 1), value=-1)
 

@@ -18,7 +18,7 @@ from evoprune.methods import TowerShape, arange_on
 from evoprune.model import PATCHES, VisionConfig
 from evoprune.vision.attention import Groups, PackedGroups, attention_groups, attention_received, grouped_attention
 from evoprune.vision.families import EPS, Layers, tower_layers
-from evoprune.vision.hooks import PRECISE
+from evoprune.vision.hooks import PRECISE_ATTENTION
 from evoprune.vision.layout import Geometry, Scope
 from evoprune.vision.rows import Rows
 
@@ -212,9 +212,9 @@ def run_layer(
     if "attention" in needs:
         seen["attention"] = torch.zeros(len(k), dtype=torch.float32, device=k.device)
     mixed = grouped_attention(q, k, v, groups[layer.scope], seen.get("attention"), timer, piece)
-    if PRECISE in needs:
+    if PRECISE_ATTENTION in needs:
         with timer:
-            seen[PRECISE] = attention_received(q, k, groups[layer.scope], piece)
+            seen[PRECISE_ATTENTION] = attention_received(q, k, groups[layer.scope], piece)
     del qkv, q, k, v
     rows.values = layer.add_attention(rows.values, mixed)
     del mixed

@@ -95,7 +95,7 @@ def rows_of(samples: Samples) -> set[Key]:
     return set.intersection(*(set(rows) for rows in samples.values()))
 
 
-def short(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
+def summary_table(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
     """Return a table of accuracy kept per set of weights, share of operations and speed, for each method in a world."""
     sets = [rows for name, rows in samples.items() if name.split(",")[0] == world]
     budgets = [
@@ -219,7 +219,7 @@ def page(samples: Samples, fast: dict[Key, float]) -> str:
         about = len({s["video"] for s in samples[world][NONE]})
         blocks += [
             f"## `{world}`: {about} clips, {len(samples[world][NONE])} questions",
-            "\n".join(short(samples, world, fast)),
+            "\n".join(summary_table(samples, world, fast)),
         ]
     flat = {name: [sample for each in rows.values() for sample in each] for name, rows in samples.items()}
     blocks += ["## At equal time", "\n".join(table(samples, fast)), "## By kind of question", "\n".join(by_group(flat))]

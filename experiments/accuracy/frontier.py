@@ -19,7 +19,7 @@ from evoprune.util import budget_text
 from experiments import tables
 from experiments.accuracy.paired import in_points, paired_difference
 from experiments.demo.write import clips_asked, data_text, demo_videos
-from experiments.progress import told
+from experiments.progress import progress_line
 
 SETS = {
     "scenes": ("scenes", "demo-scenes"),
@@ -60,7 +60,7 @@ def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
         folder = folder_of(out, name)
         run.keep_in(folder, resume=folder.exists())
         run.load()
-        run.run(lambda *what: print(f"{name}: {told(*what)}", file=sys.stderr, flush=True), args.processes)
+        run.run(lambda *what: print(f"{name}: {progress_line(*what)}", file=sys.stderr, flush=True), args.processes)
     return [sample for sample in run.samples if "error" not in sample]
 
 

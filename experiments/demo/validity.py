@@ -21,7 +21,7 @@ from evoprune.session import ModelOptions
 from experiments import tables
 from experiments.demo.worlds import SCENES
 from experiments.demo.write import clips_asked, data_text, demo_videos
-from experiments.progress import told
+from experiments.progress import progress_line
 
 PICTURE = "picture"
 VIDEO = "video"
@@ -92,7 +92,10 @@ def kept(
                 )  # fmt: skip
                 run = Evaluation(settings, videos)
                 run.load()
-                run.run(lambda *what, at=(group, budget): _progress(f"{at[0]} {at[1]:.2g}: {told(*what)}"), processes)
+                run.run(
+                    lambda *what, at=(group, budget): _progress(f"{at[0]} {at[1]:.2g}: {progress_line(*what)}"),
+                    processes,
+                )
                 samples += run.samples
                 rows = run.document()["rows"]
                 by_name = {(row["row"], row["method"], row["group"]): row for row in rows}

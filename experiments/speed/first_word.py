@@ -129,8 +129,8 @@ class Run:
     def add(self, part: str, row: dict[str, Any]) -> None:
         """Record and print the result of a turn."""
         self.record[part].append(row)
-        said = row.get("error") or f"{row.get('seconds', row.get('first_word')):.2f} s"
-        say(f"{part}: {row['clip']} {row.get('part_s', '')} {row['side']}, round {row['round'] + 1}: {said}")
+        outcome = row.get("error") or f"{row.get('seconds', row.get('first_word')):.2f} s"
+        say(f"{part}: {row['clip']} {row.get('part_s', '')} {row['side']}, round {row['round'] + 1}: {outcome}")
         self.save()
 
     def side(self, python: Path | str, module: str, *arguments: str) -> Side:
@@ -142,13 +142,13 @@ class Run:
         from experiments.speed.first_word_tables import write_tables
 
         self.record[name] = []
-        begun = time.monotonic()
+        start_s = time.monotonic()
         limit_s = self.args.seconds[name]
         self.record.setdefault("parts", {})[name] = {"limit_s": limit_s, "rounds": self.args.rounds}
         try:
-            measure(self, begun + limit_s)
+            measure(self, start_s + limit_s)
         finally:
-            self.record["parts"][name]["seconds"] = round(time.monotonic() - begun, 1)
+            self.record["parts"][name]["seconds"] = round(time.monotonic() - start_s, 1)
             self.save()
             write_tables([self.record], self.folder)
 
@@ -281,8 +281,8 @@ def loaded(run: Run, until: float) -> None:
     try:
         for round_ in range(run.args.rounds):
             for name, side in sides.items():
-                begun = time.monotonic()
-                if round_ and until - begun < AGAIN * lasted[name]:
+                start_s = time.monotonic()
+                if round_ and until - start_s < AGAIN * lasted[name]:
                     continue
                 for clip, frames in asked:
                     first = not side.running
@@ -292,7 +292,7 @@ def loaded(run: Run, until: float) -> None:
                     run.add(LOADED, facts | answer)
                     if "error" in answer:
                         break
-                lasted[name] = time.monotonic() - begun
+                lasted[name] = time.monotonic() - start_s
                 if "error" in answer:
                     lasted[name] = float("inf")  # never ask it again
                 if not run.on_gpu:
@@ -344,10 +344,10 @@ def run_once(command: Sequence[str], seconds: float, log: Path) -> dict[str, Any
     """
     if seconds <= 0:
         return {"error": "not started: no time was left"}
-    with log.open("w", encoding="utf-8") as said:
-        begun = time.perf_counter()
+    with log.open("w", encoding="utf-8") as outcome:
+        start_s = time.perf_counter()
         process = subprocess.Popen(  # noqa: S603 (Python, and a module of ours)
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=said, start_new_session=True
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=outcome, start_new_session=True
         )
     late = threading.Timer(seconds, end_group, [process.pid])
     late.start()
@@ -355,7 +355,7 @@ def run_once(command: Sequence[str], seconds: float, log: Path) -> dict[str, Any
         moments = []
         answer = b""
         while piece := os.read(process.stdout.fileno(), 65536):
-            moments.append(time.perf_counter() - begun)
+            moments.append(time.perf_counter() - start_s)
             answer += piece
         _, status, used = os.wait4(process.pid, 0)
     finally:
@@ -371,7 +371,7 @@ def run_once(command: Sequence[str], seconds: float, log: Path) -> dict[str, Any
         "first_word": moments[0],
         "second_word": moments[1] if len(moments) > 1 else None,
         "last_word": moments[-1],
-        "ended": time.perf_counter() - begun,
+        "ended": time.perf_counter() - start_s,
         "cpu": used.ru_utime + used.ru_stime,
         "peak_bytes": used.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "answer": answer.decode(errors="replace")[:200],

@@ -457,7 +457,7 @@ def test_a_generate_that_runs_while_others_begin_or_the_pruning_ends_is_not_dist
 
 
 def test_of_two_threads_that_begin_to_prune_a_model_at_once_one_is_refused(model, monkeypatch):
-    found, both, refused = context.end_of, Barrier(2), []
+    found, both, refused = context.remover_of, Barrier(2), []
 
     def slow(*args):
         end = found(*args)
@@ -471,7 +471,7 @@ def test_of_two_threads_that_begin_to_prune_a_model_at_once_one_is_refused(model
         except evoprune.UsageError as problem:
             refused.append(problem.message)
 
-    monkeypatch.setattr(context, "end_of", slow)
+    monkeypatch.setattr(context, "remover_of", slow)
     for thread in started(begin, begin):
         thread.join()
     evoprune.remove(model)

@@ -145,7 +145,7 @@ def test_attention_adds_a_mask_of_numbers(attention, layers):
     text = model.config.text_config
     text.layer_types, text.sliding_window = ["full_attention", layers], 8
     model.model.language_model.has_sliding_layers = layers == "sliding_attention"
-    assert interface.takes_numbers(model)
+    assert interface.accepts_float_mask(model)
     embeds = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
     twice, at = embeds[:, [0, 1, 1, 2, 3]], torch.tensor([0, 1, 1, 2, 3])
     seen = torch.ones(5, 5, dtype=torch.bool).tril()

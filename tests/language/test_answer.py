@@ -131,13 +131,13 @@ def test_the_pieces_do_not_matter(text, stops, size):
 
 
 @pytest.mark.parametrize("special", [False, True, None], ids=["token", "special", "text"])
-@pytest.mark.parametrize("begun", [True, False])
-def test_a_constraint_waits_for_the_end_of_thoughts(special, begun):
+@pytest.mark.parametrize("in_thoughts", [True, False])
+def test_a_constraint_waits_for_the_end_of_thoughts(special, in_thoughts):
     own = thinking_tokenizer(special=special)
     inner = Steps([3], [4])
-    constraint = AnswerConstraint(inner, own, begun, may_begin=True)
+    constraint = AnswerConstraint(inner, own, in_thoughts, may_think=True)
     begin = own.backend.token_to_id("<think>")
-    if not begun:
+    if not in_thoughts:
         mask = constraint.mask(600)
         assert mask[3] and int(mask.sum()) == (1 if begin is None else 2)
         if begin is None:  # thoughts that are only text cannot begin here
@@ -157,7 +157,7 @@ def test_a_constraint_waits_for_the_end_of_thoughts(special, begun):
 def test_a_constraint_has_no_thoughts_where_they_are_off():
     own = thinking_tokenizer()
     begin = own.backend.token_to_id("<think>")
-    constraint = AnswerConstraint(Steps([3, begin], [3, begin]), own, begun=False, may_begin=False)
+    constraint = AnswerConstraint(Steps([3, begin], [3, begin]), own, in_thoughts=False, may_think=False)
     assert not constraint.mask(600)[begin]  # it would begin thoughts, not an answer with this text
     constraint.advance(3)
     assert constraint.mask(600)[begin]
@@ -169,6 +169,6 @@ def test_a_constraint_begins_inside_the_token_that_ends_thoughts(after):
     ends = f"</think>{after}"
     own.backend.add_tokens([ends])
     (letter,) = own.encode("a")
-    constraint = AnswerConstraint(Steps([letter]), own, begun=True, may_begin=True)
+    constraint = AnswerConstraint(Steps([letter]), own, in_thoughts=True, may_think=True)
     constraint.advance(own.backend.token_to_id(ends))
     assert constraint.complete == after.endswith("a")

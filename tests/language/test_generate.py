@@ -17,7 +17,7 @@ from evoprune.language.generate import (
     LanguageModel,
     TokenStream,
     choose,
-    penalised,
+    penalized,
     probabilities,
 )
 from evoprune.language.prompt import Prompt, Tokenizer, prompt_positions
@@ -237,7 +237,7 @@ def test_probabilities_are_those_of_transformers(penalty, temperature, top_k, to
         logits[50] = logits[51]
     options = GenerationOptions(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
     expected = of_transformers(logits, ids, penalty, temperature, top_k, top_p)
-    made = probabilities(penalised(logits, penalty, ids), options)
+    made = probabilities(penalized(logits, penalty, ids), options)
     assert torch.allclose((made / made.sum()).float(), expected, atol=1e-6)
     drawn = {choose(logits, options, torch.Generator().manual_seed(seed), ids) for seed in range(200)}
     assert drawn <= {*expected.nonzero()[:, 0].tolist()} and (len(drawn) > 1) == bool(expected.max() < 1)

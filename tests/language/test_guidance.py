@@ -190,7 +190,7 @@ def test_a_regular_expression_that_other_programs_explode_at_is_followed(tokeniz
 def test_a_schema_is_checked_once(monkeypatch):
     schema = {"type": "integer", "minimum": 20261128}
     assert GenerationOptions(schema=schema).grammar
-    monkeypatch.setattr(guidance, "apart", partial(pytest.fail, "a second process"))
+    monkeypatch.setattr(guidance, "run_isolated", partial(pytest.fail, "a second process"))
     assert GenerationOptions(schema=schema).grammar
 
 

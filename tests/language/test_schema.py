@@ -8,7 +8,7 @@ from dataclasses import dataclass, make_dataclass
 import pytest
 
 from evoprune.errors import UsageError
-from evoprune.language.schema import MOST_BYTES, read_schema, schema_of, value_of
+from evoprune.language.schema import MAX_BYTES, read_schema, schema_of, value_of
 from evoprune.language.settings import GenerationOptions
 
 SHOWN = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}}, "required": ["colour"]}
@@ -36,7 +36,7 @@ def test_a_schema_is_read_from_a_file(tmp_path):
         ("[1]", "not a JSON object"),
         ("{", "is not valid JSON"),
         ('{"a": NaN}', "is not valid JSON"),
-        (" " * MOST_BYTES + "{}", "larger than 1 MiB"),
+        (" " * MAX_BYTES + "{}", "larger than 1 MiB"),
         ('{"items":' * 10_000 + "{}" + "}" * 10_000, "is not valid JSON"),
     ):
         file.write_text(text)

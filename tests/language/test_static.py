@@ -165,7 +165,7 @@ def test_what_an_earlier_answer_left_in_the_cache_is_not_read(model, graphs):
     list(stream(model, state_of(model, 45)))
     cache = static._caches[model]
     with torch.inference_mode():
-        cache._held[..., 45:, : cache._dim] = torch.nan
+        cache._keys_values[..., 45:, : cache._dim] = torch.nan
     assert list(stream(model, state_of(model, 30))) == plainly(model, state_of(model, 30)) and graphs.captured == 1
 
 

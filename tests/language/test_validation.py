@@ -2,7 +2,7 @@
 
 import pytest
 
-from evoprune.language.validation import ENDLESS, wrong_schema, wrong_value
+from evoprune.language.validation import ENDLESS_REFERENCES, wrong_schema, wrong_value
 
 LARGE = 2**53 + 1
 
@@ -48,13 +48,13 @@ def test_a_dialect_inside_a_schema_brings_no_patterns_back():
 
 @pytest.mark.full
 def test_references_without_an_end_are_named():
-    assert wrong_schema({"anyOf": [{"$ref": "#"}, {"type": "null"}]}) == ENDLESS
+    assert wrong_schema({"anyOf": [{"$ref": "#"}, {"type": "null"}]}) == ENDLESS_REFERENCES
     twice = {"allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}
     schema = {"$defs": {"a": {"properties": {"a": twice}}}, "$ref": "#/$defs/a"}
     value = {}
     for _ in range(60):
         value = {"a": value}
-    assert wrong_schema(schema) is None and wrong_value(value, schema) == ENDLESS
+    assert wrong_schema(schema) is None and wrong_value(value, schema) == ENDLESS_REFERENCES
 
 
 def test_nothing_is_fetched():

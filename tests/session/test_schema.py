@@ -90,9 +90,9 @@ def test_a_stop_string_cuts_too(video):
 def test_draws_follow_it_too(video):
     made = {video.ask(QUESTION, schema=SHOWN, temperature=9.0, seed=seed).text for seed in range(5)}
     assert len(made) > 1 and all(json.loads(text)["colour"] in COLOURS for text in made)
-    penalised = video.ask(QUESTION, schema=SHOWN, repetition_penalty=1.5, logprobs=0)
-    assert penalised.parsed["colour"] in COLOURS
-    assert len(penalised.logprobs) == len(penalised.ids)
+    penalized = video.ask(QUESTION, schema=SHOWN, repetition_penalty=1.5, logprobs=0)
+    assert penalized.parsed["colour"] in COLOURS
+    assert len(penalized.logprobs) == len(penalized.ids)
 
 
 def test_classes_are_schemas(video):
@@ -142,8 +142,10 @@ def test_numbers_are_not_rounded(video):
 
 def test_an_answer_that_does_not_hold_is_an_error(video, monkeypatch):
     schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}
-    monkeypatch.setattr("evoprune.language.guidance.fault", lambda request: ("", None))  # as if every schema were valid
-    monkeypatch.setattr("evoprune.language.apart.POSSIBLE", False)
+    monkeypatch.setattr(
+        "evoprune.language.guidance.find_fault", lambda request: ("", None)
+    )  # as if every schema were valid
+    monkeypatch.setattr("evoprune.language.isolation.POSSIBLE", False)
     answer = video.ask(QUESTION, schema=schema, max_new_tokens=20)
     with pytest.raises(UsageError, match=r"the answer does not follow the schema: exclusiveMinimum at \$"):
         answer.parsed  # noqa: B018 (reads it)
@@ -227,7 +229,7 @@ def ask(tmp_path_factory):
 @pytest.mark.parametrize("seed", range(125))
 def test_an_answer_that_ends_is_valid_by_any_schema(ask, model, seed, monkeypatch):
     # A process for each of 500 schemas would be slow; other tests use one.
-    monkeypatch.setattr("evoprune.language.apart.POSSIBLE", False)
+    monkeypatch.setattr("evoprune.language.isolation.POSSIBLE", False)
     draw = random.Random(f"{model} {seed}")
     schema = schema_at_random(draw)
     how = {"max_new_tokens": draw.choice([3, 20, 200]), "temperature": draw.choice([0.0, 1.0, 8.0]), "seed": seed}

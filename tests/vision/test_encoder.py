@@ -377,7 +377,7 @@ def test_what_does_not_exist_cannot_be_declared():
 
 
 def test_nothing_is_gathered_that_is_not_declared(monkeypatch):
-    monkeypatch.setattr(encoder, "looks", lambda *_: pytest.fail("gathered"))
+    monkeypatch.setattr(encoder, "selector_hooks", lambda *_: pytest.fail("gathered"))
     encode_noise((2, 3, 4), EvoPruneMethod(), 3)
     encode_noise((2, 3, 4), Looks(), 24)  # keeps everything
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from evoprune.language.apart import apart
+from evoprune.language.isolation import run_isolated
 
 
 def asleep(request: str) -> str:
@@ -16,5 +16,5 @@ def asleep(request: str) -> str:
 def test_time_on_the_clock_is_limited_too():
     start = time.monotonic()
     with pytest.raises(ValueError, match="does not finish within 1 s"):
-        apart(asleep, "", 1, "time")
+        run_isolated(asleep, "", 1, "time")
     assert time.monotonic() - start < 25

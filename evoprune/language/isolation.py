@@ -12,13 +12,15 @@ from typing import Any
 
 import evoprune
 
-PATIENCE_S = 60.0  # timeout of the whole process; the only limit on systems other than Unix
+TIMEOUT_S = 60.0  # timeout of the whole process; the only limit on systems other than Unix
 MEMORY_BYTES = 2**29
 # False in a program that was frozen into one file, because its executable is not a Python interpreter.
 POSSIBLE = bool(sys.executable) and not hasattr(sys, "frozen")
 
 
-def apart(work: Callable[[str], Any], request: str, seconds: int, needs: str, stack_bytes: int | None = None) -> Any:
+def run_isolated(
+    work: Callable[[str], Any], request: str, seconds: int, needs: str, stack_bytes: int | None = None
+) -> Any:
     """Return `work(request)`, computed in a separate process, or in this one if `POSSIBLE` is False.
 
     Args:
@@ -38,15 +40,15 @@ def apart(work: Callable[[str], Any], request: str, seconds: int, needs: str, st
     # Same as for the processes that read videos: -S skips the import hook that finds an editable install.
     paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
     program = (
-        f"import sys; sys.path[:] = {list(dict.fromkeys(paths))}; import {needs}; from evoprune.language import apart; "
-        f"from {work.__module__} import {work.__name__}; apart.main({work.__name__}, {seconds}, {stack_bytes})"
+        f"import sys; sys.path[:] = {list(dict.fromkeys(paths))}; import {needs}; from evoprune.language import isolation; "
+        f"from {work.__module__} import {work.__name__}; isolation.main({work.__name__}, {seconds}, {stack_bytes})"
     )
     try:
         done = subprocess.run(  # noqa: S603 (this Python, and a program of our own)
             [sys.executable, "-I", "-S", "-X", "utf8", "-c", program],
             input=request.encode(),
             capture_output=True,
-            timeout=PATIENCE_S,
+            timeout=TIMEOUT_S,
             check=False,
             start_new_session=True,  # Ctrl-C must reach only this process
         )
