@@ -226,12 +226,12 @@ def test_a_tower_that_cannot_be_run_is_refused(family, problem):
     ("settings", "message"),
     [
         ({"budget": 0}, "budget"),
-        ({"method": "nope"}, "no pruning method"),
+        ({"method": "nope"}, "unknown pruning method"),
         ({"method": "subsample"}, "acts on frames"),
         ({"method": "fastv"}, "inside the language model"),
         ({"method": "evoprune+fastv"}, "inside the language model"),
         ({"method": "cdpruner"}, "reads the question"),
-        ({"method": "evoprune:nope=1"}, "no argument"),
+        ({"method": "evoprune:nope=1"}, "no setting"),
         ({"positions": "mine"}, "positions"),
     ],
 )

@@ -459,7 +459,7 @@ def test_calls_without_a_video_are_the_models_own_and_the_report_says_why_it_is_
     cache, words, picture = DynamicCache(), torch.arange(10, 30)[None], processed(model, (4, ("image", 8, 8), 5))
     expected = [call(input_ids=words), call(**picture)]
     run = evoprune.EvoPrune(budget=0.5)(model)
-    assert "not active: call the model inside `with`, or after evoprune.apply" in str(run.report)
+    assert "not active: call the model inside `with` or after evoprune.apply" in str(run.report)
     with run:
         assert str(run.report) == "<Report: empty>"
         model(**processed(model, *PROMPTS["batch"]), past_key_values=cache)

@@ -233,7 +233,7 @@ def test_logits_that_are_no_numbers_are_an_error(graphs):
         next(answer)
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan  # in place: the graph reads the same memory
-    with pytest.raises(ModelError, match="numbers of generate"):
+    with pytest.raises(ModelError, match="in the output of generate"):
         next(answer)
 
 

@@ -130,7 +130,7 @@ def test_what_the_class_refuses_is_an_error(video):
             raise ValueError("never")
 
     answer = video.ask(QUESTION, schema=Never, max_new_tokens=60)
-    with pytest.raises(UsageError, match=r"the answer is no Never: .*never"):
+    with pytest.raises(UsageError, match=r"the answer is not a valid Never: .*never"):
         answer.parsed  # noqa: B018 (reads it)
     assert answer.report.parsed is None
 

@@ -359,7 +359,7 @@ def test_a_selector_gets_only_what_it_declares():
     tokens = tokens_of(random_patches((2, 3, 4)), (2, 3, 4), selector=Keys(), seed=3)
     assert tokens.keys.shape == (24, 64)
     assert (tokens.grid, tokens.seed) == ((2, 3, 4), 3)
-    with pytest.raises(TypeError, match=r'no attention here: .*"attention" in its `needs`'):
+    with pytest.raises(TypeError, match=r'attention is not available: .*"attention" in its `needs`'):
         tokens.attention  # noqa: B018
     with pytest.raises(TypeError, match=r"no question here: .*`reads_question`"):
         tokens.question  # noqa: B018
