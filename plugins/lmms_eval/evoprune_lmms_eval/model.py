@@ -27,7 +27,7 @@ from evoprune.util import from_keywords, without_tags
 from evoprune.video import temporary_folder
 from evoprune.video_qa import VideoQA
 
-HINT = "evoprune_qwen2_5_vl answers generate_until about one video a question"
+HINT = "evoprune_qwen2_5_vl answers generate_until about one video per question"
 
 
 @dataclass
@@ -68,7 +68,7 @@ class EvoPruneQwen25VL(lmms):
         if str(batch_size) != "1":
             raise UsageError(f"batch_size {batch_size}: videos are answered one at a time", "leave it at 1")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UsageError("this model runs in one process", "start one run a GPU, each with tasks of its own")
+            raise UsageError("this model runs in one process", "start one run per GPU, each with its own tasks")
         # Default maximum of new tokens for tasks that do not set one.
         given = {"model": pretrained, "system": system_prompt, "max_new_tokens": 128, **options}
         model, pruning, self._sampling, self._generation = from_keywords(given, *PipelineOptions.KINDS)
@@ -108,7 +108,7 @@ class EvoPruneQwen25VL(lmms):
     def _answer(self, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
         """Return the answer up to the task's first stop word, and its report."""
         if settings.get("num_beams", 1) > 1:
-            raise UsageError("beams are not searched here", "set num_beams to 1 in the task's generation_kwargs")
+            raise UsageError("beam search is not supported", "set num_beams to 1 in the task's generation_kwargs")
         sampled = settings.get("do_sample", True)
         until = settings.get("until") or []
         if isinstance(until, str):
@@ -141,7 +141,7 @@ def _only_video(visuals: list) -> str:
     """
     if len(visuals) != 1 or not isinstance(visuals[0], str | os.PathLike):
         kinds = ", ".join(type(visual).__name__ for visual in visuals) or "none"
-        raise UsageError(f"this task shows {kinds}, and not one video file", f"{HINT}; pictures=true allows pictures")
+        raise UsageError(f"this task shows {kinds}, not one video file", f"{HINT}; pictures=true allows pictures")
     return os.fspath(visuals[0])
 
 
@@ -163,7 +163,7 @@ def _files(visuals: list, folder: str) -> list[str]:
             paths.append(os.path.join(folder, f"{hashlib.sha256(content.getvalue()).hexdigest()}.tiff"))
             Path(paths[-1]).write_bytes(content.getvalue())
         else:
-            raise UsageError(f"this task shows {type(visual).__name__}, and not a video or a picture", HINT)
+            raise UsageError(f"this task shows {type(visual).__name__}, not a video or a picture", HINT)
     if not paths:
         raise UsageError("this task shows nothing", HINT)
     return paths

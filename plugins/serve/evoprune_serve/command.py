@@ -54,13 +54,13 @@ UNTAKEN_S = 60  # how long a client may accept no response data
 def serve(
     *,
     host: opt.option(
-        str, "--host ADDRESS", "Where to listen; other addresses than 127.0.0.1 need a key.", SERVER
+        str, "--host ADDRESS", "Address to listen on; any except 127.0.0.1 needs a key.", SERVER
     ) = LOOPBACK[0],
-    port: opt.option(int, "-p --port N", "The port; 0: one that is free.", SERVER, min=0, max=65535) = 8000,
+    port: opt.option(int, "-p --port N", "Port to listen on; 0 picks a free one.", SERVER, min=0, max=65535) = 8000,
     name: opt.option(
         list[str] | None,
         "--name TEXT",
-        "What the API calls the model; default: its name, or that of its folder. Repeated: also those of --also, in order.",
+        "Name of the model in the API; default: its ID or the name of its folder. Repeat it for the models of --also, in order.",
         SERVER,
     ) = None,
     also: opt.option(
@@ -72,13 +72,13 @@ def serve(
     api_key: opt.option(
         str | None,
         "--api-key TEXT",
-        f"Every request must bring this key; other users here may see it.  [env var: {KEY}]",
+        f"Key that every request must send; other users of this machine may see it.  [env var: {KEY}]",
         ACCESS,
     ) = None,
-    api_key_file: opt.option(str | None, "--api-key-file FILE", "A file with that key.", ACCESS) = None,
+    api_key_file: opt.option(str | None, "--api-key-file FILE", "File that contains the key.", ACCESS) = None,
     no_auth: opt.option(bool, "--no-auth", "Serve other machines without a key.", ACCESS) = False,
     allow_urls: opt.option(
-        bool, "--allow-urls", "Read addresses of http and https, never those of this network.", ACCESS
+        bool, "--allow-urls", "Read http and https URLs, except private and local addresses.", ACCESS
     ) = False,
     allow_dir: opt.option(
         list[str] | None,
@@ -87,23 +87,27 @@ def serve(
         ACCESS,
     ) = None,
     allow_host: opt.option(
-        list[str] | None, "--allow-host NAME", "A name that clients call this server by; repeatable.", ACCESS
+        list[str] | None, "--allow-host NAME", "Another host name of this server; repeatable.", ACCESS
     ) = None,
     cors: opt.option(
         list[str] | None,
         "--cors ORIGIN",
-        "Pages of this origin, such as https://example.org, may ask; repeatable.",
+        "Allow requests from pages of this origin, such as https://example.org; repeatable.",
         ACCESS,
     ) = None,
-    queue: opt.option(int, "--queue N", "Requests that wait at most; more have error 429.", LIMITS, min=1) = 32,
-    keep: opt.option(int, "--keep N", "Encoded videos that are kept for more questions.", LIMITS, min=0) = 8,
-    timeout: opt.option(str, "--timeout TIME", "From a request to the end of its answer, at most.", LIMITS) = "10m",
-    max_body: opt.option(int, "--max-body MIB", "Of a request, with what it holds of videos.", LIMITS, min=1) = 64,
-    max_upload: opt.option(int, "--max-upload MIB", "Of an uploaded file, and of a download.", LIMITS, min=1) = 2048,
-    max_files: opt.option(int, "--max-files MIB", "Of all files that clients have sent.", LIMITS, min=1) = 8192,
-    file_age: opt.option(str, "--file-age TIME", "How long an uploaded file is kept.", LIMITS) = "24h",
+    queue: opt.option(int, "--queue N", "Maximum number of waiting requests; more get error 429.", LIMITS, min=1) = 32,
+    keep: opt.option(int, "--keep N", "Encoded videos to keep for further questions.", LIMITS, min=0) = 8,
+    timeout: opt.option(str, "--timeout TIME", "Maximum time from a request to the end of its answer.", LIMITS) = "10m",
+    max_body: opt.option(int, "--max-body MIB", "Maximum size of a request, including its videos.", LIMITS, min=1) = 64,
+    max_upload: opt.option(
+        int, "--max-upload MIB", "Maximum size of an uploaded or downloaded file.", LIMITS, min=1
+    ) = 2048,
+    max_files: opt.option(
+        int, "--max-files MIB", "Maximum total size of the files that clients sent.", LIMITS, min=1
+    ) = 8192,
+    file_age: opt.option(str, "--file-age TIME", "How long to keep an uploaded file.", LIMITS) = "24h",
     options: opt.MakeOptions,
-    log_contents: opt.option(bool, "--log-contents", "Log questions and answers, too.", opt.OUTPUT) = False,
+    log_contents: opt.option(bool, "--log-contents", "Also log questions and answers.", opt.OUTPUT) = False,
     quiet: opt.Quiet = False,
 ) -> int:
     """Serve a model, or several, over OpenAI's protocol, on one machine.
@@ -116,7 +120,7 @@ def serve(
     pipeline = options()
     key = _key(api_key, api_key_file)
     if host not in LOOPBACK and key is None and not no_auth:
-        hint = f"--api-key-file FILE, or {KEY}; --no-auth serves whoever reaches it"
+        hint = f"--api-key-file FILE, or {KEY}; --no-auth serves everyone without a key"
         raise UsageError(f"--host {host} serves other machines, and there is no key", hint)
     if allow_urls and pipeline.model.offline:
         raise UsageError("--allow-urls and --offline exclude each other", "leave out one of the two")
@@ -275,7 +279,7 @@ def _key(given: str | None, path: str | None) -> str | None:
         try:
             key = Path(path).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as problem:
-            hint = "name a file with the key alone"
+            hint = "choose a file that contains only the key"
             raise UsageError(f"--api-key-file {path} cannot be read: {problem}", hint) from problem
     if key is None:
         key = os.environ.get(KEY) or None
@@ -295,7 +299,7 @@ def _name(model: str) -> str:
 def _above_0(flag: str, text: str) -> float:
     seconds = parse_time(text)
     if seconds <= 0:
-        raise UsageError(f"{flag} {text}", "give a time above 0")
+        raise UsageError(f"{flag} {text}", "use a time above 0")
     return seconds
 
 

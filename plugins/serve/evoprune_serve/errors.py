@@ -64,12 +64,14 @@ def refused(message: str, param: str | None = None, code: str = "invalid_value")
 
 def full(retry_s: int) -> ApiError:
     """Return the error for a request that exceeds the server's capacity. The client may retry after `retry_s` seconds."""
-    return ApiError(429, "too many requests wait: try again later", headers={"Retry-After": str(retry_s)})
+    return ApiError(429, "too many requests are waiting: try again later", headers={"Retry-After": str(retry_s)})
 
 
 def ending() -> ApiError:
     """Return the error for a request that cannot be answered before the server shuts down."""
-    return ApiError(503, "the server ends: try again later", code="shutting_down", headers={"Retry-After": "10"})
+    return ApiError(
+        503, "the server is shutting down: try again later", code="shutting_down", headers={"Retry-After": "10"}
+    )
 
 
 def plain(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> ApiError:
@@ -88,7 +90,9 @@ def told(problem: BaseException, names: Mapping[str, str]) -> ApiError:
     if isinstance(problem, ApiError):
         return problem
     if not isinstance(problem, EvopruneError):
-        return ApiError(500, "the server failed: this is a bug, and its log has more", code="internal_error")
+        return ApiError(
+            500, "the server failed: this is a bug; see the server's log for details", code="internal_error"
+        )
     message = problem.message
     if problem.hint:
         message += f" ({problem.hint})"

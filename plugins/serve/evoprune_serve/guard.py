@@ -152,7 +152,7 @@ class Guard:
         origin = headers.get("origin")
         own = {f"{scheme}://{headers.get('host', '')}" for scheme in ("http", "https")}
         if origin is not None and origin not in own and origin not in access.origins:
-            raise ApiError(403, "pages of this origin may not ask: see --cors", code="wrong_origin")
+            raise ApiError(403, "pages of this origin are not allowed: see --cors", code="wrong_origin")
         if access.key is not None and path not in OPEN_PATHS:
             self._check_key(headers.get("authorization", ""))
         stated = headers.get("content-length", "0")
@@ -211,7 +211,7 @@ class Body:
             async with asyncio.timeout(self._left_s):
                 message = await self._receive()
         except TimeoutError:
-            raise plain(408, "the body of the request comes too slowly") from None
+            raise plain(408, "the request body arrives too slowly") from None
         count = len(message.get("body", b""))
         self._received += count
         self._left_s = min(SLOW_S, self._left_s - (time.monotonic() - began) + count / SLOW_BYTES_S)

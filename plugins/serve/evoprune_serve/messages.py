@@ -74,12 +74,12 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
         if shown and role == "assistant":
             raise refused(f"{place} is an answer, which has no videos or pictures", place)
         if role == "user" and not text.strip():
-            raise refused(f"{place} asks nothing: it has no text", place)
+            raise refused(f"{place} contains no question: it has no text", place)
         said.append({"role": role, "content": str(text)})
         contents.append(pieces)
         sources += shown
     if len(said) % 2 == 0:
-        raise refused("the last message is not one of the user", field)
+        raise refused("the last message is not from the user", field)
     if not sources:
         raise refused("the messages have no video or picture to ask about", field)
     if len(sources) > MOST_SOURCES:
@@ -228,7 +228,7 @@ def _without_detail(fields: Fields) -> Fields:
     detail = fields.take("detail", str, "auto")
     if detail not in ("auto", "high", "original"):
         fields.refuse(
-            "detail", f"is {json_text(detail)}: pictures are read as they are; limit them by the options of the server"
+            "detail", f"is {json_text(detail)}: pictures are read in full detail; limit them with the server's options"
         )
     return fields
 

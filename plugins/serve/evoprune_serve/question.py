@@ -67,7 +67,7 @@ def read_options(body: Any, messages: str) -> Fields:
     try:
         size = len(json.dumps(options, ensure_ascii=False).encode())
     except UnicodeEncodeError as problem:
-        raise refused("a text of the options is not Unicode: it has half of a surrogate pair") from problem
+        raise refused("a string in the options is not valid Unicode: it contains a lone surrogate") from problem
     if size > MOST_BYTES:
         raise refused(f"the options have more than {MOST_BYTES >> 20} MiB")
     return fields
@@ -147,7 +147,7 @@ def stream_options(fields: Fields, stream: bool) -> Fields:
     """
     given = fields.take("stream_options", dict)
     if given is not None and not stream:
-        fields.refuse("stream_options", "is of streams alone")
+        fields.refuse("stream_options", "is only for streams")
     options = Fields(given or {}, "stream_options")
     options.take("include_obfuscation", bool)  # accepted without effect: nothing is padded
     return options
@@ -264,6 +264,6 @@ def _pruning(fields: Fields) -> dict[str, Any]:
             parts = MethodText(method).parts
         for name, value in (setting for each in parts for setting in each.settings):
             if value is not None and not SETTING.fullmatch(value):  # other values could name a file of this machine
-                fields.refuse("method", f"sets {name[:60]}: requests set numbers, true and false alone")
+                fields.refuse("method", f"sets {name[:60]}: requests can set only numbers, true and false")
         given["method"] = method
     return given

@@ -100,9 +100,9 @@ class LocalFrames:
         for file in self.files:
             info = probe(file.path)
             if not info.is_picture:
-                raise refused(f"{file.name} is no picture")
+                raise refused(f"{file.name} is not a picture")
             if size not in (None, (info.height, info.width)):
-                raise refused(f"{file.name} has another size than the frames before it")
+                raise refused(f"{file.name} has a different size than the frames before it")
             size = info.height, info.width
             if 3 * info.height * info.width * len(self.files) > FRAMES_BYTES:
                 raise refused(f"{self.name} has more than {FRAMES_BYTES >> 20} MiB of pixels")
@@ -210,7 +210,7 @@ class Sources:
     def _download(self, url: str, check: Callable[[], None]) -> Content:
         """Return the content of a URL, in use. Recent downloads are reused."""
         if not self._urls:
-            raise refused("addresses on the web are not read: the server runs without --allow-urls")
+            raise refused("URLs are not read: the server runs without --allow-urls")
         with self._lock:
             self._forget_old()
             if (known := self._downloads.get(url)) and self._store.take(known[0]):
@@ -276,12 +276,12 @@ class Sources:
         """
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):
-            raise ValueError("a file of another machine")
+            raise ValueError("a file on another machine")
         real = Path(unquote(parts.path)).resolve()
         for folder in self._folders:
             if real.is_relative_to(folder):
                 return opened_below(folder, real)
-        raise ValueError("in no such folder")
+        raise ValueError("not in an allowed folder")
 
 
 def opened_below(folder: Path, path: Path) -> BinaryIO:

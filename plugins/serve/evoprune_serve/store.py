@@ -235,7 +235,7 @@ class Store:
         """
         while self._bytes + count > self._limit_bytes:
             if not self._unused:
-                raise ApiError(507, "the server has no room for another file now", code="storage_full")
+                raise ApiError(507, "the server has no room for another file at the moment", code="storage_full")
             self._remove(next(iter(self._unused.values())))
 
     def _remove(self, content: Content) -> None:

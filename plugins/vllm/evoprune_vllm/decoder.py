@@ -42,7 +42,7 @@ def decode_evoprune(
             wanted = loader_cls.compute_frames_index_to_sample(source=source, target=target, **sampling_kwargs)
             read = sorted({number for number in wanted if number < len(times.times_s)})
             if not read:
-                raise VideoError(f"no frame is sampled of a video of {source.duration:g} s", "ask for more frames")
+                raise VideoError(f"no frame is sampled from a video of {source.duration:g} s", "ask for more frames")
             middles = middles_of(times.times_s)
             frames, _ = in_one(info, [middles[number] for number in read], cores=num_ffmpeg_threads or None)
     except VideoError as problem:

@@ -41,4 +41,4 @@ def declare() -> bool:
 
 if __name__ == "__main__":
     if declare():
-        print("torchvision: declared the operators that it misses in this torch")
+        print("torchvision: declared the operators that this torch lacks")

@@ -66,7 +66,7 @@ class Processor:
         made = super().apply(inputs, timing_ctx)
         places = made["mm_placeholders"].get("video", [])
         if any(place.offset + place.length == len(made["prompt_token_ids"]) for place in places):
-            raise ValueError(f"the prompt ends with a video; write {END} and the rest of the chat template behind it")
+            raise ValueError(f"the prompt ends with a video; write {END} and the rest of the chat template after it")
         return made
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):

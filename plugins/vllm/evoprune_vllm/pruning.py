@@ -76,7 +76,7 @@ def request_budget(options: Mapping[str, Any], rate: float | None) -> Budget:
     budget = Budget.parse(options[BUDGET])
     if budget != Budget.FULL and not rate:
         hint = "start it with --video-pruning-rate, which may be as small as 1e-9, and set budgets in requests"
-        raise UsageError("this server prunes nothing, for it was started without a rate", hint)
+        raise UsageError("this server prunes nothing, because it was started without a rate", hint)
     return budget
 
 
@@ -161,4 +161,4 @@ def try_out(visual, method: MethodChain) -> None:
     found = encoded(visual, patches, grid, keep, method)
     if found.size is not None and not method.weighs:
         hint = "its class must override `weighs` (evoprune/methods/base.py)"
-        raise UsageError(f"method {method.name} gives tokens sizes, and does not declare it", hint)
+        raise UsageError(f"method {method.name} gives tokens sizes but does not declare it", hint)
