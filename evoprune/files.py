@@ -24,7 +24,7 @@ def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
     """
     content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
-        raise UsageError(f"{name} has more than {MAX_BYTES // 2**20} MiB", f"give it in pieces; {hint}")
+        raise UsageError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", f"split it; {hint}")
     return content
 
 

@@ -1,6 +1,6 @@
-"""The options of Python's functions, for type checkers and editors alone; `help` has them with their defaults.
+"""Options of the Python functions, for type checkers and editors only. `help` shows them with their defaults.
 
-Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/keywords.py`; do not edit.
+Generated from the option classes by `python -m evoprune_cli.keywords > evoprune/keywords.py`; do not edit.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ class ModelKeywords(TypedDict, total=False):
     revision: str | None
     """Branch, tag or commit of a hub id."""
     device: str | torch.device
-    """auto: CUDA if there is any, else the CPU."""
+    """auto: CUDA if available, otherwise the CPU."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] | torch.dtype
-    """auto: bf16 where the hardware has it; demo models fp32."""
+    """auto: bf16 if the hardware supports it; demo models use fp32."""
     quantize: Literal["none", "int8", "int4"]
-    """Bits of weights and products, on CPUs alone: fewer are faster, smaller and less exact. int8: tower and language
-    model. int4: the same, with 4-bit weights while the language model generates."""
+    """Quantize the model on a CPU: faster, smaller and less exact. int8: 8-bit weights and products in the tower and
+    the language model. int4: the same, with 4-bit weights while the language model generates."""
     store_quantized: bool
-    """Keep the quantised weights on disk (at most 32 GiB) for later runs."""
+    """Keep the quantized weights on disk (at most 32 GiB) for later runs."""
     load_format: Literal["auto", "dummy"]
-    """auto reads the weights. dummy makes random ones: times and counts are right, answers mean nothing. It needs a
-    folder with config.json and a tokenizer."""
+    """auto loads the weights. dummy makes random weights: times and counts are valid, answers are meaningless. dummy
+    needs a folder with config.json and a tokenizer."""
     engine: Literal["auto", "native", "transformers"]
-    """What runs the language model: native is evoprune, transformers is Hugging Face's own code, for checkpoints that
-    are quantised and for Qwen3.5 and mixtures of experts. auto: native where it can."""
+    """Code that runs the language model: native is evoprune's, transformers is Hugging Face's, for quantized
+    checkpoints, Qwen3.5 and mixtures of experts. auto: native if it supports the model."""
     offline: bool
     """Never use the network."""
     threads: int | Literal["auto"] | None
-    """Threads on the CPU; None leaves torch's number, auto goes by the model's size."""
+    """CPU threads; None keeps torch's number, auto depends on the model's size."""
 
 
 class PruneKeywords(TypedDict, total=False):
@@ -44,28 +44,28 @@ class PruneKeywords(TypedDict, total=False):
 
     budget: float | Literal["full", "high", "balanced", "fast", "auto", "auto:inflection"]
     """Share of visual tokens kept: 0.1, 10%, or high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x),
-    fast (0.1; 95.8%, 4.4x). Accuracy: what the worst of the demo models keeps. Speed: of the first token, against
-    Hugging Face at 3B dimensions. Presets keep more of a still: 0.7, 0.5 and 0.3. full prunes nothing; auto lets the
-    content decide, auto:inflection a method's scores."""
+    fast (0.1; 95.8%, 4.4x). Accuracy: share that the worst of the demo models keeps. Speed: of the first token,
+    compared with Hugging Face at 3B dimensions. Presets keep more of a still: 0.7, 0.5 and 0.3. full prunes nothing;
+    auto depends on the content, auto:inflection on the method's scores."""
     method: str
-    """How tokens are pruned, by name (see evoprune methods). NAME:SETTING=VALUE for its settings; reuse+NAME to encode
-    changed units alone; ipcv+NAME to compute a third of the rows in most layers; NAME+fastv to drop tokens inside the
-    language model, too."""
+    """Pruning method (see evoprune methods). NAME:SETTING=VALUE changes its settings; reuse+NAME encodes only changed
+    units; ipcv+NAME computes a third of the rows in most layers; NAME+fastv also drops tokens inside the language
+    model."""
     seed: int
-    """Seed of everything random."""
+    """Random seed."""
 
 
 class SamplingKeywords(TypedDict, total=False):
-    """What of a video is looked at."""
+    """How frames are sampled from a video."""
 
     fps: float | None
-    """Frames per second to look at; default: the model's rate."""
+    """Frames per second to sample; default: the model's rate."""
     frames: int | None
-    """Number of frames to look at, instead of fps; odd numbers are rounded up."""
+    """Number of frames to sample, instead of fps; odd numbers are rounded up."""
     start_s: float
-    """Where to start, in seconds; negative values count from the end."""
+    """Start time in seconds; negative values count from the end."""
     end_s: float | None
-    """Where to stop, in seconds; negative values count from the end; None for the end."""
+    """End time in seconds; negative values count from the end; None for the end."""
     max_frames: int | None
     """Maximum number of frames; default: the model's limit."""
     max_visual_tokens: int | None
@@ -74,7 +74,7 @@ class SamplingKeywords(TypedDict, total=False):
     frame_rate: float
     """Frames per second of an array or a folder of frames. Video files have their own rate."""
     decoder: Literal["auto", "pyav", "decord"]
-    """Library that reads the video; auto is pyav."""
+    """Library that decodes the video; auto is pyav."""
     seek: Literal["auto", "exact", "keyframes"]
     """Which frame to take from each equal part of the video. exact: the one in the middle. keyframes: the keyframe
     nearest to the middle, if the part has one, which reads many times faster. auto: keyframes if that saves seconds,
@@ -92,9 +92,9 @@ class UntypedKeywords(TypedDict, total=False):
     max_new_tokens: int
     """Maximum length of the answer, in tokens."""
     temperature: float
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: float
-    """Nucleus sampling."""
+    """Nucleus sampling: the smallest set of tokens with this probability; 1: all."""
     top_k: int
     """Sample from the N most probable tokens; 0: from all."""
     repetition_penalty: float | None
@@ -131,33 +131,32 @@ class StreamKeywords(TypedDict, total=False):
     """How a stream is remembered."""
 
     window_s: float
-    """The stream is encoded in windows of so many seconds, each with a fixed number of tokens."""
+    """Length of the windows that the stream is encoded in, in seconds. Each has a fixed number of tokens."""
     memory_s: float
-    """As many tokens are remembered as so many seconds have. Beyond it the oldest windows are thinned."""
+    """Seconds of the stream whose tokens fit into memory. When memory is full, the oldest windows are thinned."""
     memory_tokens: int | None
-    """The same in tokens, instead of memory_s."""
+    """Size of the memory in tokens, instead of memory_s."""
 
 
 class FindKeywords(TypedDict, total=False):
     """How moments of a video are found."""
 
     top: int
-    """At most this many moments of a query, the best first."""
+    """Maximum number of moments per query, best first."""
     min_score: float | None
-    """Least score of a moment, from 0 to 1; default: by the scores of all segments, at least 0.96."""
+    """Minimum score of a moment, from 0 to 1; default: depends on the scores of all segments, at least 0.96."""
     segment_s: float | None
-    """Length of the segments that are asked about, in seconds; None for 8 s, more where total_tokens is too few for
-    that."""
+    """Length of the segments to ask about, in seconds; None: 8 s, longer if total_tokens is too small for that."""
     total_tokens: int
-    """Visual tokens of a whole video before pruning, unless --fps says how many frames: a long one is looked at less
-    often."""
+    """Maximum number of visual tokens of a whole video before pruning: long videos are sampled at a lower rate. Ignored
+    with --fps."""
     prompt: str | None
-    """The question about a segment, with {} for the query; default: in English, of a demo model one that it knows. A
-    query that ends with ? is asked as it is."""
+    """The question about a segment, with {} for the query; default: an English question, or one that the demo model
+    knows. A query that ends with ? is asked unchanged."""
     yes: str
-    """How an answer begins where a segment shows it."""
+    """How an answer begins if the segment shows the query."""
     no: str
-    """How an answer begins where it does not."""
+    """How an answer begins if the segment does not show it."""
 
 
 class EvoPruneKeywords(TypedDict, total=False):

@@ -48,8 +48,8 @@ USAGE = 'evoprune ask video.mp4 "What happens?"'
 PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
 MAX_QUESTION = 2**22  # maximum characters read from stdin, which may be endless
 PROMPT = "> "  # before a question
-HELP = "a question and Enter: the answer; q or Ctrl-D: the end; Ctrl-C: stops an answer; /help: this line"
-HELP_CHAT = f"{HELP}; /new: forgets what was said; /undo: takes the latest question back"
+HELP = "type a question and press Enter; q or Ctrl-D: quit; Ctrl-C: stop an answer; /help: show this line"
+HELP_CHAT = f"{HELP}; /new: forget the conversation; /undo: take back the last question"
 HELPS = ("/help", "help", "?")
 ENDS = ("exit", "quit", "q", "/exit", "/quit", "/q", "/bye")
 
@@ -63,20 +63,25 @@ def ask(
     words: opt.argument(
         list[str],
         "INPUT",
-        "Videos and pictures (files, folders of frames, URLs, or - for stdin), then the question, quoted. "
-        "Without a question or -Q, the question is read from stdin; otherwise only - reads it.",
+        "Videos and pictures (files, folders of frames, URLs, or - for stdin), then the question in quotes. "
+        "Without a question or -Q, the question is read from stdin.",
     ),
-    more: opt.option(list[str] | None, "-Q --question TEXT", "A question; repeatable. All share one encoding.") = None,
+    more: opt.option(
+        list[str] | None,
+        "-Q --question TEXT",
+        "Question to ask; repeatable. Inputs are encoded once for all.",
+    ) = None,
     interactive: opt.option(
         bool,
         "-i --interactive",
-        "Ask further questions at a prompt: q or Ctrl-D ends it, Ctrl-C stops an answer. Needs a terminal, but no question.",
+        "Ask questions at a prompt: q or Ctrl-D ends it, Ctrl-C stops an answer. Needs a terminal; a question on the command "
+        "line is optional.",
     ) = False,
     history: opt.History = None,
     compare: opt.option(
         bool,
         "--compare",
-        "Also answer with nothing pruned, and print both; with --json in the field `compare` of the same line.",
+        "Also answer without pruning, and print both answers; with --json in the field `compare` of the same line.",
     ) = False,
     show_thoughts: opt.ShowThoughts = False,
     options: opt.MakeOptions,
@@ -139,8 +144,8 @@ def ask(
             encode_full = (lambda show: encode(session.unpruned(), show, full=True)) if compare else None
             chat = None
             if interactive:
-                alone = single_questions(history, session, compare)
-                if alone is None:
+                why_single = why_single_questions(history, session, compare)
+                if why_single is None:
                     chat = encoded.chat(pipeline.generation.system)
             talk.begin(encoded, pipeline.generation, encode_full, chat)
             if not interactive:
@@ -153,8 +158,8 @@ def ask(
             if not quiet:
                 names = listed([os.path.basename(os.path.abspath(path)) for path in names])
                 tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
-                if alone and history is None:
-                    tell(f"Each question is on its own: {alone}.")
+                if why_single and history is None:
+                    tell(f"Questions are independent: {why_single}.")
             for question in typed_questions(meanwhile=session.loaded.packing.meanwhile, chat=chat):
                 questions.append(question)
                 talk.attempt(question, typed=True)
@@ -169,21 +174,21 @@ def check_history(history: str | None, prompt: bool, compare: bool = False) -> N
     if history not in (None, opt.ON, opt.OFF):
         raise UsageError(f"--history {history}", f"use {opt.ON} or {opt.OFF}")
     if history and not prompt:
-        raise UsageError("--history is about questions at a prompt", "leave it out, or ask at a prompt")
+        raise UsageError("--history applies only to questions at a prompt", "leave it out, or ask at a prompt")
     if history == opt.ON and compare:
-        raise UsageError("--compare is about single questions", "leave out --compare or --history on")
+        raise UsageError("--compare applies only to single questions", "leave out --compare or --history on")
 
 
-def single_questions(history: str | None, session: "Session", compare: bool = False) -> str | None:
+def why_single_questions(history: str | None, session: "Session", compare: bool = False) -> str | None:
     """Return why questions at the prompt do not form a conversation, or None if they do."""
     if history:
         return None if history == opt.ON else "--history off"
     if compare:
-        return "--compare is about single questions"
+        return "--compare applies only to single questions"
     if session.pruning.method.reads_question:
         return f"{session.pruning.method.name} prunes for one question"
     if session.loaded.demo:
-        return "the demo models know single questions (--history on remembers)"
+        return "the demo models know only single questions (--history on remembers them)"
     return None
 
 
@@ -205,7 +210,7 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
         VideoError, UsageError: an input is not a file.
     """
     if inputs.count(STDIN) > 1:
-        raise UsageError("standard input is there twice", "it can be read once")
+        raise UsageError("standard input is given twice", "it can be read only once")
     if len(inputs) == 1 and question is None and re.search(r"\s", inputs[0]):
         (only,) = inputs
         if not _exists(only) and not PATH.search(only):
@@ -219,9 +224,9 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
         raise VideoError(f"no such file: {name}", missing_hint(name, f"videos and pictures come first: {USAGE}"))
     if not PATH.fullmatch(name):
         words = [*missing, *filter(None, [question])]
-        hint = f"quote the question: {USAGE}; a second one: -Q"
+        hint = f"quote the question: {USAGE}; for more questions: -Q"
         if any(word.startswith("-") for word in words):
-            hint = "what follows -- is no option: put options before it"
+            hint = "words after -- are not options: put options before it"
         raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
     hint = "check the path"
     if name == last and question is None:
@@ -232,9 +237,9 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
 def check_generation(generation: GenerationOptions, json: bool) -> None:
     """Raise UsageError if log probabilities are requested without a record to put them in, or choices of rows are used."""
     if generation.choices_from_rows:
-        raise UsageError("--choices options are those of the rows of a batch", "give two texts or more")
+        raise UsageError("--choices options means the options of batch rows", "give two or more texts")
     if generation.logprobs is not None and not json:
-        raise UsageError("--logprobs are part of the records", "add --json")
+        raise UsageError("--logprobs are only in JSON records", "add --json")
 
 
 def _exists(word: str) -> bool:
@@ -280,8 +285,8 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
     """Return all questions in order. If none is given and none will be typed, one is read from stdin, unless stdin is the video."""
     if interactive:
         if sys.stdin is None or not sys.stdin.isatty():
-            said = "--interactive reads questions from a terminal, and stdin is not one"
-            raise UsageError(said, "several questions at once: -Q, repeatable")
+            message = "--interactive reads questions from a terminal, but stdin is not one"
+            raise UsageError(message, "to ask several questions at once, repeat -Q")
     elif not given:
         if STDIN in inputs:
             raise UsageError("no question, and stdin is the video", 'cat clip.mp4 | evoprune ask - "What happens?"')
@@ -309,7 +314,7 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
     *before, last = inputs
     named = ""
     if before and not PATH.fullmatch(last):
-        named = f"there is a file {shown(last)}; to ask that as the question: -Q {shown(last)}"
+        named = f"{shown(last)} is a file; to ask it as a question: -Q {shown(last)}"
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("no question", named or f"{_usage(inputs)}, or -i for a prompt")
     try:
@@ -317,8 +322,8 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
     except UnicodeDecodeError as problem:
         raise UsageError("the question on stdin is not valid text", "write it in UTF-8") from problem
     if len(question) > MAX_QUESTION:
-        said = f"the question on stdin has more than {MAX_QUESTION:,} characters"
-        raise UsageError(said, "no model reads so much")
+        message = f"the question on stdin has more than {MAX_QUESTION:,} characters"
+        raise UsageError(message, "shorten it: no model reads that much")
     question = question.removeprefix("\ufeff").strip()
     if not question:
         raise UsageError("no question, and stdin is empty", named or _usage(inputs))
@@ -333,7 +338,7 @@ def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: Sam
     sampling.check_one_file(len(infos))
     pictures = all(info.is_picture for info in infos)
     if not quiet and pictures and (sampling.sets_frames or sampling.max_frames):
-        tell("note: --fps, --frames and --max-frames are about videos; a picture is read as it is")
+        tell("note: --fps, --frames and --max-frames have no effect on pictures")
     for info, wanted in zip(infos, sampling.of_each(infos), strict=True):
         wanted.check_picture(info)
         plan_input(model, info, wanted)
@@ -344,17 +349,17 @@ def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: Sam
 def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
     """Report if fewer or smaller frames are read than the flags or the model's rate ask for."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
-        rate = "asked for:" if plan.limited else "at the model's rate"
+        source = "requested" if plan.limited else "model's rate"
         every_s = plan.sampling.seconds_per_frame
         every = f"{every_s:,.0f} s" if every_s >= 100 else f"{every_s:.3g} s"
-        wanted = f"{rate} {plan.sampling.wanted:,} (--max-frames {plan.sampling.wanted})"
+        wanted = f"{source}: {plan.sampling.wanted:,} (--max-frames {plan.sampling.wanted})"
         tell(f"reading {plan.sampling.frames:,} frames, one every {every}; {wanted}")
     if plan.token_capped:
         most = f"{plan.token_limit:,} tokens"
         if sampling.max_visual_tokens is None and plan.token_limit < sampling.MAX_VISUAL_TOKENS:
             most += " on a CPU"
         seen = "a picture" if plan.is_picture else f"{plan.sampling.frames} frames"
-        note(f"at most {most} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}")
+        note(f"limited to {most} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}")
 
 
 def _note_subtitles(plan: "Plan") -> None:
@@ -447,14 +452,14 @@ class Conversation:
         """
         if self._echo and not typed:
             tell(f"{PROMPT}{' '.join(question.split())}")
-        report = self._say(self._chat or self._inputs, question, "pruned").report
+        report = self._ask_and_print(self._chat or self._inputs, question, "pruned").report
         report.id = identity or report.id
         if self._encode_full:
             self._half = report
             if self._full is None:  # not earlier, so that the first answer does not wait for it
                 with progress(not self._quiet) as show:
                     self._full = self._encode_full(show)
-            answer = self._say(self._full, question, "full")
+            answer = self._ask_and_print(self._full, question, "full")
             report.compare, self._half = answer.report, None
             from evoprune.bench import Reference
 
@@ -470,7 +475,7 @@ class Conversation:
             False if the question could not be asked.
         """
         before = self.answered
-        said = self._chat.messages if self._chat else None
+        messages = self._chat.messages if self._chat else None
         try:
             self.answer(question, typed, identity)
         except UsageError as problem:
@@ -485,8 +490,8 @@ class Conversation:
             if not (goes_on and isinstance(problem, KeyboardInterrupt)):
                 raise
             note()  # ends the line with the terminal's ^C
-            if self._chat and self._chat.messages == said and not self._quiet:
-                tell("The stopped answer and its question are not remembered.")
+            if self._chat and self._chat.messages == messages and not self._quiet:
+                tell("The stopped answer and its question are forgotten.")
         return True
 
     def break_off(self, problem: BaseException, unanswered: list[str]) -> None:
@@ -517,7 +522,7 @@ class Conversation:
                 print_json(self._failure(missing, problem))
             problem.reported = True
 
-    def _say(self, inputs: "EncodedInputs | Chat", question: str, label: str) -> "Answer":
+    def _ask_and_print(self, inputs: "EncodedInputs | Chat", question: str, label: str) -> "Answer":
         with contextlib.ExitStack() as line:  # the progress line
 
             def think(piece: str) -> None:
@@ -618,7 +623,7 @@ def typed_questions(
             if warned or not twice:
                 note()
                 raise
-            note("\nq or Ctrl-D ends the conversation, or Ctrl-C once more")
+            note("\nto quit: q or Ctrl-D, or Ctrl-C again")
             warned = True
             continue
         warned = False
@@ -629,19 +634,19 @@ def typed_questions(
             tell(HELP_CHAT if chat else HELP)
         elif chat and word == "/new":
             chat.clear()
-            tell("what was said is forgotten")
+            tell("the conversation is forgotten")
         elif chat and word == "/undo":
             question = chat.undo()
             tell("there is no question to take back" if question is None else f"taken back: {shown(question)}")
         elif word in ("/new", "/undo"):
-            tell(f"{word} is about a conversation, and each question is on its own here")
+            tell(f"{word} applies only to conversations, but questions are independent here")
         elif word.split()[:1] in (["/new"], ["/undo"], ["/help"]):
-            tell(f"{word.split()[0]} stands alone on its line: nothing was done")
+            tell(f"{word.split()[0]} must be alone on its line: nothing was done")
         elif command := re.match(r"/[\w-]*(?=\s|$)", word):
-            tell(f"there is no command {command[0]}, so it is not asked; /help lists them")
+            tell(f"there is no command {command[0]}, so nothing was asked; /help lists the commands")
         elif re.match(r"--|-[a-z]", word):
-            hint = "options belong to the command line: q ends the conversation, and evoprune ask begins another one with them"
-            print_error(f"{word.split()[0]} looks like an option, so it is not asked", hint)
+            hint = "options go on the command line: quit with q, then run evoprune ask with them"
+            print_error(f"{word.split()[0]} looks like an option, so nothing was asked", hint)
         elif word:
             yield line
 

@@ -36,30 +36,32 @@ def batch(
     videos: opt.argument(
         list[str] | None, "VIDEO", "Video files, folders of videos, or folders of images, each of which is one video."
     ) = None,
-    questions: opt.option(list[str] | None, "-Q --question TEXT", "Asked of every video; repeatable.", "Rows") = None,
+    questions: opt.option(
+        list[str] | None, "-Q --question TEXT", "Question to ask about every video; repeatable.", "Rows"
+    ) = None,
     source: opt.option(
         str | None,
         "--from FILE|-",
-        "In place of VIDEO and -Q: JSONL or CSV rows with video, question and perhaps "
+        "Instead of VIDEO and -Q: JSONL or CSV rows with video, question and optionally "
         "id, start, end, fps, frames, frame_rate, max_new_tokens, options (in CSV a|b|c), subtitles, "
-        "answer; in JSONL also messages in place of question. Files are relative to the file; - is stdin, "
-        "which is read to its end first.",
+        "answer; in JSONL also messages instead of question. Paths are relative to the file; - is stdin, "
+        "which is read completely first.",
         "Rows",
     ) = None,
     recursive: opt.option(
-        bool, "-r --recursive", "Also the videos of the folders inside a folder, but for hidden ones and links.", "Rows"
+        bool, "-r --recursive", "Also read the videos in subfolders, except hidden ones and links.", "Rows"
     ) = False,
     output: opt.option(
         str | None,
         "-o --output FILE|-",
-        "Where the records go, each as soon as it is finished; - is stdout. Records of a video stand together. FILE.csv gets a "
+        "Write each record to FILE as soon as it is finished; - is stdout. Records of a video are adjacent. FILE.csv gets a "
         "table: the columns of the rows, then answer, error, finish_reason, visual_tokens, new_tokens, total_ms.",
         opt.OUTPUT,
     ) = None,
     resume: opt.option(
         bool,
         "--resume",
-        "Go on with FILE if it exists: rows that have an answer are skipped, rows that failed are asked again.",
+        "Continue FILE if it exists: answered rows are skipped, and failed rows are asked again.",
         opt.OUTPUT,
     ) = False,
     overwrite: opt.Overwrite = False,
@@ -67,14 +69,14 @@ def batch(
     on: opt.option(
         str,
         "--on",
-        "ray: on a Ray cluster, one model for each GPU, or for each node without GPUs. Needs evoprune[ray].",
+        "Where to run; ray: a Ray cluster, with one model per GPU, or per node without GPUs. Needs evoprune[ray].",
         "Machines",
         **opt.one_of(*PLACES),
     ) = PLACES[0],
     address: opt.option(
         str | None,
         "--address",
-        "Of the Ray cluster; default: RAY_ADDRESS, else a cluster on this machine.",
+        "Address of the Ray cluster; default: RAY_ADDRESS, otherwise a new cluster on this machine.",
         "Machines",
         **opt.one_of("auto", "HOST:PORT"),
     ) = None,
@@ -83,9 +85,9 @@ def batch(
 ) -> int:
     """Ask many questions about many videos: one JSON line each.
 
-    A line is the record of `ask --json` with the row's id. The model is loaded once, a video encoded once for all its questions,
-    and the next ones are read meanwhile. A row that fails has a record with `error`, and the others go on; the exit code is then 6.
-    Needs -m or EVOPRUNE_MODEL.
+    Each line is a record as printed by `ask --json`, with the row's id. The model is loaded once, and each video is encoded once
+    for all its questions, while the next videos are read. A row that fails gets a record with `error`, and the others continue;
+    the exit code is then 6. Needs -m or EVOPRUNE_MODEL.
 
     \b
     export EVOPRUNE_MODEL=Qwen/Qwen2.5-VL-3B-Instruct
@@ -96,11 +98,13 @@ def batch(
     if not output:
         raise UsageError("no output", f"name a file with -o: {USAGE}")
     if output.startswith("--"):
-        raise UsageError(f"-o has no file: {output} is an option", "-o FILE; a file of that name is ./--...")
+        raise UsageError(
+            f"-o has no file: {output} is an option", "give -o FILE; if that is the file's name, write ./--..."
+        )
     if on not in PLACES:
-        raise UsageError(f"--on {on} is no place to run", f"one of {', '.join(PLACES)}")
+        raise UsageError(f"--on {on} is unknown", f"one of {', '.join(PLACES)}")
     if address and on != "ray":
-        raise UsageError("--address is of a Ray cluster", "add --on ray")
+        raise UsageError("--address applies only to a Ray cluster", "add --on ray")
     pipeline = options()
     from evoprune.batch import (
         RecordFile,
@@ -113,13 +117,13 @@ def batch(
     from evoprune.video import choose_decoder
 
     if not pipeline.model.model:
-        raise UsageError("no model", "name one with -m or EVOPRUNE_MODEL; -m demo is a bundled tiny one")
+        raise UsageError("no model", "name one with -m or EVOPRUNE_MODEL; -m demo is a tiny bundled one")
     choose_decoder(pipeline.sampling.decoder)
     if pipeline.generation.system is not None and not is_text(pipeline.generation.system):
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
     table = TableFile.is_meant(output)
     if pipeline.generation.logprobs is not None and table:
-        raise UsageError("--logprobs have no place in a table", "give -o a name that ends in .jsonl")
+        raise UsageError("--logprobs cannot be written to a table", "use -o FILE.jsonl")
     settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling.timeless, pipeline.generation)
     reader = RowReader(passes_on=table, start_s=pipeline.sampling.start_s, end_s=pipeline.sampling.end_s)
     rows = _rows(videos or [], questions or [], source, quiet, reader, recursive)
@@ -128,7 +132,7 @@ def batch(
     if pipeline.generation.choices_from_rows:
         if source is None:
             raise UsageError(
-                "--choices options are those of rows, and there are none", "give --from FILE, or the texts"
+                "--choices options means the options of rows, but there are none", "give --from FILE, or the texts"
             )
         rows = [row.with_scored_options() for row in rows]
     tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
@@ -136,12 +140,12 @@ def batch(
     opened = kind(output, stdout=stdout(), resume=resume, overwrite=overwrite)
     with tally, closing(opened) as file, progress(not quiet) as show:
         sources = Sources(settings)
-        left = sources.remaining(rows, file.found)
+        left = sources.remaining(rows, file.earlier_records)
         ready = partial(tally.start, file, len(left), show)
-        others = len({record.id for record in file.found} - {row.id for row in rows})
+        others = len({record.id for record in file.earlier_records} - {row.id for row in rows})
         if others and not quiet:
-            stay = "stays" if others == 1 else "stay"
-            tell(f"the output also holds {counted(others, 'record')} of other rows, which {stay} in it")
+            are_kept = "is kept" if others == 1 else "are kept"
+            tell(f"the output also contains {counted(others, 'record')} of other rows, which {are_kept}")
         if not left:
             ready()
             file.begin()
@@ -179,7 +183,7 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
     prepare()
     model = describe(settings.model)
     first = [] if cache else spans  # cached inputs need not be read
-    asked = ((span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in first)
+    asked = ((span.rows[0].paths, settings.sampling.with_overrides(**span.sampling)) for span in first)
     with ReadAhead(model, asked, settings.pruning) as ahead:
         from evoprune.batch import answers
         from evoprune.session import Cache
@@ -188,8 +192,8 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
         note_model(session, settings.generation, quiet)
         ready()
         stored = Cache() if cache else None
-        told = {"progress": encoding(tally.encoding), "on_wait": tally.wait}
-        yield from answers(session, spans, settings, stored, print_traceback, ahead, **told)
+        callbacks = {"progress": encoding(tally.encoding), "on_wait": tally.wait}
+        yield from answers(session, spans, settings, stored, print_traceback, ahead, **callbacks)
 
 
 def _rows(
@@ -204,7 +208,9 @@ def _rows(
         if not questions:
             raise UsageError("no question", f"put -Q before each question, or give --from FILE: {USAGE}")
         if DASH in videos:
-            raise UsageError("a batch takes no video from stdin", "evoprune ask - does; a file of that name is ./-")
+            raise UsageError(
+                "a batch cannot read a video from stdin", "evoprune ask - can; for a file with that name, write ./-"
+            )
         pictures = (reader.start_s, reader.end_s) == (0.0, None)  # a span does not apply to pictures
         rows = reader.pairs(videos, questions, recursive, pictures)
         if not quiet and not recursive:
@@ -212,14 +218,14 @@ def _rows(
                 tell(line)
         return rows
     if recursive:
-        raise UsageError("-r is about folders, and --from names every video", "leave out one of the two")
+        raise UsageError("-r applies only to folders, but --from names every video", "leave out one of the two")
     if videos or questions:
-        raise UsageError("--from excludes videos and questions", "the rows of the file name both")
+        raise UsageError("--from excludes videos and questions", "the rows in the file contain both")
     if source != DASH:
         return reader.load(source)
     stdin = getattr(sys.stdin, "buffer", None)
     if stdin is None or sys.stdin.isatty():
-        raise UsageError("--from - reads stdin, and nothing is piped into it", "pipe rows into it, or name a file")
+        raise UsageError("--from - reads stdin, but nothing is piped into it", "pipe rows into it, or name a file")
     return replace(reader, file="name a file with --from").read(stdin, "stdin")
 
 
@@ -232,10 +238,10 @@ def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool
     missing = [path for path in videos if not is_url(path) and not os.path.exists(path)]
     names = [shown(path) for path in missing]
     if len(missing) == len(videos):
-        usual = "check the path" if source is None else "paths in a file of rows are relative to it"
+        usual = "check the path" if source is None else "paths in a file of rows are relative to that file"
         hint = missing_hint(missing[0], usual)
         if any(character in missing[0] for character in "*?["):
-            hint = "a pattern that matches nothing stays as it is: no file here has such a name"
+            hint = "no file matches this pattern"
         raise VideoError(f"no such file: {some(names)}", hint)
     if missing and not quiet:
         failing = "its rows"
@@ -244,7 +250,7 @@ def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool
         tell(f"no such file: {some(names)} ({failing} will fail)")
     read = filter(None, [*videos, *(row.subtitles_path for row in rows), source])
     if output != DASH and is_one_of(output, read):
-        raise UsageError(f"{output} is what is to be read", "choose another -o")
+        raise UsageError(f"{output} is one of the inputs", "choose another -o")
     return [] if quiet else [videos[path] for path in missing[:SOME]]
 
 
@@ -264,18 +270,18 @@ class Tally:
         self.failed = 0
         self.quiet = quiet
         self._total = total
-        self._named = frozenset(named)
+        self._reported_missing = frozenset(named)
         self._file: RecordFile | None = None
         self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # videos by warning name and by path
-        # `_cut` counts answers that -n cut off.
+        # `_cut_answers` counts answers that -n cut off.
         self._last_failure = ""
-        self._cut = 0
+        self._cut_answers = 0
         self._waited_s: float | None = None  # time spent waiting for reads; None if unknown, as on a Ray cluster
 
     def start(self, file: "RecordFile", left: int, show) -> None:
         """Start counting after the model is loaded. `left` is the number of unanswered rows. `show`: see `terminal.progress`."""
         self._file, self._before, self._show = file, self._total - left, show
-        self._begun = self._reported = time.monotonic()
+        self._started_at = self._reported_at = time.monotonic()
         self._show_rows()
 
     def encoding(self, what: str, done: int, total: int) -> None:
@@ -293,7 +299,7 @@ class Tally:
 
     def add(self, record: Report) -> None:
         """Count a record that was written to the file."""
-        self._cut += record.finish_reason == "length"
+        self._cut_answers += record.finish_reason == "length"
         for name, video in warned(record):
             if name in ("answer_cut", "thoughts_cut"):
                 continue  # counted regardless of the video
@@ -305,13 +311,13 @@ class Tally:
             said = f"failed: {message}"
             if not any(path in message for path in inputs):
                 said = f"failed: {listed(inputs)}: {message}"
-            if not (self._named & set(inputs) and message.startswith("no such file")):
+            if not (self._reported_missing & set(inputs) and message.startswith("no such file")):
                 if said != self._last_failure and not self.quiet:  # all rows of a video fail for the same reason
                     tell(said)
                 self._last_failure = said
         self._show_rows()
-        if time.monotonic() - self._reported >= TELL_EVERY_S and not self.quiet and not sys.stderr.isatty():
-            self._reported = time.monotonic()
+        if time.monotonic() - self._reported_at >= TELL_EVERY_S and not self.quiet and not sys.stderr.isatty():
+            self._reported_at = time.monotonic()
             tell(self._line(self._before + self._file.written))
 
     def __enter__(self) -> "Tally":
@@ -322,35 +328,35 @@ class Tally:
             return
         if problem and not (self._file and self._file.written):
             if not isinstance(problem, Exception) and not self.quiet:
-                tell("interrupted: no record was written; to go on: the same command")
+                tell("interrupted before any record was written; to continue, repeat the same command")
             return
         for name, videos in self._warnings.items():
             print_warning(name, next(iter(videos.values())), len(videos) - 1)
         if self.quiet:
             return
         new = self._file.written
-        seconds = time.monotonic() - self._begun
+        seconds = time.monotonic() - self._started_at
         done = self._before + new - self.failed
         said = f"{done:,} of {counted(self._total, 'row')} answered"
         if self._before:
-            said += f", {self._before:,} of them before"
+            said += f", {self._before:,} of them earlier"
         said += self._failed()
         if new:
             said += f": {clock(seconds)}, {pace(new, seconds)}"
             if self._waited_s is not None:
                 said += f"; waited {clock(self._waited_s)} for reading"
         tell(said)
-        if self._cut:
-            tell(f"{counted(self._cut, 'answer')} may be incomplete: -n (max_new_tokens) allows no more tokens")
+        if self._cut_answers:
+            tell(f"{counted(self._cut_answers, 'answer')} may be incomplete: -n (max_new_tokens) allows no more tokens")
         if self._file.resumable and problem:
-            tell("to go on: the same command with --resume")
+            tell("to continue, repeat the same command with --resume")
         elif self._file.regular and problem:
-            tell("a table cannot be gone on with; records can: -o FILE.jsonl")
+            tell("a table cannot be resumed, but records can: -o FILE.jsonl")
         elif self._file.resumable and self.failed:
-            tell("once the cause of a failure is mended, the same command with --resume asks the failed rows again")
+            tell("to ask the failed rows again, fix the cause and repeat the same command with --resume")
 
     def _line(self, done: int) -> str:
-        seconds = time.monotonic() - self._begun
+        seconds = time.monotonic() - self._started_at
         new = self._file.written
         said = f"{done:,} of {counted(self._total, 'row')}{self._failed()}"
         if new:

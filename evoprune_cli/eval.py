@@ -17,7 +17,7 @@ from evoprune_cli.terminal import check_output, note, progress
 
 FORMATS = ("table", "csv")
 # Options allowed with --resume DIR and no --data: results do not depend on them.
-BESIDE_RESUME = (
+ALLOWED_WITH_RESUME = (
     "--resume", "--processes", "--chart", "--format", "--json", "-q", "--quiet", "--debug", "--device", "--threads", "--offline",
     "--store-quantized",
 )  # fmt: skip
@@ -40,22 +40,22 @@ def evaluate(
     data: opt.option(
         str | None,
         "--data FILE",
-        "Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups.",
+        "Questions: JSONL or CSV rows with video, question, answer and optionally id, options, type, groups.",
         "Data",
     ) = None,
-    limit: opt.option(int | None, "--limit N", "At most N videos; default: all.", "Data", min=1) = None,
-    group: opt.option(list[str] | None, "--group LIST", "Only questions of these groups.", "Data") = None,
-    seed: opt.option(int, "--seed <int>", "Seed of methods that draw at random.", "Data", min=0, max=2**31 - 1) = 0,
+    limit: opt.option(int | None, "--limit N", "Maximum number of videos; default: all.", "Data", min=1) = None,
+    group: opt.option(list[str] | None, "--group LIST", "Ask only the questions of these groups.", "Data") = None,
+    seed: opt.option(int, "--seed <int>", "Random seed of the methods.", "Data", min=0, max=2**31 - 1) = 0,
     budget: opt.Budgets = None,
     method: opt.Methods = None,
     blind: opt.option(
-        bool, "--blind", "Also ask about a grey video of the same size and length, to measure guessing.", opt.SWEEP
+        bool, "--blind", "Also ask about a gray video of the same size and length, to measure guessing.", opt.SWEEP
     ) = False,
     score: opt.option(
         str,
         "--score",
-        "How questions with options are graded: by the text of the answer; or the most likely option is the answer, without "
-        "letters, and the table has a Brier score.",
+        "How to grade questions with options. text: by the text of the answer. likelihood: the most likely option is the answer; "
+        "options get no letters, and the table has a Brier score.",
         opt.SWEEP,
         **opt.one_of("text", "likelihood"),
     ) = "text",
@@ -63,7 +63,7 @@ def evaluate(
     processes: opt.option(
         int,
         "--processes N",
-        "Videos at a time, each in a process with its own copy of the model.",
+        "Number of processes, each with its own copy of the model and one video at a time.",
         opt.OUTPUT,
         min=1,
         max=256,
@@ -71,7 +71,7 @@ def evaluate(
     output: opt.option(
         str | None,
         "-o --output DIR",
-        "Write settings, samples and results there; if it exists, to DIR-2 and so on.",
+        "Write settings, samples and results to DIR, or to DIR-2 and so on if it exists.",
         opt.OUTPUT,
     ) = None,
     resume: opt.option(
@@ -86,18 +86,18 @@ def evaluate(
     form: opt.option(
         str,
         "--format",
-        "As a table, or as CSV: a line for each row and group.",
+        "Print a table, or CSV with a line for each row and group.",
         opt.OUTPUT,
         **opt.one_of("table", "csv"),
     ) = "table",
     json: opt.JsonResults = False,
     quiet: opt.Quiet = False,
 ) -> int:
-    """Measure accuracy against budget, on questions with known answers.
+    """Measure accuracy at each budget, on questions with known answers.
 
-    Every setting answers the same questions, the full budget first. Settings are compared with it, and with the first method at
-    the same budget. Intervals are 95%, over videos. Cost is in operations at the 3B model's dimensions. Exit code 6: done, but some
-    videos failed.
+    Every setting answers the same questions, the full budget first. Settings are compared with the full budget, and with the first
+    method at the same budget. Intervals are 95% confidence intervals over videos. Cost is in operations at the 3B model's
+    dimensions. Exit code 6: finished, but some videos failed.
 
     \b
     evoprune eval --data samples/questions.jsonl
@@ -110,20 +110,24 @@ def evaluate(
     if json and form != "table":
         raise UsageError(f"--json and --format {form} exclude each other", "leave one out")
     if data is None and resume is None:
-        raise UsageError("no questions", "--data FILE, a JSONL or CSV file whose rows have video, question and answer")
+        raise UsageError(
+            "no questions", "give --data FILE, a JSONL or CSV file whose rows have video, question and answer"
+        )
     from evoprune.bench import EvalSettings
 
     if data is None:
         check_output()
-        if refused := [arg for arg in sys.argv[2:] if arg[:1] == "-" and arg.partition("=")[0] not in BESIDE_RESUME]:
-            hint = "leave it out, or give all settings, --data included"
-            raise UsageError(f"{refused[0]} is given beside --resume, which has the settings of its run", hint)
+        if refused := [
+            arg for arg in sys.argv[2:] if arg[:1] == "-" and arg.partition("=")[0] not in ALLOWED_WITH_RESUME
+        ]:
+            hint = "leave it out, or give all settings, including --data"
+            raise UsageError(f"{refused[0]} cannot be used with --resume, which has the settings of its run", hint)
         settings = EvalSettings.stored(Path(resume), pipeline.model)
     else:
         sweep = opt.sweep(budget, method, named=True)
         check_output()
         if output is not None and resume is not None:
-            raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")
+            raise UsageError("-o and --resume exclude each other", "--resume continues in its own folder")
         groups = tuple(dict.fromkeys(opt.listed(group)))
         given = {**sweep, "data": data, "blind": blind, "seed": seed, "score": score, "limit": limit, "groups": groups}
         given |= {"model": pipeline.model, "sampling": pipeline.sampling, "generation": pipeline.generation}
@@ -154,7 +158,7 @@ def evaluate(
             deliver(error)
         finally:
             if evaluation.folder and not quiet:
-                note(f"to go on: evoprune eval --resume {shlex.quote(str(evaluation.folder.path))}")
+                note(f"to continue: evoprune eval --resume {shlex.quote(str(evaluation.folder.path))}")
 
     from evoprune.session import ReadAhead, describe
 
@@ -180,7 +184,7 @@ def evaluate(
         if output is not None:
             evaluation.keep_in(Path(output))
             if not quiet and evaluation.folder.path != Path(output):
-                note(f"{output} is there already: writing to {evaluation.folder.path}")
+                note(f"{output} already exists: writing to {evaluation.folder.path}")
         evaluation.ahead = ahead
         evaluation.run(tell, processes)
     deliver()

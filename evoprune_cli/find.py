@@ -45,27 +45,25 @@ BAR = 20  # characters in the bar of a score of 1
     short="more top min_score srt clips model budget fps start_s end_s json quiet",
     without=("frames", "max_frames", "subtitles", "max_subtitle_tokens"),
     fps={
-        "help": "Frames a second to look at in all segments; default: the model's rate, less in a long video (--total-tokens)."
+        "help": "Frames per second to sample in all segments; default: the model's rate, lower for long videos (--total-tokens)."
     },
     seek={
-        "help": "Which frame is taken for each equal part of a segment: exact, that in its middle; keyframes, the keyframe nearest "
-        "to it, if the part has one. auto: keyframes, and exact where a moment begins and ends."
+        "help": "Which frame to use for each equal part of a segment: exact, the frame in its middle; keyframes, the keyframe "
+        "nearest to the middle, if the part has one. auto: keyframes, but exact at the start and end of a moment."
     },
 )
 def find(
     *,
     words: opt.argument(
-        list[str], "VIDEO", "Videos (files, folders of videos or of frames, URLs), then what to find, quoted."
+        list[str], "VIDEO", "Videos (files, folders of videos or of frames, URLs), then what to find, in quotes."
     ),
     more: opt.option(
-        list[str] | None, "-Q --query TEXT", "What to find; repeatable. All share one encoding of each segment."
+        list[str] | None, "-Q --query TEXT", "What to find; repeatable. Each segment is encoded once for all queries."
     ) = None,
     options: opt.MakeOptions,
-    srt: opt.option(
-        str | None, "--srt FILE", "Write the moments as subtitles: what was found and its score, while it lasts.", FILES
-    ) = None,
+    srt: opt.option(str | None, "--srt FILE", "Write the moments as subtitles, with query and score.", FILES) = None,
     chapters: opt.option(
-        str | None, "--chapters FILE", "Write them as chapters, in the format of FFmpeg's metadata.", FILES
+        str | None, "--chapters FILE", "Write the moments as chapters, in FFmpeg's metadata format.", FILES
     ) = None,
     contact_sheet: opt.option(
         str | None, "--contact-sheet FILE.png", "Draw the best frame of each moment, with its time.", FILES
@@ -73,34 +71,34 @@ def find(
     clips: opt.option(
         str | None,
         "--clips DIR",
-        "Cut each moment into a file of its own, by copying packets from the keyframe before it on. A name that is there gets a "
-        "number.",
+        "Cut each moment into its own file, copying packets from the keyframe before it. If a file name is taken, a number is "
+        "added.",
         FILES,
     ) = None,
     exact: opt.option(
         bool,
         "--exact",
-        "Have clips begin and end exactly where moments do: their frames are re-encoded, in SDR.",
+        "Make clips start and end exactly with their moments, by re-encoding their frames in SDR.",
         FILES,
     ) = False,
-    json: opt.option(bool, "--json", "One JSON line a moment on stdout, instead of text.", opt.OUTPUT) = False,
+    json: opt.option(bool, "--json", "Print a JSON line per moment, instead of text.", opt.OUTPUT) = False,
     output: opt.option(
         str | None,
         "-o --output FILE",
-        "Also write here what was found, a JSON line a video, as soon as it is searched to its end.",
+        "Also write the results to FILE, one JSON line per video, as soon as its search is complete.",
         opt.OUTPUT,
     ) = None,
     resume: opt.option(
         bool,
         "--resume",
-        "Go on with FILE if it exists: videos that it has are skipped, those that failed are searched again.",
+        "Continue FILE if it exists: videos in it are skipped, and failed videos are searched again.",
         opt.OUTPUT,
     ) = False,
     overwrite: opt.Overwrite = False,
     cache: opt.option(
         bool,
         "--cache/--no-cache",
-        "Keep encoded segments on disk (at most 4 GiB), so that other queries need no reading and no encoding.  "
+        "Keep encoded segments on disk (at most 4 GiB), so that other queries need not read or encode them again.  "
         "[env var: EVOPRUNE_CACHE_DIR]",
         opt.OUTPUT,
     ) = False,
@@ -108,9 +106,10 @@ def find(
 ) -> int:
     """Find the moments of videos that show something, best first.
 
-    Each video is cut into segments, and each segment is asked whether it shows it. Where yes is much more probable than in most
-    segments, dense frames tell when the moment begins and ends. Nothing found is no error. Ctrl-C prints what was found so far. A
-    video that fails is reported, and the others go on; the exit code is then 6. Files are written once all of a video was asked.
+    Each video is cut into segments, and the model is asked about each one whether it shows the query. Where yes is much more
+    probable than in most segments, denser frames show when the moment starts and ends. Finding nothing is not an error. Ctrl-C
+    prints what was found so far. A video that fails is reported, and the others continue; the exit code is then 6. Files are
+    written after a video has been searched completely.
 
     \b
     evoprune find clip.mp4 "a red star"
@@ -127,16 +126,16 @@ def find(
     files = MomentFiles(srt, chapters, contact_sheet, clips, exact)
     files.check([row.paths[0] for row in rows], output)
     if (resume or overwrite) and output is None:
-        raise UsageError("--resume and --overwrite are about a file", "name it with -o")
+        raise UsageError("--resume and --overwrite apply to an output file", "name it with -o")
     with ExitStack() as stack:
-        kept = None
+        search_output = None
         left = rows
         if output is not None:
-            kept = Kept(rows, pipeline, output, resume, overwrite)
-            stack.enter_context(closing(kept))
-            left = kept.left
+            search_output = SearchOutput(rows, pipeline, output, resume, overwrite)
+            stack.enter_context(closing(search_output))
+            left = search_output.left
             if len(left) < len(rows) and not quiet:
-                tell(f"{output} has {len(rows) - len(left):,} of {counted(len(rows), 'video')} already")
+                tell(f"{output} already has {len(rows) - len(left):,} of {counted(len(rows), 'video')}")
         if not left:
             return 0
         warm_up()  # warms up while this process imports its dependencies
@@ -169,12 +168,12 @@ def find(
                     raise
                 failed += 1
                 error = _report_failure(problem, name, json)
-            if kept:
-                kept.add(row, moments, error, session.loaded.description.commit)
+            if search_output:
+                search_output.add(row, moments, error, session.loaded.description.commit)
         return SOME_FAILED if failed else 0
 
 
-class Kept:
+class SearchOutput:
     """The output file of a search; must be closed. `left` are the rows that it does not contain yet."""
 
     def __init__(self, rows: Sequence["Row"], options: PipelineOptions, path: str, resume: bool, overwrite: bool):
@@ -182,9 +181,9 @@ class Kept:
         from evoprune_cli.found import MomentsFile, SearchSettings
 
         if path == "-":
-            raise UsageError("-o names a file", "--json prints on stdout")
+            raise UsageError("-o needs a file", "use --json to print to stdout")
         if is_one_of(path, [row.paths[0] for row in rows]):
-            raise UsageError(f"{path} is what is to be read", "choose another -o")
+            raise UsageError(f"{path} is one of the inputs", "choose another -o")
         settings = SearchSettings(
             options.model, options.pruning, options.sampling.timeless, options.generation, options.stream, options.find
         )
@@ -192,7 +191,7 @@ class Kept:
         self._file = MomentsFile(path, resume=resume, overwrite=overwrite)
         try:
             self._sources = Sources(settings)
-            self.left = self._sources.remaining(rows, self._file.found)
+            self.left = self._sources.remaining(rows, self._file.earlier_records)
         except BaseException:
             self.close()
             raise
@@ -234,7 +233,7 @@ def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]
     if query is not None:
         queries = [query, *more]
     if not queries:
-        raise UsageError("nothing to find", f"say what, quoted, after the videos: {USAGE}")
+        raise UsageError("nothing to find", f"say what to find, in quotes, after the videos: {USAGE}")
     if not all(query.strip() for query in queries):
         raise UsageError("the query is empty", USAGE)
     return list(videos), queries
@@ -267,7 +266,7 @@ def _announce(search: "Search", name: str) -> None:
     length_s = first.end_s - first.start_s
     tell(
         f"{name}: {clock(search.duration_s)}, {counted(len(search.segments), 'segment')} of {length_s:.3g} s, "
-        f"{first.frames} frames in each, {search.tokens:,} visual tokens in all"
+        f"{first.frames} frames each, {search.tokens:,} visual tokens in total"
     )
 
 
@@ -283,7 +282,7 @@ def _deliver(search: "Search", name: str, several: bool, found: list[dict[str, A
     for warning, facts in search.warnings.items():
         print_warning(warning, facts, others)
     if search.asked < len(search.segments) and not quiet:
-        tell(f"{name}: broken off after {search.asked:,} of {counted(len(search.segments), 'segment')}")
+        tell(f"{name}: stopped after {search.asked:,} of {counted(len(search.segments), 'segment')}")
     if search.unread and not quiet:
         tell(f"{name}: {counted(search.unread, 'segment')} could not be read")
     for each in found or ():
@@ -297,14 +296,14 @@ def _deliver(search: "Search", name: str, several: bool, found: list[dict[str, A
             tell(f"{name}: {left_out}")
         elif not shown and search.asked > search.unread and not quiet:
             score, best_s = search.best(query)
-            tell(f"{name}: nothing shows {query!r}; the best is {score:.2f} at {clock(best_s)} (--min-score)")
+            tell(f"{name}: nothing shows {query!r}; the best score is {score:.2f} at {clock(best_s)} (--min-score)")
 
 
 def more(search: "Search", query: str) -> str:
     """Return a note about the moments of a query that `--top` leaves out; empty if there are none."""
     count = search.more(query)
     verb = "shows" if count == 1 else "show"
-    return f"about {count:,} more {verb} {query!r} (--top)" if count else ""
+    return f"about {counted(count, 'more moment')} {verb} {query!r} (--top)" if count else ""
 
 
 def records(search: "Search", name: str, clips: Sequence[str]) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from evoprune_cli.terminal import (
 )
 
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # sections whose keys are names, not facts
-OFTEN_NOTHING = (
+ONLY_IF_SET = (
     "folder",
     "download_bytes",
     "clock_restarts",
@@ -41,7 +41,7 @@ OFTEN_NOTHING = (
     "pixel_aspect",
     "other_tracks",
 )  # facts that are only printed if there is something to report
-FOR_PROGRAMS = ("args", "warnings")  # for JSON only; warnings are printed to stderr as sentences
+JSON_ONLY = ("args", "warnings")  # for JSON only; warnings are printed to stderr as sentences
 TITLES = {  # for facts whose names are unclear or too long
     "resized_hw": "frame size",
     "capped": "cut by a limit",
@@ -59,7 +59,7 @@ OVERLAYS = (".png", ".gif", ".mp4")  # file types that `inspect --overlay` can d
     without=("load_format", "subtitles", "max_subtitle_tokens"),
     model={
         "unless_typed": "",
-        "help": "Hub id, local folder, demo or demo-scenes: what it needs. With a video the default is demo.",
+        "help": "Model to describe: hub id, local folder, demo or demo-scenes. With a video, the default is demo.",
     },
 )
 def inspect(
@@ -67,7 +67,7 @@ def inspect(
     video: opt.argument(
         str | None,
         "VIDEO",
-        "A video file, a folder of frames, a URL, or - for stdin; without it, a report on this machine.",
+        "A video file, a folder of frames, a URL, or - for stdin; without VIDEO, describe this machine.",
     ) = None,
     overlay: opt.option(
         str | None,
@@ -76,17 +76,19 @@ def inspect(
     ) = None,
     options: opt.MakeOptions,
     scan: opt.option(
-        bool, "--scan", "Decode the whole video and report damage, true length and variable rate."
+        bool, "--scan", "Decode the whole video and report damage, true length and variable frame rate."
     ) = False,
     clear_cache: opt.option(
-        bool, "--clear-cache", "Delete what --cache and --store-quantized keep on disk, then report."
+        bool,
+        "--clear-cache",
+        "Delete the files that --cache and --store-quantized keep on disk, then describe this machine.",
     ) = False,
-    json: opt.option(bool, "--json", "JSON on stdout instead of text.") = False,
+    json: opt.option(bool, "--json", "Print JSON instead of text.") = False,
 ) -> int:
-    """Show this machine, what a model needs, or what is in a video.
+    """Describe this machine, a model, or a video.
 
-    With a video, also show what a model would look at in it, and the memory needed. Loads no weights and uses no network,
-    except for an overlay and a video that is on the web.
+    With a video, also show which frames a model would read, and how much memory it would need. Loads no weights and uses no
+    network, except for --overlay and for a video on the web.
 
     \b
     evoprune inspect
@@ -126,7 +128,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
             try:
                 cache.clear()
             except OSError as problem:
-                hint = "delete it yourself, or name another folder in EVOPRUNE_CACHE_DIR"
+                hint = "delete it yourself, or set EVOPRUNE_CACHE_DIR to another folder"
                 raise UsageError(f"cannot empty {cache.folder}: {problem.strerror}", hint) from problem
     if scan:
         raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
@@ -148,7 +150,7 @@ def _about_video(
 ) -> Iterator[dict]:
     """Yield the facts about a video, its scan, the model's plan and an overlay, each as soon as it is known."""
     if clear_cache:
-        raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
+        raise UsageError("--clear-cache does not apply to a video", "evoprune inspect --clear-cache")
     from evoprune.video import local_file, probe
     from evoprune.video import scan as scan_video
 
@@ -158,11 +160,11 @@ def _about_video(
     ending = os.path.splitext(overlay or "")[1].lower()
     if overlay is not None:
         if ending not in OVERLAYS:
-            named = "no ending"
+            kind = "files without an ending"
             if ending:
-                named = repr(ending)
-            hint = ".png shows frame pairs side by side, .gif and .mp4 frame after frame"
-            raise UsageError(f"--overlay {overlay} has {named}, which cannot be drawn", hint)
+                kind = f"{ending} files"
+            hint = "use .png (frame pairs side by side), .gif or .mp4 (frame after frame)"
+            raise UsageError(f"--overlay {overlay}: cannot draw {kind}", hint)
         check_writable(overlay, inputs=[video])
     with ExitStack() as stack:
         with progress(is_url(video)) as show:
@@ -234,7 +236,7 @@ def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
             name = key  # decides the format of the value
             title = TITLES.get(key, key.removesuffix("_s").removesuffix("_bytes").replace("_", " "))
         title = " " * indent + title
-        if name in FOR_PROGRAMS or (name in OFTEN_NOTHING and not value):
+        if name in JSON_ONLY or (name in ONLY_IF_SET and not value):
             continue
         if name in BLOCKS:
             output += BLOCKS[name](title, value)
@@ -271,8 +273,8 @@ def _preset_lines(title: str, presets: dict[str, dict]) -> list[str]:
     output = [title]
     for name, preset in presets.items():
         noun = "token" if preset["tokens"] == 1 else "tokens"
-        told = f"-b {preset['share']:<5g} {preset['tokens']:>8,} {noun:<6}  KV cache {size(preset['kv_cache_bytes'])}"
-        output += _folded(f"{indent}{name:<18}", told, TITLE)
+        text = f"-b {preset['share']:<5g} {preset['tokens']:>8,} {noun:<6}  KV cache {size(preset['kv_cache_bytes'])}"
+        output += _folded(f"{indent}{name:<18}", text, TITLE)
     return output
 
 

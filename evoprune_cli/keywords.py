@@ -15,9 +15,9 @@ JOINED = {"LoadKeywords": (ModelOptions, PruneOptions), "ReadAheadKeywords": (Mo
 # Classes without one of their options, for overloads whose return type depends on this option.
 WITHOUT = {GenerationOptions: ("UntypedKeywords", "schema")}
 POSITIONAL = ("model",)  # a separate parameter in functions that load a model
-HEAD = '''"""The options of Python's functions, for type checkers and editors alone; `help` has them with their defaults.
+HEAD = '''"""Options of the Python functions, for type checkers and editors only. `help` shows them with their defaults.
 
-Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/keywords.py`; do not edit.
+Generated from the option classes by `python -m evoprune_cli.keywords > evoprune/keywords.py`; do not edit.
 """
 
 from __future__ import annotations

@@ -37,28 +37,30 @@ from evoprune_cli.watch import watch
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 # What users may type instead of a command, and a hint for each.
-MODELS_HINT = "evoprune inspect -m MODEL says what a model needs; -m names it in every command"
-TRIED = {
+MODELS_HINT = "evoprune inspect -m MODEL shows what a model needs; every command takes -m MODEL"
+COMMAND_HINTS = {
     **dict.fromkeys(("help", "h", "man", "usage"), "evoprune --help, or evoprune COMMAND --help"),
     **dict.fromkeys(("version", "v"), "evoprune --version"),
     **dict.fromkeys(("model", "models", "pull", "download"), MODELS_HINT),
     **dict.fromkeys(("list", "ls", "method"), "evoprune methods lists the methods; " + MODELS_HINT),
     **dict.fromkeys(("run", "query", "question", "describe", "caption", "answer", "prune"), USAGE),
     **dict.fromkeys(("search", "grep", "moments", "locate"), 'evoprune find video.mp4 "a red star" finds moments'),
-    **dict.fromkeys(("chat", "talk", "interactive"), "evoprune ask video.mp4 -i asks for one question after the other"),
+    **dict.fromkeys(("chat", "talk", "interactive"), "evoprune ask video.mp4 -i opens a prompt for questions"),
     **dict.fromkeys(
         ("live", "stream", "camera", "listen"), 'evoprune watch rtsp://HOST/PATH -Q "Who is there?" --every 30s'
     ),
     **dict.fromkeys(
         ("serve", "server", "api"),
-        "pip install ./plugins/serve in a checkout brings it; for many users vLLM has a plugin of evoprune",
+        "install it in a checkout: pip install ./plugins/serve; for many users, use evoprune's vLLM plugin",
     ),
-    **dict.fromkeys(("mcp", "agent", "agents"), "pip install ./plugins/mcp in a checkout brings it"),
+    **dict.fromkeys(("mcp", "agent", "agents"), "install it in a checkout: pip install ./plugins/mcp"),
     **dict.fromkeys(
-        ("info", "show", "probe", "doctor", "env", "cache"), "evoprune inspect, also with a video or -m MODEL"
+        ("info", "show", "probe", "doctor", "env", "cache"), "evoprune inspect, with a video, -m MODEL or neither"
     ),
     **dict.fromkeys(("check", "test", "selftest"), "evoprune verify compares with plain transformers"),
-    **dict.fromkeys(("bench", "benchmark", "time", "speed"), "evoprune profile measures time, evoprune eval answers"),
+    **dict.fromkeys(
+        ("bench", "benchmark", "time", "speed"), "evoprune profile measures time, evoprune eval measures accuracy"
+    ),
     **dict.fromkeys(
         ("evaluate", "score", "compare"), "evoprune eval --data FILE; for one video evoprune ask --compare"
     ),
@@ -103,10 +105,10 @@ class Group(TyperGroup):
 app = typer.Typer(
     name="evoprune",
     cls=Group,
-    help="Ask Qwen3.5, Qwen3-VL or Qwen2.5-VL about videos; visual tokens are pruned inside the vision encoder.\n\n"
+    help="Ask Qwen3.5, Qwen3-VL or Qwen2.5-VL about videos. Visual tokens are pruned inside the vision encoder.\n\n"
     '\b\nevoprune ask clip.mp4 "What happens?"\nevoprune ask --help',
-    epilog="Exit codes: 0 done, 1 a bug, 2 usage or an output that cannot be written, 3 video, 4 model, 5 out of memory, "
-    "6 some items failed or no setting passed, 7 verify found a difference, 130 interrupted, 143 terminated.",
+    epilog="Exit codes: 0 success, 1 a bug, 2 wrong usage or an output that cannot be written, 3 video error, 4 model error, "
+    "5 out of memory, 6 some items failed or no setting passed, 7 verify found a difference, 130 interrupted, 143 terminated.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -246,9 +248,9 @@ def _outcome() -> int:
             raise ended.__cause__ or KeyboardInterrupt from None
         sys.stdout.flush()
     except BrokenPipeError:
-        code = _nobody_reads(streams)
+        code = _discard_output(streams)
     except SystemExit as ended:  # raised by Typer and rich for a closed pipe, and by Typer after answering a shell
-        code = ended.code if _completes() else _nobody_reads(streams)
+        code = ended.code if _completes() else _discard_output(streams)
     except typer.Exit as done:
         code = done.exit_code
     except KeyboardInterrupt:
@@ -259,14 +261,14 @@ def _outcome() -> int:
         try:
             code = _report(problem)
         except BrokenPipeError:
-            code = _nobody_reads(streams)
+            code = _discard_output(streams)
         except (OSError, UsageError) as unwritten:  # writing the error record failed: a full disk or a closed stdout
             unwritten.reported = True
             code = _report(unwritten)
     return code
 
 
-def _nobody_reads(streams) -> int:
+def _discard_output(streams) -> int:
     """Discard the output buffers after the reader closed the pipe, so that the final flush does not fail. This is not an error."""
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
@@ -282,7 +284,7 @@ def _report(problem: Exception) -> int:
     """Print the two lines of an error, and with `--json` a record unless the command already did. Returns the exit code."""
     terminal.print_traceback(problem)
     if isinstance(problem, OSError) and problem.errno in CANNOT_WRITE and problem.filename is None:
-        _nobody_reads([sys.stdout])
+        _discard_output([sys.stdout])
         terminal.print_error(f"cannot write the output: {problem.strerror}", "is the disk full?")
         return UsageError.exit_code
     if isinstance(problem, ParserError):
@@ -312,11 +314,11 @@ def _hint(text: str) -> str:
     """Return a hint for a parser error."""
     dashed = [word for word in sys.argv[2:] if word.startswith("-") and os.path.exists(word)]
     if dashed and "--" not in sys.argv:
-        return f"a file whose name begins with a dash is ./{dashed[0]}"
+        return f"if you mean the file, write ./{dashed[0]}"
     if "unexpected extra argument" in text and "--" in sys.argv:
-        return "what follows -- is no option: put options before it"
+        return "words after -- are not options: put options before it"
     if _command() == "ask" and "unexpected extra argument" in text:
-        return f"quote the question: {USAGE}; a second one: -Q"
+        return f"quote the question: {USAGE}; for more questions: -Q"
     if _command() == "watch" and "unexpected extra argument" in text:
         return 'put -Q before a question: evoprune watch SOURCE -Q "What happens?"'
     if _command() == "ask" and "Missing argument" in text:
@@ -326,19 +328,19 @@ def _hint(text: str) -> str:
         return f"see evoprune {typed} --help-all"
     if typed is not None and os.path.exists(typed):
         return f"to ask about a video: {USAGE}"
-    return _meant(typed, known) or "see evoprune --help"
+    return _suggestion(typed, known) or "see evoprune --help"
 
 
-def _meant(typed: str | None, known: Sequence[str]) -> str:
+def _suggestion(typed: str | None, known: Sequence[str]) -> str:
     """Return a hint for a mistyped command: the command that does it, or one with a similar name; empty if there is none."""
     if typed is None:
         if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]):
-            return TRIED["version"]
+            return COMMAND_HINTS["version"]
         return ""
     word = typed.lower()
-    if word in TRIED:
-        return TRIED[word]
-    near = get_close_matches(word, [*known, *TRIED], 1)
+    if word in COMMAND_HINTS:
+        return COMMAND_HINTS[word]
+    near = get_close_matches(word, [*known, *COMMAND_HINTS], 1)
     if not near:
         return ""
-    return TRIED.get(near[0]) or f"did you mean evoprune {near[0]}? see evoprune --help"
+    return COMMAND_HINTS.get(near[0]) or f"did you mean evoprune {near[0]}? see evoprune --help"

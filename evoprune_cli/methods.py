@@ -20,8 +20,8 @@ ACTS = {
     "language": "in the language model",
 }
 COMBINED = (
-    "A method is NAME or NAME:SETTING=VALUE. Joined by +, several act one after the other: reuse+NAME encodes changed units alone; "
-    "ipcv+NAME computes a third of the rows in most layers; NAME+fastv drops tokens inside the language model, too."
+    "A method is NAME or NAME:SETTING=VALUE. Methods joined by + act one after the other: reuse+NAME encodes only changed units; "
+    "ipcv+NAME computes a third of the rows in most layers; NAME+fastv also drops tokens inside the language model."
 )
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "name": lambda facts: facts["name"],
@@ -32,8 +32,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 @opt.command(short="json")
-def methods(*, json: opt.option(bool, "--json", "JSON on stdout instead of text.") = False) -> int:
-    """List the pruning methods, those of installed plug-ins too.
+def methods(*, json: opt.option(bool, "--json", "Print JSON instead of text.") = False) -> int:
+    """List the pruning methods, including those of plug-ins.
 
     \b
     evoprune methods

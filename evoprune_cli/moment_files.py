@@ -34,33 +34,33 @@ class MomentFiles:
         single = {"--srt": self.srt, "--chapters": self.chapters, "--contact-sheet": self.contact_sheet}
         files = [os.path.realpath(file) for file in (*single.values(), output) if file]
         if len(set(files)) < len(files):
-            raise UsageError("two options name the same file", "give each a file of its own")
+            raise UsageError("two options name the same file", "give each its own file")
         for option, file in single.items():
             if file is not None and len(videos) > 1:
-                hint = "call find for each; --clips takes them all"
-                raise UsageError(f"{option} is about one video, and there are {len(videos):,}", hint)
+                hint = "run find once per video; --clips takes several"
+                raise UsageError(f"{option} takes one video, but there are {len(videos):,}", hint)
             text = file in (self.srt, self.chapters)  # a user may have edited it
             if text and file and os.path.isfile(file) and os.path.getsize(file):
-                raise UsageError(f"{file} is there already", "name another file, or remove this one")
+                raise UsageError(f"{file} already exists", "name another file, or remove this one")
             check_writable(file, inputs=videos)
         sheet = self.contact_sheet
         if sheet is not None and os.path.splitext(sheet)[1].lower() != ".png":
-            raise UsageError(f"--contact-sheet {sheet} is no PNG file", "name it .png")
+            raise UsageError(f"--contact-sheet {sheet} is not a PNG file", "use a name that ends in .png")
         if self.exact and self.clips is None:
-            raise UsageError("--exact is about clips", "add --clips DIR")
+            raise UsageError("--exact applies only to clips", "add --clips DIR")
         if self.clips is not None:
             self._check_folder(self.clips, videos)
 
     def _check_folder(self, clips: str, videos: list[str]) -> None:
         if not clips:
-            raise UsageError("the name of an output is empty", "name a folder; is a variable of the shell not set?")
+            raise UsageError("the name of an output is empty", "name a folder; is a shell variable unset?")
         if not os.path.exists(clips):
             check_new_folder(clips)
         elif not (os.path.isdir(clips) and os.access(clips, os.W_OK)):
-            raise UsageError(f"cannot write into {clips}", "name a folder that can be written")
+            raise UsageError(f"cannot write to {clips}", "name a folder that you can write to")
         for video in videos:
             if os.path.isdir(video):
-                raise UsageError(f"{video} is a folder of images, of which no clips can be cut", "leave out --clips")
+                raise UsageError(f"{video} is a folder of images, which cannot be cut into clips", "leave out --clips")
 
     def write(self, search: "Search", name: str, quiet: bool) -> list[str]:
         """Write the files about moments found in a video. Without moments, write nothing.
@@ -111,8 +111,8 @@ class MomentFiles:
                 cut.append(clip.path)
                 earlier_s = max(earlier_s, moment.start_s - clip.start_s)
         if not quiet:
-            said = f"{name}: {counted(len(moments), 'clip')} in {self.clips}"
+            text = f"{name}: {counted(len(moments), 'clip')} in {self.clips}"
             if earlier_s >= 0.05:
-                said += f", which begin at keyframes, up to {earlier_s:.1f} s early (--exact)"
-            tell(said)
+                text += f", which start at keyframes, up to {earlier_s:.1f} s early (--exact)"
+            tell(text)
         return cut

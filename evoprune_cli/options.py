@@ -103,16 +103,16 @@ def command(
         changed: overrides for the `Option` of a field, by field name.
     """
     offered = {each.name: (group.PANEL, each) for group in groups for each in fields(group) if each.name not in without}
-    said = {name: replace(each.metadata[OPTION], **changed.get(name, {})) for name, (_, each) in offered.items()}
-    pipeline = [_parameter(panel, each, said[name]) for name, (panel, each) in offered.items()]
+    declared = {name: replace(each.metadata[OPTION], **changed.get(name, {})) for name, (_, each) in offered.items()}
+    pipeline = [_parameter(panel, each, declared[name]) for name, (panel, each) in offered.items()]
 
     def decorate(function: Callable[..., int]) -> Callable[..., int]:
         @wraps(function)
         def run(debug: bool, help_all: bool, **given: Any) -> int:
             if groups:
                 resumed = given.get("resume") and given.get("data", "") is None  # its settings name the model
-                typed = {name: given.pop(name) for name in said}
-                given["options"] = partial(_made, said, typed, check_model=not resumed)
+                typed = {name: given.pop(name) for name in declared}
+                given["options"] = partial(_build_options, declared, typed, check_model=not resumed)
             return function(**given)
 
         parameters = []
@@ -121,7 +121,7 @@ def command(
                 parameters += pipeline
             else:
                 parameters.append(own)
-        run.__signature__ = Signature([*parameters, *FOR_ALL])
+        run.__signature__ = Signature([*parameters, *COMMON_PARAMETERS])
         run.__annotations__ = {}
         run.short = short.split()
         return run
@@ -129,59 +129,59 @@ def command(
     return decorate
 
 
-def _names(name: str, said: Option) -> str:
+def _flags(name: str, declared: Option) -> str:
     """Return the flags of a field, the long form last."""
-    return " ".join(said.flags) or f"--{name.replace('_', '-')}"
+    return " ".join(declared.flags) or f"--{name.replace('_', '-')}"
 
 
-def _parameter(panel: str, field: Any, said: Option) -> Parameter:
+def _parameter(panel: str, field: Any, declared: Option) -> Parameter:
     """Return a pipeline option as a command parameter for Typer."""
-    default = field.default if said.unless_typed is None else said.unless_typed
-    declared = said.typed
-    if declared is None:
-        declared = str if str in kinds_of(field.type) else field.type
+    default = field.default if declared.unless_typed is None else declared.unless_typed
+    kind = declared.typed
+    if kind is None:
+        kind = str if str in kinds_of(field.type) else field.type
     if default is None:
-        declared = declared | None
-    how = {"metavar": said.metavar}
-    if words := said.words or words_of(field.type):
+        kind = kind | None
+    how = {"metavar": declared.metavar}
+    if words := declared.words or words_of(field.type):
         how = one_of(*words)
     annotation = option(
-        declared,
-        _names(field.name, said),
-        said.help,
+        kind,
+        _flags(field.name, declared),
+        declared.help,
         panel,
-        envvar=said.env,
-        min=said.least,
-        max=said.most,
+        envvar=declared.env,
+        min=declared.least,
+        max=declared.most,
         show_default=default != "",
         **COMPLETED.get(field.name, how),
     )
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _made(said: dict[str, Option], typed: dict[str, Any], *, check_model: bool) -> PipelineOptions:
+def _build_options(declared: dict[str, Option], typed: dict[str, Any], *, check_model: bool) -> PipelineOptions:
     """Build options from the command line.
 
     Raises:
         ModelError: with `check_model`, if the model is neither a folder nor a hub ID.
     """
     try:
-        parsed = {name: said[name].parse(value) for name, value in typed.items() if said[name].parse}
+        parsed = {name: declared[name].parse(value) for name, value in typed.items() if declared[name].parse}
         options = PipelineOptions.of(**typed | parsed)
     except UsageError as problem:
-        problem.message = _as_typed(problem.message, said)
+        problem.message = _as_typed(problem.message, declared)
         raise
     if check_model and options.model.model:  # `inspect` needs no model
         options.model.local_folder()  # before imports that take seconds
     return options
 
 
-def _as_typed(message: str, said: dict[str, Option]) -> str:
+def _as_typed(message: str, declared: dict[str, Option]) -> str:
     """Replace the Python names of options in an error message by their flags."""
 
     def typed(found: re.Match) -> str:
         name = found[0]
-        return _names(name, said[name]).split()[-1] if name in said else name
+        return _flags(name, declared[name]).split()[-1] if name in declared else name
 
     return re.sub(
         r"^\w+(?= (is|and|needs)\b)|(?<= and )\w+(?= (exclude|cannot be combined)\b)|(?<= needs )\w+$", typed, message
@@ -191,13 +191,13 @@ def _as_typed(message: str, said: dict[str, Option]) -> str:
 # Options shared by several commands.
 
 # Panel titles.
-SWEEP = "Sweep (lists by commas or repetition)"
+SWEEP = "Sweep (separate values by commas, or repeat the option)"
 OUTPUT = "Output"
 Budgets = option(
     list[str] | None,
     "-b --budget",
-    "Shares of visual tokens kept, or presets; in eval also auto and auto:inflection; "
-    f"default: {','.join(list(Budget.PRESETS)[1:])}. Full is always there.",
+    "Shares of visual tokens to keep, or presets; in eval also auto and auto:inflection; "
+    f"default: {','.join(list(Budget.PRESETS)[1:])}. full is always included.",
     SWEEP,
     envvar="EVOPRUNE_BUDGET",
     **BUDGETS,
@@ -205,33 +205,36 @@ Budgets = option(
 Methods = option(
     list[str] | None,
     "--method",
-    f"Names (see evoprune methods); default: {MethodText.DEFAULT}. NAME:SETTING=VALUE for its settings; "
+    f"Pruning methods (see evoprune methods); default: {MethodText.DEFAULT}. Also NAME:SETTING=VALUE, "
     "reuse+NAME, ipcv+NAME and NAME+fastv.",
     SWEEP,
     **METHODS,
 )
-Json = option(bool, "--json", "One JSON line a question on stdout, instead of text.", OUTPUT)
-JsonResults = option(bool, "--json", "The results as one JSON line instead of a table.", OUTPUT)
+Json = option(bool, "--json", "Print a JSON line per question, instead of text.", OUTPUT)
+JsonResults = option(bool, "--json", "Print the results as one JSON line instead of a table.", OUTPUT)
 ON = "on"
 OFF = "off"
 History = option(
     str | None,
     "--history",
-    "Whether a prompt remembers what was said; default: on, but for the demo models, which know single questions.",
+    "Whether the prompt remembers earlier questions and answers; default: on, except for the demo models, which only know "
+    "single questions.",
     **one_of(ON, OFF),
 )
-Overwrite = option(bool, "--overwrite", "Replace the records in FILE; a file that holds anything else stays.", OUTPUT)
-Quiet = option(bool, "-q --quiet", "No progress, notes or stats; warnings remain.", OUTPUT)
+Overwrite = option(
+    bool, "--overwrite", "Replace the records in FILE; a file that contains anything else is kept.", OUTPUT
+)
+Quiet = option(bool, "-q --quiet", "No progress, notes or stats, only warnings.", OUTPUT)
 ShowThoughts = option(
-    bool, "--show-thoughts", "Print what the model thinks on stderr, as it comes (--think on).", OUTPUT
+    bool, "--show-thoughts", "Print the model's thoughts to stderr as they are generated (--think on).", OUTPUT
 )
 Stats = option(
     bool | None,
     "--stats/--no-stats",
-    "Stage times and token counts on stderr; default: on, unless --json or -q; one line from the second question on.",
+    "Print stage times and token counts to stderr; default: on, except with --json or -q; one line per answer after the first.",
     OUTPUT,
 )
-Verbose = option(bool, "-v --verbose", "Also print rows of every layer, settings, versions.", OUTPUT)
+Verbose = option(bool, "-v --verbose", "Also print layers' rows, settings and versions.", OUTPUT)
 Cache = option(
     bool,
     "--cache/--no-cache",
@@ -248,9 +251,7 @@ def listed(texts: Sequence[str] | None) -> list[str]:
     """
     parts = [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
     if texts and not parts:
-        raise UsageError(
-            f"an option's list holds nothing: {texts[0]!r}", "give a value; is a variable of the shell not set?"
-        )
+        raise UsageError(f"an option's list is empty: {texts[0]!r}", "give a value; is a shell variable unset?")
     return parts
 
 
@@ -272,7 +273,7 @@ def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = F
 # How options are shown: as plain text, which can be piped and does not cut off option names on a narrow terminal. `--help` lists
 # the most common options on one screen; `--help-all` lists all, by panel.
 
-BESIDE_NAMES = 60  # characters of help that shells show next to an option
+COMPLETION_WIDTH = 60  # characters of help that shells show next to an option
 EVERYTHING = "evoprune.help_all"  # key in the `meta` of a context whose help lists all options
 
 
@@ -288,7 +289,7 @@ def _print_full_help(context: typer.Context, wanted: bool) -> None:
 
 
 # The last options of every command. They are read by `terminal.print_traceback` and a callback, not by the command.
-FOR_ALL = [
+COMMON_PARAMETERS = [
     Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
     for name, annotation in {
         "debug": option(bool, "--debug", "Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]", OUTPUT),
@@ -342,7 +343,7 @@ class Command(TyperCommand):
         """Return option names for the shell, each with the beginning of its help text."""
         items = super().shell_complete(ctx, incomplete)
         for item in items:
-            item.help = textwrap.shorten(item.help or "", BESIDE_NAMES, placeholder="...")
+            item.help = textwrap.shorten(item.help or "", COMPLETION_WIDTH, placeholder="...")
         return items
 
     def format_epilog(self, ctx, formatter) -> None:

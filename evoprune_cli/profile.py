@@ -44,19 +44,19 @@ def profile(
     budget: opt.Budgets = None,
     method: opt.Methods = None,
     frames: opt.option(
-        list[str] | None, "--frames LIST", "Numbers of frames, odd ones round up; default: 8.", opt.SWEEP
+        list[str] | None, "--frames LIST", "Numbers of frames, odd numbers are rounded up; default: 8.", opt.SWEEP
     ) = None,
     size: opt.option(
         list[str] | None,
         "--size HxW,...",
         "Height x width of the frames in pixels, multiples of 28 (Qwen3-VL: 32); default: 224x336 (256x384), for a VIDEO its "
-        "own shape at no more pixels.",
+        "own aspect ratio with at most as many pixels.",
         opt.SWEEP,
     ) = None,
     synthetic: opt.option(
         str | None,
         "--synthetic",
-        "Without VIDEO: things that move before a still background, a still picture with a tenth of it changing, "
+        "Clip to use without VIDEO: objects that move in front of a still background, a still picture of which a tenth changes, "
         "or noise; default: motion.",
         opt.SWEEP,
         **opt.one_of(*ProfileSettings.SYNTHETIC),
@@ -64,53 +64,57 @@ def profile(
     pictures: opt.option(
         bool,
         "--pictures",
-        "Pictures instead of clips: of 1344x1344 and 2688x2688 pixels (2,304 and 9,216 visual tokens), or of --size.",
+        "Measure pictures instead of clips: 1344x1344 and 2688x2688 pixels (2,304 and 9,216 visual tokens), or --size.",
         opt.SWEEP,
     ) = False,
     options: opt.MakeOptions,
     load_format: opt.option(
         str | None,
         "--load-format",
-        "auto reads the weights; dummy takes random ones, which are as fast and need no network; default: dummy for "
-        "a name whose dimensions come with evoprune (evoprune inspect -m NAME), else auto.",
+        "auto loads the weights; dummy makes random weights, which are as fast and need no network; default: dummy for "
+        "a model whose dimensions are bundled with evoprune (see evoprune inspect), otherwise auto.",
         ModelOptions.PANEL,
         **opt.one_of(*WORDS["load_format"]),
     ) = None,
     quantize: opt.option(
         list[str] | None,
         "--quantize",
-        "Of none, int8, int4: how the weights are quantised, CPU only; default: none.",
+        "How to quantize the weights: none, int8, int4 (CPU only); default: none.",
         opt.SWEEP,
         **opt.list_of(*WORDS["quantize"]),
     ) = None,
     new_tokens: opt.option(
-        int, "-n --new-tokens N", "Tokens to generate whatever they are, for tokens/s.", ROUNDS, min=1
+        int,
+        "-n --new-tokens N",
+        "Number of tokens to generate, even past the end of the answer, for tokens/s.",
+        ROUNDS,
+        min=1,
     ) = 4,
     repeat: opt.option(int, "-r --repeat N", "Rounds to measure.", ROUNDS, min=1) = 3,
-    warmup: opt.option(int, "-w --warmup N", "Rounds before those that are measured.", ROUNDS, min=0) = 1,
+    warmup: opt.option(int, "-w --warmup N", "Warm-up rounds, which are not measured.", ROUNDS, min=0) = 1,
     time_limit: opt.option(
         float,
         "--time-limit SECONDS",
-        "Of the whole run, loading included. Rows and rounds that would end later are left out, except Hugging Face, budget "
-        "1.0 and one method; if even these surely take longer, nothing is run.",
+        "Time limit of the whole run, including loading. Rows and rounds that would end later are skipped, except Hugging Face, "
+        "budget 1.0 and one method; if even these certainly take longer, nothing is run.",
         ROUNDS,
         min=0,
     ) = 150,
     form: opt.option(str, "--format", "Output format.", opt.OUTPUT, **opt.one_of(*FORMATS)) = "table",
-    output: opt.option(str | None, "-o --output FILE", "Write there instead of to stdout.", opt.OUTPUT) = None,
+    output: opt.option(str | None, "-o --output FILE", "Write to FILE instead of stdout.", opt.OUTPUT) = None,
     chart: opt.option(
         str | None,
         "--chart FILE.svg",
-        "Draw time against frames or size if they are swept, else the encoder's time against the rows computed.",
+        "Draw time against frames or size if they are swept, otherwise the encoder's time against computed rows.",
         opt.OUTPUT,
     ) = None,
     quiet: opt.Quiet = False,
 ) -> int:
     """Measure latency, counts and memory over a sweep.
 
-    Every run also measures plain Hugging Face transformers, budget 1.0 and the bound, the best time of any method that prunes after
-    the encoder; all in turn and on the same weights. By default these are random, at the dimensions of Qwen2.5-VL-3B: speed does
-    not depend on their values. Exit code 6: done, but some rows ran out of memory.
+    Every run also measures plain Hugging Face transformers, budget 1.0 and the bound, which is the best time of any method that
+    prunes after the encoder. All are measured in turn with the same weights. By default the weights are random, with the dimensions
+    of Qwen2.5-VL-3B: speed does not depend on their values. Exit code 6: finished, but some rows ran out of memory.
 
     \b
     evoprune profile
@@ -136,7 +140,7 @@ def profile(
         raise UsageError("a video and --synthetic exclude each other", "give one of the two")
     if pictures:
         if video is not None or frames:
-            raise UsageError("--pictures excludes a video and --frames", "leave them out; --size takes other sizes")
+            raise UsageError("--pictures excludes a video and --frames", "leave them out; for other sizes, use --size")
         counts = [1]
         sizes = sizes or [*PICTURES]
     if output is None:

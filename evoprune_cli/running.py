@@ -55,8 +55,8 @@ def prepare() -> None:
     """
     available = Host().available_memory()
     if available is not None and available < LIBRARIES:  # the system would kill this process without a message
-        figures = f"{max(0, available) >> 20} MiB are available, and the libraries alone take {LIBRARIES >> 20}"
-        hint = "close other programs, or give the container more"
+        figures = f"{max(0, available) >> 20} MiB are available, but the libraries alone need {LIBRARIES >> 20}"
+        hint = "close other programs, or give the container more memory"
         raise OutOfMemory(f"too little memory: {figures}", hint, stage="load")
     keep_freed_memory()
 
@@ -98,13 +98,13 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
     greedy = asked.temperature == 0 and (wanted["top_k"] == 1 or wanted["temperature"] < GREEDY)
     if files.do_sample and others and not greedy:
         flags = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in others.items())
-        tell(f"note: the model's generation_config.json has tokens drawn otherwise than here; as it says: {flags}")
+        tell(f"note: the model's generation_config.json has other sampling settings; to use them: {flags}")
     usual = (loaded.dtype, loaded.quantize) == ("fp32", "none") and loaded.description.can_be_quantized
     if usual and loaded.weights_bytes >= LARGE_MODEL:
         from evoprune.backend import Quantization
 
         if "int8" in Quantization.kinds(loaded.model.device):  # a CPU that has 8-bit matrix products, but none in bf16
-            gain = "about twice as fast, less exact, and takes a third of the memory"
+            gain = "about twice as fast and needs a third of the memory, but is less exact"
             tell(f"note: fp32 on this CPU; --quantize int8 is {gain}")
 
 
@@ -115,7 +115,7 @@ def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[st
         UsageError: also if matplotlib, which draws charts, is not installed.
     """
     if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
-        raise UsageError(f"--chart {path}: charts are SVG files", "name it .svg")
+        raise UsageError(f"--chart {path}: charts are SVG files", "use a name that ends in .svg")
     if path is not None and find_spec("matplotlib") is None:
         raise UsageError("charts need matplotlib, which is not installed", "pip install 'evoprune[plot]'")
     check_writable(path, beside, inputs)
@@ -134,7 +134,7 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
     if path is None:
         return
     if not path:
-        raise UsageError("the name of an output is empty", "name a file; is a variable of the shell not set?")
+        raise UsageError("the name of an output is empty", "name a file; is a shell variable unset?")
     real = os.path.realpath(path)
     folder = os.path.dirname(real)
     if beside is not None and not os.path.exists(folder) and Path(os.path.realpath(beside)).is_relative_to(folder):
@@ -142,12 +142,14 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
     changed = path if os.path.exists(path) else folder
     writable = os.access(changed, os.W_OK)
     if os.path.isdir(path) or not os.path.isdir(folder) or not writable:
-        raise UsageError(f"cannot write {path}", "name a file in a folder that exists and can be written")
+        raise UsageError(f"cannot write {path}", "name a file in an existing folder that you can write to")
     read = list(filter(None, inputs))
     if folder in map(os.path.realpath, read) or is_one_of(path, read):
-        raise UsageError(f"{path} would change what is read", "name another place")
+        raise UsageError(f"writing {path} would change an input", "choose another place")
     if not _may_replace(path):
-        raise UsageError(f"{path} is there, and evoprune did not write it", "name another file, or remove this one")
+        raise UsageError(
+            f"{path} already exists, and evoprune did not write it", "name another file, or remove this one"
+        )
 
 
 def check_new_folder(path: str) -> None:
@@ -157,10 +159,10 @@ def check_new_folder(path: str) -> None:
         UsageError: it cannot be created.
     """
     if Path(path).name in ("", ".."):
-        raise UsageError(f"-o {path!r} names no new folder", "name one that is to be made, for example runs/a")
+        raise UsageError(f"-o {path!r} does not name a new folder", "name a folder to create, for example runs/a")
     above = next(folder for folder in Path(os.path.abspath(path)).parents if os.path.exists(folder))
     if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UsageError(f"cannot write {path}", "name a folder in one that can be written")
+        raise UsageError(f"cannot write {path}", "name a folder inside one that you can write to")
 
 
 def is_one_of(path: str, files: Iterable[str]) -> bool:

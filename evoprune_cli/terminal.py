@@ -19,7 +19,7 @@ from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, warning_text, w
 from evoprune.util import clock, counted, harmless, one_line, roughly, size
 
 LEAST_S = 1.0  # minimum time of counting before a progress line estimates the time left
-COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
+COLORS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
 # Environment variables and their options.
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
 GLUE = "\0"  # for a space where a line must not break; it occurs in no printable text
@@ -88,9 +88,7 @@ class ClosedOutput(io.StringIO):
 
     def write(self, text: str) -> int:
         """Raise UsageError."""
-        problem = UsageError(
-            "there is nowhere to write to: stdout is closed", "redirect it, for example: > answers.txt"
-        )
+        problem = UsageError("cannot write the output: stdout is closed", "redirect it, for example: > answers.txt")
         problem.reported = True  # no record of it can be printed
         raise problem
 
@@ -243,7 +241,7 @@ def tell(text: str) -> None:
 
 
 def print_titled(title: str, text: str) -> None:
-    """Print a titled line to stderr. `title` is a key of `COLOURS`.
+    """Print a titled line to stderr. `title` is a key of `COLORS`.
 
     Arguments of the command line are not broken even if they contain spaces, because most are paths.
     """
@@ -252,7 +250,7 @@ def print_titled(title: str, text: str) -> None:
         if " " in word.strip():
             text = text.replace(word, word.replace(" ", GLUE))
     first, *rest = (line.replace(GLUE, " ") for line in _folded(f"{title} {text}", len(title) + 1))
-    for line in (paint(title, COLOURS[title]) + first.removeprefix(title), *rest):
+    for line in (paint(title, COLORS[title]) + first.removeprefix(title), *rest):
         note(line)
 
 
@@ -297,7 +295,7 @@ class Line:
 
     def __init__(self, what: str, now: Callable[[], float] = time.monotonic):
         self._now = now
-        self._begun = now()
+        self._started_at = now()
         self._what = what
         self._total = 0
         self.show(what)
@@ -318,7 +316,7 @@ class Line:
         if self._total:
             what += f" {self._done:,}/{self._total:,}"
         detail = f"{what}: {self._detail}" if self._detail else what
-        elapsed = clock(now - self._begun).partition(".")[0]
+        elapsed = clock(now - self._started_at).partition(".")[0]
         rest = []
         spent = self._at - self._first_at
         steps = self._done - self._first

@@ -16,7 +16,7 @@ from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, deliv
 from evoprune_cli.terminal import check_output, note, progress
 
 AGREE = 0.98
-ASKED = "What is asked"  # a panel title
+QUESTIONS = "Questions"  # a panel title
 
 
 @opt.command(
@@ -33,24 +33,27 @@ ASKED = "What is asked"  # a panel title
 )  # fmt: skip
 def tune(
     *,
-    videos: opt.argument(list[str], "VIDEO", "Video files like those that will be asked about."),
+    videos: opt.argument(list[str], "VIDEO", "Video files like those that you will ask about."),
     questions: opt.option(
-        list[str] | None, "-Q --question TEXT", "Asked of every video; repeatable. Default: three general ones.", ASKED
+        list[str] | None,
+        "-Q --question TEXT",
+        "Question to ask about every video; repeatable. Default: three general questions.",
+        QUESTIONS,
     ) = None,
     question_file: opt.option(
-        str | None, "--questions FILE", "A text file with a question on each line.", ASKED
+        str | None, "--questions FILE", "A text file with a question on each line.", QUESTIONS
     ) = None,
     agree: opt.option(
         float,
         "--agree SHARE",
-        "Share of the full answers' tokens at which the pruned model must make the same first choice, at the lower end of "
+        "Share of the unpruned answers' tokens at which the pruned model must make the same first choice, at the lower end of "
         "the 95% interval.",
-        ASKED,
+        QUESTIONS,
     ) = AGREE,
     time_limit: opt.option(
         float,
         "--time-limit SECONDS",
-        "Of the whole run, loading included. The most promising settings are tried on all videos, the others on fewer.",
+        "Time limit of the whole run, including loading. The most promising settings are tried on all videos, the others on fewer.",
         opt.SWEEP,
     ) = 600,
     budget: opt.option(
@@ -63,14 +66,14 @@ def tune(
     method: opt.option(
         list[str] | None,
         "--method",
-        "Methods to try beside the usual ones.",
+        "Methods to try in addition to the usual ones.",
         opt.SWEEP,
         **opt.METHODS,
     ) = None,
     operations: opt.option(bool, "--operations", "Find a recipe for the method operations instead.", opt.SWEEP) = False,
     options: opt.MakeOptions,
     output: opt.option(
-        str | None, "-o --output FILE.json", "Also write the results there, as JSON.", opt.OUTPUT
+        str | None, "-o --output FILE.json", "Also write the results to FILE as JSON.", opt.OUTPUT
     ) = None,
     chart: opt.option(
         str | None, "--chart FILE.svg", "Draw agreement against the time to the first token.", opt.OUTPUT
@@ -80,12 +83,12 @@ def tune(
 ) -> int:
     """Find the fastest setting that keeps this model's answers.
 
-    No labels are needed. The unpruned model answers first. Every setting then reads these answers, and is judged by the share of
-    tokens at which its first choice is the same, and by the time to the first token. The last line has the two options of the
-    fastest setting that passes, -b and --method. Exit code 6: done, but some videos failed, or no setting is sure to pass.
+    No labels are needed. The unpruned model answers first. Each setting then reads these answers, and is judged by the share of
+    tokens at which its first choice is the same, and by the time to the first token. The last line shows -b and --method of the
+    fastest setting that passes. Exit code 6: finished, but some videos failed, or no setting is certain to pass.
 
-    With --operations it finds a recipe for the method operations instead: the order in which a model's layers leave out operations
-    on visual tokens. -o writes it, for --method operations:recipe=FILE.json.
+    With --operations, find a recipe for the method `operations` instead: the order in which a model's layers skip operations on
+    visual tokens. -o writes the recipe, for --method operations:recipe=FILE.json.
 
     \b
     evoprune tune *.mp4 -m Qwen/Qwen2.5-VL-3B-Instruct
@@ -96,9 +99,9 @@ def tune(
     check_output()
     if operations and (method or chart or agree != AGREE):
         hint = "leave out --agree, --method and --chart; the budget is chosen when the recipe is used"
-        raise UsageError("--operations finds an order for all budgets", hint)
+        raise UsageError("--operations finds one recipe for all budgets", hint)
     if operations and not (output or json):
-        raise UsageError("--operations finds a recipe, and no file is named for it", "-o recipe.json")
+        raise UsageError("--operations finds a recipe, but there is no file for it", "add -o recipe.json")
     read = [*videos, question_file or ""]
     check_chart(chart, inputs=read)
     check_writable(output, inputs=read)
@@ -160,7 +163,7 @@ def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
             reason = getattr(problem, "strerror", None) or "it is not UTF-8"
             raise UsageError(f"--questions {file} cannot be read: {reason}", missing_hint(file, hint)) from problem
         if not (asked := [line.strip() for line in lines if line.strip()]):
-            raise UsageError(f"--questions {file} holds no question", "write a question on each line")
+            raise UsageError(f"--questions {file} contains no questions", "write a question on each line")
         texts = [*texts, *asked]
     if not all(text.strip() for text in texts):
         raise UsageError("the question is empty", '-Q "What happens?"')

@@ -15,31 +15,31 @@ DIFFERENCE = 7  # an exit code
 def verify(
     *,
     path: opt.argument(
-        str | None, "INPUT", "A video or a picture to compare on; default: a clip and a picture made by formula."
+        str | None, "INPUT", "Video or picture to use; default: a synthetic clip and a synthetic picture."
     ) = None,
-    quick: opt.option(bool, "--quick", "Only the checks that take seconds.") = False,
+    quick: opt.option(bool, "--quick", "Run only the checks that take seconds.") = False,
     time_limit: opt.option(
         float | None,
         "--time-limit SECONDS",
-        "Of the whole run, loading included: checks that would begin later are skipped.",
+        "Time limit of the whole run, including loading: checks that would start later are skipped.",
         min=0,
     ) = None,
     options: opt.MakeOptions,
     output: opt.option(
         str | None,
         "-o --output FILE.json",
-        "Also write the record there, as JSON without paths, prompts and names of machines.",
+        "Also write the record to FILE as JSON, without paths, prompts and machine names.",
         opt.OUTPUT,
     ) = None,
-    json: opt.option(bool, "--json", "The record as one JSON line instead of text.", opt.OUTPUT) = False,
+    json: opt.option(bool, "--json", "Print the record as one JSON line instead of text.", opt.OUTPUT) = False,
     quiet: opt.Quiet = False,
 ) -> int:
-    """Check the results of this machine against transformers.
+    """Check this machine's results against transformers.
 
-    Both sides compute with the same weights, on the same device and in the same dtype: positions, features, logits and an answer,
-    with nothing pruned. With pruning, the rows of each layer are counted. On a GPU, kernels and graphs are compared with plain
-    PyTorch. How far two results may be apart follows from the rounding of the dtype, which is measured. Each check held, differs or
-    was skipped. Exit code 7: something differs.
+    Both sides compute positions, features, logits and an answer without pruning, with the same weights, device and dtype. With
+    pruning, the rows of each layer are counted. On a GPU, kernels and graphs are compared with plain PyTorch. How much results
+    may differ follows from the rounding of the dtype, which is measured. Each check is reported as held, differs or skipped. Exit
+    code 7: something differs.
 
     \b
     evoprune verify

@@ -17,7 +17,7 @@ from evoprune.session import PipelineOptions, StreamOptions
 from evoprune.util import check_text, clock, counted, missing_hint, parse_time, size
 from evoprune.video import LiveSource, warm_up
 from evoprune_cli import options as opt
-from evoprune_cli.ask import Conversation, check_generation, check_history, single_questions, typed_questions
+from evoprune_cli.ask import Conversation, check_generation, check_history, typed_questions, why_single_questions
 from evoprune_cli.running import SOME_FAILED, load
 from evoprune_cli.terminal import check_output, columns, note, print_error, print_titled, printable, progress, tell
 
@@ -51,33 +51,38 @@ def watch(
     source: opt.argument(
         str,
         "SOURCE",
-        "An rtsp, http, udp or tcp URL, a camera (/dev/video0), a file, also one that grows, or - for a pipe on stdin.",
+        "An rtsp, http, udp or tcp URL, a camera (/dev/video0), a file, even while it is being written, or - for a pipe on stdin.",
     ),
     question: opt.option(
-        list[str] | None, "-Q --question TEXT", "A question at the end of the source, or see --every; repeatable."
+        list[str] | None, "-Q --question TEXT", "Question to ask at the end of the source, or see --every; repeatable."
     ) = None,
     every: opt.option(
         str | None,
         "--every TIME",
-        "Ask -Q again each time this much of the source was seen, such as 30s. A file and a download wait for "
-        "the answer; of what does not wait, stderr says which answers were left out.",
+        "Ask -Q at this interval of source time, such as 30s. Files and downloads wait for "
+        "the answer; for other sources, stderr reports which answers were skipped.",
     ) = None,
     questions: opt.option(
-        str | None, "--questions FILE", 'Questions from a pipe: JSON lines with "question", perhaps "id"; - for stdin.'
+        str | None,
+        "--questions FILE",
+        'Read questions from a pipe: JSON lines with "question" and optionally "id"; - for stdin.',
     ) = None,
     history: opt.History = None,
     pace: opt.option(
         str,
         "--pace",
-        "source: frames as they come; file: at the pace of a file's own times.",
+        "source: frames as they arrive; file: at the pace of the file's timestamps.",
         "Source",
         **opt.one_of("source", "file"),
     ) = "source",
     timeout: opt.option(
-        str, "--timeout TIME", "How long the source may be silent, or a file not grow; at most 20s.", "Source"
+        str, "--timeout TIME", "How long the source may be silent, or a file may not grow; at most 20s.", "Source"
     ) = "10s",
     reconnects: opt.option(
-        int, "--reconnects", "How often in a row a URL or camera that ended or failed is tried again.", "Source"
+        int,
+        "--reconnects",
+        "Maximum number of consecutive attempts to reopen a URL or camera that ended or failed.",
+        "Source",
     ) = 5,
     show_thoughts: opt.ShowThoughts = False,
     options: opt.MakeOptions,
@@ -99,18 +104,18 @@ def watch(
     check_output()
     warm_up()  # warms up while this process imports its dependencies
     if every and not asked:
-        raise UsageError("--every without a question", "-Q TEXT")
+        raise UsageError("--every needs a question", "add -Q TEXT")
     every_s = None
     if every is not None:
         every_s = parse_time(every)
         if every_s <= 0:
-            raise UsageError(f"--every {every}", "give a time above 0")
+            raise UsageError(f"--every is {every}", "give a time above 0")
     if questions == STDIN and source == STDIN:
-        raise UsageError("standard input is both the video and the questions", "give one of them by its name")
+        raise UsageError("standard input is both the video and the questions", "give one of them as a file")
     if not all(text.strip() for text in asked):
         raise UsageError("the question is empty", '-Q "What happens?"')
     if prompt and (source == STDIN or sys.stdin is None or not sys.stdin.isatty()):
-        raise UsageError("no questions, and stdin is no terminal", "-Q TEXT --every 30s, or --questions FILE")
+        raise UsageError("no questions, and stdin is not a terminal", "use -Q TEXT --every 30s, or --questions FILE")
     check_history(history, prompt)
     pipeline = options()
     check_text(*asked, pipeline.generation.system)
@@ -138,15 +143,15 @@ def watch(
             feed.check()
             chat = None
             if prompt:
-                alone = single_questions(history, session)
-                if alone is None:
+                why_single = why_single_questions(history, session)
+                if why_single is None:
                     chat = stream.chat(system)
             begin = partial(talk.begin, stream, pipeline.generation, None, chat)
             watching = _Watching(talk, begin, stream, feed, session.loaded.device, prompt, quiet, speak)
             if prompt:
-                speak("Ask about what was seen. /help for help; q, Ctrl-D or Ctrl-C to end.")
-                if alone and history is None:
-                    speak(f"Each question is on its own: {alone}.")
+                speak("Ask about the video so far. /help for help; q, Ctrl-D or Ctrl-C to end.")
+                if why_single and history is None:
+                    speak(f"Questions are independent: {why_single}.")
                 code = watching.converse(chat)
             else:
                 code = watching.serve(asked, every_s, questions)
@@ -188,8 +193,8 @@ class _Watching:
         self._failed = 0
         self._status = not quiet and sys.stderr.isatty()
         # Time of the last status line, and whether it is currently visible.
-        self._latest = 0.0
-        self._there = False
+        self._status_at = 0.0
+        self._status_visible = False
 
     def converse(self, chat: "Chat | None") -> int:
         """Answer questions from the terminal until q or Ctrl-C, even after the source has ended.
@@ -212,7 +217,7 @@ class _Watching:
         """
         lines = None if questions is None else _lines(questions)
         if every_s is not None:
-            every_s = self._possible(every_s)
+            every_s = self._feasible_interval(every_s)
         next_s = every_s
         asked_s = -1.0
         answered_s = 0.0
@@ -222,12 +227,12 @@ class _Watching:
             if (self._feed.backlog.stride > 1) != skips:
                 skips = not skips
                 if skips:
-                    self._warn("too slow for all frames: some are skipped, evenly")
+                    self._warn("too slow for all frames: some are skipped at regular intervals")
                 else:
                     self._clear()
-                    self._speak("no frames are skipped any more")
-            if self._status and time.monotonic() - self._latest >= STATUS_S:  # overwrites the previous line
-                self._latest, self._there = time.monotonic(), True
+                    self._speak("frames are no longer skipped")
+            if self._status and time.monotonic() - self._status_at >= STATUS_S:  # overwrites the previous line
+                self._status_at, self._status_visible = time.monotonic(), True
                 _write(f"\r{self._state()}\x1b[K")
             latest_s = self._feed.latest_s  # read first: everything before this frame has been fed
             now_s = self._stream.until_s or 0.0
@@ -239,14 +244,14 @@ class _Watching:
                     self._answer(question)
             if due:
                 until_s = now_s
-                why = "no frame was looked at in between"
+                why = "no frame was sampled in between"
                 if not new:
                     until_s = latest_s
-                    why = "no frame came since the one before"
+                    why = "no frame has arrived since the previous one"
                 elif next_s <= answered_s:
-                    why = "the video went on meanwhile"
+                    why = "the video continued during the previous answer"
                 over_s = max(next_s, floor(until_s / every_s) * every_s)
-                self._say_left_out(next_s, over_s, every_s, new, why)
+                self._report_skipped(next_s, over_s, every_s, new, why)
                 answered_s = self._feed.latest_s
                 next_s = over_s + every_s
                 self._feed.ask_at(next_s)
@@ -259,16 +264,16 @@ class _Watching:
                 self._clear()
                 return SOME_FAILED if self._failed else 0
 
-    def _possible(self, every_s: float) -> float:
+    def _feasible_interval(self, every_s: float) -> float:
         """Return the interval between questions, raised to the interval between frames if necessary, with a warning."""
         step_s = self._stream.step_s
         if step_s is None or every_s >= step_s:
             return every_s
-        self._warn(f"one frame is looked at every {step_s:.3g} s (--fps), so -Q is asked no more often than that")
+        self._warn(f"one frame is sampled every {step_s:.3g} s (--fps), so -Q is not asked more often")
         self._feed.ask_at(step_s)
         return step_s
 
-    def _say_left_out(self, first_s: float, over_s: float, every_s: float, asked: bool, why: str) -> None:
+    def _report_skipped(self, first_s: float, over_s: float, every_s: float, asked: bool, why: str) -> None:
         """Report the moments from `first_s` to `over_s` without an answer. If `asked`, the last one has an answer."""
         count = round((over_s - first_s) / every_s) + (not asked)
         if not count:
@@ -277,7 +282,7 @@ class _Watching:
         when = f"at {clock(first_s)}"
         if count > 1:
             when = f"from {clock(first_s)} to {clock(last_s)}"
-        self._warn(f"{counted(count, 'answer')} left out, {when}: {why}")
+        self._warn(f"{counted(count, 'answer')} skipped, {when}: {why}")
 
     def _warn(self, text: str) -> None:
         self._clear()
@@ -291,7 +296,7 @@ class _Watching:
             if not isinstance(asked, str) or not asked.strip():
                 raise ValueError('no "question"')
         except (ValueError, RecursionError) as problem:
-            wrong = UsageError(f"a line of --questions is no question: {problem}", '{"question": "What happens?"}')
+            wrong = UsageError(f"a line of --questions is not a question: {problem}", '{"question": "What happens?"}')
             self._failed += 1
             self._clear()
             self._talk.break_off(wrong, [line.decode(errors="replace").rstrip("\n")])
@@ -310,8 +315,8 @@ class _Watching:
         self._failed += not self._talk.attempt(question, **kwargs, goes_on=self._prompt)
 
     def _clear(self) -> None:
-        if self._there:
-            self._there = False
+        if self._status_visible:
+            self._status_visible = False
             _write("\r\x1b[K")
 
     def _state(self) -> str:
@@ -349,7 +354,7 @@ def _lines(path: str) -> "queue.SimpleQueue[bytes | None]":
     A thread reads the lines without locking any of Python's streams.
     """
     if path != STDIN and not os.path.exists(path):
-        raise UsageError(f"no such file: {path}", missing_hint(path, "--questions - reads stdin"))
+        raise UsageError(f"no such file: {path}", missing_hint(path, "to read stdin: --questions -"))
     pending: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def read() -> None:

@@ -74,7 +74,7 @@ class Line(Protocol):
 
 
 @dataclass(frozen=True)
-class Found:
+class EarlierRecord:
     """A record of an earlier run: its row and settings, whether the row failed, and its byte range [start, end) in the file.
 
     Attributes:
@@ -114,7 +114,7 @@ class Sources:
         subtitles = row.subtitles_path or self._subtitles
         return {"model": self._model, "inputs": [self._input(path, subtitles) for path in row.paths]}
 
-    def remaining(self, rows: Sequence[Row], found: Sequence[Found]) -> list[Row]:
+    def remaining(self, rows: Sequence[Row], earlier_records: Sequence[EarlierRecord]) -> list[Row]:
         """Return the rows that have not been answered yet or have failed.
 
         Raises:
@@ -124,20 +124,20 @@ class Sources:
         now = rounded(self._settings.record())
         asked = {row.id: rounded(row.asked) for row in rows}
         done = set()
-        for earlier in found:
+        for earlier in earlier_records:
             if change := differences(earlier.settings, now):
-                hint = "give the same ones, or another -o"
-                raise UsageError(f"the output was begun with other settings: {change}", hint)
+                hint = "give the same settings, or another -o"
+                raise UsageError(f"the output was started with other settings: {change}", hint)
             before = earlier.row | {"answer": None}  # the answer does not depend on it
             if change := differences(before, asked.get(earlier.id, before) | {"answer": None}):
-                hint = "give changed rows ids of their own, or choose another -o"
-                raise UsageError(f"the row {earlier.id!r} is not what it was: {change}", hint)
+                hint = "give changed rows new ids, or choose another -o"
+                raise UsageError(f"the row {earlier.id!r} has changed since it was asked: {change}", hint)
             self._check(earlier, by_id.get(earlier.id))
             if not earlier.failed:
                 done.add(earlier.id)
         return [row for row in rows if row.id not in done]
 
-    def _check(self, earlier: Found, row: Row | None) -> None:
+    def _check(self, earlier: EarlierRecord, row: Row | None) -> None:
         """Raise UsageError if the model has changed since an earlier record, or if an input of an answered row has."""
         if change := file_changes(earlier.files.get("model"), self._model):
             self._refuse(change)
@@ -149,45 +149,45 @@ class Sources:
             row.inputs, earlier.files.get("inputs") or [], self.of(row)["inputs"], strict=False
         ):
             if change := file_changes(before, now):
-                hint = "delete its line in the output, and it is asked anew; or choose another -o"
-                raise UsageError(f"{shown(name)} is not what it was when row {row.id!r} was answered: {change}", hint)
+                hint = "delete the row's line from the output to ask it again, or choose another -o"
+                raise UsageError(f"{shown(name)} has changed since row {row.id!r} was answered: {change}", hint)
 
     def check_revision(self, commit: str | None) -> None:
         """Raise UsageError if the commit of a hub model differs from the records before. Applies to earlier and new records."""
         if commit and self._revision and commit != self._revision:
-            self._refuse(f"its commit was {self._revision}, is {commit}")
+            self._refuse(f"its commit was {self._revision}, and is now {commit}")
         self._revision = commit or self._revision
 
     def check_sizes(self, after_tower_below: int | None) -> None:
         """Raise UsageError if the device's size limit for pruning only after the tower differs from the records before.
 
-        `after_tower_below` is as in `Found`.
+        `after_tower_below` is as in `EarlierRecord`.
         """
         check_size_rule("the output", self._after_tower_below, after_tower_below)
         if after_tower_below is not None:
             self._after_tower_below = after_tower_below
 
     def _refuse(self, change: str) -> None:
-        hint = "give the earlier one (--revision, where it is of the hub), or another -o"
-        raise UsageError(f"the model {self._name} is not what it was when the output was begun: {change}", hint)
+        hint = "use the earlier model (--revision for a hub id), or another -o"
+        raise UsageError(f"the model {self._name} has changed since the output was started: {change}", hint)
 
 
 def check_size_rule(run: str, before: int | None, now: int | None) -> None:
-    """Raise UsageError if the size limit below which inputs are pruned only after the tower has changed since `run` was begun.
+    """Raise UsageError if the size limit below which inputs are pruned only after the tower has changed since `run` was started.
 
     The limits are in units. 0 means that the device never does this; None means unknown.
     """
     if before is None or now is None or before == now:
         return
-    change = f"the inputs pruned after the tower alone were {_inputs_below(before)}, are {_inputs_below(now)}"
-    hint = "give the same --device, or a new -o; inner=always prunes alike on all devices"
-    raise UsageError(f"{run} was begun on another device or version: {change}", hint)
+    change = f"the size limit for pruning only after the tower was {_size_limit(before)}, and is now {_size_limit(now)}"
+    hint = "use the same --device, or another -o; inner=always prunes the same way on all devices"
+    raise UsageError(f"{run} was started on another device or version: {change}", hint)
 
 
-def _inputs_below(units: int) -> str:
+def _size_limit(units: int) -> str:
     if units == 0:
         return "none"
-    return f"those of fewer than {units:,} visual tokens"
+    return f"{units:,} visual tokens"
 
 
 class RecordFile:
@@ -195,8 +195,8 @@ class RecordFile:
 
     Stdout ("-"), pipes and already open files are only written to; for them `regular` is False.
 
-    With `resume`, the records of an existing file are kept, and listed in `found`. With `overwrite` they are dropped. Without
-    either, an existing file must be empty.
+    With `resume`, the records of an existing file are kept, and listed in `earlier_records`. With `overwrite` they are dropped.
+    Without either, an existing file must be empty.
 
     Subclasses set another record `schema`, and the `noun` that messages use for the run.
 
@@ -214,16 +214,16 @@ class RecordFile:
     def __init__(self, path: str, *, stdout: TextIO | None = None, resume: bool = False, overwrite: bool = False):
         self.name = path
         self._stdout = stdout or sys.stdout
-        self.found: list[Found] = []
+        self.earlier_records: list[EarlierRecord] = []
         self.written = 0  # records written by this run
-        self._made = self._begun = False
+        self._created = self._started = False
         given = path == STDOUT or path.startswith(OPEN_FILES)
         self.regular = not given and (os.path.isfile(path) or not os.path.exists(path))
         self.path = os.path.realpath(path) if self.regular else path
         if resume and overwrite:
             raise UsageError("--resume and --overwrite exclude each other", "give one of the two")
         if not self.regular and (resume or overwrite):
-            raise UsageError(f"{path} is no file that could be resumed or overwritten", "name a file with -o")
+            raise UsageError(f"{path} is not a file that can be resumed or overwritten", "name a file with -o")
         try:
             self._number = self._open()
         except OSError as problem:
@@ -231,12 +231,12 @@ class RecordFile:
         try:
             if self.regular and os.fstat(self._number).st_size:
                 if resume:
-                    self.found = self._read()
+                    self.earlier_records = self._read()
                 elif not self._is_own():
-                    raise UsageError(f"{path} is there, and holds no records of a {self.noun}", OTHER_HINT)
+                    raise UsageError(f"{path} already exists, and contains no records of a {self.noun}", OTHER_HINT)
                 elif not overwrite:
-                    hint = "--resume goes on with it, --overwrite replaces it; or name another file with -o"
-                    raise UsageError(f"{path} is there already", hint)
+                    hint = "--resume continues it, --overwrite replaces it; or name another file with -o"
+                    raise UsageError(f"{path} already exists", hint)
         except BaseException:
             os.close(self._number)
             raise
@@ -251,8 +251,8 @@ class RecordFile:
     def _is_own(self) -> bool:
         """Return True if the file begins with a record, possibly a torn one."""
         head = self._head
-        begun = os.pread(self._number, len(head), 0).rstrip(b"\0")
-        return bool(begun) and head.startswith(begun)
+        beginning = os.pread(self._number, len(head), 0).rstrip(b"\0")
+        return bool(beginning) and head.startswith(beginning)
 
     @property
     def _head(self) -> bytes:
@@ -261,12 +261,12 @@ class RecordFile:
 
     def begin(self, again: Container[str] = ()) -> None:
         """Truncate the file to its whole records, dropping those with ids in `again`. Without `resume`, truncate it to nothing."""
-        self._begun = True
+        self._started = True
         if self.regular:
             self._writer.submit(self._keep, again).result()
 
     def _keep(self, again: Container[str]) -> None:
-        kept = [record for record in self.found if record.id not in again]
+        kept = [record for record in self.earlier_records if record.id not in again]
         size = sum(record.end - record.start for record in kept)
         try:
             remove_unfinished(self.path)  # this program holds the lock, so no other program is writing one
@@ -289,7 +289,7 @@ class RecordFile:
     def close(self) -> None:
         """Wait for the line being written, then close the file. Removes it if this run created it and it is empty."""
         self._writer.shutdown()
-        if self._made and not os.fstat(self._number).st_size:
+        if self._created and not os.fstat(self._number).st_size:
             os.unlink(self.path)
         os.close(self._number)
 
@@ -313,10 +313,10 @@ class RecordFile:
         while True:
             try:
                 number = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
-                self._made = True
+                self._created = True
             except FileExistsError:
                 number = os.open(self.path, flags)
-                self._made = False
+                self._created = False
             try:
                 self._lock(number)
                 # The previous holder of the lock may have replaced or removed the file.
@@ -341,7 +341,7 @@ class RecordFile:
             if problem.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # a file system without locks
                 raise
 
-    def _read(self) -> list[Found]:
+    def _read(self) -> list[EarlierRecord]:
         """Return all whole records. A torn record may follow them.
 
         Raises:
@@ -367,20 +367,20 @@ class RecordFile:
                     below = None
                     if not failed:
                         below = dict(record.get("pruning") or {}).get("after_tower_below") or 0
-                    records.append(Found(record["id"], about["row"], settings, failed, *place, files, commit, below))
+                    records.append(
+                        EarlierRecord(record["id"], about["row"], settings, failed, *place, files, commit, below)
+                    )
                 except (ValueError, KeyError, TypeError) as problem:
                     if _is_torn(line, self._head, bool(records)):
                         break
                     hint = OTHER_HINT
                     if records:
-                        hint = (
-                            "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
-                        )
-                    raise UsageError(f"{self.name}, line {number} is no record of a {self.noun}", hint) from problem
+                        hint = "if you do not need that line, delete it and repeat the command; or choose another -o"
+                    raise UsageError(f"{self.name}, line {number} is not a record of a {self.noun}", hint) from problem
                 end += len(line)
         return records
 
-    def _copied(self, kept: list[Found]) -> int:
+    def _copied(self, kept: list[EarlierRecord]) -> int:
         """Atomically replace the file by one with only these records. Returns the descriptor of the new file, which is locked."""
         number, place = create_unfinished(self.path)
         try:
@@ -400,7 +400,7 @@ class RecordFile:
         return number
 
     def _cannot_write(self, problem: OSError) -> UsageError:
-        hint = "make room there" if self._begun else "name a file in a folder that may be written"
+        hint = "free some space there" if self._started else "name a file in a folder that you can write to"
         return UsageError(f"cannot write {self.name}: {problem.strerror}", hint)
 
 
@@ -409,11 +409,11 @@ def _is_torn(line: bytes, head: bytes, follows: bool) -> bool:
 
     A record begins with `head`. The rest of the line may be zeros, or the whole line if it `follows` a record.
     """
-    begun = line.rstrip(b"\0")
-    if line.endswith(b"\n") or not (begun or follows):
+    content = line.rstrip(b"\0")
+    if line.endswith(b"\n") or not (content or follows):
         return False
     try:
         loads(line)
     except ValueError:
-        return begun.startswith(head) or head.startswith(begun)
+        return content.startswith(head) or head.startswith(content)
     return False  # a complete object, such as a record of `ask --json`

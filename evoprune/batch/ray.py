@@ -72,7 +72,7 @@ def answers_on_ray(
                 left.remove(record.id)
                 yield record
     if left:
-        raise EvopruneError(f"Ray has lost {len(left):,} rows", "go on with --resume")
+        raise EvopruneError(f"Ray lost {len(left):,} rows", "continue with --resume")
 
 
 def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]) -> Iterator[str]:
@@ -139,8 +139,8 @@ class Worker:
 
         if ray.get(self._tries.another.remote(span.rows[0].id)) <= TRIES:
             return answers(self._session, [span], self._settings, self._cache)
-        hint = "was there too little memory? take fewer frames (--frames)"
-        error = error_record(WorkerDied(f"the worker died, {TRIES} times", hint))
+        hint = "it may have run out of memory: use fewer frames (--frames)"
+        error = error_record(WorkerDied(f"the worker died {TRIES} times", hint))
         return (failure_report(row, self._settings, error) for row in span.rows)
 
 
@@ -154,7 +154,7 @@ def _enter(folder: str) -> None:
     try:
         os.chdir(folder)
     except OSError as problem:
-        hint = "every node must see the same files under the same names"
+        hint = "every node must have the same files at the same paths"
         raise UsageError(f"a Ray worker cannot enter {folder}: {problem.strerror}", hint) from problem
 
 
@@ -169,12 +169,12 @@ def _cluster(address: str | None):
     # Ray prints reports of dead workers to stdout, even during shutdown.
     with redirect_stdout(sys.stderr):
         try:
-            with _own_process():
+            with _process_state_kept():
                 # By default, Ray would also look for the last cluster on this machine, and hang if it is gone.
                 where = address or os.environ.get("RAY_ADDRESS") or "local"
                 ray.init(where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as problem:
-            hint = "start one (ray start --head), or leave --address out"
+            hint = "start one (ray start --head), or leave out --address"
             raise UsageError(f"no Ray cluster: {first_line(problem)}", hint) from problem
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -185,7 +185,7 @@ def _cluster(address: str | None):
 
 
 @contextmanager
-def _own_process():
+def _process_state_kept():
     """Preserve the SIGTERM handler, which Ray replaces.
 
     Also turn off a new cluster's usage statistics, unless the environment sets them.

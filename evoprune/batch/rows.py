@@ -40,10 +40,10 @@ FIELDS = (
     "id", "video", "inputs", "question", "start", "end", "fps", "frames", "frame_rate", "max_new_tokens", "options",
     "subtitles", "messages", "answer", "type", "groups",
 )  # fmt: skip
-SAME = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # names of the same fields in qwen-vl-utils
+ALIASES = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # names of the same fields in qwen-vl-utils
 LONGEST_PATH = 4096  # characters
 LIST_COLUMNS = ("inputs", "options", "groups")  # columns whose cells in a CSV file are lists, separated by |
-ENDINGS_HINT = f"files that count end in {', '.join((*Folder.VIDEOS, *Folder.IMAGES))}"
+ENDINGS_HINT = f"names of videos and images end in {', '.join((*Folder.VIDEOS, *Folder.IMAGES))}"
 # "line" ("row" in a JSON array), its number from 1, and its fields or the reason why they are invalid.
 Line = tuple[str, int, dict[str, Any] | ValueError]
 
@@ -130,8 +130,8 @@ class Row:
         if not self.options:
             raise UsageError(f"row {shown(self.id)} has no options to choose from", "give each row a list of options")
         if len(set(self.options)) < len(self.options):
-            said = shown(", ".join(self.options))
-            raise UsageError(f"row {shown(self.id)} has an option twice: {said}", "give each once")
+            texts = shown(", ".join(self.options))
+            raise UsageError(f"row {shown(self.id)} has an option twice: {texts}", "give each option once")
         return replace(self, scored=True)
 
 
@@ -173,8 +173,8 @@ class RowReader:
     MAY_HAVE: ClassVar[str] = "id, start, end, fps, frames, frame_rate, max_new_tokens, options"
 
     fields: str = (
-        f"a row has question and video, or inputs for several, and may have {MAY_HAVE}, subtitles and answer; or messages in place "
-        "of question"
+        "a row has question (or messages) and video (or inputs for several), and may have "
+        f"{MAY_HAVE}, subtitles and answer"
     )
     file: str = "give a JSONL or CSV file of rows"
     passes_on: bool = False
@@ -207,7 +207,7 @@ class RowReader:
     def _parsed(self, content: bytes, name: str, folder: str) -> list[Row]:
         rows = _rows(_lines(content, name, self.fields), name, folder, self)
         if not rows:
-            raise UsageError(f"{name} holds no rows", self.fields)
+            raise UsageError(f"{name} contains no rows", self.fields)
         return rows
 
     def pairs(
@@ -222,17 +222,17 @@ class RowReader:
         Raises:
             UsageError: names everything that is wrong.
         """
-        wrong = Wrong()
-        videos = list(in_folders(videos, wrong, recursive, pictures))
+        problems = Problems()
+        videos = list(in_folders(videos, problems, recursive, pictures))
         for noun, texts, check in (("video", videos, _file), ("question", questions, _text)):
             for text, times in Counter(texts).items():
                 if times > 1:
-                    wrong.add(f"the {noun} {text!r} is there twice", f"name every {noun} once")
-                with wrong.noting(f"{shown(text)!r}: ", self.fields):
+                    problems.add(f"the {noun} {text!r} is given twice", f"give every {noun} once")
+                with problems.noting(f"{shown(text)!r}: ", self.fields):
                     check(text, noun)
-        with wrong.noting("", "choose an end after the start"):
+        with problems.noting("", "choose an end after the start"):
             _check_span(self.start_s, self.end_s)
-        wrong.check(dict.fromkeys(videos, ""))
+        problems.check(dict.fromkeys(videos, ""))
         pairs = (("", 0, {"video": video, "question": question}) for video in videos for question in questions)
         return _rows(pairs, "", "", self)
 
@@ -243,40 +243,42 @@ def _rows(lines: Iterable[Line], name: str, folder: str, reader: RowReader) -> l
     Raises:
         UsageError: any row is invalid.
     """
-    wrong = Wrong()
+    problems = Problems()
     rows: dict[str, Row] = {}
     places: dict[str, str] = {}
     unused = Counter()
     for noun, number, fields in lines:
         place = f"{name}, {noun} {number}"
-        with wrong.noting(f"{place}: ", reader.fields):
+        with problems.noting(f"{place}: ", reader.fields):
             row = _row(number, fields, folder, reader)
             if row.id in rows:
-                message = f"{place}: the same id (or the same question) as {places[row.id]}"
-                wrong.add(message, "give every row an id of its own")
+                message = f"{place}: same id (or same question) as {places[row.id]}"
+                problems.add(message, "give every row its own id")
             rows[row.id] = row
             places[row.id] = place
             unused.update(
-                field for field, value in fields.items() if value is not None and field not in (*FIELDS, *SAME)
+                field for field, value in fields.items() if value is not None and field not in (*FIELDS, *ALIASES)
             )
     videos: dict[str, str] = {}
     for row in rows.values():
         place = f"{places[row.id]}: " if name else ""
         for path in row.paths:
             videos.setdefault(path, place)
-    wrong.check(videos, name)
+    problems.check(videos, name)
     if unused:
-        are = "passed on, not read" if reader.passes_on else "not used"
-        warnings.warn(f"{name}: fields that are {are}: {_named(unused)}", EvopruneWarning, stacklevel=4)
+        title = "unused fields"
+        if reader.passes_on:
+            title = "fields that are only copied to the output"
+        warnings.warn(f"{name}: {title}: {_describe_fields(unused)}", EvopruneWarning, stacklevel=4)
     return list(rows.values())
 
 
-def _named(unused: Counter) -> str:
+def _describe_fields(unused: Counter) -> str:
     """List unused fields, each with its number of rows and, if the name looks like a typo, the field that may be meant."""
     texts = []
     for name, count in unused.items():
         text = f"{shorten(name, 40)} in {counted(count, 'row')}"
-        if near := did_you_mean(name, (*FIELDS, *SAME)).strip():
+        if near := did_you_mean(name, (*FIELDS, *ALIASES)).strip():
             text += f" ({near})"
         texts.append(text)
     return some(texts)
@@ -287,9 +289,9 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
         raise fields
     fields = {name: value for name, value in fields.items() if value is not None}
     cells = tuple((name, _cell(value)) for name, value in fields.items())
-    for theirs, own in SAME.items():
+    for theirs, own in ALIASES.items():
         _must(theirs not in fields or own not in fields, f"{own} and {theirs} exclude each other")
-    fields = {SAME.get(name, name): value for name, value in fields.items()}
+    fields = {ALIASES.get(name, name): value for name, value in fields.items()}
     span = reader.start_s, reader.end_s
     start, end = (_seconds(fields.get(name, usual), name) for name, usual in zip(("start", "end"), span, strict=True))
     _check_span(start, end)
@@ -299,7 +301,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
         numbers["frame_rate"] = float(numbers["frame_rate"])
     if "inputs" in fields:
         _must("video" not in fields, "video and inputs exclude each other")
-        _must(isinstance(fields["inputs"], list) and fields["inputs"], "inputs are not a list of paths")
+        _must(isinstance(fields["inputs"], list) and fields["inputs"], "inputs is not a list of paths")
         inputs = tuple(_file(path, "input") for path in fields["inputs"])
     else:
         inputs = (_file(fields.get("video"), "video"),)
@@ -309,7 +311,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
     subtitles_path = subtitles
     if subtitles not in (None, "none", "auto"):
         subtitles_path = _path(folder, subtitles)
-    earlier, question = _said(fields)
+    earlier, question = _turns_and_question(fields)
     row = Row(
         id="",
         inputs=inputs,
@@ -333,21 +335,21 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
         name = hashlib.sha256(json.dumps(row.asked, sort_keys=True).encode()).hexdigest()[:16]
     name = fields.get("id", name)
     right = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
-    _must(right, "id is neither a text nor a whole number")
+    _must(right, "id is neither text nor a whole number")
     return replace(row, id=str(name), cells=cells)
 
 
-def _said(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
+def _turns_and_question(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
     """Return the earlier turns of a row, and its question: the `question` field, or the last of its messages."""
     if "messages" not in fields:
         return (), _text(fields.get("question"), "question")
     messages = fields["messages"]
     _must("question" not in fields, "question and messages exclude each other")
-    _must(isinstance(messages, list), "messages are not a list")
-    _must(messages, "messages are an empty list")
+    _must(isinstance(messages, list), "messages is not a list")
+    _must(messages, "messages is empty")
     last = messages[-1]
     asks = isinstance(last, dict) and last.get("role") == "user" and {*last} == {"role", "content"}
-    _must(asks, "the last message is no question of the user")
+    _must(asks, "the last message is not a question from the user")
     earlier = tuple(Turn.from_messages(messages[:-1]))
     for turn in earlier:
         _must(is_text(turn.question) and is_text(turn.answer), "a message is not valid text")
@@ -389,15 +391,15 @@ def _check_span(start_s: float, end_s: float | None) -> None:
         raise ValueError(f"end {end_s:g} s is not after start {start_s:g} s")
 
 
-def _must(holds: bool, problem: str) -> None:
-    if not holds:
+def _must(condition: bool, problem: str) -> None:
+    if not condition:
         raise ValueError(problem)
 
 
 def _options(options: Any) -> tuple[str, ...]:
     """Return the options of a question without their leading letters, because the prompt adds its own."""
     right = isinstance(options, list) and len(options) != 1 and len(options) <= len(Row.LETTERS)
-    _must(right, f"options are not a list of 2 to {len(Row.LETTERS)} texts")
+    _must(right, f"options is not a list of 2 to {len(Row.LETTERS)} texts")
     options = tuple(_text(option, "option") for option in options)
     lettered = [LETTERED.fullmatch(option) for option in options]
     if not options or not all(lettered):
@@ -405,24 +407,24 @@ def _options(options: Any) -> tuple[str, ...]:
     letters = "".join(match[1] or match[2] for match in lettered).upper()
     in_order = Row.LETTERS[: len(options)]
     mixed = letters != in_order and sorted(letters) == list(in_order)
-    _must(not mixed, f"the letters of the options are {', '.join(letters)}, not in order")
+    _must(not mixed, f"the options have the letters {', '.join(letters)}, out of order")
     if letters != in_order:
         return options
     return tuple(match[3] for match in lettered)
 
 
 def _file(value: Any, name: str) -> str:
-    hint = "write it to a file, and give the path of that"
+    hint = "write it to a file and give its path"
     if _filled(value, name).startswith("data:"):
         raise UsageError(f"{name} is a data: URL, not a path", hint)
     if len(value) > LONGEST_PATH:
-        raise UsageError(f"{name} is a text of {len(value):,} characters, not a path", hint)
+        raise UsageError(f"{name} has {len(value):,} characters, too many for a path", hint)
     return value
 
 
 def _filled(value: Any, name: str) -> str:
     _must(value is not None, f"no {name}")
-    _must(isinstance(value, str), f"{name} is not a text")
+    _must(isinstance(value, str), f"{name} is not text")
     _must(value.strip(), f"{name} is empty")
     return value
 
@@ -457,7 +459,7 @@ def _seconds(value: Any, name: str) -> float | None:
     return float(value)
 
 
-class Wrong:
+class Problems:
     """Collects problems with the videos and rows of a batch, each with a hint, and reports them as one error."""
 
     def __init__(self):
@@ -485,7 +487,7 @@ class Wrong:
             return
         for path, place in videos.items():
             if not is_url(path) and not os.path.exists(path):
-                usual = "paths in a file of rows are relative to it" if name else "check the path"
+                usual = "paths in a file of rows are relative to that file" if name else "check the path"
                 self.add(f"{place}no such file: {shown(path)}", missing_hint(path, usual))
         first, *others = (message for message, _ in self._found)
         messages = [first, *(message.removeprefix(f"{name}, ") for message in others)]
@@ -520,13 +522,15 @@ def in_folder(folder: str, pictures: bool = False) -> list[str]:
     return [path for path in inside.files if path in videos or os.path.splitext(path)[0] not in stems]
 
 
-def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False, pictures: bool = False) -> Iterator[str]:
+def in_folders(
+    videos: Iterable[str], problems: Problems, recursive: bool = False, pictures: bool = False
+) -> Iterator[str]:
     """Yield the videos, replacing each folder of videos by its files in natural order. A folder of images counts as one video.
 
     If a folder has more videos than images, its images are skipped unless `pictures` includes them (see `in_folder`).
 
     Args:
-        wrong: collects folders whose meaning is unclear.
+        problems: collects folders whose meaning is unclear.
         recursive: also search subfolders, each as if it had been given. Subfolders with neither videos nor images are ignored.
     """
     for video in videos:
@@ -534,16 +538,16 @@ def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False, pic
             yield video
             continue
         if recursive:
-            below = [folder for folder in folders_below(video) if holds_some(folder)]
+            below = [folder for folder in folders_below(video) if has_videos_or_images(folder)]
             if not below:
-                wrong.add(f"neither videos nor images in the folder {video} and those inside it", ENDINGS_HINT)
-            yield from in_folders(below, wrong, pictures=pictures)
+                problems.add(f"no videos or images in the folder {video} and its subfolders", ENDINGS_HINT)
+            yield from in_folders(below, problems, pictures=pictures)
             continue
         try:
             inside = Folder(video)
         except OSError as problem:
-            hint = "check the path, and whether you may read it"
-            wrong.add(f"cannot read the folder {video}: {problem.strerror}", hint)
+            hint = "check the path and its permissions"
+            problems.add(f"cannot read the folder {video}: {problem.strerror}", hint)
             continue
         images = inside.images
         video_files = inside.videos
@@ -552,16 +556,16 @@ def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False, pic
         elif images:
             pattern = os.path.join(video, "*" + os.path.splitext(video_files[0])[1])
             hint = f"name the videos ({pattern}), or move the images to a folder of their own"
-            wrong.add(
-                f"the folder {video} holds {counted(len(images), 'image')} and {counted(len(video_files), 'video')}",
+            problems.add(
+                f"the folder {video} contains {counted(len(images), 'image')} and {counted(len(video_files), 'video')}",
                 hint,
             )
         else:
-            hint = f"-r also searches the folders inside it; {ENDINGS_HINT}"
-            wrong.add(f"neither videos nor images in the folder {video}", hint)
+            hint = f"-r also searches subfolders; {ENDINGS_HINT}"
+            problems.add(f"no videos or images in the folder {video}", hint)
 
 
-def holds_some(folder: str) -> bool:
+def has_videos_or_images(folder: str) -> bool:
     """Return True if a folder directly contains videos or images, or cannot be read, so that the error is reported later."""
     try:
         return bool(Folder(folder).files)
@@ -590,12 +594,12 @@ def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
     if len(videos) <= len(images):
         if not images or not any(name.endswith("/") for name in names):
             return ""
-        return f"{video}: {counted(len(images), 'image')} as one video; folders inside it are not searched{hint}"
+        return f"{video}: {counted(len(images), 'image')} as one video; subfolders are not searched{hint}"
     if not names:
         return ""
     counts = {"video": len(videos), "picture": len(taken) - len(videos)}
-    found = " and ".join(counted(count, noun) for noun, count in counts.items() if count)
-    return f"{video}: {found}; left out: {some(list(map(shown, names)))}"
+    counts_text = " and ".join(counted(count, noun) for noun, count in counts.items() if count)
+    return f"{video}: {counts_text}; skipped: {some(list(map(shown, names)))}"
 
 
 def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
@@ -649,10 +653,10 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
     try:
         names = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         if twice := [name for name, count in Counter(names).items() if name and count > 1]:
-            hint = "rename one of them, or leave it out; upper and lower case count as the same"
+            hint = "rename or remove one of them; upper and lower case are the same"
             raise UsageError(f"{file}: the first line names the column {shorten(twice[0], 40)} twice", hint)
         if "messages" in names and "question" not in names:
-            raise UsageError(f"{file}: a table has no place for messages", "write the rows as JSON lines")
+            raise UsageError(f"{file}: a table cannot contain messages", "write the rows as JSON lines")
         for required in (("video", "inputs"), ("question",)):  # one name from each tuple
             if not set(required) & set(names):
                 needed = f"the first line must name the columns, unless the lines are JSON; `{required[0]}` is missing"
@@ -663,7 +667,7 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
                 if name in cells:
                     cells[name] = [entry.strip() for entry in cells[name].split("|")]
             if None in row:
-                cells = ValueError("more cells than the head has")
+                cells = ValueError("more cells than the header")
             yield "line", reader.line_num, cells
     except csv.Error as problem:
         yield "line", reader.line_num + 1, ValueError(str(problem))  # line_num counts only complete lines

@@ -38,7 +38,7 @@ def answers(
 
     def opened(span: Span, cores: int | None) -> OpenInputs:
         first = span.rows[0]
-        sampling = settings.sampling.but(**span.sampling)
+        sampling = settings.sampling.with_overrides(**span.sampling)
         given = {"names": [without_password(name) for name in first.inputs], "cache": cache, "ahead": ahead}
         inputs = open_inputs(session, first.paths, sampling, **given)
         inputs.use_cores(cores)
@@ -47,23 +47,23 @@ def answers(
 
     with closing(in_flight(spans, opened, session.loaded, on_wait)) as prepared:
         for span, inputs in prepared:
-            yield from _asked(span, inputs, settings, on_failure, progress, on_wait)
+            yield from _answer_span(span, inputs, settings, on_failure, progress, on_wait)
 
 
 def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:
     """Return the record of a row that failed."""
     report = Report(question=row.prompt, finish_reason="error", error=error)
     name_inputs(report, [without_password(name) for name in row.inputs])
-    return _named(report, row, settings)
+    return _with_row(report, row, settings)
 
 
-def _named(report: Report, row: Row, settings: Settings) -> Report:
+def _with_row(report: Report, row: Row, settings: Settings) -> Report:
     report.id = row.id
     report.batch = {"row": row.asked | {"answer": row.answer}, "settings": settings.record()}
     return report
 
 
-def _asked(
+def _answer_span(
     span: Span,
     inputs: OpenInputs | Exception,
     settings: Settings,
@@ -90,18 +90,18 @@ def _asked(
         str(answer)  # generates the answer
         return answer.report
 
-    encoded, error = _tried(encode, on_failure)
+    encoded, error = _attempt(encode, on_failure)
     for row in span.rows:
         report = None
         if encoded:
-            report, error = _tried(partial(answered, row), on_failure)
+            report, error = _attempt(partial(answered, row), on_failure)
         if report:
-            yield _named(report, row, settings)
+            yield _with_row(report, row, settings)
         else:
             yield failure_report(row, settings, error)
 
 
-def _tried(work: Callable[[], T], on_failure: Callable[[Exception], None]) -> tuple[T | None, dict | None]:
+def _attempt(work: Callable[[], T], on_failure: Callable[[Exception], None]) -> tuple[T | None, dict | None]:
     """Return the result of `work`, or the error in the format of records.
 
     When this returns, the exception and the memory it references are freed.

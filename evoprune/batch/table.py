@@ -27,8 +27,8 @@ class TableFile(RecordFile):
 
     def __init__(self, path: str, rows: Sequence[Row], *, stdout: TextIO | None = None, resume: bool, overwrite: bool):
         if resume:
-            hint = "give -o a name that ends in .jsonl, which can be resumed; or leave out --resume"
-            raise UsageError(f"--resume cannot go on with {path}: a table in CSV has no place for settings", hint)
+            hint = "use -o FILE.jsonl, which can be resumed, or leave out --resume"
+            raise UsageError(f"--resume cannot continue {path}: a CSV table does not record the settings", hint)
         self._rows = {row.id: dict(row.cells) for row in rows}
         self._names = list(dict.fromkeys(name for row in rows for name, _ in row.cells))
         super().__init__(path, stdout=stdout, overwrite=overwrite)

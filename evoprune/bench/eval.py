@@ -275,7 +275,7 @@ class Evaluation:
             kind = GreyInput
         elif rows is not None:
             kind = partial(SharedInput, shared_rows=rows)
-        sampling = self.settings.sampling.but(**span.sampling)
+        sampling = self.settings.sampling.with_overrides(**span.sampling)
         given = {"names": [video.name], "kind": kind, "ahead": self.ahead}
         return open_inputs(self._session(variant, video), [video.path], sampling, **given)
 

@@ -103,4 +103,4 @@ class EvalSettings:
         """Yield the inputs in the order in which they are read, for `ReadAhead`."""
         for video in of_groups(videos, self.groups)[: self.limit]:
             span, *_ = Span.group(video.rows)
-            yield [video.path], self.sampling.but(**span.sampling)
+            yield [video.path], self.sampling.with_overrides(**span.sampling)

@@ -36,13 +36,13 @@ class GenerationOptions:
     max_new_tokens: int = option(256, "Maximum length of the answer, in tokens.", "-n", "--max-new-tokens")
     temperature: float = option(
         0.0,
-        "0 is greedy.",
+        "Sampling temperature; 0 is greedy.",
         "-t",
         "--temperature",
     )
     top_p: float = option(
         1.0,
-        "Nucleus sampling.",
+        "Nucleus sampling: the smallest set of tokens with this probability; 1: all.",
     )
     top_k: int = option(
         0,
@@ -113,9 +113,9 @@ class GenerationOptions:
                 f"temperature is {self.temperature}", "0 is greedy, 1 samples from the model's own probabilities"
             )
         if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}", "top_p is a probability above 0, and 1 keeps every token")
+            raise UsageError(f"top_p is {self.top_p}", "give a probability above 0; 1 keeps every token")
         if self.top_k < 0:
-            raise UsageError(f"top_k is {self.top_k}", "0 keeps every token")
+            raise UsageError(f"top_k is {self.top_k}", "give 0 or more; 0 keeps every token")
         if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
             raise UsageError(f"repetition_penalty is {self.repetition_penalty}", "1 is off, 1.05 is a common value")
         if self.think not in THINK:

@@ -463,7 +463,7 @@ class Search:
     def _plan(self, segment: Segment, seek: str = "auto") -> Plan:
         own = {"frames": segment.frames, "start_s": segment.start_s, "end_s": segment.end_s, "seek": seek}
         session = self._session
-        wanted = self._sampling.but(**own)
+        wanted = self._sampling.with_overrides(**own)
         return plan_input(session.loaded.description, self._info, wanted, session.pruning, self.name)
 
     def _open(self, segment: Segment, seek: str) -> OpenInput:

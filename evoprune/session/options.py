@@ -88,41 +88,41 @@ class ModelOptions:
     revision: str | None = option(None, "Branch, tag or commit of a hub id.")
     device: str = option(
         "auto",
-        "auto: CUDA if there is any, else the CPU.",
+        "auto: CUDA if available, otherwise the CPU.",
         words=("auto", "cpu", "cuda[:N]"),
         also="torch.device",
         changes_answers=False,
     )
     dtype: Literal["auto", DtypeName] = option(
         "auto",
-        "auto: bf16 where the hardware has it; demo models fp32.",
+        "auto: bf16 if the hardware supports it; demo models use fp32.",
         also="torch.dtype",
     )
     quantize: Quantize = option(
         "none",
-        "Bits of weights and products, on CPUs alone: fewer are faster, smaller and less exact. int8: tower and language model. "
-        "int4: the same, with 4-bit weights while the language model generates.",
+        "Quantize the model on a CPU: faster, smaller and less exact. int8: 8-bit weights and products in the tower and the "
+        "language model. int4: the same, with 4-bit weights while the language model generates.",
     )
     store_quantized: bool = option(
         False,
-        "Keep the quantised weights on disk (at most 32 GiB) for later runs.",
+        "Keep the quantized weights on disk (at most 32 GiB) for later runs.",
         changes_answers=False,
     )
     load_format: LoadFormat = option(
         "auto",
-        "auto reads the weights. dummy makes random ones: times and counts are right, answers mean nothing. It needs a folder "
-        "with config.json and a tokenizer.",
+        "auto loads the weights. dummy makes random weights: times and counts are valid, answers are meaningless. dummy needs a "
+        "folder with config.json and a tokenizer.",
     )
     engine: Engine = option(
         AUTO,
-        "What runs the language model: native is evoprune, transformers is Hugging Face's own code, for checkpoints that are "
-        "quantised and for Qwen3.5 and mixtures of experts. auto: native where it can.",
+        "Code that runs the language model: native is evoprune's, transformers is Hugging Face's, for quantized checkpoints, "
+        "Qwen3.5 and mixtures of experts. auto: native if it supports the model.",
     )
     offline: bool = option(False, "Never use the network.", changes_answers=False)
     threads: int | Literal["auto"] | None = option(
         None,
-        "Threads on the CPU; auto: by the model's size, at most the cores that this process may use, or OMP_NUM_THREADS.",
-        in_python="Threads on the CPU; None leaves torch's number, auto goes by the model's size.",
+        "CPU threads; auto: depends on the model's size, at most the cores that this process may use, or OMP_NUM_THREADS.",
+        in_python="CPU threads; None keeps torch's number, auto depends on the model's size.",
         words=(AUTO_THREADS, "N"),
         env="EVOPRUNE_THREADS",
         unless_typed=AUTO_THREADS,
@@ -131,7 +131,7 @@ class ModelOptions:
 
     def __post_init__(self):
         if hasattr(self.model, "forward"):
-            raise UsageError(f"model is of class {type(self.model).__name__}, not a name", OTHER_MODELS)
+            raise UsageError(f"model is of the class {type(self.model).__name__}, not a name", OTHER_MODELS)
         object.__setattr__(self, "dtype", _short_dtype(self.dtype))
         if type(self.device).__name__ == "device":
             object.__setattr__(self, "device", str(self.device))
@@ -143,14 +143,14 @@ class ModelOptions:
         if self.engine not in ENGINES:
             hint = f"use {', '.join(ENGINES)}"
             if self.engine == "ray":
-                hint = "batch --on ray runs on a Ray cluster"
+                hint = "to run on a Ray cluster: batch --on ray"
             raise UsageError(f"unknown engine {self.engine!r}", hint)
         if self.dtype not in DTYPE_NAMES:
             raise UsageError(f"unknown dtype {self.dtype!r}", f"use {', '.join(DTYPE_NAMES)}")
         if self.quantize not in QUANTIZE:
-            raise UsageError(f"unknown quantisation {self.quantize!r}", f"use {', '.join(QUANTIZE)}")
+            raise UsageError(f"unknown quantization {self.quantize!r}", f"use {', '.join(QUANTIZE)}")
         if self.store_quantized and self.quantize == "none":
-            raise UsageError("store_quantized needs quantize", "--quantize int8, or int4")
+            raise UsageError("store_quantized needs quantize", "add --quantize int8 or int4")
 
     @property
     def folder(self) -> Path:
@@ -216,22 +216,22 @@ class PruneOptions:
         Budget.DEFAULT,
         "Share of visual tokens kept: 0.1, 10%, or high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x), "
         "fast (0.1; 95.8%, 4.4x). "
-        "Accuracy: what the worst of the demo models keeps. Speed: of the first token, against Hugging Face at 3B dimensions. "
-        "Presets keep more of a still: 0.7, 0.5 and 0.3. full prunes nothing; auto lets the content decide, auto:inflection a "
-        "method's scores.",
+        "Accuracy: share that the worst of the demo models keeps. Speed: of the first token, compared with Hugging Face at 3B "
+        "dimensions. Presets keep more of a still: 0.7, 0.5 and 0.3. full prunes nothing; auto depends on the content, "
+        "auto:inflection on the method's scores.",
         "-b",
         "--budget",
         env="EVOPRUNE_BUDGET",
     )
     method: str = option(
         MethodText.DEFAULT,
-        "How tokens are pruned, by name (see evoprune methods). NAME:SETTING=VALUE for its settings; "
-        "reuse+NAME to encode changed units alone; ipcv+NAME to compute a third of the rows in most layers; NAME+fastv to drop "
-        "tokens inside the language model, too.",
+        "Pruning method (see evoprune methods). NAME:SETTING=VALUE changes its settings; "
+        "reuse+NAME encodes only changed units; ipcv+NAME computes a third of the rows in most layers; NAME+fastv also drops "
+        "tokens inside the language model.",
     )
     seed: int = option(
         0,
-        "Seed of everything random.",
+        "Random seed.",
         metavar="<int>",
         least=0,
         most=2**63 - 1,
@@ -284,9 +284,9 @@ class StreamOptions:
 
     window_s: float = option(
         8.0,
-        "The stream is encoded in windows of this time, each with a fixed number of tokens.",
+        "Length of the windows that the stream is encoded in. Each has a fixed number of tokens.",
         "--window",
-        in_python="The stream is encoded in windows of so many seconds, each with a fixed number of tokens.",
+        in_python="Length of the windows that the stream is encoded in, in seconds. Each has a fixed number of tokens.",
         metavar="TIME",
         typed=str,
         unless_typed="8s",
@@ -294,15 +294,15 @@ class StreamOptions:
     )
     memory_s: float = option(
         600.0,
-        "As many tokens are remembered as this time has. Beyond it the oldest windows are thinned.",
+        "Stream time whose tokens fit into memory. When memory is full, the oldest windows are thinned.",
         "--memory",
-        in_python="As many tokens are remembered as so many seconds have. Beyond it the oldest windows are thinned.",
+        in_python="Seconds of the stream whose tokens fit into memory. When memory is full, the oldest windows are thinned.",
         metavar="TIME",
         typed=str,
         unless_typed="10m",
         parse=parse_time,
     )
-    memory_tokens: int | None = option(None, "The same in tokens, instead of --memory.")
+    memory_tokens: int | None = option(None, "Size of the memory in tokens, instead of --memory.")
 
     def __post_init__(self):
         check_types(self)
@@ -322,33 +322,33 @@ class FindOptions:
 
     PANEL: ClassVar[str] = "Finding"
 
-    top: int = option(10, "At most this many moments of a query, the best first.")
+    top: int = option(10, "Maximum number of moments per query, best first.")
     min_score: float | None = option(
         None,
-        "Least score of a moment, from 0 to 1; default: by the scores of all segments, at least 0.96.",
+        "Minimum score of a moment, from 0 to 1; default: depends on the scores of all segments, at least 0.96.",
     )
     segment_s: float | None = option(
         None,
-        "Length of the segments that are asked about, such as 8s; default: 8 s, more where --total-tokens is too few for that.",
+        "Length of the segments to ask about, such as 8s; default: 8 s, longer if --total-tokens is too small for that.",
         "--segment",
-        in_python="Length of the segments that are asked about, in seconds; None for 8 s, more where total_tokens is too few for "
-        "that.",
+        in_python="Length of the segments to ask about, in seconds; None: 8 s, longer if total_tokens is too small for that.",
         metavar="TIME",
         typed=str,
         parse=lambda text: parse_time(text) if text else None,
     )
     total_tokens: int = option(
         2**18,
-        "Visual tokens of a whole video before pruning, unless --fps says how many frames: a long one is looked at less often.",
+        "Maximum number of visual tokens of a whole video before pruning: long videos are sampled at a lower "
+        "rate. Ignored with --fps.",
     )
     prompt: str | None = option(
         None,
-        "The question about a segment, with {} for the query; default: in English, of a demo model one that it knows. A query "
-        "that ends with ? is asked as it is.",
+        "The question about a segment, with {} for the query; default: an English question, or one that the demo model knows. A "
+        "query that ends with ? is asked unchanged.",
         metavar="TEXT",
     )
-    yes: str = option("yes", "How an answer begins where a segment shows it.", metavar="WORD")
-    no: str = option("no", "How an answer begins where it does not.", metavar="WORD")
+    yes: str = option("yes", "How an answer begins if the segment shows the query.", metavar="WORD")
+    no: str = option("no", "How an answer begins if the segment does not show it.", metavar="WORD")
 
     def __post_init__(self):
         check_types(self)
@@ -360,9 +360,11 @@ class FindOptions:
         if self.segment_s is not None and not 0 < self.segment_s < math.inf:
             raise UsageError(f"segment_s is {self.segment_s:g}", "give a number above 0")
         if self.prompt is not None and "{}" not in self.prompt:
-            raise UsageError(f"prompt is {self.prompt!r}, without the query", 'put {} in its place: "Can you see {}?"')
+            raise UsageError(
+                f"prompt is {self.prompt!r}, without a place for the query", 'mark it with {}: "Can you see {}?"'
+            )
         if not self.yes.strip() or not self.no.strip():
-            raise UsageError("the words for yes and no are empty", "--yes yes --no no")
+            raise UsageError("the word for yes or no is empty", "for example --yes yes --no no")
 
 
 @dataclass(frozen=True)

@@ -35,21 +35,21 @@ def _check_at_least(min_value: int, name: str, value: float | None) -> None:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What of a video is looked at. Raises UsageError for invalid numbers, and for fps and frames together."""
+    """How frames are sampled from a video. Raises UsageError for invalid numbers, and for fps and frames together."""
 
     PANEL: ClassVar[str] = "Sampling"
     MAX_VISUAL_TOKENS: ClassVar[int] = 24_576  # Qwen2.5-VL's own limit for a video, before pruning
 
-    fps: float | None = option(None, "Frames per second to look at; default: the model's rate.")
+    fps: float | None = option(None, "Frames per second to sample; default: the model's rate.")
     frames: int | None = option(
         None,
-        "Number of frames to look at, instead of --fps; odd numbers are rounded up.",
+        "Number of frames to sample, instead of --fps; odd numbers are rounded up.",
     )
     start_s: float = option(
         0.0,
-        "Where to start: 90, 1:30, 01:30:00 or 1m30s; -5: 5 s before the end.",
+        "Start time: 90, 1:30, 01:30:00, 1m30s, or -5 for 5 s before the end.",
         "--start",
-        in_python="Where to start, in seconds; negative values count from the end.",
+        in_python="Start time in seconds; negative values count from the end.",
         metavar="TIME",
         typed=str,
         unless_typed="0",
@@ -58,9 +58,9 @@ class SamplingOptions:
     )
     end_s: float | None = option(
         None,
-        "Where to stop, in the same format; default: the end.",
+        "End time, in the same formats; default: the end.",
         "--end",
-        in_python="Where to stop, in seconds; negative values count from the end; None for the end.",
+        in_python="End time in seconds; negative values count from the end; None for the end.",
         metavar="TIME",
         typed=str,
         parse=lambda text: parse_time(text) if text else None,
@@ -76,7 +76,7 @@ class SamplingOptions:
         "Frames per second of a folder of frames. Video files have their own rate.",
         in_python="Frames per second of an array or a folder of frames. Video files have their own rate.",
     )
-    decoder: Decoder = option("auto", "Library that reads the video; auto is pyav.")
+    decoder: Decoder = option("auto", "Library that decodes the video; auto is pyav.")
     seek: Seek = option(
         "auto",
         "Which frame to take from each equal part of the video. exact: the one in the middle. keyframes: the keyframe nearest to "
@@ -128,7 +128,9 @@ class SamplingOptions:
     def check_picture(self, info: Video) -> None:
         """Raise UsageError if a subtitle file is given for a picture."""
         if info.is_picture and self.subtitle_file:
-            raise UsageError(f"{info.path} is a picture, which has no subtitles", "leave them out, or give the video")
+            raise UsageError(
+                f"{info.path} is a picture, which has no subtitles", "leave out the subtitles, or give the video"
+            )
 
     @property
     def sets_frames(self) -> bool:
@@ -139,7 +141,7 @@ class SamplingOptions:
         """Return the rate in frames per second, or `usual` if no rate is set. Applies only if no number of frames is set."""
         return usual if self.fps is None else self.fps
 
-    def but(self, **own) -> "SamplingOptions":
+    def with_overrides(self, **own) -> "SamplingOptions":
         """Return a copy with some fields replaced. Setting a rate clears the number of frames, and vice versa."""
         if own.keys() & {"fps", "frames"}:
             own = {"fps": None, "frames": None} | own

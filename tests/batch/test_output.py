@@ -57,7 +57,7 @@ def test_records_are_there_when_add_returns(path):
 def test_what_is_there_is_not_touched_by_accident(path):
     write(path, record(1))
     before = path.read_bytes()
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         RecordFile(str(path))
     with pytest.raises(UsageError, match="exclude each other"):
         RecordFile(str(path), resume=True, overwrite=True)
@@ -129,9 +129,9 @@ def test_cut_off_anywhere_it_goes_on(tmp_path_factory, failures, data):
     if path.read_bytes().endswith(b"\0") and cut + 1 in accumulate(map(len, lines)):
         wanted = wanted[:-1]  # zeros replaced the newline
     with closing(RecordFile(str(path), resume=True)) as file:
-        assert [found.id for found in file.found] == wanted
-        assert [found.failed for found in file.found] == failures[: len(wanted)]
-        again = {found.id for found in file.found if found.failed}
+        assert [record.id for record in file.earlier_records] == wanted
+        assert [record.failed for record in file.earlier_records] == failures[: len(wanted)]
+        again = {record.id for record in file.earlier_records if record.failed}
         file.begin(again)
         file.add(record("new"))
     left = [name for name in wanted if name not in again]
@@ -169,7 +169,7 @@ GOOD = record(1).to_json()
 )
 def test_a_file_that_is_not_ours_is_left_alone(path, content, line):
     path.write_text(content)
-    with pytest.raises(UsageError, match=f"out.jsonl, line {line} is no record of a batch") as caught:
+    with pytest.raises(UsageError, match=f"out.jsonl, line {line} is not a record of a batch") as caught:
         RecordFile(str(path), resume=True)
     assert path.read_text() == content
     assert ("delete it" if line > 1 else "remove this one") in caught.value.hint
@@ -201,7 +201,7 @@ def test_many_at_once_lose_nothing(path):
         while True:
             try:
                 with closing(RecordFile(str(path), resume=True)) as file:
-                    file.begin({"torn"} | {found.id for found in file.found if found.failed})
+                    file.begin({"torn"} | {record.id for record in file.earlier_records if record.failed})
                     file.add(record(name))
                     file.add(record(f"{name} failed", failed=True))
                 return
@@ -238,7 +238,7 @@ def test_a_full_disk(path, monkeypatch, after):
         full.append(1)
         with pytest.raises(UsageError, match=r"cannot write .*out.jsonl: No space left on device") as caught:
             file.add(record(2))
-        assert caught.value.hint == "make room there" and file.written == 1
+        assert caught.value.hint == "free some space there" and file.written == 1
         assert ids(path) == ["1"]
     assert ids(path) == ["1"]
 
@@ -277,7 +277,7 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch, place):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot write") as caught:
         RecordFile(place or str(tmp_path))
-    assert "folder that may be written" in caught.value.hint
+    assert "folder that you can write to" in caught.value.hint
 
 
 def test_what_is_no_file_is_only_written(tmp_path, capfd):
@@ -291,7 +291,7 @@ def test_what_is_no_file_is_only_written(tmp_path, capfd):
     assert json.loads(reader.communicate(timeout=20)[0])["id"] == "2"
     for name in ("-", str(tmp_path / "pipe")):
         for how in ({"resume": True}, {"overwrite": True}):
-            with pytest.raises(UsageError, match="no file that could be"):
+            with pytest.raises(UsageError, match="not a file that can be"):
                 RecordFile(name, **how)
     with closing(RecordFile("/dev/full")) as file, pytest.raises(UsageError, match="cannot write /dev/full: No space"):
         file.begin()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.batch.output import Found, RecordFile, Settings, Sources
+from evoprune.batch.output import EarlierRecord, RecordFile, Settings, Sources
 from evoprune.batch.rows import Row, RowReader, Span
 from evoprune.batch.run import answers
 from evoprune.errors import OutOfMemory, UsageError, VideoError
@@ -37,12 +37,12 @@ def changed(settings: Settings = SETTINGS, **options) -> Settings:
     )
 
 
-def found(row: Row, failed: bool = False, settings: Settings = SETTINGS, **other) -> Found:
+def found(row: Row, failed: bool = False, settings: Settings = SETTINGS, **other) -> EarlierRecord:
     """Return the row as it is read back from a file."""
     error = {"message": "no"} if failed else None
     batch = {"row": row.asked | {"answer": row.answer} | other, "settings": settings.record()}
     back = Report.from_json(Report(id=row.id, error=error, batch=batch).to_json())
-    return Found(back.id, back.batch["row"], back.batch["settings"], failed, 0, 0)
+    return EarlierRecord(back.id, back.batch["row"], back.batch["settings"], failed, 0, 0)
 
 
 @settings(deadline=None)
@@ -79,7 +79,7 @@ def test_other_settings_are_refused(failed):
 def test_a_row_that_changed_is_refused(name):
     value = ("a", "b") if name == "options" else 3.0 if "_s" in name else ("x",) if name == "video" else "x"
     rows = [replace(ROWS[0], **{"inputs" if name == "video" else name: value}), *ROWS[1:]]
-    with pytest.raises(UsageError, match=f"is not what it was: {name} was "):
+    with pytest.raises(UsageError, match=f"has changed since it was asked: {name} was "):
         Sources(SETTINGS).remaining(rows, [found(ROWS[0])])
     assert Sources(SETTINGS).remaining([replace(ROWS[0], answer="yes")], [found(ROWS[0])]) == []  # never asked
 
@@ -96,7 +96,9 @@ def test_another_commit_of_a_hub_model_is_refused():
     sources.check_revision("a")
     other = [*before, replace(before[1], revision="b")]
     for check in (lambda: sources.check_revision("b"), lambda: Sources(settings).remaining(ROWS, other)):
-        with pytest.raises(UsageError, match=r"org/model is not what it was .*: its commit was a, is b") as caught:
+        with pytest.raises(
+            UsageError, match=r"org/model has changed since .*: its commit was a, and is now b"
+        ) as caught:
             check()
         assert "--revision" in caught.value.hint
 
@@ -115,7 +117,7 @@ def test_a_device_that_prunes_other_sizes_elsewhere_is_refused(begun, now):
     other = [*before, replace(before[1], after_tower_below=now)]
     for check in (lambda: sources.check_sizes(now), lambda: Sources(SETTINGS).remaining(ROWS, other)):
         with pytest.raises(
-            UsageError, match="begun on another device or version: the inputs pruned after the tower"
+            UsageError, match="started on another device or version: the size limit for pruning only after the tower"
         ) as caught:
             check()
         assert "--device" in caught.value.hint
@@ -297,6 +299,6 @@ def test_records_of_versions_without_seek_are_of_exact_frames(tmp_path):
     line = {"schema": SCHEMA, "id": ROWS[0].id, "error": None, "batch": {"row": ROWS[0].asked, "settings": settings}}
     path.write_text(json.dumps(line) + "\n")
     with closing(RecordFile(str(path), resume=True)) as output:
-        assert Sources(changed(seek="exact")).remaining(ROWS, output.found) == ROWS[1:]
+        assert Sources(changed(seek="exact")).remaining(ROWS, output.earlier_records) == ROWS[1:]
         with pytest.raises(UsageError, match=r"other settings: seek was .*exact.*, is .*auto"):
-            Sources(SETTINGS).remaining(ROWS, output.found)
+            Sources(SETTINGS).remaining(ROWS, output.earlier_records)

@@ -387,7 +387,7 @@ def test_going_on_where_other_sizes_are_pruned_after_the_tower_is_refused(saved,
             again.load()
             continue
         with pytest.raises(
-            UsageError, match="begun on another device or version: the inputs pruned after the tower"
+            UsageError, match="started on another device or version: the size limit for pruning only after the tower"
         ) as caught:
             again.load()
         assert "--device" in caught.value.hint

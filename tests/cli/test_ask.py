@@ -139,7 +139,7 @@ def test_generation_options_reach_the_model_and_what_it_asks_for_otherwise_is_sa
     edit(folder / "generation_config.json", temperature=0.7, top_k=20, repetition_penalty=1.05)
     asked = ("ask", CLIP, QUESTION, "-m", folder, "-n", "1", "--frames", "2", "--json")
     result = cli(*asked)
-    said = "note: the model's generation_config.json has tokens drawn otherwise than here; as it says: --temperature 0.7 --top-k 20"
+    said = "note: the model's generation_config.json has other sampling settings; to use them: --temperature 0.7 --top-k 20"
     assert said in " ".join(result.err.split())
     assert result.record["generation"] == {
         "max_new_tokens": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.05, "seed": 0, "think": "off",
@@ -230,12 +230,12 @@ def test_the_last_word_is_the_question_unless_it_is_a_path(words, inputs, questi
         ((CLIP, "b.mpv"), 3, "no such file: b.mpv\nhint: check the path; to ask it as a question: -Q b.mpv"),
         ((CLIP, "gone.mp4", DIFFERS), 3, "no such file: gone.mp4\nhint: check the path\n"),
         ((CLIP, "gone.mp4", "-Q", DIFFERS), 3, "no such file: gone.mp4"),
-        ((CLIP, "docs"), 2, "no question\nhint: there is a file docs; to ask that as the question: -Q docs\n"),
+        ((CLIP, "docs"), 2, "no question\nhint: docs is a file; to ask it as a question: -Q docs\n"),
         ((CLIP,), 2, f'no question\nhint: evoprune ask {CLIP} "What happens?", or -i for a prompt\n'),
         ((CLIP, OTHER), 2, f'no question\nhint: evoprune ask {CLIP} {OTHER} "What differs?", or -i for a prompt\n'),
         ((CLIP, "what", "is", "it"), 2, "unexpected extra words: what is it\nhint: quote the question"),
-        (("-", "-", DIFFERS), 2, "standard input is there twice"),
-        ((CLIP, OTHER, DIFFERS, "--subtitles", "a.srt"), 2, "a.srt holds the subtitles of one video"),
+        (("-", "-", DIFFERS), 2, "standard input is given twice"),
+        ((CLIP, OTHER, DIFFERS, "--subtitles", "a.srt"), 2, "a.srt has the subtitles of one video"),
     ],
 )
 def test_what_is_no_input_is_named(cli, words, code, says):
@@ -415,7 +415,7 @@ def notes(cli, tiny_folder, monkeypatch):
             result = cli("ask", clip, QUESTION, "-m", model, "-n", "1", *flags)
         assert result.code == 3, result.err
         before, after = result.err.split("READING\n")
-        assert not any(word in after for word in ("reading", "at most"))
+        assert not any(word in after for word in ("reading", "limited to"))
         assert all(len(line) <= 80 for line in before.splitlines())
         return before.splitlines()
 
@@ -426,13 +426,16 @@ def notes(cli, tiny_folder, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("", ["reading 32 frames, one every 4.69 s; at the model's rate 300 (--max-frames 300)"]),
+        ("", ["reading 32 frames, one every 4.69 s; model's rate: 300 (--max-frames 300)"]),
         ("--fps 0.2", []),
-        ("--fps 2", ["reading 32 frames, one every 4.69 s; asked for: 300 (--max-frames 300)"]),
-        ("--fps 1 --end 1:00", ["reading 32 frames, one every 1.88 s; asked for: 60 (--max-frames 60)"]),
+        ("--fps 2", ["reading 32 frames, one every 4.69 s; requested: 300 (--max-frames 300)"]),
+        ("--fps 1 --end 1:00", ["reading 32 frames, one every 1.88 s; requested: 60 (--max-frames 60)"]),
         ("--fps 2 --max-frames 16", []),  # the limit was set on purpose
         ("--frames 32", []),
-        ("--max-frames 300", [f"at most {MAX_VISUAL_TOKENS_CPU:,} tokens on a CPU (--max-visual-tokens): 300 frames of 140x140"]),
+        (
+            "--max-frames 300",
+            [f"limited to {MAX_VISUAL_TOKENS_CPU:,} tokens on a CPU (--max-visual-tokens): 300 frames of 140x140"],
+        ),
         ("--max-frames 300 -q", []),
     ],
 )  # fmt: skip
@@ -454,7 +457,7 @@ def test_a_file_beside_the_video(cli, clip, tmp_path):
     assert f"subtitles: {tmp_path}/clip.en.srt, 2 lines\n" in result.err
     assert "\nsubtitles  " in result.err and "clip.en.srt: 2 of 2 lines, " in result.err
     (tmp_path / "clip.en.srt").unlink()
-    assert "note: no subtitles: no file beside" in cli("ask", clip, QUESTION, "--subtitles", "auto").err
+    assert "note: no subtitles: no file next to" in cli("ask", clip, QUESTION, "--subtitles", "auto").err
 
 
 @pytest.mark.parametrize("content", [None, b"", pictures()])
@@ -498,13 +501,13 @@ def test_words_that_end_it(cli, end):
 def test_a_line_that_looks_like_an_option_is_not_asked(cli, line):
     result = cli(*TALK, "-q", stdin=f"{line}\n- {QUESTION}\n", terminal=True)
     assert (result.code, result.out) == (0, "green\n")
-    assert f"error: {line.split()[0]} looks like an option" in result.err and "hint: options belong to" in result.err
+    assert f"error: {line.split()[0]} looks like an option" in result.err and "hint: options go on" in result.err
 
 
 def test_it_greets_and_has_help(cli):
     result = cli(*TALK, stdin="/help\n/foo\n/set-budget 0.1\n?\n", terminal=True)
     assert "Ask about square.mp4. /help for help" in result.err.partition("> ")[0] and result.out == ""
-    assert result.err.count("q or Ctrl-D: the end") == 2 and "there is no command /foo" in result.err
+    assert result.err.count("q or Ctrl-D: quit") == 2 and "there is no command /foo" in result.err
     assert "there is no command /set-budget" in result.err
 
 
@@ -516,28 +519,28 @@ def test_a_prompt_remembers(cli, tiny_folder):
     assert [record["conversation"]["turns"] for record in records] == [0, 1, 0, 0]
     assert records[2]["answer"] == records[3]["answer"]
     assert f"taken back: {MORE}" in result.err and "no question to take back" in result.err
-    assert "what was said is forgotten" in result.err and "Each question is on its own" not in result.err
+    assert "the conversation is forgotten" in result.err and "Questions are independent" not in result.err
     single = cli(*TALK, *flags, "--history", "off", stdin=f"{QUESTION}\n{MORE}\n/new\n", terminal=True)
     assert [json.loads(line)["conversation"] for line in single.out.splitlines()] == [None, None]
-    assert "/new is about a conversation, and each question is on its own here" in single.err
+    assert "/new applies only to conversations, but questions are independent here" in single.err
     words = cli(*TALK, *flags, "--history", "on", stdin="/new video\n", terminal=True)
-    assert not words.out and "/new stands alone on its line" in words.err
+    assert not words.out and "/new must be alone on its line" in words.err
 
 
 def test_why_a_prompt_does_not_remember(cli):
-    assert "on its own: the demo models know single questions" in cli(*TALK, stdin="", terminal=True).err
+    assert "independent: the demo models know only single questions" in cli(*TALK, stdin="", terminal=True).err
     for reason in (("--compare",), ("--method", "cdpruner")):  # they exclude --history on
         assert "remembers" not in cli(*TALK, *reason, stdin="", terminal=True).err
     result = cli(*TALK, "--history", "on", stdin=f"{QUESTION}\n{MORE}\n", terminal=True)
     assert result.err.count("warning: the demo models were trained on single questions") == 1
     for more, says in (
         (("--history", "maybe"), "--history maybe"),
-        (("--history", "on", "--compare"), "--compare is about single questions"),
+        (("--history", "on", "--compare"), "--compare applies only to single questions"),
         (("--history", "on", "--method", "cdpruner"), "prunes for a single question"),
     ):
         result = cli(*TALK, *more, stdin=f"{QUESTION}\n", terminal=True)
         assert (result.code, result.out) == (2, "") and says in result.err
-    assert "--history is about questions at a prompt" in cli("ask", CLIP, QUESTION, "--history", "on").err
+    assert "--history applies only to questions at a prompt" in cli("ask", CLIP, QUESTION, "--history", "on").err
 
 
 def test_warnings_come_once(cli, tiny_folder):
@@ -599,7 +602,7 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(keyboard, endless):
         stop_an_answer(screen, process)
     screen.wait_for("> ", 3)
     screen.press(b"half a question\x03")  # the first Ctrl-C only clears the line
-    screen.wait_for("Ctrl-D ends the conversation")
+    screen.wait_for("to quit: q or Ctrl-D")
     screen.wait_for("> ", 4)
     stop_an_answer(screen, process)
     screen.wait_for("> ", 5)
@@ -645,7 +648,7 @@ def test_peak_is_flat_from_a_minute_to_two_hours(tmp_path):
     [
         (["--fps", "1", "--frames", "2"], "--fps and --frames exclude each other"),
         (["--store-quantized"], "--store-quantized needs --quantize"),
-        (["--choices", "a,b", "--stop", "c"], "--choices and --stop exclude each other"),
+        (["--choices", "a,b", "--stop", "c"], "--choices and --stop cannot be combined"),
         (["--logprobs", "99"], "--logprobs is 99"),
     ],
 )

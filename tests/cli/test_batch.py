@@ -53,7 +53,7 @@ def records(path: Path) -> list[dict]:
 
 
 def test_a_pattern_that_matches_nothing(run):
-    assert "a pattern that matches nothing" in run("no*such.mp4", *ASKED).err
+    assert "no file matches this pattern" in run("no*such.mp4", *ASKED).err
     assert run("nosuch.mp4", *ASKED).err.endswith("hint: check the path\n")
 
 
@@ -103,16 +103,16 @@ def no_weights(monkeypatch):
     [
         ((), "no videos", 2),
         ((*CLIPS, "What is here?"), "put -Q before each question", 2),
-        ((*CLIPS, "-", *ASKED), "no video from stdin", 2),
-        (("gone.mp4", *CLIPS, CLIPS[0], "-Q", ""), f"{CLIPS[0]!r} is there twice; '': question is empty; no such file: g", 2),
+        ((*CLIPS, "-", *ASKED), "cannot read a video from stdin", 2),
+        (("gone.mp4", *CLIPS, CLIPS[0], "-Q", ""), f"{CLIPS[0]!r} is given twice; '': question is empty; no such file: g", 2),
         ((*CLIPS, *ASKED, "-s", "caf\udce9"), "system prompt is not valid text", 2),
         ((*CLIPS, *ASKED, "--method", "evoprune:speed=1"), "speed", 2),
         ((*CLIPS, *ASKED, "--json"), "--json", 2),
-        ((*CLIPS, *ASKED, "-o", "-", "--resume"), "no file that could be", 2),
+        ((*CLIPS, *ASKED, "-o", "-", "--resume"), "not a file that can be", 2),
         ((*CLIPS, *ASKED, "-o", "/proc/out.jsonl"), "cannot write /proc/out.jsonl", 2),
-        ((*CLIPS, *ASKED, "-o", CLIPS[1], "--overwrite"), "samples/three.mp4 is what is to be read", 2),
-        (("--overwrite", "-o", *CLIPS, *ASKED), "samples/square.mp4 is there, and holds no records of a batch", 2),
-        (("--from", "samples/questions.jsonl", "-o", "./samples/questions.jsonl", "--overwrite"), "is to be read", 2),
+        ((*CLIPS, *ASKED, "-o", CLIPS[1], "--overwrite"), "samples/three.mp4 is one of the inputs", 2),
+        (("--overwrite", "-o", *CLIPS, *ASKED), "samples/square.mp4 already exists, and contains no records of a batch", 2),
+        (("--from", "samples/questions.jsonl", "-o", "./samples/questions.jsonl", "--overwrite"), "is one of the inputs", 2),
         (("--from", "-"), "nothing is piped", 2),
         (("rtsp://example.org/a.mp4", *ASKED), "evoprune watch rtsp://example.org/a.mp4 -Q ", 3),
         ((*CLIPS, *ASKED, "-m", "samples"), "config.json", 4),
@@ -131,11 +131,11 @@ def test_resume_asks_what_is_left(run, out, monkeypatch):
     assert run(CLIPS[0], *ASKED, "--resume").code == 0  # nothing there yet
     before = out.read_bytes()
     result = run(*CLIPS, *ASKED, "--resume")
-    assert result.code == 0 and result.err.startswith("4 of 4 rows answered, 2 of them before: 0:")
+    assert result.code == 0 and result.err.startswith("4 of 4 rows answered, 2 of them earlier: 0:")
     assert out.read_bytes().startswith(before) and len({r["id"] for r in records(out)}) == len(records(out)) == 4
     no_weights(monkeypatch)
     result = run(*CLIPS, *ASKED, "--resume")
-    assert (result.code, result.err) == (0, "4 of 4 rows answered, 4 of them before\n")
+    assert (result.code, result.err) == (0, "4 of 4 rows answered, 4 of them earlier\n")
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_resume_refuses_a_model_that_was_replaced(run, out, model, monkeypatch, 
     no_weights(monkeypatch)
     result = run(*CLIPS, *ASKED, "-m", model, "--resume")
     assert result.code == 2 and out.read_bytes() == before
-    said = f"the model {model} is not what it was when the output was begun: modified_utc was"
+    said = f"the model {model} has changed since the output was started: modified_utc was"
     assert said in " ".join(result.err.split()) and len(result.err.splitlines()) == 2
 
 
@@ -166,7 +166,8 @@ def test_resume_refuses_a_device_that_prunes_small_inputs_otherwise(run, out, mo
     result = run(*CLIPS, *ASKED, "--resume")
     assert (
         result.code == 2
-        and "error: the output was begun on another device or version: the inputs pruned after" in result.err
+        and "error: the output was started on another device or version: the size limit for pruning only after"
+        in result.err
     )
     assert "--device" in result.err and out.read_bytes() == before
     monkeypatch.setitem(limits.LAUNCH_BOUND_UNITS, "cpu", begun)
@@ -219,8 +220,8 @@ def test_resume_refuses_an_input_that_was_replaced(run, out, tmp_path, kind):
     write_image(changed, numbered_frame(3)) if kind == "added" else os.utime(changed, (1, 1))
     result = run("--from", rows, "--resume")
     assert result.code == 2 and out.read_bytes() == before
-    assert "is not what it was when row 'a' was answered: " in " ".join(result.err.split())
-    assert len(result.err.splitlines()) == 2 and "delete its line" in result.err
+    assert "has changed since row 'a' was answered: " in " ".join(result.err.split())
+    assert len(result.err.splitlines()) == 2 and "delete the row's line" in result.err
     out.write_bytes(before.split(b"\n", 1)[1])
     assert run("--from", rows, "--resume").code == 0 and {r["id"] for r in records(out)} == {"a", "b"}
 
@@ -231,7 +232,7 @@ def test_resume_keeps_the_records_of_other_rows(run, out, tmp_path):
     assert run(CLIPS[0], broken, "-Q", "What colour is the square?").code == 6
     before = out.read_bytes()
     result = run(CLIPS[0], broken, "-Q", "Is there a digit?", "--resume")
-    assert result.code == 6 and "also holds 2 records of other rows, which stay in it" in result.err
+    assert result.code == 6 and "also contains 2 records of other rows, which are kept" in result.err
     assert out.read_bytes().startswith(before) and len(records(out)) == 4
 
 
@@ -249,7 +250,7 @@ def test_a_video_that_is_missing(run, out, tmp_path):
     assert run(CLIPS[0], late, *ASKED, "--resume").code == 6 and len(records(out)) == 4
     late.write_bytes((ROOT / CLIPS[1]).read_bytes())
     result = run(CLIPS[0], late, *ASKED, "--resume")
-    assert result.code == 0 and result.err.startswith("4 of 4 rows answered, 2 of them before")
+    assert result.code == 0 and result.err.startswith("4 of 4 rows answered, 2 of them earlier")
     assert [r["id"] for r in records(out)] == [r["id"] for r in (*good, *bad)]
 
 
@@ -294,7 +295,7 @@ def test_an_interruption_before_the_first_record(run, out, monkeypatch, problem,
     }
     monkeypatch.setattr(where[at], stops)
     result = run(*CLIPS, *ASKED)
-    assert result.err == "interrupted: no record was written; to go on: the same command\n"
+    assert result.err == "interrupted before any record was written; to continue, repeat the same command\n"
     assert result.out == "" and not out.exists() and run(*CLIPS, *ASKED, "-q").err == ""
 
 
@@ -476,13 +477,13 @@ def test_a_table_has_the_rows_as_they_came_and_their_answers(run, tmp_path):
     )
     assert "no such file" in found[1]["error"] and not found[1]["answer"] and found[1]["finish_reason"] == "error"
     assert "--resume" not in result.err
-    assert "rows.csv: fields that are passed on, not read: note in 1 row\n" in result.err
+    assert "rows.csv: fields that are only copied to the output: note in 1 row\n" in result.err
 
 
 def test_a_table_is_not_gone_on_with_and_replaces_only_a_table(run, tmp_path):
     asked = (CLIPS[0], "-Q", QUESTIONS[0])
     result = run(*asked, "-o", tmp_path / "x.csv", "--resume")
-    assert result.code == 2 and "no place for settings" in result.err and ".jsonl" in result.err
+    assert result.code == 2 and "does not record the settings" in result.err and ".jsonl" in result.err
     assert run(*asked, "-o", tmp_path / "x.csv").code == 0 and run(*asked, "-o", tmp_path / "x.csv").code == 2
     assert run(*asked, "-o", tmp_path / "x.csv", "--overwrite").code == 0
     assert [(row["video"], row["question"]) for row in table(tmp_path / "x.csv")] == [(CLIPS[0], QUESTIONS[0])]
@@ -504,12 +505,12 @@ def test_folders_inside_folders(run, out, tmp_path):
     assert [record["video"]["path"] for record in records(out)] == [str(deep / "x.mp4")]
     write_image(tmp_path / "all" / "a.png", numbered_frame(0))
     result = run(tmp_path / "all", "-Q", QUESTIONS[0], "--overwrite")
-    assert result.code == 0 and "1 image as one video; folders inside it are not searched (-r)\n" in result.err
+    assert result.code == 0 and "1 image as one video; subfolders are not searched (-r)\n" in result.err
     shutil.copy(ROOT / CLIPS[0], tmp_path / "all" / "x.mp4")
     shutil.copy(ROOT / CLIPS[0], tmp_path / "all" / "y.mp4")
     for words, found in (((), 3), (("--start", "1"), 2)):  # a picture has no time span
         result = run(tmp_path / "all", "-Q", QUESTIONS[0], "--overwrite", *words)
         assert result.code == 0 and len(records(out)) == found
-        assert ("2 videos and 1 picture; left out: b/" in result.err) == (found == 3)
+        assert ("2 videos and 1 picture; skipped: b/" in result.err) == (found == 3)
     (tmp_path / "none").mkdir()
     assert run(tmp_path / "none", "-r", "-Q", QUESTIONS[0], "--overwrite").code == 2

@@ -29,7 +29,7 @@ def test_ask_chooses(cli):
     assert [each["text"] for each in record["choices"]] == ["red", "green", "blue"] and record["answer"] == "green"
     for given, wrong in (
         ("red", "--choices is ['red']"),
-        ("options", "those of the rows"),
+        ("options", "the options of batch rows"),
         ("a,\udcff", "not valid text"),
     ):
         refused = cli("ask", CLIP, QUESTION, "-m", "nobody/nothing", "--choices", given)

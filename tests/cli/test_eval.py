@@ -104,7 +104,7 @@ def test_a_chart_beside_results_that_are_not_there_yet(run, tmp_path):
     words = [e.text for e in ElementTree.parse(chart).iter() if e.tag.endswith("text")]
     assert {"By tokens", "By cost", "accuracy, %", "full", "blind", "random", "-b 0.5"} <= set(words)
     assert run("--chart", tmp_path / "gone" / "a.svg").code == 2
-    assert "name it .svg" in run("--chart", tmp_path / "a.png").err
+    assert "use a name that ends in .svg" in run("--chart", tmp_path / "a.png").err
 
 
 def test_only_columns_that_are_there_are_explained(run):
@@ -172,7 +172,7 @@ def test_a_folder_holds_it_all(run, tmp_path):
     lines = [json.loads(line) for line in (place / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 2 * 2 and {"question", "expected", "answer", "right"} <= lines[0].keys()
     again = run("-o", place)
-    assert again.code == 0 and again.err == f"{place} is there already: writing to {place}-2\n"
+    assert again.code == 0 and again.err == f"{place} already exists: writing to {place}-2\n"
     assert run("-o", place, "-q").err == ""
 
 
@@ -191,7 +191,7 @@ def test_a_chart_tells_twelve_methods_apart(run, tmp_path):
 def test_an_interruption_prints_what_there_is(run, tmp_path, monkeypatch, problem, code, form):
     breaking(monkeypatch, 4, problem)  # in the second video
     torn = run(*(["--json"] if form == "json" else []), "-o", tmp_path / "run")
-    assert (torn.code, torn.err) == (code, f"to go on: evoprune eval --resume {tmp_path / 'run'}\n")
+    assert (torn.code, torn.err) == (code, f"to continue: evoprune eval --resume {tmp_path / 'run'}\n")
     if form == "json":
         assert torn.record["error"]["code"] == code and torn.record["videos"]["evaluated"] == 1
     else:
@@ -203,7 +203,7 @@ def test_a_folder_is_all_that_is_needed_to_go_on(run, cli, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         breaking(patch, 7, KeyboardInterrupt())  # in the second video
         torn = run(*more, "-o", place)
-    assert torn.code == 130 and torn.err.endswith(f"to go on: evoprune eval --resume '{place}'\n")
+    assert torn.code == 130 and torn.err.endswith(f"to continue: evoprune eval --resume '{place}'\n")
     monkeypatch.setenv("EVOPRUNE_MODEL", "some/other")
     again = cli("eval", "--resume", place, "--json", "-q", "--threads", "1")
     assert (again.code, again.err) == (0, "")
@@ -211,10 +211,10 @@ def test_a_folder_is_all_that_is_needed_to_go_on(run, cli, tmp_path, monkeypatch
     assert json.loads(json.dumps(again.record["settings"])) == json.loads((place / "settings.json").read_text())
     for given in ("-b", "--budget"):
         refused = cli("eval", "--resume", place, given, "0.1")
-        assert refused.code == 2 and f"{given} is given beside --resume" in refused.err
+        assert refused.code == 2 and f"{given} cannot be used with --resume" in refused.err
     (place / "settings.json").write_text(json.dumps({"data": DATA}))
     assert f"{place} is not the folder of an evaluation" in cli("eval", "--resume", place).err
-    assert "hint: --data FILE, a JSONL or CSV file" in cli("eval", "-b", "0.5").err
+    assert "hint: give --data FILE, a JSONL or CSV file" in cli("eval", "-b", "0.5").err
 
 
 @pytest.mark.parametrize("form", ["table", "json"])
@@ -266,7 +266,7 @@ def test_only_questions_of_a_group(run, choices):
         (("--limit", "0"), "--limit"),
         (("--seed", "-1"), "--seed"),
         (("-o", "a", "--resume", "b"), "exclude each other"),
-        *((("-o", name), f"-o '{name}' names no new folder") for name in ("", ".", "..", "/")),
+        *((("-o", name), f"-o '{name}' does not name a new folder") for name in ("", ".", "..", "/")),
         (("-o", "README.md/a/b"), "cannot write README.md/a/b"),
         (("--resume", ""), "not the folder of an evaluation"),
         (("--resume", "samples"), "samples is not the folder of an evaluation"),

@@ -17,7 +17,7 @@ def test_text_has_times_and_a_bar(cli):
     head, line = result.out.splitlines()
     assert (result.code, head) == (0, f"{SQUARE}: {GREEN}")
     assert line.startswith("   0:00.0 - 0:06.0     best 0:0") and line.endswith("#" * 20)
-    assert "1 segment of 6 s, 12 frames in each" in result.err
+    assert "1 segment of 6 s, 12 frames each" in result.err
 
 
 def test_json_has_a_line_a_moment(cli):
@@ -32,7 +32,7 @@ def test_what_top_leaves_out_is_counted(cli, monkeypatch, tmp_path):
     monkeypatch.setattr(Search, "more", lambda self, query: 8)
     chapters = tmp_path / "a.txt"
     result = cli("find", SQUARE, GREEN, "--chapters", str(chapters))
-    assert f"{SQUARE}: about 8 more show 'a green square' (--top)" in result.err
+    assert f"{SQUARE}: about 8 more moments show 'a green square' (--top)" in result.err
     assert chapters.read_text().endswith("\n; about 8 more left out by --top\n")
     assert json.loads(cli("find", SQUARE, GREEN, "--json", "-q").out)["more"] == 8
 
@@ -40,7 +40,7 @@ def test_what_top_leaves_out_is_counted(cli, monkeypatch, tmp_path):
 def test_nothing_found_is_no_error(cli):
     result = cli("find", SQUARE, "a purple cross")
     assert (result.code, result.out) == (0, "")
-    assert "nothing shows 'a purple cross'; the best is 0." in result.err
+    assert "nothing shows 'a purple cross'; the best score is 0." in result.err
     assert cli("find", SQUARE, "a purple cross", "-q").err == ""
 
 
@@ -52,7 +52,7 @@ def test_a_folder_of_which_one_video_fails(cli, tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no video")
     (tmp_path / "b.mp4").symlink_to(SQUARE)
     (tmp_path / "a.jpg").touch()  # a picture has no moments
-    assert f"{tmp_path}: 2 videos; left out: a.jpg" in cli("find", str(tmp_path), GREEN).err.replace("\n  ", " ")
+    assert f"{tmp_path}: 2 videos; skipped: a.jpg" in cli("find", str(tmp_path), GREEN).err.replace("\n  ", " ")
     result = cli("find", str(tmp_path), GREEN, "-q")
     assert result.code == 6 and f"{tmp_path / 'b.mp4'}: {GREEN}" in result.out and "error:" in result.err
 
@@ -67,7 +67,7 @@ def test_ctrl_c_prints_what_was_found_so_far(cli, monkeypatch):
     monkeypatch.setattr(Search, "run", interrupted)
     result = cli("find", SQUARE, GREEN, "--segment", "2s")
     assert result.code == 130 and "0:00.0 - 0:02.0" in result.out
-    assert "broken off after 1 of 3 segments" in result.err
+    assert "stopped after 1 of 3 segments" in result.err
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_ctrl_c_prints_what_was_found_so_far(cli, monkeypatch):
         ((SQUARE, " "), 2, "the query is empty"),
         ((SQUARE, GREEN, "--min-score", "2"), 2, "--min-score is 2"),
         ((SQUARE, GREEN, "--segment", "soon"), 2, "is not a time"),
-        ((SQUARE, GREEN, "--prompt", "What?"), 2, "--prompt is 'What?', without the query"),
+        ((SQUARE, GREEN, "--prompt", "What?"), 2, "--prompt is 'What?', without a place for the query"),
         ((SQUARE, GREEN, "--yes", "no"), 2, "begin with the same token"),
-        ((SQUARE, SQUARE, GREEN), 2, "is there twice"),
+        ((SQUARE, SQUARE, GREEN), 2, "is given twice"),
     ],
 )
 def test_what_is_refused(cli, words, code, problem):
@@ -101,7 +101,7 @@ def test_a_file_of_videos_that_can_be_resumed(cli, tmp_path):
     (tmp_path / "a.mp4").unlink()
     (tmp_path / "a.mp4").symlink_to(THREE)
     again = cli(*words[:3], "--resume", "-o", str(out))
-    assert again.code == 0 and "has 1 of 2 videos already" in again.err and "b.mp4" not in again.out
+    assert again.code == 0 and "already has 1 of 2 videos" in again.err and "b.mp4" not in again.out
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["error"] for record in records] == [None, None] and records[0] == found
     assert cli(*words, "--resume").out == ""
@@ -111,12 +111,12 @@ def test_other_queries_are_added_to_the_file_and_other_settings_refused(cli, tmp
     out = tmp_path / "out.jsonl"
     words = ("find", SQUARE, "-q", "-o", str(out))
     assert cli(*words, GREEN).code == 0
-    assert "is there already" in cli(*words, GREEN).err
+    assert "already exists" in cli(*words, GREEN).err
     assert cli(*words, "a red ring", "--resume").code == 0 and out.read_text().count("\n") == 2
     assert "other settings: top was 10" in cli(*words, GREEN, "--resume", "--top", "3").err
     assert cli(*words, "a red ring", "--overwrite").code == 0 and "a red ring" in out.read_text()
     out.write_text("something else\n")
-    assert "holds no records of a search" in cli(*words, GREEN, "--overwrite").err
+    assert "contains no records of a search" in cli(*words, GREEN, "--overwrite").err
 
 
 def test_segments_are_kept_on_disk(cli, tmp_path, monkeypatch):
@@ -130,9 +130,9 @@ def test_segments_are_kept_on_disk(cli, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (("--resume",), "are about a file"),
-        (("-o", "-"), "-o names a file"),
-        (("-o", SQUARE), "is what is to be read"),
+        (("--resume",), "apply to an output file"),
+        (("-o", "-"), "-o needs a file"),
+        (("-o", SQUARE), "is one of the inputs"),
         (("-o", "x.jsonl", "--resume", "--overwrite"), "exclude each other"),
     ],
 )

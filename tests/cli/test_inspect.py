@@ -172,8 +172,8 @@ def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
 def test_an_overlay_never_changes_the_video(cli, tmp_path):
     video = write_video(tmp_path / "clip.mp4", [np.zeros((48, 64, 3), np.uint8)] * 8)
     before = video.read_bytes()
-    assert "would change what is read" in cli("inspect", video, "--overlay", video).err
-    assert "would change what is read" in cli("inspect", tmp_path, "--overlay", tmp_path / "frame.png").err
+    assert "would change an input" in cli("inspect", video, "--overlay", video).err
+    assert "would change an input" in cli("inspect", tmp_path, "--overlay", tmp_path / "frame.png").err
     assert video.read_bytes() == before and not (tmp_path / "frame.png").exists()
 
 

@@ -123,7 +123,7 @@ CASES = {
     "no question at a terminal": fails(2, "or -i for a prompt", "ask", CLIP, at_terminal=True),
     "no question in stdin": fails(2, "stdin is empty", "ask", CLIP, stdin="\n"),
     "video from stdin, and no question": fails(2, "stdin is the video", "ask", "-"),
-    "a cache and a video to inspect": fails(2, "not about a video", "inspect", CLIP, "--clear-cache"),
+    "a cache and a video to inspect": fails(2, "does not apply to a video", "inspect", CLIP, "--clear-cache"),
     "automatic budget of times": fails(
         2, "auto works only with VideoQA and with commands that ask or evaluate", "profile", "-b", "auto", ways=PIPE
     ),
@@ -473,9 +473,9 @@ def test_input_without_an_end(cli, soon, monkeypatch, tmp_path):
     monkeypatch.setattr("evoprune.files.MAX_BYTES", 2**20)
     for command in (("batch", "--from", "/dev/zero", "-o", tmp_path / "out.jsonl"), ("eval", "--data", "/dev/zero")):
         result = cli(*command, *QUICK)
-        assert result.code == 2 and "/dev/zero has more than 1 MiB" in result.err
+        assert result.code == 2 and "/dev/zero is larger than 1 MiB" in result.err
     result = cli("tune", SQUARE, "--questions", "/dev/zero", "-m", "demo")
-    assert result.code == 2 and "--questions /dev/zero has more than 1 MiB" in result.err
+    assert result.code == 2 and "--questions /dev/zero is larger than 1 MiB" in result.err
 
 
 # --- questions ---
@@ -721,8 +721,8 @@ def test_help_is_a_word_too(cli, line, same):
 
 def test_every_hint_about_a_command_names_one_that_there_is():
     known = {command.name for command in main.app.registered_commands}
-    named = [word for hint in main.TRIED.values() for word in re.findall(r"evoprune ([a-z]+)", hint)]
-    assert named and set(named) <= known and not known & main.TRIED.keys()
+    named = [word for hint in main.COMMAND_HINTS.values() for word in re.findall(r"evoprune ([a-z]+)", hint)]
+    assert named and set(named) <= known and not known & main.COMMAND_HINTS.keys()
 
 
 @pytest.mark.few(3)

@@ -37,7 +37,7 @@ def test_every_file(cli, there):
 
 def test_clips_of_several_videos_and_what_begins_early(cli, there):
     result = cli("find", SQUARE, THREE, GREEN, "-Q", "a 3", "--clips", "folder", "--start", "1.5")
-    assert result.code == 0 and "which begin at keyframes, up to 1." in result.err
+    assert result.code == 0 and "which start at keyframes, up to 1." in result.err
     assert os.listdir("folder") and all(name.startswith(("square-", "three-")) for name in os.listdir("folder"))
     exact = cli(
         "find", SQUARE, GREEN, "--clips", "exact", "--exact", "--start", "1.5", "-q", "--json", "-o", "found.jsonl"
@@ -71,16 +71,16 @@ def test_a_contact_sheet_is_drawn_anew_and_no_other_file_is_replaced(cli, there)
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ((SQUARE, THREE, GREEN, "--srt", "a.srt"), "--srt is about one video, and there are 2"),
-        ((SQUARE, THREE, GREEN, "--contact-sheet", "a.png"), "--contact-sheet is about one video"),
-        ((SQUARE, GREEN, "--contact-sheet", "a.jpg"), "is no PNG file"),
+        ((SQUARE, THREE, GREEN, "--srt", "a.srt"), "--srt takes one video, but there are 2"),
+        ((SQUARE, THREE, GREEN, "--contact-sheet", "a.png"), "--contact-sheet takes one video"),
+        ((SQUARE, GREEN, "--contact-sheet", "a.jpg"), "is not a PNG file"),
         ((SQUARE, GREEN, "--srt", "a.txt", "--chapters", "./a.txt"), "two options name the same file"),
         ((SQUARE, GREEN, "--srt", "a.txt", "-o", "a.txt"), "two options name the same file"),
-        ((SQUARE, GREEN, "--exact"), "--exact is about clips"),
+        ((SQUARE, GREEN, "--exact"), "--exact applies only to clips"),
         ((SQUARE, GREEN, "--clips", ""), "name of an output is empty"),
         ((SQUARE, GREEN, "--clips", SQUARE), "cannot write"),
         ((SQUARE, GREEN, "--chapters", "gone/a.txt"), "cannot write gone/a.txt"),
-        ((SQUARE, GREEN, "--srt", SQUARE), "is there already"),
+        ((SQUARE, GREEN, "--srt", SQUARE), "already exists"),
     ],
 )
 def test_what_is_refused(cli, there, words, problem):

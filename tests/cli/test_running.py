@@ -63,7 +63,7 @@ def test_a_file_of_the_user_is_never_replaced(cli, clip, tmp_path, what):
     for content in OF_USERS.values():
         other.write_bytes(content)
         result = cli(*commands(clip, named)[what])
-        assert result.code == 2 and f"{named} is there, and evoprune did not write it" in result.err, content[:80]
+        assert result.code == 2 and f"{named} already exists, and evoprune did not write it" in result.err, content[:80]
         assert other.read_bytes() == content and sorted(tmp_path.iterdir()) == [clip, named, other]
     named.unlink()
     named.mkdir()
@@ -129,7 +129,7 @@ def test_an_empty_name_is_refused(cli, command):
 )
 def test_an_empty_list_is_refused(cli, command):
     result = cli(*command)
-    assert result.code == 2 and "list holds nothing" in result.err
+    assert result.code == 2 and "list is empty" in result.err
 
 
 @pytest.mark.few(1)
@@ -190,14 +190,14 @@ def test_an_input_is_never_replaced(cli, clip, tmp_path, what):
     (tmp_path / "hard.mp4").hardlink_to(clip)
     for target in (clip, tmp_path / "link.mp4", tmp_path / "hard.mp4"):
         result = cli(*commands(clip, target)[what])
-        assert result.code == 2 and f"{target} would change what is read" in result.err
+        assert result.code == 2 and f"{target} would change an input" in result.err
     assert clip.read_bytes() == before
 
 
 def test_questions_are_never_replaced(cli, tmp_path):
     data = tmp_path / "questions.svg"
     data.write_text("{}")
-    assert "would change what is read" in cli("eval", "--data", data, "--chart", data).err
+    assert "would change an input" in cli("eval", "--data", data, "--chart", data).err
     assert data.read_text() == "{}"
 
 

@@ -48,7 +48,7 @@ def test_a_recipe_of_operations_that_is_used(tune, cli, tiny_folder, tmp_path):
     ask = ("ask", CLIPS[0], "What?", "-m", str(tiny_folder), "--frames", "4", "-n", "2", "--method")
     assert "has no recipe" in cli(*ask, "operations", "-b", "0.3").err
     assert "has no recipe" in tune("--method", "evoprune+operations").err
-    assert "no file is named for it" in tune("--operations").err
+    assert "there is no file for it" in tune("--operations").err
     result = tune("--operations", "-o", tmp_path / "t.json")
     assert result.code == 0 and result.err == "" and all(len(line) <= 80 for line in result.out.splitlines())
     document = json.loads((tmp_path / "t.json").read_text())
@@ -56,7 +56,7 @@ def test_a_recipe_of_operations_that_is_used(tune, cli, tiny_folder, tmp_path):
     assert "\n-b 0.2 " in result.out and "--method operations:recipe=FILE" in result.out
     assert cli(*ask, recipe, "-b", "0.3", "--json").record["pruning"]["language_work"]
     for more in (("--method", "random"), ("--agree", "0.5"), ("--chart", "a.svg")):
-        assert "--operations finds an order for all budgets" in tune("--operations", *more).err
+        assert "--operations finds one recipe for all budgets" in tune("--operations", *more).err
     short = ("--operations", "--time-limit", "0.01")
     made = tune(*short, "--json", videos=CLIPS[:1])
     assert made.code == 0 and not made.record["complete"] and "too little to order" in made.err

@@ -81,14 +81,14 @@ def test_a_moment_without_new_frames_is_left_out_aloud(cli, tmp_path):
     how = ("--window", "2s", "--timeout", "1s")  # waits that long for the file to grow
     result = cli("watch", clip, *ASKED, "--every", "1s", *how, "--json")
     assert [each["stream"]["end_s"] for each in records(result.out)] == [0.5, 3.5, 7.0]
-    assert "2 answers left out, from 0:02.0 to 0:03.0: no frame came" in result.err
+    assert "2 answers skipped, from 0:02.0 to 0:03.0: no frame has arrived" in result.err
 
 
 def test_no_answer_is_left_out_between_two_frames(cli):
     """If questions come more often than frames, they are asked at every frame, with one warning."""
     result = cli("watch", CLIP, *ASKED, "--every", "0.1s", "--window", "2s", "--fps", "1", "--json", "-q")
     assert [each["stream"]["end_s"] for each in records(result.out)] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-    assert result.err == "warning: one frame is looked at every 1 s (--fps), so -Q is asked no more often than that\n"
+    assert result.err == "warning: one frame is sampled every 1 s (--fps), so -Q is not asked more often\n"
 
 
 @pytest.mark.full
@@ -105,10 +105,14 @@ def test_what_does_not_wait_says_which_answers_were_left_out(cli, untagged, monk
         time.sleep(2.2)
         return real(self, question, *args)
 
-    real = Conversation._say
-    monkeypatch.setattr(Conversation, "_say", slow)
+    real = Conversation._ask_and_print
+    monkeypatch.setattr(Conversation, "_ask_and_print", slow)
     result = cli("watch", CLIP, "--pace", "file", *ASKED, "--every", "1s", "--window", "2s")
-    assert result.code == 0 and "left out, " in result.err and "the video went on meanwhile" in result.err
+    assert (
+        result.code == 0
+        and "skipped, " in result.err
+        and "the video continued during the previous answer" in result.err
+    )
 
 
 def test_an_answer_has_its_time_on_stderr_alone(cli):
@@ -139,7 +143,7 @@ def test_questions_from_a_pipe(cli, tmp_path):
 def test_the_prompt(cli):
     result = cli("watch", CLIP, stdin=f"{QUESTION}\n/help\n{MORE}\nq\n", terminal=True, columns=100)
     assert result.code == 0 and result.out.splitlines()[0] and len(result.out.splitlines()) == 2
-    assert "Ask about what was seen" in result.err and result.err.count("> ") >= 4
+    assert "Ask about the video so far" in result.err and result.err.count("> ") >= 4
     assert (" seen, " in result.err and " tokens, " in result.err and "lag" in result.err) or "ended" in result.err
 
 
@@ -148,10 +152,10 @@ def test_the_prompt_remembers(cli, tiny_folder):
     lines = f"{QUESTION}\n{MORE}\n/undo\n/new\n{MORE}\n"
     result = cli("watch", CLIP, *flags, stdin=lines, terminal=True)
     assert [record["conversation"]["turns"] for record in records(result.out)] == [0, 1, 0]
-    assert f"taken back: {MORE}" in result.err and "Each question is on its own" not in result.err
+    assert f"taken back: {MORE}" in result.err and "Questions are independent" not in result.err
     single = cli("watch", CLIP, *flags, "--history", "off", stdin=f"{QUESTION}\n/undo\n", terminal=True)
-    assert records(single.out)[0]["conversation"] is None and "/undo is about a conversation" in single.err
-    assert "on its own: the demo models know single questions" in cli("watch", CLIP, stdin="", terminal=True).err
+    assert records(single.out)[0]["conversation"] is None and "/undo applies only to conversations" in single.err
+    assert "independent: the demo models know only single questions" in cli("watch", CLIP, stdin="", terminal=True).err
 
 
 @pytest.mark.full
@@ -166,10 +170,10 @@ def test_the_status_line_is_for_terminals(cli):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ((CLIP,), "no questions, and stdin is no terminal"),
-        ((CLIP, "--every", "3s"), "--every without a question"),
+        ((CLIP,), "no questions, and stdin is not a terminal"),
+        ((CLIP, "--every", "3s"), "--every needs a question"),
         ((CLIP, *ASKED, "--every", "soon"), "is not a time"),
-        ((CLIP, *ASKED, "--history", "on"), "--history is about questions at a prompt"),
+        ((CLIP, *ASKED, "--history", "on"), "--history applies only to questions at a prompt"),
         ((CLIP, *ASKED, "--window", "0"), "--window is 0"),
         ((CLIP, "-Q", " "), "the question is empty"),
         (("-", "--questions", "-"), "both the video and the questions"),
@@ -227,7 +231,7 @@ def test_a_pipe_that_is_interrupted():
     process.stdin.close()
 
 
-@pytest.mark.parametrize(("where", "reason"), [("_say", "interrupt"), ("_finish", "stop")])
+@pytest.mark.parametrize(("where", "reason"), [("_ask_and_print", "interrupt"), ("_finish", "stop")])
 def test_ctrl_c_in_an_answer_ends_what_nobody_types(cli, monkeypatch, where, reason):
     """Before the first token, and while the record is printed: one record of that question, and none of the next."""
 

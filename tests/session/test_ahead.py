@@ -480,7 +480,7 @@ def test_a_batch_takes_its_first_videos(demo, read_anew):
     settings = Settings.of(max_new_tokens=2)
     spans, without = Span.group(rows), None
     for first in (0, 2, 3):
-        asked = [(span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in spans[:first]]
+        asked = [(span.rows[0].paths, settings.sampling.with_overrides(**span.sampling)) for span in spans[:first]]
         with ReadAhead(DEMO, asked) as ahead:
             wait_for(lambda ahead=ahead: all_read(ahead))
             said = [report.answer for report in answers(VideoQA(demo).session, spans, settings, ahead=ahead)]

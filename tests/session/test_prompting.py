@@ -97,7 +97,7 @@ def test_subtitles_of_several_inputs_are_under_the_numbers_of_the_videos(qa, tmp
     text, _ = prompt_of(qa, qa.encode(paths, subtitles="auto", frames=2))
     said = "Video 1:\nSubtitles:\n[0:01] said in a\n\nVideo 3:\nSubtitles:\n[0:01] said in c\n\nWhy?"
     assert text.rpartition("<|vision_end|>")[2] == said
-    with pytest.raises(UsageError, match="holds the subtitles of one video, and there are 4 inputs"):
+    with pytest.raises(UsageError, match="has the subtitles of one video, but there are 4 inputs"):
         qa.encode(paths, subtitles=str(tmp_path / "a.srt"))
 
 

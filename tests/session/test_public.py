@@ -100,7 +100,7 @@ MISTAKES = {
     "unknown option 'fsp'; known: fps, frames, start_s": lambda: evoprune.VideoQA.load("demo").encode("a", fsp=2),
     r"VideoQA.load\('demo'\) loads one": lambda: evoprune.VideoQA("demo"),
     "VideoQA does not take a Linear; to prune a model you loaded: evoprune.EvoPrune": lambda: evoprune.VideoQA(NETWORK),
-    "model is of class Linear, not a name; to prune a model you loaded": lambda: evoprune.VideoQA.load(NETWORK),
+    "model is of the class Linear, not a name; to prune a model you loaded": lambda: evoprune.VideoQA.load(NETWORK),
     "class Linear is not a setting; .*EvoPrune.budget=0.1..model.": lambda: evoprune.EvoPrune(NETWORK),
     "class Linear is not a setting; pass the settings first": lambda: evoprune.EvoPrune(NETWORK, budget=0.1),
     "class Linear is not a setting; pass the settings": lambda: evoprune.EvoPrune(model=NETWORK),
@@ -192,7 +192,7 @@ WRONG = {
     ModelOptions: [
         ("load_format", "gguf", "unknown load format 'gguf'"),
         ("dtype", "fp64", "unknown dtype 'fp64'"),
-        ("quantize", "int2", "unknown quantisation 'int2'"),
+        ("quantize", "int2", "unknown quantization 'int2'"),
         ("model", 3, "model is 3, not a string or a path"),
         ("offline", 1, "offline is 1, not True or False"),
     ],
