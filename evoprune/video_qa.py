@@ -27,7 +27,6 @@ from evoprune.session import (
     LoadedModel,
     ModelOptions,
     OpenInputs,
-    Progress,
     PruneOptions,
     ReadAhead,
     Session,
@@ -153,7 +152,7 @@ class VideoQA(Uncopied):
         times_s: Sequence[float] | None = None,
         name: str | None = None,
         cache: "Cache | None" = None,
-        progress: Progress | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
         **options: "Unpack[SamplingKeywords]",
     ) -> EncodedInputs:
         """Read, preprocess and encode a video or a picture, or several of them to ask about together.

@@ -11,7 +11,7 @@ from evoprune.batch.rows import Row, Span
 from evoprune.errors import OutOfMemory, error_record
 from evoprune.language import Turn
 from evoprune.report import Report, name_inputs
-from evoprune.session import Cache, EncodedInputs, OpenInputs, Progress, ReadAhead, Session, in_flight, open_inputs
+from evoprune.session import Cache, EncodedInputs, OpenInputs, ReadAhead, Session, in_flight, open_inputs
 from evoprune.util import without_password
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ def answers(
     cache: Cache | None = None,
     on_failure: Callable[[Exception], None] = lambda problem: None,
     ahead: ReadAhead | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Report]:
     """Yield a record for each row as it is answered. A row that fails gets a record with an error, and the others continue.
@@ -68,7 +68,7 @@ def _answer_span(
     inputs: OpenInputs | Exception,
     settings: Settings,
     on_failure: Callable[[Exception], None],
-    progress: Progress | None,
+    progress: Callable[[str, int, int], None] | None,
     on_wait: Callable[[float], None],
 ) -> Iterator[Report]:
     def encode() -> EncodedInputs:

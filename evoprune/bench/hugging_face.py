@@ -3,12 +3,12 @@
 import torch
 
 from evoprune.model import Model
-from evoprune.session import meta_model, with_frequencies
+from evoprune.session import meta_model
 
 
 def hugging_face_model(model: Model, attention: str = "sdpa"):
     """Return transformers' model for this family (`Qwen3VLForConditionalGeneration`, ...), sharing the tensors of `model`."""
-    reference = meta_model(model.config, model.dtype, attention)
+    reference = meta_model(model.config, model.dtype, model.device, attention)
     if not model.native:
         reference.model.visual = model.model.visual
         reference.model.language_model = model.model.language_model
@@ -18,7 +18,6 @@ def hugging_face_model(model: Model, attention: str = "sdpa"):
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     reference.load_state_dict(weights, strict=True, assign=True)
     reference.tie_weights()
-    with_frequencies(reference, model.device)
     return reference.eval().requires_grad_(False)
 
 

@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from evoprune.errors import UsageError
 from evoprune.methods import arange_on
-from evoprune.session import OpenInput, Progress, Session, open_inputs
+from evoprune.session import OpenInput, Session, open_inputs
 from evoprune.util import counted
 from evoprune.video import FrameChunk, Plan, SamplingOptions
 from evoprune.vision import EncodedRows, resize
@@ -139,7 +139,7 @@ class TracedVideo:
         path: str,
         sampling: SamplingOptions | None = None,
         name: str | None = None,
-        progress: Progress | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> Self:
         """Encode a video and keep its frames and the fates of its units. See `session.encoding.open_inputs` for the arguments.
 

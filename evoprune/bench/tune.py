@@ -47,7 +47,6 @@ from evoprune.session import (
     ReadAhead,
     Session,
     describe,
-    idle_cores,
     in_flight,
     load_model,
     open_inputs,
@@ -390,7 +389,7 @@ class Answering:
         """
         loaded = self.session.loaded
         # Without idle cores, prefetching would slow down the model and distort the times.
-        upcoming = in_flight(videos, self._open, loaded) if idle_cores(loaded) else None
+        upcoming = in_flight(videos, self._open, loaded) if loaded.idle_cores else None
         with ExitStack() as cleanup:
             if upcoming:
                 cleanup.enter_context(closing(upcoming))

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from evoprune.session.asking import Askable, EncodedInputs
     from evoprune.session.cache import Cache
     from evoprune.session.encoded import EncodedInput
-    from evoprune.session.encoding import OpenInput, OpenInputs, Progress, inputs_of, open_inputs
+    from evoprune.session.encoding import OpenInput, OpenInputs, inputs_of, open_inputs
     from evoprune.session.hub import BUNDLED_CONFIGS
     from evoprune.session.loading.description import ModelDescription, describe
-    from evoprune.session.loading.hosted import meta_model, read_whole, with_frequencies
-    from evoprune.session.loading.model import LoadedModel, load_model, random_model
+    from evoprune.session.loading.hosted import meta_model, read_whole
+    from evoprune.session.loading.model import LoadedModel, load_model
     from evoprune.session.loading.stored import calibrate, calibrate_tower
     from evoprune.session.loading.weights import DTYPES, weights_of
     from evoprune.session.options import FindOptions, ModelOptions, PipelineOptions, PruneOptions, StreamOptions
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from evoprune.session.reading import probed
     from evoprune.session.report import pruning_facts
     from evoprune.session.session import Session
-    from evoprune.session.upcoming import idle_cores, in_flight
+    from evoprune.session.upcoming import in_flight
 
 __all__ = [
     "BUNDLED_CONFIGS",
@@ -45,7 +45,6 @@ __all__ = [
     "OpenInput",
     "OpenInputs",
     "PipelineOptions",
-    "Progress",
     "PruneOptions",
     "ReadAhead",
     "Session",
@@ -53,7 +52,6 @@ __all__ = [
     "calibrate",
     "calibrate_tower",
     "describe",
-    "idle_cores",
     "in_flight",
     "inputs_of",
     "load_model",
@@ -63,11 +61,9 @@ __all__ = [
     "probed",
     "prompt_about",
     "pruning_facts",
-    "random_model",
     "read_ahead",
     "read_whole",
     "weights_of",
-    "with_frequencies",
     "with_subtitles",
 ]
 
@@ -79,11 +75,11 @@ __getattr__, __dir__ = door(
         "asking": ["Askable", "EncodedInputs"],
         "cache": ["Cache"],
         "encoded": ["EncodedInput"],
-        "encoding": ["OpenInput", "OpenInputs", "Progress", "inputs_of", "open_inputs"],
+        "encoding": ["OpenInput", "OpenInputs", "inputs_of", "open_inputs"],
         "hub": ["BUNDLED_CONFIGS"],
         "loading.description": ["ModelDescription", "describe"],
-        "loading.hosted": ["meta_model", "read_whole", "with_frequencies"],
-        "loading.model": ["LoadedModel", "load_model", "random_model"],
+        "loading.hosted": ["meta_model", "read_whole"],
+        "loading.model": ["LoadedModel", "load_model"],
         "loading.stored": ["calibrate", "calibrate_tower"],
         "loading.weights": ["DTYPES", "weights_of"],
         "options": ["FindOptions", "ModelOptions", "PipelineOptions", "PruneOptions", "StreamOptions"],
@@ -92,6 +88,6 @@ __getattr__, __dir__ = door(
         "reading": ["probed"],
         "report": ["pruning_facts"],
         "session": ["Session"],
-        "upcoming": ["idle_cores", "in_flight"],
+        "upcoming": ["in_flight"],
     },
 )

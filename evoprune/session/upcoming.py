@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
-from evoprune.backend import Device, Host
+from evoprune.backend import Host
 from evoprune.session.encoding import OpenInputs
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.reading import Reading, Readings, stop_all
@@ -23,17 +23,6 @@ MOST = 8  # largest number of inputs to read at a time
 READER_BYTES = 2**30  # memory per reader: a decoder, waiting frames, and patches
 
 
-def idle_cores(loaded: LoadedModel) -> int:
-    """Return the number of cores that the model leaves for reading, which may be 0.
-
-    The model keeps `busy_cores` busy. `--threads N` allows N cores in all.
-    """
-    cores = Host().available_cores()
-    if loaded.cores is not None:
-        cores = min(cores, loaded.cores)
-    return max(0, cores - Device(loaded.device).busy_cores)
-
-
 def readers(loaded: LoadedModel) -> int:
     """Return the number of inputs to read at a time: one per two idle cores, if memory allows.
 
@@ -43,7 +32,7 @@ def readers(loaded: LoadedModel) -> int:
     most = MOST
     if available is not None:
         most = min(most, available // READER_BYTES)
-    return max(1, min(idle_cores(loaded) // 2, most))
+    return max(1, min(loaded.idle_cores // 2, most))
 
 
 def in_flight(
@@ -64,7 +53,7 @@ def in_flight(
         on_wait: Called with the seconds that the caller has waited for each item.
     """
     count = readers(loaded)
-    share = max(1, idle_cores(loaded) // count)
+    share = max(1, loaded.idle_cores // count)
     coming = iter(items)
     flying: deque[tuple[T, Reading[OpenInputs]]] = deque()
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from evoprune.bundled import DEMOS
-from evoprune.model import Config
-from evoprune.session import BUNDLED_CONFIGS, ModelOptions, describe, random_model
+from evoprune.model import Config, QwenVL
+from evoprune.session import BUNDLED_CONFIGS, ModelOptions, describe
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 WORDS = 151_643  # size of the published vocabulary, without the special tokens
@@ -51,7 +51,7 @@ def _write_weights(folder: Path, config: Config, shards: int) -> None:
     """Write random weights under the names used in published checkpoints."""
     from safetensors.torch import save_file
 
-    model = random_model(config, torch.bfloat16, torch.device("cpu"))
+    model = QwenVL.random(config, torch.bfloat16, torch.device("cpu"))
     weights = {_published(name): weight for name, weight in model.named_parameters()}
     total = sum(weight.nbytes for weight in weights.values())
     seen = 0

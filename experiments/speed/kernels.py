@@ -21,7 +21,7 @@ from evoprune.backend import (
 )
 from evoprune.errors import UsageError
 from evoprune.model import Config, QwenVL, matmul_rate
-from evoprune.session import ModelOptions, describe, random_model
+from evoprune.session import ModelOptions, describe
 from experiments.tables import table
 from experiments.timing import medians
 
@@ -174,7 +174,7 @@ def measure(sizes: Sizes, repeat: int) -> None:
         vision_config=replace(sizes.config.vision_config, depth=1, fullatt_block_indexes=()),
         text_config=replace(sizes.config.text_config, num_hidden_layers=1),
     )
-    conversions(random_model(small, DTYPE, CPU), sizes)
+    conversions(QwenVL.random(small, DTYPE, CPU), sizes)
 
 
 def main() -> None:

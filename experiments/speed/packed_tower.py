@@ -17,7 +17,8 @@ from evoprune.backend import Device
 from evoprune.bench import Case, hugging_face_model, synthetic_clip
 from evoprune.hf import PackedTower, encode_each
 from evoprune.methods import Budget, PruneConfig
-from evoprune.session import DTYPES, ModelOptions, describe, random_model
+from evoprune.model import QwenVL
+from evoprune.session import DTYPES, ModelOptions, describe
 from evoprune.vision import normalised, pixel_patches
 from experiments.tables import table
 from experiments.timing import medians
@@ -27,7 +28,7 @@ def random_tower(name: str, dtype: torch.dtype):
     """Return transformers' tower with the dimensions of the model `name` and random weights, using sdpa attention."""
     config = describe(ModelOptions(name), local=True).config
     config = replace(config, text_config=replace(config.text_config, num_hidden_layers=1))
-    return hugging_face_model(random_model(config, dtype, torch.device("cpu"))).model.visual
+    return hugging_face_model(QwenVL.random(config, dtype, torch.device("cpu"))).model.visual
 
 
 def measure(visual, patches: torch.Tensor, grid_thw: torch.Tensor, rounds: int) -> list[tuple[str, float, float]]:

@@ -27,6 +27,7 @@ from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.language import LanguageModel
 from evoprune.session import (
     EncodedInputs,
+    LoadedModel,
     ModelOptions,
     PruneOptions,
     Session,
@@ -319,7 +320,7 @@ def test_each_video_is_read_once_for_all_candidates(saved, monkeypatch, idle):
         return real(info, times_s, **how)
 
     monkeypatch.setattr(encoding, "read_chunks", counted)
-    monkeypatch.setattr(tune, "idle_cores", lambda loaded: idle)
+    monkeypatch.setattr(LoadedModel, "idle_cores", idle)
     videos = ("samples/square.mp4", "samples/gone.mp4", "samples/three.mp4")
     asked = {"videos": videos, "questions": QUESTIONS, "budgets": (0.5, 0.25), "methods": ("random",)}
     run = Tuning(TuneSettings(**asked, model=ModelOptions(str(saved)), sampling=SamplingOptions(frames=4)))

@@ -12,10 +12,11 @@ from evoprune.bench import hugging_face_model
 from evoprune.bench.clips import place_of
 from evoprune.language import LanguageModel, prompt_positions, prune_prompt
 from evoprune.methods import EncoderPlan, TowerShape
+from evoprune.model import QwenVL
 from evoprune.session.cache import Cache
 from evoprune.session.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.description import describe
-from evoprune.session.loading.model import load_model, random_model
+from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
 from evoprune.video import read_chunks
 from evoprune.video_qa import VideoQA
@@ -219,8 +220,6 @@ def test_it_answers_in_fewer_bits(folder, loaded, quantize):
 def test_the_bundled_dimensions_are_those_of_transformers(name):
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from evoprune.model import QwenVL
-
     config = describe(ModelOptions(name, load_format="dummy")).config
     with torch.device("meta"):
         theirs = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(BUNDLED_CONFIGS[name]))
@@ -248,7 +247,7 @@ def test_full_budget_at_true_dimensions(name):
     """Uses the whole tower, one more language layer than DeepStack adds to, and frames of an odd shape."""
     config = describe(ModelOptions(name, load_format="dummy")).config
     few = replace(config.text_config, num_hidden_layers=4, vocab_size=1000)
-    model = random_model(replace(config, text_config=few), torch.float32, torch.device("cpu"))
+    model = QwenVL.random(replace(config, text_config=few), torch.float32, torch.device("cpu"))
     theirs, grid = hugging_face_model(model), (2, 3, 7)
     patches = torch.randn(2 * 3 * 7 * 4, 1536, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

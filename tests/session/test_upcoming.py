@@ -9,7 +9,8 @@ import pytest
 from evoprune.errors import VideoError
 from evoprune.session import upcoming
 from evoprune.session.encoding import OpenInputs
-from evoprune.session.upcoming import idle_cores, in_flight, readers
+from evoprune.session.loading.model import LoadedModel
+from evoprune.session.upcoming import in_flight, readers
 from evoprune.video.sandbox import isolation
 
 
@@ -26,8 +27,7 @@ def ahead_of(monkeypatch):
 
     def made(items, opened, count, cores=0, on_wait=lambda seconds: None):
         monkeypatch.setattr(upcoming, "readers", lambda loaded: count)
-        monkeypatch.setattr(upcoming, "idle_cores", lambda loaded: cores)
-        return in_flight(items, opened, SimpleNamespace(cores=None), on_wait)
+        return in_flight(items, opened, SimpleNamespace(cores=None, idle_cores=cores), on_wait)
 
     return made
 
@@ -192,5 +192,6 @@ def test_how_many_are_read_at_a_time(monkeypatch, device, cores, torch_threads, 
     monkeypatch.setattr("evoprune.backend.limits.Host.available_cores", lambda _: cores)
     monkeypatch.setattr("evoprune.backend.limits.Host.available_memory", lambda _: memory)
     monkeypatch.setattr("torch.get_num_threads", lambda: torch_threads)
-    loaded = SimpleNamespace(device=device, cores=asked)
-    assert (idle_cores(loaded), readers(loaded)) == (idle, count)
+    description = SimpleNamespace(device=device, options=SimpleNamespace(cores=asked))
+    loaded = LoadedModel(description, *[None] * 9)
+    assert (loaded.idle_cores, readers(loaded)) == (idle, count)

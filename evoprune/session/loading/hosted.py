@@ -28,7 +28,6 @@ from evoprune.session.loading.weights import (
     BELONG,
     PACKAGES,
     PLAIN,
-    fill_random,
     name_in_memory,
     stored_tensors,
     weight_files,
@@ -258,12 +257,11 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
 
 def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> HostedVL:
     """Return a model with seeded random weights, for benchmarks, because speed does not depend on the values."""
-    host = meta_model(config, dtype)
-    host.to_empty(device=device)
-    fill_random(host)
-    with_frequencies(host, device)
+    host = meta_model(config, dtype, device)
+    model = _of(config, host, experts=True)
+    model.fill_random(device)
     host.tie_weights()
-    return _of(config, host, experts=True)
+    return model
 
 
 def _of(config: Config, host, *, experts: bool) -> HostedVL:
@@ -279,13 +277,22 @@ def _is_news(record: logging.LogRecord) -> bool:
     return SAID[record.name] not in record.getMessage()
 
 
-def meta_model(config: Config, dtype: torch.dtype, attention: str = "sdpa"):
-    """Return a transformers model with the dimensions of `config`, on the meta device, without memory."""
+def meta_model(config: Config, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"):
+    """Return a transformers model with the dimensions of `config`, whose weights are on the meta device, without memory.
+
+    Its rotary frequencies are on `device`. They are computed from the config and are not weights.
+    """
     from transformers import AutoModelForImageTextToText
 
     kwargs = {"dtype": dtype, "attn_implementation": attention}
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(hugging_face_config(config), **kwargs)
+        host = AutoModelForImageTextToText.from_config(hugging_face_config(config), **kwargs)
+    for parent in list(host.modules()):
+        for name, child in parent.named_children():
+            if hasattr(child, "inv_freq"):
+                with device:
+                    setattr(parent, name, type(child)(child.config))
+    return host
 
 
 def hugging_face_config(config: Config):
@@ -295,18 +302,6 @@ def hugging_face_config(config: Config):
     content = config.as_written()
     content["text_config"] |= {"bos_token_id": None, "eos_token_id": config.text_config.eos_token_id}
     return AutoConfig.for_model(**content)
-
-
-def with_frequencies(host, device: torch.device) -> None:
-    """Create the rotary frequencies of a model that was on the meta device.
-
-    They are computed from the config and are not weights.
-    """
-    for parent in list(host.modules()):
-        for name, child in parent.named_children():
-            if hasattr(child, "inv_freq"):
-                with device:
-                    setattr(parent, name, type(child)(child.config))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 
 from evoprune.backend import (
     Device,
+    Host,
     Packing,
     Quantization,
     empty_cache,
@@ -55,7 +56,6 @@ from evoprune.session.loading.weights import (
     EMBEDDINGS,
     HEAD,
     ModelWeights,
-    fill_random,
     name_in_memory,
     stored_tensors,
     weights_of,
@@ -143,6 +143,17 @@ class LoadedModel:
     def cores(self) -> int | None:
         """Number of cores that reading videos may keep busy, or None for all that this process may use."""
         return self.description.options.cores
+
+    @property
+    def idle_cores(self) -> int:
+        """Number of cores that the model leaves for reading, which may be 0.
+
+        The model keeps `busy_cores` busy. `--threads N` allows N cores in all.
+        """
+        cores = Host().available_cores()
+        if self.cores is not None:
+            cores = min(cores, self.cores)
+        return max(0, cores - Device(self.device).busy_cores)
 
     @property
     def one_by_one(self) -> bool:
@@ -353,7 +364,7 @@ def _loaded(
         elif stored.files:
             weights = load_weights(stored.config, stored.files, *form, quantize)
         else:
-            weights = random_model(stored.config, *form)
+            weights = QwenVL.random(stored.config, *form)
         read = time.perf_counter()
         store = None
         if model.options.store_quantized and stored.files:
@@ -471,21 +482,6 @@ def load_weights(
     return model.requires_grad_(False)
 
 
-def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> QwenVL:
-    """Return a model with seeded random weights, for benchmarks, because speed does not depend on the values.
-
-    Takes seconds at 3B.
-    """
-    model = QwenVL.empty(config)
-    for module in model.modules():  # `to_empty` would import torch's compiler, which takes two seconds
-        for name, weight in [*module.named_parameters(recurse=False)]:
-            values = torch.empty(weight.shape, dtype=dtype, device=device)
-            setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
-    model.tie()
-    fill_random(model)
-    return model
-
-
 def make_ready(
     model: Model,
     quantize: str,
@@ -532,7 +528,7 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
         ),
         text_config=replace(text, num_hidden_layers=depth, vocab_size=1024, intermediate_size=width),
     )
-    model = random_model(small, dtype, device)
+    model = QwenVL.random(small, dtype, device)
     prepare(model, packs=False)
     visual = model.model.visual
     grid = (2, 8, 8)

@@ -405,20 +405,3 @@ def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, qua
     """Return True if weights are used, or quantized, directly from their memory-mapped files."""
     stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(files[:1])}
     return bool(files) and Device(device).maps_weights(stored, dtype, quantize)
-
-
-def fill_random(model: torch.nn.Module) -> None:
-    """Fill all weights: vectors with 1, biases with 0, everything else with seeded noise."""
-    like = next(model.parameters())
-    # A single block of noise is repeated. Its length is prime, so no two rows of a matrix are equal.
-    random = torch.Generator().manual_seed(0)
-    block = torch.randn(1_048_573, generator=random, dtype=torch.float32, device="cpu").mul_(0.02).to(like)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 1:
-                value = 0 if name.endswith("bias") else 1
-                weight.fill_(value)
-                continue
-            noise = block.roll(int(torch.randint(len(block), (), generator=random, dtype=torch.int64, device="cpu")))
-            for piece in weight.view(-1).split(len(noise)):
-                piece.copy_(noise[: len(piece)])
