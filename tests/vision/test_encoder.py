@@ -361,7 +361,7 @@ def test_a_selector_gets_only_what_it_declares():
     assert (tokens.grid, tokens.seed) == ((2, 3, 4), 3)
     with pytest.raises(TypeError, match=r'attention is not available: .*"attention" in its `needs`'):
         tokens.attention  # noqa: B018
-    with pytest.raises(TypeError, match=r"no question here: .*`reads_question`"):
+    with pytest.raises(TypeError, match=r"question is not available: .*`reads_question`"):
         tokens.question  # noqa: B018
 
 

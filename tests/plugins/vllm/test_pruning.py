@@ -39,7 +39,7 @@ def patches(grid=GRID):
         ({"method": "none"}, "prunes nothing"),
         ({"method": "evs"}, "how many tokens"),
         ({"method": "evoprune:within=0.01"}, "how many tokens"),
-        ({"method": "evoprun"}, "no pruning method"),
+        ({"method": "evoprun"}, "unknown pruning method"),
         ({"method": "evoprune:reuse=-1"}, "at least 0"),
         ({"method": 3}, "not a name"),
         ({"budget": 0.1}, "no setting 'budget'"),
