@@ -190,14 +190,14 @@ class memory_guard:  # noqa: N801 (called as a function)
         if not (isinstance(problem, (MemoryError, RuntimeError, OSError)) and is_out_of_memory(problem)):
             return
         # GPU allocators report how much was requested and how much was free.
-        said = re.search(
+        match = re.search(
             r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL
         )
         message = f"out of memory in {self.stage}"
-        if said:
-            message += f": {said[1]} wanted"
-        if said and said[2]:
-            message += f", {said[2]} free"
+        if match:
+            message += f": {match[1]} requested"
+        if match and match[2]:
+            message += f", {match[2]} free"
         raise OutOfMemory(message, USE_LESS, stage=self.stage) from problem
 
 
@@ -238,7 +238,7 @@ def process_error(what: str, problem: OSError, stage: str | None = None) -> Evop
 def first_line(problem: BaseException) -> str:
     """Return the first line of an exception's message, or its type if the message is empty or cannot be produced."""
     try:
-        said = str(problem).strip()
+        text = str(problem).strip()
     except Exception:  # exceptions of other packages may fail here
-        said = ""
-    return (said or type(problem).__name__).splitlines()[0]
+        text = ""
+    return (text or type(problem).__name__).splitlines()[0]

@@ -26,7 +26,7 @@ STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # schemes of live video, which cannot
 DOWNLOAD_HINT = "download it first, e.g. with yt-dlp"
 _TAG = r"(?:<(?:video|image)>|<\|vision_start\|><\|(?:video|image)_pad\|><\|vision_end\|>)"
 TAGS_BEFORE = re.compile(rf"\A\s*+(?:{_TAG}\s*+)+")
-TAGS_BEHIND = re.compile(rf"(?:\n[ \t]*+{_TAG}[ \t\r]*+){{1,64}}\s*+\Z")
+TAGS_AFTER = re.compile(rf"(?:\n[ \t]*+{_TAG}[ \t\r]*+){{1,64}}\s*+\Z")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LONGEST = 200  # maximum length of a path in a message
 SOME = 10  # maximum number of texts that a message lists
@@ -216,7 +216,7 @@ def without_tags(question: str) -> str:
 
     The prompt already contains the input. Tags inside a question are kept as text.
     """
-    return TAGS_BEHIND.sub("", TAGS_BEFORE.sub("", question))
+    return TAGS_AFTER.sub("", TAGS_BEFORE.sub("", question))
 
 
 def check_text(*texts: str | None) -> None:

@@ -27,7 +27,7 @@ PLACE = 2 / 32  # share of the layers after which the key tokens are known
 Operation = tuple[int, str, str]  # layer, ALL or REST, kind
 Removed = frozenset[Operation]
 SCHEMA = "evoprune/tune-operations@1"  # schema of the file that `evoprune tune VIDEO... --operations -o FILE` writes
-AGAIN = "to create one: evoprune tune VIDEO... --operations -o FILE.json"
+TUNE_HINT = "to create one: evoprune tune VIDEO... --operations -o FILE.json"
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Recipe:
             return cls(**facts | {"weights": tuple(facts["weights"])}, steps=steps)
         except OSError as problem:
             raise UsageError(
-                f"cannot read the recipe {file}: {problem.strerror}", missing_hint(file, AGAIN)
+                f"cannot read the recipe {file}: {problem.strerror}", missing_hint(file, TUNE_HINT)
             ) from problem
         except (ValueError, KeyError, TypeError) as problem:
-            raise UsageError(f"{file} is not a recipe of operations: {problem}", AGAIN) from problem
+            raise UsageError(f"{file} is not a recipe of operations: {problem}", TUNE_HINT) from problem
 
     @property
     def _every(self) -> list[Operation]:
@@ -198,9 +198,9 @@ class Operations(LanguageMethod):
     def drops(self, depth: int, tokens: int, budget: float) -> OperationPlan:
         recipe = self.recipe
         if recipe is None:
-            raise UsageError("method operations needs a recipe", f"operations:recipe=FILE.json; {AGAIN}")
+            raise UsageError("method operations needs a recipe", f"operations:recipe=FILE.json; {TUNE_HINT}")
         if recipe.depth != depth:
-            raise UsageError(f"the recipe is for {recipe.depth} layers, but this model has {depth}", AGAIN)
+            raise UsageError(f"the recipe is for {recipe.depth} layers, but this model has {depth}", TUNE_HINT)
         return recipe.plan(tokens, recipe.removed(budget))
 
     def reading(

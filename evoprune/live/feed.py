@@ -14,7 +14,7 @@ from evoprune.live.stream import VideoStream
 from evoprune.video import LiveSource
 
 HOLD_S = 0.05  # interval for rechecking a frame that is held back, in seconds
-BUSY = 0.97  # target utilization of the encoder while frames are skipped
+TARGET_UTILIZATION = 0.97  # target utilization of the encoder while frames are skipped
 
 
 class Backlog:
@@ -45,8 +45,8 @@ class Backlog:
         # timestamp of the latest frame, and the time when the next one is due
         self._last_s = -inf
         self._next_s = 0.0
-        self._hungry = True
-        self._thinned = -inf
+        self._encoder_waits = True
+        self._last_thinned = -inf
         self._since = now()
         self._idle = 0.0
         self._taken = 0
@@ -61,7 +61,7 @@ class Backlog:
     def put(self, time_s: float, frame: np.ndarray) -> None:
         """Append a due frame. Blocks if the queue is full and the source is ahead of its timestamps."""
         with self._changed:
-            if self._hungry:  # the encoder is waiting for this frame, so it is not late
+            if self._encoder_waits:  # the encoder is waiting for this frame, so it is not late
                 self._late_s = max(self._now() - time_s, self._late_s)
             max_span_s = 1.5 * self.window_s  # almost a window of frames arrives while a window is encoded
             while self._span(time_s) >= max_span_s and not self.ended:
@@ -81,13 +81,13 @@ class Backlog:
         with self._changed:
             begun = self._now()
             if not self._waiting:
-                self._hungry = True
+                self._encoder_waits = True
                 self._changed.wait_for(lambda: self._waiting or self.ended, patience_s)
                 self._idle += self._now() - begun
             if not self._waiting:
                 return None
             time_s, frame = self._waiting.popleft()
-            self._hungry = False
+            self._encoder_waits = False
             self.lag_s = max(0.0, self._now() - self._late_s - time_s)
             self._taken += 1
             self._changed.notify_all()
@@ -104,7 +104,9 @@ class Backlog:
             self._looked = self._looked / 2 + self._taken
             if self.stride > 1 and self._looked:
                 max_stride = self.window_s / (2 * self.step_s)
-                self.stride = max(1.0, min(max_stride, self._busy_s / (self._looked * self.step_s * BUSY)))
+                self.stride = max(
+                    1.0, min(max_stride, self._busy_s / (self._looked * self.step_s * TARGET_UTILIZATION))
+                )
             self._since, self._idle, self._taken = now, 0.0, 0
 
     def early_s(self, time_s: float) -> float:
@@ -135,8 +137,8 @@ class Backlog:
     def _skip(self, time_s: float) -> None:
         """Drop every second queued frame, at most once per window length, then the oldest until the queue is short enough."""
         before = len(self._waiting)
-        if self._now() - self._thinned >= self.window_s:
-            self._thinned = self._now()
+        if self._now() - self._last_thinned >= self.window_s:
+            self._last_thinned = self._now()
             self._waiting = deque(list(self._waiting)[::2])
             self.stride = max(self.stride, 1.0 + 1e-3)  # above 1, so `encoded` starts to measure it
         while self._span(time_s) >= 2 * self.window_s:

@@ -143,7 +143,7 @@ class PriorityLock:
             self._calm.wait()
 
 
-class _Overtaken(Exception):
+class _QuestionWaits(Exception):
     """Raised to postpone reading a window because a question goes first."""
 
 
@@ -369,7 +369,7 @@ class VideoStream(Askable):
                 problem = f"a memory of {limit:,} tokens is smaller than two windows of {window_tokens:,}"
                 raise UsageError(problem, "use a longer memory, shorter windows (window_s, --window) or a lower budget")
             check_carried(self._session, self._plan)
-            head, _ = self._around("?")
+            head, _ = self._ids_around_video("?")
             positions = loaded.span or room
             with self._lock.lock:
                 self._memory = StreamMemory(loaded.language, head, limit, window_tokens, positions)
@@ -418,12 +418,12 @@ class VideoStream(Askable):
             if fresh:
                 encoded = fresh.encoding
                 rest = encoded.seconds["plan"] + wall - encoded.wall_seconds
-                self._owe(encoded.seconds | {"plan": rest}, wall)
+                self._charge_next_question(encoded.seconds | {"plan": rest}, wall)
             else:
-                self._owe({"plan": wall}, wall)
+                self._charge_next_question({"plan": wall}, wall)
             return window and window.encoding
 
-    def _owe(self, seconds: dict[str, float], wall: float) -> None:
+    def _charge_next_question(self, seconds: dict[str, float], wall: float) -> None:
         """Add to the time that the next question pays for."""
         if self._paid:
             owed = dict.fromkeys(INPUT_STAGES, 0.0)
@@ -503,7 +503,7 @@ class VideoStream(Askable):
                 self._waiting.pop(0)
             for window in after:
                 self._memory.make_room(window)
-        except _Overtaken:
+        except _QuestionWaits:
             return
         except BaseException:  # also Ctrl-C: the cache may be half changed
             self._problem = "reading a window was interrupted"
@@ -511,13 +511,13 @@ class VideoStream(Askable):
 
     def _give_way(self) -> None:
         if self._lock.wanted or self._problem:
-            raise _Overtaken
+            raise _QuestionWaits
 
     def _check_open(self) -> None:
         if self._problem:
             raise UsageError(self._problem, "start a new stream: VideoQA.stream()")
 
-    def _around(
+    def _ids_around_video(
         self, question: str, thinking: bool = False, earlier: Sequence[Turn] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the prompt ids before the video and after it, int64."""
@@ -578,7 +578,7 @@ class VideoStream(Askable):
             unread = self._unread
             self._read_waiting(after=unread)
             loaded.check_texts(question, earlier=earlier or ())
-            before, ids = self._around(question, options.thinking, earlier or ())
+            before, ids = self._ids_around_video(question, options.thinking, earlier or ())
             seen = self._seen(unread)
             memory = self._memory
             text = memory.columns + sum(len(window.prompt) for window in unread) - seen.tokens + len(ids)
@@ -598,7 +598,7 @@ class VideoStream(Askable):
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
         """Check the prompt against the largest size of the memory, because it may fill up before the question is read."""
         self._session.loaded.check_texts(question, earlier=earlier)
-        _, ids = self._around(question, options.thinking, earlier)
+        _, ids = self._ids_around_video(question, options.thinking, earlier)
         with self._lock:
             self._check_open()
             columns = self._memory.most_columns if self._memory else 0

@@ -34,7 +34,7 @@ CORE = {
     "divprune": "evoprune.methods.baselines:DivPrune",
 }
 # Paper names under which users look for a method, reduced to letters and digits.
-FOLLOWED_BY = {"idpruner": "mmr", "mmgvid": "mmg", "streamingassistant": "adjacent", "pdrop": "pyramiddrop"}
+PAPER_NAMES = {"idpruner": "mmr", "mmgvid": "mmg", "streamingassistant": "adjacent", "pdrop": "pyramiddrop"}
 RESIZING = ("downscale", "subsample")  # this project's methods of class `InputMethod`
 REUSE = "reuse"  # prefix of a selector: reuse+divprune
 OWN = "evoprune"  # the distribution whose entry points are this project's
@@ -97,7 +97,7 @@ class MethodText:
     def members(self) -> "list[Method]":
         """Return the methods, with their settings. Raises UsageError."""
         self.check()
-        return [_made(each) for each in self.parts]
+        return [_instantiate(each) for each in self.parts]
 
     def completions(self) -> list[str]:
         """Return the texts that complete this one, by a method that may follow its last plus sign."""
@@ -156,8 +156,8 @@ def _unknown(name: str) -> UsageError:
     known = (*available(), REUSE)
     same = [each for each in known if _letters(each) == letters]
     near = did_you_mean(name, same or known, 3)
-    if letters in FOLLOWED_BY:
-        near = f"{FOLLOWED_BY[letters]} is based on it; "
+    if letters in PAPER_NAMES:
+        near = f"{PAPER_NAMES[letters]} is based on it; "
     if len(available(plugins=False)) == len(CORE):  # a checkout installed before these became entry points
         near = "the methods of evoprune.contrib are not installed: reinstall evoprune with pip; "
     return UsageError(f"unknown pruning method {name!r}", f"{near}evoprune methods lists them all")
@@ -182,7 +182,7 @@ def get(text: str) -> "Method":
     return first
 
 
-def _made(named: Named) -> "Method":
+def _instantiate(named: Named) -> "Method":
     """Return the method with its settings. Raises UsageError for an unknown setting or a wrong value."""
     _warn_of_ignored(named.name)
     method = _class(named.name)
@@ -239,7 +239,7 @@ def _warn_of_ignored(name: str) -> None:
             if name not in (*CORE, REUSE) and not _is_own(_plugins()[name]):
                 used = _package(_plugins()[name])
             warn(
-                f"{_named(entry)} is ignored: {used} has a method {name}; give it another name",
+                f"{_description_of(entry)} is ignored: {used} has a method {name}; give it another name",
                 PluginWarning,
                 stacklevel=2,
             )
@@ -286,7 +286,7 @@ def plugins() -> dict[str, str]:
             try:
                 _load(entry)
             except EvopruneError as problem:
-                state += f", broken: {problem.message.removeprefix(f'{_named(entry)} ')}"
+                state += f", broken: {problem.message.removeprefix(f'{_description_of(entry)} ')}"
         name = entry.name
         if name in states:
             name += f" ({_package(entry)})"
@@ -343,13 +343,13 @@ def _load(entry: EntryPoint) -> type["Method"]:
     if "__dataclass_params__" not in vars(loaded):
         raise _broken(entry, f"is not a dataclass: {loaded.__name__} needs @dataclass(frozen=True)")
     if not _is_own(entry):
-        loaded.package = _named(entry)
+        loaded.package = _description_of(entry)
     return loaded
 
 
 def _broken(entry: EntryPoint, what: str) -> UsageError:
-    return UsageError(f"{_named(entry)} {what}", "repair or uninstall that package, or choose another method")
+    return UsageError(f"{_description_of(entry)} {what}", "repair or uninstall that package, or choose another method")
 
 
-def _named(entry: EntryPoint) -> str:
+def _description_of(entry: EntryPoint) -> str:
     return f"method {entry.name!r} of {_package(entry)}"

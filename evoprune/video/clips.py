@@ -16,7 +16,7 @@ from evoprune.video.info import CLIP_ENDINGS, Video
 from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
 
 UNFINISHED = ".part"  # file ending while a clip is being written, after eight hexadecimal digits
-WITHOUT_SOUND = "the file consists of several joined files, or FFmpeg has no decoder for its sound"
+NO_SOUND_REASON = "the file consists of several joined files, or FFmpeg has no decoder for its sound"
 LONGEST_STEM = 50  # characters of the video's name to use in a clip's name, of up to four bytes each
 
 
@@ -77,7 +77,7 @@ def cut_clip(
                 file.truncate()
                 facts = _write(info, how, file)
             if facts["loses_sound"]:
-                warnings.warn(f"{info.path}: clips have no sound ({WITHOUT_SOUND})", EvopruneWarning, stacklevel=2)
+                warnings.warn(f"{info.path}: clips have no sound ({NO_SOUND_REASON})", EvopruneWarning, stacklevel=2)
             file.close()
             return Clip(_placed(file.name, folder, name, facts["ending"]), facts["start_s"])
     except OSError as problem:

@@ -113,7 +113,7 @@ def _pieces(source: Any) -> Iterator[bytes]:
 
 def _read(file: Any) -> Iterator[bytes]:
     """Yield the content of an open file from its current position. Raises VideoError if a seekable file is already at its end."""
-    begun = False
+    has_read = False
     while True:
         try:
             piece = file.read(CHUNK_BYTES)
@@ -123,15 +123,15 @@ def _read(file: Any) -> Iterator[bytes]:
             hint = "open it as open(path, 'rb')"
             raise UsageError(f"the open file {name_of(file)} returns {type(piece).__name__}, not bytes", hint)
         if not piece:
-            if not begun and _stands(file) > 0:
-                said = f"nothing to read: {name_of(file)} is already at its end"
-                raise VideoError(said, "go back to its beginning: file.seek(0)")
+            if not has_read and _position(file) > 0:
+                message = f"nothing to read: {name_of(file)} is already at its end"
+                raise VideoError(message, "go back to its beginning: file.seek(0)")
             return
-        begun = True
+        has_read = True
         yield piece
 
 
-def _stands(file: Any) -> int:
+def _position(file: Any) -> int:
     """Return the position of an open file in bytes, or 0 if it is unknown, as for a pipe."""
     try:
         return file.tell()
@@ -141,7 +141,7 @@ def _stands(file: Any) -> int:
 
 def _png(picture: Any) -> bytes:
     """Encode a Pillow image as PNG, without loss and with its EXIF data. Raises UsageError for more than 16 bits, VideoError."""
-    if picture.mode == "F" or (picture.mode.startswith("I") and not _is_grey(picture)):
+    if picture.mode == "F" or (picture.mode.startswith("I") and not _fits_16_bits(picture)):
         raise UsageError(f"a picture of mode {picture.mode} has more than 16 bits", "give picture.convert('RGB')")
     try:
         if picture.mode not in STORED_MODES:
@@ -154,7 +154,7 @@ def _png(picture: Any) -> bytes:
     return content.getvalue()
 
 
-def _is_grey(picture: Any) -> bool:
+def _fits_16_bits(picture: Any) -> bool:
     """Return True if all gray levels of the image fit into 16 bits."""
     least, most = picture.getextrema()
     return least >= 0 and most <= MOST_LEVELS

@@ -69,12 +69,12 @@ class HeldVideo(Video):
             problem = "no frame rate" if frame_rate is None else "both a frame rate and times"
             raise UsageError(f"an array of {len(array)} frames has {problem}", RATE_HINT)
         if times_s is None:
-            return _described(array, tuple(number / frame_rate for number in range(len(array))), frame_rate, 0.0)
-        times = _checked(times_s, len(array))
+            return _as_video(array, tuple(number / frame_rate for number in range(len(array))), frame_rate, 0.0)
+        times = _checked_times(times_s, len(array))
         first = times[0]
         lasted = times[-1] - first
         rate = (len(times) - 1) / lasted if lasted else 1.0  # a single frame lasts for a second
-        return _described(array, tuple(time - first for time in times), rate, first)
+        return _as_video(array, tuple(time - first for time in times), rate, first)
 
     @property
     def is_file(self) -> bool:
@@ -87,15 +87,15 @@ class HeldVideo(Video):
 
     def on_screen(self, times_s: Sequence[float]) -> "tuple[np.ndarray, tuple[float, ...]]":
         """Return the frames on screen at n times, uint8 `[n, H, W, 3]`, C-contiguous, and the frames' own times."""
-        begun = [bisect_right(self.frames_s, time_s + TOLERANCE_S) for time_s in times_s]
-        numbers = [max(count - 1, 0) for count in begun]
+        counts = [bisect_right(self.frames_s, time_s + TOLERANCE_S) for time_s in times_s]
+        numbers = [max(count - 1, 0) for count in counts]
         frames = self.held[numbers]
         if not frames.flags.c_contiguous:
             frames = frames.copy()
         return frames, tuple(self.frames_s[number] for number in numbers)
 
 
-def _described(array: "np.ndarray", frames_s: tuple[float, ...], rate: float, start_s: float) -> HeldVideo:
+def _as_video(array: "np.ndarray", frames_s: tuple[float, ...], rate: float, start_s: float) -> HeldVideo:
     """Return the video of an array. Raises UsageError if the frame rate or the duration is not a finite number above 0."""
     if not (0 < rate < math.inf and math.isfinite(frames_s[-1] + 1 / rate)):
         raise UsageError(f"{rate:g} frames per second is not a valid frame rate", RATE_HINT)
@@ -118,7 +118,7 @@ def _described(array: "np.ndarray", frames_s: tuple[float, ...], rate: float, st
     )
 
 
-def _checked(times_s: Any, count: int) -> list[float]:
+def _checked_times(times_s: Any, count: int) -> list[float]:
     """Return the times as Python floats. Raises UsageError unless they are `count` finite, strictly ascending numbers."""
     try:
         times = [float(time) for time in times_s]

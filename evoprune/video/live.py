@@ -99,12 +99,12 @@ class LiveSource:
                 with closing(self._connected(lambda base=base: due() - base)) as frames:
                     self.facts = next(frames)
                     finite = self.facts.pop("finite")
-                    begun = time.monotonic()
+                    started = time.monotonic()
                     self.waits = self._pace == "source" and bool(finite or self._is_file)
                     for time_s, frame, gap_s in frames:
                         self.facts["clock_gap_s"] = gap_s
                         if self._pace == "file":
-                            wait = begun + time_s - time.monotonic()
+                            wait = started + time_s - time.monotonic()
                             if wait > 0 and self._closing.wait(wait):
                                 return
                         tries = 0
@@ -146,7 +146,7 @@ class LiveSource:
                     worker.send(worker.request("next", {"after_s": due()}))
                     if (header := worker.answer()) is None:
                         return
-                    self._learn(header)
+                    self._update_facts(header)
                     if shape != (new := (1, header["height"], header["width"], 3)):
                         shape = new
                         memory = FrameMemory(prod(new))
@@ -157,7 +157,7 @@ class LiveSource:
             finally:
                 self._worker, worker.busy = None, True
 
-    def _learn(self, header: dict) -> None:
+    def _update_facts(self, header: dict) -> None:
         """Update the facts that some sources give only with their frames."""
         if header["hdr_format"]:
             self.facts |= {"hdr": True, "hdr_format": header["hdr_format"]}

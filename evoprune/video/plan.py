@@ -159,7 +159,7 @@ class SamplingOptions:
         return [self.timeless if info.is_picture else self for info in inputs]
 
 
-USUAL = SamplingOptions()
+DEFAULT_SAMPLING = SamplingOptions()
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ class Plan:
     subtitles: PromptSubtitles = field(default_factory=PromptSubtitles)
 
     @classmethod
-    def of(cls, info: Video, limits: InputLimits, options: SamplingOptions = USUAL) -> "Plan":
+    def of(cls, info: Video, limits: InputLimits, options: SamplingOptions = DEFAULT_SAMPLING) -> "Plan":
         """Plan sampling times and frame size for a video, or the size of a picture, within the model's limits and the token limit.
 
         If `max_visual_tokens` would be exceeded, frames are made smaller, down to the model's minimum size; then fewer; and if one
@@ -423,7 +423,7 @@ class Plan:
 
 def plan_sampling(
     duration_s: float,
-    options: SamplingOptions = USUAL,
+    options: SamplingOptions = DEFAULT_SAMPLING,
     *,
     fps: float = 2.0,
     min_frames: int = 4,

@@ -73,7 +73,7 @@ def test_a_limit_on_the_size_of_files_is_named(cli):
     command = [sys.executable, "-m", "evoprune_cli", "ask", str(ROOT / CLIP), QUESTION]
     limited = f"ulimit -f 2; exec {shlex.join(command)}"
     done = subprocess.run(["bash", "-c", limited], capture_output=True, cwd=ROOT, text=True)
-    assert done.returncode == 3 and "limit on the size of files" in done.stderr and "ulimit" in done.stderr
+    assert done.returncode == 3 and "file size limit" in done.stderr and "ulimit" in done.stderr
 
 
 def test_counts_and_times_of_a_record_fit_together(cli):

@@ -270,14 +270,14 @@ BROKEN = [
     ("slow.mp4", "took longer than", "yt-dlp"),
     ("stalling.mp4", "stalled after 10 bytes", "again"),
     ("silent.mp4", "no answer for", "later"),
-    ("short.mp4", "broke off", "again"),
-    ("chunked.mp4", "broke off", "again"),
+    ("short.mp4", "was interrupted", "again"),
+    ("chunked.mp4", "was interrupted", "again"),
     ("nothing.mp4", "is empty", "address"),
     ("page", "is a web page", "yt-dlp"),
     ("watch?v=1", "is a web page", "yt-dlp"),
     ("playlist.m3u8", "is a playlist", "evoprune watch URL"),
     ("manifest.mpd", "is a playlist", "evoprune watch URL"),
-    ("encoded?gzip", "does not have the encoding", "yt-dlp"),
+    ("encoded?gzip", "is not encoded as the server states", "yt-dlp"),
     ("wrong.mp4", "cannot download", "check the address"),
 ]
 

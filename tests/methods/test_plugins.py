@@ -57,8 +57,8 @@ with,comma = extra_methods:First
 # Invalid results of a selector (24 of 96 units expected), by the error message; and classes that are refused when loaded.
 RETURNS = {
     "returned an object of class list instead of a Selection": "[1]",
-    "returned 26 units where 24": "Selection(torch.arange(keep + 2))",
-    "returned 0 units where 24": "Selection(torch.arange(0))",
+    "returned 26 units instead of 24": "Selection(torch.arange(keep + 2))",
+    "returned 0 units instead of 24": "Selection(torch.arange(0))",
     "returned kept as int32 .24. instead of int64 .K.": "Selection(torch.arange(keep).int())",
     "returned kept as int64 .1, 24. instead of": "Selection(torch.arange(keep)[None])",
     "returned kept as bool .96.": "Selection(torch.arange(96) < keep)",
@@ -68,7 +68,7 @@ RETURNS = {
     "returned units from 80 to 103 of a video with units 0 to 95": "Selection(torch.arange(80, 80 + keep))",
     "returned units from -1 to 22": "Selection(torch.arange(-1, keep - 1))",
     "returned unit_to_token as float32 .96.": "Selection(torch.arange(keep), torch.zeros(96))",
-    "returned a unit_to_token that is not": "Selection(torch.arange(keep), torch.zeros(96).long())",
+    "returned a unit_to_token whose": "Selection(torch.arange(keep), torch.zeros(96).long())",
     "returned weight as float32 .24. instead of": "Selection(torch.arange(keep), None, torch.ones(keep))",
     "returned a weight that is not": "Selection(torch.arange(keep), None, torch.ones(96) / 0)",
     "returned size as int64 .24.": "Selection(torch.arange(keep), size=torch.arange(keep))",

@@ -272,7 +272,7 @@ def test_less_is_encoded_at_a_time_where_memory_runs_out(monkeypatch):
     torch.testing.assert_close(made, expected, atol=2e-4, rtol=1e-4)
     monkeypatch.setattr(Memory, "most", 1000)
     qa.loaded.patches.clear()  # patches are read and cut again
-    with pytest.raises(OutOfMemory, match=r"^out of memory in preprocess: .* GiB wanted, .* GiB free\n") as raised:
+    with pytest.raises(OutOfMemory, match=r"^out of memory in preprocess: .* GiB requested, .* GiB free\n") as raised:
         qa.encode(CLIP, **FRAMES)
     assert raised.value.exit_code == 5 and "--frames" in raised.value.hint
 

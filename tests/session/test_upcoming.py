@@ -16,9 +16,9 @@ from evoprune.video.sandbox import isolation
 
 @pytest.fixture(autouse=True)
 def no_thread_stays():
-    before, idle = set(threading.enumerate()), isolation._most_idle
+    before, idle = set(threading.enumerate()), isolation._max_idle
     yield
-    assert set(threading.enumerate()) == before and isolation._most_idle == idle
+    assert set(threading.enumerate()) == before and isolation._max_idle == idle
 
 
 @pytest.fixture

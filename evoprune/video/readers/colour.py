@@ -75,7 +75,7 @@ class Matrix(IntEnum):
     YCGCO_RO = 17
 
 
-USUAL = tuple(Matrix(number) for number in (0, 1, 2, 4, 5, 6, 7, 9))  # matrices that libswscale supports
+SUPPORTED_MATRICES = tuple(Matrix(number) for number in (0, 1, 2, 4, 5, 6, 7, 9))  # matrices that libswscale supports
 
 
 def stated(stream: VideoStream, log: str) -> str | None:

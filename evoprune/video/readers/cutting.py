@@ -35,7 +35,7 @@ from evoprune.backend import Host
 from evoprune.errors import VideoError
 from evoprune.video.info import CLIP_ENDINGS, Video
 from evoprune.video.readers import ffmpeg, folder
-from evoprune.video.readers.pyav import Picture, begun, planned
+from evoprune.video.readers.pyav import Picture, planned, start_decoding
 from evoprune.video.readers.track import TimedFrame, Track, Unreachable
 
 MP4, MATROSKA = CLIP_ENDINGS
@@ -51,7 +51,7 @@ CLOCK = Fraction(1, 60_000)  # time base of re-encoded frames; MPEG-4 allows no 
 BT709 = 1  # FFmpeg's number for the primaries, transfer curve and matrix of BT.709
 LIMITED_RANGE = 1  # FFmpeg's number for limited color range, the usual one
 REORDERED_S = 2.0  # a frame stored before a keyframe is displayed at most this much after it
-EXACTLY = "re-encode the clip instead: --exact, in Python exact=True"
+REENCODE_HINT = "re-encode the clip instead: --exact, in Python exact=True"
 
 # Packets with their decoding times, and pictures (uint8 `[H, W, 3]`) with their display times: seconds from the beginning of the
 # clip, ascending.
@@ -75,7 +75,7 @@ class ClipReader:
         if info.is_picture or info.container == folder.CONTAINER:
             raise VideoError(f"cannot cut a clip from {info.path}: it is not a video file", "give a video file")
         self._path = info.path
-        self._made = _Written()
+        self._made = _MemoryFile()
         self._steps = _cut(info, start_s, end_s, exact, title, self._made)
         self._ended = False
         with ffmpeg.reading(info.path):
@@ -101,7 +101,7 @@ class ClipReader:
         self._steps.close()
 
 
-class _Written:
+class _MemoryFile:
     """File object for FFmpeg to write to. Keeps the pieces that were not taken yet, with their offsets."""
 
     def __init__(self):
@@ -140,16 +140,18 @@ class _Written:
 
 
 def _cut(
-    info: Video, start_s: float, end_s: float, exact: bool, title: str, file: _Written
+    info: Video, start_s: float, end_s: float, exact: bool, title: str, file: _MemoryFile
 ) -> Iterator[dict[str, Any]]:
     """Write a clip to `file`. Yields the facts of `ClipReader`, then an empty dict after every packet."""
     joined = info.clock_restarts > 0
     if joined and not exact:
-        raise VideoError(f"{info.path} consists of several joined files, so its packets cannot be copied", EXACTLY)
-    with closing(Track(info)) as track, ffmpeg.open_video(info.path) as beside:
-        heard = beside.streams.best("audio")
-        sound = heard
-        if joined or (heard is not None and not _codec(heard)):
+        raise VideoError(
+            f"{info.path} consists of several joined files, so its packets cannot be copied", REENCODE_HINT
+        )
+    with closing(Track(info)) as track, ffmpeg.open_video(info.path) as container:
+        audio = container.streams.best("audio")
+        sound = audio
+        if joined or (audio is not None and not _codec(audio)):
             sound = None
         copied: list[Stream] = []
         if sound is not None and not (exact and _codec(sound) not in IN_MP4):
@@ -159,7 +161,7 @@ def _cut(
             start_s, packets = _from_keyframe(track, start_s)
             copied.append(track.stream)
         ending = MP4 if all(_codec(stream) in IN_MP4 for stream in copied) else MATROSKA
-        yield {"ending": ending, "start_s": start_s, "loses_sound": heard is not None and sound is None}
+        yield {"ending": ending, "start_s": start_s, "loses_sound": audio is not None and sound is None}
         origin_s = info.start_s + start_s
         length_s = end_s - start_s
         with _writing(info, exact), av.open(file, "w", format=FORMATS[ending]) as out:
@@ -167,7 +169,7 @@ def _cut(
             if exact:
                 video = _encoded(_encoder(out, info), _pictures(info, start_s, end_s), length_s)
             else:
-                video = _copied(_like(out, track.stream), info.path, packets, origin_s, length_s)
+                video = _copied(_add_copied_stream(out, track.stream), info.path, packets, origin_s, length_s)
             audible: TimedPackets = iter(())
             if sound is not None:
                 audible = _sound(out, info.path, sound, sound in copied, origin_s, length_s)
@@ -183,7 +185,7 @@ def _writing(info: Video, exact: bool) -> Iterator[None]:
     try:
         yield
     except (av.error.FFmpegError, ValueError) as error:
-        hint = "convert it first, e.g. with ffmpeg" if exact else EXACTLY
+        hint = "convert it first, e.g. with ffmpeg" if exact else REENCODE_HINT
         raise VideoError(f"cannot cut a clip from {info.path}: {ffmpeg.reason(error)}", hint) from error
 
 
@@ -193,7 +195,7 @@ def _codec(stream: Stream) -> str:
     return context.codec.canonical_name if context else ""
 
 
-def _like(out: OutputContainer, stream: Stream) -> Stream:
+def _add_copied_stream(out: OutputContainer, stream: Stream) -> Stream:
     """Add an output stream for copied packets of another stream."""
     return out.add_stream_from_template(stream, opaque=True)  # opaque: needs no encoder
 
@@ -208,7 +210,7 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
         VideoError: packets have no timestamps, or there is no such keyframe.
     """
     path = track.info.path
-    timeless = VideoError(f"{path} has no display times for its packets, so they cannot be copied", EXACTLY)
+    timeless = VideoError(f"{path} has no display times for its packets, so they cannot be copied", REENCODE_HINT)
     if track.info.container == ffmpeg.AVI and track.stream.codec_context.has_b_frames:
         raise timeless
 
@@ -240,11 +242,11 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
             place = number
             begin_s = shown_s(packet)
     if place is None:
-        raise VideoError(f"{path} has no keyframe at or before {start_s:g} s", EXACTLY)
+        raise VideoError(f"{path} has no keyframe at or before {start_s:g} s", REENCODE_HINT)
     return begin_s, islice(track.packets(None), place, None)
 
 
-def _heard(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
+def _sound_packets(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
     """Return the packets of a sound track from about `origin_s` on (seconds of the file's clock), or from its beginning."""
     with suppress(av.error.FFmpegError):  # the container cannot seek
         sound.container.seek(math.floor(origin_s / sound.time_base), stream=sound)
@@ -255,10 +257,10 @@ def _sound(
     out: OutputContainer, path: str, sound: AudioStream, copied: bool, origin_s: float, length_s: float
 ) -> TimedPackets:
     """Add a sound stream to a clip and return its packets: copied if `copied` and the format can hold them, otherwise AAC."""
-    packets = _heard(sound, origin_s)
+    packets = _sound_packets(sound, origin_s)
     if copied:
         with suppress(ValueError):  # the format cannot hold the codec, such as WMA
-            return _copied(_like(out, sound), path, packets, origin_s, length_s)
+            return _copied(_add_copied_stream(out, sound), path, packets, origin_s, length_s)
     rates = Codec(SOUND_ENCODER, "w").audio_rates or ()
     target = out.add_stream(SOUND_ENCODER, rate=sound.rate if sound.rate in rates else 48_000)
     target.layout = "mono" if sound.layout.nb_channels == 1 else "stereo"
@@ -347,7 +349,7 @@ def _copied(
         latest = packet.dts
         left -= packet.size
         if left < 0:
-            raise VideoError(f"{path} is damaged: its packets add up to more than its size", EXACTLY)
+            raise VideoError(f"{path} is damaged: its packets add up to more than its size", REENCODE_HINT)
         packet.stream = target
         yield decoded_s, packet
 
@@ -428,7 +430,7 @@ def _decoded(info: Video, start_s: float) -> Iterator[TimedFrame]:
     with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         frames = None
         with suppress(Unreachable):
-            _, frames = begun(track, run, ffmpeg.ignore_damage, sparing=False)
+            _, frames = start_decoding(track, run, ffmpeg.ignore_damage, sparing=False)
         if frames is None:
             frames = track.from_beginning((), ffmpeg.ignore_damage)
         yield from frames

@@ -64,7 +64,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
     with ffmpeg.reading(info.path), open(info.path, "rb") as file, _refusing(info):
         with ffmpeg.open_video(info.path) as container:
             matrix = ffmpeg.video_stream(container, info.path).codec_context.colorspace
-        if matrix not in colour.USUAL:
+        if matrix not in colour.SUPPORTED_MATRICES:
             raise _refusal(info, "it uses the wrong color matrix")
         # Open by file descriptor if the system supports it, because decord's FFmpeg takes some names for patterns. Otherwise use
         # the absolute path, because in a relative one it takes the text before a colon for a protocol.

@@ -218,7 +218,9 @@ class LiveReader:
             elif since is None:
                 since = time.monotonic()
             if since and time.monotonic() - since > self._timeout_s:
-                raise VideoError(f"no frame of {self._name} could be decoded for {self._timeout_s:g} s", GARBAGE)
+                raise VideoError(
+                    f"no frame of {self._name} could be decoded for {self._timeout_s:g} s", UNREADABLE_HINT
+                )
 
     def _packets(self) -> Iterator[Packet | None]:
         """Yield all packets. If the source breaks off, yield None to flush the decoder, then raise VideoError."""
@@ -256,14 +258,14 @@ class LiveReader:
         if isinstance(problem, av.error.InvalidDataError | av.error.ArgumentError):
             hint = "did the command before the pipe fail? A pipe can carry MPEG-TS, Matroska or fragmented MP4"
             if self._source:
-                hint = GARBAGE
+                hint = UNREADABLE_HINT
             return VideoError(f"{name} does not send readable video", hint)
         return VideoError(
             f"cannot read {name}: {ffmpeg.reason(problem)}", "check the address and whether it plays elsewhere"
         )
 
 
-GARBAGE = "does it play elsewhere? The formats of files are supported, and playlists over http"
+UNREADABLE_HINT = "does it play elsewhere? The formats of files are supported, and playlists over http"
 
 
 class _Following:

@@ -17,7 +17,7 @@ from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
 
 MAX_BYTES = 2**29  # larger files are refused before they are read
-CONVERT = "convert it to JPEG or PNG"
+CONVERT_HINT = "convert it to JPEG or PNG"
 ANIMATIONS = ("GIF", "PNG")  # formats whose animations are videos
 
 
@@ -117,11 +117,11 @@ def _opened(path: str) -> Iterator[Image.Image]:
     """
     name = ffmpeg.picture_format(path)
     if name == "HEIC":
-        raise VideoError(f"{path} is in HEIC, which is not supported", CONVERT)
+        raise VideoError(f"{path} is in HEIC, which is not supported", CONVERT_HINT)
     if name is None:
-        raise VideoError(f"{path} is no longer a picture", CONVERT)
+        raise VideoError(f"{path} is no longer a picture", CONVERT_HINT)
     if name == "AVIF" and not features.check("avif"):
-        raise VideoError(f"{path} is in AVIF, which this version of Pillow does not support", CONVERT)
+        raise VideoError(f"{path} is in AVIF, which this version of Pillow does not support", CONVERT_HINT)
     try:
         if os.stat(path).st_size > MAX_BYTES:
             raise too_large(path)
@@ -130,7 +130,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
             ffmpeg.picture_size(image.width * image.height)
             tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
             if 50706 in tags or tags.get(254, 0) & 1:  # a DNG, or a reduced preview before the picture itself
-                raise VideoError(f"{path} is a camera raw file, of which only the preview could be read", CONVERT)
+                raise VideoError(f"{path} is a camera raw file, of which only the preview could be read", CONVERT_HINT)
             several = getattr(image, "is_animated", False)  # counting the pages of a TIFF would read all of it
             if several and image.format == "TIFF":
                 raise VideoError(f"{path} has several pages", "save one page as a JPEG or PNG")
@@ -150,12 +150,12 @@ def _rgb(image: Image.Image, path: str) -> Image.Image:
     if image.mode.startswith("I"):
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
-            raise VideoError(f"{path} has more than 16 bits per channel, which is not supported", CONVERT)
+            raise VideoError(f"{path} has more than 16 bits per channel, which is not supported", CONVERT_HINT)
         if transparent is not None:
             levels = np.where(levels == transparent, 65535, levels)
         return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise VideoError(f"{path} has floating-point pixels, which are not supported", CONVERT)
+        raise VideoError(f"{path} has floating-point pixels, which are not supported", CONVERT_HINT)
     if "A" in image.getbands() or "a" in image.getbands() or transparent is not None:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")

@@ -25,7 +25,7 @@ BYTES_PER_PACKET = 128
 MAX_BOXES = 2**20  # boxes of an MP4 to examine, which takes a second; a fragment has two
 ENCRYPTED_TRACK = b"encv" + bytes(6)  # start of an encrypted track's entry in an MP4's sample description table (stsd)
 AVI_ENTRY_BYTES = 16  # size of an entry of the index at the end of an AVI
-BEHIND_BYTES = 2**20  # bytes after the last packet that are searched for another file
+TRAILING_BYTES = 2**20  # bytes after the last packet that are searched for another file
 # Signatures of Matroska, FLV and ASF, and of MP4 and AVI after the leading length field.
 STARTS = (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"ftyp", b"AVI LIST")
 # Leading bytes that files of any other container have in common. Fewer bytes would also match every partition of an MXF.
@@ -117,8 +117,8 @@ def another_follows(path: str, container: str, end: int) -> bool:
             return sum(kind == b"moov" for kind, _, _ in _boxes(file)) > 1
         own = file.read(START_BYTES)
         file.seek(end)
-        behind = file.read(BEHIND_BYTES)
-        return end > 0 and any(start in behind for start in (own, *STARTS))
+        trailing = file.read(TRAILING_BYTES)
+        return end > 0 and any(start in trailing for start in (own, *STARTS))
 
 
 def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
@@ -309,7 +309,7 @@ def _measured_rate(path: str) -> float | None:
 
 def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
     """Return True if the clock of a file without an index restarts, judging by 64 places spread over the file."""
-    begun = []
+    beginning = []
     places = []
     for place in range(64):
         try:
@@ -321,12 +321,12 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
         times = [float(p.dts * p.time_base) for p in islice(packets, count)]
         if not times:  # no packets here, so none later either
             break
-        begun = begun or times
+        beginning = beginning or times
         places = places + times[:1]
     places.append(tail.decoded_s)
     steps = np.diff(places)
     longest = ffmpeg.LONGEST_GAP_S + 10 * np.median(steps) if len(steps) else 0.0
-    return any(np.diff(begun) < -ffmpeg.BACK_S) or any(steps < -ffmpeg.BACK_S) or any(steps > longest)
+    return any(np.diff(beginning) < -ffmpeg.BACK_S) or any(steps < -ffmpeg.BACK_S) or any(steps > longest)
 
 
 def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:

@@ -20,9 +20,9 @@ from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
 
-EARLIER = 3  # keyframes to try as the start of decoding, because an index may list frames that are no keyframes
+MAX_ENTRIES = 3  # keyframes to try as the start of decoding, because an index may list frames that are no keyframes
 BEGINNING_S = 1.0  # a run whose keyframe comes earlier is decoded from the beginning of the file
-NEAR = 3  # keyframes to try when a time is moved, nearest first
+MAX_NEAR = 3  # keyframes to try when a time is moved, nearest first
 # With seek "auto", times are moved to keyframes only if that saves decoding this many pixels (two to three seconds on one core) and
 # the parts of the video last at least `LEAST_PART_S`.
 SAVED_PIXELS = 10**9
@@ -59,20 +59,20 @@ def read(
     with ffmpeg.reading(info.path):
         runs = planned(info, times_s, seek, part_s)
         done = 0
-        met: list[object] = []
+        damage: list[object] = []
         try:
-            with closing(_by_threads(info, runs, part_s, cores)) as frames:
-                for shown, met_here in frames:
-                    for mark in met_here:
+            with closing(_in_parallel(info, runs, part_s, cores)) as frames:
+                for shown, new_damage in frames:
+                    for mark in new_damage:
                         damaged(mark)
-                    met += met_here
+                    damage += new_damage
                     done += 1
                     yield shown
             return
         except Unreachable:
             rest = Run(tuple(times_s[done:]), (None,))
         # A multi-threaded decoder reports damage some packets late, so the same damage would count twice.
-        threads = 1 if met else ffmpeg.thread_count(cores)
+        threads = 1 if damage else ffmpeg.thread_count(cores)
         with closing(Track(info, threads)) as track:
             picture = Picture(info)
             for found in _on_screen(track, rest, damaged, sparing=False):
@@ -100,7 +100,7 @@ def frame_times(info: Video) -> FrameTimes:
         return FrameTimes(times, stated)
 
 
-def _by_threads(
+def _in_parallel(
     info: Video, runs: Sequence[Run], part_s: float, cores: int
 ) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
     """Yield the frames of all runs, each with the damage found since the frame before it. Raises Unreachable."""
@@ -114,10 +114,10 @@ def _by_threads(
             picture = Picture(info)
 
             def work(run: Run) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
-                met: list[object] = []
-                for found in _frames(track, run, part_s, met.append):
-                    yield picture.of(*found), met.copy()
-                    met.clear()
+                damage: list[object] = []
+                for found in _frames(track, run, part_s, damage.append):
+                    yield picture.of(*found), damage.copy()
+                    damage.clear()
 
             yield work
 
@@ -172,7 +172,7 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
     moves = seek == "keyframes" or (seek == "auto" and part_s >= LEAST_PART_S)
     near = [()] * len(times_s)
     if moves:
-        near = [_near(keyframes, time, part_s / 2) for time in times_s]
+        near = [_nearest_keyframes(keyframes, time, part_s / 2) for time in times_s]
     if seek == "auto" and moves:
         frames = [
             (time - keyframes[place].time_s) * (info.fps or ffmpeg.FALLBACK_FPS)
@@ -183,7 +183,7 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
             near = [()] * len(times_s)
     runs: list[Run] = []
     for (place, found), same in groupby(zip(places, near, times_s, strict=True), key=itemgetter(0, 1)):
-        entries = reversed(keyframes[max(0, place - EARLIER + 1) : place + 1])
+        entries = reversed(keyframes[max(0, place - MAX_ENTRIES + 1) : place + 1])
         entries = tuple(key if key.time_s > BEGINNING_S else None for key in entries)
         group = tuple(time for _, _, time in same)
         if found:  # each time that may be moved is a run of its own
@@ -197,14 +197,14 @@ def _time_of(keyframe: Keyframe) -> float:
     return keyframe.time_s
 
 
-def _near(keyframes: Sequence[Keyframe], time_s: float, reach_s: float) -> tuple[Keyframe, ...]:
-    """Return up to `NEAR` keyframes of the part around a time, nearest first.
+def _nearest_keyframes(keyframes: Sequence[Keyframe], time_s: float, reach_s: float) -> tuple[Keyframe, ...]:
+    """Return up to `MAX_NEAR` keyframes of the part around a time, nearest first.
 
     A keyframe at the beginning of the part belongs to it; a keyframe at its end belongs to the next part.
     """
     first = bisect_left(keyframes, time_s - reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
     last = bisect_left(keyframes, time_s + reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
-    return tuple(sorted(keyframes[first:last], key=lambda keyframe: abs(keyframe.time_s - time_s))[:NEAR])
+    return tuple(sorted(keyframes[first:last], key=lambda keyframe: abs(keyframe.time_s - time_s))[:MAX_NEAR])
 
 
 def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> Iterator[tuple[float, VideoFrame, bool]]:
@@ -225,7 +225,7 @@ def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> It
             yield *frame, False
 
 
-def begun(
+def start_decoding(
     track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool
 ) -> tuple[Keyframe | None, Iterator[TimedFrame] | None]:
     """Start decoding a run at its first entry that works.
@@ -249,23 +249,23 @@ def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool)
     With `sparing` it stops early, without an error, if skipping frames is unsafe: at damage, because the frame before it stays on
     screen; at interlaced frames; and at frames out of order, because the needed frames are found by their times.
     """
-    met: list[object] = []
-    note = met.append if sparing else damaged
-    entry, frames = begun(track, run, note, sparing=sparing)
+    damage: list[object] = []
+    note = damage.append if sparing else damaged
+    entry, frames = start_decoding(track, run, note, sparing=sparing)
     if frames is None and sparing:
         return
     if frames is None:
         raise Unreachable
     current = None
-    coming = next(frames, None)
-    if coming is None:
+    upcoming = next(frames, None)
+    if upcoming is None:
         raise ffmpeg.nothing_decoded(track.info.path)
     for time in run.times_s:
-        while coming and coming[0] <= time + ffmpeg.TOLERANCE_S:
-            current = coming
-            coming = next(frames, None)
-            if sparing and (met or (coming and (coming[0] <= current[0] or coming[1].interlaced_frame))):
+        while upcoming and upcoming[0] <= time + ffmpeg.TOLERANCE_S:
+            current = upcoming
+            upcoming = next(frames, None)
+            if sparing and (damage or (upcoming and (upcoming[0] <= current[0] or upcoming[1].interlaced_frame))):
                 return
-            if coming and coming[0] < current[0] and entry:
+            if upcoming and upcoming[0] < current[0] and entry:
                 raise Unreachable  # the timestamps are wrong, so it is unknown which frames precede a keyframe
-        yield current or coming
+        yield current or upcoming

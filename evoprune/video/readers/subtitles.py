@@ -49,7 +49,7 @@ READ = {
     "srt": re.compile(rf"[ \t]*+{CLOCK}[,.][0-9]{{3}}{ARROW}{CLOCK}[,.][0-9]{{3}}(?![0-9]).*"),
     "webvtt": re.compile(rf"[ \t]*+{SHORT}\.[0-9]{{3}}{ARROW}{SHORT}\.[0-9]{{3}}(?![0-9]).*"),
 }
-USUAL = {"ass": "0:00:01.50", "srt": "00:00:01,500 --> 00:00:02,000", "webvtt": "00:00:01.500 --> 00:00:02.000"}
+EXAMPLES = {"ass": "0:00:01.50", "srt": "00:00:01,500 --> 00:00:02,000", "webvtt": "00:00:01.500 --> 00:00:02.000"}
 HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a text track; or leave subtitles out"
 
 
@@ -76,8 +76,8 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
             subtitles = _from_container(path, origin_s, "")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         hint = missing_hint(file, HINT) if file else HINT
-        said = f"cannot read subtitles from {shown(file or path)}: {ffmpeg.reason(error)}"
-        raise VideoError(said, hint) from error
+        problem = f"cannot read subtitles from {shown(file or path)}: {ffmpeg.reason(error)}"
+        raise VideoError(problem, hint) from error
     if subtitles.source is None:
         return Subtitles(note=why or subtitles.note)
     lines = [line for line in subtitles.lines if line[0] < end_s and (line[1] > start_s or line[0] >= start_s)]
@@ -170,7 +170,7 @@ def _check_times(text: str, name: str, file: str) -> None:
         if not READ[name].fullmatch(line):
             raise VideoError(
                 f"the subtitles in {file} have times in an unsupported format: {shorten(line.strip(), 60)}",
-                f"write times like {USUAL[name]}",
+                f"write times like {EXAMPLES[name]}",
             )
 
 

@@ -12,7 +12,7 @@ Job = TypeVar("Job")
 Item = TypeVar("Item")
 Tools = Callable[[], AbstractContextManager[Callable[[Job], Iterator[Item]]]]
 
-LOOK_S = 0.5  # interval at which the progress of all threads is checked
+POLL_S = 0.5  # interval at which the progress of all threads is checked
 
 
 def in_order(jobs: Sequence[Job], tools: Tools, threads: int, room: int) -> Iterator[Item]:
@@ -26,7 +26,7 @@ def in_order(jobs: Sequence[Job], tools: Tools, threads: int, room: int) -> Iter
         room: maximum number of finished items, over all jobs, that wait for their turn.
     """
     if threads > 1 and len(jobs) > 1:
-        yield from _Crew(jobs, tools, room).run(min(threads, len(jobs)))
+        yield from _WorkerPool(jobs, tools, room).run(min(threads, len(jobs)))
         return
     with tools() as work:
         for job in jobs:
@@ -37,7 +37,7 @@ class _Stopped(BaseException):
     """Raised inside workers after the consumer closes the iterator."""
 
 
-class _Crew(Generic[Job, Item]):
+class _WorkerPool(Generic[Job, Item]):
     """Threads that share a list of jobs. One condition guards their shared state."""
 
     def __init__(self, jobs: Sequence[Job], tools: Tools, room: int):
@@ -77,7 +77,7 @@ class _Crew(Generic[Job, Item]):
                 self._head = job
                 self._changed.notify_all()
             while not self._made[job] and not self._ended[job]:
-                self._changed.wait(LOOK_S)
+                self._changed.wait(POLL_S)
                 if not self._silent:  # report progress only if every busy thread made some, so none can hang unnoticed
                     ffmpeg.alive()
                     self._silent = set(self._busy)

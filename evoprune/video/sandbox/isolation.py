@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MAX_IDLE = 2  # worker processes kept for later videos
 SILENCE_S = 25.0  # a worker that reports no progress for this long counts as hung
 CLIP_PIECE = 2**20  # bytes of a clip per answer
-LOOK_S = 0.1  # interval at which a waiting thread checks whether its result is still wanted
+POLL_S = 0.1  # interval at which a waiting thread checks whether its result is still wanted
 # Other systems run everything in this process and trust FFmpeg. Frozen programs do too: their executable is not Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
 FilledArray = tuple["np.ndarray", dict[str, Any]]  # uint8 [n, H, W, 3], and what `worker.FrameReader.fill` returns
@@ -251,19 +251,19 @@ class InProcess:
 
 _idle: list[WorkerProcess] = []
 _lock = threading.RLock()  # reentrant: garbage collection may return a process while its thread holds the lock
-_most_idle = MAX_IDLE
+_max_idle = MAX_IDLE
 
 
 @contextmanager
 def keep_idle(count: int) -> Iterator[None]:
     """Keep up to `count` idle processes during a block that reads this many videos at a time. Restores the limit afterwards."""
-    global _most_idle
-    before = _most_idle
-    _most_idle = max(before, count)
+    global _max_idle
+    before = _max_idle
+    _max_idle = max(before, count)
     try:
         yield
     finally:
-        _most_idle = before
+        _max_idle = before
         with _lock:
             ended = _idle[before:]
             del _idle[before:]
@@ -307,11 +307,11 @@ class Scope:
             raise Stopped
 
     @staticmethod
-    def wait_for(changed: threading.Condition, true: Callable[[], Any], patience_s: float = math.inf) -> bool:
+    def wait_for(changed: threading.Condition, condition: Callable[[], Any], patience_s: float = math.inf) -> bool:
         """Wait until a condition becomes true in another thread. The caller holds the lock of `changed`.
 
         Args:
-            true: the condition; called with the lock held.
+            condition: called with the lock held.
             patience_s: timeout in seconds.
 
         Returns:
@@ -321,7 +321,7 @@ class Scope:
             Stopped: the scope of the current thread was stopped.
         """
         end_s = time.monotonic() + patience_s
-        while not changed.wait_for(true, min(LOOK_S, end_s - time.monotonic())):
+        while not changed.wait_for(condition, min(POLL_S, end_s - time.monotonic())):
             Scope.check()
             if time.monotonic() >= end_s:
                 return False
@@ -385,7 +385,7 @@ def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
             yield worker
     finally:
         with _lock:
-            kept = not (worker.busy or worker.stopped) and len(_idle) < _most_idle
+            kept = not (worker.busy or worker.stopped) and len(_idle) < _max_idle
             if kept:
                 _idle.append(worker)
         if not kept:
@@ -472,24 +472,26 @@ def _stream_once(
 ) -> Iterator[FilledArray]:
     shapes = [(size, info.height, info.width, 3) for size in sizes]
     memory = FrameMemory(max(map(prod, shapes)))
-    there = 0  # frames in the arrays that are already filled
+    frames_filled = 0  # frames in the arrays that are already filled
 
     def count(frames: int) -> None:
-        on_frames(there + frames)
+        on_frames(frames_filled + frames)
 
     with borrow(info.path) as worker:
         begin = worker.request("frames", {"info": asdict(info), "times_s": list(times_s), **how})
         # One message opens the video and requests its first array, because a round trip costs as much as a small picture.
-        coming = worker.ask_to_fill(memory, shapes[0], begin | {"last": len(shapes) == 1})
+        next_array = worker.ask_to_fill(memory, shapes[0], begin | {"last": len(shapes) == 1})
         for number, shape in enumerate(shapes[1:], 2):
-            filled = coming, worker.answer(count)
-            there += len(coming)
-            del coming  # leaves the caller as the only owner, so the memory is reused once the caller drops the array
-            coming = worker.ask_to_fill(memory, shape, {"last": number == len(shapes)})
+            filled = next_array, worker.answer(count)
+            frames_filled += len(next_array)
+            del (
+                next_array
+            )  # leaves the caller as the only owner, so the memory is reused once the caller drops the array
+            next_array = worker.ask_to_fill(memory, shape, {"last": number == len(shapes)})
             yield filled
             del filled
-        filled = coming, worker.answer(count)
-        del coming
+        filled = next_array, worker.answer(count)
+        del next_array
     yield filled
 
 
@@ -523,7 +525,7 @@ def _clip_pieces(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | 
         done = False
         while not done:
             content = worker.ask_to_fill(memory, (CLIP_PIECE,), {})
-            said = worker.answer()
-            done = said["done"]
+            written = worker.answer()
+            done = written["done"]
             worker.busy = not done  # so `borrow` kills the process if the caller stops early
-            yield said["at"], content.data[: said["bytes"]]
+            yield written["at"], content.data[: written["bytes"]]

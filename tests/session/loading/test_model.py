@@ -422,8 +422,8 @@ def test_reading_waits_everywhere_but_on_the_cpu(monkeypatch):
 
 FREE = "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1.25 GiB is free."
 NO_ROOM = {
-    FREE: ": 2.00 GiB wanted, 1.25 GiB free",
-    "Tried to allocate 512.00 MiB.\nGPU 0 has a total capacity of ...": ": 512.00 MiB wanted",
+    FREE: ": 2.00 GiB requested, 1.25 GiB free",
+    "Tried to allocate 512.00 MiB.\nGPU 0 has a total capacity of ...": ": 512.00 MiB requested",
     "": "",
 }
 
