@@ -1,4 +1,4 @@
-"""evoprune: ask Qwen3.5, Qwen3-VL or Qwen2.5-VL about videos, with visual tokens pruned inside the vision encoder.
+"""evoprune: ask Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL or Qwen2.5-VL about videos, and prune visual tokens inside the encoder.
 
 Names are imported on first use, so that `import evoprune` costs nothing.
 """

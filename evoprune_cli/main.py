@@ -105,7 +105,8 @@ class Group(TyperGroup):
 app = typer.Typer(
     name="evoprune",
     cls=Group,
-    help="Ask Qwen3.5, Qwen3-VL or Qwen2.5-VL about videos. Visual tokens are pruned inside the vision encoder.\n\n"
+    help="Ask Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL or Qwen2.5-VL about videos. Visual tokens are pruned inside the vision "
+    "encoder.\n\n"
     '\b\nevoprune ask clip.mp4 "What happens?"\nevoprune ask --help',
     epilog="Exit codes: 0 success, 1 a bug, 2 wrong usage or an output that cannot be written, 3 video error, 4 model error, "
     "5 out of memory, 6 some items failed or no setting passed, 7 verify found a difference, 130 interrupted, 143 terminated.",

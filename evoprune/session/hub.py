@@ -28,12 +28,13 @@ PUBLISHED = (
 SETTINGS = ("config.json", "*processor_config.json")  # files that `describe` reads
 SMALL_FILES = ("*.json", "*.jinja", "merges.txt")  # settings, tokenizer and chat template
 MODEL_HINT = (
-    "evoprune runs Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
+    "evoprune runs Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL, such as Qwen/Qwen2.5-VL-3B-Instruct, "
+    "and its demos"
 )
 HUB_SECONDS = 5.0
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _CONVERTED = re.compile(r"(^|[-_./])(gguf|mlx)($|[-_.])", re.IGNORECASE)
-_ORIGINAL = re.compile(r"qwen((2|2\.5|3)-vl|3\.\d)-[\d.]+b(-a\d+b)?(-instruct|-thinking)?", re.IGNORECASE)
+_ORIGINAL = re.compile(r"qwen((2|2\.5|3)-vl|3\.\d)-([\d.]+b(-a\d+b)?|flash-next)(-instruct|-thinking)?", re.IGNORECASE)
 
 
 def is_id(name: str) -> bool:

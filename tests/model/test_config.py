@@ -65,6 +65,25 @@ def test_both_ways_to_write_it_mean_the_same():
         assert getattr(old.text_config, name) == getattr(new.text_config, name)
 
 
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [("Qwen3.6-27B", "27B"), ("Qwen3.8-27B", "27B"), ("Qwen3.6-35B-A3B", "35B-A3B")],
+)
+def test_later_versions_have_the_architecture_of_qwen3_5(name, same):
+    """Their files have more entries, and call the tower by the type of the whole model."""
+    content = json.loads(BUNDLED_CONFIGS[f"Qwen/{name}"].read_text())
+    content["vision_config"] |= {"model_type": content["model_type"], "deepstack_visual_indexes": []}
+    more = {
+        "mamba_ssm_dtype": "float32",
+        "mtp_num_hidden_layers": 1,
+        "partial_rotary_factor": 0.25,
+        "pad_token_id": None,
+    }
+    periods = content["text_config"]["num_hidden_layers"] // 4
+    content["text_config"] |= more | {"layer_types": [LINEAR, LINEAR, LINEAR, FULL] * periods}
+    assert Config.parse(content) == Config.parse(json.loads(BUNDLED_CONFIGS[f"Qwen/Qwen3.5-{same}"].read_text()))
+
+
 CONFIGS = BUNDLED_CONFIGS | {name: demo.folder / "config.json" for name, demo in DEMOS.items()}
 FORMS = {"new": dict, "old": flat}
 # Fields that only evoprune's config has, because transformers hard-codes them or does not need them.

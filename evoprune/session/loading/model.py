@@ -280,7 +280,7 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     **options,
 ) -> LoadedModel:
-    """Load a Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL model.
+    """Load a Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL model.
 
     Args:
         model: The model's name, with other fields of `ModelOptions` as `options`; or a `ModelOptions`; or a described model.

@@ -275,6 +275,9 @@ def test_a_download_that_is_not_finished(dead_hub, cache, saved, shards):
 
 ORIGINAL = {  # the original repository, by the name of a repository with converted weights
     "unsloth/Qwen3.5-35B-A3B-GGUF": "Qwen/Qwen3.5-35B-A3B",
+    "unsloth/Qwen3.8-27B-GGUF": "Qwen/Qwen3.8-27B",
+    "unsloth/Qwen3.6-35B-A3B-MLX-8bit": "Qwen/Qwen3.6-35B-A3B",
+    "unsloth/Qwen3.8-Flash-Next-GGUF": "Qwen/Qwen3.8-Flash-Next",
     "ggml-org/Qwen2.5-VL-7B-Instruct-GGUF": "Qwen/Qwen2.5-VL-7B-Instruct",
     "mlx-community/Qwen2.5-VL-3B-Instruct-8bit": "Qwen/Qwen2.5-VL-3B-Instruct",
     "org/thing-GGUF": "the original checkpoint",
@@ -282,6 +285,9 @@ ORIGINAL = {  # the original repository, by the name of a repository with conver
 OTHERS = ("org/my-awqward-model", "openai/whisper-base", "Qwen/Qwen3-4B", "Qwen/Qwen2.5-7B-Instruct")
 KNOWN = (
     "Qwen/Qwen3.5-4B",
+    "Qwen/Qwen3.6-27B",
+    "Qwen/Qwen3.8-27B-FP8",
+    "Qwen/Qwen3.8-Flash-Next",
     "Qwen/Qwen2.5-VL-7B-Instruct-AWQ",
     "Qwen/Qwen3-VL-2B-Instruct",
     "Qwen/Qwen2.5-VL-3B-Instruct",
