@@ -331,8 +331,10 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
 
 
 def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: SamplingOptions, quiet: bool) -> None:
-    """Plan the inputs, which takes milliseconds, before importing torch or reading weights. Raises the errors of `plan_input`."""
-    from evoprune.session import plan_input
+    """Plan the inputs, which takes milliseconds, before importing torch or reading weights.
+
+    Raises the errors of `ModelDescription.plan`.
+    """
     from evoprune.video import read_subtitles
 
     sampling.check_one_file(len(infos))
@@ -341,7 +343,7 @@ def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: Sam
         tell("note: --fps, --frames and --max-frames have no effect on pictures")
     for info, wanted in zip(infos, sampling.of_each(infos), strict=True):
         wanted.check_picture(info)
-        plan_input(model, info, wanted)
+        model.plan(info, wanted)
         if wanted.subtitle_file:
             read_subtitles(info, wanted.subtitles)
 

@@ -179,13 +179,13 @@ def _about_video(
                 count = partial(_show_frames, show, frames)
                 count(0)
                 yield {"scan": asdict(scan_video(path, folder_fps=rate, on_frames=count))}
-        from evoprune.session import describe, plan_input, weights_of
+        from evoprune.session import describe, weights_of
         from evoprune_cli.inspection import plan_facts
 
         model = describe(pipeline.model, local=True)
         weights = weights_of(model)
         yield {"model": weights.facts()}
-        plan = plan_input(model, info, pipeline.sampling, pipeline.pruning)
+        plan = model.plan(info, pipeline.sampling, pipeline.pruning)
         yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
         yield {"memory": weights.memory_facts(plan)}
         if overlay is not None:

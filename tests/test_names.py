@@ -306,7 +306,7 @@ def test_names_of_docstrings_and_comments_resolve(top):
 @pytest.mark.parametrize(
     "stale",
     [
-        "`planned_inputs`", "`evoprune.sessions`", "`Session.flush`", "`Plan.encoders`", "`frames.plan_input`",
+        "`planned_inputs`", "`evoprune.sessions`", "`Session.flush`", "`Plan.encoders`", "`frames.open_inputs`",
         "`chain.farthest_points`", "`--budgets-of`", "`torch.nn.no_such`", "`hf/decoding.py`", "`nowhere.py`",
         "`rows[].lost_share`", "`flush_cache(path)`",
         "`select` (methods/ranking.py)", "`gone_for_good` (`methods/chain.py`)", "`evoprune:no_such_setting=1`",
@@ -319,7 +319,7 @@ def test_a_stale_name_is_found(stale):
 @pytest.mark.parametrize(
     "right",
     [
-        "`plan_input`", "`Session`", "`VideoQA.stream`", "`methods.selecting.select`", "`video.codec`", "`--budget`",
+        "`open_inputs`", "`Session`", "`VideoQA.stream`", "`methods.selecting.select`", "`video.codec`", "`--budget`",
         "`torch.nn.Linear`", "`methods/chain.py`", "`rows[].difference_low`", "`evoprune:reuse=0+fastv`",
         "`select` (methods/selecting.py)", "`a few words`", "`EvoPrune(...)(model)`", "`[B, 1, L, L]`", "`0.25`",
     ],

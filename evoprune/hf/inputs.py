@@ -14,7 +14,7 @@ from transformers import BatchFeature
 
 from evoprune.language import Prompt, Tokenizer
 from evoprune.model import VisionConfig
-from evoprune.session import ModelOptions, describe, inputs_of, plan_input, prompt_about, with_subtitles
+from evoprune.session import ModelOptions, describe, inputs_of, prompt_about, with_subtitles
 from evoprune.signatures import takes
 from evoprune.util import check_question, from_keywords
 from evoprune.video import GivenInput, Input, InputLimits, Plan, SamplingOptions, probe, read_chunks
@@ -78,7 +78,7 @@ def processor_inputs(
         plans: list[Plan] = []
         for info, wanted in zip(infos, options.of_each(infos), strict=True):
             options.check_picture(info)
-            plan = plan_input(checkpoint, info, wanted)
+            plan = checkpoint.plan(info, wanted)
             plans.append(with_subtitles(tokenizer, plan, wanted))
         read = [read_patches(plan, limits[plan.kind]) for plan in plans]
     plans = [plan for plan, _ in read]

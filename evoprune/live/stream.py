@@ -48,7 +48,6 @@ from evoprune.session import (
     OpenInput,
     Session,
     StreamOptions,
-    plan_input,
 )
 from evoprune.util import brief, check_type
 from evoprune.video import FrameChunk, Plan, SamplingOptions, SamplingPlan, Video
@@ -356,7 +355,7 @@ class VideoStream(Askable):
         )
         info = replace(window, **self.facts)
         session = self._session
-        self._plan = plan_input(session.loaded.description, info, self._sampling, session.pruning, self._name)
+        self._plan = session.loaded.description.plan(info, self._sampling, session.pruning, self._name)
         self._origin_s = self._last_s = time_s
         try:
             loaded = self._session.loaded

@@ -34,7 +34,6 @@ from evoprune.session import (
     FindOptions,
     OpenInput,
     Session,
-    plan_input,
 )
 from evoprune.util import brief, check_question
 from evoprune.video import GivenInput, Input, Plan, SamplingOptions, Video, probe
@@ -464,7 +463,7 @@ class Search:
         own = {"frames": segment.frames, "start_s": segment.start_s, "end_s": segment.end_s, "seek": seek}
         session = self._session
         wanted = self._sampling.with_overrides(**own)
-        return plan_input(session.loaded.description, self._info, wanted, session.pruning, self.name)
+        return session.loaded.description.plan(self._info, wanted, session.pruning, self.name)
 
     def _open(self, segment: Segment, seek: str) -> OpenInput:
         return OpenInput(self._session, self._plan(segment, seek), Clock(torch.device("cpu")), **self._input)

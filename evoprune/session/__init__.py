@@ -1,6 +1,6 @@
 """Answer questions from beginning to end: load a model, open, plan and encode inputs, and generate an answer.
 
-`encoding` and `asking` do the work. `planning`, `memory` and `prompting` predict its cost, and `session` holds the objects that all
+`encoding` and `asking` do the work. `memory` and `prompting` predict its cost, and `session` holds the objects that all
 of them share. `evoprune.VideoQA` calls them.
 """
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from evoprune.session.loading.stored import calibrate, calibrate_tower
     from evoprune.session.loading.weights import DTYPES, weights_of
     from evoprune.session.options import FindOptions, ModelOptions, PipelineOptions, PruneOptions, StreamOptions
-    from evoprune.session.planning import plan_input
     from evoprune.session.prompting import prompt_about, with_subtitles
     from evoprune.session.reading import probed
     from evoprune.session.report import pruning_facts
@@ -57,7 +56,6 @@ __all__ = [
     "load_model",
     "meta_model",
     "open_inputs",
-    "plan_input",
     "probed",
     "prompt_about",
     "pruning_facts",
@@ -83,7 +81,6 @@ __getattr__, __dir__ = door(
         "loading.stored": ["calibrate", "calibrate_tower"],
         "loading.weights": ["DTYPES", "weights_of"],
         "options": ["FindOptions", "ModelOptions", "PipelineOptions", "PruneOptions", "StreamOptions"],
-        "planning": ["plan_input"],
         "prompting": ["prompt_about", "with_subtitles"],
         "reading": ["probed"],
         "report": ["pruning_facts"],

@@ -17,7 +17,6 @@ from evoprune.backend import Host
 from evoprune.errors import UsageError, VideoError
 from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.options import ModelOptions, PruneOptions
-from evoprune.session.planning import plan_input
 from evoprune.session.reading import PATIENCE_S, Reading, Readings, probed, state_of, stop_all
 from evoprune.signatures import takes
 from evoprune.util import brief, from_keywords
@@ -135,7 +134,7 @@ class ReadAhead(Readings):
         """Probe and plan an input, and return the iterator that reads it."""
         early.state = state_of(early.path)
         infos = [probed(path, folder_fps=sampling.frame_rate) for path in names]
-        plan = plan_input(self.model, infos[place], sampling.of_each(infos)[place], self._pruning)
+        plan = self.model.plan(infos[place], sampling.of_each(infos)[place], self._pruning)
         source = plan.source
         times = plan.sampling.times_s
         early.request = _request(plan)

@@ -25,7 +25,6 @@ from evoprune.session.cache import Cache, Entry, own_code
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.memory import TEXT
 from evoprune.session.patches import PatchChunk, content_key, patch_bytes
-from evoprune.session.planning import plan_input
 from evoprune.session.prompting import with_subtitles
 from evoprune.session.reading import Reading, Readings, probed
 from evoprune.session.session import Session
@@ -502,7 +501,7 @@ def open_inputs(
                 infos.append(probed(file, folder_fps=sampling.frame_rate))
         for each, clock, info, wanted, name in zip(given, clocks, infos, sampling.of_each(infos), names, strict=True):
             with clock.stage("read"):
-                plan = plan_input(loaded.description, info, wanted, session.pruning, name)
+                plan = loaded.description.plan(info, wanted, session.pruning, name)
                 plan = with_subtitles(loaded.tokenizer, plan, wanted)
             inputs.append(kind(session, plan, clock, ahead=ahead, cache=cache, temporary=each.is_temporary))
         return OpenInputs(session, inputs, stack.pop_all())

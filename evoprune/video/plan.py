@@ -265,7 +265,8 @@ class InputLimits:
 class Plan:
     """What is read and computed for a video, or for a picture, which counts as one frame.
 
-    `Plan.of` sets the frames. `plan_input` (session/planning.py) adds the tower and the pruning, which determine `encoder`.
+    `Plan.of` sets the frames. `ModelDescription.plan` (session/loading/description.py) adds the tower and the pruning, which
+    determine `encoder`.
 
     `limited` is True if the options ask for more frames or a higher rate than a limit allows, or if frames were made smaller to
     satisfy them. It ignores a frame limit that the options set themselves, and the model's own rate.

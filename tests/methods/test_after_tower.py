@@ -15,7 +15,7 @@ from evoprune import methods
 from evoprune.backend import limits
 from evoprune.methods.plans import TowerShape
 from evoprune.report import stats_block
-from evoprune.session import Cache, ModelOptions, PruneOptions, describe, load_model, plan_input
+from evoprune.session import Cache, ModelOptions, PruneOptions, describe, load_model
 from evoprune.session.loading import model
 from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
@@ -237,8 +237,5 @@ def test_warming_up_compiles_what_larger_inputs_need(loaded, as_cuda, monkeypatc
 def test_a_plan_before_loading_is_that_of_the_device_that_will_run_it():
     described = describe(ModelOptions("demo"))
     info, pruning = probe(CLIP), PruneOptions(budget=0.25)
-    plans = [
-        plan_input(replace(described, device=name), info, SamplingOptions(frames=8), pruning)
-        for name in ("cpu", "cuda")
-    ]
+    plans = [replace(described, device=name).plan(info, SamplingOptions(frames=8), pruning) for name in ("cpu", "cuda")]
     assert [made.encoder.after_tower_below for made in plans] == [0, LIMIT]

@@ -23,7 +23,6 @@ from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions
-from evoprune.session.planning import plan_input
 from evoprune.session.reading import probed
 from evoprune.video import SamplingOptions, probe, read_chunks
 from evoprune.video.sandbox import isolation
@@ -180,7 +179,7 @@ def test_chunks_are_those_of_reading(long, monkeypatch, size):
     monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", size)
     with begun(long) as ahead:
         wait_for(lambda: all_read(ahead))
-        plan = plan_input(DEMO, probe(long), SamplingOptions())
+        plan = DEMO.plan(probe(long), SamplingOptions())
         times = plan.sampling.times_s
         assert ahead.held_bytes == len(times) * 64 * 48 * 3
         got = list(ahead.take(plan).chunks())
@@ -195,7 +194,7 @@ def test_chunks_are_those_of_reading(long, monkeypatch, size):
 
 
 def planned(path):
-    return plan_input(DEMO, probed(path, folder_fps=2.0), SamplingOptions())
+    return DEMO.plan(probed(path, folder_fps=2.0), SamplingOptions())
 
 
 def frame_numbers(ahead, path) -> list[int] | None:

@@ -71,7 +71,7 @@ def test_what_is_looked_at_otherwise_is_read(loaded, read, other, monkeypatch):
     qa = VideoQA(loaded, budget=0.5)
     qa.encode(CLIP, frames=8)
     monkeypatch.setattr(
-        "evoprune.session.planning.choose_decoder", lambda name, info=None: name.replace("auto", "pyav")
+        "evoprune.session.loading.description.choose_decoder", lambda name, info=None: name.replace("auto", "pyav")
     )
     monkeypatch.setattr(encoding, "patches_of", lambda *what: pytest.fail("read"))
     with pytest.raises(BaseException, match="read"):

@@ -29,7 +29,7 @@ CLIP, OTHER, QUESTION = "samples/square.mp4", "samples/arrivals.webm", "What hap
 # Functions made slow. Each delay is a different power of two in seconds, so the sum shows which one is missing.
 SLOW = (
     "evoprune.session.encoding.probed",
-    "evoprune.session.encoding.plan_input",
+    "evoprune.session.loading.description.ModelDescription.plan",
     "evoprune.session.session.Session.fitting_pieces",
     "evoprune.session.cache.content_hash",
     "evoprune.session.encoding.patches_of",

@@ -1,6 +1,6 @@
 """Facts about a model before its weights are read: its folder, its small files, and the device that will run it.
 
-`describe` collects them once in a `ModelDescription`, which plans and loading then use. This file imports no torch.
+`describe` collects them once in a `ModelDescription`, which plans inputs, and which loading then uses. This file imports no torch.
 """
 
 import json
@@ -32,13 +32,13 @@ from evoprune.session.hub import (
     reach,
     revision_flag,
 )
-from evoprune.session.options import AUTO_THREADS, NATIVE, TRANSFORMERS, ModelOptions
+from evoprune.session.options import AUTO_THREADS, NATIVE, TRANSFORMERS, ModelOptions, PruneOptions
 from evoprune.untrusted import TEXT, check_fetched, checked, read_object, section
 from evoprune.util import shorten
-from evoprune.video import InputLimits, SamplingOptions
+from evoprune.video import InputLimits, Plan, SamplingOptions, Video, choose_decoder
 
 if TYPE_CHECKING:
-    from evoprune.methods import MethodChain
+    from evoprune.methods import MethodChain, PruneConfig
 
 # Number of weights per thread. The demo model has 4 million weights, the smallest Qwen 2 billion.
 WEIGHTS_PER_THREAD = 32_000_000
@@ -157,6 +157,43 @@ class ModelDescription:
         if not self.native:
             problem = f"the language model of {self.id} is run by transformers, which cannot forget the oldest tokens"
             raise UsageError(problem, self.to_be_native)
+
+    def plan(
+        self,
+        info: Video,
+        sampling: SamplingOptions,
+        pruning: "PruneConfig | PruneOptions | None" = None,
+        name: str | None = None,
+    ) -> Plan:
+        """Plan which frames of a video to sample, or at which size to read a picture, and how to encode them.
+
+        The plan is final before the model is loaded. This imports no torch, unless a method may make inputs smaller.
+
+        Args:
+            info: Metadata of the input.
+            sampling: Options for choosing frames. Without `max_visual_tokens`, the model's default applies.
+            pruning: The pruning settings, or None for no pruning. A method that may make inputs smaller is consulted now.
+            name: Name for reports; defaults to the path.
+
+        Raises:
+            VideoError: If the duration is unknown, the time span is empty, or the shape cannot be resized.
+            UsageError: If a time span is given for a picture, or the decoder is unknown or not installed.
+        """
+        limits = self.limits[info.kind]
+        decoder = choose_decoder(sampling.decoder, info)
+        if sampling.max_visual_tokens is None:
+            sampling = replace(sampling, max_visual_tokens=self.max_visual_tokens)
+        plan = replace(
+            Plan.of(info, limits, sampling),
+            tower=self.tower,
+            pruning=pruning,
+            name=name or info.path,
+            decoder=decoder,
+            seek=sampling.seek,
+        )
+        if pruning is None or not pruning.resizes:
+            return plan
+        return replace(plan.shrunk(plan.encoder.grid, limits), unshrunk=plan)
 
     def use_threads(self) -> None:
         """Set the number of torch threads of this process, if the options ask for it. Imports torch.

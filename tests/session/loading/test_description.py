@@ -16,7 +16,6 @@ from evoprune.session.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions
-from evoprune.session.planning import plan_input
 from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
 
@@ -28,10 +27,9 @@ PLANNED = """
 import sys
 from evoprune.session.loading.description import describe
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.session.planning import plan_input
 from evoprune.video.frames import probe
 
-plan = plan_input(describe(ModelOptions("demo")), probe("samples/square.mp4"), SamplingOptions(), PruneOptions())
+plan = describe(ModelOptions("demo")).plan(probe("samples/square.mp4"), SamplingOptions(), PruneOptions())
 assert plan.grid == (6, 4, 6) and plan.units == 144, plan
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 assert plan.encoder.keep == 36
@@ -48,12 +46,12 @@ def test_a_plan_is_made_before_torch_is_imported():
 def test_the_plan_of_a_session_is_the_one_that_was_made_before(saved, options, method):
     model = describe(ModelOptions(str(saved), **options))
     pruning, sampling, info = PruneOptions(0.25, method), SamplingOptions(frames=8), probe(CLIP)
-    before = plan_input(model, info, sampling, pruning)
+    before = model.plan(info, sampling, pruning)
     loaded = load_model(model, pack=False)
     assert loaded.description is model and loaded.limits is model.limits
     assert TowerShape.of_tower(loaded.model.model.visual) == model.tower
     session = VideoQA(loaded, budget=0.25, method=method).session
-    later = plan_input(loaded.description, info, sampling, session.pruning)
+    later = loaded.description.plan(info, sampling, session.pruning)
     assert before.encoder == later.encoder
     assert replace(before, pruning=None, unshrunk=None) == replace(later, pruning=None, unshrunk=None)
     assert (before.unshrunk is None) == (method != "downscale") and before.full.grid == later.full.grid
