@@ -108,7 +108,7 @@ def evaluate(
     if form not in FORMATS:
         raise UsageError(f"--format {form!r} is unknown", f"one of {', '.join(FORMATS)}")
     if json and form != "table":
-        raise UsageError(f"--json and --format {form} exclude each other", "leave one out")
+        raise UsageError(f"--json and --format {form} cannot be combined", "leave one out")
     if data is None and resume is None:
         raise UsageError(
             "no questions", "give --data FILE, a JSONL or CSV file whose rows have video, question and answer"
@@ -127,7 +127,7 @@ def evaluate(
         sweep = opt.sweep(budget, method, named=True)
         check_output()
         if output is not None and resume is not None:
-            raise UsageError("-o and --resume exclude each other", "--resume continues in its own folder")
+            raise UsageError("-o and --resume cannot be combined", "--resume continues in its own folder")
         groups = tuple(dict.fromkeys(opt.listed(group)))
         given = {**sweep, "data": data, "blind": blind, "seed": seed, "score": score, "limit": limit, "groups": groups}
         given |= {"model": pipeline.model, "sampling": pipeline.sampling, "generation": pipeline.generation}

@@ -137,7 +137,7 @@ def profile(
         if value not in known:
             raise UsageError(f"{name} {value!r} is unknown", f"one of {', '.join(filter(None, known))}")
     if video is not None and synthetic is not None:
-        raise UsageError("a video and --synthetic exclude each other", "give one of the two")
+        raise UsageError("a video and --synthetic cannot be combined", "give one of the two")
     if pictures:
         if video is not None or frames:
             raise UsageError("--pictures excludes a video and --frames", "leave them out; for other sizes, use --size")

@@ -221,7 +221,7 @@ class RecordFile:
         self.regular = not given and (os.path.isfile(path) or not os.path.exists(path))
         self.path = os.path.realpath(path) if self.regular else path
         if resume and overwrite:
-            raise UsageError("--resume and --overwrite exclude each other", "give one of the two")
+            raise UsageError("--resume and --overwrite cannot be combined", "give one of the two")
         if not self.regular and (resume or overwrite):
             raise UsageError(f"{path} is not a file that can be resumed or overwritten", "name a file with -o")
         try:

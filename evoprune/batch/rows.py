@@ -290,7 +290,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
     fields = {name: value for name, value in fields.items() if value is not None}
     cells = tuple((name, _cell(value)) for name, value in fields.items())
     for theirs, own in ALIASES.items():
-        _must(theirs not in fields or own not in fields, f"{own} and {theirs} exclude each other")
+        _must(theirs not in fields or own not in fields, f"{own} and {theirs} cannot be combined")
     fields = {ALIASES.get(name, name): value for name, value in fields.items()}
     span = reader.start_s, reader.end_s
     start, end = (_seconds(fields.get(name, usual), name) for name, usual in zip(("start", "end"), span, strict=True))
@@ -300,7 +300,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
     if numbers["frame_rate"] is not None:
         numbers["frame_rate"] = float(numbers["frame_rate"])
     if "inputs" in fields:
-        _must("video" not in fields, "video and inputs exclude each other")
+        _must("video" not in fields, "video and inputs cannot be combined")
         _must(isinstance(fields["inputs"], list) and fields["inputs"], "inputs is not a list of paths")
         inputs = tuple(_file(path, "input") for path in fields["inputs"])
     else:
@@ -344,7 +344,7 @@ def _turns_and_question(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
     if "messages" not in fields:
         return (), _text(fields.get("question"), "question")
     messages = fields["messages"]
-    _must("question" not in fields, "question and messages exclude each other")
+    _must("question" not in fields, "question and messages cannot be combined")
     _must(isinstance(messages, list), "messages is not a list")
     _must(messages, "messages is empty")
     last = messages[-1]

@@ -236,7 +236,7 @@ def _checked_stops(given: Any) -> list[str] | None:
         return None
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"stop is {brief(given)}, not a text, a list of texts or None", "pass texts")
+        raise UsageError(f"stop is {brief(given)}, not a string, a list of strings or None", "pass strings")
     if not all(texts):
         raise UsageError("stop is an empty text", "use a text with at least one character")
     if not all(map(is_text, texts)):

@@ -73,7 +73,7 @@ class Turn:
                 raise UsageError(f"message {number + 1} has role {brief(message['role'])}, not {role!r}", hint)
             text = message["content"]
             if not isinstance(text, str) or (role == USER and not text.strip()):
-                raise UsageError(f"message {number + 1} has {brief(text)} as its content, not a text", hint)
+                raise UsageError(f"message {number + 1} has {brief(text)} as its content, not a string", hint)
             texts.append(text)
         if len(texts) % 2:
             raise UsageError(f"message {len(texts)} is a question without an answer", hint)

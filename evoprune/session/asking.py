@@ -125,7 +125,7 @@ class Askable(ABC, Uncopied):
             options: How to generate the answer: the fields of `keywords.GenerationKeywords`.
 
         Raises:
-            UsageError: If an option is out of range, or the question is empty or not a text.
+            UsageError: If an option is out of range, or the question is empty or not a string.
             TypeError: If an option is unknown.
         """
         (generation,) = from_keywords(options, GenerationOptions)

@@ -103,7 +103,7 @@ class SamplingOptions:
         if self.max_visual_tokens is not None and self.max_visual_tokens < 1:
             raise UsageError(f"max_visual_tokens is {self.max_visual_tokens}", "give 1 or more")
         if self.fps is not None and self.frames is not None:
-            raise UsageError("fps and frames exclude each other", "give one of the two")
+            raise UsageError("fps and frames cannot be combined", "give one of the two")
         for name, time_s in (("start", self.start_s), ("end", self.end_s)):
             if time_s is not None and not math.isfinite(time_s):
                 raise UsageError(f"{name} is {time_s}", "give seconds from the start, or negative seconds from the end")

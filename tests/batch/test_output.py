@@ -59,7 +59,7 @@ def test_what_is_there_is_not_touched_by_accident(path):
     before = path.read_bytes()
     with pytest.raises(UsageError, match="already exists"):
         RecordFile(str(path))
-    with pytest.raises(UsageError, match="exclude each other"):
+    with pytest.raises(UsageError, match="cannot be combined"):
         RecordFile(str(path), resume=True, overwrite=True)
     for how in ({"resume": True}, {"overwrite": True}):
         RecordFile(str(path), **how).close()  # for example if the model is not found

@@ -646,7 +646,7 @@ def test_peak_is_flat_from_a_minute_to_two_hours(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--fps", "1", "--frames", "2"], "--fps and --frames exclude each other"),
+        (["--fps", "1", "--frames", "2"], "--fps and --frames cannot be combined"),
         (["--store-quantized"], "--store-quantized needs --quantize"),
         (["--choices", "a,b", "--stop", "c"], "--choices and --stop cannot be combined"),
         (["--logprobs", "99"], "--logprobs is 99"),

@@ -265,7 +265,7 @@ def test_only_questions_of_a_group(run, choices):
         (("--group", "sound"), "no question is in the group sound"),
         (("--limit", "0"), "--limit"),
         (("--seed", "-1"), "--seed"),
-        (("-o", "a", "--resume", "b"), "exclude each other"),
+        (("-o", "a", "--resume", "b"), "cannot be combined"),
         *((("-o", name), f"-o '{name}' does not name a new folder") for name in ("", ".", "..", "/")),
         (("-o", "README.md/a/b"), "cannot write README.md/a/b"),
         (("--resume", ""), "not the folder of an evaluation"),

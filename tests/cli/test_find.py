@@ -133,7 +133,7 @@ def test_segments_are_kept_on_disk(cli, tmp_path, monkeypatch):
         (("--resume",), "apply to an output file"),
         (("-o", "-"), "-o needs a file"),
         (("-o", SQUARE), "is one of the inputs"),
-        (("-o", "x.jsonl", "--resume", "--overwrite"), "exclude each other"),
+        (("-o", "x.jsonl", "--resume", "--overwrite"), "cannot be combined"),
     ],
 )
 def test_outputs_that_make_no_sense(cli, words, problem):

@@ -148,7 +148,7 @@ def test_progress_on_a_terminal_only(profile):
         (("--size", "100x100"), "multiples of 28"),
         (("--size", "224"), "HEIGHTxWIDTH"),
         (("--synthetic", "film"), "one of motion, static90, noise"),
-        ((CLIP, "--synthetic", "noise"), "exclude each other"),
+        ((CLIP, "--synthetic", "noise"), "cannot be combined"),
         (("--load-format", "magic"), "one of auto, dummy"),
         (("-r", "0"), "--repeat"),
         (("--time-limit", "-1"), "--time-limit"),

@@ -61,7 +61,7 @@ def test_a_record_has_both(cli, folder, says):
 def test_an_answer_that_is_cut_inside_thoughts_says_so(cli, folder, says):
     says(SAID)
     done = cli("ask", CLIP, QUESTION, "-m", folder, "--think", "on", "-n", "3", *QUICK)
-    assert done.out == "\n" and "still thinking when -n" in done.err and "may be incomplete" not in done.err
+    assert done.out == "\n" and "still thinking when it reached the token limit, -n" in done.err and "may be incomplete" not in done.err
 
 
 def test_a_model_that_cannot_is_refused_before_it_encodes(cli, monkeypatch):
@@ -75,7 +75,7 @@ def test_a_model_that_always_thinks_says_so_once(cli, folder, says, tmp_path):
     (always / "chat_template.jinja").write_text(THINKING["always"])
     says(SAID)
     done = cli("ask", CLIP, "-Q", QUESTION, "-Q", "Why?", "-m", always, *QUICK)
-    assert done.out == "It turns left.\n" * 2 and done.err.count("thinks before every answer") == 1
+    assert done.out == "It turns left.\n" * 2 and done.err.count("always thinks before it answers") == 1
 
 
 def test_batches_and_evaluations_grade_and_keep_answers_alone(cli, folder, says, tmp_path):

@@ -121,7 +121,7 @@ def test_a_stream_chooses(loaded):
         ({"choices": ["red", "green"], "stop": "a"}, "stop"),
         ({"choices": ["red", "green"], "logprobs": 1}, "logprobs"),
         ({"choices": ["red", "green"], "regex": "a"}, "regex"),
-        ({"choices": "options"}, "rows of a batch"),
+        ({"choices": "options"}, "works only in batch"),
         ({"choices": ["red", "\ud800"]}, "not valid text"),
         ({"stop": "\ud800"}, "not valid text"),
         ({"choices": ["red", "one two three four"], "max_new_tokens": 2}, "at most 2"),

@@ -301,7 +301,7 @@ def test_a_pass_that_fails_spoils_a_recurrent_state_alone(either):
         cache.crop(2)
         assert cache.length == len(cache.sizes) == 2
         return
-    with pytest.raises(ValueError, match="a pass failed"):
+    with pytest.raises(ValueError, match="an earlier pass failed"):
         hosted.forward(*given, cache)
     with pytest.raises(ValueError, match="cannot be cut"):
         cache.crop(0)

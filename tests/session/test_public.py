@@ -216,7 +216,7 @@ WRONG = {
             ("repetition_penalty", float("inf")), ("temperature", float("nan")), ("top_p", 1.1))],
         ("max_new_tokens", 2.5, "max_new_tokens is 2.5, not a whole number"),
         ("system", 3, "system is 3, not a string or None"),
-        *[("stop", value, f"stop is {value!r}, not a text") for value in (3, [1], b"a", {"a"})],
+        *[("stop", value, f"stop is {value!r}, not a string") for value in (3, [1], b"a", {"a"})],
         *[("stop", value, "stop is an empty text") for value in ("", ["a", ""])],
         ("schema", 3, "schema is 3, not a JSON Schema"),
         ("regex", 3, "regex is 3, not a string or None"),
@@ -237,7 +237,7 @@ def test_a_bad_value_is_refused(kind, name, value, message):
 def test_numbers_of_numpy_are_welcome():
     assert SamplingOptions(fps=np.float32(2), frames=None) and GenerationOptions(np.int64(3))
     assert ModelOptions(Path("a/model")).model == "a/model"
-    with pytest.raises(UsageError, match="fps and frames exclude each other"):
+    with pytest.raises(UsageError, match="fps and frames cannot be combined"):
         SamplingOptions(fps=1.0, frames=4)
 
 

@@ -105,7 +105,7 @@ def test_a_folder_and_a_picture(tmp_path):
         ({"times_s": 0.5}, "times_s is 0.5, not"),
         ({"times_s": ["soon"]}, "not numbers"),
         ({"times_s": [10**400]}, "not numbers"),
-        ({"frames": 2, "fps": 1}, "exclude each other"),
+        ({"frames": 2, "fps": 1}, "cannot be combined"),
         ({"frames": 0}, "frames is 0"),
         ({"frames": 2.5}, "frames is 2.5, not a whole number"),
         ({"frames": True}, "frames is True, not"),

@@ -136,7 +136,7 @@ def _generation(fields: Fields) -> dict[str, Any]:
     given: dict[str, Any] = read_effort(fields, "reasoning_effort")
     tokens = [name for name in ("max_tokens", "max_completion_tokens") if fields.has(name)]
     if len(tokens) == 2:
-        fields.refuse("max_tokens", "and max_completion_tokens exclude each other")
+        fields.refuse("max_tokens", "and max_completion_tokens cannot be combined")
     for name in tokens:
         given["max_new_tokens"] = fields.take(name, int)
     top = fields.take("top_logprobs", int)

@@ -123,7 +123,7 @@ def serve(
         hint = f"--api-key-file FILE, or {KEY}; --no-auth serves everyone without a key"
         raise UsageError(f"--host {host} serves other machines, and there is no key", hint)
     if allow_urls and pipeline.model.offline:
-        raise UsageError("--allow-urls and --offline exclude each other", "leave out one of the two")
+        raise UsageError("--allow-urls and --offline cannot be combined", "leave out one of the two")
     answer_s = _above_0("--timeout", timeout)
     age_s = _above_0("--file-age", file_age)
     folders = tuple(map(_folder, allow_dir or ()))
@@ -273,7 +273,7 @@ def _key(given: str | None, path: str | None) -> str | None:
         UsageError: the key is invalid, or both options are given.
     """
     if given is not None and path is not None:
-        raise UsageError("--api-key and --api-key-file exclude each other", "give one of the two")
+        raise UsageError("--api-key and --api-key-file cannot be combined", "give one of the two")
     key = given
     if path is not None:
         try:

@@ -230,7 +230,7 @@ def _sampled(fields: Fields) -> dict[str, Any]:
         if isinstance(stop, list) and len(stop) > MOST_STOPS:
             fields.refuse("stop", f"has more than {MOST_STOPS} texts")
         if isinstance(stop, list) and not all(isinstance(each, str) for each in stop):
-            fields.refuse("stop", f"is {json_text(stop)}, not a text or a list of texts")
+            fields.refuse("stop", f"is {json_text(stop)}, not a string or a list of strings")
         given["stop"] = stop
     think = fields.take("think", (bool, str))
     if think is not None:

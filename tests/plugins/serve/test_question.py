@@ -271,7 +271,7 @@ def test_videos_of_later_questions_keep_their_places_where_one_has_some():
     [
         ({"store": True}, "store is true, which"),
         ({"temperature": True}, "temperature is true, not a number"),
-        ({"stop": [True, "a"]}, 'stop is [true, "a"], not a text or a list of texts'),
+        ({"stop": [True, "a"]}, 'stop is [true, "a"], not a string or a list of strings'),
         ({"tools": [{"a": None}]}, 'tools is [{"a": null}], which'),
         ({"messages": [None]}, "messages[0] is null, not an object"),
         ({"messages": [message(COLOUR) | {"role": "tool"}]}, 'messages[0].role is "tool", not "user"'),
