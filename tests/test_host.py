@@ -68,7 +68,7 @@ def test_a_question_is_answered(tmp_path):
         with pytest.raises(evoprune.VideoError):
             qa.encode(tmp_path / "no.mp4")
         rows = RowReader().pairs([CLIP], ["What happens?"])
-        assert not any(made.error for made in answers(qa, Span.group(rows), Settings.of(model="demo")))
+        assert not any(made.error for made in answers(qa.session, Span.group(rows), Settings.of(model="demo")))
 
 
 def test_a_hugging_face_model_is_pruned():

@@ -61,7 +61,11 @@ def test_a_record_has_both(cli, folder, says):
 def test_an_answer_that_is_cut_inside_thoughts_says_so(cli, folder, says):
     says(SAID)
     done = cli("ask", CLIP, QUESTION, "-m", folder, "--think", "on", "-n", "3", *QUICK)
-    assert done.out == "\n" and "still thinking when it reached the token limit, -n" in done.err and "may be incomplete" not in done.err
+    assert (
+        done.out == "\n"
+        and "still thinking when it reached the token limit, -n" in done.err
+        and "may be incomplete" not in done.err
+    )
 
 
 def test_a_model_that_cannot_is_refused_before_it_encodes(cli, monkeypatch):

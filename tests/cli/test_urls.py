@@ -371,7 +371,7 @@ def test_an_evaluation_downloads_nothing(web, cli, tmp_path):
     row = {"video": f"{web}/clip.mp4", "question": QUESTION, "answer": "green"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     result = cli("eval", "--data", tmp_path / "rows.jsonl", "-m", "demo")
-    assert result.code == 2 and "reads no URLs: download the video first" in result.err
+    assert result.code == 2 and "does not read URLs" in result.err
     tuned = cli("tune", f"{web}/clip.mp4", "-m", "demo")
     assert tuned.code == 3 and "yt-dlp" in tuned.err
     assert not Web.visits
