@@ -58,11 +58,10 @@ WARNINGS = {
     "replaced by the previous one",
     "cut_short": "{video} breaks off at {ends}, although its file states a length of {stated}",
     "hdr_video": "{video} is HDR, mapped to SDR",
-    "interlaced_video": "{video} is interlaced: moving edges look like combs. Deinterlace it first, e.g. with ffmpeg -i IN "
-    "-vf bwdif OUT",
-    "stretched_video": "the pixels of {video} are not square, but are read as if they were, so it looks narrower or wider than "
-    "in a player. Scale it first, e.g. with ffmpeg -i IN -vf scale=iw*sar:ih,setsar=1 OUT",
-    "other_tracks": "{video} has several video tracks; only the main one is read. Extract another one with ffmpeg -map",
+    "interlaced_video": "{video} is interlaced, and was deinterlaced",
+    "stretched_video": "{video} states pixels that are more than ten times as wide as high, or as high as wide, so they are read "
+    "as square. If it looks wrong, ffmpeg -i IN -aspect 16:9 -c copy OUT sets another shape",
+    "other_tracks": "{video} has several video tracks: the default one is read, or else the largest. ffmpeg -map extracts another",
     "changing_size": "the frame size of {video} changes: all frames are read at the size of the first, and other shapes get black "
     "borders",
     "guessed_rate": "{video} does not state its frame rate and is read at 25 frames per second; if that is wrong, so are all "
@@ -92,7 +91,7 @@ WARNINGS = {
     "demo_overlay": f"{DEMO_KNOWLEDGE}; what the model merges or drops in {{video}} says little. For a real model: "
     "--model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
-NOTES = ("hdr_video", "sound_ignored")  # warnings that may need no action
+NOTES = ("hdr_video", "interlaced_video", "other_tracks", "sound_ignored")  # warnings that may need no action
 # English words in questions about sound.
 ABOUT_SOUND = re.compile(
     r"\b(say(s|ing)?|said|speak(s|ing|er|ers)?|spoken?|speech|talk(s|ed|ing)?|voices?|hear(s|d|ing)?|listen(s|ed|ing)?|sounds?"

@@ -12,6 +12,7 @@ from evoprune.util import clock
 if TYPE_CHECKING:
     pass
 
+WIDEST_PIXEL = 10.0  # pixels that are stated to be wider or higher than this, to one, are read as square
 SAME_SHAPE = 0.02  # relative difference up to which two aspect ratios count as equal
 Kind = Literal["video", "picture"]  # kinds of input, for the model
 FOLDER_FPS = 2.0  # default rate of a folder of images; frames for Qwen2.5-VL are usually extracted at this rate
@@ -39,7 +40,7 @@ class Video:
 
     path: str
     duration_s: float | None  # to the end of the last frame
-    width: int  # pixels as displayed, after rotation; non-square pixels are not corrected
+    width: int  # pixels as displayed, after rotation and with square pixels
     height: int
     rotation_deg: int  # clockwise, from stored to displayed frames: 0, 90, 180 or 270
     codec: str  # such as `h264`; for a folder, the codec of its first image
@@ -60,8 +61,9 @@ class Video:
     clock_gap_s: float = 0.0  # largest forward jump that counts as a restart of the clock
     hdr: bool = False  # whether frames are mapped from HDR to SDR when read
     hdr_format: str | None = None  # `PQ`, `HLG` or `IPTPQc2`; None for SDR
-    interlaced: bool = False
-    pixel_aspect: float | None = None  # width / height of the stored pixels; None if they are square
+    interlaced: bool = False  # whether the first frame is; all interlaced frames are deinterlaced when read
+    # Width / height of the stored pixels, before rotation; None if they are square. Ignored beyond `WIDEST_PIXEL`.
+    pixel_aspect: float | None = None
     other_tracks: int = 0  # number of further video tracks, which are not read
     has_sound: bool = False  # whether there is a sound track, which is not read
 
@@ -71,7 +73,7 @@ class Video:
         flags = {
             "hdr_video": self.hdr,
             "interlaced_video": self.interlaced,
-            "stretched_video": self.pixel_aspect,
+            "stretched_video": self.pixel_aspect and not 1 / WIDEST_PIXEL <= self.pixel_aspect <= WIDEST_PIXEL,
             "other_tracks": self.other_tracks,
             "guessed_rate": self.rate_guessed,
             "clock_gap": self.clock_gap_s,

@@ -74,7 +74,7 @@ def test_hints_keep_options_whole(cli):
         ("demo_model", "clips/a.mp4", 3, "its answers about 4 videos are meaningless"),
         ("demo_model", "-", None, "its answer about standard input is meaningless"),
         ("cut_short", "clips/a.mp4", 1, "a length of ? (and 1 more video)"),
-        ("other_tracks", "clips/a.mp4", None, "warning: a.mp4 has several video tracks"),
+        ("other_tracks", "clips/a.mp4", None, "note: a.mp4 has several video tracks: the default one is read, or"),
         ("hdr_video", "clips/a.mp4", None, "note: a.mp4 is HDR, mapped to SDR\n"),
     ],
 )  # fmt: skip

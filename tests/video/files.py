@@ -240,8 +240,9 @@ SAID = {  # how a file is written, its facts, and the warning
     "pq.mp4": ({"codec": "libx265", "pix_fmt": "yuv420p10le"}, {"color_trc": 16}, {"hdr": True}, "hdr_video"),
     "hlg.mkv": ({"codec": "libx265", "pix_fmt": "yuv420p10le"}, {"color_trc": 18}, {"hdr": True}, "hdr_video"),
     "fields.mp4": ({"options": {"x264-params": "interlaced=1"}}, {}, {"interlaced": True}, "interlaced_video"),
-    "wide.mp4": ({}, {"sample_aspect_ratio": Fraction(16, 11)}, {"pixel_aspect": 16 / 11}, "stretched_video"),
-    "wide.mkv": ({}, {"sample_aspect_ratio": Fraction(16, 11)}, {"pixel_aspect": 16 / 11}, "stretched_video"),
+    "wide.mp4": ({}, {"sample_aspect_ratio": Fraction(16, 11)}, {"pixel_aspect": 16 / 11}, None),
+    "wide.mkv": ({}, {"sample_aspect_ratio": Fraction(16, 11)}, {"pixel_aspect": 16 / 11}, None),
+    "absurd.mkv": ({}, {"sample_aspect_ratio": Fraction(12, 1)}, {"pixel_aspect": 12.0}, "stretched_video"),
     "cameras.mp4": ({"tracks": 3}, {}, {"other_tracks": 2}, "other_tracks"),
     "plain.mp4": ({}, {}, {"hdr": False, "interlaced": False, "pixel_aspect": None, "other_tracks": 0}, None),
 }

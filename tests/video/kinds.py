@@ -69,7 +69,7 @@ KINDS = {
     "444_10.mp4": Kind({"pix_fmt": "yuv444p10le"}, size=(47, 63)),
     "hevc_12.mkv": Kind(HEVC | {"pix_fmt": "yuv420p12le"}),
     "444.webm": Kind(VP9 | {"pix_fmt": "yuv444p"}),
-    "interlaced.mp4": Kind({"options": {"x264-params": "interlaced=1"}}),
+    "interlaced.mp4": Kind({"options": {"x264-params": "interlaced=1"}}, decord_refuses="deinterlace"),
     "rgb.mp4": Kind({"codec": "libx264rgb", "pix_fmt": "rgb24"}),
     "alpha.mov": Kind({"codec": "prores_ks", "pix_fmt": "yuva444p10le"}, decord_refuses="transparent"),
     "png16.mov": Kind({"codec": "png", "pix_fmt": "rgb48be"}, size=(47, 63)),

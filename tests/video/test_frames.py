@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.frames import probe, read_chunks, scan
 from evoprune.video.readers import ffmpeg, pyav
+from evoprune.video.readers.deinterlacing import deinterlacing
 from evoprune.video.readers.ffmpeg import TOLERANCE_S
 from tests.decoders import DECODERS, EVERY
 from tests.video.files import (
@@ -61,7 +62,8 @@ def everything(info):
         stream = container.streams.best("video")
         rate = ffmpeg.frame_rate(stream)[0]
         converter, decoded = VideoReformatter(), container.decode(stream)
-        rgb = ((frame.pts, converter.reformat(frame, format="rgb24").to_ndarray()) for frame in decoded)
+        shown = ((pts, whole()) for pts, whole in deinterlacing((frame.pts, frame) for frame in decoded))
+        rgb = ((pts, converter.reformat(frame, format="rgb24").to_ndarray()) for pts, frame in shown)
         frames = [(pts, turned(picture, info)) for pts, picture in rgb]
         if frames[0][0] is None or info.path.endswith("avi"):  # files without timestamps
             return [(float(i / rate), rgb) for i, (_, rgb) in enumerate(frames)]

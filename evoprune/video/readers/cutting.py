@@ -35,6 +35,7 @@ from evoprune.backend import Host
 from evoprune.errors import VideoError
 from evoprune.video.info import CLIP_ENDINGS, Video
 from evoprune.video.readers import ffmpeg, folder
+from evoprune.video.readers.deinterlacing import deinterlacing
 from evoprune.video.readers.pyav import Picture, planned, start_decoding
 from evoprune.video.readers.track import TimedFrame, Track, Unreachable
 
@@ -367,9 +368,6 @@ def _encoder(out: OutputContainer, info: Video) -> VideoStream:
     context.thread_count = ffmpeg.thread_count(Host().available_cores())
     context.color_primaries = context.color_trc = context.colorspace = BT709
     context.color_range = LIMITED_RANGE
-    if info.pixel_aspect:
-        aspect = Fraction(info.pixel_aspect).limit_denominator(1000)
-        context.sample_aspect_ratio = aspect if info.rotation_deg % 180 == 0 else 1 / aspect
     ffmpeg.picture_size(info.width * info.height, 2)  # the encoder needs as much memory as a decoder
     return stream
 
@@ -405,12 +403,12 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
     """
 
     def held() -> tuple[float, np.ndarray]:
-        return max(0.0, shown_s - start_s), picture.of(shown_s, shown, moved=False).rgb
+        return max(0.0, shown_s - start_s), picture.of(shown_s, shown(), moved=False).rgb
 
     shown = None
     shown_s = -math.inf
     picture = Picture(info)
-    for time_s, frame in _decoded(info, start_s):
+    for time_s, frame in deinterlacing(_decoded(info, start_s)):
         if time_s < shown_s + ffmpeg.TOLERANCE_S:  # not after the frame before, so the timestamp is wrong
             continue
         if shown is not None and time_s >= end_s - ffmpeg.TOLERANCE_S:

@@ -48,6 +48,10 @@ def check(info: Video) -> None:
         raise _refusal(info, "it does not map HDR to SDR")
     if info.crop:
         raise _refusal(info, "it ignores the crop that the file states")
+    if info.interlaced:
+        raise _refusal(info, "it does not deinterlace")
+    if info.pixel_aspect:
+        raise _refusal(info, "it takes all pixels for square")
     if info.clock_restarts:
         raise _refusal(info, "it loses the frames after the timestamps restart")
     if info.mirrored and info.container == ffmpeg.MOV:

@@ -26,7 +26,7 @@ from av.video.stream import VideoStream
 
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import LONGEST, missing_hint, shorten, shown
-from evoprune.video.info import Video, fitted
+from evoprune.video.info import WIDEST_PIXEL, Video, fitted
 from evoprune.video.readers import colour
 
 # Called with a mark for each damaged packet or image. The same damage has the same mark.
@@ -63,6 +63,7 @@ INCOMPLETE = (
 DENSE = (MATROSKA, "flv")
 # Codecs whose multi-threaded decoder (FFmpeg 8) returned different pixels in one of four readings of a ten-second clip.
 UNTHREADED = ("theora", "vp3", "vp4")
+STILLS = ("mjpeg", "png", "bmp", "webp")  # codecs of cover pictures that a container does not mark as such
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders for streams that declare transparency
 CROPPING = re.compile(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)")  # left, right, top, bottom
 SAMPLE_AES = "/ 0x00DB)"  # in `stream_log`: type of an H.264 stream in MPEG-TS that HLS has encrypted
@@ -272,8 +273,7 @@ def video_stream(
     if not tracks:
         content = "only a cover picture" if container.streams.video else "no video stream"
         raise VideoError(f"{path} has {content}", "give a file that contains video")
-    best = container.streams.best("video")
-    stream = best if best in tracks else tracks[0]
+    stream = chosen(tracks)
     if stream.codec_context is None:
         hint = "convert it to H.264, e.g. with ffmpeg; or is it damaged or encrypted?"
         raise VideoError(f"FFmpeg has no decoder for the video in {path}", hint)
@@ -289,6 +289,19 @@ def video_stream(
     stream.thread_type = "AUTO" if threads > 1 else "NONE"
     stream.codec_context.thread_count = threads
     return stream
+
+
+def chosen(tracks: Sequence[VideoStream]) -> VideoStream:
+    """Return the track to show, like a player: the one marked as default, otherwise or of several ones the largest."""
+
+    def rank(track: VideoStream) -> tuple[bool, bool, bool, int]:
+        if (context := track.codec_context) is None:
+            return False, False, False, 0
+        marks = track.disposition
+        default = bool(marks & Disposition.default) and not marks & Disposition.dependent
+        return True, context.codec.canonical_name not in STILLS, default, context.width * context.height
+
+    return max(tracks, key=rank)
 
 
 def tags(container: InputContainer) -> dict[str, str]:
@@ -361,7 +374,8 @@ def shown_otherwise(
     """
     context = stream.codec_context
     interlaced = bool(first.interlaced_frame) if first else context.field_order > 1  # 1 is progressive
-    aspect = stream.sample_aspect_ratio
+    # FFmpeg prefers the container's ratio. If neither container nor header state one, the first frame may have.
+    aspect = stream.sample_aspect_ratio or context.sample_aspect_ratio
     return {
         "hdr": hdr is not None,
         "hdr_format": hdr,
@@ -410,6 +424,8 @@ def cropped(frame: VideoFrame, crop: Crop | None) -> VideoFrame:
     left, right, top, bottom = crop or (0, 0, 0, 0)
     width = frame.width - left - right
     height = frame.height - top - bottom
+    if frame.interlaced_frame:
+        top -= top % 2  # the upper field stays the upper one
     if not crop or width <= 0 or height <= 0:
         return frame
     return colour.filtered(frame, ("crop", f"{width}:{height}:{left}:{top}:exact=1"))
@@ -535,14 +551,39 @@ def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
     return size if rotation_deg % 180 == 0 else size[::-1]
 
 
+def displayed_size(frame: VideoFrame, pixel_aspect: float | None, rotation_deg: int) -> tuple[int, int]:
+    """Return the (width, height) of a stored frame when it is displayed: with square pixels, then rotated.
+
+    As in most players, one side is enlarged, to an even number. If that makes more than `MAX_VIDEO_PIXELS`, the other side is made
+    smaller instead. A `pixel_aspect` beyond `WIDEST_PIXEL` is ignored.
+    """
+    sides = [frame.width, frame.height]
+    if pixel_aspect and 1 / WIDEST_PIXEL <= pixel_aspect <= WIDEST_PIXEL:
+        short = 0 if pixel_aspect > 1 else 1  # the side with too few pixels
+        scale = max(pixel_aspect, 1 / pixel_aspect)
+        if sides[0] * sides[1] * scale > MAX_VIDEO_PIXELS:
+            short = 1 - short
+            scale = 1 / scale
+        even = max(2, 2 * round(sides[short] * scale / 2))
+        if abs(even - sides[short]) > 1:
+            sides[short] = even
+    return turned_size((sides[0], sides[1]), rotation_deg)
+
+
 def to_rgb(
-    frame: VideoFrame, width: int, height: int, rotation_deg: int, mirrored: bool, converter: colour.Converter
+    frame: VideoFrame,
+    width: int,
+    height: int,
+    rotation_deg: int,
+    mirrored: bool,
+    converter: colour.Converter,
+    pixel_aspect: float | None = None,
 ) -> np.ndarray:
     """Convert a frame to uint8 `[height, width, 3]`, rotated and scaled. See `Converter.rgb` for the colors.
 
-    A frame with another aspect ratio keeps it and gets black borders.
+    A frame with another displayed aspect ratio keeps it and gets black borders.
     """
-    inner = fitted(turned_size((frame.width, frame.height), rotation_deg), (width, height))
+    inner = fitted(displayed_size(frame, pixel_aspect, rotation_deg), (width, height))
     rgb = rotated(converter.rgb(frame, *turned_size(inner, rotation_deg)), rotation_deg, mirrored)
     if inner == (width, height):
         return rgb

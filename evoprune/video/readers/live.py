@@ -21,6 +21,7 @@ from av.video.frame import VideoFrame
 from evoprune.backend import Host
 from evoprune.errors import VideoError
 from evoprune.video.readers import colour, ffmpeg
+from evoprune.video.readers.deinterlacing import deinterlacing
 from evoprune.video.readers.probing import another_follows
 
 # For every URL scheme: the protocols that it needs, and the formats it allows in addition to `FORMATS`.
@@ -95,7 +96,7 @@ class LiveReader:
             # MPEG-TS headers do not state HDR, so the format came from the first frames. Later frames may be another video's.
             hdr = None
         self._converter = colour.Converter(name, hdr)
-        self._frames = self._timed()
+        self._frames = deinterlacing(self._timed())
 
     def next(self, after_s: float) -> dict | None:
         """Find the next frame at or after a time, in seconds from the first frame. `fill` then writes its pixels.
@@ -104,10 +105,11 @@ class LiveReader:
             None at the end of the source, otherwise "time_s"; "height" and "width" in pixels; "hdr_format" as in `Video`; and
             "clock_gap_s", the largest forward jump so far that counted as a new clock.
         """
-        for time_s, frame in self._frames:
+        for time_s, shown in self._frames:
             if time_s >= after_s - ffmpeg.TOLERANCE_S:
+                frame = shown()
                 turn = ffmpeg.orientation(frame)
-                width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
+                width, height = ffmpeg.displayed_size(frame, self.facts["pixel_aspect"], turn[0])
                 self._held = frame, width, height, *turn
                 hdr = colour.hdr_format(frame, self.facts["hdr_format"])
                 return {
@@ -121,7 +123,7 @@ class LiveReader:
 
     def fill(self, frames: np.ndarray) -> None:
         """Write the frame that `next` found into `frames`, uint8 `[1, H, W, 3]`."""
-        frames[0] = ffmpeg.to_rgb(*self._held, self._converter)
+        frames[0] = ffmpeg.to_rgb(*self._held, self._converter, self.facts["pixel_aspect"])
 
     def close(self) -> None:
         self._open.close()

@@ -69,8 +69,9 @@ def _probe(path: str, container: InputContainer) -> Video:
         total = len(shown)
         steps = np.diff(shown)
         variable_rate = len(steps) > 1 and bool(np.ptp(steps) * stream.time_base > RATE_JITTER_S)
-    width, height = ffmpeg.turned_size((first.width, first.height), rotation)
-    _check_decodable(path, width * height, total or math.ceil((lengths.duration_s or 0.0) / step))
+    _check_decodable(path, first.width * first.height, total or math.ceil((lengths.duration_s or 0.0) / step))
+    shown_as = ffmpeg.shown_otherwise(stream, colour.hdr_format(first, header), first)
+    width, height = ffmpeg.displayed_size(first, shown_as["pixel_aspect"], rotation)
     return Video(
         path=path,
         duration_s=lengths.duration_s,
@@ -94,7 +95,7 @@ def _probe(path: str, container: InputContainer) -> Video:
         joined=_is_joined(path, container.format.name, lengths),
         other_tracks=len(ffmpeg.moving(container)) - 1,
         has_sound=bool(container.streams.audio),
-        **ffmpeg.shown_otherwise(stream, colour.hdr_format(first, header), first),
+        **shown_as,
     )
 
 

@@ -17,6 +17,7 @@ from av.video.frame import VideoFrame
 from evoprune.backend import Host
 from evoprune.video.info import FrameTimes, Video
 from evoprune.video.readers import colour, ffmpeg
+from evoprune.video.readers.deinterlacing import deinterlaced
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
 
@@ -138,6 +139,7 @@ class Picture:
     def __init__(self, info: Video):
         self._size = (info.width, info.height)
         self._turn = (info.rotation_deg, info.mirrored)
+        self._aspect = info.pixel_aspect
         # After a clock restart, frames that do not state their HDR format may come from another file than the header.
         header = None if info.clock_restarts else info.hdr_format
         self._converter = colour.Converter(info.path, header)
@@ -148,8 +150,8 @@ class Picture:
     def of(self, time_s: float, frame: VideoFrame, moved: bool) -> ffmpeg.Shown:
         if frame is not self._frame:
             self._frame = frame
-            self._rgb = ffmpeg.to_rgb(frame, *self._size, *self._turn, self._converter)
-            self._other_size = ffmpeg.turned_size((frame.width, frame.height), self._turn[0]) != self._size
+            self._rgb = ffmpeg.to_rgb(frame, *self._size, *self._turn, self._converter, self._aspect)
+            self._other_size = ffmpeg.displayed_size(frame, self._aspect, self._turn[0]) != self._size
         return ffmpeg.Shown(time_s, self._rgb, self._other_size, moved)
 
 
@@ -165,6 +167,7 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
             keyframes = track.keyframes(times_s[0], times_s[-1] + part_s)
         except Unreachable:
             keyframes = []
+        interlaced = info.interlaced or track.stream.codec_context.field_order > 1
     if len(keyframes) < 2:
         return [Run(tuple(times_s), (None,))]
     ends = [bisect_right(keyframes, time + ffmpeg.TOLERANCE_S, key=_time_of) for time in times_s]
@@ -183,13 +186,13 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
             near = [()] * len(times_s)
     runs: list[Run] = []
     for (place, found), same in groupby(zip(places, near, times_s, strict=True), key=itemgetter(0, 1)):
-        entries = reversed(keyframes[max(0, place - MAX_ENTRIES + 1) : place + 1])
-        entries = tuple(key if key.time_s > BEGINNING_S else None for key in entries)
+        entries = keyframes[max(0, place - MAX_ENTRIES + 1) : place + 1][::-1]
         group = tuple(time for _, _, time in same)
-        if found:  # each time that may be moved is a run of its own
-            runs += [Run((time,), entries, found) for time in group]
-        else:
-            runs.append(Run(group, entries))
+        for times in [(time,) for time in group] if found else [group]:  # a time that may be moved is a run of its own
+            starts = entries
+            if interlaced and entries[0].time_s > times[0] - 2 / (info.fps or ffmpeg.FALLBACK_FPS):
+                starts = [*entries[1:], entries[0]]  # deinterlacing also needs the frame before the wanted one
+            runs.append(Run(times, tuple(key if key.time_s > BEGINNING_S else None for key in starts), found))
     return runs
 
 
@@ -213,7 +216,7 @@ def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> It
         frame = track.alone(keyframe)
         # The index may hold decoding times, which are a few frames early, so check the frame's own time.
         if frame and -ffmpeg.TOLERANCE_S <= frame[0] - run.times_s[0] + part_s / 2 < part_s - ffmpeg.TOLERANCE_S:
-            yield *frame, True
+            yield frame[0], deinterlaced(frame[1]), True
             return
     done = 0
     if track.can_spare():
@@ -244,7 +247,7 @@ def start_decoding(
 
 
 def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool) -> Iterator[TimedFrame]:
-    """Yield the frame on screen at every time of a run. Keeps only that frame and the next one in memory.
+    """Yield the frame on screen at every time of a run, deinterlaced. Keeps only that frame and its neighbors in memory.
 
     With `sparing` it stops early, without an error, if skipping frames is unsafe: at damage, because the frame before it stays on
     screen; at interlaced frames; and at frames out of order, because the needed frames are found by their times.
@@ -256,16 +259,18 @@ def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool)
         return
     if frames is None:
         raise Unreachable
-    current = None
+    before = current = shown = None
     upcoming = next(frames, None)
     if upcoming is None:
         raise ffmpeg.nothing_decoded(track.info.path)
     for time in run.times_s:
-        while upcoming and upcoming[0] <= time + ffmpeg.TOLERANCE_S:
-            current = upcoming
+        while upcoming and (current is None or upcoming[0] <= time + ffmpeg.TOLERANCE_S):
+            before, current, shown = current, upcoming, None
             upcoming = next(frames, None)
-            if sparing and (damage or (upcoming and (upcoming[0] <= current[0] or upcoming[1].interlaced_frame))):
+            if sparing and (damage or current[1].interlaced_frame or (upcoming and upcoming[0] <= current[0])):
                 return
             if upcoming and upcoming[0] < current[0] and entry:
                 raise Unreachable  # the timestamps are wrong, so it is unknown which frames precede a keyframe
-        yield current or upcoming
+        if shown is None:
+            shown = current[0], deinterlaced(current[1], before and before[1], upcoming and upcoming[1])
+        yield shown

@@ -43,10 +43,10 @@ PAGE_TEXTS = {
     "joined_files": "the video contains another file after the first one; everything after the first may be missing or misplaced",
     "pictures_whole": "pictures are not pruned; pruning counts cover only the videos",
     "cache_not_written": "the server could not store the encoded video",
-    "interlaced_video": "the video is interlaced: moving edges may look like combs",
-    "stretched_video": "the pixels of the video are not square, but are read as if they were, so it looks narrower or wider "
-    "than in a player",
-    "other_tracks": "the video has several video tracks; only the main one is read",
+    "interlaced_video": "the video is interlaced, and was deinterlaced",
+    "stretched_video": "the video states pixels that are more than ten times as wide as high, or as high as wide, so they are "
+    "read as square",
+    "other_tracks": "the video has several video tracks: the default one is read, or else the largest",
     "guessed_rate": "the video does not state its frame rate and is read at 25 frames per second; if that is wrong, "
     "so are all times",
     "sound_ignored": "the sound of the video is not read, so an answer about it comes only from the pictures",

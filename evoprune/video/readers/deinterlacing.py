@@ -1,0 +1,69 @@
+"""Deinterlaces frames with FFmpeg's filter `bwdif`, one wanted frame at a time.
+
+The filter looks at the frame and at both of its neighbors, so the result depends only on these three, and not on where decoding
+started or on how many threads decode. The first frame of a video, and a frame without a known neighbor before it, are interpolated
+from their own rows.
+"""
+
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import partial
+
+from av.error import FFmpegError
+from av.filter import Graph
+from av.video.frame import VideoFrame
+
+FILTER = "bwdif", "mode=send_frame:parity=auto:deint=interlaced"
+
+
+def deinterlaced(frame: VideoFrame, before: VideoFrame | None = None, after: VideoFrame | None = None) -> VideoFrame:
+    """Return a frame without combs. A progressive frame is returned unchanged, and so is one of less than 3x4 pixels.
+
+    Args:
+        before, after: the neighbors in display order. They are ignored if their size or pixel format differs.
+    """
+    if not frame.interlaced_frame:
+        return frame
+    before, after = (each if each is not None and _shape(each) == _shape(frame) else None for each in (before, after))
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1)
+    )
+    try:
+        graph.link_nodes(source, graph.add(*FILTER), graph.add("buffersink")).configure()
+        # The first frame that the filter returns is interpolated from its own rows, if another one follows.
+        for each in (frame, after or frame) if before is None else (before, frame, after):
+            graph.push(each)  # None ends the video
+        if before is not None:
+            graph.pull()
+        return graph.pull()
+    except MemoryError as error:  # FFmpeg's subclass would count as damage of the file
+        raise MemoryError(str(error)) from error
+    except FFmpegError:
+        return frame
+
+
+def _shape(frame: VideoFrame) -> tuple[int, int, str]:
+    return frame.width, frame.height, frame.format.name
+
+
+def deinterlacing(frames: Iterator[tuple[float, VideoFrame]]) -> Iterator[tuple[float, Callable[[], VideoFrame]]]:
+    """Yield for each frame its time and a function that deinterlaces it, for readers that show only some of the frames.
+
+    An interlaced frame is yielded only after the next frame has arrived. A progressive frame is yielded at once.
+    """
+    before = None
+    waiting = None
+    for time_s, frame in frames:
+        if waiting:
+            yield waiting[0], partial(deinterlaced, waiting[1], before, frame)
+            before = waiting[1]
+            waiting = None
+        if frame.interlaced_frame:
+            waiting = time_s, frame
+        else:
+            yield time_s, partial(deinterlaced, frame)
+            before = frame
+    if waiting:
+        yield waiting[0], partial(deinterlaced, waiting[1], before)
