@@ -32,11 +32,11 @@ EMPTY_REASONS = {
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 UNROUNDED = ("parsed", "schema")  # fields that contain data, not measurements
-STAGES = ("plan", "read", "preprocess", "compile", "encode", "store", "prefill", "generate")
+STAGES = ("plan", "speech", "read", "preprocess", "compile", "encode", "store", "prefill", "generate")
 OVERLAP = "overlap"  # not a stage: time for reading and preprocessing that overlapped with other work
 # Stages per input. A later question about the same input does not wait for them again.
-INPUT_STAGES = ("plan", "read", "preprocess", "compile", "encode", "store", OVERLAP)
-BRIEF_STAGES = ("compile", "store")  # stages that have a line only if they take at least a millisecond
+INPUT_STAGES = ("plan", "speech", "read", "preprocess", "compile", "encode", "store", OVERLAP)
+BRIEF_STAGES = ("speech", "compile", "store")  # stages that have a line only if they take at least a millisecond
 WIDTH = 80
 BAR = 12
 INDENT = " " * 11
@@ -71,7 +71,9 @@ WARNINGS = {
     "joined_files": "{video} contains another file after the first one, as if joined with cat; everything after the first may be "
     "missing or misplaced. ffmpeg -f concat joins videos",
     "sound_ignored": "the sound of {video} is not read, so an answer about it comes only from the pictures; --subtitles (in "
-    "Python subtitles) reads a file with the spoken words",
+    "Python subtitles) reads a file with the spoken words, and --speech (speech) transcribes them",
+    "no_sound": "{video} has no sound, so there is no speech to transcribe",
+    "damaged_sound": "some of the sound of {video} cannot be decoded; what is said there is missing",
     "limited": "fewer or smaller frames were read than --fps or --frames ask for; the limits are --max-frames and "
     "--max-visual-tokens",
     "answer_cut": "the answer may be incomplete: it reached the token limit, -n (max_new_tokens)",
@@ -162,6 +164,7 @@ class InputTimes:
     compile: float | None = None
     store: float | None = None
     overlap: float | None = None
+    speech: float | None = None
 
 
 @dataclass
@@ -214,6 +217,7 @@ class Times:
     compile: float | None = None
     store: float | None = None
     overlap: float | None = None
+    speech: float | None = None
 
 
 @dataclass
@@ -629,6 +633,10 @@ def _stage_notes(report) -> dict[str, str]:
     notes["plan"] = "check that memory and context suffice"
     notes["compile"] = "kernels, built once per machine, loaded once per process"
     notes["store"] = "to the cache"
+    if report.subtitles and report.subtitles.get("speech"):
+        notes["speech"] = (
+            f"{counted(report.subtitles['lines'], 'line')}, language {report.subtitles['language'] or 'unknown'}"
+        )
     if len(report.inputs) > 1:
         notes["read"] = f"{len(report.inputs)} inputs"
     elif sampling.frames:

@@ -295,6 +295,7 @@ class VideoQA(Uncopied):
         fps: float | None = None,
         start_s: float = 0.0,
         end_s: float | None = None,
+        speech: str | os.PathLike[str] = "none",
         progress: Callable[[str, int, int], None] | None = None,
         cache: "Cache | None" = None,
         **options: "Unpack[FindKeywords]",
@@ -311,8 +312,10 @@ class VideoQA(Uncopied):
             fps: frames per second to look at in all segments. The default is the model's rate, or less in a long video
                 (`total_tokens`).
             start_s, end_s: the part of the video to search. Negative times count from its end.
-            progress: called with "segment", the number of segments read and the total; then with "piece", for parts of the best
-                segments; then, for each query, with "moment", the number of moments with known borders and the total.
+            speech: transcribes what is said for the prompt of each segment, as in `encode`.
+            progress: called with "speech", the seconds transcribed and the total, if speech is wanted; then with "segment", the
+                number of segments read and the total; then with "piece", for parts of the best segments; then, for
+                each query, with "moment", the number of moments with known borders and the total.
             cache: see `encode`. Encoded segments are stored in a subfolder, so that other queries can reuse them.
             options: how moments are found: the fields of `keywords.FindKeywords`.
 
@@ -331,7 +334,7 @@ class VideoQA(Uncopied):
         if others:
             raise UsageError("find takes one video", "call it once per video")
         queries = [query] if isinstance(query, str) else query
-        sampling = SamplingOptions(fps=fps, start_s=start_s, end_s=end_s)
+        sampling = SamplingOptions(fps=fps, start_s=start_s, end_s=end_s, speech=speech)
         segments = cache.of_segments if cache else None
         with Search(self.session, source, queries, finding, sampling, segments) as search:
             search.run(progress)

@@ -268,7 +268,7 @@ def _encode(
     show("reading")
     sampling = options.sampling
     stored = Cache() if cache else None
-    given = {"names": inputs, "cache": stored, "ahead": ahead}
+    given = {"names": inputs, "cache": stored, "ahead": ahead, "progress": encoding(show)}
     with contextlib.closing(open_inputs(session, paths, sampling, **given)) as opened:
         plans = opened.plans
         if questions:
@@ -374,7 +374,7 @@ def _note_subtitles(plan: "Plan") -> None:
     read = counted(lines.lines, "line")
     if lines.lines_in_prompt < lines.lines:
         read = f"{lines.lines_in_prompt:,} of {read} (--max-subtitle-tokens)"
-    tell(f"subtitles: {lines.source}, {read}")
+    tell(f"{'speech' if lines.speech else 'subtitles'}: {lines.speech or lines.source}, {read}")
 
 
 class Conversation:

@@ -29,7 +29,7 @@ ALLOWED_WITH_RESUME = (
     GenerationOptions,
     short="data limit budget method blind model output resume chart form json quiet",
     without=(
-        "load_format", "start_s", "end_s", "decoder", "subtitles", "max_subtitle_tokens",
+        "load_format", "start_s", "end_s", "decoder", "subtitles",
         "temperature", "top_p", "top_k", "system", "stop", "logprobs", "schema",
         "regex", "choices", "choice_score",
     ),

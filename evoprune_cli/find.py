@@ -43,7 +43,7 @@ BAR = 20  # characters in the bar of a score of 1
     PruneOptions,
     SamplingOptions,
     short="more top min_score srt clips model budget fps start_s end_s json quiet",
-    without=("frames", "max_frames", "subtitles", "max_subtitle_tokens"),
+    without=("frames", "max_frames", "subtitles"),
     fps={
         "help": "Frames per second to sample in all segments; default: the model's rate, lower for long videos (--total-tokens)."
     },

@@ -56,7 +56,7 @@ OVERLAYS = (".png", ".gif", ".mp4")  # file types that `inspect --overlay` can d
     PruneOptions,
     SamplingOptions,
     short="overlay scan clear_cache model budget fps frames start_s end_s json",
-    without=("load_format", "subtitles", "max_subtitle_tokens"),
+    without=("load_format", "subtitles", "max_subtitle_tokens", "speech"),
     model={
         "unless_typed": "",
         "help": "Model to describe: hub id, local folder, demo or demo-scenes. With a video, the default is demo.",
@@ -124,7 +124,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
     if clear_cache:
         from evoprune.session import Cache
 
-        for cache in (Cache(), Cache().of_segments, Cache().of_weights):
+        for cache in (Cache(), Cache().of_segments, Cache().of_weights, Cache().of_speech):
             try:
                 cache.clear()
             except OSError as problem:

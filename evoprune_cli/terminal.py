@@ -274,7 +274,12 @@ def print_stream(pieces: Iterable[str]) -> None:
 
 def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
     """Return a callback for `VideoQA.encode` that shows progress: frames read, then after all are read, frames encoded."""
-    named = {"read": "reading, frame", "encode": "encoding, frame", "layers": "encoding, layer"}
+    named = {
+        "read": "reading, frame",
+        "encode": "encoding, frame",
+        "layers": "encoding, layer",
+        "speech": "transcribing, second",
+    }
     which = ""
     reads = True
 

@@ -26,7 +26,7 @@ QUESTIONS = "Questions"  # a panel title
     GenerationOptions,
     short="questions agree time_limit budget method model output chart json quiet",
     without=(
-        "load_format", "budget", "method", "decoder", "subtitles", "max_subtitle_tokens",
+        "load_format", "budget", "method", "decoder", "subtitles", "max_subtitle_tokens", "speech",
         "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "system", "stop", "logprobs",
         "schema", "regex", "choices", "choice_score",
     ),

@@ -44,6 +44,7 @@ STDIN = "-"
         "seek",
         "subtitles",
         "max_subtitle_tokens",
+        "speech",
     ),
 )
 def watch(

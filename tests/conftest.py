@@ -172,6 +172,14 @@ def folder(saved, tmp_path):
 
 
 @pytest.fixture
+def speech_model(monkeypatch, tmp_path):
+    """The folder of a speech model, which a stand-in for faster-whisper pretends to load (tests/speech.py)."""
+    from tests.speech import stand_in
+
+    return stand_in(monkeypatch, tmp_path / "whisper")
+
+
+@pytest.fixture
 def spool(tmp_path, monkeypatch):
     """Folder for temporary files. Fails the test if files remain in it."""
     folder = tmp_path / "spool"

@@ -103,7 +103,7 @@ class Sources:
     def __init__(self, settings: Settings):
         self._settings = settings
         self._name = settings.model.model
-        self._subtitles = settings.sampling.subtitles
+        self._subtitles = settings.sampling.subtitles_wanted
         self._model = settings.model.state()
         self._input = cache(partial(input_state, listdir=cache(os.listdir)))
         self._revision: str | None = None

@@ -79,7 +79,7 @@ def processor_inputs(
         for info, wanted in zip(infos, options.of_each(infos), strict=True):
             options.check_picture(info)
             plan = checkpoint.plan(info, wanted)
-            plans.append(with_subtitles(tokenizer, plan, wanted))
+            plans.append(with_subtitles(tokenizer, plan, wanted, checkpoint.options))
         read = [read_patches(plan, limits[plan.kind]) for plan in plans]
     plans = [plan for plan, _ in read]
     prompt = prompt_about(tokenizer, vision, plans, question, system)

@@ -34,9 +34,10 @@ from evoprune.session import (
     FindOptions,
     OpenInput,
     Session,
+    speech_of,
 )
 from evoprune.util import brief, check_question
-from evoprune.video import GivenInput, Input, Plan, SamplingOptions, Video, probe
+from evoprune.video import GivenInput, Input, Plan, SamplingOptions, Subtitles, Video, probe, read_subtitles
 
 # Questions that together decide whether a segment matches a query, each with the answer (True for yes) that means a match.
 Questions = tuple[tuple[str, bool], ...]
@@ -143,6 +144,7 @@ class Search:
         self._scored_runs = dict.fromkeys(self._questions, CANDIDATES * options.top)
         self._complete: set[str] = set()  # queries whose best moments have borders
         self.asked = 0
+        self._spoken = Subtitles()  # what is said in all segments
 
     def __enter__(self) -> "Search":
         return self
@@ -170,6 +172,7 @@ class Search:
             ModelError: the model computes NaN or infinite values.
         """
         problem = None
+        self._spoken = self._heard(progress)
         seek = self._sampling.seek
         if seek == "auto":
             seek = "keyframes"
@@ -466,7 +469,28 @@ class Search:
         return session.loaded.description.plan(self._info, wanted, session.pruning, self.name)
 
     def _open(self, segment: Segment, seek: str) -> OpenInput:
-        return OpenInput(self._session, self._plan(segment, seek), Clock(torch.device("cpu")), **self._input)
+        plan = self._plan(segment, seek)
+        if self._spoken.source is not None:
+            count = self._session.loaded.tokenizer.encode
+            said = [line for line in self._spoken.lines if line[0] < segment.end_s and line[1] > segment.start_s]
+            spoken = replace(self._spoken, lines=said)
+            plan = replace(
+                plan, subtitles=spoken.fitted(self._sampling.max_subtitle_tokens, lambda text: len(count(text)))
+            )
+        return OpenInput(self._session, plan, Clock(torch.device("cpu")), **self._input)
+
+    def _heard(self, progress: Progress | None) -> Subtitles:
+        """Return what is said in all segments, if `speech` is wanted."""
+        sampling = self._sampling
+        if sampling.speech == "none":
+            return Subtitles()
+        span = self.segments[0].start_s, self.segments[-1].end_s
+        found = read_subtitles(self._info, sampling.subtitles_wanted, *span)
+        if found.source is None:
+            options = self._session.loaded.description.options
+            found = speech_of(self._info, sampling, span, options, cache=self._cache, progress=progress)
+        self.warnings |= dict.fromkeys(found.warnings, VideoFacts(path=self.name))
+        return found
 
     def _opened(self, segments: Sequence[Segment], seek: str) -> Iterator[OpenInput]:
         """Yield an open input per segment, which the caller has to close. The next segment is read in the background."""

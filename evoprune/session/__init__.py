@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from evoprune.session.reading import probed
     from evoprune.session.report import pruning_facts
     from evoprune.session.session import Session
+    from evoprune.session.speech import speech_of
     from evoprune.session.upcoming import in_flight
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "pruning_facts",
     "read_ahead",
     "read_whole",
+    "speech_of",
     "weights_of",
     "with_subtitles",
 ]
@@ -85,6 +87,7 @@ __getattr__, __dir__ = door(
         "reading": ["probed"],
         "report": ["pruning_facts"],
         "session": ["Session"],
+        "speech": ["speech_of"],
         "upcoming": ["in_flight"],
     },
 )

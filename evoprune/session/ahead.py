@@ -7,7 +7,7 @@ Frames wait at the size at which they were decoded, because resizing needs torch
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -18,6 +18,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.reading import PATIENCE_S, Reading, Readings, probed, state_of, stop_all
+from evoprune.session.speech import begin_speech
 from evoprune.signatures import takes
 from evoprune.util import brief, from_keywords
 from evoprune.video import FrameChunk, Plan, SamplingOptions, Scope, read_chunks
@@ -79,6 +80,7 @@ class ReadAhead(Readings):
         self.model = model
         self._pruning = pruning
         self._every: list[_Early] = []
+        self._stop_speech: list[Callable[[], None]] = []
         for paths, sampling in islice(asked, FIRST):
             names = [os.fspath(path) for path in paths]
             for place, path in enumerate(names):
@@ -91,6 +93,8 @@ class ReadAhead(Readings):
         """Drop all frames and stop the threads."""
         self._left = []
         stop_all([early.reading for early in self._every])
+        while self._stop_speech:
+            self._stop_speech.pop()()
 
     def take(self, plan: Plan) -> Reading[FrameChunk] | None:
         """Return the reading of exactly the frames of a plan, or None. The caller closes it.
@@ -138,6 +142,7 @@ class ReadAhead(Readings):
         source = plan.source
         times = plan.sampling.times_s
         early.request = _request(plan)
+        self._stop_speech.append(begin_speech(plan, sampling, self.model.options))
         size = plan.chunk_bytes
         reading.chunk_bytes = source.width * source.height * 3 * min(len(times), source.frames_at_once(size))
         cores = self.model.options.cores

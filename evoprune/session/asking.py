@@ -349,7 +349,7 @@ class EncodedInputs(Askable):
 
     @property
     def ignores_sound(self) -> bool:
-        return any(plan.info.has_sound and not plan.subtitles.lines for plan in self.plans)
+        return any(plan.info.has_sound and not (plan.subtitles.lines or plan.subtitles.speech) for plan in self.plans)
 
     def read_along(
         self, question: str, ids: Sequence[int], system: str | None = None, think: str = "off"

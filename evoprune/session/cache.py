@@ -31,6 +31,7 @@ from evoprune.vision import Encoded
 SUFFIX = ".safetensors"
 UNFINISHED = ".tmp"
 WEIGHTS_LIMIT_BYTES = 32 * 2**30
+SPEECH_LIMIT_BYTES = 64 * 2**20
 OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry may lack
 
 
@@ -224,6 +225,11 @@ class Cache(Entries):
         return SegmentCache(self.folder / "segments")
 
     @property
+    def of_speech(self) -> Entries:
+        """A folder inside this one for transcripts, with its own limit."""
+        return Entries(self.folder / "speech", SPEECH_LIMIT_BYTES)
+
+    @property
     def of_weights(self) -> Entries:
         """A folder inside this one for quantized weights, with its own limit."""
         return Entries(self.folder / "weights", WEIGHTS_LIMIT_BYTES)
@@ -263,6 +269,10 @@ class SegmentCache(Cache):
     """
 
     makes_room: ClassVar[bool] = False
+
+    @property
+    def of_speech(self) -> Entries:
+        return Cache(self.folder.parent).of_speech
 
     limit_bytes: int = 4 * 2**30
     _known: dict[tuple, str] = field(default_factory=dict, init=False, repr=False, compare=False)

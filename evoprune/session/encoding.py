@@ -28,6 +28,7 @@ from evoprune.session.patches import PatchChunk, content_key, patch_bytes
 from evoprune.session.prompting import with_subtitles
 from evoprune.session.reading import Reading, Readings, probed
 from evoprune.session.session import Session
+from evoprune.session.speech import STAGE, with_speech
 from evoprune.util import brief
 from evoprune.video import FrameChunk, GivenInput, HeldVideo, Input, Plan, SamplingOptions, Stopped, read_chunks
 from evoprune.vision import Encoded, EncodedRows, encode_rows, patches_of
@@ -163,11 +164,12 @@ class OpenInput:
         self._progress = progress
         start = clock.now()
         before = dict.fromkeys(INPUT_STAGES, 0.0) | self.clock.seconds
+        heard_before = before[STAGE] - before[OVERLAP]  # transcription time that the caller waited for
         read_before = 0.0 if self.read_early else before["read"]  # read time that the caller waited for
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
         result, cache = self._result(clock, progress, pieces, warnings)
-        wall = before["plan"] + read_before + clock.now() - start
+        wall = before["plan"] + heard_before + read_before + clock.now() - start
         rows = None
         tokens = result
         if isinstance(result, EncodedRows):
@@ -180,7 +182,7 @@ class OpenInput:
         waited = read_before + self.waited_s
         seconds = dict.fromkeys(INPUT_STAGES, 0.0) | clock.seconds | self.clock.seconds
         ahead = seconds["read"] + seconds["preprocess"] - waited
-        seconds[OVERLAP] = max(0.0, ahead)
+        seconds[OVERLAP] += max(0.0, ahead)
         # Waiting longer than reading took: the machine is busy, or the thread reads another input.
         seconds["read"] += max(0.0, -ahead)
         return EncodedInput(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
@@ -398,6 +400,18 @@ class OpenInputs:
         for opened in self.inputs:
             opened.read()
 
+    def hear(self, sampling: SamplingOptions, cache: Cache | None = None, progress: Progress | None = None) -> None:
+        """Transcribe the speech of the inputs, if it is wanted, while frames are read. See `speech.with_speech` for errors."""
+        if sampling.speech == "none":
+            return
+        loaded = self.session.loaded
+        if self.inputs[0].threaded and self.inputs[0].shares:
+            self.inputs[0].begin()
+        for opened in self.inputs:
+            given = {"clock": opened.clock, "cache": cache, "progress": progress}
+            opened.plan = with_speech(loaded.tokenizer, opened.plan, sampling, loaded.description.options, **given)
+        self.plans = [opened.plan for opened in self.inputs]
+
     def use_cores(self, cores: int | None) -> None:
         """Set the number of cores that reading may keep busy, for inputs whose reading has not started.
 
@@ -468,7 +482,7 @@ def open_inputs(
     Args:
         paths: The inputs, at least one, in the order in which the model reads them.
         sampling: Options for every input. Options about time apply only to videos.
-        progress: Called with "download", bytes so far and in all.
+        progress: Called with "download", bytes so far and in all; and with "speech", seconds transcribed and in all.
         names: Names for reports. Default: the paths.
         cache: The disk cache. Not used for a method that reads the question.
         kind: Makes each open input.
@@ -504,7 +518,13 @@ def open_inputs(
                 plan = loaded.description.plan(info, wanted, session.pruning, name)
                 plan = with_subtitles(loaded.tokenizer, plan, wanted)
             inputs.append(kind(session, plan, clock, ahead=ahead, cache=cache, temporary=each.is_temporary))
-        return OpenInputs(session, inputs, stack.pop_all())
+        opened = OpenInputs(session, inputs, stack.pop_all())
+    try:
+        opened.hear(sampling, cache, progress)
+    except BaseException:
+        opened.close()
+        raise
+    return opened
 
 
 def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[float] | None = None) -> list[Input]:

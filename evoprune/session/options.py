@@ -380,6 +380,12 @@ class PipelineOptions:
 
     KINDS: ClassVar[tuple[type, ...]] = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
 
+    def __post_init__(self):
+        if self.sampling.speech != "none":
+            from evoprune.session.speech import check_offline
+
+            check_offline(self.sampling.speech, self.model.offline)
+
     @classmethod
     def of(cls, **options) -> Self:
         """Build all six groups of options from keywords.

@@ -5,19 +5,27 @@ from dataclasses import replace
 
 from evoprune.language import Prompt, Tokenizer, Turn, timestamps
 from evoprune.model import VisionConfig
+from evoprune.session.options import ModelOptions
+from evoprune.session.speech import with_speech
 from evoprune.video import Plan, SamplingOptions, read_subtitles
 
 
-def with_subtitles(tokenizer: Tokenizer, plan: Plan, sampling: SamplingOptions) -> Plan:
+def with_subtitles(
+    tokenizer: Tokenizer, plan: Plan, sampling: SamplingOptions, options: ModelOptions | None = None
+) -> Plan:
     """Return a plan with the subtitles of its time span, in at most `max_subtitle_tokens` tokens.
 
-    Raises the same errors as `frames.read_subtitles`.
+    Raises the same errors as `frames.read_subtitles` and `with_speech`.
+
+    Args:
+        options: Options of the model, to transcribe speech where there are no subtitles; None transcribes nothing.
     """
     sampling.check_picture(plan.info)
     span = plan.full.sampling
-    found = read_subtitles(plan.info, sampling.subtitles, span.start_s, span.end_s)
+    found = read_subtitles(plan.info, sampling.subtitles_wanted, span.start_s, span.end_s)
     fitted = found.fitted(sampling.max_subtitle_tokens, lambda text: len(tokenizer.encode(text)))
-    return replace(plan, subtitles=fitted)
+    plan = replace(plan, subtitles=fitted)
+    return with_speech(tokenizer, plan, sampling, options) if options else plan
 
 
 def prompt_about(

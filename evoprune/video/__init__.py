@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     )
     from evoprune.video.given import GivenInput, Input
     from evoprune.video.held import HeldVideo
-    from evoprune.video.info import Video
+    from evoprune.video.info import Subtitles, Video
     from evoprune.video.input_files import Folder, input_state
     from evoprune.video.live import LiveSource
     from evoprune.video.plan import InputLimits, Plan, SamplingOptions, SamplingPlan
     from evoprune.video.sandbox.isolation import Scope, Stopped, keep_idle, warm_up
+    from evoprune.video.sound import read_audio
     from evoprune.video.temporary import temporary_file, temporary_folder
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "SamplingPlan",
     "Scope",
     "Stopped",
+    "Subtitles",
     "Video",
     "choose_decoder",
     "cut_clip",
@@ -53,6 +55,7 @@ __all__ = [
     "keep_idle",
     "local_file",
     "probe",
+    "read_audio",
     "read_chunks",
     "read_frames",
     "read_subtitles",
@@ -80,11 +83,12 @@ __getattr__, __dir__ = door(
         ],
         "given": ["GivenInput", "Input"],
         "held": ["HeldVideo"],
-        "info": ["Video"],
+        "info": ["Subtitles", "Video"],
         "input_files": ["Folder", "input_state"],
         "live": ["LiveSource"],
         "plan": ["InputLimits", "Plan", "SamplingOptions", "SamplingPlan"],
         "sandbox.isolation": ["Scope", "Stopped", "keep_idle", "warm_up"],
+        "sound": ["read_audio"],
         "temporary": ["temporary_file", "temporary_folder"],
     },
 )

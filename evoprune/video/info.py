@@ -65,7 +65,7 @@ class Video:
     # Width / height of the stored pixels, before rotation; None if they are square. Ignored beyond `WIDEST_PIXEL`.
     pixel_aspect: float | None = None
     other_tracks: int = 0  # number of further video tracks, which are not read
-    has_sound: bool = False  # whether there is a sound track, which is not read
+    has_sound: bool = False  # whether there is a sound track
 
     @property
     def warnings(self) -> list[str]:
@@ -203,6 +203,8 @@ class Subtitles:
     lines: list[SubtitleLine] = field(default_factory=list)  # sorted by start, without markup and line breaks
     warnings: list[str] = field(default_factory=list)
     note: str | None = None  # the reason if there are no subtitles
+    speech: str | None = None  # the speech model that transcribed the lines; None for real subtitles
+    language: str | None = None  # code of the spoken language, such as `en`; None if nothing was transcribed
 
     def fitted(self, max_tokens: int, count_tokens: Callable[[str], int]) -> "PromptSubtitles":
         """Choose as many lines for the prompt as fit into `max_tokens`, spread evenly over all lines.
@@ -233,7 +235,8 @@ class Subtitles:
                 tokens = needed
             else:
                 too_many = count
-        return PromptSubtitles(text, self.source, len(self.lines), fits, tokens, tuple(self.warnings), self.note)
+        how = (self.source, len(self.lines), fits, tokens, tuple(self.warnings), self.note)
+        return PromptSubtitles(text, *how, self.speech, self.language)
 
 
 @dataclass(frozen=True)
@@ -247,11 +250,17 @@ class PromptSubtitles:
     tokens: int = 0  # number of tokens of `text`
     warnings: tuple[str, ...] = ()
     note: str | None = None
+    speech: str | None = None
+    language: str | None = None
 
     def record(self) -> dict[str, Any] | None:
         if self.source is None:
             return None
-        return {name: getattr(self, name) for name in ("source", "lines", "lines_in_prompt", "tokens")}
+        return {name: getattr(self, name) for name in RECORDED}
+
+
+# fields of `PromptSubtitles` in records
+RECORDED = ("source", "lines", "lines_in_prompt", "tokens", "speech", "language")
 
 
 def as_text(lines: Sequence[SubtitleLine]) -> str:

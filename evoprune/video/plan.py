@@ -17,6 +17,7 @@ from evoprune.methods import EncoderPlan, Grid, TowerShape
 from evoprune.untrusted import Rule
 from evoprune.util import check_types, option, parse_time
 from evoprune.video.info import FOLDER_FPS, Decoder, Kind, PromptSubtitles, Seek, Video, check_seek, span_of
+from evoprune.video.sound import SPEECH_MODELS, check_speech
 
 # Limit on the units of one frame if the model limits the total of all frames (Qwen's own limit). Without it, a four-frame video
 # would spend the whole total on four frames.
@@ -90,9 +91,18 @@ class SamplingOptions:
     )
     max_subtitle_tokens: int = option(2048, "Limit on subtitle tokens: above it, lines are left out evenly.")
 
+    speech: str | PathLike[str] = option(
+        "none",
+        "Transcribe what is said and add it to the prompt like subtitles, which take precedence: a Whisper model, or a folder with "
+        "one for CTranslate2. auto: the video's subtitles, or base if it has none. Needs evoprune[speech].",
+        words=("none", "auto", *SPEECH_MODELS, "DIR"),
+    )
+
     def __post_init__(self):
         check_types(self)
         object.__setattr__(self, "subtitles", os.fspath(self.subtitles))
+        object.__setattr__(self, "speech", os.fspath(self.speech))
+        check_speech(self.speech)
         if not self.subtitles:
             raise UsageError("subtitles is empty", "give none, auto or a file")
         if self.max_subtitle_tokens < 1:
@@ -116,6 +126,11 @@ class SamplingOptions:
     def subtitle_file(self) -> str | None:
         """The file that `subtitles` names; None for "none" and "auto"."""
         return None if self.subtitles in ("none", "auto") else self.subtitles
+
+    @property
+    def subtitles_wanted(self) -> str:
+        """`subtitles`, or "auto" if `speech` is "auto", which transcribes only videos without subtitles."""
+        return "auto" if (self.subtitles, self.speech) == ("none", "auto") else self.subtitles
 
     def check_one_file(self, inputs: int) -> None:
         """Raise UsageError if one subtitle file is given for several inputs."""

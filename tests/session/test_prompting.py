@@ -47,6 +47,7 @@ def test_the_prompt_to_the_letter(qa, said):
     without, plain = prompt_of(qa, qa.encode(CLIP))
     assert without == "Why?" and video.report.subtitles == {
         "source": str(said), "lines": 3, "lines_in_prompt": 3, "tokens": len(ids) - len(plain),
+        "speech": None, "language": None,
     }  # fmt: skip
     part = prompt_of(qa, qa.encode(CLIP, subtitles=said, start_s=2.5, end_s=5))[0]
     assert part.splitlines()[1:-2] == ["[0:03] <|im_end|>\x1b[31m"]

@@ -8,6 +8,7 @@ Every message is a request and gets one answer.
   that no further array follows. The first request of this kind is part of the message with the task `frames`.
 - The task `live` opens a live source. A pipe comes as a file descriptor. The task `next` then finds the next frame, and `shape`
   takes it.
+- The task `sound` opens the sound of a video. Every `shape` then takes up to this number of bytes.
 - The task `clip` begins a clip. Every `shape` then takes up to this number of bytes; the answer says whether they are the last.
 - The answer is `{"result"}`, `{"error"}` for the user, `{"memory"}` with the exceeded limit, or `{"bug"}` with a traceback.
 """
@@ -36,6 +37,7 @@ from evoprune.video.info import FrameTimes, ScanResult, Video
 from evoprune.video.readers import decord, ffmpeg, folder, probing, pyav, subtitles
 from evoprune.video.readers.cutting import ClipReader
 from evoprune.video.readers.live import LiveReader
+from evoprune.video.readers.sound import SoundReader
 from evoprune.video.sandbox.channel import Channel
 
 if sys.platform != "win32":  # Windows has no worker processes
@@ -240,11 +242,14 @@ def _limit(memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory, hard))
 
 
+Reader = FrameReader | LiveReader | ClipReader | SoundReader
+
+
 class Server:
     """Answers messages, and keeps the reader that a message has opened until `close`."""
 
     def __init__(self):
-        self._reader: FrameReader | LiveReader | ClipReader | None = None
+        self._reader: Reader | None = None
 
     def result(self, message: dict[str, Any], array: np.ndarray | None = None) -> Any:
         """Run the task of a message, if any, then fill the array, if any. Returns the result of the last of the two."""
@@ -308,10 +313,12 @@ def _enter(folder: str | None) -> None:
             ) from error
 
 
-def _begin(task: str, arguments: dict[str, Any]) -> tuple[FrameReader | LiveReader | ClipReader | None, dict | None]:
+def _begin(task: str, arguments: dict[str, Any]) -> tuple[Reader | None, dict | None]:
     """Run a task and return the reader that it opens, or None, and its result."""
     if task == "frames":
         return FrameReader(Video(**arguments.pop("info")), **arguments), None
+    if task == "sound":
+        return SoundReader(Video(**arguments.pop("info")), **arguments), None
     if task == "live":
         reader = LiveReader(**arguments)
         return reader, dict(reader.facts)

@@ -25,6 +25,7 @@ STAGES = {
     "read": ("reading, frame", 0.0, 0.6),
     "encode": ("encoding, frame", 0.0, 0.6),
     "layers": ("encoding, layer", 0.6, 1.0),
+    "speech": ("transcribing, second", 0.0, 0.0),
     "segment": ("reading segment", 0.0, 0.8),
     "piece": ("looking closer, part", 0.8, 0.9),
     "moment": ("moment", 0.9, 1.0),
@@ -111,7 +112,7 @@ class Videos:
         times = {name: parse_time(value) if isinstance(value, str) else value for name, value in span.items()}
         sampling = replace(self._options.sampling, **{name: time for name, time in times.items() if time is not None})
         pruning = self._options.pruning if budget is None else replace(self._options.pruning, budget=budget)
-        key = repr((paths, [input_state(path, sampling.subtitles) for path in paths], times, pruning))
+        key = repr((paths, [input_state(path, sampling.subtitles_wanted) for path in paths], times, pruning))
         reused = key in self._kept
         encoded = None
         try:
@@ -138,7 +139,7 @@ class Videos:
         """Return the moments of a video that match a query, the best first. Raises the same errors as `ask`."""
         path = self.folders.find(path)
         qa = self._model(report)
-        how = {"fps": self._options.sampling.fps} | vars(self._options.find)
+        how = {"fps": self._options.sampling.fps, "speech": self._options.sampling.speech} | vars(self._options.find)
         found = qa.find(path, query, progress=partial(_show, report, [1, 1]), cache=self._cache(), **how)
         times = [(each.start_s, each.end_s, each.best_s, each.score) for each in found]
         return Moments([Found(*(round(number, 3) for number in each)) for each in times])

@@ -20,6 +20,7 @@ from evoprune_serve.messages import read_messages
 from evoprune_serve.sources import Source
 
 MOST_STOPS = 16
+SPEECH = ("none", "auto", "tiny", "base", "small", "large-v3-turbo")  # values of `speech` in requests
 MOST_BYTES = 2**21  # of all options of a request as JSON; a schema may have up to 1 MiB
 JSON_OBJECT = {"type": "object"}
 SETTING = re.compile(r"true|false|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)  # value of a method's setting
@@ -246,6 +247,10 @@ def _sampling(fields: Fields) -> dict[str, Any]:
         given |= {"frames": fields.take("frames", int), "fps": given.get("fps")}
     if fields.has("seek"):
         given["seek"] = fields.take("seek", str)
+    if fields.has("speech"):
+        given["speech"] = fields.take("speech", str)
+        if given["speech"] not in SPEECH:  # other values name a folder of this machine
+            fields.refuse("speech", f"is none of {', '.join(SPEECH)}")
     for name in ("start", "end"):
         if fields.has(name):
             value = fields.take(name, (int, float, str))

@@ -1,0 +1,447 @@
+"""Transcribe the speech of a video with faster-whisper, for the place in the prompt where subtitles go.
+
+Transcription runs in its own thread, on the CPU, so it overlaps with loading the model and reading frames. A worker process decodes
+the sound (`read_audio`), and faster-whisper only gets arrays. Sound is transcribed in windows of bounded length, which end where it
+is quietest, so memory use does not grow with the length of the video. The lines depend only on the sound, the span and the model:
+nothing is sampled, and windows depend on each other only through the language, which the first spoken words determine.
+
+This file imports neither torch nor faster-whisper before something is transcribed.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Protocol
+
+from evoprune.errors import ModelError, first_line, is_out_of_memory
+from evoprune.report import OVERLAP
+from evoprune.session.hub import cached_folder, fetch, reach
+from evoprune.session.reading import Reading, Readings, state_of, stop_all
+from evoprune.untrusted import loads
+from evoprune.util import file_stats, open_safetensors
+from evoprune.video import Plan, SamplingOptions, Scope, Subtitles, Video, read_audio, read_subtitles
+
+if TYPE_CHECKING:
+    import numpy as np
+    from faster_whisper import WhisperModel
+
+    from evoprune.language import Tokenizer
+    from evoprune.model import Clock
+    from evoprune.session.cache import Cache
+
+# Ids on the hub. The files are what faster-whisper downloads.
+MODELS = {
+    "tiny": "Systran/faster-whisper-tiny",
+    "base": "Systran/faster-whisper-base",
+    "small": "Systran/faster-whisper-small",
+    "large-v3-turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
+}
+FILES = ("config.json", "preprocessor_config.json", "model.bin", "tokenizer.json", "vocabulary.*")
+AUTO = "base"  # the model of "auto"
+RATE = 16_000  # samples per second
+WINDOW_S = 120.0  # longest window of sound that is transcribed at a time
+LAST_S = 15.0  # a window ends at the quietest place in its last seconds
+QUIET_S = 0.2  # length of the place whose loudness counts
+BRIDGE_S = 1.0  # shorter gaps in the sound become silence; a longer one ends a window
+LEAST_S = 0.1  # a shorter window is not transcribed
+REPEATED = 2.4  # Whisper's own limit: text that compresses better is a loop, which it makes of music and noise
+MOST_KEPT = 64  # finished transcripts that are kept in memory
+STAGE = "speech"
+NO_SOUND = "no_sound"
+DAMAGED = "damaged_sound"
+OPTIONS = {
+    "beam_size": 5,
+    "temperature": 0.0,
+    "condition_on_previous_text": False,  # otherwise one wrong line leads to more
+    "vad_filter": True,  # skips silence and music, of which Whisper makes words
+}
+
+Line = tuple[float, float, str]
+Progress = Callable[[str, int, int], None]
+
+
+class Allowed(Protocol):
+    """The fields of `ModelOptions` that apply to the speech model too. It is not imported, because it checks `speech`."""
+
+    @property
+    def offline(self) -> bool: ...
+
+    @property
+    def cores(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What is said in a span of a video."""
+
+    lines: list[Line] = field(default_factory=list)
+    language: str | None = None
+    damaged: bool = False  # whether some of the sound cannot be decoded
+
+
+def with_speech(
+    tokenizer: "Tokenizer",
+    plan: Plan,
+    sampling: SamplingOptions,
+    options: Allowed,
+    *,
+    clock: "Clock | None" = None,
+    cache: "Cache | None" = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Return a plan with the transcribed speech as its subtitles, unless it has subtitles or `speech` is "none".
+
+    See `speech_of` for the other arguments and for errors.
+    """
+    if sampling.speech == "none" or plan.subtitles.source is not None or plan.info.is_picture:
+        return plan
+    span = plan.full.sampling.start_s, plan.full.sampling.end_s
+    found = speech_of(plan.info, sampling, span, options, clock=clock, cache=cache, progress=progress)
+    return replace(plan, subtitles=found.fitted(sampling.max_subtitle_tokens, lambda text: len(tokenizer.encode(text))))
+
+
+def speech_of(
+    info: Video,
+    sampling: SamplingOptions,
+    span: tuple[float, float],
+    options: Allowed,
+    *,
+    clock: "Clock | None" = None,
+    cache: "Cache | None" = None,
+    progress: Progress | None = None,
+) -> Subtitles:
+    """Transcribe what is said in a span of a video. Without sound there are no lines, and a note says so.
+
+    Args:
+        sampling: Its `speech` names the model, and is not "none".
+        span: Start and end in seconds from the first frame.
+        options: Options of the model that answers, which apply to the speech model too.
+        clock: Gets the seconds of "speech", and as "overlap" those of them that nobody waited for.
+        cache: The disk cache, which keeps transcripts too.
+        progress: Called with "speech", the seconds transcribed and the seconds in all, while waiting.
+
+    Raises:
+        ModelError: If the speech model is damaged, or cannot be downloaded.
+        VideoError: If the file can no longer be read.
+        OutOfMemory: If memory is short.
+    """
+    if not info.has_sound:
+        return Subtitles(warnings=[] if sampling.speech == "auto" else [NO_SOUND])
+    wanted = _Wanted.of(info, sampling, span, options)
+    heard = wanted.cached(cache) or wanted.waited_for(clock, cache, progress)
+    warnings = [DAMAGED] if heard.damaged else []
+    source = f"speech ({wanted.model})"
+    return Subtitles(source, heard.lines, warnings, speech=wanted.model, language=heard.language)
+
+
+def begin_speech(plan: Plan, sampling: SamplingOptions, options: Allowed) -> Callable[[], None]:
+    """Start transcribing an input that will be opened later. Returns a function that stops it, unless somebody else wants it."""
+    span = plan.full.sampling.start_s, plan.full.sampling.end_s
+    info = plan.info
+    if sampling.speech == "none" or info.is_picture or not info.has_sound:
+        return lambda: None
+    if read_subtitles(info, sampling.subtitles_wanted, *span).source is not None:
+        return lambda: None
+    wanted = _Wanted.of(info, sampling, span, options)
+    wanted.begin()
+    return wanted.release
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A transcript that is wanted. Equal objects mean equal transcripts."""
+
+    info: Video = field(compare=False)
+    path: str
+    state: tuple | None  # of the file
+    span: tuple[float, float]
+    model: str
+    offline: bool = field(compare=False)
+    cores: int | None = field(compare=False)
+
+    @classmethod
+    def of(cls, info: Video, sampling: SamplingOptions, span: tuple[float, float], options: Allowed) -> "_Wanted":
+        model = AUTO if sampling.speech == "auto" else sampling.speech
+        path = os.path.abspath(info.path)
+        return cls(info, path, state_of(path), span, model, bool(options.offline), options.cores)
+
+    def begin(self) -> Reading["_Piece"]:
+        """Return the running or finished transcription. Call `release` once it is no longer needed."""
+        with _lock:
+            reading = _readings.get(self)
+            failed = reading is not None and reading.problem is not None
+            if reading is None or failed or not (reading.complete or reading.is_here):
+                reading = _readings[self] = Reading(self._pieces, _group(), shared=True)
+            _readings.move_to_end(self)
+            reading.users += 1
+            return reading
+
+    def release(self) -> None:
+        stopped = []
+        with _lock:
+            reading = _readings.get(self)
+            if reading is None:
+                return
+            reading.users -= 1
+            if reading.users <= 0 and not reading.complete:
+                stopped.append(_readings.pop(self))
+            unused = [key for key, each in _readings.items() if each.users <= 0]
+            for key in unused[: max(0, len(_readings) - MOST_KEPT)]:
+                stopped.append(_readings.pop(key))
+        stop_all(stopped)
+
+    def waited_for(self, clock: "Clock | None", cache: "Cache | None", progress: Progress | None) -> Transcript:
+        """Transcribe, or wait for the transcription that is running."""
+        reading = self.begin()
+        start = time.perf_counter()
+        total = max(1, round(self.span[1] - self.span[0]))
+
+        def tell() -> None:
+            if progress:
+                progress(STAGE, min(reading.frames, total), total)
+
+        try:
+            tell()
+            pieces = list(reading.chunks(tell))
+        finally:
+            self.release()
+        waited_s = time.perf_counter() - start
+        if clock:
+            # Only the first one who takes a transcript is told what it took.
+            busy_s = max(waited_s, sum(piece.taken_seconds() for piece in pieces))
+            clock.seconds[STAGE] = clock.seconds.get(STAGE, 0.0) + busy_s
+            clock.seconds[OVERLAP] = clock.seconds.get(OVERLAP, 0.0) + busy_s - waited_s
+        language = next((piece.language for piece in pieces if piece.language), None)
+        lines = [line for piece in pieces for line in piece.lines]
+        heard = Transcript(lines, language, any(piece.damaged for piece in pieces))
+        if cache and not heard.damaged:
+            self._store(cache, heard)
+        return heard
+
+    # The disk cache.
+
+    def cached(self, cache: "Cache | None") -> Transcript | None:
+        """Return the transcript in the disk cache, or None."""
+        if cache is None:
+            return None
+        try:
+            key = self._key(cache)
+            with open_safetensors(cache.of_speech.path(key)) as file:
+                about, digest = (file.metadata()[name] for name in ("about", "digest"))
+            if digest != hashlib.blake2b(about.encode()).hexdigest():
+                return None
+            facts = loads(about)
+            lines = [(float(start), float(end), str(text)) for start, end, text in facts["lines"]]
+            return Transcript(lines, facts["language"]) if facts["key"] == key else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _key(self, cache: "Cache") -> str:
+        """Return a key of everything that a transcript depends on. Raises OSError if a file is missing."""
+        folder = _local_folder(self.model)
+        if folder is None:
+            raise FileNotFoundError(self.model)
+        facts = {
+            "video": cache.content_hash(self.path),
+            "start_s": self.info.start_s,
+            "span": self.span,
+            "model": file_stats(os.path.join(folder, name) for name in sorted(os.listdir(folder))),
+            "windows": [WINDOW_S, LAST_S, QUIET_S, BRIDGE_S, LEAST_S, REPEATED],
+            "options": OPTIONS,
+            "code": [_version(name) for name in ("evoprune", "faster-whisper", "ctranslate2", "av")],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _store(self, cache: "Cache", heard: Transcript) -> None:
+        from safetensors.numpy import save
+
+        try:
+            key = self._key(cache)
+        except OSError:
+            return
+        facts = {"key": key, **asdict(heard)}
+        about = json.dumps(facts)
+        content = save({}, {"about": about, "digest": hashlib.blake2b(about.encode()).hexdigest()})
+        cache.of_speech.write(key, lambda file: file.write(content))
+
+    # The thread.
+
+    def _pieces(self, reading: Reading) -> Iterator["_Piece"]:
+        """Transcribe window by window. Each piece has the lines of a window."""
+        start = time.perf_counter()
+        model = _loaded(self.model, self.offline, self.cores)
+        language = None
+        damaged = 0
+        for start_s, samples, damaged in _windows(self.info, *self.span):
+            lines: list[Line] = []
+            if len(samples) >= LEAST_S * RATE:
+                for line, spoken in _transcribed(model, samples, language):
+                    Scope.check()
+                    begin_s, end_s, text = line
+                    lines.append((start_s + begin_s, start_s + end_s, text))
+                    language = spoken
+                    reading.at_least(round(start_s + end_s - self.span[0]))
+            reading.at_least(round(start_s + len(samples) / RATE - self.span[0]))
+            yield _Piece(lines, language if lines else None, bool(damaged), [time.perf_counter() - start])
+            start = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The lines of a window, and the seconds that they took, until somebody takes them."""
+
+    lines: list[Line]
+    language: str | None
+    damaged: bool
+    seconds: list[float] = field(default_factory=list)
+
+    def taken_seconds(self) -> float:
+        try:
+            return self.seconds.pop()
+        except IndexError:
+            return 0.0
+
+
+_lock = threading.RLock()
+_readings: OrderedDict[_Wanted, Reading[_Piece]] = OrderedDict()
+
+
+@lru_cache(maxsize=1)
+def _group() -> Readings:
+    """The group of all transcriptions, which run one after another."""
+    return Readings()
+
+
+def _forget() -> None:
+    """Forget everything in a forked child, which lacks the threads."""
+    global _lock
+    _lock = threading.RLock()
+    _readings.clear()
+    _group.cache_clear()
+    _whisper.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _windows(info: Video, start_s: float, end_s: float) -> Iterator[tuple[float, "np.ndarray", int]]:
+    """Yield the sound of a span in windows: their start in seconds, float32 `[n]`, and the number of damaged packets so far."""
+    import numpy as np
+
+    most = round(WINDOW_S * RATE)
+    held = np.empty(0, np.float32)
+    at_s = start_s
+    damaged = 0
+    with closing(read_audio(info, start_s, end_s)) as pieces:
+        for piece in pieces:
+            damaged = piece.damaged
+            if not len(piece.samples):
+                continue
+            gap_s = piece.start_s - (at_s + len(held) / RATE)
+            if len(held) and gap_s > BRIDGE_S:
+                yield at_s, held, damaged
+                held = held[:0]
+            if not len(held):
+                at_s = piece.start_s
+                gap_s = 0.0
+            held = np.concatenate([held, np.zeros(max(0, round(gap_s * RATE)), np.float32), piece.samples])
+            while len(held) > most:
+                end = _quietest(held[:most])
+                yield at_s, held[:end], damaged
+                at_s += end / RATE
+                held = held[end:]
+    yield at_s, held, damaged
+
+
+def _quietest(samples: "np.ndarray") -> int:
+    """Return the middle of the quietest place in the last seconds of a window, as an index."""
+    import numpy as np
+
+    size = round(QUIET_S * RATE)
+    count = round(LAST_S / QUIET_S)
+    last = samples[-size * count :].reshape(count, size)
+    return len(samples) - size * count + int(np.square(last).sum(1).argmin()) * size + size // 2
+
+
+def _transcribed(model: "WhisperModel", samples: "np.ndarray", language: str | None) -> Iterator[tuple[Line, str]]:
+    """Yield the lines of a window, with times in seconds from its start, and the language."""
+    try:
+        segments, info = model.transcribe(samples, language=language, **OPTIONS)
+        for segment in segments:
+            text = " ".join(segment.text.split())
+            if text and segment.compression_ratio <= REPEATED:
+                yield (float(segment.start), float(segment.end), text), info.language
+    except (RuntimeError, ValueError) as problem:
+        if is_out_of_memory(problem):
+            raise
+        hint = "is its folder complete, and of a version that ctranslate2 reads?"
+        raise ModelError(f"the speech model failed: {first_line(problem)}", hint) from problem
+
+
+def _loaded(model: str, offline: bool, cores: int | None) -> "WhisperModel":
+    folder = _folder(model, offline)
+    try:
+        return _whisper(folder, cores or 0)
+    except (RuntimeError, ValueError, OSError) as problem:
+        if is_out_of_memory(problem):
+            raise
+        raise ModelError(
+            f"the speech model in {folder} cannot be loaded: {first_line(problem)}",
+            "it is incomplete or damaged: delete the folder, and it is downloaded again",
+        ) from problem
+
+
+@lru_cache(maxsize=1)
+def _whisper(folder: str, cores: int) -> "WhisperModel":
+    from faster_whisper import WhisperModel
+
+    return WhisperModel(folder, device="cpu", compute_type="int8", cpu_threads=cores, local_files_only=True)
+
+
+def _folder(model: str, offline: bool) -> str:
+    """Return the folder of a speech model. Downloads it if it is missing.
+
+    Raises:
+        ModelError: If it is missing and cannot be downloaded, or the network may not be used.
+    """
+    if folder := _local_folder(model):
+        return folder
+    name = MODELS[model]
+    unreachable = reach(name, None, offline)
+    if unreachable is not None:
+        hint = f"where there is a network: hf download {name} --local-dir DIR; then the speech model is DIR"
+        raise ModelError(f"the speech model {model} is not on this machine, and {unreachable}", hint)
+    return str(fetch(name, None, FILES, None))
+
+
+def _local_folder(model: str) -> str | None:
+    """Return the folder of a speech model, or None if it must be downloaded first."""
+    if model not in MODELS:
+        return os.path.abspath(model)
+    folder = cached_folder(MODELS[model], None)
+    return (
+        str(folder) if folder and all((folder / name).is_file() for name in ("model.bin", "tokenizer.json")) else None
+    )
+
+
+def check_offline(speech: str, offline: bool) -> None:
+    """Raise ModelError if a speech model must be downloaded, but the network may not be used. Downloads nothing."""
+    model = AUTO if speech == "auto" else speech
+    if speech != "none" and offline:
+        _folder(model, offline)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,174 @@
+"""Decodes the sound of a video for speech recognition: mono, float32, 16 kHz, only the part that is asked about.
+
+Memory use does not grow with the length of the sound: `SoundReader.fill` hands out one piece at a time.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+
+import av
+import numpy as np
+from av.audio.frame import AudioFrame
+from av.audio.resampler import AudioResampler
+from av.audio.stream import AudioStream
+from av.packet import Packet
+from av.stream import Discard
+
+from evoprune.errors import VideoError
+from evoprune.video.info import Video
+from evoprune.video.readers import ffmpeg
+
+RATE = 16_000  # samples per second
+GAP_S = 0.1  # a step of the timestamps that is larger begins a new piece
+EARLIER_S = 0.5  # decoding begins this long before the start, because a decoder needs some packets to settle
+MOST_VALUES = 2 * 48_000 * 100 * 3600  # decoded values of all channels: 100 hours in stereo at 48 kHz
+
+Run = tuple[float, np.ndarray]  # start in seconds from the first video frame, and float32 `[n]`
+
+
+class SoundReader:
+    """Hands out the sound of a span of a video. See `evoprune.video.sound.read_audio` for the arguments."""
+
+    def __init__(self, info: Video, start_s: float, end_s: float):
+        self._path = info.path
+        self._damaged = 0
+        self._runs = self._read(info, start_s, end_s)
+        self._next: Run | None = None  # decoded, but not handed out yet
+
+    def fill(self, content: np.ndarray) -> dict[str, float | int | bool]:
+        """Write the next samples into `content`, without a gap between them.
+
+        Args:
+            content: uint8 `[4 n]`, room for n samples.
+
+        Returns:
+            "start_s", the time of the first sample in seconds from the first video frame; "samples", their number, at most n;
+            "damaged", the number of packets so far that could not be decoded; and "done", True for the last samples.
+        """
+        room = content.view(np.float32)
+        start_s = 0.0
+        filled = 0
+        with ffmpeg.reading(self._path):
+            while filled < len(room) and self._has_next():
+                at_s, samples = self._next
+                if not filled:
+                    start_s = at_s
+                elif abs(start_s + filled / RATE - at_s) > 1 / RATE:
+                    break
+                taken = samples[: len(room) - filled]
+                room[filled : filled + len(taken)] = taken
+                filled += len(taken)
+                self._next = (at_s + len(taken) / RATE, samples[len(taken) :])
+            done = not self._has_next()
+        return {"start_s": start_s, "samples": filled, "damaged": self._damaged, "done": done}
+
+    def close(self) -> None:
+        self._runs.close()
+
+    def _has_next(self) -> bool:
+        while self._next is None or not len(self._next[1]):
+            self._next = next(self._runs, None)
+            if self._next is None:
+                return False
+        return True
+
+    def _read(self, info: Video, start_s: float, end_s: float) -> Iterator[Run]:
+        """Yield the sound between two times in order. Times never go back, and a gap in the file is a gap in the times."""
+        with ffmpeg.open_video(info.path) as container:
+            stream = container.streams.best("audio")
+            if stream is None:
+                return
+            if stream.codec_context is None:  # FFmpeg has no decoder for it
+                self._damaged += 1
+                return
+            for at_s, samples in self._resampled(stream, info, start_s):
+                if at_s >= end_s:
+                    return
+                first = max(0, math.ceil((start_s - at_s) * RATE))
+                end = math.ceil((end_s - at_s) * RATE)
+                if first < min(end, len(samples)):
+                    yield at_s + first / RATE, samples[first:end]
+
+    def _resampled(self, stream: AudioStream, info: Video, start_s: float) -> Iterator[Run]:
+        resampler = None
+        begun_s = 0.0  # time of the first sample of the current run
+        made = 0  # samples of the current run
+        given_s = 0.0  # end of the frames that the resampler got
+        shift_s = 0.0  # correction after the file's clock restarted
+        for frame, own_s in self._frames(stream, info, start_s):
+            at_s = given_s if own_s is None else own_s + shift_s
+            if resampler and ffmpeg.restarts(at_s - given_s, info.container):
+                shift_s += given_s - at_s
+                at_s = given_s
+            pieces = []
+            if resampler and abs(at_s - given_s) > GAP_S:
+                pieces = resampler.resample(None)
+                yield begun_s + made / RATE, _joined(pieces)
+                resampler = None
+            if resampler is None:
+                resampler = AudioResampler(format="flt", layout="mono", rate=RATE)
+                begun_s = given_s = at_s
+                made = 0
+            frame.pts = None  # the times are kept here
+            try:
+                pieces = resampler.resample(frame)
+            except ValueError:  # the format changes
+                yield begun_s + made / RATE, _joined(resampler.resample(None))
+                resampler = AudioResampler(format="flt", layout="mono", rate=RATE)
+                begun_s = given_s
+                made = 0
+                pieces = resampler.resample(frame)
+            samples = _joined(pieces)
+            yield begun_s + made / RATE, samples
+            made += len(samples)
+            given_s += frame.samples / frame.sample_rate
+        if resampler:
+            yield begun_s + made / RATE, _joined(resampler.resample(None))
+
+    def _frames(self, stream: AudioStream, info: Video, start_s: float) -> Iterator[tuple[AudioFrame, float | None]]:
+        """Yield decoded frames and their times in seconds from the first video frame, or None if they state none."""
+        container = stream.container
+        if container.format.name == ffmpeg.MOV:  # its index lets FFmpeg jump over the packets of other tracks
+            for other in container.streams:
+                if other.index != stream.index:
+                    other.discard = Discard.all
+        if start_s > EARLIER_S and not info.clock_restarts:
+            with suppress(av.error.FFmpegError):  # the container cannot seek
+                at = math.floor((info.start_s + start_s - EARLIER_S) / stream.time_base)
+                container.seek(at, stream=stream)
+        values = 0
+        settled = start_s <= EARLIER_S  # damage right after seeking is none
+        for packet in ffmpeg.packets(container, stream):
+            if packet is not None and not packet.size and packet.dts is not None:
+                continue
+            frames: list[AudioFrame] = []
+            broken = packet is None or packet.is_corrupt or packet.has_sidedata("encryption_info")
+            if packet is None or not packet.has_sidedata("encryption_info"):
+                try:
+                    frames = stream.codec_context.decode(packet)
+                except av.error.FFmpegError:
+                    broken = True
+            own_s = _time(packet, stream, info)
+            settled = settled or own_s is None or own_s >= start_s
+            if broken and settled:
+                self._damaged += 1
+            for frame in frames:
+                ffmpeg.alive()
+                values += frame.samples * max(1, frame.layout.nb_channels)
+                if values > MOST_VALUES:
+                    hint = "give a part of it: --start, --end"
+                    raise VideoError(f"the sound of {info.path} is longer than 100 hours", hint)
+                if frame.samples and frame.sample_rate:
+                    yield frame, _time(frame, stream, info)
+
+
+def _time(data: Packet | AudioFrame | None, stream: AudioStream, info: Video) -> float | None:
+    if data is None or data.pts is None:
+        return None
+    return float(data.pts * (data.time_base or stream.time_base)) - info.start_s
+
+
+def _joined(frames: list[AudioFrame]) -> np.ndarray:
+    pieces = [frame.to_ndarray()[0] for frame in frames]
+    return np.concatenate(pieces) if pieces else np.empty(0, np.float32)

@@ -1,0 +1,96 @@
+"""Reads the sound of a video as samples for speech recognition. The file is decoded in a worker process."""
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from evoprune.errors import UsageError, VideoError
+from evoprune.video.info import Video
+from evoprune.video.sandbox.channel import FrameMemory
+from evoprune.video.sandbox.isolation import HINT, borrow
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RATE = 16_000  # samples per second
+PIECE_S = 30.0
+SPEECH_MODELS = ("tiny", "base", "small", "large-v3-turbo")
+SPEECH_FILES = ("model.bin", "config.json", "tokenizer.json")  # a folder with a speech model has them all
+
+
+def check_speech(speech: str) -> None:
+    """Check the option `speech` as far as possible without loading anything.
+
+    Raises:
+        UsageError: it is neither a known word nor a folder with a model for CTranslate2, or faster-whisper is not installed.
+    """
+    if speech == "none":
+        return
+    if speech not in ("auto", *SPEECH_MODELS):
+        choices = f"use auto, {', '.join(SPEECH_MODELS)}, or a folder with a Whisper model for CTranslate2"
+        if not os.path.isdir(speech):
+            raise UsageError(f"there is no speech model {speech!r}", choices)
+        missing = [name for name in SPEECH_FILES if not os.path.isfile(os.path.join(speech, name))]
+        if missing:
+            raise UsageError(f"{speech} is no speech model: it has no {missing[0]}", choices)
+    if "faster_whisper" not in sys.modules and find_spec("faster_whisper") is None:
+        raise UsageError("speech needs faster-whisper, which is not installed", "pip install 'evoprune[speech]'")
+
+
+@dataclass(frozen=True)
+class SoundPiece:
+    """Consecutive samples of the sound of a video."""
+
+    start_s: float  # time of the first sample in seconds from the first video frame
+    samples: "np.ndarray"  # float32 `[n]` from -1 to 1, mono, 16 kHz
+    damaged: int  # packets so far that could not be decoded
+
+    @property
+    def end_s(self) -> float:
+        return self.start_s + len(self.samples) / RATE
+
+
+def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece]:
+    """Yield the sound of a span of a video in pieces of at most `PIECE_S` seconds. A video without sound has none.
+
+    Samples for which the file has no sound are left out: the next piece then starts later than the piece before it ends. Packets
+    that cannot be decoded are skipped and counted. Close the iterator to stop early.
+
+    Args:
+        start_s, end_s: the span, in seconds from the first video frame.
+
+    Raises:
+        VideoError: the file can no longer be read, or the worker process crashed; see also `isolation.run_task`.
+    """
+    if not info.has_sound:
+        return
+    import numpy as np
+
+    size = 4 * round(PIECE_S * RATE)
+    # With twice the size of a piece, every piece gets memory of its own, which the worker releases after use.
+    memory = FrameMemory(2 * size)
+    with borrow(info.path) as worker:
+        message = worker.request("sound", {"info": asdict(info), "start_s": start_s, "end_s": end_s})
+        done = False
+        after_s = -math.inf
+        while not done:
+            content = worker.ask_to_fill(memory, (size,), message)
+            message = {}
+            said = worker.answer()
+            done = said["done"]
+            worker.busy = not done  # so `borrow` kills the process if the caller stops early
+            at_s = float(said["start_s"])
+            count = said["samples"]
+            if not count and done:
+                at_s = end_s
+            if not (0 <= count <= size // 4 and at_s >= max(start_s, after_s) - 1 and at_s <= end_s):
+                raise VideoError(f"the decoder crashed on {info.path} (its answer is invalid)", HINT)
+            samples = content.view(np.float32)[:count]
+            piece = SoundPiece(at_s, np.clip(np.nan_to_num(samples), -1.0, 1.0), said["damaged"])
+            del samples, content
+            after_s = piece.end_s
+            yield piece
