@@ -1,4 +1,4 @@
-"""The bundled demo models: their files, their training, and the words they know. Imports no numpy."""
+"""The files of the bundled demo models, and what the models were trained to know. Imports no numpy."""
 
 import re
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Answer questions from beginning to end: load a model, open, plan and encode inputs, and generate an answer.
 
-`encoding` and `asking` do the work. `memory` and `prompting` predict its cost, and `session` holds the objects that all
-of them share. `evoprune.VideoQA` calls them.
+`encoding` and `asking` do the work. `memory` predicts how much memory it takes, `prompting` builds prompts and adds subtitles, and
+`session` holds the objects that all of them share. The command line and `evoprune.VideoQA` call them.
 """
 
 from typing import TYPE_CHECKING
