@@ -1,7 +1,7 @@
 """Turn frames into visual tokens: preprocessing, and the vision tower with pruning between its layers.
 
-The encoder runs a method's plan on the weights of a Qwen3-VL, Qwen2.5-VL or Qwen2-VL tower, either this project's or Hugging
-Face's.
+`encode_rows` runs the tower with the selections of a method's plan and returns `EncodedRows`. Its `select_tokens` returns `Encoded`,
+the visual tokens. The weights are those of a Qwen tower, loaded by this project or by Hugging Face's transformers.
 """
 
 from typing import TYPE_CHECKING
