@@ -1,7 +1,7 @@
 """Turn frames into visual tokens: preprocessing, and the vision tower with pruning between its layers.
 
-`encode_rows` runs the tower with the selections of a method's plan and returns `EncodedRows`. Its `select_tokens` returns `Encoded`,
-the visual tokens. The weights are those of a Qwen tower, loaded by this project or by Hugging Face's transformers.
+`encode_rows` runs the tower with the selections of a method's plan and returns `EncodedRows`. Its `select_tokens` returns
+`Encoded`, the visual tokens. The weights are those of a Qwen tower, loaded by this project or by Hugging Face's transformers.
 """
 
 from typing import TYPE_CHECKING
