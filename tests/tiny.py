@@ -3,8 +3,10 @@
 import json
 import math
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 
 from evoprune.model import FAMILIES
@@ -16,6 +18,10 @@ _NAMES = (
 )
 # Families whose language model evoprune runs itself.
 NATIVE = [family for family, traits in FAMILIES.items() if traits.native]
+# Families that the installed transformers has.
+AVAILABLE = [
+    family for family in FAMILIES if Path(find_spec("transformers").origin).parent.joinpath("models", family).is_dir()
+]
 SPECIAL_TOKENS = [f"<|{name}|>" for name in _NAMES.split()]
 
 CHAT_TEMPLATE = """\
@@ -90,6 +96,14 @@ QWEN3_5_TEXT = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+QWEN4_TEXT = {
+    "output_gate_type": "sigmoid",
+    **{"hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [2], "ple_embed_dim": 32, "ple_conv_kernel_size": 3},
+    **{"ngram_size": 3, "heads_per_ngram": 2, "ngram_vocab_size_base": 31, "make_ngram_vocab_size_divisible_by": 8},
+    # Fewer columns than tests read, so that the indexers have to select.
+    **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64},
+    **{"indexer_compress_ratio": 4, "split_ngram_parts": 4},
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
@@ -114,7 +128,14 @@ def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
             QWEN3_5_TEXT | EXPERTS | {"shared_expert_intermediate_size": 48},
             {"mrope_section": of_3_5},
         ),
+        "qwen4_exp": (
+            QWEN3_5_VISION,
+            QWEN3_5_TEXT | EXPERTS | QWEN4_TEXT | {"shared_expert_intermediate_size": 48},
+            {"mrope_section": of_3_5},
+        ),
     }[family]
+    if family not in AVAILABLE:
+        pytest.skip(f"the installed transformers has no {family}")
     if vision.get("patch_size") == 16:
         rope["mrope_interleaved"] = True
     if "layer_types" in text:
@@ -173,7 +194,7 @@ def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl", hea
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     normal = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
     patch, size = 14, {"shortest_edge": 12544, "longest_edge": 50176}
-    if family.startswith("qwen3"):  # their size limits apply to all frames of a video together
+    if family.startswith(("qwen3", "qwen4")):  # their size limits apply to all frames of a video together
         normal = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
         patch, size = 16, {"shortest_edge": 4096, "longest_edge": 12 * 50176}
     for name, content in {

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         to_device,
     )
     from evoprune.backend.hosted import EXPERTS, cache_name, choose_functions, form_of_layers, without_packages
+    from evoprune.backend.indexed import accept_biases
     from evoprune.backend.layers import is_unhooked_linear, joined, kernels_for
     from evoprune.backend.limits import (
         DeviceName,
@@ -51,6 +52,7 @@ __all__ = [
     "Packing",
     "Quantization",
     "Timer",
+    "accept_biases",
     "cache_name",
     "choose_functions",
     "empty_cache",
@@ -98,6 +100,7 @@ __getattr__, __dir__ = door(
             "to_device",
         ],
         "hosted": ["EXPERTS", "cache_name", "choose_functions", "form_of_layers", "without_packages"],
+        "indexed": ["accept_biases"],
         "layers": ["is_unhooked_linear", "joined", "kernels_for"],
         "limits": [
             "Host",

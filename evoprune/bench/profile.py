@@ -296,7 +296,14 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
         share = config.budget.share_of_all([clip.grid])
         dropping = language.dropping_for(method, share, [encoded], prompt)
         state = language.prefill(
-            prompt.embeds, prompt.positions, clip.following, None, prompt.sizes, dropping, prompt.deepstack
+            prompt.embeds,
+            prompt.positions,
+            clip.following,
+            None,
+            prompt.sizes,
+            dropping,
+            prompt.deepstack,
+            prompt.ids,
         )
     with clock.stage("generate"):
         tokens = list(TokenStream(state, GenerationOptions(new_tokens), eos_ids=()))

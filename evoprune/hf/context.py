@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack
 import torch
 from torch import nn
 
-from evoprune.backend import Device, weights_bytes
+from evoprune.backend import Device, accept_biases, weights_bytes
 from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.hf.columns import (
@@ -187,6 +187,7 @@ class PrunedModel:
         interface.check_class(model)
         interface.tower_of(model)
         interface.accept_features(model)
+        accept_biases(model)
         self.model = model
         self.settings = settings
         self._packed = None

@@ -74,13 +74,19 @@ class LanguageModel:
             return KVCache(self.model, columns + ANSWER_COLUMNS)
         return KVCache(self.model, [n + ANSWER_COLUMNS for n in columns])
 
-    def forward(self, *args, **kwargs) -> torch.Tensor:
-        """Read new columns and return the final hidden states of the last ones; see `decoder.forward`."""
-        return self._layers.forward(self.model, *args, **kwargs)
+    def forward(self, *args, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """Read new columns and return the final hidden states of the last ones; see `decoder.forward`.
 
-    def logits(self, *args, **kwargs) -> torch.Tensor:
-        """Read new columns and return the logits after every one of the last ones; see `decoder.logits`."""
-        return self._layers.logits(self.model, *args, **kwargs)
+        `ids`, int64 `[columns]`, are their token ids, which some models read too (`TextConfig.reads_ids`).
+        """
+        return self._layers.forward(self.model, *args, **kwargs, **self._given(ids))
+
+    def logits(self, *args, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """Read new columns and return the logits after every one of the last ones; see `decoder.logits` and `forward`."""
+        return self._layers.logits(self.model, *args, **kwargs, **self._given(ids))
+
+    def _given(self, ids: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+        return {"ids": ids} if self.model.config.text_config.reads_ids else {}
 
     def prefill(
         self,
@@ -91,6 +97,7 @@ class LanguageModel:
         sizes: torch.Tensor | None = None,
         dropping: Dropping | None = None,
         deepstack: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
     ) -> "PrefillState":
         """Read a prompt, or continue one that is in a cache.
 
@@ -100,6 +107,7 @@ class LanguageModel:
             next_position: position of the first generated token: by Qwen's rule, the largest position of the *unpruned* prompt plus
                 one. Only decoding uses it.
             cache: cache with the columns before, extended in place. None starts a new prompt.
+            ids: see `forward`.
         """
         columns = len(inputs_embeds)
         given = {}
@@ -109,7 +117,7 @@ class LanguageModel:
         if cache is None:
             cache = self.new_cache(columns)
         Packing.of(self.model).begin_pass()
-        after = self.logits(inputs_embeds, positions, cache, sizes, deepstack=deepstack, **given)[0]
+        after = self.logits(inputs_embeds, positions, cache, sizes, deepstack=deepstack, ids=ids, **given)[0]
         return PrefillState(self, cache, after, next_position, dropping)
 
     def dropping_for(
@@ -164,7 +172,7 @@ class PrefillState:
         positions = (arange_on(len(ids), "cpu") + self.next_position + len(self.answer)).expand(3, -1)
         embeds = self.language.embed(ids)
         Packing.of(self.language.model).begin_pass()
-        logits = self.language.logits(embeds, positions, self.cache, last=len(ids))
+        logits = self.language.logits(embeds, positions, self.cache, last=len(ids), ids=ids)
         self.answer += ids.tolist()
         self.logits = logits[-1]
         return logits

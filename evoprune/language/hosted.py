@@ -73,7 +73,8 @@ def run_modules(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch
 
 def run_for(model: HostedVL, device: torch.device) -> Callable[..., torch.Tensor]:
     """Return the function that runs the layers: `run_modules`, or `hybrid.run`, whose results are rounded differently."""
-    return run_modules if can_crop(model) else form_of_layers(device, hybrid.run, run_modules)
+    only_modules = can_crop(model) or model.config.text_config.qwen4
+    return run_modules if only_modules else form_of_layers(device, hybrid.run, run_modules)
 
 
 @torch.inference_mode()
@@ -87,8 +88,11 @@ def forward(
     sizes: torch.Tensor | None = None,
     last: int = 1,
     deepstack: torch.Tensor | None = None,
+    ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the final hidden states of the last columns; see `decoder.forward`.
+
+    A model that reads token ids too needs `ids`, int64 `[columns]`, with placeholders for visual tokens.
 
     If a pass fails, a cache that can be cropped stays usable, while a cache with recurrent states becomes invalid.
 
@@ -102,6 +106,8 @@ def forward(
         raise ValueError(f"positions have shape {list(positions.shape)} for {columns} columns")
     if not 1 <= last <= columns:
         raise ValueError(f"last is {last} for {columns} columns")
+    if model.config.text_config.reads_ids and (ids is None or len(ids) != columns):
+        raise ValueError(f"the model needs the token ids of its {columns} columns")
     if cache.can_crop:  # an earlier pass may have failed between two layers
         cache.crop(before)
     elif before < 0:
@@ -118,7 +124,7 @@ def forward(
     for start in range(0, columns, step):
         strip = slice(start, min(start + step, columns))
         hidden.append(
-            _read(model, inputs_embeds[strip], places[..., strip], cache, every, before + start, deepstack, strip)
+            _read(model, inputs_embeds[strip], places[..., strip], cache, every, before + start, deepstack, strip, ids)
         )
     cache.length, cache.sizes = before + columns, every
     return torch.cat(hidden)[-last:] if len(hidden[-1]) < last else hidden[-1][-last:]
@@ -133,6 +139,7 @@ def _read(
     before: int,
     deepstack: torch.Tensor | None,
     strip: slice,
+    ids: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the final hidden states `[columns, hidden]` of a strip of columns, with `before` columns already in the cache."""
     given = {}
@@ -145,6 +152,8 @@ def _read(
     if deepstack is not None and len(deepstack):
         given["deepstack_visual_embeds"] = list(deepstack[:, strip])
         given["visual_pos_masks"] = torch.ones(1, len(embeds), dtype=torch.bool, device=embeds.device)
+    if model.config.text_config.reads_ids:
+        given["ple_input_ids"] = to_device(ids[strip], embeds.device)[None]
     return run(model, embeds, to_device(places, embeds.device), cache.states, **given)
 
 

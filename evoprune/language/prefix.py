@@ -90,13 +90,14 @@ class PrefixCache:
                 if cache is None:
                     cache = language.new_cache(end)
                 part = pruned[known:end]
-                given = {"sizes": part.sizes, "deepstack": part.deepstack}
+                given = {"sizes": part.sizes, "deepstack": part.deepstack, "ids": part.ids}
                 language.forward(part.embeds, part.positions, cache, **given)
                 self._cached = [*self._cached[:1], CachedPrefix(cache, pruned.ids[:end])]
                 cache = cache.copy()
                 known = end
         rest = pruned[known:]
-        state = language.prefill(rest.embeds, rest.positions, rest.following, cache, rest.sizes, None, rest.deepstack)
+        given = {"sizes": rest.sizes, "deepstack": rest.deepstack, "ids": rest.ids}
+        state = language.prefill(rest.embeds, rest.positions, rest.following, cache, **given)
         if crops and goes_on:
             self._cached = [CachedPrefix(state.cache, pruned.ids, state.answer)]
         elif crops:

@@ -1,9 +1,9 @@
 """The content of `config.json`. Imports no torch and no transformers.
 
-`Config.parse` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 model, under Hugging Face's names. Older checkpoints
-keep the settings of the language model at the top level, newer ones in `text_config`; both are supported. A model that evoprune
-could not run faithfully is rejected here, before any weights are read. The differences between the families are recorded here as
-values.
+`Config.parse` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 or Qwen4-Exp model, under Hugging Face's names. Older
+checkpoints keep the settings of the language model at the top level, newer ones in `text_config`; both are supported. A model that
+evoprune could not run faithfully is rejected here, before any weights are read. The differences between the families are recorded
+here as values.
 """
 
 import math
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Annotated, Any, Self
 
+from evoprune.model.qwen4 import DEFAULTS, INDEXED, Qwen4
 from evoprune.untrusted import OBJECT, TEXT, YES_OR_NO, Rule, pick, section
 
 QWEN2_5 = "qwen2_5_vl"
@@ -20,6 +21,7 @@ QWEN3 = "qwen3_vl"
 QWEN3_MOE = "qwen3_vl_moe"
 QWEN3_5 = "qwen3_5"
 QWEN3_5_MOE = "qwen3_5_moe"
+QWEN4 = "qwen4_exp"
 PATCHES = 4  # patches per unit: 2x2
 ANSWER_COLUMNS = 256  # spare columns in a prompt's KV cache, so that an answer of the usual length fits into it
 
@@ -139,6 +141,9 @@ FAMILIES = {
     QWEN3_5: _QWEN3_5,
     QWEN3_5_MOE: replace(
         _QWEN3_5, model="Qwen3_5Moe", tower="Qwen3_5MoeVisionModel", text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS
+    ),
+    QWEN4: replace(
+        _QWEN3_5, model="Qwen4Exp", tower="Qwen4ExpVisionModel", text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS | DEFAULTS
     ),
 }
 
@@ -273,6 +278,12 @@ class TextConfig:
     head_norms: bool = False  # whether queries and keys are normed per head, and have no bias
     delta_net: DeltaNet | None = None
     experts: Experts | None = None
+    qwen4: Qwen4 | None = None
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether the language model reads token ids in addition to embeddings."""
+        return self.qwen4 is not None and len(self.qwen4.ple_layer_ids) > 0
 
     @property
     def output_gate(self) -> bool:
@@ -338,7 +349,7 @@ class Config:
         text = content["text_config"]
         family = vision.pop("family")
         del text["head_norms"]
-        text |= text.pop("delta_net", {}) | text.pop("experts", {})
+        text |= text.pop("delta_net", {}) | text.pop("experts", {}) | text.pop("qwen4", {})
         if FAMILIES[family].embed_dim:
             wide = vision["hidden_size"]
             vision |= {"embed_dim": wide, "hidden_size": vision["out_hidden_size"]}
@@ -375,7 +386,7 @@ def _check_misplaced_sizes(content: dict, family: str) -> None:
     inner = section(content, "text_config")
     if not inner:
         return
-    classes = (TextConfig, DeltaNet, Experts)
+    classes = (TextConfig, DeltaNet, Experts, Qwen4)
     defaults = {field.name: field.default for cls in classes for field in fields(cls)} | dict(FAMILIES[family].text)
     defaults["num_key_value_heads"] = inner.get("num_attention_heads")
     for name in defaults.keys() - {"eos_token_id", "max_position_embeddings"}:
@@ -408,6 +419,10 @@ def _parse_text(content: dict, family: str) -> TextConfig:
         text = replace(text, delta_net=_parse_delta_net(given, text.num_hidden_layers))
     if "num_experts" in traits.text:
         text = replace(text, experts=_parse_experts(given, traits.text.keys(), family))
+    if "hc_count" in traits.text:
+        given.setdefault("ple_embed_dim", text.hidden_size)
+        text = replace(text, qwen4=pick(Qwen4, given, "text_config"))
+        _check(not text.reads_ids or text.eos_token_id not in (None, ()), "text_config has no eos_token_id")
     every = all(map(text.has_experts, range(text.num_hidden_layers)))
     _check(every or text.intermediate_size is not None, "text_config has no intermediate_size")
     attends_over_windows = text.use_sliding_window
@@ -437,6 +452,10 @@ def _parse_text(content: dict, family: str) -> TextConfig:
         share = Rule.number(0, 1).check(rope.get("partial_rotary_factor", 1), "partial_rotary_factor")
     _check(2 * sum(sections) == int(head_size(text) * share), "mrope_section does not fit the heads")
     Rule.number(1e-6, 1e15).check(rope["rope_theta"], "rope_theta")
+    if text.qwen4:
+        linear = [text.is_linear(layer) for layer in range(text.num_hidden_layers)]
+        problem = text.qwen4.problem(linear, 2 * sum(sections))
+        _check(problem is None, f"text_config: {problem}")
     return replace(text, head_norms=traits.head_norms, use_sliding_window=False)
 
 
@@ -447,6 +466,8 @@ def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
     for layer in range(interval - 1, depth, interval):
         kinds[layer] = FULL
     net = pick(DeltaNet, {"layer_types": kinds} | given, "text_config")
+    if "hc_count" in given:
+        net = replace(net, layer_types=tuple(FULL if kind in INDEXED else kind for kind in net.layer_types))
     _check(len(net.layer_types) == depth, f"layer_types has {len(net.layer_types)} entries for {depth} layers")
     for kind in net.layer_types:
         _check(kind in (FULL, LINEAR), f"a layer of type {kind[:100]!r} is not supported", Unsupported)
@@ -457,7 +478,11 @@ def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
         given.get("attn_output_gate", True) is True, "attention without an output gate is not supported", Unsupported
     )
     gate = given.get("output_gate_type", "swish")
-    _check(gate in ("swish", "silu"), f"output_gate_type {gate!r} is not supported, only swish", Unsupported)
+    _check(
+        gate in ("swish", "silu") or "hc_count" in given,
+        f"output_gate_type {gate!r} is not supported, only swish",
+        Unsupported,
+    )
     return net
 
 

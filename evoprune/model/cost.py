@@ -86,6 +86,9 @@ class Cost:
             total += text.vocab_size * h
         for layer in range(text.num_hidden_layers):
             total += 2 * h
+            if text.qwen4:
+                total += 2 * (text.qwen4.mixer_weights(h) - h)
+                total += 0 if text.is_linear(layer) else text.qwen4.indexer_weights(h)
             if text.is_linear(layer):
                 mixed = 2 * net.key_size + net.value_size
                 heads = net.linear_num_value_heads
@@ -99,6 +102,8 @@ class Cost:
                     total += h * (1 + 3 * shared)
             else:
                 total += 3 * h * text.intermediate_size
+        if text.qwen4:
+            total += text.qwen4.mixer_weights(h, writes=False) - h + text.qwen4.ngram_weights(h)
         return total
 
     def tower_flop(self, rows: Sequence[int], grids: int, windows: int) -> float:
@@ -149,6 +154,10 @@ class Cost:
             if config.has_experts(layer):
                 gates = config.experts.num_experts + (config.experts.shared_expert_intermediate_size is not None)
                 total += 2 * h * gates * mlp
+        if config.qwen4:
+            layers = config.num_hidden_layers
+            attention = sum(not config.is_linear(layer) for layer in range(layers))
+            total += config.qwen4.prefill_flop(h, layers, attention, keys)
         return total
 
     def _delta_flop(self) -> float:
@@ -243,6 +252,9 @@ class Cost:
             state = net.value_size * net.linear_key_head_dim * 4
             seen = (2 * net.key_size + net.value_size) * net.linear_conv_kernel_dim * bytes_each
             total += sum(linear) * (state + seen)
+            if text.qwen4:
+                columns = sum(length for length, is_linear in zip(lengths, linear, strict=True) if not is_linear)
+                total += text.qwen4.state_bytes(text.hidden_size, columns, bytes_each)
         return total
 
     def language_bytes(self, prompt: int | Sequence[int], bytes_each: int) -> int:
@@ -251,7 +263,7 @@ class Cost:
         lengths = _of_each_layer(prompt, text.num_hidden_layers)
         added = self._vision.layers_read - 1  # number of layers that DeepStack adds features to
         inner = max(_mlp_size(text, layer) for layer in range(text.num_hidden_layers))
-        wide = 8 * 4 * text.hidden_size
+        wide = 8 * 4 * text.hidden_size * (text.qwen4.hc_count if text.qwen4 else 1)
         if net := text.delta_net:  # chunks are computed in float32, with a copy of the keys per value head
             heads = net.linear_num_value_heads
             key = net.linear_key_head_dim

@@ -10,7 +10,7 @@ from tests.tiny import save_tiny
 pytest.importorskip("torchvision", exc_type=ImportError)
 pytestmark = pytest.mark.full
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "qwen4_exp"]
 NEW = 6
 
 

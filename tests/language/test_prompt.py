@@ -498,7 +498,7 @@ def test_ids_of_placeholders_are_those_that_the_tokenizer_has_by_name():
     assert (ids == 248053).sum() == (ids == 248054).sum() == 3
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "qwen4_exp"])
 def test_positions_of_frame_pairs_with_times_are_those_of_transformers(family):
     from transformers import AutoModelForImageTextToText
 

@@ -6,15 +6,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from evoprune.model.config import FAMILIES, QWEN3_5, QWEN3_5_MOE, Config, head_size
+from evoprune.model.config import FAMILIES, QWEN3_5, QWEN3_5_MOE, QWEN4, Config, head_size
 from evoprune.model.cost import DELTA_CHUNK, Cost, _mlp_size
 from evoprune.model.weights import QwenVL
 from evoprune.session import BUNDLED_CONFIGS
 from evoprune.session.loading.hosted import hugging_face_config
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import AVAILABLE, tiny_config, tiny_model
 
-TINY = {family: Config.parse(tiny_config(family).to_dict()) for family in FAMILIES}
+TINY = {family: Config.parse(tiny_config(family).to_dict()) for family in AVAILABLE}
 BUNDLED = {name: Config.parse(json.loads(path.read_text())) for name, path in BUNDLED_CONFIGS.items()}
+
+
+def ids_for(text, columns):
+    return {"ple_input_ids": torch.arange(columns)[None]} if text.reads_ids else {}
 
 
 @pytest.mark.few(6)
@@ -31,7 +35,7 @@ def test_parameters_are_those_of_transformers(name):
         assert Cost(config).parameters == sum(weight.numel() for weight in QwenVL.empty(config).parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", AVAILABLE)
 def test_operations_of_a_prompt_are_those_of_transformers(family):
     config, n = TINY[family].text_config, 2 * DELTA_CHUNK
     model = tiny_model(family=family)
@@ -40,7 +44,7 @@ def test_operations_of_a_prompt_are_those_of_transformers(family):
     language = model.model.language_model
     embeds = torch.randn(1, n, config.hidden_size)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        language(inputs_embeds=embeds)
+        language(inputs_embeds=embeds, **ids_for(config, n))
     # And the output layer for the last column.
     expected = counter.get_total_flops() + 2 * config.hidden_size * config.vocab_size
     depth = config.num_hidden_layers
@@ -56,7 +60,7 @@ def test_operations_of_a_prompt_are_those_of_transformers(family):
     assert flop([n] * depth) == flop([(n, n, n)] * depth) == flop(n)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", AVAILABLE)
 def test_bytes_of_a_cache_are_those_of_transformers(family):
     from transformers import DynamicCache
 
@@ -64,23 +68,30 @@ def test_bytes_of_a_cache_are_those_of_transformers(family):
     for n in (7, 70):
         cache = DynamicCache(config=model.config)
         with torch.inference_mode():
-            model(inputs_embeds=torch.randn(1, n, 64), past_key_values=cache, use_cache=True)
+            model(
+                inputs_embeds=torch.randn(1, n, 64),
+                past_key_values=cache,
+                use_cache=True,
+                **ids_for(config.text_config, n),
+            )
         held = []
         for layer in cache.layers:
             held += (
                 [*layer.conv_states.values(), *layer.recurrent_states.values()] if hasattr(layer, "conv_states") else []
             )
+            held += [layer.indexer_keys] if hasattr(layer, "indexer_keys") else []
             held += [layer.keys, layer.values] if getattr(layer, "keys", None) is not None else []
         depth = config.text_config.num_hidden_layers
         kv_bytes = Cost(config).kv_bytes
-        assert kv_bytes(n, 4) == kv_bytes([n] * depth, 4) == sum(each.nbytes for each in held)
+        assert kv_bytes(n, 4) == kv_bytes([n] * depth, 4) == sum(each.nbytes for each in held if each is not None)
 
 
-@pytest.mark.parametrize("family", [QWEN3_5, QWEN3_5_MOE])
+@pytest.mark.parametrize("family", [QWEN3_5, QWEN3_5_MOE, QWEN4])
 def test_only_attention_grows_with_the_prompt(family):
     cost, text = Cost(TINY[family]), TINY[family].text_config
     grown = cost.kv_bytes(100, 2) - cost.kv_bytes(50, 2)
-    assert grown == 2 * 50 * 2 * text.num_key_value_heads * head_size(text) * 2 and cost.kv_bytes(0) > 0
+    indexed = text.qwen4.indexer_head_dim if text.qwen4 else 0
+    assert grown == 2 * 50 * (2 * text.num_key_value_heads * head_size(text) + indexed) * 2 and cost.kv_bytes(0) > 0
     assert cost.language_bytes(200, 2) > cost.language_bytes(100, 2) > cost.kv_bytes(100, 2)
 
 

@@ -41,7 +41,7 @@ def logprob(video, loaded, question, text):
 
 @pytest.mark.few(4)
 @pytest.mark.parametrize("score", ["sum", "mean"])
-@pytest.mark.parametrize("model", ["demo", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_vl_moe"])
+@pytest.mark.parametrize("model", ["demo", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_vl_moe", "qwen4_exp"])
 def test_probabilities_are_those_of_the_tokens(loaded, model, score):
     video = VideoQA(loaded(model), budget=0.5).encode(CLIP, frames=4)
     expected = [logprob(video, loaded(model), QUESTION, text) for text in CHOICES]

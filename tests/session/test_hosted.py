@@ -32,7 +32,7 @@ from tests.quantized import parameters
 from tests.tiny import save_tiny
 
 CLIP = "samples/square.mp4"
-FAMILIES = ["qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"]
+FAMILIES = ["qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "qwen4_exp"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -31,7 +31,7 @@ CLIP, LONG, QUESTION = "samples/square.mp4", "samples/arrivals.webm", "What happ
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"])
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"])
 def folder(request, tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp(request.param), family=request.param)
 

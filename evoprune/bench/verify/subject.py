@@ -364,7 +364,8 @@ class Subject:
 
         text = self.transformers.model.language_model
         more = torch.tensor(answer, dtype=torch.int64, device=self.device)
-        embeds = text.embed_tokens(torch.cat([call["input_ids"][0], more]))
+        ids = torch.cat([call["input_ids"][0], more])
+        embeds = text.embed_tokens(ids)
         visual = torch.nn.functional.pad(call["mm_token_type_ids"][0] > 0, (0, len(answer)))
         embeds[visual] = features[0].to(embeds)
         inner = {}
@@ -379,13 +380,18 @@ class Subject:
             if inner:
                 inner["visual_pos_masks"] = visual[None, :first]
             read = {"inputs_embeds": embeds[None, :first], "position_ids": places[..., :first]}
+            read |= self._ids(ids[:first])
             text(**read, **{cache_name(): cache}, use_cache=True, **inner)
             embeds = embeds[first:]
             places = places[..., first:]
             inner = {}
-        read = {"inputs_embeds": embeds[None], "position_ids": places, cache_name(): cache}
+        read = {"inputs_embeds": embeds[None], "position_ids": places, cache_name(): cache} | self._ids(ids[first:])
         hidden = text(**read, use_cache=cache is not None, **inner)
         return self.transformers.lm_head(hidden.last_hidden_state[0, -last:])
+
+    def _ids(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the argument with token ids, int64 `[L]`, of a language model that reads them in addition to embeddings."""
+        return {"ple_input_ids": ids[None]} if self.loaded.model.config.text_config.reads_ids else {}
 
     @cached_property
     def video_logits(self) -> torch.Tensor:

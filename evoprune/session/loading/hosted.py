@@ -19,6 +19,7 @@ import torch
 
 from evoprune.backend import (
     Device,
+    accept_biases,
     choose_functions,
 )
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
@@ -90,7 +91,7 @@ def load_hosted(
     if not quantization:
         for _, content, stored in stored_tensors(weight_files(folder)):
             kind = content.get_slice(stored).get_dtype()
-            if kind not in PLAIN and stored not in info["unexpected_keys"]:
+            if kind not in PLAIN and ".ple_embedding." not in stored and stored not in info["unexpected_keys"]:
                 what = f"{stored} is {kind}, and config.json says nothing of quantisation"
                 raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
     if unused := sorted(map(str, info["unexpected_keys"])):
@@ -268,6 +269,7 @@ def _of(config: Config, host, *, experts: bool) -> HostedVL:
     host.eval().requires_grad_(False)
     model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
     choose_functions(model, experts=experts)
+    accept_biases(model)
     for logger in SAID:
         logging.getLogger(logger).addFilter(_is_news)  # adding the same filter twice has no effect
     return model

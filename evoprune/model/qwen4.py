@@ -1,0 +1,121 @@
+"""The parts of Qwen4-Exp's language model (Qwen3.8-Flash-Next) that Qwen3.5's mixtures of experts lack: settings and sizes.
+
+- Hyper-connections: each layer reads a mix of several residual streams and writes to all of them.
+- An indexer in each attention layer, which selects the blocks of keys that a column attends to.
+- Embeddings of n-grams of token ids (PLE), which some layers add. So the model reads ids in addition to embeddings.
+"""
+
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Annotated
+
+from evoprune.untrusted import TEXT, Rule
+
+SIZE = Rule.whole(1, 2**22)
+Size = Annotated[int, SIZE]
+SMALL = Rule.whole(1, 1000)
+Small = Annotated[int, SMALL]
+# Entries of `layer_types` for attention with an indexer. Published files call it full attention.
+INDEXED = ("indexed_attention", "qwen_sparse_attention")
+DEFAULTS = {
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "hc_count": 4,
+    "hc_lowrank": 320,
+    "ple_layer_ids": (),
+    "ple_conv_kernel_size": 4,
+    "ngram_size": 3,
+    "heads_per_ngram": 8,
+    "ngram_vocab_size_base": 20_000_000,
+    "make_ngram_vocab_size_divisible_by": 128,
+    "split_ngram_parts": 512,
+    "seed": 1234,
+}
+
+
+@dataclass(frozen=True)
+class Qwen4:
+    """Settings under the names in the files."""
+
+    hc_count: Small  # number of residual streams
+    hc_lowrank: Size  # inner size of the matrices that mix the streams
+    indexer_n_heads: Small
+    indexer_kv_heads: Small
+    indexer_head_dim: Size
+    indexer_budget: Size  # most columns that an attention layer reads from complete blocks
+    indexer_compress_ratio: Small  # columns per block
+    ple_layer_ids: Annotated[tuple[int, ...], Rule.list_of(SMALL)]  # layers that add n-gram embeddings, counted from 1
+    ple_embed_dim: Size
+    ple_conv_kernel_size: Small
+    ngram_size: Annotated[int, Rule.whole(2, 16)]
+    heads_per_ngram: Small
+    ngram_vocab_size_base: Annotated[int, Rule.whole(1, 2**27)]
+    make_ngram_vocab_size_divisible_by: Annotated[int, Rule.whole(1, 2**20)]
+    split_ngram_parts: Annotated[int, Rule.whole(1, 2**16)]  # number of tensors that hold a table in a file
+    seed: Annotated[int, Rule.whole(0, 2**62)]
+    output_gate_type: Annotated[str | None, TEXT] = None  # activation in Gated DeltaNets; None for that of the MLPs
+
+    def problem(self, linear: list[bool], turned: int) -> str | None:
+        """Return why transformers could not build the model, or None.
+
+        Args:
+            linear: for each layer, whether it is a Gated DeltaNet.
+            turned: features of an attention head that the rotary embedding turns.
+        """
+        layers = [number - 1 for number in self.ple_layer_ids]
+        tables = (self.ngram_size - 1) * self.heads_per_ngram
+        checks = {
+            "hc_count is 1": self.hc_count > 1,
+            f"indexer_kv_heads is {self.indexer_kv_heads}, not 1": self.indexer_kv_heads == 1,
+            "indexer_compress_ratio does not divide indexer_budget": self.indexer_budget % self.indexer_compress_ratio
+            == 0,
+            f"indexer_head_dim is less than {turned}": turned <= self.indexer_head_dim,
+            "ple_layer_ids names a layer without linear attention": all(
+                layer < len(linear) and linear[layer] for layer in layers
+            ),
+            "ple_embed_dim is not a multiple of the n-gram heads": not layers or self.ple_embed_dim % tables == 0,
+            f"output_gate_type is {self.output_gate_type!r}": self.output_gate_type in (None, "sigmoid", "silu"),
+        }
+        return next((problem for problem, holds in checks.items() if not holds), None)
+
+    def mixer_weights(self, hidden: int, writes: bool = True) -> int:
+        """Return the number of weights of a hyper-connection, or of the last mixer, which does not write to the streams."""
+        wide = self.hc_count * hidden
+        return wide * (1 + 2 * self.hc_lowrank + writes * self.hc_count)
+
+    def indexer_weights(self, hidden: int) -> int:
+        heads = self.indexer_n_heads + self.indexer_kv_heads
+        return self.indexer_head_dim * (hidden * heads + 2)
+
+    def ngram_weights(self, hidden: int) -> int:
+        """Return the number of weights of all layers with n-gram embeddings: the tables, and what is computed with their rows."""
+        tables = (self.ngram_size - 1) * self.heads_per_ngram
+        wide = self.hc_count * hidden
+        sizes = islice(filter(_is_prime, count(self.ngram_vocab_size_base)), tables * len({*self.ple_layer_ids}))
+        total = 0
+        for _ in {*self.ple_layer_ids}:
+            rows = -sum(islice(sizes, tables)) // self.make_ngram_vocab_size_divisible_by
+            total -= rows * self.make_ngram_vocab_size_divisible_by * (self.ple_embed_dim // tables)
+            total += self.ple_embed_dim * (wide + hidden) + wide * (3 + self.ple_conv_kernel_size)
+        return total
+
+    def prefill_flop(self, hidden: int, layers: int, attention_layers: int, length: int) -> float:
+        """Return the operations of a prompt of `length` columns that the other families do not compute."""
+        wide = self.hc_count * hidden
+        mixed = 2 * layers * (self.mixer_weights(hidden) - wide) + self.mixer_weights(hidden, writes=False) - wide
+        embedded = len({*self.ple_layer_ids}) * (
+            self.ple_embed_dim * (wide + hidden) + wide * self.ple_conv_kernel_size
+        )
+        scores = length / 2 / self.indexer_compress_ratio * self.indexer_n_heads * self.indexer_head_dim
+        indexed = attention_layers * (self.indexer_weights(hidden) - 2 * self.indexer_head_dim + scores)
+        return 2.0 * length * (mixed + embedded + indexed)
+
+    def state_bytes(self, hidden: int, columns: int, bytes_each: int) -> int:
+        """Return the bytes of the indexers' keys for all their columns, and of the state of layers with n-gram embeddings."""
+        keys = columns * self.indexer_kv_heads * self.indexer_head_dim * bytes_each
+        seen = self.hc_count * hidden * (self.ple_conv_kernel_size - 1) * self.ngram_size * bytes_each
+        return keys + len({*self.ple_layer_ids}) * (seen + (self.ngram_size - 1) * 8)
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % factor for factor in range(2, int(number**0.5) + 1))
