@@ -77,7 +77,7 @@ class LanguageModel:
     def forward(self, *args, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """Read new columns and return the final hidden states of the last ones; see `decoder.forward`.
 
-        `ids`, int64 `[columns]`, are their token ids, which some models read too (`TextConfig.reads_ids`).
+        `ids`, int64 `[columns]`, are their token ids, which some models read too (`hosted.reads_ids`).
         """
         return self._layers.forward(self.model, *args, **kwargs, **self._given(ids))
 
@@ -86,7 +86,7 @@ class LanguageModel:
         return self._layers.logits(self.model, *args, **kwargs, **self._given(ids))
 
     def _given(self, ids: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
-        return {"ids": ids} if self.model.config.text_config.reads_ids else {}
+        return {"ids": ids} if self._hosted and hosted.reads_ids(self.model) else {}
 
     def prefill(
         self,

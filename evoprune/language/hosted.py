@@ -65,6 +65,11 @@ def can_crop(model: HostedVL) -> bool:
     return all(kind == "full_attention" for kind in kinds)
 
 
+def reads_ids(model: HostedVL) -> bool:
+    """Return True if the language model reads token ids in addition to embeddings: layers add embeddings of n-grams (Qwen4-Exp)."""
+    return bool(getattr(model.model.language_model.config, "ple_layer_ids", None))
+
+
 def run_modules(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None, **kwargs):
     """Run the transformers module `text`. Arguments and result are the same as in `hybrid.run`."""
     kwargs |= {"attention_mask": mask, cache_name(): states, "use_cache": True}
@@ -73,7 +78,7 @@ def run_modules(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch
 
 def run_for(model: HostedVL, device: torch.device) -> Callable[..., torch.Tensor]:
     """Return the function that runs the layers: `run_modules`, or `hybrid.run`, whose results are rounded differently."""
-    only_modules = can_crop(model) or model.config.text_config.qwen4
+    only_modules = can_crop(model) or hasattr(model.model.language_model, "hyper_connection_mixer")
     return run_modules if only_modules else form_of_layers(device, hybrid.run, run_modules)
 
 
@@ -106,7 +111,7 @@ def forward(
         raise ValueError(f"positions have shape {list(positions.shape)} for {columns} columns")
     if not 1 <= last <= columns:
         raise ValueError(f"last is {last} for {columns} columns")
-    if model.config.text_config.reads_ids and (ids is None or len(ids) != columns):
+    if reads_ids(model) and (ids is None or len(ids) != columns):
         raise ValueError(f"the model needs the token ids of its {columns} columns")
     if cache.can_crop:  # an earlier pass may have failed between two layers
         cache.crop(before)
@@ -152,7 +157,7 @@ def _read(
     if deepstack is not None and len(deepstack):
         given["deepstack_visual_embeds"] = list(deepstack[:, strip])
         given["visual_pos_masks"] = torch.ones(1, len(embeds), dtype=torch.bool, device=embeds.device)
-    if model.config.text_config.reads_ids:
+    if reads_ids(model):
         given["ple_input_ids"] = to_device(ids[strip], embeds.device)[None]
     return run(model, embeds, to_device(places, embeds.device), cache.states, **given)
 

@@ -391,7 +391,9 @@ class Subject:
 
     def _ids(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the argument with token ids, int64 `[L]`, of a language model that reads them in addition to embeddings."""
-        return {"ple_input_ids": ids[None]} if self.loaded.model.config.text_config.reads_ids else {}
+        return (
+            {"ple_input_ids": ids[None]} if self.transformers.config.text_config.to_dict().get("ple_layer_ids") else {}
+        )
 
     @cached_property
     def video_logits(self) -> torch.Tensor:
