@@ -1,4 +1,4 @@
-"""All properties of Hugging Face's Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL that this package relies on, except their weights.
+"""All properties of Hugging Face's models (Qwen2-VL to Qwen4-Exp) that this package relies on, except their weights.
 
 tests/hf/test_interface.py checks them, and fails if a release of transformers changes one.
 """
@@ -64,7 +64,9 @@ def tower_of(model):
     visual = getattr(getattr(model, "model", None), "visual", None)
     if not (isinstance(visual, Tower) or _is_one_of(visual, [family.tower for family in FAMILIES.values()])):
         what = f"an object of class {type(model).__name__}"
-        raise ModelError(f"{what} has no vision tower of Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL", SUPPORTED)
+        raise ModelError(
+            f"{what} has no vision tower of Qwen4-Exp, Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL", SUPPORTED
+        )
     try:
         VisionConfig.of(visual.config).check()
     except ValueError as problem:

@@ -2,8 +2,8 @@
 
 Qwen2.5-VL (arXiv 2502.13923) has RMS norms and gated MLPs. Qwen2-VL (arXiv 2409.12191) has layer norms with a bias, and MLPs of two
 matrices with the quick GELU between them. Qwen3-VL (arXiv 2511.21631) has the same norms and MLPs with the tanh form of GELU. It
-also adds learned positions to the patches and outputs features of inner layers (DeepStack, arXiv 2406.04334). Qwen3.5 has the tower
-of Qwen3-VL without features of inner layers.
+also adds learned positions to the patches and outputs features of inner layers (DeepStack, arXiv 2406.04334). Qwen3.5 and Qwen4-Exp
+have the tower of Qwen3-VL without features of inner layers.
 """
 
 import math
