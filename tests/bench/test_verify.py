@@ -15,12 +15,13 @@ from evoprune.bench.verify import checks
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
 from evoprune.bench.verify.subject import DIFFERS, HELD, QUESTION, SKIPPED, Check, Outcome, computing_in, gap, judged
 from evoprune.language import static
+from evoprune.model import FAMILIES
 from evoprune.session import load_model
 from tests.backend.recorder import Graphs
 from tests.bench.faults import FAULTS, QWEN3_FAULTS
 from tests.loading import edit
 from tests.threads import one_thread  # noqa: F401
-from tests.tiny import AVAILABLE, save_tiny
+from tests.tiny import save_tiny
 
 CASES = [*product(("qwen2_5_vl", "qwen3_vl", "demo"), FAULTS), *product(("qwen3_vl",), QWEN3_FAULTS)]
 
@@ -28,7 +29,7 @@ CASES = [*product(("qwen2_5_vl", "qwen3_vl", "demo"), FAULTS), *product(("qwen3_
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     at = tmp_path_factory.mktemp("tiny")
-    return {family: save_tiny(at / family, family=family) for family in AVAILABLE}
+    return {family: save_tiny(at / family, family=family) for family in FAMILIES}
 
 
 def verified(name, *, path=None, limit=1e6, dtype="fp32", **how):
@@ -47,7 +48,7 @@ def assert_held(results) -> None:
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("name", ["demo", *AVAILABLE])
+@pytest.mark.parametrize("name", ["demo", *FAMILIES])
 def test_everything_holds(folders, name):
     assert_held(results := verified(folders.get(name, name), quick=True))
     assert {n for n, s in states(results).items() if s == SKIPPED} == {"plain", "speed"}
@@ -100,7 +101,7 @@ def test_a_capture_that_fails_differs_in_nothing(folders, graphs, monkeypatch):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "name, dtype", [("demo-scenes", "fp32"), *product(["demo", *AVAILABLE], ["fp32", "bf16", "fp16"])]
+    "name, dtype", [("demo-scenes", "fp32"), *product(["demo", *FAMILIES], ["fp32", "bf16", "fp16"])]
 )
 def test_all_of_it_holds_in_every_dtype(folders, name, dtype):
     results = verified(folders.get(name, name), dtype=dtype)

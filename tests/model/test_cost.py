@@ -11,9 +11,9 @@ from evoprune.model.cost import DELTA_CHUNK, Cost, _mlp_size
 from evoprune.model.weights import QwenVL
 from evoprune.session import BUNDLED_CONFIGS
 from evoprune.session.loading.hosted import hugging_face_config
-from tests.tiny import AVAILABLE, tiny_config, tiny_model
+from tests.tiny import tiny_config, tiny_model
 
-TINY = {family: Config.parse(tiny_config(family).to_dict()) for family in AVAILABLE}
+TINY = {family: Config.parse(tiny_config(family).to_dict()) for family in FAMILIES}
 BUNDLED = {name: Config.parse(json.loads(path.read_text())) for name, path in BUNDLED_CONFIGS.items()}
 
 
@@ -35,7 +35,7 @@ def test_parameters_are_those_of_transformers(name):
         assert Cost(config).parameters == sum(weight.numel() for weight in QwenVL.empty(config).parameters())
 
 
-@pytest.mark.parametrize("family", AVAILABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_operations_of_a_prompt_are_those_of_transformers(family):
     config, n = TINY[family].text_config, 2 * DELTA_CHUNK
     model = tiny_model(family=family)
@@ -60,7 +60,7 @@ def test_operations_of_a_prompt_are_those_of_transformers(family):
     assert flop([n] * depth) == flop([(n, n, n)] * depth) == flop(n)
 
 
-@pytest.mark.parametrize("family", AVAILABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_of_a_cache_are_those_of_transformers(family):
     from transformers import DynamicCache
 
