@@ -36,14 +36,15 @@ T = TypeVar("T")
 
 
 class EvopruneError(Exception):
-    """Base class of expected failures. As text, an error has its message and its hint.
+    """Base class of expected failures. `str()` returns the message, followed by the hint on its own line.
 
     Attributes:
-        message: what failed, and for what input.
-        hint: what to do about it, or None.
-        stage: the stage that failed, or None.
-        exit_code: exit code of the command line.
-        type: short name in JSON records.
+        message: What failed, and for which input. It is a single line unless it quotes a name or another library's text that
+            contains line breaks.
+        hint: What to do about it, under the same rule, or None.
+        stage: The stage that failed, such as "read" or "encode", or None.
+        exit_code: Exit code of the command line.
+        type: Short name of the error in JSON records.
     """
 
     exit_code = 1

@@ -135,9 +135,34 @@ class Sampling:
 
 @dataclass
 class Pruning:
+    """The pruning settings of an answer, and how many visual tokens each step kept.
+
+    Counts are None until the inputs have been encoded, and in the report of an error before that.
+
+    Attributes:
+        method: Name of the method, or None if the failure came before a method was chosen.
+        args: All settings of the method by name, or None like `method`.
+        budget: The budget as requested: a number or a name. "auto" and "auto:inflection" depend on the content.
+        kept_ratio: Share of the visual tokens kept, from 0 to 1.
+        visual_tokens_in: Number of visual tokens before pruning.
+        visual_tokens_kept: Number of visual tokens after pruning.
+        encoder_rows: Number of rows after the last layer of the vision tower.
+        encoder_live_share: Share of the encoder that was computed, averaged over its layers, from 0 to 1.
+        layers: Pairs of layer number and number of rows computed in that layer.
+        kept_per_pair: Number of tokens kept in each frame pair.
+        positions: How the kept tokens are positioned: "qwen" or "host".
+        language_layers: Pairs of language layer and number of visual tokens read in it. None unless the method drops tokens inside
+            the language model.
+        language_work: The same counts, separately for keys and values, queries and output, and the MLP. None unless the method
+            leaves out operations.
+        after_tower_below: On this device, inputs with fewer visual tokens are pruned only after the tower. None if the size does
+            not matter.
+        after_tower_inputs: Number of inputs pruned only after the tower. None if `after_tower_below` is None.
+    """
+
     method: str | None = None
     args: dict[str, Any] | None = None
-    budget: float | str | None = None  # "auto" or "auto:inflection" if the content determines it
+    budget: float | str | None = None
     kept_ratio: float | None = None
     visual_tokens_in: int | None = None
     visual_tokens_kept: int | None = None
@@ -188,6 +213,15 @@ class InputFacts:
 
 @dataclass
 class TokenCounts:
+    """Number of tokens in the prompt and the answer. All counts are None until the question has been read.
+
+    Attributes:
+        text: Text tokens in the prompt, including the chat template and subtitles.
+        visual: Visual tokens in the prompt, after pruning.
+        prompt: All tokens in the prompt: `text` and `visual` together.
+        new: Tokens generated so far, including thoughts. Always None for a call of a Hugging Face model.
+    """
+
     text: int | None = None
     visual: int | None = None
     prompt: int | None = None

@@ -15,7 +15,7 @@ token.
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 from evoprune.errors import OTHER_MODELS, UsageError
@@ -59,20 +59,26 @@ Shape = TypeVar("Shape")  # the class given as `schema`
 
 
 class VideoQA(Uncopied):
-    """A loaded model with a pruning method and a budget, ready for videos.
+    """A loaded model with a pruning method and a budget, ready to answer questions about videos. `VideoQA.load` creates one.
 
-    It computes in the dtype that the model was loaded with, even inside torch's autocast.
+    `VideoQA` computes in the dtype that the model was loaded with, even inside torch's autocast.
+
+    To process many videos, use `evoprune.batch.answers`, or `evoprune.session.in_flight` for your own loop. Both read the next
+    videos while the current one is answered.
+
+    Attributes:
+        session: The `Session`: the loaded model with its pruning settings. The functions in `evoprune.session` take it.
 
     Args:
-        loaded: the model, from `load_model` (session/loading/model.py). Or a `Session`, which includes the load time and the
-            options.
-        load_seconds: how long loading took, for reports.
-        options: `budget`, `method` and `seed`, as for `load`.
+        loaded: The model, from `load_model` (session/loading/model.py), or a `Session`. A session already has a load time and
+            pruning options, so `load_seconds` and `options` are then ignored.
+        load_seconds: Load time in seconds, for reports.
+        options: `budget`, `method` and `seed`; see `load`.
 
     Raises:
-        UsageError: a bad budget or method.
-        ModelError: a model without a tokenizer.
-        TypeError: an unknown option, or the name of a model instead of a loaded model.
+        UsageError: If the budget or the method is invalid.
+        ModelError: If the model has no tokenizer.
+        TypeError: If an option is unknown, or `loaded` is the name of a model instead of a loaded model.
     """
 
     INSTEAD = "threads may share it; another process loads its own, with VideoQA.load"
@@ -183,7 +189,7 @@ class VideoQA(Uncopied):
         _check_cache(cache)
         names = None if name is None else [name] * len(inputs)
         given = {"progress": progress, "names": names, "cache": cache, "ahead": self._ahead}
-        with closing(open_inputs(self.session, inputs, sampling, **given)) as opened:
+        with open_inputs(self.session, inputs, sampling, **given) as opened:
             return opened.encode(progress)
 
     @overload
@@ -242,7 +248,7 @@ class VideoQA(Uncopied):
                         f"an input is {brief(item)}, not a single input", "pass one flat list of all inputs"
                     )
                 inputs_of_item = open_inputs(self.session, inputs_of(item), ahead=self._ahead)
-                opened.append(stack.enter_context(closing(inputs_of_item)))
+                opened.append(stack.enter_context(inputs_of_item))
             if isinstance(question, str) and opened:
                 encoded_plans = [plan for item in opened if isinstance(item, EncodedInputs) for plan in item.plans]
                 plans = [plan for item in opened for plan in item.plans]

@@ -217,7 +217,7 @@ class RowReader:
 
         Args:
             recursive: also search subfolders.
-            pictures: also include the pictures in a folder of videos, as in `in_folder`.
+            pictures: Also include the pictures in a folder of videos, except those with the same name as a video.
 
         Raises:
             UsageError: names everything that is wrong.
@@ -579,7 +579,7 @@ def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
     Hidden files are ignored, as are other files in a folder of images.
 
     Args:
-        pictures: as in `in_folder`.
+        pictures: See `RowReader.pairs`.
         hint: how to search the subfolders of a folder of images.
     """
     if not os.path.isdir(video):

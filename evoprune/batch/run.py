@@ -75,7 +75,7 @@ def _answer_span(
         if isinstance(inputs, Exception):
             raise inputs
         try:
-            with closing(inputs):
+            with inputs:
                 return inputs.encode(progress)
         finally:
             on_wait(inputs.waited_s)

@@ -82,9 +82,9 @@ class EvoPrune:
         TypeError: An unknown option.
     """
 
-    budget: Budget.GivenShare = option(
+    budget: Budget.Given = option(
         Budget.DEFAULT,
-        "Share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset.",
+        'Share of the visual tokens of each video to keep: a number in (0, 1], a percentage such as "25%", or a preset.',
     )
     method: str = option(MethodText.DEFAULT, "Name of a pruning method, NAME:SETTING=VALUE for its settings.")
     positions: Literal["host", "qwen"] = option(

@@ -29,7 +29,7 @@ def encode(
     pixel_values_videos: torch.Tensor,
     video_grid_thw: torch.Tensor,
     *,
-    budget: Budget.GivenShare = Budget.DEFAULT,
+    budget: Budget.Given = Budget.DEFAULT,
     method: str = MethodText.DEFAULT,
     question: torch.Tensor | None = None,
     seed: int = 0,
@@ -45,7 +45,8 @@ def encode(
             that they are normalized with Qwen's own mean and deviation.
         video_grid_thw: int64 `[videos, 3]`, from the processor: frame pairs, and patches down and across; for pictures its
             `image_grid_thw`.
-        budget: Share of the visual tokens to keep, a number in (0, 1] or the name of a preset; 1.0 gives the tower's own output.
+        budget: Share of the visual tokens to keep: a number in (0, 1], a percentage such as "25%", or the name of a preset. 1.0
+            gives the tower's own output.
         method: Name of a pruning method, NAME:SETTING=VALUE for its settings.
         question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read the question.
         seed: Seed for methods that draw at random.

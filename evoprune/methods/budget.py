@@ -19,9 +19,9 @@ AutoName = Literal["auto", "auto:inflection"]
 class Budget:
     """The share of its visual tokens that an input keeps, in (0, 1]. Created by `parse`."""
 
-    # Types of the values that users may give. At run time, a percentage as a string ("10%") is accepted too.
-    GivenShare = float | PresetName
-    Given = float | Literal[PresetName, AutoName]
+    # The type of the values that users may give: a number in (0, 1], the same number as a string ("0.25"), a percentage ("25%"), or
+    # a name in `PRESETS` or, where the content may decide, in `AUTOS`.
+    Given = float | str
 
     PRESETS: ClassVar[dict[PresetName, "Budget"]]
     AUTOS: ClassVar[dict[AutoName, "Budget"]]  # the content decides how many tokens are kept (`Method.automatic`)

@@ -156,22 +156,25 @@ def _request(plan: Plan) -> tuple[Any, ...]:
 
 @takes(ModelOptions, SamplingOptions)
 def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Unpack[ReadAheadKeywords]") -> ReadAhead:
-    """Start reading videos and pictures for a model that is not loaded yet, without importing torch; for `VideoQA.load(ahead=)`.
+    """Start reading videos and pictures while a model is still to be loaded. Imports no torch.
+
+    Pass the result to `VideoQA.load(ahead=)`, which loads the model while the inputs are read:
 
         with evoprune.read_ahead("clip.mp4", "Qwen/Qwen2.5-VL-3B-Instruct", fps=2) as ahead:
             qa = evoprune.VideoQA.load("Qwen/Qwen2.5-VL-3B-Instruct", ahead=ahead)
             video = qa.encode("clip.mp4", fps=2)
 
-    A missing input raises its error later, when it is encoded.
+    This is only useful before a model is loaded. To read ahead with a model that is already loaded, use
+    `evoprune.session.in_flight`. If an input is missing or unreadable, the error is raised later, when the input is encoded.
 
     Args:
-        path: A file or a folder of frames; or several, in the order in which they will be encoded.
-        model: See `VideoQA.load`. The small files of a hub model are downloaded now.
+        path: A file or a folder of frames, or a list of them in the order in which they will be encoded.
+        model: See `VideoQA.load`. Missing small files of a hub model, such as config.json, are downloaded immediately.
         options: The options of `VideoQA.load` that choose the model and the device, and the options of `encode`.
 
     Raises:
-        ModelError: If the model is missing, unsupported, damaged, or out of reach.
-        UsageError: If an option makes no sense, or there is no path.
+        ModelError: If the model is missing, unsupported, damaged, or cannot be reached.
+        UsageError: If an option is invalid, or there is no path.
         TypeError: If an option is unknown.
     """
     loading, sampling = from_keywords({"model": model, **options}, ModelOptions, SamplingOptions)

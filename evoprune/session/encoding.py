@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -370,7 +370,7 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
 
 
 class OpenInputs:
-    """Videos and pictures that are asked about together. Encode them once, then close them.
+    """Videos and pictures that are asked about together. Encode them once, then close them, or use a `with` statement.
 
     Attributes:
         plans: The plan of each input.
@@ -458,7 +458,17 @@ class OpenInputs:
                 encodings.append(opened.encode(progress, pieces[number]))
         return EncodedInputs(self.session, encodings)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
     def close(self) -> None:
+        """Stop reading, release the frames, and remove temporary files. Closing twice is a no-op.
+
+        The `EncodedInputs` that `encode` returned stay valid: they can be asked about after the inputs are closed.
+        """
         for opened in self.inputs:
             opened.close()
         self._files.close()

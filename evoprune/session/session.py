@@ -1,5 +1,6 @@
 """A loaded model together with its pruning settings, shared by encoding and answering."""
 
+import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.prompting import prompt_about
-from evoprune.util import counted
+from evoprune.util import brief, counted
 from evoprune.video import Plan
 
 
@@ -39,24 +40,34 @@ class Session:
     @classmethod
     def load(
         cls,
-        model: ModelOptions | ModelDescription,
+        model: str | os.PathLike[str] | ModelOptions | ModelDescription,
         pruning: PruneOptions,
         *,
         progress: Callable[[int, int], None] | None = None,
         streams: bool = False,
     ) -> Self:
-        """Load a model that answers. A method that does not work with it is rejected before weights are downloaded.
-
-        Raises the errors of `load_model` and of `LoadedModel.check_answers`.
+        """Load a model for asking questions. A method that does not work with the model is rejected before weights are downloaded.
 
         Args:
+            model: The model's name, its options, or its description.
+            pruning: The budget and the pruning method.
             progress: See `load_model`.
-            streams: Whether to also reject methods and models that cannot watch a stream.
+            streams: Also reject models and methods that cannot watch a stream.
+
+        Raises:
+            TypeError: If `model` or `pruning` has a different type.
+            EvopruneError: The errors of `load_model` and `LoadedModel.check_answers`.
         """
         start = time.perf_counter()
+        if not isinstance(pruning, PruneOptions):
+            raise TypeError(f"pruning is {brief(pruning)}, not a PruneOptions; PruneOptions() has the defaults")
         config = pruning.config()  # rejects bad settings before looking for a model
+        if isinstance(model, str | os.PathLike):
+            model = ModelOptions(model)
         if isinstance(model, ModelOptions):
             model = describe(model)
+        if not isinstance(model, ModelDescription):
+            raise TypeError(f"model is {brief(model)}, not a name, a ModelOptions or a ModelDescription")
         model.check_method(config.method)
         if streams:
             model.check_streams(config.method)

@@ -6,7 +6,7 @@ computes with all its cores, one input is read while the one before it is answer
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import TypeVar
@@ -40,17 +40,43 @@ def in_flight(
     opened: Callable[[T, int | None], OpenInputs],
     loaded: LoadedModel,
     on_wait: Callable[[float], None] = lambda seconds: None,
-) -> Iterator[tuple[T, OpenInputs | Exception]]:
-    """Yield items in order, each with its inputs, or with the exception that opening them raised.
+) -> Generator[tuple[T, OpenInputs | Exception], None, None]:
+    """Yield items in order, each with its open inputs, or with the exception that opening them raised.
 
-    Threads open and read the inputs of the next items (`readers` at a time). The caller closes the inputs that it gets, and this
-    iterator, which closes all other inputs.
+    Background threads open the inputs of the next items and read them ahead, one item per two idle cores, at most eight at a time,
+    and fewer if memory is short. While the caller encodes an item and asks about it, the next items are read:
+
+        def opened(path, cores):
+            inputs = open_inputs(session, [path])
+            inputs.use_cores(cores)
+            inputs.begin()
+            return inputs
+
+        with closing(in_flight(paths, opened, session.loaded)) as items:
+            for path, inputs in items:
+                if isinstance(inputs, Exception):
+                    continue
+                with inputs:
+                    encoded = inputs.encode()
+                print(path, encoded.ask("What happens?"))
+
+    The caller closes each `OpenInputs` that it receives, and closes this generator when it is done. Closing the generator stops the
+    threads and closes all inputs that were not yielded.
 
     Args:
-        opened: Opens the inputs of an item. Its second argument is the number of cores that reading may keep busy, None for all.
-            The next item gets all cores, and the items after it share the idle ones.
-        loaded: The model.
-        on_wait: Called with the seconds that the caller has waited for each item.
+        items: The items, such as paths. Items are taken only as they are needed, so the iterable may be endless.
+        opened: Called in a background thread to open the inputs of an item. The second argument is the number of cores that reading
+            may keep busy, or None for all; pass it to `OpenInputs.use_cores`. Then call `OpenInputs.begin`, so that the time spent
+            reading ahead is not reported as waiting. `in_flight` itself calls `OpenInputs.read`.
+        loaded: The model, which determines how many cores are idle.
+        on_wait: Called with the time that the caller waited for each item, in seconds.
+
+    Yields:
+        Each item with its inputs, or with any `Exception` that `opened` raised for the item, usually a `VideoError` or a
+        `UsageError`; later items continue. Errors while frames are read are raised by `OpenInputs.encode` instead.
+
+    Raises:
+        Exception: Whatever iterating over `items` raises.
     """
     count = readers(loaded)
     share = max(1, loaded.idle_cores // count)

@@ -13,13 +13,18 @@ LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")  # tag before the 
 
 
 class Folder:
-    """A folder of videos or images. Files count by their extensions; hidden files do not.
+    """The videos and images directly inside a folder, recognized by their file extensions.
+
+    Everything else is skipped silently: hidden files, subfolders even if they are named like a video, and symbolic links that lead
+    to no file.
 
     Attributes:
-        files: the paths of all videos and images, in natural order.
+        files: list[str], the paths of all videos and images in natural order (clip2 before clip10). Each path includes the folder.
 
     Raises:
-        OSError, ValueError: the folder cannot be read.
+        OSError: If the folder does not exist or cannot be read. Callers that report to users raise a `VideoError` or a `UsageError`
+            instead.
+        ValueError: If the path contains a null byte.
     """
 
     IMAGES: ClassVar[tuple[str, ...]] = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -36,10 +41,12 @@ class Folder:
 
     @property
     def images(self) -> list[str]:
+        """The paths in `files` with an image extension (`IMAGES`), in the same order."""
         return [path for path in self.files if path.lower().endswith(self.IMAGES)]
 
     @property
     def videos(self) -> list[str]:
+        """The paths in `files` with a video extension (`VIDEOS`), in the same order."""
         return [path for path in self.files if path.lower().endswith(self.VIDEOS)]
 
 

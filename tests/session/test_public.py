@@ -17,6 +17,7 @@ import torch
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions
+from evoprune.session import Session, open_inputs
 from evoprune.session.options import FindOptions, ModelOptions, PipelineOptions, PruneOptions, StreamOptions
 from evoprune.util import from_keywords, record_of
 from evoprune.video import SamplingOptions
@@ -28,6 +29,22 @@ from tests.tiny import tiny_model
 @pytest.fixture(scope="module")
 def demo():
     return evoprune.VideoQA.load("demo", device="cpu")
+
+
+def test_a_session_takes_the_name_of_a_model(demo, tmp_path):
+    session = Session.load(Path("demo"), PruneOptions(budget="25%"))
+    assert (session.loaded.id, session.pruning.budget.recorded) == ("demo", 0.25)
+    with pytest.raises(TypeError, match="not a PruneOptions"):
+        Session.load("demo", "evoprune")
+    with pytest.raises(TypeError, match="model is 3, not a name"):
+        Session.load(3, PruneOptions())
+
+
+def test_open_inputs_close_at_the_end_of_a_block_and_their_encodings_stay_valid(demo):
+    with open_inputs(demo.session, ["samples/square.mp4"]) as opened:
+        encoded = opened.encode()
+    opened.close()
+    assert str(encoded.ask("What colour is the square?"))
 
 
 def test_every_public_name_can_be_had_and_is_listed():

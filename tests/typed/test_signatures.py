@@ -80,7 +80,7 @@ def test_the_file_for_type_checkers_is_made_of_the_options():
 def test_types_are_written_as_code():
     declared = [field.type for kind in (PruneOptions, SamplingOptions) for field in fields(kind)]
     assert [code(kind) for kind in declared[:3]] == [
-        'float | Literal["full", "high", "balanced", "fast", "auto", "auto:inflection"]',
+        "float | str",
         "str",
         "int",
     ]

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.frames import probe, read_chunks
 from evoprune.video.info import FOLDER_FPS
+from evoprune.video.input_files import Folder
 from evoprune.video.readers import folder as backend
 from evoprune.video.readers.folder import decode_image, list_images
 from tests.video.files import number_of, numbered_frame, numbered_frames, numbers, pixels, quarters, write_image
@@ -33,6 +34,20 @@ def test_facts(tmp_path):
 
 
 NATURAL = "1 9 010 a a1 a1b a02 a2 a10 b shot1_frame9 Shot1_frame10 shot02_frame1"
+
+
+def test_files_of_a_folder(tmp_path):
+    write_images(tmp_path, 1)
+    for name in ("clip10.mp4", "clip2.mp4", ".hidden.mp4", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "dangling.mp4").symlink_to("missing.mp4")
+    (tmp_path / "link.mp4").symlink_to("clip2.mp4")
+    found = Folder(str(tmp_path))
+    assert found.videos == [str(tmp_path / name) for name in ("clip2.mp4", "clip10.mp4", "link.mp4")]
+    assert found.images == [str(tmp_path / "frame0.png")] and set(found.files) == {*found.videos, *found.images}
+    with pytest.raises(FileNotFoundError):
+        Folder(str(tmp_path / "missing"))
 
 
 def test_a_rate_of_ones_own(tmp_path):

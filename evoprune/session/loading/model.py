@@ -3,6 +3,7 @@
 No code that comes with a model is ever run.
 """
 
+import os
 import re
 import time
 import warnings
@@ -273,7 +274,7 @@ class LoadedModel:
 
 
 def load_model(
-    model: str | ModelOptions | ModelDescription = "demo",
+    model: str | os.PathLike[str] | ModelOptions | ModelDescription = "demo",
     *,
     pack: bool = True,
     to_answer: bool = False,
@@ -294,7 +295,7 @@ def load_model(
         TypeError: If a keyword is unknown.
         ModelError: If the model is missing, unsupported, damaged, or out of reach.
     """
-    if isinstance(model, str):
+    if isinstance(model, str | os.PathLike):
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
     if not isinstance(model, ModelDescription):
         model = describe(model)
