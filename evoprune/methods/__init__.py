@@ -1,6 +1,6 @@
-"""The pruning methods: their registry, and the building blocks for writing a method.
+"""The pruning methods: their registry, and the building blocks for writing a new method.
 
-Importing this package imports neither torch nor the methods. Names that need torch are imported on first use.
+Importing this package loads neither torch nor the methods. Names that need torch are imported lazily, on first use.
 """
 
 from typing import TYPE_CHECKING

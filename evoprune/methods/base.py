@@ -1,8 +1,9 @@
-"""The kinds of pruning methods: small frozen dataclasses whose fields are their settings.
+"""Base classes of the pruning methods. Methods are small frozen dataclasses whose fields are their settings.
 
-An `InputMethod` makes the video smaller, an `EncoderMethod` (such as a `Merger`) reduces rows between layers of the tower, a
-`Selector` selects tokens after the tower, and a `LanguageMethod` drops tokens inside the language model (methods/language.py).
-Methods know nothing about windows, rotary positions, patch mergers, placeholders or prompts. methods/chain.py combines them.
+There are four kinds. An `InputMethod` makes the video smaller. An `EncoderMethod` (such as a `Merger`) reduces the number of rows
+between layers of the tower. A `Selector` selects tokens after the tower. A `LanguageMethod` drops tokens inside the language model
+(methods/language.py). Methods do not need to know about windows, rotary positions, patch mergers, placeholders or prompts.
+methods/chain.py combines them.
 """
 
 from abc import ABC, abstractmethod
@@ -28,29 +29,30 @@ from evoprune.methods.types import Candidates, Selection, Tokens
 
 @dataclass(frozen=True)
 class Method:
-    """Base class of all methods. By itself it keeps every token."""
+    """The base class of all methods. Used directly, it keeps every token."""
 
-    name: ClassVar[str] = "none"  # name that users select the method by
-    package: ClassVar[str] = ""  # how errors name a plug-in method; set when it is loaded
-    source: ClassVar[str] = ""  # the paper that it follows (arXiv id, section if known), or "this project"
+    name: ClassVar[str] = "none"  # the name by which users select the method
+    package: ClassVar[str] = ""  # how error messages refer to a plug-in method; set when the plug-in is loaded
+    source: ClassVar[str] = ""  # the paper that the method follows (arXiv id, and section if known), or "this project"
     acts: ClassVar[Literal["none", "input", "inside", "after", "language"]] = "none"
-    # Whether exactly K tokens come out; otherwise the nearest count: at most K, or the method's minimum if that is more.
+    # Whether the method returns exactly K tokens. Otherwise it returns the closest count that it can reach without exceeding K,
+    # or its minimum if that is more than K.
     exact: ClassVar[bool] = True
 
     def __post_init__(self):
         check_settings(self)
 
     def automatic(self) -> Self:
-        """Return a copy whose number of tokens depends on the content and is at most the budget's.
+        """Return a copy of the method that lets the content decide how many tokens to keep, up to the budget.
 
         Raises:
-            UsageError: The method does not support this.
+            UsageError: If the method does not support automatic budgets.
         """
         raise not_automatic(self.name)
 
     @property
     def args(self) -> dict[str, Any]:
-        """The settings by name, as reports show them."""
+        """The settings by name, as shown in reports."""
 
         def json_value(value: Any) -> Any:
             if isinstance(value, float) and not isfinite(value):
@@ -61,43 +63,46 @@ class Method:
 
 
 def not_automatic(name: str) -> UsageError:
-    """Return the error for an "auto" budget with a method that cannot let the content decide."""
+    """Return the error for an "auto" budget with a method that does not support automatic budgets."""
     hint = "give a share such as 0.25, or use method evoprune"
     return UsageError(f"method {name} does not support automatic budgets", hint)
 
 
 @dataclass(frozen=True)
 class InputMethod(Method, ABC):
-    """Makes the video smaller before the encoder, with fewer or smaller frames."""
+    """A method that makes the video smaller before it is encoded, by using fewer or smaller frames."""
 
     acts: ClassVar[Literal["input"]] = "input"
     exact: ClassVar[bool] = False
 
     @abstractmethod
     def resize(self, grid: Grid, keep: int) -> Grid:
-        """Return the smaller grid that replaces `grid`: at most `keep` units if its shape allows, and no larger in any dimension.
+        """Return the smaller grid that replaces `grid`.
 
-        A smaller T means fewer frames over the same time; smaller H and W mean lower resolution.
+        The new grid is no larger in any dimension, and it has at most `keep` units if its shape allows that. A smaller T means
+        fewer frames over the same time. A smaller H or W means a lower resolution.
         """
 
 
 @dataclass(frozen=True)
 class Selector(Method, ABC):
-    """Selects units: tokens after the encoder or, in a stage of an `EncoderMethod`, rows that continue."""
+    """A method that selects units: tokens after the encoder or, in a stage of an `EncoderMethod`, rows."""
 
     acts: ClassVar[Literal["after"]] = "after"
-    # Inputs besides the features: "attention" or "keys" of the tower's last full-attention layer, or "middle" for states in the
-    # middle of the tower. Between layers: nothing, or "hidden" for rows before the next layer's norm.
+    # The inputs that the selector needs besides the features. After the tower: "attention" or "keys" from the last full-attention
+    # layer, or "middle" for states from the middle of the tower. Between layers: none, or "hidden" for rows that have not yet
+    # passed the next layer's norm.
     needs: ClassVar[frozenset[str]] = frozenset()
-    reads_question: ClassVar[bool] = False  # whether the selection is made again for each question
-    drops: ClassVar[bool] = True  # whether the `unit_to_token` of a selection may be -1 for a unit that has a row
+    reads_question: ClassVar[bool] = False  # whether the selection depends on the question and is repeated for each one
+    drops: ClassVar[bool] = True  # whether `unit_to_token` in a selection may be -1 for a unit that has a row
     weighs: ClassVar[bool] = False  # whether selections may have a `size`, which weights tokens in attention
-    # For methods that rank tokens: a function of the tokens that returns float32 [N], higher for tokens to keep first.
+    # For methods that rank tokens: a function that takes the tokens and returns float32 [N]. Tokens with higher scores are kept
+    # first.
     scores: ClassVar[Callable[[Self, Tokens], torch.Tensor] | None] = None
 
     @abstractmethod
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        """Return the tokens that the language model reads: `keep` of them, or another number if not `exact`."""
+        """Return the tokens that the language model reads. If the method is `exact`, there are `keep` of them."""
 
     def suffices(self, count: int, keep: int, units: int) -> bool:
         """Return True if a selection of `count` tokens is acceptable when `keep` of `units` were requested."""
@@ -106,49 +111,55 @@ class Selector(Method, ABC):
 
 @dataclass(frozen=True)
 class EncoderMethod(Method, ABC):
-    """Reduces rows between layers of the tower, in stages."""
+    """A method that reduces the number of rows between layers of the tower, in one or more stages."""
 
     acts: ClassVar[Literal["inside"]] = "inside"
-    reuse: ClassVar[float] = 0.0  # a unit is encoded again if it changes by at least this many of 255 levels; 0: always
-    combines: ClassVar[bool] = False  # whether users may name the token selector that follows it: NAME+SELECTOR
+    # A unit that changed by at least this many of 255 levels is encoded again. With 0, every unit is encoded.
+    reuse: ClassVar[float] = 0.0
+    combines: ClassVar[bool] = False  # whether users may add a token selector to the method: NAME+SELECTOR
     tokens: ClassVar[Selector | None] = None  # selects tokens after the tower; None if every row becomes a token
-    # Whether launch-bound inputs (`TowerShape.launch_bound`) skip stages and reuse, and only `tokens` prunes them
+    # Whether launch-bound inputs (see `TowerShape.launch_bound`) skip stages and reuse, so that only `tokens` prunes them.
     small_after_tower: ClassVar[bool] = False
 
     @abstractmethod
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> Sequence[Stage]:
-        """Return the stages that reduce rows, in the order of their layers.
+        """Return the stages that reduce the number of rows, in the order of their layers.
 
-        `keep` is K, less than the number of units in `grid`.
+        `keep` is K. It is less than the number of units in `grid`.
         """
 
 
 @dataclass(frozen=True)
 class Merger(EncoderMethod, ABC):
-    """Merges rows between the encoder's layers, inside windows or frame pairs."""
+    """A method that merges rows between the encoder's layers. Rows merge only within the same window or frame pair."""
 
-    # The feature that `match` compares: "keys" (of the layer, before rotary), "keys_rotary" or "hidden". Also "attention",
-    # for the attention received in the layer.
+    # The feature that `match` compares: "keys" (the layer's keys before rotary), "keys_rotary" or "hidden". Add "attention" if
+    # `match` also needs the attention that rows receive in the layer.
     needs: ClassVar[frozenset[str]] = frozenset({"keys"})
-    size_bias: ClassVar[bool] = True  # whether attention weighs a merged row by its cluster size (ToMe, section 3)
+    size_bias: ClassVar[bool] = True  # whether attention weights a merged row by its cluster size (ToMe, section 3)
 
     @abstractmethod
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
-        """Return int64 `[B, n]`: the row of its group that each row merges into, or itself if it stays.
+        """Return int64 `[B, n]`: the index of the row that each row merges into. A row that stays gets its own index.
 
-        The encoder calls this in rounds until every group has lost enough rows. A round removes at most `remove` (int64 `[B]`) rows
-        and at least one. On a GPU, it must not read values back (`item`, `nonzero`, masks as indices).
+        Indices are relative to the row's group. The encoder calls this method in rounds until every group has lost enough rows.
+        Each round removes at least one row and at most `remove` (int64 `[B]`) rows. On a GPU, the method must not read values back
+        to the host (no `item`, no `nonzero`, no masks as indices).
         """
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
-        """Return the rows of a frame pair with this many units and windows after each layer, down to `keep`.
+        """Return the number of rows left in a frame pair after each layer, down to `keep`.
 
-        Here all layers remove the same number of rows.
+        By default, all layers remove the same number of rows.
+
+        Args:
+            units: The number of units in the frame pair.
+            windows: The number of windows in the frame pair.
         """
         return rows_after_layers(tower, units, windows, keep, layer_weights(tower.depth, "mean", 0.0, 1.0))
 
     def rounds(self, rows: int, left: int) -> int:
-        """Return the maximum number of `match` calls that reduce a group from `rows` to `left` rows, for any content."""
+        """Return the maximum number of `match` calls needed to reduce a group from `rows` to `left` rows, whatever the content."""
         return rows - left
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
@@ -167,15 +178,19 @@ class Merger(EncoderMethod, ABC):
 
 
 def check_settings(method: object) -> None:
-    """Check fields whose types have a range, as in `Annotated[float, "[0, 1]"]`. Raises the same errors as `check_ranges`."""
+    """Check all fields whose type declares a range, such as `Annotated[float, "[0, 1]"]`.
+
+    Raises:
+        ValueError: See `check_ranges`.
+    """
     check_ranges(method, **{f.name: f.type.__metadata__[0] for f in fields(method) if hasattr(f.type, "__metadata__")})
 
 
 def check_ranges(method: object, **ranges: str) -> None:
-    """Check attributes of a method against intervals such as "[0, 1]" or "(0, inf)"; a round bracket excludes the end.
+    """Check that attributes of a method lie within intervals such as "[0, 1]" or "(0, inf)". A parenthesis excludes the endpoint.
 
     Raises:
-        ValueError: Some numbers (or NaN) are outside their range. The message names them with their ranges.
+        ValueError: If a value is NaN or out of range. The message lists all such values with their ranges.
     """
     wrong = []
     for name, interval in ranges.items():
@@ -193,7 +208,7 @@ def check_ranges(method: object, **ranges: str) -> None:
 
 
 def _worded(low: float, high: float, interval: str) -> str:
-    """Return an interval in words; `low` and `high` are its ends as numbers."""
+    """Describe an interval in words. `low` and `high` are its endpoints as numbers."""
     above = "above" if interval[0] == "(" else "at least"
     below = "below" if interval[-1] == ")" else "at most"
     if high == inf:

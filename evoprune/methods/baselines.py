@@ -12,14 +12,14 @@ from evoprune.methods.types import Selection, Tokens, arange_on
 
 @dataclass(frozen=True)
 class Nothing(Method):
-    """Keep every token, whatever the budget."""
+    """Keeps every token, whatever the budget is."""
 
     source = "this project; the unpruned model"
 
 
 @dataclass(frozen=True)
 class Random(Selector):
-    """Random tokens from every frame pair, drawn without replacement and seeded with `tokens.seed`."""
+    """Draws random tokens from every frame pair, without replacement. The random generator is seeded with `tokens.seed`."""
 
     name = "random"
     source = "this project; a common baseline"
@@ -37,7 +37,7 @@ class Random(Selector):
 
 @dataclass(frozen=True)
 class Subsample(InputMethod):
-    """Fewer frame pairs, at least one."""
+    """Uses fewer frame pairs, but at least one."""
 
     name = "subsample"
     source = "arXiv 2605.30010, as a baseline"
@@ -49,7 +49,10 @@ class Subsample(InputMethod):
 
 @dataclass(frozen=True)
 class Downscale(InputMethod):
-    """The same number of frame pairs with smaller frames: whole units in nearly the same ratio, at least one."""
+    """Keeps the number of frame pairs and makes the frames smaller.
+
+    The new height and width are whole numbers of units, at least one each, in nearly the same aspect ratio.
+    """
 
     name = "downscale"
     source = "VTC-Bench, as a baseline"
@@ -61,9 +64,9 @@ class Downscale(InputMethod):
 
 @dataclass(frozen=True)
 class Pool(Selector):
-    """Means of blocks of neighboring tokens.
+    """Averages blocks of neighboring tokens.
 
-    A block lies inside one frame pair. If there are fewer tokens than frame pairs, a block spans whole frame pairs.
+    Each block lies inside one frame pair. If there are fewer tokens to keep than frame pairs, blocks span whole frame pairs.
     """
 
     name = "pool"
@@ -85,10 +88,10 @@ class Pool(Selector):
 
 
 def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split `length` places into `count` blocks of nearly equal length.
+    """Split `length` positions into `count` blocks of nearly equal length.
 
     Returns:
-        int64 `[length]`, the block index for every place; int64 `[count]`, the middle place in every block.
+        int64 `[length]`, the block index of every position, and int64 `[count]`, the middle position of every block.
     """
     edges = arange_on(count + 1, device) * length // count
     return arange_on(count, device).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2
@@ -96,7 +99,7 @@ def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor
 
 @dataclass(frozen=True)
 class DivPrune(Selector):
-    """Keep the most diverse tokens, by greedy max-min distance."""
+    """Keeps the most diverse tokens, chosen greedily by max-min distance."""
 
     name = "divprune"
     source = "arXiv 2503.02175"
@@ -106,10 +109,10 @@ class DivPrune(Selector):
 
 
 def smaller_frame(height: int, width: int, most: int) -> tuple[int, int]:
-    """Return (height, width) of the largest frame with at most `most` units, at least 1 x 1, and nearly the given aspect ratio.
+    """Return the (height, width) of the largest frame with at most `most` units and nearly the same aspect ratio.
 
-    One dimension is any whole number of units, and the ratio gives the other, rounded. Among frames of equal size, the one nearest
-    to the ratio wins.
+    The frame has at least 1 x 1 units. One dimension can be any whole number of units. The other is then derived from the aspect
+    ratio and rounded up or down. If several frames have the same number of units, the one closest to the aspect ratio wins.
     """
     sizes = {(1, 1)}
     for rows in range(1, height + 1):

@@ -1,4 +1,4 @@
-"""Budgets: the share of the visual tokens that is kept. Imports no torch."""
+"""Budgets: the share of the visual tokens to keep. This module does not import torch."""
 
 import math
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from evoprune.methods.plans import Grid
 from evoprune.util import did_you_mean
 
 PresetName = Literal["full", "high", "balanced", "fast"]
-# "auto:inflection" decides by the curve of a method's scores (methods/selecting.py).
+# "auto:inflection" finds the number of tokens from the curve of a method's scores (methods/selecting.py).
 AutoName = Literal["auto", "auto:inflection"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The share of its visual tokens that an input keeps, in (0, 1]. Created by `parse`."""
+    """The share of its visual tokens that an input keeps, in (0, 1]. Use `parse` to create one."""
 
-    # The type of the values that users may give: a number in (0, 1], the same number as a string ("0.25"), a percentage ("25%"), or
-    # a name in `PRESETS` or, where the content may decide, in `AUTOS`.
+    # The type of the values that users may pass: a number in (0, 1], the same number as a string ("0.25"), a percentage ("25%"), or
+    # a name in `PRESETS`. Names in `AUTOS` are also valid if the caller allows automatic budgets.
     Given = float | str
 
     PRESETS: ClassVar[dict[PresetName, "Budget"]]
@@ -29,18 +29,18 @@ class Budget:
     DEFAULT: ClassVar[Literal["balanced"]] = "balanced"
 
     video: float
-    still: float  # share for an input of one frame pair, whose units no other frame pair repeats
-    name: str = ""  # name of a preset with two shares or of one of `AUTOS`; empty for a number
+    still: float  # the share for an input with a single frame pair, where no content repeats in other frame pairs
+    name: str = ""  # the name of a preset with two shares or of a budget in `AUTOS`; empty if the user passed a number
 
     @classmethod
     def parse(cls, given: float | str, auto: bool = False) -> "Budget":
-        """Return the budget for a number in (0, 1], a percentage or a name.
+        """Parse a number in (0, 1], a percentage or a name.
 
         Args:
-            auto: Also allow the names in `AUTOS`.
+            auto: Also accept the names in `AUTOS`.
 
         Raises:
-            UsageError: `given` is anything else.
+            UsageError: If `given` is anything else.
         """
         known = dict(cls.PRESETS)
         if auto:
@@ -55,29 +55,29 @@ class Budget:
 
     @property
     def recorded(self) -> float | str:
-        """The budget as options, records and results store it: a name or a number."""
+        """The budget in the form in which options, records and results store it: a name or a number."""
         return self.name or self.video
 
     @property
     def largest(self) -> float:
-        """The largest share that any input keeps."""
+        """The largest share that an input can keep."""
         return max(self.video, self.still)
 
     def share(self, grid: Grid) -> float:
-        """Return the share for one input with this `grid`, (T, H, W) in units."""
+        """Return the share for an input with this `grid`, which is (T, H, W) in units."""
         return self.still if grid[0] == 1 else self.video
 
     def keep(self, grid: Grid) -> int:
-        """Return K, the number of tokens that one input keeps."""
+        """Return K, the number of tokens that an input with this `grid` keeps."""
         return self.count(self.share(grid), prod(grid))
 
     @staticmethod
     def count(share: float, units: int) -> int:
-        """Return K = max(1, floor(share * units + 0.5)), at most `units`."""
+        """Return K = max(1, floor(share * units + 0.5)), but at most `units`."""
         return min(units, max(1, math.floor(share * units + 0.5)))
 
     def share_of_all(self, grids: Sequence[Grid]) -> float:
-        """Return the overall share of several inputs, for methods that know only one share."""
+        """Return the overall share of several inputs, for methods that support only a single share."""
         if self.still == self.video:
             return self.video
         return sum(map(self.keep, grids)) / sum(map(prod, grids))
@@ -91,14 +91,14 @@ Budget.PRESETS = {
     "fast": Budget(0.1, 0.3, "fast"),
 }
 AUTO, AUTO_INFLECTION = get_args(AutoName)
-# The shares between which the content decides how many tokens are kept.
+# The lowest and highest share that an automatic budget can keep.
 AUTO_LEAST = 0.05
 AUTO_MOST = 0.5
 Budget.AUTOS = {name: Budget(AUTO_MOST, AUTO_MOST, name) for name in (AUTO, AUTO_INFLECTION)}
 
 
 def _number(value: float | str) -> float:
-    """Return `value` as a number, or NaN if it is not a number."""
+    """Convert `value` to a number. Returns NaN if that is not possible."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -106,7 +106,7 @@ def _number(value: float | str) -> float:
 
 
 def _refused(given: float | str, known: dict[str, Budget]) -> UsageError:
-    """Return the error for a value that `parse` does not accept; `known` has the allowed names."""
+    """Return the error for a value that `parse` does not accept. The keys of `known` are the names it would accept."""
     if isinstance(given, str) and given in Budget.AUTOS:
         hint = f"give a share of tokens such as 0.25; {given} works only with VideoQA and with commands that ask or evaluate"
         return UsageError(f"budget {given!r} does not work here", hint)

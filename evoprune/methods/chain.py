@@ -1,6 +1,6 @@
-"""A method as the user names it: up to four parts that act on the input, inside the encoder, after it, or in the language model.
+"""The method that the user names, as a chain of up to four parts. Combined with a budget and a seed, it makes a `PruneConfig`.
 
-Together with a budget and a seed it makes a `PruneConfig`.
+The parts act on the input, inside the encoder, after the encoder, and inside the language model.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from evoprune.methods.registry import MethodText, impossible
 
 @dataclass(frozen=True)
 class MethodChain:
-    """A chain of methods such as `reuse+divprune` or `evoprune+fastv`, or a single method. The budget applies to the first part."""
+    """A single method, or a chain such as `reuse+divprune` or `evoprune+fastv`. The budget applies to the first part."""
 
     input: InputMethod | None = None
     encoder: EncoderMethod | None = None
@@ -29,10 +29,10 @@ class MethodChain:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the chain that `text` names: a single method as in `get`, or several joined by `+` in the order they act.
+        """Parse a single method (as in `get`), or several methods joined by `+` in the order in which they act.
 
         Raises:
-            UsageError: As `get`, or the methods cannot act in this order.
+            UsageError: If `get` would raise it for one of the methods, or if the methods cannot act in this order.
         """
         members = MethodText(text).members()
         chain = cls.of(*members)
@@ -48,7 +48,10 @@ class MethodChain:
 
     @classmethod
     def of(cls, *methods: Method) -> Self:
-        """Return a chain with the methods in their places. The base class `Method` prunes nothing and has no place."""
+        """Return a chain of these methods, each in its own field.
+
+        Instances of the base class `Method` prune nothing and are ignored.
+        """
         classes = {"input": InputMethod, "encoder": EncoderMethod, "selector": Selector, "language": LanguageMethod}
         return cls(**{part: method for method in methods for part, kind in classes.items() if isinstance(method, kind)})
 
@@ -56,7 +59,7 @@ class MethodChain:
     def possible(self) -> bool:
         """Whether the parts before the language model can act together.
 
-        They can if there is a single part, or a combining encoder method followed by a selector.
+        They can if there is only one such part, or if an encoder method with `combines` is followed by a selector.
         """
         before = self.before.members
         combines = self.encoder is not None and self.encoder.combines
@@ -66,7 +69,7 @@ class MethodChain:
 
     @property
     def members(self) -> list[Method]:
-        """The parts that are present, in the order they act."""
+        """The parts that are present, in the order in which they act."""
         return [part for part in (self.input, self.encoder, self.selector, self.language) if part]
 
     @property
@@ -79,17 +82,17 @@ class MethodChain:
 
     @property
     def acts(self) -> str:
-        """Where the first part acts; see `Method.acts`."""
+        """Where the first part acts. See `Method.acts`."""
         return self.first.acts
 
     @property
     def before(self) -> "MethodChain":
-        """The chain without the language method."""
+        """The chain without its language method."""
         return replace(self, language=None)
 
     @property
     def token_selector(self) -> Selector | None:
-        """The selector of tokens after the tower, or None if every row becomes a token."""
+        """The selector that selects tokens after the tower, or None if every row becomes a token."""
         if self.selector or not self.encoder:
             return self.selector
         return self.encoder.tokens
@@ -98,7 +101,7 @@ class MethodChain:
     def exact(self) -> bool:
         """Whether exactly K tokens reach the language model.
 
-        For a language method alone, whether it leaves exactly its own number of tokens.
+        If the chain consists of a language method only, whether that method leaves exactly the number of tokens it was asked for.
         """
         return all(part.exact for part in self.before.members or self.members)
 
@@ -112,7 +115,7 @@ class MethodChain:
 
     @property
     def args(self) -> dict[str, Any]:
-        """Settings as reports show them: first the settings of the first part, then the other parts' settings under their names."""
+        """The settings as shown in reports: the first part's settings, then each other part's settings nested under its name."""
         args = dict(self.first.args)
         if self.encoder and self.encoder.combines:
             args[self.token_selector.name] = self.token_selector.args
@@ -122,24 +125,28 @@ class MethodChain:
 
     @property
     def refusals(self) -> tuple[str, str]:
-        """Texts for refusing a method that reads the question: the problem, and a method to use instead."""
+        """Two texts for refusing a method that reads the question: a description of the problem, and a method to use instead."""
         if self.encoder is None:
             return f"method {self.token_selector.name} reads the question", "another method"
         name = self.encoder.name
         return f"method {name} selects with {self.token_selector.name}, which reads the question", f"{name}+divprune"
 
     def automatic(self) -> Self:
-        """Return the chain with an `automatic` first part.
+        """Return the chain with its first part replaced by an `automatic` copy.
 
         Raises:
-            UsageError: The first part does not support it.
+            UsageError: If the first part does not support automatic budgets.
         """
         if len(self.before.members) > 1:
             raise not_automatic(self.before.name)
         return replace(MethodChain.of(self.first.automatic()), language=self.language)
 
     def check_scores(self) -> None:
-        """Raise UsageError if the selector has no scores, because then their inflection cannot decide the number of tokens."""
+        """Check that the selector has scores, because "auto:inflection" derives the number of tokens from them.
+
+        Raises:
+            UsageError: If the selector has no scores, or if there is no selector.
+        """
         if self.token_selector is None or self.token_selector.scores is None:
             name = self.first.name
             if self.selector or (self.encoder and self.encoder.combines):
@@ -149,20 +156,20 @@ class MethodChain:
             raise UsageError(problem, f"give a share such as 0.25, or {alternative}")
 
     def check_conversation(self) -> None:
-        """Check that conversations are possible.
+        """Check that the chain can be used in conversations.
 
         Raises:
-            UsageError: If a method prunes for a single question.
+            UsageError: If the method reads the question, so that its tokens suit only that one question.
         """
         if self.reads_question:
             hint = "ask single questions, or use another method: --method (method) evoprune"
             raise UsageError(f"method {self.name} prunes for a single question, so it cannot hold a conversation", hint)
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int, inflection: bool = False) -> EncoderPlan:
-        """Return the encoder's plan for one video of `grid` that leaves `keep` tokens (K) for the language model.
+        """Return the plan for encoding one video of size `grid` into `keep` tokens (K) for the language model.
 
         Args:
-            inflection: Let the curve of the selector's scores decide the number of tokens, at most K.
+            inflection: Let the curve of the selector's scores decide the number of tokens, up to K.
         """
         if self.input:
             return EncoderPlan.full(tower, call(self.input.package, self.input.resize, grid, keep))
@@ -179,32 +186,32 @@ class MethodChain:
         return EncoderPlan(grid, keep, tower.depth, reuse, tuple(stages), below)
 
     def after_tower_below(self, launch_bound: int) -> int:
-        """Return the number of units below which an input is pruned only after the tower, or 0 if size makes no difference.
+        """Return the number of units below which an input is pruned only after the tower, or 0 if all sizes are treated alike.
 
         Args:
-            launch_bound: As in `TowerShape`.
+            launch_bound: See `TowerShape`.
         """
         if not self.encoder or not self.encoder.small_after_tower:
             return 0
         return launch_bound
 
     def language_share(self, budget: float) -> float:
-        """Return the budget of the language method, in (0, 1], given the `budget` that the user asked for."""
+        """Return the budget of the language method, in (0, 1], given the `budget` that the user requested."""
         if self.language is self.first:
             return budget
         return self.language.left
 
     def language_work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
-        """Return `LanguagePlan.work` at the user's share `budget`, or None if no token is dropped."""
+        """Return `LanguagePlan.work` for the user's share `budget`, or None if no token is dropped."""
         if self.language is None:
             return None
         inner = self.language
         return call(inner.package, lambda: inner.drops(depth, tokens, self.language_share(budget)).work)
 
     def prompt_columns(self, depth: int, tokens: int, text: int, budget: float) -> int | tuple[int, ...]:
-        """Return the number of columns of a prompt with `text` text tokens: one per layer, or a single one if all layers agree.
+        """Return the number of columns in a prompt with `text` text tokens.
 
-        The other arguments are as in `language_work`.
+        Returns one number per layer, or a single number if no token is dropped. For the other arguments, see `language_work`.
         """
         work = self.language_work(depth, tokens, budget)
         if work is None:
@@ -214,19 +221,19 @@ class MethodChain:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """How visual tokens are pruned, as used by planning, encoding, answering and reports. Created by `of`."""
+    """The pruning settings that planning, encoding, answering and reports share. Use `of` to create one."""
 
-    name: str  # name of the method, as the user wrote it
+    name: str  # the method's name and settings, as the user wrote them
     method: MethodChain
     budget: Budget  # the full budget if the method prunes nothing
     seed: int = 0
 
     @classmethod
     def of(cls, budget: Budget, name: str, seed: int = 0) -> Self:
-        """Return the config for a budget and the method `name`, as users write it, with its settings.
+        """Return the config for a budget and the method `name`, which is written as users write it, including any settings.
 
         Raises:
-            UsageError: No such method or setting, or an "auto" budget with a method that cannot let the content decide.
+            UsageError: If there is no such method or setting, or if the method does not support the "auto" budget.
         """
         method = MethodChain.parse(name)
         if budget.name == AUTO:
@@ -245,18 +252,18 @@ class PruneConfig:
 
     @property
     def resizes(self) -> bool:
-        """Whether the method makes inputs smaller, so that frames depend on its plan."""
+        """Whether the method makes inputs smaller, which means that the frames to read depend on its plan."""
         return self.method.input is not None
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
-        """Return the encoder's plan for one input that leaves K tokens for the language model."""
+        """Return the plan for encoding one input into K tokens for the language model."""
         inflection = self.budget.name == AUTO_INFLECTION
         return self.method.plan(tower, grid, self.budget.keep(grid), inflection)
 
     def after_tower_below(self, device: torch.device) -> int:
         """Return the number of units below which `device` prunes an input only after the tower.
 
-        It is 0 if size makes no difference.
+        Returns 0 if all sizes are treated alike.
         """
         if self.budget == Budget.FULL:
             return 0

@@ -1,16 +1,17 @@
-"""evoprune, this project's own method: reuse over time, two selections of rows inside the encoder, and one of tokens after it.
+"""evoprune, this project's own method: reuse over time, two row selections inside the encoder, and a token selection after it.
 
-1. Reuse: a unit whose pixels have not changed since its place was last encoded is not encoded again. Its row stays visible to
-   attention (vision/preprocess.py).
-2. Rows: farthest-point sampling over features and time (methods/farthest.py) selects the patch embeddings that enter the tower
-   and, after the first eighth of the layers, the rows that continue. Both numbers are powers of the budget.
-3. Tokens: after the tower, the tokens are selected among these rows in the same way. Each becomes the mean of its cluster.
+1. Reuse: a unit is not encoded again if its pixels have not changed since the same place was last encoded. Its earlier row stays
+   visible to attention (vision/preprocess.py).
+2. Rows: farthest-point sampling over features and time (methods/farthest.py) selects the patch embeddings that enter the tower.
+   After the first eighth of the layers, it selects the rows that continue. Both counts are powers of the budget.
+3. Tokens: after the tower, tokens are selected from these rows in the same way. Each token becomes the mean of its cluster.
 4. Bias: the language model's attention adds half the log of the cluster size to each token's logits.
 
-On CUDA, an input of few units skips the first two steps, because launches bound its time in the tower and fewer rows save nothing.
+On CUDA, inputs with few units skip the first two steps. The tower's time for them depends on kernel launches, so fewer rows would
+save nothing.
 
-No paper describes this method; docs/methods.md says what it shares with other methods. results/frontier.md has the contribution
-of its stages, results/ablations.md the settings that were tried without benefit.
+No paper describes this method. docs/methods.md explains what it shares with other methods. results/frontier.md shows how much
+each stage contributes, and results/ablations.md lists the settings that were tried without benefit.
 """
 
 from dataclasses import dataclass, replace
@@ -26,22 +27,22 @@ from evoprune.methods.farthest import ALPHA, assign_clusters, farthest_points, p
 from evoprune.methods.plans import Grid, Stage, TowerShape
 from evoprune.methods.types import Selection, Tokens
 
-# A unit has changed if a block differs by at least this many levels of 255 (Euclidean over red, green and blue).
+# A unit counts as changed if one of its blocks differs by at least this many of 255 levels (Euclidean over red, green and blue).
 THRESHOLD = 8.0
 
 
 @dataclass(frozen=True)
 class Reuse(EncoderMethod):
-    """Reuse combined with a selector that users name: `reuse+divprune`, `reuse:threshold=5+visionzip`.
+    """Combines reuse with a selector that the user names, as in `reuse+divprune` or `reuse:threshold=5+visionzip`.
 
-    The selector sees every unit of the clip. A unit that is not encoded again has the feature of an earlier row.
+    The selector sees every unit of the clip. A unit that was not encoded again has the feature of an earlier row.
     """
 
     name = "reuse"
     source = "this project"
     combines = True
 
-    # A unit is encoded again if it changes by at least this many of 255 levels.
+    # A unit that changed by at least this many of 255 levels is encoded again.
     threshold: Annotated[float, "(0, inf]"] = THRESHOLD
 
     @property
@@ -53,14 +54,14 @@ class Reuse(EncoderMethod):
 
 
 INNER = ("auto", "always")  # when the method prunes inside the tower
-WITHIN = 0.01  # `within` under `--budget auto`
-# Scales the powers `rows` and `first` for an input of one frame pair, whose units no other frame pair repeats.
+WITHIN = 0.01  # the value of `within` for `--budget auto`
+# Scales the powers `rows` and `first` for an input with a single frame pair, where no content repeats in other frame pairs.
 ONE_PAIR_POWER = 2 / 3
 
 
 @dataclass(frozen=True)
 class FarthestPoints(Selector):
-    """Farthest-point sampling over features and time. The fields are as in `EvoPruneMethod`."""
+    """Selects units by farthest-point sampling over features and time. For the fields, see `EvoPruneMethod`."""
 
     source: ClassVar[str] = "this project"
     drops: ClassVar[bool] = False
@@ -70,7 +71,7 @@ class FarthestPoints(Selector):
     average: bool = True
     count: float = 0.5
     within: float = 0.0
-    # Whether to read rows before the next layer's norm, which would make flat patches as different as any others.
+    # Whether to compare rows as they are before the next layer's norm. After the norm, flat patches would differ as much as others.
     before_norm: bool = False
 
     @property
@@ -92,7 +93,7 @@ class FarthestPoints(Selector):
         return count == keep or (self.within > 0 and Budget.count(AUTO_LEAST, units) <= count <= keep)
 
     def _sizes(self, unit_to_token: torch.Tensor, tokens: int) -> torch.Tensor | None:
-        """Return float32 `[tokens]`: the cluster size that the language model assumes for each token, or None for 1."""
+        """Return float32 `[tokens]`: the cluster size that the language model assumes for each token. None means 1 for all."""
         if not self.count or tokens == len(unit_to_token):
             return None
         return unit_counts(unit_to_token, tokens) ** self.count
@@ -100,30 +101,31 @@ class FarthestPoints(Selector):
 
 @dataclass(frozen=True)
 class EvoPruneMethod(EncoderMethod):
-    """Reuse, then three selections; see the module docstring."""
+    """Applies reuse and then three selections. See the module docstring."""
 
     name: ClassVar[str] = "evoprune"
     source: ClassVar[str] = "this project; same goal as arXiv 2603.03681"
 
-    # A unit is encoded again if it changes by at least this many of 255 levels; 0 encodes every unit.
+    # A unit that changed by at least this many of 255 levels is encoded again. With 0, every unit is encoded.
     reuse: Annotated[float, "[0, inf]"] = THRESHOLD
-    # Share of the tower's layers before the second selection; 1 selects only after the tower.
+    # The share of the tower's layers that run before the second selection. With 1, units are selected only after the tower.
     depth: Annotated[float, "(0, 1]"] = 0.125
     alpha: Annotated[float, "[0, inf)"] = ALPHA  # weight of time in the selection's distance
-    # Rows that enter the tower: units * budget ** first; rows after the second selection: units * budget ** rows. 0 keeps all
-    # units, 1 as many rows as tokens.
+    # units * budget ** first rows enter the tower, and units * budget ** rows remain after the second selection. A power of 0
+    # keeps all units, and a power of 1 keeps as many rows as tokens.
     first: Annotated[float, "[0, 1]"] = 0.4
     rows: Annotated[float, "[0, 1]"] = 0.75
-    floor: Annotated[float, "[0, 1]"] = 0.0  # minimum for a frame pair, as a share of its even part of the budget
+    # The minimum for each frame pair, as a fraction of its equal share of the budget.
+    floor: Annotated[float, "[0, 1]"] = 0.0
     average: bool = True  # whether a token becomes the mean of its cluster
-    # The language model's attention weighs a token by (cluster size) ** count; 0 weighs all tokens equally, 1 is ToMe's
+    # The language model's attention weights a token by (cluster size) ** count. With 0, all tokens have equal weight. 1 is ToMe's
     # proportional attention (arXiv 2210.09461, section 3).
     count: Annotated[float, "[0, inf)"] = 0.5
-    # The last selection ends once every unit is within this distance of a selected one, but keeps at least 1/20 of the units; 0
-    # selects as many as the budget allows.
+    # The last selection stops once every unit is within this distance of a selected unit, but it keeps at least 1/20 of the units.
+    # With 0, it selects as many units as the budget allows.
     within: Annotated[float, "[0, inf)"] = 0.0
-    # auto: a launch-bound small input is pruned only after the tower, without reuse. always: every
-    # input is pruned inside the tower, on every device.
+    # "auto" prunes small, launch-bound inputs only after the tower and without reuse. "always" prunes every input inside the tower,
+    # on every device.
     inner: str = "auto"
 
     def __post_init__(self):

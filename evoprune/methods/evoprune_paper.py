@@ -1,4 +1,7 @@
-"""EvoPrune as in its paper (arXiv 2603.03681) and with other settings: rows merge layer by layer inside windows and frame pairs."""
+"""EvoPrune, with the paper's settings (arXiv 2603.03681) and with other settings.
+
+It merges rows layer by layer, inside windows and frame pairs.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,29 +16,29 @@ from evoprune.methods.ranking import alternate, match
 from evoprune.methods.types import Candidates, arange_on
 
 FEATURES = ("keys", "keys_rotary", "hidden")
-MAX_SCORES = 1 << 22  # scores in memory at a time (16 MiB), or one row per group if that is more
+MAX_SCORES = 1 << 22  # the most scores to hold in memory at a time (16 MiB); one row per group may exceed it
 ALL = slice(None)
 
 
 @dataclass(frozen=True)
 class EvoPrunePaper(Merger):
-    """EvoPrune (arXiv 2603.03681). O(n^2 D) for a group of n rows."""
+    """EvoPrune (arXiv 2603.03681). It takes O(n^2 D) time for a group of n rows."""
 
     name = "evoprune-paper"
     source = "arXiv 2603.03681"
-    absorbed = 1  # which row in every two may merge into another: 0 for the first, 1 for the second
+    absorbed = 1  # which row of every two may merge into another row: 0 for the first, 1 for the second
 
-    allocation: str = "skip"  # which layers merge and how much, from `first` to `last` in relative depth
+    allocation: str = "skip"  # how merging is spread over the layers from `first` to `last` (relative depths)
     first: float = 0.2
     last: float = 0.5
-    diversity: Annotated[float, "(-inf, inf)"] = 0.1  # weights of the score's two penalties (`composite_score`)
+    diversity: Annotated[float, "(-inf, inf)"] = 0.1  # the weights of the score's two penalties (see `composite_score`)
     attention: Annotated[float, "(-inf, inf)"] = 0.1
-    critical: Annotated[float, "[0, 1]"] = (
-        0.1  # share of a group, its most attended rows, that merges only after all other rows
-    )
-    neighbours: Annotated[int, "[1, inf)"] = 4  # how many nearest rows the density is computed from
-    features: str = "keys"  # what similarity compares: keys of the layer, keys_rotary (after rotary), or hidden states
-    size_bias: bool = True  # whether attention weighs a merged row by its cluster size
+    # The share of each group's rows, the most attended ones, that merge only after all other rows.
+    critical: Annotated[float, "[0, 1]"] = 0.1
+    neighbours: Annotated[int, "[1, inf)"] = 4  # the number of nearest rows from which the density is computed
+    # What the similarity compares: the layer's keys, keys_rotary (after rotary), or hidden states.
+    features: str = "keys"
+    size_bias: bool = True  # whether attention weights a merged row by its cluster size
 
     def __post_init__(self):
         layer_weights(8, self.allocation, self.first, self.last)
@@ -60,12 +63,12 @@ class EvoPrunePaper(Merger):
             attention = snap(relative_attention(c.attention, c.valid))
         source = alternate(c.valid, self.absorbed)
         best, partner = self._best_partners(c, attention, source)
-        at_most = torch.minimum(remove, c.valid.sum(1) // 2)  # one row must be left even if all are sources
+        at_most = torch.minimum(remove, c.valid.sum(1) // 2)  # one row must remain even if all rows are sources
         return match(best, partner, source, self._critical(attention, c.valid), at_most)
 
     def rounds(self, rows: int, left: int) -> int:
         count = 0
-        while rows > left:  # a round removes at most every second row
+        while rows > left:  # each round removes at most every second row
             count = count + 1
             rows = rows - min(rows - left, rows // 2)
         return count
@@ -73,7 +76,7 @@ class EvoPrunePaper(Merger):
     def _best_partners(
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Compute `best_partners` for all rows, strip by strip, so that a group's full score matrix is never in memory."""
+        """Compute `best_partners` for all rows, strip by strip so that a group's full score matrix is never in memory."""
         pieces = strips(*c.valid.shape)
         density = None
         partners = []
@@ -88,30 +91,41 @@ class EvoPrunePaper(Merger):
         return tuple(torch.cat(of_each, 1) for of_each in zip(*partners, strict=True))
 
     def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
-        """Return bool `[B, n]`: the most attended rows of a group, a share of `critical`, rounded up; ties by index."""
+        """Return bool `[B, n]`, True for the most attended rows of each group.
+
+        A share of `critical` of the group, rounded up, is marked. Ties go to the lower index.
+        """
         if not self.critical:
             return torch.zeros_like(valid)
         rank = attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        # In float64 and slightly lower, because 0.15 of 100 rows must not become 16.
+        # Computed in float64 and lowered slightly, so that 0.15 of 100 rows does not become 16.
         return valid & (rank < (valid.sum(1, keepdim=True).double() * self.critical - 1e-9).ceil())
 
 
 def strips(groups: int, rows: int) -> list[slice]:
-    """Return slices that split `rows` so that the scores of a strip, `[groups, strip, rows]`, are at most `MAX_SCORES`."""
+    """Split `rows` into slices so that the scores of one strip, `[groups, strip, rows]`, have at most `MAX_SCORES` entries."""
     step = max(1, MAX_SCORES // max(1, groups * rows))
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
-    """Return the cosines `[B, m, n]` of the m `rows` of `features` `[B, n, D]` to all rows of their group; 0 for zero vectors."""
+    """Return `[B, m, n]`: the cosine similarity of the m selected `rows` of `features` to all n rows of their group.
+
+    `features` is `[B, n, D]`. The similarity to a zero vector is 0.
+    """
     unit = F.normalize(features.float(), dim=-1)
     return unit[:, rows] @ unit.transpose(1, 2)
 
 
 def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
-    """Return `[B, m]`: the mean `cosine` (`[B, m, n]`) of the m `rows` to their nearest `valid` others (bool `[B, n]`).
+    """Return `[B, m]`: the mean similarity of each of the m `rows` to its nearest other rows.
 
-    It is 1 for a row without others.
+    A row without other rows gets 1.
+
+    Args:
+        cosine: `[B, m, n]`, from `similarity`.
+        valid: bool `[B, n]`, False for padding, which is ignored.
+        neighbours: The number of nearest rows to average over.
     """
     n = cosine.shape[2]
     index = arange_on(n, cosine.device)
@@ -123,7 +137,7 @@ def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, ro
 
 
 def relative_attention(received: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Return `[B, n]`: the attention received, divided by the group's maximum, in [0, 1]; 0 at padding."""
+    """Return `[B, n]`: the attention that each row receives, divided by the maximum in its group. Padding gets 0."""
     top = received.masked_fill(~valid, 0).amax(1, keepdim=True)
     return torch.where(valid, received / top.clamp(min=1e-12), 0)
 
@@ -136,12 +150,15 @@ def composite_score(
     attention_weight: float,
     rows: slice = ALL,
 ) -> torch.Tensor:
-    """Return `[B, m, n]`: EvoPrune's score for merging two rows (arXiv 2603.03681); dimension 1 is the row to be absorbed.
+    """Return `[B, m, n]`: EvoPrune's score for merging two rows (arXiv 2603.03681). Dimension 1 is the row to be absorbed.
 
         S_ij = s_ij - w_div * max(1 - d_i, 1 - d_j) - w_att * max(a_i, a_j)
 
-    s: `cosine` `[B, m, n]` of the m `rows`, from `similarity`; d: local density `[B, n]` (rows unlike all others should not merge);
-    a: relative attention `[B, n]`. d and a are None if their weights are zero.
+    Args:
+        cosine: s, `[B, m, n]`, from `similarity`.
+        density: d, the local density `[B, n]`, which keeps rows unlike all others from merging. None if its weight is zero.
+        attention: a, the relative attention `[B, n]`. None if its weight is zero.
+        rows: The m rows in dimension 1.
     """
     score = cosine
     if diversity_weight:
@@ -155,16 +172,16 @@ def composite_score(
 def best_partners(
     score: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the best destination for every source row.
+    """Find the best destination for every source row.
 
     Args:
         score: `[B, m, n]`.
-        source: bool `[B, m]`, rows that may merge.
-        destination: bool `[B, n]`, rows that they may merge into.
+        source: bool `[B, m]`, True for rows that may merge into another row.
+        destination: bool `[B, n]`, True for rows that sources may merge into.
 
     Returns:
-        `[B, m]`, the highest score, -inf for rows that are not sources; and int64 `[B, m]`, the index of its destination. Ties go
-        to the lower index.
+        `[B, m]`, the highest score of each row (-inf for rows that are not sources), and int64 `[B, m]`, the index of the
+        destination with that score. Ties go to the lower index.
     """
     allowed = source[:, :, None] & destination[:, None, :]
     return tuple(score.masked_fill(~allowed, -torch.inf).max(2))
@@ -172,7 +189,7 @@ def best_partners(
 
 @dataclass(frozen=True)
 class EvoPruneMerge(EvoPrunePaper):
-    """EvoPrune with the settings that were best on the demo model (results/ablations.md)."""
+    """EvoPrune with the settings that worked best on the demo model (results/ablations.md)."""
 
     name = "evoprune-merge"
     source = "arXiv 2603.03681, with other settings"

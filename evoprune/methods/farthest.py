@@ -1,15 +1,17 @@
-"""The selection: farthest points over features and time inside tubes, and the clusters around them.
+"""The selection algorithm: farthest-point sampling over features and time inside tubes, and the clusters around selected units.
 
-A video is cut into *tubes*: neighboring units of some frame pairs. In a tube, units are selected one after another, each the
-farthest from those selected before. That distance is the unit's radius. The K units with the largest radii are selected. The
-radii do not depend on K, and no shape depends on values; backend/operators.py has an implementation for each kind of device. The
-distance between two units combines features and time:
+A video is cut into *tubes*. A tube consists of neighboring units in several consecutive frame pairs. Inside a tube, units are
+selected one by one: the next unit is always the one farthest from all units selected before. Its distance from them is its
+*radius*. Finally, the K units with the largest radii in the whole video are selected. The radii do not depend on K, and no tensor
+shape depends on values. backend/operators.py has an implementation for each kind of device. The distance between two units
+combines features and time:
 
     d(i, j) = |p_i - p_j|^2 / 2 + alpha / 2 * salience_j^2 * |t_i - t_j|
 
-Unit i is selected and unit j is a candidate. p is a unit's feature minus the mean over all units of the clip, with every
-channel divided by its standard deviation, and all divided by the length of the longest (results/geometry.md). t runs from 0 to 1
-over the clip. salience_j = |p_j|^2: the more a thing stands out, the more it counts as new at another time.
+Unit i is selected and unit j is a candidate. p is the unit's normalized feature: the mean over all units of the clip is
+subtracted, every channel is divided by its standard deviation, and all features are divided by the length of the longest one
+(results/geometry.md). t runs from 0 to 1 over the clip. salience_j = |p_j|^2, so an object that stands out more counts as newer
+when it appears at another time.
 """
 
 import math
@@ -23,38 +25,38 @@ from evoprune.methods.plans import Grid, spread
 from evoprune.methods.types import arange_on
 
 ALPHA = 1.5
-DIMENSIONS = 128  # dimensions of the projected features
-UNPROJECTED = 512  # up to this number of rows, features are not projected
+DIMENSIONS = 128  # the number of dimensions of projected features
+UNPROJECTED = 512  # features are projected only if there are more rows than this
 STEPS = 16384  # distances are rounded to 1 / STEPS, so that equal rows have distance 0 and equal distances are ties
-TUBE_UNITS = 256  # approximate number of units in a tube, which spans at most `TUBE_PAIRS` frame pairs
+TUBE_UNITS = 256  # the approximate number of units in a tube, which spans at most `TUBE_PAIRS` frame pairs
 TUBE_PAIRS = 16
 GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
 class Points:
-    """The N units of a video as points, represented by E rows. Distances between them are in whole steps."""
+    """The N units of a video as points, represented by E rows. Distances between points are whole numbers of steps."""
 
     grid: Grid
-    row: torch.Tensor  # int64 [N], the row that represents a unit, or -1
+    row: torch.Tensor  # int64 [N], the row that represents each unit, or -1
     time: torch.Tensor  # float32 [N], from 0 to 1
-    place: torch.Tensor  # float32 [E, d], at most about sqrt(STEPS) long; distances are approximate if projected
+    place: torch.Tensor  # float32 [E, d], at most about sqrt(STEPS) long; if projected, distances are approximate
     half: torch.Tensor  # float32 [E], half the squared length of `place`
     salience: torch.Tensor  # float32 [E], from 0 to 1; all 0 if all features are equal
-    weight: torch.Tensor  # float32 [E], weight of time: alpha / 2 * salience^2, in steps
+    weight: torch.Tensor  # float32 [E], the weight of time: alpha / 2 * salience^2, in steps
 
 
 def points_of(rows: torch.Tensor, unit_to_row: torch.Tensor, grid: Grid, alpha: float) -> Points:
     """Return the points of one video.
 
-    A row counts once for every unit that it represents.
+    Each row counts once for every unit that it represents.
 
     Args:
-        rows, unit_to_row, grid: As in `Tokens`.
-        alpha: The weight of time.
+        rows, unit_to_row, grid: See `Tokens`.
+        alpha: The weight of time in distances.
     """
     projection = None
-    if rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED:  # otherwise projection saves nothing
+    if rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED:  # otherwise a projection would save nothing
         projection = to_device(_projection(rows.shape[1]), rows.device)
     place, salience = standard_places(rows, unit_to_row, projection, STEPS)
     place = place * math.sqrt(STEPS)
@@ -64,7 +66,10 @@ def points_of(rows: torch.Tensor, unit_to_row: torch.Tensor, grid: Grid, alpha: 
 
 @lru_cache(maxsize=8)
 def _projection(width: int) -> torch.Tensor:
-    """Return float32 `[width, DIMENSIONS]`: random orthogonal columns that preserve squared lengths to within about an eighth."""
+    """Return a random projection: float32 `[width, DIMENSIONS]` with orthogonal columns.
+
+    The projection preserves squared lengths to within about an eighth.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     normal = torch.randn(width, DIMENSIONS, generator=generator, dtype=torch.float32, device="cpu")
     return torch.linalg.qr(normal).Q * math.sqrt(width / DIMENSIONS)
@@ -73,18 +78,19 @@ def _projection(width: int) -> torch.Tensor:
 def farthest_points(
     points: Points, keep: int, *, within: float = 0.0, least: int = 1, floor: float = 0.0
 ) -> torch.Tensor:
-    """Return int64 `[K]`, ascending: `keep` units of one video, or as many as it takes until every unit is near a selected one.
+    """Select `keep` units of one video, or fewer if `within` is set. Returns int64 `[K]`, ascending.
 
-    Among units of equal radius, those spread evenly over time and over the frame come first. In a video without differences, such
-    as a black one, they are the whole selection.
+    Ties between equal radii go to units that are spread evenly over time and over the frame. If all units of a video are equal, as
+    in a black video, the whole selection consists of such units.
 
     Args:
-        within: Stop before `keep` once no unit is farther than this from a selected one and `least` are selected; 0 for never. This
-            reads the radii, which waits for a GPU.
-        floor: Share of its even part of `keep` that every frame pair gets first, before units compete across the video.
+        within: Stop before `keep` once at least `least` units are selected and no unit is farther than this from a selected unit. 0
+            disables this. Otherwise the radii are read back, which synchronizes the GPU.
+        least: The minimum number of units for `within`.
+        floor: The fraction of its equal share of `keep` that every frame pair gets before units compete across the video.
 
     Raises:
-        ValueError: `keep` is not between 1 and the number of units.
+        ValueError: If `keep` is not between 1 and the number of units.
     """
     units = len(points.row)
     if not 1 <= keep <= units:
@@ -94,7 +100,7 @@ def farthest_points(
     _, turn, tubes = grid_tables(points.grid, str(points.row.device))
     first = (points.salience * (STEPS / 2)).round_()
     needed = keep
-    if floor:  # a frame pair's share may lie beyond the first `keep` units of the clip
+    if floor:  # units that a frame pair is guaranteed may rank below the first `keep` units of the clip
         needed = units
     radii = tube_radii(points.place, points.half, points.weight, first, points.row, points.time, tubes, needed)
     if within:
@@ -106,17 +112,18 @@ def farthest_points(
 
 
 def assign_clusters(points: Points, kept: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[N]`: for every unit the index in `kept` (from `farthest_points`) of the nearest selected unit.
+    """Return int64 `[N]`: the index in `kept` (from `farthest_points`) of the selected unit nearest to each unit.
 
-    A unit without a row gets -1. A selected unit gets itself. Ties go to the lower index.
+    A unit without a row gets -1. A selected unit gets its own index. Ties go to the lower index.
     """
     return nearest_selected(points.place, points.half, points.weight, points.row, points.time, kept)
 
 
 def _first_of_each_pair(order: torch.Tensor, grid: Grid, keep: int, floor: float) -> torch.Tensor:
-    """Return `order` with a frame pair's first units moved before all others.
+    """Return `order` with each frame pair's highest-ranked units moved ahead of all other units.
 
-    The number of units moved is `floor` times the frame pair's even part of `keep`. `order` is int64 `[N]`, higher first.
+    The number of units moved is `floor` times the frame pair's equal share of `keep`. `order` is int64 `[N]`, and higher values
+    come first.
     """
     pairs = grid[0]
     places = grid[1] * grid[2]
@@ -128,18 +135,18 @@ def _first_of_each_pair(order: torch.Tensor, grid: Grid, keep: int, floor: float
 
 @lru_cache(maxsize=32)
 def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return tables that depend only on the grid: times, turns and tubes.
+    """Return the tables that depend only on the grid: times, turns and tubes.
 
     Returns:
-        float32 `[N]`, the time of a unit, from 0 to 1.
-        int64 `[N]`, its turn among units of equal radius: a different number from 0 to N - 1 for every unit, higher first.
-        int64 `[B, L]`, the units in every tube, ascending, padded with N.
+        float32 `[N]`, the time of each unit, from 0 to 1.
+        int64 `[N]`, the turn of each unit, which breaks ties between equal radii. Turns are distinct numbers from 0 to N - 1, and
+        the highest comes first. int64 `[B, L]`, the units in each tube, ascending, padded with N.
     """
     pairs = grid[0]
     places = grid[1] * grid[2]
     time = (torch.arange(pairs, dtype=torch.float32, device="cpu") / max(1, pairs - 1)).repeat_interleave(places)
-    # Every round takes one place per frame pair. A pair's places are ordered so that any stretch of the order covers the
-    # frame evenly, and pairs start far apart in this order.
+    # Every round takes one place per frame pair. A frame pair's places are ordered so that any contiguous part of the order
+    # covers the frame evenly. Frame pairs start at positions in this order that are far apart.
     far_apart = torch.arange(pairs, dtype=torch.float64, device="cpu") * GOLDEN % 1
     begin = (far_apart * places).long()
     rounds = (_scattered(grid[1], grid[2]) - begin[:, None]) % places
@@ -148,9 +155,9 @@ def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def _tubes(grid: Grid) -> torch.Tensor:
-    """Return int64 `[B, L]`: the units in every tube, ascending, padded with N.
+    """Return int64 `[B, L]`: the units in each tube, ascending, padded with N.
 
-    Tubes have about the same length along a side of the grid. If the clip is short, they are wider.
+    Tubes have about the same length along each side of the grid. In a short clip, tubes cover a larger part of the frame.
     """
     count = -(-grid[0] // TUBE_PAIRS)
     pairs = -(-grid[0] // count)
@@ -167,7 +174,7 @@ def _tubes(grid: Grid) -> torch.Tensor:
 
 
 def _scattered(height: int, width: int) -> torch.Tensor:
-    """Return int64 `[height * width]`: the order in which a low-discrepancy sequence (Roberts's R2) first visits the places."""
+    """Return int64 `[height * width]`: the rank at which a low-discrepancy sequence (Roberts's R2) first visits each place."""
     n = torch.arange(1, 8 * height * width + 1, dtype=torch.float64, device="cpu")
     step = 1.324717957244746
     visits = (n / step % 1 * height).long() * width + (n / step**2 % 1 * width).long()

@@ -1,6 +1,7 @@
-"""Methods inside the language model: the plan of layers after which tokens are dropped, the tokens seen there, and the choice.
+"""Methods inside the language model: their plan, the tokens that they see, and how the decoder drops tokens.
 
-A method is a `LanguageMethod` with two functions: `drops`, and `score` or `select`. contrib/fastv.py is the shortest.
+A method is a `LanguageMethod` with two functions: `drops`, and either `score` or `select`. The shortest example is
+contrib/fastv.py.
 """
 
 import math
@@ -21,17 +22,17 @@ from evoprune.methods.selecting import check_selection
 from evoprune.methods.types import Selection, arange_on, nonzero_fixed
 from evoprune.model import heads_of, norm, rotate
 
-MAX_WEIGHTS = 1 << 24  # attention weights computed at a time
+MAX_WEIGHTS = 1 << 24  # the most attention weights to compute at a time
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """Inputs and outputs of the latest language-model layer, for C columns. A *column* is one token of the prompt."""
+    """The inputs and outputs of the latest language-model layer, for C columns. A *column* is one token of the prompt."""
 
-    after: int  # layers that have run, this one included
-    entering: torch.Tensor  # `[C, hidden]`, its input
-    x: torch.Tensor  # `[C, hidden]`, its output
-    places: tuple[torch.Tensor, torch.Tensor]  # cosines and sines of the columns
+    after: int  # the number of layers that have run, including this one
+    entering: torch.Tensor  # `[C, hidden]`, the layer's input
+    x: torch.Tensor  # `[C, hidden]`, the layer's output
+    places: tuple[torch.Tensor, torch.Tensor]  # rotary cosines and sines of the columns
     bias: torch.Tensor | None  # `[C]`, added to the attention logits of each column
     queries: torch.Tensor  # `[1, C, heads, head_dim]`, rotated
     keys: torch.Tensor  # `[1, kv_heads, C, head_dim]`, rotated
@@ -41,27 +42,27 @@ class LayerState:
 class Drop(NamedTuple):
     """A layer after which visual tokens are dropped."""
 
-    after: int  # number of layers that have run, at least 1
-    left: int  # visual tokens that the remaining layers read
+    after: int  # the number of layers that have run, at least 1
+    left: int  # the number of visual tokens that the remaining layers read
 
 
 @dataclass(frozen=True)
 class LanguagePlan:
-    """The visual tokens that each layer of the language model reads."""
+    """The number of visual tokens that each layer of the language model reads."""
 
-    depth: int  # layers of the language model
-    tokens: int  # visual tokens that reach it
+    depth: int  # the number of layers of the language model
+    tokens: int  # the number of visual tokens that reach the language model
     drops: tuple[Drop, ...]  # drops in order, each leaving fewer tokens; empty if nothing is dropped
-    exact: bool = True  # whether the counts are exact; otherwise they are upper bounds and the content decides
-    looks: tuple[int, ...] = ()  # layer counts after which the method is called; those in `drops` if `exact`
-    blind: int = 0  # number of first layers whose text after the visual tokens does not attend to them
+    exact: bool = True  # whether the counts are exact; otherwise they are upper bounds, and the content decides
+    looks: tuple[int, ...] = ()  # the layer counts after which the method is called; same as in `drops` if `exact`
+    blind: int = 0  # in this many initial layers, text after the visual tokens does not attend to them
 
     @classmethod
     def of(cls, depth: int, tokens: int, left: Mapping[int, int], **more: Any) -> Self:
-        """Return the plan that leaves `left[n]` tokens after n layers, without drops that would drop nothing.
+        """Return the plan that leaves `left[n]` tokens after n layers. Entries that would drop nothing are ignored.
 
         Args:
-            more: Other fields. `looks` are the drops unless given.
+            more: Values of other fields. `looks` defaults to the layers in `drops`.
         """
         drops: list[Drop] = []
         read = tokens
@@ -73,7 +74,7 @@ class LanguagePlan:
 
     @staticmethod
     def layers_before(share: float, depth: int) -> int:
-        """Return the number of layers, from 1 to depth - 1, after which a `share` of `depth` layers has run; 0 if depth is 1."""
+        """Convert a relative depth to a number of layers, from 1 to depth - 1. Returns 0 if `depth` is 1."""
         return min(depth - 1, max(1, round(share * depth)))
 
     @property
@@ -83,16 +84,17 @@ class LanguagePlan:
 
     @property
     def work(self) -> tuple[tuple[int, int, int], ...] | None:
-        """For each layer, the visual tokens for which it computes keys and values, queries and output, and the MLP; None for all.
+        """For each layer, the numbers of visual tokens for keys and values, for queries and output, and for the MLP.
 
-        The cost and the memory check read this before a frame is read. An upper bound if the plan is not `exact`.
+        None if every layer computes everything for all visual tokens. If the plan is not `exact`, the numbers are upper bounds. The
+        cost estimate and the memory check use them before any frame is read.
         """
         if not self.drops:
             return None
         return tuple((count,) * 3 for count in self.layers)
 
     def left(self, after: int) -> int:
-        """Return the number of visual tokens that the plan leaves after `after` layers."""
+        """Return the number of visual tokens that remain after the first `after` layers."""
         return self.layers[min(after, self.depth - 1)]
 
 
@@ -100,29 +102,29 @@ def tokens_of_layers(depth: int, tokens: int, drops: Sequence[Sequence[int]]) ->
     """Return the number of visual tokens that each of `depth` layers reads.
 
     Args:
-        tokens: Visual tokens before the first drop.
-        drops: Pairs of (layers that have run, tokens left).
+        tokens: The number of visual tokens before the first drop.
+        drops: Pairs of (number of layers that have run, number of tokens left).
     """
     edges = [(0, tokens), *drops, (depth, 0)]
     return tuple(left for (after, left), (end, _) in pairwise(edges) for _ in range(after, end))
 
 
 def one_drop(depth: int, tokens: int, place: float, budget: float) -> LanguagePlan:
-    """Return a plan with one drop: after a share `place` of the layers, `Budget.count(budget, tokens)` tokens are left."""
+    """Return a plan with one drop, which leaves `Budget.count(budget, tokens)` tokens after a share `place` of the layers."""
     return LanguagePlan.of(depth, tokens, {LanguagePlan.layers_before(place, depth): Budget.count(budget, tokens)})
 
 
 def several_drops(
     depth: int, tokens: int, places: Sequence[float], shares: Callable[[float], Sequence[float]], budget: float
 ) -> LanguagePlan:
-    """Return a plan with several drops whose mean share of tokens over the layers after the first drop is `budget`.
+    """Return a plan with several drops. Averaged over the layers after the first drop, they leave a share `budget` of the tokens.
 
     Args:
-        places: The share of the layers that has run at each drop.
-        shares: Maps a number to the share left after each drop, growing from 0 to 1.
+        places: The relative depth of each drop.
+        shares: A function that maps a number from 0 to 1 to the shares left after each drop. The shares grow with the number.
     """
     layers = [LanguagePlan.layers_before(place, depth) for place in places]
-    runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]  # layers after each drop
+    runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]  # layers up to the next drop
     low = 0.0
     high = 1.0
     for _ in range(60):
@@ -132,38 +134,39 @@ def several_drops(
             low = middle
         else:
             high = middle
-    # Rounded before rounding down, because the search may end a little below an exact half.
+    # Round to 6 places before rounding down, because the search may stop slightly below an exact half.
     counts = [max(1, math.floor(round(share * tokens, 6) + 0.5)) for share in shares(high)]
     return LanguagePlan.of(
         depth, tokens, dict(zip(layers, counts, strict=True))
-    )  # the last drop after the same layer counts
+    )  # if several drops follow the same layer, the last one applies
 
 
 @dataclass(frozen=True)
 class LayerTokens:
     """The n visual tokens that a layer of the language model read. A *column* is one token of the prompt."""
 
-    after: int  # layers that have run, this one included
-    left: int  # number of tokens to leave; an upper bound if the method is not `exact`
+    after: int  # the number of layers that have run, including this one
+    left: int  # the number of tokens to leave; an upper bound if the method is not `exact`
     due: bool  # whether the plan has a drop here; a method that is not `exact` may also drop earlier or later
     hidden: torch.Tensor  # [n, hidden], the layer's output for the visual tokens, in the model's dtype
-    visual: torch.Tensor  # int64 [n], the columns of the visual tokens among the C that this layer read, ascending
+    visual: torch.Tensor  # int64 [n], the columns of the visual tokens among the layer's C columns, ascending
     pair: torch.Tensor  # int64 [n], the index of each token's frame pair
-    place: torch.Tensor  # float32 [n, 2], row and column in the frame, as shares of its height and width
+    place: torch.Tensor  # float32 [n, 2], row and column in the frame, as fractions of its height and width
     queries: torch.Tensor  # [Q, heads, head_dim], queries of the text after the last visual token, rotated
-    keys: torch.Tensor  # [C, kv_heads, head_dim], keys of all columns, rotated; neighboring heads share them
+    keys: torch.Tensor  # [C, kv_heads, head_dim], keys of all columns, rotated; neighboring heads share a key
     values: torch.Tensor  # [C, kv_heads, head_dim]
     bias: torch.Tensor | None  # [C], added to the attention logits of each column
-    visual_embeds: torch.Tensor  # [N, hidden], all visual tokens as they reached the first layer
-    text_embeds: torch.Tensor  # [Q, hidden], the text after the last visual token as it reached the first layer
-    memory: dict = field(default_factory=dict)  # the method's own state from layer to layer of a prompt; empty at first
-    # These tokens with queries and keys of the next layer, of this layer before rotary, or with the mean key for all visual tokens.
+    visual_embeds: torch.Tensor  # [N, hidden], all visual tokens as they entered the first layer
+    text_embeds: torch.Tensor  # [Q, hidden], the text after the last visual token as it entered the first layer
+    memory: dict = field(default_factory=dict)  # state that the method carries between layers; empty for a new prompt
+    # Functions that return these tokens with different queries and keys: `following` uses the next layer's projections,
+    # `unrotated` omits rotary, and `evened` gives all visual tokens the mean key.
     following: Callable[[], "LayerTokens"] | None = None
     unrotated: Callable[[], "LayerTokens"] | None = None
     evened: Callable[[], "LayerTokens"] | None = None
 
     def copied(self) -> "LayerTokens":
-        """Return the same tokens with copied tensors. `memory` is shared."""
+        """Return a copy with cloned tensors. `memory` is shared with the original."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         own = {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
         others = {name: lambda make=make: make().copied() for name, make in values.items() if callable(make)}
@@ -173,9 +176,9 @@ class LayerTokens:
         """Return float32 `[n]`: the attention that each visual token receives, averaged over heads and queries.
 
         Args:
-            rows: int64 `[q]`, indices of `queries`; None for the last token of the prompt.
+            rows: int64 `[q]`, indices into `queries`. None uses the last token of the prompt.
             most: Take the maximum over heads and queries instead of the mean.
-            causal: Let a query attend only to columns up to its own.
+            causal: Let each query attend only to columns up to its own.
         """
         if rows is None:
             rows = arange_on(len(self.queries), self.queries.device)[-1:]
@@ -191,13 +194,16 @@ class LayerTokens:
         return received / (heads * len(rows))
 
     def last_weights(self, count: int = 1) -> torch.Tensor:
-        """Return float32 `[heads, C]`: the attention of the last `count` columns to every column, averaged over these columns."""
+        """Return float32 `[heads, C]`: the attention weights of every column, averaged over the last `count` columns as queries."""
         last = arange_on(len(self.queries), self.queries.device)[-count:]
         weights = self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True)
         return weights.unflatten(0, (-1, len(last))).mean(1)
 
     def _weights(self, rows: torch.Tensor, keys: torch.Tensor, causal: bool) -> torch.Tensor:
-        """Return attention weights `[heads * q, C]`, heads first, of some queries; `keys`: float32 `[kv_heads, head_dim, C]`."""
+        """Return the attention weights of the queries at `rows`: `[heads * q, C]`, ordered by head.
+
+        `keys` is float32 `[kv_heads, head_dim, C]`.
+        """
         kv_heads, dim, columns = keys.shape
         queries = self.queries[rows].float().view(len(rows), kv_heads, -1, dim).permute(1, 2, 0, 3)
         logits = (queries.reshape(kv_heads, -1, dim) @ keys).view(-1, len(rows), columns) * dim**-0.5
@@ -211,17 +217,18 @@ class LayerTokens:
 
 @dataclass(frozen=True)
 class LanguageMethod(Method, ABC):
-    """Drops the lowest-scoring visual tokens after some layers of the language model, while it reads the prompt.
+    """Drops the lowest-scoring visual tokens after some layers of the language model, while the model reads the prompt.
 
-    A dropped token is gone for all later layers and for decoding. The other tokens keep their positions. On its own (`fastv -b
-    0.25`) the method gets the budget. After another method (`evoprune+fastv`), the first method gets the budget, and this one
-    leaves `share` of the tokens that arrive. Both are mean shares of visual tokens over the layers after the first drop.
+    A dropped token is unavailable to all later layers and to decoding. The remaining tokens keep their positions. If the method is
+    used alone (`fastv -b 0.25`), the budget applies to it. If it follows another method (`evoprune+fastv`), the budget applies to
+    the first method, and this method leaves `share` of the tokens that it receives. Both the budget and `share` are averaged over
+    the layers after the first drop.
     """
 
     acts: ClassVar[Literal["language"]] = "language"
-    default_share: ClassVar[float] = 0.5  # the paper's share
+    default_share: ClassVar[float] = 0.5  # the share that the paper uses
 
-    share: float | None = None  # this method's budget in combinations, in (0, 1]; None for `default_share`
+    share: float | None = None  # this method's budget after another method, in (0, 1]; None uses `default_share`
 
     def __post_init__(self):
         super().__post_init__()
@@ -230,30 +237,33 @@ class LanguageMethod(Method, ABC):
 
     @property
     def left(self) -> float:
-        """The share of arriving tokens that the method leaves in a combination."""
+        """The share of the received tokens that this method leaves when it follows another method."""
         return self.default_share if self.share is None else self.share
 
     @abstractmethod
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
-        """Return the plan for a model of `depth` layers and `tokens` visual tokens, at this method's own budget in (0, 1]."""
+        """Return the plan for a model with `depth` layers and `tokens` visual tokens. `budget` is this method's own, in (0, 1]."""
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
-        """Return float32 `[n]`, at least 0, higher for tokens that stay. By default, the attention of the prompt's last token."""
+        """Return float32 `[n]`: a nonnegative score per token. Tokens with the highest scores stay.
+
+        The default is the attention of the prompt's last token.
+        """
         return tokens.attention()
 
     def select(self, tokens: LayerTokens) -> Selection | None:
         """Return the tokens that stay after a layer in the plan's `looks`: `tokens.left` of them, or fewer if not `exact`.
 
-        Indices of the selection refer to `tokens.visual`. `size` is ignored: a token keeps its cluster size. A method that is not
-        `exact` may return None to drop nothing here.
+        The selection's indices refer to `tokens.visual`. Its `size` is ignored, because tokens keep their cluster sizes. A method
+        that is not `exact` may return None to drop nothing here.
         """
-        # Scores within a relative difference of 1/10,000 are ties.
+        # Scores whose relative difference is below 1/10,000 count as ties.
         return Selection(highest(snap(self.score(tokens).log()), tokens.left))
 
     def reading(
         self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, pair: torch.Tensor, place: torch.Tensor
     ) -> "Dropping":
-        """Return the `Dropping` that the decoder calls while it reads one prompt. See `Dropping` for the arguments."""
+        """Return the `Dropping` that the decoder calls while it reads one prompt. For the arguments, see `Dropping`."""
         plan = self.drops(model.config.text_config.num_hidden_layers, len(visual), budget)
         return Dropping(self, plan, model, embeds, visual, pair, place)
 
@@ -262,7 +272,7 @@ def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection
     """Return the tokens that stay after a layer of the language model. Raises the same errors as `selecting.select`."""
     name = method.package
     count = len(tokens.visual)
-    if name:  # keys and values belong to the cache, and code of other packages may write into its arguments
+    if name:  # keys and values belong to the cache, and a method from another package may modify its arguments in place
         tokens = tokens.copied()
     selection = call(name, method.select, tokens)
     if name and selection is not None:
@@ -273,16 +283,16 @@ def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection
 
 
 class Dropping:
-    """Drops visual tokens of one prompt after some layers, while the language model reads it.
+    """Drops visual tokens of one prompt after some layers, while the language model reads the prompt.
 
     Args:
         embeds: `[C, hidden]`, the prompt.
-        visual: int64 `[n]`, columns of the visual tokens, ascending, without the last column of the prompt.
+        visual: int64 `[n]`, the columns of the visual tokens, ascending. The prompt's last column is never among them.
         pair: int64 `[n]`, the frame pair of each visual token.
-        place: float32 `[n, 2]`, row and column in the frame, as shares of its height and width.
+        place: float32 `[n, 2]`, row and column in the frame, as fractions of its height and width.
     """
 
-    # See `LanguagePlan.work`. None if layers compute everything for all visual tokens that are left.
+    # See `LanguagePlan.work`. None if layers compute everything for all remaining visual tokens.
     work: tuple[tuple[int, int, int], ...] | None = None
 
     def __init__(
@@ -300,29 +310,30 @@ class Dropping:
         self._plan = plan
         self._visual, self._pair, self._place = (to_device(tensor, embeds.device) for tensor in (visual, pair, place))
         self._others = len(embeds) - len(visual)
-        self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last visual token
+        self._text = len(embeds) - 1 - int(visual[-1])  # the number of columns after the last visual token
         self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]
         self._memory: dict = {}
-        self.dropped: list[tuple[int, int]] = []  # for each drop: layers that had run, and visual tokens left
+        self.dropped: list[tuple[int, int]] = []  # for each drop, (layers that had run, visual tokens left)
         self.timer = Timer(embeds.device)
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """Upper bound on the prompt columns whose keys each layer has."""
+        """Upper bound on the number of prompt columns for which each layer stores keys."""
         return tuple(keys + self._others for keys, _, _ in self._plan.work)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The number of visual tokens whose keys each layer has after the prompt was read."""
+        """The number of visual tokens for which each layer stores keys once the prompt has been read."""
         return tokens_of_layers(self._plan.depth, self._plan.tokens, self.dropped)
 
     def before(self, layer: int, columns: int) -> tuple[tuple[torch.Tensor, int] | None, list[torch.Tensor]]:
-        """Return the parts of its work that a layer skips.
+        """Return the parts of its work that a layer can skip.
 
         Returns:
-            The only columns (int64) that text after the visual tokens attends to, with the index at which that text begins, or None
-            if it attends to all. Then the columns (int64, ascending) for which the layer computes keys, queries and the MLP; an
-            empty list if it computes everything.
+            First, a restriction of attention for the text after the visual tokens: the only columns (int64) that this text attends
+            to, and the index at which the text starts. None if the text attends to all columns. Second, a list of the columns
+            (int64, ascending) for which the layer computes keys, queries and the MLP, respectively. The list is empty if the layer
+            computes everything.
         """
         if layer >= self._plan.blind:
             return None, []
@@ -330,10 +341,10 @@ class Dropping:
         return (self._with_text(columns, no_token, 0), columns - self._text), []
 
     def _with_text(self, columns: int, stays: torch.Tensor, count: int) -> torch.Tensor:
-        """Return the text columns and the visual tokens that stay, int64, ascending.
+        """Return the columns of all text tokens and of the visual tokens that stay, int64, ascending.
 
         Args:
-            stays: bool `[n]`, the visual tokens that stay.
+            stays: bool `[n]`, True for visual tokens that stay.
             count: The number of True entries in `stays`.
         """
         mask = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
@@ -342,13 +353,14 @@ class Dropping:
     def after(
         self, state: LayerState, deepstack: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Drop tokens after a layer, if the plan says so.
+        """Drop tokens after a layer if the plan schedules a drop there.
 
         Args:
-            deepstack: `[n, C, hidden]`, features added to the columns after the next n layers.
+            deepstack: `[n, C, hidden]`, features to add to the columns after the next n layers.
 
         Returns:
-            The remaining columns, their `deepstack`, and their int64 indices among the C columns, or None if all remain.
+            The remaining columns, their `deepstack`, and their int64 indices among the C columns. The indices are None if all
+            columns remain.
         """
         if state.after not in self._plan.looks:
             return state.x, deepstack, None
@@ -371,13 +383,13 @@ class Dropping:
             return new[0], new[1:], stay
 
     def _selected(self, state: LayerState) -> Selection | None:
-        """Return the selection of tokens that stay, or None if all stay."""
+        """Return the selection of tokens that stay, or None if all of them stay."""
         plan = self._plan
         left = plan.left(state.after) if plan.exact else plan.drops[-1].left
         return self._chosen(state, left)
 
     def _chosen(self, state: LayerState, left: int) -> Selection | None:
-        """Return the method's selection of `left` tokens, checked if the method is a plug-in."""
+        """Return the method's selection of `left` tokens. Selections by plug-ins are validated."""
         return select_in_language(self._method, self._seen(state, left))
 
     def _seen(self, state: LayerState, left: int) -> LayerTokens:
@@ -412,6 +424,6 @@ class Dropping:
         return replace(seen, following=following, unrotated=unrotated, evened=evened)
 
     def _projected(self, layer, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Return queries or keys ("q", "k") `[C, heads, head_dim]` of a layer for its input, before rotary."""
+        """Return a layer's queries ("q") or keys ("k") for its input `x`, before rotary: `[C, heads, head_dim]`."""
         config = self._model.config.text_config
         return heads_of(layer.self_attn, name, norm(x, layer.input_layernorm.weight, config.rms_norm_eps), config)

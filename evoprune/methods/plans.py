@@ -1,7 +1,7 @@
-"""Plans: the encoder's work on a video, and how tokens are spread over its frame pairs. Imports no torch.
+"""Plans: the work that the encoder does on a video, and how tokens are spread over its frame pairs. Imports no torch.
 
-A method makes its plan before the first frame is read. The encoder runs the plan. The memory check, the cost estimate and the
-cache key read it.
+A method makes its plan before the first frame is read. The encoder executes the plan. The memory check, the cost estimate and the
+cache key are also based on it.
 """
 
 import math
@@ -15,18 +15,19 @@ from typing import Any, Literal, Self
 from evoprune.backend import DeviceName
 from evoprune.model import VisionConfig
 
-# How tokens are spread over the frame pairs.
+# Spreading tokens over frame pairs.
 
 
 def spread(keep: int, pairs: int) -> list[int]:
     """Divide `keep` tokens evenly among frame pairs.
 
-    Each gets the mean rounded down, or rounded up at even distances over the clip.
+    If the mean is not a whole number, it is rounded up for some frame pairs, at even distances over the clip, and down for the
+    others.
     """
     return [(i + 1) * keep // pairs - i * keep // pairs for i in range(pairs)]
 
 
-# The encoder's plan: how many tokens to keep, and the stages that reduce rows on the way.
+# The encoder's plan: the number of tokens to keep, and the stages that reduce rows on the way.
 
 ALLOCATIONS = ("mean", "skip", "first", "last", "increasing", "decreasing")
 
@@ -35,11 +36,11 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class TowerShape:
-    """Properties of a vision tower that plans depend on."""
+    """The properties of a vision tower that plans depend on."""
 
     depth: int
-    full_layers: tuple[int, ...]  # layers whose attention spans a whole frame pair; the others attend inside windows
-    window: int = 4  # side of a window in units
+    full_layers: tuple[int, ...]  # layers whose attention spans a whole frame pair; other layers attend inside windows
+    window: int = 4  # side length of a window in units
     launch_bound: int = 0  # inputs with fewer units are launch-bound: their time does not depend on the number of rows
 
     @classmethod
@@ -50,7 +51,7 @@ class TowerShape:
 
     @classmethod
     def of_tower(cls, visual) -> Self:
-        """Return the shape of a tower in memory: the weights of this project, or a module of transformers."""
+        """Return the shape of a tower in memory, which is either this project's weights or a transformers module."""
         return cls.of(VisionConfig.of(visual.config), str(visual.patch_embed.proj.weight.device))
 
     def scope(self, layer: int) -> Literal["window", "pair"]:
@@ -63,7 +64,10 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class Merge:
-    """A merger, and the number of rows that merging inside windows or frame pairs leaves in every frame pair (`left`, `[T]`)."""
+    """A merger, and the number of rows that it leaves in each frame pair (`left`, `[T]`).
+
+    Rows merge inside windows or frame pairs.
+    """
 
     merger: Any
     left: tuple[int, ...]
@@ -71,30 +75,30 @@ class Merge:
 
 @dataclass(frozen=True)
 class SetAside(ABC):
-    """Rows of a frame pair are set aside, and come back after the last layer in a way that the method defines (contrib/ipcv.py)."""
+    """Sets aside rows of each frame pair. They return after the last layer in a way that the method defines (contrib/ipcv.py)."""
 
-    left: int  # rows per frame pair that stay
+    left: int  # the number of rows per frame pair that stay
 
     @abstractmethod
     def hook(self, first_layer: int) -> Callable:
-        """Return the `Hook` (vision/hooks.py) that does this in one video; `first_layer` is as in `Stage`."""
+        """Return the `Hook` (vision/hooks.py) that sets rows of a video aside and restores them. For `first_layer`, see `Stage`."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A point in the tower from which on there are fewer rows."""
+    """A point in the tower after which there are fewer rows."""
 
-    first_layer: int  # layers that have run: 0 at the patch embeddings, the tower's depth after the last layer
-    rows: int  # rows of the whole video from here on; an upper bound if not `exact`
-    reduce: Any  # a `Selector` of rows (of tokens after the last layer), a `Merge` or a `SetAside`
-    exact: bool = True  # whether `rows` does not depend on the content
+    first_layer: int  # layers run before the stage: 0 for patch embeddings, the tower's depth after the last layer
+    rows: int  # the number of rows in the whole video after the stage; an upper bound if not `exact`
+    reduce: Any  # a `Selector` of rows (or of tokens, after the last layer), a `Merge` or a `SetAside`
+    exact: bool = True  # whether `rows` is the same for any content
     whole_pairs: bool = False  # whether the selector keeps or drops whole frame pairs
-    # Whether the selector keeps the tokens before the inflection point of its sorted scores (methods/selecting.py).
+    # Whether to keep only the tokens before the inflection point of the selector's sorted scores (methods/selecting.py).
     inflection: bool = False
 
     @property
     def inside_pairs(self) -> bool:
-        """Whether rows are merged or set aside inside frame pairs, rather than selected among all rows of the video."""
+        """Whether rows are merged or set aside inside frame pairs, rather than selected from all rows of the video."""
         return isinstance(self.reduce, Merge | SetAside)
 
     @property
@@ -105,19 +109,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """The encoder's work on one video.
+    """The work that the encoder does on one video.
 
     Raises:
-        ValueError: Stages are out of order, or merge or set aside rows after a selection among the rows of the video.
+        ValueError: If stages are out of order, or if rows are merged or set aside after a selection from all rows of the video.
     """
 
-    grid: Grid  # (T, H, W) in units, as the encoder sees it; smaller than the video's grid after an input method
+    grid: Grid  # (T, H, W) in units, as the encoder sees it; an input method makes it smaller than the video's grid
     keep: int  # K, the number of tokens for the language model
-    depth: int  # layers of the tower
-    # A unit is encoded again if it changes by at least this many of 255 levels; 0 encodes every unit
+    depth: int  # the number of layers of the tower
+    # A unit that changed by at least this many of 255 levels is encoded again. With 0, every unit is encoded.
     reuse: float = 0.0
-    stages: tuple[Stage, ...] = ()  # in the order of their layers; the last may select tokens, after the last layer
-    # Inputs with fewer units are pruned only after the tower, larger ones also inside it; 0 if size makes no difference
+    stages: tuple[Stage, ...] = ()  # in the order of their layers; the final stage may select tokens after the tower
+    # Inputs with fewer units than this are pruned only after the tower. Larger inputs are pruned inside it as well. 0 if all sizes
+    # are treated alike.
     after_tower_below: int = 0
 
     def __post_init__(self):
@@ -129,7 +134,7 @@ class EncoderPlan:
 
     @classmethod
     def full(cls, tower: TowerShape, grid: Grid) -> Self:
-        """Return the plan that sends every unit through every layer and turns it into a token."""
+        """Return the plan that sends every unit through every layer and turns each unit into a token."""
         return cls(grid, prod(grid), tower.depth)
 
     @property
@@ -144,7 +149,7 @@ class EncoderPlan:
 
     @property
     def exact(self) -> bool:
-        """Whether `layers` and `rows` are exact. Otherwise they are upper bounds and the content decides."""
+        """Whether `layers` and `rows` are exact. Otherwise they are upper bounds, and the content decides."""
         return not self.reuse and all(stage.exact for stage in self.stages if stage is not self.token_stage)
 
     @property
@@ -159,24 +164,27 @@ class EncoderPlan:
 
     @property
     def inside_pairs(self) -> list[Stage]:
-        """The stages that merge rows or set them aside inside frame pairs. They come first."""
+        """The stages that merge rows or set them aside inside frame pairs. They precede all other stages."""
         return [stage for stage in self.stages if stage.inside_pairs]
 
     @property
     def row_stages(self) -> list[Stage]:
-        """The stages between layers that select among the rows of the whole video."""
+        """The stages between layers that select from all rows of the video."""
         return [stage for stage in self.stages if not stage.inside_pairs and stage is not self.token_stage]
 
     @property
     def steps(self) -> list[tuple[range, Stage | None]]:
-        """The layers up to each of `row_stages`, with that stage; then the layers after the last stage, with None."""
+        """Pairs of a range of layers and the stage that follows it.
+
+        There is one pair for each of the `row_stages`, and a final pair with the remaining layers and None.
+        """
         edges = [0, *(stage.first_layer for stage in self.row_stages), self.depth]
         layers = [range(first, last) for first, last in pairwise(edges)]
         return list(zip(layers, [*self.row_stages, None], strict=True))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The number of rows that each layer computes, over the whole video."""
+        """The number of rows that each layer computes, summed over the whole video."""
         edges = [(0, self.units), *((s.first_layer, s.rows) for s in self.stages), (self.depth, 0)]
         return tuple(rows for (first, rows), (last, _) in pairwise(edges) for _ in range(first, last))
 
@@ -189,16 +197,16 @@ class EncoderPlan:
 
 
 def layer_weights(depth: int, allocation: str, first: float, last: float) -> dict[int, float]:
-    """Return the layers that reduce rows, with their shares of the whole reduction.
+    """Return the layers that reduce rows, each with its share of the total reduction.
 
-    The allocations are EvoPrune's (arXiv 2603.03681).
+    The allocations come from EvoPrune (arXiv 2603.03681).
 
     Args:
         allocation: One of `ALLOCATIONS`.
-        first, last: Range in relative depth, of at least one layer; layer l ends at (l + 1) / depth.
+        first, last: The range of relative depths, where layer l ends at (l + 1) / depth. The range covers at least one layer.
 
     Raises:
-        ValueError: An unknown allocation or an empty range.
+        ValueError: If the allocation is unknown or the range is empty.
     """
     if allocation not in ALLOCATIONS or not 0 <= first <= last <= 1:
         known = f"use one of {ALLOCATIONS}, and 0 <= first <= last <= 1"
@@ -209,7 +217,7 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
     n = len(layers)
     weights = {
         "mean": lambda i: 1,
-        "skip": lambda i: (n - 1 - i) % 2 == 0,  # counted from the end, so that the last layer of the range reduces
+        "skip": lambda i: (n - 1 - i) % 2 == 0,  # counted from the end, so that the range's last layer reduces rows
         "first": lambda i: i < (n + 1) // 2,
         "last": lambda i: i >= n // 2,
         "increasing": lambda i: i + 1,
@@ -220,13 +228,13 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
 
 
 def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, weights: dict[int, float]) -> list[int]:
-    """Return the rows of one frame pair after each layer, from `units` down to `keep`.
+    """Return the number of rows in one frame pair after each layer, from `units` down to `keep`.
 
     A layer that merges inside windows leaves at least one row in each of the `windows`. The next full-attention layer removes the
-    excess, even outside the range. In a tower without such a layer, more than `keep` (at least 1) rows are left.
+    excess rows, even if it is outside the range. If the tower has no such layer, more than `keep` rows can remain.
 
     Args:
-        weights: From `layer_weights`.
+        weights: The result of `layer_weights`.
     """
     rows = units
     done = 0.0
@@ -236,7 +244,7 @@ def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, we
         wish = units - math.floor((units - keep) * min(done, 1.0) + 0.5)
         if tower.scope(layer) == "window":
             wish = max(wish, windows)
-            if layer not in weights:  # outside the range a window layer does not reduce; only full-attention layers do
+            if layer not in weights:  # outside the range, only full-attention layers reduce rows
                 wish = rows
         rows = min(rows, wish)
         counts.append(rows)

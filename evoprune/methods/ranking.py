@@ -6,30 +6,34 @@ from evoprune.methods.types import arange_on
 
 
 def highest(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Return int64 `[count]`: the indices of the `count` highest entries of `score` (`[n]`), ascending; ties to the lower index."""
+    """Return int64 `[count]`: the indices of the highest entries of `score` (`[n]`), ascending. Ties go to the lower index."""
     return score.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:
-    """Return the sources of a merge round, bool `[B, n]`: every second valid row of a group, starting at row `first` (0 or 1)."""
+    """Choose the source rows of a merge round: bool `[B, n]`, True for every second valid row of a group.
+
+    `first` (0 or 1) is the index of the first source row.
+    """
     return (arange_on(valid.shape[1], valid.device) % 2 == first) & valid
 
 
 def match(
     best: torch.Tensor, partner: torch.Tensor, source: torch.Tensor, last: torch.Tensor, remove: torch.Tensor
 ) -> torch.Tensor:
-    """Return int64 `[B, n]`: the row that each row merges into, or its own index if it stays.
+    """Return int64 `[B, n]`: the index of the row that each row merges into. A row that stays gets its own index.
 
-    The highest-scoring sources merge first.
+    Sources with the highest scores merge first.
 
     Args:
-        best, partner: `[B, n]`, from `best_partners`, for all rows.
-        source: bool `[B, n]`, rows that may merge into another.
-        last: bool `[B, n]`, critical rows, which merge only after all other sources.
-        remove: int64 `[B]`, the number of sources that merge; all of them if there are fewer.
+        best, partner: `[B, n]`, the results of `best_partners` for all rows.
+        source: bool `[B, n]`, True for rows that may merge into another row.
+        last: bool `[B, n]`, True for critical rows, which merge only after all other sources.
+        remove: int64 `[B]`, the number of sources to merge. If there are fewer sources, all of them merge.
     """
     b, n = source.shape
-    # The order: sources by score, then critical sources, then all other rows. The stable sorts give ties to the lower index.
+    # The order is: sources by score, then critical sources, then all other rows. The sorts are stable, so ties go to the lower
+    # index.
     order = best.argsort(dim=1, descending=True, stable=True)
     late = (last & source).gather(1, order).to(torch.int8) + 2 * (~source).gather(1, order).to(torch.int8)
     order = order.gather(1, late.argsort(dim=1, stable=True))

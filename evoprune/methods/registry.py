@@ -1,6 +1,7 @@
-"""The methods by name: the core methods, and the entry points in `evoprune.methods`, including evoprune.contrib.
+"""The registry of methods by name: the core methods, and the entry points in the group `evoprune.methods`.
 
-Only `MethodText.parts` reads the text that users write. Importing this module imports no torch.
+The methods of evoprune.contrib are entry points as well. Only `MethodText.parts` parses the text that users write. Importing this
+module does not import torch.
 """
 
 import hashlib
@@ -20,9 +21,9 @@ from evoprune.util import did_you_mean
 if TYPE_CHECKING:
     from evoprune.methods.base import Method
 
-# Entry point groups. The second one tells, before loading, that a method acts inside the language model.
+# Entry point groups. Membership in the second group shows, without loading a method, that it acts inside the language model.
 GROUPS = ("evoprune.methods", "evoprune.language_methods")
-# The default and its baselines, always available. All others, including evoprune.contrib, are entry points.
+# The default method and its baselines, which are always available. All other methods, including evoprune.contrib, are entry points.
 CORE = {
     "evoprune": "evoprune.methods.evoprune:EvoPruneMethod",
     "evoprune-paper": "evoprune.methods.evoprune_paper:EvoPrunePaper",
@@ -33,25 +34,25 @@ CORE = {
     "pool": "evoprune.methods.baselines:Pool",
     "divprune": "evoprune.methods.baselines:DivPrune",
 }
-# Paper names under which users look for a method, reduced to letters and digits.
+# Names of papers under which users might look for a method, reduced to letters and digits.
 PAPER_NAMES = {"idpruner": "mmr", "mmgvid": "mmg", "streamingassistant": "adjacent", "pdrop": "pyramiddrop"}
-RESIZING = ("downscale", "subsample")  # this project's methods of class `InputMethod`
-REUSE = "reuse"  # prefix of a selector: reuse+divprune
-OWN = "evoprune"  # the distribution whose entry points are this project's
-_NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # a number as a setting's value
+RESIZING = ("downscale", "subsample")  # this project's input methods (class `InputMethod`)
+REUSE = "reuse"  # a prefix of selectors, as in reuse+divprune
+OWN = "evoprune"  # the distribution that provides this project's entry points
+_NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # a setting's value that is a number
 
 
 class Named(NamedTuple):
     """A method as users write it: NAME:SETTING=VALUE:SETTING=VALUE."""
 
-    text: str  # the whole text
+    text: str  # the full text, including the settings
     name: str
-    settings: tuple[tuple[str, str | None], ...]  # (setting, value) pairs; the value is None without an equals sign
+    settings: tuple[tuple[str, str | None], ...]  # (setting, value) pairs; without an equals sign, the value is None
 
 
 @dataclass(frozen=True)
 class MethodText:
-    """Methods as users write them, joined by plus signs. Only `members` imports torch."""
+    """One or more methods as users write them, joined by plus signs. Only `members` imports torch."""
 
     DEFAULT: ClassVar[str] = "evoprune"
 
@@ -59,7 +60,7 @@ class MethodText:
 
     @property
     def parts(self) -> list[Named]:
-        """The methods in the text. A plus inside a number, such as 1e+1, does not separate."""
+        """The methods in the text. A plus sign inside a number, such as 1e+1, is not a separator."""
         hidden = _NUMBER.sub(lambda match: match[0].replace("+", "\0"), self.text)
         found = []
         for part in hidden.split("+"):
@@ -70,10 +71,10 @@ class MethodText:
         return found
 
     def check(self) -> None:
-        """Check that the methods exist and that their order is possible, as far as this is known without loading plug-ins.
+        """Check that the methods exist and can be combined in this order. Plug-ins are not loaded, so some errors can go unnoticed.
 
         Raises:
-            UsageError: A method does not exist, or the order is impossible.
+            UsageError: If a method does not exist, or if the order is impossible.
         """
         text = self.text
         names = [each.name for each in self.parts]
@@ -85,26 +86,26 @@ class MethodText:
         for name in names:
             if name != REUSE and name not in available():
                 raise _unknown(name)
-        # This project's entry points, and whether they act inside the language model.
+        # Maps the names of this project's entry points to whether they act inside the language model.
         own = {name: entry.group == GROUPS[1] for name, entry in _plugins().items() if _is_own(entry)}
         *before, last = names
         if len(names) > 3 or REUSE in names[1:] or any(own.get(name) for name in before):
             raise impossible(text)
         after_core = before and before[0] in CORE and (len(before) > 1 or last in CORE or own.get(last) is False)
         if after_core or (before == [REUSE] and own.get(last)):
-            raise impossible(text)  # `MethodChain.parse` checks methods of other packages
+            raise impossible(text)  # methods from other packages are checked in `MethodChain.parse`
 
     def members(self) -> "list[Method]":
-        """Return the methods, with their settings. Raises UsageError."""
+        """Return the methods, with their settings applied. Raises UsageError if the text is invalid."""
         self.check()
         return [_instantiate(each) for each in self.parts]
 
     def completions(self) -> list[str]:
-        """Return the texts that complete this one, by a method that may follow its last plus sign."""
+        """Return shell completions: this text up to its last plus sign, followed by each method name that is possible there."""
         before = self.text.removesuffix(self.parts[-1].text)
         texts = [before + name for name in available() if MethodText(before + name)._is_possible]
         if self.text and f"{REUSE}+".startswith(self.text) and not any(text.startswith(self.text) for text in texts):
-            return MethodText(f"{REUSE}+").completions()  # it is not a method by itself
+            return MethodText(f"{REUSE}+").completions()  # reuse cannot be used without a selector
         return texts
 
     @property
@@ -117,15 +118,15 @@ class MethodText:
 
     @property
     def may_resize(self) -> bool:
-        """Whether a method makes inputs smaller. Also True for plug-ins, which are not loaded and might do so."""
+        """Whether a method in the text might make inputs smaller. Always True for plug-ins, which are not loaded to find out."""
         own = available(plugins=False)
         return any(each.name in RESIZING or not (each.name == REUSE or each.name in own) for each in self.parts)
 
     def plugin_code(self) -> dict[str, str]:
-        """Return a hash of each plug-in method's code, by method name.
+        """Return a hash of the code of each plug-in method, keyed by method name.
 
         Raises:
-            UsageError: A method cannot be loaded.
+            UsageError: If a method cannot be loaded.
         """
         hashes = {}
         for name in (each.name for each in self.parts):
@@ -136,35 +137,35 @@ class MethodText:
 
 
 def available(plugins: bool = True) -> list[str]:
-    """Return the names of all methods, this project's first: the core methods, then evoprune.contrib.
+    """Return the names of all methods: the core methods, then evoprune.contrib, then plug-ins.
 
     Args:
-        plugins: Include the methods of other packages, which are not loaded and may be broken.
+        plugins: Include methods from other packages. They are not loaded, so they may be broken.
     """
     return [*CORE, *(name for name, entry in _plugins().items() if plugins or _is_own(entry))]
 
 
 def _is_list(text: str) -> bool:
-    """Return True if a comma separates methods, rather than being part of a setting's value."""
+    """Return True if a comma in `text` separates methods, rather than being part of a setting's value."""
     later = {MethodText(part.strip()).parts[0].name for part in text.split(",")[1:]}
     return any("," in each.name for each in MethodText(text).parts) or not later.isdisjoint((*available(), REUSE))
 
 
 def _unknown(name: str) -> UsageError:
-    """Return the error for a name that no method has."""
+    """Return the error for an unknown method name."""
     letters = _letters(name)
     known = (*available(), REUSE)
     same = [each for each in known if _letters(each) == letters]
     near = did_you_mean(name, same or known, 3)
     if letters in PAPER_NAMES:
         near = f"{PAPER_NAMES[letters]} is based on it; "
-    if len(available(plugins=False)) == len(CORE):  # a checkout installed before these became entry points
+    if len(available(plugins=False)) == len(CORE):  # the checkout was installed before it had these entry points
         near = "the methods of evoprune.contrib are not installed: reinstall evoprune with pip; "
     return UsageError(f"unknown pruning method {name!r}", f"{near}evoprune methods lists them all")
 
 
 def _letters(name: str) -> str:
-    """Return only the letters and digits of a name, in lower case."""
+    """Return the letters and digits of a name in lower case, without any other characters."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
@@ -175,7 +176,7 @@ def impossible(text: str) -> UsageError:
 
 
 def get(text: str) -> "Method":
-    """Return the single method in `text` (`NAME:SETTING=VALUE:...`). Raises UsageError."""
+    """Return the single method in `text`, written as `NAME:SETTING=VALUE:...`. Raises UsageError if the text is invalid."""
     first, *others = MethodText(text).members()
     if others:
         raise impossible(text)
@@ -183,7 +184,7 @@ def get(text: str) -> "Method":
 
 
 def _instantiate(named: Named) -> "Method":
-    """Return the method with its settings. Raises UsageError for an unknown setting or a wrong value."""
+    """Create the method with its settings. Raises UsageError if a setting is unknown or a value is invalid."""
     _warn_of_ignored(named.name)
     method = _class(named.name)
     if wrong := [name for name, value in named.settings if value is None]:
@@ -204,7 +205,7 @@ def _instantiate(named: Named) -> "Method":
 
 
 def settings_hint(method: type, name: str | None = None) -> str:
-    """Return a hint that lists the settings, or that shows how to give the setting `name`."""
+    """Return a hint that lists all settings, or, if `name` is a setting, a hint that shows how to give it a value."""
     known = {f.name: f"{f.name}={f.default}" for f in fields(method)}
     if name in known:
         return f"give the setting a value: {method.name}:{known[name]}"
@@ -212,9 +213,10 @@ def settings_hint(method: type, name: str | None = None) -> str:
 
 
 def _parsed(method: type, setting: Field, text: str) -> Any:
-    """Return a setting's value, parsed from `text` as the type of its default, or as its first type if the default is None.
+    """Parse the value of a setting from `text`. The type is that of the default value.
 
-    A type with a function `read` is read from the file that the text names.
+    If the default is None, the type is the first one in the setting's annotation. If the type has a `read` function, `text` is the
+    path of a file to read.
     """
     if setting.default is None and text == "None":
         return None
@@ -232,7 +234,10 @@ def _parsed(method: type, setting: Field, text: str) -> Any:
 
 @cache
 def _warn_of_ignored(name: str) -> None:
-    """Warn, once per process, about plug-in methods that are ignored because another method has the same name."""
+    """Warn about plug-in methods that are ignored because another method has the same name.
+
+    Each name is checked once per process.
+    """
     for entry in _entry_points():
         if entry.name == name and _plugins().get(name) is not entry:
             used = "evoprune"
@@ -257,9 +262,10 @@ def _class(name: str) -> "type[Method]":
 
 
 def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
-    """Return the files that a method's module may import from its own package.
+    """Return the files in a method's own package that its module might import.
 
-    These are the Python files in the module's top-level package folder, or the files installed with it.
+    These are the Python files in the module's top-level package folder or, for a module outside a package, the Python files that
+    were installed with it.
     """
     folder = file.parent
     while (folder.parent / "__init__.py").exists():
@@ -274,7 +280,7 @@ def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
 
 
 def plugins() -> dict[str, str]:
-    """Return the entry points of other packages, by name, with their package and whether they work. Loads all of them."""
+    """Load the entry points of all other packages. Returns a description of each by name: its package, and whether it works."""
     states = {}
     for entry in _entry_points():
         if _is_own(entry):
@@ -302,7 +308,7 @@ def _entry_points() -> tuple[EntryPoint, ...]:
 
 @cache
 def _plugins() -> dict[str, EntryPoint]:
-    """Return the entry points by name, without names that are taken or invalid."""
+    """Return the entry points by name, excluding names that are already taken or invalid."""
     entries = {}
     for entry in _entry_points():
         if entry.name not in (*CORE, REUSE) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", entry.name):
@@ -316,7 +322,7 @@ def _is_own(entry: EntryPoint) -> bool:
 
 @cache
 def _name_of(distribution: Distribution) -> str:
-    """Return the name of a package. Cached because the property parses metadata."""
+    """Return the name of a package. Cached because the property parses the package's metadata on each access."""
     return distribution.name
 
 
@@ -331,7 +337,7 @@ def _load(entry: EntryPoint) -> type["Method"]:
 
     try:
         loaded = entry.load()
-    except (Exception, SystemExit) as problem:  # importing another package's module may raise anything
+    except (Exception, SystemExit) as problem:  # importing a module from another package may raise anything
         reason = f"{type(problem).__name__}: {first_line(problem)}"
         raise _broken(entry, f"cannot be loaded ({reason})") from problem
     if not (isinstance(loaded, type) and issubclass(loaded, Method)):

@@ -1,6 +1,6 @@
-"""Run a selector, and check its selection if the selector comes from another package.
+"""Runs a selector, and validates its selection if the selector comes from another package.
 
-The checks synchronize with a GPU, so selections of this project's own methods are not checked.
+The checks synchronize the GPU, so they are skipped for this project's own methods.
 """
 
 from collections.abc import Iterator
@@ -14,24 +14,24 @@ from evoprune.methods.budget import AUTO_LEAST, Budget
 from evoprune.methods.types import Selection, Tokens, arange_on
 from evoprune.model import without_autocast
 
-HOST = torch.device("cpu")  # where kept tokens may be, whatever the device of the rows
+HOST = torch.device("cpu")  # `kept` may be on the CPU even if the rows are on another device
 
 
 def select(selector: Selector, tokens: Tokens, keep: int, inflection: bool = False) -> Selection:
-    """Return the selection of `selector`.
+    """Run `selector` and return its selection.
 
     Args:
-        inflection: Let the curve of the selector's scores decide the number of tokens, at most `keep`.
+        inflection: Let the curve of the selector's scores decide the number of tokens, up to `keep`.
 
     Raises:
-        PluginError: A selector of another package returned something that its base class does not allow.
+        PluginError: If a selector from another package returns something that its base class does not allow.
     """
     name = selector.package
     units = len(tokens.unit_to_row)
     if inflection:
         keep = tokens_before_inflection(selector, tokens, keep)
     with without_autocast():
-        # Other methods of an evaluation share the rows, and code of other packages may write into its arguments.
+        # In an evaluation, other methods use the same rows, and a selector from another package may modify its arguments in place.
         if name:
             tokens = tokens.copied()
         selection = call(name, selector.select, tokens, keep)
@@ -43,10 +43,11 @@ def select(selector: Selector, tokens: Tokens, keep: int, inflection: bool = Fal
 
 
 def check_selection(name: str, selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> None:
-    """Raise PluginError if the selection of method `name` is wrong.
+    """Raise PluginError if the selection returned by method `name` is invalid.
 
     Args:
-        enough: Whether the method may return this number of units when asked for `keep` of `units`.
+        name: How the error message refers to the method.
+        enough: Whether the method may return this number of units when `keep` of `units` are requested.
     """
     if wrong := next(_faults(selection, enough, keep, units, device), None):
         raise PluginError(
@@ -55,7 +56,10 @@ def check_selection(name: str, selection: Selection, enough: bool, keep: int, un
 
 
 def _faults(selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> Iterator[str]:
-    """Yield the faults of a selection, in order. Faults after the first are not meaningful."""
+    """Yield descriptions of what is wrong with a selection.
+
+    Only the first one is reliable, because later checks assume that the earlier ones passed.
+    """
     if not isinstance(selection, Selection):
         yield f"an object of class {type(selection).__name__} instead of a Selection"
     kept = selection.kept
@@ -105,7 +109,7 @@ def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, device
 def _unlike(
     name: str, value: torch.Tensor, dtype: torch.dtype, length: int | None, device: torch.device
 ) -> Iterator[str]:
-    """Yield how a tensor differs from the expected one-dimensional tensor of this `length` (None for any), dtype and device."""
+    """Yield how a tensor differs from a one-dimensional tensor with this `length` (None for any), dtype and device."""
     if not isinstance(value, torch.Tensor):
         yield f"an object of class {type(value).__name__} as {name} instead of a tensor"
     shape = "[K]" if length is None else f"[{length}]"
@@ -118,13 +122,13 @@ def _unlike(
 
 
 def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:
-    """Return how many tokens `selector` keeps by the curve of its scores (arXiv 2409.01162), at most `keep`."""
+    """Return the number of tokens that `selector` keeps according to the curve of its scores (arXiv 2409.01162), at most `keep`."""
     min_keep = min(keep, Budget.count(AUTO_LEAST, len(tokens.unit_to_row)))
     return min(keep, max(min_keep, inflection_point(call(selector.package, selector.scores, tokens))))
 
 
 def inflection_point(scores: torch.Tensor) -> int:
-    """Return how many of `scores` (float `[N]`) lie before the inflection point of the sorted curve, or N if there is none."""
+    """Return the number of `scores` (float `[N]`) before the inflection point of their sorted curve, or N if there is none."""
     curve = scores.float().sort(descending=True).values
     height = curve[0] - curve[-1]
     curve = (curve - curve[-1]) / torch.where(height > 0, height, torch.ones_like(height))

@@ -1,7 +1,7 @@
-"""Inputs and results of pruning methods, as small frozen dataclasses over tensors, and helpers for counting and indexing rows.
+"""Inputs and results of pruning methods: small frozen dataclasses of tensors, and helpers for counting and indexing rows.
 
-Shapes follow from the plan. `bincount`, `nonzero` and masks as indices synchronize a GPU, because the shape of their result
-depends on values.
+All shapes are known from the plan. `bincount`, `nonzero` and masks as indices would synchronize the GPU, because the shapes of
+their results depend on values.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,71 +19,72 @@ from evoprune.util import generator_seed
 
 
 def arange_on(count: int, device: torch.device | str) -> torch.Tensor:
-    """Return int64 `[count]`: 0, 1, 2 and so on."""
+    """Return int64 `[count]`: the numbers from 0 to count - 1."""
     return torch.arange(count, dtype=torch.int64, device=device)
 
 
 def nonzero_fixed(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Return int64 `[count]`: the first `count` indices at which `mask` (bool `[n]`) is True, ascending, padded with zeros."""
+    """Return int64 `[count]`: the first `count` indices where `mask` (bool `[n]`) is True, ascending and padded with zeros."""
     slot = torch.where(mask, mask.cumsum(0) - 1, count).clamp(max=count)
     return slot.new_zeros(count + 1).scatter_(0, slot, arange_on(len(mask), mask.device))[:count]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A video as a selector sees it, after the encoder or between two of its layers (docs/methods.md, the contract).
+    """A video as a selector sees it, either after the encoder or between two of its layers (see the contract in docs/methods.md).
 
     Properties that the method did not declare in `needs` or `reads_question` raise TypeError.
     """
 
-    rows: torch.Tensor  # [E, D], ordered by unit; one for each unit, unless some units were not encoded
-    unit_to_row: torch.Tensor  # int64 [N], the row that represents each unit, -1 for none
+    rows: torch.Tensor  # [E, D], ordered by unit; there is one row per unit, unless some units were not encoded
+    unit_to_row: torch.Tensor  # int64 [N], the row that represents each unit, or -1
     grid: tuple[int, int, int]  # (T, H, W) in units
-    seed: int = 0  # seed for random draws, reduced by `generator_seed`
-    # float32 "attention" [E], "keys" [E, 4 d], "middle" [E, D] and "question" [Q, D], as far as declared
+    seed: int = 0  # the seed for random draws, passed through `generator_seed`
+    # The inputs that the method declared: float32 "attention" [E], "keys" [E, 4 d], "middle" [E, D] and "question" [Q, D].
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "seed", generator_seed(self.seed))
 
     def copied(self) -> "Tokens":
-        """Return the same tokens with copied tensors."""
+        """Return the same tokens with cloned tensors."""
         given = {name: value.clone() for name, value in self.given.items()}
         return replace(self, rows=self.rows.clone(), unit_to_row=self.unit_to_row.clone(), given=given)
 
     @cached_property
     def features(self) -> torch.Tensor:
-        """`[N, D]`: the units' features, in raster order, frame pair after frame pair."""
+        """`[N, D]`: the units' features, in raster order within each frame pair, one frame pair after another."""
         return self._of_units(self.rows)
 
     @property
     def normalised(self) -> torch.Tensor:
-        """float32 `[N, D]`: the features scaled to length one; zeros stay zeros."""
+        """float32 `[N, D]`: the features scaled to unit length. Zero vectors stay zero."""
         return F.normalize(self.features.float(), dim=1)
 
     def by_pair(self, x: torch.Tensor) -> torch.Tensor:
-        """Reshape `x` (`[N, ...]`) to `[T, H * W, ...]`, one entry per frame pair."""
+        """Reshape `x` from `[N, ...]` to `[T, H * W, ...]`, so that there is one entry per frame pair."""
         return x.view(self.grid[0], -1, *x.shape[1:])
 
     @cached_property
     def attention(self) -> torch.Tensor:
-        """float32 `[N]`: the attention that every unit receives in its frame pair, in the tower's last full-attention layer.
+        """float32 `[N]`: the attention that each unit receives within its frame pair, in the tower's last full-attention layer.
 
-        It is the mean over heads and queries, summed over the unit's patches, times the units per frame pair: 1 is an even share.
+        The attention is averaged over heads and queries, summed over the unit's patches, and multiplied by the number of units per
+        frame pair. A value of 1 therefore means an equal share.
         """
         return self._of_units(self._given("attention"))
 
     @cached_property
     def keys(self) -> torch.Tensor:
-        """float32 `[N, 4 d]`: the unit's key in the same layer, before rotary.
+        """float32 `[N, 4 d]`: each unit's keys in the tower's last full-attention layer, before rotary.
 
-        It is the mean over heads, with the unit's four patches concatenated.
+        The keys are averaged over heads, and the keys of the unit's four patches are concatenated.
         """
         return self._of_units(self._given("keys"))
 
     @cached_property
     def middle(self) -> torch.Tensor:
-        """float32 `[N, D]`: the unit's mean state after the layers from 7/32 to 23/32 of the tower, merged to units."""
+        """float32 `[N, D]`: each unit's mean state over the tower's layers from 7/32 to 23/32, with patches merged."""
         return self._of_units(self._given("middle"))
 
     @property
@@ -108,13 +109,15 @@ class Selection:
     """The tokens that a selector keeps. Each token has the position of its unit."""
 
     kept: torch.Tensor  # int64 [K], the kept units, ascending
-    # int64 [N], the index in `kept` of the token whose mean a unit joins (a kept unit joins its own), or -1. None: no means
+    # int64 [N]: for each unit, the index in `kept` of the token whose mean the unit joins, or -1. A kept unit joins its own token.
+    # None if tokens are not means.
     unit_to_token: torch.Tensor | None = None
-    weight: torch.Tensor | None = None  # float32 [N], a unit's weight in its mean, above 0 for kept units; None: equal
-    size: torch.Tensor | None = None  # float32 [K]: the language model's attention adds log(size); None for 1 each
-    # If units join several tokens: int64 [m] indices into `kept`, int64 [m] units (with each kept one's own), float32 [m] weights
+    weight: torch.Tensor | None = None  # float32 [N]: each unit's weight in the mean, above 0 if kept; None: all equal
+    size: torch.Tensor | None = None  # float32 [K]: the language model's attention adds log(size); None means 1 for all
+    # Replaces `unit_to_token` if a unit can join several tokens: int64 [m] indices into `kept`, int64 [m] units, and float32 [m]
+    # weights. Each kept unit must join its own token.
     means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    # False: a token equals its kept unit, and `unit_to_token` says only which units it represents
+    # Whether tokens are means. If False, each token equals its kept unit, and `unit_to_token` only tells which units it represents.
     averages: bool = True
 
     @classmethod
@@ -122,15 +125,16 @@ class Selection:
         """Return the selection of the kept places in every frame pair.
 
         Args:
-            kept: For each frame pair, int64 places among its `per_pair`, ascending.
+            kept: For each frame pair, the int64 indices of the kept places, ascending.
+            per_pair: The number of places in a frame pair.
         """
         return cls(torch.cat([places + pair * per_pair for pair, places in enumerate(kept)]))
 
     def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the tokens `[K, D]` made from `rows` `[E, D]`.
+        """Return the tokens `[K, D]`, computed from `rows` `[E, D]`.
 
         Args:
-            row_of: int64 `[N]`, the row of every unit; None if every unit has its own.
+            row_of: int64 `[N]`, the row of each unit. None if every unit has its own row.
         """
         if not self.averages or (self.unit_to_token is None and self.means is None):
             if row_of is None:
@@ -143,7 +147,7 @@ class Selection:
         if self.means is not None:
             into, unit, weight = self.means
             row = row[unit]
-        else:  # units without a token get weight 0, because filtering them would wait for the GPU
+        else:  # units without a token get weight 0, because filtering them out would synchronize the GPU
             into = self.unit_to_token.clamp(min=0)
             weight = (self.unit_to_token >= 0).float()
             if self.weight is not None:
@@ -153,11 +157,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class Candidates:
-    """B groups of rows (windows or frame pairs), padded to n rows per group, inside which a merger merges rows."""
+    """B groups of rows, padded to n rows per group. Each group is a window or a frame pair.
+
+    A merger merges rows only within a group.
+    """
 
     features: torch.Tensor  # float32 [B, n, D], the feature that the merger declared in `needs`
-    attention: torch.Tensor | None  # float32 [B, n], received in this layer; None unless declared
+    attention: torch.Tensor | None  # float32 [B, n], the attention received in this layer; None unless declared
     place: torch.Tensor  # int64 [B, n], raster index in the frame pair
     size: torch.Tensor  # int64 [B, n], cluster sizes
-    valid: torch.Tensor  # bool [B, n], False at the padding at the end of a group
-    width: int  # W, units across the frame
+    valid: torch.Tensor  # bool [B, n], False for the padding at the end of a group
+    width: int  # W, the number of units across the frame
