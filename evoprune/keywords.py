@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ModelKeywords(TypedDict, total=False):
-    """Which model is loaded, and how."""
+    """Which model to load, and how."""
 
     revision: str | None
     """Branch, tag or commit of a hub id."""
@@ -142,7 +142,7 @@ class StreamKeywords(TypedDict, total=False):
 
 
 class FindKeywords(TypedDict, total=False):
-    """How moments of a video are found."""
+    """How the moments of a video are found."""
 
     top: int
     """Maximum number of moments per query, best first."""

@@ -1,9 +1,10 @@
 """Probe and read inputs while torch is imported and a model is loaded. Imports no torch.
 
-The plan of an input depends only on the model's description (session/loading/description.py). A session uses the prefetched frames
-if the files have not changed since, and if its own plan reads the same frames. Otherwise it reads the input again.
+The plan of an input depends only on the model's description (session/loading/description.py), so it can be made before the model is
+loaded. Later, the session uses the prefetched frames if its own plan needs the same frames and the files have not changed.
+Otherwise the session reads the input again.
 
-Frames wait at the size at which they were decoded, because resizing needs torch.
+Prefetched frames are kept at their decoded size, because resizing needs torch.
 """
 
 import os
@@ -28,24 +29,25 @@ if TYPE_CHECKING:
 
 Path = str | os.PathLike[str]
 
-HELD_BYTES = 512 * 2**20  # limit for waiting frames; less if memory is short
+HELD_BYTES = 512 * 2**20  # maximum bytes of waiting frames; less if memory is short
 SHARE = 16  # waiting frames take at most 1 / SHARE of the available memory
-FIRST = 4  # number of groups of inputs to prefetch if there are many
+FIRST = 4  # maximum number of groups of inputs to prefetch
 
 
 @dataclass(eq=False)
 class _Early:
-    """An input that is prefetched. Its thread fills in `state` and `request`."""
+    """An input that is being prefetched. Its thread sets `state` and `request`."""
 
     path: str
-    state: tuple | None = None  # state of the files before they were probed
+    state: tuple | None = None  # state of the files, recorded before they were probed
     request: tuple[Any, ...] | None = None  # see `_request`; set once the input is planned
     reading: Reading[FrameChunk] | None = None
 
     def gives(self, request: tuple[Any, ...]) -> bool:
         """Return True if this prefetch answers the request: same frames, and the files have not changed since.
 
-        A prefetch that ended with a `VideoError` answers the request, too. After any other error the session tries again.
+        A prefetch that ended with a `VideoError` also answers the request, because the session would get the same error. After any
+        other error the session tries again.
         """
         problem = self.reading.problem
         failed = problem is not None and not isinstance(problem, VideoError)
@@ -55,13 +57,13 @@ class _Early:
 class ReadAhead(Readings):
     """Inputs that are prefetched one after another before their model is loaded. Close it after use.
 
-    It raises no errors: the session that opens an input meets them again.
+    `ReadAhead` raises no errors for bad inputs. The session that opens an input later raises them.
 
     Args:
-        model: The description of the model that the inputs are read for.
-        asked: Inputs that are opened together, and how to sample them; for several groups in the order in which they will be
-            encoded. At most `FIRST` groups are read.
-        pruning: The pruning options, because a method may make inputs smaller; None for no pruning.
+        model: The description of the model that will encode the inputs.
+        asked: Groups of inputs in the order in which they will be encoded. Each group is a list of paths that are opened together,
+            with its sampling options. At most `FIRST` groups are read.
+        pruning: The pruning options, because a method may make inputs smaller. None for no pruning.
         held_bytes: Upper bound on the bytes of waiting frames. Default: 512 MiB, less if memory is short.
     """
 
@@ -87,7 +89,7 @@ class ReadAhead(Readings):
                 early = _Early(path)
                 early.reading = Reading(partial(self._begin, early, names, place, sampling), self)
                 self._every.append(early)
-        self._left = [*self._every]  # not taken yet
+        self._left = [*self._every]  # inputs that `take` has not returned or dropped
 
     def close(self) -> None:
         """Drop all frames and stop the threads."""
@@ -97,9 +99,9 @@ class ReadAhead(Readings):
             self._stop_speech.pop()()
 
     def take(self, plan: Plan) -> Reading[FrameChunk] | None:
-        """Return the reading of exactly the frames of a plan, or None. The caller closes it.
+        """Return the `Reading` that has exactly the frames of a plan, or None if there is none. The caller closes it.
 
-        Take inputs in the order of `asked`: this drops all inputs before the one that it returns.
+        Take inputs in the same order as in `asked`, because all inputs before the returned one are dropped.
         """
         request = _request(plan)
         while True:
@@ -116,10 +118,10 @@ class ReadAhead(Readings):
             early.reading.close()
 
     def _has_begun(self, reading: Reading) -> bool:
-        """Wait until a reading has begun.
+        """Wait until a reading has started or ended, and return True. Return False if that takes longer than `PATIENCE_S`.
 
-        Returns False at once if the reading waits for its turn after a reading that a consumer takes, because that consumer may
-        never finish.
+        Also return False, without waiting, if the reading is queued after a reading that a consumer is taking chunks from, because
+        that consumer may never finish.
         """
         if not reading.is_here:
             return False
@@ -129,13 +131,13 @@ class ReadAhead(Readings):
                 place = self.unfinished.index(reading)
             if any(earlier.taken for earlier in self.unfinished[:place]) and not reading.ended:
                 return False
-            # The input is already probed, so planning takes no time unless the thread hangs.
+            # The session has already probed the input, so planning is quick unless the thread hangs.
             return Scope.wait_for(self.changed, lambda: reading.begun or reading.ended, PATIENCE_S)
 
     def _begin(
         self, early: _Early, names: Sequence[str], place: int, sampling: SamplingOptions, reading: Reading
     ) -> Iterator[FrameChunk]:
-        """Probe and plan an input, and return the iterator that reads it."""
+        """Probe and plan an input, and return an iterator over its frames."""
         early.state = state_of(early.path)
         infos = [probed(path, folder_fps=sampling.frame_rate) for path in names]
         plan = self.model.plan(infos[place], sampling.of_each(infos)[place], self._pruning)
@@ -150,13 +152,13 @@ class ReadAhead(Readings):
 
 
 def _request(plan: Plan) -> tuple[Any, ...]:
-    """Return the part of a plan that its frames depend on."""
+    """Return the part of a plan that determines its frames."""
     return plan.source, plan.sampling.times_s, plan.read_arguments
 
 
 @takes(ModelOptions, SamplingOptions)
 def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Unpack[ReadAheadKeywords]") -> ReadAhead:
-    """Start reading videos and pictures while a model is still to be loaded. Imports no torch.
+    """Start reading videos and pictures before a model is loaded. Imports no torch.
 
     Pass the result to `VideoQA.load(ahead=)`, which loads the model while the inputs are read:
 
@@ -164,8 +166,8 @@ def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Un
             qa = evoprune.VideoQA.load("Qwen/Qwen2.5-VL-3B-Instruct", ahead=ahead)
             video = qa.encode("clip.mp4", fps=2)
 
-    This is only useful before a model is loaded. To read ahead with a model that is already loaded, use
-    `evoprune.session.in_flight`. If an input is missing or unreadable, the error is raised later, when the input is encoded.
+    This helps only before a model is loaded. To read ahead with a model that is already loaded, use `evoprune.session.in_flight`.
+    If an input is missing or unreadable, the error is raised later, when the input is encoded.
 
     Args:
         path: A file or a folder of frames, or a list of them in the order in which they will be encoded.

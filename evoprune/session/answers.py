@@ -1,4 +1,4 @@
-"""Answers, generated piece by piece while they are read, and conversations."""
+"""Conversations, and answers that are generated piece by piece while they are read."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Unpack, overload
 
-from typing_extensions import TypeVar  # a dependency of torch; typing.TypeVar has defaults only from Python 3.13 on
+from typing_extensions import TypeVar  # torch requires it; typing.TypeVar supports defaults only since Python 3.13
 
 from evoprune.errors import DoesNotFit, UsageError, error_record
 from evoprune.language import GenerationOptions, Turn
@@ -18,32 +18,34 @@ from evoprune.util import Uncopied, check_question, counted, from_keywords
 if TYPE_CHECKING:
     from evoprune.keywords import GenerationKeywords, UntypedKeywords
 
-Shape = TypeVar("Shape")  # the class given as `schema`
+Shape = TypeVar("Shape")  # the class passed as `schema`
 Parsed = TypeVar("Parsed", default=Any)
 
 
 class Answer(Uncopied, Iterator[str], Generic[Parsed]):
-    """An answer, generated piece by piece as it is read. Generation starts with the first piece.
+    """An answer that is generated piece by piece while it is read. Generation starts when the first piece is requested.
 
-    A new iteration continues where the previous one stopped; over a complete answer, it starts from the beginning. `str(answer)`,
-    `answer == text` and `text in answer` work on `answer.text`, and generate the rest of the answer first. An answer is not
-    hashable: put `answer.text` into sets and dicts.
+    Iterating yields the pieces. A new iteration continues where the previous one stopped, or starts from the beginning if the
+    answer is complete. `str(answer)`, `answer == text` and `text in answer` use `answer.text`, which generates the rest of the
+    answer first. An answer is not hashable, so put `answer.text` into sets and dicts.
 
-    Threads may read answers about the same video at the same time; each `text` is generated as a whole before the next. An
-    iteration ends with an error if another answer began between two of its pieces, in this thread or another.
+    Several threads may read answers about the same video at the same time. Each `text` is generated completely before the next one
+    starts. An iteration fails if any thread starts another answer between two of its pieces.
 
-    A model may think first. Its thoughts come before the first piece and are in `thoughts`, not in the answer.
+    If the model thinks first, its thoughts are not part of the answer. They are generated before the first piece and stored in
+    `thoughts`.
 
-    After an error, reading the answer again raises the same error, and `report.error` records it.
+    After an error, reading the answer again raises the same error. The error is also recorded in `report.error`.
 
     Attributes:
-        report: The report, up to date after each piece. `report.answer` is the text so far.
-        ids: Token ids so far, including those in thoughts, without the token that ends the answer.
+        report: The report, updated after each piece. `report.answer` is the text so far.
+        ids: Token ids generated so far, including thoughts but not the token that ends the answer.
 
     Raises:
-        UsageError: If the question and its answer do not fit into the model's context, or another question was asked meanwhile.
+        UsageError: If the question and its answer do not fit into the model's context, or another question was asked in the
+            meantime.
         OutOfMemory: If memory runs out.
-        ModelError: If numbers are NaN or infinite.
+        ModelError: If the model's output contains NaN or infinity.
     """
 
     INSTEAD = "take answer.text and answer.report"
@@ -70,7 +72,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     def __next__(self) -> str:
         with self._lock:
-            if self._problem is not None:  # the generator has ended, and would otherwise look complete
+            if self._problem is not None:  # the failed generator is exhausted, so the answer would look complete
                 raise _once_more(self._problem)
             try:
                 self._made.append(next(self._pieces))
@@ -88,7 +90,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     @property
     def text(self) -> str:
-        """The whole answer. Generates the rest of it first."""
+        """The complete answer. Generates the rest of the answer first."""
         with self._lock:
             for _ in self:
                 pass
@@ -101,24 +103,24 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     @property
     def parsed(self) -> Parsed:
-        """The value of an answer generated with the option `schema`, or None if the answer was cut.
+        """The value of an answer that was generated with a `schema`, or None if the answer was cut short.
 
-        An instance of `schema` if that is a class, otherwise the value that `json.loads` returns. Generates the rest of the answer
-        first.
+        If `schema` is a class, this is an instance of it. Otherwise it is the value that `json.loads` returns. Generates the rest
+        of the answer first.
         """
         str(self)
         return self._instances[0] if self._instances else self.report.parsed
 
     @property
     def logprobs(self) -> list[dict[str, Any]] | None:
-        """Log probabilities for each token in `ids` and its alternatives, see docs/json.md. None without the option `logprobs`."""
+        """Log probabilities of each token in `ids` and its alternatives (docs/json.md), or None without the `logprobs` option."""
         return self.report.logprobs
 
     @property
     def choices(self) -> list[dict[str, Any]] | None:
-        """The choices, each with its log probability and its probability among the choices.
+        """Each choice with its log probability and its probability among the choices, or None without the `choices` option.
 
-        None without the option `choices`. Generates the rest of the answer first.
+        Generates the rest of the answer first.
         """
         str(self)
         return self.report.choices
@@ -134,10 +136,10 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
             return True
         return isinstance(other, str | Answer) and self.text == str(other)
 
-    __hash__ = None  # its hash would differ from the hash of the text that it equals
+    __hash__ = None  # an answer equals its text, but would hash differently
 
     def close(self) -> None:
-        """Stop generating. `report.finish_reason` becomes "interrupt" unless the answer was complete."""
+        """Stop generating. Unless the answer is complete, `report.finish_reason` becomes "interrupt"."""
         with self._lock:
             self._pieces.close()
             self.report.finish_reason = self.report.finish_reason or "interrupt"
@@ -149,14 +151,14 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
 
 def _once_more(problem: Exception) -> Exception:
-    """Return a copy of an exception without its traceback, whose frames would keep memory alive."""
+    """Return a copy of an exception without its traceback, because the traceback's frames would keep memory alive."""
     again = type(problem).__new__(type(problem), *problem.args)
     vars(again).update(vars(problem))
     return again
 
 
 class Asked(Protocol):
-    """What a conversation is about, such as an `asking.Askable`."""
+    """The subject of a conversation, such as an `asking.Askable`."""
 
     OVERTAKEN: ClassVar[str]
     _session: Session
@@ -175,14 +177,14 @@ class Asked(Protocol):
 
 
 class Chat(Uncopied):
-    """A conversation: the model reads each question together with the turns before it. Made by the method `chat` of an `Askable`.
+    """A conversation, in which the model reads each question together with the previous turns. Created by `Askable.chat`.
 
-    The model reads the conversation in its own chat template, and reuses the keys and values of everything it has read before.
-    Thoughts are not part of the conversation. An answer becomes part of it once it is complete; an answer that failed, was closed,
-    or ended inside its thoughts leaves the conversation unchanged.
+    The conversation is formatted with the model's chat template. The model reuses the keys and values of everything that it has
+    already read. Thoughts are not part of the conversation. An answer is added when it is complete. If it fails, is closed, or ends
+    while the model is still thinking, the conversation stays unchanged.
 
-    If the conversation does not fit into the model's context, the oldest turns are left out. `report.warnings` of the next answer
-    then has "history_cut" before the answer is generated.
+    If the conversation no longer fits into the model's context, the oldest turns are dropped. In that case, `report.warnings` of
+    the next answer contains "history_cut" even before the answer is generated.
     """
 
     INSTEAD = "take chat.messages"
@@ -191,14 +193,14 @@ class Chat(Uncopied):
         self.system = system
         self._inputs = inputs
         self._turns = [*turns]
-        self._latest = object()  # stands for the question that may still become a turn
+        self._latest = object()  # identifies the latest question, the only one that may become a turn
 
     def __repr__(self) -> str:
         return f"<Chat, {counted(len(self._turns), 'turn')}, about {self._inputs!r}>"
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation as a new list, in the form that `chat` accepts."""
+        """A copy of the conversation, in the format that `Askable.chat` accepts."""
         return Turn.to_messages(self._turns)
 
     def clear(self) -> None:
@@ -207,7 +209,7 @@ class Chat(Uncopied):
         self._turns = []
 
     def undo(self) -> str | None:
-        """Remove the latest question and its answer. Return the question, or None if there is none."""
+        """Remove the latest question and its answer. Return the question, or None if the conversation is empty."""
         self._latest = object()
         return self._turns.pop().question if self._turns else None
 
@@ -243,12 +245,12 @@ class Chat(Uncopied):
     ) -> Answer:
         """Ask the next question.
 
-        The answer ends with an error if another question of the conversation is asked before it is complete. For the arguments, see
-        `EncodedInputs.ask`; `system` belongs to the conversation.
+        If another question is asked in this conversation before the answer is complete, reading the answer raises an error. For the
+        arguments, see `EncodedInputs.ask`. The system prompt is set once, by `chat`.
 
         Raises:
-            UsageError: If another system prompt is given, the question does not fit into the model's context, or
-                `EncodedInputs.ask` refuses it.
+            UsageError: If `system` differs from the conversation's system prompt, the question does not fit into the model's
+                context, or an argument is invalid as described for `EncodedInputs.ask`.
             OutOfMemory: If the prompt does not fit into memory.
             ModelError: If the chat template is unusable.
             TypeError: If an option is unknown.
@@ -276,7 +278,7 @@ class Chat(Uncopied):
         """Return the latest turns that fit into the model's context together with the question.
 
         Raises:
-            DoesNotFit: If the question does not fit even without turns.
+            DoesNotFit: If the question does not fit even without any turns.
         """
 
         def fits(dropped: int) -> bool:
@@ -296,7 +298,7 @@ class Chat(Uncopied):
         return turns
 
     def _remembered(self, answer: Answer, earlier: list[Turn], latest: object) -> Iterator[str]:
-        """Yield the pieces of an answer, then add the answer to the conversation."""
+        """Yield the pieces of an answer, then add the complete answer to the conversation."""
         if latest is not self._latest:
             raise UsageError(self._inputs.OVERTAKEN, "finish one answer before the next question")
         yield from answer

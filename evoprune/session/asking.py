@@ -1,8 +1,8 @@
 """Ask questions about encoded inputs: read the prompt and generate the answer.
 
-Answers about the same inputs share the keys and values of their prompt. A lock is held while one piece of an answer is generated,
-and by `Answer.text` until the answer is complete. It is never held while the caller has control, so one iteration cannot block
-another.
+Answers about the same inputs share the keys and values of their prompts. A lock is held while one piece of an answer is generated.
+`Answer.text` holds it until the answer is complete. The lock is never held while the caller has control, so one iteration cannot
+block another.
 """
 
 import threading
@@ -35,30 +35,30 @@ if TYPE_CHECKING:
 class Askable(ABC, Uncopied):
     """Base class of everything that answers questions, one question at a time.
 
-    All questions share the keys and values of the inputs. Threads wait for one another.
+    All questions share the keys and values of the inputs. Threads wait for each other.
     """
 
     INSTEAD = "threads may share it; another process needs a VideoQA of its own, and encodes there"
-    OVERTAKEN = "another question was asked meanwhile"  # error of an answer that is read on after a newer question
+    OVERTAKEN = "another question was asked meanwhile"  # error when an old answer is read after a newer question
 
     def __init__(self, session: Session):
         self._session = session
         self._lock = threading.RLock()
-        self._turn = 0  # number of questions so far
-        self._paid = False  # whether a report already includes the times of the inputs
+        self._turn = 0  # number of questions asked so far
+        self._paid = False  # whether a report already includes the times of encoding the inputs
 
     @property
     def ignores_sound(self) -> bool:
-        """True if a video has sound, but no subtitles were read for it."""
+        """True if a video has sound but no subtitles were read for it."""
         return False
 
     def _report_of_inputs(self, encodings: Sequence[EncodedInput]) -> Report:
-        """Return the report of encoded inputs, without the times of their stages."""
+        """Return the report of encoded inputs, without stage times."""
         return inputs_report(self._session, encodings)
 
     @abstractmethod
     def _blank_report(self) -> Report:
-        """Return a new report for an answer, as it is before the question is read."""
+        """Return a new report for an answer, before the question has been read."""
 
     @abstractmethod
     def _read(
@@ -69,7 +69,7 @@ class Askable(ABC, Uncopied):
         clock: Clock,
         earlier: Sequence[Turn] | None = None,
     ) -> PrefillState:
-        """Read a question and return the state to decode the answer from.
+        """Read a question, and return the state from which the answer is decoded.
 
         Args:
             earlier: The conversation so far, or None for a single question.
@@ -80,11 +80,11 @@ class Askable(ABC, Uncopied):
         """Check that a question of a conversation fits into the model's context.
 
         Raises:
-            DoesNotFit: If it does not fit.
+            DoesNotFit: If the question does not fit.
         """
 
     def _ended(self, turn: int) -> None:
-        """Called when the answer with this number is complete, was closed, or has failed."""
+        """Handle the end of the answer with this number. Called when the answer is complete, was closed, or has failed."""
 
     @overload
     def ask(
@@ -116,13 +116,13 @@ class Askable(ABC, Uncopied):
         on_thoughts: Callable[[str], None] | None = None,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
-        """Ask a question. Only the first answer's report includes the times of encoding the inputs.
+        """Ask a question. Only the report of the first answer includes the times of encoding the inputs.
 
         Args:
-            question: The question, taken literally.
-            seed: Seed for sampling tokens. None uses the seed of the `VideoQA`, so the same question gets the same answer.
+            question: The question. It is passed to the model unchanged.
+            seed: Seed for sampling tokens. With None, the seed of the `VideoQA` is used, so the same question gets the same answer.
             on_thoughts: Called with each piece of the model's thoughts as it is generated.
-            options: How to generate the answer: the fields of `keywords.GenerationKeywords`.
+            options: How the answer is generated: the fields of `keywords.GenerationKeywords`.
 
         Raises:
             UsageError: If an option is out of range, or the question is empty or not a string.
@@ -132,14 +132,14 @@ class Askable(ABC, Uncopied):
         return self._answer(question, generation, seed, on_thoughts)
 
     def chat(self, system: str | None = None, messages: Sequence[Mapping[str, str]] = ()) -> "Chat":
-        """Start a conversation, in which the model reads each question together with the turns before it.
+        """Start a conversation, in which the model reads each question together with the previous turns.
 
         Args:
-            system: A system prompt. None uses the model's own.
-            messages: Earlier turns: dicts with `role`, alternately "user" and "assistant", and `content`, a text.
+            system: A system prompt. None uses the model's default.
+            messages: Earlier turns, as dicts with the keys `role` (alternately "user" and "assistant") and `content` (a string).
 
         Raises:
-            UsageError: If messages have another form, or the method reads the question.
+            UsageError: If `messages` has a different format, or the pruning method reads the question.
         """
         self._session.pruning.method.check_conversation()
         return Chat(self, check_type("system", system, str | None), Turn.from_messages(messages))
@@ -152,7 +152,7 @@ class Askable(ABC, Uncopied):
         on_thoughts: Callable[[str], None] | None,
         earlier: Sequence[Turn] | None = None,
     ) -> Answer:
-        """Answer a question, see `ask`.
+        """Answer a question; see `ask`.
 
         Args:
             earlier: The conversation so far, or None for a single question.
@@ -166,7 +166,7 @@ class Askable(ABC, Uncopied):
             )
         if seed is None:
             seed = self._session.pruning.seed
-        generation.choice_ids(self._session.loaded.tokenizer)  # checks that the model can choose among them
+        generation.choice_ids(self._session.loaded.tokenizer)  # checks that the model can choose between the answers
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
         instances: list[Any] = []
@@ -205,8 +205,8 @@ class Askable(ABC, Uncopied):
         """Generate an answer piece by piece, keeping `report` and `ids` up to date.
 
         Args:
-            ids: Receives the token ids of the answer.
-            instances: Receives the instance of the schema's class when the answer is complete, if the schema is a class.
+            ids: Updated with the token ids of the answer.
+            instances: If the schema is a class, its instance is appended when the answer is complete.
             on_thoughts: Called with each piece of the model's thoughts.
             turns: The conversation so far, or None for a single question.
 
@@ -221,7 +221,7 @@ class Askable(ABC, Uncopied):
             clock.seconds = dict.fromkeys(INPUT_STAGES, 0.0)
             earlier = 0.0
             report.time_ms.encode_prune = 0.0
-        else:  # the first answer's report includes the times of the inputs
+        else:  # only the first answer's report includes the encoding times
             clock.seconds, earlier = self._spent
         fill_times(report, clock.seconds, earlier, loaded.device)
         start = clock.now()
@@ -229,7 +229,7 @@ class Askable(ABC, Uncopied):
         packed = packing.seconds
         constraint = None
         if options.grammar is not None:
-            with clock.stage("prefill"):  # builds the vocabulary once per model
+            with clock.stage("prefill"):  # the vocabulary is built once per model
                 constraint = loaded.vocabulary.constraint(options.grammar)
         state = self._read(question, options, report, clock, turns)
         generated = AnswerStream(state, options, loaded.tokenizer, loaded.eos_ids, seed, constraint, loaded.one_by_one)
@@ -282,19 +282,19 @@ class Askable(ABC, Uncopied):
 
 
 class EncodedInputs(Askable):
-    """Inputs that were encoded once and can be asked about together, one question at a time.
+    """Inputs that are encoded once and can then be asked about together, one question at a time.
 
-    Threads wait for one another (`Answer`). A later question reads only the part of its prompt that it does not share with earlier
-    ones (`PrefixCache`). A method that reads the question selects tokens anew for each question.
+    Threads wait for each other (see `Answer`). Each new question reads only the part of its prompt that differs from earlier
+    prompts (`PrefixCache`). A method that reads the question selects tokens again for each question.
 
     Attributes:
-        report: Describes the encodings and never changes. Each answer has a report of its own.
+        report: Describes the encodings and never changes. Each answer has a separate report.
         plans: The plan of each input: its frames, sizes and encoding.
-        last_question: Set this to True before asking a question that no other question follows. A model with recurrent layers then
-            reads the prompt in one pass.
+        last_question: Set this to True before asking the last question about the inputs. A model with recurrent layers then reads
+            the prompt in one pass.
     """
 
-    AS_INPUT = "ask takes it as it is: ask([encoded, ...], question)"  # hint for an error where a path is needed
+    AS_INPUT = "ask takes it as it is: ask([encoded, ...], question)"  # hint if a path is required instead
 
     def __init__(self, session: Session, encodings: Sequence[EncodedInput]):
         super().__init__(session)
@@ -318,10 +318,10 @@ class EncodedInputs(Askable):
 
     @classmethod
     def together(cls, session: Session, inputs: Sequence["EncodedInputs"]) -> "EncodedInputs":
-        """Combine inputs that were encoded separately, to ask about them together.
+        """Combine inputs that were encoded separately, so that questions can refer to all of them.
 
         Raises:
-            UsageError: If there are no inputs, or one was encoded by another session.
+            UsageError: If there are no inputs, or an input was encoded by a different session.
         """
         if not inputs:
             raise UsageError("there is no input", "give at least one path, or what encode made of it")
@@ -332,14 +332,15 @@ class EncodedInputs(Askable):
         return cls(session, [encoding for encoded in inputs for encoding in encoded._encodings])
 
     def with_session(self, session: Session) -> "EncodedInputs":
-        """Return the same tokens with another session, which may differ only in what happens inside the language model."""
+        """Return the same tokens with a different session. The sessions may differ only in pruning inside the language model."""
         return EncodedInputs(session, self._encodings)
 
     @property
     def encoded(self) -> Encoded:
         """The tokens of the first input.
 
-        If the method reads the question, there are no tokens before the first question. For a cached input, `rows` holds no data.
+        If the method reads the question, there are no tokens before the first question. If the input came from the cache, `rows`
+        holds no data.
         """
         return self._encodings[0].encoded
 
@@ -360,8 +361,8 @@ class EncodedInputs(Askable):
             ids: Token ids of the answer, at least one.
 
         Returns:
-            The logits that predict each answer token, float32 `[len(ids), vocabulary]`, computed after reading the question and the
-            tokens before it; and the seconds from the question to the first logits.
+            The logits that predict each answer token from the question and the previous answer tokens, float32 `[len(ids),
+            vocabulary]`, and the time from the question to the first logits, in seconds.
         """
         options = GenerationOptions(max_new_tokens=len(ids), system=system, think=think)
         with self._lock:
@@ -376,7 +377,7 @@ class EncodedInputs(Askable):
             return logits, seconds
 
     def bytes_with(self, new_tokens: int) -> int:
-        """Estimate the bytes that these inputs take, with the KV cache of one question and its answer of `new_tokens` tokens."""
+        """Estimate the memory of these inputs and the KV cache for one question and `new_tokens` answer tokens, in bytes."""
         model = self._session.loaded.model
         each = model.dtype.itemsize
         kept = self.report.pruning.visual_tokens_kept
@@ -386,7 +387,7 @@ class EncodedInputs(Askable):
 
     @property
     def _spent(self) -> tuple[dict[str, float], float]:
-        """Busy seconds by stage and wall-clock seconds, summed over all inputs."""
+        """Time spent in each stage and wall-clock time, in seconds, summed over all inputs."""
         every = self._encodings
         stages = {stage: sum(encoding.seconds[stage] for encoding in every) for stage in INPUT_STAGES}
         return stages, sum(encoding.wall_seconds for encoding in every)
@@ -396,14 +397,14 @@ class EncodedInputs(Askable):
 
     @torch.inference_mode()
     def _select_for(self, question: str, report: Report) -> None:
-        """Select tokens for this question. This discards the keys and values of earlier questions."""
+        """Select tokens for this question, and discard the keys and values of earlier questions."""
         loaded = self._session.loaded
         before = 0.0
         if self._paid:
             before = self._prune_seconds
         self._prefix.forget()
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
-        words = loaded.language.embed(ids)  # only the question, without the rest of the prompt
+        words = loaded.language.embed(ids)  # embeds only the question, without the rest of the prompt
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
         fill_pruning(report, self._session, self._encodings)
         report.time_ms.encode_prune = (self._prune_seconds - before) * 1000
@@ -427,7 +428,7 @@ class EncodedInputs(Askable):
         clock: Clock,
         earlier: Sequence[Turn] | None = None,
     ) -> PrefillState:
-        """Read a question and return the state to decode the answer from.
+        """Read a question, and return the state from which the answer is decoded.
 
         If the method reads the question, tokens are selected first.
         """
@@ -437,7 +438,9 @@ class EncodedInputs(Askable):
             with clock.stage("encode"):
                 self._select_for(question, report)
         with clock.stage("prefill"):
-            last = self.last_question or selects  # after a new selection, no later prompt shares this one's prefix
+            last = (
+                self.last_question or selects
+            )  # tokens are selected again for each question, so prompts share no prefix
             state = self._prefill(prompt, last, goes_on=earlier is not None)
             state.prompt_ids = prompt.input_ids
             visual = sum(len(encoding.encoded.kept) for encoding in self._encodings)
@@ -447,7 +450,7 @@ class EncodedInputs(Askable):
         return state
 
     def _prefill(self, prompt: Prompt, last: bool, goes_on: bool) -> PrefillState:
-        """Read a prompt and return the state to decode from. For `last` and `goes_on`, see `PrefixCache.read`."""
+        """Read a prompt, and return the state for decoding the answer. For `last` and `goes_on`, see `PrefixCache.read`."""
         loaded = self._session.loaded
         pruning = self._session.pruning
         read = [encoding.encoded for encoding in self._encodings]

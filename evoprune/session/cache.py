@@ -1,10 +1,10 @@
-"""Files kept between runs, named by a hash of everything that their content depends on.
+"""Files kept between runs. Each file is named by a hash of everything that its content depends on.
 
 Most entries are encoded videos, so the same file, sampled in the same way for the same model, is encoded only once. An encoded
 video is a safetensors file that also contains its key.
 
-The cache never fails a run. A damaged entry, or one with another key, counts as missing, and an entry that cannot be written is
-skipped.
+The cache never makes a run fail. A damaged entry, or an entry with a different key, counts as a miss. If an entry cannot be
+written, it is skipped.
 """
 
 import hashlib
@@ -27,36 +27,36 @@ from evoprune.untrusted import loads
 from evoprune.util import brief, check_type, file_stats, open_safetensors
 from evoprune.vision import Encoded
 
-# suffixes of finished entries, and of files that are still being written
+# File name suffixes of finished entries, and of files that are still being written.
 SUFFIX = ".safetensors"
 UNFINISHED = ".tmp"
 WEIGHTS_LIMIT_BYTES = 32 * 2**30
 SPEECH_LIMIT_BYTES = 64 * 2**20
-OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry may lack
+OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that may be missing from an entry
 
 
 def cache_folder() -> Path:
-    """Return EVOPRUNE_CACHE_DIR if it is set, otherwise `evoprune` in the user's cache folder."""
+    """Return the folder EVOPRUNE_CACHE_DIR if it is set, or else `evoprune` in the user's cache folder."""
     standard = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "evoprune")
     return Path(os.path.expanduser(os.environ.get("EVOPRUNE_CACHE_DIR") or standard))
 
 
 @cache
 def own_code() -> str:
-    """Return a hash of this package's files, because code changes during development while the version does not."""
+    """Return a hash that changes whenever this package's files change, because the version stays the same during development."""
     files = sorted(Path(evoprune.__file__).parent.rglob("*.py"))
     return hashlib.sha256(repr(file_stats(files)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Entries:
-    """A folder of cache entries. Several processes may use it at a time."""
+    """A folder of cache entries. Several processes may use it at the same time."""
 
     folder: Path  # created when the first entry is stored
-    limit_bytes: int  # limit for the total size; the least recently used entries are evicted
+    limit_bytes: int  # maximum total size; the least recently used entries are evicted
 
     def __post_init__(self):
-        """Check the fields.
+        """Validate the fields, and convert `folder` to a `Path`.
 
         Raises:
             UsageError: If `folder` is not a path, or `limit_bytes` is not an integer.
@@ -73,14 +73,15 @@ class Entries:
     def write(self, key: str, content: Callable[[BinaryIO], None], make_room: bool = True) -> bool:
         """Write an entry atomically, and evict old entries beyond the limit.
 
-        Raises everything that `content` raises, except OSError.
-
         Args:
-            content: Writes the entry into a file.
-            make_room: Whether to evict old entries. False if the caller writes many entries and then calls `make_room` once.
+            content: Function that writes the entry to a file.
+            make_room: Whether to evict old entries. Pass False to write many entries, and then call `make_room` once.
 
         Returns:
-            False if the operating system refuses to write.
+            True if the entry was written, False if the operating system refused.
+
+        Raises:
+            Exception: Any exception raised by `content`, except OSError.
         """
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ class Entries:
         return True
 
     def size(self) -> tuple[int, int]:
-        """Return the number of entries and their total bytes."""
+        """Return the number of entries and their total size in bytes."""
         sizes = [stat.st_size for path, stat in self._files() if path.suffix == SUFFIX]
         return len(sizes), sum(sizes)
 
@@ -108,7 +109,7 @@ class Entries:
         """Delete all entries and unfinished files, and nothing else in the folder.
 
         Returns:
-            The number of entries that existed.
+            The number of entries before the deletion.
 
         Raises:
             OSError: If a file cannot be deleted.
@@ -119,11 +120,11 @@ class Entries:
         return entries
 
     def path(self, key: str) -> Path:
-        """Return the path of an entry, which may not exist."""
+        """Return the path for an entry, whether or not it exists."""
         return self.folder / f"{key}{SUFFIX}"
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Yield the regular files of this cache, finished or not, with their stat results.
+        """Yield the cache's regular files, finished or unfinished, with their stat results.
 
         Another process may delete them at any time.
         """
@@ -134,7 +135,7 @@ class Entries:
                         yield path, path.stat()
 
     def make_room(self) -> None:
-        """Evict the least recently used entries beyond the limit, and unfinished files that killed processes left."""
+        """Evict the least recently used entries beyond the limit, and unfinished files left by killed processes."""
         total = 0
         for path, stat in sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True):
             total += stat.st_size
@@ -152,19 +153,19 @@ class Entry:
 
     encoded: Encoded
     read_s: tuple[float, ...]  # timestamps of the decoded frames, in seconds
-    moved: bool  # whether some frames are nearby keyframes, see `FrameChunk`
+    moved: bool  # whether nearby keyframes replace some frames; see `FrameChunk`
 
 
 @dataclass(frozen=True)
 class Cache(Entries):
-    """A folder of encoded videos. Several processes may use it at a time."""
+    """A folder of encoded videos. Several processes may use it at the same time."""
 
     makes_room: ClassVar[bool] = True  # whether `store` evicts old entries beyond the limit
 
-    folder: Path = field(default_factory=cache_folder)  # default: the folder of `evoprune ask --cache`
-    limit_bytes: int = 2 * 2**30  # limit for the total size; the least recently used entries are evicted
+    folder: Path = field(default_factory=cache_folder)  # the default is the folder of `evoprune ask --cache`
+    limit_bytes: int = 2 * 2**30  # maximum total size; the least recently used entries are evicted
 
-    if TYPE_CHECKING:  # `folder` may be given as a text, but becomes a `Path`
+    if TYPE_CHECKING:  # accepts a string, although the field is a `Path`
 
         def __init__(self, folder: str | os.PathLike[str] = ..., limit_bytes: int = ...) -> None: ...
 
@@ -179,7 +180,7 @@ class Cache(Entries):
     def load(self, key: str, device: torch.device) -> Entry | None:
         """Load an entry onto a device.
 
-        Its `rows` are on the device `meta`, because no answer needs them.
+        The `rows` of the result are on the device `meta`, because answers do not need their values.
 
         Returns:
             The entry, or None if it is missing or damaged.
@@ -187,12 +188,12 @@ class Cache(Entries):
         from safetensors import SafetensorError
 
         path = self.path(key)
-        if not path.is_file():  # also excludes pipes, where opening could block forever
+        if not path.is_file():  # also rules out pipes, because opening a pipe could block forever
             return None
         try:
             with open_safetensors(path) as file:
                 about = file.metadata()["about"]
-                # Copy, because memory-mapped tensors are lost with the file.
+                # Copy the tensors, because they are memory-mapped and become invalid if the file is deleted.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
                 if file.metadata()["digest"] != _digest(about, tensors):
                     return None
@@ -221,24 +222,24 @@ class Cache(Entries):
 
     @property
     def of_segments(self) -> "SegmentCache":
-        """A cache inside this folder for segments of long videos, with its own limit."""
+        """A cache for segments of long videos, in a subfolder and with a separate limit."""
         return SegmentCache(self.folder / "segments")
 
     @property
     def of_speech(self) -> Entries:
-        """A folder inside this one for transcripts, with its own limit."""
+        """A subfolder for transcripts, with a separate limit."""
         return Entries(self.folder / "speech", SPEECH_LIMIT_BYTES)
 
     @property
     def of_weights(self) -> Entries:
-        """A folder inside this one for quantized weights, with its own limit."""
+        """A subfolder for quantized weights, with a separate limit."""
         return Entries(self.folder / "weights", WEIGHTS_LIMIT_BYTES)
 
     def store(self, key: str, entry: Entry) -> bool:
         """Write an entry atomically, and evict old entries beyond the limit.
 
         Returns:
-            False if the entry is larger than the limit or cannot be written.
+            True if the entry was written, False if it is larger than the limit or cannot be written.
         """
         from safetensors.torch import save
 
@@ -264,8 +265,8 @@ class Cache(Entries):
 class SegmentCache(Cache):
     """A folder of encoded video segments.
 
-    A video has hundreds of segments, so the caller calls `make_room` once after storing all of them. A file is hashed again only if
-    its size or time has changed.
+    A video has hundreds of segments, so the caller stores all of them and then calls `make_room` once. For the same reason, a video
+    file is hashed only once, unless its size or modification time changes.
     """
 
     makes_room: ClassVar[bool] = False
@@ -303,7 +304,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
     """Return a hash of everything in an entry.
 
-    safetensors detects a truncated file, but not a flipped bit.
+    It detects flipped bits. safetensors itself detects only truncated files.
     """
     digest = hashlib.blake2b(about.encode())
     for name, tensor in sorted(tensors.items()):

@@ -15,21 +15,21 @@ class EncodedInput:
     plan: Plan
     encoded: Encoded  # tokens for the language model; empty until a question selects them
     unselected: EncodedRows | None  # rows to select from, if the method selects tokens per question
-    seconds: dict[str, float]  # busy seconds by stage; the keys are `report.INPUT_STAGES`
-    wall_seconds: float  # from the start of planning to the end of encoding
+    seconds: dict[str, float]  # time spent in each stage, by the names in `report.INPUT_STAGES`
+    wall_seconds: float  # wall-clock time from the start of planning to the end of encoding
     cache: str  # "hit" (from disk), "miss" (encoded, then stored) or "off"
-    warnings: tuple[str, ...]  # names, as in reports
-    damaged: int  # packets that could not be decoded
+    warnings: tuple[str, ...]  # names of warnings, as in reports
+    damaged: int  # number of packets that could not be decoded
 
     @property
     def kept(self) -> int:
-        """Number of tokens that the language model will read."""
+        """The number of tokens that the language model will read."""
         return self.plan.encoder.keep if self.unselected else len(self.encoded.kept)
 
     def own(self) -> "EncodedInput":
-        """Return a copy for another conversation, so that each conversation times its own selections.
+        """Return a copy for a separate conversation, so that each conversation measures its own selection times.
 
-        Returns the same object if the method does not read the question.
+        If the method does not read the question, return the same object.
         """
         if not self.unselected:
             return self
@@ -37,11 +37,11 @@ class EncodedInput:
         return replace(self, unselected=rows, encoded=rows.nothing_selected())
 
     def selected(self, question: torch.Tensor) -> "EncodedInput":
-        """Return this input with the tokens selected for a question.
+        """Return a copy of this input with the tokens selected for a question.
 
-        Returns the same object if the method does not read the question.
+        If the method does not read the question, return the same object.
 
         Args:
-            question: Embedded words of the question, `[words, D]`.
+            question: Embedded question, `[words, D]`.
         """
         return replace(self, encoded=self.unselected.select_tokens(question)) if self.unselected else self

@@ -34,12 +34,12 @@ from evoprune.video import FrameChunk, GivenInput, HeldVideo, Input, Plan, Sampl
 from evoprune.vision import Encoded, EncodedRows, encode_rows, patches_of
 
 Path = str | os.PathLike[str]
-# Called with a stage, the amount done, and the total: frames for "read" and "encode", then perhaps "layers" of the tower.
+# Progress callback: called with a stage ("read", "encode" or "layers"), the amount done, and the total.
 Progress = Callable[[str, int, int], None]
 
 KINDS_HINT = "give a path or a URL, an array of frames, a picture of Pillow, the bytes of a file, or an open file"
-AHEAD_BYTES = 2**26  # limit for prefetched patches that are not kept in the patch store
-READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # decoders and their packages
+AHEAD_BYTES = 2**26  # maximum bytes of prefetched patches outside the patch store
+READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package of each decoder
 
 
 @dataclass(eq=False)
@@ -49,12 +49,13 @@ class OpenInput:
     Subclasses provide frames or rows from other sources.
 
     Attributes:
-        threaded: Whether a thread prepares the next chunks while the encoder works on one.
-        shares: Whether this input may share patches with other inputs. False in subclasses that change frames or need all of them.
-        ahead: A prefetch that may have read the frames already.
-        cache: The disk cache. A hit skips reading and encoding, a miss is stored after encoding.
-        temporary: Whether the files are removed when the input is closed, so no later input can read them.
-        cores: Number of cores that reading may keep busy, or None for all that this process may use.
+        threaded: Whether a thread prepares the next chunks while the encoder works on the current chunk.
+        shares: Whether this input may share patches with other inputs. False in subclasses that change the frames or need all of
+            them.
+        ahead: A prefetch that may already have read the frames, or None.
+        cache: The disk cache, or None. A hit skips reading and encoding. A miss is stored after encoding.
+        temporary: Whether the files are removed when the input is closed, so that no later input can read them.
+        cores: Number of cores that reading may keep busy, or None for all cores available to this process.
     """
 
     threaded: ClassVar[bool] = True
@@ -62,7 +63,7 @@ class OpenInput:
 
     session: Session
     plan: Plan
-    clock: Clock  # adds up the seconds of "plan", "read" and "preprocess"
+    clock: Clock  # accumulates the times of "plan", "read" and "preprocess"
     _: KW_ONLY
     ahead: ReadAhead | None = None
     cache: Cache | None = None
@@ -71,19 +72,19 @@ class OpenInput:
     def __post_init__(self):
         self.cores = self.session.loaded.cores
         self.damaged = 0
-        self.read_early = False  # whether no thread waits for reading until encoding starts
-        self.waited_s = 0.0  # seconds that encoding waited for patches
+        self.read_early = False  # whether reading starts before encoding, in the background
+        self.waited_s = 0.0  # time that encoding waited for patches, in seconds
         self.other_size = self.moved = False
-        self.read_s: tuple[float, ...] = ()  # timestamps of the decoded frames
+        self.read_s: tuple[float, ...] = ()  # timestamps of the decoded frames, in seconds
         self._reported_frames = -1  # latest count passed to `progress`
         self._progress: Progress | None = None
-        self._patch_key: Hashable | None = None  # key in the patch store, if the patches are kept there
+        self._patch_key: Hashable | None = None  # key in the patch store, or None if the patches are not kept there
         self._reading: Reading[PatchChunk] | None = None
         self._closed = False
         self._lock = threading.Lock()
 
     def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
-        """Yield the sampled frames. For arguments and results, see `video.frames.read_chunks`."""
+        """Yield the sampled frames. For the argument and the chunks, see `video.frames.read_chunks`."""
         plan = self.plan
         if self.ahead and (early := self.ahead.take(plan)):
             return self._early_frames(early)
@@ -91,7 +92,7 @@ class OpenInput:
         return read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
 
     def _early_frames(self, early: Reading[FrameChunk]) -> Iterator[FrameChunk]:
-        """Yield prefetched frames. Their hidden read time is added to the read time."""
+        """Yield prefetched frames. The read time that the prefetch has hidden is added to the clock."""
         with closing(early):
             hidden_s = 0.0
             for chunk in early.chunks():
@@ -102,13 +103,13 @@ class OpenInput:
 
     @cached_property
     def key(self) -> str | None:
-        """Key of the cache entry, or None if nothing can be cached."""
+        """The key of the cache entry, or None if this input cannot be cached."""
         with self.clock.stage("read"):
             return self._key_now()
 
     @cached_property
     def stored(self) -> Entry | None:
-        """The entry in the cache, or None on a miss."""
+        """The cached entry, or None on a miss."""
         if self.key is None:
             return None
         with self.clock.stage("read"):
@@ -124,16 +125,16 @@ class OpenInput:
     def begin(self) -> None:
         """Start reading in a thread, unless the input is in the cache.
 
-        The thread reads the whole input if its patches are kept, otherwise some chunks ahead.
+        If the patches are kept in the patch store, the thread reads the whole input. Otherwise it reads only a few chunks ahead.
         """
         self.read_early = True
         if self.stored is None:
             self._begun()
 
     def read(self) -> None:
-        """Start reading, and wait until the input is read as far as memory for waiting chunks allows.
+        """Start reading, and wait until the whole input is read or the memory for waiting chunks is full.
 
-        Call this from another thread than the one that encodes.
+        Call this from a different thread than the one that encodes.
         """
         self.begin()
         if reading := self._reading:
@@ -148,15 +149,16 @@ class OpenInput:
         """Read, preprocess and encode the input.
 
         Args:
-            progress: Called in this thread: with "read", frames read so far and in all, while waiting for frames; with "encode",
-                frames embedded so far and in all, after every chunk; then with "layers", layers of the tower finished and in all.
-            pieces: Numbers of rows that go through a matrix product at a time; the next one is tried when memory runs out. Default:
-                `Session.fitting_pieces`.
+            progress: Called in this thread with a stage, the amount done, and the total. The stage is "read" (frames read) while
+                waiting for frames, "encode" (frames embedded) after every chunk, and "layers" (layers of the tower finished) at the
+                end.
+            pieces: Piece sizes to try, that is, numbers of rows that go through a matrix product at a time. If memory runs out, the
+                next size is tried. Default: `Session.fitting_pieces`.
 
         Raises:
             VideoError: If the input is unreadable.
-            OutOfMemory: If memory is short even at the smallest piece size.
-            ModelError: If numbers are NaN or infinite.
+            OutOfMemory: If memory runs out even at the last piece size.
+            ModelError: If the output contains NaN or infinity.
         """
         plan = self.plan
         clock = Clock(self.session.device)
@@ -165,7 +167,7 @@ class OpenInput:
         start = clock.now()
         before = dict.fromkeys(INPUT_STAGES, 0.0) | self.clock.seconds
         heard_before = before[STAGE] - before[OVERLAP]  # transcription time that the caller waited for
-        read_before = 0.0 if self.read_early else before["read"]  # read time that the caller waited for
+        read_before = 0.0 if self.read_early else before["read"]  # the part of the read time that the caller waited for
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
         result, cache = self._result(clock, progress, pieces, warnings)
@@ -177,22 +179,22 @@ class OpenInput:
             tokens = rows.nothing_selected()
         wanted = pruning.prunes and pruning.budget.keep(plan.full.grid) < plan.units
         if plan.is_picture and rows is None and wanted and len(tokens.kept) == plan.units:
-            warnings.append("whole_picture")  # the method keeps at least one whole frame pair
+            warnings.append("whole_picture")  # the method works on whole frame pairs and keeps at least one
         plan = replace(plan, read_s=self.read_s, moved=self.moved)
         waited = read_before + self.waited_s
         seconds = dict.fromkeys(INPUT_STAGES, 0.0) | clock.seconds | self.clock.seconds
         ahead = seconds["read"] + seconds["preprocess"] - waited
         seconds[OVERLAP] += max(0.0, ahead)
-        # Waiting longer than reading took: the machine is busy, or the thread reads another input.
+        # If waiting took longer than reading, the machine is busy, or the thread is reading a different input.
         seconds["read"] += max(0.0, -ahead)
         return EncodedInput(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
     def _result(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
-        """Return the encoding from the cache, or compute and store it.
+        """Load the encoding from the cache, or compute and store it.
 
-        Adds the seconds of "store" to `clock`, and extends `warnings`.
+        The time to store it is added to `clock` as "store". Names of warnings are appended to `warnings`.
 
         Returns:
             The tokens (or the rows if the method reads the question), and the cache state as in `EncodedInput.cache`.
@@ -204,8 +206,8 @@ class OpenInput:
         result = self._computed(clock, progress, pieces, warnings)
         if self.key is None:
             return result, "off"
-        # Do not store a video that is damaged or changes its size: the next run would not warn. Compute the key again, because the
-        # file may have been replaced meanwhile.
+        # Do not store a video that is damaged or whose frame size changes, because a cache hit would not repeat the warning.
+        # Compute the key again, because the file may have been replaced in the meantime.
         whole = not self.damaged and not self.other_size
         with clock.stage("store"):
             storable = whole and self._key_now() == self.key
@@ -216,7 +218,7 @@ class OpenInput:
     def _computed(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> Encoded | EncodedRows:
-        """Encode the input. Adds the seconds of "compile" and "encode" to `clock`, and extends `warnings`.
+        """Encode the input. Adds the times of "compile" and "encode" to `clock`, and appends to `warnings`.
 
         Returns:
             The tokens, or the rows if the method reads the question.
@@ -259,7 +261,7 @@ class OpenInput:
         return result
 
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
-        """Yield all patches. Each pass starts again from the first frame."""
+        """Yield the patches of each chunk. Every call starts again from the first frame."""
         self.damaged = 0
         self.other_size = self.moved = False
         self.read_s = ()
@@ -275,7 +277,7 @@ class OpenInput:
                 progress("encode", chunk.end, self.plan.sampling.frames)
 
     def _begun(self) -> Reading[PatchChunk]:
-        """Return the reading of the patches, which starts now unless it is already running.
+        """Return the reading of the patches, starting it unless it is already running.
 
         Raises:
             Stopped: If the input was closed.
@@ -288,7 +290,7 @@ class OpenInput:
             return self._reading
 
     def _shared(self) -> Reading[PatchChunk] | None:
-        """Return the shared reading from the model's patch store, or None if the patches cannot be kept."""
+        """Return the shared reading from the model's patch store, or None if the patches cannot be kept there."""
         if self.temporary or not self.shares:
             return None
         device = self.session.device
@@ -303,7 +305,7 @@ class OpenInput:
         return reading
 
     def _drop(self) -> None:
-        """Release the reading. Another pass starts a new one."""
+        """Release the reading. A later pass starts a new one."""
         with self._lock:
             reading = self._reading
             key = self._patch_key
@@ -314,16 +316,16 @@ class OpenInput:
             reading.close()
 
     def _tell(self) -> None:
-        """Report progress if more frames were read since the last report."""
+        """Report progress if more frames have been read since the last report."""
         if self._progress and self._reading and self._reading.frames > self._reported_frames:
             self._reported_frames = self._reading.frames
             self._progress("read", self._reported_frames, self.plan.sampling.frames)
 
     def _cut(self, reading: Reading[PatchChunk] | None = None) -> Iterator[PatchChunk]:
-        """Turn frames into patches, one chunk per chunk of frames. Adds the seconds of "read" and "preprocess" to the clock.
+        """Turn frames into patches, chunk by chunk. Adds the times of "read" and "preprocess" to the clock.
 
         Args:
-            reading: The reading whose thread runs this, for its count of frames.
+            reading: The reading whose thread runs this. Its frame count is updated.
         """
         on_frames = reading.at_least if reading else lambda frames: None
         limits = self.session.loaded.limits[self.plan.kind]
@@ -336,10 +338,10 @@ class OpenInput:
 
 
 def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> str | None:
-    """Return a cache key. Equal keys mean equal encodings.
+    """Return a cache key for an input. Equal keys guarantee equal encodings.
 
     Args:
-        hashed: Hashes the file, such as `Cache.content_hash`.
+        hashed: Function that hashes the file, such as `Cache.content_hash`.
 
     Returns:
         The key, or None if the model has no fingerprint, the input is an array, or the file cannot be read.
@@ -362,7 +364,7 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
         "encoder": asdict(plan.encoder),
         "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
         "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, Device(loaded.device).kind],
-        "method": [repr(pruning.method.before), pruning.seed],  # the repr contains the classes and all settings
+        "method": [repr(pruning.method.before), pruning.seed],  # the repr includes the classes and all settings
         "code": [evoprune.__version__, torch.__version__, own_code(), MethodText(pruning.name).plugin_code()],
         "reader": version(READERS[plan.decoder]),
     }
@@ -376,7 +378,7 @@ class OpenInputs:
         plans: The plan of each input.
 
     Args:
-        files: Temporary files, which closing removes.
+        files: Temporary files, which are removed on close.
     """
 
     def __init__(self, session: Session, inputs: Sequence[OpenInput], files: ExitStack | None = None):
@@ -389,14 +391,15 @@ class OpenInputs:
     def begin(self) -> None:
         """Start reading the first input in the background.
 
-        Marks all inputs as read early: until encoding, no thread waits for them, so their read time does not count as waiting.
+        All inputs are marked as read early, because no thread waits for them until encoding starts. So their read time does not
+        count as waiting.
         """
         for opened in self.inputs:
             opened.read_early = True
         self.inputs[0].begin()
 
     def read(self) -> None:
-        """Read the inputs one after another, see `OpenInput.read`. Another thread may encode meanwhile."""
+        """Read the inputs one after another; see `OpenInput.read`. Another thread may encode at the same time."""
         for opened in self.inputs:
             opened.read()
 
@@ -413,25 +416,25 @@ class OpenInputs:
         self.plans = [opened.plan for opened in self.inputs]
 
     def use_cores(self, cores: int | None) -> None:
-        """Set the number of cores that reading may keep busy, for inputs whose reading has not started.
+        """Set the number of cores that reading may keep busy. Applies to inputs whose reading has not started.
 
         Args:
-            cores: Number of cores, or None for all that this process may use.
+            cores: Number of cores, or None for all cores available to this process.
         """
         for opened in self.inputs:
             opened.cores = cores
 
     @property
     def waited_s(self) -> float:
-        """Seconds that encoding has waited for reading and preprocessing."""
+        """Time that encoding has waited for reading and preprocessing, in seconds."""
         return sum(opened.waited_s for opened in self.inputs)
 
     def planning(self) -> AbstractContextManager[None]:
-        """Return a context that times decisions about all inputs before anything is read, such as whether questions fit."""
+        """Return a context manager that records its duration as "plan", for checks made before anything is read."""
         return self.inputs[0].clock.stage("plan")
 
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
-        """Read, preprocess and encode the inputs one after another. Raises the same errors as `OpenInput.encode`.
+        """Read, preprocess and encode the inputs one after another.
 
         Args:
             progress: See `OpenInput.encode`. With several inputs, also called with "input", the number of the input that starts,
@@ -439,6 +442,7 @@ class OpenInputs:
 
         Raises:
             OutOfMemory: Before anything is read, if all inputs together need too much memory.
+            EvopruneError: See `OpenInput.encode` for other errors.
         """
         count = len(self.plans)
         kept = sum(plan.encoder.keep for plan in self.plans)
@@ -467,7 +471,7 @@ class OpenInputs:
     def close(self) -> None:
         """Stop reading, release the frames, and remove temporary files. Closing twice is a no-op.
 
-        The `EncodedInputs` that `encode` returned stay valid: they can be asked about after the inputs are closed.
+        The `EncodedInputs` returned by `encode` stay valid. They can still be asked about after the inputs are closed.
         """
         for opened in self.inputs:
             opened.close()
@@ -487,25 +491,25 @@ def open_inputs(
 ) -> OpenInputs:
     """Probe videos and pictures and plan how to read them. Reads no frames.
 
-    An input that is not a path becomes a temporary file until the inputs are closed (video/given.py).
+    An input that is not a path is written to a temporary file, which is removed when the inputs are closed (video/given.py).
 
     Args:
         paths: The inputs, at least one, in the order in which the model reads them.
         sampling: Options for every input. Options about time apply only to videos.
-        progress: Called with "download", bytes so far and in all; and with "speech", seconds transcribed and in all.
+        progress: Called with "download", the number of bytes so far, and the total.
         names: Names for reports. Default: the paths.
-        cache: The disk cache. Not used for a method that reads the question.
-        kind: Makes each open input.
-        ahead: A prefetch that may have read the inputs already.
+        cache: The disk cache. It is not used if the method reads the question.
+        kind: Class or function that creates each open input.
+        ahead: A prefetch that may already have read the inputs.
 
     Raises:
         VideoError: If an input is missing, unreadable or empty.
-        UsageError: If numbers make no sense, a time span is given for pictures only, one subtitle file is given for several inputs,
-            or a URL is given although the network may not be used.
+        UsageError: If an option is invalid, a time span is given but all inputs are pictures, one subtitle file is given for
+            several inputs, or a URL is given although the network is off.
     """
     sampling = sampling or SamplingOptions()
     sampling.check_one_file(len(paths))
-    # CPU clocks never wait for a GPU.
+    # Use CPU clocks, which never synchronize with a GPU.
     clocks = [Clock(torch.device("cpu")) for _ in paths]
     given = [GivenInput(path) for path in paths]
     infos = []
@@ -538,14 +542,14 @@ def open_inputs(
 
 
 def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[float] | None = None) -> list[Input]:
-    """Return one or several given inputs as a list: paths as texts, and arrays of frames as videos.
+    """Return one or several given inputs as a list, with paths as strings and frame arrays as videos.
 
     Args:
         frame_rate: Frames per second of the arrays.
-        times_s: The time of each frame in an array, in seconds, instead of a frame rate.
+        times_s: The time of each frame of an array, in seconds, instead of a frame rate.
 
     Raises:
-        UsageError: If there are no inputs, or one is of another type. See also `HeldVideo.of`.
+        UsageError: If there are no inputs, or an input has an unsupported type. See also `HeldVideo.of`.
     """
     inputs = list(given) if isinstance(given, list | tuple) else [given]
     if not inputs:

@@ -1,4 +1,4 @@
-"""Hub models: hints from model names, and downloads into the hub's own cache. Imports no torch."""
+"""Hub models: hints based on model names, and downloads into the Hugging Face cache. Imports no torch."""
 
 import re
 import threading
@@ -12,7 +12,7 @@ import evoprune
 from evoprune.errors import ModelError, first_line
 from evoprune.util import listed
 
-# Published config.json files, so that benchmarks need no network.
+# Copies of published config.json files, so that benchmarks do not need the network.
 BUNDLED_CONFIGS = {
     f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
 }
@@ -38,14 +38,14 @@ _ORIGINAL = re.compile(r"qwen((2|2\.5|3)-vl|3\.\d)-([\d.]+b(-a\d+b)?|flash-next)
 
 
 def is_id(name: str) -> bool:
-    """Return True if a name has the form of a hub id, `org/name`."""
+    """Return True if a name has the format of a hub id, `org/name`."""
     return bool(_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def nearest_id(name: str) -> str | None:
-    """Return the published Qwen id most similar to a misspelled id, or to one without its organization.
+    """Return the published Qwen id that is most similar to a misspelled id, or to an id without its organization.
 
-    Returns None if the id is correct, or nothing is similar.
+    Returns None if the id is correct, or if no published id is similar.
     """
     organization, _, word = name.lower().rpartition("/")
     if organization not in ("", "qwen") or not word:
@@ -71,13 +71,13 @@ def _size(word: str) -> str:
 
 
 def near_hint(name: str) -> str:
-    """Return the beginning of a hint that names the `nearest_id`, or an empty text if there is none."""
+    """Return the beginning of a hint that names the `nearest_id`, or an empty string if there is none."""
     near = nearest_id(name)
     return f"did you mean {near}? " if near else ""
 
 
 def kind_hint(name: str) -> str:
-    """Return the beginning of a hint about supported models, or an empty text if the name looks like one of them."""
+    """Return the beginning of a hint about supported models, or an empty string if the name looks like a supported model."""
     if _CONVERTED.search(name):
         original = _ORIGINAL.search(name)
         instead = f"Qwen/{original[0]}" if original else "the original checkpoint"
@@ -88,32 +88,32 @@ def kind_hint(name: str) -> str:
 
 
 def revision_flag(revision: str | None) -> str:
-    """Return the flag that selects a revision in `hf download`, or an empty text without a revision."""
+    """Return the flag that selects a revision in `hf download`, or an empty string if there is no revision."""
     return "" if revision is None else f" --revision {revision}"
 
 
 def cached_folder(name: str, revision: str | None) -> Path | None:
-    """Return a hub model's folder in the hub's cache, or None if its config is not there. Uses no network."""
+    """Return a hub model's folder in the local cache, or None if its config.json is not cached. Does not use the network."""
     import huggingface_hub as hub
     from huggingface_hub import constants
 
     try:
         path = hub.try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
-    except ValueError:  # not a valid hub id, for example too long
+    except ValueError:  # the name is not a valid hub id, for example because it is too long
         return None
     return Path(path).parent if isinstance(path, str) else None
 
 
 def cached_id(folder: Path) -> str:
-    """Return the model id of a folder in the hub's cache, `models--org--name`."""
+    """Return the model id for a folder in the local cache, which is named `models--org--name`."""
     return folder.name.removeprefix("models--").replace("--", "/", 1)
 
 
 def reach(name: str, revision: str | None, offline: bool) -> str | None:
-    """Check whether the hub has a model and can be reached.
+    """Check whether the hub can be reached and has a model.
 
     Returns:
-        The reason why the hub cannot be used, in words, or None if it can.
+        None if the hub can be used, otherwise the reason in words.
 
     Raises:
         ModelError: If the hub has no such model or revision, or denies access.
@@ -123,7 +123,7 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
 
     if offline:
         return "the hub may not be asked (offline)"
-    # One request without retries shows whether hub and model exist; the library's own calls retry for minutes.
+    # Send a single request without retries, because the library's own calls retry for minutes.
     url = hub.hf_hub_url(name, "config.json", revision=revision)
     try:
         _within(HUB_SECONDS, lambda: hub.get_hf_file_metadata(url, timeout=HUB_SECONDS))
@@ -137,13 +137,13 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
         which = near_hint(name) or kind_hint(name) or f"{MODEL_HINT}; "
         hint = f"{which}adapters must be merged first, GGUF files are not read"
         raise ModelError(f"{name} has no config.json on the hub", hint) from problem
-    except Exception as problem:  # the underlying HTTP library differs between versions
+    except Exception as problem:  # the exception types depend on the version of huggingface_hub
         return f"the hub cannot be reached ({first_line(problem)})"
     return None
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Return `work()`, run in a thread with a time limit.
+    """Run `work()` in a thread with a time limit, and return its result.
 
     The limit includes name resolution, which HTTP timeouts do not cover and which can take half a minute.
 
@@ -165,13 +165,14 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
 
 
 def fetch(name: str, revision: str | None, patterns: tuple[str, ...], unreachable: str | None) -> Path:
-    """Download missing files of a hub model that match the patterns, and return its folder in the hub's cache.
+    """Download missing files of a hub model that match the patterns, and return the model's folder in the local cache.
 
     Args:
-        unreachable: Reason not to use the hub (see `reach`), or None. With a reason, only the cache is used.
+        unreachable: The reason why the hub cannot be used (see `reach`), or None. If there is a reason, only the local cache is
+            used.
 
     Raises:
-        ModelError: If the download fails, or the hub is not used and the cache does not have the model.
+        ModelError: If the download fails, or if the hub cannot be used and the model is not in the local cache.
     """
     import huggingface_hub as hub
 

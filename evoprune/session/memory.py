@@ -1,4 +1,4 @@
-"""Memory, besides the weights, for encoding an input and reading a prompt. Checked before any frame is read."""
+"""Memory, besides the weights, for encoding an input and reading a prompt. It is checked before any frame is read."""
 
 from collections.abc import Sequence
 
@@ -14,21 +14,21 @@ TEXT = 64  # assumed number of text tokens in a prompt
 def encoding_bytes(
     config: Config, encoder: EncoderPlan, piece_units: int, bytes_each: int, prompt: int | Sequence[int]
 ) -> int:
-    """Estimate the bytes, besides the weights, that encoding a video and reading its prompt take.
+    """Estimate the memory, besides the weights, for encoding a video and reading its prompt, in bytes.
 
     Args:
         piece_units: Number of rows that go through a matrix product at a time.
         bytes_each: Bytes per weight.
-        prompt: Number of tokens that the language model reads: one number for all layers, or one per layer.
+        prompt: Number of tokens that the language model reads, either a single number for all layers or one number per layer.
     """
     row_bytes = PATCHES * config.vision_config.hidden_size
     rows = max(encoder.layers)
     left = encoder.rows
     more = 0
     if any(stage.whole_pairs for stage in encoder.row_stages):
-        more = encoder.units * row_bytes * 4  # the means over frame pairs are computed in float32
+        more = encoder.units * row_bytes * 4  # means over frame pairs are computed in float32
     if any(isinstance(stage.reduce, SetAside) for stage in encoder.stages):
-        # The earlier states of the rows, and their changes in float32.
+        # Two more tensors: the earlier states of the rows, and their changes in float32.
         more = 2 * encoder.units * row_bytes * (bytes_each + 4)
     return Cost(config).working_memory(encoder.units, piece_units, prompt, bytes_each, rows, left) + more
 
@@ -36,10 +36,10 @@ def encoding_bytes(
 def piece_needs(
     config: Config, device: torch.device, encoder: EncoderPlan, bytes_each: int, prompt: int | Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return the possible piece sizes, largest first, each with the bytes that encoding then takes (`encoding_bytes`).
+    """Return the possible piece sizes, largest first, each with the memory that encoding then takes (`encoding_bytes`).
 
-    A piece size is the number of rows that go through a matrix product at a time. The first size is the usual one. Each following
-    size is half as large, down to the size of a frame pair.
+    A piece size is the number of rows that go through a matrix product at a time. The first size is the device's default. Each
+    further size is half as large, down to the size of a frame pair.
     """
     pair = encoder.grid[1] * encoder.grid[2]
     sizes = [Device(device).piece_units]

@@ -1,4 +1,4 @@
-"""The options shared by the command line, batches, evaluations, lmms-eval and Python, each defined once. Imports no torch."""
+"""Options shared by the command line, batches, evaluations, lmms-eval and Python. Each is defined once. Imports no torch."""
 
 import math
 import os
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 DtypeName = Literal["bf16", "fp16", "fp32"]
 Quantize = Literal["none", "int8", "int4"]
-LoadFormat = Literal["auto", "dummy"]  # weights from their files, or random weights of the same shapes
+LoadFormat = Literal[
+    "auto", "dummy"
+]  # "auto" loads the weights from files; "dummy" creates random weights of the same shapes
 Engine = Literal["auto", "native", "transformers"]
 DTYPE_NAMES = "auto", *get_args(DtypeName)
 QUANTIZE = get_args(Quantize)
@@ -38,7 +40,7 @@ LOAD_FORMATS = get_args(LoadFormat)
 AUTO, NATIVE, TRANSFORMERS = ENGINES = get_args(Engine)
 AUTO_THREADS = "auto"
 MAX_THREADS = 256
-# The files in a model's folder that answers depend on.
+# The files in a model's folder that affect answers.
 MODEL_FILES = (
     "*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.*",
@@ -46,7 +48,7 @@ MODEL_FILES = (
 
 
 def _short_dtype(given: Any) -> Any:
-    """Return the short name of a torch dtype or dtype name ("bfloat16", "torch.float16"). Other values are returned unchanged."""
+    """Return the short name ("bf16") of a torch dtype or a dtype name such as "torch.bfloat16". Return other values unchanged."""
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     text = str(given).removeprefix("torch.")
     if type(given).__name__ == "dtype":
@@ -58,7 +60,7 @@ def _parse_threads(given: int | str | None) -> int | str | None:
     """Return the number of threads, "auto", or None.
 
     Raises:
-        UsageError: If `given` is something else, or out of range.
+        UsageError: If the value is invalid or out of range.
     """
     if given is None or given == AUTO_THREADS:
         return given
@@ -70,7 +72,7 @@ def _parse_threads(given: int | str | None) -> int | str | None:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model is loaded, and how. A dtype of torch, a device and a path become their names.
+    """Which model to load, and how. A torch dtype, a torch device or a path is converted to a string.
 
     Raises:
         UsageError: If the dtype, quantization, load format or engine is unknown, or the number of threads is invalid.
@@ -154,7 +156,7 @@ class ModelOptions:
 
     @property
     def folder(self) -> Path:
-        """Folder of a bundled or local model. A hub id has no folder by this name."""
+        """The folder of a bundled or local model. For a hub id, this path does not exist."""
         return DEMOS[self.model].folder if self.model in DEMOS else Path(os.path.expanduser(self.model))
 
     def local_folder(self) -> Path | None:
@@ -175,7 +177,7 @@ class ModelOptions:
         if os.path.isdir(folder):  # unlike Path.is_dir, it never raises
             if revision is not None:
                 raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
-            if not is_text(os.path.abspath(folder)):  # the tokenizer and weight readers require this
+            if not is_text(os.path.abspath(folder)):  # the libraries that read tokenizers and weights require it
                 hint = "rename it, or set LC_ALL to a locale with UTF-8, such as C.UTF-8"
                 raise ModelError(f"the path {folder} is not valid text", hint)
             return folder
@@ -189,11 +191,11 @@ class ModelOptions:
 
     @property
     def cores(self) -> int | None:
-        """Number of cores that reading videos may keep busy, or None for all that this process may use."""
+        """Number of cores that reading videos may keep busy, or None for all cores available to this process."""
         return self.threads if isinstance(self.threads, int) else None
 
     def state(self) -> dict[str, Any] | None:
-        """Describe the files of a local model (`file_state`): weights, settings, tokenizer and adapters.
+        """Return the state (`file_state`) of a local model's files: weights, settings, tokenizer and adapters.
 
         Returns None if there are no such files.
         """
@@ -202,7 +204,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How visual tokens are pruned. A percentage becomes a number.
+    """How visual tokens are pruned. A percentage is converted to a number.
 
     Raises:
         UsageError: If the budget is invalid, or there is no such method.
@@ -210,8 +212,8 @@ class PruneOptions:
 
     PANEL: ClassVar[str] = "Pruning"
 
-    # The help states the accuracy kept in the demo's worst combination of world and weights, and the speedup of the first token
-    # over Hugging Face at 3B dimensions, fp32 (results/frontier.md).
+    # The numbers in the help come from results/frontier.md: the accuracy that the worst of the demo models keeps, and the speedup
+    # of the first token over Hugging Face at 3B dimensions in fp32.
     budget: Budget.Given = option(
         Budget.DEFAULT,
         "Share of visual tokens kept: 0.1, 10%, or high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x), "
@@ -239,7 +241,7 @@ class PruneOptions:
 
     def __post_init__(self):
         if self.budget is None:
-            Budget.parse(None)  # raises an error that names the presets
+            Budget.parse(None)  # raises an error that lists the presets
         check_types(self)
         object.__setattr__(self, "budget", self._parsed_budget.recorded)
         MethodText(self.method).check()
@@ -249,7 +251,7 @@ class PruneOptions:
         return Budget.parse(self.budget, auto=True)
 
     def config(self) -> "PruneConfig":
-        """Return the budget and the method as objects. Imports torch.
+        """Return the budget and the method as a `PruneConfig`. Imports torch.
 
         Raises:
             UsageError: See `PruneConfig.of`.
@@ -260,11 +262,11 @@ class PruneOptions:
 
     @property
     def resizes(self) -> bool:
-        """True if the method may make inputs smaller, so that frames depend on its plan. Imports no torch."""
+        """True if the method may make inputs smaller, so that its plan determines which frames are read. Imports no torch."""
         return MethodText(self.method).may_resize
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
-        """Return the same plan as `PruneConfig.plan`. Imports torch.
+        """Return the plan for an input, like `PruneConfig.plan`. Imports torch.
 
         Raises:
             UsageError: See `PruneConfig.of`.
@@ -314,7 +316,7 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class FindOptions:
-    """How moments of a video are found.
+    """How the moments of a video are found.
 
     Raises:
         UsageError: If a value is out of range, or a word is empty.
@@ -369,7 +371,7 @@ class FindOptions:
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """Everything that an answer depends on, besides the video, the question and the machine."""
+    """All options that an answer depends on. It also depends on the video, the question and the machine."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     pruning: PruneOptions = field(default_factory=PruneOptions)
@@ -388,7 +390,7 @@ class PipelineOptions:
 
     @classmethod
     def of(cls, **options) -> Self:
-        """Build all six groups of options from keywords.
+        """Build all six groups of options from keyword arguments.
 
         Raises:
             UsageError: If a value is invalid.

@@ -1,6 +1,7 @@
-"""Keep the patches of inputs, so other settings can encode the same input without reading it again.
+"""Keep the patches of inputs, so that an input can be encoded again with different settings without reading it again.
 
-Patches are uint8 and stay on the device that made them. The largest default input, 24,576 units, takes 116 MB (151 MB in Qwen3-VL).
+Patches are uint8 and stay on the device where they were computed. The largest input at default settings has 24,576 units and takes
+116 MB (151 MB in Qwen3-VL).
 """
 
 import threading
@@ -14,7 +15,7 @@ from evoprune.backend import Device, empty_cache
 from evoprune.session.reading import Reading, state_of
 from evoprune.video import InputLimits, Plan
 
-LIMIT_BYTES = 2**29  # limit for one input, and for all unused inputs together
+LIMIT_BYTES = 2**29  # maximum bytes of one input, and of all unused inputs together
 SHARE = 4  # patches in use take at most 1 / SHARE of the available memory
 
 
@@ -35,10 +36,10 @@ class PatchChunk:
 
 
 class PatchStore:
-    """The patches of a model's latest inputs, by `content_key`. Threads may share it.
+    """The patches of a model's most recent inputs, by `content_key`. Several threads may share it.
 
-    Unused patches take at most `limit_bytes`; the least recently used are evicted first. A larger input is not kept, and nothing is
-    kept if memory is short. With a limit of 0 nothing is kept.
+    Unused patches take at most `limit_bytes`, and the least recently used are evicted first. Patches are not stored if they are
+    larger than the limit or memory is short. A limit of 0 turns the store off.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES):
@@ -49,9 +50,9 @@ class PatchStore:
     def open(
         self, key: Hashable, size: int, device: torch.device, source: Callable[[Reading], Iterator[PatchChunk]]
     ) -> Reading[PatchChunk] | None:
-        """Return the reading of a key. If there is none yet, start it with `source`. The caller releases it with `close`.
+        """Return the reading for a key. If there is none, start one with `source`. The caller releases the reading with `close`.
 
-        Returns None if the patches, `size` bytes, cannot be kept: they are too large, or memory on `device` is short.
+        Returns None if the patches, which take `size` bytes, are larger than the limit or memory on `device` is short.
         """
         with self._lock:
             reading = self._entries.get(key)
@@ -68,7 +69,10 @@ class PatchStore:
             return reading
 
     def close(self, key: Hashable) -> None:
-        """Release the reading of a key. After its last user, it is kept if it is complete, and stopped otherwise."""
+        """Release the reading for a key.
+
+        When its last user releases it, a complete reading is kept, and an incomplete reading is stopped.
+        """
         with self._lock:
             reading = self._entries[key]
             reading.users -= 1
@@ -90,7 +94,7 @@ class PatchStore:
         return freed
 
     def _drop_unused(self, limit_bytes: int) -> bool:
-        """Evict unused patches beyond a limit, the least recently used first. Return True if there were any."""
+        """Evict unused patches beyond a limit, the least recently used first. Return True if any were evicted."""
         unused = [(key, reading) for key, reading in self._entries.items() if not reading.users]
         total = sum(reading.size for _, reading in unused)
         dropped = False
@@ -103,18 +107,18 @@ class PatchStore:
 
 
 def patch_bytes(plan: Plan, limits: InputLimits) -> int:
-    """Return the bytes of an input's patches: three uint8 colors per pixel, at the size that the encoder reads."""
+    """Return the size of an input's patches in bytes: three uint8 colors per pixel, at the resolution that the encoder reads."""
     count, height, width = plan.grid
     return count * height * width * limits.unit**2 * limits.temporal_patch_size * 3
 
 
 def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashable | None:
-    """Return a key of the patches of an input. Equal keys mean equal patches.
+    """Return a key for the patches of an input. Equal keys guarantee equal patches.
 
-    The key covers the state of the files and every field of the plan that pixels depend on.
+    The key covers the state of the files and every field of the plan that affects pixels.
 
     Returns:
-        The key, or None if there is no file.
+        The key, or None if the input has no file.
     """
     state = None
     if plan.info.is_file:

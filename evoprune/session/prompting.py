@@ -1,4 +1,4 @@
-"""Build the prompt of a question about videos and pictures, with subtitles."""
+"""Build the prompt for a question about videos and pictures, including subtitles."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,12 +13,9 @@ from evoprune.video import Plan, SamplingOptions, read_subtitles
 def with_subtitles(
     tokenizer: Tokenizer, plan: Plan, sampling: SamplingOptions, options: ModelOptions | None = None
 ) -> Plan:
-    """Return a plan with the subtitles of its time span, in at most `max_subtitle_tokens` tokens.
+    """Return a copy of the plan with the subtitles of its time span, limited to `max_subtitle_tokens` tokens.
 
-    Raises the same errors as `frames.read_subtitles` and `with_speech`.
-
-    Args:
-        options: Options of the model, to transcribe speech where there are no subtitles; None transcribes nothing.
+    Raises the same errors as `frames.read_subtitles`.
     """
     sampling.check_picture(plan.info)
     span = plan.full.sampling
@@ -37,9 +34,9 @@ def prompt_about(
     thinking: bool = False,
     earlier: Sequence[Turn] = (),
 ) -> Prompt:
-    """Return the prompt of a question about one or several inputs.
+    """Return the prompt for a question about one or several inputs.
 
-    With several videos, a line with the number of the video precedes its subtitles. Raises the same errors as
+    If there are several videos, a line with the number of the video precedes its subtitles. Raises the same errors as
     `language.prompt.Prompt.build`.
 
     Args:

@@ -1,9 +1,10 @@
 """Threads that read inputs ahead: before the model is loaded, while the encoder runs, and while another input is answered.
 
-A `Reading` is one input. Its thread makes chunks of frames or patches, which wait until a consumer takes them. `Readings` share the
-memory for waiting chunks and take turns. This file imports no torch, so reading starts before torch is imported.
+A `Reading` is one input. Its thread produces chunks of frames or patches, which wait until a consumer takes them. The members of a
+`Readings` group share the memory for waiting chunks and take turns. This file imports no torch, so reading can start before torch
+is imported.
 
-The chunks do not depend on timing: a consumer gets the same chunks in the same order, however far the thread has got.
+The chunks do not depend on timing. A consumer gets the same chunks in the same order, no matter how far ahead the thread is.
 """
 
 import math
@@ -20,18 +21,18 @@ from evoprune.video import Folder, HeldVideo, Scope, Stopped, Video, probe
 
 T = TypeVar("T")
 
-TICK_S = 0.25  # between two calls of a consumer's `waiting`
-PATIENCE_S = 3.0  # how long closing waits for a thread
-MOST_PROBED = 256  # inputs whose metadata is remembered
+TICK_S = 0.25  # interval between calls of a consumer's `waiting`
+PATIENCE_S = 3.0  # maximum time that closing waits for a thread
+MOST_PROBED = 256  # maximum number of inputs whose metadata is cached
 
 
 class Readings:
-    """A group of readings that share memory and take turns in the order in which they were made. Closing it stops them.
+    """A group of readings that share memory and take turns in the order in which they were created. Closing the group stops them.
 
     Args:
-        limit_bytes: Upper bound on the bytes of waiting chunks, over all readings. A consumer gets its next chunk even if there is
-            no room.
-        at_once: Number of readings that read at a time.
+        limit_bytes: Upper bound on the bytes of waiting chunks, over all readings. A consumer that waits for its next chunk gets it
+            even if there is no room.
+        at_once: Number of readings that read at the same time.
     """
 
     def __init__(self, limit_bytes: float = math.inf, at_once: int = 1):
@@ -48,30 +49,30 @@ class Readings:
         self.close()
 
     def close(self) -> None:
-        """Stop the readings that have not finished."""
+        """Stop all readings that have not finished."""
         stop_all(self.unfinished)
 
 
 class Reading(Generic[T]):
-    """An input that a thread starts to read as soon as the object is made. Close it after use.
+    """An input that a thread starts reading as soon as the object is created. Close it after use.
 
     Args:
-        source: Called by the thread once it is its turn; returns the iterator that makes the chunks.
+        source: Called by the thread when it is its turn. Returns the iterator that produces the chunks.
         group: The readings that share memory and turns with this one. Default: a new group without a memory limit.
-        shared: Keep chunks after they were taken, so that several consumers get all of them. A shared reading also continues when
-            the thread that made it is stopped; any other reading stops with that thread.
+        shared: Keep chunks after they are taken, so that several consumers can get all of them. If the thread that created the
+            reading is stopped, a shared reading continues, and any other reading stops.
         size: Total bytes of the chunks, if known in advance.
-        drop: Called with each chunk that is left when the reading is closed.
+        drop: Called with each chunk that has not been taken when the reading is closed.
 
     Attributes:
         frames: Lower bound on the number of frames read so far.
-        chunk_bytes: Bytes of the largest chunk; `source` may set it in advance.
-        hidden_s: Read time hidden from the consumer because it was not waiting, in seconds.
+        chunk_bytes: Size of the largest chunk in bytes. `source` may set it in advance.
+        hidden_s: Read time during which the consumer did not wait, in seconds.
         begun: True once `source` has returned.
-        ended: True once the thread has finished, also if it failed or was stopped.
-        complete: True once the thread has made all chunks.
-        taken: True once a consumer takes chunks.
-        users: Number of inputs that use a shared reading, counted by its store.
+        ended: True once the thread has finished, even if it failed or was stopped.
+        complete: True once the thread has produced all chunks.
+        taken: True once a consumer has started to take chunks.
+        users: Number of inputs that use a shared reading. The patch store updates it.
         problem: The exception that ended the thread, or None.
     """
 
@@ -97,32 +98,34 @@ class Reading(Generic[T]):
         self._shared = shared
         self._drop = drop
         self._chunks: list[T | None] = []  # taken chunks become None, unless the reading is shared
-        self._seconds: list[float] = []  # time to make each chunk
-        self._next = 0  # number of the next chunk to take
+        self._seconds: list[float] = []  # time to produce each chunk
+        self._next = 0  # index of the next chunk to take
         self._closed = False
         self._pid = os.getpid()
         self._scope = Scope()
-        context = Context() if shared else copy_context()  # the copy lets the current thread's scope stop this one
-        # A daemon thread that hangs does not keep the program from ending.
+        context = (
+            Context() if shared else copy_context()
+        )  # with the copy, the current thread's scope can stop this thread
+        # A daemon thread cannot keep the program from exiting if it hangs.
         self._thread = threading.Thread(target=context.run, args=(self._work,), name="evoprune-reading", daemon=True)
         with self._changed:
             self._group.unfinished.append(self)
         try:
             self._thread.start()
-        except RuntimeError as problem:  # the operating system refuses another thread
+        except RuntimeError as problem:  # the operating system refuses to start another thread
             self._end(problem)
 
     @property
     def is_here(self) -> bool:
-        """False in a forked copy of the process, which lacks the thread."""
+        """False in a forked copy of the process, where the thread does not exist."""
         return self._pid == os.getpid()
 
     def at_least(self, frames: int) -> None:
-        """Raise `frames` to this number."""
+        """Raise `frames` to at least this number."""
         self.frames = max(self.frames, frames)
 
     def chunks(self, waiting: Callable[[], None] = lambda: None) -> Iterator[T]:
-        """Yield all chunks in order, as soon as they are made. After the last one, raise the exception that ended the thread.
+        """Yield all chunks in order, as soon as they are available. Then, if the thread failed, raise its exception.
 
         Args:
             waiting: Called every `TICK_S` seconds while the consumer waits for a chunk.
@@ -141,10 +144,10 @@ class Reading(Generic[T]):
             waited_s = time.perf_counter() - start
             self.hidden_s += max(0.0, self._seconds[number] - waited_s)
             yield chunk
-            del chunk  # only the consumer may hold it, so that its memory can be reused
+            del chunk  # only the consumer may hold a reference, so that the memory can be reused
 
     def wait(self) -> None:
-        """Wait until the thread has finished, or has no room for another chunk.
+        """Wait until the thread has finished or has no room for another chunk.
 
         Raises:
             Stopped: If the calling thread is stopped.
@@ -153,16 +156,16 @@ class Reading(Generic[T]):
             Scope.wait_for(self._changed, lambda: self.ended or (self.begun and not self._has_room()))
 
     def close(self) -> None:
-        """Drop all chunks and stop the thread. If it waits for a worker process, it stops at once.
+        """Drop all chunks and stop the thread. A thread that waits for a worker process stops immediately.
 
-        If it hangs elsewhere, this returns after `PATIENCE_S`, and the thread ends when it can.
+        If the thread hangs elsewhere, this method returns after `PATIENCE_S` seconds without waiting for it any longer.
         """
         stop_all([self])
 
     # Used by `Readings`.
 
     def stop(self) -> None:
-        """Close, without waiting for the thread."""
+        """Close the reading without waiting for its thread."""
         with self._changed:
             self._closed = True
             left = [chunk for chunk in self._chunks if chunk is not None]
@@ -176,7 +179,7 @@ class Reading(Generic[T]):
     def join(self) -> None:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(PATIENCE_S)
-        self.problem = None  # its traceback refers to this object
+        self.problem = None  # breaks a reference cycle through the traceback
 
     # Used by the thread.
 
@@ -217,7 +220,7 @@ class Reading(Generic[T]):
         return self._group.unfinished.index(self) < self._group.at_once
 
     def _has_room(self) -> bool:
-        """Return True if the next chunk fits, and the one that the decoder makes meanwhile; or if a consumer needs it."""
+        """Return True if there is room for the next chunk and the one being decoded, or if a consumer is waiting for a chunk."""
         fits = self._group.held_bytes + 2 * self.chunk_bytes <= self._group.limit_bytes
         return fits or (self.taken and self._next == len(self._chunks))
 
@@ -234,7 +237,7 @@ class Reading(Generic[T]):
             self._drop(chunk)
 
     def _is_made(self, number: int) -> bool:
-        """Wait up to `TICK_S` for a chunk. Return True if it is made, or the thread has ended without it."""
+        """Wait up to `TICK_S` for a chunk. Return True if the chunk exists or will never exist because the thread has ended."""
         with self._changed:
             self.taken = True
             self._next = max(self._next, number)
@@ -242,7 +245,7 @@ class Reading(Generic[T]):
             return self._changed.wait_for(lambda: len(self._chunks) > number or self.ended or self._closed, TICK_S)
 
     def _take(self, number: int) -> T | None:
-        """Return a chunk, or None after the last one.
+        """Return a chunk, or None after the last chunk.
 
         Raises:
             Stopped: If the reading was closed.
@@ -265,7 +268,7 @@ class Reading(Generic[T]):
 
 
 def stop_all(readings: list[Reading]) -> None:
-    """Close several readings. A forked copy of the process leaves them alone, because it lacks their threads."""
+    """Close several readings. In a forked copy of the process this is a no-op, because their threads do not exist there."""
     readings = [reading for reading in readings if reading.is_here]
     for reading in readings:
         reading.stop()
@@ -274,18 +277,18 @@ def stop_all(readings: list[Reading]) -> None:
 
 
 def size_of(chunk: Any) -> int:
-    """Return the bytes of a chunk of frames or patches; 0 for opened inputs."""
+    """Return the size of a chunk of frames or patches in bytes, or 0 for opened inputs."""
     return getattr(chunk, "nbytes", 0)
 
 
 # Metadata and states of files.
 
-_probed: dict[tuple[str, float], tuple[tuple | None, Video]] = {}  # file state and metadata by path and folder_fps
+_probed: dict[tuple[str, float], tuple[tuple | None, Video]] = {}  # file state and metadata, by path and folder_fps
 _probed_lock = threading.Lock()
 
 
 def probed(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float) -> Video:
-    """Return the metadata of an input, see `frames.probe`. A file is probed again only if it has changed since."""
+    """Return the metadata of an input; see `frames.probe`. A file is probed again only if it has changed."""
     if isinstance(path, HeldVideo):
         return path
     key = os.fspath(path), folder_fps
@@ -302,9 +305,9 @@ def probed(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float) -> Vi
 
 
 def state_of(path: str) -> tuple | None:
-    """Return a value that changes when a file, or an image in a folder, is replaced or written to. None if there is no such file.
+    """Return a value that changes whenever a file, or an image in a folder, is replaced or modified. None if there is no such file.
 
-    The value includes the ctime, which changes even if the size and the mtime of a file are set back.
+    The value includes the ctime, which changes even if the size and the mtime of a file are restored.
     """
     try:
         if not os.path.isdir(path):

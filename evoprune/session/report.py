@@ -1,6 +1,6 @@
-"""Fill reports: facts about the inputs, their pruning, and the time of each stage.
+"""Fill reports with facts about the inputs and their pruning, and with the time of each stage.
 
-`VideoQA` returns whole reports. `pruning_facts` also serves models pruned through `evoprune.hf`.
+`VideoQA` returns complete reports. `pruning_facts` is also used for models that are pruned through `evoprune.hf`.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,13 @@ from evoprune.vision import Encoded
 
 
 def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], positions: str) -> Pruning:
-    """Return the pruning facts of one or several inputs combined.
+    """Return the pruning facts for one or several inputs combined.
 
     Args:
         units: Total number of units before pruning.
         read: The encoded tokens, one entry per input.
-        positions: Source of the position ids: "qwen" (this project) or "host" (the held model).
+        positions: Where the position ids come from: "qwen" (computed by this project) or "host" (computed by the Hugging Face
+            model).
     """
     layers = zip(*(tokens.layers for tokens in read), strict=True)
     kept = sum(len(tokens.kept) for tokens in read)
@@ -47,7 +48,7 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
 
 
 def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report:
-    """Return the report of encoded inputs, without the times of their stages."""
+    """Return the report for encoded inputs, without stage times."""
     loaded = session.loaded
     states = {encoding.cache for encoding in encodings}
     report = Report(
@@ -81,7 +82,7 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
 
 
 def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
-    """Return the facts of one input. `fill_pruning` adds its pruning."""
+    """Return the facts about one input, except its pruning, which `fill_pruning` adds."""
     plan = encoding.plan
     tokens = encoding.encoded
     merge = session.loaded.video.merge_size
@@ -114,7 +115,7 @@ def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
 
 
 def fill_pruning(report: Report, session: Session, encodings: Sequence[EncodedInput]) -> None:
-    """Write the pruning facts into a report: all inputs combined, and each input separately."""
+    """Write the pruning facts into a report, both for all inputs combined and for each input."""
 
     def pruning(group: Sequence[EncodedInput]) -> Pruning:
         units = sum(member.plan.units for member in group)
@@ -126,13 +127,13 @@ def fill_pruning(report: Report, session: Session, encodings: Sequence[EncodedIn
 
 
 def fill_times(report: Report, seconds: dict[str, float], total: float, device: str, late_packing: float = 0.0) -> None:
-    """Write stage times, the total, memory use and the generation rate into a report.
+    """Write stage times, the total time, memory use and the generation rate into a report.
 
     Args:
-        seconds: Busy seconds by stage.
-        total: Wall-clock seconds.
+        seconds: Time spent in each stage, in seconds.
+        total: Wall-clock time in seconds.
         device: Device whose memory is reported.
-        late_packing: Seconds spent packing weights during generation, which the rate leaves out.
+        late_packing: Time spent packing weights during generation, in seconds. The generation rate excludes it.
     """
     times = report.time_ms
     for stage, spent in seconds.items():
@@ -151,9 +152,9 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
 
 
 def fill_dropped(report: Report, dropping: Dropping | None) -> None:
-    """Write the token counts inside the language model into a report. This synchronizes the device.
+    """Write the token counts of each language layer into a report. This synchronizes the device.
 
-    Does nothing if `dropping` is None.
+    If `dropping` is None, this is a no-op.
     """
     if dropping is not None:
         report.pruning.language_layers = [list(layer) for layer in enumerate(dropping.layers)]

@@ -27,7 +27,7 @@ class Session:
     """A loaded model and its pruning settings.
 
     Raises:
-        UsageError: If the method cannot act in this model.
+        UsageError: If the pruning method does not work with this model.
     """
 
     loaded: LoadedModel
@@ -55,13 +55,13 @@ class Session:
             streams: Also reject models and methods that cannot watch a stream.
 
         Raises:
-            TypeError: If `model` or `pruning` has a different type.
-            EvopruneError: The errors of `load_model` and `LoadedModel.check_answers`.
+            TypeError: If `model` or `pruning` has an unsupported type.
+            EvopruneError: If loading fails; see `load_model` and `LoadedModel.check_answers`.
         """
         start = time.perf_counter()
         if not isinstance(pruning, PruneOptions):
             raise TypeError(f"pruning is {brief(pruning)}, not a PruneOptions; PruneOptions() has the defaults")
-        config = pruning.config()  # rejects bad settings before looking for a model
+        config = pruning.config()  # rejects invalid settings before looking for the model
         if isinstance(model, str | os.PathLike):
             model = ModelOptions(model)
         if isinstance(model, ModelOptions):
@@ -84,14 +84,14 @@ class Session:
         return replace(self, pruning=PruneConfig.of(Budget.FULL, "none", self.pruning.seed))
 
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
-        """Return the largest number of prompt columns that the language model may hold.
+        """Return the maximum number of prompt columns that the language model holds.
 
         Args:
             tokens: Number of visual tokens.
             text: Number of text tokens.
 
         Returns:
-            One number for all layers, or one number per layer.
+            A single number for all layers, or one number per layer.
         """
         depth = self.loaded.model.config.text_config.num_hidden_layers
         return self.pruning.method.prompt_columns(depth, tokens, text, self.pruning.budget.largest)
@@ -104,9 +104,9 @@ class Session:
         kept: int,
         earlier: Sequence[Turn] = (),
     ) -> Prompt:
-        """Return the prompt of a question, after checking that it fits into the context and into memory.
+        """Build the prompt for a question, and check that it fits into the model's context and into memory.
 
-        The prompt has room for all visual tokens of the inputs.
+        The prompt has placeholders for all visual tokens of the inputs, including those that will be pruned.
 
         Args:
             kept: Number of visual tokens that the language model will read.
@@ -114,7 +114,7 @@ class Session:
 
         Raises:
             UsageError: If the prompt does not fit into the model's context.
-            OutOfMemory: If it does not fit into memory.
+            OutOfMemory: If the prompt does not fit into memory.
             ModelError: If the chat template is unusable.
         """
         loaded = self.loaded
@@ -132,14 +132,14 @@ class Session:
         options: GenerationOptions,
         encoded: Collection[Plan] = (),
     ) -> int:
-        """Return the number of text tokens in the longest prompt of several questions, after checking that all of them fit.
+        """Check that each question fits, and return the number of text tokens in the longest prompt.
 
         Args:
-            encoded: The plans of inputs that are already encoded, whose memory is not checked again.
+            encoded: Plans of inputs that are already encoded. Their memory is not checked again.
 
         Raises:
             UsageError: If a question does not fit into the model's context.
-            OutOfMemory: If encoding an input and reading the prompt need too much memory.
+            OutOfMemory: If encoding an input and reading the prompt would need too much memory.
             ModelError: If the chat template is unusable.
         """
         for question in questions:
@@ -158,13 +158,13 @@ class Session:
     def fitting_pieces(self, plan: Plan, other_tokens: int = TEXT) -> list[int]:
         """Return the piece sizes from `piece_needs` that fit into memory, largest first.
 
-        If memory is short, this first evicts the stored patches of earlier inputs.
+        If memory is short, the stored patches of earlier inputs are evicted first.
 
         Args:
-            other_tokens: Number of prompt tokens in addition to this video's.
+            other_tokens: Number of prompt tokens in addition to the kept tokens of this input.
 
         Raises:
-            OutOfMemory: If not even a frame pair, or the prompt, fits.
+            OutOfMemory: If even the smallest piece size does not fit, or the prompt does not.
         """
         model = self.loaded.model
         encoder = plan.encoder
@@ -183,10 +183,12 @@ class Session:
         raise OutOfMemory(f"{plan.name} {short}: {kept}", USE_LESS, stage="encode")
 
     def check_memory(self, text: int, visual: int) -> None:
-        """Check that a prompt fits whose text is longer than the encoder's check assumed (`TEXT` tokens).
+        """Check that a prompt with a long text fits into memory.
+
+        The check before encoding assumes a text of at most `TEXT` tokens, so this is a no-op for shorter texts.
 
         Raises:
-            OutOfMemory: If it does not fit.
+            OutOfMemory: If the prompt does not fit.
         """
         if text <= TEXT:
             return
@@ -197,5 +199,5 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        """Device of the vision tower."""
+        """The device of the vision tower."""
         return self.loaded.model.model.visual.patch_embed.proj.weight.device

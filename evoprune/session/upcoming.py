@@ -1,7 +1,8 @@
-"""Several inputs in flight: the next inputs are opened and read while one is answered.
+"""Several inputs in flight: the next inputs are opened and read while the current one is answered.
 
-Reading starts in order, several inputs at a time if cores are idle. At most as many inputs wait as are read at a time. If a CPU
-computes with all its cores, one input is read while the one before it is answered, and no later input slows it down.
+Readings start in order, several at a time if cores are idle. At most as many inputs wait as are read at a time. If the model
+computes on the CPU with all cores, only one input is read while the previous one is answered, so reading later inputs does not slow
+it down.
 """
 
 import time
@@ -19,14 +20,14 @@ from evoprune.video import keep_idle
 
 T = TypeVar("T")
 
-MOST = 8  # largest number of inputs to read at a time
+MOST = 8  # maximum number of inputs to read at a time
 READER_BYTES = 2**30  # memory per reader: a decoder, waiting frames, and patches
 
 
 def readers(loaded: LoadedModel) -> int:
     """Return the number of inputs to read at a time: one per two idle cores, if memory allows.
 
-    At least one and at most `MOST`.
+    The result is at least 1 and at most `MOST`.
     """
     available = Host().available_memory()
     most = MOST
@@ -43,7 +44,7 @@ def in_flight(
 ) -> Generator[tuple[T, OpenInputs | Exception], None, None]:
     """Yield items in order, each with its open inputs, or with the exception that opening them raised.
 
-    Background threads open the inputs of the next items and read them ahead, one item per two idle cores, at most eight at a time,
+    Background threads open the inputs of the next items and read them ahead: one item per two idle cores, at most eight at a time,
     and fewer if memory is short. While the caller encodes an item and asks about it, the next items are read:
 
         def opened(path, cores):
@@ -66,17 +67,17 @@ def in_flight(
     Args:
         items: The items, such as paths. Items are taken only as they are needed, so the iterable may be endless.
         opened: Called in a background thread to open the inputs of an item. The second argument is the number of cores that reading
-            may keep busy, or None for all; pass it to `OpenInputs.use_cores`. Then call `OpenInputs.begin`, so that the time spent
+            may keep busy, or None for all. Pass it to `OpenInputs.use_cores`, then call `OpenInputs.begin`, so that the time spent
             reading ahead is not reported as waiting. `in_flight` itself calls `OpenInputs.read`.
         loaded: The model, which determines how many cores are idle.
         on_wait: Called with the time that the caller waited for each item, in seconds.
 
     Yields:
         Each item with its inputs, or with any `Exception` that `opened` raised for the item, usually a `VideoError` or a
-        `UsageError`; later items continue. Errors while frames are read are raised by `OpenInputs.encode` instead.
+        `UsageError`. Later items are not affected. Errors while frames are read are raised by `OpenInputs.encode` instead.
 
     Raises:
-        Exception: Whatever iterating over `items` raises.
+        Exception: Any exception raised by iterating over `items`.
     """
     count = readers(loaded)
     share = max(1, loaded.idle_cores // count)
@@ -86,10 +87,10 @@ def in_flight(
     def opening(item: T, cores: int | None, reading: Reading) -> Iterator[OpenInputs]:
         inputs = opened(item, cores)
         yield inputs
-        with suppress(Exception):  # encoding the inputs raises the error again
+        with suppress(Exception):  # `OpenInputs.encode` raises the error again
             inputs.read()
 
-    with keep_idle(count + 1), Readings(at_once=count) as group:  # one more process for the item that is answered
+    with keep_idle(count + 1), Readings(at_once=count) as group:  # one extra process for the item being answered
         try:
             while True:
                 start = time.perf_counter()
@@ -111,6 +112,6 @@ def in_flight(
                     inputs = problem
                 on_wait(time.perf_counter() - start)
                 yield item, inputs
-                del inputs, reading  # the caller may free them before the next item is ready
+                del inputs, reading  # so that the caller can free them before the next item is ready
         finally:
             stop_all([reading for _, reading in flying])
