@@ -1,6 +1,6 @@
-"""Everything that depends on the device. Callers pass a device or tensors, and the functions here ask which device it is.
+"""All device-specific code. Callers pass a device or tensors, and the functions here adapt to the device.
 
-Every kernel and CUDA graph has a plain PyTorch fallback, which runs if the kernel cannot, or if `EVOPRUNE_PLAIN=1` is set.
+Every kernel and CUDA graph has a plain PyTorch fallback. It is used if the kernel cannot run, or if `EVOPRUNE_PLAIN=1` is set.
 """
 
 from typing import TYPE_CHECKING

@@ -1,10 +1,11 @@
-"""Device-specific behavior: dtype, chunk sizes, copies, synchronization, timing, memory.
+"""Device-specific behavior: dtypes, chunk sizes, copies, synchronization, timing and memory.
 
-Also decides whether kernels and CUDA graphs are used, falls back to plain PyTorch with one warning if a kernel fails, and runs
-functions on CUDA streams: captured as a graph, which replays all kernels with one launch, or concurrently with the program.
+This module also decides whether to use kernels and CUDA graphs. If a kernel fails, it falls back to plain PyTorch with a single
+warning. On CUDA, it can capture a function as a graph, which replays all kernels with one launch, or run a function on a separate
+stream.
 
-Devices are torch devices, chosen when a model is loaded (`pick_device`) and carried by tensors from then on. Functions outside of
-this package pass them on without asking which device it is.
+Devices are torch devices. They are chosen when a model is loaded (`pick_device`), and from then on they come from the tensors.
+Functions outside of this package pass devices on without checking what kind they are.
 """
 
 import atexit
@@ -31,35 +32,35 @@ from evoprune.report import Environment
 
 T = TypeVar("T")
 
-WIDENED = ("compressed-tensors", "fp8")  # quantization that transformers undoes when it loads weights on a CPU
+WIDENED = ("compressed-tensors", "fp8")  # formats that transformers dequantizes when it loads weights on a CPU
 STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # dtype names in safetensors
-# Number of units whose rows are multiplied at a time. With 256 units (1,024 patches), matrix products run at full speed and their
-# results stay in the CPU caches (results/benchmarks.md, "Kernels"). A GPU needs more to be busy.
+# The number of units whose rows are multiplied at a time. With 256 units (1,024 patches), matrix products run at full speed, and
+# their results stay in the CPU caches (results/benchmarks.md, "Kernels"). A GPU needs more units to be busy.
 PIECE_UNITS = 256
 GPU_PIECE_UNITS = 8192
-# Number of score matrix entries held at a time, for the same reasons.
+# The number of score matrix entries to hold at a time, for the same reasons.
 SCORES = 1 << 21
 GPU_SCORES = 1 << 26
-# Sides of square matrix products that keep a device busy.
+# Side lengths of square matrix products that keep a device busy.
 SIDES = (1024, 2048)
 GPU_SIDES = (4096, 8192)
 
 
 class Device:
-    """What depends on a device: its speed, memory and clock, and the versions that a report names.
+    """The device-dependent properties of a run: speed, memory, clock, and the versions that reports include.
 
     Args:
-        device: a torch device, or its name.
+        device: A torch device, or its name.
     """
 
     def __init__(self, device: torch.device | str):
         self._device = torch.device(device)
-        self._on_cuda = self._device.type == "cuda"  # where torch counts the memory
+        self._on_cuda = self._device.type == "cuda"  # torch keeps track of memory only on CUDA
         self._on_host = is_host(self._device)
 
     @property
     def kind(self) -> str:
-        """The kind, such as "cuda" for "cuda:1". Devices of the same kind compute the same numbers."""
+        """The kind of the device, such as "cuda" for "cuda:1". Devices of the same kind compute the same numbers."""
         return self._device.type
 
     @staticmethod
@@ -75,7 +76,7 @@ class Device:
 
     @staticmethod
     def kinds() -> set[str]:
-        """Return the kinds of devices that torch can use here: "cpu", and the accelerator's if there is one."""
+        """Return the kinds of devices that torch can use here: "cpu", and the accelerator's kind if there is an accelerator."""
         return {"cpu", accelerator() or "cpu"}
 
     @property
@@ -89,7 +90,7 @@ class Device:
             return platform.processor() or platform.machine()
 
     def environment(self) -> Environment:
-        """Return the versions of packages, the product name of the device, and the number of threads."""
+        """Return the package versions, the product name of the device, and the number of threads."""
         return Environment(
             evoprune=evoprune.__version__,
             torch=str(torch.__version__),
@@ -109,88 +110,92 @@ class Device:
         return "bf16" if _has_bf16(self._device) else "fp32"
 
     def maps_weights(self, stored: Collection[str], dtype: torch.dtype, quantize: str) -> bool:
-        """Return whether weights stay memory-mapped until they are packed or quantized, as on a CPU.
+        """Return True if weights stay memory-mapped until they are packed or quantized, as on a CPU.
 
         Args:
-            stored: dtypes of the weights in the files, as safetensors names them.
-            dtype: requested dtype.
-            quantize: requested kind of quantization, or "none".
+            stored: The dtypes of the weights in the files, under their safetensors names.
+            dtype: The requested dtype.
+            quantize: The requested kind of quantization, or "none".
         """
         return self._on_host and (quantize != "none" or {*stored} == {STORED[dtype]})
 
     def widens(self, quantization: str | None) -> bool:
-        """Return whether weights with this quantization are dequantized when they are loaded."""
+        """Return True if weights with this quantization are dequantized when they are loaded."""
         return self._on_host and quantization in WIDENED
 
     @property
     def busy_cores(self) -> int:
-        """Number of cores that a running model keeps busy: all torch threads on the CPU, one core to drive any other device."""
+        """The number of cores that a running model keeps busy.
+
+        This is the number of torch threads on the CPU, or one core to drive any other device.
+        """
         return torch.get_num_threads() if self._on_host else 1
 
     @property
     def piece_units(self) -> int:
-        """Number of units that are embedded, or sent through a matrix product, at a time."""
+        """The number of units to embed, or to send through a matrix product, at a time."""
         return PIECE_UNITS if self._on_host else GPU_PIECE_UNITS
 
     @property
     def resizes_bytes(self) -> bool:
-        """Whether torch resizes pictures of bytes on the device, as on the CPU."""
+        """Whether torch can resize uint8 images on the device, as it can on the CPU."""
         return self._on_host
 
     @property
     def scores_at_a_time(self) -> int:
-        """Number of score matrix entries held at a time."""
+        """The number of score matrix entries to hold at a time."""
         return SCORES if self._on_host else GPU_SCORES
 
     @property
     def product_sides(self) -> tuple[int, ...]:
-        """Sides of the square matrix products that measure the matmul rate."""
+        """Side lengths of the square matrix products used to measure the matmul rate."""
         return SIDES if self._on_host else GPU_SIDES
 
     @property
     def uses_kernels(self) -> bool:
-        """Whether kernels run: only on CUDA, unless plain PyTorch is requested."""
+        """Whether kernels run. They run only on CUDA, unless plain PyTorch is requested."""
         return uses_kernels(self._device)
 
     @property
     def capture(self) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
-        """`run_and_capture` for this device, or None if it has no CUDA graphs or plain PyTorch is requested."""
+        """`run_and_capture` for this device, or None if the device has no CUDA graphs or plain PyTorch is requested."""
         if not self.uses_kernels or torch.version.cuda is None:
             return None
         return lambda function: run_and_capture(function, self._device)
 
     def run_beside(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Run a function in its own thread and CUDA stream. Does nothing on other devices.
+        """Run a function in its own thread and CUDA stream. This is a no-op on other devices.
 
         Returns:
-            A function that waits for the end of the thread. Exceptions in the thread are discarded.
+            A function that waits for the thread to end. Exceptions in the thread are discarded.
         """
         if not self._on_cuda:
             return lambda: None
         device = self._device
-        if device.index is None:  # resolve it here, because each thread has its own current device
+        if device.index is None:  # resolve the index here, because each thread has its own current device
             device = torch.device("cuda", torch.cuda.current_device())
 
         def run() -> None:
-            # The program will do the same work later, and report the error then.
+            # The program will do the same work again later, and will report the error then.
             with suppress(Exception), as_current(device), torch.cuda.stream(torch.cuda.Stream(device)):
                 function()
 
         thread = threading.Thread(target=run, name="evoprune-beside", daemon=True)
         thread.start()
-        atexit.register(thread.join)  # a compiler that runs while the interpreter ends crashes it
+        atexit.register(thread.join)  # a compiler that still runs while the interpreter shuts down would crash it
         return thread.join
 
     def now(self) -> float:
-        """Return the time in seconds. On an accelerator, wait until all launched kernels have finished."""
+        """Return the current time in seconds. On an accelerator, this first waits until all launched kernels have finished."""
         if self._device.type == accelerator():
             torch.accelerator.synchronize(self._device)
         return time.perf_counter()
 
     def available_memory(self) -> int | None:
-        """Return the bytes that this process can allocate without swapping, or None if unknown, and on the meta device.
+        """Return the number of bytes that this process can allocate without swapping.
 
-        On CUDA, this is the device's free memory plus the unused part of torch's allocator. See `limits.Host` otherwise.
+        On CUDA, this is the device's free memory plus the unused part of torch's allocator. On other devices, it is the host's
+        memory (see `limits.Host`). Returns None if the number is unknown or if this is the meta device.
         """
         if self._on_cuda:
             cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
@@ -198,14 +203,17 @@ class Device:
         return limits.Host().available_memory() if self.holds_values else None
 
     def shortage(self, needed: int) -> str | None:
-        """Return in words how much memory is missing, or None if `needed` bytes are available."""
+        """Describe how much memory is missing for `needed` bytes. Returns None if enough memory is available."""
         available = self.available_memory()
         if available is None or needed <= available:
             return None
         return f"needs about {_size(needed)} of memory, and {_size(available)} are available"
 
     def memory_in_use(self) -> tuple[int | None, int | None]:
-        """Return the bytes that this process uses now: its own memory, and mapped file pages. None if unknown, and on CUDA."""
+        """Return the bytes that this process currently uses: its own memory, and mapped file pages.
+
+        Both are None on CUDA or if they are unknown.
+        """
         if self._on_cuda:
             return None, None
         try:
@@ -215,11 +223,14 @@ class Device:
             return None, None
 
     def peak_memory(self) -> int | None:
-        """Return the peak memory in bytes, or None if unknown: of torch's allocator on CUDA, else the peak RSS of this process."""
+        """Return the peak memory in bytes, or None if it is unknown.
+
+        On CUDA, this is the peak of torch's allocator. On other devices, it is the peak RSS of this process.
+        """
         if self._on_cuda:
             return torch.cuda.max_memory_allocated(self._device)
         try:
-            # getrusage is the fallback, because on Linux its peak includes the parent process.
+            # getrusage is only a fallback, because its peak includes the parent process on Linux.
             return limits.kib(Path("/proc/self/status"), "VmHWM")[0]
         except (OSError, KeyError):
             pass
@@ -228,25 +239,25 @@ class Device:
         except ImportError:  # not a Unix
             return None
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if sys.platform == "darwin":  # in bytes, elsewhere in KiB
+        if sys.platform == "darwin":  # macOS reports bytes, other systems KiB
             return peak
         return peak * 1024
 
     @property
     def peak_memory_note(self) -> str | None:
-        """A note if `peak_memory` counts more than the model in question, otherwise None."""
+        """A note for reports if `peak_memory` covers more than the measured model, otherwise None."""
         if self._on_cuda:
             return None
         return "peak memory is measured for the whole process, including the weights of all rows"
 
     def reset_peak_memory(self) -> bool:
-        """Reset the peak of `peak_memory`. Returns False if the system does not support this."""
+        """Reset the peak that `peak_memory` returns. Returns False if the system does not support this."""
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
             return True
         try:
             with open("/proc/self/clear_refs", "w") as f:
-                empty_cache()  # otherwise cached memory would be reused without raising the peak
+                empty_cache()  # otherwise, cached memory would be reused without raising the peak
                 f.write("5")
         except OSError:
             return False
@@ -262,23 +273,23 @@ def _size(size: int) -> str:
 def pick_device(name: str, *, auto: bool = False) -> torch.device:
     """Return the device with this name.
 
-    Warns if `auto` chose the CPU because no GPU driver files were found, but torch finds a GPU.
+    Warns if `auto` chose the CPU because no GPU driver files were found, although torch finds a GPU.
 
     Args:
-        name: as in options, but resolved: not "auto".
-        auto: whether the option was "auto", so that `name` comes from `DeviceName.resolve`.
+        name: A device name as in options, already resolved, so it is never "auto".
+        auto: Whether the option was "auto" and `name` is the result of `DeviceName.resolve`.
 
     Raises:
-        UsageError: the device cannot be used.
+        UsageError: If the device cannot be used.
     """
     if auto and name == "cpu" and torch.cuda.is_available():
         warnings.warn("torch finds a GPU that is not used: add --device cuda to use it", DeviceWarning, stacklevel=2)
     try:
-        with warnings.catch_warnings(record=True) as caught:  # torch warns about the reason why it finds no GPU
+        with warnings.catch_warnings(record=True) as caught:  # if torch finds no GPU, a warning gives the reason
             warnings.simplefilter("always")
             device = torch.device(name)
             torch.zeros(1, dtype=torch.float32, device=device)
-    except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError) as problem:  # a torch build without CUDA raises AssertionError
         reason = first_line(caught[-1].message if caught else problem).partition(". ")[0]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         failure = f"device {name!r} cannot be used here"
@@ -293,14 +304,14 @@ def pick_device(name: str, *, auto: bool = False) -> torch.device:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Return whether a device has hardware bf16 matmul. Without it, as on older CUDA GPUs, bf16 is slower than fp32."""
+    """Return True if a device has hardware bf16 matmul. Without it, as on older CUDA GPUs, bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return device.type == "xpu"
     flags = set()
     cpuinfo = Path("/proc/cpuinfo")
-    if hasattr(torch.cpu, "get_capabilities"):  # missing in the oldest supported torch
+    if hasattr(torch.cpu, "get_capabilities"):  # missing in the oldest supported torch version
         flags = {name for name, value in torch.cpu.get_capabilities().items() if value}
     elif cpuinfo.is_file():
         flags = set(cpuinfo.read_text().split())
@@ -309,15 +320,15 @@ def _has_bf16(device: torch.device) -> bool:
 
 @cache
 def _installed(package: str) -> str:
-    """Return the version of an installed package. Cached, because looking it up reads files."""
+    """Return the version of an installed package. Cached because the lookup reads files."""
     return version(package)
 
 
 def is_host(device: torch.device) -> bool:
-    """Return whether a device is the CPU.
+    """Return True if a device is the CPU.
 
-    On the CPU, reading a value costs nothing, so shapes may depend on values. Weights may stay memory-mapped, and matrix products
-    run in oneDNN.
+    On the CPU, reading a value requires no synchronization, so shapes can depend on values. Weights can stay memory-mapped, and
+    matrix products run in oneDNN.
     """
     return device.type == "cpu"
 
@@ -325,7 +336,7 @@ def is_host(device: torch.device) -> bool:
 def accelerator() -> str | None:
     """Return the kind of accelerator that torch drives with streams and events, or None.
 
-    Pinned memory is copied to it asynchronously.
+    Copies from pinned memory to the accelerator are asynchronous.
     """
     device = torch.accelerator.current_accelerator()
     return device and device.type
@@ -339,9 +350,9 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Timer:
-    """Context manager that adds up the time spent in its blocks.
+    """A context manager that adds up the time spent in its blocks.
 
-    On an accelerator it records events, and synchronizes only in `seconds`.
+    On an accelerator, it records events and synchronizes only in `seconds`.
     """
 
     def __init__(self, device: torch.device):
@@ -368,7 +379,7 @@ class Timer:
         return event
 
     def seconds(self) -> float:
-        """Return the total time so far, in seconds. On an accelerator this waits for the end of the last block."""
+        """Return the total time so far in seconds. On an accelerator, this waits for the last block to finish."""
         pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
         if self._device is None:
             return sum(end - start for start, end in pairs)
@@ -378,7 +389,7 @@ class Timer:
 
 
 def empty_cache() -> None:
-    """Return cached free memory to the system, for both the CUDA allocator and glibc."""
+    """Return unused cached memory to the system, from both the CUDA allocator and glibc."""
     torch.cuda.empty_cache()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -391,18 +402,18 @@ _plain_pytorch: list[bool] = []
 
 
 def wants_plain_pytorch() -> bool:
-    """Return whether EVOPRUNE_PLAIN is set and not 0, or a `plain_pytorch` context is active."""
+    """Return True if EVOPRUNE_PLAIN is set to anything but 0, or if a `plain_pytorch` context is active."""
     return bool(_plain_pytorch) or os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
 
 
 def uses_kernels(device: torch.device) -> bool:
-    """Return whether a device uses kernels: only on CUDA, unless plain PyTorch is requested."""
+    """Return True if a device uses kernels. Kernels run only on CUDA, unless plain PyTorch is requested."""
     return device.type == "cuda" and not wants_plain_pytorch()
 
 
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
-    """Use no kernels and no CUDA graphs within this context, and run transformers' own layers."""
+    """Disable kernels and CUDA graphs within this context, and run transformers' own layers."""
     _plain_pytorch.append(True)
     try:
         yield
@@ -424,12 +435,12 @@ def failed(what: str) -> bool:
 
 
 def give_up(what: str, consequence: str, problem: Exception) -> None:
-    """Stop using kernels for `what`, and warn about it. Raises `problem` again if it means out of memory.
+    """Stop using kernels for `what`, and warn about it. If `problem` is an out-of-memory error, it is raised again instead.
 
     Args:
-        what: the work that now runs without kernels, as a name for `failed`.
-        consequence: what happens without kernels, the beginning of the warning.
-        problem: the exception that a kernel raised.
+        what: The work that runs without kernels from now on, as a name for `failed`.
+        consequence: What happens without kernels. This is the beginning of the warning.
+        problem: The exception that a kernel raised.
     """
     if is_out_of_memory(problem):
         raise problem
@@ -438,9 +449,10 @@ def give_up(what: str, consequence: str, problem: Exception) -> None:
 
 
 def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Callable]:
-    """Decorate a function that runs kernels, so that `plain_form` replaces it if kernels are off or have failed.
+    """Decorate a function that runs kernels, so that `plain_form` is called instead if kernels are disabled or have failed.
 
-    `plain_form` takes the same arguments. The first failure causes a warning. Running out of memory is raised, not handled.
+    `plain_form` takes the same arguments as the function. The first failure causes a warning. Out-of-memory errors are raised
+    instead of triggering the fallback.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -459,16 +471,16 @@ def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Calla
     return decorate
 
 
-# Current CUDA device, CUDA graphs and streams.
+# The current CUDA device, CUDA graphs and streams.
 
 _NOTHING = nullcontext()
 
 
 def as_current(device: torch.device) -> AbstractContextManager:
-    """Return a context that makes a CUDA device the current one of this thread. It does nothing for other devices.
+    """Return a context that makes a CUDA device the current device of this thread. It is a no-op for other devices.
 
-    Triton launches on the current device, and torch reports the capabilities of the current device. Torch's own operators take the
-    device from their tensors.
+    Triton launches kernels on the current device, and torch reports the capabilities of the current device. Torch's own operators
+    take the device from their tensors.
     """
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return _NOTHING
@@ -476,7 +488,7 @@ def as_current(device: torch.device) -> AbstractContextManager:
 
 
 def on_its_device(function: Callable) -> Callable:
-    """Decorate a function that launches Triton kernels, to launch them on the device of its first argument, a tensor."""
+    """Decorate a function that launches Triton kernels, so that they run on the device of the function's first argument."""
 
     @wraps(function)
     def run(first: torch.Tensor, *args, **kwargs):
@@ -490,18 +502,19 @@ def run_and_capture(function: Callable[[], None], device: torch.device) -> Calla
     """Run a function, then capture it as a CUDA graph.
 
     Args:
-        function: reads and writes tensors that outlive the graph, and copies nothing to the host. Its exceptions propagate.
-        device: the CUDA device.
+        function: Reads and writes tensors that outlive the graph. It must not copy anything to the host. Its exceptions propagate.
+        device: The CUDA device.
 
     Returns:
-        A function that replays the kernels. Values that `function` read on the host stay as they were at the capture.
+        A function that replays the kernels. Values that `function` read on the host keep the values they had during the capture.
     """
     stream = torch.cuda.Stream(device)
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
     with as_current(device), torch.cuda.stream(stream):
         function()  # sets up libraries and loads kernels, which is not allowed during a capture
-        # `torch.cuda.graph` would empty the allocator. Other threads may use the device during the capture.
+        # `torch.cuda.graph` is not used, because it would empty the allocator. The error mode allows other threads to use the
+        # device during the capture.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             function()
@@ -517,8 +530,8 @@ def run_and_capture(function: Callable[[], None], device: torch.device) -> Calla
 
 
 def read_or(read: Callable[[], T], like: torch.Tensor, otherwise: T) -> T:
-    """Return `read()` if `like` is on the CPU, where reading values costs nothing.
+    """Return `read()` if `like` is on the CPU, where reading values requires no synchronization.
 
-    On other devices, return `otherwise`, an answer that needs no synchronization, such as an upper bound.
+    On other devices, return `otherwise` instead. This is a value that can be known without synchronization, such as an upper bound.
     """
     return read() if is_host(like.device) else otherwise

@@ -1,4 +1,4 @@
-"""How modules of transformers run on each device: which layer implementation, which kernels, and how experts are multiplied."""
+"""How transformers modules run on each device: which layer implementation, which kernels, and how experts are multiplied."""
 
 import sys
 import threading
@@ -14,19 +14,19 @@ from evoprune.backend.devices import is_host, wants_plain_pytorch
 
 T = TypeVar("T")
 
-# Name of the KV cache in the arguments and outputs of transformers models: since 5.24, and before.
+# Names of the KV cache in the arguments and outputs of transformers models: since version 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
 
-EXPERTS = "evoprune"  # the name of `_experts_output` among transformers' implementations of experts
-# Functions in modules of transformers that are GPU kernels if fla or causal-conv1d is installed.
+EXPERTS = "evoprune"  # the name of `_experts_output` in transformers' registry of experts implementations
+# Functions in transformers modules that are GPU kernels if fla or causal-conv1d is installed.
 FUSED = {"causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"}
-# Per thread, the number of active `without_packages` contexts.
+# Holds the number of active `without_packages` contexts of each thread.
 _thread = threading.local()
 
 
 @cache
 def cache_name() -> str:
-    """Return the argument name of the KV cache in the installed transformers."""
+    """Return the argument name of the KV cache in the installed transformers version."""
     from transformers.generation import GenerationMixin
 
     known = signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -34,30 +34,30 @@ def cache_name() -> str:
 
 
 def form_of_layers(device: torch.device, few: T, modules: T) -> T:
-    """Return the function that runs the layers on a device.
+    """Choose the function that runs the layers on a device.
 
-    A CPU is limited by arithmetic, so it runs the modules, as does any device if plain PyTorch is requested. A GPU is limited by
-    the number of operations.
+    A CPU is limited by arithmetic, so it runs the modules. A GPU is limited by the number of operations, so it runs `few`. If plain
+    PyTorch is requested, all devices run the modules.
 
     Args:
-        device: of the model.
-        few: runs layers with few operations.
-        modules: runs the modules of transformers.
+        device: The device of the model.
+        few: Runs layers with few operations.
+        modules: Runs the transformers modules.
     """
     return modules if is_host(device) or wants_plain_pytorch() else few
 
 
 def _experts_output(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the output of the experts in a layer, `[L, hidden]`.
+    """Return the output of a layer's experts, `[L, hidden]`.
 
-    Off the CPU, a single column is multiplied with copies of its experts' weights, as transformers does when it generates. The
-    grouped matmul, which serves several columns, copies the ends of the groups to the host, except in bf16 on Hopper and Blackwell
-    GPUs. A CUDA graph cannot contain such a copy.
+    On devices other than the CPU, a single column is multiplied with copies of its experts' weights, as transformers does during
+    generation. Several columns use the grouped matmul, which copies the ends of the groups to the host (except in bf16 on Hopper
+    and Blackwell GPUs). A CUDA graph cannot contain such a copy.
 
     Args:
-        layer: the experts, a module of transformers.
-        x: columns `[L, hidden]`.
-        chosen: int64 `[L, n]`, the experts per column.
+        layer: The experts, a transformers module.
+        x: The columns, `[L, hidden]`.
+        chosen: int64 `[L, n]`, the experts of each column.
         weights: `[L, n]`, the weights of the experts' outputs.
     """
     from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
@@ -69,7 +69,7 @@ def _experts_output(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch
 
 @contextmanager
 def without_packages() -> Iterator[None]:
-    """Keep linear attention layers of this thread from calling fla and causal-conv1d (a context manager and a decorator).
+    """Prevent linear attention layers in this thread from calling fla and causal-conv1d (context manager and decorator).
 
     If these packages are installed, transformers calls them instead of its own functions. Before the first prompt, fla would spend
     more than a minute compiling and timing up to 59 variants of its kernels.
@@ -84,12 +84,12 @@ def without_packages() -> Iterator[None]:
 def choose_functions(model, *, experts: bool) -> None:
     """Choose the functions that the language model of a `HostedVL` calls.
 
-    Instead of imported `FUSED` kernels, transformers then runs its own functions on the CPU and within `without_packages`. It would
-    call the kernels on any device, but they fail on a CPU.
+    If `FUSED` kernels are installed, transformers calls them on any device, but they fail on a CPU. This replaces them, so that
+    transformers' own functions run on the CPU and within `without_packages`.
 
     Args:
-        model: changed in place.
-        experts: make mixtures of experts call `_experts_output`, unless another implementation than transformers' default was
+        model: The model, which is changed in place.
+        experts: Make mixtures of experts call `_experts_output`, unless an implementation other than transformers' default was
             chosen.
     """
     text = model.model.language_model

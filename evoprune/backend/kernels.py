@@ -1,7 +1,7 @@
 """Triton kernels for operators.py, for decoder layers, and for the tower's attention.
 
-Triton comes with PyTorch for CUDA. It takes a while to import, so only devices that run kernels import this module. Each kernel
-computes the same as the plain PyTorch fallback next to its caller, under Triton's interpreter too.
+Triton comes with PyTorch for CUDA. Importing it takes a while, so this module is imported only on devices that run kernels. Each
+kernel computes the same result as the plain PyTorch fallback next to its caller, including under Triton's interpreter.
 """
 
 import struct
@@ -16,22 +16,22 @@ from evoprune.backend.devices import on_its_device
 
 
 def give_up(problem: Exception) -> None:
-    """Run layers without fused kernels from now on, and warn. Raises `problem` again if it means out of memory."""
+    """Stop using fused kernels for layers, and warn about it. Out-of-memory errors are raised again instead."""
     devices.give_up("layers", "layers compute without fused kernels", problem)
 
 
-# Selection. The matrix products in between run in cuBLAS.
+# Selection. The matrix products between the kernels run in cuBLAS.
 
-SIDE = 64  # side of a block of distances, in points
-# size of a block of features
+SIDE = 64  # side length of a block of distances, in points
+# The size of a block of features.
 ROWS = 32
 CHANNELS = 64
-# Sizes change from video to video. Without this, Triton would compile a kernel again if a size is divisible by 16.
+# Sizes change from video to video. Without this list, Triton would compile a kernel again if a size is divisible by 16.
 SIZES = ["points", "length", "count", "begin"]
 
 
 def _given(x: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
-    """Return `x`, or `instead` if it is None, because a kernel argument must be a tensor."""
+    """Return `x`, or `instead` if `x` is None, because a kernel argument must be a tensor."""
     return instead if x is None else x
 
 
@@ -67,7 +67,10 @@ def _standardise(
     rows, mean, variance, average, place, squares, length, still, rounding,
     width: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Write the rows minus their mean, divided by the standard deviation per channel, and their squared lengths."""
+    """Write the standardized rows and their squared lengths.
+
+    The mean of each channel is subtracted, and the result is divided by the channel's standard deviation.
+    """
     r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     floor = still * tl.load(average)
     total = tl.zeros((block_rows,), tl.float32)
@@ -87,7 +90,7 @@ def _standardise(
 
 @triton.jit
 def _distances(product, half, weight, row_i, row_j, time_i, time_j, valid_i, valid_j):
-    """Return rounded distances `[i, j]` between selected points i and candidates j, given the products of their places."""
+    """Return the rounded distances `[i, j]` between selected points i and candidates j, given the products of their places."""
     half_i = tl.load(half + row_i, mask=valid_i, other=0.0)
     half_j = tl.load(half + row_j, mask=valid_j, other=0.0)
     weight_j = tl.load(weight + row_j, mask=valid_j, other=0.0)
@@ -139,7 +142,7 @@ def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _nearest(product, half, weight, row, time, selected, out, begin, points, count, side: tl.constexpr):
-    """Write the index of the nearest selected point for points `begin` to `points`; `product` is `[point, selected]`."""
+    """Write the index of the nearest selected point for each point from `begin` to `points`. `product` is `[point, selected]`."""
     number = tl.program_id(0) * side + tl.arange(0, side)
     point = begin + number
     own_row = tl.load(row + point, mask=point < points, other=-1)
@@ -203,7 +206,7 @@ def tube_radii(place, half, weight, first, row, time, tubes, keep):
     apart = torch.bmm(there, there.transpose(1, 2))
     blocks = triton.cdiv(length, SIDE)
     _tube_distances[count, blocks, blocks](apart, half, weight, row, time, tubes, points, length, side=SIDE)
-    # A single block size for nearly all grids, because every block size compiles another kernel.
+    # Nearly all grids use the same block size, because a kernel is compiled for each block size.
     radii = torch.empty_like(row, dtype=torch.float32)
     block = max(256, triton.next_power_of_2(length))
     _greedy[count,](apart, first, row, tubes, radii, points, length, block=block, num_warps=4)
@@ -218,7 +221,7 @@ def nearest_selected(place, half, weight, row, time, selected, held=1 << 26):
     count = len(selected)
     there = place[row[selected]].T
     rows = row.clamp(min=0)
-    step = max(1, held // count)  # number of points whose products are held at a time
+    step = max(1, held // count)  # the number of points whose products are held at a time
     for begin in range(0, points, step):
         end = min(begin + step, points)
         product = place[rows[begin:end]] @ there
@@ -240,9 +243,9 @@ def mean_rows(rows, into, row, weight, count):
     return means
 
 
-# Greedy selections by cosine: one program selects all rows, from a precomputed matrix of pairwise cosines.
+# Greedy selections by cosine. One program selects all rows, using a precomputed matrix of pairwise cosines.
 
-COSINES_HELD = 1 << 26  # number of float32 cosines held at a time
+COSINES_HELD = 1 << 26  # the number of float32 cosines to hold at a time
 
 
 @triton.jit
@@ -298,17 +301,17 @@ def greedy_cosine(unit, weight, bonus, factor, keep, from_nearest):
     return order.sort().values
 
 
-# Reuse: one program loops over all frame pairs.
+# Reuse. One program loops over all frame pairs.
 
 
 def _bits(x: float) -> int:
-    """Return the bits of a positive float32 as an integer. Integers of larger floats are larger."""
+    """Return the bits of a positive float32 as an integer. The order of these integers is the order of the floats."""
     return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
 @triton.jit
 def _gain(now, then, inside, low: tl.constexpr, high: tl.constexpr, halvings: tl.constexpr):
-    """Return the median of now / then, weighted by then, by bisection between two floats given by their bits."""
+    """Return the median of now / then, weighted by `then`. It is found by bisection between two floats given by their bits."""
     ratio = tl.where(inside, now / tl.maximum(then, 1e-3), float("inf"))
     bits = ratio.to(tl.int32, bitcast=True)
     min_bits = tl.min(bits, 0)
@@ -399,7 +402,7 @@ def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most
     """Run the operator `reuse_scan` (backend/operators.py).
 
     Args:
-        most: the largest drift of brightness. See the operator for the other arguments.
+        most: The largest drift of brightness. For the other arguments, see the operator.
     """
     count, units, _ = means.shape
     low = _bits(1 / most)
@@ -407,7 +410,7 @@ def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most
     by_channel = (-1, units, blocks, channels)
     of_pairs = means.view(by_channel).mean(2).transpose(1, 2).contiguous()
     of_held = held.view(by_channel).mean(2).transpose(1, 2).contiguous()
-    # the kernel writes into them
+    # The kernel writes into these tensors.
     held = held.T.clone(memory_format=torch.contiguous_format)
     pair = pair.clone()
     source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)
@@ -419,7 +422,7 @@ def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most
     return source, held.T.contiguous(), pair
 
 
-# A decoder layer, which rounds at the same points as Hugging Face.
+# Decoder layers. They round at the same points as Hugging Face's implementation.
 
 
 @triton.jit
@@ -495,13 +498,13 @@ def _rotate_put(
 def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `x + plus`, or `x` if `plus` is None, and its RMS norm.
+    """Return `x + plus` (or `x` if `plus` is None), and the RMS norm of this sum.
 
     Args:
-        x, plus: `[rows, wide]`, contiguous, as are the results.
-        weight: scales the norm, `[wide]`.
-        eps: of the norm.
-        rounds: whether to round before scaling, instead of afterwards.
+        x, plus: `[rows, wide]`, contiguous. The results are contiguous as well.
+        weight: The scale of the norm, `[wide]`.
+        eps: The epsilon of the norm.
+        rounds: Whether to round before scaling rather than afterwards.
     """
     wide = x.shape[1]
     out = torch.empty_like(x)
@@ -517,7 +520,7 @@ def add_norm(
 
 @on_its_device
 def silu_times(x: torch.Tensor) -> torch.Tensor:
-    """Return `[rows, wide]`: SiLU of the first half of each row of `x` (`[rows, 2 * wide]`) times the second half."""
+    """Return `[rows, wide]`: SiLU of the first half of each row of `x` (`[rows, 2 * wide]`), multiplied by the second half."""
     rows = len(x)
     wide = x.shape[1] // 2
     out = x.new_empty(rows, wide)
@@ -537,17 +540,17 @@ def rotate_put(
     column: torch.Tensor | None,
     more: int,
 ) -> torch.Tensor:
-    """Apply head norms, if there are any, and rotary embedding to queries and keys, and write keys and values to their columns.
+    """Apply head norms (if there are any) and rotary embedding to queries and keys, and write keys and values to the KV cache.
 
     Args:
-        x: queries, keys and values before norms and rotary embedding, `[L, (heads + 2 * kv_heads) * head_dim]`.
-        places: cosines and sines, from `rotation` (language/decoder.py).
-        norms: weights of the query norm and the key norm, or None.
-        eps: of the norms.
-        heads: number of query heads.
-        keys, values: `[kv_heads, n, head_dim or more]`, with the same strides. They are written from `column` on.
-        column: int64 `[1]`, or None for the first column.
-        more: number of features to append to each query head; they are ones.
+        x: Queries, keys and values before norms and rotary embedding, `[L, (heads + 2 * kv_heads) * head_dim]`.
+        places: Cosines and sines, from `rotation` (language/decoder.py).
+        norms: The weights of the query norm and the key norm, or None.
+        eps: The epsilon of the norms.
+        heads: The number of query heads.
+        keys, values: `[kv_heads, n, head_dim or more]`, with equal strides. They are written from `column` on.
+        column: int64 `[1]`, the first column to write, or None for column 0.
+        more: The number of features to append to each query head. These features are ones.
 
     Returns:
         The queries, `[1, L, heads, head_dim + more]`.
@@ -564,7 +567,7 @@ def rotate_put(
     return out
 
 
-# Between the qkv product and the attention of the tower: rotary embedding, and sorting keys into the order of the groups.
+# The step between the tower's qkv product and its attention: rotary embedding, and sorting keys into the order of the groups.
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -573,7 +576,10 @@ def _rotate_into_groups(
     heads: tl.constexpr, dim: tl.constexpr, more: tl.constexpr, root: tl.constexpr, least: tl.constexpr, half: tl.constexpr,
     gathers: tl.constexpr,
 ):  # fmt: skip
-    """Write the four patches of one unit, all heads: queries in the first `rows` programs, keys and values in the others."""
+    """Write all heads of the four patches of one unit.
+
+    The first `rows` programs write queries, and the others write keys and values.
+    """
     at = tl.program_id(0).to(tl.int64)
     asks = at < rows
     to = tl.where(asks, at, at - rows)
@@ -632,15 +638,17 @@ def rotate_into_groups(
     keys: torch.Tensor | None,
     weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return queries `[R * 4, heads, d']`, and keys and values by group, `[K * 4, heads, d']`.
+    """Return queries `[R * 4, heads, d']`, and keys and values sorted by group, `[K * 4, heads, d']`.
 
     Args:
         qkv: `[R, 4, 3 * heads * d]`.
-        cos, sin: of the rotary embedding, float32 `[places, 4, d]`, with the first half of the sines negated.
-        place: int64 `[R]`, the place per row.
-        heads: number of heads.
-        keys: int64 `[K]`, the row per key. None if keys are the rows in their order; then values are not moved.
-        weight: int64 `[K]`, whose log is added to the scores by extra dimensions (`vision.attention.with_bias`), or None.
+        cos, sin: The rotary embedding, float32 `[places, 4, d]`, with the first half of the sines negated.
+        place: int64 `[R]`, the place of each row.
+        heads: The number of heads.
+        keys: int64 `[K]`, the row of each key. None if the keys are the rows in their original order, so that values need not be
+            moved.
+        weight: int64 `[K]`, or None. The log of the weight is added to the scores through additional features
+            (`vision.attention.with_bias`).
     """
     rows = len(qkv)
     dim = qkv.shape[2] // (3 * heads)

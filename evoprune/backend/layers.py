@@ -1,4 +1,4 @@
-"""Layers with few operations: joined weight matrices, and fused kernels on CUDA."""
+"""Layers with few operations, through joined weight matrices and fused kernels on CUDA."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ import torch
 
 from evoprune.backend.devices import failed, has_triton, uses_kernels
 
-# Linear layers that share their input, by module.
+# Linear layers that have the same input, by module.
 SHARED_INPUT = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 _unjoined: list[bool] = []
 
 
 def join(model) -> None:
-    """Store weight matrices that multiply the same input contiguously. Each layer keeps a view of its own weights."""
+    """Store weight matrices that multiply the same input in one contiguous tensor. Each layer keeps a view of its own weights."""
     for layer in model.model.language_model.layers:
         for part, names in SHARED_INPUT.items():
             module = layer.get_submodule(part)
@@ -30,10 +30,10 @@ def join(model) -> None:
 
 
 def join_tower(visual) -> None:
-    """Join the first two matrices of gated MLPs in the tower, and pad the inner size for fast products.
+    """Join the first two matrices of each gated MLP in the tower, and pad the inner size for fast products.
 
     The inner size of Qwen2.5-VL, 3,420, is not a multiple of 8, which makes products take twice as long. The padding consists of
-    zeros, so results stay the same. Each layer keeps a view of its own weights.
+    zeros, so the results stay the same. Each layer keeps a view of its own weights.
     """
     for block in visual.blocks:
         mlp = block.mlp
@@ -56,9 +56,9 @@ def join_tower(visual) -> None:
 
 
 def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Return the joined weight and bias that `join` or `join_tower` made for an attention or MLP module.
+    """Return the joined weight and bias of an attention or MLP module, as created by `join` or `join_tower`.
 
-    Returns None if the module has no joined weights, if its weights have been replaced since, or within `unjoined`.
+    Returns None if the module has no joined weights, if its weights have been replaced since, or inside an `unjoined` context.
     """
     parameters = getattr(module, "joined", None)
     if parameters is None or _unjoined:
@@ -70,7 +70,7 @@ def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
 
 
 def is_unhooked_linear(module: torch.nn.Module) -> bool:
-    """Return whether a module is a plain linear layer without hooks. Layers with hooks must be called, so that the hooks run."""
+    """Return True if a module is a plain linear layer without hooks. Layers with hooks must be called so that the hooks run."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is torch.nn.Linear and not hooked
 

@@ -1,7 +1,7 @@
-"""The resources that the system grants this process (cores, memory, a GPU), and limits that follow from a device name. No torch.
+"""The resources that the system grants this process (cores, memory, a GPU), and limits for each kind of device. Imports no torch.
 
-Containers limit cores and memory with control groups of version 1, version 2, or both. A limit applies to a group and all groups
-inside it. If a file does not exist, there is no limit.
+Containers limit cores and memory with control groups (cgroups) of version 1, version 2, or both. A limit applies to a group and to
+all groups inside it. If a file does not exist, there is no limit.
 """
 
 import math
@@ -14,48 +14,49 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path("/")
-# Options of glibc's mallopt. Free memory above the trim threshold is returned to the system, blocks larger than the mmap threshold
-# get new pages each time, and threads share one arena.
+# Options of glibc's mallopt. Free memory above the trim threshold is returned to the system. Blocks larger than the mmap threshold
+# get new pages each time. With an arena maximum of 1, all threads share one arena.
 TRIM_THRESHOLD = -1
 TOP_PAD = -2
 MMAP_THRESHOLD = -3
 ARENA_MAX = -8
 MALLOC = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26, MMAP_THRESHOLD: 2**30, ARENA_MAX: 1}
 
-# Files of a group: the limit in bytes, and the bytes in use. A group above `high` is not killed, but slowed to a crawl.
+# Pairs of files in a group's folder: the limit in bytes, and the bytes in use. A group that exceeds `high` is not killed, but it is
+# slowed to a crawl.
 MEMORY = (
     ("memory.max", "memory.current"),
     ("memory.high", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
-# Bytes in use that the system can reclaim when memory is short: cached files, including mapped ones.
-# In version 1, only fields that begin with `total_` include the groups inside the group.
+# Matches the bytes in use that the system can reclaim when memory is short: cached files, including mapped ones.
+# In version 1, only fields that begin with `total_` include the groups inside this group.
 RECLAIMABLE = re.compile(r"^(total_)?(?:active_file|inactive_file|slab_reclaimable) (\d+)$", re.MULTILINE)
 
-# Files of GPU drivers, by the toolkit that torch was built with. The last pattern in each row is for WSL.
+# Files that GPU drivers create, by the toolkit that torch was built with. The last pattern in each row is for WSL.
 DRIVERS = {
     "cuda": ("dev/nvidia[0-9]*", "dev/nvmap", "usr/lib/wsl/lib/libcuda.so*"),
     "hip": ("dev/kfd", "dev/dxg"),
 }
-# Matches the toolkits that torch was built with in its module `version`.
+# Finds the toolkits that torch was built with in its `version` module.
 BUILT_WITH = re.compile(r"^(cuda|hip)\b[^=]*=\s*['\"]", re.MULTILINE)
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # start of their values if at least one GPU stays visible
-# Visual tokens before pruning that a CPU encodes in about a minute.
+VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # how these variables start if at least one GPU stays visible
+# The number of visual tokens before pruning that a CPU encodes in about a minute.
 MAX_VISUAL_TOKENS_CPU = 4_096
-# On CUDA, the tower is launch-bound for inputs with fewer units, whatever the number of rows. The threshold lies between sizes that
-# were measured on one H200 (results/gpu.md, "Small inputs"). At 384 units, pruning inside the tower was slower than no pruning
-# (0.73 to 0.99 times as fast). At 1,536 units, it was slower than a selection after the tower (by 9%, calculated). At 4,784 units,
-# it was 1.6 times as fast as a selection after the tower. The threshold is closer to the sizes at which pruning inside the tower
-# lost, because sizes in between have not been measured.
+# On CUDA, the tower is launch-bound for inputs with fewer units than this, whatever the number of rows. The threshold lies between
+# sizes that were measured on one H200 (results/gpu.md, "Small inputs"). At 384 units, pruning inside the tower was slower than no
+# pruning (0.73 to 0.99 times as fast). At 1,536 units, it was slower than a selection after the tower (by 9%, calculated). At 4,784
+# units, it was 1.6 times as fast as a selection after the tower. Sizes in between have not been measured, so the threshold was set
+# closer to the sizes at which pruning inside the tower was slower.
 LAUNCH_BOUND_UNITS = {"cuda": 2048}
 
 
 class DeviceName:
-    """What follows from the name of a device, without torch.
+    """Properties that follow from the name of a device, without importing torch.
 
     Args:
-        name: as in options: "auto", or the name of a torch device such as "cuda:1".
+        name: A device name as in options: "auto", or the name of a torch device such as "cuda:1".
     """
 
     def __init__(self, name: str):
@@ -63,10 +64,10 @@ class DeviceName:
         self._kind = name.partition(":")[0]
 
     def resolve(self, root: Path = ROOT) -> str:
-        """Return the name of the device.
+        """Return the name of the device to use.
 
-        "auto" means "cuda" if torch is built for a GPU whose driver is here and visible, else "cpu".
-        The answer is final: if torch cannot use the GPU, loading a model raises an error (`pick_device`).
+        "auto" resolves to "cuda" if torch is built for a GPU whose driver is installed and visible, otherwise to "cpu". The result
+        is final. If torch then cannot use the GPU, loading a model raises an error (see `pick_device`).
         """
         if self.name != "auto":
             return self.name
@@ -75,22 +76,22 @@ class DeviceName:
 
     @property
     def visual_token_limit(self) -> float:
-        """Maximum number of visual tokens before pruning, or infinity if only the model limits them."""
+        """The maximum number of visual tokens before pruning, or infinity if only the model limits them."""
         return MAX_VISUAL_TOKENS_CPU if self._kind == "cpu" else math.inf
 
     @property
     def launch_bound_units(self) -> int:
-        """Number of units below which the tower is launch-bound, or 0 if it never is."""
+        """The number of units below which the tower is launch-bound, or 0 if it never is."""
         return LAUNCH_BOUND_UNITS.get(self._kind, 0)
 
     def cluster_share(self, gpus: int, cores: Sequence[int]) -> tuple[int, dict[str, float]]:
-        """Return how many model processes fit on a Ray cluster, and the resources of each process under Ray's names.
+        """Return the number of model processes that fit on a Ray cluster, and the resources of each process under Ray's names.
 
-        On GPUs, each process gets one GPU. On CPUs, each gets as many cores as the smallest node has.
+        On GPUs, each process gets one GPU. On CPUs, each process gets as many cores as the smallest node has.
 
         Args:
-            gpus: number of GPUs in the whole cluster.
-            cores: number of cores per node.
+            gpus: The number of GPUs in the whole cluster.
+            cores: The number of cores of each node.
         """
         if self.name.startswith("cuda") or (self.name == "auto" and gpus):
             return max(1, gpus), {"num_gpus": 1}
@@ -99,7 +100,10 @@ class DeviceName:
 
 
 def _has_gpu(root: Path) -> bool:
-    """Return whether the driver of a GPU that torch supports is here. Without /dev, as on Windows, only torch's build counts."""
+    """Return True if there is a driver for a GPU that torch supports.
+
+    On systems without /dev, such as Windows, only torch's build is checked.
+    """
     toolkits = _toolkits()
     if not (root / "dev").is_dir():
         return bool(toolkits)
@@ -108,28 +112,28 @@ def _has_gpu(root: Path) -> bool:
 
 
 def _toolkits() -> list[str]:
-    """Return the toolkits that the installed torch was built with, or all toolkits if its files do not tell."""
+    """Return the toolkits that the installed torch was built with, or all toolkits if this cannot be read from its files."""
     try:
         folders = find_spec("torch").submodule_search_locations
         return BUILT_WITH.findall(Path(folders[0], "version").with_suffix(".py").read_text(encoding="utf-8"))
-    except (AttributeError, TypeError, IndexError, OSError, ValueError):  # frozen, or laid out in another way
+    except (AttributeError, TypeError, IndexError, OSError, ValueError):  # torch is frozen or has a different layout
         return list(DRIVERS)
 
 
 class Host:
-    """The cores and the memory that the system grants this process.
+    """The cores and memory that the system grants this process.
 
     Args:
-        root: the folder that contains `proc` and the mounts of control groups.
+        root: The folder that contains `proc` and the mount points of control groups.
     """
 
     def __init__(self, root: Path = ROOT):
         self._root = root
 
     def available_cores(self) -> int:
-        """Return how many cores this process may keep busy, at least 1.
+        """Return the number of cores that this process may keep busy, at least 1.
 
-        These are the cores in its CPU affinity, or fewer if a control group has a quota of CPU time. A quota is rounded up to whole
+        This is the number of cores in its CPU affinity, or less if a control group has a CPU quota. A quota is rounded up to whole
         cores.
         """
         cores = os.cpu_count() or 1
@@ -140,7 +144,7 @@ class Host:
         return max(1, math.ceil(min(cores, quota)))
 
     def available_memory(self) -> int | None:
-        """Return the bytes that this process can allocate without swapping, or None if unknown.
+        """Return the number of bytes that this process can allocate without swapping, or None if unknown.
 
         This is the minimum of the memory available in Linux, the memory left by control groups, and the rest of the address space
         (`ulimit -v`). Cached files count as available, because the system drops them when memory is short.
@@ -154,19 +158,20 @@ class Host:
         return min(free, _unused_address_space(mapped), *groups)
 
     def oom_kills(self) -> int:
-        """Return how many processes the system has killed so far because memory ran out, in any group; 0 if unknown."""
+        """Return the number of processes, in any group, that the system has killed so far for lack of memory. 0 if unknown."""
         with suppress(OSError, ValueError, StopIteration), (self._root / "proc/vmstat").open() as file:
             return next(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
         return 0
 
 
 def keep_freed_memory() -> None:
-    """Make the C library keep freed memory, up to the peak of this process. Only for glibc, and for processes of our own.
+    """Make the C library keep freed memory, up to the peak of this process. Works only with glibc.
 
-    By default, glibc returns the memory of layer results to the system and requests new pages for the next layer, which takes up to
-    an eighth of the time of encoding with a 3B model in bf16 (results/machines.md).
+    Use it only in processes that belong to evoprune. By default, glibc returns the memory of layer results to the system and
+    requests new pages for the next layer. This takes up to an eighth of the encoding time of a 3B model in bf16
+    (results/machines.md).
     """
-    import ctypes  # not imported for --help
+    import ctypes  # imported here so that --help does not load it
 
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in MALLOC.items():
@@ -175,19 +180,19 @@ def keep_freed_memory() -> None:
 
 def _quotas(folder: Path) -> Iterator[float]:
     """Yield the CPU quotas of a group, in cores."""
-    with suppress(OSError, ValueError):  # "max" is no limit
+    with suppress(OSError, ValueError):  # "max" means no limit
         quota, period = map(int, (folder / "cpu.max").read_text().split())
         yield quota / period
     with suppress(OSError, ValueError):
         quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        if quota > 0:  # -1 is no limit
+        if quota > 0:  # -1 means no limit
             yield quota / period
 
 
 def _unused_memory(folder: Path) -> Iterator[int]:
-    """Yield the bytes of memory left below each limit of a group."""
+    """Yield the bytes of memory that are left below each limit of a group."""
     for limit, used in MEMORY:
-        with suppress(OSError, ValueError):  # "max" is no limit
+        with suppress(OSError, ValueError):  # "max" means no limit
             unused = int((folder / limit).read_text()) - int((folder / used).read_text())
             yield unused + _reclaimable((folder / "memory.stat").read_text())
 
@@ -199,9 +204,9 @@ def _reclaimable(stat: str) -> int:
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """Yield the folders of the control groups of this process, from its own to the outermost that is visible.
+    """Yield the folders of the control groups that this process belongs to, from the innermost to the outermost visible group.
 
-    Groups of version 1 belong to this controller. Groups of version 2 may or may not have it.
+    Only groups that have this controller are included in version 1. In version 2, a group may lack the controller.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -223,7 +228,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
         ):  # the process was moved out of the visible groups
             continue
         top, point = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field) for field in where.split(" ")[3:5])
-        # A container sees its own group at the top of the mount, under the same name as in its list of groups.
+        # A container sees its own group at the top of the mount, under the same name as in the process's list of groups.
         if Path(group_paths[name]).is_relative_to(top):
             folder = Path(group_paths[name]).relative_to(top)
             mounted = root / point.lstrip("/")
@@ -231,11 +236,11 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def kib(path: Path, *names: str) -> list[int]:
-    """Return figures from a file in /proc, converted from kibibytes to bytes.
+    """Read fields from a file in /proc, and convert their values from kibibytes to bytes.
 
     Raises:
-        OSError: the file does not exist.
-        KeyError: a figure does not exist.
+        OSError: If the file does not exist.
+        KeyError: If a field does not exist.
     """
     values = dict(line.partition(":")[::2] for line in path.read_text("utf-8", "replace").splitlines())
     return [int(values[name].split()[0]) * 1024 for name in names]

@@ -1,11 +1,11 @@
-"""Operators with an implementation per kind of device, for selection, greedy selection by cosine, and reuse.
+"""Operators for selection, greedy selection by cosine, and reuse, implemented separately for each kind of device.
 
 Each operator has one contract and several implementations: numpy or PyTorch on a CPU, Triton kernels on CUDA (kernels.py), and a
-few PyTorch operations elsewhere. Implementations for devices other than the CPU read no values. Distances are whole numbers of
-steps, so that devices with different summation orders agree, and equal rows are at distance 0.
+few PyTorch operations on other devices. Implementations for devices other than the CPU never read values back to the host.
+Distances are whole numbers of steps, so that devices with different summation orders agree, and equal rows have distance 0.
 
-The operators for selection compute places of rows, farthest points inside tubes, the nearest selected point for every point, and
-means of clusters. A point j has a row and a time. Its distance to a selected point i is, in steps,
+The selection operators compute the places of rows, the farthest points inside tubes, the nearest selected point for every point,
+and the means of clusters. A point j has a row and a time. Its distance to a selected point i, in steps, is
 
     d(i, j) = half[row_i] + half[row_j] - place[row_i] . place[row_j] + weight[row_j] * |time_i - time_j|
 """
@@ -17,15 +17,16 @@ import torch
 
 from evoprune.backend.devices import with_fallback
 
-MAX_DISTANCES = 1 << 23  # number of distances that a CPU holds at a time
+MAX_DISTANCES = 1 << 23  # the number of distances that a CPU holds at a time
 MAX_DISTANCES_ON_DEVICE = 1 << 26
-FEW_TUBES = 4  # up to this number, a CPU processes tubes one by one
-FEW_ROWS = 512  # up to this number, a CPU computes the products between rows once, for all points
-# number of rows that have float32 copies at a time
+FEW_TUBES = 4  # up to this number of tubes, a CPU processes them one by one
+FEW_ROWS = 512  # up to this number of rows, a CPU computes all products between rows once, and uses them for all points
+# The number of rows that have float32 copies at a time.
 AT_ONCE = 1024
 AT_ONCE_ON_DEVICE = 16384
-VARIANCE_FLOOR = 1e-3  # share of the mean variance, added to every channel, so that nearly constant channels count less
-ROUNDING = 1 / 256  # share of a channel's mean; deviations this small may be rounding errors, so they count little
+# This share of the mean variance is added to the variance of every channel, so that nearly constant channels count less.
+VARIANCE_FLOOR = 1e-3
+ROUNDING = 1 / 256  # deviations below this fraction of a channel's mean may be rounding errors, so they count little
 
 # Operators are registered with the low-level API, because `torch.library.custom_op` imports torch's compiler, which takes seconds.
 _LIBRARY = torch.library.Library("evoprune", "DEF")
@@ -50,13 +51,15 @@ def _standard_places(
 
     Args:
         rows: `[E, D]`.
-        unit_to_row: int64 `[N]`, the row per unit, or -1. A row counts once per unit in the mean and the deviation.
+        unit_to_row: int64 `[N]`, the row of each unit, or -1. In the mean and the deviation, a row counts once for each of its
+            units.
         projection: float32 `[D, d]`, applied to the places, or None.
-        steps: number of steps in a length of 1.
+        steps: The number of steps in a length of 1.
 
     Returns:
-        Float32 `[E, d]`: rows minus their mean, divided by the standard deviation per channel and by the length of the longest row.
-        And float32 `[E]`: squared lengths, rounded to steps; 0 for a row without a unit. If all rows are equal, both are 0.
+        float32 `[E, d]`, the places: rows minus their mean, divided by the standard deviation of each channel and by the length of
+        the longest row. float32 `[E]`, the squared lengths, rounded to steps, or 0 for a row without a unit. If all rows are equal,
+        both are 0.
     """
     count = unit_counts(unit_to_row, len(rows))
     at_once = AT_ONCE_ON_DEVICE if rows.device.type != "cpu" else AT_ONCE
@@ -65,7 +68,7 @@ def _standard_places(
     def pieces() -> Iterator[torch.Tensor]:  # float32, a few rows at a time to save memory
         return (part.float() for part in rows.split(at_once))
 
-    first = rows[0].float()  # subtracted first, so that sums are exact if all rows are equal
+    first = rows[0].float()  # subtracted before summing, so that sums are exact if all rows are equal
     mean = first + sum(share @ (piece - first) for share, piece in zip(shares, pieces(), strict=True))
     variance = sum(share @ (piece - mean).square_() for share, piece in zip(shares, pieces(), strict=True))
     scale = (variance + VARIANCE_FLOOR * variance.mean() + (ROUNDING * mean).square_()).clamp_(min=1e-30).rsqrt_()
@@ -84,7 +87,7 @@ def _standard_places(
 
 
 def unit_counts(unit_to_row: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return the number of units per row, float32 `[rows]`. `unit_to_row` is int64 `[N]`, with -1 for no row."""
+    """Return the number of units of each row, float32 `[rows]`. `unit_to_row` is int64 `[N]`, where -1 stands for no row."""
     count = torch.zeros(rows + 1, dtype=torch.float32, device=unit_to_row.device)
     return count.scatter_(0, unit_to_row + 1, 1, reduce="add")[1:]
 
@@ -104,20 +107,20 @@ def _tube_radii(
     tubes: torch.Tensor,
     keep: int,
 ) -> torch.Tensor:
-    """Return the radius of each point in whole steps, float32 `[N]`; -1 for a point without a row.
+    """Return the radius of each point in whole steps, float32 `[N]`. Points without a row get -1.
 
-    In each tube, points are selected one after another, always the point farthest from the selected ones. That distance is its
-    radius. The point with the largest `first` is selected first. Its radius is `first`, or one step more than the second radius if
-    that is larger. So radii decrease in the order of selection, and the K points with the largest radii overall are, in each tube,
-    the first ones selected. Ties go to the lower index.
+    In each tube, points are selected one by one: the next point is always the one farthest from all points selected before, and
+    this distance is its radius. The point with the largest `first` is selected first. Its radius is `first`, or one step more than
+    the second radius if that is larger. Radii therefore decrease in the order of selection, so the K points with the largest radii
+    overall are the first points selected in their tubes. Ties go to the lower index.
 
     Args:
         place: float32 `[E, d]`, by row.
         half, weight, first: float32 `[E]`, by row, in steps.
-        row: int64 `[N]`, the row per point, or -1.
-        time: float32 `[N]`, the time per point.
-        tubes: int64 `[B, L]`, the points per tube, ascending; N is padding.
-        keep: only the `keep` largest radii are needed. The CPU stops early, and the other radii may be 0.
+        row: int64 `[N]`, the row of each point, or -1.
+        time: float32 `[N]`, the time of each point.
+        tubes: int64 `[B, L]`, the points in each tube, ascending. N is padding.
+        keep: The number of largest radii that are needed. The CPU stops early, and other radii may be 0.
     """
     index, rows, valid = _members(row, tubes)
     distances = _distances(place, half, weight, rows, time[index])
@@ -140,7 +143,10 @@ def _tube_radii(
 
 
 def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the points and rows of tube members, int64 `[B, L]`, with 0 for padding, and a bool mask that is true for members."""
+    """Return the points and the rows of tube members, int64 `[B, L]`, and a bool mask that is True for members.
+
+    Padding has point 0 and row 0.
+    """
     inside = tubes < len(row)
     index = torch.where(inside, tubes, 0)
     rows = row[index]
@@ -150,7 +156,10 @@ def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torc
 def _distances(
     place: torch.Tensor, half: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, time: torch.Tensor
 ) -> torch.Tensor:
-    """Return rounded distances between points, float32 `[B, selected, candidate]`, from their `rows` (int64 `[B, L]`) and times."""
+    """Return the rounded distances between points, float32 `[B, selected, candidate]`.
+
+    `rows` is int64 `[B, L]`, the row of each point, and `time` contains their times.
+    """
     if rows.device.type == "cpu" and len(place) <= FEW_ROWS:
         product = (place @ place.T)[rows[:, :, None], rows[:, None, :]]
     else:
@@ -172,7 +181,7 @@ def _tube_radii_cpu(place, half, weight, first, row, time, tubes, keep):
 
 
 def _greedy(distances: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """Return the radii, float32 `[B, L]`, from distances `[B, L, L]` and `first` (`[B, L]`, -1 for padding)."""
+    """Return the radii, float32 `[B, L]`, from distances `[B, L, L]` and `first` (`[B, L]`, with -1 for padding)."""
     if len(first) > FEW_TUBES:
         return _greedy_together(distances, first, keep)
     return np.stack([_greedy_in_tube(*tube, keep) for tube in zip(distances, first, strict=True)])
@@ -200,7 +209,7 @@ def _greedy_in_tube(distances: np.ndarray, first: np.ndarray, keep: int) -> np.n
 
 
 def _greedy_together(distances: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """Return the same as `_greedy`, advancing all tubes one step at a time."""
+    """Return the same radii as `_greedy`, advancing all tubes one step at a time."""
     at = np.arange(len(first))
     near = first
     best = near.argmax(1)
@@ -230,12 +239,13 @@ def _nearest_selected(
     time: torch.Tensor,
     selected: torch.Tensor,
 ) -> torch.Tensor:
-    """Return int64 `[N]`: for each point, the index in `selected` of the nearest selected point, or -1 for a point without a row.
+    """Return int64 `[N]`: the index in `selected` of the selected point nearest to each point, or -1 for points without a row.
 
-    A selected point is its own nearest. Ties go to the lower index. See `_tube_radii` for the other arguments.
+    The nearest selected point of a selected point is itself. Ties go to the lower index. For the other arguments, see
+    `_tube_radii`.
 
     Args:
-        selected: int64 `[K]`, points.
+        selected: int64 `[K]`, the selected points.
     """
     of = row[selected]
     rows = row.clamp(min=0)
@@ -259,7 +269,7 @@ def _with_selected(nearest: torch.Tensor, row: torch.Tensor, selected: torch.Ten
 
 
 def _nearest_selected_cpu(place, half, weight, row, time, selected):
-    # With reuse, many points share a row, so products are computed once per row, in pieces that stay in the cache.
+    # With reuse, many points share a row. Products are therefore computed once per row, in pieces that stay in the cache.
     rows, back = row[selected].unique(return_inverse=True)
     there = place[rows]
     half_of = half[rows]
@@ -277,13 +287,13 @@ def _nearest_selected_cpu(place, half, weight, row, time, selected):
 def _mean_rows(
     rows: torch.Tensor, into: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """Return weighted means of rows, `[count, D]`, summed in float32 and returned in the dtype of `rows`.
+    """Return weighted means of rows, `[count, D]`. Sums are computed in float32 and returned in the dtype of `rows`.
 
     Args:
         rows: `[E, D]`.
-        into, row: int64 `[m]`, a mean and a row that joins it.
-        weight: float32 `[m]`, the weight of the row; for every mean the sum is above 0.
-        count: number of means.
+        into, row: int64 `[m]`, pairs of a mean and a row that joins it.
+        weight: float32 `[m]`, the weight of the row in this mean. For every mean, the sum of weights must be above 0.
+        count: The number of means.
     """
     total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
     size = total.new_zeros(count).index_add_(0, into, weight)
@@ -295,7 +305,7 @@ def _mean_rows(
 
 
 def _mean_rows_cpu(rows, into, row, weight, count):
-    # With reuse, a row joins the same mean many times. Add it once, with the sum of its weights.
+    # With reuse, a row can join the same mean many times. It is added once, with the sum of its weights.
     both, back = (into * len(rows) + row).unique(return_inverse=True)
     weight = weight.new_zeros(len(both)).index_add_(0, back, weight)
     return _mean_rows(rows, both // len(rows), both % len(rows), weight, count)
@@ -341,10 +351,10 @@ for _name, _plain, _cpu, _cuda in (
     _LIBRARY.impl(_name, _cuda, "CUDA")
 
 
-# Greedy selections by cosine: rows are selected one after another, each as different from the selected ones as possible.
+# Greedy selections by cosine. Rows are selected one by one, each as different from the rows selected before as possible.
 
-BLOCK = 512  # number of rows of the pairwise matrix held at a time
-MOST_ROWS = 1 << 15  # the kernel handles at most this many rows; it holds all cosines as 16-bit numbers, up to 2 GiB
+BLOCK = 512  # the number of rows of the pairwise matrix to hold at a time
+MOST_ROWS = 1 << 15  # the maximum for the kernel, which holds all cosines as 16-bit numbers, up to 2 GiB
 
 _LIBRARY.define(
     "greedy_cosine(Tensor unit, Tensor? weight, Tensor? bonus, float factor, int keep, bool from_nearest) -> Tensor"
@@ -353,7 +363,7 @@ greedy_cosine = torch.ops.evoprune.greedy_cosine
 
 
 def snap(score: torch.Tensor) -> torch.Tensor:
-    """Round scores to multiples of 1/16384, so that cosines of equal rows, which differ in the last bits, become ties."""
+    """Round scores to multiples of 1/16384, so that cosines of equal rows, which differ only in the last bits, become ties."""
     return (score * 16384).round() / 16384
 
 
@@ -365,17 +375,17 @@ def _greedy_cosine(
     keep: int,
     from_nearest: bool,
 ) -> torch.Tensor:
-    """Return the selected rows of `unit`, int64 `[keep]`, ascending. In each step, the row with the highest score is selected.
+    """Return the selected rows of `unit`, int64 `[keep]`, ascending. Each step selects the row with the highest score.
 
-    The score of a row depends on `near`, its largest cosine to the selected rows. Cosines are rounded. Ties go to the lower index.
+    The score of a row depends on `near`, its largest cosine to any selected row. Cosines are rounded. Ties go to the lower index.
 
     Args:
-        unit: float32 `[N, D]`, rows of length one.
-        weight: float `[N]`, at least 0. The score is (1 - near) * weight, rounded. None means 1.
-        bonus: float32 `[N]`, or None. The score is bonus - factor * near, rounded; `weight` must be None.
-        factor: used with `bonus`.
-        keep: number of rows to select.
-        from_nearest: whether `near` starts as the cosine to the nearest other row, instead of 0.
+        unit: float32 `[N, D]`, rows of unit length.
+        weight: float `[N]`, nonnegative. The score is (1 - near) * weight, rounded. None means a weight of 1.
+        bonus: float32 `[N]`, or None. With a bonus, the score is bonus - factor * near, rounded, and `weight` must be None.
+        factor: The factor for `bonus`.
+        keep: The number of rows to select.
+        from_nearest: Whether `near` starts as the cosine to the nearest other row, instead of 0.
     """
     near = unit.new_zeros(len(unit))
     if from_nearest and keep:
@@ -389,16 +399,16 @@ def _greedy_cosine(
             if weight is not None:
                 score = snap(score * weight)
         latest = score.masked_fill(selected, -torch.inf).argmax()[None]
-        selected.index_fill_(0, latest, True)  # selected[latest] would synchronize a GPU
+        selected.index_fill_(0, latest, True)  # `selected[latest] = True` would synchronize the GPU
         cosine = snap(unit @ unit.index_select(0, latest)[0])
         near = torch.maximum(near, cosine) if step else cosine
     return selected.logical_not().argsort(stable=True)[:keep].clone()
 
 
 def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:
-    """Return the cosine between each row of `unit` (`[N, D]`, of length one) and its most similar other row, float32 `[N]`.
+    """Return the cosine between each row of `unit` and its most similar other row, float32 `[N]`.
 
-    The cosine is -inf if there is only one row.
+    `unit` is `[N, D]`, with rows of unit length. If there is only one row, its cosine is -inf.
     """
     best = []
     for start in range(0, len(unit), BLOCK):
@@ -421,12 +431,12 @@ _LIBRARY.impl("greedy_cosine", _greedy_cosine, "CompositeExplicitAutograd")
 _LIBRARY.impl("greedy_cosine", _greedy_cosine_cuda, "CUDA")
 
 
-# Reuse: find the frame pair that was last encoded at the place of a unit (see vision/preprocess.py).
+# Reuse. The operator finds the frame pair in which the place of a unit was last encoded (see vision/preprocess.py).
 
-# number of blocks (7x7 or 8x8 pixels) of a unit in both frames, and number of colors
+# The number of blocks (7x7 or 8x8 pixels) of a unit in both frames, and the number of color channels.
 BLOCKS = 2 * 4**2
 CHANNELS = 3
-# Largest drift of brightness since the references were encoded, as a factor up or down.
+# The largest drift of brightness since the references were encoded, as a factor in either direction.
 BRIGHTNESS = 1.2
 
 _LIBRARY.define(
@@ -438,15 +448,17 @@ reuse_scan = torch.ops.evoprune.reuse_scan
 def _reuse_scan(
     means: torch.Tensor, held: torch.Tensor, pair: torch.Tensor, known: bool, seen: int, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the frame pair whose row represents each unit, int64 `[T, units]`, and `held` and `pair` after these frame pairs.
+    """Find the frame pair whose row represents each unit, int64 `[T, units]`.
+
+    Also returns `held` and `pair` as they are after these frame pairs.
 
     Args:
-        means: float32 `[T, units, 96]`, block means of the next frame pairs.
-        held: float32 `[units, 96]`, block means at each place when it was last encoded; ignored if not `known`.
-        pair: int64 `[units]`, when each place was last encoded, as the index of a frame pair.
-        known: whether `held` and `pair` have values.
-        seen: number of earlier frame pairs.
-        threshold: smallest difference of a changed unit, in levels of 255.
+        means: float32 `[T, units, 96]`, the block means of the next frame pairs.
+        held: float32 `[units, 96]`, the block means of each place when it was last encoded. Ignored if not `known`.
+        pair: int64 `[units]`, the index of the frame pair in which each place was last encoded.
+        known: Whether `held` and `pair` have values.
+        seen: The number of earlier frame pairs.
+        threshold: A unit has changed if it differs by at least this many of 255 levels.
     """
     source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)
     for t, now in enumerate(means):
@@ -457,7 +469,7 @@ def _reuse_scan(
         else:
             gain = brightness(now, held)
             changed = differences(now, held * gain) >= threshold
-            # If most of the picture has changed (a cut, or a moving camera), the measured brightness means nothing.
+            # If most of the frame has changed (after a cut, or with a moving camera), the measured brightness is meaningless.
             cut = 2 * changed.sum() > len(changed)
             if cut.device.type != "cpu" or cut:
                 gain = torch.where(cut, 1.0, gain)
@@ -469,15 +481,19 @@ def _reuse_scan(
 
 
 def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return the largest block difference per unit, float32 `[units]`, from float32 `[units, 96]`. It is Euclidean over colors."""
+    """Return the largest block difference of each unit, float32 `[units]`. The difference is Euclidean over the colors.
+
+    `means` and `reference` are float32 `[units, 96]`.
+    """
     difference = (means - reference).view(len(means), BLOCKS, CHANNELS)
     return difference.square_().sum(2).amax(1).sqrt_()
 
 
 def brightness(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return how much brighter the picture is than its references, float32 `[96]`: a factor per color, repeated for all blocks.
+    """Return how much brighter the frame is than its references, float32 `[96]`: a factor per color, repeated for all blocks.
 
-    The median over units, weighted by brightness, ignores changes in less than half of the picture, and noise in dark regions.
+    The factor is the median over units, weighted by brightness. The median ignores changes in less than half of the frame, and the
+    weights suppress noise in dark regions.
     """
     now, then = (x.view(len(x), BLOCKS, CHANNELS).mean(1) for x in (means, reference))
     ratio, order = (now / then.clamp(min=1e-3)).sort(0)

@@ -1,1 +1,1 @@
-"""CPU-specific layers: packed and quantized weights."""
+"""Layers for the CPU with packed or quantized weights."""

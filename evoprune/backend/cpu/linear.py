@@ -1,12 +1,12 @@
-"""Linear layers fused with the operation that follows. On the CPU, their weights are packed once.
+"""Linear layers, fused with the operation that follows. On the CPU, their weights are packed once.
 
-PyTorch's plain CPU matmul rearranges the whole weight matrix in every call. A packed layer rearranges it once, which mainly speeds
-up products with a single row, and therefore decoding (`python -m experiments.speed.kernels`). With many rows the plain product is
-as fast.
+PyTorch's plain CPU matmul rearranges the whole weight matrix in every call. A packed layer rearranges it only once. This mainly
+speeds up products with a single row, and therefore decoding (`python -m experiments.speed.kernels`). With many rows, the plain
+product is equally fast.
 
-Packing a weight takes as long as it saves in dozens of products, so layers can delay it (`Packing`). Short answers then skip
-packing, and longer ones pack some layers with each token. The operators are the ones that torch.compile uses. If the installed
-torch lacks them, layers are not packed.
+Packing a weight takes as long as it saves in dozens of products, so layers can delay it (see `Packing`). Short answers then need no
+packing at all, and longer answers pack some layers with each token. The operators used here are the same ones that torch.compile
+uses. If the installed torch lacks them, layers are not packed.
 """
 
 import threading
@@ -25,31 +25,32 @@ from torch import nn
 from evoprune.backend.devices import Device, is_host
 from evoprune.backend.layers import is_unhooked_linear
 
-# Number of rows that packing assumes. The packed layout is the same for any number above a few dozen.
+# The number of rows that packing assumes. The packed layout is the same for any number above a few dozen.
 ROWS = 512
-# With at least this many rows, plain and packed weights give the same numbers equally fast, because products are not split along
-# the inner dimension. Products with small weights are still split, but these weights take no time to pack.
+# With at least this many rows, plain and packed weights are equally fast and give the same numbers, because products are not split
+# along the inner dimension. Products with small weights are still split, but packing small weights takes almost no time.
 MANY_ROWS = 256
 SMALL_WEIGHT = 2**21
 LARGE_WEIGHT = 2**28  # larger weights, such as an output layer, are split into parts that are packed one by one
 PARTS = 16
-SPARE_BYTES = 2**28  # bytes that packing leaves free
-START_PASSES = 32  # passes, one per token, before the waiting layers are packed
-PASS_BYTES = 2**28  # approximate bytes of weights packed in each later pass, so that no token takes a second longer
+SPARE_BYTES = 2**28  # bytes of memory that packing leaves free
+START_PASSES = 32  # the number of passes (one per token) before waiting layers are packed
+PASS_BYTES = 2**28  # approximate bytes of weights to pack in each later pass, so that no token takes a second longer
 
 
 class Packing:
-    """Schedule for packing waiting layers: some in each pass, and more while no question is being answered.
+    """A schedule for packing layers that wait. It packs some layers in each pass, and more while no question is being answered.
 
-    A layer may wait only while its plain weights give the same numbers as packed ones. Otherwise an answer would depend on the
-    questions before it. Whether the numbers are the same depends on the dtype, the CPU and torch, so it is tested: the first layer
-    of a shape is packed at once, and both forms of its weights are kept as a sample until all layers with this shape are packed.
+    A layer may wait only as long as its plain weights give the same numbers as packed ones. Otherwise, an answer would depend on
+    the questions before it. Whether the numbers are equal depends on the dtype, the CPU and the torch version, so it is tested. The
+    first layer of each shape is packed immediately, and both forms of its weights are kept as a sample until all layers with this
+    shape are packed.
 
     Attributes:
-        model: weak reference to the model whose layers wait, or None.
-        seconds: time that the layers sharing this object have spent on packing.
-        passes: passes through the language model for a next token, so far (`begin_pass`).
-        room: bytes of weights still to be packed in this pass.
+        model: A weak reference to the model whose layers wait, or None.
+        seconds: The time that the layers of this schedule have spent on packing, in seconds.
+        passes: The number of passes through the language model for a next token so far (see `begin_pass`).
+        room: The number of bytes of weights that can still be packed in this pass.
     """
 
     def __init__(self):
@@ -57,16 +58,19 @@ class Packing:
         self.seconds = 0.0
         self.passes = 0
         self.room = 0
-        self._waiting: Counter[torch.Size] = Counter()  # number of waiting layers, by the shape of their weights
-        self._samples: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}  # plain and packed weights
+        self._waiting: Counter[torch.Size] = Counter()  # the number of waiting layers by weight shape
+        self._samples: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}  # plain and packed weights by shape
         self._same: dict[tuple, bool] = {}  # whether plain and packed products are equal, by shape, rows and threads
 
     @staticmethod
     def supports(weight: torch.Tensor) -> bool:
-        """Return whether packing works and saves time: on the CPU, in fp32 or hardware bf16, if torch has the operators."""
+        """Return True if packing works and saves time for `weight`.
+
+        This requires the CPU, fp32 or bf16 with hardware support, and a torch version that has the operators.
+        """
         if not is_host(weight.device) or weight.dtype not in (torch.float32, torch.bfloat16):
             return False
-        if type(weight.data) is not torch.Tensor:  # a tensor of a quantization library, such as torchao
+        if type(weight.data) is not torch.Tensor:  # a tensor subclass from a quantization library such as torchao
             return False
         if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
@@ -75,13 +79,13 @@ class Packing:
 
     @staticmethod
     def now(model: nn.Module) -> None:
-        """Pack the linear layers inside `model` at once, in place. Layers with hooks stay as they are."""
+        """Pack the linear layers inside `model` immediately, in place. Layers with hooks are not changed."""
         _replace_layers(model, None)
 
     def later(self, model: nn.Module) -> None:
-        """Let the linear layers inside `model` wait, except small ones, which are packed at once.
+        """Make the linear layers inside `model` wait for packing. Small layers are packed immediately.
 
-        Layers with hooks stay as they are. The schedule is stored in the model (see `of`).
+        Layers with hooks are not changed. The schedule is stored in the model (see `of`).
         """
         _replace_layers(model, self)
         model.packing = self
@@ -89,7 +93,7 @@ class Packing:
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """Return the schedule of a model, or an empty one if no layer of it ever waited."""
+        """Return the schedule of a model, or an empty schedule if none of its layers has ever waited."""
         return getattr(model, "packing", None) or cls()
 
     @property
@@ -101,15 +105,15 @@ class Packing:
         return [module for module in model.modules() if isinstance(module, PackedLinear) and module.waits]
 
     def finish(self) -> None:
-        """Pack all waiting layers now, for measurements that should not include packing."""
+        """Pack all waiting layers now. Used by measurements that should not include packing."""
         for layer in self.waiting:
             layer.pack()
 
     @contextmanager
     def meanwhile(self) -> Iterator[None]:
-        """Pack waiting layers in another thread within this context, while this thread is idle.
+        """Pack waiting layers in a background thread within this context, while the current thread is idle.
 
-        On exit, the thread finishes the layer that it is packing. The remaining layers keep waiting.
+        On exit, the background thread finishes the layer that it is packing. The remaining layers keep waiting.
         """
         layers = self.waiting
         ended = threading.Event()
@@ -131,7 +135,7 @@ class Packing:
                 thread.join()
 
     def begin_pass(self) -> None:
-        """Record that a pass through the language model for a next token begins."""
+        """Record the start of a pass through the language model for a next token."""
         self.passes += 1
         self.room = 0
         if self.passes > START_PASSES:
@@ -142,7 +146,7 @@ class Packing:
         self._waiting[weight.shape] += 1
 
     def can_wait(self, weight: torch.Tensor, rows: int) -> bool:
-        """Return whether a layer may still multiply `rows` rows, and any single row, with these plain weights."""
+        """Return True if a layer may keep using these plain weights to multiply `rows` rows, or any single row."""
         return self.room <= 0 and self._equal(weight.shape, 1) and self._equal(weight.shape, rows)
 
     def remove(self, plain: torch.Tensor, packed: torch.Tensor) -> None:
@@ -165,10 +169,11 @@ class Packing:
 
 
 def _equal_products(plain: torch.Tensor, packed: torch.Tensor, rows: int) -> bool:
-    """Return True if the plain and the packed form of the same weights give the same numbers on a random input.
+    """Return True if the plain and packed forms of the same weights give the same numbers for a random input.
 
-    bf16 sums added up in another order differ in about one number in ten thousand, which a single input may miss (torch 2.15). So
-    the remainders, computed in float32 by subtracting the results from the sums, are compared too: they reveal the last bits.
+    bf16 sums added up in a different order differ in about one number in ten thousand (torch 2.15), and a single input can miss
+    that. The remainders are therefore compared too. They are computed in float32 by subtracting the results from the sums, so they
+    reveal differences in the last bits.
     """
     random = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, plain.shape[1], generator=random, dtype=torch.float32, device="cpu").to(plain.dtype)
@@ -179,12 +184,12 @@ def _equal_products(plain: torch.Tensor, packed: torch.Tensor, rows: int) -> boo
 
 
 class PackedLinear(nn.Module):
-    """Linear layer on the CPU whose weights are stored in the layout that matmul reads. The plain weights are freed.
+    """A linear layer on the CPU whose weights are stored in the layout that matmul reads. The plain weights are freed.
 
     Args:
-        layer: the layer to replace.
-        packing: None to pack at once. Otherwise a layer that is not small computes with its plain weights first. It packs them,
-            unless memory is short, when it is called with few rows and `packing` lets it wait no longer.
+        layer: The layer to replace.
+        packing: None packs the weights immediately. With a schedule, a layer that is not small first computes with its plain
+            weights. It packs them when it is called with few rows and `packing` no longer lets it wait, unless memory is short.
     """
 
     def __init__(self, layer: nn.Linear, packing: Packing | None = None):
@@ -192,7 +197,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = layer.weight.shape
         self.bias = layer.bias
         self._packing = packing
-        # The weights, and whether they are final. A single attribute, because several threads may run the model.
+        # The weights, and whether they are final. Both are in one attribute, because several threads may run the model.
         if packing is not None and layer.weight.numel() > SMALL_WEIGHT:
             self._weights_and_final = layer.weight.detach(), False
             packing.add(layer.weight)
@@ -201,7 +206,7 @@ class PackedLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in addition to its parameters."""
+        """The number of bytes that the layer holds in addition to its parameters."""
         return self._weights_and_final[0].numel() * self._weights_and_final[0].element_size()
 
     @property
@@ -210,7 +215,7 @@ class PackedLinear(nn.Module):
         return not self._weights_and_final[1]
 
     def weights_for(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the weights, plain or packed, for a product with `x` (`[..., in]`)."""
+        """Return the weights, plain or packed, to use in a product with `x` (`[..., in]`)."""
         weights, final = self._weights_and_final
         rows = x.numel() // self.in_features
         if final or rows >= MANY_ROWS or self._packing.can_wait(weights, rows):
@@ -218,7 +223,7 @@ class PackedLinear(nn.Module):
         return self.pack()
 
     def pack(self) -> torch.Tensor:
-        """Return the weights, after packing them if they wait. They stay plain if memory is short."""
+        """Pack the weights if they wait, and return them. They stay plain if memory is short."""
         plain, final = self._weights_and_final
         if final:
             return plain
@@ -237,9 +242,9 @@ class PackedLinear(nn.Module):
 
 
 class PackedParts(nn.Module):
-    """Large linear layer whose weights wait in parts, so that packing them does not hold up a token.
+    """A large linear layer whose weights are packed part by part, so that packing does not hold up a token.
 
-    The parts have the same shape, so one of them is the sample for the others.
+    All parts have the same shape, so one of them serves as the sample for the others.
     """
 
     def __init__(self, layer: nn.Linear, packing: Packing):
@@ -264,7 +269,7 @@ def _frozen(data: torch.Tensor) -> nn.Parameter:
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(False):  # an inference tensor could not be used outside of inference mode later
+    with torch.inference_mode(False):  # an inference tensor could not be used later outside of inference mode
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
 
@@ -279,11 +284,11 @@ def linear(
     """Return `layer(x)`, followed by at most one fused operation.
 
     Args:
-        layer: any module that maps `[..., in]` to `[..., out]`.
+        layer: A module that maps `[..., in]` to `[..., out]`.
         x: `[..., in]`.
-        silu: apply SiLU to the result.
-        times: multiply the result by this tensor, `[..., out]`.
-        plus: add this tensor to the result, `[..., out]`.
+        silu: Apply SiLU to the result.
+        times: Multiply the result by this tensor, `[..., out]`.
+        plus: Add this tensor to the result, `[..., out]`.
     """
     if isinstance(layer, PackedLinear):
         if silu:
@@ -305,13 +310,16 @@ def linear(
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Return the total bytes of the weights as the model holds them (packed, quantized). Shared weights count once."""
+    """Return the total size of the model's weights in bytes, in the form in which they are held (packed or quantized).
+
+    Shared weights count once.
+    """
     inside = sum(getattr(module, "nbytes", 0) for module in model.modules())
     return inside + sum(weight.nbytes for weight in model.parameters())
 
 
 def _replace_layers(model: nn.Module, packing: Packing | None) -> None:
-    """Replace the linear layers inside `model` by packed ones, one at a time, and free the plain weights; see `Packing`."""
+    """Replace the linear layers inside `model` with packed ones, one at a time, freeing the plain weights. See `Packing`."""
     for parent in model.modules():
         for name, child in parent.named_children():
             if is_unhooked_linear(child) and Packing.supports(child.weight):
@@ -321,7 +329,7 @@ def _replace_layers(model: nn.Module, packing: Packing | None) -> None:
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of a module tree on the same tensors. Its layers can be replaced without changing the original."""
+    """Return a copy of a module tree that shares its tensors. Layers of the copy can be replaced without changing the original."""
     clone = copy(module)
     clone._modules = {name: child and shared_copy(child) for name, child in module.named_children()}
     return clone

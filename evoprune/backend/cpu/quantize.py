@@ -1,12 +1,12 @@
-"""Linear layers with 8-bit and 4-bit weights for the CPU. They save memory, and speed up products on CPUs without bf16.
+"""Linear layers with 8-bit and 4-bit weights for the CPU. They save memory and speed up products on CPUs without bf16.
 
-int8: one scale per output feature of the weights, and one per row of the input. Rows are rounded independently, so the result for a
-row does not depend on the other rows in a batch. Products use integers and are exact. The few input channels that are much larger
-than the others would cost these their precision, so they are computed in float32 (LLM.int8(), arXiv 2208.07339, section 3). They
-are detected once, by `Unquantized`.
+int8 weights have one scale per output feature. Inputs have one scale per row. Rows are rounded independently, so the result for a
+row does not depend on the other rows in a batch. Products use integers and are exact. A few input channels can be so much larger
+than the others that the others would lose precision. These large channels are computed in float32 (LLM.int8(), arXiv 2208.07339,
+section 3). `Unquantized` detects them once.
 
-int4: a scale and a zero for every 32 weights, with PyTorch's own kernel. It is used for decoding with the language model. int8 is
-used for everything else, including the tower.
+int4 weights have a scale and a zero for every 32 weights, and use PyTorch's own kernel. They serve for decoding with the language
+model. Everything else, including the tower, uses int8.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,20 +20,21 @@ from evoprune.backend.devices import is_host
 from evoprune.backend.layers import is_unhooked_linear
 from evoprune.errors import UsageError
 
-GROUP = 32  # int4 weights that share a scale
-PIECE_WEIGHTS = 2**20  # approximate number of weights quantized at a time; they fit into a cache
-STEP_ROWS = 64  # pieces are multiples of this number of rows, because kernels arrange rows in steps that divide it
+GROUP = 32  # the number of int4 weights that share a scale
+PIECE_WEIGHTS = 2**20  # approximate number of weights to quantize at a time, so that they fit into a cache
+STEP_ROWS = 64  # pieces have a multiple of this number of rows, because kernels arrange rows in steps that divide it
 LARGE = 4.0  # a channel is large if it exceeds the median channel by this factor
-MAX_LARGE = 1 / 32  # largest share of channels that may be large
-# Layers that are not quantized, as in published checkpoints: the decay and write gates of a Gated DeltaNet, one number per head.
+MAX_LARGE = 1 / 32  # the largest share of channels that can be treated as large
+# Layers that are not quantized, as in published checkpoints. These are the decay and write gates of a Gated DeltaNet, which have
+# one number per head.
 GATES = "in_proj_a", "in_proj_b"
 
-SCRATCH_BYTES = 2**25  # larger blocks are returned to the system when they are freed
+SCRATCH_BYTES = 2**25  # the allocator returns larger blocks to the system when they are freed
 Weights = dict[str, torch.Tensor]  # the tensors of a quantized layer on the CPU, by name
 
 
 class Bytes:
-    """Rounds rows to bytes. Layers with the same input share one instance, which caches its last result."""
+    """Rounds rows to bytes. Layers with the same input share one instance, which caches its latest result."""
 
     def __init__(self):
         self._last: tuple = (None, None, None)
@@ -43,13 +44,13 @@ class Bytes:
 
         Args:
             x: `[..., K]`.
-            large: int64, the large channels; they are rounded as if they were 0.
+            large: int64, the large channels. They are rounded as if they were 0.
 
         Returns:
-            The rows as uint8 `[R, K]`, with `levels() + 1` for zero; the step per row, float32 `[R, 1]`; and the large channels,
-            float32 `[R, m]`.
+            The rows as uint8 `[R, K]`, where `levels() + 1` represents zero; the step size of each row, float32 `[R, 1]`; and the
+            large channels, float32 `[R, m]`.
         """
-        known, known_large, rounded = self._last  # read once: another thread may run the same model
+        known, known_large, rounded = self._last  # read only once, because another thread may run the same model
         if x is known and large is known_large:
             return rounded
         rows = x.reshape(-1, x.shape[-1]).float()
@@ -70,13 +71,13 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
     """Return the tensors of an `Int8Linear` for a layer on the CPU.
 
     Args:
-        layer: the layer to quantize.
+        layer: The layer to quantize.
         large: int64, the input channels to compute in float32.
-        memory: int8, a buffer for `whole` if it is large enough. The next call with this buffer overwrites it.
+        memory: int8, a buffer to store `whole` in if it is large enough. The next call with the same buffer overwrites it.
 
     Returns:
-        `whole`, int8 `[out, in]`; `scale` and `sum` of its rows, float32 `[out]`; `large`; and `wide`, float32 `[m, out]`, the
-        weights of the large channels.
+        `whole`, int8 `[out, in]`; the `scale` and `sum` of each row of `whole`, float32 `[out]`; `large`; and `wide`, float32 `[m,
+        out]`, the weights of the large channels.
     """
     if large is None:
         large = torch.zeros(0, dtype=torch.int64, device="cpu")
@@ -93,13 +94,13 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
         rows.div_(scales[-1][:, None]).round_()
         sums.append(rows.sum(1))  # exact: whole numbers below 2^24
         place.copy_(rows)
-    # With a single channel, `contiguous()` would keep the strides of the transpose, and the product would run another kernel.
+    # With a single channel, `contiguous()` would keep the strides of the transpose, and the product would run a different kernel.
     wide = layer.weight[:, large].float().T.clone(memory_format=torch.contiguous_format)
     return {"whole": whole, "scale": torch.cat(scales), "sum": torch.cat(sums), "large": large, "wide": wide}
 
 
 class Int8Linear(nn.Module):
-    """Compute `x @ W.T + bias` in 8-bit integers, with `int8_weights`. Layers that read the same input share `to_bytes`."""
+    """Computes `x @ W.T + bias` in 8-bit integers, with `int8_weights`. Layers that read the same input share `to_bytes`."""
 
     def __init__(self, weights: Weights, bias: torch.Tensor | None = None, to_bytes: Bytes | None = None):
         super().__init__()
@@ -111,12 +112,12 @@ class Int8Linear(nn.Module):
         self.scale = weights["scale"]
         self.packed = torch.ops.onednn.qlinear_prepack(weights["whole"], None)
         self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
-        # Bytes are offset by `levels() + 1`. This subtracts the offset's contribution to the product.
+        # Bytes are offset by `levels() + 1`. This term subtracts the offset's contribution to the product.
         self.offset = (weights["sum"].double() * self.scale.double() * -(levels() + 1)).float()
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in addition to parameters and other modules."""
+        """The number of bytes that the layer holds in addition to parameters and other modules."""
         return self.packed.numel() + 12 * self.out_features + self.wide.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -137,7 +138,7 @@ def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: t
 
 
 def _largest_per_row(rows: torch.Tensor) -> torch.Tensor:
-    """Return the largest absolute value per row, without copying the rows."""
+    """Return the largest absolute value of each row, without copying the rows."""
     return torch.maximum(rows.amax(1), -rows.amin(1))
 
 
@@ -148,7 +149,7 @@ def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def large_channels(x: torch.Tensor) -> torch.Tensor:
     """Return the channels of `x` (`[..., K]`) that exceed `LARGE` times the median channel, int64, ascending.
 
-    If there are more than the share `MAX_LARGE` of all channels, only the largest are returned.
+    If more than a share of `MAX_LARGE` of the channels exceed it, only the largest ones are returned.
     """
     size = x.reshape(-1, x.shape[-1]).float().abs().amax(0)
     max_count = int(len(size) * MAX_LARGE)
@@ -158,16 +159,17 @@ def large_channels(x: torch.Tensor) -> torch.Tensor:
 
 @lru_cache
 def levels() -> int:
-    """Return the number of levels on either side of zero for rounding rows: 127, or 63 if the CPU adds two products in 16 bits.
+    """Return the number of levels on either side of zero for rounding rows: 127, or 63 on CPUs without VNNI.
 
-    CPUs without dot-product instructions (VNNI) add in 16 bits: two products of 127 and 127 still fit, two of 255 and 127 do not.
+    CPUs without these dot-product instructions add two products in 16 bits. Two products of 127 and 127 fit into 16 bits, but two
+    products of 255 and 127 do not.
     """
     return 127 if has_exact_products(255) else 63
 
 
 @lru_cache
 def has_exact_products(largest: int) -> bool:
-    """Return whether this CPU has exact products of bytes up to `largest` with 127."""
+    """Return True if this CPU computes exact products of bytes up to `largest` with 127."""
     scale = torch.ones(64, dtype=torch.float32, device="cpu")
     if not Packing.supports(scale) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False
@@ -184,8 +186,8 @@ def int4_weights(layer: nn.Linear) -> Weights:
 
 
 def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return some rows of a weight in the kernel's layout, and their scales and zeros `[groups, rows, 2]`."""
-    # The kernel works in steps of 16 rows. Rows added here as padding are cut from the output.
+    """Convert some rows of a weight matrix to the kernel's layout. Also returns their scales and zeros, `[groups, rows, 2]`."""
+    # The kernel processes 16 rows at a time. Rows added here as padding are removed from the output.
     rows = nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
     groups = rows.view(len(rows), -1, GROUP)
     low, high = groups.aminmax(dim=-1, keepdim=True)
@@ -198,13 +200,13 @@ def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Int4Linear(nn.Module):
-    """Compute `x @ W.T + bias` with `int4_weights`.
+    """Computes `x @ W.T + bias` with `int4_weights`.
 
     Args:
-        weights: from `int4_weights`.
-        shape: output and input features.
+        weights: The result of `int4_weights`.
+        shape: The numbers of output and input features.
         bias: `[out]`, or None.
-        full: if given, computes inputs of more than one row instead.
+        full: A layer that computes inputs with more than one row instead, or None.
     """
 
     def __init__(self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full=None):
@@ -217,7 +219,7 @@ class Int4Linear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in addition to parameters and other modules."""
+        """The number of bytes that the layer holds in addition to parameters and other modules."""
         return self.packed.nbytes + self.scales.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -232,16 +234,16 @@ class Int4Linear(nn.Module):
 
 
 class Unquantized(nn.Module):
-    """Placeholder for a linear layer until its first input shows which channels are large.
+    """A placeholder for a linear layer until its first input shows which channels are large.
 
-    `quantize` is called with the layer and the large channels. It replaces this module with a quantized layer, and returns the
-    layer that computes this call.
+    It then calls `quantize` with the layer and the large channels. `quantize` replaces this module with a quantized layer, and
+    returns the layer that computes the current call.
     """
 
     def __init__(self, layer: nn.Linear, quantize: Callable[[nn.Linear, torch.Tensor], nn.Module]):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
-        # in a list, so that it does not become a submodule
+        # The layer is wrapped in a list, so that it does not become a submodule.
         self._layer = [layer]
         self._quantize = quantize
 
@@ -251,15 +253,15 @@ class Unquantized(nn.Module):
 
 
 def reads_rows(path: str, kind: str) -> bool:
-    """Return whether a quantized layer needs int8 weights: all do except an int4 output layer, which reads only one row."""
+    """Return True if a quantized layer needs int8 weights. All layers do, except an int4 output layer, which reads only one row."""
     return kind == "int8" or path != "lm_head"
 
 
 class Quantization:
-    """Quantization of the linear layers of a model on a CPU.
+    """Quantizes the linear layers of a model on a CPU.
 
     Attributes:
-        kind: "int8", "int4", or "none", which leaves the layers as they are.
+        kind: "int8", "int4", or "none" to leave the layers unchanged.
     """
 
     def __init__(self, kind: str):
@@ -267,7 +269,7 @@ class Quantization:
 
     @staticmethod
     def kinds(device: torch.device) -> list[str]:
-        """Return the kinds of quantization, except "none", that work on a device with this PyTorch and this CPU."""
+        """Return the kinds of quantization, except "none", that work on a device with this PyTorch version and CPU."""
         if not is_host(device) or not has_exact_products(127):
             return []
         if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
@@ -275,7 +277,7 @@ class Quantization:
         return ["int8", "int4"]
 
     def check(self, device: torch.device) -> None:
-        """Check that this quantization works on a device with this PyTorch and this CPU. Raises UsageError otherwise."""
+        """Check that this quantization works on a device with this PyTorch version and CPU. Raises UsageError otherwise."""
         if self.kind == "none":
             return
         if not is_host(device):
@@ -285,11 +287,11 @@ class Quantization:
 
     @property
     def levels(self) -> int:
-        """Number of levels on either side of zero for rounding rows, which depends on the CPU."""
+        """The number of levels on either side of zero for rounding rows, which depends on the CPU."""
         return levels()
 
     def layers(self, model: nn.Module) -> dict[str, str]:
-        """Return the kind of each linear layer to quantize, "int8" or "int4", by the layer's name."""
+        """Return the kind of quantization ("int8" or "int4") for each linear layer to quantize, keyed by the layer's name."""
         kinds = {}
         for path, layer in model.named_modules():
             if is_unhooked_linear(layer) and not path.endswith(GATES):
@@ -298,9 +300,9 @@ class Quantization:
         return kinds
 
     def saved_bytes(self, model: nn.Module) -> int:
-        """Return the bytes that quantization saves. The model may be on the meta device.
+        """Return the number of bytes that quantization saves. The model may be on the meta device.
 
-        If the output layer shares its weights with the input embedding, the original weights stay too.
+        If the output layer shares its weights with the input embedding, the original weights remain in memory as well.
         """
         saved = 0
         embedding = model.model.language_model.embed_tokens.weight
@@ -324,19 +326,20 @@ class Quantization:
         progress: Callable[[int, int], None] | None = None,
         store: Callable[[str, Weights], None] | None = None,
     ) -> None:
-        """Quantize the linear layers of a model in place, each as soon as its input is known.
+        """Quantize the linear layers of a model in place. Each layer is quantized as soon as its input is known.
 
         Args:
-            model: changed in place.
-            run: runs the model on some input, which is the same in every run. It must call every linear layer.
-            progress: called with the number of finished layers and the total.
-            store: called with the name of a layer and the tensors that `restore` needs for it.
+            model: The model, which is changed in place.
+            run: Runs the model on an input that must be the same in every run. It must call every linear layer.
+            progress: Called with the number of finished layers and the total.
+            store: Called with the name of each layer and the tensors that `restore` needs for it.
 
         Raises:
-            RuntimeError: a layer was not called.
+            RuntimeError: If a layer was not called.
         """
         layers = _Layers(model, self.layers(model), progress)
-        # Without a shared buffer, temporary blocks per layer would leave holes between the blocks that stay: a third of the model.
+        # Without a shared buffer, each layer's temporary blocks would leave gaps between the permanent ones. The gaps would add up
+        # to a third of the model.
         memory = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device="cpu")
 
         def quantize_layer(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
@@ -360,14 +363,20 @@ class Quantization:
     def restore(
         self, model: nn.Module, read: Callable[[str], Weights], progress: Callable[[int, int], None] | None = None
     ) -> None:
-        """Replace linear layers by quantized ones, with weights that `apply` stored. `read` returns them for a layer's name."""
+        """Replace linear layers with quantized ones, using weights that `apply` stored.
+
+        Args:
+            model: The model, which is changed in place.
+            read: Returns the stored weights for a layer's name.
+            progress: Called with the number of finished layers and the total.
+        """
         layers = _Layers(model, self.layers(model), progress)
         for path in layers.kinds:
             layers.put(path, model.get_submodule(path), read(path))
 
 
 class _Layers:
-    """The linear layers of a model, which are quantized one after another. `kinds` is from `Quantization.layers`."""
+    """The linear layers of a model while they are quantized one by one. `kinds` comes from `Quantization.layers`."""
 
     def __init__(self, model: nn.Module, kinds: dict[str, str], progress: Callable[[int, int], None] | None):
         self.kinds = kinds
@@ -375,24 +384,24 @@ class _Layers:
         self._model = model
         self._progress = progress
         self._to_bytes = Bytes()
-        self._large_channels = {}  # by module, input features and channels
+        self._large_channels = {}  # tensors of large channels, by module, number of input features, and channels
 
     def replace(self, path: str, layer: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         setattr(self._model.get_submodule(parent), name, layer)
 
     def put(self, path: str, layer: nn.Linear, weights: Weights) -> nn.Module:
-        """Make the quantized layer from `weights`, and put it in the place of `layer`."""
+        """Create the quantized layer from `weights`, and replace `layer` with it."""
         kind = self.kinds[path]
         full = None
         if reads_rows(path, kind):
-            # Layers of one module with the same large channels have the same input. `to_bytes` recognizes them by identity.
+            # Layers of a module that have the same large channels have the same input. `to_bytes` recognizes both by identity.
             key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
             large = self._large_channels.setdefault(key, weights["large"])
             full = Int8Linear(weights | {"large": large}, layer.bias, self._to_bytes)
         quantized = full
         if kind == "int4":
-            # The kernel needs the dtype that the model computes in. The dtype of the file may be narrower.
+            # The kernel requires the dtype in which the model computes. The dtype in the file may be narrower.
             weights = weights | {"scales": weights["scales"].to(self._model.dtype)}
             quantized = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)
         self.replace(path, quantized)
