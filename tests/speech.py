@@ -108,7 +108,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
     """Replace faster-whisper by `LoudModel`, and return the folder of a speech model for it."""
     module = ModuleType("faster_whisper")
     module.WhisperModel = LoudModel
+    module.vad = ModuleType("faster_whisper.vad")
+    module.vad.get_speech_timestamps = lambda samples: (
+        [{"start": 0, "end": len(samples)}] if loud_parts(samples) else []
+    )
     monkeypatch.setitem(sys.modules, "faster_whisper", module)
+    monkeypatch.setitem(sys.modules, "faster_whisper.vad", module.vad)
     LoudModel.loads, LoudModel.problem, LoudModel.language = 0, None, "de"
     LoudModel.calls.clear()
     folder.mkdir()

@@ -61,7 +61,6 @@ OPTIONS = {
     "beam_size": 5,
     "temperature": 0.0,
     "condition_on_previous_text": False,  # otherwise one wrong line leads to more
-    "vad_filter": True,  # skips silence and music, of which Whisper makes words
 }
 
 Line = tuple[float, float, str]
@@ -373,13 +372,22 @@ def _quietest(samples: "np.ndarray") -> int:
 
 
 def _transcribed(model: "WhisperModel", samples: "np.ndarray", language: str | None) -> Iterator[tuple[Line, str]]:
-    """Yield the lines of a window, with times in seconds from its start, and the language."""
+    """Yield the lines of a window, with times in seconds from its start, and the language.
+
+    Each stretch of speech between pauses is transcribed separately, because Whisper may merge the words on both sides of a pause
+    into one line, and makes words of silence and music.
+    """
+    from faster_whisper.vad import get_speech_timestamps
+
     try:
-        segments, info = model.transcribe(samples, language=language, **OPTIONS)
-        for segment in segments:
-            text = " ".join(segment.text.split())
-            if text and segment.compression_ratio <= REPEATED:
-                yield (float(segment.start), float(segment.end), text), info.language
+        for part in get_speech_timestamps(samples):
+            start_s = part["start"] / RATE
+            segments, info = model.transcribe(samples[part["start"] : part["end"]], language=language, **OPTIONS)
+            for segment in segments:
+                text = " ".join(segment.text.split())
+                if text and segment.compression_ratio <= REPEATED:
+                    language = info.language
+                    yield (start_s + segment.start, start_s + segment.end, text), language
     except (RuntimeError, ValueError) as problem:
         if is_out_of_memory(problem):
             raise

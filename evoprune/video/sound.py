@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import Video
-from evoprune.video.sandbox.channel import FrameMemory
-from evoprune.video.sandbox.isolation import HINT, borrow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +67,9 @@ def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece
     if not info.has_sound:
         return
     import numpy as np
+
+    from evoprune.video.sandbox.channel import FrameMemory
+    from evoprune.video.sandbox.isolation import HINT, borrow
 
     size = 4 * round(PIECE_S * RATE)
     # With twice the size of a piece, every piece gets memory of its own, which the worker releases after use.

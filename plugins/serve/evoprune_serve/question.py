@@ -250,7 +250,7 @@ def _sampling(fields: Fields) -> dict[str, Any]:
     if fields.has("speech"):
         given["speech"] = fields.take("speech", str)
         if given["speech"] not in SPEECH:  # other values name a folder of this machine
-            fields.refuse("speech", f"is none of {', '.join(SPEECH)}")
+            fields.refuse("speech", f"is not one of {', '.join(SPEECH)}")
     for name in ("start", "end"):
         if fields.has(name):
             value = fields.take(name, (int, float, str))

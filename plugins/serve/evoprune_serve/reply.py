@@ -11,7 +11,19 @@ from evoprune_serve.question import Question
 from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
 
-TIMES = ("plan", "read", "preprocess", "overlap", "compile", "encode", "encode_prune", "prefill", "generate", "total")
+TIMES = (
+    "plan",
+    "speech",
+    "read",
+    "preprocess",
+    "overlap",
+    "compile",
+    "encode",
+    "encode_prune",
+    "prefill",
+    "generate",
+    "total",
+)
 
 
 class Reply(Protocol):

@@ -93,6 +93,8 @@ def test_options_have_the_names_of_openai_and_of_evoprune():
         ({"max_tokens": True}, "max_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"method": "operations:recipe=/etc/passwd"}, "method"),
+        ({"speech": "/etc"}, "speech"),
+        ({"speech": True}, "speech"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
