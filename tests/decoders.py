@@ -1,4 +1,5 @@
-"""Video and picture decoders available here: decord has no wheels for some systems, and an older Pillow lacks AVIF."""
+"""Video and picture decoders available here: decord has no wheels for some systems, an older Pillow lacks AVIF, and HEIC is an
+extra."""
 
 from importlib.util import find_spec
 
@@ -8,4 +9,7 @@ from PIL import Image
 DECODERS = ("pyav", "decord") if find_spec("decord") else ("pyav",)
 needs_decord = pytest.mark.skipif("decord" not in DECODERS, reason="decord is not installed")
 EVERY = ["pyav", pytest.param("decord", marks=needs_decord)]
+needs_heic = pytest.mark.skipif(
+    not find_spec("pillow_heif"), reason="pillow-heif is not installed: pip install 'evoprune[heic]'"
+)
 needs_avif = pytest.mark.skipif(".avif" not in Image.registered_extensions(), reason="Pillow before 11.3 has no AVIF")

@@ -509,7 +509,8 @@ def folders_below(folder: str) -> Iterator[str]:
 def in_folder(folder: str, pictures: bool = False) -> list[str]:
     """Return the videos in a folder in natural order of names, and with `pictures` also its pictures.
 
-    A picture with the same name as a video, such as a thumbnail, is skipped.
+    An image with the same name as a video, such as a thumbnail, is skipped. A HEIC or AVIF is not: in a Live Photo, it is the
+    photo, and the video beside it is an input of its own.
 
     Raises:
         OSError: the folder cannot be read.
@@ -519,7 +520,8 @@ def in_folder(folder: str, pictures: bool = False) -> list[str]:
     if not pictures:
         return videos
     stems = {os.path.splitext(path)[0] for path in videos}
-    return [path for path in inside.files if path in videos or os.path.splitext(path)[0] not in stems]
+    thumbnails = {path for path in inside.images if os.path.splitext(path)[0] in stems}
+    return [path for path in inside.files if path not in thumbnails]
 
 
 def in_folders(
@@ -538,7 +540,7 @@ def in_folders(
             yield video
             continue
         if recursive:
-            below = [folder for folder in folders_below(video) if has_videos_or_images(folder)]
+            below = [folder for folder in folders_below(video) if has_inputs(folder, pictures)]
             if not below:
                 problems.add(f"no videos or images in the folder {video} and its subfolders", ENDINGS_HINT)
             yield from in_folders(below, problems, pictures=pictures)
@@ -551,8 +553,10 @@ def in_folders(
             continue
         images = inside.images
         video_files = inside.videos
-        if len(video_files) > len(images) or (images and not video_files):
-            yield from in_folder(video, pictures) if video_files else [video]
+        is_video = images and not video_files
+        only_photos = pictures and inside.files and not images
+        if len(video_files) > len(images) or is_video or only_photos:
+            yield from [video] if is_video else in_folder(video, pictures)
         elif images:
             pattern = os.path.join(video, "*" + os.path.splitext(video_files[0])[1])
             hint = f"name the videos ({pattern}), or move the images to a folder of their own"
@@ -565,10 +569,15 @@ def in_folders(
             problems.add(f"no videos or images in the folder {video}", hint)
 
 
-def has_videos_or_images(folder: str) -> bool:
-    """Return True if a folder directly contains videos or images, or cannot be read, so that the error is reported later."""
+def has_inputs(folder: str, pictures: bool) -> bool:
+    """Return True if a folder directly contains inputs, or cannot be read, so that the error is reported later.
+
+    Args:
+        pictures: as in `in_folder`.
+    """
     try:
-        return bool(Folder(folder).files)
+        inside = Folder(folder)
+        return bool(inside.files if pictures else inside.videos or inside.images)
     except OSError:
         return True
 

@@ -19,7 +19,8 @@ class Folder:
     to no file.
 
     Attributes:
-        files: list[str], the paths of all videos and images in natural order (clip2 before clip10). Each path includes the folder.
+        files: list[str], the paths of all videos, images and photos in natural order (clip2 before clip10). Each path includes the
+            folder. Photos are pictures that are no frames of a video.
 
     Raises:
         OSError: If the folder does not exist or cannot be read. Callers that report to users raise a `VideoError` or a `UsageError`
@@ -28,6 +29,7 @@ class Folder:
     """
 
     IMAGES: ClassVar[tuple[str, ...]] = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+    PHOTOS: ClassVar[tuple[str, ...]] = (".avif", ".heic", ".heif")
     VIDEOS: ClassVar[tuple[str, ...]] = (
         ".3g2", ".3gp", ".asf", ".avi", ".divx", ".f4v", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
         ".mts", ".mxf", ".ogv", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m",
@@ -35,7 +37,11 @@ class Folder:
 
     def __init__(self, path: str):
         with os.scandir(path) as entries:
-            seen = [e for e in entries if e.name.lower().endswith(self.VIDEOS + self.IMAGES) and e.name[0] != "."]
+            seen = [
+                e
+                for e in entries
+                if e.name.lower().endswith(self.VIDEOS + self.IMAGES + self.PHOTOS) and e.name[0] != "."
+            ]
             names = [e.name for e in seen if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
         self.files = [os.path.join(path, name) for name in in_natural_order(names)]
 

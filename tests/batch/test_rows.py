@@ -391,6 +391,26 @@ def test_folders_of_images_and_of_videos(tmp_path, names, found, says):
         assert (left_out(str(tmp_path)) or None) == (says and f"{tmp_path}: {says}")
 
 
+def test_both_files_of_a_live_photo_are_taken(tmp_path):
+    """A folder that has only photos is no video, unlike a folder of JPEGs. Its photos are asked about one by one."""
+    for name in ("IMG_1.HEIC", "IMG_1.MOV", "IMG_2.HEIC", "IMG_3.heif", "IMG_1.JPG"):
+        (tmp_path / name).touch()
+
+    def found(folder, **how):
+        return [Path(row.video).name for row in RowReader().pairs([str(folder)], ["Why?"], **how)]
+
+    (tmp_path / "IMG_2.MOV").touch()
+    assert found(tmp_path) == ["IMG_1.MOV", "IMG_2.MOV"]
+    assert found(tmp_path, pictures=True) == ["IMG_1.HEIC", "IMG_1.MOV", "IMG_2.HEIC", "IMG_2.MOV", "IMG_3.heif"]
+    assert left_out(str(tmp_path), pictures=True).endswith("2 videos and 3 pictures; skipped: IMG_1.JPG")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "1.heic").touch()
+    assert found(photos, pictures=True) == ["1.heic"]
+    with pytest.raises(UsageError, match="no videos or images"):
+        found(photos)
+
+
 def test_a_photo_among_videos_is_taken(tmp_path):
     """Thumbnails named like a video are left out. Only some of the left-out files are named, the rest are counted."""
     for name in ("a.mp4", "b.mp4", "c.mov", "a.jpg", "b2.png", *(f"{n}.txt" for n in range(12))):

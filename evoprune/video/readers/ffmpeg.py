@@ -80,13 +80,18 @@ OTHERS = {
 }  # fmt: skip
 MEDIA = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV", b"OggS", b"\0\0\1", b"\x30\x26\xb2\x75", b"GIF8", b"YUV4MPEG2")
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof")  # MP4 and MOV have one at byte 4
-# Names of picture formats, as in Pillow. HEIC is recognized only to be refused.
+# Names of picture formats that need no extra, as in Pillow.
 PICTURES = ("JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF", "AVIF")
 PICTURE_HEADS = {
     b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG",
     b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF87a": "GIF", b"GIF89a": "GIF",
 }  # fmt: skip
-PICTURE_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC"}
+PICTURE_BRANDS = {
+    b"avif": "AVIF", b"avis": "AVIF",
+    b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC",
+}  # fmt: skip
+# `Video.container` of animations that Pillow reads (animation.py), by its names of the formats.
+ANIMATIONS = {"webp": "WEBP", "avif": "AVIF"}
 of_thread = threading.local()  # its attribute `alive` overrides `report_alive` in threads other than the first
 CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))  # control characters that do not occur in text
 # For every EXIF orientation: clockwise degrees, and whether a left-right flip comes first (see `orientation`).
@@ -153,6 +158,12 @@ def picture_format(path: str) -> str | None:
     if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in (12, 40, 52, 56, 64, 108, 124):
         return "BMP"  # the header size confirms the short signature
     return next((name for start, name in PICTURE_HEADS.items() if head.startswith(start)), None)
+
+
+def is_sequence(path: str) -> bool:
+    """Return True if an AVIF states that it is an animation."""
+    head = _head(path)
+    return b"avis" in head[8 : head[3]]
 
 
 def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:

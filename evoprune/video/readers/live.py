@@ -152,6 +152,10 @@ class LiveReader:
 
                 if picture.is_picture(path):
                     raise VideoError(f"{path} is a picture, not a video", "evoprune ask answers questions about it")
+                from evoprune.video.readers import animation
+
+                if animation.is_read_here(path):
+                    raise VideoError(f"{path} is an animation, not a video", "evoprune ask answers questions about it")
             late = not self._follow or time.monotonic() > end
             number = os.open(path, os.O_RDONLY) if path else os.dup(descriptor)
             file = _Following(number, self._timeout_s)

@@ -18,15 +18,17 @@ from evoprune.video.readers import ffmpeg
 
 MAX_BYTES = 2**29  # larger files are refused before they are read
 CONVERT_HINT = "convert it to JPEG or PNG"
-ANIMATIONS = ("GIF", "PNG")  # formats whose animations are videos
+ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # formats whose animations are videos
 
 
 def is_picture(path: str) -> bool:
     """Return True if a file with the signature of a picture is a still picture.
 
-    Animations and sequences of JPEGs are not, because FFmpeg reads them as videos.
+    Animations and sequences of JPEGs are not; they are read as videos.
     """
     name = ffmpeg.picture_format(path)
+    if name == "AVIF" and not features.check("avif"):
+        return not ffmpeg.is_sequence(path)
     if name not in (*ANIMATIONS, "JPEG"):
         return True
     try:
@@ -44,12 +46,24 @@ def is_picture(path: str) -> bool:
 @contextmanager
 def _header(path: str, name: str | None) -> Iterator[Image.Image]:
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=[name]) as image:
+        with warnings.catch_warnings(action="ignore"), _opened(path, name) as image:
             if image.width * image.height > ffmpeg.MAX_PIXELS:
                 raise too_large(path)
             yield image
     except Image.DecompressionBombError:
         raise too_large(path) from None
+
+
+def _opened(path: str, name: str | None) -> Image.Image:
+    if name != "HEIC":
+        return Image.open(path, formats=[name])
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError as error:
+        raise VideoError(
+            f"{path} is in HEIC, which needs pillow-heif", "pip install 'evoprune[heic]', or " + CONVERT_HINT
+        ) from error
+    return HeifImageFile(path)  # not registered with Pillow, because the process may be another program's
 
 
 def check_size(path: str) -> None:
@@ -69,8 +83,8 @@ def too_large(path: str) -> VideoError:
 
 def probe(path: str) -> Video:
     """Read the metadata of a picture from its header. Raises VideoError if it cannot be read as a single picture."""
-    with _opened(path) as image:
-        rotation, mirrored = ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG), (0, False))
+    with opened(path) as image:
+        rotation, mirrored = orientation(image)
         size = image.size
         if isinstance(image, TiffImagePlugin.TiffImageFile):  # new versions of Pillow have already rotated `size`
             size = image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
@@ -88,7 +102,7 @@ def probe(path: str) -> Video:
             width=width,
             height=height,
             rotation_deg=rotation,
-            codec=(image.format or "").lower().replace("mpo", "jpeg"),
+            codec=(image.format or "").lower().replace("mpo", "jpeg").replace("heif", "heic"),
             pix_fmt=image.mode,
             container="picture",
             frames_total=1,
@@ -99,8 +113,12 @@ def probe(path: str) -> Video:
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
     """Yield the picture at every time, resized to the size in `info` as Hugging Face does. Raises what `probe` raises."""
-    with _opened(info.path) as image:
-        rgb = _rgb(ImageOps.exif_transpose(image), info.path)
+    with opened(info.path) as image:
+        image.load()
+        if image.width * image.height > ffmpeg.MAX_PIXELS:  # a HEIC may hold another size than its header states
+            raise too_large(info.path)
+        upright = image if image.format == "HEIF" else ImageOps.exif_transpose(image)
+        rgb = converted(upright, info.path)
     if rgb.size != (info.width, info.height):
         rgb = rgb.resize((info.width, info.height), Image.Resampling.BICUBIC)
     pixels = np.asarray(rgb)
@@ -108,16 +126,22 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         yield ffmpeg.Shown(0.0, pixels)
 
 
+def orientation(image: Image.Image) -> tuple[int, bool]:
+    """Return how EXIF data turns a picture, like `ffmpeg.orientation`. The EXIF data of a HEIC does not count (ISO 23008-12)."""
+    if image.format == "HEIF":  # libheif has turned it by its own properties
+        return 0, False
+    return ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG), (0, False))
+
+
 @contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
+def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
     """Open a picture and read only its header.
 
     Raises:
-        VideoError: the file cannot be read, is too large, or has content that a single picture would not show, such as pages.
+        VideoError: the file cannot be read, is too large, needs a package, or has content that a single picture would not show,
+            such as pages, or an animation unless `animated`.
     """
     name = ffmpeg.picture_format(path)
-    if name == "HEIC":
-        raise VideoError(f"{path} is in HEIC, which is not supported", CONVERT_HINT)
     if name is None:
         raise VideoError(f"{path} is no longer a picture", CONVERT_HINT)
     if name == "AVIF" and not features.check("avif"):
@@ -134,7 +158,8 @@ def _opened(path: str) -> Iterator[Image.Image]:
             several = getattr(image, "is_animated", False)  # counting the pages of a TIFF would read all of it
             if several and image.format == "TIFF":
                 raise VideoError(f"{path} has several pages", "save one page as a JPEG or PNG")
-            if several and image.format != "MPO":  # the first picture of an MPO is the photograph
+            # The photograph of several pictures is the first one of an MPO, and the primary one of a HEIC, which is opened.
+            if several and not animated and image.format not in ("MPO", "HEIF"):
                 raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one frame of it as a PNG")
             yield image
     except (VideoError, MemoryError):
@@ -144,7 +169,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
         raise VideoError(f"cannot read the picture {path}: {str(problem) or type(problem).__name__}", hint) from problem
 
 
-def _rgb(image: Image.Image, path: str) -> Image.Image:
+def converted(image: Image.Image, path: str) -> Image.Image:
     """Convert a picture to 8-bit RGB, with transparent parts over white. Raises VideoError for unsupported pixels."""
     transparent = image.info.get("transparency")
     if image.mode.startswith("I"):

@@ -69,7 +69,7 @@ def _probe(path: str, container: InputContainer) -> Video:
         total = len(shown)
         steps = np.diff(shown)
         variable_rate = len(steps) > 1 and bool(np.ptp(steps) * stream.time_base > RATE_JITTER_S)
-    _check_decodable(path, first.width * first.height, total or math.ceil((lengths.duration_s or 0.0) / step))
+    check_decodable(path, first.width * first.height, total or math.ceil((lengths.duration_s or 0.0) / step))
     shown_as = ffmpeg.shown_otherwise(stream, colour.hdr_format(first, header), first)
     width, height = ffmpeg.displayed_size(first, shown_as["pixel_aspect"], rotation)
     return Video(
@@ -147,7 +147,7 @@ def _has_encrypted_track(path: str) -> bool:
     return False
 
 
-def _check_decodable(path: str, pixels: int, frames: int) -> None:
+def check_decodable(path: str, pixels: int, frames: int) -> None:
     """Raise VideoError for a decompression bomb: a file whose frames have more pixels in total than its size allows."""
     size = os.stat(path).st_size
     decoded = pixels * min(frames, size)  # a frame takes at least one byte

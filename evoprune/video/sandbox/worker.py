@@ -28,6 +28,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import accumulate
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,10 @@ def probe(path: str, folder_fps: float) -> Video:
 
             if picture.is_picture(path):
                 return picture.probe(path)
+            from evoprune.video.readers import animation
+
+            if animation.is_read_here(path):
+                return animation.probe(path)
         return probing.probe(path)
 
 
@@ -74,7 +79,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     info = probe(path, folder_fps)
     if info.is_picture:
         raise VideoError(f"{path} is a picture, which has nothing to scan", "leave out --scan")
-    reader = folder if info.container == folder.CONTAINER else pyav
+    reader = _reader(info)
     damage = set()
     frames = 0
     end_s = 0.0
@@ -116,6 +121,16 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     )
 
 
+def _reader(info: Video) -> ModuleType:
+    if info.container == folder.CONTAINER:
+        return folder
+    if info.is_picture or info.container in ffmpeg.ANIMATIONS:
+        from evoprune.video.readers import animation, picture  # Pillow's import would delay every video
+
+        return picture if info.is_picture else animation
+    return pyav
+
+
 def _median(counts: Counter[float]) -> float:
     values = sorted(counts)
     half = sum(counts.values()) / 2
@@ -132,7 +147,10 @@ def check_decord(info: dict[str, Any] | None) -> None:
 
 def frame_times(info: dict[str, Any]) -> FrameTimes:
     """Return the display times of all frames, see `evoprune.video.frames.frame_times`."""
-    return pyav.frame_times(Video(**info))
+    video = Video(**info)
+    if video.container in ffmpeg.ANIMATIONS:
+        return FrameTimes(_reader(video).frame_times(video), video.frames_total or 0)
+    return pyav.frame_times(video)
 
 
 TASKS = {
@@ -157,16 +175,12 @@ class FrameReader:
         ffmpeg.picture_size(info.width * info.height)
         self._damaged: set[object] = set()
         self._joints = ffmpeg.incomplete_joints(info)
-        if info.is_picture:
-            from evoprune.video.readers import picture  # Pillow's import would delay every video
-
-            self._frames = picture.read(info, times_s, self._damaged.add)
-        elif info.container == folder.CONTAINER:
-            self._frames = folder.read(info, times_s, self._damaged.add)
+        reader = _reader(info)
+        if reader is not pyav:
+            how = {}
         elif decoder == "decord":
-            self._frames = decord.read(info, times_s, self._damaged.add)
-        else:
-            self._frames = pyav.read(info, times_s, self._damaged.add, **how)
+            reader, how = decord, {}
+        self._frames = reader.read(info, times_s, self._damaged.add, **how)
 
     def fill(self, frames: np.ndarray) -> dict[str, Any]:
         """Write the next n frames into `frames`, uint8 `[n, H, W, 3]`.

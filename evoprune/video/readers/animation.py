@@ -1,0 +1,138 @@
+"""Reads animations that FFmpeg does not show as browsers do: animated WebP, and animated AVIF with transparent parts.
+
+Pillow decodes them, front to back. Transparent parts become white, as in pictures.
+"""
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+import numpy as np
+from PIL import Image
+
+from evoprune.errors import VideoError
+from evoprune.video.info import Video
+from evoprune.video.readers import ffmpeg, picture, probing, pyav
+
+WEBP, AVIF = ffmpeg.ANIMATIONS  # values of `Video.container`
+SHORTEST_S = 0.01  # browsers show a frame with a shorter duration, or with this one, for `INSTEAD_S`
+INSTEAD_S = 0.1
+CHUNK_BYTES = 8  # type and length of a chunk of a WebP
+
+
+def is_read_here(path: str) -> bool:
+    """Return True if this module reads a file that is no still picture (`picture.is_picture`)."""
+    name = ffmpeg.picture_format(path)
+    if name not in ffmpeg.ANIMATIONS.values():
+        return False
+    if name == "WEBP":
+        return True
+    try:
+        with picture.opened(path, animated=True) as image:
+            return "A" in image.getbands()
+    except VideoError:
+        return False
+
+
+def probe(path: str) -> Video:
+    """Read the metadata of an animation, without decoding it if it is a WebP. Raises VideoError."""
+    with picture.opened(path, animated=True) as image:
+        width, height = image.size
+        if width * height > ffmpeg.MAX_VIDEO_PIXELS:
+            hint = f"the limit is {ffmpeg.MAX_VIDEO_PIXELS // 10**6} megapixels for each frame"
+            raise VideoError(f"{path} states a frame size of {width:,} x {height:,} pixels", hint)
+        if image.format == "AVIF":
+            return replace(probing.probe(path), container=AVIF, pix_fmt=image.mode, other_tracks=0)
+        rotation, mirrored = picture.orientation(image)
+    lengths = _lengths(path)
+    duration = sum(lengths)
+    probing.check_decodable(path, width * height, len(lengths))
+    width, height = ffmpeg.turned_size((width, height), rotation)
+    return Video(
+        path=path,
+        duration_s=duration,
+        width=width,
+        height=height,
+        rotation_deg=rotation,
+        codec=WEBP,
+        pix_fmt=image.mode,
+        container=WEBP,
+        fps=len(lengths) / duration,
+        variable_rate=max(lengths) - min(lengths) > probing.RATE_JITTER_S,
+        frames_total=len(lengths),
+        mirrored=mirrored,
+    )
+
+
+def frame_times(info: Video) -> list[float]:
+    """Return the display times of all frames, in seconds from the first."""
+    if info.container == AVIF:
+        return pyav.frame_times(replace(info, container=ffmpeg.MOV)).times_s
+    return list(accumulate(_lengths(info.path), initial=0.0))[:-1]
+
+
+def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
+    """Yield the frame on screen at every time, as the package docstring of `readers` describes."""
+    begins = frame_times(info)
+    size = ffmpeg.turned_size((info.width, info.height), info.rotation_deg)
+    with picture.opened(info.path, animated=True) as image:
+        done = shown = -1  # a damaged frame leaves the frame before it on screen
+        rgb = None
+        for time in times_s:
+            wanted = max(0, bisect_right(begins, time + ffmpeg.TOLERANCE_S) - 1)
+            while done < wanted or (rgb is None and done < len(begins) - 1):
+                done += 1
+                if (frame := _decoded(image, done, damaged)) is not None:
+                    shown, rgb = done, frame
+            if rgb is None:
+                raise ffmpeg.nothing_decoded(info.path)
+            if isinstance(rgb, Image.Image):
+                pixels = picture.converted(rgb, info.path)
+                if pixels.size != size:
+                    pixels = pixels.resize(size, Image.Resampling.BICUBIC)
+                rgb = ffmpeg.rotated(np.asarray(pixels), info.rotation_deg, info.mirrored)
+            yield ffmpeg.Shown(begins[shown], rgb)
+
+
+def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
+    """Decode all frames and yield the time and duration of every frame in seconds, and whether it is a keyframe (the first)."""
+    begins = frame_times(info)
+    with picture.opened(info.path, animated=True) as image:
+        for number, (begin, end) in enumerate(zip(begins, [*begins[1:], info.length_s], strict=True)):
+            if _decoded(image, number, damaged) is not None:
+                yield begin, end - begin, number == 0
+
+
+def _decoded(image: Image.Image, number: int, damaged: ffmpeg.Damage) -> Image.Image | None:
+    """Return a copy of a frame, or None if it is damaged. Frames are decoded in order."""
+    ffmpeg.alive()
+    try:
+        image.seek(number)
+        image.load()
+        return image.copy()
+    except MemoryError:
+        raise
+    except Exception:  # a damaged file may raise anything
+        damaged(number)
+        return None
+
+
+def _lengths(path: str) -> list[float]:
+    """Return the duration of every frame of a WebP in seconds, from the headers of its chunks. Raises VideoError."""
+    lengths = []
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        at = 12  # after "RIFF", a length, and "WEBP"
+        while at + CHUNK_BYTES <= size and len(lengths) < probing.MAX_PACKETS:
+            file.seek(at)
+            head = file.read(CHUNK_BYTES + 16)
+            length = int.from_bytes(head[4:8], "little")
+            if head[:4] == b"ANMF" and len(head) == CHUNK_BYTES + 16:
+                seconds = int.from_bytes(head[20:23], "little") / 1000
+                lengths.append(seconds if seconds > SHORTEST_S else INSTEAD_S)
+            at += CHUNK_BYTES + length + length % 2
+    if not lengths:
+        raise ffmpeg.nothing_decoded(path)
+    return lengths
