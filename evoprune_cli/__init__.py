@@ -1,4 +1,4 @@
-"""The command line: parses arguments, calls evoprune and renders results. It has no other logic. Torch is imported when needed."""
+"""The command line. It parses arguments, calls evoprune and prints the results. Torch is imported only when a command needs it."""
 
 from typing import TYPE_CHECKING
 

@@ -1,10 +1,10 @@
-"""The program's entry point. Everything is imported inside `start`, so that Ctrl-C during imports exits quietly."""
+"""The program's entry point. All imports happen inside `start`, so pressing Ctrl-C while they run exits without a traceback."""
 
 import os
 import sys  # both were already imported when Python started
 
-# How long OpenMP threads spin between parallel steps before they sleep. GNU OpenMP's default of 300,000 iterations takes many
-# milliseconds, on cores needed by other programs or by the thread that all others wait for. It is read when torch is loaded.
+# How long OpenMP threads spin between parallel steps before they sleep. GNU OpenMP's default of 300,000 iterations keeps cores busy
+# for many milliseconds while other programs, or the thread that all others wait for, need them. Torch reads this when it is loaded.
 SPIN = {"GOMP_SPINCOUNT": "10000"}
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 INTERRUPTED = 130
@@ -19,18 +19,18 @@ def start() -> None:
 
     usual = signal.getsignal(signal.SIGINT)
     if callable(usual):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit at once: there is nothing to clean up yet
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit immediately, because there is nothing to clean up yet
     if not any(name in os.environ for name in CHOSEN):
         os.environ |= SPIN
     endings: list[int | str | None] = []
-    atexit.register(_stop_loops_too, endings)  # registered first, called last
+    atexit.register(_stop_loops_too, endings)  # registered first, so it is called last
     try:
         from evoprune_cli.main import run
 
         if callable(usual):
             signal.signal(signal.SIGINT, usual)
         run()
-    except KeyboardInterrupt:  # before `run` handles it
+    except KeyboardInterrupt:  # Ctrl-C arrived before `run` could handle it
         endings.append(INTERRUPTED)
         sys.exit(INTERRUPTED)
     except SystemExit as ended:
@@ -38,30 +38,30 @@ def start() -> None:
         raise
     finally:
         _end_at_once_from_now_on()
-        # If KeyboardInterrupt passes through `exec("...")`, which dataclasses use, Python considers it unhandled even if it was
-        # caught, and ends by killing itself with SIGINT. The next `exec` resets this.
+        # If a KeyboardInterrupt passes through `exec("...")`, which dataclasses use, Python considers it unhandled even if it is
+        # caught later, and kills itself with SIGINT at exit. Another `exec` clears this state.
         exec("")  # runs nothing  # noqa: S102
 
 
 def _stop_loops_too(endings: list[int | str | None]) -> None:
-    """End an interrupted process with SIGINT itself, so that a shell also stops its loop. After exit code 130 it would continue."""
+    """Make an interrupted process kill itself with SIGINT, so that a shell loop stops too. With exit code 130 it would continue."""
     import contextlib
     import signal
 
     if INTERRUPTED not in endings or os.name != "posix" or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         return
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # the reader is gone, or the stream is closed
+        with contextlib.suppress(OSError, ValueError):  # the reader has exited, or the stream is closed
             stream.flush()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def _end_at_once_from_now_on() -> None:
-    """Let signals end the process at once: all work is done, and exceptions must not interrupt Python's shutdown."""
+    """Make signals end the process immediately. All work is done, and an exception would interrupt Python's shutdown."""
     import signal
 
-    if callable(signal.getsignal(signal.SIGINT)):  # otherwise it was ignored from the start
+    if callable(signal.getsignal(signal.SIGINT)):  # otherwise the signal was already ignored when the process started
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
@@ -70,7 +70,7 @@ def _end_at_once_from_now_on() -> None:
 
 
 def _report_uncaught(category, problem, trace) -> None:
-    """Report an uncaught exception like Python, except Ctrl-C, which may arrive while another one is being handled."""
+    """Report an uncaught exception as Python does, except for Ctrl-C, which may arrive while another exception is handled."""
     if not issubclass(category, KeyboardInterrupt):
         sys.__excepthook__(category, problem, trace)
 

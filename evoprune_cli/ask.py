@@ -1,4 +1,4 @@
-"""`evoprune ask`: questions about videos and pictures, with answers on stdout."""
+"""`evoprune ask`: answers questions about videos and images on stdout."""
 
 import contextlib
 import math
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 USAGE = 'evoprune ask video.mp4 "What happens?"'
-# What looks like a path: a data URL or other URL, the start of a path, or a file extension.
+# Matches words that look like a path: a data URL, another URL, a word that starts like a path, or one with a file extension.
 PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
-MAX_QUESTION = 2**22  # maximum characters read from stdin, which may be endless
-PROMPT = "> "  # before a question
+MAX_QUESTION = 2**22  # maximum number of characters to read from stdin, which may never end
+PROMPT = "> "  # printed before a question
 HELP = "type a question and press Enter; q or Ctrl-D: quit; Ctrl-C: stop an answer; /help: show this line"
 HELP_CHAT = f"{HELP}; /new: forget the conversation; /undo: take back the last question"
 HELPS = ("/help", "help", "?")
@@ -132,7 +132,7 @@ def ask(
             infos = [probed(path, folder_fps=sampling.frame_rate) for path in paths]
             model = describe(pipeline.model)
             _check_inputs(infos, model, sampling, quiet)
-            asked = [] if cache else [(paths, sampling)]  # cached inputs need not be read
+            asked = [] if cache else [(paths, sampling)]  # with the disk cache, inputs may not have to be read at all
             ahead = cleanup.enter_context(ReadAhead(model, asked, pipeline.pruning))
             encode = partial(_encode, names, paths, questions, pipeline, cache, quiet)
             with progress(not quiet) as show:
@@ -170,7 +170,7 @@ def ask(
 
 
 def check_history(history: str | None, prompt: bool, compare: bool = False) -> None:
-    """Raise UsageError if --history does not apply. `prompt`: whether questions are typed."""
+    """Raise UsageError if --history cannot be used here. `prompt` is True if questions are typed at a prompt."""
     if history not in (None, opt.ON, opt.OFF):
         raise UsageError(f"--history {history}", f"use {opt.ON} or {opt.OFF}")
     if history and not prompt:
@@ -180,7 +180,7 @@ def check_history(history: str | None, prompt: bool, compare: bool = False) -> N
 
 
 def why_single_questions(history: str | None, session: "Session", compare: bool = False) -> str | None:
-    """Return why questions at the prompt do not form a conversation, or None if they do."""
+    """Return the reason why questions at the prompt do not form a conversation, or None if they do."""
     if history:
         return None if history == opt.ON else "--history off"
     if compare:
@@ -193,9 +193,9 @@ def why_single_questions(history: str | None, session: "Session", compare: bool 
 
 
 def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
-    """Return the inputs, and the question if the words contain one.
+    """Split the words of the command line into the inputs and the question. The question is None if there is none.
 
-    With several words, the last one is the question unless it is an existing file or looks like a filename.
+    If there are several words, the last one is the question unless it is an existing file or looks like a filename.
     """
     *before, last = words
     if before and not _exists(last) and not PATH.fullmatch(last):
@@ -204,10 +204,11 @@ def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
 
 
 def check_words(inputs: Sequence[str], question: str | None) -> None:
-    """Check that all inputs exist if there are several. A single input is checked when it is opened.
+    """If there are several inputs, check that all of them exist. A single input is checked later, when it is opened.
 
     Raises:
-        VideoError, UsageError: an input is not a file.
+                VideoError: an input does not exist.
+                UsageError: stdin is given twice, or several words are not files and look like an unquoted question.
     """
     if inputs.count(STDIN) > 1:
         raise UsageError("standard input is given twice", "it can be read only once")
@@ -235,7 +236,7 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
 
 
 def check_generation(generation: GenerationOptions, json: bool) -> None:
-    """Raise UsageError if log probabilities are requested without a record to put them in, or choices of rows are used."""
+    """Raise UsageError for --logprobs without --json, and for `--choices options`, which only `evoprune batch` supports."""
     if generation.choices_from_rows:
         raise UsageError("--choices options means the options of batch rows", "give two or more texts")
     if generation.logprobs is not None and not json:
@@ -243,7 +244,7 @@ def check_generation(generation: GenerationOptions, json: bool) -> None:
 
 
 def _exists(word: str) -> bool:
-    """Return True if a word is an input, as far as known before reading anything."""
+    """Return True if a word appears to be an input: "-", a URL or an existing path. Nothing is read."""
     try:
         return word == STDIN or is_url(word) or os.path.lexists(word)
     except ValueError:  # not a valid filename
@@ -262,7 +263,7 @@ def _encode(
     full: bool = False,
     ahead: "ReadAhead | None" = None,
 ) -> "EncodedInputs":
-    """Encode the inputs at `paths`, after reporting on stderr which limits apply."""
+    """Encode the files at `paths`. Limits that apply to them are reported on stderr first."""
     from evoprune.session import Cache, open_inputs
 
     show("reading")
@@ -282,7 +283,11 @@ def _encode(
 
 
 def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> list[str]:
-    """Return all questions in order. If none is given and none will be typed, one is read from stdin, unless stdin is the video."""
+    """Return all questions in order. Without -Q and a prompt, read one question from stdin, unless stdin is the video.
+
+    Raises:
+            UsageError: there is no question, a question is empty, or -i is used without a terminal.
+    """
     if interactive:
         if sys.stdin is None or not sys.stdin.isatty():
             message = "--interactive reads questions from a terminal, but stdin is not one"
@@ -297,7 +302,7 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
 
 
 def _usage(inputs: Sequence[str]) -> str:
-    """Return an example command with the user's own inputs, if they exist."""
+    """Return an example command. It contains the user's own inputs if they exist."""
     if not all(map(_exists, inputs)):
         return USAGE
     names = " ".join(shlex.quote(without_password(shown(path))) for path in inputs)
@@ -309,7 +314,7 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
     """Read the question from stdin.
 
     Raises:
-        UsageError: there is none. The hint considers that the last of several inputs may be meant as the question.
+                UsageError: there is no question on stdin. If the last of several inputs may be the question, the hint says so.
     """
     *before, last = inputs
     named = ""
@@ -331,9 +336,9 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
 
 
 def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: SamplingOptions, quiet: bool) -> None:
-    """Plan the inputs, which takes milliseconds, before importing torch or reading weights.
+    """Plan the inputs to find errors early. This takes milliseconds; importing torch and reading the weights come later.
 
-    Raises the errors of `ModelDescription.plan`.
+    For the exceptions, see `ModelDescription.plan`.
     """
     from evoprune.video import read_subtitles
 
@@ -349,7 +354,7 @@ def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: Sam
 
 
 def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
-    """Report if fewer or smaller frames are read than the flags or the model's rate ask for."""
+    """Report on stderr if fewer or smaller frames are read than the options or the model's frame rate ask for."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
         source = "requested" if plan.limited else "model's rate"
         every_s = plan.sampling.seconds_per_frame
@@ -365,7 +370,7 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
 
 
 def _note_subtitles(plan: "Plan") -> None:
-    """Report which subtitles are read and how many lines, or why none are."""
+    """Report on stderr which subtitles are read and how many lines they have, or why no subtitles are read."""
     lines = plan.subtitles
     if lines.source is None:
         if lines.note:
@@ -380,11 +385,12 @@ def _note_subtitles(plan: "Plan") -> None:
 class Conversation:
     """Asks questions about encoded inputs and prints the answers.
 
-    Keeps track of answered questions, so that an interruption reports only the unanswered ones. By default there are stats unless
-    --json or -q is given: a block for the first answer, one line for later ones and in conversations.
+    It keeps track of the answered questions, so that after an interruption only the unanswered ones are reported. Stats are
+    printed unless --json or -q is given: a block for the first answer and one line for each later one. Interactive prompts
+    print only the lines.
 
     Attributes:
-        answered: number of questions that are finished.
+                answered: number of questions that have been answered or have failed.
     """
 
     def __init__(
@@ -399,7 +405,7 @@ class Conversation:
         several: bool,
         show_thoughts: bool = False,
     ):
-        """Take the options of a command. `inputs` are names, `several` is whether there is more than one question."""
+        """Set the options of the command. `inputs` are display names. `several` is True if there is more than one question."""
         self._show_thoughts = show_thoughts
         self.answered = 0
         self._names = inputs
@@ -408,7 +414,7 @@ class Conversation:
         self._quiet = quiet
         plain = not json and not quiet
         self._echo = several and plain and sys.stderr.isatty()  # echo questions from the command line on stderr
-        self._blocks = 0 if interactive else 1  # number of answers with a block of stats; then lines
+        self._blocks = 0 if interactive else 1  # number of answers whose stats are a block; later answers get a line
         if verbose or stats:
             self._blocks = math.inf
         if stats is None:
@@ -420,9 +426,9 @@ class Conversation:
         self._full: EncodedInputs | None = None
         self._encode_full: Callable[..., EncodedInputs] | None = None
         self._running: Answer | None = None  # the answer being generated
-        self._half: Report | None = None  # report of a question answered only with pruning so far
+        self._half: Report | None = None  # report of a question that has only its pruned answer so far
         self._warned: set[str] = set()  # names of warnings already printed
-        self._finished = 0  # answers whose stats were printed or not wanted
+        self._finished = 0  # answers printed so far
 
     def begin(
         self,
@@ -431,11 +437,11 @@ class Conversation:
         encode_full: Callable[..., "EncodedInputs"] | None,
         chat: "Chat | None" = None,
     ) -> None:
-        """Take the encoded inputs and print their warnings and the model's.
+        """Set the encoded inputs, and print the warnings about them and about the model.
 
         Args:
-            encode_full: encodes the inputs again with nothing pruned; None if nothing is compared.
-            chat: a conversation about the inputs; None for single questions.
+            encode_full: encodes the inputs again without pruning. None if answers are not compared.
+            chat: the conversation about the inputs. None if each question stands alone.
         """
         self._chat = chat
         self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
@@ -449,8 +455,8 @@ class Conversation:
         """Ask a question and print the answer.
 
         Args:
-            typed: the question is already visible on the terminal.
-            identity: ID for the record.
+                typed: True if the user typed the question, so it is already visible on the terminal.
+                identity: the ID of the record, if the question has one.
         """
         if self._echo and not typed:
             tell(f"{PROMPT}{' '.join(question.split())}")
@@ -458,7 +464,7 @@ class Conversation:
         report.id = identity or report.id
         if self._encode_full:
             self._half = report
-            if self._full is None:  # not earlier, so that the first answer does not wait for it
+            if self._full is None:  # encoded here, so that the first pruned answer does not wait for it
                 with progress(not self._quiet) as show:
                     self._full = self._encode_full(show)
             answer = self._ask_and_print(self._full, question, "full")
@@ -467,14 +473,14 @@ class Conversation:
 
             given = Reference.of_answer(self._full, question, answer, self._generation)
             report.agreement = given.agreement(self._inputs).record()
-        self.answered += 1  # before printing, so that an interrupted record is not printed twice
+        self.answered += 1  # counted before printing, so that an interruption does not print the record twice
         self._finish(report)
 
     def attempt(self, question: str, typed: bool = False, identity: str | None = None, goes_on: bool = True) -> bool:
-        """Answer a question. Usage errors are reported without raising; with `goes_on`, so is Ctrl-C.
+        """Answer a question, and report usage errors instead of raising them. With `goes_on`, Ctrl-C is not raised either.
 
         Returns:
-            False if the question could not be asked.
+            False if a usage error prevented the answer.
         """
         before = self.answered
         messages = self._chat.messages if self._chat else None
@@ -491,13 +497,13 @@ class Conversation:
             self.break_off(problem, unanswered)
             if not (goes_on and isinstance(problem, KeyboardInterrupt)):
                 raise
-            note()  # ends the line with the terminal's ^C
+            note()  # starts a new line after the ^C that the terminal printed
             if self._chat and self._chat.messages == messages and not self._quiet:
                 tell("The stopped answer and its question are forgotten.")
         return True
 
     def break_off(self, problem: BaseException, unanswered: list[str]) -> None:
-        """Print what is known after a failure: stats, and with JSON a line for each unanswered question."""
+        """Print what is known after a failure: the stats and, with --json, a record for each unanswered question."""
         if isinstance(problem, BrokenPipeError | SystemExit) or not unanswered:
             return
         interrupted = not isinstance(problem, Exception)
@@ -537,7 +543,7 @@ class Conversation:
             answer = self._running = inputs.ask(question, on_thoughts=think, **vars(self._generation))
             new = [name for name in answer.report.warnings if name not in self._warned]
             _print_warnings(answer.report, new)
-            self._warned.update({*new} - {"history_cut"})  # warn each time that turns are left out
+            self._warned.update({*new} - {"history_cut"})  # repeat this warning whenever earlier turns are left out
             show = line.enter_context(progress(not self._quiet))
             show("reading prompt")
             try:
@@ -579,7 +585,7 @@ class Conversation:
             tell(summary(report))
 
     def _failure(self, question: str, problem: BaseException) -> Report:
-        """Return the record of a question without an answer."""
+        """Return the record of a question that was not answered because of `problem`."""
         reason = "error" if isinstance(problem, Exception) else "interrupt"
         report = Report(question=question, finish_reason=reason, error=failure(problem))
         name_inputs(report, self._names)
@@ -587,9 +593,9 @@ class Conversation:
 
 
 def _print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
-    """Print warnings of inputs, each with its input, then warnings about the model; only `names` if given."""
+    """Print a report's warnings about each input, and then those about the model. If `names` is given, print only these."""
     for name, video in warned(report):
-        if name != "limited" and (names is None or name in names):  # a note has already stated the limit and its effect
+        if name != "limited" and (names is None or name in names):  # a note has already described the limit
             print_warning(name, video)
 
 
@@ -598,17 +604,19 @@ def typed_questions(
     meanwhile: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     chat: "Chat | None" = None,
 ) -> Iterator[str]:
-    """Yield typed questions, one per line, until Ctrl-D or a line that ends the prompt. Handles commands and skips empty lines.
+    """Yield the questions typed at a prompt, one per line, until Ctrl-D or a command such as "q" ends it.
+
+    Other commands are carried out here, and empty lines are skipped.
 
     Args:
-        twice: require Ctrl-C twice in a row, because the first may have been meant for an answer.
-        meanwhile: makes the context to enter while waiting for a line.
+        twice: whether Ctrl-C must be pressed twice in a row, because the first press may have been meant to stop an answer.
+        meanwhile: returns a context manager that is active while the prompt waits for a line.
         chat: the conversation that /new and /undo apply to.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C at the prompt.
+                KeyboardInterrupt: the user pressed Ctrl-C at the prompt.
     """
-    with contextlib.suppress(ImportError):  # without readline, lines cannot be edited
+    with contextlib.suppress(ImportError):  # without readline, the user cannot edit lines
         import readline  # editing and history for `input`  # noqa: F401
     warned = False
     while True:
@@ -661,7 +669,7 @@ def _output_on_stderr() -> Iterator[None]:
     kept = os.dup(number)
     os.dup2(sys.stderr.fileno(), number)
     try:
-        with contextlib.redirect_stdout(stdout()):  # `input` uses readline only if it sees stdout
+        with contextlib.redirect_stdout(stdout()):  # `input` uses readline only if `sys.stdout` is the real stdout
             yield
     finally:
         stdout().flush()

@@ -1,4 +1,4 @@
-"""`evoprune batch`: many questions about many videos, with one JSON line each, in a file that a later run can resume."""
+"""`evoprune batch`: answers many questions about many videos. It writes one JSON line per answer, and a later run can resume."""
 
 import os
 import sys
@@ -165,7 +165,7 @@ def batch(
                 if not record.error:
                     sources.check_sizes(record.pruning.after_tower_below or 0)
                 record.batch["files"] = files[record.id]
-                if not file.written:  # keep earlier records until there is a new one to write
+                if not file.written:  # keep the earlier records until there is a new record to write
                     file.begin(again={row.id for row in left})
                 file.add(record)
                 tally.add(record)
@@ -173,16 +173,16 @@ def batch(
 
 
 def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tally"):
-    """Yield the records of rows answered in this process. `ready` is called after the model is loaded.
+    """Answer rows in this process and yield their records. `ready` is called once the model is loaded.
 
-    `tally` gets the progress of encoding and the time spent waiting for reads.
+    `tally` receives encoding progress updates and the time spent waiting for reads.
     """
     from evoprune.session import ReadAhead, describe
 
     show("loading model")
     prepare()
     model = describe(settings.model)
-    first = [] if cache else spans  # cached inputs need not be read
+    first = [] if cache else spans  # with the disk cache, inputs may not have to be read at all
     asked = ((span.rows[0].paths, settings.sampling.with_overrides(**span.sampling)) for span in first)
     with ReadAhead(model, asked, settings.pruning) as ahead:
         from evoprune.batch import answers
@@ -199,7 +199,11 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
 def _rows(
     videos: list[str], questions: list[str], source: str | None, quiet: bool, reader: "RowReader", recursive: bool
 ) -> list["Row"]:
-    """Return all rows."""
+    """Return the rows of --from, or one row for each pair of video and question.
+
+    Raises:
+            UsageError: the options are incomplete or cannot be combined.
+    """
     from evoprune.batch import left_out
 
     if source is None:
@@ -211,7 +215,7 @@ def _rows(
             raise UsageError(
                 "a batch cannot read a video from stdin", "evoprune ask - can; for a file with that name, write ./-"
             )
-        pictures = (reader.start_s, reader.end_s) == (0.0, None)  # a span does not apply to pictures
+        pictures = (reader.start_s, reader.end_s) == (0.0, None)  # --start and --end do not apply to images
         rows = reader.pairs(videos, questions, recursive, pictures)
         if not quiet and not recursive:
             for line in filter(None, (left_out(video, pictures) for video in videos)):
@@ -230,9 +234,11 @@ def _rows(
 
 
 def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool) -> list[str]:
-    """Report missing videos and return them; only their rows will fail. If all are missing, raise VideoError.
+    """Report missing videos, whose rows will fail, and return the names that were reported.
 
-    Also refuses to overwrite a file that is read.
+    Raises:
+        VideoError: all videos are missing.
+        UsageError: the output would overwrite one of the inputs.
     """
     videos = {path: name for row in rows for path, name in zip(row.paths, row.inputs, strict=True)}
     missing = [path for path in videos if not is_url(path) and not os.path.exists(path)]
@@ -255,15 +261,17 @@ def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool
 
 
 class Tally:
-    """Counts records and reports on stderr. As a context manager it ends with a summary, even if the batch is interrupted.
+    """Counts the records of a batch and reports its progress on stderr.
+
+    As a context manager, it prints a summary at the end, even if the batch is interrupted.
 
     Args:
-        total: number of rows, including rows answered by an earlier run.
-        quiet: print only warnings.
-        named: missing videos that were already reported.
+                total: number of rows, including those answered by an earlier run.
+                quiet: whether to print only warnings.
+                named: missing videos that have already been reported.
 
     Attributes:
-        failed: number of failed rows in this run.
+                failed: number of rows that failed in this run.
     """
 
     def __init__(self, total: int, quiet: bool, named: Sequence[str] = ()):
@@ -272,14 +280,16 @@ class Tally:
         self._total = total
         self._reported_missing = frozenset(named)
         self._file: RecordFile | None = None
-        self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # videos by warning name and by path
-        # `_cut_answers` counts answers that -n cut off.
+        self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # videos by warning and path
+        # `_cut_answers` is the number of answers that -n cut off.
         self._last_failure = ""
         self._cut_answers = 0
-        self._waited_s: float | None = None  # time spent waiting for reads; None if unknown, as on a Ray cluster
+        self._waited_s: float | None = (
+            None  # time spent waiting for reads, or None if unknown, for example on a Ray cluster
+        )
 
     def start(self, file: "RecordFile", left: int, show) -> None:
-        """Start counting after the model is loaded. `left` is the number of unanswered rows. `show`: see `terminal.progress`."""
+        """Start counting when the model is loaded. `left` is the number of unanswered rows. See `terminal.progress` for `show`."""
         self._file, self._before, self._show = file, self._total - left, show
         self._started_at = self._reported_at = time.monotonic()
         self._show_rows()
@@ -294,7 +304,7 @@ class Tally:
         self._show("row", self._before + self._file.written, self._total, said)
 
     def wait(self, seconds: float) -> None:
-        """Add time that the model spent waiting for a video to be read."""
+        """Add to the time that the model has spent waiting for videos to be read."""
         self._waited_s = (self._waited_s or 0.0) + seconds
 
     def add(self, record: Report) -> None:
@@ -302,7 +312,7 @@ class Tally:
         self._cut_answers += record.finish_reason == "length"
         for name, video in warned(record):
             if name in ("answer_cut", "thoughts_cut"):
-                continue  # counted regardless of the video
+                continue  # not reported per video: cut answers are counted
             self._warnings.setdefault(name, {}).setdefault(video.path, video)
         if record.error:
             self.failed += 1
@@ -312,7 +322,7 @@ class Tally:
             if not any(path in message for path in inputs):
                 said = f"failed: {listed(inputs)}: {message}"
             if not (self._reported_missing & set(inputs) and message.startswith("no such file")):
-                if said != self._last_failure and not self.quiet:  # all rows of a video fail for the same reason
+                if said != self._last_failure and not self.quiet:  # all rows of a video fail alike
                     tell(said)
                 self._last_failure = said
         self._show_rows()
@@ -368,7 +378,7 @@ class Tally:
 
 
 def pace(count: int, seconds: float) -> str:
-    """Format a rate per second, minute or hour, whichever is the first to reach one."""
+    """Format a rate per second, per minute or per hour, using the shortest of these units in which the rate is at least 1."""
     units = (("a second", 1), ("a minute", 60), ("an hour", 3600))
     unit, length = next((unit for unit in units if count * unit[1] >= seconds), units[-1])
     return f"{count * length / max(seconds, 1e-3):,.3g} {unit}"

@@ -1,6 +1,6 @@
 """Generates the command-line reference from `--help-all`: `python -m evoprune_cli.cli_docs > docs/cli.md`.
 
-It is formatted for 80 columns without color, regardless of the terminal.
+The output is always formatted for 80 columns without color, regardless of the terminal.
 """
 
 import re
@@ -38,7 +38,7 @@ def reference() -> str:
 
 
 def _without(explained: set[str], text: str) -> str:
-    """Shorten help: options explained before are only named, in one line per panel."""
+    """Shorten a help text: options that are already `explained` are listed by name only, on one line per panel."""
     panels = []
     for panel in text.rstrip().split("\n\n"):
         heading, *options = re.split(OPTION, panel)

@@ -1,4 +1,4 @@
-"""`evoprune eval`: accuracy by budget, with its cost, as tables and a chart."""
+"""`evoprune eval`: measures accuracy and cost at each budget, and reports them as tables and a chart."""
 
 import shlex
 import sys
@@ -16,7 +16,7 @@ from evoprune_cli.running import SOME_FAILED, check_chart, check_new_folder, del
 from evoprune_cli.terminal import check_output, note, progress
 
 FORMATS = ("table", "csv")
-# Options allowed with --resume DIR and no --data: results do not depend on them.
+# Options that are allowed with --resume DIR if --data is not given, because results do not depend on them.
 ALLOWED_WITH_RESUME = (
     "--resume", "--processes", "--chart", "--format", "--json", "-q", "--quiet", "--debug", "--device", "--threads", "--offline",
     "--store-quantized",
@@ -140,7 +140,7 @@ def evaluate(
     shown = "json" if json else form
 
     def deliver(error: dict[str, Any] | None = None) -> None:
-        """Write the results so far: first to stdout, then to the folder, then the chart."""
+        """Print the results so far, draw the chart, and write the results to the folder."""
         results = evaluation.results(error)
         document = results.document()
         try:

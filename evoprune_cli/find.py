@@ -1,4 +1,4 @@
-"""`evoprune find`: the moments of videos that match a query."""
+"""`evoprune find`: finds the moments of videos that match a query."""
 
 import os
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SCHEMA = "evoprune/find@1"
 USAGE = 'evoprune find video.mp4 "a red star"'
 FILES = "Files"  # panel title in the full help
-BAR = 20  # characters in the bar of a score of 1
+BAR = 20  # length in characters of the bar for a score of 1
 
 
 @opt.command(
@@ -174,7 +174,7 @@ def find(
 
 
 class SearchOutput:
-    """The output file of a search; must be closed. `left` are the rows that it does not contain yet."""
+    """The output file of a search. It must be closed. `left` contains the rows that are not in the file yet."""
 
     def __init__(self, rows: Sequence["Row"], options: PipelineOptions, path: str, resume: bool, overwrite: bool):
         from evoprune.batch import Sources
@@ -200,11 +200,11 @@ class SearchOutput:
     def add(
         self, row: "Row", moments: list[dict[str, Any]] | None, error: dict[str, Any] | None, commit: str | None
     ) -> None:
-        """Append the line of a video and sync it to disk."""
+        """Append the record of a video to the file and sync it to disk."""
         from evoprune_cli.found import FoundVideo
 
         self._sources.check_revision(commit)
-        if not self._file.written:  # keep earlier records until there is a new one to write
+        if not self._file.written:  # keep the earlier records until there is a new record to write
             self._file.begin(again={row.id for row in self.left})
         about = {"row": row.asked | {"answer": None}, "settings": self._settings, "files": self._files[row.id]}
         self._file.add(FoundVideo(row.id, moments, error, {"revision": commit}, about))
@@ -214,7 +214,7 @@ class SearchOutput:
 
 
 def _report_failure(problem: VideoError, name: str, json: bool) -> dict[str, Any]:
-    """Report a failed video on stderr and as JSON. Returns the error record."""
+    """Report a failed video on stderr and, with `json`, on stdout. Return the error record."""
     print_traceback(problem)
     error = failure(problem)
     if json:
@@ -227,7 +227,7 @@ def _report_failure(problem: VideoError, name: str, json: bool) -> dict[str, Any
 
 
 def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments into videos and queries."""
+    """Split the command-line words into videos and queries. `more` are the queries given with -Q."""
     videos, query = split_words(words)
     queries = more
     if query is not None:
@@ -240,7 +240,9 @@ def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]
 
 
 def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOptions, quiet: bool) -> list["Row"]:
-    """Return a row per video, expanding folders of videos, and report skipped files. Its question has one query per line.
+    """Return one row per video, expanding folders of videos, and report skipped files on stderr.
+
+    Each row's question contains all queries, one per line.
 
     Raises:
         VideoError: a video does not exist.
@@ -271,11 +273,11 @@ def _announce(search: "Search", name: str) -> None:
 
 
 def _deliver(search: "Search", name: str, several: bool, found: list[dict[str, Any]] | None, quiet: bool) -> None:
-    """Print the moments found, and on stderr the warnings and what was not found.
+    """Print the moments that were found. Warnings and queries without a match are reported on stderr.
 
     Args:
-        several: whether there are other videos.
-        found: moments to print as JSON; None prints text.
+        several: whether the search covers other videos, too.
+        found: the moments to print as JSON. None prints the moments as text.
     """
     moments = search.moments()
     others = 0 if several else None
@@ -300,14 +302,14 @@ def _deliver(search: "Search", name: str, several: bool, found: list[dict[str, A
 
 
 def more(search: "Search", query: str) -> str:
-    """Return a note about the moments of a query that `--top` leaves out; empty if there are none."""
+    """Return a note about the moments of a query that `--top` leaves out, or "" if it leaves out none."""
     count = search.more(query)
     verb = "shows" if count == 1 else "show"
     return f"about {counted(count, 'more moment')} {verb} {query!r} (--top)" if count else ""
 
 
 def records(search: "Search", name: str, clips: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the moments as `--json` prints them. `clips` has each moment's file if clips were cut."""
+    """Return the moments in the format of `--json`. `clips` contains the file of each moment, or is empty if no clips were cut."""
     moments = search.moments()
     more = {query: search.more(query) for query in search.queries}
     return [_record(moment, name, clip, more[moment.query]) for moment, clip in zip_longest(moments, clips)]
@@ -329,7 +331,7 @@ def _record(moment: "Moment", name: str, clip: str | None, more: int) -> dict[st
 
 
 def line(moment: "Moment") -> str:
-    """Format a moment as a line: its start, end and best time, and its score with a bar."""
+    """Format a moment as one line with its start, end and best time, its score, and a bar that shows the score."""
     bar = "#" * round(BAR * moment.score)
     times = f"{clock(moment.start_s):>9} - {clock(moment.end_s):<9}  best {clock(moment.best_s):<9}"
     return f"{times}  {moment.score:.3f}  {bar}"

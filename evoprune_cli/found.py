@@ -1,4 +1,4 @@
-"""The output file of `evoprune find`: one line per video with the moments found in it."""
+"""The output file of `evoprune find`. It has one line per video, which lists the moments found in the video."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -13,13 +13,13 @@ SCHEMA = "evoprune/found@1"
 
 @dataclass(frozen=True)
 class SearchSettings(Settings):
-    """The options of a search. Each row has its own time span instead of `start_s` and `end_s`."""
+    """The options of a search, without `start_s` and `end_s`, because each row has its own time span."""
 
     ALWAYS: ClassVar[tuple[str, ...]] = (*Settings.ALWAYS, *(option.name for option in fields(FindOptions)))
 
     @property
     def groups(self) -> tuple[Any, ...]:
-        """The option groups that moments depend on."""
+        """The option groups that affect the moments."""
         return self.model, self.pruning, self.sampling, self.find
 
 
@@ -34,17 +34,18 @@ class MomentsFile(RecordFile):
 class FoundVideo:
     """One line of the output file.
 
-    `moments` are as in `find --json`: best first for each query. None if the video failed, in which case `error` is set.
+    `moments` has the format of `find --json` and lists the best moments of each query first. If the video failed, `moments` is
+    None and `error` describes the failure.
     """
 
     id: str
     moments: list[dict[str, Any]] | None
     error: dict[str, Any] | None
     model: dict[str, Any]  # includes `revision`, the commit of a hub model
-    batch: dict[str, Any]  # `row`, `settings` and `files`, which the moments depend on
+    batch: dict[str, Any]  # `row`, `settings` and `files`: everything that the moments depend on
 
     def to_json(self, ascii_only: bool = False) -> str:
-        """Return the record as one compact line, see `Report.to_json`."""
+        """Return the record as one line of compact JSON. See `Report.to_json`."""
         record = {"schema": SCHEMA} | asdict(self)
         text = json.dumps(rounded(record), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
         return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

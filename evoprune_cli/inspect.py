@@ -1,4 +1,4 @@
-"""`evoprune inspect`: this machine, a model, or a video and how a model would read it. Uses the network only for URLs."""
+"""`evoprune inspect`: describes this machine, a model, or how a model would read a video. Uses the network only for URLs."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -26,7 +26,13 @@ from evoprune_cli.terminal import (
     stdout,
 )
 
-NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # sections whose keys are names, not facts
+NAMES = (
+    "versions",
+    "devices",
+    "decoders",
+    "method_plugins",
+    "environment",
+)  # sections whose keys are proper names, printed unchanged
 ONLY_IF_SET = (
     "folder",
     "download_bytes",
@@ -40,14 +46,14 @@ ONLY_IF_SET = (
     "interlaced",
     "pixel_aspect",
     "other_tracks",
-)  # facts that are only printed if there is something to report
-JSON_ONLY = ("args", "warnings")  # for JSON only; warnings are printed to stderr as sentences
-TITLES = {  # for facts whose names are unclear or too long
+)  # printed only if their values are set
+JSON_ONLY = ("args", "warnings")  # not printed as text: warnings go to stderr as sentences
+TITLES = {  # titles of facts whose names are unclear or too long
     "resized_hw": "frame size",
     "capped": "cut by a limit",
     "demo_scenes_model_folder": "demo scenes folder",
 }
-TITLE = 22  # width of the column before values
+TITLE = 22  # width of the title column
 OVERLAYS = (".png", ".gif", ".mp4")  # file types that `inspect --overlay` can draw
 
 
@@ -100,11 +106,11 @@ def inspect(
     facts = {} if video is None else {"video": {"path": without_password(video)}}
 
     def deliver(error: dict[str, Any] | None = None) -> None:
-        """Print everything found, or on errors everything found so far."""
+        """Print all facts. After an error, print the facts found so far."""
         if json:
             print_document({"schema": "evoprune/inspect@1", **facts, "error": error})
         elif error is None or video is None:
-            # The requested section comes first; for a video, the model comes after it.
+            # The section that the user asked for comes first: the model, or a video's overlay.
             first = "model" if video is None else "overlay"
             for line in lines({name: facts[name] for name in (first, *facts) if name in facts}):
                 print(printable(line, stdout()), file=stdout())
@@ -120,7 +126,7 @@ def inspect(
 
 
 def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool) -> Iterator[dict]:
-    """Yield facts about versions, devices, decoders and caches, and about the model if one is named."""
+    """Yield facts about versions, devices, decoders and caches, followed by facts about the model if one is named."""
     if clear_cache:
         from evoprune.session import Cache
 
@@ -138,7 +144,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
     from evoprune.session import describe, weights_of
     from evoprune_cli.inspection import environment_facts
 
-    # Check the model first, so that a wrong name is reported without 50 lines before it.
+    # Check the model first, so that an error about its name does not follow 50 lines of output.
     weights = weights_of(describe(model, local=True)) if model.model else None
     yield environment_facts(stdout())
     if weights is not None:
@@ -148,7 +154,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
 def _about_video(
     video: str, options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool
 ) -> Iterator[dict]:
-    """Yield the facts about a video, its scan, the model's plan and an overlay, each as soon as it is known."""
+    """Yield facts about a video, its scan, the model's plan and the overlay. Each section is yielded as soon as it is known."""
     if clear_cache:
         raise UsageError("--clear-cache does not apply to a video", "evoprune inspect --clear-cache")
     from evoprune.video import local_file, probe
@@ -193,7 +199,7 @@ def _about_video(
 
 
 def _show_frames(show: Callable[..., None], frames: int, done: int) -> None:
-    """Show the progress of a scan. `frames` is the approximate number of frames, or 0 if unknown."""
+    """Show the progress of a scan: `done` of `frames` frames. `frames` is approximate, and 0 if unknown."""
     if frames:
         show("scanning, frame", min(done, frames), frames)
     else:
@@ -201,7 +207,7 @@ def _show_frames(show: Callable[..., None], frames: int, done: int) -> None:
 
 
 def _draw_overlay(file: str, ending: str, path: str, video: str, options: PipelineOptions) -> dict[str, Any]:
-    """Draw an overlay to a file, and return facts to report."""
+    """Draw an overlay, write it to `file`, and return facts about it."""
     with progress(True) as show:
         prepare()
         from evoprune.bench import TracedVideo
@@ -225,7 +231,7 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
 def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
     """Format nested facts as aligned lines, wrapped to the terminal's width.
 
-    `section`: the section of `NAMES` that the facts are in. Its keys are names, and are printed unchanged.
+    `section` is the section of `NAMES` that contains the facts, or "". Keys inside such a section are printed unchanged.
     """
     output = []
     for key, value in facts.items():
@@ -233,7 +239,7 @@ def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
             name = ""
             title = key
         else:
-            name = key  # decides the format of the value
+            name = key  # selects the format of the value
             title = TITLES.get(key, key.removesuffix("_s").removesuffix("_bytes").replace("_", " "))
         title = " " * indent + title
         if name in JSON_ONLY or (name in ONLY_IF_SET and not value):
@@ -242,11 +248,11 @@ def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
             output += BLOCKS[name](title, value)
         elif isinstance(value, dict) and value and name not in SHOWN:
             if name in ("video", "plan") and facts.get("video", {}).get("container") == "picture":
-                value = {key: fact for key, fact in value.items() if fact is not None}  # a picture has no times
+                value = {key: fact for key, fact in value.items() if fact is not None}  # an image has no times
             output += [title, *lines(value, indent + 2, name if name in NAMES else "")]
         else:
             text = _value(name, value)
-            # Do not break paths and tags.
+            # Other values, such as paths, are not wrapped.
             if isinstance(value, list) or name in SHOWN or section not in ("", "environment"):
                 output += _folded(f"{title + ' ':<{TITLE}}", text, TITLE)
             else:
@@ -278,7 +284,7 @@ def _preset_lines(title: str, presets: dict[str, dict]) -> list[str]:
     return output
 
 
-BLOCKS: dict[str, Callable[[str, Any], list[str]]] = {  # facts that take several lines
+BLOCKS: dict[str, Callable[[str, Any], list[str]]] = {  # formatters of facts that take several lines
     "overlay": _overlay_lines,
     "presets": _preset_lines,
 }
@@ -301,7 +307,7 @@ def _layers(value: dict[str, int]) -> str:
     return f"{counted(value['layers'], 'layer')}, hidden size {value['hidden_size']:,}"
 
 
-SHOWN: dict[str, Callable[[Any], str]] = {  # formats of values by name
+SHOWN: dict[str, Callable[[Any], str]] = {  # formatters of single values
     "grid": lambda grid: " x ".join(map(str, grid)) + " units",
     "resized_hw": lambda hw: f"{hw[1]}x{hw[0]}",
     "timestamps_s": _times,

@@ -1,4 +1,4 @@
-"""Facts that `evoprune inspect` prints about this machine, and about how a model would read a video."""
+"""Collects the facts that `evoprune inspect` prints about this machine and about how a model would read a video."""
 
 import os
 import platform
@@ -30,7 +30,7 @@ def environment_facts(stdout: TextIO) -> dict:
         decoders["decord"] = "works"
     except EvopruneError as problem:
         decoders["decord"] = problem.message
-    demos = {}  # `demo_model`, `demo_model_folder` and so on
+    demos = {}  # keys: `demo_model`, `demo_model_folder` and so on
     for name, demo in DEMOS.items():
         key = f"{name.replace('-', '_')}_model"
         demos[key] = "missing"
@@ -78,9 +78,9 @@ def _version(name: str) -> str | None:
 
 
 def plan_facts(plan: Plan, config: Config) -> dict:
-    """Return how a model would read an input without pruning.
+    """Return facts about how a model would read an input without pruning.
 
-    Includes timestamps, sizes and tokens, and for each preset the number of tokens and the bytes of their KV cache.
+    They include the timestamps, sizes and tokens and, for each preset, the number of tokens and the size of their KV cache.
     """
     plan = plan.full
     n = plan.visual_tokens

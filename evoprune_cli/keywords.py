@@ -1,4 +1,4 @@
-"""Generates the types of options for type checkers: `python -m evoprune_cli.keywords > evoprune/keywords.py`."""
+"""Generates typed dicts of the options for type checkers: `python -m evoprune_cli.keywords > evoprune/keywords.py`."""
 
 import textwrap
 from dataclasses import fields
@@ -10,11 +10,11 @@ from evoprune.signatures import meaning, type_code
 from evoprune.video import SamplingOptions
 
 KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, FindOptions, EvoPrune)
-# For functions that take the options of several classes.
+# Typed dicts for functions that take the options of several classes.
 JOINED = {"LoadKeywords": (ModelOptions, PruneOptions), "ReadAheadKeywords": (ModelOptions, SamplingOptions)}
-# Classes without one of their options, for overloads whose return type depends on this option.
+# For each class, an additional typed dict without one option, for overloads whose return type depends on that option.
 WITHOUT = {GenerationOptions: ("UntypedKeywords", "schema")}
-POSITIONAL = ("model",)  # a separate parameter in functions that load a model
+POSITIONAL = ("model",)  # functions that load a model have a separate parameter for it
 HEAD = '''"""Options of the Python functions, for type checkers and editors only. `help` shows them with their defaults.
 
 Generated from the option classes by `python -m evoprune_cli.keywords > evoprune/keywords.py`; do not edit.
@@ -53,7 +53,7 @@ def _keywords(kind: type) -> str:
 
 
 def _class(name: str, base: str, title: str, kind: type, options: list[str]) -> str:
-    """Return the code of a typed dict with some options of a class. `title` is its docstring line."""
+    """Return the code of a typed dict with the given options of a class. `title` is the docstring as a line of code."""
     lines = [f"class {name}({base}, total=False):", title, ""]
     for field in fields(kind):
         if field.name in POSITIONAL or field.name not in options:

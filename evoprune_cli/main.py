@@ -1,4 +1,4 @@
-"""The `evoprune` command: its subcommands, and their common handling of errors, signals, closed pipes and shell completion."""
+"""The `evoprune` command. Defines the subcommands and handles errors, signals, closed pipes and shell completion for them."""
 
 import contextlib
 import errno
@@ -33,10 +33,10 @@ from evoprune_cli.tune import tune
 from evoprune_cli.verify import verify
 from evoprune_cli.watch import watch
 
-# The base class of parser errors. Some versions of Typer bundle click and others import it, so find the class through Typer's own.
+# The base class of parser errors. Some versions of Typer bundle click and others import it, so find it among Typer's base classes.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-# What users may type instead of a command, and a hint for each.
+# Words that users may type instead of a command, with a hint for each.
 MODELS_HINT = "evoprune inspect -m MODEL shows what a model needs; every command takes -m MODEL"
 COMMAND_HINTS = {
     **dict.fromkeys(("help", "h", "man", "usage"), "evoprune --help, or evoprune COMMAND --help"),
@@ -67,21 +67,21 @@ COMMAND_HINTS = {
     **dict.fromkeys(("completion", "completions"), "evoprune --install-completion"),
 }
 
-# Errors from writing redirected output. Errors from reading files have a filename.
+# Error numbers of failed writes to redirected output. Errors about files that are read also have a filename.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Group(TyperGroup):
-    """All commands. Finding a command imports neither pydantic nor other packages' commands."""
+    """The group of all commands. Looking up a command imports neither pydantic nor the commands of other packages."""
 
     def list_commands(self, ctx):
-        """Return the names of all commands, commands of other packages last."""
+        """Return the names of all commands. Those from other packages come last."""
         return [*super().list_commands(ctx), *(name for name in plugged() if self.get_command(ctx, name) is not None)]
 
     def get_command(self, ctx, cmd_name):
-        """Return a command, or None if there is none.
+        """Return the command with this name, or None if it does not exist.
 
-        If a command of another package cannot be loaded, warn and return None.
+        If a command from another package cannot be loaded, warn and return None.
         """
         command = super().get_command(ctx, cmd_name)
         if command is None and (entry := plugged().get(cmd_name)):
@@ -95,7 +95,7 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx):
-        """Return the options. All are flags, so set their default to False, because Typer would convert None with pydantic."""
+        """Return the options, which are all flags. Set their default to False, because Typer would use pydantic to convert None."""
         params = super().get_params(ctx)
         for param in params:
             param.default = False
@@ -115,21 +115,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Commands of other packages: entry points to functions decorated with `options.command`.
+# The entry point group for commands from other packages: functions decorated with `options.command`.
 
 COMMANDS = "evoprune.commands"
 
 
 @cache
 def plugged() -> dict[str, EntryPoint]:
-    """Return the commands of other packages by name, except those that clash with a command of this package."""
+    """Return the commands from other packages by name, except those with the same name as a command of this package."""
     own = {command.name for command in app.registered_commands}
     return {entry.name: entry for entry in entry_points(group=COMMANDS) if entry.name not in own}
 
 
 @cache
 def plugged_command(entry: EntryPoint) -> Any:
-    """Return a command as Typer builds it, or None with a warning if its package fails."""
+    """Load a command from another package and return it as a Typer command. If loading fails, warn and return None."""
     package = entry.dist.name if entry.dist else entry.value
     try:
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -141,14 +141,14 @@ def plugged_command(entry: EntryPoint) -> Any:
         return None
 
 
-# Shell completion, with Typer's scripts and protocol. On each TAB, the shell's script runs `evoprune` with the line in environment
-# variables, and offers the lines it prints. If there are none, it offers files.
+# Shell completion uses Typer's scripts and protocol. When the user presses TAB, the shell's script runs `evoprune` with the current
+# line in environment variables, and offers the printed lines as completions. If nothing is printed, the shell offers files.
 
 VARIABLE = "_EVOPRUNE_COMPLETE"
 
 
 def _completes() -> bool:
-    """Return True if a completion script is running the program."""
+    """Return True if the program is being run by a shell completion script."""
     return bool(os.environ.get(VARIABLE))
 
 
@@ -174,7 +174,7 @@ def main(
 for command in (ask, batch, find, watch, evaluate, tune, inspect, profile, verify, methods):
     name = {evaluate: "eval"}.get(command, command.__name__)
     app.command(name, cls=Command)(command)
-# For the JSON lines of these commands; the others print a report.
+# JSON schemas of error records, for commands that do not print reports.
 SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "find", "inspect", "methods", "tune", "verify")}
 
 
@@ -183,16 +183,16 @@ def _terminate(*_) -> None:
 
 
 def run() -> None:
-    """Run the command line and exit with a documented code. Tracebacks are shown only with `--debug` or EVOPRUNE_DEBUG=1."""
+    """Run the command line and exit with a documented exit code. Tracebacks are shown only with `--debug` or EVOPRUNE_DEBUG=1."""
     for number in terminal.ENDINGS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as set by `nohup`
+        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` makes a process ignore SIGHUP
             signal.signal(number, _terminate)
-    # Reopen streams that were closed at startup, otherwise the next opened file would take their numbers.
+    # Reopen standard streams that are closed. Otherwise the next opened file would get the descriptor of a standard stream.
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
     if sys.stdout is None:
         sys.stdout = terminal.ClosedOutput()
     if sys.stderr is None:
@@ -203,7 +203,7 @@ def run() -> None:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
             code = _outcome()
-    except KeyboardInterrupt:  # a signal while another exit was being reported
+    except KeyboardInterrupt:  # Ctrl-C arrived while another error was being reported
         code = 130
     except terminal.Terminated:
         code = 143
@@ -213,22 +213,23 @@ def run() -> None:
 
 
 def _signal_again(usual: Callable[..., None], dropped: Any) -> None:
-    """Resend a signal whose exception Python dropped because it arrived while an object or generator was being finalized."""
+    """Resend a signal whose exception Python dropped because an object or generator was being finalized when it arrived."""
     numbers = {KeyboardInterrupt: signal.SIGINT, terminal.Terminated: signal.SIGTERM}
     if dropped.exc_type not in numbers:
         usual(dropped)
         return
     send = signal.raise_signal
-    if os.name == "posix":  # there, this also wakes a waiting main thread
+    if os.name == "posix":  # on POSIX systems, `os.kill` also wakes up a waiting main thread
         send = partial(os.kill, os.getpid())
-    # Later, because here the exception would be dropped, too. On a busy machine this function may take tens of milliseconds.
+    # Send the signal later, because an exception raised inside this hook would be dropped, too. The delay allows for a busy
+    # machine, where this function may take tens of milliseconds.
     again = threading.Timer(0.1, send, [numbers[dropped.exc_type]])
     again.daemon = True
     again.start()
 
 
 def _show_warning(usual: Callable[..., None], message: Warning, category: type[Warning], *where, **more) -> None:
-    """Print this package's own warnings in its own style, and others as usual."""
+    """Print this package's warnings in the style of its other messages. Show all other warnings as usual."""
     if issubclass(category, EvopruneWarning):
         terminal.print_titled("warning:", str(message))
     else:
@@ -236,13 +237,15 @@ def _show_warning(usual: Callable[..., None], message: Warning, category: type[W
 
 
 def _outcome() -> int:
-    """Run the command, report how it ended, and return the exit code."""
+    """Run the command, report any error, and return the exit code."""
     streams = sys.stdout, sys.stderr
     try:
-        # Not standalone, because click would print errors in its own way. Commands return their exit code.
+        # In standalone mode, click would print errors in its own format. Commands return their exit code.
         columns = min(shutil.get_terminal_size().columns, terminal.WIDTH)
         if _completes():
-            os.environ["COLUMNS"] = "1000"  # rich would wrap help text, and fish offers every line as a completion
+            os.environ["COLUMNS"] = (
+                "1000"  # otherwise rich would wrap help texts, and fish would offer every line as a completion
+            )
         try:
             code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
         except typer.Abort as ended:  # raised by Typer for EOFError, and in some versions for Ctrl-C
@@ -250,7 +253,7 @@ def _outcome() -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         code = _discard_output(streams)
-    except SystemExit as ended:  # raised by Typer and rich for a closed pipe, and by Typer after answering a shell
+    except SystemExit as ended:  # raised by Typer and rich if a pipe is closed, and by Typer after shell completion
         code = ended.code if _completes() else _discard_output(streams)
     except typer.Exit as done:
         code = done.exit_code
@@ -263,14 +266,14 @@ def _outcome() -> int:
             code = _report(problem)
         except BrokenPipeError:
             code = _discard_output(streams)
-        except (OSError, UsageError) as unwritten:  # writing the error record failed: a full disk or a closed stdout
+        except (OSError, UsageError) as unwritten:  # the error record could not be written
             unwritten.reported = True
             code = _report(unwritten)
     return code
 
 
 def _discard_output(streams) -> int:
-    """Discard the output buffers after the reader closed the pipe, so that the final flush does not fail. This is not an error."""
+    """Discard buffered output after the reader has closed the pipe, so that the final flush does not fail. Return exit code 0."""
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         with contextlib.suppress(OSError, ValueError):
@@ -282,7 +285,11 @@ def _discard_output(streams) -> int:
 
 
 def _report(problem: Exception) -> int:
-    """Print the two lines of an error, and with `--json` a record unless the command already did. Returns the exit code."""
+    """Print an error and its hint. With `--json`, also print a record unless the command has already done so.
+
+    Returns:
+            The exit code.
+    """
     terminal.print_traceback(problem)
     if isinstance(problem, OSError) and problem.errno in CANNOT_WRITE and problem.filename is None:
         _discard_output([sys.stdout])
@@ -292,13 +299,13 @@ def _report(problem: Exception) -> int:
         text = " ".join(problem.format_message().split()).rstrip(".")
         text = re.sub(r"Input should be a valid (integer|number), unable to parse .*", r"not a valid \1", text)
         text = re.sub(r"^Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", r"unexpected extra words: \1", text)
-        text = re.sub(r"^(No such command '.*')\. Did you mean.*", r"\1", text)  # the hint names the suggestion
+        text = re.sub(r"^(No such command '.*')\. Did you mean.*", r"\1", text)  # the hint contains the suggestion
         problem = UsageError(text, _hint(problem.format_message()))
     error = terminal.failure(problem)
     if "--json" in sys.argv[1:] and not getattr(problem, "reported", False):
         if schema := SCHEMAS.get(_command()):
             terminal.print_document({"schema": schema, "error": error})
-        elif _command() != "profile":  # it has --format json instead
+        elif _command() != "profile":  # `profile` has --format json instead of --json
             from evoprune.report import Report
 
             terminal.print_json(Report(finish_reason="error", error=error))
@@ -307,12 +314,12 @@ def _report(problem: Exception) -> int:
 
 
 def _command() -> str | None:
-    """Return the subcommand that was typed, also after `help`: the first word that is not an option."""
+    """Return the subcommand that the user typed: the first word that is neither an option nor `help`."""
     return next((word for word in sys.argv[1:] if not word.startswith("-") and word != "help"), None)
 
 
 def _hint(text: str) -> str:
-    """Return a hint for a parser error."""
+    """Return a hint for the parser error with this text."""
     dashed = [word for word in sys.argv[2:] if word.startswith("-") and os.path.exists(word)]
     if dashed and "--" not in sys.argv:
         return f"if you mean the file, write ./{dashed[0]}"
@@ -333,7 +340,7 @@ def _hint(text: str) -> str:
 
 
 def _suggestion(typed: str | None, known: Sequence[str]) -> str:
-    """Return a hint for a mistyped command: the command that does it, or one with a similar name; empty if there is none."""
+    """Return a hint for a mistyped command, which names an equivalent or similar command. Return "" if there is none."""
     if typed is None:
         if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]):
             return COMMAND_HINTS["version"]

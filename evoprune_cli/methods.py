@@ -1,4 +1,4 @@
-"""`evoprune methods`: the pruning methods, where each one acts, whether it reads the question, and its source."""
+"""`evoprune methods`: lists the pruning methods, where each one acts, whether it reads the question, and its source."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -52,7 +52,8 @@ def methods(*, json: opt.option(bool, "--json", "Print JSON instead of text.") =
 def _facts(name: str, plugin: str | None) -> dict[str, Any]:
     """Return the facts about a method.
 
-    `plugin`: its package, or also why it cannot be used; the other facts are then unknown.
+    `plugin` names the package of a plug-in method. If the method cannot be used, it also says why, and the other facts are
+    unknown.
     """
     method = None
     if plugin is None or name not in registry.available(plugins=False):

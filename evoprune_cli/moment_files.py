@@ -1,4 +1,4 @@
-"""The files that `evoprune find` writes in addition to its lines: subtitles, chapters, a contact sheet and clips."""
+"""Writes the optional output files of `evoprune find`: subtitles, chapters, a contact sheet and clips."""
 
 import os
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MomentFiles:
-    """Paths of the requested files, None for others."""
+    """The paths of the requested files. The path of a file that was not requested is None."""
 
     srt: str | None
     chapters: str | None
@@ -24,9 +24,9 @@ class MomentFiles:
     exact: bool  # whether clips start and end exactly at the moments' times
 
     def check(self, videos: list[str], output: str | None) -> None:
-        """Check outputs and options before anything is read.
+        """Check the options and the output paths before any video is read.
 
-        `output`: another file that will be written.
+        `output` is another file that will be written.
 
         Raises:
             UsageError: a file cannot be written, or the options do not fit the videos.
@@ -63,10 +63,10 @@ class MomentFiles:
                 raise UsageError(f"{video} is a folder of images, which cannot be cut into clips", "leave out --clips")
 
     def write(self, search: "Search", name: str, quiet: bool) -> list[str]:
-        """Write the files about moments found in a video. Without moments, write nothing.
+        """Write the requested files for the moments found in a video. If there are no moments, write nothing.
 
         Returns:
-            The clip for each moment; empty if no clips were requested.
+            The path of each moment's clip. Empty if no clips were requested.
 
         Raises:
             UsageError: a file cannot be written.

@@ -1,7 +1,7 @@
-"""The options of commands: how they are declared, shown by `--help` and `--help-all`, and completed by the shell.
+"""Declares the options of commands, formats them for `--help` and `--help-all`, and completes them in the shell.
 
-A command is a function with a keyword for each of its own options. The pipeline's options are generated from the dataclasses that
-define them, so a new option is added only there.
+A command is a function with a keyword parameter for each of its own options. Pipeline options are generated from the dataclasses
+that define them, so a new pipeline option has to be added only to its dataclass.
 """
 
 import re
@@ -25,12 +25,12 @@ from evoprune_cli.terminal import only_answers_on_stdout
 
 MakeOptions = Callable[[], PipelineOptions]  # builds options from the command line; raises UsageError
 
-# Shell completion. Typer offers the returned words that start with the typed text; if there are none, the shell offers files. Typer
-# recognizes a completion function's parameters by their types and by the name `incomplete`.
+# Shell completion. Typer offers the returned words that start with the typed text. If there are none, the shell offers files.
+# Typer recognizes the parameters of a completion function by their types and by the name `incomplete`.
 
 
 def one_of(*words: str) -> dict[str, Any]:
-    """Return the metavar and completion of an option with fixed values. Words in capitals are placeholders: FILE, N."""
+    """Return the metavar and completion settings of an option with fixed values. Words in capitals are placeholders (FILE, N)."""
     names = [word.partition("[")[0] for word in words if word[0].islower()]  # "cuda" for "cuda[:N]"
 
     def complete(incomplete: str) -> list[str]:
@@ -42,12 +42,12 @@ def one_of(*words: str) -> dict[str, Any]:
 
 
 def list_of(*names: str) -> dict[str, Any]:
-    """Return the metavar and completion of an option that takes a comma-separated list."""
+    """Return the metavar and completion settings of an option that takes a comma-separated list."""
     return {"metavar": "LIST", "autocompletion": lambda incomplete: _after_commas(incomplete, lambda last: names)}
 
 
 def _after_commas(typed: str, complete: Callable[[str], Iterable[str]]) -> list[str]:
-    """Complete the last name of a comma-separated list, without offering names that the list already has."""
+    """Complete the last name of a comma-separated list. Names that are already in the list are not offered again."""
     before = typed[: typed.rfind(",") + 1]
     return [before + name for name in complete(typed[len(before) :]) if name not in before.split(",")]
 
@@ -57,7 +57,7 @@ def _methods(typed: str) -> list[str]:
 
 
 def _budget_lists(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete a list of budgets: any budget for `eval`, only numeric ones for other commands."""
+    """Complete a list of budgets. `eval` accepts every budget; other commands do not accept the automatic ones."""
     budgets = ALL_BUDGETS if context.info_name == "eval" else Budget.PRESETS
     return _after_commas(incomplete, lambda last: budgets)
 
@@ -65,7 +65,7 @@ def _budget_lists(context: typer.Context, incomplete: str) -> list[str]:
 ALL_BUDGETS = (*Budget.PRESETS, *Budget.AUTOS)
 BUDGETS = {"metavar": "LIST", "autocompletion": _budget_lists}
 METHODS = {"metavar": "LIST", "autocompletion": lambda incomplete: _after_commas(incomplete, _methods)}
-COMPLETED = {  # pipeline options whose values are not literals of a field
+COMPLETED = {  # settings of pipeline options whose values cannot be derived from the field's type
     "model": {"metavar": "ID|DIR|demo", "autocompletion": lambda incomplete: [*DEMOS]},
     "budget": {"metavar": "SHARE|PRESET|auto", "autocompletion": lambda incomplete: [*ALL_BUDGETS]},
     "method": {"metavar": "NAME", "autocompletion": _methods},
@@ -75,7 +75,7 @@ COMPLETED = {  # pipeline options whose values are not literals of a field
 
 
 def option(declared: Any, names: str, text: str, panel: str | None = None, **settings: Any) -> Any:
-    """Return the annotation of an option. `names` is like "-o --output FILE". `panel` is its section in the full help."""
+    """Return the annotation of an option. `names` looks like "-o --output FILE". `panel` is its section in the full help."""
     *flags, last = names.split()
     if last.startswith("-"):
         flags.append(last)
@@ -94,13 +94,14 @@ def command(
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Decorate a command, and add the options `--debug` and `--help-all`.
 
-    The function's parameter `options`, a `MakeOptions`, is replaced by an option for each field of `groups`. The command calls it
-    itself, so that invalid values are reported like its other errors. Fields that are not offered keep their defaults.
+    The function's parameter `options` is replaced by one command-line option for each field of `groups`. The function receives a
+    `MakeOptions` and calls it, so that invalid values are reported like its other errors. Fields that are not offered as options
+    keep their defaults.
 
     Args:
-        short: names of the parameters in the short help.
-        without: names of fields that are not offered.
-        changed: overrides for the `Option` of a field, by field name.
+            short: names of the parameters that the short help lists.
+            without: names of fields that are not offered as options.
+            changed: overrides for a field's `Option`, by field name.
     """
     offered = {each.name: (group.PANEL, each) for group in groups for each in fields(group) if each.name not in without}
     declared = {name: replace(each.metadata[OPTION], **changed.get(name, {})) for name, (_, each) in offered.items()}
@@ -110,7 +111,9 @@ def command(
         @wraps(function)
         def run(debug: bool, help_all: bool, **given: Any) -> int:
             if groups:
-                resumed = given.get("resume") and given.get("data", "") is None  # its settings name the model
+                resumed = (
+                    given.get("resume") and given.get("data", "") is None
+                )  # the settings of the resumed run name the model
                 typed = {name: given.pop(name) for name in declared}
                 given["options"] = partial(_build_options, declared, typed, check_model=not resumed)
             return function(**given)
@@ -130,12 +133,12 @@ def command(
 
 
 def _flags(name: str, declared: Option) -> str:
-    """Return the flags of a field, the long form last."""
+    """Return the flags of a field. The long form comes last."""
     return " ".join(declared.flags) or f"--{name.replace('_', '-')}"
 
 
 def _parameter(panel: str, field: Any, declared: Option) -> Parameter:
-    """Return a pipeline option as a command parameter for Typer."""
+    """Return the command parameter that Typer needs for a pipeline option."""
     default = field.default if declared.unless_typed is None else declared.unless_typed
     kind = declared.typed
     if kind is None:
@@ -163,7 +166,8 @@ def _build_options(declared: dict[str, Option], typed: dict[str, Any], *, check_
     """Build options from the command line.
 
     Raises:
-        ModelError: with `check_model`, if the model is neither a folder nor a hub ID.
+                UsageError: a value is invalid.
+                ModelError: `check_model` is True, and the model is neither a folder nor a hub ID.
     """
     try:
         parsed = {name: declared[name].parse(value) for name, value in typed.items() if declared[name].parse}
@@ -171,13 +175,13 @@ def _build_options(declared: dict[str, Option], typed: dict[str, Any], *, check_
     except UsageError as problem:
         problem.message = _as_typed(problem.message, declared)
         raise
-    if check_model and options.model.model:  # `inspect` needs no model
-        options.model.local_folder()  # before imports that take seconds
+    if check_model and options.model.model:  # empty if `inspect` describes only this machine or a video
+        options.model.local_folder()  # check the model before the imports, which take seconds
     return options
 
 
 def _as_typed(message: str, declared: dict[str, Option]) -> str:
-    """Replace the Python names of options in an error message by their flags."""
+    """Replace the Python names of options in an error message with their command-line flags."""
 
     def typed(found: re.Match) -> str:
         name = found[0]
@@ -244,10 +248,10 @@ Cache = option(
 
 
 def listed(texts: Sequence[str] | None) -> list[str]:
-    """Return a list that was given with commas or by repeating the option.
+    """Return the values of a list option, which may be separated by commas or given by repeating the option.
 
     Raises:
-        UsageError: the option was given, but is empty.
+                UsageError: the option was given without any value.
     """
     parts = [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
     if texts and not parts:
@@ -256,9 +260,9 @@ def listed(texts: Sequence[str] | None) -> list[str]:
 
 
 def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = False) -> dict:
-    """Return the `budgets` and `methods` to sweep in `profile` and `eval`, without duplicates.
+    """Return the `budgets` and `methods` that `profile` or `eval` sweeps, without duplicates.
 
-    `named`: whether the budgets "auto" and "auto:inflection" are allowed.
+    `named` allows the budgets "auto" and "auto:inflection".
 
     Raises:
         UsageError: a budget is invalid, or a method does not exist.
@@ -270,10 +274,10 @@ def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = F
     return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted}
 
 
-# How options are shown: as plain text, which can be piped and does not cut off option names on a narrow terminal. `--help` lists
-# the most common options on one screen; `--help-all` lists all, by panel.
+# Help is plain text, so that it can be piped and a narrow terminal does not cut off option names. `--help` lists the most common
+# options on one screen. `--help-all` lists all options, grouped by panel.
 
-COMPLETION_WIDTH = 60  # characters of help that shells show next to an option
+COMPLETION_WIDTH = 60  # maximum length of the help text that shells show next to an option
 EVERYTHING = "evoprune.help_all"  # key in the `meta` of a context whose help lists all options
 
 
@@ -288,7 +292,7 @@ def _print_full_help(context: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
-# The last options of every command. They are read by `terminal.print_traceback` and a callback, not by the command.
+# Every command ends with these options. They are handled by `terminal.print_traceback` and by a callback, not by the command.
 COMMON_PARAMETERS = [
     Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
     for name, annotation in {
@@ -302,21 +306,21 @@ class Command(TyperCommand):
     """A command with a short and a full help."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
-        """Parse the arguments, except for shell completion and documents.
+        """Parse the arguments, unless the command is only needed for shell completion or for generating the documentation.
 
-        These need only names, and parsing values would make Typer import pydantic.
+        These need only the names of the options, and parsing values would make Typer import pydantic.
         """
         if ctx.resilient_parsing:
             return []
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
-        """Run the command with stdout reserved for its answers."""
+        """Run the command while stdout is reserved for its answers."""
         with only_answers_on_stdout():
             return super().invoke(ctx)
 
     def format_options(self, ctx, formatter) -> None:
-        """Write all options by panel for the full help, or the common ones as one list."""
+        """Write the options: all of them grouped by panel for the full help, otherwise the common ones as one list."""
         everything = ctx.meta.get(EVERYTHING)
         sections = {"Arguments": [], "Options": []}
         for param in self.get_params(ctx):
@@ -325,9 +329,11 @@ class Command(TyperCommand):
                 if param.name not in (*self.callback.short, "help"):
                     continue
                 param = copy(param)
-                param.help = re.sub(r"(\.) .*", r"\1", param.help or "", flags=re.DOTALL)  # its first sentence
+                param.help = re.sub(
+                    r"(\.) .*", r"\1", param.help or "", flags=re.DOTALL
+                )  # keep only the first sentence
             if record := param.get_help_record(ctx):
-                # Replace Python type names by placeholders; drop them for arguments.
+                # Replace the Python type names of options with placeholders. Drop those of arguments.
                 name = re.sub(r"^([^-\s]\S*) <.*>$", r"\1", record[0])
                 name = name.replace("<str>", "TEXT").replace("<int>", "N").replace("<float>", "N")
                 panel = "Arguments"
@@ -337,10 +343,10 @@ class Command(TyperCommand):
         for title, rows in sections.items():
             if rows:
                 with formatter.section(title):
-                    formatter.write_dl(rows, col_max=formatter.width // 3)  # longer names get a line of their own
+                    formatter.write_dl(rows, col_max=formatter.width // 3)  # longer names get a separate line
 
     def shell_complete(self, ctx, incomplete: str) -> list:
-        """Return option names for the shell, each with the beginning of its help text."""
+        """Return completions for the shell, each with the beginning of its help text."""
         items = super().shell_complete(ctx, incomplete)
         for item in items:
             item.help = textwrap.shorten(item.help or "", COMPLETION_WIDTH, placeholder="...")

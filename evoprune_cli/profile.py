@@ -1,4 +1,4 @@
-"""`evoprune profile`: latency, counts and memory, compared with plain Hugging Face and the bound for pruning after the encoder."""
+"""`evoprune profile`: measures latency, counts and memory, and compares them with plain transformers and with a bound."""
 
 import re
 import time
@@ -18,13 +18,16 @@ from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepa
 from evoprune_cli.terminal import WIDTH, check_output, note, page_width, progress
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
-UNITS = (28, 32)  # unit sides of the models, in pixels
-SIZE = (224, 336)  # height and width of a frame with the first unit side; scaled to as many units with the other
+UNITS = (28, 32)  # side lengths of a unit in the supported models, in pixels
+SIZE = (
+    224,
+    336,
+)  # default height and width of a frame for units of 28 pixels; scaled to the same number of units for 32
 PICTURES = ((1344, 1344), (2688, 2688))  # 2,304 and 9,216 visual tokens
 FORMATS = ("table", "md", "csv", "json")
-NOTED_S = 2.0  # runs expected to take longer are announced
+NOTED_S = 2.0  # if a run is expected to take longer, its duration is announced
 ROUNDS = "Rounds"  # a panel title
-WORDS = {field.name: words_of(field.type) for field in fields(ModelOptions)}  # values of options
+WORDS = {field.name: words_of(field.type) for field in fields(ModelOptions)}  # the allowed values of each model option
 
 
 @opt.command(
@@ -151,7 +154,7 @@ def profile(
     results = None
 
     def deliver(error: dict[str, Any] | None = None) -> None:
-        """Print or write the results and the chart. After an interruption, they cover the finished rounds."""
+        """Print or write the results and the chart. After an interruption, they cover only the finished rounds."""
         if error is not None:
             results.interrupted = error["type"] in ("interrupted", "terminated")
         try:
@@ -191,7 +194,7 @@ def profile(
 
 
 def _write_or_print(path: str, text: str) -> None:
-    """Write results to a file. If this fails, print them, because they took minutes to measure, and raise the UsageError."""
+    """Write results to a file. If this fails, print them before raising UsageError, because they took minutes to measure."""
     try:
         write_bytes(path, text.encode())
     except UsageError:
@@ -203,7 +206,7 @@ def _write_or_print(path: str, text: str) -> None:
 def _inputs(
     video: str | None, counts: list[int], sizes: list[tuple[int, int]], offline: bool
 ) -> Iterator[tuple[list[Case], Video | None]]:
-    """Provide the cases to measure, and the video to take frames from, or None for synthetic clips."""
+    """Yield the cases to measure, together with the video that provides the frames, or None for synthetic clips."""
     if video is None:
         yield [Case(count, *size) for count in counts for size in sizes or [SIZE]], None
         return
@@ -219,8 +222,8 @@ def _inputs(
         for count in counts:
             Plan.of(
                 info, InputLimits(), SamplingOptions(frames=count)
-            )  # raises an error if the video does not allow this count
-        # Keep the video's shape, with at most as many pixels as synthetic clips have.
+            )  # raises an error if the video does not have enough frames
+        # Keep the video's aspect ratio, with at most as many pixels as a synthetic clip.
         sizes = sizes or [
             InputLimits(min_pixels=28 * 28, max_pixels=SIZE[0] * SIZE[1]).resized(info.height, info.width)
         ]
@@ -228,14 +231,14 @@ def _inputs(
 
 
 def _frames(texts: list[str]) -> list[int]:
-    """Parse numbers of frames, rounded up to even numbers, without duplicates."""
+    """Parse frame counts and round odd ones up to even numbers. Duplicates are removed."""
     if wrong := [text for text in texts if not re.fullmatch("[0-9]{1,9}", text) or not int(text)]:
         raise UsageError(f"--frames {wrong[0]!r} is not a number of frames", "for example --frames 8,32")
     return list(dict.fromkeys(int(text) + int(text) % 2 for text in texts or ["8"]))
 
 
 def _sizes(texts: list[str]) -> list[tuple[int, int]]:
-    """Parse pairs (height, width) in pixels, without duplicates."""
+    """Parse frame sizes into pairs (height, width) in pixels. Duplicates are removed."""
     example = "for example --size 224x336"
     sizes = {}
     for text in texts:

@@ -1,6 +1,6 @@
-"""Shared by commands: loading libraries and models, checking outputs, and delivering results to stdout and files.
+"""Functions that several commands share: they load models, check output paths, and deliver results to stdout and files.
 
-Results are delivered at the end, or as far as they are known when a run is interrupted.
+Results are delivered at the end of a run. If the run is interrupted, the results so far are delivered.
 """
 
 import os
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from evoprune.session import ModelDescription, Session
 
 SOME_FAILED = 6  # an exit code
-# Bytes that importing torch and this package takes. No model answers in less.
+# Memory in bytes that importing torch and this package takes. No model can run with less.
 LIBRARIES = 2**28
 LARGE_MODEL = 2**30  # bytes of weights
-GREEDY = 1e-3  # lower temperatures have no visible effect
-# How files written by evoprune begin, by kind. Only the beginning is reliable: the same words elsewhere in a file prove nothing.
+GREEDY = 1e-3  # temperatures below this have no visible effect
+# How each kind of file written by evoprune begins. Only the beginning identifies a file, because the same words may also appear
+# elsewhere in a file that evoprune did not write.
 HEADS = re.compile(
     b"|".join(
         [
@@ -48,13 +49,15 @@ MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # the co
 
 
 def prepare() -> None:
-    """Prepare for importing torch.
+    """Check that there is enough memory to import torch, and set up memory reuse.
 
     Raises:
-        OutOfMemory: there is not enough memory even for the libraries.
+                OutOfMemory: even the libraries do not fit into memory.
     """
     available = Host().available_memory()
-    if available is not None and available < LIBRARIES:  # the system would kill this process without a message
+    if (
+        available is not None and available < LIBRARIES
+    ):  # the operating system would kill this process without a message
         figures = f"{max(0, available) >> 20} MiB are available, but the libraries alone need {LIBRARIES >> 20}"
         hint = "close other programs, or give the container more memory"
         raise OutOfMemory(f"too little memory: {figures}", hint, stage="load")
@@ -69,12 +72,12 @@ def load(
     streams: bool = False,
     model: "ModelDescription | None" = None,
 ) -> "Session":
-    """Load the model for `ask`, `watch` and other commands that answer.
+    """Load the model for `ask`, `watch` and the other commands that answer questions.
 
     Args:
-        show: from `terminal.progress`.
+        show: the function that `terminal.progress` yields.
         streams: see `Session.load`.
-        model: the model's description, if known already.
+        model: the model's description if it is already known.
     """
     prepare()
     from evoprune.session import Session
@@ -87,7 +90,7 @@ def load(
 
 
 def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> None:
-    """Tell on stderr which settings of the model's files are ignored, and how the model would run faster."""
+    """Report on stderr if sampling settings from the model's files are ignored, or if quantization would make the model faster."""
     if quiet:
         return
     loaded = session.loaded
@@ -103,16 +106,16 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
     if usual and loaded.weights_bytes >= LARGE_MODEL:
         from evoprune.backend import Quantization
 
-        if "int8" in Quantization.kinds(loaded.model.device):  # a CPU that has 8-bit matrix products, but none in bf16
+        if "int8" in Quantization.kinds(loaded.model.device):  # a CPU that supports 8-bit matrix products but not bf16
             gain = "about twice as fast and needs a third of the memory, but is less exact"
             tell(f"note: fp32 on this CPU; --quantize int8 is {gain}")
 
 
 def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
-    """Check the path of an SVG chart, see `check_writable`.
+    """Check the path of an SVG chart before anything is measured. For the arguments, see `check_writable`.
 
     Raises:
-        UsageError: also if matplotlib, which draws charts, is not installed.
+        UsageError: the file cannot be written, its name does not end in .svg, or matplotlib is not installed.
     """
     if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
         raise UsageError(f"--chart {path}: charts are SVG files", "use a name that ends in .svg")
@@ -125,11 +128,11 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
     """Check that an output file can be written, before anything is measured.
 
     Args:
-        beside: a folder that will be created later, with its parents.
-        inputs: files and folders that are read; empty names are ignored.
+                beside: a folder that will be created later, along with its parents. The file may be in any of these folders.
+                inputs: the files and folders that are read. Empty names are ignored.
 
-    Raises:
-        UsageError: the file cannot be written, exists but was not written by evoprune, or it or its folder is an input.
+            Raises:
+                UsageError: the file cannot be written, exists but was not written by evoprune, or is an input or inside one.
     """
     if path is None:
         return
@@ -153,10 +156,10 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
 
 
 def check_new_folder(path: str) -> None:
-    """Check that a folder can be created, before anything is measured. A number may be appended to its name.
+    """Check that a folder can be created, before anything is measured. If the folder exists, its name will get a number.
 
     Raises:
-        UsageError: it cannot be created.
+        UsageError: the folder cannot be created.
     """
     if Path(path).name in ("", ".."):
         raise UsageError(f"-o {path!r} does not name a new folder", "name a folder to create, for example runs/a")
@@ -166,7 +169,7 @@ def check_new_folder(path: str) -> None:
 
 
 def is_one_of(path: str, files: Iterable[str]) -> bool:
-    """Return True if a path is one of these files, even under another name."""
+    """Return True if a path refers to one of these files, even if through a link or a different name."""
     real = os.path.realpath(path)
     there = os.path.exists(path)
     return any(
@@ -176,7 +179,7 @@ def is_one_of(path: str, files: Iterable[str]) -> bool:
 
 
 def _may_replace(path: str) -> bool:
-    """Return True if a file is missing, empty, already open, a device or pipe, or was written by evoprune."""
+    """Return True if a path may be overwritten: it is missing, empty, an open descriptor, a device or pipe, or evoprune's file."""
     if path.startswith(OPEN_FILES):
         return True
     try:
@@ -194,7 +197,7 @@ def _may_replace(path: str) -> bool:
 
 
 def print_text(text: str) -> None:
-    """Print to stdout, escaping characters outside its encoding."""
+    """Print text to stdout. Characters outside the encoding of stdout are escaped."""
     stream = stdout()
     try:
         text.encode(stream.encoding or "ascii")
@@ -204,7 +207,7 @@ def print_text(text: str) -> None:
 
 
 def write_bytes(path: str, content: bytes) -> None:
-    """Write a file. If there is no room for the new content, the old content is kept.
+    """Write a file. If the disk has no room for the new content, the old content is kept.
 
     Raises:
         UsageError: the file cannot be written.
@@ -224,19 +227,19 @@ def write_bytes(path: str, content: bytes) -> None:
 
 @contextmanager
 def rescuing(ready: Callable[[], bool], deliver: Callable[[dict[str, Any]], Any]) -> Iterator[None]:
-    """If the block is interrupted or fails while results are ready, call `deliver` with the error's record."""
+    """If the block fails or is interrupted when results are ready, call `deliver` with the error record and raise the exception."""
     try:
         yield
     except BaseException as problem:
         if ready() and not isinstance(problem, BrokenPipeError | SystemExit):
-            with suppress(UsageError, OSError):  # report only the original problem
+            with suppress(UsageError, OSError):  # report only the original exception
                 deliver(failure(problem))
             problem.reported = True
         raise
 
 
 def deliver_results(results: "Results", form: str, output: str | None = None, chart: str | None = None) -> None:
-    """Print results as "table", "json" or "csv". Then write the JSON file and the chart, even if printing fails."""
+    """Print results in a format: "table", "json" or "csv". Then write the JSON file and the chart, even if printing fails."""
     try:
         print_text(results.text(form, page_width()))
     finally:

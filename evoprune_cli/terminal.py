@@ -1,4 +1,4 @@
-"""Terminal output: errors, warnings, notes and progress on stderr, answers and JSON on stdout. Colors only on a terminal."""
+"""Prints errors, warnings, notes and progress to stderr, and answers and JSON to stdout. Colors are used only on a terminal."""
 
 import io
 import json
@@ -18,11 +18,11 @@ from evoprune.errors import UsageError, error_record
 from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, warning_text, warning_title
 from evoprune.util import clock, counted, harmless, one_line, roughly, size
 
-LEAST_S = 1.0  # minimum time of counting before a progress line estimates the time left
+LEAST_S = 1.0  # time after which a progress line first estimates the time left
 COLORS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
-# Environment variables and their options.
+# Options that can be set by an environment variable.
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
-GLUE = "\0"  # for a space where a line must not break; it occurs in no printable text
+GLUE = "\0"  # stands for a space at which a line must not break; printable text does not contain it
 
 _stdout: TextIO | None = None  # the real stdout while `sys.stdout` is stderr
 
@@ -32,7 +32,7 @@ ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 
 
 class Terminated(BaseException):
-    """Raised for one of `ENDINGS`, so that finished results are printed and files are closed."""
+    """Raised when one of the signals in `ENDINGS` arrives, so that finished results are printed and files are closed."""
 
 
 def stdout() -> TextIO:
@@ -42,7 +42,7 @@ def stdout() -> TextIO:
 
 @contextmanager
 def only_answers_on_stdout() -> Iterator[None]:
-    """Redirect output of plug-ins and libraries to stderr. Answers go to `stdout()`."""
+    """Redirect `sys.stdout` to stderr, so that output of plug-ins and libraries does not mix with answers, which use `stdout()`."""
     global _stdout
     _stdout = sys.stdout
     sys.stdout = sys.stderr
@@ -66,7 +66,7 @@ def page_width() -> int:
 
 
 def width_of(terminal) -> int:
-    """Return the width of a terminal from COLUMNS or the terminal itself; 80 if neither is known."""
+    """Return the width of a terminal in columns, from COLUMNS or from the terminal. If neither is known, return 80."""
     stated = os.environ.get("COLUMNS", "")
     if stated.isdecimal():
         return int(stated) or WIDTH
@@ -77,19 +77,19 @@ def width_of(terminal) -> int:
 
 
 def paint(text: str, code: str) -> str:
-    """Color a text if stderr is a terminal with colors enabled (https://no-color.org)."""
+    """Color a string if stderr is a terminal with colors enabled (https://no-color.org). `code` is an ANSI color code."""
     if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\x1b[{code}m{text}\x1b[0m"
 
 
 class ClosedOutput(io.StringIO):
-    """A replacement for a stdout that was closed at startup. Writing to it is an error."""
+    """Replaces a stdout that was closed when the process started. Writing to it raises UsageError."""
 
     def write(self, text: str) -> int:
         """Raise UsageError."""
         problem = UsageError("cannot write the output: stdout is closed", "redirect it, for example: > answers.txt")
-        problem.reported = True  # no record of it can be printed
+        problem.reported = True  # no error record can be printed
         raise problem
 
     def fileno(self) -> int:
@@ -98,14 +98,14 @@ class ClosedOutput(io.StringIO):
 
 
 def check_output() -> None:
-    """Raise UsageError, before anything is computed, if stdout is closed."""
+    """Raise UsageError if stdout is closed. Commands call this before they compute anything."""
     stdout().write("")
 
 
 def encodable(text: str, stream=None) -> str:
-    """Return the text as a stream (default: stderr) can print it. Characters outside its encoding are escaped.
+    """Escape the characters of a string that a stream (default: stderr) cannot encode.
 
-    On a terminal, control characters are escaped as well, because answers and filenames are untrusted.
+    If the stream is a terminal, control characters are escaped as well, because answers and filenames are untrusted.
     """
     stream = stream or sys.stderr
     if stream.isatty():
@@ -115,12 +115,12 @@ def encodable(text: str, stream=None) -> str:
 
 
 def printable(text: str, stream=None) -> str:
-    """Return a text as one line without control characters, within the stream's encoding."""
+    """Return a string as one line without control characters, and escape the characters that the stream cannot encode."""
     return encodable(one_line(text), stream)
 
 
 def note(text: str = "", end: str = "\n") -> None:
-    """Print a line to stderr. If this fails, for example because the reader is gone, all further lines are dropped."""
+    """Print a line to stderr. If this fails, for example because the reader has exited, drop this line and all later ones."""
     try:
         print(text, end=end, file=sys.stderr, flush=True)
     except OSError:
@@ -128,7 +128,7 @@ def note(text: str = "", end: str = "\n") -> None:
 
 
 def print_json(report: Report) -> None:
-    """Print a report as one line on stdout, in plain ASCII if stdout is not UTF-8 or the text is not valid Unicode."""
+    """Print a report to stdout as one line of JSON. If stdout is not UTF-8 or the text is not valid Unicode, print only ASCII."""
     text = report.to_json()
     stream = stdout()
     try:
@@ -141,15 +141,15 @@ def print_json(report: Report) -> None:
 
 
 def print_document(document: dict[str, Any]) -> None:
-    """Print results as one line of plain ASCII on stdout."""
+    """Print results to stdout as one line of ASCII-only JSON."""
     write_whole(f"{json_line(document)}\n")
 
 
 def write_whole(text: str) -> None:
-    """Write text to stdout. If the disk is full, a file contains either all of the text or nothing.
+    """Write text to stdout. If stdout is a file and the disk is full, nothing is written.
 
-    Uses a single write where possible, so that lines of processes that share a file are not mixed. Bypasses the stream's buffer,
-    which would keep unwritten text and write it later.
+    A single write is used if possible, so that lines from several processes do not mix in a shared file. The stream's buffer is
+    bypassed, because it would keep unwritten text and write it later.
 
     Raises:
         OSError: the text cannot be written.
@@ -158,7 +158,7 @@ def write_whole(text: str) -> None:
     stream.flush()
     try:
         number = stream.fileno()
-    except io.UnsupportedOperation:  # not a system file, such as in a host program
+    except io.UnsupportedOperation:  # stdout has no file descriptor, for example inside a host program
         stream.write(text)
         stream.flush()
         return
@@ -174,7 +174,7 @@ def write_whole(text: str) -> None:
 
 
 def _take_back(number: int, size: int) -> None:
-    """Truncate an open file to its earlier size, unless another process has appended a whole line since."""
+    """Truncate an open file to its earlier size, unless another process has appended a complete line in the meantime."""
     with suppress(OSError), open(f"/dev/fd/{number}", "rb") as file:
         file.seek(size)
         if b"\n" not in file.read():
@@ -187,9 +187,9 @@ def json_line(document: dict[str, Any]) -> str:
 
 
 def failure(problem: BaseException) -> dict:
-    """Return an error record (see `errors.error_record`) for anything that can end a command, including signals.
+    """Return an error record for an exception that ends a command, including Ctrl-C and signals. See `errors.error_record`.
 
-    If the message quotes a value from an environment variable, the hint names the variable.
+    If the error message quotes a value that comes from an environment variable, the hint names the variable.
     """
     for ending, code, name in ((KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")):
         if isinstance(problem, ending):
@@ -204,26 +204,29 @@ def failure(problem: BaseException) -> dict:
 
 
 def print_traceback(problem: BaseException) -> None:
-    """Print the traceback if tracebacks are enabled."""
+    """Print the traceback of an exception if `--debug` or EVOPRUNE_DEBUG enables tracebacks."""
     if "--debug" in sys.argv[1:] or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0"):
         traceback.print_exception(problem)
 
 
 def print_error(message: str, hint: str | None) -> None:
-    """Print the two lines of an error."""
+    """Print an error message and, if there is one, its hint."""
     print_titled("error:", message)
     if hint:
         print_titled("hint:", hint)
 
 
 def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None:
-    """Print a warning about a video. In a batch, `more` is the number of other videos it applies to, and the path is included."""
+    """Print a warning about a video.
+
+    In a batch, the warning includes the video's path, and `more` is the number of other videos with the same warning.
+    """
     template = WARNINGS.get(name, name)
     if more is None:
         text = warning_text(name, video)
     elif more == 0:
         text = warning_text(name, video, video.path)
-        if text == template:  # a warning that does not name the video
+        if text == template:  # the warning does not name the video
             text += f" ({video.path})"
     else:
         text = warning_text(name, video, video.path, f"its answers about {more + 1:,} videos are")
@@ -235,7 +238,7 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
 
 
 def tell(text: str) -> None:
-    """Print a sentence to stderr, wrapped to the terminal's width."""
+    """Print a sentence to stderr. On a terminal, it is wrapped to the terminal's width."""
     for line in _folded(printable(text), 2):
         note(paint(line, "2"))
 
@@ -243,7 +246,7 @@ def tell(text: str) -> None:
 def print_titled(title: str, text: str) -> None:
     """Print a titled line to stderr. `title` is a key of `COLORS`.
 
-    Arguments of the command line are not broken even if they contain spaces, because most are paths.
+    Lines are not broken inside command-line arguments, even at spaces, because most arguments with spaces are paths.
     """
     text = printable(text)
     for word in sys.argv[1:]:
@@ -255,7 +258,7 @@ def print_titled(title: str, text: str) -> None:
 
 
 def _folded(text: str, indent: int) -> list[str]:
-    """Wrap a text at spaces if stderr is a terminal, indenting later lines. Otherwise keep it on one line, for programs."""
+    """If stderr is a terminal, wrap text at spaces and indent all lines but the first. Otherwise return one line, for programs."""
     if not sys.stderr.isatty():
         return [text]
     settings = {"subsequent_indent": " " * indent, "break_on_hyphens": False, "break_long_words": False}
@@ -263,7 +266,7 @@ def _folded(text: str, indent: int) -> list[str]:
 
 
 def print_stream(pieces: Iterable[str]) -> None:
-    """Print an answer as it is generated, with a final newline even if interrupted."""
+    """Print an answer while it is generated. A newline is printed at the end even if the answer is interrupted."""
     stream = stdout()
     try:
         for piece in pieces:
@@ -273,7 +276,7 @@ def print_stream(pieces: Iterable[str]) -> None:
 
 
 def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
-    """Return a callback for `VideoQA.encode` that shows progress: frames read, then after all are read, frames encoded."""
+    """Return a progress callback for `VideoQA.encode`. It shows the frames read until all are read, and then the frames encoded."""
     named = {
         "read": "reading, frame",
         "encode": "encoding, frame",
@@ -296,7 +299,7 @@ def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int],
 
 
 class Line:
-    """A progress line: the current step with its count, the elapsed time, and an estimate of the time left."""
+    """A progress line that shows the current step with its count, the elapsed time, and an estimate of the time left."""
 
     def __init__(self, what: str, now: Callable[[], float] = time.monotonic):
         self._now = now
@@ -306,14 +309,14 @@ class Line:
         self.show(what)
 
     def show(self, what: str, done: int = 0, total: int = 0, detail: str = "") -> None:
-        """Set the current step: `done` of `total` items (0 if not countable), and a detail that changes often."""
+        """Set the current step. `done` of `total` items are finished (0 if unknown). `detail` is text that changes often."""
         self._at = self._now()
         if (what, total) != (self._what, self._total) or not total:
             self._first, self._first_at = done, self._at
         self._what, self._done, self._total, self._detail = what, done, total, detail
 
     def text(self, width: int) -> str:
-        """Return as much of the line as fits into `width` columns."""
+        """Return the progress line, leaving out parts that do not fit into `width` columns."""
         from rich.cells import cell_len, set_cell_size
 
         now = self._now()
@@ -333,7 +336,7 @@ class Line:
 
 
 def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
-    """Return a callback for `frames.local_file` that shows the progress of a download."""
+    """Return a progress callback for `frames.local_file` that shows how much has been downloaded."""
 
     def step(done: int, total: int) -> None:
         text = f"downloading, {size(done)}"
@@ -346,9 +349,10 @@ def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
 
 @contextmanager
 def progress(active: bool, timing: bool = False) -> Iterator:
-    """Show a progress line on stderr while the block runs, if it is a terminal. Yields `Line.show`.
+    """If stderr is a terminal, show a progress line on it while the block runs. Yields `Line.show`.
 
-    `timing`: do not animate the line, because a spinner thread would disturb measurements. It then takes only `what`.
+    With `timing`, the line is not animated, because a spinner thread would disturb measurements. The yielded function then takes
+    only `what`.
     """
     if not active or not sys.stderr.isatty():
         yield lambda what, done=0, total=0, detail="": None

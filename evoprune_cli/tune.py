@@ -1,4 +1,4 @@
-"""`evoprune tune`: the fastest setting that changes a model's answers little enough, found without labels."""
+"""`evoprune tune`: finds the fastest setting that preserves a model's answers well enough. It needs no labels."""
 
 import os
 from contextlib import ExitStack
@@ -121,7 +121,7 @@ def tune(
     tuning = None
 
     def deliver(error: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Print, write, draw and return the results. `error` says why the run was cut short."""
+        """Print the results, write their file and chart, and return them. `error` says why the run ended early."""
         results = tuning.results(error)
         deliver_results(results, "json" if json else "table", output, chart)
         return results.document()
@@ -135,7 +135,7 @@ def tune(
     ):
         tell("loading libraries")
         prepare()
-        # Only prefetch the first video: reading more would distort the measured times.
+        # Prefetch only the first video, because reading others at the same time would distort the measurements.
         model = describe(pipeline.model)
         ahead = cleanup.enter_context(ReadAhead(model, [(settings["videos"][:1], pipeline.sampling)]))
         from evoprune.bench import OperationTuning, TuneSettings, Tuning
@@ -151,7 +151,11 @@ def tune(
 
 
 def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
-    """Return the questions without duplicates; empty for the general ones."""
+    """Return the questions from the options and the file, without duplicates. If empty, the general questions are asked.
+
+    Raises:
+        UsageError: the file cannot be read or contains no question, or a question is empty.
+    """
     if file is not None:
         from evoprune.files import read_all
 

@@ -1,4 +1,4 @@
-"""`evoprune verify`: whether this machine computes the same results as transformers with a model."""
+"""`evoprune verify`: checks whether evoprune computes the same results as transformers on this machine."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""`evoprune watch`: live video, and questions about it while it runs."""
+"""`evoprune watch`: answers questions about live video while it runs."""
 
 import contextlib
 import json as jsonlib
@@ -24,7 +24,7 @@ from evoprune_cli.terminal import check_output, columns, note, print_error, prin
 if TYPE_CHECKING:
     from evoprune.session import Chat
 
-MAX_LINE = 2**22  # bytes of a question
+MAX_LINE = 2**22  # maximum length of a question from a pipe, in bytes
 TICK_S = 0.05
 STATUS_S = 1.0
 STDIN = "-"
@@ -165,7 +165,10 @@ def watch(
 
 
 class _Watching:
-    """Asks about a stream while it is being read. Ctrl-C stops the answer to a typed question, otherwise the command."""
+    """Asks questions about a stream while it is being read.
+
+    Ctrl-C stops the answer to a typed question. At any other time, it ends the command.
+    """
 
     def __init__(
         self,
@@ -178,11 +181,11 @@ class _Watching:
         quiet: bool,
         speak: Callable[[str], None],
     ):
-        """Watch a stream.
+        """Store the parts of a command. Nothing is asked yet.
 
         Args:
-            begin: called at the first question, so that a window may fill before.
-            prompt: whether questions are typed.
+            begin: called at the first question rather than now, so that the stream's window can fill first.
+            prompt: whether questions are typed at a prompt.
         """
         self._talk = talk
         self._begin = begin
@@ -193,14 +196,14 @@ class _Watching:
         self._speak = speak
         self._failed = 0
         self._status = not quiet and sys.stderr.isatty()
-        # Time of the last status line, and whether it is currently visible.
+        # When the last status line was printed, and whether it is still visible.
         self._status_at = 0.0
         self._status_visible = False
 
     def converse(self, chat: "Chat | None") -> int:
-        """Answer questions from the terminal until q or Ctrl-C, even after the source has ended.
+        """Answer questions from the terminal until q or Ctrl-C ends the prompt, even after the source has ended.
 
-        `chat`: the conversation about the stream; None for single questions.
+        `chat` is the conversation about the stream. None means that each question stands alone.
         """
         questions = typed_questions(twice=False, chat=chat)
         while True:
@@ -211,7 +214,7 @@ class _Watching:
             self._answer(question, typed=True)
 
     def serve(self, asked: list[str], every_s: float | None, questions: str | None) -> int:
-        """Answer the questions of the command line and the pipe, until the source ends or no more questions can come.
+        """Answer the questions from the command line and the pipe, until the source ends or no more questions can arrive.
 
         Returns:
             The exit code.
@@ -235,7 +238,7 @@ class _Watching:
             if self._status and time.monotonic() - self._status_at >= STATUS_S:  # overwrites the previous line
                 self._status_at, self._status_visible = time.monotonic(), True
                 _write(f"\r{self._state()}\x1b[K")
-            latest_s = self._feed.latest_s  # read first: everything before this frame has been fed
+            latest_s = self._feed.latest_s  # read this first, because all earlier frames have then been fed
             now_s = self._stream.until_s or 0.0
             due = next_s is not None and max(now_s, latest_s) >= next_s
             new = now_s > asked_s
@@ -266,7 +269,7 @@ class _Watching:
                 return SOME_FAILED if self._failed else 0
 
     def _feasible_interval(self, every_s: float) -> float:
-        """Return the interval between questions, raised to the interval between frames if necessary, with a warning."""
+        """Return the interval between questions. If it is shorter than the interval between frames, warn and return the latter."""
         step_s = self._stream.step_s
         if step_s is None or every_s >= step_s:
             return every_s
@@ -275,7 +278,7 @@ class _Watching:
         return step_s
 
     def _report_skipped(self, first_s: float, over_s: float, every_s: float, asked: bool, why: str) -> None:
-        """Report the moments from `first_s` to `over_s` without an answer. If `asked`, the last one has an answer."""
+        """Report that answers were skipped at the times from `first_s` to `over_s`. If `asked`, the last time has an answer."""
         count = round((over_s - first_s) / every_s) + (not asked)
         if not count:
             return
@@ -290,7 +293,7 @@ class _Watching:
         print_titled("warning:", text)
 
     def _ask_line(self, line: bytes) -> None:
-        """Answer a question from the pipe. An invalid line gets an error record, and does not stop anything."""
+        """Answer a question from the pipe. An invalid line gets an error record, and the command continues."""
         try:
             fields = jsonlib.loads(line)
             asked = fields.get("question") if isinstance(fields, dict) else None
@@ -350,9 +353,9 @@ def _write(text: str) -> None:
 
 
 def _lines(path: str) -> "queue.SimpleQueue[bytes | None]":
-    """Return a queue of the non-empty lines of a pipe, followed by None.
+    """Return a queue that receives the non-empty lines of a pipe, followed by None at the end.
 
-    A thread reads the lines without locking any of Python's streams.
+    A thread reads the lines. It does not hold the locks of Python's streams while it waits.
     """
     if path != STDIN and not os.path.exists(path):
         raise UsageError(f"no such file: {path}", missing_hint(path, "to read stdin: --questions -"))
