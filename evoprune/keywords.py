@@ -123,7 +123,7 @@ class UntypedKeywords(TypedDict, total=False):
 
 
 class GenerationKeywords(UntypedKeywords, total=False):
-    """How an answer is generated."""
+    """Options that control how an answer is generated."""
 
     schema: Mapping[str, Any] | type[Any] | None
     """A JSON Schema as a dict, a dataclass or a pydantic model: the answer is JSON that follows it, and `Answer.parsed`

@@ -1,7 +1,7 @@
-"""Constrain answers to a JSON Schema or a regular expression: llguidance tells which tokens may come next. Imports no torch.
+"""Constrain answers to a JSON Schema or a regular expression with llguidance. Importing this file does not import torch.
 
-Only this file imports llguidance, which the extra `schema` installs. Before a model is loaded, a grammar is checked in a separate
-process, with single bytes as tokens.
+Only this file imports llguidance, which the `schema` extra installs. Each grammar is checked in a separate process before a model
+is loaded, with single bytes as tokens.
 """
 
 import json
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from evoprune.language.prompt import Tokenizer
 
 SCHEMA, REGEX = "schema", "regex"
-SECONDS = 5  # time limit of the check; usual schemas take milliseconds
+SECONDS = 5  # time limit of the check; typical schemas take milliseconds
 STACK_BYTES = 2**20  # stack limit of the check, because llguidance recurses into a schema
-EXACT_BITS = 53  # integers up to this size are exact, because llguidance stores numbers as floats
+EXACT_BITS = 53  # larger integers are not exact, because llguidance stores numbers as floats
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 NUMERIC = ("type", "multipleOf", *BOUNDS)  # keywords for numbers
-# The layout of JSON. Without a limit, a model could write white space forever. These settings override a schema's "x-guidance".
+# Layout of the JSON in an answer. Without these restrictions, a model could emit whitespace forever. They override a schema's
+# "x-guidance".
 JSON_LAYOUT = {
     "whitespace_pattern": " ?",
     "item_separator": ",",
@@ -38,7 +39,7 @@ JSON_LAYOUT = {
     "json_allowed_escapes": 'bfnrt\\"',  # no \\u, which could spell the name of another field
 }
 DEAD_END_ERRORS = ("NoExtension", "NoExtensionBias")  # llguidance's messages if no token is allowed
-FIRST_BYTES = 2  # bytes of an answer that the check tries
+FIRST_BYTES = 2  # number of bytes of an answer that the check tries
 MAX_SEARCHED = 2**20  # total characters of the subschemas that are tried to locate an error
 MAX_REGEX_LENGTH = 10_000  # longest regular expression, in characters
 MAX_MESSAGE_LENGTH = 200  # longest message of llguidance to show, in characters
@@ -62,14 +63,15 @@ def _library() -> ModuleType:
 
 
 def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
-    """Return a JSON Schema or a regular expression as a grammar in llguidance's format.
+    """Convert a JSON Schema or a regular expression to a grammar in llguidance's format.
 
     Args:
         kind: `SCHEMA` or `REGEX`.
         given: the schema or the regular expression.
 
     Raises:
-        UsageError: llguidance does not support it (the message names the place in a schema), or a package is not installed.
+        UsageError: llguidance does not support the schema or regular expression, or a required package is not installed. For a
+            schema, the message names the unsupported part.
     """
     if kind == REGEX and not given:
         raise UsageError(
@@ -82,7 +84,7 @@ def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
 
 @lru_cache(16)
 def _checked_grammar(kind: str, text: str) -> str:
-    """Check a text and return its grammar; see `grammar_of`."""
+    """Check a regular expression, or a schema as JSON, and return its grammar; see `grammar_of`."""
     _check_installed(kind)
     needs = "llguidance" if kind == REGEX else "llguidance, jsonschema"
     try:
@@ -98,7 +100,7 @@ def _checked_grammar(kind: str, text: str) -> str:
 
 
 def _grammar(kind: str, text: str) -> str:
-    """Return the grammar of a text without checking it. Raises ValueError if the schema is nested too deeply."""
+    """Return the grammar of a schema or regular expression, unchecked. Raises ValueError if a schema is nested too deeply."""
     matcher = _library().LLMatcher
     if kind == REGEX:
         return matcher.grammar_from_regex(text)
@@ -106,16 +108,16 @@ def _grammar(kind: str, text: str) -> str:
 
 
 def find_fault(request: str) -> tuple[str, str | None]:
-    """Check a schema or regular expression. To be called through `run_isolated`.
+    """Check a schema or regular expression. Call this function only through `run_isolated`.
 
-    It needs the limits of a separate process: llguidance limits the work per step, but neither the total work of compiling a schema
-    nor the depth of its recursion.
+    The check needs the limits of a separate process, because llguidance limits the work per step, but neither the total work of
+    compiling a schema nor the recursion depth.
 
     Args:
-        request: JSON list of a kind and a text.
+        request: a JSON list with the kind (`SCHEMA` or `REGEX`) and the schema or regular expression as a string.
 
     Returns:
-        The error message, "" if there is none; and the path of the faulty subschema, None if it is unknown.
+        The error message, or "" if there is no error; and the path of the faulty subschema, or None if it is unknown.
     """
     kind, text = json.loads(request)
     wrong = _compile_error(kind, text)
@@ -130,7 +132,7 @@ def find_fault(request: str) -> tuple[str, str | None]:
 
 
 def _compile_error(kind: str, text: str) -> str:
-    """Compile a text and try the first bytes of an answer. Returns the error message, or "" on success."""
+    """Compile a schema or regular expression and try the first bytes of an answer. Return the error message, or ""."""
     library = _library()
     try:
         grammar = _grammar(kind, text)
@@ -146,7 +148,7 @@ def _compile_error(kind: str, text: str) -> str:
 
 
 def _wrong_numbers(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield an error message and the path of the subschema for every number that llguidance does not treat exactly."""
+    """Yield an error message and the path of the subschema for each number that llguidance does not handle exactly."""
     for path, part in parts_of_schema(schema):
         values = [*part.get("enum", []), *([part["const"]] if "const" in part else [])]
         for value in filter(_has_large_integer, values):
@@ -173,7 +175,7 @@ def _has_large_integer(value: Any) -> bool:
 
 
 def _allows(schema: dict[str, Any], text: str) -> bool:
-    """Return True if llguidance accepts a text as a complete answer."""
+    """Return True if llguidance accepts `text` as a complete answer that follows `schema`."""
     matcher = _library().LLMatcher(_byte_tokenizer(), _grammar(SCHEMA, json.dumps(schema)), log_level=0)
     read = matcher.try_consume_tokens(list(text.encode()))
     return read == len(text.encode()) and matcher.is_accepting()
@@ -185,7 +187,7 @@ def _byte_tokenizer() -> Any:
 
 
 def _one_line(error: str) -> str:
-    """Return an error of llguidance in one line, without the lines that show the position in a regular expression."""
+    """Shorten an llguidance error to one line, without the lines that mark the position in a regular expression."""
     first, *_ = (error.partition("error: ")[2] or error).strip().splitlines() or [""]
     if first in DEAD_END_ERRORS:
         return "no text can match it"
@@ -193,7 +195,7 @@ def _one_line(error: str) -> str:
 
 
 def _path_of_fault(schema: Any, wrong: str) -> str | None:
-    """Return the path, as a JSON Pointer, of the smallest subschema that causes the error message `wrong`, or None."""
+    """Return the JSON Pointer of the smallest subschema that causes the error message `wrong`, or None if none is found."""
     parts = [(path, json.dumps(part)) for path, part in parts_of_schema(schema) if path]
     searched = 0
     for path, text in sorted(parts, key=lambda part: len(part[1])):
@@ -206,7 +208,7 @@ def _path_of_fault(schema: Any, wrong: str) -> str | None:
 
 
 class Vocabulary:
-    """A model's tokens in llguidance's format. Reuse it: creating one takes a second for a large vocabulary."""
+    """A model's tokens in llguidance's format. Reuse this object, because creating one takes a second for a large vocabulary."""
 
     def __init__(self, tokenizer: "Tokenizer", eos_ids: Sequence[int]):
         backend = tokenizer.backend

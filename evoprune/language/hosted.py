@@ -1,7 +1,7 @@
-"""Run the language model through its transformers module: for layers that language/decoder.py lacks, and for quantized weights.
+"""Run the language model through its transformers module, for layers that language/decoder.py lacks and for quantized weights.
 
-The functions mirror those in language/decoder.py. Cluster sizes reach attention layers as an additive mask. Linear attention layers
-(Gated DeltaNet, arXiv 2412.06464) have no attention scores, so they ignore cluster sizes.
+This file mirrors the functions of language/decoder.py. Cluster sizes are passed to attention layers as an additive mask. Linear
+attention layers (Gated DeltaNet, arXiv 2412.06464) have no attention scores, so they ignore cluster sizes.
 """
 
 from collections.abc import Callable
@@ -26,9 +26,10 @@ STRIP = 2048  # columns that share an additive mask; a multiple of the chunk siz
 
 
 class HostedCache:
-    """Layer states and cluster sizes for the columns read so far. The states are in a `DynamicCache` of transformers.
+    """Layer states and cluster sizes for the columns read so far. The states are kept in a transformers `DynamicCache`.
 
-    If a layer has a recurrent state, the cache cannot be cropped. A later prompt with the same beginning continues from a copy.
+    If a layer has a recurrent state, the cache cannot be cropped, so a later prompt with the same beginning continues from a copy
+    instead.
     """
 
     def __init__(self, model: HostedVL):
@@ -60,7 +61,7 @@ class HostedCache:
 
 
 def can_crop(model: HostedVL) -> bool:
-    """Return True if every layer of the language model is full attention, so that there are no recurrent states."""
+    """Return True if the language model has only full-attention layers, and therefore no recurrent states."""
     kinds = getattr(model.model.language_model.config, "layer_types", None) or ()
     return all(kind == "full_attention" for kind in kinds)
 
@@ -102,7 +103,7 @@ def forward(
     If a pass fails, a cache that can be cropped stays usable, while a cache with recurrent states becomes invalid.
 
     Raises:
-        ValueError: there are no columns, `positions` does not match them, `last` is out of range, or an earlier pass has
+        ValueError: there are no columns, `positions` does not match the columns, `last` is out of range, or an earlier pass has
             invalidated the cache.
     """
     columns = len(inputs_embeds)
@@ -168,8 +169,8 @@ def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attentio
 
     Args:
         x: `[L, hidden]`, embeddings of the new columns.
-        places: int64 `[4, 1, L]`, the column numbers and the three M-RoPE positions.
-        states: a cache of transformers with the columns before; extended in place.
+        places: int64 `[4, 1, L]`, each column's index and its three M-RoPE positions.
+        states: a transformers cache that holds the preceding columns and is extended in place.
         attention_mask: see `hybrid.run`.
         kwargs: further arguments for the transformers module.
     """
@@ -180,5 +181,5 @@ def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attentio
 @torch.inference_mode()
 @without_autocast()
 def logits(model: HostedVL, *args, **kwargs) -> torch.Tensor:
-    """Return the logits of the token after every one of the last columns: float32 `[last, vocabulary]`; see `forward`."""
+    """Return the next-token logits after each of the last columns, float32 `[last, vocabulary]`. Arguments: see `forward`."""
     return model.lm_head(forward(model, *args, **kwargs)).float()

@@ -1,12 +1,12 @@
 """Run language models that are mostly linear attention (Qwen3.5) with fewer operations than transformers' modules.
 
-On a GPU, a pruned prompt is launch-bound. Norms, attention and Gated DeltaNets are therefore computed here; linear layers and
-experts are called as modules, because their weights come in many formats. On a CPU, where arithmetic takes the time, transformers'
-modules run instead. They also run a Gated DeltaNet on a single column.
+On a GPU, reading a pruned prompt is launch-bound. This file therefore computes norms, attention and Gated DeltaNets itself. It
+calls linear layers and experts as modules, because their weights come in many formats. On a CPU, where arithmetic dominates the run
+time, transformers' modules run instead. They also run a Gated DeltaNet on a single column.
 
 A Gated DeltaNet (arXiv 2412.06464) reads columns in chunks, each in closed form (arXiv 2406.06484, section 3). If `S` is the state
-before a chunk, the state after it is `A S + B`. Here `A` and `B` are computed for all chunks at once, so only this product has to
-wait for the previous chunk; in transformers, nine operations do.
+before a chunk, the state after it is `A S + B`. This file computes `A` and `B` for all chunks at once, so this product is the only
+operation that has to wait for the previous chunk. In transformers, nine operations have to wait.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from evoprune.backend import kernels_for
 from evoprune.model import rotate
 
-CHUNK = 64  # columns, as in transformers
+CHUNK = 64  # columns per chunk, as in transformers
 STRIP = 32 * CHUNK  # columns that a DeltaNet reads at once, which takes 0.5 GiB in Qwen3.5-4B
 TINY = 1e-6  # epsilon for the normalization of queries and keys, added to their squared length
 
@@ -28,14 +28,14 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
     Args:
         text: the language model, a transformers module.
         x: `[L, hidden]`, embeddings of the new columns.
-        places: int64 `[4, 1, L]`, the column numbers and the three M-RoPE positions.
-        states: a cache of transformers with the columns before; every layer is updated in place.
-        mask: attention mask `[1, 1, L, columns so far]`. None for plain causal attention, which requires that `states` is empty or
-            L is 1.
+        places: int64 `[4, 1, L]`, each column's index and its three M-RoPE positions.
+        states: a transformers cache that holds the preceding columns. Each layer is updated in place.
+        mask: attention mask `[1, 1, L, columns so far]`, or None for plain causal attention. None requires that `states` is empty
+            or L is 1.
     """
     layers = text.layers
     eps = text.config.rms_norm_eps
-    # Convert the vectors of all layers together, which takes no more operations than for one layer.
+    # Convert the vectors of all layers together, which takes no more operations than converting one layer.
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)] + [text.norm]
     gains = iter(_stacked(norm.weight for norm in norms) + 1)
     head_gains = iter(
@@ -77,7 +77,7 @@ def add_norm(
     """Return the sum `x + plus` (`x` if `plus` is None) and its RMS norm, scaled by `gain` (float32) before rounding."""
     if fast := kernels_for(x.device):
         try:
-            # Quantised layers may return tensors that are not contiguous.
+            # Quantized layers may return tensors that are not contiguous.
             if plus is not None:
                 plus = plus.contiguous()
             return fast.add_norm(x.contiguous(), plus, gain, eps, rounds=False)
@@ -103,9 +103,9 @@ def attention(
     Args:
         module: the layer, a transformers module.
         x: `[L, hidden]`, the normed input.
-        cos_sin: cosines and sines as from `decoder.rotation`, for the leading features of a head.
+        cos_sin: cosines and sines as returned by `decoder.rotation`, for the leading features of each head.
         states, mask: see `run`.
-        gains: weights of the norms of queries and keys.
+        gains: weights of the query norm and the key norm.
     """
     length = len(x)
     dim = module.head_dim
@@ -121,7 +121,7 @@ def attention(
     both = torch.cat([rotate(both[..., :wide], *cos_sin), both[..., wide:]], -1)
     queries, keys = both.tensor_split([-heads], 1)
     known = states.update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None], module.layer_idx)
-    # Heads that share keys get a dimension of their own, so that keys are not repeated in memory.
+    # Put the query heads that share keys into a separate dimension, so that keys are not repeated in memory.
     queries = queries.view(length, heads, -1, dim).permute(1, 2, 0, 3)
     keys, values = (each.transpose(0, 1).expand(-1, queries.shape[1], -1, -1) for each in known)
     causal = mask is None and length > 1
@@ -140,17 +140,17 @@ def delta_net(
 ) -> torch.Tensor:
     """Return the output `[L, hidden]` of a Gated DeltaNet and update its states in `states`.
 
-    Everything between the products with weights is float32, as in transformers. Value heads that share queries and keys have a
-    dimension of their own, [key heads, group, chunks, columns, features], which broadcasts. The padding of the last chunk has a
-    `beta` of 0 and no decay, so it changes nothing.
+    Everything between the weight products is computed in float32, as in transformers. Value heads that share queries and keys are
+    in a separate "group" dimension, [key heads, group, chunks, columns, features], over which queries and keys broadcast. The
+    padding of the last chunk has a `beta` of 0 and no decay, so it changes nothing.
 
     Args:
         delta: the layer, a transformers module.
         x: `[L, hidden]`, the normed input.
-        rate: float32, minus the exponential of `A_log`.
+        rate: float32, the negated exponential of `A_log`.
         offset: float32, `dt_bias`.
         scale: float32, weight of the layer's norm.
-        unit: float32, the gain with which an RMS norm scales the features of a head to length 1.
+        unit: float32, the gain that makes an RMS norm scale the features of a head to length 1.
     """
     if len(x) > STRIP:
         return torch.cat([delta_net(delta, part, states, rate, offset, scale, unit) for part in x.split(STRIP)])
@@ -192,7 +192,8 @@ def delta_net(
     rows = qk.flatten(2, 3).flatten(0, 1)
     scores = torch.bmm(rows, rows[:, CHUNK:].mT).view(heads, 1, chunks, 2, CHUNK, CHUNK) * decay[:, :, :, None]
     own = scores[:, :, :, 0].flatten(0, 2)  # products of queries with the keys of their own chunk
-    # Columns' writes to the state, [..., values], and the part of the earlier state that they overwrite, [..., keys].
+    # The values that each column writes to the state, [..., values], and the part of the earlier state that it overwrites, [...,
+    # keys].
     solved = torch.linalg.solve_triangular(
         scores[:, :, :, 1] * beta, torch.cat([v, k * decay_in_chunk], -1) * beta, upper=False, unitriangular=True
     ).flatten(0, 2)
@@ -205,7 +206,7 @@ def delta_net(
     for i in range(chunks):
         before[:, i + 1].baddbmm_(overwritten[:, i], before[:, i], alpha=-1)
     layer_state.update_recurrent_state(before[None, :, -1])
-    del kept, written, overwritten  # a third of the memory in use
+    del kept, written, overwritten  # frees a third of the memory in use
 
     before = before[:, :-1].reshape(-1, dim, value_dim)
     values, backward = solved.split([value_dim, dim], -1)

@@ -25,7 +25,7 @@ def run_isolated(
 
     Args:
         work: a module-level function. Its result must be serializable as JSON.
-        request: the text that is passed to `work`.
+        request: the string that is passed to `work`.
         seconds: limit on both CPU time and wall-clock time. The import of `needs` does not count.
         needs: comma-separated modules that `work` uses, imported before the limits are set.
         stack_bytes: limit on the stack size; None for the system's default.
@@ -37,7 +37,7 @@ def run_isolated(
     """
     if not POSSIBLE:
         return work(request)
-    # Same as for the processes that read videos: -S skips the import hook that finds an editable install.
+    # Pass all paths, as for the processes that read videos, because -S skips the import hook that finds an editable install.
     paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
     program = (
         f"import sys; sys.path[:] = {list(dict.fromkeys(paths))}; import {needs}; from evoprune.language import isolation; "

@@ -18,7 +18,7 @@ class CachedPrefix:
     """A KV cache and the token ids that it holds."""
 
     cache: KVCache | HostedCache
-    prompt: torch.Tensor  # int64 on the CPU, token ids of its first columns
+    prompt: torch.Tensor  # int64 on the CPU, token ids of the cache's first columns
     answer: Sequence[int] = ()  # token ids of the columns after the prompt; may grow while an answer is decoded
 
     @property
@@ -42,20 +42,20 @@ class PrefixCache:
 
     Attention is causal, so keys and values before the question do not depend on the question. A later question under the same
     system prompt reuses them, and a later question of a conversation also reuses the earlier turns. If a method drops tokens inside
-    the language model, the question decides which, so every prompt is read in full.
+    the language model, the choice of tokens depends on the question, so every prompt is read in full.
 
     A recurrent state (Qwen3.5) is available only at the end of a pass. On models with recurrent layers, the part before the
-    question is therefore a pass of its own, and in a conversation so is the part before the answer. These extra passes are skipped
-    if no other question is expected; if one comes anyway, it has to read more columns again.
+    question is therefore read in a separate pass. In a conversation, the part before the answer also gets a separate pass. These
+    extra passes are skipped if no other question is expected. If another question comes anyway, more columns have to be read again.
     """
 
     def __init__(self, language: LanguageModel):
         self._language = language
-        # One cache if it can be cropped. Otherwise copies of recurrent caches at the ends of passes, the shortest first.
+        # A single entry if the cache can be cropped. Otherwise, copies of a recurrent cache taken after each pass, shortest first.
         self._cached: list[CachedPrefix] = []
 
     def forget(self) -> None:
-        """Drop all caches. To be called when the tokens of the inputs change."""
+        """Drop all caches. Call this when the visual tokens of the inputs change."""
         self._cached = []
 
     def read(
@@ -66,9 +66,9 @@ class PrefixCache:
         Args:
             pruned: the columns of `prompt` that are left after pruning.
             prompt: the whole prompt.
-            last: True if nothing needs to be kept for another question.
+            last: True if no other question is expected, so that nothing needs to be kept for it.
             goes_on: True if the next question may belong to the same conversation.
-            dropping: the tokens to drop inside the language model, or None.
+            dropping: drops tokens inside the language model; None if no tokens are dropped there.
         """
         language = self._language
         if dropping is not None:
@@ -76,7 +76,7 @@ class PrefixCache:
                 pruned.embeds, pruned.positions, pruned.following, None, pruned.sizes, dropping, pruned.deepstack
             )
         crops = language.can_crop
-        # Numbers of columns that another prompt may have in common with this one.
+        # Numbers of leading columns that another prompt may share with this prompt.
         ends = [prompt.prefix_length, prompt.turn_length] if goes_on else [prompt.prefix_length]
         ends = [int((pruned.columns < end).sum()) for end in ends]
         if goes_on and crops:
@@ -105,12 +105,12 @@ class PrefixCache:
         return state
 
     def _take_cache(self, ids: torch.Tensor, inputs: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
-        """Return a cache with the beginning of a prompt and its number of columns, or None and 0.
+        """Return a cache that holds the beginning of a prompt, and the number of columns in it. Return None and 0 without one.
 
         Args:
-            ids: int64 on the CPU, the leading token ids of the prompt that an earlier prompt may also have had.
-            inputs: number of columns up to the end of the inputs. A croppable cache with fewer is not used.
-            last: if True, a recurrent cache may be handed out itself instead of a copy.
+            ids: int64 on the CPU, the leading token ids of the prompt, which an earlier prompt may share.
+            inputs: number of columns up to the end of the inputs. A croppable cache that shares fewer columns is not used.
+            last: if True, a recurrent cache itself is returned instead of a copy.
         """
         cached = self._cached
         self._cached = []

@@ -1,4 +1,4 @@
-"""Turn a question about videos and pictures into token ids with the model's chat template, and compute M-RoPE positions.
+"""Turn a question about videos and images into token ids with the model's chat template, and compute M-RoPE positions.
 
 This file uses the `tokenizers` library directly, because transformers' wrapper takes longer to import than a short answer takes to
 compute.
@@ -26,16 +26,16 @@ from evoprune.methods import arange_on
 from evoprune.untrusted import TEXT, check_fetched, read_object
 from evoprune.util import check_text
 
-# For every kind of input, its name in chat templates and the placeholder that templates write for it.
+# For each kind of input, its name in chat templates and the placeholder that templates write for it.
 CONTENTS = {"video": ("video", "<|video_pad|>"), "picture": ("image", "<|image_pad|>")}
 _PLACEHOLDERS = tuple(token for _, token in CONTENTS.values())
 MARKERS = "<|vision_start|>", "<|vision_end|>"  # around placeholders
-THOUGHTS = "<think>", "</think>"  # around the model's thoughts before its answer; some prompts end with the first
+THOUGHTS = "<think>", "</think>"  # around the model's thoughts before its answer; some prompts end with the opening tag
 # Placeholders for the user's words while the template is rendered. They contain private-use characters, which templates do not use.
 _QUESTION = "\ue000question\ue001"
 _SYSTEM = "\ue000system\ue001"
 _EARLIER = "\ue000question {0}\ue001", "\ue000answer {0}\ue001"  # for the earlier turns
-_PART = "\ue000part {0}\ue001"  # for the texts before an input in a `Placed`
+_PART = "\ue000part {0}\ue001"  # for the strings before an input in a `Placed`
 _TEXT_PLACEHOLDER = re.compile("\ue000[a-z0-9 ]+\ue001")
 _ANY_PLACEHOLDER = re.compile("|".join([*map(re.escape, _PLACEHOLDERS), _TEXT_PLACEHOLDER.pattern]))
 MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's files have 11 MB and 3 kB
@@ -44,9 +44,10 @@ COMPONENTS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "dec
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """Return the map from characters in the vocabulary of a byte-level tokenizer to bytes, as in GPT-2.
+    """Return GPT-2's map from the characters in a byte-level tokenizer's vocabulary to bytes.
 
-    Printable characters of Latin-1 stand for their own code. Characters from U+0100 on stand for the other bytes, in order.
+    Printable Latin-1 characters stand for their own codes. The remaining bytes are represented, in order, by characters from U+0100
+    on.
     """
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in shown]
@@ -62,13 +63,13 @@ class Tokenizer:
 
     backend: Any  # a `tokenizers.Tokenizer`
     chat_template: str  # Jinja source
-    # Tokens by their names in the tokenizer's settings, such as "eos_token"; templates may use them
+    # Tokens by their names in the tokenizer's settings, such as "eos_token". Templates may refer to these names.
     named: dict[str, str] = field(default_factory=dict)
     template_file: str = ""  # file of the template, for error messages
 
     def __post_init__(self):
         self.backend.encode_special_tokens = True  # encode special tokens in a user's text as ordinary words
-        # A tokenizer that was saved after training may still have the truncation and padding of its batches.
+        # A tokenizer that was saved after training may still truncate and pad as it did for training batches.
         self.backend.no_truncation()
         self.backend.no_padding()
 
@@ -113,7 +114,7 @@ class Tokenizer:
         return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`. Special tokens in it are encoded as ordinary words.
+        """Return the token ids of `text`. Special tokens in the text are encoded as ordinary words.
 
         Raises:
             ModelError: the tokenizer panics, for example because a pattern takes too many steps.
@@ -131,7 +132,7 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def bytes_of(self, token: int) -> bytes:
-        """Return the UTF-8 bytes of a token, possibly only a part of a character. Ids without a token have no bytes."""
+        """Return the UTF-8 bytes of a token, which may be only part of a character. Return no bytes if the id has no token."""
         if token in (added := self._added):
             return added[token].encode()
         text = self.backend.id_to_token(token) or ""
@@ -139,7 +140,7 @@ class Tokenizer:
 
     @cached_property
     def _added(self) -> dict[int, str]:
-        """Texts of the tokens that were added to the vocabulary, by id."""
+        """The content of each token that was added to the vocabulary, by id."""
         return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
     def render(self, messages: list[dict], thinking: bool = False) -> str:
@@ -163,20 +164,20 @@ class Tokenizer:
 
     @cached_property
     def always_thinks(self) -> bool:
-        """True if the template begins thoughts even if `enable_thinking` is False."""
-        if THOUGHTS[0] not in self.chat_template:  # avoids a process for rendering
+        """True if the template opens thoughts even when `enable_thinking` is False."""
+        if THOUGHTS[0] not in self.chat_template:  # avoids starting a process to render
             return False
         try:
             return opens_thoughts(self.render([{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]))
-        except (ValueError, OSError):  # building the prompt of a question will report this
+        except (ValueError, OSError):  # building the prompt for a question reports the error
             return False
 
     def video_columns(self, grid: tuple[int, int, int], times: Sequence[str] = ()) -> tuple[torch.Tensor, "Place"]:
-        """Return the token ids of a video in a prompt, int64 `[L]`, and its place in them.
+        """Return the token ids of a video in a prompt, int64 `[L]`, and the video's place among these ids.
 
         Args:
             grid: (T, H, W), number of frame pairs, and rows and columns of units.
-            times: the texts before the frame pairs (`timestamps`), which then have markers of their own.
+            times: the timestamps before the frame pairs, made by `timestamps`. If given, each frame pair has its own markers.
         """
         specials = self.specials()
         start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS["video"][1], MARKERS[1]))
@@ -192,12 +193,12 @@ class Tokenizer:
 
 
 def opens_thoughts(prompt: str) -> bool:
-    """Return True if a prompt ends with the beginning of the model's thoughts."""
+    """Return True if a prompt ends by opening the model's thoughts."""
     return prompt.rstrip().endswith(THOUGHTS[0])
 
 
 def _named_tokens(settings: dict) -> dict[str, str]:
-    """Return the tokens that a tokenizer's settings name. The settings have them as texts or as {"content": text, ...}."""
+    """Return the named tokens in a tokenizer's settings, which store them as strings or as {"content": string, ...}."""
     named = {}
     for name, token in settings.items():
         if isinstance(token, dict):
@@ -235,10 +236,10 @@ def _settings(path: Path) -> dict:
 
 
 def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
-    """Return the chat template, None if it is missing, and its file.
+    """Return the chat template, or None if it is missing, and the file that contains it.
 
-    The template's own file comes first, then the files that older repositories use. Among these, the processor's template takes
-    precedence over the tokenizer's, because it supports video.
+    The template's own file is read first, then the files that older repositories use. Among the latter, the processor's template
+    takes precedence over the tokenizer's, because it supports video.
     """
     file = folder / "chat_template.jinja"
     if os.path.lexists(file):
@@ -262,7 +263,7 @@ def video_positions(
     """Return the M-RoPE positions of a video's units relative to its start, in raster order: int64 `[3, T*H*W]`.
 
     Args:
-        grid: (T, H, W), number of frame pairs, and rows and columns of units. A picture is one frame pair.
+        grid: (T, H, W), number of frame pairs, and rows and columns of units. An image counts as one frame pair.
         seconds_per_pair: time from one frame pair to the next; ignored for a single frame pair.
         tokens_per_second: see `config.VisionConfig`.
     """
@@ -278,13 +279,13 @@ def video_positions(
 def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
     """Return the M-RoPE positions of an unpruned prompt, int64 `[3, length]` (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
-    Text has the same number in time, height and width. A video token has the time of its frame pair and the row and column of its
-    unit, relative to the position where the video starts. Text after a video continues at the largest position so far plus one, and
-    so does the first generated token.
+    A text token has the same position in time, height and width. A video token has the time of its frame pair and the row and
+    column of its unit, relative to the position where the video starts. Text after a video continues at the largest position so far
+    plus one, and so does the first generated token.
 
     Args:
         length: number of columns.
-        videos: for videos and pictures in order, the first column and the `video_positions`.
+        videos: for each video and image in order, its first column and the result of `video_positions`.
 
     Raises:
         ValueError: a video overlaps another one or does not fit into the prompt.
@@ -311,16 +312,16 @@ class Place:
     """The columns of one input in a prompt."""
 
     runs: tuple[range, ...]  # columns of its placeholders: a single run, or runs of equal length, one per frame pair
-    # For every run, its columns together with its timestamp and markers. They are all removed if no token of the run is kept, as if
-    # the frame pair had not been sampled. Empty if the text around the runs always stays.
+    # For each run, its columns together with its timestamp and markers. All of these columns are removed if no token of the run is
+    # kept, as if the frame pair had not been sampled. Empty if the text around the runs always stays.
     around: tuple[range, ...] = ()
 
     @classmethod
     def of_pairs(cls, before: Sequence[int], units: int, *, start: int = 0, after: int = 1) -> "Place":
-        """Return the place of a video whose frame pairs follow their timestamps.
+        """Return the place of a video that has a timestamp before each frame pair.
 
         Args:
-            before: for every frame pair, the number of text columns before its tokens.
+            before: for each frame pair, the number of text columns before its tokens.
             units: number of tokens per frame pair.
             start: first column of the video.
             after: number of text columns after the tokens of a frame pair.
@@ -345,7 +346,7 @@ class Place:
     def positions(
         self, grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
     ) -> list[tuple[int, torch.Tensor]]:
-        """Return a first column and positions per run, for `prompt_positions`. Arguments: see `video_positions`."""
+        """Return the first column and the positions of each run, for `prompt_positions`. Arguments: see `video_positions`."""
         pairs = grid[0] // len(self.runs)
         inside = video_positions((pairs, *grid[1:]), seconds_per_pair, tokens_per_second)
         return [(run.start, inside) for run in self.runs]
@@ -380,7 +381,7 @@ class Prompt:
     input_ids: torch.Tensor  # int64 `[L]`
     places: tuple[Place, ...]  # one per input
     # Number of leading ids that do not depend on the question: up to and including the last `<|vision_end|>`, and the subtitles if
-    # possible. Their keys and values serve every question about the same inputs with the same system prompt.
+    # possible. Their keys and values can be reused for any question about the same inputs with the same system prompt.
     prefix_length: int
     # Number of leading ids up to the end of the question. Later prompts of the conversation begin with the same ids.
     turn_length: int
@@ -400,25 +401,25 @@ class Prompt:
     ) -> "Prompt":
         """Build the prompt for a question, up to the beginning of the answer.
 
-        The prompt has the inputs in order, the subtitles, the earlier turns and the question. Questions that are `Placed` have
-        inputs between their texts; these are the last inputs.
+        The prompt consists of the inputs in order, the subtitles, the earlier turns and the question. A question that is a `Placed`
+        has inputs between its strings; the last entries of `inputs` are put there.
 
-        All texts are taken literally. The first question follows the subtitles without a space. If the texts contain no special
-        tokens, the ids are the same as for tokenizing the rendered conversation at once.
+        All strings are taken literally. The first question follows the subtitles without a space. If the strings contain no special
+        tokens, the ids are the same as when the rendered conversation is tokenized at once.
 
         Args:
-            inputs: for every input, "video" or "picture" and its number of visual tokens without pruning, at least 1.
+            inputs: for each input, "video" or "picture" and the number of its visual tokens before pruning, at least 1.
             system: a system prompt; None leaves it to the template.
-            times: for every input, the texts before its frame pairs (`timestamps`), which then have markers of their own. Empty for
-                an input whose placeholders form a single run, which is the default.
+            times: for each input, the timestamps before its frame pairs, made by `timestamps`; each frame pair then has its own
+                markers. Empty, which is the default, for an input whose placeholders form a single run.
             thinking: see `Tokenizer.render`.
-            earlier: the earlier turns of the conversation, in order. The inputs belong to the first question, unless a `Placed`
-                says otherwise.
+            earlier: the earlier turns of the conversation, in order. The inputs belong to the first question, except for inputs
+                inside a `Placed`.
 
         Raises:
             ModelError: the chat template is broken, or does not write the inputs in order, followed by the conversation.
-            UsageError: a text is not valid Unicode (stray bytes from a shell), the template has no place for a system prompt, or it
-                does not support thinking.
+            UsageError: a string is not valid Unicode (stray bytes from a shell), the template has no place for a system prompt, or
+                it does not support thinking.
             ValueError: there are no inputs, an input has no tokens, or there are more places than inputs.
         """
         if not inputs or min(count for _, count in inputs) < 1:
@@ -493,12 +494,12 @@ def _texts(turns: Sequence[Turn]) -> list[str]:
 
 
 def _lay_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list[list[str | None]], dict[str, str]]:
-    """Lay out the messages of a conversation.
+    """Lay out the messages of a conversation as lists of strings and inputs.
 
-    Inputs without a place in a `Placed` come first. Every message ends with a text, possibly an empty one.
+    Inputs that are not inside a `Placed` come first. Every message ends with a string, possibly an empty one.
 
     Returns:
-        One list of parts per message, with placeholders for texts and None for inputs; and the texts by placeholder.
+        One list of parts per message, with placeholders for strings and None for inputs; and the strings by placeholder.
     """
     names = [*(name.format(turn) for turn in range(len(earlier)) for name in _EARLIER), _QUESTION]
     messages = [text.parts if isinstance(text, Placed) else (text,) for text in (*_texts(earlier), question)]
@@ -521,7 +522,7 @@ def _lay_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list[
 
 
 def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
-    """Give inputs with timestamps a placeholder between markers after every timestamp, instead of a single placeholder."""
+    """For inputs with timestamps, replace the single placeholder by one after each timestamp, enclosed in markers."""
     remaining_times = iter(times)
     start, end = map(re.escape, MARKERS)
 
@@ -532,7 +533,7 @@ def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
 
 
 def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequence[Sequence[str]]) -> Iterator[Place]:
-    """Yield one place per input. `runs` has the columns of placeholders for the inputs in order."""
+    """Yield the place of each input. `runs` has the columns of the placeholders, in the order of the inputs."""
 
     def around(run: range, time: str) -> range:
         """Return the columns of a run with its markers and its timestamp, unless the timestamp merged with the text before it."""
@@ -559,7 +560,7 @@ def _render(
     """Render the conversation with placeholders for the user's words, and check the order of its parts.
 
     Args:
-        kinds: "video" or "picture" for every input.
+        kinds: "video" or "picture" for each input.
         with_system: whether to add a system prompt.
         markers: special tokens that the tokenizer must have.
         thinking: see `Tokenizer.render`.

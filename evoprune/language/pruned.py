@@ -1,6 +1,6 @@
 """Remove the columns of pruned visual tokens from a prompt, for sessions, held models, streams and the vLLM plugin.
 
-The remaining columns keep their numbers and M-RoPE positions from the whole prompt (`prompt.prompt_positions`), so pruned columns
+The remaining columns keep their indices and M-RoPE positions from the whole prompt (`prompt.prompt_positions`), so pruned columns
 leave gaps in both.
 """
 
@@ -16,10 +16,10 @@ from evoprune.vision import Encoded
 
 @dataclass(frozen=True, eq=False)
 class PrunedPrompt:
-    """The C columns of a prompt that are left after `prune_prompt`. Slicing returns a range of columns."""
+    """The C columns of a prompt that remain after `prune_prompt`. Slicing returns a range of columns."""
 
     ids: torch.Tensor  # int64 `[C]` on the CPU, token ids
-    columns: torch.Tensor  # int64 `[C]` on the CPU, ascending column numbers in the whole prompt
+    columns: torch.Tensor  # int64 `[C]` on the CPU, ascending column indices in the whole prompt
     visual: torch.Tensor  # bool `[C]` on the CPU, True for visual tokens
     sizes: torch.Tensor | None = None  # float32 `[C]`, attention adds log(size) to logits; None if all are 1
     positions: torch.Tensor | None = None  # int64 `[3, C]` on the CPU, M-RoPE positions in the whole prompt
@@ -71,7 +71,7 @@ def prune_prompt(
 
     Raises:
         ValueError: the kept tokens of an input are not in ascending order, lie outside its place, or differ in number from its
-            features. Exceptions of `embed` pass through.
+            features. Exceptions raised by `embed` propagate unchanged.
     """
     stays = torch.ones(len(ids), dtype=torch.bool, device="cpu")
     visual = torch.zeros_like(stays)
@@ -85,7 +85,7 @@ def prune_prompt(
     columns = (stays | visual).nonzero()[:, 0]
     visual = visual[columns]
     text = ~visual
-    # For every column, its index in a table with the text columns first and the visual tokens after them.
+    # For each column, its index in a table with the text columns first and the visual tokens after them.
     row = torch.where(text, text.cumsum(0), text.sum() + visual.cumsum(0)) - 1
     given = {"sizes": _sizes(int(text.sum()), read, row)}
     if positions is not None:
@@ -116,7 +116,7 @@ def _sizes(text: int, read: Sequence[Encoded], row: torch.Tensor) -> torch.Tenso
 
     Args:
         text: number of text columns, whose size is 1.
-        row: for every column, its index in the text columns followed by the visual tokens.
+        row: for each column, its index in the text columns followed by the visual tokens.
     """
     if all(tokens.size is None for tokens in read):
         return None

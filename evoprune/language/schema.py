@@ -1,4 +1,4 @@
-"""JSON Schemas for answers: read them from files or classes, and parse the answers. Imports no torch."""
+"""Read the JSON Schemas of answers from files or classes, and parse the answers. This file imports no torch."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,14 +9,14 @@ from evoprune.language.validation import wrong_value
 from evoprune.untrusted import loads
 from evoprune.util import brief, missing_hint, shorten
 
-MAX_BYTES = 2**20  # largest schema
+MAX_BYTES = 2**20  # maximum size of a schema
 # Keywords whose objects map field names (not keywords) to schemas, and keywords that hold data, not schemas.
 NAME_KEYWORDS = ("properties", "patternProperties", "$defs", "definitions")
 DATA_KEYWORDS = ("const", "enum", "default", "examples")
 
 
 class SchemaOfClass(dict[str, Any]):
-    """The JSON Schema of a dataclass or a pydantic model. `kind` is the class; answers become its instances."""
+    """The JSON Schema of a dataclass or a pydantic model. `kind` is the class, and answers are converted to its instances."""
 
     def __init__(self, content: Any = (), kind: type | None = None):
         super().__init__(content)
@@ -63,7 +63,7 @@ def schema_of(given: Mapping[str, Any] | type) -> dict[str, Any]:
 
 
 def _parsed(content: bytes, name: str) -> dict[str, Any]:
-    """Parse a JSON object. Error messages call it `name`."""
+    """Parse a JSON object, which error messages call `name`."""
     if len(content) > MAX_BYTES:
         raise UsageError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", "use a smaller one")
     try:
@@ -101,7 +101,7 @@ def _without_extra_fields(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Iterator[tuple[str, dict]]:
-    """Yield every subschema of a schema, including the schema itself, with its path as a JSON Pointer."""
+    """Yield each subschema of a schema, including the schema itself, after its path as a JSON Pointer."""
     if isinstance(value, dict):
         if is_schema:
             yield path, value
@@ -138,10 +138,10 @@ def checked_value(answer: str, schema: dict[str, Any]) -> Any:
 
 
 def instance_of(kind: type, answer: str) -> Any:
-    """Return the instance of a dataclass or a pydantic model that a JSON text describes.
+    """Convert a JSON answer to an instance of a dataclass or a pydantic model.
 
     Raises:
-        UsageError: the class rejects the value, for example in a validator of its own.
+        UsageError: the class rejects the value, for example in one of its validators.
     """
     from pydantic import TypeAdapter
 

@@ -1,4 +1,4 @@
-"""How an answer is generated. Imports no torch."""
+"""Options that control how an answer is generated. This file imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,12 +15,12 @@ Think = Literal["off", "on"]
 THINK = get_args(Think)
 ChoiceScore = Literal["sum", "mean"]
 CHOICE_SCORES = get_args(ChoiceScore)
-ROW_OPTIONS = "options"  # value of `choices` with which every row of a batch uses its own options
-MOST_LOGPROBS = 20  # same limit as in other programs
+ROW_OPTIONS = "options"  # value of `choices` that makes each row of a batch use its own options
+MOST_LOGPROBS = 20  # the same limit as in other programs
 
 
 def listed_choices(typed: Sequence[str] | None) -> str | list[str] | None:
-    """Split choices typed on the command line at commas. Returns `ROW_OPTIONS` if it is the only one, or None without choices."""
+    """Split choices from the command line at commas. Return `ROW_OPTIONS` if it is the only one, or None without choices."""
     if not typed:
         return None
     texts = [part.strip() for text in typed for part in text.split(",") if part.strip()]
@@ -29,7 +29,11 @@ def listed_choices(typed: Sequence[str] | None) -> str | list[str] | None:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How an answer is generated. Raises UsageError: a value out of range."""
+    """Options that control how an answer is generated.
+
+    Raises:
+        UsageError: a value is out of range, or two options cannot be combin
+    """
 
     PANEL: ClassVar[str] = "Generation"
 
@@ -175,15 +179,15 @@ class GenerationOptions:
 
     @property
     def choices_from_rows(self) -> bool:
-        """True if every row of a batch uses its own options as choices."""
+        """True if each row of a batch uses its own options as choices."""
         return self.choices == ROW_OPTIONS
 
     def choice_ids(self, tokenizer: "Tokenizer") -> list[list[int]]:
-        """Return the token ids of every choice, without the end of the answer. Without choices, the list is empty.
+        """Return the token ids of each choice, without the end of the answer. Without choices, the list is empty.
 
         Raises:
-            UsageError: the model cannot choose among them: it always thinks, a choice has more tokens than `max_new_tokens`, two
-                choices have the same tokens, or the choices are those of rows.
+            UsageError: the model cannot choose among the choices, because it always thinks, a choice has more tokens than
+                `max_new_tokens`, two choices have the same tokens, or each row of a batch has its own choices.
         """
         if self.choices is None:
             return []
@@ -218,7 +222,7 @@ class GenerationOptions:
         return value, value
 
     def record(self, seed: int) -> dict[str, Any]:
-        """Return the options that decide how tokens are chosen, with the random seed, as reports store them."""
+        """Return the options that affect how tokens are chosen, and the random seed, in the format of reports."""
         known = asdict(self) | {"seed": seed}
         known.pop("system")
         if self.choices is None:
@@ -227,10 +231,10 @@ class GenerationOptions:
 
 
 def _checked_stops(given: Any) -> list[str] | None:
-    """Return stop strings as a list, or None without stop strings.
+    """Return stop strings as a list, or None if there are no stop strings.
 
     Raises:
-        UsageError: the value is neither a text nor a list of texts, or a text is empty or not valid Unicode.
+        UsageError: the value is neither a string nor a list of strings, or a string is empty or not valid Unicode.
     """
     if given is None:
         return None
@@ -248,7 +252,7 @@ def _checked_choices(given: Any) -> str | list[str] | None:
     """Return choices as a list; `ROW_OPTIONS` and None are returned unchanged.
 
     Raises:
-        UsageError: the value is not a list of at least two different, non-empty, valid texts.
+        UsageError: the value is not a list of at least two different, non-empty strings of valid Unicode.
     """
     if given is None or given == ROW_OPTIONS:
         return given

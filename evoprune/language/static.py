@@ -1,9 +1,9 @@
 """Decode with static tensors, so that one CUDA graph runs a whole decoding step.
 
 A step reads a token on the device, writes its keys and values into a cache of fixed size, and computes the next token. No shape
-depends on a value, and nothing is copied to the host. Attention reads the whole cache: columns that are not filled yet have a bias
-that gives their keys no weight. A model has one such cache, which serves one answer at a time. An answer that begins takes the
-cache over, and the previous answer then reads its latest tokens again into its own cache.
+depends on a value, and nothing is copied to the host. Attention reads the whole cache. Columns that are not filled yet have a bias
+that gives their keys no weight. A model has one such cache, which serves one answer at a time. When a new answer begins, it takes
+over the cache, and the previous answer has to read its latest tokens again into its own cache.
 """
 
 import threading
@@ -29,35 +29,35 @@ from evoprune.language.decoder import KVCache, cos_sin_of, frequencies_of, run_l
 from evoprune.language.hosted import HostedCache
 from evoprune.model import Cost, HostedVL, head_size, norm, without_autocast
 
-# A graph is captured once an answer has this many tokens and may still get as many. A capture takes as long as a few plain steps,
-# and an answer of a word or two should not wait for it.
+# A graph is captured once an answer has this many tokens and may still get at least as many. A capture takes as long as a few plain
+# steps, and an answer of one or two words should not wait for it.
 PLAIN_TOKENS = 4
-MIN_COLUMNS = 512  # columns that the smallest graph reads; larger ones read a power of two times as many
-MAX_NEW = 1024  # new tokens to reserve columns for
+MIN_COLUMNS = 512  # number of columns that the smallest graph reads; larger graphs read a power of two times as many
+MAX_NEW = 1024  # maximum number of new tokens to reserve columns for
 SHARE = 0.25  # largest share of the free memory to use for a cache
 
 
 class StaticCache(ABC):
     """A cache of up to `capacity` columns at fixed addresses, with the inputs, results and graphs of decoding steps.
 
-    It serves one answer at a time. There is a graph for every number of columns to read. A lock serializes threads.
+    It serves one answer at a time. There is one graph for each number of columns that attention reads. A lock serializes threads.
     """
 
     def __init__(self, model, capacity: int):
         like = model.model.language_model.norm.weight
         self.capacity = self.read = capacity  # number of columns, and how many of them attention reads
-        # int64 `[1]`: the token that a step reads, its column and its position. A step increases the latter two.
+        # int64 `[1]` each: the token that a step reads, its column and its position. A step increments the column and the position.
         self.token, self.column, self.position = like.new_zeros(3, 1, dtype=torch.int64).unbind(0)
         self.logits = like.new_zeros(len(model.lm_head.weight), dtype=torch.float32)  # logits of the next token
         self.best = like.new_zeros(2, dtype=torch.int64)  # see `best_of`
-        self.graphs: dict[int, Callable[[], None]] = {}  # by the number of columns that they read
+        self.graphs: dict[int, Callable[[], None]] = {}  # keyed by the number of columns that they read
         self._capture = Device(like.device).capture
         self._lock = threading.Lock()
         self._holder: object | None = None  # the answer that the cache serves, or None
         self._room = 0  # number of tokens that still fit
 
     def fill(self, cache: KVCache | HostedCache, position: int, read: int) -> None:
-        """Copy the columns of another cache, which must be the same in all layers.
+        """Copy the columns from a different cache, all of whose layers must have the same columns.
 
         Args:
             position: M-RoPE position of the next token.
@@ -75,14 +75,14 @@ class StaticCache(ABC):
 
     @abstractmethod
     def _copy(self, cache: KVCache | HostedCache, bias: torch.Tensor) -> None:
-        """Copy the layers' states. `bias`: float32 `[read]`, attention bias of columns; -inf for columns not filled yet."""
+        """Copy the layers' states. `bias`: float32 `[read]`, the attention bias of each column, -inf if it is not filled yet."""
 
     @abstractmethod
     def run(self, model, x: torch.Tensor) -> torch.Tensor:
         """Return the final hidden state of the next column from its embedding `x`, both `[1, hidden]`."""
 
     def begin(self, holder: object, cache: KVCache | HostedCache, position: int, read: int) -> None:
-        """Hand the cache over to the answer of `holder`. After an error, it serves no answer."""
+        """Hand the cache over to the answer that `holder` identifies. After an error, the cache serves no answer."""
         with self._lock:
             self._holder = None
             self.fill(cache, position, read)
@@ -91,7 +91,7 @@ class StaticCache(ABC):
     def following(self, model, holder: object, token: int, pick: Callable[..., int]) -> int | None:
         """Return the token after `token`, chosen by `pick(logits, best)`.
 
-        Returns None if the cache serves another answer or is full.
+        Returns None if the cache serves a different answer or is full.
         """
         with self._lock:
             if self._holder is not holder or not self._room:
@@ -108,7 +108,7 @@ class StaticCache(ABC):
 
 
 class NativeStaticCache(StaticCache):
-    """A static cache for the layers in language/decoder.py: keys, extended by bias features, and values."""
+    """A static cache for the layers in language/decoder.py. It holds values, and keys that are extended by bias features."""
 
     def __init__(self, model, capacity: int):
         super().__init__(model, capacity)
@@ -127,7 +127,7 @@ class NativeStaticCache(StaticCache):
         for number, keys_values in enumerate(self._keys_values):
             for to, given in zip(keys_values, cache.room(number, 0)[2:], strict=True):
                 to[:, :length, :dim] = given[0]
-        # An earlier answer may have left NaN, which a weight of 0 does not remove.
+        # An earlier answer may have left NaN in these columns, which a weight of 0 does not remove.
         self._keys_values[:, :, :, length:read, :dim] = 0
         self._keys_values[:, 0, :, :read, dim:] = Attention.of(self._keys_values).bias_features(bias, dim)
 
@@ -139,7 +139,7 @@ class NativeStaticCache(StaticCache):
         return known_keys, known_values
 
     def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the tensors to write to and to read; see `KVCache.room`. The new column goes to `column`."""
+        """Return the tensors to write to and to read; see `KVCache.room`. The new column is written at index `column`."""
         keys_values = self._keys_values[layer, :, :, : self.read]
         return *keys_values.unbind(0), keys_values[:1], keys_values[1:]
 
@@ -188,11 +188,11 @@ class HostedStaticCache(StaticCache):
 
 
 class StaticLayer:
-    """An attention layer with static tensors, for a cache of transformers.
+    """An attention layer of a transformers cache, whose tensors stay at fixed addresses.
 
     Args:
-        keys_values: `[2, 1, heads, capacity, dim]`. `update` returns the first columns, as many as the last `copy` set.
-        column: int64 `[1]`, where `update` writes.
+        keys_values: `[2, 1, heads, capacity, dim]`. `update` returns the leading columns; the last call of `copy` sets how many.
+        column: int64 `[1]`, index of the column that `update` writes.
     """
 
     def __init__(self, keys_values: torch.Tensor, column: torch.Tensor):
@@ -218,9 +218,9 @@ def _is_linear(layer) -> bool:
 
 
 def best_of(logits: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[2]`: the most probable token, and 1 if the largest logit (float32 `[vocabulary]`) is finite, otherwise 0.
+    """Return the most probable token, and 1 if the largest logit is finite, otherwise 0, as one int64 tensor `[2]`.
 
-    They are one tensor, so that one copy to the host suffices.
+    A single tensor needs only one copy to the host. `logits`: float32 `[vocabulary]`.
     """
     return torch.stack([logits.argmax(), logits.amax().isfinite().long()])  # the maximum is NaN if any logit is
 
@@ -251,10 +251,10 @@ def new_cache(model, columns: int) -> StaticCache:
 
 
 def logits_along(model, cache: KVCache | HostedCache, position: int, ids: torch.Tensor) -> torch.Tensor:
-    """Return the logits after every token of a given answer, `[n, vocabulary]`, from steps with a new static cache.
+    """Return the logits after each token of a given answer, `[n, vocabulary]`, computed by steps with a new static cache.
 
     Args:
-        cache: cache with the columns before the answer.
+        cache: holds the columns before the answer.
         position: M-RoPE position of the first token.
         ids: int64 `[n]`, the tokens of the answer.
     """
@@ -270,13 +270,13 @@ def logits_along(model, cache: KVCache | HostedCache, position: int, ids: torch.
 def begin(
     model, holder: object, cache: KVCache | HostedCache, position: int, decoded: int, left: int
 ) -> StaticCache | None:
-    """Copy a cache into the model's static cache and return it, or None if plain decoding is better for the next token.
+    """Copy a cache into the model's static cache and return the latter, or None if plain decoding suits the next token better.
 
     Args:
         holder: identifies the answer.
         cache: the answer's cache so far.
         position: M-RoPE position of the token that is read next.
-        decoded: number of tokens that the answer has.
+        decoded: number of tokens in the answer so far.
         left: number of tokens that the answer may still get.
     """
     like = model.model.language_model.norm.weight
@@ -314,8 +314,8 @@ def _is_even(cache: KVCache | HostedCache) -> bool:
 def can_step(model) -> bool:
     """Return True if decoding a column always runs the same operations, so that a graph can be captured.
 
-    Hooks may do anything. Experts are chosen by values: two implementations read the choice only on the device, others read it on
-    the host.
+    Hooked layers are excluded, because a hook may do anything. Experts are selected by values: two implementations read the
+    selection only on the device and are allowed, while all others read it on the host.
     """
     modules = [model.lm_head, *model.model.language_model.layers.modules()]
     if not all(is_unhooked_linear(layer) for layer in modules if isinstance(layer, nn.Linear)):
@@ -330,13 +330,13 @@ def can_step(model) -> bool:
     return (
         (experts is None or text.config._experts_implementation in (EXPERTS, "batched_mm"))
         and kinds <= {"full_attention", "linear_attention"}
-        # Exclude weights that a package has quantized: they have classes of their own or are integers, possibly in buffers.
+        # Exclude weights that a package has quantized: they have special classes or are integers, possibly in buffers.
         and all(type(weight) in plain and weight.is_floating_point() for weight in weights)
     )
 
 
 def give_up(model, problem: Exception) -> None:
-    """Decode without a graph for this model from now on, and warn."""
+    """Stop decoding with graphs for this model, and warn."""
     _caches[model] = None
     message = f"tokens are decoded without a CUDA graph, which takes longer: {first_line(problem)}"
     warnings.warn(message, DeviceWarning, stacklevel=2)

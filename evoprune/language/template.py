@@ -13,7 +13,7 @@ from typing import Any
 
 from evoprune.language.isolation import run_isolated
 
-SECONDS = 5  # limit; real templates render in milliseconds
+SECONDS = 5  # time limit; real templates render in milliseconds
 MAX_CHARACTERS = 2**20  # limit on the rendered text, which has placeholders for the user's words
 
 
@@ -22,10 +22,10 @@ def render(source: str, variables: dict[str, Any]) -> str:
 
     Args:
         source: the template.
-        variables: its variables, serializable as JSON.
+        variables: the template's variables, which must be serializable as JSON.
 
     Raises:
-        ValueError: the template is broken, rejects the variables, takes too much time or memory, or renders too long a text; the
+        ValueError: the template is broken, rejects the variables, takes too much time or memory, or renders too much text. The
             message says which.
         OSError: no process can be started.
     """
@@ -41,7 +41,7 @@ def _cached(request: str, seconds: int) -> str:
 
 
 def render_request(request: str) -> dict[str, str]:
-    """Render the template of a JSON request and return the result under `text`, or a message under `error`."""
+    """Render the template in a JSON request. Return a dict with the result as `text`, or with a message as `error`."""
     request = json.loads(request)
     try:
         text = _compiled(request["source"]).render(**request["variables"])

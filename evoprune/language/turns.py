@@ -1,4 +1,4 @@
-"""The turns of a conversation, and their conversion from and to messages with roles. Imports no torch."""
+"""The turns of a conversation, and their conversion to and from messages with roles. This file imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ ASSISTANT = "assistant"
 
 
 class Placed(str):
-    """A question with inputs between its texts, such as "Image 1:", an input, "Image 2:", an input, "Which is older?".
+    """A question with inputs between its strings, such as "Image 1:", an input, "Image 2:", an input, "Which is older?".
 
-    As a `str`, it consists of its texts joined by line breaks.
+    As a `str`, the question consists of its strings joined by line breaks.
 
     Attributes:
-        parts: the texts in order, with None in place of inputs.
+        parts: the strings in order, with None for each input.
     """
 
     parts: tuple[str | None, ...]
@@ -40,7 +40,7 @@ class Turn:
 
     @staticmethod
     def to_messages(turns: Sequence["Turn"]) -> list[dict[str, str]]:
-        """Return turns as messages in the format that `from_messages` accepts."""
+        """Convert turns to messages in the format that `from_messages` accepts."""
         messages = []
         for turn in turns:
             messages.append({"role": USER, "content": turn.question})
@@ -49,13 +49,13 @@ class Turn:
 
     @staticmethod
     def from_messages(messages: Any) -> list["Turn"]:
-        """Return messages as turns.
+        """Convert messages to turns.
 
         Args:
-            messages: list of dicts with `role`, which alternates between "user" and "assistant", and `content`, a text.
+            messages: list of dicts with `role`, which alternates between "user" and "assistant", and `content`, a string.
 
         Raises:
-            UsageError: the messages have another form, a question is empty, or the last question has no answer.
+            UsageError: the messages have a different form, a question is empty, or the last question has no answer.
         """
         hint = '[{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "A man."}]'
         if not isinstance(messages, list | tuple):

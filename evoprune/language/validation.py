@@ -1,7 +1,8 @@
-"""Check a finished answer against its JSON Schema with jsonschema, using exact numbers. Imports no torch.
+"""Check a finished answer against its JSON Schema with jsonschema, using exact numbers. This file imports no torch.
 
 The check is needed because llguidance computes bounds and large integers in floats: a guided answer can still violate an exclusive
-bound, or have a rounded integer of more than 53 bits. Only this file imports jsonschema, and only when a schema is used.
+bound, or contain an integer of more than 53 bits that was rounded. Only this file imports jsonschema, and only when a schema is
+used.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from evoprune.util import shorten
 DIGITS = 1500  # decimal precision; more digits than the quotient of any two floats has before its decimal point
 MAX_REFERENCES = 100_000  # limit per check, because alternatives that refer to one another multiply
 MAX_TEXT_LENGTH = 200  # longest path or message of jsonschema to show, in characters
-# Keywords that only llguidance checks: Python's `re` has another syntax and can take forever.
+# Keywords that only llguidance checks, because Python's `re` has a different syntax and can take forever.
 ENGINE_KEYWORDS = ("pattern", "patternProperties", "format")
 SAMPLES: list[Any] = [None, False, 0, "", [], {}]
 ENDLESS_REFERENCES = "its references never end"
@@ -25,10 +26,10 @@ class _TooManyReferences(Exception):
 
 
 def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
-    """Return the first violated keyword of a schema and its path in the value, in one line, or None if the value is valid.
+    """Return the first schema keyword that a value violates and the path in the value, or None if the value is valid.
 
     Args:
-        value, schema: objects as returned by `json.loads`. A float is taken as the decimal number that Python prints for it.
+        value, schema: objects as returned by `json.loads`. A float counts as the decimal number that Python prints for it.
     """
     import referencing
     from referencing.exceptions import Unresolvable
@@ -50,7 +51,7 @@ def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
 
 
 def wrong_schema(schema: dict[str, Any]) -> str | None:
-    """Return why answers cannot be checked against a schema, in one line, or None if they can."""
+    """Return the reason why answers cannot be checked against a schema, in one line, or None if they can be checked."""
     from jsonschema.exceptions import SchemaError
 
     try:
@@ -105,8 +106,8 @@ def _exact(value: Any, without: str | None = None) -> Any:
     """Return a JSON value with every float replaced by an int or a Decimal.
 
     Args:
-        without: name of fields to drop if their value is a text. It is "$schema" for schemas, because a "$schema" inside a schema
-            would make jsonschema replace the modified validator by one of its own.
+        without: name of the fields to drop if their value is a string. Pass "$schema" for schemas, because a "$schema" inside a
+            schema would make jsonschema replace the modified validator with one of jsonschema's validators.
     """
     if isinstance(value, dict):
         kept = {name: inner for name, inner in value.items() if name != without or not isinstance(inner, str)}

@@ -15,13 +15,13 @@ from evoprune.vision import Encoded
 
 
 def warm_up(model: QwenVL, encoded: Encoded, native: bool) -> None:
-    """Answer a question about an input of a small model, and run one decoding step with the static cache of CUDA graphs.
+    """Answer a question with a small model, and run one decoding step with the static cache that CUDA graphs use.
 
     Args:
-        model: a model with random weights and the widths of the model that is being loaded.
-        encoded: the input.
-        native: False if transformers runs the language model that is being loaded. Then only norms and the solver of DeltaNets
-            run, because that solver is in a library of its own.
+        model: a small model with random weights and the same widths as the model that is being loaded.
+        encoded: the encoded input that the question is about.
+        native: False if transformers runs the language model that is being loaded. In that case, only the norms and the DeltaNets'
+            solver run, because the solver is in a separate library.
     """
     if not native:
         _warm_up_hybrid(model)
