@@ -32,7 +32,7 @@ class GenerationOptions:
     """Options that control how an answer is generated.
 
     Raises:
-        UsageError: a value is out of range, or two options cannot be combin
+        UsageError: a value is out of range, or two options cannot be combined.
     """
 
     PANEL: ClassVar[str] = "Generation"
