@@ -1,7 +1,7 @@
-"""Answer a question about visual tokens: tokenizer, prompt, positions, and the language model's forward pass.
+"""Answer questions about visual tokens: the tokenizer, the prompt, M-RoPE positions, and the language model's forward pass.
 
 `Prompt.build` builds a prompt, `prune_prompt` prunes it, and `LanguageModel.prefill` or a `PrefixCache` reads it. The result is a
-`PrefillState`, from which an `AnswerStream` generates the answer.
+`PrefillState`, and an `AnswerStream` generates the answer from it.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Generate an answer: its text in pieces, without the model's thoughts, up to a stop string."""
+"""Stream the text of an answer in pieces, separate it from the model's thoughts, and end it at a stop string."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, islice, repeat, takewhile
@@ -14,22 +14,22 @@ from evoprune.language.settings import GenerationOptions
 
 
 class AnswerStream(Iterator[tuple[str, bool]]):
-    """Iterator over the pieces of an answer's text, with True for every piece of the model's thoughts (see `stream_answer`).
+    """Iterator over an answer's text in pieces, each paired with True if it belongs to the model's thoughts.
 
-    Every piece is generated when it is requested. The same `seed` gives the same answer.
+    Each piece is generated only when it is requested (see `stream_answer`). The same `seed` gives the same answer.
 
     Args:
-        state: the state after the prompt; serves one answer only.
-        options: how to generate the answer; with `choices`, it is one of them.
+        state: the state after the prompt. It can serve only one answer.
+        options: how to generate the answer. If they have `choices`, the answer is one of the choices.
         eos_ids: tokens that end the answer.
-        constraint: a rule for the tokens of the answer, which does not apply to thoughts; None for no rule.
-        one_by_one: score the tokens of choices in a pass per token, as in decoding.
+        constraint: restricts the tokens of the answer, but not of the thoughts. None allows all tokens.
+        one_by_one: score choices with one forward pass per token, as in decoding.
 
     Attributes:
         stop_reason: the stop string that ended the answer, or None.
 
     Raises:
-        ModelError: while iterating, if a logit is NaN or infinite. Exceptions of the constraint pass through.
+        ModelError: during iteration, if a logit is NaN or infinite. Exceptions raised by the constraint propagate unchanged.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
     @property
     def ids(self) -> list[int]:
-        """Tokens of the thoughts and the answer so far."""
+        """Token ids of the thoughts and the answer so far."""
         return self._tokens.ids
 
     @property
@@ -74,11 +74,11 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
     @property
     def choices(self) -> list[Choice]:
-        """The choices of the options, with their probabilities. Empty until they are scored."""
+        """The choices from the options with their probabilities. Empty until the choices are scored."""
         return self._tokens.choices
 
     def logprobs_since(self, number: int) -> list[dict[str, Any]]:
-        """Return the log probabilities of all tokens from the given one on, and of their alternatives, as reports store them."""
+        """Return the log probabilities of the tokens from index `number` on, with their alternatives, in the format of reports."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self._tokenizer.backend.decode([token], skip_special_tokens=False)
@@ -91,12 +91,12 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
 
 class AnswerConstraint:
-    """Apply a `TokenConstraint` only to the answer; the model's thoughts before the answer are unconstrained.
+    """Apply a `TokenConstraint` to the answer, but not to the thoughts that precede it.
 
     Args:
-        constraint: the rule for the answer.
-        in_thoughts: True if the prompt ends with the beginning of the thoughts.
-        may_think: True if the first token may begin the thoughts.
+        constraint: the constraint for the answer.
+        in_thoughts: True if the prompt ends by opening the model's thoughts.
+        may_think: True if the first generated token may open the thoughts.
     """
 
     def __init__(self, constraint: TokenConstraint, tokenizer: Tokenizer, in_thoughts: bool, may_think: bool):
@@ -105,7 +105,7 @@ class AnswerConstraint:
         self._begin, self._end = map(tokenizer.backend.token_to_id, THOUGHTS)
         self._thinks = in_thoughts
         self._may_begin = may_think
-        self._ids: list[int] = []  # tokens of the thoughts and the answer
+        self._ids: list[int] = []  # token ids of the thoughts and the answer
 
     def mask(self, size: int) -> torch.Tensor | None:
         if self._thinks:
@@ -126,14 +126,16 @@ class AnswerConstraint:
             self._constraint.advance(token)
 
     def _think(self, token: int) -> None:
-        """Record a token of the thoughts or of `</think>`.
+        """Record a token that is generated before the thoughts end, including the tokens of `</think>`.
 
         If `</think>` is not a single token, the token that completes it may also contain the beginning of the answer.
         """
         if self._end is not None:
             self._thinks = token != self._end
             return
-        latest = self._tokenizer.decode(self._ids[-len(THOUGHTS[1]) :])  # enough, as a token has at least one byte
+        latest = self._tokenizer.decode(
+            self._ids[-len(THOUGHTS[1]) :]
+        )  # enough, because each token has at least one byte
         _, ended, answer = latest.partition(THOUGHTS[1])
         if ended:
             self._thinks = False
@@ -146,9 +148,10 @@ class AnswerConstraint:
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of token ids in pieces, as the ids arrive. Joined, the pieces equal `tokenizer.decode` of all ids.
+    """Decode token ids as they arrive, and yield the text in pieces.
 
-    A byte-level token may end inside a character, but a piece never does.
+    Joined, the pieces equal the result of `tokenizer.decode` for all ids. A byte-level token may end in the middle of a character,
+    but a piece never does.
     """
     stream = DecodeStream(skip_special_tokens=True)
     pending = []
@@ -157,21 +160,22 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         if piece := stream.step(tokenizer.backend, token):
             yield piece
             pending = []
-    if rest := tokenizer.decode(pending):  # an incomplete character at the end, which the stream would hold back
+    if rest := tokenizer.decode(pending):  # an incomplete last character, which the decode stream never yields
         yield rest
 
 
 def begins_with_thoughts(tokenizer: Tokenizer, prompt_ids: torch.Tensor) -> bool:
-    """Return True if a prompt (int64 `[L]`) ends with the beginning of the model's thoughts."""
+    """Return True if a prompt (int64 `[L]`) ends by opening the model's thoughts."""
     return opens_thoughts(tokenizer.backend.decode(prompt_ids[-16:].tolist(), skip_special_tokens=False))
 
 
 def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Tensor) -> Iterator[tuple[str, bool]]:
-    """Yield the text of token ids in pieces (see `stream_text`), with True for every piece of the model's thoughts.
+    """Decode token ids and yield the text in pieces, each paired with True if it belongs to the model's thoughts.
 
-    Thoughts begin at the end of the prompt (`prompt_ids`, int64 `[L]`) or with the first token; in both cases, the first piece is
-    then an empty piece of thoughts. They end at `</think>`: the token if the tokenizer has one, otherwise the text. `</think>` and
-    the white space after it are not yielded.
+    See `stream_text` for the pieces. Thoughts are opened either at the end of the prompt (`prompt_ids`, int64 `[L]`) or by the
+    first generated token. In both cases, the first piece yielded is an empty thought. Thoughts end at `</think>`, which is
+    recognized as a token if the tokenizer has such a token, and in the decoded text otherwise. `</think>` and the whitespace after
+    it are not yielded.
     """
     ids = iter(ids)
     begin, end = map(tokenizer.backend.token_to_id, THOUGHTS)
@@ -196,7 +200,7 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
 
 
 def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
-    """Yield the pieces of a text without the first `end`, with True for every piece before it."""
+    """Remove the first `end` from a text in pieces. Yield each piece with True if it comes before `end`, otherwise False."""
     held_back = ""  # text that may be the beginning of `end`
     for piece in pieces:
         before, separator, after = (held_back + piece).partition(end)
@@ -216,8 +220,8 @@ def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
 class StopStrings:
     """Cut an answer before the first stop string. Stop strings must not be empty.
 
-    If an answer contains several, the one that is complete first counts, and the longest one in case of a tie. The result therefore
-    does not depend on how the text is split into pieces.
+    If an answer contains several stop strings, it ends at the stop string that is completed first. If several are completed by the
+    same character, it ends at the longest. The result therefore does not depend on how the text is split into pieces.
 
     Attributes:
         found: the stop string that ended the answer, or None.
@@ -228,7 +232,7 @@ class StopStrings:
         self._stops = stops
 
     def cut(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-        """Yield the pieces of `stream_answer` up to the first stop string. Thoughts are passed through unchecked.
+        """Yield the pieces from `stream_answer` up to the first stop string. Thoughts are not searched.
 
         Text that may be the beginning of a stop string is held back.
         """
@@ -256,6 +260,6 @@ class StopStrings:
         return bool(ends)
 
     def _partial_stop_length(self, text: str) -> int:
-        """Return the number of characters at the end of a text that may be the beginning of a stop string."""
+        """Return the length of the longest suffix of a text that may be the beginning of a stop string."""
         longest = min(len(text), max(map(len, self._stops)) - 1)
         return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

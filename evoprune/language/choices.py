@@ -1,4 +1,4 @@
-"""Answers chosen from a fixed list of texts: score each choice, return the most probable one."""
+"""Choose an answer from a fixed list: score each choice and return the most probable one."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +22,9 @@ class Choice:
 
     Attributes:
         text: the answer.
-        logprob: natural logarithm of the probability of its tokens and the end of the answer, from the raw logits.
+        logprob: natural log probability of the answer's tokens and the end of the answer, computed from the raw logits.
         tokens: number of tokens that `logprob` covers, including the end of the answer.
-        probability: probability among the choices, whose probabilities add up to 1.
+        probability: probability relative to the other choices. The probabilities of all choices add up to 1.
     """
 
     text: str
@@ -34,15 +34,15 @@ class Choice:
 
 
 class ChosenTokens(Iterator[int]):
-    """Iterator over the token ids of the most probable choice; the first one wins a tie.
+    """Iterator over the token ids of the most probable choice. If several choices tie, the first one wins.
 
-    It has the attributes of a `TokenStream` and is used in its place. All choices are scored when the first token is requested.
+    It has the same attributes as a `TokenStream` and takes its place. All choices are scored when the first token is requested.
 
     Attributes:
-        choices: the choices with their probabilities; empty until they are scored.
+        choices: the choices with their probabilities. Empty until the choices are scored.
 
     Raises:
-        ModelError: while iterating, if a logit is NaN or infinite.
+        ModelError: during iteration, if a logit is NaN or infinite.
     """
 
     def __init__(
@@ -81,15 +81,15 @@ def score_choices(
     eos_ids: Collection[int],
     one_by_one: bool = False,
 ) -> list[Choice]:
-    """Score the choices of `options` and return them with their probabilities. `state` is unchanged afterwards.
+    """Score the choices of `options` and return them with their probabilities. `state` is left unchanged.
 
-    The tokens that all choices begin with are read only once. The score of a choice includes the end of the answer, so that
+    Tokens that all choices share at the beginning are read only once. The score of a choice includes the end of the answer, so that
     "red" does not also get the probability of "red car".
 
     Args:
         ids: the token ids of the choices, without the end of the answer.
         eos_ids: the tokens that may end the answer.
-        one_by_one: run a pass per token, as in decoding, instead of one pass for several tokens.
+        one_by_one: run one forward pass per token, as in decoding, instead of one pass over several tokens.
 
     Raises:
         ModelError: a logit is NaN or infinite.
@@ -116,7 +116,7 @@ def score_choices(
 
 @contextmanager
 def _branch(state: PrefillState) -> Iterator[PrefillState]:
-    """Provide a copy of `state` that may read more tokens. On exit, `state` is unchanged."""
+    """Context manager that yields a copy of `state` for reading more tokens. On exit, `state` itself is unchanged."""
     if state.language.can_crop:
         length = state.cache.length
         try:

@@ -1,9 +1,9 @@
 """The forward pass of the language model (Qwen2, Qwen2.5 and Qwen3) over new columns of a prompt, or over one generated token.
 
-It works on a tree of weights with Hugging Face's names: a `model.weights.QwenVL`, or a transformers model. A *column* is one token
-of the prompt or answer. Queries and keys are rotated by three positions at once (M-RoPE, arXiv 2409.12191, section 2.1), and groups
-of query heads share keys and values (arXiv 2305.13245). Results are rounded at the same points as in Hugging Face's code. Torch's
-autocast has no effect here.
+It works on any module tree whose weights have Hugging Face's names: a `model.weights.QwenVL`, or a transformers model. A *column*
+is one token of the prompt or answer. Queries and keys are rotated by three positions at once (M-RoPE, arXiv 2409.12191, section
+2.1), and groups of query heads share keys and values (arXiv 2305.13245). Results are rounded at the same points as in Hugging
+Face's code. Torch's autocast has no effect here.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ STRIP = 1024  # number of query columns that share a mask
 
 @lru_cache
 def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotary frequencies of feature pairs and the position axis that every pair uses.
+    """Return the rotary frequencies of feature pairs and the position axis that each pair uses.
 
     Returns:
         float32 `[head_dim / 2]`, radians per position; int64 `[head_dim / 2]`, 0 for time, 1 for height, 2 for width.
@@ -49,7 +49,7 @@ def rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch
     Args:
         config: configuration of the language model.
         positions: int64 `[3, L]` on the CPU.
-        like: tensor whose dtype and device the results get.
+        like: a tensor with the dtype and the device that the results should have.
 
     Returns:
         Two tensors `[L, 1, head_dim]`. The first half of the sines is negated.
@@ -66,13 +66,13 @@ def cos_sin_of(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, 
 
 
 def frequencies_of(config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the `_frequencies` for the configuration of a language model, on the CPU."""
+    """Return the result of `_frequencies` for a language model's configuration, on the CPU."""
     rope = config.rope_parameters
     return _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]), bool(rope.get("mrope_interleaved")))
 
 
 def rows_at(x: torch.Tensor | None, rows: torch.Tensor | slice | None) -> torch.Tensor | None:
-    """Return the given rows of `x`, or all if `rows` is None."""
+    """Return the given rows of `x`, or all rows if `rows` is None."""
     return x if x is None or rows is None else x[rows]
 
 
@@ -90,19 +90,19 @@ def attend(
     wide: torch.Tensor | None = None,
     dim: int | None = None,
 ) -> torch.Tensor:
-    """Return the causal attention of L columns to n keys, `[L, heads * head_dim]`.
+    """Return the output of causal attention from L columns to n keys, `[L, heads * head_dim]`.
 
     Args:
-        queries: `[1, L, heads, head_dim]`. They may have additional bias features at the end (`Attention.bias_features`).
-        keys, values: `[1, kv_heads, n, head_dim]`. Neighboring query heads share them. For a single column, they may also have
-            additional bias features.
-        bias: `[n]`, added to the logits of keys. The logarithm of a cluster size gives a key the weight of that many equal keys
-            (arXiv 2210.09461, section 3).
-        visible_keys: int64 `[L]`, ascending, the number of keys that every query sees; the last one is n. None if the queries
-            are the last L columns.
-        wide: buffer `[2, kv_heads, n, head_dim + e]` for keys and values with bias features (`Attention.room_for_bias`), for
-            kernels that take no mask.
-        dim: head_dim; required if the queries have additional features.
+        queries: `[1, L, heads, head_dim]`. Bias features may follow at the end of each head (`Attention.bias_features`).
+        keys, values: `[1, kv_heads, n, head_dim]`. Consecutive query heads share a key head and a value head. If L is 1, bias
+            features may follow at the end of each head.
+        bias: `[n]`, added to the attention logits of each key. With the log of a cluster size, a key counts as that many identical
+            keys (arXiv 2210.09461, section 3).
+        visible_keys: int64 `[L]`, the number of keys that each query sees, in ascending order; the last number is n. None if the
+            queries are the last L columns.
+        wide: buffer `[2, kv_heads, n, head_dim + e]` from `Attention.room_for_bias`, which holds keys and values with bias features
+            for kernels that accept no mask.
+        dim: head_dim without bias features; required if the queries have bias features.
     """
     _, columns, heads, given = queries.shape
     kv_heads, n, whole = keys.shape[1:]
@@ -141,7 +141,7 @@ def attend(
             return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
     queries = queries[..., :dim]
     keys, values = (t.expand(-1, group, -1, -1) for t in (keys, values))
-    strips = []  # of queries, with a mask per strip: one mask for all would grow with the square of the prompt length
+    strips = []  # one mask per strip of queries, because a single mask would grow quadratically with the prompt
     for start in range(0, columns, STRIP):
         strip = queries[:, :, start : start + STRIP]
         rows = strip.shape[2]
@@ -160,7 +160,7 @@ def attend(
 
 
 def columns_of(wide: torch.Tensor | None, columns: torch.Tensor | slice | None) -> torch.Tensor | None:
-    """Return the given columns of a buffer made by `Attention.room_for_bias`, or all if `columns` is None."""
+    """Return the given columns of a buffer made by `Attention.room_for_bias`, or all columns if `columns` is None."""
     return wide if wide is None or columns is None else wide[:, :, columns]
 
 
@@ -175,7 +175,8 @@ def attend_blind(
 ) -> torch.Tensor:
     """Return attention as in `attend`, except that columns from `end` on attend only to the columns `others` (int64).
 
-    The keys must belong to a whole prompt, without columns before it. If there are fewer queries than keys, they are the last ones.
+    The keys must cover the whole prompt from its first column on. If there are fewer queries than keys, the queries belong to the
+    last columns.
     """
     before = max(0, queries.shape[1] - (keys.shape[2] - end))  # number of queries before `end`
     extra = {"wide": columns_of(wide, others)}
@@ -188,20 +189,21 @@ def attend_blind(
 
 
 def all_sizes(sizes: torch.Tensor | None, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """Return cluster sizes as float32 `[columns]` on the device of `like`; all 1 if `sizes` is None."""
+    """Return cluster sizes as float32 `[columns]` on the device of `like`, or ones if `sizes` is None."""
     if sizes is None:
         return like.new_ones(columns, dtype=torch.float32)
     return sizes.to(like.device).float()
 
 
 class KVCache:
-    """Keys and values, per layer, for the columns read so far. A layer lacks columns that were dropped before it.
+    """Keys and values of each layer for the columns read so far. A layer has no entries for columns dropped before it.
 
     Args:
-        capacity: number of columns to allocate, at least 1, or one number per layer. A full layer grows by half.
+        capacity: number of columns to allocate (at least 1), either one number for all layers or one per layer. A layer that is
+            full grows by half.
     """
 
-    column = None  # offset inside `room`, on the device, at which to write; None for 0
+    column = None  # index inside `room` to write to, as a tensor on the device; None for 0
 
     def __init__(self, model, capacity: int | Sequence[int]):
         config = model.config.text_config
@@ -210,13 +212,14 @@ class KVCache:
         capacities = [capacity] * depth if isinstance(capacity, int) else capacity
         shapes = [(1, config.num_key_value_heads, columns, head_size(config)) for columns in capacities]
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
-        # Number of leading columns among which layers have lost different ones. The cache cannot be cropped inside them.
+        # Number of leading columns among which layers have dropped different columns. The cache cannot be cropped inside this
+        # range.
         self._uneven_until = 0
-        # Number of columns read. It grows at the end of a forward pass, so a pass that fails leaves the cache as it was.
+        # Number of columns read. It grows at the end of a forward pass, so a failed pass leaves the cache unchanged.
         self.length = 0
         self.lengths = [0] * depth  # number of valid columns per layer
-        # Cluster sizes per layer, float32 `[lengths[i]]`: attention treats a column as that many columns. None if all are 1.
-        # Layers with the same columns share a tensor.
+        # Cluster sizes per layer, float32 `[lengths[i]]`: attention counts a column of size n as n columns. None if all sizes are
+        # 1. Layers with the same columns share a tensor.
         self.sizes: list[torch.Tensor | None] = [None] * depth
 
     @property
@@ -228,8 +231,8 @@ class KVCache:
         """Drop all columns except the first `length`.
 
         Raises:
-            ValueError: the cache holds fewer columns, or would be cropped among columns that only some layers still have. Cropping
-                to 0 is always possible.
+            ValueError: the cache holds fewer columns, or `length` falls among columns that only some layers still have. Cropping to
+                0 is always possible.
         """
         if not (0 <= length <= self.length and (length >= self._uneven_until or not length)):
             raise ValueError(f"a cache of {self.length} columns cannot be cropped to {length}")
@@ -237,7 +240,7 @@ class KVCache:
         cropped = {id(sizes): sizes[:end] for sizes, end in zip(self.sizes, lengths, strict=True) if sizes is not None}
         sizes = [cropped.get(id(sizes)) for sizes in self.sizes]
         whole = self._uneven_until if length else 0
-        # In one statement, so that a signal (Ctrl-C) cannot leave some of these old and some new.
+        # Assign all in one statement, so that a signal (Ctrl-C) cannot leave some attributes updated and others not.
         self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
 
     def keep(self, columns: torch.Tensor) -> None:
@@ -247,7 +250,7 @@ class KVCache:
             columns: int64 `[n]` on the CPU, ascending.
 
         Raises:
-            ValueError: layers lost different columns.
+            ValueError: the layers have dropped different columns.
         """
         if self._uneven_until:
             raise ValueError("the layers have dropped different columns, so none can be selected in all of them")
@@ -277,7 +280,7 @@ class KVCache:
                 strip.copy_(rotate(strip.transpose(0, 1).float(), cos, sin).transpose(0, 1))
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new columns of a layer after its valid ones. They become valid with `add`.
+        """Write new columns after a layer's valid columns. The new columns become valid when `add` is called.
 
         Args:
             keys, values: `[1, kv_heads, L, head_dim]`.
@@ -294,13 +297,14 @@ class KVCache:
         """Reserve new columns in a layer.
 
         Returns:
-            Views to write the new keys and values to, `[kv_heads, columns, head_dim]`; then all keys and values, as from `put`.
+            Two views to write the new keys and values to, `[kv_heads, columns, head_dim]`, followed by all keys and all values, as
+            returned by `put`.
         """
         before = self.lengths[layer]
         stored = self._layers[layer]
         end = before + columns
         if end > (full := stored[0].shape[2]):
-            # Layers grow one by one, so that only one layer is in memory twice.
+            # Layers grow one by one, so that only one layer at a time is in memory twice.
             more = (0, 0, 0, max(end, full * 3 // 2) - before)
             stored = self._layers[layer] = tuple(F.pad(tensor[:, :, :before], more) for tensor in stored)
         known = tuple(tensor[:, :, :end] for tensor in stored)
@@ -311,8 +315,8 @@ class KVCache:
 
         Args:
             read: number of columns read.
-            columns: how many of them each layer has.
-            sizes: per layer, the cluster sizes of its old and new columns.
+            columns: for each layer, how many of these columns it stored.
+            sizes: for each layer, the cluster sizes of its old and new columns.
         """
         length = self.length + read
         lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
@@ -322,10 +326,10 @@ class KVCache:
         self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
-        """Return, per layer, the cluster sizes of its columns and the new columns.
+        """Return the cluster sizes of the cached and the new columns together, one entry per layer.
 
         Args:
-            sizes: float32 `[columns]`, sizes of the new columns in all layers; None if all are 1.
+            sizes: float32 `[columns]`, cluster sizes of the new columns, which are the same in all layers; None if all are 1.
             columns: number of new columns.
         """
         if sizes is None and self.sizes[0] is None:
@@ -353,22 +357,22 @@ def forward(
     deepstack: torch.Tensor | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Read new columns after those in the cache and return the final hidden states of the last ones, `[last, hidden]`.
+    """Run the model on new columns and return the final hidden states of the last ones, `[last, hidden]`.
 
     Args:
-        model: tree of weights with Hugging Face's names; only its linear layers are called.
-        inputs_embeds: `[L, hidden]`, embeddings of the new columns on the device of the weights, L at least 1.
+        model: a module tree whose weights have Hugging Face's names. Only its linear layers are called.
+        inputs_embeds: `[L, hidden]`, embeddings of the new columns, on the device of the weights. L is at least 1.
         positions: int64 `[3, L]`, M-RoPE positions (time, height, width) on the CPU.
-        cache: cache with the columns before. It is extended by L columns, or unchanged if this raises.
+        cache: holds the preceding columns. It is extended by L columns in place, or left unchanged if an exception is raised.
         sizes: float32 `[L]`, cluster sizes of the new columns; None if all are 1.
         last: number of columns to return, from 1 to L.
         dropping: decides which visual tokens to drop inside the language model; requires an empty cache.
-        deepstack: `[n, L, hidden]`, added to the columns after the first n layers, one entry per layer.
+        deepstack: `[n, L, hidden]`, features to add to the columns after each of the first n layers.
         pause: called before every layer; it may wait or raise.
 
     Raises:
-        ValueError: there are no columns, `positions` does not match them, `last` is out of range, or `dropping` is given and the
-            cache is not empty.
+        ValueError: there are no columns, `positions` does not match the columns, `last` is out of range, or `dropping` is given
+            although the cache is not empty.
     """
     columns = len(inputs_embeds)
     if not columns or positions.shape != (3, columns):
@@ -418,13 +422,13 @@ def forward(
 @torch.inference_mode()
 @without_autocast()
 def logits(model, *args, **kwargs) -> torch.Tensor:
-    """Return the logits of the token after every one of the last columns: float32 `[last, vocabulary]`; see `forward`."""
-    # The output layer is the largest layer, so it runs only on these columns.
+    """Return the next-token logits after each of the last columns, float32 `[last, vocabulary]`. Arguments: see `forward`."""
+    # The output layer is the largest layer, so it runs only on the last columns.
     return model.lm_head(forward(model, *args, **kwargs)).float()
 
 
 def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the arguments `bias` and `wide` of `attend` for cluster sizes; both None if `sizes` is None."""
+    """Return the `bias` and `wide` arguments of `attend` for cluster sizes, or None for both if `sizes` is None."""
     if sizes is None:
         return None, None
     bias = sizes.log()
@@ -453,8 +457,8 @@ def run_layer(
         cache: a `KVCache`, or a `NativeStaticCache` for a single column.
         number: index of the layer.
         bias, wide: see `attend`.
-        last: number of columns to compute in the last layer.
-        blind, rows: results of `Dropping.before`. Columns without queries or MLP keep their state.
+        last: number of columns to compute if this is the last layer.
+        blind, rows: results of `Dropping.before`. Columns that skip the queries or the MLP keep their hidden states in that step.
 
     Returns:
         The output for the columns (in the last layer, only for the `last` ones), their queries, and all keys and values.
@@ -505,7 +509,7 @@ def _fused(
     bias: torch.Tensor | None,
     wide: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Run one layer on all columns with fused kernels and joined weights; see `run_layer`. Returns None if they are missing."""
+    """Run one layer on all columns with fused kernels and joined weights, or return None if that fails. See `run_layer`."""
     attention = layer.self_attn
     mlp = layer.mlp
     eps = config.rms_norm_eps

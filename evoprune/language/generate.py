@@ -21,10 +21,12 @@ from evoprune.vision import Encoded
 
 
 class LanguageModel:
-    """The language model of a loaded model: reads prompts. Its layers run in decoder.py or, as modules of transformers, hosted.py.
+    """The language model of a loaded model, which reads prompts and generated tokens.
+
+    Its layers run in decoder.py, or as transformers modules in hosted.py.
 
     Args:
-        model: tree of weights with Hugging Face's names, or a `HostedVL`.
+        model: a module tree whose weights have Hugging Face's names, or a `HostedVL`.
     """
 
     def __init__(self, model):
@@ -39,12 +41,12 @@ class LanguageModel:
 
     @property
     def can_capture(self) -> bool:
-        """True if a CUDA graph can run a decoding step, provided that the device has graphs."""
+        """True if decoding steps can be captured in a CUDA graph, provided that the device supports graphs."""
         return static.can_step(self.model)
 
     @property
     def runs_modules(self) -> bool:
-        """True if transformers' modules compute all operations of the layers, so that results are rounded as there."""
+        """True if transformers' own modules run the layers, so that results are rounded exactly as in transformers."""
         device = self.model.model.language_model.norm.weight.device
         return self._hosted and hosted.run_for(self.model, device) is hosted.run_modules
 
@@ -77,12 +79,12 @@ class LanguageModel:
     def forward(self, *args, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """Read new columns and return the final hidden states of the last ones; see `decoder.forward`.
 
-        `ids`, int64 `[columns]`, are their token ids, which some models read too (`hosted.reads_ids`).
+        `ids`, int64 `[columns]`, are the token ids of the new columns, which some models read in addition (`hosted.reads_ids`).
         """
         return self._layers.forward(self.model, *args, **kwargs, **self._given(ids))
 
     def logits(self, *args, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """Read new columns and return the logits after every one of the last ones; see `decoder.logits` and `forward`."""
+        """Read new columns and return the next-token logits after each of the last ones; see `decoder.logits` and `forward`."""
         return self._layers.logits(self.model, *args, **kwargs, **self._given(ids))
 
     def _given(self, ids: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
@@ -99,9 +101,9 @@ class LanguageModel:
         deepstack: torch.Tensor | None = None,
         ids: torch.Tensor | None = None,
     ) -> "PrefillState":
-        """Read a prompt, or continue one that is in a cache.
+        """Read a prompt, or the rest of a prompt whose beginning is cached.
 
-        The arguments that are not listed, and the exceptions, are those that `decoder.forward` documents.
+        For the other arguments and the exceptions, see `decoder.forward`.
 
         Args:
             next_position: position of the first generated token: by Qwen's rule, the largest position of the *unpruned* prompt plus
@@ -157,18 +159,18 @@ class PrefillState:
     """State of the language model after reading a prompt and part of an answer, made by `LanguageModel.prefill`."""
 
     language: LanguageModel
-    cache: KVCache | HostedCache  # keys and values of the prompt and of the answer's tokens read so far
-    logits: torch.Tensor  # float32 `[vocabulary]`, logits of the token after the cached columns
+    cache: KVCache | HostedCache  # keys and values of the prompt and of the answer tokens read so far
+    logits: torch.Tensor  # float32 `[vocabulary]`, next-token logits after the cached columns
     next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
     dropping: Dropping | None = None  # records the tokens that were dropped while the prompt was read
     prompt_ids: torch.Tensor | None = None  # int64 `[L]`, ids of the unpruned prompt, for a repetition penalty
     answer: list[int] = field(default_factory=list)  # tokens of the answer that are in the cache
-    _steps: StaticCache | None = None  # holds the answer's other tokens while a CUDA graph decodes
+    _steps: StaticCache | None = None  # holds the remaining answer tokens while a CUDA graph decodes
     # Identifies this answer to the static cache. It must not reference the model.
     _holder: object = field(default_factory=object)
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """Read `n` more tokens of the answer, int64 `[n]`, and return the logits after every token, float32 `[n, vocabulary]`."""
+        """Read `n` more answer tokens, int64 `[n]`, and return the logits after each token, float32 `[n, vocabulary]`."""
         positions = (arange_on(len(ids), "cpu") + self.next_position + len(self.answer)).expand(3, -1)
         embeds = self.language.embed(ids)
         Packing.of(self.language.model).begin_pass()
@@ -178,14 +180,15 @@ class PrefillState:
         return logits
 
     def decode(self, ids: Sequence[int], left: int, pick: Callable[..., int]) -> int:
-        """Return the token after `ids`, the tokens of the answer so far. May be called again after an exception.
+        """Return the next token of an answer whose tokens so far are `ids`. May be called again after an exception.
 
-        On CUDA, a graph runs the pass if possible (language/static.py).
+        On CUDA, the forward pass runs as a CUDA graph if possible (language/static.py).
 
         Args:
-            ids: at least one token.
-            left: number of tokens that may still follow.
-            pick: function that chooses a token from the logits and, if it is known, their `best_of`.
+            ids: the token ids of the answer so far, at least one.
+            left: number of tokens that the answer may still get.
+            pick: function that chooses a token from the logits. It also gets the result of `best_of` for them if that is already
+                known.
         """
         token = None
         last = len(ids) - 1
@@ -209,13 +212,13 @@ class PrefillState:
 
     @torch.inference_mode()
     def logits_along(self, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
-        """Return the logits for every token of a given answer, each computed after the true tokens before it.
+        """Return the logits for each token of a given answer, computed after the answer's preceding tokens (teacher forcing).
 
-        The cache is extended by the answer (teacher forcing).
+        The cache is extended by all tokens of the answer except the last.
 
         Args:
             ids: int64 `[n]`, the tokens of the answer.
-            one_by_one: run a pass per token, as in decoding, instead of one pass for all.
+            one_by_one: run one forward pass per token, as in decoding, instead of one pass over all tokens.
 
         Returns:
             float32 `[n, vocabulary]`.
@@ -233,9 +236,9 @@ class PrefillState:
         return logits
 
     def graph_logits_along(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits after every token of a given answer from decoding steps in a CUDA graph, `[n, vocabulary]`.
+        """Return the logits after each token of a given answer, `[n, vocabulary]`, computed by decoding steps in a CUDA graph.
 
-        The language model must be able to capture steps. Exceptions of the capture pass through.
+        This requires `LanguageModel.can_capture`. Exceptions raised by the capture propagate unchanged.
 
         Args:
             ids: int64 `[n]`, the tokens of the answer.
@@ -251,7 +254,7 @@ class TokenLogprobs(NamedTuple):
 
 
 def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs:
-    """Return the log probabilities of a token and of the `most` most probable ones. `logits`: float32 `[vocabulary]`."""
+    """Return the log probabilities of `token` and of the `most` most probable tokens. `logits`: float32 `[vocabulary]`."""
     logprobs = logits.log_softmax(0)
     top = logprobs.topk(min(most, len(logprobs)))
     chosen, *values = torch.cat([logprobs[token][None], top.values]).tolist()
@@ -259,13 +262,13 @@ def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs
 
 
 class TokenConstraint(Protocol):
-    """A rule for the tokens of one answer. `mask` is called before every token, `advance` after it."""
+    """Restricts the tokens of one answer. `mask` is called before each token, and `advance` after it."""
 
     def mask(self, size: int) -> torch.Tensor | None:
-        """Return a mask of the allowed token ids, bool `[size]` on the CPU with at least one True; None allows all."""
+        """Return a mask of the allowed token ids, bool `[size]` on the CPU with at least one True, or None to allow all."""
 
     def advance(self, token: int) -> None:
-        """Record the chosen token. Tokens that end the answer are not passed."""
+        """Record the chosen token. This method is not called for tokens that end the answer."""
 
     @property
     def complete(self) -> bool:
@@ -273,17 +276,17 @@ class TokenConstraint(Protocol):
 
 
 class TokenStream(Iterator[int]):
-    """Iterator over generated token ids. Every token is computed when it is requested.
+    """Iterator over generated token ids. Each token is computed only when it is requested.
 
     The same `seed` gives the same answer.
 
     Args:
-        state: the state after the prompt; serves one answer only.
+        state: the state after the prompt. It can serve only one answer.
         eos_ids: tokens that end the answer; they are not yielded.
-        constraint: a rule for the tokens, or None; serves one answer only.
+        constraint: restricts the tokens; it can serve only one answer. None allows all tokens.
 
     Raises:
-        ModelError: while iterating, if a logit is NaN or infinite. Exceptions of the constraint pass through.
+        ModelError: during iteration, if a logit is NaN or infinite. Exceptions raised by the constraint propagate unchanged.
     """
 
     def __init__(
@@ -294,20 +297,20 @@ class TokenStream(Iterator[int]):
         seed: int = 0,
         constraint: TokenConstraint | None = None,
     ):
-        # After the last token: "stop" (the model ended its turn, or the constraint allows nothing more) or "length".
+        # None until the answer ends, then "stop" (the model ended its turn, or the constraint allows nothing more) or "length".
         self.finish_reason: str | None = None
         self.ids: list[int] = []  # tokens yielded so far
         self.logprobs: list[TokenLogprobs] = []  # one entry per token in `ids`, if the settings ask for them
         self._state = state
         self._settings = settings
-        self._latest_logprobs: TokenLogprobs | None = None  # log probabilities for the latest token
+        self._latest_logprobs: TokenLogprobs | None = None  # log probabilities of the latest token
         self._eos_ids = frozenset(eos_ids)
         self._constraint = constraint
         penalized = settings.repetition_penalty not in (None, 1) and state.prompt_ids is not None
         self._seen: set[int] = set()  # tokens of the prompt and the answer
         if penalized:
             self._seen.update(state.prompt_ids.tolist())
-        # On the CPU, so that a seed gives the same draws on every device.
+        # The generator is on the CPU, so that a seed gives the same draws on every device.
         self._random = torch.Generator().manual_seed(generator_seed(seed))
 
     @torch.inference_mode()
@@ -335,7 +338,7 @@ class TokenStream(Iterator[int]):
         return token
 
     def _pick(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> int:
-        """Choose the next token from its logits, float32 `[vocabulary]`. `best`: their `best_of`, if it is known."""
+        """Choose the next token from its logits, float32 `[vocabulary]`. `best`: the result of `best_of`, if already known."""
         token = self._choose(logits, best)
         if self._settings.logprobs is not None:
             self._latest_logprobs = token_logprobs(logits, token, self._settings.logprobs)
@@ -368,12 +371,12 @@ class TokenStream(Iterator[int]):
 def choose(
     logits: torch.Tensor, settings: GenerationOptions, random: torch.Generator, seen: Collection[int] = ()
 ) -> int:
-    """Choose the next token id: the most probable one, or a random one.
+    """Choose the next token id: the most probable token if the temperature is 0, otherwise a random draw.
 
     Args:
         logits: float32 `[vocabulary]`.
         random: a CPU generator.
-        seen: tokens of the prompt and the answer, for a repetition penalty.
+        seen: token ids in the prompt and the answer, for the repetition penalty.
     """
     if settings.repetition_penalty not in (None, 1):
         logits = penalized(logits, settings.repetition_penalty, seen)
@@ -383,14 +386,18 @@ def choose(
 
 
 def penalized(logits: torch.Tensor, penalty: float, seen: Collection[int]) -> torch.Tensor:
-    """Return logits with a repetition penalty (arXiv 1909.05858), as in transformers: above 1, seen tokens get smaller logits."""
+    """Apply a repetition penalty (arXiv 1909.05858) as in transformers: a penalty above 1 lowers the logits of seen tokens."""
     ids = to_device(torch.tensor([*seen], dtype=torch.int64, device="cpu"), logits.device)
     scores = logits[ids]
     return logits.index_put((ids,), torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
 def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Tensor:
-    """Return unnormalized sampling probabilities, float64 `[vocabulary]`: temperature, `top_k`, nucleus (arXiv 1904.09751)."""
+    """Apply the temperature, top-k and nucleus sampling (arXiv 1904.09751) to logits.
+
+    Returns:
+        Unnormalized sampling probabilities, float64 `[vocabulary]`.
+    """
     # Subtract the largest logit first, so that a tiny temperature cannot overflow.
     logits = logits.double()
     logits = (logits - logits.max()) / settings.temperature
@@ -399,7 +406,7 @@ def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Te
     shares = logits.softmax(-1)
     if settings.top_p < 1:
         ordered, order = shares.sort(descending=True, stable=True)
-        # A token is kept if the more probable ones do not reach top_p together, so the first one is always kept.
+        # A token is kept if the more probable tokens add up to less than top_p, so the first token is always kept.
         ordered[ordered.cumsum(-1) - ordered >= settings.top_p] = 0
         shares = torch.zeros_like(shares).scatter_(0, order, ordered)
     return shares

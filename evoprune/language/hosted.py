@@ -67,7 +67,7 @@ def can_crop(model: HostedVL) -> bool:
 
 
 def reads_ids(model: HostedVL) -> bool:
-    """Return True if the language model reads token ids in addition to embeddings: layers add embeddings of n-grams (Qwen4-Exp)."""
+    """Return True if the model also reads token ids, because its layers add embeddings of n-grams (Qwen4-Exp)."""
     return bool(getattr(model.model.language_model.config, "ple_layer_ids", None))
 
 
@@ -98,7 +98,7 @@ def forward(
 ) -> torch.Tensor:
     """Return the final hidden states of the last columns; see `decoder.forward`.
 
-    A model that reads token ids too needs `ids`, int64 `[columns]`, with placeholders for visual tokens.
+    A model that also reads token ids needs `ids`, int64 `[columns]`, which has placeholders for visual tokens.
 
     If a pass fails, a cache that can be cropped stays usable, while a cache with recurrent states becomes invalid.
 
