@@ -1,5 +1,5 @@
-"""Load a whole model: a bundled demo, a folder, a hub id, or true dimensions with random weights.
+"""Load a model: a bundled demo, a local folder, a hub id, or a model of true dimensions with random weights.
 
-`description` collects what small files and the device tell about a model, `weights` predicts the memory for its weights, and
-`model` loads it. Only safetensors are read, and no code that comes with a model is run.
+`description` collects facts from a model's small files and the device, `weights` predicts the memory for its weights, and `model`
+loads it. Only safetensors files are read, and code that comes with a model is never run.
 """

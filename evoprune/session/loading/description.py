@@ -1,6 +1,7 @@
 """Facts about a model before its weights are read: its folder, its small files, and the device that will run it.
 
-`describe` collects them once in a `ModelDescription`, which plans inputs, and which loading then uses. This file imports no torch.
+`describe` collects these facts once in a `ModelDescription`. The description plans inputs, and it is used to load the model. This
+file imports no torch.
 """
 
 import json
@@ -40,15 +41,15 @@ from evoprune.video import InputLimits, Plan, SamplingOptions, Video, choose_dec
 if TYPE_CHECKING:
     from evoprune.methods import MethodChain, PruneConfig
 
-# Number of weights per thread. The demo model has 4 million weights, the smallest Qwen 2 billion.
+# Number of weights per thread. The demo model has 4 million weights, and the smallest Qwen has 2 billion.
 WEIGHTS_PER_THREAD = 32_000_000
 ADAPTER = "adapter_config.json"
 MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
-# Like transformers, take these settings for bitsandbytes even if another method is named.
+# Like transformers, treat these settings as bitsandbytes even if config.json names a different method.
 BITS = "load_in_8bit", "load_in_4bit"
-STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # dtypes, as config.json names them
+STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # names of dtypes in config.json
 NORMALISATION = ("image_mean", "image_std")
-# Preprocessing that does not depend on a processor's settings. Other values cause a warning; null counts as missing.
+# Preprocessing steps that evoprune always does this way. Other values in a processor's settings cause a warning, except null.
 ALWAYS = {
     "do_sample_frames": True, "num_frames": None, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True, "do_convert_rgb": True, "do_center_crop": False, "do_pad": False, "resample": 3,
@@ -57,18 +58,18 @@ ALWAYS = {
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model before its weights are read. Made by `describe`."""
+    """A model before its weights are read. Created by `describe`."""
 
     options: ModelOptions  # which model to load, and how
     device: str  # such as "cpu" or "cuda:1"; never "auto"
-    folder: Path | None  # folder of its files; None for a bundled config
-    commit: str | None  # on the hub; None for anything local
-    unreachable: str | None  # reason not to ask the hub for more files, in words
+    folder: Path | None  # folder with the model's files, or None for a bundled config
+    commit: str | None  # commit on the hub, or None for local models
+    unreachable: str | None  # why the hub cannot be used for more files, in words; None if it can
     config: Config
     quantization: str | None  # quantization method of the checkpoint, such as "awq"
-    stored_dtype: str | None  # dtype of the published weights, "bf16", "fp16" or "fp32", if config.json names it
+    stored_dtype: str | None  # dtype of the published weights ("bf16", "fp16" or "fp32"), or None if unknown
     limits: dict[str, InputLimits]  # limits of videos and of pictures, by kind
-    state: dict[str, Any] | None  # identifies the files: the commit, or `ModelOptions.state` of a folder
+    state: dict[str, Any] | None  # identifies the files: the commit, or `ModelOptions.state` for a folder
 
     @property
     def id(self) -> str:
@@ -81,15 +82,15 @@ class ModelDescription:
 
     @cached_property
     def demo(self) -> Demo | None:
-        """The bundled demo model that this is, with its trained weights; None for other models."""
+        """The bundled demo model if this is one with its trained weights, otherwise None."""
         return None if self.random else Demo.of(self.folder)
 
     @cached_property
     def dtype(self) -> str:
         """The dtype of the loaded weights.
 
-        "auto" means bf16 on hardware with bf16 matmul, otherwise fp32; demo models use fp32. Imports torch, unless the options name
-        the dtype.
+        "auto" means bf16 on hardware with bf16 matmul, otherwise fp32. Demo models always use fp32 by default. Imports torch unless
+        the options name the dtype.
         """
         if self.options.dtype != "auto":
             return self.options.dtype
@@ -102,7 +103,7 @@ class ModelDescription:
 
     @property
     def max_visual_tokens(self) -> int:
-        """Default limit before pruning. The demos are so small that the device sets no lower limit."""
+        """Default limit on visual tokens before pruning. The device's lower limit does not apply to the tiny demo models."""
         if self.demo:
             return SamplingOptions.MAX_VISUAL_TOKENS
         return min(SamplingOptions.MAX_VISUAL_TOKENS, DeviceName(self.device).visual_token_limit)
@@ -118,26 +119,26 @@ class ModelDescription:
 
     @property
     def to_be_native(self) -> str:
-        """Hint for models that evoprune does not run itself: how to get one that it does."""
+        """Hint for models that evoprune does not run itself: how to get a model that it can run."""
         if self.can_be_native:
             return "leave the engine out"
         return "take a checkpoint that evoprune runs itself, such as Qwen/Qwen3-VL-4B-Instruct"
 
     @property
     def can_be_native(self) -> bool:
-        """Whether evoprune is able to run the language model."""
+        """Whether evoprune is able to run the language model itself."""
         return self.config.vision_config.traits.native and self.quantization is None
 
     @property
     def can_be_quantized(self) -> bool:
-        """Whether `quantize` applies. It does not apply to experts, which are not linear layers."""
+        """Whether the weights can be quantized. Experts cannot, because they are not linear layers."""
         return self.quantization is None and self.config.text_config.experts is None
 
     def check_method(self, method: "MethodChain") -> None:
-        """Check that a method can act in this model's language model.
+        """Check that a method works with this model's language model.
 
         Raises:
-            UsageError: If it cannot, for example because the method has no recipe for this number of layers.
+            UsageError: If the method does not work, for example because it has no recipe for this number of layers.
         """
         method.language_work(self.config.text_config.num_hidden_layers, 64, 1.0)
         if method.language and not self.native:
@@ -167,16 +168,16 @@ class ModelDescription:
     ) -> Plan:
         """Plan which frames of a video to sample, or at which size to read a picture, and how to encode them.
 
-        The plan is final before the model is loaded. This imports no torch, unless a method may make inputs smaller.
+        The plan is final even though the model is not loaded yet. This imports no torch unless the method may make inputs smaller.
 
         Args:
             info: Metadata of the input.
-            sampling: Options for choosing frames. Without `max_visual_tokens`, the model's default applies.
-            pruning: The pruning settings, or None for no pruning. A method that may make inputs smaller is consulted now.
-            name: Name for reports; defaults to the path.
+            sampling: Options for choosing frames. If `max_visual_tokens` is None, the model's default applies.
+            pruning: The pruning settings, or None for no pruning. A method that may make inputs smaller is consulted immediately.
+            name: Name for reports. Default: the path.
 
         Raises:
-            VideoError: If the duration is unknown, the time span is empty, or the shape cannot be resized.
+            VideoError: If the duration is unknown, the time span is empty, or the input cannot be resized to a valid shape.
             UsageError: If a time span is given for a picture, or the decoder is unknown or not installed.
         """
         limits = self.limits[info.kind]
@@ -196,9 +197,9 @@ class ModelDescription:
         return replace(plan.shrunk(plan.encoder.grid, limits), unshrunk=plan)
 
     def use_threads(self) -> None:
-        """Set the number of torch threads of this process, if the options ask for it. Imports torch.
+        """Set the number of torch threads of this process if the options specify it. Imports torch.
 
-        "auto" depends on the model's size and the available cores, unless OMP_NUM_THREADS is set.
+        "auto" depends on the model's size and the available cores. OMP_NUM_THREADS takes precedence over "auto".
         """
         import torch
 
@@ -221,7 +222,7 @@ class ModelDescription:
         self.download(*SMALL_FILES)
 
     def download(self, *patterns: str) -> None:
-        """Download more files of a hub model, from the same commit.
+        """Download additional files of a hub model from the same commit. For local models this is a no-op.
 
         Raises:
             ModelError: See `hub.fetch`.
@@ -234,15 +235,15 @@ class ModelDescription:
 def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
     """Collect facts about a model before its weights are read. Imports no torch.
 
-    Small files are downloaded from the hub if they are missing. Warns about processor settings that evoprune ignores.
+    Missing small files are downloaded from the hub. A warning lists processor settings that evoprune ignores.
 
     Args:
-        local: Do not contact the hub. A bundled config stands in for a published model that is not on this machine; its weights
-            cannot be loaded then.
+        local: Do not contact the hub. For a published model that is not on this machine, a bundled copy of its config.json is used.
+            The weights of such a model cannot be loaded.
 
     Raises:
-        ModelError: If the model is missing, unsupported, damaged, or out of reach, or the requested engine cannot run it.
-        UsageError: If a revision is given for something that has none, or the weights cannot be quantized as requested.
+        ModelError: If the model is missing, unsupported, damaged, or cannot be reached, or the requested engine cannot run it.
+        UsageError: If a revision is given for a model without revisions, or the weights cannot be quantized as requested.
     """
     folder, commit, unreachable = _locate(options, local)
     path = BUNDLED_CONFIGS[options.model] if folder is None else folder / "config.json"
@@ -250,7 +251,7 @@ def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
         raise _no_config(path.parent)
     content = read_json(path)
     config = _config(path, content)
-    texts = content, section(content, "text_config")  # some files name the dtype only for the language model
+    texts = content, section(content, "text_config")  # some models state the dtype only for the language model
     dtype = next((said for text in texts if (said := text.get("dtype") or text.get("torch_dtype"))), None)
     description = ModelDescription(
         options=options,
@@ -271,11 +272,11 @@ def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
 
 
 def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None, str | None]:
-    """Locate a model. For arguments and errors, see `describe`.
+    """Locate a model. For the arguments and the errors, see `describe`.
 
     Returns:
-        The folder (None for a bundled config), the commit (None unless the model comes from the hub), and the reason not to ask the
-        hub for more files (None if it can be asked, or is not needed).
+        The folder (None for a bundled config), the commit (None unless the model comes from the hub), and the reason why the hub
+        cannot be used for more files (None if it can be used or is not needed).
     """
     name = options.model
     revision = options.revision
@@ -305,7 +306,7 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
 def _no_config(folder: Path) -> ModelError:
     """Return the error for a folder without a config.json.
 
-    The folder may belong to an adapter or to the hub's cache; the error says so.
+    The error is more specific if the folder contains an adapter or belongs to the hub's cache.
     """
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
@@ -336,7 +337,7 @@ def _config(path: Path, content: dict) -> Config:
 
 
 def _quantization(path: Path, content: dict) -> str | None:
-    """Return the quantization method that a config.json names, or None if the checkpoint is not quantized."""
+    """Return the quantization method named in a config.json, or None if the checkpoint is not quantized."""
     with valid(f"{path} is damaged"):
         parts = content, section(content, "text_config")
         settings = next((given for part in parts if (given := section(part, "quantization_config"))), None)
@@ -370,7 +371,7 @@ def _check_engine(model: ModelDescription) -> None:
 
 @contextmanager
 def valid(problem: str) -> Iterator[None]:
-    """Turn a violated rule, invalid JSON, or an unreadable file into a `ModelError`."""
+    """Raise a `ModelError` instead of the original exception for a violated rule, invalid JSON, or an unreadable file."""
     try:
         yield
     except (OSError, ValueError) as reason:
@@ -378,8 +379,8 @@ def valid(problem: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
-    """Return the object in a JSON file of a model's folder, or an empty one if there is no such file."""
-    if not os.path.lexists(path):  # a broken link does not count as missing
+    """Return the object in a JSON file from a model's folder, or an empty dict if the file does not exist."""
+    if not os.path.lexists(path):  # a dangling link is an error, not a missing file
         return {}
     with valid(f"{path} cannot be read"):
         check_fetched(path)
@@ -387,11 +388,11 @@ def read_json(path: Path) -> dict:
 
 
 def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, InputLimits]:
-    """Return the limits of videos and of pictures, from a model's processor settings and the patch sizes in its config.
+    """Return the limits of videos and of pictures, from the processor settings and the patch sizes in config.json.
 
-    `preprocessor_config.json` belongs to the image processor. For videos, only its mean and std are used: its limit of 12.8 million
-    pixels is meant for one picture, and Qwen's own code limits video frames to far fewer pixels. Those lower limits are the
-    defaults here.
+    `preprocessor_config.json` describes the image processor. For videos, only its mean and standard deviation are used. Its limit
+    of 12.8 million pixels applies to a single picture, and Qwen's own code limits video frames to far fewer pixels. Those lower
+    limits are the defaults for videos here.
     """
     traits = vision_config.traits
     limits = InputLimits(
@@ -403,7 +404,7 @@ def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str,
     if folder is None:
         return {"video": limits, "picture": replace(limits, **traits.picture)}
     of_pictures = (*NORMALISATION, "min_pixels", "max_pixels")
-    joint = folder / "processor_config.json"  # transformers 5 saves both in this file
+    joint = folder / "processor_config.json"  # transformers 5 saves both processors in this file
     video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
     image = _limits(joint, "image_processor", of_pictures)
     image = image or _limits(folder / "preprocessor_config.json", only=of_pictures)
@@ -422,7 +423,7 @@ def _warn_of_unused(folder: Path) -> None:
         content = section(joint, inner) or read_json(folder / file)
         usual = ALWAYS
         if content.get("video_processor_type") == "Qwen2VLVideoProcessor":
-            # False is the default of this class, whose callers sample the frames themselves.
+            # The default of this class is False, because its callers sample the frames themselves.
             usual = ALWAYS | {"do_sample_frames": False}
         unused |= {
             name: content[name] for name, value in usual.items() if content.get(name) not in (None, value, ALWAYS[name])
@@ -433,12 +434,12 @@ def _warn_of_unused(folder: Path) -> None:
 
 
 def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:
-    """Return the fields of `InputLimits` in a processor's settings.
+    """Return the fields of `InputLimits` found in processor settings.
 
     Args:
         path: The JSON file.
-        inner: Name of the object in the file that has the settings, or None for the whole file.
-        only: Names of the fields to read, or None for all.
+        inner: Name of the object in the file that contains the settings, or None for the whole file.
+        only: Names of the fields to read, or None for all fields.
     """
     content = read_json(path)
     with valid(f"{path} is damaged"):

@@ -39,13 +39,13 @@ from evoprune.video import temporary_folder
 
 # Config entries that list unquantized modules.
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
-# Config entries that are not settings of the language model alone.
+# Config entries that do not belong only to the language model.
 OF_THE_WHOLE = (
     "model_type", "architectures", "vision_config", "text_config", "quantization_config", "tie_word_embeddings", "dtype",
     "torch_dtype",
 )  # fmt: skip
-# Repetitive log messages to suppress. The first recommends packages for GPUs (`backend.hosted.FUSED`) that would not be called. The
-# second says for every product that 8-bit layers compute in fp16.
+# Repetitive log messages to suppress, by logger. The first recommends GPU packages (`backend.hosted.FUSED`) that would not be
+# called. The second repeats for every product that 8-bit layers compute in fp16.
 SAID = {
     "transformers.integrations.hub_kernels": "falling back to its reference",
     "bitsandbytes.autograd._functions": "inputs will be cast",
@@ -61,7 +61,7 @@ def load_hosted(
         quantization: Quantization method of the checkpoint, or None.
 
     Raises:
-        ModelError: If transformers cannot read the model, or tensors are missing or have another shape or an unexpected dtype.
+        ModelError: If transformers cannot read the model, tensors are missing, or a tensor has the wrong shape or dtype.
     """
     if config.text_config.experts and not quantization:
         _check_experts(folder, config.text_config.experts.num_experts)
@@ -72,9 +72,9 @@ def load_hosted(
                 kwargs = {"device_map": {"": device}, "config": _quantized_config(folder, quantization, device)}
             elif lies_flat(folder):
                 kwargs = {"config": _read_config(folder)}
-            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches raise an error below
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are reported below
             host, info = read_whole(folder, dtype, device, **kwargs)
-    # transformers and quantization packages raise many kinds of exceptions for damaged files.
+    # For damaged files, transformers and quantization packages raise many kinds of exceptions.
     except Exception as problem:
         if is_out_of_memory(problem):
             raise
@@ -97,7 +97,7 @@ def load_hosted(
     if unused := sorted(map(str, info["unexpected_keys"])):
         said = f"{counted(len(unused), 'tensor')} of the weights are not used in {folder}: {', '.join(unused[:3])}"
         warnings.warn(said, ModelWarning, stacklevel=2)
-    model = _of(config, host, experts=not quantization)  # quantized experts bring their own implementations
+    model = _of(config, host, experts=not quantization)  # quantized experts have their own implementations
     if quantization:
         model.package = f"a layer quantised by {listed(PACKAGES.get(quantization, [quantization]))}"
     return model
@@ -105,9 +105,9 @@ def load_hosted(
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Restore environment variables and `sys.path` that quantization packages change when they are imported.
+    """Restore environment variables and `sys.path`, because some quantization packages change them when they are imported.
 
-    gptqmodel, for example, moves the hub's cache.
+    For example, gptqmodel moves the hub's cache.
     """
     variables = dict(os.environ)
     path = list(sys.path)
@@ -123,10 +123,10 @@ def _environment_kept() -> Iterator[None]:
 def _check_experts(folder: Path, count: int) -> None:
     """Check that all expert tensors exist and have the same shape.
 
-    transformers merges them, and reports tensors that it cannot merge only in a log.
+    transformers merges these tensors. If it cannot merge some of them, it only logs a message.
 
     Raises:
-        ModelError: If an expert's tensor is missing or has another shape than the tensors of the other experts.
+        ModelError: If a tensor of an expert is missing, or its shape differs from the other experts' tensors.
     """
     alike: dict[str, dict[str, tuple[int, ...]]] = {}
     for _, content, stored in stored_tensors(weight_files(folder)):
@@ -151,15 +151,15 @@ def _lacking(folder: Path, missing: list[str]) -> ModelError:
 
 
 def _quantized_config(folder: Path, quantization: str, device: torch.device):
-    """Return the transformers config of a quantized checkpoint, with the names of unquantized modules corrected.
+    """Return the transformers config of a quantized checkpoint, with corrected names of unquantized modules.
 
-    Published checkpoints call the tower `visual`, as older releases did. Unless the name in memory is listed too, transformers
-    would take the tower for quantized. Weights for which the CPU has no kernels are dequantized when loaded.
+    Published checkpoints call the tower `visual`, as older releases did. Unless the current name is listed as well, transformers
+    would treat the tower as quantized. If the CPU has no kernels for the weights, they are dequantized when they are loaded.
     """
     from transformers.quantizers import AutoQuantizationConfig
 
     config = _read_config(folder)
-    # Some programs write quantization_config into text_config, and older transformers releases look there for only a few families.
+    # Some programs write quantization_config into text_config, where older transformers releases find it for only a few families.
     if not getattr(config, "quantization_config", None):
         config.quantization_config = config.text_config.quantization_config
     if Device(device).widens(quantization):
@@ -169,7 +169,7 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             renamed = [re.sub(r"^(re:)?\^?visual\b", r"\1model.visual", name_in_memory(name)) for name in names]
             config.quantization_config[field] = list(dict.fromkeys([*names, *renamed]))
-    # This raises for an unknown method. Older releases would only warn, and read packed weights as if they were plain.
+    # This raises an error for an unknown method. Otherwise, older releases only warn and read packed weights as plain numbers.
     AutoQuantizationConfig.from_dict(deepcopy(config.quantization_config))
     return config
 
@@ -180,9 +180,10 @@ def lies_flat(folder: Path) -> bool:
 
 
 def _read_config(folder: Path):
-    """Return the transformers config of a folder.
+    """Return the transformers config for a folder.
 
-    Later families read only `text_config` and fall back to defaults without it, so flat settings are moved there.
+    If the language model's settings are at the top level, move them to `text_config`, because later families read only
+    `text_config` and would otherwise use defaults.
     """
     from transformers import AutoConfig
 
@@ -195,10 +196,10 @@ def _read_config(folder: Path):
 
 
 def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs):
-    """Load config and weights of a folder with `from_pretrained`, with sdpa attention.
+    """Load the config and the weights in a folder with `from_pretrained`, using sdpa attention.
 
     Returns:
-        The result of `from_pretrained`: the model, or the model and the loading info if `kwargs` ask for it.
+        The result of `from_pretrained`: the model, or the model and the loading info if `kwargs` request it.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -217,20 +218,20 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
 
 
 def in_one_dtype(host, dtype: torch.dtype) -> None:
-    """Convert all layers without quantized weights to this dtype.
+    """Convert all layers whose weights are not quantized to this dtype.
 
     transformers leaves some layers of bitsandbytes checkpoints in their stored dtype.
     """
     for module in host.modules():
         weights = list(module.parameters(recurse=False))
-        # Skip 8-bit weights, which come with scales, and other parameter classes, which are packed.
+        # Skip 8-bit weights, which have separate scales, and other parameter classes, which are packed.
         if all(type(w) is torch.nn.Parameter and w.is_floating_point() and w.itemsize > 1 for w in weights):
             for weight in weights:
                 weight.data = weight.data.to(dtype)
 
 
 def widen(model: HostedVL, dtype: torch.dtype, skip: Collection[str]) -> None:
-    """Convert weights to a dtype, except for the input embeddings and some layers.
+    """Convert weights to a dtype, except for the input embeddings and the layers in `skip`.
 
     Args:
         skip: Names of layers to leave unchanged, because they will be quantized.
@@ -242,9 +243,9 @@ def widen(model: HostedVL, dtype: torch.dtype, skip: Collection[str]) -> None:
 
 @contextmanager
 def _without_adapter(folder: Path) -> Iterator[Path]:
-    """Yield a folder without an adapter, which transformers would apply with PEFT.
+    """Yield a folder with the model but without an adapter, because transformers would apply an adapter with PEFT.
 
-    If there is an adapter next to the weights, this is a temporary folder with links to the other files.
+    If there is an adapter next to the weights, the result is a temporary folder with links to the other files.
     """
     if not (folder / ADAPTER).exists():
         yield folder
@@ -257,7 +258,7 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
 
 
 def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> HostedVL:
-    """Return a model with seeded random weights, for benchmarks, because speed does not depend on the values."""
+    """Return a model with seeded random weights, for benchmarks. Their speed does not depend on the values."""
     host = meta_model(config, dtype, device)
     model = _of(config, host, experts=True)
     model.fill_random(device)
@@ -280,9 +281,9 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def meta_model(config: Config, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"):
-    """Return a transformers model with the dimensions of `config`, whose weights are on the meta device, without memory.
+    """Return a transformers model with the dimensions of `config` and with weights on the meta device, which take no memory.
 
-    Its rotary frequencies are on `device`. They are computed from the config and are not weights.
+    Its rotary frequencies are on `device`, because they are not weights but computed from the config.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -298,7 +299,7 @@ def meta_model(config: Config, dtype: torch.dtype, device: torch.device, attenti
 
 
 def hugging_face_config(config: Config):
-    """Return the transformers config with the same dimensions, in the class of this family."""
+    """Return the transformers config with the same dimensions, in the config class of this model family."""
     from transformers import AutoConfig
 
     content = config.as_written()
@@ -308,7 +309,7 @@ def hugging_face_config(config: Config):
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Make transformers log only errors and hide progress bars within this context."""
+    """Within this context, make transformers log only errors and hide progress bars."""
     from transformers.utils import logging as log
 
     level = log.get_verbosity()

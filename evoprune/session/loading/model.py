@@ -1,6 +1,6 @@
 """Load a model. Everything that can be checked is checked before the weights are read.
 
-No code that comes with a model is ever run.
+Code that comes with a model is never run.
 """
 
 import os
@@ -71,7 +71,7 @@ from evoprune.vision import encode_rows
 if TYPE_CHECKING:
     from evoprune.language import Vocabulary
 
-# Settings of transformers' `generate` that change answers and are ignored here, with the values that have no effect.
+# Settings of transformers' `generate` that affect answers but are ignored here, each with the value that turns it off.
 NOT_DONE = dict.fromkeys(
     ("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length",
      "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_p", "penalty_alpha",
@@ -86,16 +86,16 @@ class LoadedModel:
 
     description: ModelDescription  # facts known before loading
     model: Model  # the weights, on `device` in `dtype`, and their config
-    tokenizer: Tokenizer | None  # with a chat template; None only for random weights without tokenizer files
+    tokenizer: Tokenizer | None  # includes the chat template; None only for random weights without tokenizer files
     eos_ids: tuple[int, ...]  # tokens that end an answer
     generation: GenerationSettings  # from generation_config.json
     quantize: str
-    weights_bytes: int  # total of the weights in memory; tied weights count once
-    fingerprint: str | None  # changes when the weight files or their place change; None if unknown
-    load_seconds: dict[str, float]  # by step: "tokenizer", "weights" and "prepare"
-    packing: Packing  # schedules the packing of remaining layers, and times it
-    ready: Callable[[], None] = lambda: None  # waits for `_warm_up`, which runs during loading
-    # Patches of the latest inputs, so other settings of the same model need not read them again.
+    weights_bytes: int  # total size of the weights in memory; tied weights count once
+    fingerprint: str | None  # changes when the weight files or their location change; None if unknown
+    load_seconds: dict[str, float]  # time of each step: "tokenizer", "weights" and "prepare"
+    packing: Packing  # schedules and times the packing of the remaining layers
+    ready: Callable[[], None] = lambda: None  # waits for `_warm_up`, which starts during loading
+    # Patches of the most recent inputs, so that other settings of the same model do not read them again.
     patches: PatchStore = field(default_factory=PatchStore)
 
     def __repr__(self) -> str:
@@ -118,7 +118,7 @@ class LoadedModel:
 
     @property
     def id(self) -> str:
-        """The name of a bundled demo, or the folder or hub id as given."""
+        """The name of a bundled demo, or the folder or hub id as given by the user."""
         return self.description.id
 
     @property
@@ -132,24 +132,24 @@ class LoadedModel:
 
     @property
     def limits(self) -> dict[str, InputLimits]:
-        """Limits of videos and of pictures, by kind."""
+        """The limits of videos and of pictures, by kind."""
         return self.description.limits
 
     @property
     def demo(self) -> Demo | None:
-        """The bundled demo model that this is, with its trained weights; None for other models."""
+        """The bundled demo model if this is one with its trained weights, otherwise None."""
         return self.description.demo
 
     @property
     def cores(self) -> int | None:
-        """Number of cores that reading videos may keep busy, or None for all that this process may use."""
+        """Number of cores that reading videos may keep busy, or None for all cores available to this process."""
         return self.description.options.cores
 
     @property
     def idle_cores(self) -> int:
-        """Number of cores that the model leaves for reading, which may be 0.
+        """Number of cores that the model leaves idle for reading, possibly 0.
 
-        The model keeps `busy_cores` busy. `--threads N` allows N cores in all.
+        The model keeps `busy_cores` busy. With `--threads N`, the total is N cores.
         """
         cores = Host().available_cores()
         if self.cores is not None:
@@ -158,9 +158,9 @@ class LoadedModel:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether tokens must be read one by one to get the same logits as generation.
+        """Whether tokens must be read one at a time to get the same logits as during generation.
 
-        4-bit weights serve only single rows; several rows at once use 8 bits.
+        4-bit weights are used only for single rows. Several rows at once use 8-bit weights.
         """
         return self.quantize == "int4"
 
@@ -170,15 +170,15 @@ class LoadedModel:
         return self.demo.span if self.demo else None
 
     def knows(self, info: Video) -> bool:
-        """Return True if the model may understand a file. A demo model understands only clips of its own world."""
+        """Return True if the model may understand a file. A demo model understands only clips from its own training generator."""
         return self.demo is None or self.demo.made(info.tags)
 
     def knows_words(self, question: str) -> bool:
-        """Return True if the model may know the words of a question. A demo model knows only its training words."""
+        """Return True if the model may know the words of a question. A demo model knows only the words in its training data."""
         return self.demo is None or not self.demo.unknown_words(question)
 
     def doubt(self, inputs: Sequence[Video], subtitles: bool) -> str | None:
-        """Return the name of a warning if inputs are unlike the model's training data, otherwise None.
+        """Return the name of a warning if the inputs differ from the model's training data, otherwise None.
 
         Args:
             subtitles: Whether any input has subtitles.
@@ -190,11 +190,11 @@ class LoadedModel:
         return "demo_inputs" if unlike else None
 
     def check_answers(self) -> None:
-        """Check that questions can be asked: the model has a tokenizer, and its device computes.
+        """Check that the model can answer questions: it needs a tokenizer and a device that computes.
 
         Raises:
-            ModelError: If it has no tokenizer.
-            UsageError: If it is on the meta device.
+            ModelError: If the model has no tokenizer.
+            UsageError: If the model is on the meta device.
         """
         if self.tokenizer is None:
             raise _no_tokenizer(self.id)
@@ -202,7 +202,7 @@ class LoadedModel:
             raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
 
     def check_texts(self, question: str, system: str | None = None, earlier: Sequence[Turn] = ()) -> None:
-        """Check that each text of a prompt is short enough to tokenize: tokenizing a huge text might take minutes.
+        """Check that no part of a prompt is far too long, because tokenizing a huge text can take minutes.
 
         Raises:
             DoesNotFit: If the beginning of a text already exceeds the model's context.
@@ -216,17 +216,17 @@ class LoadedModel:
         """Check that the beginning of a text fits into the model's context.
 
         Args:
-            what: Name of the text for the error.
-            hint: Hint for the error.
+            what: Name of the text in the error.
+            hint: Hint in the error.
 
         Raises:
-            DoesNotFit: If it does not fit.
+            DoesNotFit: If the beginning does not fit.
         """
         context = self.model.config.text_config.max_position_embeddings
         if not context:
             return
-        beginning = text[: 8 * context]  # 8 characters per token
-        # Cutting a word may add a few tokens. That is harmless, because the rest of the prompt and the answer need as many.
+        beginning = text[: 8 * context]  # allows 8 characters per token
+        # Cutting a word may add a few tokens. That is harmless, because the rest of the prompt and the answer need even more.
         if len(beginning) < len(text) and len(self.tokenizer.encode(beginning)) > context:
             length = f"{what} of {len(text):,} characters"
             raise DoesNotFit(f"{length} does not fit into the {context:,} tokens of this model's context", hint)
@@ -237,7 +237,7 @@ class LoadedModel:
         Args:
             text: Number of text tokens in the prompt.
             visual: Number of visual tokens in the prompt.
-            new: Largest number of tokens in the answer.
+            new: Maximum number of tokens in the answer.
 
         Raises:
             DoesNotFit: If they do not fit.
@@ -252,7 +252,7 @@ class LoadedModel:
             )
 
     def positions_of(self, prompt: Prompt, plans: Sequence[Plan]) -> torch.Tensor:
-        """Return the positions of a prompt by Qwen's rule, int64 `[3, L]`."""
+        """Return the positions of a prompt according to Qwen's rule, int64 `[3, L]`."""
         pair = self.video.temporal_patch_size
         per_second = self.model.config.vision_config.tokens_per_second
         videos = []
@@ -262,7 +262,7 @@ class LoadedModel:
 
     @property
     def video(self) -> InputLimits:
-        """Limits of videos. Pictures have the same patch sizes."""
+        """The limits of videos. The patch sizes are the same for pictures."""
         return self.limits["video"]
 
     def facts(self) -> ModelFacts:
@@ -284,16 +284,17 @@ def load_model(
     """Load a Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL model.
 
     Args:
-        model: The model's name, with other fields of `ModelOptions` as `options`; or a `ModelOptions`; or a described model.
+        model: The name of the model, with other fields of `ModelOptions` as `options`. Or a `ModelOptions`, or the result of
+            `describe`.
         pack: On a CPU, rearrange the weights for speed if memory allows. Packed weights can no longer be read.
-        to_answer: Refuse a model without a tokenizer before its weights are read.
-        progress: Called with the number of layers quantized so far and the number of layers.
+        to_answer: Reject a model without a tokenizer before its weights are read.
+        progress: Called with the number of layers quantized so far and the total number of layers.
 
     Raises:
-        UsageError: If an option makes no sense here.
+        UsageError: If an option is invalid.
         OutOfMemory: If the weights do not fit.
         TypeError: If a keyword is unknown.
-        ModelError: If the model is missing, unsupported, damaged, or out of reach.
+        ModelError: If the model is missing, unsupported, damaged, or cannot be reached.
     """
     if isinstance(model, str | os.PathLike):
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
@@ -335,7 +336,7 @@ def load_model(
 def _loaded(
     stored: ModelWeights, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
 ) -> tuple[Model, Packing]:
-    """Load the weights and make them ready for use.
+    """Load the weights and prepare them for use.
 
     Args:
         seconds: Receives the times of the steps "weights" and "prepare".
@@ -396,12 +397,12 @@ def read_generation(folder: Path | None) -> GenerationSettings:
 def eos_ids(
     folder: Path | None, generation: GenerationSettings, config: Config, tokenizer: Tokenizer | None
 ) -> tuple[int, ...]:
-    """Return the tokens that end an answer, from the first file that names any.
+    """Return the tokens that end an answer, from the first file that specifies any.
 
     Warns if some of them are not in the model's vocabulary.
 
     Raises:
-        ModelError: If none of them is in the vocabulary.
+        ModelError: If none of the tokens are in the vocabulary.
     """
     ids = generation.eos_token_id
     file = "generation_config.json"
@@ -432,19 +433,21 @@ def load_weights(
 ) -> QwenVL:
     """Read the weights of a model that evoprune runs itself. Warns about tensors that are not used.
 
-    On the CPU, weights that are already stored in `dtype` stay memory-mapped until they are packed. Weights to be quantized, and
-    with them the embeddings, stay memory-mapped in any dtype. If input and output embeddings are tied and a file has only the
-    output layer, that tensor is used for both.
+    On the CPU, weights that are stored in `dtype` stay memory-mapped until they are packed. Weights to be quantized, and the
+    embeddings along with them, stay memory-mapped in any dtype. If the input and output embeddings are tied and the files contain
+    only the output layer, its tensor is used for both.
 
     Raises:
-        ModelError: If tensors are missing, have another shape, or are stored twice with different values.
+        ModelError: If tensors are missing, have the wrong shape, or are stored twice with different values.
     """
     model = QwenVL.empty(config)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
     as_stored = []
     if quantize != "none":
         as_stored = ["lm_head", "model.language_model.embed_tokens", *Quantization(quantize).layers(model)]
-    computed = re.compile(r"(^|\.)(inv_freq|position_ids)$")  # buffers in older files, recomputed from the config
+    computed = re.compile(
+        r"(^|\.)(inv_freq|position_ids)$"
+    )  # buffers in older files; they are recomputed from the config
     tensors = {}
     unused = []
     for file, content, stored in stored_tensors(files):
@@ -454,7 +457,7 @@ def load_weights(
                 unused.append(stored)
             continue
         weight = content.get_tensor(stored)
-        unscaled = weight.is_floating_point() and weight.itemsize > 1  # other dtypes come with scales
+        unscaled = weight.is_floating_point() and weight.itemsize > 1  # other dtypes have separate scales
         if weight.shape != wanted[name] or not unscaled:
             what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
             problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
@@ -494,10 +497,10 @@ def make_ready(
     """Quantize the linear layers of a model in place, or prepare them for its device. For other arguments, see `load_model`.
 
     Args:
-        store: Fingerprint of the quantized weights on disk, or None to store nothing.
+        store: Fingerprint for storing the quantized weights on disk, or None to store nothing.
 
     Returns:
-        The state shared by layers that are packed later.
+        The shared state of layers that are packed later.
     """
     if quantize == "none":
         return prepare(model, pack)
@@ -509,10 +512,10 @@ def make_ready(
 
 
 def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: bool) -> None:
-    """Compile kernels and set up libraries while the weights load, so a GPU's first question does not wait for them.
+    """Compile kernels and initialize libraries while the weights load, so that a GPU's first question does not wait for them.
 
     A small model with the same widths answers a question about a few units. It has at least two layers, because the top layer
-    computes few columns, which uses other kernels.
+    computes only a few columns and so uses different kernels.
     """
     vision = config.vision_config
     text = config.text_config

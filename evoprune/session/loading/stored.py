@@ -1,7 +1,7 @@
 """Quantize weights, and store them on disk for later runs.
 
-One calibration run finds large input channels. Its input is the same every time and made by formula: a picture with flat, smooth,
-striped and noisy parts, and tokens from all over the vocabulary.
+A single calibration run finds input channels with large values. Its input is always the same and is computed by a formula: a
+picture with flat, smooth, striped and noisy parts, and tokens from all over the vocabulary.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from evoprune.session.cache import Cache, own_code
 from evoprune.util import open_safetensors
 from evoprune.vision import encode_rows
 
-CALIBRATION_GRID = (1, 8, 8)  # frame pairs, and rows and columns of units
-CALIBRATION_TOKENS = 64  # number of text tokens before the visual tokens, and as many after them
-HEADER_BYTES = 2**21  # header size, padded with spaces; a tensor takes about 120 bytes of it
+CALIBRATION_GRID = (1, 8, 8)  # number of frame pairs, and of rows and columns of units
+CALIBRATION_TOKENS = 64  # number of text tokens before the visual tokens, and again after them
+HEADER_BYTES = 2**21  # size of the header, padded with spaces; a tensor takes about 120 bytes
 NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -40,10 +40,10 @@ NAMES = {
 def quantize_once(
     model: Model, kind: str, fingerprint: str | None, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Quantize a model in place, using the stored weights if there are any, and otherwise storing them.
+    """Quantize a model in place. Use the weights stored by an earlier run if there are any, otherwise store them.
 
     Args:
-        fingerprint: Identifies the model's files and dtype. None to store nothing.
+        fingerprint: Identifies the model's files and dtype. With None, nothing is loaded or stored.
     """
     quantization = Quantization(kind)
     if fingerprint is None:
@@ -61,14 +61,14 @@ def quantize_once(
         quantization.apply(model, calibrate, progress, stream.add)
         stream.end()
 
-    if not entries.write(key, write) and not stream.file:  # the folder cannot be created
+    if not entries.write(key, write) and not stream.file:  # the cache folder could not be created
         quantization.apply(model, calibrate, progress)
 
 
 def _key(fingerprint: str, quantization: Quantization) -> str:
-    """Return a key. Equal keys mean equal quantized weights.
+    """Return a key for quantized weights. Equal keys guarantee equal weights.
 
-    The key includes the CPU's capabilities, because kernels arrange weights by them.
+    The key includes the CPU's capabilities, because kernels arrange weights accordingly.
     """
     cpu = [torch.backends.cpu.get_cpu_capability(), quantization.levels]
     facts = [fingerprint, quantization.kind, cpu, evoprune.__version__, torch.__version__, own_code()]
@@ -79,10 +79,10 @@ def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], dic
     """Open an entry of stored weights, memory-mapped.
 
     Args:
-        layers: Names of the layers that the entry must have, and no others.
+        layers: The exact set of layers that the entry must contain.
 
     Returns:
-        A function that returns the weights of a layer, or None if the entry is missing, damaged, or has another key.
+        A function that returns the weights of a layer, or None if the entry is missing or damaged or has a different key.
     """
     if not path.is_file():
         return None
@@ -102,9 +102,9 @@ def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], dic
 
 
 class _Stream:
-    """A safetensors file that is written tensor by tensor, with its header last.
+    """A safetensors file that is written tensor by tensor, with the header written last.
 
-    After a write error it goes on without writing, and `end` raises the error.
+    After a write error, the remaining tensors are discarded, and `end` raises the error.
     """
 
     def __init__(self, key: str):
@@ -131,7 +131,7 @@ class _Stream:
         """Write the header.
 
         Raises:
-            OSError: If the file could not be written.
+            OSError: If any part of the file could not be written.
         """
         if self._problem:
             raise self._problem
@@ -143,7 +143,7 @@ class _Stream:
 
 
 def calibrate(model: Model) -> None:
-    """Run every linear layer of a model once on the CPU. The results are discarded."""
+    """Run every linear layer of a model once on the CPU, and discard the results."""
     seen = calibrate_tower(model.model.visual)
     embed = model.model.language_model.embed_tokens
     ids = torch.linspace(0, embed.num_embeddings - 1, 2 * CALIBRATION_TOKENS, dtype=torch.float64, device="cpu").long()
@@ -163,7 +163,7 @@ def calibrate_tower(visual) -> torch.Tensor:
 def _patches(visual) -> torch.Tensor:
     """Return the calibration picture as normalized patches in Hugging Face's order.
 
-    float32 `[patches, values]`, with values between about -2 and 2.
+    The patches are float32 `[patches, values]`, with values between about -2 and 2.
     """
     config = visual.config
     count = math.prod(CALIBRATION_GRID) * PATCHES

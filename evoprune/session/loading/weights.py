@@ -1,6 +1,6 @@
 """The weights of a described model: their files, and the memory that they take once loaded.
 
-Only safetensors are read, and no code that comes with a model is run.
+Only safetensors files are read, and code that comes with a model is never run.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from evoprune.util import file_stats, listed, open_safetensors, size
 from evoprune.video import Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PACKAGES = {  # packages that transformers needs for a quantization method, besides accelerate
+PACKAGES = {  # packages that transformers needs for each quantization method, besides accelerate
     "awq": ["gptqmodel"],
     "gptq": ["gptqmodel", "optimum"],
     "bitsandbytes": ["bitsandbytes"],
@@ -35,11 +35,11 @@ PACKAGES = {  # packages that transformers needs for a quantization method, besi
     "quanto": ["optimum-quanto"],
     "torchao": ["torchao"],
 }
-PLAIN = ("BF16", "F16", "F32", "F64")  # safetensors dtypes of plain numbers; other dtypes come with scales
+PLAIN = ("BF16", "F16", "F32", "F64")  # safetensors dtypes of plain numbers; other dtypes have separate scales
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 BELONG = "config.json and the weights must belong together; get the model again"
-# Prefixes of tensor names written by other programs, and hints.
+# Hints for weights saved by other programs, by the prefix of their tensor names.
 ELSEWHERE = {
     "base_model.model.": f"the weights are those of a model under an adapter; {MERGE}",
     "module.": "the weights are those of a DistributedDataParallel or DataParallel around the model; save its `module`",
@@ -51,7 +51,7 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """The weights of a model before they are loaded. Made by `weights_of`."""
+    """The weights of a model before they are loaded. Created by `weights_of`."""
 
     description: ModelDescription
     device: torch.device
@@ -67,10 +67,10 @@ class ModelWeights:
 
     @cached_property
     def files(self) -> list[Path]:
-        """Weight files; empty for random weights. Warns about an adapter next to them, which is not applied.
+        """The weight files, or an empty list for random weights. Warns about an adapter next to them, which is not applied.
 
         Raises:
-            ModelError: If files are missing or damaged, or lack the last layer that the config counts.
+            ModelError: If files are missing or damaged, or do not contain the last layer according to config.json.
         """
         if self.description.random:
             return []
@@ -96,7 +96,7 @@ class ModelWeights:
 
     @cached_property
     def files_here(self) -> list[Path]:
-        """Weight files on this machine; empty if they are missing or incomplete."""
+        """Weight files on this machine, or an empty list if they are missing or incomplete."""
         try:
             return weight_files(self.description.folder) if self.description.folder else []
         except ModelError:
@@ -104,7 +104,7 @@ class ModelWeights:
 
     @cached_property
     def config(self) -> Config:
-        """The config, with a separate output layer if the files have one that differs from the embeddings."""
+        """The config. If the files have an output layer that differs from the embeddings, the two are not tied."""
         config = self.description.config
         if not config.tie_word_embeddings or self.description.random or not separate_head(self.files_here):
             return config
@@ -112,19 +112,19 @@ class ModelWeights:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters. Shared ones count once."""
+        """Number of parameters. Shared parameters count once."""
         return Cost(self.config).parameters
 
     @cached_property
     def bytes(self) -> int:
-        """Bytes of memory that the loaded weights take."""
+        """Memory that the loaded weights take, in bytes."""
         return self.bytes_as(self.description.dtype, self.description.options.quantize)
 
     def bytes_as(self, dtype: str, quantize: str) -> int:
-        """Return the bytes of memory that the weights would take in another dtype or quantization.
+        """Return the memory that the weights would take in another dtype or quantization, in bytes.
 
-        A quantized checkpoint takes the size of its files, unless its weights are widened. If transformers runs the model and
-        `quantize` applies, the weights are first read in the dtype of the files.
+        A quantized checkpoint takes as much memory as its files, unless its weights are converted to a wider dtype. If transformers
+        runs the model and `quantize` applies, the weights are first read in the dtype of the files.
 
         Args:
             dtype: A dtype such as "bf16".
@@ -138,16 +138,16 @@ class ModelWeights:
         return self.parameters * self.read_dtype(dtype, quantize).itemsize
 
     def read_dtype(self, dtype: str, quantize: str) -> torch.dtype:
-        """Return the dtype for reading the weights with transformers.
+        """Return the dtype in which transformers reads the weights.
 
-        This is the stored dtype, if known, for weights that are quantized afterwards.
+        For weights that are quantized after reading, this is the stored dtype, if known.
         """
         if quantize != "none" and self.description.stored_dtype:
             return DTYPES[self.description.stored_dtype]
         return DTYPES[dtype]
 
     def what_fits(self, beside: int = 0, *, quantized: bool = True) -> str:
-        """Return a hint for a model that does not fit: its forms that do fit into this device's free memory.
+        """Return a hint for a model that does not fit: the dtypes and quantizations that fit into this device's free memory.
 
         Args:
             beside: Bytes needed in addition to the weights.
@@ -168,7 +168,7 @@ class ModelWeights:
 
     @cached_property
     def packed_bytes(self) -> int:
-        """Bytes of the packed copies of weights on a CPU if memory allows, in addition to the memory-mapped files."""
+        """Bytes of the packed weight copies that a CPU makes if memory allows, in addition to the memory-mapped files."""
         dtype = DTYPES[self.description.dtype]
         quantize = self.description.options.quantize
         if not (
@@ -181,7 +181,7 @@ class ModelWeights:
         return sum(layer.weight.nbytes for layer in layers)
 
     def _stays_mapped(self, dtype: str, quantize: str) -> bool:
-        """Return True if the weights `stay_mapped`, or would do so after a download if they are not on this machine."""
+        """Return the result of `stay_mapped`, or a prediction for weights that are not on this machine."""
         if self.description.random:
             return False
         if self.files_here:
@@ -190,7 +190,7 @@ class ModelWeights:
 
     @property
     def download_bytes(self) -> int | None:
-        """Estimated bytes of weights to download; 0 if they are on this machine, None if unknown."""
+        """Estimated size of the weights to download in bytes: 0 if they are on this machine, None if unknown."""
         if self.files_here:
             return 0
         if self.description.stored_dtype and is_id(self.description.id):
@@ -198,7 +198,7 @@ class ModelWeights:
         return None
 
     def facts(self) -> dict[str, Any]:
-        """Return facts about a model that is not loaded: whether it is on disk, its layers, and the memory for its self."""
+        """Return facts about a model that is not loaded, such as its layers, its memory, and whether it is on disk."""
         model = self.description
         vision = model.config.vision_config
         text = model.config.text_config
@@ -217,9 +217,9 @@ class ModelWeights:
         }
 
     def memory_facts(self, plan: Plan) -> dict[str, Any]:
-        """Return the memory that one question about an input takes, computed as in the check before a run.
+        """Return the memory that a question about an input needs, calculated like the check before a run.
 
-        The entry "enough" tells whether that memory is available, or is None if the available memory is unknown.
+        The entry "enough" says whether that memory is available. It is None if the available memory is unknown.
         """
         model = self.description
         pruning = plan.pruning.config()
@@ -229,7 +229,7 @@ class ModelWeights:
         prompt = pruning.method.prompt_columns(depth, encoder.keep, TEXT, share)
         available = Device(model.device).available_memory()
         bytes_each = DTYPES[model.dtype].itemsize
-        # Like a run, try smaller pieces if memory is short.
+        # If memory is short, try smaller pieces, as in a run.
         for _, working in piece_needs(model.config, self.device, encoder, bytes_each, prompt):
             needed = self.bytes + working
             if available is None or needed <= available:
@@ -255,10 +255,10 @@ class ModelWeights:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A text that changes when the weights change.
+        """A string that changes when the weights change.
 
-        For a hub model, its id and commit. For a folder, a hash of the config and of the names, sizes and times of the weight
-        files, because hashing gigabytes takes too long.
+        For a hub model, it consists of the id and the commit. For a folder, it is a hash of the config and of the names, sizes and
+        times of the weight files, because hashing gigabytes would take too long.
         """
         model = self.description
         if model.commit is not None and self.files:
@@ -272,7 +272,7 @@ def weights_of(model: ModelDescription) -> ModelWeights:
     """Return the weights of a described model, without loading them.
 
     Raises:
-        UsageError: If its device cannot be used, or cannot run the requested quantization.
+        UsageError: If the model's device cannot be used, or cannot run the requested quantization.
     """
     device = pick_device(model.device, auto=model.options.device == "auto")
     Quantization(model.options.quantize).check(device)
@@ -280,10 +280,10 @@ def weights_of(model: ModelDescription) -> ModelWeights:
 
 
 def check_packages(quantization: str | None, name: str) -> None:
-    """Check that the packages a quantized checkpoint needs are installed.
+    """Check that the packages needed by a quantized checkpoint are installed.
 
     Raises:
-        ModelError: If one is missing.
+        ModelError: If a package is missing.
     """
     if quantization is None:
         return
@@ -302,12 +302,12 @@ def _is_installed(package: str) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model, after reading their headers to find missing or truncated files.
+    """Return a model's safetensors files, after reading their headers to detect truncated files.
 
     Raises:
-        ModelError: If there are no such files, or one is missing, damaged or incomplete.
+        ModelError: If there are no such files, or a file is missing, damaged or incomplete.
     """
-    # Windows rules treat both kinds of slash as separators. Links may lead elsewhere, as in the hub's cache.
+    # Windows rules treat both kinds of slashes as separators. Links to other folders are fine, because the hub's cache uses them.
     inside = Rule(
         "the name of a file in the same folder",
         lambda v: isinstance(v, str) and v and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
@@ -320,7 +320,7 @@ def weight_files(folder: Path) -> list[Path]:
             files = [folder / name for name in sorted({inside.check(v, f"weight_map.{k}") for k, v in named.items()})]
     elif not files[0].is_file():
         files = []
-    # The name of the download, the command that resumes it, and whether it is certainly incomplete.
+    # The name of the download, the command that resumes it, and whether the download is known to be incomplete.
     name = str(folder)
     again = "hf download ID --local-dir DIR"
     broken = any((folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
@@ -354,7 +354,7 @@ def _opened(file: Path) -> Any:
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
-    """Yield every tensor in safetensors files as its file, that file opened by safetensors, and its stored name."""
+    """Yield each tensor in safetensors files as a tuple: its file, the file opened by safetensors, and its stored name."""
     for file in files:
         with _opened(file) as content:
             for stored in content.keys():  # noqa: SIM118 (not a dict)
@@ -362,7 +362,7 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
 
 
 def name_in_memory(name: str) -> str:
-    """Return the name in the tree of a model (model/weights.py) for the name of a tensor in a checkpoint.
+    """Return the name of a checkpoint's tensor in the model's module tree (model/weights.py).
 
     Published checkpoints use older names for the tower and the language model.
     """
@@ -376,7 +376,7 @@ def name_in_memory(name: str) -> str:
 def separate_head(files: Iterable[Path]) -> bool:
     """Return True if the files have an output layer that differs from the embeddings.
 
-    transformers does not tie the two in this case, whatever the config says.
+    In this case transformers does not tie the two, regardless of the config.
     """
     stored = ((name_in_memory(name), content, name) for _, content, name in stored_tensors(files))
     tensors = {known: content.get_tensor(name) for known, content, name in stored if known in (HEAD, EMBEDDINGS)}
@@ -387,9 +387,10 @@ def separate_head(files: Iterable[Path]) -> bool:
 
 
 def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:
-    """Return the bytes that the weights take from the time they are read.
+    """Return the memory that the weights need from the moment they are read, in bytes.
 
-    Memory-mapped weights count, because dropped pages are read again for every token. Weights to be quantized are read only once.
+    Memory-mapped weights count, because they are read for every token and dropped pages would have to be loaded again. Weights to
+    be quantized are read only once, so their unquantized form does not count.
 
     Args:
         mapped: Whether the weights `stay_mapped`.
