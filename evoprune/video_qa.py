@@ -63,7 +63,7 @@ class VideoQA(Uncopied):
 
     `VideoQA` computes in the dtype that the model was loaded with, even inside torch's autocast.
 
-    To process many videos, use `evoprune.batch.answers`, or `evoprune.session.in_flight` for your own loop. Both read the next
+    To process many videos, use `evoprune.batch.answers`, or `in_flight` (session/upcoming.py) for your own loop. Both read the next
     videos while the current one is answered.
 
     Attributes:
