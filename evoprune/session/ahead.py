@@ -166,8 +166,8 @@ def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Un
             qa = evoprune.VideoQA.load("Qwen/Qwen2.5-VL-3B-Instruct", ahead=ahead)
             video = qa.encode("clip.mp4", fps=2)
 
-    This helps only before a model is loaded. To read ahead with a model that is already loaded, use `in_flight` (session/upcoming.py).
-    If an input is missing or unreadable, the error is raised later, when the input is encoded.
+    This helps only before a model is loaded. To read ahead with a model that is already loaded, use `in_flight`
+    (session/upcoming.py). If an input is missing or unreadable, the error is raised later, when the input is encoded.
 
     Args:
         path: A file or a folder of frames, or a list of them in the order in which they will be encoded.
