@@ -1,6 +1,6 @@
-"""The static side of a model: its configuration, its weights, helpers for its layers, and its costs.
+"""The static parts of a model: its configuration, its weights, helpers for its layers, and its costs.
 
-`vision` and `language` compute with these weights.
+The computation with these weights is in `vision` and `language`.
 """
 
 from typing import TYPE_CHECKING

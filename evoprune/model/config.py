@@ -1,9 +1,9 @@
-"""The content of `config.json`. Imports no torch and no transformers.
+"""The content of `config.json`. Imports neither torch nor transformers.
 
-`Config.parse` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 or Qwen4-Exp model, under Hugging Face's names. Older
-checkpoints keep the settings of the language model at the top level, newer ones in `text_config`; both are supported. A model that
-evoprune could not run faithfully is rejected here, before any weights are read. The differences between the families are recorded
-here as values.
+`Config.parse` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 model, using Hugging Face's names. Older checkpoints
+store the settings of the language model at the top level, and newer ones store them in `text_config`. Both are supported. Models
+that evoprune could not run faithfully are rejected here, before any weights are read. Differences between the families are stored
+as values in `FAMILIES`.
 """
 
 import math
@@ -22,41 +22,41 @@ QWEN3_MOE = "qwen3_vl_moe"
 QWEN3_5 = "qwen3_5"
 QWEN3_5_MOE = "qwen3_5_moe"
 QWEN4 = "qwen4_exp"
-PATCHES = 4  # patches per unit: 2x2
+PATCHES = 4  # the number of patches in a unit (2x2)
 ANSWER_COLUMNS = 256  # spare columns in a prompt's KV cache, so that an answer of the usual length fits into it
 
-Layers = Annotated[int, Rule.whole(1, 1000)]  # far more layers than any model has, but still built within a second
+Layers = Annotated[int, Rule.whole(1, 1000)]  # no real model has 1,000 layers, but they can be built within a second
 SIZE = Rule.whole(1, 2**22)
 Size = Annotated[int, SIZE]
 LayerNumbers = Annotated[tuple[int, ...], Rule.list_of(Rule.whole(0, 1000))]
-# kinds of layers
+# Kinds of language model layers.
 FULL = "full_attention"
 LINEAR = "linear_attention"
-EndIds = Annotated[  # ids of the tokens that end an answer
+EndIds = Annotated[  # the ids of the tokens that end an answer
     int | tuple[int, ...] | None, Rule.whole(0, 2**31) | Rule.list_of(Rule.whole(0, 2**31))
 ]
 
 
 @dataclass(frozen=True)
 class Family:
-    """The differences of a family of models from the other families."""
+    """The properties in which a family of models differs from the others."""
 
-    model: str  # its class in transformers, without ForConditionalGeneration
-    tower: str  # the class of its vision tower in transformers
-    hidden_act: str  # activation in the tower
-    layer_norms: bool  # whether the tower has layer norms with a bias, instead of RMS norms
-    mlp: tuple[str, ...]  # names of the matrices in a tower MLP; if there are three, the first two make it gated
+    model: str  # name of the model class in transformers, without the suffix ForConditionalGeneration
+    tower: str  # name of the vision tower class in transformers
+    hidden_act: str  # the tower's activation function
+    layer_norms: bool  # whether the tower has layer norms with a bias instead of RMS norms
+    mlp: tuple[str, ...]  # names of the matrices in the tower's MLPs; if there are three, the first two form a gated MLP
     merger: tuple[str, str, str]  # names of the patch merger's norm and its two matrices
     text: Mapping[str, Any]  # defaults for the language model and its rotary embedding
     video: Mapping[str, Any]  # settings of the published video processor (`video.plan.InputLimits`)
-    picture: Mapping[str, Any]  # the same for pictures
-    unstated: Mapping[str, Any]  # the same for pictures if a model folder has no processor settings
+    picture: Mapping[str, Any]  # settings of the published processor for still images
+    unstated: Mapping[str, Any]  # settings for still images if a model folder has no processor settings
     vision: Mapping[str, Any]  # defaults for the tower
-    windows: bool = False  # whether tower layers attend within windows, and M-RoPE times follow seconds
+    windows: bool = False  # whether tower layers attend within windows and M-RoPE times are based on seconds
     embed_dim: bool = False  # whether files use the names in `Qwen2Sizes`
-    head_norms: bool = False  # whether queries and keys of the language model are normed
+    head_norms: bool = False  # whether queries and keys of the language model are normalized
     timestamps: bool = False  # whether prompts state the time of each frame pair, with markers around its tokens
-    native: bool = True  # whether `language/decoder.py` runs the language model, instead of transformers
+    native: bool = True  # whether `language/decoder.py` runs the language model instead of transformers
 
 
 _QWEN2_5 = Family(
@@ -150,23 +150,23 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Configuration of the vision tower, for any family."""
+    """The configuration of the vision tower, for any family."""
 
     depth: Layers
-    hidden_size: Size  # features of a patch in the tower
-    intermediate_size: Size  # features of a patch inside the MLPs
+    hidden_size: Size  # the number of features of a patch in the tower
+    intermediate_size: Size  # the number of features of a patch inside the MLPs
     num_heads: Size
-    out_hidden_size: Size  # features of a unit after the merger: the language model's hidden size
-    fullatt_block_indexes: LayerNumbers  # layers that attend over whole frame pairs: all, except in Qwen2.5-VL
-    window_size: Size = 112  # side of an attention window in pixels; without windows, it only orders the rows
-    patch_size: Size = 14  # side in pixels
-    temporal_patch_size: Size = 2  # frames in a frame pair
-    spatial_merge_size: Size = 2  # side of a unit in patches
+    out_hidden_size: Size  # the number of features of a unit after the merger; same as the language model's hidden size
+    fullatt_block_indexes: LayerNumbers  # layers that attend over whole frame pairs; all layers, except in Qwen2.5-VL
+    window_size: Size = 112  # side length of an attention window in pixels; without windows, only affects the row order
+    patch_size: Size = 14  # side length of a patch in pixels
+    temporal_patch_size: Size = 2  # the number of frames in a frame pair
+    spatial_merge_size: Size = 2  # side length of a unit in patches
     in_channels: Size = 3
     tokens_per_second: Annotated[int | float | None, Rule.number(1e-3, 1e6)] = 4  # None if M-RoPE counts frame pairs
     hidden_act: Annotated[str, TEXT] = "silu"
-    num_position_embeddings: Annotated[int | None, SIZE] = None  # entries in the square table of learned positions
-    # Layers with their own merger, which makes features for the first layers of the language model (DeepStack). Ascending.
+    num_position_embeddings: Annotated[int | None, SIZE] = None  # size of the square table of learned positions
+    # Layers that have their own merger. It creates features for the first layers of the language model (DeepStack). Ascending.
     deepstack_visual_indexes: LayerNumbers = ()
     family: str = QWEN2_5  # one of `FAMILIES`
 
@@ -176,15 +176,15 @@ class VisionConfig:
 
     @property
     def layers_read(self) -> int:
-        """Number of layers whose features make a visual token: the last one and those used by DeepStack."""
+        """The number of layers whose features contribute to a visual token: the last layer and the layers used by DeepStack."""
         return 1 + len(self.deepstack_visual_indexes)
 
     @classmethod
     def of(cls, config) -> Self:
-        """Return the tower config from ours or from a config of transformers.
+        """Return the tower config, given a `VisionConfig` or a transformers config.
 
         Raises:
-            ValueError: a number is missing or not a number.
+            ValueError: If a number is missing or is not a number.
         """
         if isinstance(config, cls):
             return config
@@ -214,7 +214,10 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Qwen2Sizes:
-    """Sizes that Qwen2-VL's files name differently: `hidden_size` is the language model's, `embed_dim` the tower's."""
+    """Sizes that have different names in Qwen2-VL's files.
+
+    `hidden_size` belongs to the language model, and `embed_dim` to the tower.
+    """
 
     embed_dim: Size
     hidden_size: Size
@@ -223,12 +226,15 @@ class Qwen2Sizes:
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """Layers that are a Gated DeltaNet (arXiv 2412.06464) instead of attention. Their state does not grow with the prompt."""
+    """Settings of Gated DeltaNet layers (arXiv 2412.06464), which replace attention in some layers.
+
+    Their state does not grow with the prompt.
+    """
 
     layer_types: Annotated[
         tuple[str, ...], Rule.list_of(TEXT)
     ]  # `FULL` or `LINEAR` for every layer of the language model
-    linear_conv_kernel_dim: Annotated[int, Rule.whole(1, 1000)]  # number of columns that the convolution covers
+    linear_conv_kernel_dim: Annotated[int, Rule.whole(1, 1000)]  # the number of columns that the convolution covers
     linear_num_key_heads: Size
     linear_num_value_heads: Size  # a multiple of `linear_num_key_heads`
     linear_key_head_dim: Size
@@ -245,37 +251,37 @@ class DeltaNet:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts that replaces the MLP of a layer, and the layers that have one."""
+    """Settings of a mixture of experts that replaces a layer's MLP, and the choice of layers that have experts."""
 
     num_experts: Annotated[int, Rule.whole(1, 2**16)]
-    num_experts_per_tok: Annotated[int, Rule.whole(1, 2**16)]  # number of experts that a token goes through
+    num_experts_per_tok: Annotated[int, Rule.whole(1, 2**16)]  # the number of experts that process each token
     moe_intermediate_size: Size  # inner size of an expert
-    shared_expert_intermediate_size: Annotated[int | None, SIZE] = None  # inner size of an expert for all tokens
+    shared_expert_intermediate_size: Annotated[int | None, SIZE] = None  # inner size of the expert for all tokens
     decoder_sparse_step: Annotated[int, Rule.whole(1, 1000)] = 1  # every n-th layer has experts
-    mlp_only_layers: LayerNumbers = ()  # layers without experts in any case
+    mlp_only_layers: LayerNumbers = ()  # layers that never have experts
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Configuration of the language model."""
+    """The configuration of the language model."""
 
     vocab_size: Annotated[int, Rule.whole(1, 2**24)]
     hidden_size: Size
     num_hidden_layers: Layers
     num_attention_heads: Size
     num_key_value_heads: Size
-    # `rope_theta` and `mrope_section`; `mrope_interleaved` if the three positions alternate; `partial_rotary_factor` if only a part
-    # of a head is rotated
+    # Contains `rope_theta` and `mrope_section`. Also contains `mrope_interleaved` if the three positions alternate, and
+    # `partial_rotary_factor` if only a part of each head is rotated.
     rope_parameters: Annotated[dict[str, Any], OBJECT]
-    intermediate_size: Annotated[int | None, SIZE] = None  # inner size of MLPs; may be None if all layers have experts
+    intermediate_size: Annotated[int | None, SIZE] = None  # inner size of MLPs; can be None if all layers have experts
     rms_norm_eps: Annotated[float, Rule.number(1e-30, 1)] = 1e-5
     hidden_act: Annotated[str, TEXT] = "silu"
     use_sliding_window: Annotated[bool, YES_OR_NO] = False
     eos_token_id: EndIds = None
-    # Context length: the maximum number of tokens read and written together. None if the file does not state it.
+    # The context length, which is the maximum number of prompt and answer tokens together. None if the file does not state it.
     max_position_embeddings: Annotated[int | None, Rule.whole(1, 2**31)] = None
     head_dim: Annotated[int | None, Rule.whole(1, 2**16)] = None  # see `head_size`
-    head_norms: bool = False  # whether queries and keys are normed per head, and have no bias
+    head_norms: bool = False  # whether queries and keys are normalized per head and have no bias
     delta_net: DeltaNet | None = None
     experts: Experts | None = None
     qwen4: Qwen4 | None = None
@@ -287,11 +293,11 @@ class TextConfig:
 
     @property
     def output_gate(self) -> bool:
-        """Whether the output of attention is multiplied by a gate, which is projected with the queries and has their size."""
+        """Whether the attention output is multiplied by a gate. The gate is projected along with the queries and has their size."""
         return self.delta_net is not None
 
     def is_linear(self, layer: int) -> bool:
-        """Return whether a layer is a Gated DeltaNet."""
+        """Return True if a layer is a Gated DeltaNet."""
         return self.delta_net is not None and self.delta_net.layer_types[layer] == LINEAR
 
     def has_experts(self, layer: int) -> bool:
@@ -305,7 +311,10 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Configuration of the vision tower and the language model, and whether input and output embeddings share one matrix."""
+    """The configuration of the vision tower and the language model.
+
+    `tie_word_embeddings` tells whether input and output embeddings share one matrix.
+    """
 
     vision_config: VisionConfig
     text_config: TextConfig
@@ -316,8 +325,8 @@ class Config:
         """Parse the content of a `config.json`.
 
         Raises:
-            ValueError: a number is missing or out of range.
-            Unsupported: evoprune cannot run the model.
+            ValueError: If a number is missing or out of range.
+            Unsupported: If evoprune cannot run the model.
         """
         family = content.get("model_type") or QWEN2_5
         text = section(content, "text_config") or content
@@ -325,20 +334,20 @@ class Config:
         _check_misplaced_sizes(content, family)
         if content.get("eos_token_id") is not None:  # the top level overrides `text_config`, as in transformers
             text = text | {"eos_token_id": content["eos_token_id"]}
-        # As in transformers: families without head norms tie embeddings if either place says so, because earlier versions wrote the
-        # setting into `text_config`.
+        # Same as in transformers. In families without head norms, embeddings are tied if either place says so, because earlier
+        # versions wrote the setting to `text_config`.
         tied = [part.get("tie_word_embeddings") for part in (content, text)]
         tied = [value is not None and YES_OR_NO.check(value, "tie_word_embeddings") for value in tied]
         tied = tied[0] if FAMILIES[family].head_norms else any(tied)
         config = cls(_parse_vision(vision, family), _parse_text(text, family), tied)
         config.vision_config.check()
-        _check_rope(section(content, "rope_scaling"))  # not read otherwise if there is a `text_config`
+        _check_rope(section(content, "rope_scaling"))  # otherwise it would be ignored if there is a `text_config`
         same = config.vision_config.out_hidden_size == config.text_config.hidden_size
         _check(same, "out_hidden_size of the tower differs from hidden_size of the language model")
         return config
 
     def as_written(self) -> dict[str, Any]:
-        """Return the content of a `config.json` that `parse` parses to this config. It has no ids of special tokens."""
+        """Return the content of a `config.json` that `parse` turns into this config. It contains no ids of special tokens."""
 
         def as_json(entries: list[tuple[str, Any]]) -> dict[str, Any]:
             content = {name: value for name, value in entries if value is not None}
@@ -363,7 +372,7 @@ class Config:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Sampling settings from a `generation_config.json`; None for settings that it does not contain."""
+    """Sampling settings from a `generation_config.json`. Settings that the file does not contain are None."""
 
     eos_token_id: EndIds = None
     do_sample: Annotated[bool | None, YES_OR_NO] = None
@@ -374,13 +383,13 @@ class GenerationSettings:
 
 
 class Unsupported(ValueError):
-    """A valid config of a model that evoprune cannot run."""
+    """Raised for a valid config of a model that evoprune cannot run."""
 
 
 def _check_misplaced_sizes(content: dict, family: str) -> None:
-    """Check that no language model size is given only at the top level if `text_config` exists. Raises ValueError otherwise.
+    """Check that a config with a `text_config` gives no language model size only at the top level. Raises ValueError otherwise.
 
-    transformers would use its default for such a size, and the weights would not fit. The context length is exempt, because no
+    transformers would use its default for such a size, so the weights would not fit. The context length is exempt, because no
     weights depend on it.
     """
     inner = section(content, "text_config")
@@ -399,10 +408,10 @@ def _parse_text(content: dict, family: str) -> TextConfig:
     """Parse the settings of the language model from the object that contains them. Raises the same errors as `Config.parse`."""
     traits = FAMILIES[family]
     given = {name: value for name, value in content.items() if value is not None}
-    if "num_local_experts" in given:  # the name that transformers writes
+    if "num_local_experts" in given:  # the name under which transformers saves `num_experts`
         given = {"num_experts": given["num_local_experts"]} | given
     given = traits.text | given
-    # The older name takes precedence, as in transformers: YaRN guides add it to files that also have the newer one.
+    # The older name takes precedence, as in transformers, because YaRN guides add it to files that also have the newer name.
     rope = section(content, "rope_scaling") or section(content, "rope_parameters")
     names = {"rope_theta", "mrope_section", "partial_rotary_factor"} & traits.text.keys()
     rope = {name: given[name] for name in sorted(names)} | {
@@ -428,7 +437,7 @@ def _parse_text(content: dict, family: str) -> TextConfig:
     attends_over_windows = text.use_sliding_window
     if (
         attends_over_windows and "layer_types" in given
-    ):  # decides like transformers whether any layer attends over a window
+    ):  # same rule as in transformers for whether any layer attends over a window
         attends_over_windows = "sliding_attention" in Rule.list_of(TEXT).check(
             given["layer_types"], "text_config.layer_types"
         )
@@ -460,7 +469,7 @@ def _parse_text(content: dict, family: str) -> TextConfig:
 
 
 def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
-    """Return the Gated DeltaNet settings of a language model with `depth` layers. Raises the same errors as `Config.parse`."""
+    """Parse the Gated DeltaNet settings of a language model with `depth` layers. Raises the same errors as `Config.parse`."""
     interval = Rule.whole(1, 1000).check(given["full_attention_interval"], "text_config.full_attention_interval")
     kinds = [LINEAR] * depth
     for layer in range(interval - 1, depth, interval):
@@ -487,19 +496,19 @@ def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
 
 
 def _parse_experts(given: dict, known: Collection[str], family: str) -> Experts:
-    """Return the mixture-of-experts settings. Raises the same errors as `Config.parse`.
+    """Parse the mixture-of-experts settings. Raises the same errors as `Config.parse`.
 
     Args:
-        given: settings of the language model.
-        known: names of settings that the family has.
-        family: one of `FAMILIES`.
+        given: The settings of the language model.
+        known: The names of the settings that the family has.
+        family: One of `FAMILIES`.
     """
     experts = pick(Experts, given, "text_config")
     active = experts.num_experts_per_tok
     count = experts.num_experts
     _check(active <= count, f"num_experts_per_tok is {active}, but there are {count} experts")
     _check(given.get("norm_topk_prob", True) is True, "norm_topk_prob false is not supported", Unsupported)
-    # In transformers, a family supports either layers without experts or a shared expert, not both.
+    # In transformers, a family supports either layers without experts or a shared expert, but not both.
     shared = "shared_expert_intermediate_size"
     unread = {"decoder_sparse_step", "mlp_only_layers"} if shared in known else {shared}
     for field in fields(Experts):
@@ -516,12 +525,16 @@ def _check_rope(rope: dict) -> None:
 
 
 def head_size(text) -> int:
-    """Return the features per head of the language model. `text` is a `TextConfig`, or a config of transformers."""
+    """Return the number of features per head of the language model. `text` is a `TextConfig` or a transformers config."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _parse_vision(content: dict, family: str) -> VisionConfig:
-    """Parse the `vision_config` of a model of one of `FAMILIES`. Raises ValueError if a number is missing or not a number."""
+    """Parse the `vision_config` of a model whose family is in `FAMILIES`.
+
+    Raises:
+        ValueError: If a number is missing or is not a number.
+    """
     traits = FAMILIES[family]
     given = {"in_channels": content.get("in_chans", 3), "hidden_act": traits.hidden_act} | traits.vision
     given |= {name: value for name, value in content.items() if value is not None}
@@ -537,7 +550,7 @@ def _parse_vision(content: dict, family: str) -> VisionConfig:
     speed = section(given, "rope_parameters").get("rope_theta") or 10_000
     _check(speed == 10_000, f"rope_theta {speed} of the tower is not supported, only 10000", Unsupported)
     picked = pick(VisionConfig, given | {"fullatt_block_indexes": [], "window_size": None}, "vision_config")
-    window = 4 * picked.patch_size * picked.spatial_merge_size  # has no effect, because no layer attends over windows
+    window = 4 * picked.patch_size * picked.spatial_merge_size  # any value works, as no layer attends over windows
     every = tuple(range(picked.depth))
     return replace(picked, fullatt_block_indexes=every, window_size=window, tokens_per_second=None, family=family)
 

@@ -12,17 +12,17 @@ from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, TextConfig, h
 from evoprune.model.numerics import without_autocast
 from evoprune.model.weights import Tower
 
-SMALL_CHANGE = 128 * 2**20  # bytes that even the smallest run takes
-# Copies of a layer's rows in memory: the rows, queries, keys, values, the attention output, and copies of some of these.
+SMALL_CHANGE = 128 * 2**20  # bytes that even the smallest run requires
+# The number of copies of a layer's rows in memory: rows, queries, keys, values, the attention output, and copies of some of these.
 ROW_COPIES = 6
-DELTA_CHUNK = 64  # number of columns that a Gated DeltaNet computes together in the prefill, as in transformers
+DELTA_CHUNK = 64  # the number of columns that a Gated DeltaNet processes together in the prefill, as in transformers
 
 
 T = TypeVar("T")
 
 
 class Clock:
-    """Adds up the seconds that each stage is busy."""
+    """Adds up the time that each stage is busy, in seconds."""
 
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = {}
@@ -33,7 +33,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a block. If it runs out of memory, the error names the stage."""
+        """Time a block. If the block runs out of memory, the error names the stage."""
         start = self.now()
         try:
             with memory_guard(name):
@@ -42,7 +42,7 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
 
     def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Yield items, timing only how long it takes to make them."""
+        """Yield items, timing only how long it takes to produce them."""
         source = iter(items)
         while True:
             with self.stage(name):
@@ -65,7 +65,7 @@ class Cost:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, including all experts. Shared parameters count once."""
+        """The number of parameters, including all experts. Shared parameters count once."""
         text = self._text
         net = text.delta_net
         experts = text.experts
@@ -107,12 +107,13 @@ class Cost:
         return total
 
     def tower_flop(self, rows: Sequence[int], grids: int, windows: int) -> float:
-        """Return the operations of the vision tower.
+        """Return the number of operations in the vision tower.
 
         Args:
-            rows: number of rows that each layer computes over the whole video, followed by the number that reach the merger.
-            grids: number of frame pairs.
-            windows: number of attention windows per frame pair.
+            rows: The number of rows that each layer computes over the whole video, followed by the number of rows that reach the
+                merger.
+            grids: The number of frame pairs.
+            windows: The number of attention windows per frame pair.
         """
         config = self._vision
         h = config.hidden_size
@@ -130,11 +131,11 @@ class Cost:
         return total + 2 * merged * (wide * wide + wide * config.out_hidden_size)
 
     def prefill_flop(self, length: int | Sequence[int | Sequence[int]]) -> float:
-        """Return the operations of the prefill, with logits for the last token only.
+        """Return the number of operations in the prefill, with logits for the last token only.
 
         Args:
-            length: number of prompt tokens after pruning, for all layers or per layer. A layer may also have three numbers: the
-                tokens for keys and values, for queries and output, and for the MLP.
+            length: The number of prompt tokens after pruning, as a single number or per layer. A layer can also have three numbers:
+                the tokens for keys and values, for queries and output, and for the MLP.
         """
         config = self._text
         h = config.hidden_size
@@ -161,15 +162,18 @@ class Cost:
         return total
 
     def _delta_flop(self) -> float:
-        """Return the operations per prompt token of a Gated DeltaNet: projections, convolution, chunked delta rule."""
+        """Return the number of operations per prompt token in a Gated DeltaNet.
+
+        It consists of projections, a convolution, and the chunked delta rule.
+        """
         net = self._text.delta_net
         key = net.linear_key_head_dim
         value = net.linear_value_head_dim
         heads = net.linear_num_value_heads
         mixed = 2 * net.key_size + net.value_size
         projections = 2 * self._text.hidden_size * (mixed + 2 * net.value_size + 2 * heads)
-        # Within a chunk, keys are multiplied with keys and queries, a triangular system is solved for keys and values, and queries
-        # read the values. The state is read by keys and by queries, and written once.
+        # Within a chunk, keys are multiplied with keys and with queries, a triangular system is solved for keys and values, and
+        # queries read the values. The state is read twice, by keys and by queries, and written once.
         inside = DELTA_CHUNK * (4 * key + (key + value) + 2 * value)
         return projections + 2 * net.linear_conv_kernel_dim * mixed + heads * (inside + 6 * key * value)
 
@@ -185,17 +189,17 @@ class Cost:
         """Estimate the peak number of bytes in use in addition to the weights.
 
         Args:
-            units: number of units in the video.
-            piece_units: number of units whose rows go through a matrix product at a time.
-            prompt: number of prompt tokens, per layer or for all layers.
-            bytes_each: bytes per weight.
-            rows: the most rows that a tower layer computes; None for all units.
-            left: number of rows that leave the tower; None for all units.
+            units: The number of units in the video.
+            piece_units: The number of units whose rows go through a matrix product at a time.
+            prompt: The number of prompt tokens, as a single number or per layer.
+            bytes_each: The number of bytes per weight.
+            rows: The largest number of rows that a tower layer computes. None means one row per unit.
+            left: The number of rows that leave the tower. None means one row per unit.
         """
         piece_units = min(units, piece_units)
         vision = self._vision
         row_bytes = PATCHES * vision.hidden_size * bytes_each
-        # Units are embedded in pieces, which are then concatenated. The selection makes another copy.
+        # Units are embedded in pieces, which are then concatenated. The selection creates another copy.
         embedding = 2 * units * row_bytes + self._pixel_bytes(piece_units, bytes_each)
         if rows is None:
             rows = units
@@ -209,42 +213,48 @@ class Cost:
         """Estimate the peak number of bytes that plain transformers uses in addition to the weights.
 
         Args:
-            units: number of units in the video.
-            prompt: number of prompt tokens.
-            bytes_each: bytes per weight.
+            units: The number of units in the video.
+            prompt: The number of prompt tokens.
+            bytes_each: The number of bytes per weight.
         """
         held = SMALL_CHANGE + self._pixel_bytes(units, bytes_each)
         return held + max(self._tower_bytes(units, bytes_each), self.language_bytes(prompt, bytes_each))
 
     def _pixel_bytes(self, units: int, bytes_each: int) -> int:
-        """Return the bytes of the patches in `units` units, in float32 and in the dtype of the weights."""
+        """Return the size in bytes of the patches in `units` units, stored both in float32 and in the dtype of the weights."""
         vision = self._vision
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return units * PATCHES * values * (4 + bytes_each)
 
     def _tower_bytes(self, units: int, bytes_each: int) -> int:
-        """Return the bytes that a tower pass with `units` units takes. The float32 rotary embedding and the MLP take the most."""
+        """Return the number of bytes that a tower pass with `units` units requires.
+
+        Most of it is for the float32 rotary embedding and the MLP.
+        """
         vision = self._vision
         return units * PATCHES * (12 * vision.hidden_size * 4 + 3 * vision.intermediate_size * bytes_each)
 
     def carried_bytes(self, places: int, bytes_each: int) -> int:
-        """Return the bytes of the tower's keys and values in all layers, for `places` units that later frame pairs attend to."""
+        """Return the size in bytes of the tower's keys and values that later frame pairs attend to.
+
+        They cover `places` units in all layers.
+        """
         vision = self._vision
         return places * vision.depth * 2 * PATCHES * vision.hidden_size * bytes_each
 
     def kv_bytes(self, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
-        """Return the bytes of the language model's keys and values for a prompt.
+        """Return the size in bytes of the language model's keys and values for a prompt.
 
-        A Gated DeltaNet has a float32 state instead, whose size does not depend on the prompt.
+        A Gated DeltaNet layer has a float32 state instead, whose size does not depend on the prompt.
 
         Args:
-            tokens: number of prompt tokens, per layer or for all layers.
-            bytes_each: bytes per number.
+            tokens: The number of prompt tokens, as a single number or per layer.
+            bytes_each: The number of bytes per value.
         """
         text = self._text
         depth = text.num_hidden_layers
         lengths = _of_each_layer(tokens, depth)
-        net = getattr(text, "delta_net", None)  # configs of transformers do not have it
+        net = getattr(text, "delta_net", None)  # transformers configs do not have this attribute
         linear = [net is not None and text.is_linear(layer) for layer in range(depth)]
         of_token = 2 * text.num_key_value_heads * head_size(text) * bytes_each
         total = of_token * sum(length for length, is_linear in zip(lengths, linear, strict=True) if not is_linear)
@@ -258,10 +268,15 @@ class Cost:
         return total
 
     def language_bytes(self, prompt: int | Sequence[int], bytes_each: int) -> int:
-        """Return the bytes that the prefill of `prompt` tokens (per layer, or for all layers) takes, including keys and values."""
+        """Return the number of bytes that a prefill requires, including keys and values.
+
+        Args:
+            prompt: The number of prompt tokens, as a single number or per layer.
+            bytes_each: The number of bytes per value.
+        """
         text = self._text
         lengths = _of_each_layer(prompt, text.num_hidden_layers)
-        added = self._vision.layers_read - 1  # number of layers that DeepStack adds features to
+        added = self._vision.layers_read - 1  # the number of layers to which DeepStack adds features
         inner = max(_mlp_size(text, layer) for layer in range(text.num_hidden_layers))
         wide = 8 * 4 * text.hidden_size * (text.qwen4.hc_count if text.qwen4 else 1)
         if net := text.delta_net:  # chunks are computed in float32, with a copy of the keys per value head
@@ -277,12 +292,12 @@ class Cost:
 
 
 def _of_each_layer(tokens: int | Sequence[T], depth: int) -> Sequence[int | T]:
-    """Return the tokens per layer for `depth` layers. A single number applies to all layers."""
+    """Return the number of tokens for each of `depth` layers. A single number applies to all layers."""
     return [tokens] * depth if isinstance(tokens, int) else tokens
 
 
 def _mlp_size(config: TextConfig, layer: int) -> int:
-    """Return the inner features that a layer computes per token: of its MLP, or of the experts that the token goes through."""
+    """Return the number of inner features that a layer computes per token, in its MLP or in the experts that process the token."""
     if not config.has_experts(layer):
         return config.intermediate_size
     experts = config.experts
@@ -297,13 +312,13 @@ def matmul_rate(
     seconds: float = 0.1,
     shapes: Sequence[tuple[int, int, int]] = ((1024, 1024, 1024),),
 ) -> float:
-    """Return the operations per second of plain matrix products on a device.
+    """Measure how many operations per second plain matrix products reach on a device.
 
     Args:
-        dtype: of the factors.
-        device: by name.
-        seconds: time to measure each shape.
-        shapes: (rows, inner, columns) of the products; the fastest shape counts.
+        dtype: The dtype of the factors.
+        device: The name of the device.
+        seconds: The time to spend on each shape.
+        shapes: The shapes of the products, as (rows, inner, columns). The rate of the fastest shape is returned.
     """
     best = 0.0
     clock = Device(device)

@@ -1,7 +1,8 @@
-"""The tree of weights of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, under Hugging Face's names. It has no forward pass.
+"""The weights of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model as a tree of modules with Hugging Face's names, without a forward pass.
 
-`vision/tower.py` and `language/decoder.py` compute on such a tree. Because the names are the same, they also run on a model that
-was loaded with transformers. Models loaded by evoprune do not need transformers, whose import takes longer than a short answer.
+`vision/tower.py` and `language/decoder.py` run the model on such a tree. Because the names are the same, they also work with a
+model that was loaded with transformers. Models loaded by evoprune do not need transformers, whose import takes longer than a short
+answer.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from evoprune.model.config import Config, TextConfig, VisionConfig, head_size
 
 
 class Tree(nn.Module):
-    """Node of the tree: a module with named children. The name `mlp.0` stands for a child of the child `mlp`."""
+    """A node of the tree, which is a module with named children. The name `mlp.0` refers to child `0` of the child `mlp`."""
 
     def __init__(self, **children: nn.Module):
         super().__init__()
@@ -30,13 +31,13 @@ class Tree(nn.Module):
 
 
 def _mlp(names: Sequence[str], wide: int, inner: int, bias: bool) -> Tree:
-    """Return an MLP: matrices to its inner size, and a last one back."""
+    """Create an MLP with one or more matrices that map to its inner size, and a last matrix that maps back."""
     *into, back = names
     return Tree(**{name: nn.Linear(wide, inner, bias) for name in into}, **{back: nn.Linear(inner, wide, bias)})
 
 
 class Tower(Tree):
-    """Weights of the vision tower."""
+    """The weights of the vision tower."""
 
     def __init__(self, config: VisionConfig):
         wide = config.hidden_size
@@ -73,7 +74,7 @@ def _merger(config: VisionConfig, norm: nn.Module) -> Tree:
 
 
 def _embedding(count: int, wide: int) -> nn.Embedding:
-    """Make an embedding from an uninitialized tensor.
+    """Create an embedding from an uninitialized tensor.
 
     Random initialization would import all of torch.compile, even on the meta device.
     """
@@ -82,7 +83,7 @@ def _embedding(count: int, wide: int) -> nn.Embedding:
 
 
 class LanguageModel(Tree):
-    """Weights of the language model, without its output layer."""
+    """The weights of the language model, without its output layer."""
 
     def __init__(self, config: TextConfig):
         wide = config.hidden_size
@@ -116,7 +117,7 @@ class Model(Tree):
     """All weights of a model: `model.visual`, `model.language_model` and the output layer `lm_head`. `config` is a `Config`."""
 
     config: Config
-    native: bool  # whether language/decoder.py runs the language model; otherwise it is a module of transformers
+    native: bool  # whether language/decoder.py runs the language model; otherwise it is a transformers module
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,16 +128,16 @@ class Model(Tree):
         return self.model.language_model.embed_tokens.weight.device
 
     def fill_random(self, device: torch.device) -> None:
-        """Replace all weights by new ones: vectors by 1, biases by 0, everything else by seeded noise. Tied weights stay tied."""
+        """Replace all weights: vectors by ones, biases by zeros, everything else by seeded noise. Tied weights stay tied."""
         made: dict[nn.Parameter, nn.Parameter] = {}
-        for module in self.modules():  # `to_empty` would import torch's compiler, which takes two seconds
+        for module in self.modules():  # not `to_empty`, which would import torch's compiler and take two seconds
             for name, weight in [*module.named_parameters(recurse=False)]:
                 if weight not in made:
                     values = torch.empty(weight.shape, dtype=weight.dtype, device=device)
                     made[weight] = nn.Parameter(values, requires_grad=False)
                 setattr(module, name, made[weight])
         like = next(self.parameters())
-        # A single block of noise is repeated. Its length is prime, so no two rows of a matrix are equal.
+        # The same block of noise is repeated. Its length is prime, so no two rows of a matrix are equal.
         random = torch.Generator().manual_seed(0)
         block = torch.randn(1_048_573, generator=random, dtype=torch.float32, device="cpu").mul_(0.02).to(like)
         with torch.no_grad():
@@ -152,7 +153,7 @@ class Model(Tree):
                     piece.copy_(noise[: len(piece)])
 
     def shared(self) -> Self:
-        """Return another tree on the same tensors. Its layers can be replaced without changing this one."""
+        """Return a tree that shares the tensors of this one. Layers of the copy can be replaced without changing the original."""
         raise NotImplementedError
 
 
@@ -171,15 +172,15 @@ class QwenVL(Model):
 
     @classmethod
     def empty(cls, config: Config) -> Self:
-        """Return a model on the meta device, which has names and shapes but no memory."""
+        """Return a model on the meta device, which has names and shapes but needs no memory."""
         with torch.device("meta"):
             return cls(config).eval().requires_grad_(False)
 
     @classmethod
     def random(cls, config: Config, dtype: torch.dtype, device: torch.device) -> Self:
-        """Return a model with seeded random weights, for benchmarks, because speed does not depend on the values.
+        """Return a model with seeded random weights. It is meant for benchmarks, because speed does not depend on the values.
 
-        Takes seconds at 3B.
+        Creating a 3B model takes seconds.
         """
         model = cls.empty(config).to(dtype)
         model.fill_random(device)
@@ -192,16 +193,16 @@ class QwenVL(Model):
         return copy.requires_grad_(False)
 
     def tie(self) -> None:
-        """Make input and output embeddings share one tensor if the config says so."""
+        """Make the input and output embeddings share one tensor if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
 
 
 class HostedVL(Model):
-    """A model made of transformers modules: `visual`, `language_model` and `lm_head`."""
+    """A model that consists of transformers modules: `visual`, `language_model` and `lm_head`."""
 
     native = False
-    package = ""  # name, in errors, of the package that quantized the layers
+    package = ""  # how errors refer to the package that quantized the layers
 
     def __init__(self, config: Config, visual: nn.Module, language_model: nn.Module, lm_head: nn.Module):
         if hasattr(language_model, "hyper_connection_mixer"):  # Qwen4-Exp has no other norm after its layers
