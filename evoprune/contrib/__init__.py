@@ -1,4 +1,4 @@
-"""Pruning methods for comparison, found through entry points like plug-ins, and helpers that only they use."""
+"""Pruning methods for comparison, which are loaded through entry points like plug-ins, and helpers that only they use."""
 
 from typing import TYPE_CHECKING
 

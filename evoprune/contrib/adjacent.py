@@ -1,4 +1,4 @@
-"""After StreamingAssistant: drop tokens that repeat their neighbors."""
+"""A method based on StreamingAssistant, which drops tokens that repeat their neighbors."""
 
 from dataclasses import dataclass
 
@@ -11,19 +11,20 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 
 @dataclass(frozen=True)
 class Adjacent(Selector):
-    """After StreamingAssistant (arXiv 2512.12560), which has no public code: drop tokens that repeat their neighbors.
+    """Drops tokens that repeat their neighbors. Based on StreamingAssistant (arXiv 2512.12560), which has no public code.
 
-    A token's redundancy is its greatest cosine to a neighbor in the frame, the nearest remaining token above, below, left or right.
-    The most redundant tokens are dropped in rounds until K are left, but never two neighbors in one round.
+    A token's redundancy is its greatest cosine to a neighbor in the frame, which is the nearest remaining token above, below, left
+    or right. The most redundant tokens are dropped in rounds until K tokens remain. Two neighbors are never dropped in the same
+    round.
 
-    What differs: this project adds that tokens with a cosine above `still` to the same place one frame pair before are dropped
-    first.
+    Differences from the paper: tokens whose cosine to the same place in the previous frame pair is above `still` are dropped first.
+    This step was added by this project.
     """
 
     name = "adjacent"
     source = "after arXiv 2512.12560"
 
-    still: Cosine = 0.9  # cosine above which a token repeats its place in the previous frame pair; 1 for never
+    still: Cosine = 0.9  # cosine above which a token counts as a repetition of the previous frame pair; 1 disables this
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         left = torch.ones(tokens.grid, dtype=torch.bool, device=tokens.rows.device)
@@ -33,7 +34,7 @@ class Adjacent(Selector):
         unit = tokens.normalised
         left = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
         like = 1 - dissimilarity(tokens)
-        like[0] = -1  # no frame pair comes before the first
+        like[0] = -1  # the first frame pair has no predecessor
         repeated = ranked(like.flatten())[: min(len(unit) - keep, int((like > self.still).sum()))]
         left[repeated] = False
         while (more := int(left.sum()) - keep) > 0:
@@ -43,16 +44,16 @@ class Adjacent(Selector):
 
 
 def neighbours(left: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[N, 4]`: a token's nearest remaining tokens above, below, left and right, or -1.
+    """Return int64 `[N, 4]`: the nearest remaining tokens above, below, left and right of each token, or -1.
 
     Args:
-        left: bool `[T, H, W]`, the remaining tokens.
+        left: bool `[T, H, W]`, True for remaining tokens.
     """
     index = torch.where(left, arange_on(left.numel(), left.device).view_as(left), -1)
     last = left.numel()
     sides = []
     for dim in (1, 2):
-        before = index.cummax(dim).values.roll(1, dim)  # indices rise along both dimensions
+        before = index.cummax(dim).values.roll(1, dim)  # indices increase along both dimensions
         before.select(dim, 0).fill_(-1)
         after = torch.where(index < 0, last, index).flip(dim).cummin(dim).values.roll(1, dim)
         after.select(dim, 0).fill_(last)
@@ -62,26 +63,31 @@ def neighbours(left: torch.Tensor) -> torch.Tensor:
 
 
 def redundancy(unit: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-    """Return float32 `[N]`: the greatest cosine of each token (`[N, D]`) to its neighbors (int64 `[N, 4]`), or -2 without any."""
+    """Return float32 `[N]`: the greatest cosine of each token to its neighbors, or -2 for a token without neighbors.
+
+    Args:
+        unit: `[N, D]`, tokens of unit length.
+        near: int64 `[N, 4]`, the result of `neighbours`.
+    """
     cosines = [snap((unit * unit[to.clamp(min=0)]).sum(1)).masked_fill(to < 0, -2) for to in near.unbind(1)]
     return torch.stack(cosines).amax(0)
 
 
 def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.Tensor:
-    """Return int64, at most `count` entries: the tokens with the highest scores, skipping neighbors of tokens taken before.
+    """Return up to `count` tokens (int64) with the highest scores, skipping tokens whose neighbor was already taken.
 
     Ties go to the lower index.
 
     Args:
         score: `[N]`, -inf for tokens that cannot be taken.
-        near: From `neighbours`.
+        near: The result of `neighbours`.
     """
-    outside = len(score)  # after all others; index -1 finds it if a token has no neighbor
+    outside = len(score)  # ranks after all tokens; the index -1 of a missing neighbor refers to it
     order = torch.empty_like(near[:, 0]).index_copy_(0, ranked(score), arange_on(outside, score.device))
     order = F.pad(order.masked_fill(score == -torch.inf, outside), (0, 1), value=outside)
     open_ = order.clone()
     taken = torch.zeros_like(order, dtype=torch.bool)
-    while (open_ < outside).any():  # a token that comes before all its open neighbors is certain to be taken
+    while (open_ < outside).any():  # a token that ranks before all its open neighbors is certain to be taken
         taken[:-1] |= (open_[:-1] < outside) & (open_[:-1] < open_[near].amin(1))
         open_[:-1].masked_fill_(taken[:-1] | taken[near].any(1), outside)
     chosen = taken.nonzero().flatten()

@@ -1,4 +1,4 @@
-"""CDPruner: a determinantal point process conditioned on the question."""
+"""CDPruner: selects tokens by a determinantal point process conditioned on the question."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,26 +9,26 @@ from evoprune.contrib.shared import like_question, relevant
 from evoprune.methods import Selection, Selector, Tokens, snap, spread
 
 STEP = 1 / 16384
-MAX_FEATURES = 1 << 23  # float64 values in memory at a time
+MAX_FEATURES = 1 << 23  # the number of float64 values to hold in memory at a time
 
 
 @dataclass(frozen=True)
 class CdPruner(Selector):
-    """CDPruner (arXiv 2506.10967): a determinantal point process, conditioned on the question, inside frame pairs.
+    """CDPruner (arXiv 2506.10967): a determinantal point process inside frame pairs, conditioned on the question.
 
-    Greedily maximize the determinant of the kernel cosine(i, j) * relevance(i) * relevance(j) over the kept tokens. If tokens are
-    scaled to the length of their relevance, the next token is always the one with the largest part outside the span of the kept
-    ones. Relevance is the mean cosine to the question's tokens, scaled to (0, 1].
+    Tokens are selected greedily to maximize the determinant of the kernel cosine(i, j) * relevance(i) * relevance(j) over the kept
+    tokens. If tokens are scaled to the length of their relevance, the next token is always the one with the largest part outside
+    the span of the kept tokens. Relevance is the mean cosine to the question's tokens, scaled to (0, 1].
 
-    What differs: relevance is measured with the language model's embeddings, as in OpenVINO GenAI. The paper uses CLIP, and its
-    code the negative mean (`negative`).
+    Differences from the paper: relevance is measured with the language model's embeddings, as in OpenVINO GenAI. The paper uses
+    CLIP, and its code uses the negative mean (see `negative`).
     """
 
     name = "cdpruner"
     source = "arXiv 2506.10967"
 
-    question: bool = True  # whether relevance counts; otherwise diversity alone decides
-    negative: bool = False  # whether tokens unlike the question are relevant, as in the authors' code
+    question: bool = True  # whether to use relevance to the question; otherwise, only diversity counts
+    negative: bool = False  # whether tokens unlike the question count as relevant, as in the authors' code
 
     @property
     def reads_question(self) -> bool:
@@ -52,16 +52,16 @@ class CdPruner(Selector):
 
 
 def widest(unit: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-    """Return for each of T groups int64 `[count]`, ascending: the rows with the greatest weighted volume, found greedily.
+    """Greedily select the rows with the greatest weighted volume in each of T groups. Returns int64 `[count]` per group, ascending.
 
     Args:
         unit: `[T, n, D]`.
         weight: `[T, n]`.
-        counts: Number of rows to select per group. All groups select one row at a time.
+        counts: The number of rows to select from each group. In each step, one row is selected from every group.
     """
     vectors = unit.double() * weight.double()[:, :, None]
-    factor = vectors.new_zeros(max(counts), *weight.shape)  # rows of the Cholesky factors, in the order of selection
-    left = vectors.square().sum(2)  # squared length of a row's part outside the span of the selected rows
+    factor = vectors.new_zeros(max(counts), *weight.shape)  # rows of the Cholesky factors, in order of selection
+    left = vectors.square().sum(2)  # squared length of each row's part outside the span of the selected rows
     selected = torch.zeros_like(left, dtype=torch.bool)
     order = []
     for step in range(max(counts)):
@@ -69,7 +69,7 @@ def widest(unit: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> l
         selected.scatter_(1, best, True)
         order.append(best)
         column = vectors.take_along_dim(best[:, :, None], 1).transpose(1, 2)
-        known = factor[:step].take_along_dim(best[None], 2)  # the selected row's parts along the rows selected before
+        known = factor[:step].take_along_dim(best[None], 2)  # components of the new row along the rows selected before
         beside = (vectors @ column)[:, :, 0] - (factor[:step] * known).sum(0)
         factor[step] = beside / left.take_along_dim(best, 1).clamp(min=STEP).sqrt()
         left = left - factor[step].square()

@@ -1,4 +1,4 @@
-"""After D2Pruner: attention without the bias of position, then unlike tokens."""
+"""A method based on D2Pruner, which keeps tokens by attention without positional bias, and then dissimilar tokens."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,22 +12,22 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 
 @dataclass(frozen=True)
 class D2Pruner(LanguageMethod):
-    """After D2Pruner (arXiv 2512.19443), whose code was not available: attention without its bias, then dissimilar tokens.
+    """Keeps tokens by debiased attention, then dissimilar tokens. Based on D2Pruner (arXiv 2512.19443), whose code was unavailable.
 
-    After a share `depth` of the layers, a token's score is the attention of the last token divided by a prior. `pivots` of the
-    budget goes to the highest scores. The rest goes, by score, to tokens whose cosine to each other is at most `alike`, and then to
-    others.
+    After a share `depth` of the layers, a token's score is the attention from the last token, divided by a prior. A share of
+    `pivots` of the budget goes to the tokens with the highest scores. The rest goes, in order of score, to tokens whose cosine to
+    each other is at most `alike`, and then to other tokens.
 
-    What differs: it follows the abstract and two ports. The prior is the attention that the query would pay if all visual tokens
-    had their mean key; the authors measure it over many images.
+    Differences from the paper: this method follows the abstract and two ports. The prior is the attention that the query would pay
+    if all visual tokens had their mean key. The authors measure the prior over many images instead.
     """
 
     name = "d2pruner"
     source = "after arXiv 2512.19443"
 
-    depth: Part = 2 / 32  # share of the layers that run before tokens leave
-    pivots: Share = 0.7  # share of the budget that goes by score alone
-    alike: Annotated[float, "(-inf, inf)"] = 0.8  # above this cosine, two of the other tokens do not both stay
+    depth: Part = 2 / 32  # share of the layers that run before tokens are dropped
+    pivots: Share = 0.7  # share of the budget that is assigned by score only
+    alike: Annotated[float, "(-inf, inf)"] = 0.8  # the highest cosine at which two of the other tokens both stay
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return one_drop(depth, tokens, self.depth, budget)
@@ -45,5 +45,5 @@ class D2Pruner(LanguageMethod):
             free &= snap(unit @ unit[best]) <= self.alike
             free[best] = False
         late = torch.ones_like(rest).index_fill_(0, rest.new_tensor(chosen), 0)
-        filled = rest[late.argsort(stable=True)]  # dissimilar tokens, then the others, both by score
+        filled = rest[late.argsort(stable=True)]  # dissimilar tokens, then other tokens, both ordered by score
         return Selection(torch.cat([order[:pivots], filled[: tokens.left - pivots]]).sort().values)

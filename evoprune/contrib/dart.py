@@ -1,4 +1,4 @@
-"""DART: tokens that duplicate the pivots least."""
+"""DART: keeps the tokens that duplicate the pivots least."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,20 +12,21 @@ from evoprune.methods import Selection, Selector, Tokens, snap
 
 @dataclass(frozen=True)
 class Dart(Selector):
-    """DART (arXiv 2502.11494): keep the tokens that duplicate pivots least.
+    """DART (arXiv 2502.11494): keeps the tokens that duplicate the pivots least.
 
-    The pivots are the `visual` visual tokens and the `text` question tokens with the greatest L1 norm. Visual pivots stay. The
-    pivots take turns, each keeping an equal part of the budget: the tokens with the lowest cosine to it.
+    The pivots are the `visual` visual tokens and the `text` question tokens with the greatest L1 norms. Visual pivots are kept. The
+    rest of the budget is divided evenly among the pivots. One after another, each pivot keeps the tokens with the lowest cosine to
+    it.
 
-    What differs: the paper works on states of the language model, this on its input embeddings, as TensorRT-Edge-LLM does. The
-    authors' code takes pivots in the order of a Python set; here the longest comes first.
+    Differences from the paper: the paper compares states of the language model, while this method compares its input embeddings, as
+    TensorRT-Edge-LLM does. The authors' code processes pivots in the order of a Python set. Here, the longest pivot comes first.
     """
 
     name = "dart"
     source = "arXiv 2502.11494"
 
-    visual: Annotated[int, "[0, inf)"] = 4  # number of visual pivots
-    text: Annotated[int, "[0, inf)"] = 4  # number of question pivots; with 0 the method does not read the question
+    visual: Annotated[int, "[0, inf)"] = 4  # the number of visual pivots
+    text: Annotated[int, "[0, inf)"] = 4  # the number of question pivots; with 0, the question is not read
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,6 +54,9 @@ class Dart(Selector):
 
 
 def longest(x: torch.Tensor, count: int) -> torch.Tensor:
-    """Return int64 `[min(count, n)]`: the rows of `x` (`[n, D]`) of greatest L1 norm, the greatest first; ties by index."""
+    """Return int64 `[min(count, n)]`: the rows of `x` (`[n, D]`) with the greatest L1 norms, longest first.
+
+    Ties go to the lower index.
+    """
     norm = x.abs().sum(1)
     return ranked(snap(norm / norm.max().clamp(min=1e-12)))[:count]

@@ -1,4 +1,4 @@
-"""EarlyTom: whole frame pairs merge between layers of the vision encoder."""
+"""EarlyTom: merges whole frame pairs between layers of the vision encoder."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ from evoprune.methods import (
 class Runs:
     """Finds runs of frame pairs that change little."""
 
-    threshold: Annotated[float, "(-inf, inf)"] = 0.6  # a run ends once the running similarity to its start is lower
-    window: Annotated[int, "[2, inf)"] = 8  # a run has fewer frame pairs than this
-    momentum: Share = 0.9  # weight of the new similarity in the running mean
+    threshold: Annotated[float, "(-inf, inf)"] = 0.6  # a run ends once the moving similarity to its start is lower
+    window: Annotated[int, "[2, inf)"] = 8  # every run has fewer frame pairs than this
+    momentum: Share = 0.9  # weight of the newest similarity in the moving average
 
     def of(self, like: list[list[float]]) -> list[range]:
-        """Return the runs of frames, in order. `like` comes from `similarities`."""
+        """Return the runs of frames in order. `like` comes from `similarities`."""
         starts = [0]
         running = 1.0
         for frame in range(1, len(like)):
@@ -44,7 +44,7 @@ class Runs:
         return [range(first, last) for first, last in zip(starts, [*starts[1:], len(like)], strict=True)]
 
     def merged(self, like: list[list[float]]) -> tuple[list[int], list[float]]:
-        """Return the frame that each frame joins (itself if it stays), and each frame's weight in the mean."""
+        """Return the frame that each frame joins (its own index if it stays), and the weight of each frame in the mean."""
         into = list(range(len(like)))
         weight = [1.0] * len(like)
         for run in self.of(like):
@@ -69,7 +69,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class MergedFrames(Runs, Selector):
-    """Merges frame pairs between two layers. The content decides how many are left. O(window N D)."""
+    """Merges frame pairs between two layers. The content decides how many remain. Takes O(window N D) time."""
 
     source = "arXiv 2605.30010"
     exact = False
@@ -83,7 +83,7 @@ class MergedFrames(Runs, Selector):
         weight = torch.tensor(weight, dtype=torch.float32, device=frame.device)
         stays = into == arange_on(len(into), into.device)
         unit_to_token = (stays.cumsum(0) - 1)[into[frame]]
-        own = first[frame] == arange_on(len(frame), frame.device)  # others are already in their frame's state
+        own = first[frame] == arange_on(len(frame), frame.device)  # other frame pairs have already been merged
         return Selection(
             (first[stays][:, None] * len(places) + places).flatten(),
             (unit_to_token[:, None] * len(places) + places).flatten(),
@@ -93,7 +93,7 @@ class MergedFrames(Runs, Selector):
 
 @dataclass(frozen=True)
 class FrameTokens(Runs, Selector):
-    """Selects the tokens of merged frame pairs that the language model reads. O(window N D)."""
+    """Selects the tokens that the language model reads from merged frame pairs. Takes O(window N D) time."""
 
     source = "arXiv 2605.30010"
     needs = frozenset({"attention"})
@@ -119,20 +119,21 @@ class FrameTokens(Runs, Selector):
 
 @dataclass(frozen=True)
 class EarlyTom(Runs, EncoderMethod):
-    """EarlyTom (arXiv 2605.30010): whole frame pairs merge after three layers. O(window N D) per merge.
+    """EarlyTom (arXiv 2605.30010): merges whole frame pairs after three layers. Each merge takes O(window N D) time.
 
-    After `first`, `second` and `third` of the layers, runs of similar frame pairs (`Runs`) get shorter: their ends stay, and inner
-    neighbors merge if they are more similar to each other than the ends of the run and than the next two. The remaining frame pairs
-    share the budget evenly. Ends of runs keep their most attended tokens, and the others one token per stretch of neighbors.
+    After `first`, `second` and `third` of the layers, runs of similar frame pairs (`Runs`) get shorter. The two ends of each run
+    stay. Two inner neighbors merge if they are more similar to each other than the ends of the run are, and than the next two
+    neighbors are. The remaining frame pairs share the budget evenly. The ends of runs keep their most attended tokens. Other frame
+    pairs keep the most attended token of each stretch of neighboring tokens.
 
-    What differs: the settings come from the authors' code for LLaVA-OneVision and were fitted to SigLIP. Density peaks, whose share
-    is 0 by default, and merging inside the language model are left out.
+    Differences from the paper: the settings come from the authors' code for LLaVA-OneVision, and were fitted to SigLIP. Density
+    peaks, whose share is 0 by default, and merging inside the language model are not implemented.
     """
 
     name = "earlytom"
     source = "arXiv 2605.30010"
 
-    first: Share = 7 / 26  # share of the tower's layers before frame pairs merge for the first time
+    first: Share = 7 / 26  # share of the tower's layers that run before frame pairs merge for the first time
     second: Share = 22 / 26
     third: Share = 24 / 26
 
@@ -148,7 +149,7 @@ class EarlyTom(Runs, EncoderMethod):
 
 
 def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the frame that represents each frame pair, and each frame's first frame pair: int64 `[T]` and int64 `[F]`."""
+    """Return the frame that represents each frame pair (int64 `[T]`) and the first frame pair of each frame (int64 `[F]`)."""
     places = tokens.grid[1] * tokens.grid[2]
     frame = tokens.unit_to_row.view(tokens.grid[0], places)[:, 0] // places
     first = torch.searchsorted(frame, arange_on(len(tokens.rows) // places, frame.device))
@@ -156,14 +157,17 @@ def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
-    """Return `[i][d]`: the mean cosine between the tokens of frames i and i + d of `x` (`[F, n, D]`), for d below `window`."""
+    """Return the mean cosine between the tokens of frames i and i + d as `[i][d]`, for every d below `window`.
+
+    `x` is `[F, n, D]`, the tokens of F frames.
+    """
     held = deque(maxlen=window)
     cosines = []
     for frame in x:
         held.append(F.normalize(frame.float(), dim=1))
         cosines.append(torch.stack([(held[-1] * other).sum(1).mean() for other in reversed(held)]))
     sizes = [len(row) for row in cosines]
-    # For each frame, its similarities to itself and to the frames before.
+    # For each frame, the similarities to itself and to the preceding frames.
     back = [row.tolist() for row in snap(torch.cat(cosines)).cpu().split(sizes)]
     return [[back[i + d][d] for d in range(min(window, len(x) - i))] for i in range(len(x))]
 
@@ -171,7 +175,7 @@ def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
 def highest_of_stretches(score: torch.Tensor, count: int) -> torch.Tensor:
     """Return int64 `[count]`: the index of the highest `score` (`[n]`) in each of `count` stretches.
 
-    The first stretches may be longer by one.
+    The stretches are nearly equal. If they cannot have the same length, the first ones are longer by one.
     """
     if not count:
         return arange_on(0, score.device)

@@ -1,4 +1,4 @@
-"""EVS (`--video-pruning-rate` in vLLM): the tokens that change most over time."""
+"""EVS (`--video-pruning-rate` in vLLM): keeps the tokens that change most over time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from evoprune.methods import Selection, Selector, Tokens, highest
 
 @dataclass(frozen=True)
 class Evs(Selector):
-    """EVS (arXiv 2510.14624): keep the tokens that change most over time.
+    """EVS (arXiv 2510.14624): keeps the tokens that change most over time.
 
-    The score of a token is 1 minus its cosine to the token at the same place one frame pair before. The highest scores in the video
-    stay.
+    The score of a token is 1 minus its cosine to the token at the same place in the previous frame pair. The tokens with the
+    highest scores in the whole video stay.
 
-    With `floor`, as in vLLM, the first frame pair stays whole, even if the budget is smaller.
+    With `floor`, as in vLLM, the first frame pair is kept entirely, even if the budget is smaller.
     """
 
     name = "evs"
     source = "arXiv 2510.14624"
 
-    floor: bool = True  # whether the first frame pair stays whole, even if the budget is smaller
+    floor: bool = True  # whether to keep the entire first frame pair, even if the budget is smaller
 
     @property
     def exact(self) -> bool:
@@ -44,7 +44,7 @@ class Evs(Selector):
 
 @dataclass(frozen=True)
 class EvsNoFloor(Evs):
-    """EVS without `floor`: the first frame pair is compared with the second one, and has no guarantee to stay."""
+    """EVS without `floor`. The first frame pair is compared with the second one, and is not guaranteed to stay."""
 
     name = "evs-nofloor"
 

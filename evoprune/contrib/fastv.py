@@ -1,4 +1,4 @@
-"""FastV, and the second stage of FlashVID: the most attended tokens after one layer."""
+"""FastV and the second stage of FlashVID, which keep the most attended tokens after one layer."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from evoprune.methods import LanguageMethod, LanguagePlan, one_drop
 
 @dataclass(frozen=True)
 class FastV(LanguageMethod):
-    """FastV (arXiv 2403.06764, section 4): after a few layers, keep the most attended tokens.
+    """FastV (arXiv 2403.06764, section 4): keeps the most attended tokens after a few layers.
 
-    After a share `depth` of the layers, the tokens stay that receive the most attention from the prompt's last token, averaged over
-    heads.
+    After a share `depth` of the layers, the method keeps the tokens that receive the most attention from the prompt's last token,
+    averaged over heads.
 
-    What differs: positions stay as they are; the authors' code renumbers them.
+    Differences from the authors' code: positions do not change, while the authors renumber them.
     """
 
     name = "fastv"
@@ -27,10 +27,10 @@ class FastV(LanguageMethod):
 
 @dataclass(frozen=True)
 class FlashVidInner(FastV):
-    """FlashVID (arXiv 2602.08024), the stage inside the language model: FastV, later.
+    """The stage of FlashVID (arXiv 2602.08024) inside the language model, which is FastV at a later layer.
 
-    What differs: `-b` is the share that reaches the language model. In the authors' code more tokens reach it, and the budget is
-    the mean over both stages.
+    Differences from the authors' code: `-b` is the share of tokens that reach the language model. In the authors' code, more tokens
+    reach it, and the budget is the mean over both stages.
     """
 
     name = "flashvid-inner"

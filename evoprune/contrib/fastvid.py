@@ -1,4 +1,4 @@
-"""FastVID: attention and density peaks in segments."""
+"""FastVID: keeps tokens by attention and density peaks, in segments of the video."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -23,27 +23,28 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 
 @dataclass(frozen=True)
 class FastVid(Selector):
-    """FastVID (arXiv 2503.11187): attention and density peaks, in segments of the video.
+    """FastVID (arXiv 2503.11187): keeps tokens by attention and density peaks, in segments of the video.
 
-    The video is cut into at least `segments` segments, and wherever the mean tokens of neighboring frame pairs have a cosine below
-    `threshold`. A segment gets the budget of its frame pairs. `salient` of it goes to the most attended tokens. The rest goes to
-    density peaks in every `every`-th frame pair, counted back from the last one. Other tokens join the most similar peak, which has
-    at least weight `centre` in its mean. Frame pairs with a cosine of `ignore` or more to the next one keep nothing.
+    The video is cut into at least `segments` segments. It is also cut wherever the mean tokens of neighboring frame pairs have a
+    cosine below `threshold`. Each segment gets the budget of its frame pairs. A share of `salient` goes to the most attended
+    tokens. The rest goes to density peaks in every `every`-th frame pair, counted backward from the last one. Other tokens join the
+    most similar peak, whose weight in the mean is at least `centre`. A frame pair keeps nothing if its cosine to the next one is at
+    least `ignore`.
 
-    What differs: if too few tokens are left for peaks, attention selects more, and the authors' code keeps fewer tokens. A token
-    joins one peak; the authors' code averages it into a peak per frame pair.
+    Differences from the authors' code: if too few tokens are left for peaks, attention selects more tokens, while the authors' code
+    keeps fewer tokens. A token joins one peak, while the authors' code averages it into one peak per frame pair.
     """
 
     name = "fastvid"
     source = "arXiv 2503.11187"
     needs = frozenset({"attention"})
 
-    segments: Count = 8  # minimum number of segments
+    segments: Count = 8  # the minimum number of segments
     threshold: Cosine = 0.84  # cosine of neighboring frame pairs below which the video is always cut
-    salient: Share = 0.6  # share of the tokens that attention selects
+    salient: Share = 0.6  # share of the tokens that are selected by attention
     ignore: Cosine = 0.95  # a frame pair keeps nothing if its cosine to the next one is at least this
-    every: Count = 4  # peaks are taken from one in this many frame pairs
-    centre: Annotated[float, "(0, 1]"] = 0.6  # minimum weight of a peak in its mean
+    every: Count = 4  # peaks are taken from every n-th frame pair
+    centre: Annotated[float, "(0, 1]"] = 0.6  # the minimum weight of a peak in its mean
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         like = transitions(tokens)
@@ -67,15 +68,15 @@ class FastVid(Selector):
         keep: int,
         into: torch.Tensor,
     ) -> None:
-        """Choose the units of a segment that stay, and write the unit that each of its units joins to `into`.
+        """Select the units of a segment that stay, and write to `into` which unit each of the segment's units joins.
 
         Args:
             x: `[N, D]`, the features.
             attention: `[N]`.
             index: int64 `[g, n]`, the segment's units.
-            new: The segment's frame pairs that differ from the next one.
-            keep: Number of units that stay.
-            into: int64 `[N]`, changed in place: a unit that stays joins itself, others join a peak or keep their -1.
+            new: The segment's frame pairs that differ from the next frame pair.
+            keep: The number of units that stay.
+            into: int64 `[N]`, changed in place. A unit that stays joins itself. Other units join a peak or keep their -1.
         """
         half = index.shape[1] // 2
         context = min(keep, max(1, int((1 - self.salient) * keep)))

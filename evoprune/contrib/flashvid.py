@@ -1,4 +1,4 @@
-"""FlashVID, first stage: diverse attended tokens, and trees of similar tokens over time."""
+"""FlashVID, first stage: keeps diverse attended tokens, and trees of tokens that are similar over time."""
 
 import math
 from dataclasses import dataclass
@@ -24,25 +24,27 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, sprea
 
 @dataclass(frozen=True)
 class FlashVid(Selector):
-    """FlashVID (arXiv 2602.08024), the stage before the language model: diverse tokens, and trees of similar ones.
+    """The stage of FlashVID (arXiv 2602.08024) before the language model, which keeps diverse tokens and trees of similar tokens.
 
-    The video is cut into at least `segments` segments, and wherever neighboring frame pairs have a cosine below `threshold`. In a
-    segment, `diverse` of the budget goes to tokens selected by max-min cosine distance times attention. Any other token may link to
-    the most similar one in the previous frame pair if the cosine is above `link`, the strongest links first. A tree of links
-    becomes its mean. If there are more trees than tokens left, trees merge around density peaks.
+    The video is cut into at least `segments` segments. It is also cut wherever neighboring frame pairs have a cosine below
+    `threshold`. In each segment, a share `diverse` of the budget goes to tokens that are selected by max-min cosine distance times
+    attention. Any other token can be linked to the most similar token in the previous frame pair if their cosine is above `link`.
+    The strongest links are made first. Each tree of linked tokens is replaced by its mean. If there are more trees than the budget
+    allows, trees merge around density peaks.
 
-    What differs: the authors' code divides a tree's sum by one more than the root's direct links; the paper speaks of means, which
-    are used here. The code also makes one link fewer than the budget needs, and rounds up per frame pair.
+    Differences from the authors' code: their code divides a tree's sum by one more than the number of the root's direct links. The
+    paper describes means, which are used here. Their code also makes one link fewer than the budget needs, and rounds up per frame
+    pair.
     """
 
     name = "flashvid"
     source = "arXiv 2602.08024, the stage before the language model"
     needs = frozenset({"attention"})
 
-    segments: Count = 4  # minimum number of segments
+    segments: Count = 4  # the minimum number of segments
     threshold: Cosine = 0.9  # cosine of neighboring frame pairs below which the video is always cut
-    diverse: Share = 0.7  # share of the tokens that attention and diversity select
-    link: Cosine = 0.8  # cosine above which a token may link to one in the previous frame pair
+    diverse: Share = 0.7  # share of the tokens that are selected by attention and diversity
+    link: Cosine = 0.8  # cosine above which a token can be linked to a token in the previous frame pair
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         shares = spread(keep, tokens.grid[0])
@@ -57,15 +59,16 @@ class FlashVid(Selector):
         return gathered(into.flatten(), weight.flatten())
 
     def condensed(self, attention: torch.Tensor, x: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the token of the segment that each token joins, and its weight in the mean.
+        """Return the token of the segment that each token joins, and the weight of each token in the mean.
 
         Args:
             attention: `[g, n]`.
             x: `[g, n, D]`, the features.
-            keep: Number of tokens that stay.
+            keep: The number of tokens that stay.
 
         Returns:
-            int64 `[g, n]`, the token itself if it stays, or -1 if it is dropped; float32 `[g, n]` weights.
+            int64 `[g, n]`, the index of the token to join. This is the token's own index if it stays, or -1 if it is dropped.
+            float32 `[g, n]`, the weights.
         """
         pairs, per_pair = attention.shape
         index = arange_on(attention.numel(), x.device).view(pairs, per_pair)
@@ -92,12 +95,12 @@ class FlashVid(Selector):
         return into.view_as(index), weight.view_as(index)
 
     def linked(self, unit: torch.Tensor, rest: torch.Tensor, pair: torch.Tensor, most: int) -> torch.Tensor:
-        """Return int64 `[r]`: the root of a token's tree after making at most `most` links, the strongest first.
+        """Return int64 `[r]`: the root of each token's tree, after making at most `most` links. The strongest links are made first.
 
         Args:
             unit: `[n, D]`, all tokens of the segment.
             rest: int64 `[r]`, the tokens to link, ascending.
-            pair: int64 `[r]`, their frame pairs.
+            pair: int64 `[r]`, the frame pairs of these tokens.
         """
         parent = rest.clone()
         like = torch.full((len(rest),), -torch.inf, dtype=torch.float32, device=unit.device)
@@ -112,7 +115,7 @@ class FlashVid(Selector):
         links = torch.zeros(len(rest), dtype=torch.bool, device=unit.device)
         links[strongest] = like[strongest] > self.link
         root = arange_on(len(unit), unit.device)
-        for g in range(1, last + 1):  # a link leads to the previous frame pair, whose roots are known by now
+        for g in range(1, last + 1):  # links lead to the previous frame pair, whose roots are already known
             now = links & (pair == g)
             root[rest[now]] = root[parent[now]]
         return root[rest]
@@ -120,13 +123,13 @@ class FlashVid(Selector):
     def merged(
         self, mean: torch.Tensor, roots: torch.Tensor, pair: torch.Tensor, keep: int, into: torch.Tensor
     ) -> torch.Tensor:
-        """Return `into` after merging trees around density peaks until `keep` are left.
+        """Merge trees around density peaks until `keep` trees are left. Returns the updated `into`.
 
         Args:
-            mean: `[r, D]`, the trees' means.
-            roots: int64 `[r]`, the trees' roots.
-            pair: int64 `[r]`, the roots' frame pairs.
-            into: int64 `[n]`, for each token the root of its tree.
+            mean: `[r, D]`, the means of the trees.
+            roots: int64 `[r]`, the roots of the trees.
+            pair: int64 `[r]`, the frame pairs of the roots.
+            into: int64 `[n]`, the root of each token's tree.
         """
         sizes = torch.bincount(pair).tolist()
         to = torch.full_like(into, -1)

@@ -1,4 +1,4 @@
-"""HoliTom, first stage: cut the video into the segments that save most by merging over time."""
+"""HoliTom, first stage: cuts the video into the segments that save the most tokens by merging over time."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,14 +11,16 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 
 @dataclass(frozen=True)
 class HoliTom(Selector):
-    """HoliTom (arXiv 2505.21334), the stage before the language model: segments that save most by merging over time.
+    """The stage of HoliTom (arXiv 2505.21334) before the language model, which merges tokens over time in segments of the video.
 
-    A place is still between frame pairs if its cosine is above `static`. Dynamic programming cuts the video into the segments that
-    save most: a segment of L frame pairs saves L - 1 tokens for each place that is still throughout. If averaging still places
-    saves enough, the stillest are averaged until the budget is met. Otherwise all of them are; moving tokens are kept by attention,
-    and still ones merge around density peaks, which have at least weight `centre` in their mean.
+    A place is still between two frame pairs if its cosine is above `static`. Dynamic programming cuts the video into the segments
+    that save the most tokens. A segment of L frame pairs saves L - 1 tokens for each place that is still throughout. If averaging
+    still places over time saves enough tokens, places are averaged until the budget is met, the stillest first. Otherwise, all
+    still places are averaged. In addition, moving tokens are then selected by attention, and still tokens merge around density
+    peaks, which have a weight of at least `centre` in their mean.
 
-    What differs: attention received replaces the attention of a class token. The authors' code rounds counts up per frame pair.
+    Differences from the authors' code: the attention that a token receives replaces the attention of a class token. The authors'
+    code rounds counts up per frame pair.
     """
 
     name = "holitom"
@@ -26,7 +28,7 @@ class HoliTom(Selector):
     needs = frozenset({"attention"})
 
     static: Cosine = 0.8  # cosine of neighboring frame pairs above which a place is still
-    centre: Annotated[float, "(0, 1]"] = 0.6  # minimum weight of a peak in its mean
+    centre: Annotated[float, "(0, 1]"] = 0.6  # the minimum weight of a peak in its mean
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())
@@ -41,7 +43,7 @@ class HoliTom(Selector):
         attention = snap(tokens.attention)
         into = torch.full_like(tokens.unit_to_row, -1)
         still = [lowest > self.static for lowest in min_cosines]
-        # The units of still places, one row per place; and the other units per frame pair.
+        # `groups` has the units of still places, with one row per place. `moving` has the other units of each frame pair.
         groups = [index[span.start : span.stop, places].T for span, places in zip(spans, still, strict=True)]
         moving = [index[pair, ~places] for span, places in zip(spans, still, strict=True) for pair in span]
         sizes = [len(group) for group in (*groups, *moving)]
@@ -53,25 +55,25 @@ class HoliTom(Selector):
 
 
 def most_saving(same: torch.Tensor) -> list[range]:
-    """Return the segments that save the most tokens, found by dynamic programming.
+    """Return the segments that save the most tokens, using dynamic programming.
 
-    A segment of L frame pairs saves L - 1 tokens for each place that does not change in it.
+    A segment of L frame pairs saves L - 1 tokens for each place that does not change within the segment.
 
     Args:
-        same: bool `[T - 1, n]`, whether each token is similar to the next one at its place.
+        same: bool `[T - 1, n]`, whether each token is similar to the next token at its place.
     """
     back = torch.zeros(same.shape[1], dtype=torch.int64, device=same.device)
     backs = []
-    for unchanged in same:  # number of frame pairs for which each place has not changed
+    for unchanged in same:  # `back` is the number of steps for which each place has not changed
         back = (back + 1) * unchanged
         backs.append(torch.bincount(back, minlength=len(same) + 1))
-    # still[t][n]: number of places that have not changed in the last n steps up to frame pair t + 1
+    # still[t][n] is the number of places that have not changed in the last n steps up to frame pair t + 1.
     still = torch.stack(backs).flip(1).cumsum(1).flip(1).tolist() if backs else []
-    # for the first t frame pairs: tokens saved, and the start of the last segment
+    # For the first t frame pairs, best[t] is the number of saved tokens, and start[t] is the start of the last segment.
     best = [0, 0]
     start = [0, 0]
     for last in range(1, len(same) + 1):
-        # The last segment has length + 1 frame pairs; among equal savings, the shortest one wins.
+        # The last segment has length + 1 frame pairs. If several lengths save the same number of tokens, the shortest one wins.
         saves = [best[last - length] + length * (length and still[last - 1][length]) for length in range(last + 1)]
         best.append(max(saves))
         start.append(last - saves.index(best[-1]))

@@ -1,4 +1,4 @@
-"""HoliTom, second stage: dropped tokens merge into kept ones."""
+"""HoliTom, second stage: merges dropped tokens into kept tokens."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 
 @dataclass(frozen=True)
 class HoliTomInner(LanguageMethod):
-    """HoliTom (arXiv 2505.21334), the stage inside the language model: FastV, with merging of the dropped tokens.
+    """The stage of HoliTom (arXiv 2505.21334) inside the language model, which is FastV with merging of the dropped tokens.
 
-    After a share `depth` of the layers, the tokens stay that receive the most attention from the last token. The dropped tokens
-    join the most similar kept token (cosine of hidden states), in turn: the kept token becomes the mean of itself and the next one
-    to join.
+    After a share `depth` of the layers, the method keeps the tokens that receive the most attention from the last token. Each
+    dropped token joins the most similar kept token, measured by the cosine of hidden states. Tokens join one after another: each
+    time, the kept token is replaced by the mean of itself and the joining token.
     """
 
     name = "holitom-inner"
@@ -32,12 +32,13 @@ class HoliTomInner(LanguageMethod):
 
 
 def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
-    """Return the selection of `kept` rows that the other rows join in turn.
+    """Return a selection of `kept` rows in which every other row joins its closest kept row, one after another.
 
-    A kept token becomes the mean of itself and the next token to join. So the last to join weighs a half, the one before a quarter.
+    Each time, the kept row is replaced by the mean of itself and the joining row. The last row to join therefore has a weight of
+    one half, and the row before it has a weight of one quarter.
 
     Args:
-        unit: `[n, D]`, all rows, of length 1.
+        unit: `[n, D]`, all rows, of unit length.
         kept: int64 `[K]`, ascending.
     """
     count = len(unit)
@@ -47,8 +48,8 @@ def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
     to = closest(unit[others], unit[kept])[1]
     unit_to_token[kept], unit_to_token[others] = arange_on(len(kept), device), to
     joining = torch.bincount(to, minlength=len(kept))
-    # how many tokens join from this one on, itself included
+    # The number of tokens that join from this token on, including itself.
     later = torch.empty(count, dtype=torch.float32, device=device)
     later[kept], later[others] = joining.float(), (joining[to] - turns(arange_on(len(to), device), to)).float()
-    # the smallest float32 with full precision
+    # Weights are at least 2^-126, the smallest float32 with full precision.
     return Selection(kept, unit_to_token, torch.exp2(-later).clamp(min=2.0**-126))

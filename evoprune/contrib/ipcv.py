@@ -1,4 +1,4 @@
-"""IPCV: rows are set aside, follow similar rows, and come back at the end of the vision encoder."""
+"""IPCV: sets rows aside, lets them follow similar rows, and restores them at the end of the vision encoder."""
 
 from dataclasses import dataclass, replace
 from math import prod
@@ -14,14 +14,14 @@ from evoprune.vision import Hook, Rows
 
 @dataclass(frozen=True)
 class Ipcv(EncoderMethod):
-    """IPCV (arXiv 2512.18747): rows are set aside, follow similar rows, and come back after the last layer.
+    """IPCV (arXiv 2512.18747): rows that are set aside follow similar rows, and return after the last layer.
 
-    After `first` of the layers, a frame pair keeps the share `keep` of its rows that the last layer changed most. A dropped row
-    moves like its `neighbours` nearest kept rows do on average, and remains a key and value for a further `follow` of the layers.
-    All rows come back before the patch merger, so a selector enforces the budget: DART as in the paper, or NAME in `ipcv+NAME`.
-    Finding the nearest of n rows takes O(N n D).
+    After a share `first` of the layers, each frame pair keeps a share `keep` of its rows: those that the last layer changed most. A
+    dropped row moves by the average movement of its `neighbours` nearest kept rows. For a further share `follow` of the layers, it
+    still serves as a key and value. All rows return before the patch merger, so a selector must enforce the budget. This is DART as
+    in the paper, or NAME in `ipcv+NAME`. Finding the nearest of n rows takes O(N n D) time.
 
-    What differs: DART acts after the encoder instead of inside the language model.
+    Differences from the paper: DART acts after the encoder instead of inside the language model.
     """
 
     name = "ipcv"
@@ -30,9 +30,9 @@ class Ipcv(EncoderMethod):
     tokens = Dart()
 
     keep: Annotated[float, "(0, 1]"] = 0.35  # share of the rows that stay
-    first: Share = 3 / 32  # share of the tower's layers before rows are set aside
-    follow: Share = 7 / 32  # share of the layers that use these rows as keys and values while they follow
-    neighbours: Count = 10  # number of rows that each of them follows
+    first: Share = 3 / 32  # share of the tower's layers that run before rows are set aside
+    follow: Share = 7 / 32  # share of the layers that still use dropped rows as keys and values
+    neighbours: Count = 10  # the number of kept rows that each dropped row follows
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
         units = prod(grid[1:])
@@ -46,22 +46,22 @@ class Ipcv(EncoderMethod):
 
 @dataclass(frozen=True)
 class Follow(SetAside):
-    """Rows that are set aside follow the nearest kept rows."""
+    """Sets rows aside. They follow the nearest kept rows."""
 
-    until: int  # number of layers after which rows that were set aside stop being keys and values
-    neighbours: int  # number of kept rows that each dropped row follows
+    until: int  # the number of layers after which dropped rows no longer serve as keys and values
+    neighbours: int  # the number of kept rows that each dropped row follows
 
     def hook(self, first_layer: int) -> "Followers":
         return Followers(self, first_layer)
 
 
 class Followers(Hook):
-    """The rows of one video that are set aside. Every unit has a row.
+    """The rows of one video that are set aside. Every unit of the video must have a row.
 
-    After some layers (`Stage.first_layer`), a frame pair keeps the rows that the last layer changed most. A dropped row remembers
-    its state and its nearest kept rows. Until `Follow.until` it moves as these move on average, and it stays a key and value of
-    attention, but no MLP computes it. After that, only the kept rows continue. After the last layer all dropped rows come back,
-    moved in the same way. Every shape follows from the plan, so nothing synchronizes.
+    After `Stage.first_layer` layers, each frame pair keeps the rows that the last layer changed most. Each dropped row remembers
+    its state and its nearest kept rows. Until `Follow.until`, it moves by the average movement of these kept rows. It remains a key
+    and value of attention, but no MLP computes it. After that, only the kept rows continue. After the last layer, all dropped rows
+    return, moved in the same way. All shapes are known from the plan, so nothing synchronizes.
     """
 
     def __init__(self, plan: Follow, first: int):
@@ -95,15 +95,15 @@ class Followers(Hook):
         )
 
     def _divide(self, rows: Rows) -> None:
-        """Decide which rows stay, and which of them the others follow."""
+        """Decide which rows stay, and which of these rows the others follow."""
         geo = rows.geometry
         pairs = rows.pairs
         keep = self._plan.left
         x = rows.values.flatten(1).float().view(pairs, geo.units, -1)
         change = (x - self._earlier.flatten(1).float().view_as(x)).norm(dim=2)
         change = snap(change / change.amax(1, keepdim=True).clamp(min=1e-30))
-        rank = geo.order.argsort()  # rank of each place in window order
-        order = rank[change[:, rank].argsort(dim=1, descending=True, stable=True)]  # ties by place
+        rank = geo.order.argsort()  # the rank of each place in window order
+        order = rank[change[:, rank].argsort(dim=1, descending=True, stable=True)]  # ties go to the lower place
         kept = order[:, :keep].sort().values
         dropped = order[:, keep:].sort().values
         first = arange_on(pairs, x.device)[:, None]
@@ -115,7 +115,7 @@ class Followers(Hook):
         self._earlier = None
 
     def _kept_alone(self, rows: Rows) -> Rows:
-        """Return only the kept rows; the units of the other rows have no row."""
+        """Return only the kept rows. Units of other rows then have no row."""
         unit = rows.unit[self._kept]
         unit_to_row = torch.full_like(rows.unit_to_row, -1)
         unit_to_row[unit] = arange_on(len(unit), unit.device)
@@ -130,14 +130,14 @@ class Followers(Hook):
         )
 
     def _moved(self, kept: torch.Tensor) -> torch.Tensor:
-        """Return all rows `[R, 4, hidden]`: a dropped row moves by the mean change of the kept rows that it follows."""
+        """Return all rows `[R, 4, hidden]`. Dropped rows are moved by the mean change of the kept rows that they follow."""
         saved = self._all.values
         moved = saved.index_copy(0, self._kept, kept)
         move = self._mean_of_near(kept.float() - saved[self._kept].float())
         return moved.index_copy_(0, self._dropped, (saved[self._dropped].float() + move).to(moved.dtype))
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Return values `[R, ...]` for all rows. A dropped row gets the mean of the rows that it follows.
+        """Extend `values` to all rows, `[R, ...]`. A dropped row gets the mean of the rows that it follows.
 
         `values` that already cover all rows are returned unchanged.
         """
@@ -155,15 +155,16 @@ class Followers(Hook):
 
 
 def nearest_rows(rows: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the kept rows nearest to each dropped row, nearest first; ties by index.
+    """Return the kept rows nearest to each dropped row, nearest first. Ties go to the lower index.
 
     Args:
         rows: float32 `[B, n, D]`.
         kept: int64 `[B, k]`, indices of rows.
         dropped: int64 `[B, d]`, indices of rows.
+        count: The maximum number of kept rows to return per dropped row.
 
     Returns:
-        int64 `[B, d, min(count, k)]`, indices in `kept`.
+        int64 `[B, d, min(count, k)]`, indices into `kept`.
     """
     wide = (-1, -1, rows.shape[2])
     dropped_rows, kept_rows = (rows.gather(1, index[:, :, None].expand(wide)) for index in (dropped, kept))

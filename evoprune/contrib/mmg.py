@@ -1,4 +1,4 @@
-"""MMG-Vid: budgets of segments by marginal gain."""
+"""A method based on MMG-Vid, which divides the budget among segments by marginal gain."""
 
 import math
 from dataclasses import dataclass
@@ -21,21 +21,22 @@ from evoprune.methods import Selection, Selector, Tokens, highest, snap, spread
 
 @dataclass(frozen=True)
 class Mmg(Selector):
-    """After MMG-Vid (arXiv 2508.21044), whose formulas could not be read and whose code is not public.
+    """Divides the budget among segments by marginal gain. Based on MMG-Vid (arXiv 2508.21044).
 
-    The video is cut if neighboring frame pairs have a cosine below `threshold`. A segment gets tokens in proportion to its length
-    times exp(gain). The gain is the cosine between the means of the segment and of the video, minus `beta` times the greatest
-    cosine to a segment taken before. A frame pair keeps its highest density peaks, times the distance to the tokens kept in the
-    previous one.
+    The video is cut where neighboring frame pairs have a cosine below `threshold`. Each segment gets tokens in proportion to its
+    length times exp(gain). The gain is the cosine between the means of the segment and of the video, minus `beta` times the
+    greatest cosine to a segment taken before. Each frame pair keeps its highest density peaks, where the density score is
+    multiplied by the distance to the tokens kept in the previous frame pair.
 
-    What differs: this project fills in the formulas, so results say little about MMG-Vid.
+    Differences from the paper: its formulas could not be read and its code is not public. This project filled in the formulas, so
+    results say little about MMG-Vid itself.
     """
 
     name = "mmg"
     source = "based on arXiv 2508.21044, with formulas filled in by this project"
 
     threshold: Cosine = 0.95  # cosine of neighboring frame pairs below which the video is cut
-    beta: Share = 0.5  # weight of repetition in the gain of a segment
+    beta: Share = 0.5  # weight of the repetition penalty in a segment's gain
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())
@@ -51,7 +52,7 @@ class Mmg(Selector):
     def distinct(self, x: torch.Tensor, span: range, keep: int) -> torch.Tensor:
         """Return int64 `[keep]`, ascending: tokens of a segment that are density peaks and differ from the previous frame pair.
 
-        `x`: `[T, n, D]`, the features of the video.
+        `x` is `[T, n, D]`, the features of the video.
         """
         kept = []
         before = None
@@ -59,7 +60,7 @@ class Mmg(Selector):
             gain = peak_scores(x[pair], NEIGHBOURS)
             unit = F.normalize(x[pair], dim=1)
             if before is not None and len(before):
-                gain = snap(gain + (1 - closest(unit, before)[0]).log())  # logarithms, so factors are added
+                gain = snap(gain + (1 - closest(unit, before)[0]).log())  # scores are logarithms, so factors are added
             best = highest(gain, share)
             before = unit[best]
             kept.append(best + pair * x.shape[1])
@@ -67,9 +68,9 @@ class Mmg(Selector):
 
 
 def joined(spans: list[range], like: list[float]) -> list[range]:
-    """Return the segments after every segment of one frame pair has joined its more similar neighbor.
+    """Return the segments after merging every segment that has only one frame pair into its more similar neighbor.
 
-    `like`: cosines from `transitions`.
+    `like` contains the cosines from `transitions`.
     """
     merged: list[range] = []
     for number, span in enumerate(spans):
@@ -81,14 +82,14 @@ def joined(spans: list[range], like: list[float]) -> list[range]:
 
 
 def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> list[float]:
-    """Return the segments' gains when the segment with the highest gain is always taken next.
+    """Return the gain of each segment, where the segment with the highest gain is always taken next.
 
     The gain is the cosine between the segment's mean and the video's mean, minus `beta` times the greatest cosine to a segment
     taken before.
 
     Args:
-        means: `[S, D]`, the segments' means.
-        video: `[D]`, the video's mean.
+        means: `[S, D]`, the means of the segments.
+        video: `[D]`, the mean of the video.
     """
     unit = F.normalize(means, dim=1)
     represents = snap(unit @ F.normalize(video, dim=0))

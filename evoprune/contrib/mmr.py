@@ -1,4 +1,4 @@
-"""MMR, the selection of IDPruner: maximal marginal relevance."""
+"""MMR, the selection step of IDPruner: keeps tokens by maximal marginal relevance."""
 
 from dataclasses import dataclass
 
@@ -12,19 +12,20 @@ from evoprune.methods import Selection, Selector, Tokens, snap
 
 @dataclass(frozen=True)
 class Mmr(Selector):
-    """The selection of IDPruner (after arXiv 2602.13315): maximal marginal relevance.
+    """Keeps tokens by maximal marginal relevance, as in the selection step of IDPruner (based on arXiv 2602.13315).
 
-    Over the whole video, repeatedly keep the token with the highest `lam` * importance - (1 - `lam`) * (greatest cosine to a kept
-    token). Importance is scaled to the range 0 to 1.
+    Repeatedly keeps the token of the whole video with the highest `lam` * importance - (1 - `lam`) * (greatest cosine to a kept
+    token). Importance is scaled to the range from 0 to 1.
 
-    What differs: the paper trains a scorer, which is not available. Here importance is attention received or the norm of keys.
+    Differences from the paper: the paper trains a scorer, which is not available. Here, importance is the attention that a token
+    receives, or the norm of its key.
     """
 
     name = "mmr"
     source = "based on arXiv 2602.13315, without its trained scorer"
 
-    importance: str = "attention"  # `attention` received, or `keynorm` for the norm of a unit's key
-    lam: Share = 0.5  # weight of importance; diversity has the weight 1 - lam
+    importance: str = "attention"  # `attention` for the attention received, or `keynorm` for the norm of a unit's key
+    lam: Share = 0.5  # the weight of importance; the weight of diversity is 1 - lam
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,11 +48,12 @@ class Mmr(Selector):
 
 
 def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, lam: float = 0.5) -> torch.Tensor:
-    """Return int64 `[keep]`, ascending: rows of `features` by maximal marginal relevance.
+    """Select `keep` rows of `features` by maximal marginal relevance. Returns int64 `[keep]`, ascending.
 
     Args:
         features: `[N, D]`.
-        importance: `[N]`, weighted by `lam`.
+        importance: `[N]`.
+        lam: The weight of importance.
     """
     important = lam * snap(scaled(importance.float()))
     return greedy_cosine(F.normalize(features.float(), dim=1), None, important, 1 - lam, keep, False)

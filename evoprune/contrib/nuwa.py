@@ -1,4 +1,4 @@
-"""Nüwa, first stage: attended tokens from every cell, with the weakest turned into means."""
+"""Nüwa, first stage: keeps attended tokens from every cell, and replaces the weakest ones with means."""
 
 from dataclasses import dataclass, replace
 from math import hypot
@@ -13,24 +13,24 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, sprea
 
 @dataclass(frozen=True)
 class Nuwa(Selector):
-    """Nüwa (arXiv 2602.02951), the stage before the language model: keep attended tokens in every region.
+    """The stage of Nüwa (arXiv 2602.02951) before the language model, which keeps attended tokens in every region.
 
-    In a frame pair, the `cell` most attended tokens in each cell of 2x2 places are candidates. The most attended candidates stay;
-    other tokens follow only if there are too few candidates. A kept token whose attention is below the `weak` quantile becomes a
-    weighted mean of the frame pair: a token's weight is the cosine of states in the middle of the tower, times
-    1 - distance / (`reach` * diagonal), both at least 0. The kept token's own weight is 1.
+    In each frame pair, the `cell` most attended tokens in each cell of 2x2 places are candidates. The most attended candidates are
+    kept. Other tokens are kept only if there are too few candidates. A kept token whose attention is below the `weak` quantile is
+    replaced by a weighted mean of the frame pair. In this mean, the weight of a token is the cosine of states in the middle of the
+    tower, times 1 - distance / (`reach` * diagonal). Both factors are at least 0. The weight of the kept token itself is 1.
 
-    What differs: attention received replaces the attention of a class token. The authors' code leaves the states in the order of
-    windows, so weights belong to other places; here they are in raster order.
+    Differences from the authors' code: the attention that a token receives replaces the attention of a class token. The authors'
+    code leaves the states in window order, so their weights are assigned to the wrong places. Here, states are in raster order.
     """
 
     name = "nuwa"
     source = "arXiv 2602.02951, the stage before the language model"
     needs = frozenset({"attention", "middle"})
 
-    cell: Annotated[int, "[1, 4]"] = 3  # candidate tokens per cell of 2x2 places
-    weak: Share = 0.1  # quantile of the kept tokens' attention; tokens below it become means
-    reach: Annotated[float, "(0, inf]"] = 0.8  # distance at which weights reach 0, as a share of the diagonal
+    cell: Annotated[int, "[1, 4]"] = 3  # the number of candidate tokens per cell of 2x2 places
+    weak: Share = 0.1  # quantile of the kept tokens' attention below which tokens are replaced by means
+    reach: Annotated[float, "(0, inf]"] = 0.8  # distance at which weights reach 0, as a fraction of the diagonal
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         return snap(tokens.attention)
@@ -55,11 +55,11 @@ class Nuwa(Selector):
     def means(
         self, score: torch.Tensor, kept: torch.Tensor, middle: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the weighted means that replace a frame pair's weak tokens.
+        """Return the weighted means that replace the weak tokens of a frame pair.
 
         Args:
-            score: `[H, W]`, attention.
-            kept: int64 `[k]`, places.
+            score: `[H, W]`, the attention received.
+            kept: int64 `[k]`, the kept places.
             middle: `[H W, d]`, states in the middle of the tower.
 
         Returns:
@@ -74,14 +74,17 @@ class Nuwa(Selector):
         at = torch.stack([places // width, places % width], 1).float()
         near = 1 - torch.cdist(at[kept[weak]], at) / (self.reach * (hypot(height - 1, width - 1) or 1))
         weight = (unit[kept[weak]] @ unit.T).clamp(min=0) * near.clamp(min=0)
-        weight[arange_on(len(weak), kept.device), kept[weak]] = 0  # its own weight is exactly 1, below
+        weight[arange_on(len(weak), kept.device), kept[weak]] = 0  # the token's own weight of 1 is added below
         token, place = weight.nonzero().unbind(1)
         weight = torch.cat([torch.ones_like(attention), weight[token, place]])
         return torch.cat([own, weak[token]]), torch.cat([kept, place]), weight
 
 
 def rank_in_cell(score: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[T, H, W]`: how many places in the same cell have a higher `score` (`[T, H, W]`); ties by index."""
+    """Return int64 `[T, H, W]`: the number of places in the same cell that have a higher `score` (`[T, H, W]`).
+
+    Among equal scores, the place with the lower index ranks first.
+    """
     height, width = score.shape[1:]
     even = F.pad(score, (0, width % 2, 0, height % 2), value=-torch.inf)
     cells = even.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).transpose(2, 3).flatten(3)

@@ -1,4 +1,4 @@
-"""Nüwa, second stage: tokens that receive the most attention in their best head."""
+"""Nüwa, second stage: keeps tokens by the attention that they receive in their strongest head."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,13 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, one_drop
 
 @dataclass(frozen=True)
 class NuwaInner(LanguageMethod):
-    """Nüwa (arXiv 2602.02951), the stage inside the language model: tokens that one head attends to.
+    """The stage of Nüwa (arXiv 2602.02951) inside the language model, which keeps tokens that at least one head attends to.
 
-    After a share `depth` of the layers, a token's score is the mean attention from the last three columns, in the head that attends
-    to the token most. The highest scores stay.
+    After a share `depth` of the layers, a token's score is the mean attention from the last three columns in the head that attends
+    to this token most. The tokens with the highest scores stay.
 
-    What differs: `-b` is the share that reaches the language model. The authors' code sees only one frame pair of a video.
+    Differences from the authors' code: `-b` is the share of tokens that reach the language model. The authors' code uses only one
+    frame pair of a video.
     """
 
     name = "nuwa-inner"

@@ -1,7 +1,8 @@
-"""The search for a recipe of the method `operations` (docs/methods.md, operations): which operations to leave out first.
+"""The search for a recipe of the method `operations` (docs/methods.md, operations), which decides what operations to skip first.
 
-The order is found by the effect of each operation on the output distribution. First the deepest layers lose everything that costs
-nothing, then one operation is removed after another. The top layer computes queries and MLP for no visual token.
+The order depends on the effect of each operation on the output distribution. First, all operations in the deepest layers that can
+be removed without a loss are removed. Then, one operation is removed after another. The top layer never computes queries and MLP
+for visual tokens.
 """
 
 from bisect import bisect_left
@@ -15,20 +16,23 @@ from evoprune.errors import UsageError
 from evoprune.methods import LanguagePlan, MethodChain
 from evoprune.model import head_size
 
-STEP = 0.3 / 15  # step of the allowed loss, as a share of the loss with everything removed
-# Kinds in the order that the authors' code tries them. Among equal losses, the last one is removed first.
+STEP = 0.3 / 15  # how much the allowed loss grows per step, as a fraction of the loss with everything removed
+# The kinds of operations, in the order in which the authors' code tries them. If losses are equal, the last one is removed first.
 ORDER = ("queries", "mlp", "keys")
 
 
 class Loss(NamedTuple):
-    """The cost of a removal. `kl`: mean KL in nats per token. `agree`: share of tokens with the same first choice."""
+    """The loss caused by a removal.
+
+    `kl` is the mean KL divergence in nats per token. `agree` is the share of tokens whose most likely choice is unchanged.
+    """
 
     kl: float
     agree: float
 
 
 class Step(NamedTuple):
-    """Operations that are removed together, and the loss afterwards, or None if it was not measured."""
+    """Operations that are removed together, and the loss after their removal. The loss is None if it was not measured."""
 
     operations: tuple[Operation, ...]
     kl: float | None = None
@@ -36,7 +40,7 @@ class Step(NamedTuple):
 
 
 def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> Removed:
-    """Return the operations of the deepest layers that can be removed without a loss."""
+    """Return the operations in the deepest layers that can be removed without a loss."""
     removed: Removed = frozenset()
     for group in (ALL, REST):
         last = depth - 1
@@ -52,7 +56,7 @@ def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> 
 
 
 def deepest(low: int, high: int, passes: Callable[[int], bool]) -> int | None:
-    """Return the lowest layer from `low` to `high` that passes, by binary search, or None if `high` does not pass."""
+    """Return the lowest layer from `low` to `high` that passes, using binary search. Returns None if `high` does not pass."""
     if low > high or not passes(high):
         return None
     return low + bisect_left(range(low, high), True, key=passes)
@@ -65,14 +69,18 @@ def search(
     found: list[Step],
     go_on: Callable[[], bool] = lambda: True,
 ) -> bool:
-    """Find the order for a `Recipe`, appending to `found` step by step.
+    """Find the order of removal for a `Recipe`, appending one step after another to `found`.
 
     Args:
-        measure: Returns the loss with some operations removed.
-        go_on: Whether there is time for more measurements. If not, the remaining operations follow by their latest measurement.
+        after: The number of layers that compute everything.
+        depth: The number of layers of the language model.
+        measure: Returns the loss with the given operations removed.
+        found: The steps found so far, extended in place.
+        go_on: Returns True if there is time for more measurements. Without more time, the remaining operations are ordered by their
+            latest measurements.
 
     Returns:
-        True if the order is complete; False if time ran out before every operation had been measured once.
+        True if the order is complete, or False if time ran out before every operation had been measured once.
     """
     known: dict[Removed, Loss] = {}
 
@@ -110,7 +118,7 @@ def search(
 
 @dataclass(frozen=True)
 class _Trial(Operations):
-    """The method with a fixed set of operations removed, whatever the budget."""
+    """The `operations` method with a fixed set of operations removed, whatever the budget."""
 
     removed: Removed = frozenset()
 
@@ -121,10 +129,10 @@ class _Trial(Operations):
 class RecipeSearch:
     """Finds a recipe for a language model with this `TextConfig`.
 
-    `found` is the order so far, and all of it if `complete`.
+    `found` is the order found so far. It is the full order if `complete` is True.
 
     Raises:
-        UsageError: the language model has a single layer.
+        UsageError: If the language model has only one layer.
     """
 
     schema: ClassVar[str] = SCHEMA
@@ -138,11 +146,12 @@ class RecipeSearch:
         self.complete = False
 
     def run(self, measure: Callable[[MethodChain], tuple[float, float]], go_on: Callable[[], bool]) -> None:
-        """Search until the order is complete, or the time is over before every operation has been measured once.
+        """Search until the order is complete, or until time runs out before every operation has been measured once.
 
         Args:
-            measure: Returns the mean KL and the share of agreeing tokens (see `Loss`) with a method that removes some operations.
-            go_on: Whether there is time for more measurements.
+            measure: Given a method that removes some operations, returns the mean KL divergence and the share of agreeing tokens
+                (see `Loss`).
+            go_on: Returns True if there is time for more measurements.
         """
         blank = self._blank
 
@@ -153,7 +162,7 @@ class RecipeSearch:
 
     @property
     def left_out(self) -> int:
-        """Number of operations in the order so far."""
+        """The number of operations in the order found so far."""
         return sum(len(step.operations) for step in self.found)
 
     @property
@@ -161,7 +170,7 @@ class RecipeSearch:
         return replace(self._blank, steps=tuple(step.operations for step in self.found))
 
     def document(self, budgets: Iterable[float]) -> dict[str, Any]:
-        """Return the results so far, for JSON. `Recipe.read` reads them if `complete`."""
+        """Return the results so far in a form suitable for JSON. If they are `complete`, `Recipe.read` can read them."""
         return {
             "complete": self.complete,
             "rows": self._rows(budgets) if self.complete else [],
@@ -170,7 +179,7 @@ class RecipeSearch:
         }
 
     def _rows(self, budgets: Iterable[float]) -> list[dict[str, Any]]:
-        """Return the removed operations and their cost for each budget."""
+        """Return the operations removed for each budget, and the loss that this causes."""
         recipe = self.recipe
         rows = []
         for budget in sorted({*budgets}, reverse=True):
@@ -191,4 +200,4 @@ def weights(config) -> tuple[float, float, float]:
     queries = config.num_attention_heads
     work = 2 * hidden * head_size(config) * keys, 2 * hidden * head_size(config) * queries
     work += (3 * hidden * config.intermediate_size,)
-    return tuple(round(part / sum(work), 6) for part in work)  # rounded as in files
+    return tuple(round(part / sum(work), 6) for part in work)  # rounded to the precision used in files

@@ -1,7 +1,8 @@
-"""Operation pruning (zxcvfd13502/GSOP): visual tokens stay, but layers compute less for them, following the model's recipe.
+"""Operation pruning (zxcvfd13502/GSOP). All visual tokens stay, but layers compute less for them, according to a recipe.
 
-An operation is (layer, group, kind). The groups are all visual tokens, and the rest, which excludes the most important ("key")
-tokens. Removing an operation for all tokens also removes it for the rest. A token without an operation keeps its previous state.
+An operation is a triple (layer, group, kind). There are two groups of visual tokens: all tokens, and the rest, which excludes the
+most important ("key") tokens. If an operation is removed for all tokens, it is also removed for the rest. A token whose operation
+is removed keeps its previous state.
 """
 
 from collections.abc import Collection, Iterable
@@ -18,28 +19,28 @@ from evoprune.methods import Budget, Dropping, LanguageMethod, LanguagePlan, Lay
 from evoprune.untrusted import read_object
 from evoprune.util import missing_hint
 
-KINDS = ("keys", "queries", "mlp")  # a layer's operations on a token: keys and values; queries and output; the MLP
-# groups of visual tokens: all, and all except key tokens
+KINDS = ("keys", "queries", "mlp")  # the operations of a layer: keys and values; queries and output; the MLP
+# Groups of visual tokens: all tokens, and all tokens except key tokens.
 ALL = "all"
 REST = "rest"
 KEY = 0.25  # share of the visual tokens that are key tokens
 PLACE = 2 / 32  # share of the layers after which the key tokens are known
-Operation = tuple[int, str, str]  # layer, ALL or REST, kind
+Operation = tuple[int, str, str]  # (layer, ALL or REST, kind)
 Removed = frozenset[Operation]
-SCHEMA = "evoprune/tune-operations@1"  # schema of the file that `evoprune tune VIDEO... --operations -o FILE` writes
+SCHEMA = "evoprune/tune-operations@1"  # schema of the files that `evoprune tune VIDEO... --operations -o FILE` writes
 TUNE_HINT = "to create one: evoprune tune VIDEO... --operations -o FILE.json"
 
 
 @dataclass(frozen=True)
 class OperationPlan(LanguagePlan):
-    """Two groups of visual tokens with different computation in the layers."""
+    """A plan in which layers compute different operations for two groups of visual tokens."""
 
-    # Number of key tokens. The method selects them at its first look; all layers before that compute everything.
+    # The number of key tokens. The method selects them at its first look, and all layers before that compute everything.
     key: int = 0
-    gone: Removed = frozenset()  # removed operations; includes the rest's operation if all tokens lose it
+    gone: Removed = frozenset()  # removed operations; an operation removed for all tokens is also listed for the rest
 
     def computed(self, layer: int, kind: str) -> tuple[bool, bool]:
-        """Return whether a layer computes an operation for the key group, and whether it does for the rest."""
+        """Return two values: whether a layer computes an operation for key tokens, and whether it computes it for the rest."""
         return (layer, ALL, kind) not in self.gone, (layer, REST, kind) not in self.gone
 
     @property
@@ -57,17 +58,17 @@ class OperationPlan(LanguagePlan):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Operations in the order of their removal.
+    """The operations in the order of their removal.
 
     Raises:
-        ValueError: A value is impossible.
+        ValueError: If a value is impossible.
     """
 
-    depth: int  # layers of the language model
-    after: int  # layers that compute everything. After them the tokens are divided into groups.
+    depth: int  # the number of layers of the language model
+    after: int  # the number of layers that compute everything, before tokens are divided into groups
     key: float  # share of the visual tokens that are key tokens
-    weights: tuple[float, ...]  # shares of `KINDS` in a layer's work on a token
-    steps: tuple[tuple[Operation, ...], ...]  # operations removed at each step; together all that can be removed
+    weights: tuple[float, ...]  # the share of each of `KINDS` in a layer's work on a token
+    steps: tuple[tuple[Operation, ...], ...]  # operations removed in each step, including all that can be removed
 
     def __post_init__(self):
         if not (1 <= self.after <= self.depth and 0 < self.key < 1):
@@ -79,10 +80,10 @@ class Recipe:
 
     @classmethod
     def read(cls, file: str) -> Self:
-        """Return the recipe that a run of `tune --operations` wrote.
+        """Read a recipe from a file written by `tune --operations`.
 
         Raises:
-            UsageError: The file has no recipe.
+            UsageError: If the file cannot be read or contains no recipe.
         """
         try:
             content = read_object(Path(file))
@@ -108,12 +109,15 @@ class Recipe:
         return sha256(repr(self).encode()).hexdigest()[:12]
 
     def count(self, budget: float) -> int:
-        """Return the smallest number of steps that leaves at most `budget` (in (0, 1]) of the work, or all steps if none does."""
+        """Return the smallest number of steps after which at most `budget` (in (0, 1]) of the work is left.
+
+        Returns the number of all steps if even they leave more.
+        """
         fits = (count for count in range(len(self.steps)) if self.share(chain(*self.steps[:count])) <= budget)
         return next(fits, len(self.steps))
 
     def removed(self, budget: float) -> Removed:
-        """Return the operations that these steps remove."""
+        """Return the operations that are removed for this budget."""
         return frozenset(chain(*self.steps[: self.count(budget)]))
 
     def share(self, removed: Iterable[Operation]) -> float:
@@ -125,11 +129,11 @@ class Recipe:
             return 1.0
         gone = self._gone(removed)
         left = sum(own for op, own in work.items() if op not in gone)
-        # Rounded, so that many shares that add up to a quarter fit into a budget of a quarter.
+        # Rounded so that, for example, many shares that add up to a quarter fit into a budget of a quarter.
         return round(left / sum(work.values()), 9)
 
     def plan(self, tokens: int, removed: Iterable[Operation]) -> OperationPlan:
-        """Return the plan for this number of visual tokens. A group that no later layer reads is dropped for good."""
+        """Return the plan for this number of visual tokens. A group whose keys no later layer reads is dropped permanently."""
         gone = self._gone(removed)
         key = Budget.count(self.key, tokens)
         if not gone:
@@ -144,10 +148,10 @@ class Recipe:
         return OperationPlan.of(self.depth, tokens, left, looks=looks, key=key, gone=gone)
 
     def _gone(self, removed: Iterable[Operation]) -> Removed:
-        """Return the operations that are not computed: `closed`, plus useless operations in a group's last layer of keys.
+        """Return all operations that are not computed: `closed`, plus useless operations in the last layer that has a group's keys.
 
-        There, only keys are of use, unless it is the top layer. The top layer computes queries and MLP only for the last position,
-        but they count as computed, as with other methods.
+        In that layer, only keys are useful, unless it is the top layer. The top layer computes queries and MLP only for the last
+        position, but they count as computed, as with other methods.
         """
         gone = set(closed(removed, self.depth))
         for group in (ALL, REST):
@@ -161,10 +165,10 @@ class Recipe:
 
 
 def closed(removed: Iterable[Operation], depth: int) -> Removed:
-    """Return `removed` plus everything that it makes useless.
+    """Return `removed` plus all operations that this makes useless.
 
-    This adds the rest's operation if all tokens lose it, and the operations after a group's last keys, because nothing reads their
-    results.
+    An operation that is removed for all tokens is also removed for the rest. Operations after the last layer that has a group's
+    keys are removed, because nothing reads their results.
     """
     gone = set(removed)
     gone |= {(layer, REST, kind) for layer, group, kind in gone if group == ALL}
@@ -174,7 +178,7 @@ def closed(removed: Iterable[Operation], depth: int) -> Removed:
 
 
 def _last_keys(removed: Collection[Operation], group: str, depth: int) -> int:
-    """Return the last layer that computes a group's keys, or `depth` if no layer does."""
+    """Return the last layer that computes a group's keys, or `depth` if there is no such layer."""
     return max((layer for layer in range(depth) if (layer, group, "keys") not in removed), default=depth)
 
 
@@ -182,7 +186,7 @@ def _last_keys(removed: Collection[Operation], group: str, depth: int) -> int:
 class Operations(LanguageMethod):
     """Operation pruning with a recipe.
 
-    The setting `recipe` belongs to one model. Users give the file that `evoprune tune --operations -o FILE` wrote.
+    A recipe is valid for one model only. Users set `recipe` to a file that was written by `evoprune tune --operations -o FILE`.
     """
 
     name = "operations"
@@ -192,7 +196,7 @@ class Operations(LanguageMethod):
 
     @property
     def args(self) -> dict[str, Any]:
-        """The settings, with the recipe's digest in place of the recipe."""
+        """The settings, with the recipe's digest instead of the recipe itself."""
         return super().args | {"recipe": self.recipe and self.recipe.digest}
 
     def drops(self, depth: int, tokens: int, budget: float) -> OperationPlan:
@@ -211,9 +215,9 @@ class Operations(LanguageMethod):
 
 
 class _Grouped(Dropping):
-    """Reads a prompt like `Dropping`, but drops a group only if no later layer has its keys."""
+    """Reads a prompt like `Dropping`, but drops a group of tokens only if no later layer has its keys."""
 
-    _key: torch.Tensor | None = None  # bool, the key tokens among the remaining visual tokens; None before known
+    _key: torch.Tensor | None = None  # bool, True for key tokens among the remaining visual tokens; None until known
 
     @property
     def work(self) -> tuple[tuple[int, int, int], ...]:

@@ -1,4 +1,4 @@
-"""PAR: relevance to the question, discounted inside clusters."""
+"""A method based on PAR, which keeps tokens by relevance to the question, discounted inside clusters."""
 
 from dataclasses import dataclass
 
@@ -10,21 +10,21 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 
 @dataclass(frozen=True)
 class Par(Selector):
-    """After PAR (arXiv 2410.07278): relevance, discounted for each more relevant token in the same cluster.
+    """Keeps tokens by relevance, discounted for each more relevant token in the same cluster. Based on PAR (arXiv 2410.07278).
 
-    Neighboring tokens, in space or time, with a cosine above `link` are in one cluster. The score of the j-th most relevant token
-    in a cluster is its relevance / j, and the highest scores stay. Relevance is the mean cosine to the question's tokens, scaled to
-    (0, 1].
+    Tokens that are neighbors in space or time belong to the same cluster if their cosine is above `link`. The score of the j-th
+    most relevant token in a cluster is its relevance / j. The tokens with the highest scores stay. Relevance is the mean cosine to
+    the question's tokens, scaled to (0, 1].
 
-    What differs: the paper's formulas could not be read and no code is public. This project wrote its own, so results say little
-    about PAR.
+    Differences from the paper: its formulas could not be read and its code is not public. This project used its own formulas, so
+    results say little about PAR itself.
     """
 
     name = "par"
     source = "after arXiv 2410.07278"
     reads_question = True
 
-    link: Cosine = 0.8  # cosine above which neighboring tokens are in one cluster
+    link: Cosine = 0.8  # cosine above which neighboring tokens are in the same cluster
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         relevance = snap(relevant(like_question(tokens)))
@@ -36,9 +36,9 @@ class Par(Selector):
 
 
 def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
-    """Return int64 `[N]`: for each token, the first token in its cluster.
+    """Return int64 `[N]`: the first token in each token's cluster.
 
-    Neighbors in `unit` (`[T, H, W, D]`) with a cosine above `link` are in one cluster.
+    Neighbors in `unit` (`[T, H, W, D]`) are in the same cluster if their cosine is above `link`.
     """
     index = arange_on(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
     ends = []
@@ -50,7 +50,7 @@ def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
     cluster = index.flatten().clone()
     while (cluster[a] != cluster[b]).any():
         lowest = torch.minimum(cluster[a], cluster[b])
-        for end in (cluster[a], cluster[b]):  # update the roots, so that whole clusters join
+        for end in (cluster[a], cluster[b]):  # update the roots, so that whole clusters merge
             cluster.scatter_reduce_(0, end, lowest, "amin")
         while (cluster != cluster[cluster]).any():
             cluster = cluster[cluster]

@@ -1,4 +1,4 @@
-"""PruneVid, first stage: still places become one token per scene."""
+"""PruneVid, first stage: replaces still places with one token per scene."""
 
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
@@ -12,21 +12,22 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 
 @dataclass(frozen=True)
 class PruneVid(Selector):
-    """PruneVid (arXiv 2412.16117), the stage before the language model: still places become one token per scene.
+    """The stage of PruneVid (arXiv 2412.16117) before the language model, which keeps one token per scene for still places.
 
-    Density peaks group frame pairs into `scenes` times as many clusters as frame pairs. Runs of a cluster are scenes, and the
-    shorter ones join a neighbor. A place is still in a scene if its tokens have a mean cosine above `static`. If averaging still
-    places saves enough, the stillest are averaged until the budget is met. Otherwise all of them are, and tokens merge around
-    density peaks: still ones within a scene, others within a frame pair, in proportion to their numbers.
+    Frame pairs are clustered around density peaks. The number of clusters is a share `scenes` of the number of frame pairs. Runs of
+    frame pairs in the same cluster are scenes, and shorter runs join a neighbor. A place is still in a scene if its tokens have a
+    mean cosine above `static`. If averaging still places over time saves enough tokens, places are averaged until the budget is
+    met, the stillest first. Otherwise, all still places are averaged, and tokens merge around density peaks. Still tokens merge
+    within a scene and other tokens within a frame pair, in proportion to their numbers.
 
-    What differs: the budget sets the counts; the paper keeps half.
+    Differences from the paper: the budget determines the counts, while the paper keeps half of the tokens.
     """
 
     name = "prunevid"
     source = "arXiv 2412.16117, the stage before the language model"
 
-    scenes: Share = 0.25  # number of clusters, as a share of the frame pairs
-    static: Cosine = 0.8  # mean cosine of a place's tokens above which it is still
+    scenes: Share = 0.25  # the number of clusters, as a fraction of the number of frame pairs
+    static: Cosine = 0.8  # a place is still if the mean cosine of its tokens is above this
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())
@@ -36,7 +37,7 @@ class PruneVid(Selector):
         into = averaged(index, spans, steady, self.static, keep)
         if into is not None:
             return gathered(into.flatten())
-        groups = []  # for each group, the units of its tokens, one row per token
+        groups = []  # for each group, the units of its tokens, with one row per token
         for span, places in zip(spans, (mean > self.static for mean in steady), strict=True):
             groups += [index[span.start : span.stop, places].T, *(index[pair, ~places][:, None] for pair in span)]
         sizes = [len(group) for group in groups]
@@ -45,7 +46,7 @@ class PruneVid(Selector):
         return join_groups(into, x.flatten(0, 1), groups, counts)
 
     def segments(self, x: torch.Tensor) -> list[range]:
-        """Return the runs of frame pairs of `x` (`[T, n, D]`) that are in one cluster."""
+        """Return the scenes of `x` (`[T, n, D]`), which are runs of frame pairs in the same cluster."""
         cluster = joined_peaks(x.mean(1), max(1, int(self.scenes * len(x))), NEIGHBOURS)
         stops = list(accumulate(folded(cluster.tolist())))
         return [range(first, stop) for first, stop in pairwise([0, *stops])]
@@ -54,8 +55,8 @@ class PruneVid(Selector):
 def folded(cluster: list[int]) -> list[int]:
     """Return the lengths of a video's segments, given the cluster of each frame pair.
 
-    The longest runs of a cluster stay if they have two frame pairs or more. Other runs join the longer neighbor, or the earlier
-    one.
+    The longest run of each cluster stays if it has at least two frame pairs. Other runs join the longer of their neighbors, or the
+    earlier neighbor if both are equally long.
     """
     runs = _runs(cluster)
     longest = {label: max(length for other, length in runs if other == label) for label in cluster}
@@ -72,14 +73,14 @@ def folded(cluster: list[int]) -> list[int]:
 
 
 def _runs(labels: list[int]) -> list[tuple[int, int]]:
-    """Return the runs of equal labels, with their lengths."""
+    """Return the runs of equal labels, as pairs of label and length."""
     return [(label, len(list(run))) for label, run in groupby(labels)]
 
 
 def steadiness(unit: torch.Tensor) -> torch.Tensor:
-    """Return float32 `[n]`: the mean cosine over pairs of a place's tokens, or -inf if there is only one.
+    """Return float32 `[n]`: the mean cosine between the tokens of each place, over all pairs of tokens.
 
-    `unit`: `[g, n, D]`, tokens of length one or zero.
+    Returns -inf if each place has only one token. `unit` is `[g, n, D]`, with tokens of length one or zero.
     """
     count = len(unit) * (len(unit) - 1)
     if not count:

@@ -1,4 +1,4 @@
-"""PruneVid, second stage: tokens that receive the most attention from some word of the text."""
+"""PruneVid, second stage: keeps tokens by the highest attention from any text token."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,14 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 
 @dataclass(frozen=True)
 class PruneVidInner(LanguageMethod):
-    """PruneVid (arXiv 2412.16117, section 3.3), the stage inside the language model: tokens that the text attends to.
+    """The stage of PruneVid (arXiv 2412.16117, section 3.3) inside the language model, which keeps tokens that the text attends to.
 
-    After a share `depth` of the layers, a token's score is the most attention that any text token after the video pays to it in any
-    head, without rotary embedding and causal mask. A frame pair keeps its highest scores, in proportion to its tokens.
+    After a share `depth` of the layers, a token's score is the highest attention from any text token after the video, in any head.
+    This attention is computed without rotary embedding and causal mask. Each frame pair keeps the tokens with the highest scores,
+    in proportion to its number of tokens.
 
-    What differs: the authors' groups are the moving tokens of a frame and the still ones of a segment, here frame pairs.
+    Differences from the authors' code: their groups are the moving tokens of a frame and the still tokens of a segment. Here, each
+    frame pair is a group.
     """
 
     name = "prunevid-inner"

@@ -1,4 +1,4 @@
-"""PyramidDrop: fewer tokens after each quarter of the layers."""
+"""PyramidDrop: drops tokens after each quarter of the layers."""
 
 from dataclasses import dataclass
 
@@ -9,17 +9,18 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, several_
 
 @dataclass(frozen=True)
 class PyramidDrop(LanguageMethod):
-    """PyramidDrop (arXiv 2410.17247, section 3.2): the same share of the tokens stays after each quarter of the layers.
+    """PyramidDrop (arXiv 2410.17247, section 3.2): keeps the same share of the tokens after each quarter of the layers.
 
-    After a quarter, half and three quarters of the layers, the tokens stay that receive the most attention from the last token in
-    the next layer. All drops leave the same share, chosen so that the mean over the later layers is the budget.
+    After one, two and three quarters of the layers, the method keeps the tokens that receive the most attention from the last token
+    in the next layer. Each drop leaves the same share of the tokens. The share is chosen so that the mean over the layers after the
+    first drop is the budget.
 
-    What differs: positions stay as they are; the authors' code renumbers them.
+    Differences from the authors' code: positions do not change, while the authors renumber them.
     """
 
     name = "pyramiddrop"
     source = "arXiv 2410.17247, section 3.2"
-    default_share = 7 / 24  # (1/2 + 1/4 + 1/8) / 3: every drop leaves half of the tokens
+    default_share = 7 / 24  # (1/2 + 1/4 + 1/8) / 3, because every drop leaves half of the tokens
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return several_drops(depth, tokens, (0.25, 0.5, 0.75), lambda share: (share, share**2, share**3), budget)

@@ -1,4 +1,4 @@
-"""SCOPE: saliency times added coverage."""
+"""SCOPE: keeps tokens by saliency times added coverage."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,19 +11,19 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 
 @dataclass(frozen=True)
 class Scope(Selector):
-    """SCOPE (arXiv 2510.24214): keep tokens that are salient and add coverage.
+    """SCOPE (arXiv 2510.24214): keeps tokens that are salient and add coverage.
 
-    Over the whole video, repeatedly keep the token with the highest saliency * added coverage. Saliency is attention to the power
-    `alpha`. The coverage of a token is its greatest cosine to a kept token, at least 0. A candidate's added coverage is the sum of
-    its increases to the coverage of all tokens.
+    Repeatedly keeps the token of the whole video with the highest product of saliency and added coverage. Saliency is attention to
+    the power of `alpha`. The coverage of a token is its greatest cosine to a kept token, but at least 0. The added coverage of a
+    candidate is the sum of the increases in the coverage of all tokens.
 
-    What differs: attention received replaces the attention of a class token.
+    Differences from the paper: the attention that a token receives replaces the attention of a class token.
     """
 
     name = "scope"
     source = "arXiv 2510.24214"
 
-    alpha: Annotated[float, "[0, inf)"] = 1.0  # power of saliency; at 0, only coverage decides
+    alpha: Annotated[float, "[0, inf)"] = 1.0  # exponent of saliency; with 0, only coverage counts
 
     @property
     def needs(self) -> frozenset[str]:
@@ -32,8 +32,8 @@ class Scope(Selector):
         return frozenset({"attention"})
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        # The coverage that a row adds only shrinks while others are selected. So earlier sums are upper bounds, and only the
-        # highest are computed again.
+        # The coverage that a row adds can only shrink as other rows are selected. Earlier sums are therefore upper bounds, and only
+        # the highest sums need to be recomputed.
         unit = tokens.normalised
         every = arange_on(len(unit), unit.device)
         cover = torch.zeros_like(unit[:, 0])
@@ -42,12 +42,12 @@ class Scope(Selector):
             weight = snap(tokens.attention).double() ** self.alpha
 
         def cosine(rows: torch.Tensor) -> torch.Tensor:
-            return (unit[rows] @ unit.T).mul_(16384).round_()  # in steps, like `snap`
+            return (unit[rows] @ unit.T).mul_(16384).round_()  # in the same steps as `snap`
 
         def adds(rows: torch.Tensor) -> torch.Tensor:
             return cosine(rows).sub_(cover).clamp_(min=0).sum(1, dtype=torch.float64) * weight[rows]
 
-        bounds = torch.cat([adds(rows) for rows in every.split(BLOCK)])  # bounds on added coverage; -1 once selected
+        bounds = torch.cat([adds(rows) for rows in every.split(BLOCK)])  # bounds on added coverage; -1 if selected
         for _ in range(keep):
             known = bounds <= 0
             while not known[best := bounds.argmax()]:

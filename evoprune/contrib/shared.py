@@ -12,40 +12,43 @@ import torch.nn.functional as F
 
 from evoprune.methods import Selection, Tokens, arange_on, highest, snap
 
-# Types of settings: a number type and its range.
+# Types of settings. Each is a number type with its range.
 Share = Annotated[float, "[0, 1]"]
 Part = Annotated[float, "(0, 1)"]
 Cosine = Annotated[float, "[-1, 1]"]
 Count = Annotated[int, "[1, inf)"]
 
-NEIGHBOURS = 7  # neighbors for computing a density, as in the authors' code of PruneVid, FlashVID and HoliTom
-BLOCK = 512  # number of rows of the pairwise matrix held at a time
-MAX_BLOCKS = 4  # blocks of distances that are cached; if there are more, all are computed twice
-STEPS = 16384  # distances are integers of this many steps of the tokens' root mean square length
-MIN_RELEVANCE = 1 / 128  # scaled relevance of the least relevant token
+NEIGHBOURS = 7  # the number of neighbors for densities, as in the authors' code for PruneVid, FlashVID and HoliTom
+BLOCK = 512  # the number of rows of the pairwise matrix to hold at a time
+MAX_BLOCKS = 4  # the number of blocks of distances to cache; with more blocks, all of them are computed twice
+STEPS = 16384  # distances are whole steps; the tokens' root mean square length is this many steps
+MIN_RELEVANCE = 1 / 128  # the scaled relevance of the least relevant token
 
 
 def ranked(score: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[n]`: the indices of `score` (`[n]`) from highest to lowest; ties by index."""
+    """Return int64 `[n]`: the indices of `score` (`[n]`) from highest to lowest. Ties go to the lower index."""
     return score.argsort(descending=True, stable=True)
 
 
 def relative(score: torch.Tensor) -> torch.Tensor:
-    """Return the rounded logarithm of `score` (at least 0), so that scores within a relative difference of 1/10,000 are ties."""
+    """Return the rounded logarithm of a nonnegative `score`.
+
+    Because of the rounding, scores whose relative difference is below 1/10,000 are ties.
+    """
     return snap(score.log())
 
 
 def scaled(score: torch.Tensor) -> torch.Tensor:
-    """Return `score` scaled linearly to the range 0 to 1, or zeros if all entries are equal."""
+    """Return `score` scaled linearly to the range from 0 to 1, or zeros if all entries are equal."""
     low = score.min()
     high = score.max()
     return (score - low) / torch.where(high > low, high - low, torch.ones_like(high))
 
 
 def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the highest cosine between each row of `unit` (`[n, d]`) and any row of `others` (`[m, d]`), and its index.
+    """Find the row of `others` (`[m, d]`) with the highest cosine to each row of `unit` (`[n, d]`).
 
-    All rows have length one, and m is at least 1. Ties go to the lower index.
+    All rows have unit length, and m is at least 1. Ties go to the lower index.
 
     Returns:
         float32 `[n]` cosines, and int64 `[n]` indices into `others`.
@@ -55,10 +58,10 @@ def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Divide `total` in proportion to `weights` (at least 0), by largest remainder, with limits `most` for the shares.
+    """Divide `total` in proportion to nonnegative `weights`, using the largest remainder method. `most` limits each share.
 
-    Excess above a limit goes to the other shares, again in proportion, or evenly if all remaining weights are zero. Ties go by
-    index. The shares sum to `total`, or to the sum of `most` if that is less.
+    What exceeds a limit goes to the other shares, again in proportion, or evenly if all remaining weights are zero. Ties go to the
+    lower index. The shares sum to `total`, or to the sum of `most` if that is less.
     """
     counts = [0] * len(most)
     quotas = {}
@@ -85,9 +88,9 @@ def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list
 
 
 def dissimilarity(tokens: Tokens) -> torch.Tensor:
-    """Return float32 `[T, H * W]`: 1 - cosine between each token and the same place in the previous frame pair.
+    """Return float32 `[T, H * W]`: 1 minus the cosine between each token and its place in the previous frame pair.
 
-    The first frame pair is compared with the second; 0 if there is only one.
+    The first frame pair is compared with the second one. If there is only one frame pair, all values are 0.
     """
     pairs = tokens.features.view(tokens.grid[0], -1, tokens.features.shape[1])
     later = 1 - snap(torch.cosine_similarity(pairs[1:].float(), pairs[:-1].float(), dim=-1))
@@ -97,7 +100,7 @@ def dissimilarity(tokens: Tokens) -> torch.Tensor:
 
 
 def transitions(tokens: Tokens) -> torch.Tensor:
-    """Return float32 `[T - 1]`: the cosine between the mean tokens of neighboring frame pairs, rounded."""
+    """Return float32 `[T - 1]`: the rounded cosine between the mean tokens of neighboring frame pairs."""
     mean = tokens.by_pair(tokens.features.float()).mean(1)
     return snap(torch.cosine_similarity(mean[1:], mean[:-1], dim=1))
 
@@ -105,7 +108,7 @@ def transitions(tokens: Tokens) -> torch.Tensor:
 def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[range]:
     """Return the frame pairs in each segment of a video.
 
-    The video is cut at the `least - 1` lowest entries of `similarity` (`[T - 1]`), and wherever it is below `threshold`.
+    The video is cut at the `least - 1` lowest entries of `similarity` (`[T - 1]`), and wherever `similarity` is below `threshold`.
     """
     lowest = similarity.argsort(stable=True)[: max(0, least - 1)].tolist()
     below = (similarity < threshold).nonzero().flatten().tolist()
@@ -121,11 +124,12 @@ def peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
 
 
 def joined_peaks(x: torch.Tensor, count: int, neighbours: int | None = None) -> torch.Tensor:
-    """Return int64 `[n]`: the peak, of `count`, nearest to each row of `x` (`[n, D]`); a peak joins itself.
+    """Return int64 `[n]`: the density peak nearest to each row of `x` (`[n, D]`). A peak joins itself.
 
     Args:
-        neighbours: None for the number of peaks, up to `NEIGHBOURS`, but at least 2. With one neighbor, the row itself, all rows
-            would be equally dense.
+        count: The number of peaks.
+        neighbours: The number of neighbors for densities. None uses the number of peaks, but at least 2 and at most `NEIGHBOURS`.
+            With one neighbor, which is the row itself, all rows would be equally dense.
     """
     if neighbours is None:
         neighbours = min(NEIGHBOURS, max(2, count))
@@ -145,11 +149,11 @@ def join_groups(
     """Merge the tokens of each group around density peaks.
 
     Args:
-        into: int64 `[N]`, the unit that each unit joins, -1 for the units of groups. Changed in place.
+        into: int64 `[N]`, the unit that each unit joins, and -1 for the units of groups. Changed in place.
         features: float32 `[N, D]`.
-        groups: int64 `[m, g]` each: m tokens that are means of g units.
-        counts: Number of tokens to keep per group; 0 drops the group.
-        centre: Minimum weight of a peak, as in `centre_weights`; None for equal weights.
+        groups: int64 `[m, g]` for each group, which has m tokens that are means of g units each.
+        counts: The number of tokens to keep in each group. With 0, the group is dropped.
+        centre: The minimum weight of a peak, as in `centre_weights`. None for equal weights.
     """
     weight = torch.ones_like(into, dtype=torch.float32)
     for group, count in zip(groups, counts, strict=True):
@@ -162,11 +166,11 @@ def join_groups(
 
 
 def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """Return float64 `[n]`: the log of a row's density times its distance to the nearest denser row.
+    """Return float64 `[n]`: the log of each row's density times its distance to the nearest denser row.
 
-    Density is exp(-m), where m is the mean squared distance / D to the `neighbours` nearest rows, including the row itself; a
-    constant is left out. The densest row gets the greatest distance. Among equally dense rows, the first counts as denser.
-    Time O(n^2 D), memory O(n D).
+    The density is exp(-m), where m is the mean squared distance / D to the `neighbours` nearest rows, including the row itself. A
+    constant term is omitted. The densest row gets the greatest distance. Among equally dense rows, the first one counts as denser.
+    This takes O(n^2 D) time and O(n D) memory.
     """
     points, step = rounded_points(x)
     index = arange_on(len(points), x.device)
@@ -180,7 +184,7 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
 
     nearest = min(neighbours, len(points))
     near = [distances(number).topk(nearest, largest=False).values for number in range(len(blocks))]
-    sparse = torch.cat([values.square().mean(1) for values in near])  # exact: integers
+    sparse = torch.cat([values.square().mean(1) for values in near])  # exact, because distances are integers
     apart = torch.empty_like(sparse)
     farthest = sparse.new_zeros(())
     for number, block in enumerate(blocks):
@@ -199,17 +203,17 @@ def rounded_points(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rounded_distances(block: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Return distances `[p, n]`, rounded to whole steps."""
+    """Return the distances `[p, n]`, rounded to whole steps."""
     return torch.cdist(block, points).round_()
 
 
 def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selection:
-    """Return the selection that results if each unit joins the unit `into` (int64 `[N]`).
+    """Return the selection in which each unit joins the unit given by `into` (int64 `[N]`).
 
-    A unit stays if it joins itself, and -1 drops it.
+    A unit that joins itself stays, and a unit with -1 is dropped.
 
     Args:
-        weight: float32 `[N]`, a unit's weight in its mean; None for equal weights.
+        weight: float32 `[N]`, the weight of each unit in its mean. None for equal weights.
     """
     stays = into == arange_on(len(into), into.device)
     number = stays.cumsum(0) - 1
@@ -217,10 +221,10 @@ def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selectio
 
 
 def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
-    """Return float32 `[N]`: each unit's weight in the mean that it joins; `into` is as in `gathered`.
+    """Return float32 `[N]`: the weight of each unit in the mean that it joins. For `into`, see `gathered`.
 
-    A unit that n others join has weight max(1 / (n + 1), `least`), and the n others share the rest evenly. Without others, it has
-    weight 1.
+    A unit that n others join has a weight of max(1 / (n + 1), `least`), and the n others share the rest evenly. If no others join a
+    unit, its weight is 1.
     """
     stays = into == arange_on(len(into), into.device)
     others = torch.bincount(into[(into >= 0) & ~stays], minlength=len(into))[into.clamp(min=0)]
@@ -229,11 +233,11 @@ def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
 
 
 def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[n]`: for each token, the number of tokens in its group that come before it in `order`.
+    """Return int64 `[n]`: the number of tokens in the same group that precede each token in `order`.
 
     Args:
         order: int64 `[n]`.
-        group: int64 `[n]`, from 0.
+        group: int64 `[n]`, zero-based.
     """
     order = order[group[order].argsort(stable=True)]
     size = torch.bincount(group)
@@ -244,17 +248,19 @@ def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
 def averaged(
     index: torch.Tensor, spans: list[range], still: list[torch.Tensor], limit: float, keep: int
 ) -> torch.Tensor | None:
-    """Return the unit that each unit joins if the stillest places are averaged over time until `keep` units are left.
+    """Return the unit that each unit joins if places are averaged over time, the stillest first, until `keep` units are left.
 
-    Places are averaged over their segment, the last place only over as many of the segment's first frame pairs as necessary.
+    A place is averaged over its whole segment. The last place to be averaged is averaged only over as many of the segment's first
+    frame pairs as necessary.
 
     Args:
-        index: int64 `[T, n]`, the numbers of the units.
+        index: int64 `[T, n]`, the indices of the units.
         spans: The segments.
-        still: For each segment, `[n]`, the stillness of each place; ties go by index. Only places above `limit` are averaged.
+        still: For each segment, `[n]`, the stillness of each place. Ties go to the lower index. Only places above `limit` are
+            averaged.
 
     Returns:
-        int64 `[T, n]`, or None if more than `keep` units are left.
+        int64 `[T, n]`, or None if more than `keep` units would be left.
     """
     into = index.clone()
     n = index.shape[1]

@@ -1,4 +1,4 @@
-"""SparseVLM: text tokens rate the visual tokens; some of the dropped ones merge."""
+"""SparseVLM: lets text tokens rate the visual tokens, and merges some of the dropped tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,25 +8,27 @@ import torch
 from evoprune.contrib.shared import BLOCK, gathered, joined_peaks, ranked, relative
 from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selection, arange_on, several_drops
 
-# Tokens left of 576 after each drop, from none to all; in between, the authors' counts for means of 64, 96, 128 and 192 tokens.
+# The number of tokens, out of 576, that are left after each drop. The first row leaves none and the last row leaves all. The other
+# rows are the authors' counts for means of 64, 96, 128 and 192 tokens.
 COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110), (576, 576, 576))
 
 
 @dataclass(frozen=True)
 class SparseVlm(LanguageMethod):
-    """SparseVLM (arXiv 2410.04417, section 3): text tokens rate the visual tokens, and some of the dropped ones merge.
+    """SparseVLM (arXiv 2410.04417, section 3): text tokens rate the visual tokens, and some of the dropped tokens merge.
 
-    Raters are the text tokens that receive above-average mean attention from visual tokens, computed on embeddings. After 3, 7 and
-    16 of 32 layers, the tokens stay that receive the most attention from raters. The best 30% of the dropped tokens merge around
-    density peaks into a tenth as many means.
+    The raters are the text tokens whose mean attention from visual tokens, computed on embeddings, is above average. After 3, 7 and
+    16 of 32 layers, the method keeps the tokens that receive the most attention from the raters. The best 30% of the dropped tokens
+    merge around density peaks into a tenth as many means.
 
-    What differs: counts at other budgets are interpolated between the authors' tables (`COUNTS`). The means are part of the budget,
-    at the places of their peaks; in the authors' code they are added to it, after the other tokens.
+    Differences from the authors' code: counts at other budgets are interpolated between the authors' tables (`COUNTS`). The means
+    are part of the budget and take the places of their peaks. In the authors' code, they are added to the budget and come after the
+    other tokens.
     """
 
     name = "sparsevlm"
     source = "arXiv 2410.04417, section 3"
-    default_share = (4 * 300 + 9 * 200 + 16 * 110) / (29 * 576)  # the authors' 192 tokens
+    default_share = (4 * 300 + 9 * 200 + 16 * 110) / (29 * 576)  # from the authors' counts for a mean of 192 tokens
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         def shares(place: float) -> Sequence[float]:
@@ -65,7 +67,10 @@ def recycled(dropped: int) -> int:
 
 
 def selected(count: int, left: int) -> int:
-    """Return how many of `count` tokens stay unmerged, so that `left` remain together with the means, or `left` if none fit."""
+    """Return how many of `count` tokens stay unmerged, so that together with the means `left` tokens remain.
+
+    Returns `left` if no such number exists.
+    """
     for stay in range(left - 1, 0, -1):
         if stay + recycled(count - stay) // 10 + 1 <= left:
             return stay

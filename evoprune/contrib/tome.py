@@ -1,4 +1,4 @@
-"""ToMe: rows merge in every layer, the most similar ones first."""
+"""ToMe: merges rows in every layer, starting with the most similar ones."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,14 +8,14 @@ from evoprune.methods import EvoPrunePaper
 
 @dataclass(frozen=True)
 class ToMe(EvoPrunePaper):
-    """ToMe (arXiv 2210.09461, section 3): rows merge in every layer, the most similar ones first.
+    """ToMe (arXiv 2210.09461, section 3): merges rows in every layer, starting with the most similar ones.
 
-    In a window or frame pair, every second row is matched with its most similar other row, by the cosine of keys. The most similar
-    pairs merge into their size-weighted means, the same number in every layer, and attention weights a row by its size. It is
-    `EvoPrunePaper` without penalties; the settings that are not fields here are fixed.
+    In each window or frame pair, every second row is matched with the most similar of the other rows, by the cosine of keys. The
+    most similar pairs merge into their size-weighted means. The number of merges is the same in every layer, and attention weights
+    each row by its size. This is `EvoPrunePaper` without penalties, and the settings that are not fields here are fixed.
 
-    What differs: units instead of patches, windows as groups in layers with window attention, counts set by the budget. Rows merge
-    after a layer's MLP, in the authors' code before it.
+    Differences from the authors' code: rows are units instead of patches, groups are windows in layers with window attention, and
+    counts follow from the budget. Rows merge after a layer's MLP, while the authors merge them before it.
     """
 
     name = "tome"

@@ -1,4 +1,4 @@
-"""VidCom2: unusual frame pairs get more tokens."""
+"""VidCom2: gives more tokens to unusual frame pairs."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ TEMPERATURE = 0.01
 
 @dataclass(frozen=True)
 class VidCom2(Selector):
-    """VidCom2 (arXiv 2505.14454): unusual frame pairs get more tokens, and keep their unusual tokens.
+    """VidCom2 (arXiv 2505.14454): unusual frame pairs get more tokens, and each frame pair keeps its unusual tokens.
 
-    Over the half of the channels with the lowest variance, a token's affinity to a mean is the sum of exp(-distance^2 / (2 scale))
-    over five scales. Each of T frame pairs gets tokens in proportion to 1 - 1 / T + s, where s is the softmax, at temperature 0.01,
-    of minus its mean affinity to the video's mean. It keeps the tokens with the lowest sum of affinities to the video's mean and to
-    its own mean.
+    A token's affinity to a mean is the sum of exp(-distance^2 / (2 scale)) over five scales. It is computed over the half of the
+    channels with the lowest variance. Each of T frame pairs gets tokens in proportion to 1 - 1 / T + s. Here s is a softmax over
+    frame pairs, with temperature 0.01, of the negative mean affinity to the video's mean. A frame pair keeps the tokens with the
+    lowest sum of affinities to the video's mean and to the frame pair's own mean.
 
-    What differs: counts add up to the budget; the authors' code rounds them per frame pair.
+    Differences from the authors' code: counts add up to the budget, while the authors' code rounds them per frame pair.
     """
 
     name = "vidcom2"
@@ -35,7 +35,7 @@ class VidCom2(Selector):
         like_video = likeness(unit, unit.mean((0, 1), keepdim=True))
         like_pair = likeness(unit, unit.mean(1, keepdim=True))
         unlike = (-snap(like_video.mean(1)).double() / TEMPERATURE).softmax(0)
-        weights = pairs * (1 + snap(unlike)) - 1  # T times the share, rounded: equal shares stay equal
+        weights = pairs * (1 + snap(unlike)) - 1  # T times the share, rounded so that equal shares stay equal
         shares = apportion(keep, weights.tolist(), [per_pair] * pairs)
         return Selection.of_pairs(map(highest, -snap(like_video + like_pair), shares), per_pair)
 

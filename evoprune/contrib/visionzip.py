@@ -1,4 +1,4 @@
-"""VisionZip: the most attended tokens, and means of the others."""
+"""VisionZip: keeps the most attended tokens, and means of the other tokens."""
 
 from dataclasses import dataclass
 
@@ -11,21 +11,21 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 
 @dataclass(frozen=True)
 class VisionZip(Selector):
-    """VisionZip (arXiv 2412.04467): keep the most attended tokens, and means of the others.
+    """VisionZip (arXiv 2412.04467): keeps the most attended tokens, and means of the other tokens.
 
-    A frame pair gets an equal share of the budget. `dominant` of this share goes to the most attended tokens. Evenly spaced tokens
-    among the rest become targets. Every other token joins the target with the most similar key (cosine), and a target becomes half
-    itself, half the mean of the tokens that joined it.
+    Each frame pair gets an equal share of the budget. A fraction `dominant` of it goes to the most attended tokens. Evenly spaced
+    tokens among the rest become targets. Every other token joins the target with the most similar key (by cosine). The new value of
+    a target is half itself and half the mean of the tokens that joined it.
 
-    What differs: attention received replaces the attention of a class token, which Qwen's tower does not have. The authors' code
-    adds target and mean; here their sum is halved.
+    Differences from the authors' code: the attention that a token receives replaces the attention of a class token, which Qwen's
+    tower does not have. The authors' code adds the target and the mean, while here their sum is halved.
     """
 
     name = "visionzip"
     source = "arXiv 2412.04467"
     needs = frozenset({"attention", "keys"})
 
-    dominant: Share = 0.85  # share of the kept tokens that attention selects
+    dominant: Share = 0.85  # share of the kept tokens that are selected by attention
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         return tokens.attention
@@ -40,7 +40,7 @@ class VisionZip(Selector):
             into[best] = best
             rest = here[into[here] < 0]
             count = share - len(best)
-            if count:  # otherwise the other tokens are dropped
+            if count:  # otherwise, the other tokens are dropped
                 targets = rest[:: len(rest) // count][:count]
                 into[rest] = targets[closest(keys[rest], keys[targets])[1]]
                 into[targets] = targets

@@ -1,4 +1,4 @@
-"""VisiPruner: tokens are dropped after the layer that decides which of them matter."""
+"""VisiPruner: drops tokens after the layer that decides which of them matter."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,27 +11,27 @@ from evoprune.methods import Budget, LanguageMethod, LanguagePlan, LayerTokens, 
 
 @dataclass(frozen=True)
 class VisiPruner(LanguageMethod):
-    """VisiPruner (arXiv 2510.17205, section 4): tokens are dropped after the layer that decides which of them matter.
+    """VisiPruner (arXiv 2510.17205, section 4): drops tokens after the layer that decides which of them matter.
 
-    In the first layers (`shallow`) text does not attend to visual tokens. c_i is token i's contribution to the last token's
-    attention output o. The first layer with cos(o - c_i, o) below `layer` for some token is decisive: after it, the tokens with
-    |c_i| above `token` stay, at most K. After `exits` later layers with this cosine at least `exit` for all tokens, all of them are
-    dropped.
+    In the first layers (`shallow`), text does not attend to visual tokens. Let c_i be the contribution of token i to o, the
+    attention output of the last token. The first layer in which cos(o - c_i, o) is below `layer` for some token is decisive. After
+    it, the tokens with |c_i| above `token` stay, but at most K. Later layers in which this cosine is at least `exit` for all tokens
+    are counted. After `exits` such layers, all visual tokens are dropped.
 
-    What differs: a budget, and a drop to K tokens at `latest` if no layer was decisive. The thresholds come from LLaVA-1.5 and were
-    not fitted to Qwen.
+    Differences from the paper: there is a budget, and tokens are dropped to K at `latest` if no layer was decisive. The thresholds
+    come from LLaVA-1.5 and were not fitted to Qwen.
     """
 
     name = "visipruner"
     source = "arXiv 2510.17205, section 4"
     exact = False
 
-    shallow: Part = 6 / 32  # share of the layers whose text does not attend to visual tokens
+    shallow: Part = 6 / 32  # share of the layers in which text does not attend to visual tokens
     latest: Part = 0.5  # share of the layers after which tokens are dropped if no layer was decisive
-    layer: Part = 0.995  # a layer with a cosine below this is decisive
+    layer: Part = 0.995  # a layer is decisive if a token's cosine is below this
     token: Annotated[float, "[0, inf]"] = 0.2  # tokens with |c_i| above this stay
-    exit: Part = 0.999  # in an exit layer, no token's cosine is below this
-    exits: Annotated[int, "[0, inf]"] = 2  # number of exit layers after which all tokens are dropped; 0 for never
+    exit: Part = 0.999  # a layer is an exit layer if no token's cosine is below this
+    exits: Annotated[int, "[0, inf]"] = 2  # all tokens are dropped after this many exit layers; 0 disables this
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         keep = Budget.count(budget, tokens)
@@ -60,9 +60,9 @@ class VisiPruner(LanguageMethod):
 
 
 def contributions(tokens: LayerTokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos(o - c_i, o) and |c_i| for every visual token, float64 `[n]` each.
+    """Return cos(o - c_i, o) and |c_i| for every visual token, each float64 `[n]`.
 
-    The c_i themselves are not computed, so the cost is O(n heads head_dim).
+    The c_i are not computed explicitly, so the cost is O(n heads head_dim).
     """
     weights = tokens.last_weights().double()
     kv_heads = tokens.values.shape[1]

@@ -1,4 +1,4 @@
-"""VisPruner: attended tokens, then tokens that differ from each other."""
+"""VisPruner: keeps attended tokens, then tokens that differ from each other."""
 
 from dataclasses import dataclass
 
@@ -10,21 +10,23 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, sprea
 
 @dataclass(frozen=True)
 class VisPruner(Selector):
-    """VisPruner (arXiv 2412.01818): keep attended tokens, then tokens that differ from each other.
+    """VisPruner (arXiv 2412.01818): keeps attended tokens, then tokens that differ from each other.
 
-    A frame pair gets an equal share of the budget. `important` of it goes to the most attended tokens. The rest, most attended
-    first, is thinned in rounds: every second token is compared with the tokens in between, and up to `step` of those with the
-    greatest cosine to any of these are removed.
+    Each frame pair gets an equal share of the budget. A fraction `important` of it goes to the most attended tokens. The other
+    tokens, ordered by attention, are thinned out in rounds. In each round, the tokens at even positions are compared with the
+    tokens at odd positions. Up to `step` of the tokens at even positions, those with the greatest cosine to any token at an odd
+    position, are removed.
 
-    What differs: attention received replaces the attention of a class token. The authors' code fails on odd numbers of tokens.
+    Differences from the authors' code: the attention that a token receives replaces the attention of a class token. The authors'
+    code fails on odd numbers of tokens.
     """
 
     name = "vispruner"
     source = "arXiv 2412.01818"
     needs = frozenset({"attention"})
 
-    important: Share = 0.5  # share of the kept tokens that attention selects
-    step: Count = 8  # maximum number of tokens that a round removes
+    important: Share = 0.5  # share of the kept tokens that are selected by attention
+    step: Count = 8  # the maximum number of tokens to remove in a round
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         return tokens.attention
@@ -35,7 +37,13 @@ class VisPruner(Selector):
         return Selection.of_pairs(map(self.kept, attention, unit, spread(keep, len(unit))), unit.shape[1])
 
     def kept(self, attention: torch.Tensor, unit: torch.Tensor, keep: int) -> torch.Tensor:
-        """Return int64 `[keep]`, ascending: the places that a frame pair keeps, given `attention` (`[n]`) and `unit` (`[n, D]`)."""
+        """Return int64 `[keep]`, ascending: the places that a frame pair keeps.
+
+        Args:
+            attention: `[n]`, the attention that each token of the frame pair receives.
+            unit: `[n, D]`, the tokens, scaled to unit length.
+            keep: The number of places to keep.
+        """
         order = ranked(attention)
         first = int(self.important * keep)
         rest = order[first:]
@@ -44,9 +52,9 @@ class VisPruner(Selector):
 
 
 def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
-    """Return int64 `[keep]`: the rows left after rounds that remove up to `step` similar rows each.
+    """Return int64 `[keep]`: the rows that are left after rounds that each remove up to `step` similar rows.
 
-    `unit`: `[n, D]`, the most attended row first.
+    `unit` is `[n, D]`, with the most attended row first.
     """
     if keep == 0:
         return arange_on(0, unit.device)
@@ -55,7 +63,7 @@ def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
         even = left[::2]
         odd = left[1::2]
         like = torch.cat([snap(unit[block] @ unit[odd].T).amax(1) for block in even.split(BLOCK)])
-        # Among equals the last is removed: a stable sort of the reversed rows puts it first.
+        # If cosines are equal, the last row is removed. A stable sort of the reversed rows puts it first.
         order = len(even) - 1 - like.flip(0).argsort(descending=True, stable=True)
         left = torch.cat([even[order[min(step, len(left) - keep) :]], odd])
     return left

@@ -1,4 +1,4 @@
-"""ViTCoP, inside the language model: clusters of nearby tokens, then the shortest keys."""
+"""The stage of ViTCoP inside the language model: clusters nearby tokens, then keeps the shortest keys."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -22,23 +22,25 @@ FAR = 1 << 30  # larger than any distance, in steps
 
 @dataclass(frozen=True)
 class ViTCoP(LanguageMethod):
-    """ViTCoP (arXiv 2601.17818), the stage inside the language model: clusters of nearby tokens, then the shortest keys.
+    """The stage of ViTCoP (arXiv 2601.17818) inside the language model, which clusters nearby tokens and keeps the shortest keys.
 
-    At the first drop, the tokens of a frame pair form clusters around density peaks: a token follows the nearest denser token at
-    most `near` away. In every cluster the tokens with the shortest keys stay, and the others become one token, their mean. At the
-    second drop the tokens with the shortest keys stay. The first drop takes O(n^2 D) for the n tokens of a frame pair.
+    At the first drop, the tokens of each frame pair form clusters around density peaks. Each token follows the nearest denser token
+    that is at most `near` away. In every cluster, the tokens with the shortest keys stay, and the other tokens are replaced by
+    their mean. At the second drop, the tokens with the shortest keys stay. The first drop takes O(n^2 D) time for the n tokens of a
+    frame pair.
 
-    What differs: the authors' means are twice as long. Positions stay as they are; the authors' code renumbers them. `cutoff`, the
-    scale of the density as a share of the root mean square distance, was chosen by this project on validation clips.
+    Differences from the authors' code: their means are twice as long. Here, positions do not change, while the authors renumber
+    them. `cutoff`, the scale of the density relative to the root mean square distance, was chosen by this project on validation
+    clips.
     """
 
     name = "vitcop"
     source = "arXiv 2601.17818"
-    default_share = (32 * 2 / 9 / 0.4 - 2) / 30  # 2/9 over all layers, after a stage that keeps 0.4
+    default_share = (32 * 2 / 9 / 0.4 - 2) / 30  # a mean of 2/9 over all layers, after a stage that keeps 0.4
 
-    centres: Share = 0.15  # number of clusters, as a share of a frame pair's tokens
-    cutoff: Annotated[float, "(0, inf)"] = 0.25  # scale of the density, as a share of the root mean square distance
-    near: Annotated[float, "[0, inf)"] = 0.6  # maximum distance of joining tokens, in heights and widths of the frame
+    centres: Share = 0.15  # the number of clusters, as a fraction of a frame pair's tokens
+    cutoff: Annotated[float, "(0, inf)"] = 0.25  # scale of the density, relative to the root mean square distance
+    near: Annotated[float, "[0, inf)"] = 0.6  # how far a token may be from the token it follows, in frame sizes
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         places = 2 / 32, 22 / 32
@@ -58,14 +60,15 @@ class ViTCoP(LanguageMethod):
 
 
 def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
-    """Return a selection that keeps the shortest keys in every cluster and merges the others into one token.
+    """Return a selection that keeps the shortest keys in every cluster and merges the cluster's other tokens into one token.
 
-    The merged token has the place of the middle one of its tokens. If there are more than `left` clusters, those with long keys are
-    joined into one.
+    The merged token takes the place of the token in the middle of those merged. If there are more than `left` clusters, the
+    clusters with long keys are merged into one.
 
     Args:
-        cluster: int64 `[n]`.
+        cluster: int64 `[n]`, the cluster of each token.
         length: float64 `[n]`, the lengths of the keys.
+        left: The number of tokens in the selection.
     """
     index = arange_on(len(cluster), cluster.device)
     size = torch.bincount(cluster)
@@ -90,12 +93,13 @@ def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
 
 
 def vicinity_clusters(x: torch.Tensor, place: torch.Tensor, count: int, cutoff: float, near: float) -> torch.Tensor:
-    """Return int64 `[n]`: for each row of `x` (`[n, D]`) its cluster center, one of `count` (ViTCoP, arXiv 2601.17818).
+    """Return int64 `[n]`: the cluster center of each row of `x` (`[n, D]`), one of `count` centers (ViTCoP, arXiv 2601.17818).
 
-    A row follows its nearest denser row whose `place` (`[n, 2]`) is at most `near` away or, without such a row, its nearest denser
-    row anywhere. The rows that lead to a center are its cluster. Centers are the rows with the greatest density times distance to
-    the row that they would follow. The density is the sum of exp(-d^2) over all rows, where d is a distance divided by `cutoff`
-    times the root mean square distance between rows. Among equally dense rows, the first counts as denser. O(n^2 D), memory O(n D).
+    Each row follows its nearest denser row among the rows whose `place` (`[n, 2]`) is at most `near` away. If there is no such row,
+    it follows its nearest denser row anywhere. All rows that lead to the same center form a cluster. Centers are the rows with the
+    greatest product of density and distance to the row that they would follow. The density is the sum of exp(-d^2) over all rows,
+    where d is the distance divided by `cutoff` times the root mean square distance between rows. Among equally dense rows, the
+    first one counts as denser. This takes O(n^2 D) time and O(n D) memory.
     """
     points = rounded_points(x)[0]
     scale = cutoff * (2 * (points - points.mean(0)).square().sum(1).mean()).sqrt().clamp(min=1)

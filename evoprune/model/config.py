@@ -45,7 +45,7 @@ class Family:
     tower: str  # name of the vision tower class in transformers
     hidden_act: str  # the tower's activation function
     layer_norms: bool  # whether the tower has layer norms with a bias instead of RMS norms
-    mlp: tuple[str, ...]  # names of the matrices in the tower's MLPs; if there are three, the first two form a gated MLP
+    mlp: tuple[str, ...]  # names of the matrices in the tower's MLPs; three matrices mean that the MLPs are gated
     merger: tuple[str, str, str]  # names of the patch merger's norm and its two matrices
     text: Mapping[str, Any]  # defaults for the language model and its rotary embedding
     video: Mapping[str, Any]  # settings of the published video processor (`video.plan.InputLimits`)
