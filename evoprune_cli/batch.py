@@ -65,6 +65,13 @@ def batch(
         opt.OUTPUT,
     ) = False,
     overwrite: opt.Overwrite = False,
+    captions: opt.option(
+        str | None,
+        "--captions DIR",
+        "Also write the answer about each video to DIR, in a .txt file named after the video. Takes one question per video, and "
+        "never replaces a file that is not named by a record in FILE.",
+        opt.OUTPUT,
+    ) = None,
     options: opt.MakeOptions,
     on: opt.option(
         str,
@@ -107,6 +114,7 @@ def batch(
         raise UsageError("--address applies only to a Ray cluster", "add --on ray")
     pipeline = options()
     from evoprune.batch import (
+        Captions,
         RecordFile,
         RowReader,
         Settings,
@@ -122,6 +130,10 @@ def batch(
     if pipeline.generation.system is not None and not is_text(pipeline.generation.system):
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
     table = TableFile.is_meant(output)
+    if captions is not None and (table or not captions):
+        raise UsageError(
+            "--captions needs a folder, and records that name its files", "use --captions DIR -o FILE.jsonl"
+        )
     if pipeline.generation.logprobs is not None and table:
         raise UsageError("--logprobs cannot be written to a table", "use -o FILE.jsonl")
     settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling.timeless, pipeline.generation)
@@ -135,6 +147,8 @@ def batch(
                 "--choices options means the options of rows, but there are none", "give --from FILE, or the texts"
             )
         rows = [row.with_scored_options() for row in rows]
+    replaced = output if overwrite and os.path.isfile(output) else None
+    texts = None if captions is None else Captions(captions, rows, replaced)
     tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
     kind = partial(TableFile, rows=rows) if table else RecordFile
     opened = kind(output, stdout=stdout(), resume=resume, overwrite=overwrite)
@@ -146,12 +160,14 @@ def batch(
         if others and not quiet:
             are_kept = "is kept" if others == 1 else "are kept"
             tell(f"the output also contains {counted(others, 'record')} of other rows, which {are_kept}")
+        if texts:
+            texts.start(left, file)
         if not left:
             ready()
             file.begin()
             return 0
         spans = Span.group(left)
-        files = {row.id: sources.of(row) for row in left}
+        files = {row.id: sources.of(row) | (texts.of(row) if texts else {}) for row in left}
         if on == "ray":
             from evoprune.batch import answers_on_ray
 
@@ -168,6 +184,8 @@ def batch(
                 if not file.written:  # keep the earlier records until there is a new record to write
                     file.begin(again={row.id for row in left})
                 file.add(record)
+                if texts:
+                    texts.add(record)
                 tally.add(record)
     return SOME_FAILED if tally.failed else 0
 

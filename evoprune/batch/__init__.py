@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from evoprune.doors import door
 
 if TYPE_CHECKING:
+    from evoprune.batch.captions import Captions
     from evoprune.batch.output import RecordFile, Settings, Sources, check_size_rule
     from evoprune.batch.ray import answers_on_ray
     from evoprune.batch.rows import Row, RowReader, Span, left_out
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from evoprune.batch.table import TableFile
 
 __all__ = [
+    "Captions",
     "RecordFile",
     "Row",
     "RowReader",
@@ -28,6 +30,7 @@ __all__ = [
 __getattr__, __dir__ = door(
     __name__,
     {
+        "captions": ["Captions"],
         "output": ["RecordFile", "Settings", "Sources", "check_size_rule"],
         "ray": ["answers_on_ray"],
         "rows": ["Row", "RowReader", "Span", "left_out"],

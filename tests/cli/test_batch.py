@@ -452,6 +452,72 @@ def test_an_option_for_all_rows_is_one_of_the_settings(run, out, tmp_path):
     assert not any("subtitle" in name for r in records(out) for name in (*r["batch"]["row"], *r["batch"]["settings"]))
 
 
+def texts(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Two videos of the same name, in folders beside each other."""
+    for folder, clip in zip(("a", "b.c"), CLIPS, strict=True):
+        (tmp_path / "clips" / folder).mkdir(parents=True)
+        shutil.copy(clip, tmp_path / "clips" / folder / "x.mp4")
+    return sorted((tmp_path / "clips").glob("*/*.mp4"))
+
+
+def test_captions_are_the_answers_in_the_folders_of_the_videos(run, out, clips, tmp_path):
+    folder = tmp_path / "captions"
+    asked = (*clips, "-Q", QUESTIONS[0], "--captions", folder)
+    assert run(*asked).code == 0
+    made = texts(folder)
+    written = {Path(record["batch"]["files"]["caption"]): record["answer"].strip() + "\n" for record in records(out)}
+    assert {str(path.relative_to(folder)): text for path, text in written.items()} == made and len(made) == 2
+    assert set(made) == {"a/x.txt", "b.c/x.txt"}
+    (folder / "a" / "x.txt").unlink()  # as if the batch had been killed before it was written
+    (folder / "b.c" / "x.txt").write_text("edited")
+    assert run(*asked, "--resume").code == 0
+    assert texts(folder) == made | {"b.c/x.txt": "edited"} and len(records(out)) == 2
+    assert run(*asked, "--overwrite").code == 0
+    assert texts(folder) == made
+
+
+def test_captions_of_rows_that_were_answered_without_them(run, clips, tmp_path):
+    assert run(*clips, "-Q", QUESTIONS[0]).code == 0
+    assert run(*clips, "-Q", QUESTIONS[0], "--captions", tmp_path / "captions", "--resume").code == 0
+    assert set(texts(tmp_path / "captions")) == {"a/x.txt", "b.c/x.txt"}
+
+
+@pytest.mark.parametrize("how", [[], ["--resume"], ["--overwrite"]])
+def test_a_caption_never_replaces_a_file_of_the_user(run, out, clips, monkeypatch, how):
+    mine = clips[0].with_suffix(".txt")
+    mine.write_text("mine")
+    no_weights(monkeypatch)
+    result = run(clips[0], "-Q", QUESTIONS[0], "--captions", clips[0].parent, *how)
+    assert result.code == 2 and "x.txt exists, and no record of the output names it as a caption" in result.err
+    assert mine.read_text() == "mine" and not out.exists()
+
+
+def test_a_row_that_fails_has_no_caption(run, clips, tmp_path):
+    clips[0].write_bytes(b"no video")
+    assert run(*clips, "-Q", QUESTIONS[0], "--captions", tmp_path / "captions").code == 6
+    assert set(texts(tmp_path / "captions")) == {"b.c/x.txt"}
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([*CLIPS, *ASKED], "about samples/square.mp4 and samples/square.mp4, would have the caption square.txt"),
+        ([CLIPS[0], "-Q", "A", "-o", "x.csv"], "--captions needs a folder, and records that name its files"),
+        (["https://example.org/a.mp4", "-Q", "A"], "--captions takes a file per row, not https://example.org/a.mp4"),
+        ([*CLIPS, "-Q", "A", "--captions", "README.md"], "cannot write"),
+    ],
+)
+def test_captions_that_cannot_be(run, tmp_path, monkeypatch, args, says):
+    no_weights(monkeypatch)
+    result = run("--captions", tmp_path / "captions", *args)
+    assert result.code == 2 and says in result.err
+
+
 def table(path: Path) -> list[dict]:
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
