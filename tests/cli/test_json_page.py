@@ -148,7 +148,10 @@ def test_ask_and_batch(cli, tiny_folder, rows, tmp_path):
     outputs.append(cli("ask", SQUARE, "What?", "--json", *inner[:-1], write_recipe(tmp_path)).record)
     rows.write_text("".join([rows.read_text(), *(json.dumps(row) + "\n" for row in (SAID, BOTH, *OWN, CHAT))]))
     assert cli("batch", "--from", str(rows), "-o", str(tmp_path / "o.jsonl"), "-q", *model).code == 6
-    check("ask and batch", outputs + records((tmp_path / "o.jsonl").read_text()))
+    captions = ("-Q", "What?", "-o", str(tmp_path / "c.jsonl"), "--captions", str(tmp_path / "captions"))
+    assert cli("batch", SQUARE, *captions, "-q", *model).code == 0
+    answered = [*records((tmp_path / "o.jsonl").read_text()), *records((tmp_path / "c.jsonl").read_text())]
+    check("ask and batch", outputs + answered)
 
 
 def test_find(cli, tmp_path):
