@@ -1,10 +1,10 @@
-"""Attention of rows inside their groups (windows or frame pairs).
+"""Compute the attention of rows inside their groups (windows or frame pairs).
 
-`attention_groups` prepares the groups for a layer's attention. They are reused until the rows change. On the CPU, where reading
-values costs nothing, groups of similar length are padded to a common length, and a mask covers the padding. Equally long groups of
-neighboring rows need neither padding nor mask. On other devices, reading the lengths would synchronize. There, `PackedGroups`
-holds all groups for a kernel that reads the lengths on the device. Without such a kernel, all groups are padded to the greatest
-possible length.
+`attention_groups` prepares the groups for a layer's attention. The groups are reused until the rows change. On the CPU, where
+reading values costs nothing, groups of similar length are padded to a common length, and a mask covers the padding. Equally long
+groups of neighboring rows need neither padding nor mask. On other devices, reading the lengths would force a synchronization.
+`PackedGroups` therefore holds all groups for a kernel that reads the lengths on the device. Without such a kernel, all groups are
+padded to the greatest possible length.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,17 +33,17 @@ class PaddedGroups:
     # int64 or bool `[B, K]`, weights of keys, 0 for padding; None if all are equal
     weight: torch.Tensor | None = None
     inside: torch.Tensor | None = None  # bool `[B, Q]`, False for padding; None without padding or with `back`
-    # Two int64 `[R]`: the groups of the rows and the rows' indices in their groups; None if `query` and `inside` suffice
+    # Two int64 `[R]`: the group of each row, and the row's index in its group; None if `query` and `inside` suffice
     back: tuple[torch.Tensor, torch.Tensor] | None = None
     rows: Rows | None = None  # the video's rows; None if the groups contain all rows in order
 
     @property
     def key_rows(self) -> torch.Tensor | slice | None:
-        """Key rows, in one of the forms that `query` can have."""
+        """Key rows, in one of the forms that `query` may have."""
         return self.query if self.key is None else self.key
 
     def parts(self, rows: int) -> Iterator["PaddedGroups"]:
-        """Yield the batch in parts of whole groups, with at most `rows` query or key rows, or a single group if it has more."""
+        """Split the batch into parts of whole groups, each with at most `rows` query or key rows unless it is a single group."""
         groups, longest = self.shape
         widest = longest
         if self.key is not None:
@@ -61,7 +61,7 @@ class PaddedGroups:
             yield PaddedGroups((of.stop - of.start, longest), query, key, weight, inside, rows=self.rows)
 
     def by_head(self, x: torch.Tensor, index: torch.Tensor | slice | None) -> torch.Tensor:
-        """Return rows of `x` `[R, 4, heads, d]` by head, `[B, heads, n*4, d]`. `index`: `query` or `key_rows`, n per group."""
+        """Gather rows of `x` (`[R, 4, heads, d]`) by head, `[B, heads, n*4, d]`. `index`: `query` or `key_rows`, n per group."""
         if index is not None:
             x = x[index]
         return x.reshape(self.shape[0], -1, *x.shape[-2:]).transpose(1, 2)
@@ -112,9 +112,9 @@ class PackedGroups:
 
     @cached_property
     def keys(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Key rows and their weights.
+        """Key rows and their weights, both int64 `[K]`.
 
-        int64 `[K]`, the rows ordered by group, None for all rows in order; int64 `[K]`, the weights, None if they are equal.
+        The rows are ordered by group; None means all rows in order. The weights are None if all of them are equal.
         """
         rows = self.rows
         if not rows.mixes(self.scope):
@@ -127,7 +127,7 @@ class PackedGroups:
 
     @cached_property
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Boundaries of groups, counted in query patches and in key patches: two int32 `[G + 1]` that start with 0."""
+        """Group boundaries, counted in query patches and in key patches: two int32 tensors `[G + 1]` that start with 0."""
         rows = self.rows
         query = (first_rows(rows, self.scope)[1] * PATCHES).int()
         if not rows.mixes(self.scope):
@@ -152,16 +152,16 @@ def _index(x: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor 
 
 
 def first_rows(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the groups of rows, int64 `[R]`, and the boundaries of groups, counted in rows, int64 `[G + 1]`."""
+    """Return the group of each row, int64 `[R]`, and the group boundaries counted in rows, int64 `[G + 1]`."""
     group = rows.group(scope)
     return group, torch.searchsorted(group, arange_on(rows.group_count(scope) + 1, group.device))
 
 
 def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the keys of groups, a key per unit, without reading values.
+    """Return the keys of each group, one key per unit, without reading values from the device.
 
     With size bias, a row that represents several units of a group appears as several keys, which together have the weight of the
-    cluster size. Without it, only one of them counts.
+    cluster size. Without size bias, only one of these keys counts.
 
     Returns:
         int64 `[G, K]`, the rows that represent the units of a group; bool `[G, K]`, True for keys that count.
@@ -197,7 +197,7 @@ def weight_of(weight: torch.Tensor | None, key: torch.Tensor, valid: torch.Tenso
 
 
 def padded_groups(rows: Rows, scope: Scope) -> PaddedGroups:
-    """Return all groups, padded to the greatest possible length, without reading values."""
+    """Return all groups, padded to the greatest possible length, without reading values from the device."""
     longest = rows.longest(scope)
     full = rows.geometry.even(scope)
     same = rows.counts is not None and min(rows.counts) == longest
@@ -217,21 +217,21 @@ def padded_groups(rows: Rows, scope: Scope) -> PaddedGroups:
 
 
 def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
-    """Return batches of groups of similar length. Reads values.
+    """Return batches of groups of similar length. This reads values from the device.
 
-    If there are up to four different numbers of keys, every number gets a batch. Otherwise a batch has groups whose numbers of keys
-    differ by less than a quarter. If queries and keys are not the same rows, batches are divided again, so that the numbers of
-    queries differ by less than a half. A group with one new row is therefore not padded to a full group.
+    If the groups have at most four different numbers of keys, there is one batch per number. Otherwise, the numbers of keys within
+    a batch differ by less than a quarter. If queries and keys are not the same rows, each batch is divided again, so that the
+    numbers of queries within it differ by less than half. This way, a group with a single new row is not padded to a full group.
     """
     length = rows.lengths(scope)
     start = length.cumsum(0) - length
-    used = length > 0  # True for groups with query rows, which are always neighbors
+    used = length > 0  # True for groups that have query rows; the query rows of a group are always neighbors
     start = start[used]
     length = length[used]
     keys = None  # int64, key rows ordered by group; None if the keys of a group are its own rows
     key_start = start
     key_length = length
-    weight = rows.weight  # for key rows, the number of the group's units that they represent; None if equal
+    weight = rows.weight  # for each key row, the number of the group's units that it represents; None if all are equal
     if rows.mixes(scope):
         keys, key_length, weight = _keys_of_groups(rows, scope, used)
         key_start = key_length.cumsum(0) - key_length
@@ -260,7 +260,7 @@ def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
 
 
 def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the result of `runs`, as wide as the longest run, with None for the mask if all entries are valid. Reads values."""
+    """Call `runs` with the greatest length, and return None as the mask if all entries are valid. This reads values."""
     index, valid = runs(start, length, int(length.max()), rows)
     if valid.all():
         return index, None
@@ -270,14 +270,14 @@ def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.T
 def _keys_of_groups(
     rows: Rows, scope: Scope, used: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return the key rows of groups: the rows, in any frame pair, that represent the units of a group.
+    """Return the key rows of each group: the rows, possibly in other frame pairs, that represent the group's units.
 
     Args:
-        used: bool `[G]`, the groups with query rows; only these get keys.
+        used: bool `[G]`, True for groups with query rows. Only these groups get keys.
 
     Returns:
-        int64, the key rows ordered by group; int64, the number of key rows per used group; int64, for key rows, the number of
-        the group's units that they represent, or None without size bias.
+        int64, the key rows ordered by group; int64, the number of key rows per used group; int64, for each key row, the number of
+        the group's units that it represents, or None without size bias.
     """
     limit = len(rows) + rows.geometry.units
     group = group_table(rows.geometry, rows.pairs, scope)[:-1]
@@ -291,7 +291,7 @@ def _keys_of_groups(
 def _by_similar_length(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
     """Divide groups into batches by `length` (int64 `[G]`), longest first.
 
-    Yields, per batch, the indices of the remaining groups that are longer than `share` times the longest one.
+    Yields for each batch the indices of the remaining groups that are longer than `share` times the longest remaining group.
     """
     left = length.unique().tolist()
     while left:
@@ -309,15 +309,15 @@ def grouped_attention(
     timer: Timer | None = None,
     at_once: int | None = None,
 ) -> torch.Tensor:
-    """Return the softmax attention of every row to the key rows of its group, `[R, 4, heads, d]`.
+    """Return the softmax attention of each row to the key rows of its group, `[R, 4, heads, d]`.
 
     Args:
         q, k, v: `[R, 4, heads, d]`, after rotary.
         groups: the groups of the rows.
-        received: float32 `[R]`. The attention that rows receive is added to it: the mean over heads and over the queries of a
-            group, summed over a row's 4 patches. Queries in other frame pairs do not count.
+        received: float32 `[R]`, updated in place by adding the attention that each row receives. This is the mean over heads and
+            over the queries of the group, summed over the row's 4 patches. Queries in other frame pairs do not count.
         timer: measures the time spent on `received`.
-        at_once: number of rows that attend at a time, which bounds the memory; None for all. Kernels ignore it.
+        at_once: number of rows that attend at a time, which bounds the memory; None for all rows. Kernels ignore this limit.
     """
     timer = timer or nullcontext()
     if isinstance(groups, PackedGroups):
@@ -389,11 +389,11 @@ def attend_by_products(
         q: `[B, heads, Q, d]`.
         k, v: `[B, heads, K, d]`.
         bias: `[B, 1, 1, K]`, added to scores; None for 0.
-        weight: float32 `[B, Q]`, weights of queries in the attention received; None to skip it.
-        timer: measures the time spent on the attention received.
+        weight: float32 `[B, Q]`, the weight of each query in the received attention; None to skip the received attention.
+        timer: measures the time spent on the received attention.
 
     Returns:
-        The attention `[B, heads, Q, d]`; the attention received, float32 `[B, K]`, or None.
+        The attention output `[B, heads, Q, d]`; the received attention, float32 `[B, K]`, or None if `weight` is None.
     """
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
@@ -443,7 +443,7 @@ def attention_received(q: torch.Tensor, k: torch.Tensor, groups: Groups, at_once
 
 @without_autocast()
 def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGroups) -> torch.Tensor:
-    """Return the attention that key patches receive, float32 `[B, K*4]`. `queries` and `keys` are by head, as in `by_head`."""
+    """Return the attention that key patches receive, float32 `[B, K*4]`. Arguments are laid out as from `by_head`."""
     batch, heads, _, dim = queries.shape
     weight = query_weight(groups, queries.transpose(1, 2))
     total = torch.zeros(batch, keys.shape[2], dtype=torch.float32, device=keys.device)
@@ -457,7 +457,7 @@ def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGr
 
 
 def query_weight(groups: PaddedGroups, q: torch.Tensor) -> torch.Tensor:
-    """Return the weights of queries in the mean over a group and its heads, float32 `[B, Q*4]`. `q`: `[..., heads, d]`."""
+    """Return the weight of each query in the mean over its group and the heads, float32 `[B, Q*4]`. `q`: `[..., heads, d]`."""
     if groups.valid is None:
         valid = q.new_ones(groups.shape, dtype=torch.float32)
     else:
@@ -483,7 +483,7 @@ def add_by_row(received: torch.Tensor, per_key: torch.Tensor, groups: PaddedGrou
 def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: PackedGroups) -> torch.Tensor:
     """Return the attention inside the groups, computed by a kernel that reads their lengths on the GPU.
 
-    The kernel takes neither mask nor bias, so weights are encoded in additional features (`with_bias`).
+    The kernel accepts neither a mask nor a bias, so weights are encoded in additional features (`with_bias`).
     """
     dim = q.shape[-1]
     keys, weight = groups.keys

@@ -1,17 +1,17 @@
-"""The pruned vision encoder: embed, run layers, select rows, run the other layers, merge patches, select tokens.
+"""The pruned vision encoder: embed, run layers, select rows, run the remaining layers, merge patches, select tokens.
 
 All rows of a video go through a layer before the next layer starts. Inside a layer, temporary memory is bounded: products take a
 limited number of rows at a time, and attention a limited number of windows or frame pairs (tower.py). Up to rounding, the result
 does not depend on these limits. Without pruning, the output equals Hugging Face's.
 
-A step of the plan runs some layers, followed by a selection among the rows of the whole video. After a selection, a frame pair also
-attends to selected rows of other frame pairs that represent its units. Merging and setting aside stay inside a frame pair; they are
-hooks after a layer (hooks.py). Finally, `EncodedRows.select_tokens` selects the tokens for the language model among the rows after
-the tower.
+Each step of the plan runs some layers and may then select among the rows of the whole video. After a selection, a frame pair also
+attends to selected rows of other frame pairs that represent its units. Rows are merged or set aside only inside a frame pair, by
+hooks that run after a layer (hooks.py). Finally, `EncodedRows.select_tokens` selects the tokens for the language model from the
+tower's output rows.
 
-The plan states how many rows every layer computes, so all shapes are known without reading values from a GPU. The program
-synchronizes with the GPU only at a selection between layers, at the end, when it reads all checks, and with reuse if the patches
-are on the GPU.
+The plan states how many rows each layer computes, so all shapes are known without reading values from a GPU. The encoder
+synchronizes with the GPU in only three places: at a selection between layers, at the end when it reads all checks, and during reuse
+if the patches are on the GPU.
 """
 
 from bisect import bisect_left
@@ -53,7 +53,7 @@ from evoprune.vision.tower import (
     run_layer,
 )
 
-ROWS_AT_ONCE = 512  # number of rows of a matrix of cosines held at a time
+ROWS_AT_ONCE = 512  # number of rows of a cosine-similarity matrix that are held at a time
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,19 +61,19 @@ class Encoded:
     """One encoded video, or several consecutive ones, ready for the language model."""
 
     features: torch.Tensor  # `[K, D]`, the tokens
-    kept: torch.Tensor  # int64 `[K]`, the units whose positions the tokens have, ascending in Hugging Face's order
+    kept: torch.Tensor  # int64 `[K]`, the unit whose position each token has, ascending in Hugging Face's order
     rows: torch.Tensor  # `[E, D]`, the encoder's rows, ordered by unit
-    unit_to_row: torch.Tensor  # int64 `[N]`, indices in `rows` of the units' rows, -1 for dropped units
+    unit_to_row: torch.Tensor  # int64 `[N]`, the index in `rows` of each unit's row, -1 for dropped units
     grids: tuple[tuple[int, int, int], ...]  # (T, H, W) in units, one per video
     layers: list[tuple[int, int]]  # (layer, number of rows that it computes), summed over the videos
     prune_seconds: float  # time for scores, merging and selection; part of the encoding time
     flat: bool = False  # True if every frame pair has a single color, so that all units are alike
-    # float32 `[K]`, weights of the tokens in the language model's attention, which adds log(size) to logits. For `evoprune`:
+    # float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to the logits. For `evoprune`:
     # (cluster size) ** count, by default the square root. None if all are 1.
     size: torch.Tensor | None = None
     # `[n, K, D]`, added to the tokens after the first n layers of the language model
     deepstack: torch.Tensor | None = None
-    kept_on_cpu: torch.Tensor | None = None  # copy of `kept`, if it has been read
+    kept_on_cpu: torch.Tensor | None = None  # copy of `kept` on the CPU, if it has been made
     after_tower_below: int = 0  # see `EncoderPlan`; for several videos, the largest value
 
     def __repr__(self) -> str:
@@ -82,7 +82,7 @@ class Encoded:
 
     @property
     def live_share(self) -> float:
-        """Number of rows computed divided by the number of units, averaged over layers. The tower's time is proportional to it."""
+        """Computed rows divided by units, averaged over layers. The tower's run time is proportional to this share."""
         return sum(rows for _, rows in self.layers) / len(self.layers) / len(self.unit_to_row)
 
     @cached_property
@@ -92,7 +92,7 @@ class Encoded:
 
     @property
     def every_size(self) -> torch.Tensor:
-        """float32 `[K]`: `size`, or ones if it is None."""
+        """float32 `[K]`: `size`, or ones if `size` is None."""
         if self.size is None:
             return self.features.new_ones(len(self.kept), dtype=torch.float32)
         return self.size
@@ -151,22 +151,22 @@ class EncodedRows:
     plan: EncoderPlan
     rows: Rows  # ordered by unit
     seed: int  # see `Tokens`
-    source: torch.Tensor  # int64 `[T, H*W]`, for every unit the frame pair whose pixels represent it
+    source: torch.Tensor  # int64 `[T, H*W]`, for each unit, the frame pair whose pixels represent the unit
     layers: list[tuple[int, int]]  # see `Encoded`
     selection: Selection | None  # last selection in the tower, if the language model reads exactly its rows
     timer: Timer  # measures pruning
-    # bool `[3]`: all values are finite; mergers removed as many rows as planned; every frame pair has a single color. Read only at
-    # the end, so that nothing synchronizes earlier.
+    # bool `[3]`: all values are finite; mergers removed as many rows as planned; every frame pair has a single color. They are read
+    # only at the end, so that nothing synchronizes earlier.
     checks: torch.Tensor
 
     @cached_property
     def selector_input(self) -> Tokens:
-        """The rows as input for the selector of tokens."""
+        """The rows in the form that a token selector takes."""
         return Tokens(self.rows.values, self.rows.unit_to_row, self.plan.grid, self.seed, self.rows.given)
 
     @torch.inference_mode()
     def select_tokens(self, question: torch.Tensor | None = None) -> Encoded:
-        """Select the tokens that the language model reads. May be called again with another question.
+        """Select the tokens that the language model reads. May be called again with a different question.
 
         Args:
             question: `[Q, D]`, embeddings of the question's tokens; ignored unless the method reads the question.
@@ -235,10 +235,10 @@ class EncodedRows:
         return Encoded(features, kept, *about, size, by_layer, kept_on_cpu, self.plan.after_tower_below)
 
     def read_checks(self, kept: torch.Tensor) -> tuple[bool, float, torch.Tensor]:
-        """Read all checks.
+        """Read all checks from the device in one transfer.
 
         Returns:
-            Whether every frame pair has a single color; the seconds spent on pruning; `kept` on the CPU.
+            True if every frame pair has a single color; the pruning time in seconds; a copy of `kept` on the CPU.
 
         Raises:
             ModelError: a row has NaN or infinite values.
@@ -255,11 +255,11 @@ class EncodedRows:
 
 
 def encode_rows(visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options: Any) -> EncodedRows:
-    """Encode one video up to the selection of tokens, which may need a question: `EncodedRows.select_tokens`.
+    """Encode one video without selecting tokens, which may need a question; see `EncodedRows.select_tokens`.
 
     Args:
-        visual: the tower's weights: a `model.weights.Tower`, or a transformers tower of the same families. The latter's layers obey
-            torch's autocast, and the rows are then in autocast's dtype.
+        visual: the vision tower: a `model.weights.Tower`, or a transformers tower of a supported family. The layers of a
+            transformers tower obey torch's autocast, and the rows then have autocast's dtype.
         patches: the whole video in pieces `[n, values]`: pixels (uint8), or values that a processor has normalized.
         plan: a plan for this tower, from `MethodChain.plan`.
         options: keyword arguments of `EncoderRun`.
@@ -278,8 +278,9 @@ class EncoderRun:
         visual, plan: see `encode_rows`.
         normal: mean and standard deviation of colors for normalizing pixels.
         seed: see `Tokens`.
-        piece_units: number of rows per product and of units to embed at a time; default: `Device.piece_units`. It determines the
-            memory. In 16 bits, it can also change the rounding, because products of different sizes may round differently.
+        piece_units: number of rows per matrix product, and number of units to embed at a time; None for `Device.piece_units`. This
+            determines the temporary memory. In 16 bits, it can also change the rounding, because products of different sizes may
+            round differently.
         on_layer: called after every layer with the number of finished layers and the total.
         pause: called after every layer; it may wait.
     """
@@ -344,7 +345,7 @@ class EncoderRun:
         units = []
         sources = []
         for piece in in_pairs(patches, geo, plan.grid[0], self.piece):
-            first = len(self.counts)  # number of the piece's first frame pair
+            first = len(self.counts)  # index of the piece's first frame pair
             pairs = len(piece) // (geo.units * PATCHES)
             if plan.prunes:
                 self.note_color(piece.view(pairs, -1, piece.shape[1]))
@@ -377,9 +378,10 @@ class EncoderRun:
             return reused_units(x, deepstack, geo, self.source, self.counts, cat(units))
 
     def note_color(self, patches: torch.Tensor) -> None:
-        """Record whether every frame pair of `patches` (`[pairs, n, values]`) has a single color. Skipped once one is known not to.
+        """Record whether each frame pair in `patches` (`[pairs, n, values]`) has a single color.
 
-        A frame pair has a single color if all its patches are equal within one level of 255.
+        A frame pair has a single color if all its patches are equal within one level of 255. The check is skipped if an earlier
+        frame pair is already known to have several colors.
         """
         if self.single_color and read_or(lambda: not self.single_color[-1], self.single_color[-1], False):
             return
@@ -419,8 +421,8 @@ class EncoderRun:
 
         Args:
             done: number of finished layers.
-            rows: the rows after the last one.
-            computed: number of rows that the last one computed.
+            rows: the rows after the last finished layer.
+            computed: number of rows that the last finished layer computed.
         """
         self.computed[done - 1] = computed
         inner = VisionConfig.of(self.visual.config).deepstack_visual_indexes
@@ -436,8 +438,8 @@ class EncoderRun:
     def select_rows(self, rows: Rows, stage: Stage) -> Rows:
         """Return the rows that continue, and record the selection if the language model reads exactly these rows.
 
-        Unless a selector asks for hidden states, it gets rows after the norm of the next layer, which reduces the few channels that
-        are large in all rows. In a video without any change, all rows continue if there are few enough of them.
+        Unless a selector asks for hidden states, it gets the rows after the norm of the next layer, which scales down the few
+        channels that are large in all rows. If nothing changes in a video and it has few enough rows, all rows continue.
         """
         plan = self.plan
         selector = stage.selector
@@ -495,14 +497,14 @@ class EncoderRun:
 
 
 def _all_true(checks: list[torch.Tensor], like: torch.Tensor, without: bool) -> torch.Tensor:
-    """Return whether all checks are true, as a 0-d bool tensor on the device of `like`. `without`: the result without checks."""
+    """Return whether all checks are true, as a 0-d bool tensor on the device of `like`. `without`: result if there are none."""
     if not checks:
         return torch.full_like(like, without)
     return torch.stack(checks).all()
 
 
 def _nearest_kept(tokens: Tokens, kept: torch.Tensor) -> torch.Tensor:
-    """Return, for every unit, the index in `kept` (int64 `[K]`) of the unit with the highest cosine similarity, int64 `[N]`.
+    """Return for each unit the index in `kept` (int64 `[K]`) of the kept unit with the highest cosine similarity, int64 `[N]`.
 
     Used for selectors that return no `unit_to_token`.
     """
@@ -555,14 +557,14 @@ def _largest_clusters(size: torch.Tensor, keep: int) -> torch.Tensor:
         size: int64 `[E]`, cluster sizes.
     """
     order = arange_on(len(size), size.device)
-    even = order * keep // len(size)  # a change of value marks a row of an even selection
+    even = order * keep // len(size)  # the value changes at each row of an evenly spaced selection
     first = torch.cat([torch.ones(1, dtype=torch.bool, device=size.device), even[1:] != even[:-1]])
     rank = (size * 2 + first).argsort(descending=True, stable=True)
     return rank[:keep].sort().values
 
 
 def _read_together(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two tensors `[n]` on the CPU. From another device they are copied together, as int64."""
+    """Return two tensors `[n]` on the CPU. If they are on another device, both are copied in a single transfer, as int64."""
     if on_cpu := read_or(lambda: (first, second), second, None):
         return on_cpu
     return torch.cat([first.long(), second]).cpu().split([len(first), len(second)])

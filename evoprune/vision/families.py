@@ -1,4 +1,4 @@
-"""The layers of vision towers in the different model families, with rounding as in Hugging Face's code.
+"""The vision tower layers of the different model families, with the same rounding as in Hugging Face's code.
 
 Qwen2.5-VL (arXiv 2502.13923) has RMS norms and gated MLPs. Qwen2-VL (arXiv 2409.12191) has layer norms with a bias, and MLPs of two
 matrices with the quick GELU between them. Qwen3-VL (arXiv 2511.21631) has the same norms and MLPs with the tanh form of GELU. It
@@ -22,7 +22,10 @@ EPS = 1e-6  # epsilon of the norms
 
 @dataclass(frozen=True)
 class Layers:
-    """Layer functions: `norm(module, x)`, and `mlp(module, x, plus)` for a normed `x`, which adds `plus` unless it is None."""
+    """The layer functions of a model family.
+
+    `norm(module, x)` applies a norm. `mlp(module, x, plus)` applies an MLP to a normed `x`, and adds `plus` unless it is None.
+    """
 
     norm: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
     mlp: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -30,7 +33,7 @@ class Layers:
 
 
 def tower_layers(visual) -> Layers:
-    """Return the layer functions for a tower, this project's or transformers'."""
+    """Return the layer functions for a tower, which may be this project's or transformers'."""
     return LAYERS[VisionConfig.of(visual.config).traits.hidden_act]
 
 
@@ -61,14 +64,14 @@ LAYERS = {  # by activation
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the RMS norm of rows `[..., D]`, computed in float32. On CPUs, it makes fewer passes over memory than F.rms_norm."""
+    """Return the RMS norm of rows `[..., D]`, computed in float32. On CPUs, this makes fewer passes over memory than F.rms_norm."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = length.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
     return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
 
 
 def embed(visual, patches: torch.Tensor, geo: Geometry, unit: torch.Tensor) -> torch.Tensor:
-    """Return the rows before the first layer, `[R, 4, hidden]`, from patches `[R, 4, values]`. `unit`: int64 `[R]`, their units."""
+    """Return the rows before the first layer, `[R, 4, hidden]`, from patches `[R, 4, values]` of units `unit`, int64 `[R]`."""
     proj = visual.patch_embed.proj
     x = F.linear(patches, proj.weight.flatten(1), proj.bias)
     if VisionConfig.of(visual.config).num_position_embeddings is None:
@@ -102,8 +105,9 @@ def _resampled(x: torch.Tensor, count: int) -> torch.Tensor:
 def merge_patches(visual, x: torch.Tensor, number: int | None = None) -> torch.Tensor:
     """Apply the patch merger to rows `[R, 4, hidden]` of the last layer and return tokens `[R, D]`.
 
-    With `number`, apply the DeepStack merger of this number instead, to rows of an inner layer; its output is added after the
-    language model's layer of this number. The width of the norm tells whether it comes before or after joining the patches.
+    If `number` is given, apply the DeepStack merger with that index to rows of an inner layer instead. Its output is added after
+    the language model's layer with the same index. The width of the norm shows whether the norm is applied before or after the
+    patches are joined.
     """
     merger = visual.merger
     if number is not None:

@@ -1,4 +1,4 @@
-"""Hooks that run after layers of the tower: they change rows for a method, or record data for a selector."""
+"""Hooks that run after layers of the tower, to change rows for a method or to record data for a selector."""
 
 from collections.abc import Callable
 
@@ -8,8 +8,12 @@ from evoprune.methods import Selector, TowerShape
 from evoprune.vision.rows import Rows
 
 SELECTOR_DATA = ("attention", "keys", "middle")
-MIDDLE_LAYERS = 7 / 32, 23 / 32  # the layers of "middle" in relative depth, as in Nuwa (arXiv 2602.02951)
-# The attention that a row receives, computed separately in float32; "attention" is a by-product of the layer's own computation.
+MIDDLE_LAYERS = (
+    7 / 32,
+    23 / 32,
+)  # relative depths of the first and the last layer of "middle", as in Nuwa (arXiv 2602.02951)
+# The attention that a row receives, computed separately in float32, whereas "attention" is a by-product of the layer's own
+# computation.
 PRECISE_ATTENTION = "precise attention"
 
 
@@ -17,9 +21,9 @@ class Hook:
     """A function called before the first layer and after every layer, for one video. The base class does nothing."""
 
     def needs(self, done: int) -> frozenset[str]:
-        """Return the data needed from the last of `done` layers.
+        """Return the names of the data that this hook needs from the last of `done` finished layers.
 
-        The names are "keys" (before rotary), "keys_rotary", "attention" and `PRECISE_ATTENTION`.
+        The possible names are "keys" (before rotary), "keys_rotary", "attention" and `PRECISE_ATTENTION`.
         """
         return frozenset()
 
@@ -28,9 +32,9 @@ class Hook:
 
         Args:
             done: number of finished layers.
-            rows: the rows after the last one.
-            seen: the data requested by `needs`, for the last layer's rows: keys as features, float32 `[R, 4 * d]`; attention
-                received, float32 `[R]`.
+            rows: the rows after the last finished layer.
+            seen: the data requested by `needs` for the rows of the last finished layer: keys as features, float32 `[R, 4 * d]`;
+                received attention, float32 `[R]`.
         """
         return rows
 

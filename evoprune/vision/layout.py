@@ -3,7 +3,7 @@
 A *unit* is a 2x2 block of patches. Units are kept, merged or dropped whole, because the patch merger turns a unit into one
 token. A video of T frame pairs with H x W units has N = T*H*W units, in raster order, frame pair after frame pair
 (Hugging Face's order). In *window order*, they are sorted by frame pair, then by window of 4x4 units, then in raster order, so that
-windows and frame pairs are runs of neighbors.
+each window and each frame pair is a run of consecutive units.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Geometry:
 
     @cached_property
     def window(self) -> torch.Tensor:
-        """int64 `[H*W]`: the windows of the places, numbered in raster order."""
+        """int64 `[H*W]`: the window of each place, numbered in raster order."""
         y = arange_on(self.height, self.device) // self.side
         x = arange_on(self.width, self.device) // self.side
         return (y[:, None] * -(-self.width // self.side) + x).flatten()
@@ -75,7 +75,7 @@ def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geo
 
 @lru_cache(maxsize=64)
 def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
-    """Return the groups of the units, int64 `[T * H*W + 1]`. The last entry is for padding and has a group of its own."""
+    """Return the group of each unit, int64 `[T * H*W + 1]`. The last entry is for padding, which has a separate group."""
     pair = arange_on(pairs + 1, geo.device)
     place = torch.zeros_like(geo.window)
     if scope == "window":
@@ -86,7 +86,7 @@ def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the units in window order and the units' ranks in this order, both int64 `[T * H*W]`."""
+    """Return the units in window order and the rank of each unit in this order, both int64 `[T * H*W]`."""
     order = (arange_on(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
     return order, order.argsort()
 
@@ -108,11 +108,11 @@ def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None, c
 
 @lru_cache(maxsize=64)
 def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return tables of the units in windows or frame pairs, without reading values.
+    """Return tables of the units in each window or frame pair, without reading values from the device.
 
     Returns:
-        int64 `[G, widest]`, the units by group, padded with the number after the last unit; int64 `[T * H*W]`, the indices of the
-        units in the flattened table; int32 `[G + 1]`, the boundaries of the groups in patches, starting with 0.
+        int64 `[G, widest]`, the units by group, padded with the total number of units; int64 `[T * H*W]`, the indices in the
+        flattened table of the units in window order; int32 `[G + 1]`, the group boundaries in patches, starting with 0.
     """
     order, _ = order_tables(geo, pairs)
     group = group_table(geo, pairs, scope)[order]
@@ -126,7 +126,7 @@ def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, 
 
 
 def bincount_fixed(index: torch.Tensor, bins: int) -> torch.Tensor:
-    """Count how often every number below `bins` occurs in `index` (int64 `[n]`). Returns int64 `[bins]`."""
+    """Count how often each number below `bins` occurs in `index` (int64 `[n]`). Returns int64 `[bins]`."""
     return index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
 
 
@@ -134,7 +134,7 @@ def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> 
     """Return runs of neighboring rows as a padded batch. Padding repeats the last row of a run.
 
     Args:
-        start, length: int64 `[B]`, first row and length of the runs. A run may be empty.
+        start, length: int64 `[B]`, the first row and the length of each run. A run may be empty.
         longest: upper bound of the lengths.
         rows: number of rows; all indices stay below it.
 
@@ -147,5 +147,5 @@ def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> 
 
 
 def cat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Concatenate tensors; a single one is returned without a copy."""
+    """Concatenate tensors. A single tensor is returned without a copy."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -19,9 +19,9 @@ class Merging(Hook):
 
     Args:
         merger: decides which rows merge.
-        left: for the numbers of finished layers after which rows merge, the number of rows left per frame pair.
+        left: the number of rows left per frame pair, keyed by the number of finished layers after which rows merge.
         tower: properties of the tower.
-        as_planned: list that gets a 0-d bool tensor per merge: whether as many rows are left as planned.
+        as_planned: list that each merge extends by a 0-d bool tensor, True if as many rows are left as planned.
     """
 
     def __init__(
@@ -66,19 +66,19 @@ def merge_in_rounds(
 ) -> tuple[Rows, torch.Tensor]:
     """Merge rows inside groups of `scope`, in rounds, until every frame pair has its target number of rows.
 
-    On devices whose values are not read, the rounds cannot end early. There are then as many rounds as the worst case needs, and
-    until the last one, merged rows stay at the end as padding.
+    If values are not read from the device, the rounds cannot end early. In that case, there are as many rounds as the worst case
+    needs, and merged rows stay at the end as padding until the last round.
 
     Args:
         target: number of rows per frame pair.
         features: float32 `[R, D]`, compared by the merger. A merged row gets the size-weighted mean.
-        attention: float32 `[R]`, received in the layer. A merged row gets the sum.
+        attention: float32 `[R]`, the attention that each row received in the layer. A merged row gets the sum.
 
     Returns:
-        The rows; whether as many are left as planned, as a 0-d bool tensor.
+        The rows; a 0-d bool tensor, True if as many rows are left as planned.
 
     Raises:
-        RuntimeError: the merger removed no row in a round, or too many in total. Raised only if values are read.
+        RuntimeError: the merger removed no row in a round, or too many rows in total. Raised only if values are read.
     """
     longest = rows.longest(scope)
     goal = to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), rows.unit.device)
@@ -88,7 +88,7 @@ def merge_in_rounds(
         lengths = rows.lengths(scope)
         start = lengths.cumsum(0) - lengths
         remove = lengths - wanted
-        # Where values are read, only the groups that still lose rows take part.
+        # If values are read, only the groups that still lose rows take part.
         if (losing := read_or(lambda: (remove > 0).nonzero().flatten(), remove, None)) is not None:  # noqa: B023
             remove, start, lengths = remove[losing], start[losing], lengths[losing]
         if not len(remove):
@@ -125,10 +125,10 @@ def _partners(
     features: torch.Tensor,
     attention: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the row that every row merges into, int64 `[R]`. A row that stays has its own index.
+    """Return the index of the row that each row merges into, int64 `[R]`. A row that stays has its own index.
 
     Args:
-        start, length, remove: int64 `[B]`, for the groups, the first row, the number of rows, and the number of rows to remove.
+        start, length, remove: int64 `[B]`, each group's first row, its number of rows, and the number of rows to remove from it.
         longest: upper bound of `length`.
         merger, features, attention: see `merge_in_rounds`.
     """
@@ -152,7 +152,7 @@ def _partners(
 
 
 def most_rounds(rows: Rows, scope: Scope, target: Sequence[int], merger: Merger) -> int:
-    """Return the number of rounds that suffices for any content."""
+    """Return a number of rounds that is sufficient for any content."""
     worst = 0
     for count, left in set(zip(rows.per_pair, target, strict=True)):
         if scope == "pair":
@@ -170,22 +170,23 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
     A group with rows keeps at least one. Ties are resolved by index.
 
     Args:
-        sizes: int64 `[B, G]`, numbers of rows, at most `longest`.
+        sizes: int64 `[B, G]`, the number of rows in each group, at most `longest`.
         total: int64 `[B]`, rows to keep, at least the number of groups with rows and at most the sum of their sizes.
 
     Returns:
-        int64 `[B, G]`, number of rows that the groups keep.
+        int64 `[B, G]`, the number of rows that each group keeps.
     """
     size = sizes.sum(1, keepdim=True)
     total = total[:, None]
     counts = torch.where(sizes > 0, (total * sizes // size.clamp(min=1)).clamp(min=1), 0)
     missing = total - counts.sum(1, keepdim=True)
     excess = counts * size - total * sizes
-    # Too few: the groups that are furthest below their exact share get one more row. One row per group is enough, because rounding
-    # down took less than one row from a group, and the groups that lost something have more rows than they keep.
+    # If too few rows are kept, the groups that are furthest below their exact share get one more row. One row per group is enough,
+    # because rounding down took less than one row from a group, and the groups that lost something have more rows than they keep.
     more = _first(counts < sizes, excess.argsort(dim=1, stable=True), missing)
-    # Too many, because every group keeps at least one row: in every turn, the groups furthest above their exact share give one row,
-    # down to one row. After p turns, a group has given min(p, spare) rows. There are `turns` full turns; some groups give one more.
+    # If too many rows are kept, because every group keeps at least one, groups give rows back in turns. In a full turn, every group
+    # that has more than one row gives one, so that a group has given min(p, spare) rows after p turns. After `turns` full turns,
+    # the groups furthest above their exact share give one more row.
     spare = (counts - 1).clamp(min=0)
     give = -missing
     given = torch.minimum(arange_on(longest, sizes.device)[:, None], spare[:, None]).sum(2)  # [B, longest]
@@ -196,7 +197,7 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
 
 
 def _first(able: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Select the first `count` (`[B, 1]`) groups that are `able`, in `order` (`[B, G]`); none if `count` is negative.
+    """Select the first `count` (`[B, 1]`) of the `able` groups in `order` (`[B, G]`), or none if `count` is negative.
 
     Returns:
         bool `[B, G]`.

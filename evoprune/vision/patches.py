@@ -3,7 +3,7 @@
 Reuse (`scan`) finds the units that have not changed since they were last encoded, using only pixels, before the tower runs. A unit
 is compared with the frame pair that was last encoded at its place, because a comparison with the previous frame pair would miss
 slow changes. It has changed if the mean color of any of its 16 blocks in a frame has changed: such means average out noise, but
-not a stroke one pixel wide. A small drift in the brightness of the whole picture does not count as a change.
+not a stroke one pixel wide. A small drift in the brightness of the whole image does not count as a change.
 """
 
 import math
@@ -75,12 +75,12 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
 
 
 def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> torch.Tensor:
-    """Return the mean colors of blocks with half a patch's side (7x7 or 8x8 pixels), from 0 to 255: float32 `[T, units, 96]`.
+    """Return the mean color of each block with half a patch's side (7x7 or 8x8 pixels), 0 to 255: float32 `[T, units, 96]`.
 
     Args:
         patches: `[T * units * 4, values]`, patches of frame pairs with three colors; uint8, or normalized.
         units: number of units per frame pair.
-        normal: mean and standard deviation with which the patches were normalized, if they were.
+        normal: mean and standard deviation that the patches were normalized with; ignored for uint8.
     """
     half = math.isqrt(patches.shape[1] // 24)
     blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, half, 2, half).mean((7, 9))
@@ -96,9 +96,9 @@ def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> tor
 class ReferenceBlocks:
     """State of `scan` between two pieces of a video."""
 
-    # float32 `[units, 96]`, block means when the places were last encoded, divided by the frame pair's brightness
+    # float32 `[units, 96]`, block means of each place when it was last encoded, divided by the frame pair's brightness
     means: torch.Tensor
-    pair: torch.Tensor  # int64 `[units]`, the frame pair that was last encoded at every place
+    pair: torch.Tensor  # int64 `[units]`, the frame pair that was last encoded at each place
     seen: int  # number of frame pairs so far
 
 
@@ -109,12 +109,12 @@ def scan(
 
     Args:
         means: float32 `[T, units, 96]`, result of `patch_means` for at least one frame pair.
-        references: state after the previous piece; None for the first piece.
+        references: the state after the previous piece; None for the first piece.
         threshold: smallest difference that counts as a change, on a scale of 255; 0 encodes all units.
 
     Returns:
-        int64 `[T, units]`, the frame pair whose row represents the unit (its own if the unit is encoded); the state for the next
-        piece.
+        int64 `[T, units]`, the frame pair whose row represents each unit (its own frame pair if the unit is encoded); the state for
+        the next piece.
     """
     reference_means = means[0]
     pair = means.new_zeros(means.shape[1], dtype=torch.int64)

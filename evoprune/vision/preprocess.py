@@ -1,4 +1,4 @@
-"""Turn frames into patches: resize them, and cut them into patches in Hugging Face's order.
+"""Resize frames and cut them into patches in Hugging Face's order.
 
 The 2x2 patches of a unit are four consecutive rows, and units are in raster order. A row holds the pixels by channel, frame, y
 and x. After normalization (patches.py), the result equals the output of `Qwen2VLImageProcessor`, without needing torchvision.
@@ -33,9 +33,10 @@ def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torc
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resize frames (uint8 `[F, H, W, 3]`) with antialiased bicubic interpolation, like PIL up to one level of 255.
+    """Resize frames (uint8 `[F, H, W, 3]`) with antialiased bicubic interpolation.
 
-    On the CPU, torch resizes bytes: first the rows, rounded to bytes, then the columns. Other devices do the same steps in float32.
+    The result differs from PIL's by at most one level of 255. On the CPU, torch resizes bytes: first the rows, rounded to bytes, then
+    the columns. Other devices do the same steps in float32.
     """
     if frames.shape[1:3] == (height, width):
         return frames
@@ -55,7 +56,7 @@ def pixel_patches(frames: torch.Tensor, patch: int = 14, temporal: int = 2, merg
     """Cut frames into patches in Hugging Face's order.
 
     Args:
-        frames: uint8 `[F, H, W, 3]`. F is a multiple of `temporal`, or 1 for a picture, which is repeated to fill a frame pair. H
+        frames: uint8 `[F, H, W, 3]`. F is a multiple of `temporal`, or 1 for an image, which is repeated to fill a frame pair. H
             and W are multiples of `patch * merge`.
 
     Returns:

@@ -36,15 +36,15 @@ class Rows:
     """R rows that represent the N units of a video."""
 
     values: torch.Tensor  # `[R, 4, hidden]`, or `[R, D]` after the patch merger
-    unit: torch.Tensor  # int64 `[R]`, the units whose places the rows have
-    # int64 `[N]`, the rows that represent the units, -1 for dropped units. R + p stands for a row before the video at place p,
-    # which exists only as keys and values (live/segments.py).
+    unit: torch.Tensor  # int64 `[R]`, the unit whose place each row has
+    # int64 `[N]`, the row that represents each unit, -1 for dropped units. R + p stands for the row at place p from before the
+    # video, which exists only as keys and values (live/segments.py).
     unit_to_row: torch.Tensor
     geometry: Geometry  # geometry of a frame pair
     deepstack: torch.Tensor  # `[R, n, D]`, DeepStack features of inner layers so far
     given: dict[str, torch.Tensor] = field(default_factory=dict)  # `[R, ...]`, data for a selector, by name
-    # How far the row of a unit may be away: at the same place, in the same window or frame pair, or anywhere in the clip. A group
-    # of at least this scope contains the rows of all its units.
+    # How far a unit's row may be from the unit: at the same place, in the same window or frame pair, or anywhere in the clip. A
+    # group of at least this scope contains the rows of all its units.
     reach: Reach = "place"
     # True if attention adds the log of a key's cluster size in the group to its scores (ToMe, arXiv 2210.09461, section 3)
     size_bias: bool = False
@@ -74,24 +74,24 @@ class Rows:
 
     @cached_property
     def size(self) -> torch.Tensor:
-        """int64 `[R]`: cluster sizes of the rows. Rows before the video are left out."""
+        """int64 `[R]`: the cluster size of each row. Rows from before the video are not included."""
         sizes = torch.zeros(len(self) + 1, dtype=torch.int64, device=self.unit_to_row.device)
         row = torch.where(self.unit_to_row >= 0, self.unit_to_row, len(self)).clamp(max=len(self))
         return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
 
     @property
     def weight(self) -> torch.Tensor | None:
-        """int64 `[R]`: weights of the rows as keys, if groups do not mix; None if all are equal."""
+        """int64 `[R]`: the weight of each row as a key, if groups do not mix; None if all weights are equal."""
         return self.size if self.size_bias else None
 
     @cached_property
     def place(self) -> torch.Tensor:
-        """int64 `[R]`: raster index of the rows inside their frame pairs."""
+        """int64 `[R]`: raster index of each row inside its frame pair."""
         return self.unit % self.geometry.units
 
     @cached_property
     def pair_of_row(self) -> torch.Tensor:
-        """int64 `[R + P]`: frame pairs of the rows, -1 for the P rows before the video."""
+        """int64 `[R + P]`: the frame pair of each row, -1 for the P rows from before the video."""
         return F.pad(self.unit // self.geometry.units, (0, self.geometry.units), value=-1)
 
     @cached_property
@@ -112,7 +112,7 @@ class Rows:
         return self.pairs * self.geometry.groups(scope)
 
     def group(self, scope: Scope) -> torch.Tensor:
-        """Return the windows or frame pairs of the rows, int64 `[R]`, numbered over the whole video."""
+        """Return the window or frame pair of each row, int64 `[R]`, numbered across the whole video."""
         return group_table(self.geometry, self.pairs, scope)[self.unit]
 
     def lengths(self, scope: Scope) -> torch.Tensor:
@@ -132,7 +132,7 @@ class Rows:
         """Return True if units in a group of `scope` may be represented by rows in other groups."""
         return WIDTH[self.reach] > WIDTH[scope]
 
-    # Methods that return fewer rows, or another order.
+    # Methods that return fewer rows, or rows in a different order.
 
     def take(
         self, selection: Selection, unit_to_token: torch.Tensor, reach: Reach = "clip", complete: bool = False
@@ -140,13 +140,15 @@ class Rows:
         """Return the rows of the selected units.
 
         Args:
-            unit_to_token: int64 `[N]`, for every unit the index in `selection.kept` of the unit that represents it, -1 for none.
+            unit_to_token: int64 `[N]`, for each unit, the index in `selection.kept` of the unit that represents it, or -1 if there
+                is none.
             reach: reach of the new rows.
-            complete: whether the selection keeps every unit represented. The result is complete if this is too.
+            complete: True if every unit is still represented after the selection. The new rows are complete only if these rows are
+                complete too.
         """
         _, rank = order_tables(self.geometry, self.pairs)
         at = rank[selection.kept]
-        place = torch.zeros_like(rank).scatter_(0, at, 1).cumsum(0)[at] - 1  # of the tokens among the new rows
+        place = torch.zeros_like(rank).scatter_(0, at, 1).cumsum(0)[at] - 1  # index of each token among the new rows
         unit_to_row = _append_none(place)[unit_to_token]
         joins = selection.unit_to_token
         if joins is not None:
@@ -192,7 +194,7 @@ class Rows:
         Args:
             into: int64 `[R]`, the row that every row merges into. A row that stays has its own index.
             left: number of rows in the result. If fewer rows stay, the last ones are padding: they represent no unit, and their
-                `unit` is the first after the last frame pair, so they form a group of their own.
+                `unit` is the first number after the last frame pair, so they form a separate group.
             moves: upper bound for the number of rows that merge.
             counts: number of rows per frame pair, if known.
             size_bias: see `Rows`.
@@ -256,11 +258,12 @@ def reused_units(
 ) -> Rows:
     """Return the rows of a video with reuse.
 
-    Some units are rows. All other units are represented by a row at their place in an earlier frame pair.
+    Only some units have a row. Each other unit is represented by the row at the same place in an earlier frame pair.
 
     Args:
         values, deepstack, counts, unit: see `Rows`.
-        source: int64 `[pairs, H*W]`, for every unit the frame pair whose row represents it; negative for a row before the video.
+        source: int64 `[pairs, H*W]`, for each unit, the frame pair whose row represents it; negative for a row from before the
+            video.
     """
     units = source.numel()
     rows = len(unit)
@@ -283,7 +286,7 @@ def _append_none(index: torch.Tensor) -> torch.Tensor:
 
 
 def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int, moves: int) -> torch.Tensor:
-    """Merge rows of `x` into size-weighted means, computed in float32, of the rows that stay and the rows merged into them.
+    """Merge rows of `x` into rows that stay, which become size-weighted means computed in float32.
 
     Args:
         x: `[R, ...]`, the values.
@@ -305,7 +308,8 @@ def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: in
     # Padding in `moved` gets a weight of 0.
     added = torch.where(arange_on(moves, into.device) < goes.sum(), size[moved], 0)
     after = before.index_add(0, to, added)
-    # If several rows merge into one, one of their slots in `total` holds the sum. Any slot will do: all start from the same row.
+    # If several rows merge into one row, one of their slots in `total` holds the sum. Any slot will do, because all start from the
+    # same row.
     place = torch.empty_like(before).scatter_(0, to, arange_on(moves, into.device))[to]
     grown = (after > before)[to]  # rows that nothing merges into must not change at all
     column = (-1, *[1] * (x.ndim - 1))

@@ -1,7 +1,7 @@
-"""Run the layers of a vision tower on the rows of a video, with rounding as in Hugging Face's code.
+"""Run the layers of a vision tower on the rows of a video, with the same rounding as in Hugging Face's code.
 
-`run_layer` runs one layer in plain PyTorch, `run_by_kernels` several layers with GPU kernels. The differences between model
-families are in families.py, the hooks after layers in hooks.py.
+`run_layer` runs one layer in plain PyTorch, and `run_by_kernels` runs several layers with GPU kernels. The differences between
+model families are in families.py, and the hooks that run after layers are in hooks.py.
 """
 
 from collections.abc import Callable
@@ -56,10 +56,10 @@ def in_pieces(
     """Apply a function to `piece` rows at a time, which bounds its temporary memory, and return the joined result.
 
     Args:
-        function: returns a tensor with as many entries as its arguments.
+        function: returns a tensor with as many entries as each of its arguments.
         piece: number of rows per call.
         rows: the arguments, tensors with the same number of entries.
-        into: tensor for the result if there are several pieces; may be one of `rows`. It saves the time of allocating memory.
+        into: tensor to write the result to if there are several pieces, which saves an allocation; may be one of `rows`.
     """
     if len(rows[0]) <= piece:
         return function(*rows)
@@ -74,7 +74,7 @@ def in_pieces(
 
 
 # Function that returns the keys and values `[K, 4, heads, d]` that a layer attends to. Arguments: the layer's number, the keys and
-# values of the R rows, and the rows. K is R, or more if rows before the video are visible too.
+# values of the R rows, and the rows. K is R, or greater if rows from before the video are visible too.
 Visible = Callable[[int, torch.Tensor, torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -82,7 +82,7 @@ Visible = Callable[[int, torch.Tensor, torch.Tensor, Rows], tuple[torch.Tensor, 
 class Layer:
     """A layer of the tower: attention inside windows or frame pairs, then an MLP, both with residuals.
 
-    All methods process every row independently, except `by_kernels`, which includes the attention between rows.
+    All methods process each row independently, except `by_kernels`, which also computes the attention between rows.
     """
 
     number: int
@@ -133,7 +133,7 @@ class Layer:
             piece: number of rows that go through the MLP at a time.
 
         Returns:
-            The output `[R * 4, hidden]`; the output after the norm `after`, or None.
+            The output `[R * 4, hidden]`; the output after the norm `after`, or None if `after` is None.
         """
         weights = self.weights
         if normed is None:
@@ -184,12 +184,12 @@ def run_layer(
     """Run a layer, replacing the values of `rows`.
 
     Args:
-        groups: the groups of these rows by scope. Missing ones are added.
+        groups: the groups of these rows by scope. Missing groups are added.
         rotation: the result of `rotation_of` for these rows.
-        piece: number of rows per product, and about as many that attend at a time, which bounds the memory.
+        piece: number of rows per matrix product. About as many rows attend at a time, which bounds the memory.
         needs: names of the data that hooks need; see `Hook`.
         timer: measures the time spent on `needs`.
-        visible: adds keys and values of rows before the video; None without such rows.
+        visible: adds the keys and values of rows from before the video; None if there are no such rows.
 
     Returns:
         The data named in `needs`; see `Hook`.
@@ -231,14 +231,15 @@ def fused_kernels(x: torch.Tensor) -> ModuleType | None:
 
 
 def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callable[[int, Rows, int], None]) -> range:
-    """Run layers without hooks by GPU kernels, replacing the values of `rows`.
+    """Run layers without hooks with GPU kernels, replacing the values of `rows`.
 
     Args:
         piece: number of rows that go through an MLP at a time.
         after: called after every layer with the number of finished layers, the rows and their number.
 
     Returns:
-        The layers left to run: none normally, the remaining ones if a kernel fails, all if there are no kernels.
+        The layers that still have to run: normally none, the remaining layers if a kernel fails, or all layers if there are no
+        kernels.
     """
     kernels = fused_kernels(rows.values)
     if not layers or kernels is None:
