@@ -1,6 +1,6 @@
 """Pruning inside a user's Hugging Face model: `evoprune.EvoPrune`, `evoprune.apply` and `evoprune.encode`.
 
-The model's `generate` and `forward` take the usual inputs from its processor, and run on fewer video tokens.
+The model's `generate` and `forward` take the usual inputs from its processor, but run on fewer video tokens.
 """
 
 from typing import TYPE_CHECKING

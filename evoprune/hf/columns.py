@@ -1,11 +1,11 @@
-"""The arguments of a call to a Hugging Face model, without the columns of pruned tokens.
+"""Remove the columns of pruned tokens from the arguments of a call to a Hugging Face model.
 
 A call is a dict with the arguments of `forward` or `generate` by name. M-RoPE positions refer to the whole prompt, so they have
-gaps. Only the running number of a token, which attention masks are made from, has no gaps.
+gaps. Only the index of each token in its row, which attention masks are built from, has no gaps.
 
-The columns left in a row move to the right together, so that all rows still end where the answer begins. A row with fewer columns
-than another gets padding at its start. Left padding that no row needs is removed. Callbacks of `generate` get ids of the whole
-prompt.
+The remaining columns of each row are aligned to the right, so that all rows still end where the answer begins. Rows with fewer
+columns than the longest row are padded on the left. Left padding that no row needs is removed. Callbacks of `generate` get the ids
+of the whole prompt.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,19 +29,19 @@ PAST = "evoprune"  # attribute set on caches; copies of a cache have it too
 
 @dataclass(frozen=True, repr=False)
 class Columns:
-    """The columns left in a batch after pruning."""
+    """The columns of a batch that remain after pruning."""
 
-    # int64 `[B, C]`, the column of the whole batch that each place holds, ascending; -1 for padding, at the start.
+    # int64 `[B, C]`, the column of the unpruned batch that each place holds, in ascending order; -1 for padding, which comes first.
     index: torch.Tensor
-    width: int  # number of columns in the whole batch
+    width: int  # number of columns in the unpruned batch
 
     @classmethod
     def of(cls, left: Sequence[torch.Tensor], ids: torch.Tensor, mask: torch.Tensor | None = None) -> "Columns":
-        """Return the columns left in each row, in as few places as the longest row needs.
+        """Align the remaining columns of each row in as few places as the longest row needs.
 
         Args:
-            left: For each row, int64 `[n]`, ascending.
-            ids: int64 `[B, L]`, ids of the whole batch.
+            left: The remaining columns of each row, int64 `[n]`, ascending.
+            ids: int64 `[B, L]`, ids of the unpruned batch.
             mask: `[B, L]`, 0 at padding; None without padding. Padding before a row's first token is removed if the row would
                 otherwise need more places than the longest row.
         """
@@ -62,7 +62,7 @@ class Columns:
 
     @property
     def padded(self) -> bool:
-        """Whether any row is padded because it has fewer columns left than another."""
+        """Whether any row is padded because fewer columns remain in it than in another row."""
         return bool((self.index < 0).any())
 
     def take(self, x: torch.Tensor, fill: int = 0) -> torch.Tensor:
@@ -72,12 +72,12 @@ class Columns:
         return x.gather(-1, index.clamp(min=0).expand(*x.shape[:-1], -1)).masked_fill(index < 0, fill)
 
     def following(self, width: int) -> "Columns":
-        """Return the columns of the batch extended to `width` columns, without further drops."""
+        """Extend the batch to `width` columns. All of the additional columns remain."""
         more = arange_on(width, self.index.device)[self.width :]
         return Columns(torch.cat([self.index, more.expand(len(self.index), -1)], 1), width)
 
     def first(self, places: int) -> "Columns":
-        """Return the columns before place `places`, and the dropped columns just before that place.
+        """Return only the first `places` places. The width then includes the columns dropped just before the next place.
 
         Raises:
             UsageError: Rows would be cut at different columns.
@@ -94,7 +94,7 @@ class Columns:
 
 
 def _right_aligned(rows: Sequence[torch.Tensor], places: int, fill: float) -> torch.Tensor:
-    """Return the last `places` entries of rows `[n]`, as `[B, places]`; shorter rows are padded with `fill` at the start."""
+    """Return the last `places` entries of each row `[n]`, as `[B, places]`. Shorter rows are padded with `fill` on the left."""
     return torch.stack([pad(row, (places - len(row), 0), value=fill) for row in rows])  # negative padding crops
 
 
@@ -105,7 +105,7 @@ def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> t
 
 
 def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
-    """Return the `generate` call on the pruned prompt, with lengths and callbacks that refer to the whole prompt in `call`."""
+    """Adapt a `generate` call on the pruned prompt so that its lengths and callbacks refer to the whole prompt in `call`."""
     prompt = call["input_ids"]
     places = pruned_call["input_ids"].shape[1]
     pruned_call = dict(pruned_call)
@@ -148,7 +148,7 @@ class _WholePromptCallback:
 
 
 class _WholePromptStreamer:
-    """Passes the whole prompt to a streamer in the first call of `put`, which is for the prompt."""
+    """Passes the whole prompt to a streamer in the first call of `put`, instead of the pruned prompt."""
 
     def __init__(self, wrapped, prompt: torch.Tensor):
         self._wrapped = wrapped
@@ -166,29 +166,29 @@ class _WholePromptStreamer:
 
 @dataclass(frozen=True)
 class Visuals:
-    """The videos and pictures that are pruned in a call."""
+    """The videos and images that are pruned in a call."""
 
-    places: list[list[Place]]  # places per row of the batch, counted with padding
+    places: list[list[Place]]  # the places in each row of the batch; columns include padding
     pixels: torch.Tensor  # `[patches, values]` for all inputs, in the order of their places
     grids: torch.Tensor  # int64 `[n, 3]`, in patches
     videos: tuple[bool, ...]  # for each input, whether it is a video
-    seconds: tuple[float, ...]  # for each input, seconds from one frame pair to the next
+    seconds: tuple[float, ...]  # for each input, the time between frame pairs in seconds
 
 
 @dataclass(frozen=True)
 class Past:
-    """Facts about a cache with a pruned prompt that later calls need."""
+    """The information about a cached pruned prompt that later calls need."""
 
     columns: Columns  # remaining columns of the prompt
-    # int64 `[B, L]`. If the prompt is cut after a column, the position of a later token is this value plus the number of tokens
-    # before it.
+    # int64 `[B, L]`. If the prompt is cropped after a column, the position of a later token is the column's value plus the number
+    # of tokens before that token.
     delta: torch.Tensor
-    sizes: torch.Tensor | None = None  # float32 `[B, C]`, cluster sizes of the remaining columns; None for 1
+    sizes: torch.Tensor | None = None  # float32 `[B, C]`, cluster sizes of the remaining columns; None if all are 1
 
     def cropped(self, length: int) -> "Past":
         """Return the `Past` of the same cache cropped to `length` columns.
 
-        A greater length, which includes text after the prompt, changes nothing.
+        If `length` covers the whole prompt, and possibly text after it, `self` is returned.
         """
         if length >= self.columns.places:
             return self
@@ -198,17 +198,17 @@ class Past:
 
 
 def remember(past: Past | None, results: Iterable[Any]) -> None:
-    """Attach `past` to the cache among the results of a call, for later calls that use the cache."""
+    """Attach `past` to the cache among the results of a call, so that later calls with this cache find it."""
     for cache in results:
         if past is not None and hasattr(cache, "get_seq_length"):
             setattr(cache, PAST, past)
 
 
 def find_visuals(model, call: dict, pictures: bool) -> Visuals:
-    """Return the videos of a new prompt, and its pictures if they are pruned too.
+    """Return the videos of a new prompt, and its images if they are pruned too (`pictures`).
 
     Raises:
-        UsageError: They do not fit the prompt.
+        UsageError: The videos or images do not match the prompt.
     """
     kinds = [
         video for video in (True, False) if call.get(VISION_ARGUMENTS[video][0]) is not None and (video or pictures)
@@ -239,10 +239,10 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
 
 
 def _with_times(place: Place, ids: list[int], end_marker: int) -> Place:
-    """Return a place in a row's `ids` together with the columns of times and markers around its runs.
+    """Return a place with the columns of the timestamps and markers around its runs. `ids` are the ids of its row.
 
-    If a video has one run per frame pair, its time stands between the previous end marker and the next start marker. The time
-    before the first run begins at the token that also begins the time before the second run.
+    If a video has one run per frame pair, each timestamp is between the previous end marker and the next start marker. The first
+    timestamp starts at the last occurrence of the token that also starts the second timestamp.
     """
     runs = place.runs
     if len(runs) == 1:
@@ -261,7 +261,7 @@ def _with_times(place: Place, ids: list[int], end_marker: int) -> Place:
 
 
 def _check_placeholders(model, call: dict, video: bool) -> None:
-    """Raise UsageError if the number of placeholders for videos, or for pictures, does not match their grids."""
+    """Raise UsageError if the number of placeholders for videos, or for images, does not match their grids."""
     name = interface.PREFIXES[video]
     grids = call.get(f"{name}_grid_thw")
     found = int((call["input_ids"] == getattr(model.config, f"{name}_token_id")).sum())
@@ -285,7 +285,8 @@ def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> U
         return UsageError(
             f"the inputs in {interface.ENCODED} are already encoded", "pass the processor's pixels instead"
         )
-    # In eval mode gradients are rarely wanted, although weights require them by default. If they are, `backward` raises.
+    # In eval mode gradients are rarely wanted, although weights require them by default. If they are wanted after all, `backward`
+    # raises an error.
     training = visual.training or optional
     traced = any(pixels is not None and pixels.requires_grad for pixels in given)
     if torch.is_grad_enabled() and (traced or (training and trained_weights(visual))):
@@ -325,7 +326,7 @@ def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> U
 
 
 def _has_packed_sequences(call: dict) -> bool:
-    """Return True if positions in four rows number several sequences within a row of the batch."""
+    """Return True if `position_ids` has four rows and numbers several sequences within one row of the batch."""
     at = call.get("position_ids")
     mask = call.get("attention_mask")
     if at is None or len(at) != 4 or at.ndim != 3 or not (mask is None or mask.all()):
@@ -339,8 +340,8 @@ def without_pruned(
     """Return the call for a new prompt without the columns of pruned tokens, and the `Past` of its cache.
 
     Args:
-        encoded: One for each of `visuals`.
-        positions: The rule for positions, unless the call has its own `position_ids`.
+        encoded: The encoded video or image for each of `visuals`.
+        positions: The rule for computing positions. It is ignored if the call has its own `position_ids`.
 
     Raises:
         UsageError: See `interface.encoded_inputs`.
@@ -371,7 +372,7 @@ def without_pruned(
     if len(at) == 4:
         pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
     trained = trained_weights(model.model.visual)
-    features_of = {True: [], False: []}  # features of videos, and of pictures
+    features_of = {True: [], False: []}  # features of videos, and of images
     for each, is_video in zip(encoded, visuals.videos, strict=True):
         features = each.features
         if trained and torch.is_grad_enabled():  # eval mode is usually not training, so raise only in `backward`
@@ -385,7 +386,8 @@ def without_pruned(
 def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
     """Return the labels of the remaining columns, under their names in the call.
 
-    A column predicts the next remaining column. `labels` belong to a column itself, `shift_labels` to the column after it.
+    Each column predicts the next remaining column. An entry of `labels` belongs to its own column, an entry of `shift_labels` to
+    the next column.
 
     Args:
         used: `[B, L]`, 0 at padding. Padding predicts nothing, because its length depends on the columns that other rows lose.
@@ -402,7 +404,7 @@ def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
 
 
 def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | None:
-    """Return the cluster sizes of the remaining columns, float32 `[B, C]`, or None for 1. `prompts` has one entry per row."""
+    """Return the cluster sizes of the remaining columns, float32 `[B, C]`, or None if all are 1. `prompts`: one per row."""
     if all(prompt.sizes is None for prompt in prompts):
         return None
     rows = []
@@ -415,7 +417,10 @@ def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | 
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
-    """Return positions for every column of the whole prompt, int64 `[3 or 4, B, L]`; the first of four is the running number."""
+    """Return the positions of each column of the whole prompt, int64 `[3 or 4, B, L]`.
+
+    If there are four, the first is each token's zero-based index in its row.
+    """
     ids = call["input_ids"]
     used = interface.mask_or_ones(ids, mask)
     given = call.get("position_ids")
@@ -434,11 +439,11 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
     """Return a call that continues from a cache with a pruned prompt, without the pruned columns.
 
     Args:
-        past: From the cache, cropped to its `length` (`Past.cropped`).
+        past: The cache's `Past`, cropped to the cache's `length` (`Past.cropped`).
         generating: Whether this is a call of `generate`, whose ids and mask include the columns in the cache.
 
     Raises:
-        UsageError: The call has pictures, or its rows or columns do not fit the whole prompt of the cache.
+        UsageError: The call has images, or its rows or columns do not match the whole prompt of the cache.
     """
     ids = call.get("input_ids")
     mask = call.get("attention_mask")

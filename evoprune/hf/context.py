@@ -1,4 +1,4 @@
-"""Prune videos, and optionally pictures, inside a Hugging Face model, using the inputs of its own processor.
+"""Prune videos, and optionally images, inside a Hugging Face model, using the inputs from its own processor.
 
     with evoprune.EvoPrune(budget=0.1)(model) as run:
         out = model.generate(**inputs)
@@ -6,7 +6,7 @@
 
 evoprune encodes the videos and then calls the model's own `generate` or `forward` without the columns of pruned tokens. The
 result of `generate` starts with the whole prompt again, and callbacks that receive ids see the whole prompt. Text is never
-pruned. Flash and flex attention do not accept a float mask, so with them every token weighs as one unit.
+pruned. Flash and flex attention do not accept a float mask, so with them every token counts as one unit.
 """
 
 import functools
@@ -56,7 +56,7 @@ SWITCH = "this object only switches pruning on and off"
 
 
 def _checked_init(init: Callable) -> Callable:
-    """Decorate `EvoPrune.__init__` with better errors for a model passed as a setting, and for an unknown setting."""
+    """Wrap `EvoPrune.__init__` to raise clearer errors if it gets a model or an unknown setting."""
 
     @functools.wraps(init)
     def checked(self, *args, **given) -> None:
@@ -72,13 +72,13 @@ def _checked_init(init: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class EvoPrune:
-    """Settings of pruning. Called with a model, it returns the context in which the model prunes.
+    """Settings for pruning. Calling them with a model returns a context manager, and the model prunes inside its with-block.
 
-    The context holds packed copies of the tower (`hf.encoding.PackedTower`), which take as much memory as its linear layers: 1.2
-    GiB at 3B in bfloat16, or 0.6 GiB in 8 bits. The model itself does not change.
+    With `pack`, the context also holds a packed copy of the tower (`hf.encoding.PackedTower`), which takes as much memory as the
+    tower's linear layers: 1.2 GiB for a 3B model in bfloat16, or 0.6 GiB in 8 bits. The model itself does not change.
 
     Raises:
-        UsageError: A bad budget, method or `positions`, or a method that resizes frames or reads the question.
+        UsageError: The budget, the method or `positions` is invalid, or the method resizes frames or reads the question.
         TypeError: An unknown option.
     """
 
@@ -115,10 +115,10 @@ class EvoPrune:
         object.__setattr__(self, "pruning", patch_config(budget, self.method, self.seed))
 
     def __call__(self, model: nn.Module) -> "PrunedModel":
-        """Return a context manager; the model prunes inside its with-block.
+        """Return a context manager. The model prunes inside its with-block.
 
         Raises:
-            ModelError: Not a model in `interface.MODELS`.
+            ModelError: The model's class is not in `interface.MODELS`.
         """
         return PrunedModel(model, self)
 
@@ -126,12 +126,12 @@ class EvoPrune:
         raise UsageError(f"{self} has no model yet", "with evoprune.EvoPrune(budget=0.1)(model) as run: ...")
 
     def __exit__(self, *_: object) -> None:
-        """Do nothing. A with-block needs this method before it calls `__enter__`, which raises."""
+        """Do nothing. A with-block looks up this method before it calls `__enter__`, which raises a helpful error."""
 
 
 EvoPrune.__init__ = _checked_init(EvoPrune.__init__)  # written by `dataclass`
 EvoPrune.__doc__ = explained(EvoPrune.__doc__, EvoPrune)
-# The public name for help, repr and tracebacks. A method is called EvoPrune, too.
+# The public name for help, repr and tracebacks, because a pruning method is called EvoPrune too.
 EvoPrune.__module__ = "evoprune"
 
 
@@ -143,7 +143,7 @@ def apply(model: nn.Module, **settings: "Unpack[EvoPruneKeywords]") -> "PrunedMo
 
     Raises:
         ModelError: The model's class is not supported (`interface.MODELS`).
-        UsageError: Bad settings, the model is already pruned, or its tower cannot be packed.
+        UsageError: The settings are invalid, the model is already pruned, or its tower cannot be packed.
         TypeError: An unknown option.
     """
     (pruning,) = from_keywords(settings, EvoPrune)
@@ -151,7 +151,7 @@ def apply(model: nn.Module, **settings: "Unpack[EvoPruneKeywords]") -> "PrunedMo
 
 
 def remove(model: "nn.Module | PrunedModel") -> None:
-    """Stop pruning `model`, however it was started. Do nothing if it is not pruned. See `PrunedModel.remove`.
+    """Stop pruning `model`, however pruning was started. Do nothing if the model is not pruned. See `PrunedModel.remove`.
 
     Args:
         model: The model, or the result of `apply`.
@@ -170,17 +170,17 @@ class PrunedModel:
     """Prunes videos inside a model, from entering the context (or `apply`) to leaving it (or `remove`).
 
     `generate` and direct calls of the model work as before, on shorter prompts. A direct call returns logits for the remaining
-    columns (`columns`). Later calls may use the caches; their ids and masks count the whole prompt. Several threads may call the
-    model at the same time.
+    columns (`columns`). Later calls may use the returned caches. Their ids and masks must cover the whole prompt, including pruned
+    tokens. Several threads may call the model at the same time.
 
     Calls below the model, such as `model.model`, `model.model.visual` or `model.get_video_features`, are not pruned.
 
     `labels` and `shift_labels` lose the same columns as the prompt, so models can be trained on pruned prompts.
 
-    Videos or pictures after `past_key_values` raise UsageError. With a budget below 1.0, so do: `inputs_embeds` together with a
-    video, videos that are already encoded, packed sequences, gradients of the tower, and per-column arguments that are neither
-    labels nor made by the processor. With nothing to prune and `positions="host"`, the model's own code runs such calls. Hooks on
-    modules of the tower see nothing, or evoprune's rows; a warning names them.
+    Videos or images after `past_key_values` raise UsageError. With a budget below 1.0, the following raise it too: `inputs_embeds`
+    together with a video, videos that are already encoded, packed sequences, gradients of the tower, and per-column arguments that
+    are neither labels nor made by the processor. If there is nothing to prune and `positions` is "host", the model's own code runs
+    such calls. Hooks on modules of the tower are skipped or see evoprune's rows, and a warning names these modules.
     """
 
     def __init__(self, model: nn.Module, settings: EvoPrune):
@@ -216,12 +216,12 @@ class PrunedModel:
 
     @property
     def report(self) -> Report:
-        """Report of the latest call: tokens before and after pruning, rows per layer, live share, milliseconds.
+        """Report of the latest call: tokens before and after pruning, rows per layer, live share, and stage times in ms.
 
-        Each thread sees the report of its own latest call, or the latest report of any thread if it has made no call. The report is
-        empty before the first call. It is empty with a warning that says why if pruning is not active, and after a call without a
-        video or one that the model's own code ran. A call that continues from the cache of a pruned prompt does not change the
-        report.
+        Each thread sees the report of its own latest call, or the latest report of any thread if it has made no call itself. The
+        report is empty before the first call. It is also empty, but has a warning that gives the reason, if pruning is not active,
+        after a call without a video, and after a call that the model's own code ran. A call that continues from the cache of a
+        pruned prompt does not change the report.
         """
         latest, _ = self._latest
         if latest.pruning.method is None and not latest.warnings and not self._patches.active:
@@ -254,10 +254,11 @@ class PrunedModel:
         self.remove()
 
     def remove(self) -> None:
-        """Restore the model. Does nothing the second time.
+        """Restore the model. Calling this again does nothing.
 
-        Anything that other code has since put on top of `generate` or `forward` (a compiled forward, an accelerate hook) stays, and
-        runs the model's own methods. A `generate` call in another thread still finishes with pruning.
+        If other code has wrapped `generate` or `forward` in the meantime (a compiled forward, an accelerate hook), the wrapper
+        stays and runs the model's own method from now on. A `generate` call that is still running in another thread finishes with
+        pruning.
         """
         self._patches.remove()
         self._packed = None
@@ -290,7 +291,7 @@ class PrunedModel:
             if past is None:
                 return stock(**pruned | {INNER: _InnerCall()})
             report = self.report
-            remember(past, (interface.cache_of(call),))  # before the run, because a callback may end it
+            remember(past, (interface.cache_of(call),))  # done before the run, because a callback may abort it
             out = stock(**with_whole_prompts(self.model, call, pruned) | {INNER: _InnerCall(past.sizes)})
         remember(past, (interface.cache_of(out) if isinstance(out, Mapping) else None,))
         if self._prunes(call):
@@ -304,7 +305,7 @@ class PrunedModel:
 
     @torch.compiler.disable  # only the model's own code is worth compiling
     def _without_pruned(self, call: dict, generating: bool) -> tuple[dict, Past | None]:
-        """Return the call without pruned columns and the `Past` of its cache, or the call itself and None if nothing is pruned."""
+        """Return the call without pruned columns and its cache's `Past`, or the unchanged call and None if nothing is pruned."""
         cache = interface.cache_of(call)
         length = 0 if cache is None else int(cache.get_seq_length())
         if self._prunes(call):
@@ -333,7 +334,7 @@ class PrunedModel:
         return interface.has_video(call) or (self.settings.pictures and interface.has_picture(call))
 
     def _prune(self, call: dict, generating: bool) -> tuple[dict, Past]:
-        """Encode the videos of a call, and the pictures that are pruned. Returns the same as `_without_pruned`."""
+        """Encode the videos of a call, and its images if they are pruned. Returns the same as `_without_pruned`."""
         settings = self.settings
         visual = interface.tower_of(self.model)
         packed = self._packed
@@ -361,7 +362,7 @@ def call_report(
     """Return the report of one call with pruned visuals; the caller adds the times.
 
     Args:
-        call: The arguments as given. Its own `position_ids` override the settings.
+        call: The arguments that the caller passed. Their `position_ids`, if any, override the settings.
         pruned: The arguments that the model gets.
     """
     device = str(model.device)
@@ -402,10 +403,10 @@ def call_report(
 class _InnerCall:
     """Tells `forward`, in the calls that `generate` makes, that the columns are already pruned."""
 
-    sizes: torch.Tensor | None = None  # float32 `[B, C]`, cluster sizes of the prompt's columns; None for 1
+    sizes: torch.Tensor | None = None  # float32 `[B, C]`, cluster sizes of the prompt's columns; None if all are 1
 
     def __deepcopy__(self, _) -> None:
-        """Return None. `generate` copies its arguments for an assistant model, whose `forward` may not know this one."""
+        """Return None. `generate` copies its arguments for an assistant model, whose `forward` may not accept this argument."""
         return None
 
 
@@ -424,7 +425,7 @@ class Patches:
 
     Args:
         runs: For each method name, the function to run instead.
-        end: Result of `remover_of`. It calls `remove`, and frees the other resources of the owner of these patches.
+        end: The function for `remover_of` to return. It calls `remove` and frees the owner's other resources.
     """
 
     def __init__(self, model, runs: dict[str, Run], end: Callable[[], None]):
@@ -436,7 +437,7 @@ class Patches:
         self._calls = 0
 
     def install(self) -> None:
-        """Replace the methods, unless they already are.
+        """Replace the methods, unless they are already replaced.
 
         Raises:
             UsageError: Other `Patches` are installed in the model.
@@ -455,10 +456,10 @@ class Patches:
             self._activate(True)
 
     def remove(self) -> None:
-        """Restore the methods. Does nothing if none is replaced.
+        """Restore the methods. Does nothing if no method is replaced.
 
-        Anything that other code has since put on top of a replaced method stays, and from now on calls the model's own method.
-        Inner calls are served until the calls running in other threads have ended.
+        If other code has wrapped a replaced method in the meantime, the wrapper stays and calls the model's own method from now on.
+        Inner calls still work until the calls that are running in other threads have ended.
         """
         with LOCK:
             self._activate(False)
@@ -466,7 +467,7 @@ class Patches:
 
     @contextmanager
     def outer_call(self) -> Iterator[None]:
-        """Context of a call that makes inner calls. The methods stay replaced until it ends."""
+        """Context manager for a call that makes inner calls. The methods stay replaced until the call ends."""
         with LOCK:
             self._calls += 1
         try:
@@ -486,7 +487,7 @@ class Patches:
             patch.active = active
 
     def _restore(self) -> None:
-        """Put the methods back if they are inactive and no running call needs the replacements."""
+        """Restore the original methods if the replacements are inactive and no running call needs them."""
         if self._calls or self.active:
             return
         for name, patch in self._installed.items():
@@ -498,7 +499,7 @@ class Patches:
 
 
 class _Patch:
-    """Replacement for one method of a model. If not active, it runs the original method, except for inner calls."""
+    """Replacement for one method of a model. While it is inactive, it runs the original method, except for inner calls."""
 
     def __init__(self, stock: Callable, run: Run, end: Callable[[], None]):
         functools.update_wrapper(self, stock)

@@ -1,4 +1,4 @@
-"""Run the pruned encoder on a Hugging Face model's weights, or packed or quantized copies of them, and its processor's output."""
+"""Run the pruned encoder on a processor's output, with a Hugging Face model's weights or packed or quantized copies."""
 
 from typing import Any, Literal
 
@@ -41,22 +41,24 @@ def encode(
     Args:
         model: A Hugging Face `Qwen3VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration` or
             `Qwen2VLForConditionalGeneration`, or any object with such a tower at `model.visual`.
-        pixel_values_videos: float `[patches, values]`, from the model's processor; for pictures its `pixel_values`. Reuse assumes
-            that they are normalized with Qwen's own mean and deviation.
-        video_grid_thw: int64 `[videos, 3]`, from the processor: frame pairs, and patches down and across; for pictures its
-            `image_grid_thw`.
+        pixel_values_videos: float `[patches, values]`, from the model's processor; for images, the processor's `pixel_values`.
+            Reuse assumes that the values are normalized with Qwen's own mean and standard deviation.
+        video_grid_thw: int64 `[videos, 3]`, from the processor: the number of frame pairs, and of patches down and across; for
+            images, the processor's `image_grid_thw`.
         budget: Share of the visual tokens to keep: a number in (0, 1], a percentage such as "25%", or the name of a preset. 1.0
             gives the tower's own output.
-        method: Name of a pruning method, NAME:SETTING=VALUE for its settings.
-        question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read the question.
+        method: Name of a pruning method, or NAME:SETTING=VALUE to change a setting.
+        question: `[Q, hidden]`, the token embeddings of the question from `model.get_input_embeddings()`, for methods that read the
+            question.
         seed: Seed for methods that draw at random.
 
     Returns:
-        `Encoded`. Its `kept` and `unit_to_row` number the units over all videos, in the order of the placeholder tokens.
+        One `Encoded` for all videos. Its `kept` and `unit_to_row` number the units across all videos, in the order of the
+        placeholder tokens.
 
     Raises:
-        UsageError: A bad budget or method, a method that resizes frames, a method that reads the question without a question, or
-            inputs of the wrong type, dtype or shape, or that do not fit one another.
+        UsageError: The budget or the method is invalid, the method resizes frames or reads a question that was not passed, or the
+            inputs have the wrong type, dtype or shape or do not match one another.
         ModelError: The model has no such tower.
     """
     config = patch_config(Budget.parse(budget), method, seed, has_question=question is not None)
@@ -71,7 +73,7 @@ def encode_each(
     config: PruneConfig,
     question: torch.Tensor | None = None,
 ) -> list[Encoded]:
-    """Encode like `encode`, but with a tower and the result of `patch_config`, and return each video separately."""
+    """Encode like `encode`, but take a tower and a config from `patch_config`, and return each video separately."""
     _check_videos(visual, pixel_values_videos, video_grid_thw)
     _check_question(visual, question)
     merge = visual.config.spatial_merge_size
@@ -91,8 +93,8 @@ def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = 
     """Return the config for a budget and the method `name`, which must be able to work on a processor's patches.
 
     Raises:
-        UsageError: No such method or setting, the method resizes frames or acts inside the language model, or it reads the question
-            and there is none.
+        UsageError: The method or setting does not exist, the method resizes frames or acts inside the language model, or it reads
+            the question and there is no question.
     """
     config = PruneConfig.of(budget, name, seed)
     method = config.method
@@ -111,7 +113,7 @@ def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = 
 
 
 def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
-    """Raise UsageError unless patches and grids come from a processor, and fit one another and the tower `visual`."""
+    """Raise UsageError unless patches and grids come from a processor and match each other and the tower `visual`."""
     width = visual.patch_embed.proj.weight[0].numel()
     merge = visual.config.spatial_merge_size
     valid = isinstance(pixels, torch.Tensor) and pixels.is_floating_point() and pixels.shape[1:] == (width,)
@@ -151,9 +153,9 @@ def _describe(value) -> str:
 
 
 class PackedTower:
-    """A model's tower with its linear layers packed (`cpu.linear`) or in 8 bits (`cpu.quantize`), for encoding on a CPU.
+    """A model's tower for encoding on a CPU, with linear layers packed (`cpu.linear`) or quantized to 8 bits (`cpu.quantize`).
 
-    The model keeps its own tower unchanged. Both share the other weights.
+    The model keeps its own tower unchanged. Both towers share all other weights.
 
     Raises:
         UsageError: Packing does not work, or saves no time, on the weights' device.
@@ -175,8 +177,8 @@ class PackedTower:
     def current(self) -> nn.Module:
         """Return the packed tower, packing the model's layers again if they have changed.
 
-        Changes are detected by the layers' tensors, torch's counters of in-place changes, and a sample of the values, which reveals
-        changes through `.data`.
+        Changes are detected by comparing the layers' tensors, torch's in-place version counters, and a sample of the values, which
+        also reveals changes made through `.data`.
         """
         known = {}
         sample = []
@@ -199,5 +201,5 @@ class PackedTower:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed layers, in addition to the model's own."""
+        """Size of the packed layers in bytes, in addition to the model's own layers."""
         return sum(getattr(layer, "nbytes", 0) for layer in self._state[0].modules())

@@ -1,6 +1,6 @@
-"""A Hugging Face processor's output for videos, pictures and a question, without torchvision.
+"""Build the output of a Hugging Face processor for videos, images and a question, without torchvision.
 
-Files are read, and frames are sampled and resized, as in `VideoQA`. So `VideoQA` and the user's own model see the same pixels.
+Files are read, and frames are sampled and resized, as in `VideoQA`, so that `VideoQA` and the user's own model see the same pixels.
 """
 
 from collections.abc import Sequence
@@ -39,27 +39,27 @@ def processor_inputs(
     offline: bool = False,
     **sampling: "Unpack[SamplingKeywords]",
 ) -> BatchFeature:
-    """Return the arguments of `model.generate` for a question about videos and pictures, as the model's processor would make them.
+    """Return the arguments of `model.generate` for a question about videos and images, as the model's processor would.
 
     Args:
-        model: "demo", "demo-scenes", a folder or a hub id, for its tokenizer and input limits. No weights are read.
-        inputs: A video or a picture, or several in the model's reading order; see `VideoQA.encode`.
-        question: Taken literally.
-        times_s: When each frame of an array begins, in seconds.
+        model: "demo", "demo-scenes", a folder or a hub id. Only the tokenizer and the input limits are read, not the weights.
+        inputs: A video or an image, or several of them in the order that the model reads them; see `VideoQA.encode`.
+        question: The question, which is taken literally.
+        times_s: The start time of each frame in seconds, if the input is an array.
         system: A system prompt; None for the model's own.
         revision, offline: See `VideoQA.load`.
-        sampling: Options of `VideoQA.encode`. Here `max_visual_tokens` is 24,576 by default, and `seek` is exact.
+        sampling: Options of `VideoQA.encode`. Unlike there, `max_visual_tokens` defaults to 24,576, and `seek` to exact.
 
     Returns:
-        One prompt, on the CPU; `.to(device)` moves it. int64 `[1, L]` "input_ids", "attention_mask" and "mm_token_type_ids". For
-        videos float32 `[patches, values]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and with Qwen2.5-VL float32
-        `[videos]` "second_per_grid_ts". For pictures "pixel_values" and "image_grid_thw" in the same form.
+        One prompt on the CPU, which `.to(device)` moves: int64 `[1, L]` "input_ids", "attention_mask" and "mm_token_type_ids". For
+        videos, it also has float32 `[patches, values]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and with
+        Qwen2.5-VL float32 `[videos]` "second_per_grid_ts". For images, it has "pixel_values" and "image_grid_thw" in the same form.
 
     Raises:
         VideoError: An input is missing, unreadable or empty.
         ModelError: The model is missing, of another kind, or its chat template cannot be used.
-        UsageError: An option that makes no sense.
-        TypeError: An unknown option.
+        UsageError: An option has an invalid value.
+        TypeError: An option is unknown.
     """
     (options,) = from_keywords({"seek": "exact"} | sampling, SamplingOptions)
     if options.max_visual_tokens is None:  # another program runs the model, on an unknown device
@@ -113,9 +113,9 @@ def arguments(
     limits: dict[str, InputLimits],
     vision: VisionConfig,
 ) -> dict[str, torch.Tensor]:
-    """Return the arguments as in `processor_inputs`, for a prompt and the inputs `read` by `read_patches`.
+    """Return the same arguments as `processor_inputs`, for a prompt and the inputs `read` by `read_patches`.
 
-    `limits` and `vision` are the input limits and the tower's config of the model.
+    `limits` are the model's input limits, and `vision` is the config of its tower.
     """
     ids = prompt.input_ids
     plans = [plan for plan, _ in read]

@@ -25,23 +25,23 @@ SUPPORTED = (
     f"supported: {', '.join(MODELS[:-1])} and {MODELS[-1]} of transformers; unwrap the model "
     "(PEFT: get_base_model(), torch.compile: _orig_mod)"
 )
-# Arguments of `forward` for videos and pictures, which must be left out once these are encoded.
+# Arguments of `forward` for videos and images, which must be left out once the videos and images are encoded.
 VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw")
 # The argument that replaces them: a dict with the results of `get_video_features` and `get_image_features`. Its
-# `pooler_output` is a list of features `[tokens, hidden]`, one for each video or picture. transformers before 5.18 has no such
+# `pooler_output` is a list of features `[tokens, hidden]`, one for each video or image. transformers before 5.18 has no such
 # argument (`encoded_inputs`).
 ENCODED = "mm_encoder_outputs"
-# A hint, because processors mistake placeholders in a question for inputs.
+# A hint in error messages, because processors mistake placeholders in a question for inputs.
 ONE_CALL = (
     "pass everything that one processor call returned, in order; is <|video_pad|> or <|image_pad|> in a question?"
 )
-# Prefixes of argument and setting names: for videos (True) and pictures (False).
+# Prefixes of argument and setting names: for videos (True) and images (False).
 PREFIXES = {True: "video", False: "image"}
 NEEDED = "transformers 5.20 or later"  # for features that older versions lack
-# The kind of all layers if a config names no kinds. Then the model takes one mask instead of a dict.
+# The kind of all layers if a config names no kinds. In that case, the model takes one mask instead of a dict.
 ONLY_KIND = "full_attention"
 LINEAR = "linear_attention"  # layers with a recurrent state, in Qwen3.5
-OLD_CACHE_NAME = "past_key_values"  # of the KV cache before transformers 5.24
+OLD_CACHE_NAME = "past_key_values"  # name of the KV cache argument before transformers 5.24
 # Per-column arguments besides input_ids, attention_mask and position_ids, and their values at padding.
 PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
 
@@ -86,7 +86,7 @@ def _is_one_of(x, names: Sequence[str]) -> bool:
     return any(kind.__name__ in names and kind.__module__.startswith("transformers.") for kind in type(x).__mro__)
 
 
-# Features of a video or picture: `[tokens, hidden]`, and `[n, tokens, hidden]` for DeepStack, or None.
+# Features of a video or image: `[tokens, hidden]`, and `[n, tokens, hidden]` for DeepStack or None without it.
 Features = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -95,17 +95,18 @@ class _Features(torch.Tensor):
 
 
 def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequence[Features] | None = None) -> dict:
-    """Return the arguments of `forward` and `generate` for encoded videos, and for the pictures of the call.
+    """Return the arguments of `forward` and `generate` for encoded videos, and for the images of the call.
 
-    Before transformers 5.18, the features take the place of the pixels, in grids of one row; generation repeats them for beams and
-    passes them only to the first step.
+    Before transformers 5.18, the features are passed in place of the pixels, and each video has a grid of one row. Generation
+    repeats the features for beams and passes them only to the first step.
 
     Args:
         model: A model prepared by `accept_features`.
-        pictures: None if the model encodes the pictures itself.
+        pictures: Features of the images; None if the model encodes the images itself.
 
     Raises:
-        UsageError: Before transformers 5.18 only: chunked prefill, which leaves videos out, or encoded pictures.
+        UsageError: The call uses chunked prefill, which ignores videos, or has encoded images. Raised only before transformers
+            5.18.
     """
     if not takes_encoded(model):
         if pictures is not None:
@@ -141,10 +142,11 @@ def _output(visuals: Sequence[Features]):
 
 
 def accept_features(model) -> None:
-    """Patch the class of `model.model`, permanently, to read the features of `encoded_inputs` before transformers 5.18.
+    """Before transformers 5.18, permanently patch the class of `model.model` to accept the features from `encoded_inputs`.
 
     Raises:
-        UsageError: A model with DeepStack (Qwen3-VL) before transformers 5.18, because it has features of several layers.
+        UsageError: The model has DeepStack (Qwen3-VL) and transformers is older than 5.18, which cannot pass the features of
+            several layers.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -169,8 +171,8 @@ def accept_features(model) -> None:
 def takes_encoded(model) -> bool:
     """Return True if the model accepts encoded videos. No model does before transformers 5.18.
 
-    Checks the inner model, which reads them. An outer `forward` of other code (Liger, a subclass) may pass them on without naming
-    them.
+    The inner model is checked, because it reads the encoded videos. An outer `forward` from other code (Liger, a subclass) may pass
+    them on without naming the argument.
     """
     return ENCODED in signature(type(model.model).forward).parameters
 
@@ -185,15 +187,14 @@ def accepts_float_mask(model) -> bool:
 
 
 def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.Size, torch.dtype]:
-    """Return the masks that the language model's layers (eager or sdpa attention) make from a call's `attention_mask`.
+    """Return the masks that the language model's layers (eager or sdpa attention) build from a call's `attention_mask`.
 
-    The call's mask may be `[B, columns]`, None, or ready-made: `[B, 1, L, keys]`, or a dict of such masks.
+    The call's mask may be `[B, columns]`, None, or already expanded: `[B, 1, L, keys]`, or a dict of such masks.
 
     Returns:
-        The masks by kind of layer (`ONLY_KIND` if the config names none), `[B, 1, L, keys]`: bool for sdpa, True if a key is seen;
-            floats for eager, the lowest number if a key is not seen. For linear attention `[B, L]`, 0 at padding, or None.
-        The shape (B, L) of the columns.
-        The dtype of their embeddings.
+        The masks by kind of layer (`ONLY_KIND` if the config names none), `[B, 1, L, keys]`: bool for sdpa, True for visible keys;
+        float for eager, with the dtype's lowest number for hidden keys. The mask of linear attention is `[B, L]`, 0 at padding, or
+        None. The shape (B, L) of the columns. The dtype of their embeddings.
     """
     from transformers import masking_utils
 
@@ -222,13 +223,13 @@ def cache_of(values: Mapping) -> Any:
 
 
 def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
-    """Return the `forward` call, with `position_ids`, that adds log(size) to the attention logits of each column.
+    """Return a `forward` call whose attention mask adds log(size) to the attention logits of each column.
 
     This project's own decoder adds the bias in `language.decoder.forward`. Here the model's own layers run, and the bias is part of
     the call's attention mask, so that layers recomputed for the gradient (checkpointing) see it and other threads do not.
 
     Args:
-        model: A model with `accepts_float_mask`.
+        model: A model for which `accepts_float_mask` returns True.
         sizes: float32 `[B, C]`, for the prompt's columns; later columns have size 1. If the call has n * B rows (beams), each row
             of `sizes` applies to n neighboring rows.
     """
@@ -277,17 +278,17 @@ def warn_of_hooks(visual) -> None:
 
 
 def has_video(call: dict) -> bool:
-    """Return True if a call contains a video, as the processor's patches or encoded."""
+    """Return True if a call contains a video, either as the processor's patches or encoded."""
     return call.get("pixel_values_videos") is not None or (call.get(ENCODED) or {}).get("video") is not None
 
 
 def has_picture(call: dict) -> bool:
-    """Return True if a call contains a picture, as the processor's patches or encoded."""
+    """Return True if a call contains an image, either as the processor's patches or encoded."""
     return call.get("pixel_values") is not None or (call.get(ENCODED) or {}).get("image") is not None
 
 
 def is_assistant(call: dict) -> bool:
-    """Return True if a `generate` call drafts tokens for another model, whose prompt and encoded videos it gets."""
+    """Return True if a `generate` call drafts tokens for a different model and gets that model's prompt and encoded videos."""
     return bool(getattr(call.get("generation_config"), "is_assistant", False))
 
 
@@ -329,7 +330,7 @@ def mask_or_ones(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def text_positions(mask: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[B, L]`: the running number of each token in its row, from 0; 0 at padding."""
+    """Return int64 `[B, L]`: each token's zero-based index in its row, not counting padding. Padding positions get 0."""
     return (mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)
 
 
@@ -340,7 +341,7 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
     """
     known = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     given = {name: call.get(name) for name in known} | {"attention_mask": mask}
-    if not has_clock(model):  # the argument does not exist then
+    if not has_clock(model):  # in that case, the argument does not exist
         del given["second_per_grid_ts"]
     ids = call["input_ids"]
     if generating:
@@ -352,7 +353,7 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
 
 
 def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return positions for a prompt's columns by Qwen's rule (`language.prompt`), int64 `[3, B, L]`."""
+    """Return the positions of a prompt's columns by Qwen's rule (`language.prompt`), int64 `[3, B, L]`."""
     ids = call["input_ids"]
     per_second = VisionConfig.of(model.config.vision_config).tokens_per_second
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
@@ -365,19 +366,19 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
 
 @dataclass(frozen=True)
 class PlacedInput:
-    """The place of a video, or of a picture (one frame pair), in a row of a prompt without padding."""
+    """The place of a video, or of an image (one frame pair), in a row of a prompt without padding."""
 
-    place: Place  # only the runs, without times and markers around them
+    place: Place  # only the runs, without the timestamps and markers around them
     grid: tuple[int, int, int]  # frame pairs, and rows and columns of units
     seconds_per_pair: float
     is_video: bool
 
 
 def placed_inputs(model, call: dict, mask: torch.Tensor | None) -> list[list[PlacedInput]]:
-    """Return the videos and pictures in each row of a prompt, in order.
+    """Return the videos and images in each row of a prompt, in order.
 
     Raises:
-        UsageError: The grid of a video or picture is missing, or does not fit its placeholders.
+        UsageError: The grid of a video or image is missing, or does not match its placeholders.
     """
     ids = call["input_ids"].cpu()
     grids = {video: _rows(call.get(f"{word}_grid_thw")) for video, word in PREFIXES.items()}
@@ -395,7 +396,7 @@ def _rows(grids: torch.Tensor | None) -> Iterator[list[int]]:
 def has_clock(model) -> bool:
     """Return True if positions follow a video's time in seconds.
 
-    In Qwen2-VL they count frame pairs, and in Qwen3-VL text states the time.
+    In Qwen2-VL, positions count frame pairs, and in Qwen3-VL, timestamps in the text give the time.
     """
     return VisionConfig.of(model.config.vision_config).tokens_per_second is not None
 
@@ -414,7 +415,7 @@ def seconds_per_pair(call: dict) -> Sequence[float]:
 def _placed(
     config, ids: torch.Tensor, grids: dict[bool, Iterator[list[int]]], seconds: Iterator[float]
 ) -> Iterator[PlacedInput]:
-    """Yield the videos and pictures of one row, in order."""
+    """Yield the videos and images of one row, in order."""
     at = 0
     merge = config.vision_config.spatial_merge_size
     has_timestamps = VisionConfig.of(config.vision_config).traits.timestamps

@@ -35,8 +35,8 @@ def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torc
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Resize frames (uint8 `[F, H, W, 3]`) with antialiased bicubic interpolation.
 
-    The result differs from PIL's by at most one level of 255. On the CPU, torch resizes bytes: first the rows, rounded to bytes, then
-    the columns. Other devices do the same steps in float32.
+    The result differs from PIL's by at most one level of 255. On the CPU, torch resizes bytes: first the rows, rounded to bytes,
+    then the columns. Other devices do the same steps in float32.
     """
     if frames.shape[1:3] == (height, width):
         return frames
