@@ -207,8 +207,8 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
     """If there are several inputs, check that all of them exist. A single input is checked later, when it is opened.
 
     Raises:
-                VideoError: an input does not exist.
-                UsageError: stdin is given twice, or several words are not files and look like an unquoted question.
+        VideoError: an input does not exist.
+        UsageError: stdin is given twice, or several words are not files and look like an unquoted question.
     """
     if inputs.count(STDIN) > 1:
         raise UsageError("standard input is given twice", "it can be read only once")
@@ -286,7 +286,7 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
     """Return all questions in order. Without -Q and a prompt, read one question from stdin, unless stdin is the video.
 
     Raises:
-            UsageError: there is no question, a question is empty, or -i is used without a terminal.
+        UsageError: there is no question, a question is empty, or -i is used without a terminal.
     """
     if interactive:
         if sys.stdin is None or not sys.stdin.isatty():
@@ -314,7 +314,7 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
     """Read the question from stdin.
 
     Raises:
-                UsageError: there is no question on stdin. If the last of several inputs may be the question, the hint says so.
+        UsageError: there is no question on stdin. If the last of several inputs may be the question, the hint says so.
     """
     *before, last = inputs
     named = ""
@@ -390,7 +390,7 @@ class Conversation:
     print only the lines.
 
     Attributes:
-                answered: number of questions that have been answered or have failed.
+        answered: number of questions that have been answered or have failed.
     """
 
     def __init__(
@@ -455,8 +455,8 @@ class Conversation:
         """Ask a question and print the answer.
 
         Args:
-                typed: True if the user typed the question, so it is already visible on the terminal.
-                identity: the ID of the record, if the question has one.
+            typed: True if the user typed the question, so it is already visible on the terminal.
+            identity: the ID of the record, if the question has one.
         """
         if self._echo and not typed:
             tell(f"{PROMPT}{' '.join(question.split())}")
@@ -614,7 +614,7 @@ def typed_questions(
         chat: the conversation that /new and /undo apply to.
 
     Raises:
-                KeyboardInterrupt: the user pressed Ctrl-C at the prompt.
+        KeyboardInterrupt: the user pressed Ctrl-C at the prompt.
     """
     with contextlib.suppress(ImportError):  # without readline, the user cannot edit lines
         import readline  # editing and history for `input`  # noqa: F401

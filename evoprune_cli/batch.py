@@ -220,7 +220,7 @@ def _rows(
     """Return the rows of --from, or one row for each pair of video and question.
 
     Raises:
-            UsageError: the options are incomplete or cannot be combined.
+        UsageError: the options are incomplete or cannot be combined.
     """
     from evoprune.batch import left_out
 
@@ -284,12 +284,12 @@ class Tally:
     As a context manager, it prints a summary at the end, even if the batch is interrupted.
 
     Args:
-                total: number of rows, including those answered by an earlier run.
-                quiet: whether to print only warnings.
-                named: missing videos that have already been reported.
+        total: number of rows, including those answered by an earlier run.
+        quiet: whether to print only warnings.
+        named: missing videos that have already been reported.
 
     Attributes:
-                failed: number of rows that failed in this run.
+        failed: number of rows that failed in this run.
     """
 
     def __init__(self, total: int, quiet: bool, named: Sequence[str] = ()):

@@ -26,13 +26,7 @@ from evoprune_cli.terminal import (
     stdout,
 )
 
-NAMES = (
-    "versions",
-    "devices",
-    "decoders",
-    "method_plugins",
-    "environment",
-)  # sections whose keys are proper names, printed unchanged
+NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # sections whose keys are names, not facts
 ONLY_IF_SET = (
     "folder",
     "download_bytes",

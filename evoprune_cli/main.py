@@ -288,7 +288,7 @@ def _report(problem: Exception) -> int:
     """Print an error and its hint. With `--json`, also print a record unless the command has already done so.
 
     Returns:
-            The exit code.
+        The exit code.
     """
     terminal.print_traceback(problem)
     if isinstance(problem, OSError) and problem.errno in CANNOT_WRITE and problem.filename is None:

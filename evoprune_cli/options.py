@@ -99,9 +99,9 @@ def command(
     keep their defaults.
 
     Args:
-            short: names of the parameters that the short help lists.
-            without: names of fields that are not offered as options.
-            changed: overrides for a field's `Option`, by field name.
+        short: names of the parameters that the short help lists.
+        without: names of fields that are not offered as options.
+        changed: overrides for a field's `Option`, by field name.
     """
     offered = {each.name: (group.PANEL, each) for group in groups for each in fields(group) if each.name not in without}
     declared = {name: replace(each.metadata[OPTION], **changed.get(name, {})) for name, (_, each) in offered.items()}
@@ -111,9 +111,7 @@ def command(
         @wraps(function)
         def run(debug: bool, help_all: bool, **given: Any) -> int:
             if groups:
-                resumed = (
-                    given.get("resume") and given.get("data", "") is None
-                )  # the settings of the resumed run name the model
+                resumed = given.get("resume") and given.get("data", "") is None  # its settings name the model
                 typed = {name: given.pop(name) for name in declared}
                 given["options"] = partial(_build_options, declared, typed, check_model=not resumed)
             return function(**given)
@@ -166,8 +164,8 @@ def _build_options(declared: dict[str, Option], typed: dict[str, Any], *, check_
     """Build options from the command line.
 
     Raises:
-                UsageError: a value is invalid.
-                ModelError: `check_model` is True, and the model is neither a folder nor a hub ID.
+        UsageError: a value is invalid.
+        ModelError: `check_model` is True, and the model is neither a folder nor a hub ID.
     """
     try:
         parsed = {name: declared[name].parse(value) for name, value in typed.items() if declared[name].parse}
@@ -251,7 +249,7 @@ def listed(texts: Sequence[str] | None) -> list[str]:
     """Return the values of a list option, which may be separated by commas or given by repeating the option.
 
     Raises:
-                UsageError: the option was given without any value.
+        UsageError: the option was given without any value.
     """
     parts = [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
     if texts and not parts:
@@ -329,9 +327,7 @@ class Command(TyperCommand):
                 if param.name not in (*self.callback.short, "help"):
                     continue
                 param = copy(param)
-                param.help = re.sub(
-                    r"(\.) .*", r"\1", param.help or "", flags=re.DOTALL
-                )  # keep only the first sentence
+                param.help = re.sub(r"(\.) .*", r"\1", param.help or "", flags=re.DOTALL)  # only the first sentence
             if record := param.get_help_record(ctx):
                 # Replace the Python type names of options with placeholders. Drop those of arguments.
                 name = re.sub(r"^([^-\s]\S*) <.*>$", r"\1", record[0])

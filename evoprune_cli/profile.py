@@ -19,10 +19,7 @@ from evoprune_cli.terminal import WIDTH, check_output, note, page_width, progres
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 UNITS = (28, 32)  # side lengths of a unit in the supported models, in pixels
-SIZE = (
-    224,
-    336,
-)  # default height and width of a frame for units of 28 pixels; scaled to the same number of units for 32
+SIZE = (224, 336)  # height and width of a frame for units of 28 pixels; scaled for units of 32
 PICTURES = ((1344, 1344), (2688, 2688))  # 2,304 and 9,216 visual tokens
 FORMATS = ("table", "md", "csv", "json")
 NOTED_S = 2.0  # if a run is expected to take longer, its duration is announced

@@ -52,12 +52,10 @@ def prepare() -> None:
     """Check that there is enough memory to import torch, and set up memory reuse.
 
     Raises:
-                OutOfMemory: even the libraries do not fit into memory.
+        OutOfMemory: even the libraries do not fit into memory.
     """
     available = Host().available_memory()
-    if (
-        available is not None and available < LIBRARIES
-    ):  # the operating system would kill this process without a message
+    if available is not None and available < LIBRARIES:  # the system would kill this process silently
         figures = f"{max(0, available) >> 20} MiB are available, but the libraries alone need {LIBRARIES >> 20}"
         hint = "close other programs, or give the container more memory"
         raise OutOfMemory(f"too little memory: {figures}", hint, stage="load")
@@ -128,11 +126,11 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
     """Check that an output file can be written, before anything is measured.
 
     Args:
-                beside: a folder that will be created later, along with its parents. The file may be in any of these folders.
-                inputs: the files and folders that are read. Empty names are ignored.
+        beside: a folder that will be created later, along with its parents. The file may be in any of these folders.
+        inputs: the files and folders that are read. Empty names are ignored.
 
-            Raises:
-                UsageError: the file cannot be written, exists but was not written by evoprune, or is an input or inside one.
+    Raises:
+        UsageError: the file cannot be written, exists but was not written by evoprune, or is an input or inside one.
     """
     if path is None:
         return

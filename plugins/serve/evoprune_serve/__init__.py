@@ -1,4 +1,4 @@
-"""`evoprune serve`: a server for one machine that speaks OpenAI's protocol. Only the command itself imports starlette and torch."""
+"""`evoprune serve`: a single-machine server with an OpenAI-compatible API. Starlette and torch are imported only by the command."""
 
 from evoprune_serve.command import serve
 

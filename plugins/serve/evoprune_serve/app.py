@@ -1,4 +1,4 @@
-"""The routes of the server: OpenAI's chat completions, responses, models and files, health and metrics."""
+"""The server application. Its routes are OpenAI's chat completions, responses, models and files, as well as health and metrics."""
 
 import asyncio
 import time
@@ -42,10 +42,10 @@ from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 FILES = "/v1/files"
-MOST_COMMAS = 2**20  # in a body; each comma may stand for a value, which takes a hundred times its size in memory
+MOST_COMMAS = 2**20  # maximum in a body; each comma may separate values that take a hundred times their size in memory
 SENDING_S = 60.0  # extra time for a slow client to receive the end of a stream
-AGEING_S = 60.0  # interval between checks for old files
-CLOSED = 499  # status in logs and metrics if the client disconnected
+AGEING_S = 60.0  # interval between checks for expired files
+CLOSED = 499  # status in logs and metrics when the client has disconnected
 T = TypeVar("T")
 
 
@@ -55,14 +55,14 @@ class Settings:
 
     Attributes:
         folder: a private folder for files that clients send.
-        usual: defaults for options that a request does not set.
+        usual: default values of the options that a request does not set.
         urls, folders: see `Sources`.
-        files_bytes: limit for all files that clients have sent.
-        file_age_s: how long an uploaded file is kept.
+        files_bytes: maximum total size of the files that clients have sent.
+        file_age_s: how long an uploaded file is kept, in seconds.
         most, keep: see `Work`.
-        answer_s: maximum time from a request to the end of its answer.
-        log: called with a line for each request.
-        log_contents: whether to log questions and answers, too.
+        answer_s: maximum time from the arrival of a request to the end of its answer, in seconds.
+        log: called with a log line for each request.
+        log_contents: whether to log questions and answers as well.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ class Server:
         self.metrics = Metrics(self.work)
         most = settings.access.bodies_bytes
         self.bodies = Bodies(most, share=max(most // 2, settings.access.body_bytes))
-        self.storing = asyncio.Lock()  # copy one upload at a time, because the copy has no reserved space
+        self.storing = asyncio.Lock()  # allows one copy at a time, because no disk space is reserved for copies
         self.started = int(time.time())
 
     # Questions.
@@ -105,7 +105,7 @@ class Server:
         return await self.answer(request, read_response)
 
     async def answer(self, request: Request, read: Read) -> Response:
-        """Answer a question, as a whole or as a stream. `read` reads the API format."""
+        """Answer a question with a complete response or a stream. `read` parses the request body in its API format."""
         deadline_s = self.deadline_s()
         async with self.asking(request, read, deadline_s) as asked:
             self.work.submit(asked.job, asked.question)
@@ -115,7 +115,7 @@ class Server:
             return JSONResponse(await unless_gone(request, asked.whole(first)))
 
     async def task(self, request: Request, task: Task) -> Response:
-        """Run a task about a request, and respond with its last message as JSON, or stream every message.
+        """Run a task for a request. Respond with the task's last message as JSON, or stream all its messages.
 
         `task` runs in the model's thread.
         """
@@ -131,17 +131,17 @@ class Server:
             return JSONResponse(event.facts)
 
     def deadline_s(self) -> float:
-        """Return the deadline for a request that arrives now, on the clock of the event loop."""
+        """Return the deadline of a request that arrives now, as a time of the event loop's clock."""
         return asyncio.get_running_loop().time() + self.settings.answer_s
 
     @asynccontextmanager
     async def asking(self, request: Request, read: Read, deadline_s: float) -> "AsyncIterator[Asked]":
-        """Provide a request after its files were fetched. An exception inside the context cancels its job."""
+        """Read a request, fetch its files, and yield it. An exception inside the context cancels its job."""
         job = None
         try:
             with self.bodies.room(client_of(request)) as room:
                 body = await read_json(request, room.add)
-                # In a thread, because checking a schema may take a while.
+                # Run in a thread, because checking a schema may take a while.
                 question, sources, form = await run_in_threadpool(read, body, self.settings.usual, [*self.models])
                 del body
                 job = self.work.admit(client_of(request))
@@ -152,20 +152,20 @@ class Server:
         except BaseException as problem:
             if job:
                 self.work.cancel(job)
-            if isinstance(problem, Gone):  # evicted by another client's request, or the server is shutting down
+            if isinstance(problem, Gone):  # evicted by another request, or the server is shutting down
                 raise self.work.refusal() from problem
             if isinstance(problem, EvopruneError):
                 raise told(problem, {str(self.settings.folder): "the server"}) from problem
             raise
 
     def count(self, request: Request, status: int) -> None:
-        """Count a request by its path. Paths of single files and models count with the path of their list."""
+        """Count a request by its path. A request for a single file or model counts toward the path of the list."""
         path = request.url.path
         known = (each for each in PATHS if path == each or path.startswith(f"{each}/"))
         self.metrics.request(next(known, "other"), status)
 
     def counted(self, route: Handler, logged: bool = True) -> Handler:
-        """Wrap a route so that its responses are counted and, with `logged`, logged. Errors are counted elsewhere."""
+        """Wrap a route to count its responses and, with `logged`, to log them. Errors are counted by the error handlers."""
 
         async def counting(request: Request) -> Response:
             response = await route(request)
@@ -178,7 +178,7 @@ class Server:
         return counting
 
     def log(self, request: Request, status: int, *more: str) -> None:
-        """Count and log a request. Contents are logged only if enabled."""
+        """Count a request and log a line about it. `more` is added at the end of the line."""
         self.count(request, status)
         words = [client_of(request), request.method, harmless(request.url.path[:100]), str(status), *more]
         self.settings.log(" ".join(words))
@@ -200,14 +200,14 @@ class Server:
     # Files.
 
     async def upload(self, request: Request) -> Response:
-        """Store a file from a form with the file and its purpose."""
+        """Store the file of an upload form."""
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ApiError(415, "a file is sent as multipart/form-data", code="unsupported_media_type")
         with self.store.room() as room:
             return await self._take(request, room)
 
     async def _take(self, request: Request, room: Room) -> Response:
-        """Store the file of a form. `room` counts its bytes as they arrive."""
+        """Read an upload form with a file and its purpose, and store the file. `room` counts the bytes as they arrive."""
 
         async def receive() -> Message:
             message = await request.receive()
@@ -238,7 +238,7 @@ class Server:
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
     async def age(self) -> None:
-        """Delete expired files periodically, even without requests."""
+        """Delete expired files periodically, even if no requests arrive."""
         while True:
             await asyncio.sleep(AGEING_S)
             await run_in_threadpool(self.uploads.drop_old)
@@ -267,7 +267,15 @@ class Server:
         ]
 
 
-PATHS = (CHAT, RESPONSES, "/v1/models", FILES, "/health", "/metrics", *PAGE_PATHS)  # paths that metrics distinguish
+PATHS = (
+    CHAT,
+    RESPONSES,
+    "/v1/models",
+    FILES,
+    "/health",
+    "/metrics",
+    *PAGE_PATHS,
+)  # paths counted separately in metrics
 
 
 @dataclass
@@ -278,18 +286,18 @@ class Asked:
     request: Request
     job: Job
     question: Question
-    names: dict[str, str]  # names shown instead of paths of this machine
+    names: dict[str, str]  # the names that replace the paths of this machine in messages
     reply: Reply
     deadline_s: float
     logged: bool = False
 
     def log(self, status: int, *more: str) -> None:
-        """Count and log the request when its answer ends."""
+        """Count and log the request. Called when its answer ends."""
         self.logged = True
         self.server.log(self.request, status, *more)
 
     async def next(self) -> Piece | Done | Told:
-        """Return the next piece, the end of the answer, or the next message of a task.
+        """Wait for the next piece or the end of the answer, or for the next message of a task.
 
         Raises:
             ApiError: the request failed.
@@ -297,7 +305,7 @@ class Asked:
         event = await in_time(self.job.next(), self.deadline_s)
         if isinstance(event, Failed):
             problem = told(event.problem, self.names)
-            if problem.status >= 500 and problem is not event.problem:  # an unexpected error
+            if problem.status >= 500 and problem is not event.problem:  # an unexpected exception
                 self.server.settings.log("".join(traceback.format_exception(event.problem)))
             raise problem from event.problem
         return event
@@ -309,7 +317,7 @@ class Asked:
         return self.reply.whole(event, self.job.queue_s)
 
     def count(self, done: Done) -> None:
-        """Count and log a complete answer."""
+        """Count a complete answer in the metrics and log it."""
         report = done.report
         self.server.metrics.answer(self.question.model, report, self.job.queue_s, done.kept)
         tokens = f"{report.tokens.prompt or 0}+{report.tokens.new or 0} tokens"
@@ -319,7 +327,7 @@ class Asked:
         self.log(200, *facts)
 
     async def chunks(self, event: Piece | Done) -> AsyncIterator[bytes]:
-        """Yield the events of a streamed answer. An error ends the stream with an error event."""
+        """Yield the events of a streamed answer, starting with `event`. If it fails, the stream ends with an error event."""
         yield self.reply.begin()
         try:
             while not isinstance(event, Done):
@@ -334,7 +342,7 @@ class Asked:
         yield self.reply.end(event, self.job.queue_s)
 
     async def told(self, event: Told) -> AsyncIterator[bytes]:
-        """Yield the messages of a task as events. An error ends the stream with an error event."""
+        """Yield the messages of a task as events, starting with `event`. If it fails, the stream ends with an error event."""
         try:
             while not event.last:
                 yield stream_event(event.facts)
@@ -349,7 +357,7 @@ class Asked:
 
 
 class JobStream(StreamingResponse):
-    """A streamed response. If the client disconnects or is too slow, the job is cancelled."""
+    """A streamed response. If the client disconnects or reads too slowly, the job is cancelled."""
 
     def __init__(self, asked: Asked, chunks: AsyncIterator[bytes]):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -369,10 +377,10 @@ class JobStream(StreamingResponse):
 
 
 async def read_json(request: Request, count: Callable[[int], None]) -> Any:
-    """Read the JSON body of a request. `count` is called with each chunk's size.
+    """Read the JSON body of a request. `count` is called with the size of each chunk.
 
     Raises:
-        ApiError: the body is not valid JSON.
+        ApiError: the body is not valid JSON, or it has an unsupported content type or encoding.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
@@ -392,12 +400,12 @@ async def read_json(request: Request, count: Callable[[int], None]) -> Any:
 
 
 def client_of(request: Request) -> str:
-    """Return the client's IP address, by which clients take turns."""
+    """Return the client's IP address. The queue uses it to tell clients apart."""
     return request.client.host if request.client else "unknown"
 
 
 async def in_time(waiting: Awaitable[T], deadline_s: float) -> T:
-    """Await a result until a deadline, on the clock of the event loop.
+    """Await a result until a deadline, which is a time of the event loop's clock.
 
     Raises:
         ApiError: the deadline has passed.
@@ -410,10 +418,10 @@ async def in_time(waiting: Awaitable[T], deadline_s: float) -> T:
 
 
 async def unless_gone(request: Request, waiting: Awaitable[T]) -> T:
-    """Await a result until the client disconnects.
+    """Await a result, but stop waiting if the client disconnects.
 
     Raises:
-        ClientDisconnect: the client disconnected first.
+        ClientDisconnect: the client disconnected before the result was ready.
     """
     result = asyncio.ensure_future(waiting)
     gone = asyncio.ensure_future(_gone(request))
@@ -428,7 +436,7 @@ async def unless_gone(request: Request, waiting: Awaitable[T]) -> T:
 
 
 async def _gone(request: Request) -> None:
-    """Wait until the client disconnects. The request's body must have been read."""
+    """Wait until the client disconnects. The body of the request must already have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -437,7 +445,7 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
     """Return the server application.
 
     Args:
-        models: loaded models by name. The first one answers requests that name no model.
+        models: the loaded models by name. The first one answers requests that do not name a model.
     """
     server = Server(models, settings)
 
@@ -460,7 +468,7 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
 
     middleware = [Middleware(Guard, access=settings.access, refuse=refuse)]
     if settings.access.origins:
-        # OpenAI's browser client sends headers of its own, and reads `Retry-After`.
+        # OpenAI's browser client sends its own headers and reads `Retry-After`.
         headers = {"allow_headers": ["*"], "expose_headers": ["Retry-After"]}
         cors = {"allow_origins": settings.access.origins, "allow_methods": ["GET", "POST", "DELETE"]}
         middleware.insert(0, Middleware(CORSMiddleware, **cors, **headers))

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: reads its requests, and writes answers in its format, whole or as stream chunks."""
+"""The format of /v1/chat/completions: reads requests, and writes answers as complete responses or as stream chunks."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
 
 END = b"data: [DONE]\n\n"
-# Options of this format that have no effect at these values, and are refused at others.
+# Options of this format that are accepted if they have one of these values, which have no effect, and are refused otherwise.
 OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "n": lambda value: value == 1,
     "frequency_penalty": lambda value: value == 0,
@@ -41,7 +41,7 @@ class ChatReply:
 
     Args:
         model: the model's name.
-        usage: whether a stream ends with the usage.
+        usage: whether a stream ends with the token usage.
     """
 
     def __init__(self, model: str, usage: bool):
@@ -84,7 +84,7 @@ class ChatReply:
     def _chunk(
         self, delta: dict[str, str], entries: list[dict[str, Any]] | None = None, finish: str | None = None
     ) -> bytes:
-        """Return a chunk of the answer. `entries`: log probabilities of its tokens, or None if not requested."""
+        """Return a stream chunk. `entries` are the log probabilities of its tokens, or None if they were not requested."""
         choice = {"index": 0, "delta": delta, "logprobs": _logprobs(entries), "finish_reason": finish}
         return stream_event(self._object("chat.completion.chunk") | {"choices": [choice]})
 
@@ -117,7 +117,7 @@ def _usage(done: Done, queue_s: float) -> dict[str, Any]:
 def read_chat(
     body: Any, usual: PipelineOptions, models: Sequence[str]
 ) -> tuple[Question, tuple[Source, ...], ChatReply]:
-    """Read a request body, see `reply.Read`."""
+    """Read a request body. See `reply.Read`."""
     fields = read_options(body, "messages")
     messages = {f"messages[{number}]": each for number, each in enumerate(fields.need("messages", list))}
     names = NAMES | {"max_new_tokens": "max_tokens", "schema": "response_format"}
@@ -132,7 +132,7 @@ def read_chat(
 
 
 def _generation(fields: Fields) -> dict[str, Any]:
-    """Return the `GenerationOptions` from the fields of this format."""
+    """Return the `GenerationOptions` that are set by fields of this format."""
     given: dict[str, Any] = read_effort(fields, "reasoning_effort")
     tokens = [name for name in ("max_tokens", "max_completion_tokens") if fields.has(name)]
     if len(tokens) == 2:

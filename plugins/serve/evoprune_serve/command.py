@@ -1,4 +1,4 @@
-"""The command `evoprune serve`. Dependencies are imported when it runs."""
+"""The command `evoprune serve`. Its dependencies are imported only when it runs."""
 
 import logging
 import os
@@ -35,9 +35,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANY = ("0.0.0.0", "::")  # for comparison only  # noqa: S104
 KEY = "EVOPRUNE_API_KEY"
 MIB = 2**20
-BACKLOG = 512  # connections waiting to be accepted
+BACKLOG = 512  # maximum number of connections waiting to be accepted
 T = TypeVar("T")
-UNTAKEN_S = 60  # how long a client may accept no response data
+UNTAKEN_S = 60  # how long a client may go without accepting response data
 
 
 @opt.command(
@@ -130,7 +130,7 @@ def serve(
     origins = tuple(map(_origin, cors or ()))
     warm_up()  # warms up while this process imports its dependencies
     try:
-        in_a_thread(partial(import_module, "evoprune_serve.app"))  # during import, torch swallows signals' exceptions
+        in_a_thread(partial(import_module, "evoprune_serve.app"))  # while imported, torch swallows signals' exceptions
         import uvicorn
 
         from evoprune_serve.app import Settings, make_app
@@ -154,7 +154,7 @@ def serve(
             models = in_a_thread(partial(_loaded, name or (), pipeline, also or (), show, quiet))
         hosts = (*NAMES, _in_url(host).lower(), *(each.lower() for each in allow_host or ()))
         if host in ANY and key is not None and not allow_host:
-            hosts = ()  # the machine's names are unknown, and pages of other sites do not have the key
+            hosts = ()  # the machine's names are unknown; other sites' pages do not know the key
         access = Access(
             key=key,
             hosts=hosts,
@@ -184,10 +184,10 @@ def serve(
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,  # otherwise any client could pretend to be another one
+            proxy_headers=False,  # otherwise a client could pretend to be a different one
             timeout_graceful_shutdown=CLOSING_S,
         )
-        for library in ("uvicorn.error", "python_multipart"):  # they warn about every malformed request
+        for library in ("uvicorn.error", "python_multipart"):  # they would warn about every malformed request
             logging.getLogger(library).setLevel(logging.ERROR)
         verb = "is" if len(models) == 1 else "are"
         page = f"http://{_in_url(host)}:{listening.getsockname()[1]}/"
@@ -197,10 +197,10 @@ def serve(
 
 
 def in_a_thread(function: Callable[[], T]) -> T:
-    """Run a function in a new thread and return its result. The thread's OpenMP workers end with it.
+    """Run a function in a new thread and return its result. The OpenMP workers of the thread end when it ends.
 
-    The main thread never computes, so only the model's thread has a group of OpenMP workers. With a second group there would be
-    more threads than cores, and libgomp would put workers to sleep between operations instead of spinning.
+    The main thread never computes anything, so only the model's thread has a group of OpenMP workers. With a second group, there
+    would be more threads than cores, and libgomp would let the workers sleep between operations instead of spinning.
     """
     done: Future[T] = Future()
 
@@ -217,13 +217,13 @@ def in_a_thread(function: Callable[[], T]) -> T:
 def _loaded(
     names: Sequence[str], usual: PipelineOptions, also: Sequence[str], show: Callable[..., None], quiet: bool
 ) -> "dict[str, VideoQA]":
-    """Load the models and return them by name. `names` replace the names of the first models.
+    """Load the models and return them by name. `names` overrides the names of the first models.
 
     Raises:
         UsageError: two models have the same name, or there are more names than models.
         OutOfMemory: the models do not fit into memory together.
 
-    Also raises the errors of `load`.
+    For the other exceptions, see `load`.
     """
     options = [usual, *(replace(usual, model=replace(usual.model, model=model, revision=None)) for model in also)]
     if len(names) > len(options):
@@ -241,10 +241,10 @@ def _loaded(
 
 
 def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
-    """Describe all models.
+    """Return descriptions of all models, and check that the models fit into memory.
 
     Raises:
-        OutOfMemory: their weights do not fit into memory together.
+        OutOfMemory: the weights of all models together do not fit into memory.
         ModelError: a model does not exist.
     """
     prepare()
@@ -267,10 +267,10 @@ def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
 
 
 def _key(given: str | None, path: str | None) -> str | None:
-    """Return the API key from the option, the file or the environment, or None if there is no key.
+    """Return the API key from the option, the file or the environment. None if no key is set.
 
     Raises:
-        UsageError: the key is invalid, or both options are given.
+        UsageError: the key is invalid, the file cannot be read, or both options are given.
     """
     if given is not None and path is not None:
         raise UsageError("--api-key and --api-key-file cannot be combined", "give one of the two")
@@ -290,7 +290,7 @@ def _key(given: str | None, path: str | None) -> str | None:
 
 
 def _name(model: str) -> str:
-    """Return the public name of a model. A folder is reduced to its last part to keep paths private."""
+    """Return the public name of a model. For a folder, this is only the last part of its path, so that the path stays private."""
     if os.path.isdir(os.path.expanduser(model)):
         return Path(model).expanduser().resolve().name
     return model
@@ -304,10 +304,10 @@ def _above_0(flag: str, text: str) -> float:
 
 
 def _origin(text: str) -> str:
-    """Return an origin in the form that browsers send.
+    """Normalize an origin to the form that browsers send.
 
     Raises:
-        UsageError: it is not an origin.
+        UsageError: the string is not an origin.
     """
     origin = text.rstrip("/").lower()
     if not re.fullmatch(r"https?://[^/\s*]+", origin):
@@ -329,12 +329,12 @@ def _listening(host: str, port: int) -> socket.socket:
         UsageError: the address cannot be used.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Name the protocol explicitly; otherwise asyncio does not disable Nagle's algorithm, which delays parts of an answer.
+    # Specify the protocol. Otherwise asyncio does not disable Nagle's algorithm, which delays parts of an answer.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        if os.name == "posix":  # there, this allows reusing a port that was just served
+        if os.name == "posix":  # on POSIX systems, this allows reusing the port of a server that has just ended
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; accepted connections inherit it
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # available on Linux; accepted connections inherit it
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNTAKEN_S)
         listening.bind((host, port))
         listening.listen(BACKLOG)

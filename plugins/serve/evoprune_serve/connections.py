@@ -1,4 +1,4 @@
-"""Limits on the number of connections, and on how long a connection may be held without a request."""
+"""Limits the number of connections, and how long a connection may stay open without sending a request."""
 
 import asyncio
 from collections import Counter
@@ -6,20 +6,21 @@ from collections import Counter
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_S = 30.0  # time limit for the head of a request
-MOST = 512  # connections
+HEAD_S = 30.0  # time limit for receiving the head of a request
+MOST = 512  # maximum number of connections
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 19\r\n\r\nService Unavailable"
 
 
 class Connection(H11Protocol):
-    """An HTTP connection that is closed if the head of a request is not complete after `head_s`.
+    """An HTTP connection. It is closed if the head of a request is not complete after `head_s` seconds.
 
-    There are at most `most` connections, and at most `share` from one address. A connection beyond these limits closes the oldest
-    idle one, which has no request in progress: from its own address if that exceeds its share, otherwise from the address with the
-    most connections. If no connection is idle, the new one is refused.
+    There are at most `most` connections, and at most `share` from one address. A new connection beyond these limits closes the
+    oldest idle connection, which is one without a request in progress. If the new connection's address exceeds its share, this is
+    a connection from the same address, otherwise one from the address with the most connections. If there is no such idle
+    connection, the new one is refused.
 
-    `head_s` is counted from the start of the connection, and after a request from the first byte of the next request. Between
-    requests, uvicorn's own limit of 5 s applies; for bodies, the limits of guard.py; for answers, `--timeout`.
+    For the first request, `head_s` starts when the connection opens. For later requests, it starts with their first byte. Between
+    requests, uvicorn closes the connection after 5 s. Bodies are limited by guard.py, and answers by `--timeout`.
     """
 
     head_s = HEAD_S
@@ -55,7 +56,7 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _limit_connections(self) -> None:
-        """Close an idle connection, or this new one, if there are too many."""
+        """If there are too many connections, close an idle one, or this new one if none is idle."""
         present = [each for each in self.connections if not each.transport.is_closing()]
         counts = Counter(each._address for each in present)
         greedy = counts[self._address] > self.share

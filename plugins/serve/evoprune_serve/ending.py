@@ -1,4 +1,4 @@
-"""Graceful shutdown: waiting requests are refused, and the answer in progress gets a moment to finish."""
+"""Graceful shutdown. Waiting requests are refused, and the answer in progress gets a few seconds to finish."""
 
 import asyncio
 import logging
@@ -9,12 +9,12 @@ import uvicorn
 
 from evoprune_serve.work import Work
 
-GRACE_S = 3.0  # for the answer in progress
-CLOSING_S = 5  # for all connections; longer than `GRACE_S`
+GRACE_S = 3.0  # time for the answer in progress to finish
+CLOSING_S = 5  # time for all connections to close; must be longer than `GRACE_S`
 
 
 class EndingServer(uvicorn.Server):
-    """A uvicorn server that tells its clients when it shuts down."""
+    """A uvicorn server that refuses waiting requests when it shuts down."""
 
     def __init__(self, config: uvicorn.Config, work: Work):
         super().__init__(config)
@@ -28,6 +28,6 @@ class EndingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
-        del self._captured_signals[1:]  # uvicorn raises each of them at the end, and one is enough
-        if self.force_exit:  # after a second Ctrl-C, which may arrive inside this method, list no requests
+        del self._captured_signals[1:]  # uvicorn raises all captured signals again at the end, but one is enough
+        if self.force_exit:  # a second Ctrl-C, which may arrive inside this method: do not list the open requests
             logging.getLogger("uvicorn.error").disabled = True

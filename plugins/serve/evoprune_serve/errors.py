@@ -1,4 +1,4 @@
-"""Errors for clients: a status, and a message, field and code in OpenAI's format."""
+"""Errors for clients: an HTTP status, and a body in OpenAI's format with a message, a field and a code."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -6,8 +6,8 @@ from typing import Any
 
 from evoprune.errors import DoesNotFit, EvopruneError, OutOfMemory, UsageError, VideoError
 
-MOST_CHARACTERS = 2000  # of a message, which may repeat text from the client
-TYPES = {429: "rate_limit_error"}  # by status; the others depend on whether the status is below 500
+MOST_CHARACTERS = 2000  # maximum length of a message, which may repeat text from the client
+TYPES = {429: "rate_limit_error"}  # by status; for all other statuses, see `ApiError.body`
 CODES = {
     400: "invalid_value",
     401: "invalid_api_key",
@@ -21,9 +21,9 @@ class ApiError(Exception):
     """A request that failed.
 
     Args:
-        param: the invalid field.
-        code: a short machine-readable name.
-        headers: response headers.
+        param: name of the invalid field.
+        code: a short machine-readable name of the error.
+        headers: additional response headers.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ApiError(Exception):
 
 
 def _text(said: str) -> str:
-    """Make a message safe to send: text from clients may be long or contain lone surrogates."""
+    """Make a message safe to send. Text from clients, which it may repeat, can be long or contain lone surrogates."""
     if len(said) > MOST_CHARACTERS:
         half = MOST_CHARACTERS // 2
         said = f"{said[:half]}…{said[-half:]}"
@@ -63,7 +63,7 @@ def refused(message: str, param: str | None = None, code: str = "invalid_value")
 
 
 def full(retry_s: int) -> ApiError:
-    """Return the error for a request that exceeds the server's capacity. The client may retry after `retry_s` seconds."""
+    """Return the error for a request that the server has no capacity for. The client may retry after `retry_s` seconds."""
     return ApiError(429, "too many requests are waiting: try again later", headers={"Retry-After": str(retry_s)})
 
 
@@ -75,17 +75,17 @@ def ending() -> ApiError:
 
 
 def plain(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> ApiError:
-    """Return a generic error for a status."""
+    """Return a generic error for an HTTP status."""
     return ApiError(status, detail or HTTPStatus(status).phrase, headers=headers)
 
 
 def told(problem: BaseException, names: Mapping[str, str]) -> ApiError:
-    """Return the error that a client sees for an exception.
+    """Convert an exception to the error that the client sees.
 
-    Unexpected exceptions are not described, because their text may contain anything.
+    Unexpected exceptions are not described to clients, because their messages may contain private data.
 
     Args:
-        names: replacements for the paths of this machine.
+        names: the names that replace the paths of this machine in messages, by path.
     """
     if isinstance(problem, ApiError):
         return problem

@@ -1,4 +1,4 @@
-"""Reads JSON fields from clients. Unknown fields are refused by name, because silently ignoring an option would mislead."""
+"""Reads JSON fields from clients. Unknown fields are refused by name, because ignoring an option would mislead the client."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ MOST_CHARACTERS = 60  # maximum length of a value in an error message
 
 
 def json_text(value: Any) -> str:
-    """Return a value for an error message: as JSON if it is short, otherwise its type."""
+    """Format a value for an error message: as JSON if it is short, otherwise as a description of its type."""
     if not (isinstance(value, str | list | dict) and len(value) > MOST_CHARACTERS):
         text = json.dumps(value, ensure_ascii=False)
         if len(text) <= MOST_CHARACTERS:
@@ -21,7 +21,7 @@ def json_text(value: Any) -> str:
 
 
 class Fields:
-    """The fields of an object, taken one by one. Fields left at the end are refused. Null fields count as missing."""
+    """The fields of a JSON object, to be taken one by one. Fields that are left at the end are refused. Null counts as missing."""
 
     def __init__(self, value: Any, place: str = ""):
         if not isinstance(value, dict):
@@ -33,10 +33,10 @@ class Fields:
         return f"{self._place}.{field}" if self._place else field
 
     def take(self, field: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
-        """Take a field.
+        """Take an optional field and return its value, or `default` if the field is missing.
 
         Raises:
-            ApiError: it has the wrong type.
+            ApiError: the value has the wrong type.
         """
         if field not in self._left:
             return default
@@ -50,10 +50,10 @@ class Fields:
         return value
 
     def need(self, field: str, kinds: type | tuple[type, ...]) -> Any:
-        """Take a required field.
+        """Take a required field and return its value.
 
         Raises:
-            ApiError: it is missing or has the wrong type.
+            ApiError: the field is missing or its value has the wrong type.
         """
         if field not in self._left:
             raise refused(f"{self.name_of(field)} is missing", self.name_of(field), "missing_required_parameter")
@@ -66,10 +66,10 @@ class Fields:
         raise refused(f"{self.name_of(field)} {why}", self.name_of(field), "unsupported_value")
 
     def end(self, neutral: Mapping[str, Callable[[Any], bool]] | None = None) -> None:
-        """Raise ApiError if a field is left.
+        """Raise ApiError if any field has not been taken.
 
         Args:
-            neutral: for some fields, a function that returns True if a value has no effect. Such fields are accepted.
+            neutral: functions by field that return True if the field's value has no effect. Such fields are accepted.
         """
         for field, value in self._left.items():
             name = self.name_of(field[:60])

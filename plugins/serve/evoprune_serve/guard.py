@@ -1,4 +1,4 @@
-"""Checks on every request before it is handled: host, origin, API key and body limits."""
+"""Checks the host, origin, API key and body size of every request before it is handled."""
 
 import asyncio
 import hmac
@@ -17,9 +17,9 @@ from evoprune_serve.errors import ApiError, full, plain
 
 OPEN_PATHS = ("/", "/health")  # no key required
 UPLOAD_PATH = "/v1/files"
-FORM_BYTES = 2**16  # of an upload form, in addition to its file
-SLOW_BYTES_S = 2**15  # body rate below which a request uses up `SLOW_S`
-SLOW_S = 30.0  # patience for slow bodies
+FORM_BYTES = 2**16  # maximum size of an upload form without its file
+SLOW_BYTES_S = 2**15  # a body that arrives more slowly than this uses up `SLOW_S`
+SLOW_S = 30.0  # time budget for slow bodies
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 BODIES_RETRY_S = 5
 
@@ -29,12 +29,12 @@ class Access:
     """Who may send requests, and how much they may send.
 
     Attributes:
-        key: the key required in `Authorization: Bearer`; None requires no key.
-        hosts: host names of the server; empty allows any.
-        origins: origins of pages that may send requests, in addition to the server's own pages.
-        body_bytes: limit for a JSON body.
-        bodies_bytes: limit for all JSON bodies in memory together.
-        upload_bytes: limit for an uploaded file.
+        key: the key that requests must send as `Authorization: Bearer`. None accepts requests without a key.
+        hosts: the host names of the server. If empty, any name is accepted.
+        origins: origins of web pages that may send requests, in addition to the server's own pages.
+        body_bytes: maximum size of a JSON body.
+        bodies_bytes: maximum total size of all JSON bodies in memory.
+        upload_bytes: maximum size of an uploaded file.
     """
 
     key: str | None = None
@@ -46,22 +46,22 @@ class Access:
 
 
 class Bodies:
-    """Memory used by the JSON bodies of all requests.
+    """Limits the memory used by the JSON bodies of all requests.
 
     Args:
-        limit: bytes for all clients.
-        share: bytes for one client, so that others have room.
+        limit: maximum number of bytes for all clients together.
+        share: maximum number of bytes for one client, so that there is room for the others.
     """
 
     def __init__(self, limit: int, share: int):
         self._limit = limit
         self._share = share
         self._bytes = 0
-        self._clients: Counter[str] = Counter()  # bytes by client
+        self._clients: Counter[str] = Counter()  # bytes in use by client
 
     @contextmanager
     def room(self, client: str) -> "Iterator[BodyRoom]":
-        """Provide room for a body. It is released at the end of the context."""
+        """Yield a `BodyRoom` for one body. Its memory is released at the end of the context."""
         room = BodyRoom(self, client)
         try:
             yield room
@@ -79,7 +79,7 @@ class Bodies:
 
 
 class BodyRoom:
-    """Memory used by one body so far."""
+    """The memory that is reserved for one body."""
 
     def __init__(self, bodies: Bodies, client: str):
         self.bytes = 0
@@ -90,17 +90,17 @@ class BodyRoom:
         """Reserve `count` more bytes.
 
         Raises:
-            ApiError: there is no room.
+            ApiError: one of the limits of `Bodies` is exceeded.
         """
         self._bodies._add(self._client, count)
         self.bytes += count
 
 
 class Framing:
-    """Refuse requests with both a Content-Length and a Transfer-Encoding, and close their connections.
+    """Refuses requests that have both a Content-Length and a Transfer-Encoding, and closes their connections.
 
-    A proxy may use the Content-Length as the length of the body, while this server does not. The bytes in between would then be a
-    request that only one of them sees (request smuggling; RFC 9112, 6.3).
+    A proxy may determine the end of the body from the Content-Length, but this server would not. The bytes between the two ends
+    would then be a request that only one of them sees (request smuggling; RFC 9112, 6.3).
     """
 
     def __init__(self, app: ASGIApp, refuse: Callable[[Request, Exception], Response]):
@@ -120,7 +120,7 @@ class Framing:
 
 
 class Guard:
-    """Passes on the requests that are allowed, and answers others with an error at once."""
+    """Passes allowed requests on to the application, and responds to all others with an error immediately."""
 
     def __init__(self, app: ASGIApp, access: Access, refuse: Callable[[Request, Exception], Response]):
         """`refuse` builds the response for an error."""
@@ -161,14 +161,14 @@ class Guard:
 
     def _check_key(self, authorization: str) -> None:
         scheme, _, given = authorization.partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self._access.key.encode())  # in constant time
+        right = hmac.compare_digest(given.strip().encode(), self._access.key.encode())  # takes constant time
         if scheme.lower() != "bearer" or not right:
             message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
             raise ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
 
 
 def host_of(header: str) -> str:
-    """Return the host without its port, in lower case."""
+    """Return the host of a Host header in lower case, without its port."""
     host = header.lower()
     if host.startswith("["):
         return host.partition("]")[0] + "]"
@@ -181,13 +181,13 @@ def too_large(limit: int) -> ApiError:
 
 
 class Body:
-    """A request body of at most `limit` bytes while it is received.
+    """Receives a request body of at most `limit` bytes.
 
-    Waiting for the body uses up a time budget of `SLOW_S`, and received bytes refill it. The budget never exceeds `SLOW_S`, however
-    large the body is and however much of it arrives at once.
+    Waiting for the body uses up a time budget of `SLOW_S` seconds, and received bytes refill it. The budget never exceeds `SLOW_S`,
+    no matter how large the body is or how much of it arrives at once.
 
-    A response that starts before the whole body was received closes the connection, because the rest of the body would be read as
-    the next request.
+    If the response starts before the whole body has been received, the connection is closed after it. Otherwise the rest of the
+    body would be read as the next request.
     """
 
     def __init__(self, headers: Headers, limit: int, receive: Receive, send: Send):

@@ -1,4 +1,4 @@
-"""Reads the messages of a conversation, with videos and pictures in the formats of different client programs."""
+"""Reads the messages of a conversation. Supports the formats in which different client programs send videos and images."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,34 +11,38 @@ from evoprune_serve.fields import NUMBER, Fields, json_text
 from evoprune_serve.sources import Address, FrameList, Source, Uploaded
 
 MOST_MESSAGES = 1000
-MOST_PARTS = 1000  # in all messages
-MOST_CHARACTERS = 2**22  # in all texts
+MOST_PARTS = 1000  # in all messages together
+MOST_CHARACTERS = 2**22  # in the text of all messages together
 MOST_SOURCES = 64
 MOST_FRAMES = 256  # in a list of frames
-# Fields of earlier answers that clients send back. They are not part of the conversation, and must be empty, except `UNREAD`.
+# Fields of earlier answers that clients send back. They are not part of the conversation. Except for `UNREAD`, they must be empty.
 UNREAD = ("reasoning_content", "parsed")
 OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls", *UNREAD)
-# Types of text parts, with their other fields that are ignored.
+# Types of text parts, with the additional fields that are ignored.
 TEXTS = {"text": (), "input_text": (), "output_text": ("annotations", "logprobs")}
 
 
 def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, list[dict[str, str]], list[Source]]:
-    """Return the system prompt, the turns with the question last, and all videos and pictures in order.
+    """Read the messages of a request.
 
-    If a message has texts before and after a video or picture, the turns are `Placed` texts. Otherwise all inputs come first.
+    If a message has text both before and after a video or image, all turns contain `Placed` texts, which record where the inputs
+    are. Otherwise the inputs come before the text.
 
     Args:
-        messages: messages by their places in the body.
+        messages: the messages by their place in the body, such as "messages[0]".
         field: the field of the body that contains them.
 
+    Returns:
+        The system prompt or None, the turns, of which the last is the question, and all videos and images in order.
+
     Raises:
-        ApiError: the messages are not a valid conversation, or have no video or picture.
+        ApiError: the messages are not a valid conversation, or contain no video or image.
     """
     if len(messages) > MOST_MESSAGES:
         raise refused(f"there are more than {MOST_MESSAGES} messages", field)
     system: list[str] = []
     said: list[dict[str, str]] = []
-    contents: list[Sequence[str | None]] = []  # the parts of each message in `said`
+    contents: list[Sequence[str | None]] = []  # the parts of each message in `said`, in order
     sources: list[Source] = []
     parts = 0
     characters = 0
@@ -49,7 +53,7 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
             for name in OF_ANSWERS:
                 if fields.take(name, object) not in (None, [], {}) and name not in UNREAD:
                     fields.refuse(name, "is not supported here")
-        # For example, an answer that was cut off in its thoughts has no content.
+        # An answer may have no content, for example if it was cut off during the thoughts.
         content = (
             fields.take("content", (str, list), "") if role == "assistant" else fields.need("content", (str, list))
         )
@@ -90,9 +94,9 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
 
 
 def _content(content: str | list, place: str) -> tuple[list[str | None], list[Source]]:
-    """Return the texts of a message, with None in place of each video or picture, and the videos and pictures.
+    """Return the texts of a message, with None in place of each video or image, and a list of the videos and images.
 
-    Consecutive texts are joined by a newline. A single text is moved to the end.
+    Consecutive texts are joined by a newline. If there is only one text, it is moved to the end.
     """
     if isinstance(content, str):
         return [content], []
@@ -122,7 +126,7 @@ def _content(content: str | list, place: str) -> tuple[list[str | None], list[So
     return parts, sources
 
 
-# Parts of a message with a video or picture, by type. Each client program has its own types.
+# Readers for the parts of a message that contain a video or image. Different client programs use different part types.
 
 
 def _image_url(fields: Fields) -> Source:
@@ -158,7 +162,7 @@ def _file(fields: Fields) -> Source:
 
 
 def _file_of(fields: Fields) -> Source:
-    """Return the source of an object with a file ID, a URL or the file's data."""
+    """Return the source described by an object that has a file ID, a URL or the data of a file."""
     _without_detail(fields).take("filename", str)
     if fields.has("file_id"):
         source = Uploaded(fields.need("file_id", str))
@@ -171,7 +175,7 @@ def _file_of(fields: Fields) -> Source:
 
 
 def _video(fields: Fields) -> Source:
-    """Return a video from a URL, or from a list of pictures with a rate or times."""
+    """Return a video that is given as a URL, or as a list of frames with a frame rate or timestamps."""
     given = fields.need("video", (str, list))
     if isinstance(given, str):
         return Address(given)
@@ -204,7 +208,7 @@ def _times(fields: Fields, count: int) -> tuple[float, ...] | None:
 
 
 def _is_time(value: Any) -> bool:
-    """Return True if a value is a number that fits a float."""
+    """Return True if a value is a number that can be converted to a finite float."""
     return isinstance(value, NUMBER) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -213,7 +217,7 @@ def _ascend(times: Sequence[float]) -> bool:
 
 
 def _address(fields: Fields, name: str) -> Address:
-    """Return the URL in a field, which is either a text or an object with the field `url`."""
+    """Return the URL in a field. The field contains either a string or an object with the field `url`."""
     given = _without_detail(fields).need(name, (str, dict))
     if isinstance(given, str):
         return Address(given)
@@ -224,7 +228,11 @@ def _address(fields: Fields, name: str) -> Address:
 
 
 def _without_detail(fields: Fields) -> Fields:
-    """Take the field `detail`, which has no effect because pictures are always read in full detail."""
+    """Take the field `detail`. It has no effect, because images are always read in full detail.
+
+    Raises:
+        ApiError: another level of detail is requested.
+    """
     detail = fields.take("detail", str, "auto")
     if detail not in ("auto", "high", "original"):
         fields.refuse(

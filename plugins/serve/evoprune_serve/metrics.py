@@ -11,7 +11,7 @@ TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 
 class Metrics:
-    """Metrics of one server."""
+    """The Prometheus metrics of one server."""
 
     def __init__(self, work: Work):
         self._registry = CollectorRegistry()
@@ -36,7 +36,7 @@ class Metrics:
         self._requests.labels(path, str(status)).inc()
 
     def answer(self, model: str, report: Report, queue_s: float, kept: bool) -> None:
-        """Count a complete answer. `model` is the model's name."""
+        """Record the metrics of a complete answer. `model` is the model's name. `kept` indicates that its encoding was reused."""
         self._tokens.labels(model, "prompt").inc(report.tokens.prompt or 0)
         self._tokens.labels(model, "completion").inc(report.tokens.new or 0)
         self._visual.labels(model, "before").inc(report.pruning.visual_tokens_in or 0)

@@ -1,7 +1,7 @@
-"""The web page at `/`, a self-contained file, and the requests it makes beyond OpenAI's protocol.
+"""The web page at `/`, which is a self-contained file, and the routes that it uses in addition to OpenAI's API.
 
-`/page/settings` returns the server's settings. `/page/units` and `/page/moments` take the body of a chat completion about one
-video.
+`/page/settings` returns the server's settings. The bodies of requests to `/page/units` and `/page/moments` are those of a chat
+completion about one video.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ SETTINGS = "/page/settings"
 UNITS = "/page/units"
 MOMENTS = "/page/moments"
 PAGE_PATHS = (PAGE, SETTINGS, UNITS, MOMENTS)
-SHARES = (0.05, 0.15, 0.6, 0.8)  # in addition to the presets
-# Texts of warnings that differ from the command line's: visitors set no options and do not read this project's
-# documentation, and the page does not have the times and numbers that some warnings contain.
+SHARES = (0.05, 0.15, 0.6, 0.8)  # budgets offered in addition to the presets
+# Warning texts that differ from those of the command line, because visitors cannot set options and do not know this project's
+# documentation. Some of the other texts also contain times and numbers that the page does not have.
 PAGE_TEXTS = {
     "damaged_video": "the video is damaged: each frame that cannot be decoded was replaced by the previous one",
     "cut_short": "the video breaks off before the end that its file states",
@@ -68,7 +68,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Asking(Protocol):
-    """The parts of a server that the page uses."""
+    """The parts of `Server` that the page uses."""
 
     settings: Any
     work: Work
@@ -95,7 +95,7 @@ class Page:
         return Response(self._html, media_type="text/html", headers=self._headers)
 
     async def settings(self, request: Request) -> Response:
-        """Return the models, the available budgets, whether URLs are allowed, and the text for every warning."""
+        """Return the models, the available budgets, the text of every warning, and whether URLs are allowed."""
         settings = self._server.settings
         return JSONResponse(
             {
@@ -109,11 +109,11 @@ class Page:
         )
 
     async def units(self, request: Request) -> Response:
-        """Return the fates of a video's units, and the times of encoding and of the first token."""
+        """Return what happened to each unit of a video, together with the encoding and prefill times."""
         return await self._server.task(request, self._tell_units)
 
     async def moments(self, request: Request) -> Response:
-        """Return the moments that match the question."""
+        """Return the moments of a video that match the question."""
         return await self._server.task(request, self._tell_moments)
 
     def routes(self) -> list[Route]:
@@ -124,7 +124,7 @@ class Page:
             Route(MOMENTS, self.moments, methods=["POST"]),
         ]
 
-    # Run in the model's thread.
+    # Tasks, which run in the model's thread.
 
     def _tell_units(self, job: Job, put: Put) -> None:
         work = self._server.work
@@ -140,8 +140,8 @@ class Page:
         job.kind = kind
         encoded = work.encode(job)
         answer = encoded.ask(job.question.text, max_new_tokens=1)
-        answer.text  # generates the answer, so that its time is measured  # noqa: B018
-        last = traced[-1]  # an earlier attempt may have run out of memory
+        answer.text  # generates the answer, which measures the prefill time  # noqa: B018
+        last = traced[-1]  # the task may have been retried after running out of memory
         warnings = [name for name, _ in warned(encoded.report) if name != "demo_model"]
         if not qa.loaded.knows(last.plan.info):
             warnings.append("demo_overlay")
@@ -183,7 +183,7 @@ class Page:
 
 
 class TracedInput(OpenInput):
-    """An input that records the fates of its units."""
+    """An input that records the fate of each unit while it is encoded."""
 
     def run_tower(self, *given: Any, **options: Any) -> EncodedRows:
         made = super().run_tower(*given, **options)
@@ -192,12 +192,12 @@ class TracedInput(OpenInput):
 
 
 def model_record(name: str, qa: VideoQA) -> dict[str, Any]:
-    """Return facts about a model for the page. `overlay` is whether the page can draw what its method keeps."""
+    """Return facts about a model for the page. `overlay` is True if the page can draw which units the model's method keeps."""
     return {"name": name, "demo": qa.loaded.demo is not None, "overlay": drawable(qa.session)}
 
 
 def drawable(session: Session) -> bool:
-    """Return True if an overlay of a session's kept units can be drawn."""
+    """Return True if an overlay of the kept units can be drawn for a session."""
     try:
         Fates.check(session)
     except UsageError:
@@ -213,10 +213,11 @@ def check_one_video(job: Job) -> None:
 
 
 def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
-    """Return the units' fates and the measured times as JSON data.
+    """Return the fates of the units and the measured times as JSON data.
 
-    `units` has a text per frame pair with one digit per unit, in raster order: an index into `fates`. `merged` has a flat list per
-    frame pair of merges within it: a unit, then the unit it was merged into.
+    `units` contains a string for each frame pair, with one digit per unit in raster order. The digit is an index into `fates`.
+    `merged` contains a list for each frame pair, which describes the merges within the frame pair: each merged unit is followed by
+    the unit that it was merged into.
     """
     count, height, width = plan.grid
     numbers = torch.arange(units.owner.numel(), dtype=torch.int64, device="cpu").view(count, -1)
@@ -243,9 +244,9 @@ def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
 
 
 def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
-    """Return the available budgets from small to large, with their shares for a video and for a picture (`still`).
+    """Return the available budgets in ascending order, with their shares for a video and for an image (`still`).
 
-    A budget that depends on the content has no shares, and comes first.
+    A budget that depends on the content has no fixed shares and comes first.
     """
     own = usual.pruning.config().budget
     known = [*map(Budget.parse, SHARES), *Budget.PRESETS.values()]
@@ -261,14 +262,15 @@ def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
 
 
 def sentence(warning: str) -> str:
-    """Return the page's text for a warning."""
+    """Return the text that the page shows for a warning."""
     return PAGE_TEXTS.get(warning) or warning_text(warning, VideoFacts(), "the video")
 
 
 def policy(html: str, urls: bool) -> str:
-    """Return the page's Content-Security-Policy: its own script and style, this server, and files chosen by the visitor.
+    """Return the page's Content-Security-Policy. It allows the page's own script and style, this server, and files that the visitor
+    chooses.
 
-    `urls`: whether the page may play videos from the web.
+    `urls` allows the page to play videos from the web as well.
     """
     chosen = "blob: https: http:" if urls else "blob:"
     parts = {
@@ -286,7 +288,7 @@ def policy(html: str, urls: bool) -> str:
 
 
 def _hashed(html: str, tag: str) -> str:
-    """Return the hash of the only element with this tag, in the syntax of a policy."""
+    """Return the hash of the page's only element with this tag, in Content-Security-Policy syntax."""
     (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
     digest = b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"

@@ -1,4 +1,4 @@
-"""Connections to the public internet only, for addresses that clients of the server choose."""
+"""HTTP connections that are restricted to the public internet, for URLs that come from clients of the server."""
 
 import ipaddress
 import socket
@@ -14,13 +14,15 @@ PORTS = {"http": 80, "https": 443}
 
 
 class PublicTransport(httpx2.HTTPTransport):
-    """Connects only to the public internet, and only to the exact addresses it checked, so DNS cannot change in between.
+    """Connects only to the public internet.
+
+    It connects to the IP addresses that it has checked, so a change in DNS has no effect.
 
     Every request passes through here, including redirects.
 
     Args:
-        check: called before each connection and each read; raising an exception aborts the request. A timeout alone would not stop
-            a server that sends its headers byte by byte.
+        check: called before each connection and each read. It can abort the request by raising an exception. A timeout would not
+            be enough to stop a server that sends its headers byte by byte.
     """
 
     def __init__(self, check: Callable[[], None]):
@@ -50,7 +52,7 @@ class PublicTransport(httpx2.HTTPTransport):
         raise problem
 
     def _trace(self, event: str, info: dict[str, Any]) -> None:
-        """Call the check before each connection and each read; httpcore2 calls this function."""
+        """Call the check before each connection and each read. Called by httpcore2 for every event of a request."""
         if event == "connection.connect_tcp.started":
             self._check()
         stream = info.get("return_value")
@@ -65,11 +67,11 @@ class PublicTransport(httpx2.HTTPTransport):
 
 
 def _public_addresses(host: str, port: int) -> list[str]:
-    """Resolve a host.
+    """Resolve a host and return its IP addresses.
 
     Raises:
         OSError, UnicodeError: the host cannot be resolved.
-        VideoError: an address is not public, or belongs to this machine.
+        VideoError: one of the addresses is not public or belongs to this machine.
     """
     refused = VideoError(f"{host} is not on the public internet, so it is not read", "send the video itself")
     found = list(dict.fromkeys(str(place[0]) for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
@@ -78,7 +80,7 @@ def _public_addresses(host: str, port: int) -> list[str]:
     for address in found:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
-                probe.connect((address, port))  # sends nothing, but finds the local address
+                probe.connect((address, port))  # sends nothing, but determines the local address
             except OSError:  # no route
                 continue
             if probe.getsockname()[0] == probe.getpeername()[0]:
@@ -86,7 +88,7 @@ def _public_addresses(host: str, port: int) -> list[str]:
     return found
 
 
-# IPv6 addresses that lead to an IPv4 address, which may be in any network: NAT64, 6to4, Teredo.
+# IPv6 addresses that are translated to IPv4 addresses, which may be in any network: NAT64, 6to4 and Teredo.
 TRANSLATED = tuple(ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
 
 

@@ -1,4 +1,4 @@
-"""A question as the server's model takes it, and the options shared by all API formats."""
+"""A question in the form that the model's thread needs, and a reader for the options that all API formats share."""
 
 import json
 import re
@@ -21,10 +21,10 @@ from evoprune_serve.sources import Source
 
 MOST_STOPS = 16
 SPEECH = ("none", "auto", "tiny", "base", "small", "large-v3-turbo")  # values of `speech` in requests
-MOST_BYTES = 2**21  # of all options of a request as JSON; a schema may have up to 1 MiB
+MOST_BYTES = 2**21  # maximum size of all options of a request as JSON; a schema alone may have up to 1 MiB
 JSON_OBJECT = {"type": "object"}
-SETTING = re.compile(r"true|false|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)  # value of a method's setting
-# Options of all formats that have no effect at these values, and are refused at others.
+SETTING = re.compile(r"true|false|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)  # allowed value of a method's setting
+# Options of all formats that are accepted if they have one of these values, which have no effect, and are refused otherwise.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "tools": lambda value: value == [],
     "tool_choice": lambda value: value in ("none", "auto"),
@@ -36,18 +36,18 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "prompt_cache_retention": lambda value: isinstance(value, str),
     "metadata": lambda value: isinstance(value, dict),
 }
-# Options whose request fields have other names, in all formats.
+# Names of the request fields, for options whose field has a different name in all formats.
 NAMES = {"start_s": "start", "end_s": "end", "logprobs": "top_logprobs"}
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its options, without the videos and pictures that it is about."""
+    """A question with its options, but without the videos and images that it is about."""
 
     model: str  # name of the model
     text: str
-    earlier: tuple[dict[str, str], ...]  # earlier messages, alternating between user and assistant
+    earlier: tuple[dict[str, str], ...]  # earlier messages, which alternate between user and assistant
     generation: GenerationOptions  # includes the system prompt, `system`
     seed: int | None
     sampling: SamplingOptions
@@ -58,10 +58,10 @@ class Question:
 def read_options(body: Any, messages: str) -> Fields:
     """Return the fields of a request body.
 
-    `messages` names the field with the messages.
+    `messages` is the name of the field that contains the messages.
 
     Raises:
-        ApiError: the body is not an object, or its other fields are too large or not valid Unicode.
+        ApiError: the body is not an object, or the fields other than `messages` are too large or not valid Unicode.
     """
     fields = Fields(body)
     options = {name: value for name, value in body.items() if name != messages}
@@ -78,7 +78,7 @@ def _model(fields: Fields, models: Sequence[str]) -> str:
     """Return the model that a body names, or the first model.
 
     Raises:
-        ApiError: there is no model of this name.
+        ApiError: there is no model with this name.
     """
     asked = fields.take("model", str, models[0])
     if asked not in models:
@@ -105,14 +105,15 @@ def read_question(
     """Read the fields that all API formats share.
 
     Args:
-        usual: defaults for options missing in the body.
+        usual: default values of options that the body does not contain.
         models: names of the served models.
         messages, field: see `read_messages`.
-        generation: `GenerationOptions` from the format's own fields. System prompts in messages are appended to its `system`.
-        names: request fields whose names differ from their options.
+        generation: the `GenerationOptions` that are set by the format's own fields. System prompts from messages are appended to
+            its `system`.
+        names: names of request fields, for options whose field has a different name.
 
     Returns:
-        The question, and the videos and pictures that it is about.
+        The question, and the videos and images that it is about.
 
     Raises:
         ApiError: a value is unknown, has the wrong type, or is out of range.
@@ -141,24 +142,24 @@ def read_question(
 
 
 def stream_options(fields: Fields, stream: bool) -> Fields:
-    """Return the `stream_options` of a body, except those shared by all formats.
+    """Return the `stream_options` of a body, after taking those that all formats share.
 
     Raises:
-        ApiError: there are options, but the request is not for a stream.
+        ApiError: there are `stream_options`, but the request does not ask for a stream.
     """
     given = fields.take("stream_options", dict)
     if given is not None and not stream:
         fields.refuse("stream_options", "is only for streams")
     options = Fields(given or {}, "stream_options")
-    options.take("include_obfuscation", bool)  # accepted without effect: nothing is padded
+    options.take("include_obfuscation", bool)  # accepted, but has no effect, because events are not padded
     return options
 
 
 def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
-    """Return options with the given overrides. Without overrides, skip the checks, which take milliseconds.
+    """Return options with the given overrides. If there are none, skip validation, which takes milliseconds.
 
     Raises:
-        ApiError: names the field with the invalid value.
+        ApiError: a value is invalid. The error names its request field.
     """
     try:
         return replace(options, **given) if given else options
@@ -167,12 +168,12 @@ def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
             field = names.get(name, name)
             with _naming(field, name):
                 replace(options, **{name: value})
-        raise refused(f"{problem.message} ({problem.hint})") from problem  # they are invalid together
+        raise refused(f"{problem.message} ({problem.hint})") from problem  # only their combination is invalid
 
 
 @contextmanager
 def _naming(field: str, option: str | None = None) -> Iterator[None]:
-    """Turn a UsageError into the ApiError of a field. `option` is the name to replace in the message."""
+    """Convert a UsageError to an ApiError about a request field. In the message, the name `option` is replaced with `field`."""
     try:
         yield
     except UsageError as problem:
@@ -183,10 +184,10 @@ def _naming(field: str, option: str | None = None) -> Iterator[None]:
 
 
 def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | None:
-    """Return the JSON schema from a response format, or None for free text.
+    """Return the JSON schema from a response format, or None if the answer is free text.
 
     Args:
-        inner: the field of a `json_schema` format that contains the schema; None if the schema is next to the type.
+        inner: the field that contains the object with the schema in the `json_schema` format. None if the schema is next to `type`.
     """
     kind = fields.need("type", str)
     schema = None
@@ -206,10 +207,10 @@ def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | No
 
 
 def read_effort(fields: Fields, name: str) -> dict[str, str]:
-    """Return the `think` option for a reasoning effort. "none" turns thoughts off.
+    """Return the `think` option for a reasoning effort. The only supported value is "none", which turns thinking off.
 
     Raises:
-        ApiError: the effort has another value.
+        ApiError: the effort has any other value.
     """
     effort = fields.take(name, str)
     if effort is None:
@@ -220,7 +221,7 @@ def read_effort(fields: Fields, name: str) -> dict[str, str]:
 
 
 def _sampled(fields: Fields) -> dict[str, Any]:
-    """Return the options for token sampling, stop texts and thoughts."""
+    """Return the options for token sampling, stop strings and thinking."""
     given = {}
     numbers = {"temperature": NUMBER, "top_p": NUMBER, "top_k": int, "repetition_penalty": NUMBER}
     for name, kinds in numbers.items():
@@ -249,7 +250,7 @@ def _sampling(fields: Fields) -> dict[str, Any]:
         given["seek"] = fields.take("seek", str)
     if fields.has("speech"):
         given["speech"] = fields.take("speech", str)
-        if given["speech"] not in SPEECH:  # other values name a folder of this machine
+        if given["speech"] not in SPEECH:  # other values would name a folder on this machine
             fields.refuse("speech", f"is not one of {', '.join(SPEECH)}")
     for name in ("start", "end"):
         if fields.has(name):
@@ -268,7 +269,7 @@ def _pruning(fields: Fields) -> dict[str, Any]:
         with _naming("method"):
             parts = MethodText(method).parts
         for name, value in (setting for each in parts for setting in each.settings):
-            if value is not None and not SETTING.fullmatch(value):  # other values could name a file of this machine
+            if value is not None and not SETTING.fullmatch(value):  # other values could name a file on this machine
                 fields.refuse("method", f"sets {name[:60]}: requests can set only numbers, true and false")
         given["method"] = method
     return given

@@ -1,4 +1,4 @@
-"""Parts of answers shared by OpenAI's formats."""
+"""Parts of answers that all of OpenAI's formats share."""
 
 import json
 import time
@@ -29,8 +29,8 @@ TIMES = (
 class Reply(Protocol):
     """The answer to one request in one API format.
 
-    A stream consists of the bytes from `begin`, from `piece` for each piece, and from `end` or `failed`. `identity` is the answer's
-    ID. `queue_s` is the time the request waited.
+    A stream consists of the bytes that `begin` returns, those that `piece` returns for each piece, and those of `end` or `failed`.
+    `identity` is the ID of the answer. `queue_s` is the time in seconds that the request waited in the queue.
     """
 
     identity: str
@@ -42,13 +42,13 @@ class Reply(Protocol):
     def failed(self, problem: ApiError) -> bytes: ...
 
 
-# Reads a request body, given the default options and the names of the models. Returns the question, the videos and pictures that it
-# is about, and the answer to fill. Raises ApiError if a value is unknown, has the wrong type, or is out of range.
+# Reads a request body, given the default options and the names of the models. Returns the question, the videos and images that it
+# is about, and a `Reply` for the answer. Raises ApiError if a value is unknown, has the wrong type, or is out of range.
 Read = Callable[[Any, PipelineOptions, Sequence[str]], tuple[Question, tuple[Source, ...], Reply]]
 
 
 def created() -> int:
-    """Return the current Unix time, the creation time of an answer."""
+    """Return the creation time of an answer: the current Unix time in seconds."""
     return int(time.time())
 
 
@@ -59,7 +59,7 @@ def stream_event(data: dict[str, Any], name: str | None = None) -> bytes:
 
 
 def pruned(done: Done, queue_s: float) -> dict[str, Any]:
-    """Return the `evoprune` object of an answer's usage: effects of pruning, and stage times in ms."""
+    """Return the `evoprune` object for the `usage` field of an answer. It contains pruning effects and stage times in ms."""
     report = done.report
     pruning = report.pruning
     times = report.time_ms
@@ -78,7 +78,7 @@ def pruned(done: Done, queue_s: float) -> dict[str, Any]:
 
 
 def logprobs(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Convert log probabilities of a report to OpenAI's format: each token with the most likely alternatives."""
+    """Convert the log probabilities in a report to OpenAI's format, in which each token has a list of likely alternatives."""
 
     def entry(each: dict[str, Any]) -> dict[str, Any]:
         return {name: each[name] for name in ("token", "logprob", "bytes")}

@@ -1,6 +1,6 @@
-"""/v1/responses: reads its requests, and writes answers in its format, whole or as stream events.
+"""The format of /v1/responses: reads requests, and writes answers as complete responses or as stream events.
 
-Responses are not stored, so clients send the whole conversation each time, as they do with `store` set to false.
+Responses are not stored, so clients must send the whole conversation with each request, as they do if `store` is false.
 """
 
 import secrets
@@ -38,19 +38,19 @@ STATED = (
 LOGPROBS = "message.output_text.logprobs"  # the only supported value of `include`
 # Fields of a message that are not part of the conversation.
 OF_MESSAGES = ("type", "id", "status", "phase")
-# Options of this format that have no effect at these values, and are refused at others.
+# Options of this format that are accepted if they have one of these values, which have no effect, and are refused otherwise.
 OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "background": lambda value: value is False,
     "store": lambda value: value is False,
-    "truncation": lambda value: value == "auto",  # turns that do not fit are left out
+    "truncation": lambda value: value == "auto",  # earlier turns that do not fit are left out
 }
 
 
 @dataclass
 class Item:
-    """An output item: thoughts, or the text of an answer.
+    """An output item: either thoughts or the text of an answer.
 
-    `logprobs`: log probabilities of its tokens so far. A text item starts with the entries of the thoughts before it.
+    `logprobs` contains the log probabilities of its tokens so far. A text item starts with those of the preceding thoughts.
     """
 
     thought: bool
@@ -65,13 +65,13 @@ class Item:
 
     @property
     def part(self) -> dict[str, Any]:
-        """The content so far."""
+        """The content part with the text so far."""
         if self.thought:
             return {"type": "reasoning_text", "text": self.text}
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": [*self.logprobs]}
 
     def record(self, status: str) -> dict[str, Any]:
-        """Return the item as JSON data. An item in progress has no content yet."""
+        """Return the item as JSON data. While the item is in progress, its content is empty."""
         kind = {"type": "message", "role": "assistant"}
         if self.thought:
             kind = {"type": "reasoning", "summary": []}
@@ -80,11 +80,11 @@ class Item:
 
 
 class ResponseReply:
-    """An answer in the format of responses: an item of thoughts, if the model thinks, and one of text.
+    """An answer in the format of responses. It has an item with thoughts, if the model thinks, and an item with text.
 
     Args:
         model: the model's name.
-        stated: request fields that the response repeats.
+        stated: fields of the request that the response repeats.
     """
 
     def __init__(self, model: str, stated: dict[str, Any]):
@@ -124,7 +124,7 @@ class ResponseReply:
         return self._event("response.failed", response=self._response("failed") | {"error": error})
 
     def _response(self, status: str) -> dict[str, Any]:
-        """Return the response with its items so far."""
+        """Return the response with the items so far."""
         output = [item.record("completed") for item in self._items]
         if output and status != "completed":
             output[-1]["status"] = "incomplete"
@@ -147,7 +147,7 @@ class ResponseReply:
     # Stream events.
 
     def _add(self, thought: bool, text: str, entries: list[dict[str, Any]]) -> bytes:
-        """Return the events for a piece of text, and start a new item if necessary."""
+        """Add a piece of text and return its events. If the piece does not continue the current item, a new item starts."""
         events = b""
         if not self._items or self._items[-1].thought != thought:
             events += self._close("completed") + self._open(thought)
@@ -157,7 +157,7 @@ class ResponseReply:
         return events + self._of_part("delta", {"delta": text}, entries)
 
     def _open(self, thought: bool) -> bytes:
-        """Return the events that start an item."""
+        """Start a new item and return its events."""
         before = self._items[-1].logprobs if self._items else []
         self._items.append(Item(thought, logprobs=[*before]))
         item = self._items[-1].record("in_progress")
@@ -165,7 +165,7 @@ class ResponseReply:
         return events + self._event("response.content_part.added", part=self._items[-1].part, **self._place)
 
     def _close(self, status: str) -> bytes:
-        """Return the events that end the item in progress; empty if there is no item."""
+        """Return the events that end the item in progress. If there is no item, return no bytes."""
         if not self._items:
             return b""
         item = self._items[-1]
@@ -176,11 +176,11 @@ class ResponseReply:
 
     @property
     def _place(self) -> dict[str, Any]:
-        """The position of the content of the item in progress."""
+        """The event fields that identify the content of the item in progress."""
         return {"item_id": self._items[-1].id, "output_index": len(self._items) - 1, "content_index": 0}
 
     def _of_part(self, what: str, fields: dict[str, Any], entries: list[dict[str, Any]]) -> bytes:
-        """Return an event about the content of the item in progress. `entries` are log probabilities, which thoughts omit."""
+        """Return an event about the content of the item in progress. Its log probabilities, `entries`, are omitted for thoughts."""
         item = self._items[-1]
         if not item.thought:
             fields = fields | {"logprobs": entries}
@@ -212,7 +212,7 @@ def _usage(done: Done, queue_s: float) -> dict[str, Any]:
 def read_response(
     body: Any, usual: PipelineOptions, models: Sequence[str]
 ) -> tuple[Question, tuple[Source, ...], ResponseReply]:
-    """Read a request body, see `reply.Read`."""
+    """Read a request body. See `reply.Read`."""
     fields = read_options(body, "input")
     if fields.has("previous_response_id"):
         fields.refuse("previous_response_id", "is not supported: no responses are kept; send all messages in input")
@@ -239,7 +239,7 @@ def read_response(
 
 
 def _messages(given: str | list) -> dict[str, Any]:
-    """Return the messages of `input` by their places. Thoughts of earlier answers are dropped."""
+    """Return the messages in the field `input` by their place in the body. Thoughts of earlier answers are dropped."""
     if isinstance(given, str):
         return {"input": {"role": "user", "content": given}}
     messages = {}
@@ -255,7 +255,7 @@ def _messages(given: str | list) -> dict[str, Any]:
 
 
 def _generation(fields: Fields) -> dict[str, Any]:
-    """Return the `GenerationOptions` from the fields of this format."""
+    """Return the `GenerationOptions` that are set by fields of this format."""
     given: dict[str, Any] = {}
     if fields.has("instructions"):
         given["system"] = fields.take("instructions", str)

@@ -1,4 +1,4 @@
-"""Videos and pictures of a request: inline data, files of /v1/files, URLs, or files of this machine."""
+"""Fetches the videos and images of a request: inline data, files from /v1/files, URLs, or files on this machine."""
 
 import binascii
 import errno
@@ -25,9 +25,9 @@ from evoprune_serve.public import PublicTransport
 from evoprune_serve.store import UNUSED_S, Content, Store
 from evoprune_serve.uploads import Uploads
 
-URL_CHARACTERS = 8192  # of a URL other than data:
-FILES_RETRY_S = 5  # seconds after which a client may retry if too many files were open
-FRAMES_BYTES = 2**29  # limit for the decoded pixels of a list of frames
+URL_CHARACTERS = 8192  # maximum length of a URL, except for data: URLs
+FILES_RETRY_S = 5  # seconds after which a client may retry if too many files are open
+FRAMES_BYTES = 2**29  # maximum size of the decoded pixels of a list of frames
 LONGEST_S = 3600.0  # maximum duration of a download
 FILE_HINT = "upload the file instead"
 
@@ -41,14 +41,14 @@ class Address:
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A file of /v1/files."""
+    """A file that was uploaded to /v1/files."""
 
     file_id: str
 
 
 @dataclass(frozen=True)
 class FrameList:
-    """A video as a list of pictures, with either a time in seconds for each or a rate in frames per second."""
+    """A video as a list of frames, with either a timestamp in seconds for each frame or a rate in frames per second."""
 
     frames: tuple[Address | Uploaded, ...]
     rate: float | None
@@ -60,11 +60,11 @@ Source = Address | Uploaded | FrameList
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file of this machine.
+    """A file on this machine.
 
     Attributes:
-        identity: equal identities mean equal contents.
-        name: shown to clients instead of the path.
+        identity: files with equal identities have equal contents.
+        name: the name that clients see instead of the path.
     """
 
     path: str
@@ -77,7 +77,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class LocalFrames:
-    """A video made of pictures on this machine."""
+    """A video made of image files on this machine."""
 
     files: tuple[LocalFile, ...]
     rate: float | None
@@ -89,11 +89,11 @@ class LocalFrames:
         return [file.identity for file in self.files], self.rate, self.times_s
 
     def input(self) -> HeldVideo:
-        """Decode the pictures, on Linux in a separate process.
+        """Decode the images. On Linux, this happens in a separate process.
 
         Raises:
-            VideoError: a picture is unreadable.
-            ApiError: a file is not a picture, the sizes differ, or the pictures are too large together.
+            VideoError: an image cannot be read.
+            ApiError: a file is not an image, the images differ in size, or they are too large in total.
         """
         arrays = []
         size = None
@@ -115,7 +115,7 @@ Local = LocalFile | LocalFrames
 
 
 class Fetched:
-    """The inputs of a request as files on this machine. Closing it releases the files."""
+    """The inputs of a request, as files on this machine. `close` releases the files."""
 
     def __init__(self, inputs: Sequence[Local], files: ExitStack):
         self._inputs = inputs
@@ -127,18 +127,18 @@ class Fetched:
 
     @property
     def names(self) -> list[str]:
-        """Names of the inputs for reports and errors."""
+        """The names of the inputs in reports and error messages."""
         return [each.name for each in self._inputs]
 
     @property
     def paths(self) -> dict[str, str]:
-        """Names to show to clients instead of each path."""
+        """The name that clients see instead of a path, by path."""
         files = [each for each in self._inputs if isinstance(each, LocalFile)]
         files += [file for each in self._inputs if isinstance(each, LocalFrames) for file in each.files]
         return {file.path: file.name for file in files}
 
     def inputs(self) -> list[Input]:
-        """Return the inputs to encode. Raises the errors of `LocalFrames.input`."""
+        """Return the inputs to encode. For the exceptions, see `LocalFrames.input`."""
         return [each.input() for each in self._inputs]
 
     def close(self) -> None:
@@ -146,11 +146,11 @@ class Fetched:
 
 
 class Sources:
-    """Fetches the sources of requests, as far as the server allows them. Thread-safe.
+    """Fetches the sources of requests, if the server allows them. Thread-safe.
 
     Args:
-        urls: whether web URLs are fetched. Addresses in private networks never are.
-        folders: folders whose files may be read, including subfolders.
+        urls: whether URLs on the web are fetched. Addresses in private networks are never fetched.
+        folders: folders whose files may be read, including their subfolders.
         limit_bytes: maximum size of a download.
     """
 
@@ -160,14 +160,14 @@ class Sources:
         self._urls = urls
         self._folders = [folder.resolve() for folder in folders]
         self._limit_bytes = limit_bytes
-        self._downloads: dict[str, tuple[Content, float]] = {}  # contents by URL, with the download time
+        self._downloads: dict[str, tuple[Content, float]] = {}  # recent downloads by URL, with the time of the download
         self._lock = Lock()
 
     def fetch(self, sources: Sequence[Source], check: Callable[[], None] = lambda: None) -> Fetched:
         """Fetch the sources as local files.
 
         Args:
-            check: called repeatedly; raising an exception aborts a download.
+            check: called repeatedly. It can abort a download by raising an exception.
 
         Raises:
             ApiError: a source is not allowed or does not exist.
@@ -180,7 +180,7 @@ class Sources:
     def _local(
         self, source: Source, name: str, stack: ExitStack, check: Callable[[], None], copied: bool = False
     ) -> Local:
-        """Fetch one source. See `_file` for `copied`."""
+        """Fetch one source. For `copied`, see `_file`."""
         check()
         if isinstance(source, FrameList):
             files = tuple(
@@ -208,7 +208,7 @@ class Sources:
         return self._file(source.url, stack, copied)
 
     def _download(self, url: str, check: Callable[[], None]) -> Content:
-        """Return the content of a URL, in use. Recent downloads are reused."""
+        """Download a URL, or reuse a recent download. The caller must release the returned content."""
         if not self._urls:
             raise refused("URLs are not read: the server runs without --allow-urls")
         with self._lock:
@@ -242,14 +242,14 @@ class Sources:
         self._downloads = {url: known for url, known in self._downloads.items() if now - known[1] < UNUSED_S}
 
     def _file(self, url: str, stack: ExitStack, copied: bool) -> LocalFile:
-        """Return a file below an allowed folder. All other paths fail with the same error, so a client learns nothing about them.
+        """Return a file below an allowed folder. All other paths raise the same error, so a client learns nothing about them.
 
-        The file is opened once and read through this descriptor, so replacing the file later has no effect. With `copied`, it is
-        copied to the store instead of kept open, because a video may have many frames.
+        The file is opened only once and read through this descriptor, so replacing the file later has no effect. With `copied`, the
+        file is copied to the store instead of being kept open, because a list of frames may have many files.
         """
         try:
             file = stack.enter_context(self._opened(url))
-        except (OSError, ValueError) as problem:  # ValueError if the URL or a file name is invalid
+        except (OSError, ValueError) as problem:  # ValueError: the URL or a filename is invalid
             if isinstance(problem, OSError) and problem.errno in (errno.EMFILE, errno.ENFILE):
                 raise full(FILES_RETRY_S) from problem
             message = f"{url} is not a file below a folder of --allow-dir"
@@ -269,10 +269,10 @@ class Sources:
         return LocalFile(path, identity, url)
 
     def _opened(self, url: str) -> BinaryIO:
-        """Open the file of a file: URL.
+        """Open the file that a file: URL refers to.
 
         Raises:
-            OSError, ValueError: it is not a file below an allowed folder.
+            OSError, ValueError: the URL does not refer to a file below an allowed folder.
         """
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):
@@ -285,10 +285,10 @@ class Sources:
 
 
 def opened_below(folder: Path, path: Path) -> BinaryIO:
-    """Open a regular file below a folder without following links below the folder. Its `name` is the path.
+    """Open a regular file below a folder. Symbolic links below the folder are not followed. The file's `name` is the path.
 
     Raises:
-        OSError: there is no such file, or a link is on the way to it.
+        OSError: there is no such file, or its path contains a symbolic link.
         ValueError: the path is the folder itself.
     """
     *folders, name = path.relative_to(folder).parts
@@ -306,7 +306,7 @@ def opened_below(folder: Path, path: Path) -> BinaryIO:
         at = opened(folder, os.O_DIRECTORY)
         for each in folders:
             at = opened(each, os.O_DIRECTORY, at)
-        found = opened(name, os.O_NONBLOCK, at)  # do not block on a pipe
+        found = opened(name, os.O_NONBLOCK, at)  # so that opening a pipe does not block
         if not stat.S_ISREG(os.fstat(found).st_mode):
             raise FileNotFoundError(path)
         return open(path, "rb", opener=lambda *_: os.dup(found))
@@ -316,13 +316,13 @@ def decoded(url: str) -> bytes:
     """Return the bytes of a `data:` URL.
 
     Raises:
-        ApiError: it is not base64, or empty.
+        ApiError: the data is not base64, or is empty.
     """
     head, comma, text = url.partition(",")
     if not comma or not re.search(r"; *base64 *$", head, re.IGNORECASE):
         raise refused("a data: address is not data:TYPE;base64,...")
     try:
-        # Lenient like browsers: accept percent-encoding, whitespace and missing padding (WHATWG, Infra and Fetch).
+        # Like browsers, accept percent-encoding, whitespace and missing padding (WHATWG, Infra and Fetch).
         data = unquote_to_bytes(text).translate(None, b" \t\n\f\r")
         if b"=" not in data[-2:]:
             data += b"=" * (-len(data) % 4)

@@ -1,4 +1,4 @@
-"""A private folder for files that clients have sent. Equal contents are stored once, and unused ones are evicted over time."""
+"""A private folder for files that clients have sent. Equal files are stored only once, and unused files are evicted over time."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from evoprune_serve.errors import ApiError
 
 PREFIX = "evoprune-serve-"
 CHUNK_BYTES = 2**20
-BLOCK_BYTES = 4096  # disk block size, the space taken by the smallest file
+BLOCK_BYTES = 4096  # size of a disk block, which is the space that the smallest file takes
 UNUSED_S = 600.0  # how long an unused file is kept for later questions
 
 
@@ -28,9 +28,9 @@ class Content:
     """A stored file.
 
     Attributes:
-        users: number of current users.
-        used_s: when the last user released it, on the clock `time.monotonic`.
-        stays: whether it may stay on disk while unused, for later questions.
+        users: number of current users. A file with users is "in use" and is not evicted.
+        used_s: time at which the last user released the file, on the clock `time.monotonic`.
+        stays: whether the file may stay on disk while it is unused, for later questions.
     """
 
     path: str
@@ -46,19 +46,19 @@ class Content:
 
 
 class Store:
-    """The stored files of a folder, including files still being received. Uses at most `limit_bytes` on disk. Thread-safe."""
+    """The files in a folder. Together with the files being received, they take at most `limit_bytes` on disk. Thread-safe."""
 
     def __init__(self, folder: Path, limit_bytes: int):
         self._folder = folder
         self._limit_bytes = limit_bytes
-        self._bytes = 0  # stored files and reservations
+        self._bytes = 0  # size of the stored files and the reservations
         self._contents: dict[str, Content] = {}  # by digest
-        self._unused: OrderedDict[str, Content] = OrderedDict()  # files without users, oldest first
+        self._unused: OrderedDict[str, Content] = OrderedDict()  # files without users, least recently used first
         self._lock = threading.Lock()
 
     @contextmanager
     def room(self) -> "Iterator[Room]":
-        """Reserve space for a file that is being received. The space is released at the end of the context."""
+        """Yield a `Room`, which reserves disk space for a file that is being received. It is released at the end of the context."""
         room = Room(self)
         try:
             yield room
@@ -67,7 +67,7 @@ class Store:
                 self._free(room)
 
     def add(self, data: bytes) -> Content:
-        """Store bytes and return their file, in use.
+        """Store bytes as a file and return it. The caller becomes a user of the file.
 
         Raises:
             ApiError: there is no room.
@@ -83,10 +83,10 @@ class Store:
             return self._keep(digest, file.name, room)
 
     def add_file(self, path: str, room: "Room") -> Content:
-        """Store the content of the file at `path`, which may be moved, and return the stored file, in use.
+        """Store the file at `path`, which may be moved, and return the stored file. The caller becomes a user of the stored file.
 
         Args:
-            room: the space reserved while the file was received; it becomes the space of the stored file.
+            room: the space that was reserved while the file was received. The stored file takes over this space.
 
         Raises:
             ApiError: there is no room.
@@ -97,7 +97,7 @@ class Store:
             return self._keep(digest, path, room)
 
     def copy(self, file: BinaryIO, room: "Room") -> Content:
-        """Store the content of an open file and return the stored file, in use. See `add_file` for `room`.
+        """Store a copy of an open file and return the stored file. The caller becomes its user. For `room`, see `add_file`.
 
         Raises:
             ApiError: there is no room.
@@ -112,10 +112,10 @@ class Store:
 
     @contextmanager
     def link(self, file: BinaryIO) -> Iterator[str]:
-        """Provide a path by which other processes can open an open file, even after it is renamed or deleted. Linux only.
+        """Yield a path through which other processes can open an open file, even after the file is renamed or deleted. Linux only.
 
-        The path is a symbolic link, which is removed before the file is closed, because the descriptor may then be reused for
-        another file.
+        The path is a symbolic link to the file's descriptor. The link is removed before the file is closed, because the descriptor
+        may then be reused for a different file.
         """
         path = str(self._folder / f"open-{secrets.token_hex(8)}")
         with self._stored():
@@ -127,7 +127,7 @@ class Store:
                 os.unlink(path)
 
     def take(self, content: Content) -> bool:
-        """Add a user to a file. Returns False if the file is no longer stored."""
+        """Add a user to a file. Return False if the file is no longer stored."""
         with self._lock:
             if self._contents.get(content.digest) is not content:
                 return False
@@ -148,10 +148,10 @@ class Store:
 
     @contextmanager
     def using(self, content: Content) -> Iterator[Content]:
-        """Provide a file that another user holds, in use.
+        """Become a user of a stored file for the duration of the context.
 
         Raises:
-            ApiError: the file was deleted meanwhile.
+            ApiError: the file has been deleted in the meantime.
         """
         if not self.take(content):
             raise ApiError(404, "the file was deleted", code="not_found")
@@ -162,7 +162,7 @@ class Store:
 
     def drop_old(self) -> None:
         """Delete files that have been unused for `UNUSED_S`."""
-        while self._drop_one_old():  # releases the lock after each file
+        while self._drop_one_old():  # the lock is released after each file
             pass
 
     def _drop_one_old(self) -> bool:
@@ -180,7 +180,7 @@ class Store:
             room.bytes += count
 
     def _keep(self, digest: str, path: str, room: "Room") -> Content:
-        """Return the stored file with this digest, in use. Unless it exists, move the file at `path` into the store."""
+        """Add a user to the stored file with this digest and return it. If there is none, store the file at `path` first."""
         with self._lock:
             if known := self._known(digest):
                 return known
@@ -194,7 +194,7 @@ class Store:
 
     @contextmanager
     def _new_file(self) -> Iterator[BinaryIO]:
-        """Provide a new file in the folder. It is deleted at the end unless it was moved."""
+        """Yield a new file in the folder. Unless the file has been moved, it is deleted at the end of the context."""
         with self._stored(), tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
             try:
                 yield file
@@ -212,7 +212,7 @@ class Store:
     # Callers hold the lock.
 
     def _known(self, digest: str) -> Content | None:
-        """Return the stored file with this digest, in use, or None."""
+        """Return the stored file with this digest and add a user to it, or return None if it does not exist."""
         known = self._contents.get(digest)
         if known:
             self._use(known)
@@ -246,7 +246,7 @@ class Store:
 
 
 class Room:
-    """The space reserved for a file that is being received."""
+    """The disk space that is reserved for a file being received."""
 
     def __init__(self, store: Store):
         self.bytes = 0
@@ -263,7 +263,7 @@ class Room:
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """Provide a `temporary_folder` and make it the default for all temporary files of this process."""
+    """Yield a new `temporary_folder`, and use it for all temporary files of this process until the context ends."""
     usual = tempfile.gettempdir()
     with temporary_folder(PREFIX) as folder:
         tempfile.tempdir = folder

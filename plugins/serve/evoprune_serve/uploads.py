@@ -1,4 +1,4 @@
-"""The files of /v1/files, kept until they are deleted or expire."""
+"""The files uploaded to /v1/files. They are kept until they are deleted or expire."""
 
 import os
 import secrets
@@ -12,14 +12,14 @@ from evoprune_serve.errors import ApiError
 from evoprune_serve.fields import json_text
 from evoprune_serve.store import Content, Room, Store
 
-MOST = 1000  # files at a time
+MOST = 1000  # maximum number of uploaded files
 NAME_CHARACTERS = 200
 PURPOSES = ("user_data", "vision", "assistants")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file with the name given by its client. Times are Unix timestamps in seconds."""
+    """An uploaded file. Its `name` comes from the client. Times are Unix timestamps in seconds."""
 
     id: str
     content: Content
@@ -43,7 +43,7 @@ class Upload:
 
 
 class Uploads:
-    """Uploaded files by ID, each kept for `age_s` seconds. Thread-safe."""
+    """The uploaded files by ID. Each file is kept for `age_s` seconds. Thread-safe."""
 
     def __init__(self, store: Store, age_s: float):
         self._store = store
@@ -52,7 +52,7 @@ class Uploads:
         self._lock = threading.Lock()
 
     def add(self, file: BinaryIO, name: str, purpose: str, room: Room) -> Upload:
-        """Store a file in its reserved `room`.
+        """Store a file, for which space is reserved in `room`.
 
         Raises:
             ApiError: there are too many files, there is no room, or the file is empty.
@@ -72,7 +72,7 @@ class Uploads:
         return upload
 
     def get(self, file_id: str) -> Upload:
-        """Return an upload.
+        """Return the upload with this ID.
 
         Raises:
             ApiError: there is no upload with this ID.
@@ -85,7 +85,7 @@ class Uploads:
         return upload
 
     def delete(self, file_id: str) -> None:
-        """Delete an upload.
+        """Delete the upload with this ID.
 
         Raises:
             ApiError: there is no upload with this ID.

@@ -1,8 +1,8 @@
-"""One thread computes answers, one at a time, while other threads open and read the inputs of upcoming jobs.
+"""Answers requests. One thread computes one answer at a time, while other threads open and read the inputs of upcoming jobs.
 
-A request is a `Job`: it is admitted, its files are fetched, and its inputs are opened (probed and planned). Then the model encodes
-them, unless an earlier question had the same encoding, and answers. Clients take turns: the next job is the oldest job of the
-client that was served longest ago.
+Each request is a `Job`. It is admitted to the queue, its files are fetched, and its inputs are opened, that is, probed and planned.
+Then the model encodes the inputs, unless an earlier question had the same encoding, and answers. Clients take turns: the next job
+is the oldest ready job of the client whose last turn was longest ago.
 """
 
 import asyncio
@@ -36,22 +36,22 @@ from evoprune_serve.question import Question
 from evoprune_serve.sources import Fetched
 
 OPENERS = 2  # threads that open inputs
-AHEAD = 1  # jobs whose inputs are prefetched while another job is answered
+AHEAD = 1  # number of jobs whose inputs are prefetched while another job is being answered
 SESSIONS = 32  # cached sessions, one per combination of model and pruning settings
-SHARE = 4  # kept encodings take at most 1/SHARE of the available memory
-LATEST = 20  # recent answer times, used to estimate Retry-After
+SHARE = 4  # cached encodings take at most 1/SHARE of the available memory
+LATEST = 20  # number of recent answer times from which Retry-After is estimated
 LONGEST_RETRY_S = 60
 
 
 class Gone(Exception):
-    """The client no longer waits for the answer."""
+    """Raised inside the work on a job when its client is no longer waiting for the answer."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of an answer, or of the thoughts before it.
+    """A piece of an answer or of the thoughts before it.
 
-    `logprobs`: log probabilities of the tokens since the last piece, in the format of reports.
+    `logprobs` contains the log probabilities of the tokens since the previous piece, in the format of reports.
     """
 
     text: str
@@ -65,7 +65,7 @@ class Done:
 
     Attributes:
         logprobs: log probabilities of the tokens since the last piece.
-        kept: whether the encoding was reused from an earlier question.
+        kept: whether the encoding of an earlier question was reused.
         thought_tokens: number of tokens in the thoughts.
     """
 
@@ -77,14 +77,14 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The end of a request that has no answer, or an incomplete one."""
+    """The end of a request that failed. Its answer is missing or incomplete."""
 
     problem: BaseException
 
 
 @dataclass(frozen=True)
 class Told:
-    """A message from a task, as JSON data. `last`: whether it is the final one."""
+    """A message from a task, as JSON data. `last` is True for the final message."""
 
     facts: dict[str, Any]
     last: bool = False
@@ -97,7 +97,7 @@ Put = Callable[[Event], None]
 
 
 class Job:
-    """A request. Its events are delivered to the event loop that created it."""
+    """A request in the queue. Its events are delivered to the given event loop."""
 
     def __init__(self, client: str, loop: asyncio.AbstractEventLoop):
         self.client = client
@@ -106,19 +106,19 @@ class Job:
         self.opened: OpenInputs | None = None
         self.task: Task | None = None  # runs instead of answering the question
         self.kind: Callable[..., OpenInput] = OpenInput  # see `open_inputs`
-        self.ready = False  # whether the model may start on it
-        self.begun = False  # whether its inputs are being prefetched
-        self.scope = Scope()  # stops readers while the inputs are opened
+        self.ready = False  # whether the model may start to work on the job
+        self.begun = False  # whether the inputs are being prefetched
+        self.scope = Scope()  # stops the readers of inputs that are being opened
         self.admitted_s = time.perf_counter()
-        self.opening_s = 0.0  # time taken to open its inputs
-        self.queue_s = 0.0  # other waiting time until the model started
+        self.opening_s = 0.0  # time that it took to open the inputs
+        self.queue_s = 0.0  # remaining waiting time before the model started
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._cancelled = False
         self._lock = threading.Lock()
 
     def put(self, event: Event) -> None:
-        """Send an event. May be called from any thread."""
+        """Send an event to the event loop. May be called from any thread."""
         with suppress(RuntimeError):  # the loop is closed because the server is shutting down
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
@@ -130,19 +130,19 @@ class Job:
         return self._cancelled
 
     def check(self) -> None:
-        """Raise Gone if the client no longer waits."""
+        """Raise Gone if the job has been cancelled, because its client is no longer waiting."""
         if self._cancelled:
             raise Gone
 
     def give_up(self) -> None:
-        """Mark the job as cancelled. Work on it stops at its next check."""
+        """Mark the job as cancelled. Work on the job stops the next time it calls `check`."""
         self._cancelled = True
 
     def files(self) -> Fetched:
         """Return the fetched files.
 
         Raises:
-            Gone: the job was cancelled or has ended.
+            Gone: the job has been cancelled or has ended.
         """
         with self._lock:
             if self._cancelled or self.fetched is None:
@@ -150,10 +150,10 @@ class Job:
             return self.fetched
 
     def keep_open(self, opened: OpenInputs) -> None:
-        """Take ownership of opened inputs, which are closed with the job.
+        """Take ownership of opened inputs, which are closed when the job ends.
 
         Raises:
-            Gone: the job was cancelled; the inputs are closed.
+            Gone: the job has been cancelled, so the inputs were closed.
         """
         with self._lock:
             if not self._cancelled:
@@ -163,10 +163,10 @@ class Job:
         raise Gone
 
     def hold(self, fetched: Fetched) -> None:
-        """Take ownership of fetched files, which are released with the job.
+        """Take ownership of fetched files, which are released when the job ends.
 
         Raises:
-            Gone: the job was cancelled; the files are released.
+            Gone: the job has been cancelled, so the files were released.
         """
         with self._lock:
             if not self._cancelled:
@@ -176,7 +176,7 @@ class Job:
         raise Gone
 
     def end(self, cancelled: bool = False) -> None:
-        """Release everything the job owns. With `cancelled`, also stop reading its inputs."""
+        """Release everything that the job owns. With `cancelled`, also stop reading its inputs."""
         with self._lock:
             self._cancelled = self._cancelled or cancelled
             opened = self.opened
@@ -190,11 +190,11 @@ class Job:
             fetched.close()
 
 
-Task = Callable[[Job, Put], None]  # puts events; may be retried if it has put none
+Task = Callable[[Job, Put], None]  # sends events with `Put`; a task that has not sent any may be retried
 
 
 class KeptEncodings:
-    """A thread-safe LRU cache of encodings: at most `most`, and at most 1/`SHARE` of the available memory."""
+    """A thread-safe LRU cache of at most `most` encodings, which take at most 1/`SHARE` of the available memory."""
 
     def __init__(self, most: int):
         self._most = most
@@ -213,7 +213,7 @@ class KeptEncodings:
             return self._kept[key][0]
 
     def put(self, key: str, encoded: EncodedInputs, size: int) -> None:
-        """Add an encoding that takes `size` bytes, and evict old ones if necessary."""
+        """Add an encoding that takes `size` bytes, and evict the least recently used ones if necessary."""
         with self._lock:
             self._kept[key] = encoded, size
             self._kept.move_to_end(key)
@@ -224,7 +224,7 @@ class KeptEncodings:
                 self._kept.popitem(last=False)
 
     def clear(self) -> bool:
-        """Evict everything. Returns whether there was anything to evict."""
+        """Evict all encodings. Return False if there were none."""
         with self._lock:
             any_kept = bool(self._kept)
             self._kept.clear()
@@ -236,20 +236,20 @@ class KeptEncodings:
 
 
 class Work:
-    """Answers questions, one at a time.
+    """The queue of jobs and the threads that work on them.
 
     Args:
-        models: the models by name, with their default pruning.
+        models: the models by name, with their default pruning settings.
         most: maximum number of waiting requests.
-        keep: number of encodings kept for further questions.
+        keep: number of encodings to cache for further questions.
     """
 
     def __init__(self, models: Mapping[str, VideoQA], most: int = 32, keep: int = 8):
         self.models = models
-        self._threads_of: VideoQA | None = None  # the model whose number of CPU threads is in effect
+        self._threads_of: VideoQA | None = None  # the model whose number of CPU threads is currently set
         self.kept = KeptEncodings(keep)
         self._most = most
-        # Waiting jobs by client; the client whose turn is next comes first.
+        # The waiting jobs by client. The client whose turn is next comes first.
         self._turns: OrderedDict[str, deque[Job]] = OrderedDict()
         self._running: Job | None = None
         self._ending = False  # whether new requests are refused
@@ -274,15 +274,15 @@ class Work:
         return self._running is not None
 
     def retry_s(self) -> int:
-        """Return the seconds after which to retry a refused request: the median answer time."""
+        """Return the number of seconds after which a refused request may be retried: the median of recent answer times."""
         usual = statistics.median(self._seconds) if self._seconds else 1.0
         return max(1, min(LONGEST_RETRY_S, ceil(usual)))
 
     def admit(self, client: str) -> Job:
-        """Queue a new job for a client.
+        """Add a new job for a client to the queue.
 
         If the queue is full, the newest job of the client with the most waiting jobs is evicted, provided that this client has more
-        of them than the new client would have with the new job.
+        waiting jobs than the requesting client would have with the new job.
 
         Raises:
             ApiError: the queue is full, or the server is shutting down.
@@ -306,11 +306,11 @@ class Work:
         return job
 
     async def fetch(self, job: Job, fetch: Callable[[], Fetched]) -> None:
-        """Fetch the files of a job in a thread. Raises what `fetch` raises."""
+        """Call `fetch` in a thread and give the fetched files to the job. Raises the exceptions of `fetch`."""
         await asyncio.get_running_loop().run_in_executor(self._fetchers, lambda: job.hold(fetch()))
 
     def submit(self, job: Job, question: Question) -> None:
-        """Queue a job for answering after its files were fetched."""
+        """Prepare a job for answering. Its files must have been fetched."""
         job.question = question
         if job.cancelled:
             return
@@ -321,25 +321,25 @@ class Work:
             self._openers.submit(Context().run, self._prepare, job)
 
     def run(self, job: Job, question: Question, task: Task) -> None:
-        """Queue a task for the model's thread, about a job whose files were fetched."""
+        """Let the model's thread run a task for a job. The job's files must have been fetched."""
         job.question = question
         job.task = task
         self._is_ready(job)
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job whose client no longer waits. Does nothing if the job has ended."""
+        """Cancel a job whose client is no longer waiting. If the job has ended, this is a no-op."""
         with self._changed:
             self._leave(job)
         if not (job.cancelled or self._closed):
-            job.give_up()  # at once, because downloads may occupy all threads
-            self._fetchers.submit(job.end, cancelled=True)  # in a thread, because it may wait for a reader
+            job.give_up()  # done here, because downloads may occupy all threads
+            self._fetchers.submit(job.end, cancelled=True)  # done in a thread, because it may have to wait for a reader
 
     def refusal(self) -> ApiError:
-        """Return the error for a request that was dropped while its client still waits."""
+        """Return the error for a request that was dropped while its client was still waiting."""
         return ending() if self._ending else full(self.retry_s())
 
     def refuse(self) -> None:
-        """Refuse all waiting jobs and all new ones."""
+        """Refuse all waiting jobs and all new jobs."""
         with self._changed:
             self._ending = True
             left = [job for jobs in self._turns.values() for job in jobs]
@@ -348,7 +348,7 @@ class Work:
             self.cancel(job)
 
     def give_up(self) -> None:
-        """Cancel the job that is being answered."""
+        """Cancel the job that is currently being answered."""
         if job := self._running:
             job.put(Failed(ending()))
             self.cancel(job)
@@ -367,7 +367,7 @@ class Work:
         self._openers.shutdown(wait=False, cancel_futures=True)
         self._fetchers.shutdown(wait=False, cancel_futures=True)
 
-    # The queue. Callers hold the lock.
+    # The queue. Callers of these methods hold the lock.
 
     def _count(self) -> int:
         return sum(map(len, self._turns.values()))
@@ -380,7 +380,7 @@ class Work:
                 del self._turns[job.client]
 
     def _next(self) -> Job | None:
-        """Return the next job that is ready, or None."""
+        """Return the job to work on next, or None if no job is ready."""
         for jobs in self._turns.values():
             for job in jobs:
                 if job.ready:
@@ -388,7 +388,7 @@ class Work:
         return None
 
     def _take(self) -> Job | None:
-        """Take the next ready job off the queue and mark it as running."""
+        """Remove the next ready job from the queue and mark it as running. Return None if no job is ready."""
         job = self._next()
         self._running = job
         if job:
@@ -400,10 +400,10 @@ class Work:
     # Opening inputs, in the opener threads.
 
     def session(self, question: Question) -> VideoQA:
-        """Return the question's model with the question's pruning settings (cached).
+        """Return the question's model with the question's pruning settings. The results are cached.
 
         Raises:
-            UsageError: the settings do not fit the model.
+            UsageError: the model does not support the settings.
         """
         qa = self.models[question.model]
         key = question.model + repr(question.pruning)
@@ -448,7 +448,7 @@ class Work:
         job.opening_s = time.perf_counter() - start
 
     def _reserve_ahead(self, job: Job) -> bool:
-        """Return True, and reserve a prefetch slot, if the job may be prefetched. Callers hold the lock."""
+        """If the job may be prefetched, reserve a prefetch slot and return True. Callers hold the lock."""
         begun = sum(other.begun for jobs in self._turns.values() for other in jobs)
         if job.begun or begun >= AHEAD:
             return False
@@ -499,7 +499,7 @@ class Work:
                 if self._closed:
                     return
                 job = self._take()
-            if job is None:  # it was cancelled meanwhile
+            if job is None:  # the job was cancelled in the meantime
                 continue
             start = time.perf_counter()
             job.queue_s = start - job.admitted_s - job.opening_s
@@ -514,7 +514,7 @@ class Work:
                 job.end()
 
     def _do(self, job: Job) -> None:
-        """Answer a job or run its task. If memory runs out before any event was sent, free cached data and retry once."""
+        """Answer a job or run its task. If memory runs out before the first event, free cached data and retry once."""
         said = False
 
         def put(event: Event) -> None:
@@ -529,18 +529,18 @@ class Work:
         except OutOfMemory:
             if said or not self._make_room():
                 raise
-            if job.opened:  # it was partly read
+            if job.opened:  # the inputs have been read in part
                 job.opened.close()
                 job.opened = None
             work(job, put)
 
     def _make_room(self) -> bool:
-        """Drop everything cached for further questions. Returns whether there was anything to drop."""
+        """Drop everything that is cached for further questions. Return False if nothing was cached."""
         patches = [qa.loaded.patches.clear() for qa in self.models.values()]
         return self.kept.clear() or any(patches)
 
     def _use_threads(self, qa: VideoQA) -> None:
-        """Use the number of CPU threads that a model wants."""
+        """Set the number of CPU threads that a model uses, unless it is already set."""
         if qa is not self._threads_of:
             qa.loaded.description.use_threads()
             self._threads_of = qa
@@ -555,7 +555,7 @@ class Work:
         known = 0
 
         def logprobs() -> list[dict[str, Any]] | None:
-            """Return the log probabilities of new tokens."""
+            """Return the log probabilities of the tokens since the last call, or None if they were not requested."""
             nonlocal known
             found = answer.report.logprobs
             if found is None:
@@ -582,7 +582,7 @@ class Work:
         put(Done(answer.report, logprobs(), kept, thought_tokens))
 
     def encode(self, job: Job) -> EncodedInputs:
-        """Encode a job's inputs, and keep the encoding for further questions. Runs in the model's thread."""
+        """Encode the inputs of a job, and cache the encoding for further questions. Runs in the model's thread."""
         key = encoding_key(job.question, job.files())
         if job.opened is None:  # the encoding was evicted after the job became ready, or memory ran out
             self._open(job)
@@ -601,12 +601,12 @@ class Work:
 
 
 def encoding_key(question: Question, fetched: Fetched) -> str:
-    """Return a cache key of everything that an encoding depends on."""
+    """Return a cache key that covers everything an encoding depends on."""
     return repr((question.model, fetched.identity, question.sampling, question.pruning))
 
 
 def begun(encoded: EncodedInputs, question: Question, on_thoughts: Callable[[str], None]) -> Answer:
-    """Start answering a question, after the earlier turns of its conversation. No other function handles conversations."""
+    """Start answering a question that may follow earlier turns of a conversation. Only this function handles conversations."""
     how = vars(question.generation) | {"seed": question.seed, "on_thoughts": on_thoughts}
     if not question.earlier:
         return encoded.ask(question.text, **how)
