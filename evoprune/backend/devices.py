@@ -402,7 +402,7 @@ _plain_pytorch: list[bool] = []
 
 
 def wants_plain_pytorch() -> bool:
-    """Return True if EVOPRUNE_PLAIN is set to anything but 0, or if a `plain_pytorch` context is active."""
+    """Return True if EVOPRUNE_PLAIN is set to a value other than 0, or if a `plain_pytorch` context is active."""
     return bool(_plain_pytorch) or os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
 
 

@@ -44,7 +44,7 @@ class Runs:
         return [range(first, last) for first, last in zip(starts, [*starts[1:], len(like)], strict=True)]
 
     def merged(self, like: list[list[float]]) -> tuple[list[int], list[float]]:
-        """Return the frame that each frame joins (its own index if it stays), and the weight of each frame in the mean."""
+        """Return the frame that each frame joins (its own index if it stays), and each frame's weight in the mean."""
         into = list(range(len(like)))
         weight = [1.0] * len(like)
         for run in self.of(like):
@@ -149,7 +149,7 @@ class EarlyTom(Runs, EncoderMethod):
 
 
 def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the frame that represents each frame pair (int64 `[T]`) and the first frame pair of each frame (int64 `[F]`)."""
+    """Return the frame that represents each frame pair (int64 `[T]`) and each frame's first frame pair (int64 `[F]`)."""
     places = tokens.grid[1] * tokens.grid[2]
     frame = tokens.unit_to_row.view(tokens.grid[0], places)[:, 0] // places
     first = torch.searchsorted(frame, arange_on(len(tokens.rows) // places, frame.device))
@@ -157,7 +157,7 @@ def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
-    """Return the mean cosine between the tokens of frames i and i + d as `[i][d]`, for every d below `window`.
+    """Return the mean cosine between the tokens of frames i and i + d as `[i][d]`, for d below `window`.
 
     `x` is `[F, n, D]`, the tokens of F frames.
     """

@@ -14,10 +14,10 @@ class HoliTom(Selector):
     """The stage of HoliTom (arXiv 2505.21334) before the language model, which merges tokens over time in segments of the video.
 
     A place is still between two frame pairs if its cosine is above `static`. Dynamic programming cuts the video into the segments
-    that save the most tokens. A segment of L frame pairs saves L - 1 tokens for each place that is still throughout. If averaging
-    still places over time saves enough tokens, places are averaged until the budget is met, the stillest first. Otherwise, all
-    still places are averaged. In addition, moving tokens are then selected by attention, and still tokens merge around density
-    peaks, which have a weight of at least `centre` in their mean.
+    that save the most tokens. A segment of L frame pairs saves L - 1 tokens for each place that is still during the whole segment.
+    If averaging still places over time saves enough tokens, places are averaged until the budget is met, starting with the
+    stillest. Otherwise, all still places are averaged. Then, moving tokens are selected by attention, and still tokens merge around
+    density peaks. A peak has a weight of at least `centre` in its mean.
 
     Differences from the authors' code: the attention that a token receives replaces the attention of a class token. The authors'
     code rounds counts up per frame pair.

@@ -23,10 +23,10 @@ from evoprune.methods import Selection, Selector, Tokens, highest, snap, spread
 class Mmg(Selector):
     """Divides the budget among segments by marginal gain. Based on MMG-Vid (arXiv 2508.21044).
 
-    The video is cut where neighboring frame pairs have a cosine below `threshold`. Each segment gets tokens in proportion to its
+    The video is cut between neighboring frame pairs with a cosine below `threshold`. Each segment gets tokens in proportion to its
     length times exp(gain). The gain is the cosine between the means of the segment and of the video, minus `beta` times the
-    greatest cosine to a segment taken before. Each frame pair keeps its highest density peaks, where the density score is
-    multiplied by the distance to the tokens kept in the previous frame pair.
+    greatest cosine to a segment taken before. Each frame pair keeps its highest density peaks, after multiplying their scores by
+    the distance to the tokens kept in the previous frame pair.
 
     Differences from the paper: its formulas could not be read and its code is not public. This project filled in the formulas, so
     results say little about MMG-Vid itself.
@@ -82,7 +82,7 @@ def joined(spans: list[range], like: list[float]) -> list[range]:
 
 
 def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> list[float]:
-    """Return the gain of each segment, where the segment with the highest gain is always taken next.
+    """Return the gains of the segments. Segments are taken one by one, always choosing the segment with the highest gain.
 
     The gain is the cosine between the segment's mean and the video's mean, minus `beta` times the greatest cosine to a segment
     taken before.

@@ -1,8 +1,8 @@
-"""The search for a recipe of the method `operations` (docs/methods.md, operations), which decides what operations to skip first.
+"""The search for a recipe of the method `operations` (docs/methods.md, operations), which determines the order of removal.
 
-The order depends on the effect of each operation on the output distribution. First, all operations in the deepest layers that can
-be removed without a loss are removed. Then, one operation is removed after another. The top layer never computes queries and MLP
-for visual tokens.
+The order depends on how much each operation affects the output distribution. The search first removes everything from the deepest
+layers that can be removed without a loss. Then it removes one operation at a time. The top layer never computes queries and MLP for
+visual tokens.
 """
 
 from bisect import bisect_left

@@ -17,8 +17,8 @@ class PruneVid(Selector):
     Frame pairs are clustered around density peaks. The number of clusters is a share `scenes` of the number of frame pairs. Runs of
     frame pairs in the same cluster are scenes, and shorter runs join a neighbor. A place is still in a scene if its tokens have a
     mean cosine above `static`. If averaging still places over time saves enough tokens, places are averaged until the budget is
-    met, the stillest first. Otherwise, all still places are averaged, and tokens merge around density peaks. Still tokens merge
-    within a scene and other tokens within a frame pair, in proportion to their numbers.
+    met, starting with the stillest. Otherwise, all still places are averaged, and tokens merge around density peaks. Still tokens
+    merge within a scene and other tokens within a frame pair, in proportion to their numbers.
 
     Differences from the paper: the budget determines the counts, while the paper keeps half of the tokens.
     """

@@ -248,10 +248,10 @@ def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
 def averaged(
     index: torch.Tensor, spans: list[range], still: list[torch.Tensor], limit: float, keep: int
 ) -> torch.Tensor | None:
-    """Return the unit that each unit joins if places are averaged over time, the stillest first, until `keep` units are left.
+    """Average places over time, starting with the stillest, until `keep` units are left. Returns the unit that each unit joins.
 
-    A place is averaged over its whole segment. The last place to be averaged is averaged only over as many of the segment's first
-    frame pairs as necessary.
+    A place is averaged over its whole segment. The last place is averaged only over as many of the segment's first frame pairs as
+    necessary.
 
     Args:
         index: int64 `[T, n]`, the indices of the units.

@@ -14,9 +14,9 @@ class VisiPruner(LanguageMethod):
     """VisiPruner (arXiv 2510.17205, section 4): drops tokens after the layer that decides which of them matter.
 
     In the first layers (`shallow`), text does not attend to visual tokens. Let c_i be the contribution of token i to o, the
-    attention output of the last token. The first layer in which cos(o - c_i, o) is below `layer` for some token is decisive. After
-    it, the tokens with |c_i| above `token` stay, but at most K. Later layers in which this cosine is at least `exit` for all tokens
-    are counted. After `exits` such layers, all visual tokens are dropped.
+    attention output of the last token. A layer is decisive if cos(o - c_i, o) is below `layer` for some token. After the first
+    decisive layer, the tokens with |c_i| above `token` stay, but at most K. A later layer is an exit layer if the cosine is at
+    least `exit` for all tokens. After `exits` such layers, all visual tokens are dropped.
 
     Differences from the paper: there is a budget, and tokens are dropped to K at `latest` if no layer was decisive. The thresholds
     come from LLaVA-1.5 and were not fitted to Qwen.
@@ -26,7 +26,7 @@ class VisiPruner(LanguageMethod):
     source = "arXiv 2510.17205, section 4"
     exact = False
 
-    shallow: Part = 6 / 32  # share of the layers in which text does not attend to visual tokens
+    shallow: Part = 6 / 32  # in this share of the layers, text does not attend to visual tokens
     latest: Part = 0.5  # share of the layers after which tokens are dropped if no layer was decisive
     layer: Part = 0.995  # a layer is decisive if a token's cosine is below this
     token: Annotated[float, "[0, inf]"] = 0.2  # tokens with |c_i| above this stay

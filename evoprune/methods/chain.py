@@ -1,6 +1,7 @@
-"""The method that the user names, as a chain of up to four parts. Combined with a budget and a seed, it makes a `PruneConfig`.
+"""Chains of methods. The method that a user names is a chain of up to four parts.
 
-The parts act on the input, inside the encoder, after the encoder, and inside the language model.
+The parts act on the input, inside the encoder, after the encoder, and inside the language model. A chain, a budget and a seed make
+a `PruneConfig`.
 """
 
 from dataclasses import dataclass, replace
@@ -159,7 +160,7 @@ class MethodChain:
         """Check that the chain can be used in conversations.
 
         Raises:
-            UsageError: If the method reads the question, so that its tokens suit only that one question.
+            UsageError: If the method reads the question, because it then prunes for that question only.
         """
         if self.reads_question:
             hint = "ask single questions, or use another method: --method (method) evoprune"
@@ -252,7 +253,7 @@ class PruneConfig:
 
     @property
     def resizes(self) -> bool:
-        """Whether the method makes inputs smaller, which means that the frames to read depend on its plan."""
+        """Whether the method makes inputs smaller, so that its plan determines which frames to read."""
         return self.method.input is not None
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:

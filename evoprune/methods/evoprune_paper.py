@@ -118,7 +118,7 @@ def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
 
 
 def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
-    """Return `[B, m]`: the mean similarity of each of the m `rows` to its nearest other rows.
+    """Return `[B, m]`: the mean similarity between each row in `rows` and its nearest other rows.
 
     A row without other rows gets 1.
 
@@ -180,8 +180,8 @@ def best_partners(
         destination: bool `[B, n]`, True for rows that sources may merge into.
 
     Returns:
-        `[B, m]`, the highest score of each row (-inf for rows that are not sources), and int64 `[B, m]`, the index of the
-        destination with that score. Ties go to the lower index.
+        `[B, m]`, each row's highest score (-inf for rows that are not sources), and int64 `[B, m]`, the index of the destination
+        with that score. Ties go to the lower index.
     """
     allowed = source[:, :, None] & destination[:, None, :]
     return tuple(score.masked_fill(~allowed, -torch.inf).max(2))

@@ -110,7 +110,7 @@ def tokens_of_layers(depth: int, tokens: int, drops: Sequence[Sequence[int]]) ->
 
 
 def one_drop(depth: int, tokens: int, place: float, budget: float) -> LanguagePlan:
-    """Return a plan with one drop, which leaves `Budget.count(budget, tokens)` tokens after a share `place` of the layers."""
+    """Return a plan that drops tokens once, after a share `place` of the layers, leaving `Budget.count(budget, tokens)` tokens."""
     return LanguagePlan.of(depth, tokens, {LanguagePlan.layers_before(place, depth): Budget.count(budget, tokens)})
 
 
@@ -194,7 +194,7 @@ class LayerTokens:
         return received / (heads * len(rows))
 
     def last_weights(self, count: int = 1) -> torch.Tensor:
-        """Return float32 `[heads, C]`: the attention weights of every column, averaged over the last `count` columns as queries."""
+        """Return float32 `[heads, C]`: the attention that each column receives from the last `count` columns, on average."""
         last = arange_on(len(self.queries), self.queries.device)[-count:]
         weights = self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True)
         return weights.unflatten(0, (-1, len(last))).mean(1)

@@ -1,8 +1,8 @@
-"""The parts of Qwen4-Exp's language model (Qwen3.8-Flash-Next) that Qwen3.5's mixtures of experts lack: settings and sizes.
+"""Settings and sizes of the parts that Qwen4-Exp's language model (Qwen3.8-Flash-Next) has in addition to Qwen3.5's.
 
 - Hyper-connections: each layer reads a mix of several residual streams and writes to all of them.
-- An indexer in each attention layer, which selects the blocks of keys that a column attends to.
-- Embeddings of n-grams of token ids (PLE), which some layers add. So the model reads ids in addition to embeddings.
+- An indexer in each attention layer: it selects the blocks of keys that a column attends to.
+- Embeddings of n-grams of token ids (PLE): some layers add them, so the model needs token ids in addition to embeddings.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ SIZE = Rule.whole(1, 2**22)
 Size = Annotated[int, SIZE]
 SMALL = Rule.whole(1, 1000)
 Small = Annotated[int, SMALL]
-# Entries of `layer_types` for attention with an indexer. Published files call it full attention.
+# The entries of `layer_types` that stand for attention with an indexer. Published files call it full attention.
 INDEXED = ("indexed_attention", "qwen_sparse_attention")
 DEFAULTS = {
     "num_experts": 512,
@@ -35,32 +35,32 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Qwen4:
-    """Settings under the names in the files."""
+    """The settings of these parts, under the names used in `config.json`."""
 
-    hc_count: Small  # number of residual streams
+    hc_count: Small  # the number of residual streams
     hc_lowrank: Size  # inner size of the matrices that mix the streams
     indexer_n_heads: Small
     indexer_kv_heads: Small
     indexer_head_dim: Size
-    indexer_budget: Size  # most columns that an attention layer reads from complete blocks
-    indexer_compress_ratio: Small  # columns per block
-    ple_layer_ids: Annotated[tuple[int, ...], Rule.list_of(SMALL)]  # layers that add n-gram embeddings, counted from 1
+    indexer_budget: Size  # the maximum number of columns that an attention layer reads from complete blocks
+    indexer_compress_ratio: Small  # the number of columns per block
+    ple_layer_ids: Annotated[tuple[int, ...], Rule.list_of(SMALL)]  # layers that add n-gram embeddings (one-based)
     ple_embed_dim: Size
     ple_conv_kernel_size: Small
     ngram_size: Annotated[int, Rule.whole(2, 16)]
     heads_per_ngram: Small
     ngram_vocab_size_base: Annotated[int, Rule.whole(1, 2**27)]
     make_ngram_vocab_size_divisible_by: Annotated[int, Rule.whole(1, 2**20)]
-    split_ngram_parts: Annotated[int, Rule.whole(1, 2**16)]  # number of tensors that hold a table in a file
+    split_ngram_parts: Annotated[int, Rule.whole(1, 2**16)]  # the number of tensors that store a table in a file
     seed: Annotated[int, Rule.whole(0, 2**62)]
-    output_gate_type: Annotated[str | None, TEXT] = None  # activation in Gated DeltaNets; None for that of the MLPs
+    output_gate_type: Annotated[str | None, TEXT] = None  # activation in Gated DeltaNets; None uses that of MLPs
 
     def problem(self, linear: list[bool], turned: int) -> str | None:
-        """Return why transformers could not build the model, or None.
+        """Return the reason why transformers could not build the model, or None.
 
         Args:
-            linear: for each layer, whether it is a Gated DeltaNet.
-            turned: features of an attention head that the rotary embedding turns.
+            linear: For each layer, whether it is a Gated DeltaNet.
+            turned: The number of features of an attention head that the rotary embedding rotates.
         """
         layers = [number - 1 for number in self.ple_layer_ids]
         tables = (self.ngram_size - 1) * self.heads_per_ngram
@@ -79,7 +79,7 @@ class Qwen4:
         return next((problem for problem, holds in checks.items() if not holds), None)
 
     def mixer_weights(self, hidden: int, writes: bool = True) -> int:
-        """Return the number of weights of a hyper-connection, or of the last mixer, which does not write to the streams."""
+        """Return the number of weights in a hyper-connection. The model's last mixer does not write to the streams (`writes`)."""
         wide = self.hc_count * hidden
         return wide * (1 + 2 * self.hc_lowrank + writes * self.hc_count)
 
@@ -88,7 +88,7 @@ class Qwen4:
         return self.indexer_head_dim * (hidden * heads + 2)
 
     def ngram_weights(self, hidden: int) -> int:
-        """Return the number of weights of all layers with n-gram embeddings: the tables, and what is computed with their rows."""
+        """Return the number of weights in all layers with n-gram embeddings, including their tables."""
         tables = (self.ngram_size - 1) * self.heads_per_ngram
         wide = self.hc_count * hidden
         sizes = islice(filter(_is_prime, count(self.ngram_vocab_size_base)), tables * len({*self.ple_layer_ids}))
@@ -100,7 +100,7 @@ class Qwen4:
         return total
 
     def prefill_flop(self, hidden: int, layers: int, attention_layers: int, length: int) -> float:
-        """Return the operations of a prompt of `length` columns that the other families do not compute."""
+        """Return the number of additional operations, compared to other families, for a prompt of `length` columns."""
         wide = self.hc_count * hidden
         mixed = 2 * layers * (self.mixer_weights(hidden) - wide) + self.mixer_weights(hidden, writes=False) - wide
         embedded = len({*self.ple_layer_ids}) * (
@@ -111,7 +111,10 @@ class Qwen4:
         return 2.0 * length * (mixed + embedded + indexed)
 
     def state_bytes(self, hidden: int, columns: int, bytes_each: int) -> int:
-        """Return the bytes of the indexers' keys for all their columns, and of the state of layers with n-gram embeddings."""
+        """Return the size in bytes of the indexers' keys and of the state of layers with n-gram embeddings.
+
+        `columns` is the total number of columns that the indexers of all layers hold.
+        """
         keys = columns * self.indexer_kv_heads * self.indexer_head_dim * bytes_each
         seen = self.hc_count * hidden * (self.ple_conv_kernel_size - 1) * self.ngram_size * bytes_each
         return keys + len({*self.ple_layer_ids}) * (seen + (self.ngram_size - 1) * 8)

@@ -205,7 +205,7 @@ class HostedVL(Model):
     package = ""  # how errors refer to the package that quantized the layers
 
     def __init__(self, config: Config, visual: nn.Module, language_model: nn.Module, lm_head: nn.Module):
-        if hasattr(language_model, "hyper_connection_mixer"):  # Qwen4-Exp has no other norm after its layers
+        if hasattr(language_model, "hyper_connection_mixer"):  # in Qwen4-Exp, this is the only norm after the layers
             language_model.norm = language_model.hyper_connection_mixer.hc_norm
         super().__init__(model=Tree(visual=visual, language_model=language_model), lm_head=lm_head)
         self.config = config

@@ -1,12 +1,12 @@
 """Linear layers with 8-bit and 4-bit weights for the CPU. They save memory and speed up products on CPUs without bf16.
 
-int8 weights have one scale per output feature. Inputs have one scale per row. Rows are rounded independently, so the result for a
-row does not depend on the other rows in a batch. Products use integers and are exact. A few input channels can be so much larger
-than the others that the others would lose precision. These large channels are computed in float32 (LLM.int8(), arXiv 2208.07339,
-section 3). `Unquantized` detects them once.
+int8 weights have one scale per output feature, and inputs have one scale per row. Rows are rounded independently, so the result for
+a row does not depend on the other rows in a batch. Products use integers and are exact. If a few input channels are much larger
+than the others, they would cost the other channels their precision. These large channels are therefore computed in float32
+(LLM.int8(), arXiv 2208.07339, section 3). `Unquantized` detects them once.
 
-int4 weights have a scale and a zero for every 32 weights, and use PyTorch's own kernel. They serve for decoding with the language
-model. Everything else, including the tower, uses int8.
+int4 weights have a scale and a zero for every 32 weights, and use PyTorch's own kernel. They are used when the language model
+decodes. Everything else, including the tower, uses int8.
 """
 
 from collections.abc import Callable, Sequence
@@ -149,7 +149,8 @@ def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def large_channels(x: torch.Tensor) -> torch.Tensor:
     """Return the channels of `x` (`[..., K]`) that exceed `LARGE` times the median channel, int64, ascending.
 
-    If more than a share of `MAX_LARGE` of the channels exceed it, only the largest ones are returned.
+    At most a share of `MAX_LARGE` of the channels is returned. If more channels exceed the threshold, the largest ones are
+    returned.
     """
     size = x.reshape(-1, x.shape[-1]).float().abs().amax(0)
     max_count = int(len(size) * MAX_LARGE)
@@ -376,7 +377,7 @@ class Quantization:
 
 
 class _Layers:
-    """The linear layers of a model while they are quantized one by one. `kinds` comes from `Quantization.layers`."""
+    """Replaces the linear layers of a model with quantized layers, one by one. `kinds` comes from `Quantization.layers`."""
 
     def __init__(self, model: nn.Module, kinds: dict[str, str], progress: Callable[[int, int], None] | None):
         self.kinds = kinds
