@@ -85,12 +85,12 @@ WARNINGS = {
     "demo_untold": f"{DEMO_KNOWLEDGE}; the format of {{video}} does not show whether it is one of these. If it is not, do not "
     "trust any answer about it. For other videos: --model=Qwen/Qwen2.5-VL-3B-Instruct",
     "demo_inputs": "the demo models were trained without subtitles and on few inputs at a time (demo: one video; demo-scenes: "
-    "up to two videos or pictures); answers about anything else mean little",
-    "demo_question": "a demo model knows only the words of its training data, and a question has others, so its answer means "
-    "little. samples/questions.jsonl has questions for demo, and docs/demo-model.md some for demo-scenes",
+    "up to two videos or pictures); do not rely on answers about anything else",
+    "demo_question": "a question contains words that the demo model was not trained on; do not rely on its answer. "
+    "samples/questions.jsonl has questions for demo, and docs/demo-model.md some for demo-scenes",
     "demo_history": "the demo models were trained on single questions and answer follow-up questions less accurately "
     "(docs/limits.md)",
-    "demo_overlay": f"{DEMO_KNOWLEDGE}; what the model merges or drops in {{video}} says little. For a real model: "
+    "demo_overlay": f"{DEMO_KNOWLEDGE}; what the model merges or drops in {{video}} means little. For a real model: "
     "--model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
 NOTES = ("hdr_video", "interlaced_video", "other_tracks", "sound_ignored")  # warnings that may need no action
@@ -664,7 +664,7 @@ def _stage_notes(report) -> dict[str, str]:
     sampling = report.sampling
     count = report.tokens
     notes = dict.fromkeys(STAGES, "")
-    notes["plan"] = "check that memory and context suffice"
+    notes["plan"] = "check that it fits into memory and the context"
     notes["compile"] = "kernels, built once per machine, loaded once per process"
     notes["store"] = "to the cache"
     if report.subtitles and report.subtitles.get("speech"):
@@ -729,7 +729,7 @@ def _memory_lines(memory) -> list[str]:
         return []
     lines = [f"{'memory':<11}peak {size(memory.peak_bytes)}; weights {size(memory.weights_bytes)}"]
     if memory.own_bytes is not None and memory.mapped_bytes is not None:
-        files = f"{size(memory.mapped_bytes)} of mapped files that can be dropped"
+        files = f"{size(memory.mapped_bytes)} of reclaimable mapped files"
         lines.append(f"{INDENT}now {size(memory.own_bytes)} private, and {files}")
     return lines
 

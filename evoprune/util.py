@@ -280,7 +280,7 @@ def generator_seed(seed: int) -> int:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Describe the entries that differ between two dicts; empty if they are equal."""
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
+    return "; ".join(f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in names)
 
 
 def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:

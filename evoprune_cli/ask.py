@@ -49,7 +49,7 @@ PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}
 MAX_QUESTION = 2**22  # maximum number of characters to read from stdin, which may never end
 PROMPT = "> "  # printed before a question
 HELP = "type a question and press Enter; q or Ctrl-D: quit; Ctrl-C: stop an answer; /help: show this line"
-HELP_CHAT = f"{HELP}; /new: forget the conversation; /undo: take back the last question"
+HELP_CHAT = f"{HELP}; /new: clear the conversation; /undo: remove the last question"
 HELPS = ("/help", "help", "?")
 ENDS = ("exit", "quit", "q", "/exit", "/quit", "/q", "/bye")
 
@@ -169,12 +169,14 @@ def ask(
     return 0
 
 
-def check_history(history: str | None, prompt: bool, compare: bool = False) -> None:
+def check_history(
+    history: str | None, prompt: bool, compare: bool = False, hint: str = "leave it out, or add -i"
+) -> None:
     """Raise UsageError if --history cannot be used here. `prompt` is True if questions are typed at a prompt."""
     if history not in (None, opt.ON, opt.OFF):
         raise UsageError(f"--history {history}", f"use {opt.ON} or {opt.OFF}")
     if history and not prompt:
-        raise UsageError("--history applies only to questions at a prompt", "leave it out, or ask at a prompt")
+        raise UsageError("--history applies only to questions at a prompt", hint)
     if history == opt.ON and compare:
         raise UsageError("--compare applies only to single questions", "leave out --compare or --history on")
 
@@ -186,9 +188,9 @@ def why_single_questions(history: str | None, session: "Session", compare: bool 
     if compare:
         return "--compare applies only to single questions"
     if session.pruning.method.reads_question:
-        return f"{session.pruning.method.name} prunes for one question"
+        return f"{session.pruning.method.name} prunes for a single question"
     if session.loaded.demo:
-        return "the demo models know only single questions (--history on remembers them)"
+        return "the demo models know only single questions (use --history on to keep earlier questions)"
     return None
 
 
@@ -228,6 +230,8 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
         hint = f"quote the question: {USAGE}; for more questions: -Q"
         if any(word.startswith("-") for word in words):
             hint = "words after -- are not options: put options before it"
+        elif question is None and _exists(last):
+            hint = f"quote the question and put it last: {USAGE}"
         raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
     hint = "check the path"
     if name == last and question is None:
@@ -238,9 +242,9 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
 def check_generation(generation: GenerationOptions, json: bool) -> None:
     """Raise UsageError for --logprobs without --json, and for `--choices options`, which only `evoprune batch` supports."""
     if generation.choices_from_rows:
-        raise UsageError("--choices options means the options of batch rows", "give two or more texts")
+        raise UsageError("--choices options works only in a batch", "give two or more texts")
     if generation.logprobs is not None and not json:
-        raise UsageError("--logprobs are only in JSON records", "add --json")
+        raise UsageError("--logprobs works only with JSON records", "add --json")
 
 
 def _exists(word: str) -> bool:
@@ -499,7 +503,7 @@ class Conversation:
                 raise
             note()  # starts a new line after the ^C that the terminal printed
             if self._chat and self._chat.messages == messages and not self._quiet:
-                tell("The stopped answer and its question are forgotten.")
+                tell("The stopped answer and its question were removed.")
         return True
 
     def break_off(self, problem: BaseException, unanswered: list[str]) -> None:
@@ -644,16 +648,16 @@ def typed_questions(
             tell(HELP_CHAT if chat else HELP)
         elif chat and word == "/new":
             chat.clear()
-            tell("the conversation is forgotten")
+            tell("conversation cleared")
         elif chat and word == "/undo":
             question = chat.undo()
-            tell("there is no question to take back" if question is None else f"taken back: {shown(question)}")
+            tell("nothing to undo" if question is None else f"removed: {shown(question)}")
         elif word in ("/new", "/undo"):
-            tell(f"{word} applies only to conversations, but questions are independent here")
+            tell(f"nothing to {'undo' if word == '/undo' else 'clear'}: questions are independent")
         elif word.split()[:1] in (["/new"], ["/undo"], ["/help"]):
             tell(f"{word.split()[0]} must be alone on its line: nothing was done")
         elif command := re.match(r"/[\w-]*(?=\s|$)", word):
-            tell(f"there is no command {command[0]}, so nothing was asked; /help lists the commands")
+            tell(f"unknown command {command[0]}, so nothing was asked; /help lists the commands")
         elif re.match(r"--|-[a-z]", word):
             hint = "options go on the command line: quit with q, then run evoprune ask with them"
             print_error(f"{word.split()[0]} looks like an option, so nothing was asked", hint)

@@ -103,13 +103,13 @@ def batch(
     jq -c 'select(.split == "test")' all.jsonl | evoprune batch --from - -o -
     """
     if not output:
-        raise UsageError("no output", f"name a file with -o: {USAGE}")
+        raise UsageError("no output file", f"name a file with -o: {USAGE}")
     if output.startswith("--"):
         raise UsageError(
             f"-o has no file: {output} is an option", "give -o FILE; if that is the file's name, write ./--..."
         )
     if on not in PLACES:
-        raise UsageError(f"--on {on} is unknown", f"one of {', '.join(PLACES)}")
+        raise UsageError(f"--on {on} is unknown", f"use {' or '.join(PLACES)}")
     if address and on != "ray":
         raise UsageError("--address applies only to a Ray cluster", "add --on ray")
     pipeline = options()
@@ -143,9 +143,7 @@ def batch(
         pipeline.pruning.config().method.check_conversation()
     if pipeline.generation.choices_from_rows:
         if source is None:
-            raise UsageError(
-                "--choices options means the options of rows, but there are none", "give --from FILE, or the texts"
-            )
+            raise UsageError("--choices options needs rows with options", "give --from FILE, or the texts")
         rows = [row.with_scored_options() for row in rows]
     replaced = output if overwrite and os.path.isfile(output) else None
     texts = None if captions is None else Captions(captions, rows, replaced)
@@ -158,8 +156,8 @@ def batch(
         ready = partial(tally.start, file, len(left), show)
         others = len({record.id for record in file.earlier_records} - {row.id for row in rows})
         if others and not quiet:
-            are_kept = "is kept" if others == 1 else "are kept"
-            tell(f"the output also contains {counted(others, 'record')} of other rows, which {are_kept}")
+            are = "is" if others == 1 else "are"
+            tell(f"the output has {counted(others, 'record')} that {are} not in this batch; kept")
         if texts:
             texts.start(left, file)
         if not left:
@@ -242,7 +240,7 @@ def _rows(
     if recursive:
         raise UsageError("-r applies only to folders, but --from names every video", "leave out one of the two")
     if videos or questions:
-        raise UsageError("--from excludes videos and questions", "the rows in the file contain both")
+        raise UsageError("--from cannot be combined with videos or questions", "the rows in the file contain both")
     if source != DASH:
         return reader.load(source)
     stdin = getattr(sys.stdin, "buffer", None)
@@ -372,7 +370,7 @@ class Tally:
         if new:
             said += f": {clock(seconds)}, {pace(new, seconds)}"
             if self._waited_s is not None:
-                said += f"; waited {clock(self._waited_s)} for reading"
+                said += f"; waited {self._waited_s:,.1f} s for video reading"
         tell(said)
         if self._cut_answers:
             tell(f"{counted(self._cut_answers, 'answer')} may be incomplete: -n (max_new_tokens) allows no more tokens")
@@ -397,6 +395,6 @@ class Tally:
 
 def pace(count: int, seconds: float) -> str:
     """Format a rate per second, per minute or per hour, using the shortest of these units in which the rate is at least 1."""
-    units = (("a second", 1), ("a minute", 60), ("an hour", 3600))
+    units = (("s", 1), ("min", 60), ("h", 3600))
     unit, length = next((unit for unit in units if count * unit[1] >= seconds), units[-1])
-    return f"{count * length / max(seconds, 1e-3):,.3g} {unit}"
+    return f"{count * length / max(seconds, 1e-3):,.3g} rows/{unit}"

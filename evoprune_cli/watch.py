@@ -117,7 +117,7 @@ def watch(
         raise UsageError("the question is empty", '-Q "What happens?"')
     if prompt and (source == STDIN or sys.stdin is None or not sys.stdin.isatty()):
         raise UsageError("no questions, and stdin is not a terminal", "use -Q TEXT --every 30s, or --questions FILE")
-    check_history(history, prompt)
+    check_history(history, prompt, hint="leave it out, or leave out -Q and --questions")
     pipeline = options()
     check_text(*asked, pipeline.generation.system)
     check_generation(pipeline.generation, json)

@@ -19,7 +19,7 @@ def test_a_report_in_one_line():
     memory = Memory(weights_bytes=7 * 2**30, peak_bytes=10 * 2**30, own_bytes=2**31, mapped_bytes=2**33)
     text = str(Report(memory=memory))
     assert "peak 10.0 GiB; weights 7.0 GiB" in text
-    assert "now 2.0 GiB private, and 8.0 GiB of mapped files that can be dropped" in text
+    assert "now 2.0 GiB private, and 8.0 GiB of reclaimable mapped files" in text
     report = Report(model=ModelFacts("/home/me/models/Qwen2.5-VL-3B-Instruct", dtype="bf16", device="cpu"))
     report.time_ms.total = 1234.0
     assert str(report) == "model      Qwen2.5-VL-3B-Instruct  bf16  cpu\ntotal         1,234  (the whole call)"

@@ -155,7 +155,7 @@ class Sources:
     def check_revision(self, commit: str | None) -> None:
         """Raise UsageError if the commit of a hub model differs from the records before. Applies to earlier and new records."""
         if commit and self._revision and commit != self._revision:
-            self._refuse(f"its commit was {self._revision}, and is now {commit}")
+            self._refuse(f"its commit was {self._revision} and is now {commit}")
         self._revision = commit or self._revision
 
     def check_sizes(self, after_tower_below: int | None) -> None:
@@ -179,7 +179,7 @@ def check_size_rule(run: str, before: int | None, now: int | None) -> None:
     """
     if before is None or now is None or before == now:
         return
-    change = f"the size limit for pruning only after the tower was {_size_limit(before)}, and is now {_size_limit(now)}"
+    change = f"the size limit for pruning only after the tower was {_size_limit(before)} and is now {_size_limit(now)}"
     hint = "use the same --device, or another -o; inner=always prunes the same way on all devices"
     raise UsageError(f"{run} was started on another device or version: {change}", hint)
 

@@ -48,7 +48,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
         ModelError: If the model's output contains NaN or infinity.
     """
 
-    INSTEAD = "take answer.text and answer.report"
+    INSTEAD = "use answer.text and answer.report"
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class Chat(Uncopied):
     the next answer contains "history_cut" even before the answer is generated.
     """
 
-    INSTEAD = "take chat.messages"
+    INSTEAD = "use chat.messages"
 
     def __init__(self, inputs: Asked, system: str | None, turns: Sequence[Turn]):
         self.system = system
@@ -258,7 +258,7 @@ class Chat(Uncopied):
         (generation,) = from_keywords(options, GenerationOptions)
         if generation.system not in (None, self.system):
             raise UsageError(
-                "a conversation has one system prompt", "give it to chat(), which begins another conversation"
+                "a conversation has one system prompt", "pass it to chat(), which starts another conversation"
             )
         generation = replace(generation, system=self.system)
         check_question(question)
@@ -300,7 +300,7 @@ class Chat(Uncopied):
     def _remembered(self, answer: Answer, earlier: list[Turn], latest: object) -> Iterator[str]:
         """Yield the pieces of an answer, then add the complete answer to the conversation."""
         if latest is not self._latest:
-            raise UsageError(self._inputs.OVERTAKEN, "finish one answer before the next question")
+            raise UsageError(self._inputs.OVERTAKEN, "finish one answer before asking the next question")
         yield from answer
         said = answer.report.answer
         if latest is self._latest and (said or answer.report.thoughts is None):

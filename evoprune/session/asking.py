@@ -38,7 +38,7 @@ class Askable(ABC, Uncopied):
     All questions share the keys and values of the inputs. Threads wait for each other.
     """
 
-    INSTEAD = "threads may share it; another process needs a VideoQA of its own, and encodes there"
+    INSTEAD = "threads may share it; another process must load a VideoQA and encode again"
     OVERTAKEN = "another question was asked meanwhile"  # error when an old answer is read after a newer question
 
     def __init__(self, session: Session):
@@ -263,7 +263,7 @@ class Askable(ABC, Uncopied):
                 update()
                 yield piece
                 if turn != self._turn:
-                    raise UsageError(self.OVERTAKEN, "finish one answer before the next question")
+                    raise UsageError(self.OVERTAKEN, "finish one answer before asking the next question")
             update()
             if options.schema is not None and generated.finish_reason == "stop" and generated.stop_reason is None:
                 value, instance = options.parse(report.answer)
@@ -294,7 +294,7 @@ class EncodedInputs(Askable):
             the prompt in one pass.
     """
 
-    AS_INPUT = "ask takes it as it is: ask([encoded, ...], question)"  # hint if a path is required instead
+    AS_INPUT = "pass it to ask directly: ask([encoded, ...], question)"  # hint if a path is required instead
 
     def __init__(self, session: Session, encodings: Sequence[EncodedInput]):
         super().__init__(session)
@@ -324,7 +324,7 @@ class EncodedInputs(Askable):
             UsageError: If there are no inputs, or an input was encoded by a different session.
         """
         if not inputs:
-            raise UsageError("there is no input", "give at least one path, or what encode made of it")
+            raise UsageError("no input given", "give at least one path, or the result of encode()")
         if any(encoded._session is not session for encoded in inputs):
             raise UsageError("an input was encoded by another VideoQA", "encode it with this one")
         if len(inputs) == 1:

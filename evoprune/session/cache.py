@@ -67,7 +67,7 @@ class Entries:
         except (TypeError, UnicodeEncodeError):
             named = False
         if not named:
-            raise UsageError(f"the folder of a cache is {brief(self.folder)}, not a path", "give the path of a folder")
+            raise UsageError(f"the cache folder is {brief(self.folder)}, not a path", "give the path of a folder")
         object.__setattr__(self, "limit_bytes", check_type("limit_bytes", self.limit_bytes, int))
 
     def write(self, key: str, content: Callable[[BinaryIO], None], make_room: bool = True) -> bool:

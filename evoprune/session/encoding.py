@@ -37,7 +37,7 @@ Path = str | os.PathLike[str]
 # Progress callback: called with a stage ("read", "encode" or "layers"), the amount done, and the total.
 Progress = Callable[[str, int, int], None]
 
-KINDS_HINT = "give a path or a URL, an array of frames, a picture of Pillow, the bytes of a file, or an open file"
+KINDS_HINT = "give a path or a URL, an array of frames, a Pillow image, the bytes of a file, or an open file"
 AHEAD_BYTES = 2**26  # maximum bytes of prefetched patches outside the patch store
 READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package of each decoder
 
@@ -553,9 +553,9 @@ def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[flo
     """
     inputs = list(given) if isinstance(given, list | tuple) else [given]
     if not inputs:
-        raise UsageError(f"the input is {brief(given)}, not a path", KINDS_HINT)
+        raise UsageError("no input given", KINDS_HINT)
     if times_s is not None and not any(GivenInput(value).is_frames for value in inputs):
-        raise UsageError("times_s are of an array of frames, and there is none", "files know their own times")
+        raise UsageError("times_s needs an array of frames", "files contain their own times")
     made: list[Input] = []
     for value in inputs:
         if GivenInput(value).is_frames:
@@ -567,5 +567,5 @@ def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[flo
         else:
             subject = "the input" if value is given else "an input"
             hint = EncodedInputs.AS_INPUT if isinstance(value, EncodedInputs) else KINDS_HINT
-            raise UsageError(f"{subject} is {brief(value)}, not a path", hint)
+            raise UsageError(f"{subject} is {brief(value)}, which is not supported", hint)
     return made

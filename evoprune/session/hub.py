@@ -79,12 +79,22 @@ def near_hint(name: str) -> str:
 def kind_hint(name: str) -> str:
     """Return the beginning of a hint about supported models, or an empty string if the name looks like a supported model."""
     if _CONVERTED.search(name):
-        original = _ORIGINAL.search(name)
-        instead = f"Qwen/{original[0]}" if original else "the original checkpoint"
-        return f"its name is that of GGUF or MLX weights, which evoprune does not read; take {instead}; "
+        instead = downloadable_id(name) or "the original checkpoint"
+        return f"the name suggests GGUF or MLX weights, which evoprune does not support; use {instead}; "
     if re.search(r"qwen-?((3|2[._]?5?)[-_]?vl|3[._]?[5-9])", name, re.IGNORECASE):
         return ""
     return f"{MODEL_HINT}; "
+
+
+def downloadable_id(name: str) -> str | None:
+    """Return the id to name in a download command: the `nearest_id`, or the original of converted weights, or `name`.
+
+    Returns None for GGUF and MLX weights whose original is unknown, because evoprune cannot run them.
+    """
+    if _CONVERTED.search(name):
+        original = _ORIGINAL.search(name)
+        return f"Qwen/{original[0]}" if original else None
+    return nearest_id(name) or name
 
 
 def revision_flag(revision: str | None) -> str:
@@ -122,7 +132,7 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
     from huggingface_hub import errors
 
     if offline:
-        return "the hub may not be asked (offline)"
+        return "network access is disabled (offline)"
     # Send a single request without retries, because the library's own calls retry for minutes.
     url = hub.hf_hub_url(name, "config.json", revision=revision)
     try:
@@ -132,10 +142,12 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
     except errors.RepositoryNotFoundError as problem:  # the repository may also be private or gated
         hint = f"log in with `hf auth login` if it is private or gated; {MODEL_HINT}"
         hint = f"{near_hint(name) or 'check the spelling, or '}{hint}"
-        raise ModelError(f"there is no folder {name} here, and no such model on the hub for you", hint) from problem
+        raise ModelError(
+            f"there is no folder {name} here, and the hub has no such model that you can access", hint
+        ) from problem
     except errors.EntryNotFoundError as problem:
         which = near_hint(name) or kind_hint(name) or f"{MODEL_HINT}; "
-        hint = f"{which}adapters must be merged first, GGUF files are not read"
+        hint = f"{which}merge adapters first; GGUF files are not supported"
         raise ModelError(f"{name} has no config.json on the hub", hint) from problem
     except Exception as problem:  # the exception types depend on the version of huggingface_hub
         return f"the hub cannot be reached ({first_line(problem)})"
@@ -160,7 +172,7 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
 
     threading.Thread(target=run, daemon=True).start()
     if not wait([answer], seconds).done:
-        raise TimeoutError(f"no answer within {seconds:g} s")
+        raise TimeoutError(f"no response within {seconds:g} s")
     return answer.result()
 
 
@@ -187,9 +199,12 @@ def fetch(name: str, revision: str | None, patterns: tuple[str, ...], unreachabl
                 wanted = f"{name} at revision {revision}"
                 refs = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs"
                 if held := sorted(file.name for file in refs.glob("*")):
-                    hint += f"the cache holds {listed(held)}; "
-            command = f"hf download {nearest_id(name) or name}{revision_flag(revision)} --local-dir DIR"
-            hint += f"where there is a network: {command}; then DIR is the model. The demo needs neither"
+                    hint += f"the cache has {listed(held)}; "
+            if wanted_id := downloadable_id(name):
+                command = f"hf download {wanted_id}{revision_flag(revision)} --local-dir DIR"
+                hint += f"on a machine with network access: {command}; then use DIR as the model. The demo needs no download"
+            else:
+                hint += "the demo needs no download"
             raise ModelError(f"{wanted} is not in the local cache, and {unreachable}", hint) from problem
-        broken = f"the download of {name} broke off: {first_line(problem)}"
-        raise ModelError(broken, "run it again to go on") from problem
+        broken = f"the download of {name} failed: {first_line(problem)}"
+        raise ModelError(broken, "run the command again to resume") from problem

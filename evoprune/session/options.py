@@ -133,7 +133,7 @@ class ModelOptions:
 
     def __post_init__(self):
         if hasattr(self.model, "forward"):
-            raise UsageError(f"model is of the class {type(self.model).__name__}, not a name", OTHER_MODELS)
+            raise UsageError(f"model is a {type(self.model).__name__}, not a name", OTHER_MODELS)
         object.__setattr__(self, "dtype", _short_dtype(self.dtype))
         if type(self.device).__name__ == "device":
             object.__setattr__(self, "device", str(self.device))
@@ -169,20 +169,22 @@ class ModelOptions:
         name = self.model
         revision = self.revision
         if not name.strip():
-            raise ModelError("the name of the model is empty", MODEL_HINT)
+            raise ModelError("the model name is empty", MODEL_HINT)
         folder = self.folder
         if name in DEMOS and not (folder / "config.json").is_file():
-            hint = "install evoprune again, or name another model"
+            hint = "reinstall evoprune, or use another model"
             raise ModelError(f"the bundled {name} model is missing: {folder}", hint)
         if os.path.isdir(folder):  # unlike Path.is_dir, it never raises
             if revision is not None:
                 raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
             if not is_text(os.path.abspath(folder)):  # the libraries that read tokenizers and weights require it
-                hint = "rename it, or set LC_ALL to a locale with UTF-8, such as C.UTF-8"
+                hint = "rename it, or set LC_ALL to a UTF-8 locale, such as C.UTF-8"
                 raise ModelError(f"the path {folder} is not valid text", hint)
             return folder
         if os.path.exists(folder):
-            raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
+            raise ModelError(
+                f"{name} is a file, not a model", "give the folder that contains config.json and the weights"
+            )
         if not is_id(name):
             meant = near_hint(name) or did_you_mean(name, DEMOS)
             hint = missing_hint(name, f"{meant}a hub id is org/name; {MODEL_HINT}")
@@ -363,7 +365,8 @@ class FindOptions:
             raise UsageError(f"segment_s is {self.segment_s:g}", "give a number above 0")
         if self.prompt is not None and "{}" not in self.prompt:
             raise UsageError(
-                f"prompt is {self.prompt!r}, without a place for the query", 'mark it with {}: "Can you see {}?"'
+                f"prompt is {self.prompt!r}, without {{}} for the query",
+                'put {} in place of the query: "Can you see {}?"',
             )
         if not self.yes.strip() or not self.no.strip():
             raise UsageError("the word for yes or no is empty", "for example --yes yes --no no")

@@ -391,7 +391,7 @@ def _transcribed(model: "WhisperModel", samples: "np.ndarray", language: str | N
     except (RuntimeError, ValueError) as problem:
         if is_out_of_memory(problem):
             raise
-        hint = "is its folder complete, and of a version that ctranslate2 reads?"
+        hint = "check that its folder is complete, and that ctranslate2 supports its version"
         raise ModelError(f"the speech model failed: {first_line(problem)}", hint) from problem
 
 
@@ -404,7 +404,7 @@ def _loaded(model: str, offline: bool, cores: int | None) -> "WhisperModel":
             raise
         raise ModelError(
             f"the speech model in {folder} cannot be loaded: {first_line(problem)}",
-            "it is incomplete or damaged: delete the folder, and it is downloaded again",
+            "it is incomplete or damaged: delete the folder to download it again",
         ) from problem
 
 
@@ -426,7 +426,7 @@ def _folder(model: str, offline: bool) -> str:
     name = MODELS[model]
     unreachable = reach(name, None, offline)
     if unreachable is not None:
-        hint = f"where there is a network: hf download {name} --local-dir DIR; then the speech model is DIR"
+        hint = f"on a machine with network access: hf download {name} --local-dir DIR; then use DIR as the speech model"
         raise ModelError(f"the speech model {model} is not on this machine, and {unreachable}", hint)
     return str(fetch(name, None, FILES, None))
 

@@ -70,7 +70,7 @@ def test_other_settings_are_refused(failed):
     assert changed(device="cpu", threads=2, offline=True).record() == SETTINGS.record()  # the same answers
     for name, value in others.items():
         other = changed(**{name: value})
-        with pytest.raises(UsageError, match=f"other settings: {name} was .*, is ") as caught:
+        with pytest.raises(UsageError, match=f"other settings: {name} was .* and is now ") as caught:
             Sources(other).remaining(ROWS, before)
         assert caught.value.hint
 
@@ -97,7 +97,7 @@ def test_another_commit_of_a_hub_model_is_refused():
     other = [*before, replace(before[1], revision="b")]
     for check in (lambda: sources.check_revision("b"), lambda: Sources(settings).remaining(ROWS, other)):
         with pytest.raises(
-            UsageError, match=r"org/model has changed since .*: its commit was a, and is now b"
+            UsageError, match=r"org/model has changed since .*: its commit was a and is now b"
         ) as caught:
             check()
         assert "--revision" in caught.value.hint
@@ -300,5 +300,5 @@ def test_records_of_versions_without_seek_are_of_exact_frames(tmp_path):
     path.write_text(json.dumps(line) + "\n")
     with closing(RecordFile(str(path), resume=True)) as output:
         assert Sources(changed(seek="exact")).remaining(ROWS, output.earlier_records) == ROWS[1:]
-        with pytest.raises(UsageError, match=r"other settings: seek was .*exact.*, is .*auto"):
+        with pytest.raises(UsageError, match=r"other settings: seek was .*exact.* and is now .*auto"):
             Sources(SETTINGS).remaining(ROWS, output.earlier_records)

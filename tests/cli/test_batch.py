@@ -187,7 +187,9 @@ def test_resume_accepts_records_that_do_not_say_what_they_were_made_of(run, out,
 def test_resume_refuses_an_adapter_beside_the_model(run, out, model):
     assert run(CLIPS[0], *ASKED, "-m", model).code == 0
     (model / "adapter_config.json").write_text("{}")
-    assert re.search(r"files was (\d+), is \d+;", " ".join(run(CLIPS[0], *ASKED, "-m", model, "--resume").err.split()))
+    assert re.search(
+        r"files was (\d+) and is now \d+;", " ".join(run(CLIPS[0], *ASKED, "-m", model, "--resume").err.split())
+    )
 
 
 @pytest.mark.few(3)
@@ -232,7 +234,7 @@ def test_resume_keeps_the_records_of_other_rows(run, out, tmp_path):
     assert run(CLIPS[0], broken, "-Q", "What colour is the square?").code == 6
     before = out.read_bytes()
     result = run(CLIPS[0], broken, "-Q", "Is there a digit?", "--resume")
-    assert result.code == 6 and "also contains 2 records of other rows, which are kept" in result.err
+    assert result.code == 6 and "has 2 records that are not in this batch; kept" in result.err
     assert out.read_bytes().startswith(before) and len(records(out)) == 4
 
 
@@ -306,7 +308,9 @@ def test_progress_on_a_terminal(run, columns):
     assert re.search(r"row 4/4, 0:\d\d", result.err)
     last = visible(result.err)
     assert last[0].startswith("4 of 4 rows answered: 0:") and max(map(len, last)) <= columns
-    assert re.fullmatch(rf"4 of 4 .*; waited 0:\d\d\.\d for reading {re.escape(CUT)}", " ".join(" ".join(last).split()))
+    assert re.fullmatch(
+        rf"4 of 4 .*; waited \d+\.\d s for video reading {re.escape(CUT)}", " ".join(" ".join(last).split())
+    )
     assert visible(run(*CLIPS, *ASKED, "-q", "--overwrite", columns=columns).err) == []
 
 
@@ -314,12 +318,12 @@ def test_progress_where_nobody_watches(run, monkeypatch):
     monkeypatch.setattr(batch, "TELL_EVERY_S", 0.0)
     lines = run(*CLIPS, *ASKED).err.splitlines()
     assert [line.split(",")[0] for line in lines[:4]] == [f"{n} of 4 rows" for n in range(1, 5)]
-    assert all(re.search(r" a (second|minute), ~.* left$", line) for line in lines[:4])
+    assert all(re.search(r" rows/(s|min), ~.* left$", line) for line in lines[:4])
     assert len(lines) == 6 and lines[5] == CUT
 
 
 @pytest.mark.parametrize(
-    ("made", "seconds", "says"), [(4, 2.0, "2 a second"), (2, 60.0, "2 a minute"), (3, 7200.0, "1.5 an hour")]
+    ("made", "seconds", "says"), [(4, 2.0, "2 rows/s"), (2, 60.0, "2 rows/min"), (3, 7200.0, "1.5 rows/h")]
 )
 def test_pace(made, seconds, says):
     assert batch.pace(made, seconds) == says
@@ -447,7 +451,7 @@ def test_an_option_for_all_rows_is_one_of_the_settings(run, out, tmp_path):
     asked = (clip, CLIPS[0], "-Q", "Who?")
     assert run(*asked, "--subtitles", "auto").code == 0
     assert [bool(record["subtitles"]) for record in records(out)] == [True, False]
-    assert "subtitles was 'auto', is None" in run(*asked, "--resume").err
+    assert "subtitles was 'auto' and is now None" in run(*asked, "--resume").err
     run(*asked, "--overwrite")  # like the output of versions without subtitles
     assert not any("subtitle" in name for r in records(out) for name in (*r["batch"]["row"], *r["batch"]["settings"]))
 

@@ -78,7 +78,7 @@ def test_ctrl_c_prints_what_was_found_so_far(cli, monkeypatch):
         ((SQUARE, " "), 2, "the query is empty"),
         ((SQUARE, GREEN, "--min-score", "2"), 2, "--min-score is 2"),
         ((SQUARE, GREEN, "--segment", "soon"), 2, "is not a time"),
-        ((SQUARE, GREEN, "--prompt", "What?"), 2, "--prompt is 'What?', without a place for the query"),
+        ((SQUARE, GREEN, "--prompt", "What?"), 2, "--prompt is 'What?', without {} for the query"),
         ((SQUARE, GREEN, "--yes", "no"), 2, "begin with the same token"),
         ((SQUARE, SQUARE, GREEN), 2, "is given twice"),
     ],

@@ -152,9 +152,9 @@ def test_the_prompt_remembers(cli, tiny_folder):
     lines = f"{QUESTION}\n{MORE}\n/undo\n/new\n{MORE}\n"
     result = cli("watch", CLIP, *flags, stdin=lines, terminal=True)
     assert [record["conversation"]["turns"] for record in records(result.out)] == [0, 1, 0]
-    assert f"taken back: {MORE}" in result.err and "Questions are independent" not in result.err
+    assert f"removed: {MORE}" in result.err and "Questions are independent" not in result.err
     single = cli("watch", CLIP, *flags, "--history", "off", stdin=f"{QUESTION}\n/undo\n", terminal=True)
-    assert records(single.out)[0]["conversation"] is None and "/undo applies only to conversations" in single.err
+    assert records(single.out)[0]["conversation"] is None and "nothing to undo: questions are independent" in single.err
     assert "independent: the demo models know only single questions" in cli("watch", CLIP, stdin="", terminal=True).err
 
 

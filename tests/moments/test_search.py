@@ -143,7 +143,7 @@ def test_what_makes_no_sense_is_refused(demo, given, problem):
         ({"total_tokens": 0}, "total_tokens is 0"),
         ({"min_score": 1.5}, "min_score is 1.5"),
         ({"segment_s": 0.0}, "segment_s is 0"),
-        ({"prompt": "What?"}, "without a place for the query"),
+        ({"prompt": "What?"}, "without {} for the query"),
         ({"yes": " "}, "is empty"),
     ],
 )

@@ -320,12 +320,12 @@ def test_what_needs_our_own_layers_is_refused(folder):
 
 @pytest.mark.parametrize(("family", "entries", "why"), [
     ("qwen3_5_moe", {}, "is a mixture of experts"),
-    ("qwen3_5", {"quantization_config": {"quant_method": "awq"}}, r"is quantised \(awq\)"),
+    ("qwen3_5", {"quantization_config": {"quant_method": "awq"}}, r"is quantized \(awq\)"),
 ])  # fmt: skip
 def test_what_cannot_be_quantised(tmp_path, family, entries, why):
     folder = save_tiny(tmp_path / "model", family=family)
     (tmp_path / "changed").mkdir()
-    with pytest.raises(UsageError, match=f"quantize int8 is for dense models .* {why}"):
+    with pytest.raises(UsageError, match=f"quantize int8 needs a dense model .* {why}"):
         describe(ModelOptions(damaged(folder, tmp_path / "changed", **entries), quantize="int8"))
 
 
@@ -408,7 +408,7 @@ def damaged(folder: Path, tmp_path: Path, **entries) -> str:
 def test_packages_that_are_missing_are_named(saved, tmp_path, monkeypatch, method, here, hint):
     monkeypatch.setattr("evoprune.session.loading.weights._is_installed", here.__contains__)
     name = damaged(saved, tmp_path, quantization_config={"quant_method": method})
-    with pytest.raises(ModelError, match=f"quantised by {method}, and .* not installed") as caught:
+    with pytest.raises(ModelError, match=f"quantized by {method}, but .* not installed") as caught:
         load_model(name)
     assert caught.value.hint == f"pip install {hint}"
 
@@ -457,7 +457,7 @@ def test_an_unknown_quantisation_is_an_error_of_the_model(saved, tmp_path, monke
     ("shape", "says"),
     [
         (None, r"lack 1 tensor, first .*layers\.0\.linear_attn\.A_log"),
-        (7, r"layers\.0\.linear_attn\.A_log is \[7\] where config\.json wants \[4\]"),
+        (7, r"layers\.0\.linear_attn\.A_log is \[7\], but config\.json expects \[4\]"),
     ],
 )
 def test_a_tensor_that_is_missing_or_of_another_shape(hybrid, tmp_path, shape, says):
@@ -479,9 +479,9 @@ def test_the_package_of_quantised_layers_that_fail_is_named(hybrid, monkeypatch)
     def fails(*given):
         raise AssertionError("no kernel")
 
-    monkeypatch.setattr(hybrid.model, "package", "a layer quantised by torchao")
+    monkeypatch.setattr(hybrid.model, "package", "a layer quantized by torchao")
     monkeypatch.setattr(hybrid.model.model.language_model.layers[2].mlp, "forward", fails)
-    with pytest.raises(PluginError, match="a layer quantised by torchao failed: AssertionError: no kernel"):
+    with pytest.raises(PluginError, match="a layer quantized by torchao failed: AssertionError: no kernel"):
         said(VideoQA(hybrid).encode(CLIP), "What?")
 
 
@@ -539,7 +539,7 @@ def test_an_adapter_beside_the_weights_is_not_applied(hybrid, tmp_path, monkeypa
         monkeypatch.setattr(module, "is_peft_available", lambda: True)
     name = damaged(Path(hybrid.description.folder), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "another/model"}))
-    with pytest.warns(ModelWarning, match="holds an adapter"):
+    with pytest.warns(ModelWarning, match="the adapter next to the weights"):
         loaded = load_model(name, dtype="fp32", pack=False)
     weights = zip(loaded.model.parameters(), hybrid.model.parameters(), strict=True)
     assert all(map(torch.equal, *zip(*weights, strict=True)))

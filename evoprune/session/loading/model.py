@@ -199,7 +199,7 @@ class LoadedModel:
         if self.tokenizer is None:
             raise _no_tokenizer(self.id)
         if not Device(self.model.device).holds_values:
-            raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
+            raise UsageError("device 'meta' cannot compute", "use cpu, or auto")
 
     def check_texts(self, question: str, system: str | None = None, earlier: Sequence[Turn] = ()) -> None:
         """Check that no part of a prompt is far too long, because tokenizing a huge text can take minutes.
@@ -210,7 +210,7 @@ class LoadedModel:
         self._check_beginning(question, "a question", "ask a shorter question")
         self._check_beginning(system or "", "a system prompt", "give a shorter system prompt")
         said = "\n".join(text for turn in earlier for text in (turn.question, turn.answer))
-        self._check_beginning(said, "a conversation", "leave out what was said first")
+        self._check_beginning(said, "a conversation", "leave out the first turns")
 
     def _check_beginning(self, text: str, what: str, hint: str) -> None:
         """Check that the beginning of a text fits into the model's context.
@@ -247,8 +247,8 @@ class LoadedModel:
             raise DoesNotFit(
                 f"{counted(text, 'token')} of text, {counted(visual, 'visual token')} and an answer of up to "
                 f"{counted(new, 'token')} do not fit into the {context:,} tokens of this model's context",
-                "ask a shorter question, or for a shorter answer (-n, max_new_tokens), keep fewer visual tokens (-b, budget) or "
-                "subtitles (--max-subtitle-tokens, max_subtitle_tokens), or look at fewer frames (--max-frames, max_frames)",
+                "shorten the question or the answer (-n, max_new_tokens), keep fewer visual tokens (-b, budget) or "
+                "subtitles (--max-subtitle-tokens, max_subtitle_tokens), or read fewer frames (--max-frames, max_frames)",
             )
 
     def positions_of(self, prompt: Prompt, plans: Sequence[Plan]) -> torch.Tensor:
@@ -388,8 +388,8 @@ def read_generation(folder: Path | None) -> GenerationSettings:
     if folder is not None:
         path = folder / "generation_config.json"
         content = read_json(path)
-    if asked := sorted(name for name, off in NOT_DONE.items() if content.get(name) and content[name] != off):
-        warnings.warn(f"evoprune does not do what {path} asks for: {listed(asked)}", ModelWarning, stacklevel=2)
+    if ignored := sorted(name for name, off in NOT_DONE.items() if content.get(name) and content[name] != off):
+        warnings.warn(f"ignored settings in {path}: {listed(ignored)}", ModelWarning, stacklevel=2)
     with valid(f"{path} is damaged"):
         return pick(GenerationSettings, content, "")
 
@@ -416,15 +416,15 @@ def eos_ids(
     if not isinstance(ids, tuple):
         ids = (ids,)
     if never := [token for token in ids if token >= config.text_config.vocab_size]:
-        said = f"eos_token_id {', '.join(map(str, never))} is no token of the model"
+        said = f"eos_token_id {', '.join(map(str, never))} is not in the vocabulary"
         if len(never) == len(ids):
-            raise ModelError(f"{folder}/{file}: {said}, so no answer could end", "get the file again")
+            raise ModelError(f"{folder}/{file}: {said}, so no answer would end", "download the file again")
         warnings.warn(f"{folder}/{file}: {said}", ModelWarning, stacklevel=2)
     return tuple(token for token in ids if token not in never)
 
 
 def _no_tokenizer(name: str) -> ModelError:
-    hint = "name a folder that holds config.json and a tokenizer; to measure speed without one: evoprune profile"
+    hint = "give a folder with config.json and a tokenizer; to measure speed without one: evoprune profile"
     return ModelError(f"random weights of {name} have no tokenizer, so no question can be asked", hint)
 
 
@@ -459,13 +459,13 @@ def load_weights(
         weight = content.get_tensor(stored)
         unscaled = weight.is_floating_point() and weight.itemsize > 1  # other dtypes have separate scales
         if weight.shape != wanted[name] or not unscaled:
-            what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
+            what = f"{weight.dtype} {list(weight.shape)}, but config.json expects {list(wanted[name])}"
             problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
             raise ModelError(problem, BELONG)
         if name.removesuffix(".weight") not in as_stored:
             weight = weight.to(device, dtype)
         if name in tensors and not torch.equal(weight, tensors[name]):
-            problem = f"the weights in {file.parent} cannot be loaded: {name} is stored twice, with other values"
+            problem = f"the weights in {file.parent} cannot be loaded: {name} is stored twice with different values"
             raise ModelError(problem, BELONG)
         tensors[name] = weight
     if config.tie_word_embeddings:  # `separate_head` has already ruled out different embeddings
@@ -474,10 +474,10 @@ def load_weights(
         del wanted[HEAD]
     if missing := sorted(wanted.keys() - tensors.keys()):
         problem = f"the weights in {files[0].parent} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
-        raise ModelError(problem, "get the model again")
+        raise ModelError(problem, "download the model again")
     if unused:
-        are = "tensor of the weights is" if len(unused) == 1 else "tensors of the weights are"
-        said = f"{len(unused):,} {are} not used in {files[0].parent}: {', '.join(unused[:3])}"
+        are = "is" if len(unused) == 1 else "are"
+        said = f"{counted(len(unused), 'tensor')} of the weights in {files[0].parent} {are} not used: {', '.join(unused[:3])}"
         if len(unused) > 3:
             said += ", ..."
         warnings.warn(said, ModelWarning, stacklevel=2)

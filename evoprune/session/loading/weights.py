@@ -38,14 +38,14 @@ PACKAGES = {  # packages that transformers needs for each quantization method, b
 PLAIN = ("BF16", "F16", "F32", "F64")  # safetensors dtypes of plain numbers; other dtypes have separate scales
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
-BELONG = "config.json and the weights must belong together; get the model again"
+BELONG = "config.json and the weights must match; download the model again"
 # Hints for weights saved by other programs, by the prefix of their tensor names.
 ELSEWHERE = {
-    "base_model.model.": f"the weights are those of a model under an adapter; {MERGE}",
-    "module.": "the weights are those of a DistributedDataParallel or DataParallel around the model; save its `module`",
-    "_orig_mod.": "the weights are those of a model under torch.compile; save its `_orig_mod`",
-    "vision_tower.": "the weights are a conversion, as of MLX; take the original checkpoint",
-    "language_model.model.": "the weights are a conversion, as of MLX; take the original checkpoint",
+    "base_model.model.": f"the weights are wrapped in an adapter; {MERGE}",
+    "module.": "the weights are wrapped in DistributedDataParallel or DataParallel; save the wrapper's `module`",
+    "_orig_mod.": "the weights are wrapped by torch.compile; save the wrapper's `_orig_mod`",
+    "vision_tower.": "the weights were converted, for example for MLX; use the original checkpoint",
+    "language_model.model.": "the weights were converted, for example for MLX; use the original checkpoint",
 }
 
 
@@ -84,13 +84,11 @@ class ModelWeights:
             if not any(name.startswith(f"{last}.") for name in names):
                 hints = (hint for start, hint in ELSEWHERE.items() if any(name.startswith(start) for name in names))
                 problem = (
-                    f"the weights in {self.description.folder} lack {last}, the last layer that config.json counts"
+                    f"the weights in {self.description.folder} lack {last}, the last layer according to config.json"
                 )
                 raise ModelError(problem, next(hints, BELONG))
         if (self.description.folder / ADAPTER).is_file():
-            said = (
-                f"{self.description.folder} holds an adapter ({ADAPTER}) beside the weights, which is not used; {MERGE}"
-            )
+            said = f"the adapter next to the weights in {self.description.folder} ({ADAPTER}) is ignored; {MERGE}"
             warnings.warn(said, ModelWarning, stacklevel=2)
         return files
 
@@ -290,7 +288,7 @@ def check_packages(quantization: str | None, name: str) -> None:
     packages = PACKAGES.get(quantization, [])
     if missing := [package for package in [*packages, "accelerate"] if not _is_installed(package)]:
         are = "is" if len(missing) == 1 else "are"
-        problem = f"{name} holds weights quantised by {quantization}, and {listed(missing)} {are} not installed"
+        problem = f"{name} contains weights quantized by {quantization}, but {listed(missing)} {are} not installed"
         raise ModelError(problem, f"pip install {' '.join(missing)}")
 
 
@@ -329,19 +327,15 @@ def weight_files(folder: Path) -> list[Path]:
         broken = False
         again = f"hf download {name}"
     if not files and not broken:
-        hint = (
-            "weights must be model.safetensors, or shards with model.safetensors.index.json; other formats are not read"
-        )
+        hint = "weights must be model.safetensors, or shards with model.safetensors.index.json; other formats are not supported"
         if name != str(folder):
-            hint += f". If the download was not finished: {again}"
-        raise ModelError(f"{folder} holds no safetensors weights", hint)
+            hint += f"; if the download was interrupted: {again}"
+        raise ModelError(f"{folder} contains no safetensors weights", hint)
     for file in files or [folder / "model.safetensors"]:
         if not file.is_file():
             if broken or name != str(folder):
-                raise ModelError(
-                    f"the download of {name} is not finished: {file.name} is missing", f"to go on: {again}"
-                )
-            raise ModelError(f"weights file {file} is missing", "get the file again")
+                raise ModelError(f"the download of {name} is incomplete: {file.name} is missing", f"to resume: {again}")
+            raise ModelError(f"weights file {file} is missing", "download the file again")
         check_fetched(file)
         with _opened(file):
             pass

@@ -57,10 +57,9 @@ PAGE_TEXTS = {
     "demo_model": f"{DEMO_KNOWLEDGE}; answers about anything else are meaningless",
     "demo_untold": f"{DEMO_KNOWLEDGE}; the video's format does not show whether it is one of these. "
     "If it is not, do not trust any answer about it",
-    "demo_question": "a demo model knows only the words of its training data, and the question has others, so its answer means "
-    "little",
+    "demo_question": "the question contains words that the demo model was not trained on; do not rely on the answer",
     "demo_history": "the demo models were trained on single questions and answer follow-up questions less accurately",
-    "demo_overlay": f"{DEMO_KNOWLEDGE}; what it merges or drops in other videos says little",
+    "demo_overlay": f"{DEMO_KNOWLEDGE}; what it merges or drops in other videos means little",
 }
 
 

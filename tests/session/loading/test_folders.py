@@ -136,7 +136,7 @@ def test_a_hub_model_is_downloaded_once(hub, monkeypatch):
     ("name", "options", "says"),
     [
         ("org/tiny", {}, "of type 'llava'"),
-        ("org/other", {}, "no such model on the hub"),
+        ("org/other", {}, "the hub has no such model"),
         ("org/tiny", {"revision": "v9"}, "no revision 'v9'"),
     ],
 )
@@ -167,20 +167,20 @@ def test_a_hub_that_does_not_answer_fails_soon(cache, monkeypatch, stuck):
             monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2))
         began = time.monotonic()
         message = error_of("org/tiny")
-        assert "the hub cannot be reached" in message and (stuck == "server" or "no answer within 0.3 s" in message)
+        assert "the hub cannot be reached" in message and (stuck == "server" or "no response within 0.3 s" in message)
         assert time.monotonic() - began < (1.5 if stuck == "names" else 3)
 
 
 def test_offline_uses_the_cache_and_no_network(cache, saved, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", no_network)
     message, hint = refused("org/tiny", offline=True)
-    assert "(offline)" in message and "revision" not in message + hint and "the cache holds" not in hint
+    assert "(offline)" in message and "revision" not in message + hint and "the cache has" not in hint
     fill_cache(cache, saved)
     loaded = load_model("org/tiny", offline=True)
     assert loaded.description.commit == COMMIT and loaded.tokenizer is not None
     message, hint = refused("org/tiny", offline=True, revision="v2")
-    assert message == "org/tiny at revision v2 is not in the local cache, and the hub may not be asked (offline)"
-    assert "hf download org/tiny --revision v2" in hint and "the cache holds main" in hint
+    assert message == "org/tiny at revision v2 is not in the local cache, and network access is disabled (offline)"
+    assert "hf download org/tiny --revision v2" in hint and "the cache has main" in hint
 
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4242\n"
@@ -242,7 +242,7 @@ def test_an_adapter_is_no_model(folder):
     (folder / "config.json").unlink()
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"}))
     message, hint = refused(folder)
-    assert message == f"{folder} holds an adapter of Qwen/Qwen2.5-VL-3B-Instruct, not a model"
+    assert message == f"{folder} contains an adapter of Qwen/Qwen2.5-VL-3B-Instruct, not a model"
     assert "merge_and_unload" in hint
 
 
@@ -250,8 +250,8 @@ def test_a_folder_of_the_hubs_cache(cache, saved):
     fill_cache(cache, saved)
     for folder in (cache, cache / "snapshots"):
         message, hint = refused(folder)
-        assert "is a folder of the hub's cache" in message
-        assert f"name the model org/tiny, or {cache / 'snapshots' / COMMIT}" in hint
+        assert "is a folder in the hub's cache" in message
+        assert f"use org/tiny, or {cache / 'snapshots' / COMMIT}" in hint
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -263,14 +263,14 @@ def test_a_download_that_is_not_finished(dead_hub, cache, saved, shards):
         index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
         (at / "model.safetensors.index.json").write_text(json.dumps(index))
     message, hint = refused("org/tiny")
-    assert ("the download of org/tiny is not finished" if shards else "no safetensors weights") in message
+    assert ("the download of org/tiny is incomplete" if shards else "no safetensors weights") in message
     assert "hf download org/tiny" in hint
     local = cache.parent / "local"
     shutil.copytree(at, local)
     (local / ".cache" / "huggingface" / "download").mkdir(parents=True)
     (local / ".cache" / "huggingface" / "download" / "x.incomplete").touch()
     message, hint = refused(local)
-    assert f"the download of {local} is not finished" in message and "hf download" in hint
+    assert f"the download of {local} is incomplete" in message and "hf download" in hint
 
 
 ORIGINAL = {  # the original repository, by the name of a repository with converted weights
@@ -297,7 +297,7 @@ KNOWN = (
 
 
 def test_what_a_name_says_of_its_model():
-    unread = "its name is that of GGUF or MLX weights, which evoprune does not read; take {}; "
+    unread = "the name suggests GGUF or MLX weights, which evoprune does not support; use {}; "
     assert {name: kind_hint(name) for name in ORIGINAL} == {k: unread.format(v) for k, v in ORIGINAL.items()}
     assert {kind_hint(name) for name in OTHERS} == {f"{MODEL_HINT}; "}
     assert {kind_hint(name) for name in KNOWN} == {""}
@@ -333,7 +333,7 @@ def test_methods_to_compare_are_refused_before_the_download(hub, kind):
 
 def test_quantised_names_are_known_before_the_download(hub, cache):
     _, hint = refused("org/thing-GGUF", offline=True)
-    assert hint.startswith("its name is that of GGUF or MLX weights")
+    assert hint.startswith("the name suggests GGUF or MLX weights")
     edit(hub.folder / "config.json", quantization_config={"quant_method": "hqq"})
     assert "hqq and accelerate are not installed" in refused("org/tiny")[0]
     assert not any("safetensors" in path for path in hub.requests)
@@ -415,7 +415,7 @@ def test_a_tensor_that_is_not_read_is_named_once(folder):
     with pytest.warns(ModelWarning) as said:
         load_model(str(folder))
     (only,) = said
-    assert str(only.message).startswith(f"2 tensors of the weights are not used in {folder}: ")
+    assert str(only.message).startswith(f"2 tensors of the weights in {folder} are not used: ")
     assert "q_proj.lora_A.weight, value_head.bias" in str(only.message)
 
 
@@ -430,9 +430,7 @@ def test_a_tensor_under_two_names_is_refused_where_they_differ(folder):
 def test_an_adapter_beside_the_weights_is_said(folder):
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     save_file({"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 64)}, folder / "adapter_model.safetensors")
-    with pytest.warns(
-        ModelWarning, match=r"holds an adapter \(adapter_config.json\) beside the weights, which is not used"
-    ):
+    with pytest.warns(ModelWarning, match=r"the adapter next to the weights in .* \(adapter_config.json\) is ignored"):
         load_model(str(folder))
 
 
@@ -655,7 +653,7 @@ def test_settings_that_are_not_done_are_said_once(folder, asked, said):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_model(str(folder))
-    expected = [] if said is None else [f"evoprune does not do what {folder}/generation_config.json asks for: {said}"]
+    expected = [] if said is None else [f"ignored settings in {folder}/generation_config.json: {said}"]
     assert [str(each.message) for each in caught if each.category is ModelWarning] == expected
 
 
@@ -678,7 +676,7 @@ def test_an_answer_must_be_able_to_end(folder, where):
         (folder / where).write_text(json.dumps(content))
     else:
         edit(folder / where, eos_token_id=[never])
-    said = f"{folder}/{where}: eos_token_id {never} is no token of the model, so no answer could end"
+    said = f"{folder}/{where}: eos_token_id {never} is not in the vocabulary, so no answer would end"
     assert said in error_of(folder)
 
 
@@ -688,6 +686,6 @@ def test_an_answer_must_be_able_to_end(folder, where):
 def test_end_tokens(folder, ends, expected):
     """Invalid ids are warned about if there are valid ones."""
     edit(folder / "generation_config.json", eos_token_id=ends)
-    wrong = pytest.warns(ModelWarning, match="eos_token_id 5000 is no token of the model")
+    wrong = pytest.warns(ModelWarning, match="eos_token_id 5000 is not in the vocabulary")
     with wrong if ends == [7, 5000] else nullcontext():
         assert load_model(str(folder)).eos_ids == expected

@@ -197,7 +197,7 @@ def test_settings_of_the_processor_that_are_not_used_are_named_once(folder):
         load_model(str(folder))
     (warning,) = said
     named = "do_sample_frames=false, num_frames=8, do_resize=false, do_normalize=false, resample=2"
-    assert str(warning.message) == f"{folder}: settings of the processor that are not used: {named}"
+    assert str(warning.message) == f"{folder}: ignored processor settings: {named}"
 
 
 # --- what does not load ---
@@ -205,12 +205,12 @@ def test_settings_of_the_processor_that_are_not_used_are_named_once(folder):
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD = json.dumps({"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}).encode()
 DAMAGE = [  # file; new content (bytes, changed entries, or None for no file); the error message
-    (CONFIG, None, "holds no config.json"),
+    (CONFIG, None, "contains no config.json"),
     (CONFIG, lambda old: b"{", "cannot be read"),
     (CONFIG, lambda old: b"[]", "not a JSON object"),
     (CONFIG, {"model_type": "llava"}, "of type 'llava', not qwen2_5_vl or qwen2_vl or qwen3_vl or qwen3_vl_moe"),
-    (CONFIG, {"model_type": "qwen2_vl"}, "no valid qwen2_vl config: vision_config has no embed_dim"),
-    (CONFIG, {"text_config": {"hidden_size": "many"}}, "no valid qwen2_5_vl config"),
+    (CONFIG, {"model_type": "qwen2_vl"}, "not a valid qwen2_vl config: vision_config has no embed_dim"),
+    (CONFIG, {"text_config": {"hidden_size": "many"}}, "not a valid qwen2_5_vl config"),
     (WEIGHTS, None, "no safetensors weights"),
     (WEIGHTS, lambda old: old[:-1000], "damaged or incomplete"),
     (WEIGHTS, lambda old: struct.pack("<Q", 100) + b"no json", "damaged or incomplete"),
@@ -246,7 +246,7 @@ NO_NAMES = {
         ["nothing", "./no/such", "/no/such", "a/b/c", "a b/c", "org/", "../nay", "o--x/y", "o/..x", "x" * 5000, "a\0b", "\x1b[31m"],
         "neither a folder here nor a hub id",
     ),
-    " ": "the name of the model is empty",
+    " ": "the model name is empty",
 }  # fmt: skip
 
 
