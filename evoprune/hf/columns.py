@@ -375,7 +375,9 @@ def without_pruned(
     features_of = {True: [], False: []}  # features of videos, and of images
     for each, is_video in zip(encoded, visuals.videos, strict=True):
         features = each.features
-        if trained and torch.is_grad_enabled():  # eval mode is usually not training, so raise only in `backward`
+        if (
+            trained and torch.is_grad_enabled()
+        ):  # a model in eval mode is usually not trained, so raise only in `backward`
             features = _NoGradients.apply(features, trained[0])
         features_of[is_video].append((features, each.deepstack))
     pruned_call |= interface.encoded_inputs(model, call, features_of[True], features_of[False] or None)

@@ -191,7 +191,7 @@ class PrunedModel:
         self.model = model
         self.settings = settings
         self._packed = None
-        # The latest report and the remaining columns of its prompt: per thread, and over all threads.
+        # The latest report and the remaining columns of its prompt, per thread and across all threads.
         self._latest_of_thread = threading.local()
         self._latest_overall = (Report(), None)
         runs = dict(zip(METHODS, (self._generate, self._forward), strict=True))
@@ -418,13 +418,13 @@ def remover_of(model) -> Callable[[], None] | None:
 
 
 class Patches:
-    """Replaces methods of one model object with functions of this package, and puts them back.
+    """Replaces methods of one model object with functions of this package, and restores the methods later.
 
     The functions may call each other through the model: `generate` calls `forward` for every token. Such an inner call carries the
     argument `INNER`. A flag on the model would not do, because other threads may call the same model at the same time.
 
     Args:
-        runs: For each method name, the function to run instead.
+        runs: The function to run in place of each method, by method name.
         end: The function for `remover_of` to return. It calls `remove` and frees the owner's other resources.
     """
 
@@ -479,7 +479,7 @@ class Patches:
 
     @property
     def active(self) -> bool:
-        """Whether new calls run the functions instead of the model's own methods."""
+        """True if new calls run the replacement functions instead of the model's own methods."""
         return any(patch.active for patch in self._installed.values())
 
     def _activate(self, active: bool) -> None:

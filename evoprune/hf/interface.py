@@ -56,8 +56,8 @@ def tower_of(model):
     """Return the vision tower of a Hugging Face model, or of a `model.weights.QwenVL`.
 
     Raises:
-        ModelError: The model has no tower of a supported family, the tower has another structure, its weights are offloaded, or an
-            adapter changes a module that is not called.
+        ModelError: The model has no tower of a supported family, the tower has a different structure, its weights are offloaded, or
+            an adapter changes a module that is not called.
     """
     from evoprune.model import Tower
 

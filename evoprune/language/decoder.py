@@ -31,7 +31,8 @@ def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> 
     """Return the rotary frequencies of feature pairs and the position axis that each pair uses.
 
     Returns:
-        float32 `[head_dim / 2]`, radians per position; int64 `[head_dim / 2]`, 0 for time, 1 for height, 2 for width.
+        The frequencies in radians per position, float32 `[head_dim / 2]`; and the axes, int64 `[head_dim / 2]`, where 0 is time, 1
+        is height and 2 is width.
     """
     dim = 2 * sum(sections)
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
@@ -488,7 +489,7 @@ def run_layer(
         seen = attend_blind(*given, wide, *blind)
     elif q_rows is not None:
         seen = attend(*given, torch.searchsorted(kv_rows, q_rows, right=True))
-    elif rows:  # the last columns, in the last layer
+    elif rows:  # only the last columns, in the last layer
         seen = attend(*given)
     else:
         seen = attend(*given, wide=wide)

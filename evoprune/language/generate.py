@@ -106,10 +106,10 @@ class LanguageModel:
         For the other arguments and the exceptions, see `decoder.forward`.
 
         Args:
-            next_position: position of the first generated token: by Qwen's rule, the largest position of the *unpruned* prompt plus
-                one. Only decoding uses it.
-            cache: cache with the columns before, extended in place. None starts a new prompt.
-            ids: see `forward`.
+            next_position: M-RoPE position of the first generated token. By Qwen's rule, it is the largest position of the
+                *unpruned* prompt plus one. Only decoding uses this value.
+            cache: holds the preceding columns and is extended in place. None starts a new prompt.
+            ids: token ids of the columns; see `forward`.
         """
         columns = len(inputs_embeds)
         given = {}

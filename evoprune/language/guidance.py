@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 SCHEMA, REGEX = "schema", "regex"
 SECONDS = 5  # time limit of the check; typical schemas take milliseconds
 STACK_BYTES = 2**20  # stack limit of the check, because llguidance recurses into a schema
-EXACT_BITS = 53  # larger integers are not exact, because llguidance stores numbers as floats
+EXACT_BITS = 53  # integers with more bits are not exact, because llguidance stores numbers as floats
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 NUMERIC = ("type", "multipleOf", *BOUNDS)  # keywords for numbers
-# Layout of the JSON in an answer. Without these restrictions, a model could emit whitespace forever. They override a schema's
+# Layout of the JSON in an answer. Without a limit, a model could emit whitespace forever. These settings override a schema's
 # "x-guidance".
 JSON_LAYOUT = {
     "whitespace_pattern": " ?",
@@ -41,8 +41,8 @@ JSON_LAYOUT = {
 DEAD_END_ERRORS = ("NoExtension", "NoExtensionBias")  # llguidance's messages if no token is allowed
 FIRST_BYTES = 2  # number of bytes of an answer that the check tries
 MAX_SEARCHED = 2**20  # total characters of the subschemas that are tried to locate an error
-MAX_REGEX_LENGTH = 10_000  # longest regular expression, in characters
-MAX_MESSAGE_LENGTH = 200  # longest message of llguidance to show, in characters
+MAX_REGEX_LENGTH = 10_000  # maximum length of a regular expression, in characters
+MAX_MESSAGE_LENGTH = 200  # maximum length of an llguidance message that is shown, in characters
 
 
 def _check_installed(kind: str) -> None:
@@ -139,7 +139,7 @@ def _compile_error(kind: str, text: str) -> str:
     except ValueError as problem:
         return first_line(problem)
     matcher = library.LLMatcher(_byte_tokenizer(), grammar, log_level=0)
-    for _ in range(FIRST_BYTES):  # grammars that take too much work mostly fail at the beginning
+    for _ in range(FIRST_BYTES):  # grammars that take too much work usually fail at the beginning
         bits = int.from_bytes(matcher.compute_bitmask(), "little")
         if matcher.is_stopped():
             break

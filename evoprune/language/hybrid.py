@@ -168,7 +168,9 @@ def delta_net(
     kernel = delta.conv_kernel_size
     state = layer_state.recurrent_states[0]
     projected = delta.in_proj_qkv(x).T[None]
-    seen = layer_state.update_conv_state(projected, conv_kernel_size=kernel)  # may start with columns of earlier passes
+    seen = layer_state.update_conv_state(
+        projected, conv_kernel_size=kernel
+    )  # may start with columns from earlier passes
     seen = F.pad(seen, (kernel - 1 - (seen.shape[-1] - length), padding))
     mixed = F.silu(F.conv1d(seen, delta.conv1d.weight, delta.conv1d.bias, groups=seen.shape[1]))[0]
     qk, v = mixed.split([2 * delta.key_dim, delta.value_dim])
@@ -186,14 +188,14 @@ def delta_net(
     )  # logarithm of the decay since the chunk began
     decay = (
         (log_decay_in_chunk - log_decay_in_chunk.mT).exp().tril()
-    )  # between the write of column j and the read of i, [..., i, j]
+    )  # decay between the write of column j and the read of column i, [..., i, j]
     decay_in_chunk = log_decay_in_chunk.exp()
 
     rows = qk.flatten(2, 3).flatten(0, 1)
     scores = torch.bmm(rows, rows[:, CHUNK:].mT).view(heads, 1, chunks, 2, CHUNK, CHUNK) * decay[:, :, :, None]
     own = scores[:, :, :, 0].flatten(0, 2)  # products of queries with the keys of their own chunk
-    # The values that each column writes to the state, [..., values], and the part of the earlier state that it overwrites, [...,
-    # keys].
+    # The values that each column writes to the state, [..., values], and the part of the earlier state that the column overwrites,
+    # with shape [..., keys].
     solved = torch.linalg.solve_triangular(
         scores[:, :, :, 1] * beta, torch.cat([v, k * decay_in_chunk], -1) * beta, upper=False, unitriangular=True
     ).flatten(0, 2)

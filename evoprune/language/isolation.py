@@ -31,7 +31,7 @@ def run_isolated(
         stack_bytes: limit on the stack size; None for the system's default.
 
     Raises:
-        ValueError: the function exceeds the time or memory limit; the message says so.
+        ValueError: the function exceeds the time or memory limit. The error message says so.
         RuntimeError: the process failed for another reason.
         OSError: no process can be started.
     """

@@ -18,7 +18,7 @@ class CachedPrefix:
     """A KV cache and the token ids that it holds."""
 
     cache: KVCache | HostedCache
-    prompt: torch.Tensor  # int64 on the CPU, token ids of the cache's first columns
+    prompt: torch.Tensor  # int64 on the CPU, token ids of the cache's leading columns
     answer: Sequence[int] = ()  # token ids of the columns after the prompt; may grow while an answer is decoded
 
     @property
@@ -66,7 +66,7 @@ class PrefixCache:
         Args:
             pruned: the columns of `prompt` that are left after pruning.
             prompt: the whole prompt.
-            last: True if no other question is expected, so that nothing needs to be kept for it.
+            last: True if no other question is expected, so nothing needs to be kept in the cache.
             goes_on: True if the next question may belong to the same conversation.
             dropping: drops tokens inside the language model; None if no tokens are dropped there.
         """

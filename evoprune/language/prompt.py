@@ -38,7 +38,7 @@ _EARLIER = "\ue000question {0}\ue001", "\ue000answer {0}\ue001"  # for the earli
 _PART = "\ue000part {0}\ue001"  # for the strings before an input in a `Placed`
 _TEXT_PLACEHOLDER = re.compile("\ue000[a-z0-9 ]+\ue001")
 _ANY_PLACEHOLDER = re.compile("|".join([*map(re.escape, _PLACEHOLDERS), _TEXT_PLACEHOLDER.pattern]))
-MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's files have 11 MB and 3 kB
+MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's files are 11 MB and 3 kB in size
 # The components of Qwen's tokenizers. Other components could turn a short text into gigabytes.
 COMPONENTS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
 
@@ -288,7 +288,7 @@ def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) ->
         videos: for each video and image in order, its first column and the result of `video_positions`.
 
     Raises:
-        ValueError: a video overlaps another one or does not fit into the prompt.
+        ValueError: a video overlaps another video or does not fit into the prompt.
     """
     pieces = []
     at = 0
@@ -376,7 +376,7 @@ def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An unpruned prompt, with a placeholder for every visual token of its inputs."""
+    """An unpruned prompt, with one placeholder for each visual token of its inputs."""
 
     input_ids: torch.Tensor  # int64 `[L]`
     places: tuple[Place, ...]  # one per input
@@ -402,7 +402,7 @@ class Prompt:
         """Build the prompt for a question, up to the beginning of the answer.
 
         The prompt consists of the inputs in order, the subtitles, the earlier turns and the question. A question that is a `Placed`
-        has inputs between its strings; the last entries of `inputs` are put there.
+        has inputs between its strings, which are the last entries of `inputs`.
 
         All strings are taken literally. The first question follows the subtitles without a space. If the strings contain no special
         tokens, the ids are the same as when the rendered conversation is tokenized at once.
@@ -442,7 +442,7 @@ class Prompt:
         check_text(question, system, *_texts(earlier))
         words = texts | {after_inputs: subtitles + texts[after_inputs], _SYSTEM: system or ""}
         times_of = times or [()] * len(inputs)
-        # Number of placeholders per run. An input with timestamps has a run for every timestamp.
+        # Number of placeholders per run. An input with timestamps has one run per timestamp.
         lengths = (
             count // (len(own) or 1) for (_, count), own in zip(inputs, times_of, strict=True) for _ in own or [""]
         )
@@ -536,7 +536,7 @@ def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequ
     """Yield the place of each input. `runs` has the columns of the placeholders, in the order of the inputs."""
 
     def around(run: range, time: str) -> range:
-        """Return the columns of a run with its markers and its timestamp, unless the timestamp merged with the text before it."""
+        """Return the columns of a run and its markers, and of its timestamp unless that merged with the text before it."""
         own = tokenizer.encode(time)
         start = run.start - 1
         if ids[start - len(own) : start] == own:
@@ -573,7 +573,7 @@ def _render(
     if with_system:
         messages.append({"role": "system", "content": _SYSTEM})
     left = iter(kinds)
-    expected = []  # the expected placeholders of inputs and texts, in order
+    expected = []  # the expected placeholders for inputs and strings, in order
     for number, content in enumerate(contents):
         parts = []
         for part in content:

@@ -64,8 +64,9 @@ def prune_prompt(
     Args:
         ids: int64 `[L]` on the CPU, token ids of the whole prompt.
         places: the places of the inputs in the prompt, in order. Inputs that are not listed stay unpruned.
-        read: the encoded input for every entry of `places`.
-        positions: int64 `[3, L]` on the CPU, positions of the whole prompt; None if the caller computes them for a batch.
+        read: the encoded inputs, one for each entry of `places`.
+        positions: int64 `[3, L]` on the CPU, M-RoPE positions of the whole prompt; None if the caller computes positions for a
+            whole batch.
         embed: function that returns the embeddings `[n, hidden]` of text token ids, int64 `[n]`. It is not called with placeholders
             of these inputs, so the model need not know their ids. None if the model embeds the prompt itself.
 

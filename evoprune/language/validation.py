@@ -14,7 +14,7 @@ from evoprune.util import shorten
 
 DIGITS = 1500  # decimal precision; more digits than the quotient of any two floats has before its decimal point
 MAX_REFERENCES = 100_000  # limit per check, because alternatives that refer to one another multiply
-MAX_TEXT_LENGTH = 200  # longest path or message of jsonschema to show, in characters
+MAX_TEXT_LENGTH = 200  # maximum length of a jsonschema path or message that is shown, in characters
 # Keywords that only llguidance checks, because Python's `re` has a different syntax and can take forever.
 ENGINE_KEYWORDS = ("pattern", "patternProperties", "format")
 SAMPLES: list[Any] = [None, False, 0, "", [], {}]

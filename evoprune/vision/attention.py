@@ -164,7 +164,8 @@ def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]
     cluster size. Without size bias, only one of these keys counts.
 
     Returns:
-        int64 `[G, K]`, the rows that represent the units of a group; bool `[G, K]`, True for keys that count.
+        The rows that represent the units of each group, int64 `[G, K]`; and a mask, bool `[G, K]`, which is True for keys that
+        count.
     """
     key = F.pad(rows.unit_to_row, (0, 1), value=-1)[group_units(rows.geometry, rows.pairs, scope)[0]]
     if rows.size_bias:
@@ -182,7 +183,7 @@ def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
 
 
 def weight_of(weight: torch.Tensor | None, key: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the weights of keys, int64 or bool `[B, K]`, 0 for padding; None if all are equal.
+    """Return the weight of each key, int64 or bool `[B, K]`, with 0 for padding, or None if all weights are equal.
 
     Args:
         weight: int64, the weights that `key` refers to; None if all are equal.
@@ -276,8 +277,8 @@ def _keys_of_groups(
         used: bool `[G]`, True for groups with query rows. Only these groups get keys.
 
     Returns:
-        int64, the key rows ordered by group; int64, the number of key rows per used group; int64, for each key row, the number of
-        the group's units that it represents, or None without size bias.
+        Three int64 tensors: the key rows ordered by group; the number of key rows in each used group; and, for each key row, the
+        number of the group's units that it represents (None without size bias).
     """
     limit = len(rows) + rows.geometry.units
     group = group_table(rows.geometry, rows.pairs, scope)[:-1]
@@ -393,7 +394,7 @@ def attend_by_products(
         timer: measures the time spent on the received attention.
 
     Returns:
-        The attention output `[B, heads, Q, d]`; the received attention, float32 `[B, K]`, or None if `weight` is None.
+        The attention output, `[B, heads, Q, d]`; and the received attention, float32 `[B, K]`, or None if `weight` is None.
     """
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]

@@ -66,7 +66,7 @@ class Encoded:
     unit_to_row: torch.Tensor  # int64 `[N]`, the index in `rows` of each unit's row, -1 for dropped units
     grids: tuple[tuple[int, int, int], ...]  # (T, H, W) in units, one per video
     layers: list[tuple[int, int]]  # (layer, number of rows that it computes), summed over the videos
-    prune_seconds: float  # time for scores, merging and selection; part of the encoding time
+    prune_seconds: float  # time spent on scores, merging and selection; part of the encoding time
     flat: bool = False  # True if every frame pair has a single color, so that all units are alike
     # float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to the logits. For `evoprune`:
     # (cluster size) ** count, by default the square root. None if all are 1.
@@ -154,7 +154,7 @@ class EncodedRows:
     source: torch.Tensor  # int64 `[T, H*W]`, for each unit, the frame pair whose pixels represent the unit
     layers: list[tuple[int, int]]  # see `Encoded`
     selection: Selection | None  # last selection in the tower, if the language model reads exactly its rows
-    timer: Timer  # measures pruning
+    timer: Timer  # measures the pruning time
     # bool `[3]`: all values are finite; mergers removed as many rows as planned; every frame pair has a single color. They are read
     # only at the end, so that nothing synchronizes earlier.
     checks: torch.Tensor
@@ -238,7 +238,7 @@ class EncodedRows:
         """Read all checks from the device in one transfer.
 
         Returns:
-            True if every frame pair has a single color; the pruning time in seconds; a copy of `kept` on the CPU.
+            Whether every frame pair has a single color; the pruning time in seconds; and a copy of `kept` on the CPU.
 
         Raises:
             ModelError: a row has NaN or infinite values.

@@ -111,8 +111,9 @@ def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, 
     """Return tables of the units in each window or frame pair, without reading values from the device.
 
     Returns:
-        int64 `[G, widest]`, the units by group, padded with the total number of units; int64 `[T * H*W]`, the indices in the
-        flattened table of the units in window order; int32 `[G + 1]`, the group boundaries in patches, starting with 0.
+        A table of the units in each group, int64 `[G, widest]`, padded with the total number of units; the index of each unit in
+        the flattened table, int64 `[T * H*W]`, with the units in window order; and the boundaries of the groups, counted in
+        patches, int32 `[G + 1]`, starting with 0.
     """
     order, _ = order_tables(geo, pairs)
     group = group_table(geo, pairs, scope)[order]
@@ -139,7 +140,7 @@ def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> 
         rows: number of rows; all indices stay below it.
 
     Returns:
-        int64 `[B, longest]`, the rows; bool `[B, longest]`, False for padding.
+        The rows, int64 `[B, longest]`; and a mask, bool `[B, longest]`, which is False for padding.
     """
     step = arange_on(longest, start.device)
     last = (length - 1).clamp(min=0)[:, None]

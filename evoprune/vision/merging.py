@@ -71,11 +71,11 @@ def merge_in_rounds(
 
     Args:
         target: number of rows per frame pair.
-        features: float32 `[R, D]`, compared by the merger. A merged row gets the size-weighted mean.
+        features: float32 `[R, D]`, the features that the merger compares. A merged row gets the size-weighted mean.
         attention: float32 `[R]`, the attention that each row received in the layer. A merged row gets the sum.
 
     Returns:
-        The rows; a 0-d bool tensor, True if as many rows are left as planned.
+        The rows; and a 0-d bool tensor, which is True if as many rows are left as planned.
 
     Raises:
         RuntimeError: the merger removed no row in a round, or too many rows in total. Raised only if values are read.

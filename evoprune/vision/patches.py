@@ -113,8 +113,8 @@ def scan(
         threshold: smallest difference that counts as a change, on a scale of 255; 0 encodes all units.
 
     Returns:
-        int64 `[T, units]`, the frame pair whose row represents each unit (its own frame pair if the unit is encoded); the state for
-        the next piece.
+        The frame pair whose row represents each unit, int64 `[T, units]` (the unit's own frame pair if the unit is encoded); and
+        the state for the next piece.
     """
     reference_means = means[0]
     pair = means.new_zeros(means.shape[1], dtype=torch.int64)

@@ -24,7 +24,7 @@ WIDTH = {reach: width for width, reach in enumerate(("place", "window", "pair", 
 class Aside(Protocol):
     """Rows that are set aside and come back after the last layer."""
 
-    # int64, the rows that layers compute; all other rows serve only as keys and values. None for all
+    # int64, the rows that layers compute; all other rows serve only as keys and values. None for all rows
     active: torch.Tensor | None
 
     def whole(self, rows: "Rows") -> "Rows":
@@ -46,7 +46,7 @@ class Rows:
     # How far a unit's row may be from the unit: at the same place, in the same window or frame pair, or anywhere in the clip. A
     # group of at least this scope contains the rows of all its units.
     reach: Reach = "place"
-    # True if attention adds the log of a key's cluster size in the group to its scores (ToMe, arXiv 2210.09461, section 3)
+    # True if attention adds the log of a key's cluster size in the group to the key's scores (ToMe, arXiv 2210.09461, section 3)
     size_bias: bool = False
     counts: tuple[int, ...] | None = None  # number of rows per frame pair; None if known only on the device
     complete: bool = False  # True if every unit is known to have a row
@@ -62,7 +62,7 @@ class Rows:
 
     @property
     def active(self) -> torch.Tensor | None:
-        """int64, the rows that layers compute; None for all. See `Aside`."""
+        """int64: the rows that layers compute, or None for all rows. See `Aside`."""
         return None if self.aside is None else self.aside.active
 
     @property
@@ -101,7 +101,7 @@ class Rows:
 
     @cached_property
     def unit_order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 `[R]`, the rows sorted by unit; int64 `[N]`, `unit_to_row` for this order. `take` sets it without sorting."""
+        """The rows sorted by unit, int64 `[R]`, and `unit_to_row` for this order, int64 `[N]`. `take` sets both without sorting."""
         order = self.unit.argsort()
         return order, _append_none(order.argsort())[self.unit_to_row]
 
@@ -189,7 +189,7 @@ class Rows:
         counts: tuple[int, ...] | None = None,
         size_bias: bool = True,
     ) -> "Rows":
-        """Merge rows inside groups of `scope`. A row that others merge into becomes the size-weighted mean.
+        """Merge rows inside groups of `scope`. A row that other rows merge into becomes the size-weighted mean.
 
         Args:
             into: int64 `[R]`, the row that every row merges into. A row that stays has its own index.
@@ -286,7 +286,7 @@ def _append_none(index: torch.Tensor) -> torch.Tensor:
 
 
 def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int, moves: int) -> torch.Tensor:
-    """Merge rows of `x` into rows that stay, which become size-weighted means computed in float32.
+    """Merge rows of `x` into the rows that stay. Those become size-weighted means, computed in float32.
 
     Args:
         x: `[R, ...]`, the values.

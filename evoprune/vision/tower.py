@@ -133,7 +133,7 @@ class Layer:
             piece: number of rows that go through the MLP at a time.
 
         Returns:
-            The output `[R * 4, hidden]`; the output after the norm `after`, or None if `after` is None.
+            The output, `[R * 4, hidden]`; and the output after the norm `after`, or None if `after` is None.
         """
         weights = self.weights
         if normed is None:
