@@ -180,15 +180,16 @@ def _held_chunks(info: HeldVideo, times: Sequence[float], per_chunk: int) -> Ite
 
 
 def choose_decoder(decoder: str, info: Video | None = None) -> str:
-    """Return the decoder to use, after checking that it works: `pyav` or `decord`, `pillow` for a picture, `none` for an array.
+    """Return the decoder to use, after checking that it works: `pyav`, `decord`, `pillow` or `none`.
 
-    `auto` means PyAV. decord decodes every frame (see readers/decord.py), does not support AV1, and gives up on damage.
+    Pictures and some animations need `pillow`, and an array `none`. `auto` means PyAV. decord decodes every frame (see
+    readers/decord.py), does not support AV1, and gives up on damage.
 
     Raises:
         UsageError: unknown decoder, or decord is not installed.
         VideoError: decord is known to fail on videos like this one.
     """
-    if info is not None and info.is_picture:
+    if info is not None and (info.is_picture or (info.is_animation and decoder != "decord")):
         return "pillow"
     if isinstance(info, HeldVideo):
         return "none"

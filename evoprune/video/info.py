@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 WIDEST_PIXEL = 10.0  # pixels that are stated to be wider or higher than this, to one, are read as square
 SAME_SHAPE = 0.02  # relative difference up to which two aspect ratios count as equal
+# `Video.container` of animations that Pillow reads (readers/animation.py), by its names of the formats.
+ANIMATIONS = {"WEBP": "webp", "AVIF": "avif"}
 Kind = Literal["video", "picture"]  # kinds of input, for the model
 FOLDER_FPS = 2.0  # default rate of a folder of images; frames for Qwen2.5-VL are usually extracted at this rate
 # How HDR is stored: with one of two transfer curves, or in the Dolby Vision format that is not supported (profile 5).
@@ -88,6 +90,11 @@ class Video:
     @property
     def is_picture(self) -> bool:
         return self.container == "picture"
+
+    @property
+    def is_animation(self) -> bool:
+        """True for an animation that Pillow reads. FFmpeg reads all others."""
+        return self.container in ANIMATIONS.values()
 
     @property
     def is_file(self) -> bool:

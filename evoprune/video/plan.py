@@ -300,7 +300,7 @@ class Plan:
     pruning: Any = None  # a `PruneConfig` or `PruneOptions`; None prunes nothing
     unshrunk: "Plan | None" = None  # the plan without pruning, if a method makes the input smaller
     name: str = ""
-    decoder: str = ""  # "pyav" or "decord"; "pillow" for a picture, "none" for a `HeldVideo`
+    decoder: str = ""  # "pyav" or "decord"; "pillow" for a picture and some animations, "none" for a `HeldVideo`
     seek: str = "exact"  # one of `info.SEEKS`
     read_s: tuple[float, ...] = ()  # the frames' own times, set once they are read
     moved: bool = False  # whether some frames are nearby keyframes

@@ -9,7 +9,7 @@ from PIL import Image
 
 from evoprune.errors import VideoError
 from evoprune.video.clips import cut_clip
-from evoprune.video.frames import frame_times, probe, read_chunks, scan
+from evoprune.video.frames import choose_decoder, frame_times, probe, read_chunks, scan
 from evoprune.video.input_files import Folder
 from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.live import LiveReader
@@ -97,6 +97,7 @@ def test_what_cannot_be_done_with_an_animation_is_said(tmp_path):
         LiveReader(str(path), "a.webp", 1.0)
     with pytest.raises(VideoError, match="decord cannot read"):
         list(read_chunks(probe(path), [0.0], decoder="decord"))
+    assert choose_decoder("auto", probe(path)) == "pillow"
 
 
 def heic(path, image, **how):

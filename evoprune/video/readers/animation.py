@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from evoprune.errors import VideoError
-from evoprune.video.info import Video
+from evoprune.video.info import ANIMATIONS, Video
 from evoprune.video.readers import ffmpeg, picture, probing, pyav
 
-WEBP, AVIF = ffmpeg.ANIMATIONS  # values of `Video.container`
+WEBP, AVIF = ANIMATIONS.values()
 SHORTEST_S = 0.01  # browsers show a frame with a shorter duration, or with this one, for `INSTEAD_S`
 INSTEAD_S = 0.1
 CHUNK_BYTES = 8  # type and length of a chunk of a WebP
@@ -25,7 +25,7 @@ CHUNK_BYTES = 8  # type and length of a chunk of a WebP
 def is_read_here(path: str) -> bool:
     """Return True if this module reads a file that is no still picture (`picture.is_picture`)."""
     name = ffmpeg.picture_format(path)
-    if name not in ffmpeg.ANIMATIONS.values():
+    if name not in ANIMATIONS:
         return False
     if name == "WEBP":
         return True

@@ -73,7 +73,7 @@ class ClipReader:
     """
 
     def __init__(self, info: Video, start_s: float, end_s: float, exact: bool, title: str):
-        if info.is_picture or info.container in (folder.CONTAINER, *ffmpeg.ANIMATIONS):
+        if info.is_picture or info.is_animation or info.container == folder.CONTAINER:
             raise VideoError(f"cannot cut a clip from {info.path}: it is not a video file", "give a video file")
         self._path = info.path
         self._made = _MemoryFile()

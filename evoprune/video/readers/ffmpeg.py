@@ -90,8 +90,6 @@ PICTURE_BRANDS = {
     b"avif": "AVIF", b"avis": "AVIF",
     b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC",
 }  # fmt: skip
-# `Video.container` of animations that Pillow reads (animation.py), by its names of the formats.
-ANIMATIONS = {"webp": "WEBP", "avif": "AVIF"}
 of_thread = threading.local()  # its attribute `alive` overrides `report_alive` in threads other than the first
 CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))  # control characters that do not occur in text
 # For every EXIF orientation: clockwise degrees, and whether a left-right flip comes first (see `orientation`).

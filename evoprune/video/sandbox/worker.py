@@ -124,7 +124,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
 def _reader(info: Video) -> ModuleType:
     if info.container == folder.CONTAINER:
         return folder
-    if info.is_picture or info.container in ffmpeg.ANIMATIONS:
+    if info.is_picture or info.is_animation:
         from evoprune.video.readers import animation, picture  # Pillow's import would delay every video
 
         return picture if info.is_picture else animation
@@ -148,7 +148,7 @@ def check_decord(info: dict[str, Any] | None) -> None:
 def frame_times(info: dict[str, Any]) -> FrameTimes:
     """Return the display times of all frames, see `evoprune.video.frames.frame_times`."""
     video = Video(**info)
-    if video.container in ffmpeg.ANIMATIONS:
+    if video.is_animation:
         return FrameTimes(_reader(video).frame_times(video), video.frames_total or 0)
     return pyav.frame_times(video)
 
