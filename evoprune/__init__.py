@@ -1,6 +1,6 @@
 """evoprune: ask Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL or Qwen2.5-VL about videos, and prune visual tokens inside the encoder.
 
-Names are imported on first use, so that `import evoprune` costs nothing.
+Public names are imported on first use, so `import evoprune` itself takes almost no time.
 """
 
 from importlib import import_module
@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # because of __getattr__, a type checker would accept any name
+if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
 
     def __getattr__(name: str):
         if name == "methods":

@@ -1,6 +1,6 @@
 """Lazy imports for the `__init__.py` of a package: each public name is imported from its file on first use.
 
-So `from evoprune.video import probe` loads only what `probe` needs, and neither the rest of the package nor torch.
+For example, `from evoprune.video import probe` loads only what `probe` needs, but not the rest of the package or torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ def door(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[st
     """Return `__getattr__` and `__dir__` for the `__init__.py` of a package.
 
     Args:
-        package: The dotted name of the package.
-        homes: The public names that each module of the package defines.
+        package: Dotted name of the package.
+        homes: Maps each module of the package to the public names that it defines.
     """
     home_of = {name: home for home, names in homes.items() for name in names}
 

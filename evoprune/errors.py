@@ -1,4 +1,4 @@
-"""Errors that users can meet. They have an exit code, a message, and a hint on how to fix the problem."""
+"""Errors for users. Each error has an exit code, a message, and a hint on how to fix the problem."""
 
 import errno
 import re
@@ -14,22 +14,22 @@ USE_LESS = (
     "in Python frames, max_visual_tokens, budget"
 )
 OTHER_MODELS = "to prune a model you loaded: evoprune.EvoPrune(budget=0.1)(model)"  # hint
-# Messages (regular expressions) of torch, oneDNN, CUDA, C++, Python threads and the dynamic linker for out of memory, when the
-# exception type could mean anything.
+# Regular expressions for out-of-memory messages of torch, oneDNN, CUDA, C++, Python threads and the dynamic linker, which use
+# generic exception types.
 NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "Cannot allocate memory",
     "std::bad_alloc",
     "ALLOC_FAILED",
-    "could not create a primitive$",  # "a primitive descriptor for ..." is a product that oneDNN does not have
+    "could not create a primitive$",  # "a primitive descriptor for ..." means an operation that oneDNN lacks
     "can't start new thread",
     "failed to map segment",
 )
 
-# A word of more than 200 characters, such as a data: URL with a video. The groups are its beginning and its end.
+# A word of more than 200 characters, such as a data: URL with a video. The groups are the beginning and the end of the word.
 LONG_WORD = re.compile(r"(?=\S{201})(\S{97})\S*(\S{100})(?!\S)")
-LFS = b"version https://git-lfs.github.com/spec/"  # beginning of the pointer that git-lfs leaves in place of a file
+LFS = b"version https://git-lfs.github.com/spec/"  # beginning of a pointer file, which git-lfs leaves in place of the real file
 LFS_HINT = "the file itself is missing: run `git lfs pull` in its folder, or download it"
 
 T = TypeVar("T")
@@ -64,18 +64,18 @@ class EvopruneError(Exception):
 
 
 class UsageError(EvopruneError):
-    """Options or arguments that make no sense, alone or together, an output that cannot be written, or a limit of the system."""
+    """Invalid options or arguments, alone or in combination; an output that cannot be written; or a limit of the system."""
 
     exit_code = 2
     type = "usage"
 
 
 class DoesNotFit(UsageError):
-    """The prompt and its answer do not fit into the model's context together."""
+    """The prompt and its answer together do not fit into the model's context."""
 
 
 class VideoError(EvopruneError):
-    """The video is missing, unreadable, not a video, or empty in the requested range."""
+    """The video is missing, unreadable, not a video, or empty in the requested time span."""
 
     exit_code = 3
     type = "video"
@@ -91,7 +91,7 @@ class ModelError(EvopruneError):
 
 
 class PluginError(EvopruneError):
-    """A failure in code from another package: a method, or layers with quantized weights."""
+    """Code from another package has failed: a pruning method, or layers with quantized weights."""
 
     type = "plugin"
 
@@ -105,29 +105,29 @@ class PluginWarning(EvopruneWarning):
 
 
 class DeviceWarning(EvopruneWarning):
-    """A GPU exists but cannot be used, or is not used as well as it could be."""
+    """A GPU exists but cannot be used, or is used less efficiently than possible."""
 
 
 class ModelWarning(EvopruneWarning):
-    """Something in a model's folder is not used."""
+    """A file or a setting in a model's folder is ignored."""
 
 
 class OutOfMemory(EvopruneError):
-    """A stage needed more memory than there is."""
+    """A stage needed more memory than was available."""
 
     exit_code = 5
     type = "out_of_memory"
 
 
 def call(package: str, function: Callable[..., T], *args, **kwargs) -> T:
-    """Call a function that may come from another package, for a method or quantized layers, and return its result.
+    """Call a function that may come from another package, such as a pruning method or quantized layers, and return its result.
 
     Args:
-        package: name of the package in errors, or empty for this project's own code.
-        function: called with the other arguments.
+        package: Name of the package for errors, or an empty string for this project's own code.
+        function: The function to call. It receives all further arguments.
 
     Raises:
-        PluginError: the package's code failed, or tried to end the program (SystemExit), even with a successful exit code.
+        PluginError: If the package's code fails or tries to exit the program (SystemExit), even with a successful exit code.
     """
     try:
         return function(*args, **kwargs)
@@ -141,8 +141,8 @@ def call(package: str, function: Callable[..., T], *args, **kwargs) -> T:
 
 
 def error_record(problem: BaseException) -> dict:
-    """Return a failure as in JSON records: code, type, stage, message, hint. An unexpected exception is reported as a bug."""
-    if is_out_of_memory(problem):  # raised outside of a stage
+    """Return a failure as a dict for JSON records: code, type, stage, message, hint. Unexpected exceptions are reported as bugs."""
+    if is_out_of_memory(problem):  # raised outside any stage
         problem = OutOfMemory("out of memory", f"close other programs, or {USE_LESS}")
     elif isinstance(problem, FileNotFoundError) and problem.filename is None:  # from os.getcwd
         problem = UsageError("the current folder no longer exists", "change to another folder")
@@ -157,16 +157,16 @@ def error_record(problem: BaseException) -> dict:
 
 
 def _damaged_module(problem: BaseException) -> str | None:
-    """Return the path of a compiled Python module that could not be loaded because it was written only in part, or None.
+    """Return the path of a compiled Python module that failed to load because its file is incomplete, or None.
 
-    Python does not detect such files itself.
+    Python itself does not detect such files.
     """
     frames = (frame for frame, _ in walk_tb(problem.__traceback__) if frame.f_code.co_name == "_compile_bytecode")
     return next((frame.f_locals.get("bytecode_path") for frame in frames), None)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Return whether an exception means that the host or a device ran out of memory, from its type or its text."""
+    """Return True if the type or the text of an exception indicates that the host or a device ran out of memory."""
     if isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM):
         return True
     if not isinstance(problem, RuntimeError | OSError | ImportError):
@@ -175,9 +175,9 @@ def is_out_of_memory(problem: BaseException) -> bool:
 
 
 class memory_guard:  # noqa: N801 (called as a function)
-    """Turn running out of memory in a block, on the CPU or on a device, into an `OutOfMemory` that names the stage.
+    """Context manager that turns running out of memory, on the CPU or a device, into an `OutOfMemory` that names the stage.
 
-    This is not a generator-based context manager. From Python 3.12 on, the frame of a generator that raises is part of a reference
+    This is a class instead of a generator function. Since Python 3.12, the frame of a generator that raises is part of a reference
     cycle, which would keep all memory of the failed work alive until the garbage collector runs.
     """
 
@@ -190,7 +190,7 @@ class memory_guard:  # noqa: N801 (called as a function)
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, _traceback: object) -> None:
         if not (isinstance(problem, (MemoryError, RuntimeError, OSError)) and is_out_of_memory(problem)):
             return
-        # GPU allocators report how much was requested and how much was free.
+        # GPU allocators report how much memory was requested and how much was free.
         match = re.search(
             r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL
         )
@@ -204,7 +204,7 @@ class memory_guard:  # noqa: N801 (called as a function)
 
 @contextmanager
 def named(files: Mapping[str, str]) -> Iterator[None]:
-    """Replace paths of temporary files (keys) by the names that users know (values) in the messages of errors."""
+    """In messages of `VideoError`, replace the paths of temporary files (keys) with the names that users know (values)."""
     try:
         yield
     except VideoError as problem:
@@ -214,7 +214,7 @@ def named(files: Mapping[str, str]) -> Iterator[None]:
 
 
 def not_a_number_error(stage: str) -> ModelError:
-    """Return the error to raise if the output of `stage` has NaN or infinity."""
+    """Return the error to raise if the output of `stage` contains NaN or infinity."""
     return ModelError(
         f"NaN or infinity in the output of {stage}",
         "fp16 can overflow: use dtype bf16 or fp32; if that does not help, download the weights again",
@@ -237,9 +237,9 @@ def process_error(what: str, problem: OSError, stage: str | None = None) -> Evop
 
 
 def first_line(problem: BaseException) -> str:
-    """Return the first line of an exception's message, or its type if the message is empty or cannot be produced."""
+    """Return the first line of an exception's message, or its type if there is no message or it cannot be created."""
     try:
         text = str(problem).strip()
-    except Exception:  # exceptions of other packages may fail here
+    except Exception:  # exceptions from other packages may fail to format
         text = ""
     return (text or type(problem).__name__).splitlines()[0]

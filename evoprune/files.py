@@ -1,4 +1,4 @@
-"""Files: written completely or not at all, even if the program crashes; read with a limit; and sorted by name. Imports no torch."""
+"""Files: write them completely or not at all, even if the program crashes; limit their size; sort their names. Imports no torch."""
 
 import glob
 import os
@@ -9,18 +9,18 @@ from typing import BinaryIO
 
 from evoprune.errors import UsageError
 
-OPEN_FILES = ("/dev/", "/proc/self/fd/")  # written to directly, such as the pipe of >(gzip > x)
+OPEN_FILES = ("/dev/", "/proc/self/fd/")  # paths that are written directly, such as the pipe of >(gzip > x)
 UNFINISHED = (
     "{}.evoprune-{}.tmp"  # temporary name while a file is being written: its final name and eight hexadecimal digits
 )
-MAX_BYTES = 2**28  # limit for a file that is held in memory
+MAX_BYTES = 2**28  # maximum size of a file that is read into memory
 
 
 def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
     """Return the content of an open file, which may be endless.
 
     Raises:
-        UsageError: it has more than `MAX_BYTES`.
+        UsageError: If the content is larger than `MAX_BYTES`.
     """
     content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -31,7 +31,7 @@ def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
 def write_file(path: str, content: bytes) -> None:
     """Write a file completely or not at all.
 
-    Raises OSError, as do the functions below.
+    Raises OSError on failure, like the functions below.
     """
     number, unfinished = create_unfinished(path)
     try:
@@ -44,7 +44,7 @@ def write_file(path: str, content: bytes) -> None:
 
 
 def append(number: int, content: bytes, regular: bool = True) -> None:
-    """Append to an open file. On a `regular` file, either all of `content` is appended and synced to disk, or nothing is."""
+    """Append to an open file. For a `regular` file, either all of `content` is appended and synced to disk, or nothing is."""
     size = os.fstat(number).st_size
     rest = memoryview(content)
     try:
@@ -59,20 +59,23 @@ def append(number: int, content: bytes, regular: bool = True) -> None:
 
 
 def create_unfinished(path: str) -> tuple[int, str]:
-    """Create a temporary file for `path`, open for reading and appending. Returns its descriptor and its new, unique name."""
+    """Create a temporary file for `path`, open for reading and appending. Return its file descriptor and its unique name."""
     name = UNFINISHED.format(path, secrets.token_hex(4))
     return os.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666), name
 
 
 def remove_unfinished(path: str) -> None:
-    """Remove temporary files for `path` that killed programs left. No program may be writing one."""
+    """Remove temporary files for `path` that killed programs have left behind. No other program may be writing `path`."""
     for name in glob.glob(UNFINISHED.format(glob.escape(path), "[0-9a-f]" * 8)):
         with suppress(FileNotFoundError):
             os.unlink(name)
 
 
 def in_natural_order(names: Iterable[str]) -> list[str]:
-    """Sort file names by the whole numbers in them: frame2 before frame10. Dashes are not minus signs, dots are separators."""
-    from natsort import natsorted, ns  # takes tens of milliseconds
+    """Sort file names by the whole numbers in them, so that frame2 comes before frame10.
+
+    A dash is not a minus sign, and a dot separates two numbers.
+    """
+    from natsort import natsorted, ns  # the import takes tens of milliseconds
 
     return natsorted(sorted(names), alg=ns.PATH | ns.IGNORECASE)

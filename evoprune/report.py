@@ -1,8 +1,8 @@
 """The record of one question, as plain dataclasses. Converts to and from JSON (schema `evoprune/answer@1`), and to lines of text.
 
-docs/json.md describes the fields. Unknown values are None. Fields are only ever added, never removed. Times are in milliseconds,
-sizes in bytes. The text has a row per stage, with its time, a bar, its input and its output. Unknown values are left out, so
-records of errors and of a Hugging Face model can be printed too.
+docs/json.md describes the fields. Unknown values are None. Fields may be added, but are never removed. Times are in milliseconds
+and sizes in bytes. The text has a row per stage with the time, a bar, the input and the output. Unknown values are left out, so
+that records of errors and of Hugging Face models can be printed too.
 """
 
 import json
@@ -20,23 +20,23 @@ from evoprune.bundled import DEMOS
 from evoprune.util import budget_text, clock, counted, listed, one_line, shorten, shown, size
 
 SCHEMA = "evoprune/answer@1"
-# Reasons why the report of a Hugging Face model call is empty, by their name in `warnings`.
+# Why the report of a Hugging Face model call is empty, by the name in `warnings`.
 EMPTY_REASONS = {
     "not_active": "pruning is not active: call the model inside `with` or after evoprune.apply",
     "no_video": "no video in this call",
     "pictures_only": "pictures are not pruned without pictures=True",
     "own_code": "the model's own code encoded the video",
 }
-# Control characters that JSON allows in strings, and marks for direction and line breaks. With these, a file name or an answer
-# could make a terminal show a different text.
+# Control characters that JSON allows in strings, and marks for direction and line breaks. A file name or an answer could use them
+# to make a terminal show a different text.
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 UNROUNDED = ("parsed", "schema")  # fields that contain data, not measurements
 STAGES = ("plan", "speech", "read", "preprocess", "compile", "encode", "store", "prefill", "generate")
-OVERLAP = "overlap"  # not a stage: time for reading and preprocessing that overlapped with other work
-# Stages per input. A later question about the same input does not wait for them again.
+OVERLAP = "overlap"  # not a stage: the time that reading and preprocessing overlapped with other work
+# Stages of encoding an input. Later questions about the same input do not wait for them again.
 INPUT_STAGES = ("plan", "speech", "read", "preprocess", "compile", "encode", "store", OVERLAP)
-BRIEF_STAGES = ("speech", "compile", "store")  # stages that have a line only if they take at least a millisecond
+BRIEF_STAGES = ("speech", "compile", "store")  # stages that get a line only if they take at least a millisecond
 WIDTH = 80
 BAR = 12
 INDENT = " " * 11
@@ -44,7 +44,7 @@ DEMO_KNOWLEDGE = (
     "the demo models know only generated clips (demo: colored shapes and digits; demo-scenes: crowded scenes with "
     "signs)"
 )
-EQUAL_SCORES = "equal_scores"  # warning about a video whose units all have the same score
+EQUAL_SCORES = "equal_scores"  # warning for a video in which all units have the same score
 WARNINGS = {
     "whole_picture": "{video} is not pruned: this method keeps or drops whole frames, and a picture has only one",
     "pictures_whole": "pictures are not pruned without pictures=True; pruning counts cover only the videos",
@@ -93,8 +93,8 @@ WARNINGS = {
     "demo_overlay": f"{DEMO_KNOWLEDGE}; what the model merges or drops in {{video}} means little. For a real model: "
     "--model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
-NOTES = ("hdr_video", "interlaced_video", "other_tracks", "sound_ignored")  # warnings that may need no action
-# English words in questions about sound.
+NOTES = ("hdr_video", "interlaced_video", "other_tracks", "sound_ignored")  # warnings that often need no action
+# English words that suggest a question about sound.
 ABOUT_SOUND = re.compile(
     r"\b(say(s|ing)?|said|speak(s|ing|er|ers)?|spoken?|speech|talk(s|ed|ing)?|voices?|hear(s|d|ing)?|listen(s|ed|ing)?|sounds?"
     r"|sing(s|ing|er)?|sang|songs?|music|audio|nois(e|es|y)|loud(ly|er)?)\b",
@@ -135,29 +135,29 @@ class Sampling:
 
 @dataclass
 class Pruning:
-    """The pruning settings of an answer, and how many visual tokens each step kept.
+    """The pruning settings of an answer, and the number of visual tokens left after each step.
 
-    Counts are None until the inputs have been encoded, and in the report of an error before that.
+    All fields are None until the inputs have been encoded, for example in the report of an earlier error.
 
     Attributes:
-        method: Name of the method, or None if the failure came before a method was chosen.
-        args: All settings of the method by name, or None like `method`.
-        budget: The budget as requested: a number or a name. "auto" and "auto:inflection" depend on the content.
+        method: Name of the method.
+        args: All settings of the method by name.
+        budget: The requested budget, a number or a name. For "auto" and "auto:inflection", the content determines how much is kept.
         kept_ratio: Share of the visual tokens kept, from 0 to 1.
         visual_tokens_in: Number of visual tokens before pruning.
         visual_tokens_kept: Number of visual tokens after pruning.
         encoder_rows: Number of rows after the last layer of the vision tower.
         encoder_live_share: Share of the encoder that was computed, averaged over its layers, from 0 to 1.
-        layers: Pairs of layer number and number of rows computed in that layer.
+        layers: For each layer of the tower, its number and the number of rows that it computed.
         kept_per_pair: Number of tokens kept in each frame pair.
-        positions: How the kept tokens are positioned: "qwen" or "host".
-        language_layers: Pairs of language layer and number of visual tokens read in it. None unless the method drops tokens inside
-            the language model.
-        language_work: The same counts, separately for keys and values, queries and output, and the MLP. None unless the method
-            leaves out operations.
-        after_tower_below: On this device, inputs with fewer visual tokens are pruned only after the tower. None if the size does
-            not matter.
-        after_tower_inputs: Number of inputs pruned only after the tower. None if `after_tower_below` is None.
+        positions: How the kept tokens get their positions, "qwen" or "host".
+        language_layers: For each layer of the language model, its number and the number of visual tokens that it read. None unless
+            the method drops tokens inside the language model.
+        language_work: The same numbers, separately for keys and values, for queries and output, and for the MLP. None unless the
+            method leaves out operations.
+        after_tower_below: On this device, inputs with fewer visual tokens than this are pruned only after the tower. None if the
+            size makes no difference.
+        after_tower_inputs: Number of inputs that were pruned only after the tower. None if `after_tower_below` is None.
     """
 
     method: str | None = None
@@ -196,8 +196,8 @@ class InputTimes:
 class InputFacts:
     """Facts about one input of a question.
 
-    `time_ms` has the times of encoding the input, even if an earlier question waited for it. `warnings` has the warnings about this
-    input.
+    `time_ms` contains the times of encoding the input, even if an earlier question waited for it. `warnings` contains the warnings
+    about this input.
     """
 
     path: str | None = None
@@ -218,7 +218,7 @@ class TokenCounts:
     Attributes:
         text: Text tokens in the prompt, including the chat template and subtitles.
         visual: Visual tokens in the prompt, after pruning.
-        prompt: All tokens in the prompt: `text` and `visual` together.
+        prompt: All tokens in the prompt, that is, the sum of `text` and `visual`.
         new: Tokens generated so far, including thoughts. Always None for a call of a Hugging Face model.
     """
 
@@ -230,7 +230,7 @@ class TokenCounts:
 
 @dataclass
 class Times:
-    """Times of the stages. Stages before `generate` add up to `ttft_wall`, after subtracting `overlap`."""
+    """Times of the stages. The sum of the stages before `generate`, minus `overlap`, is `ttft_wall`."""
 
     load: float | None = None
     load_tokenizer: float | None = None
@@ -263,7 +263,7 @@ class Rate:
 class Memory:
     """Memory in bytes.
 
-    `peak_bytes` includes mapped file pages, which the system can drop. `own_bytes` is the memory in use without them.
+    `peak_bytes` includes mapped file pages, which the system can drop. `own_bytes` is the memory in use without these pages.
     """
 
     weights_bytes: int | None = None
@@ -284,12 +284,12 @@ class ModelFacts:
 
     @property
     def precision(self) -> str:
-        """The dtype and the quantization, as tables show them."""
+        """The dtype and the quantization, as shown in tables."""
         return precision(self.dtype, self.quantize)
 
 
 def precision(dtype: str | None, quantize: str | None) -> str:
-    """Return the dtype, followed by the quantization if there is one: "fp32", "fp32 int8"."""
+    """Return the dtype, followed by the quantization if there is one, such as "fp32" or "fp32 int8"."""
     if quantize in (None, "none"):
         return str(dtype)
     return f"{dtype} {quantize}"
@@ -306,10 +306,10 @@ class Environment:
 
 @dataclass
 class Report:
-    """The record of a question: its answer or error, and everything that was measured on the way.
+    """The record of a question: its answer or error, and everything that was measured along the way.
 
-    `inputs` has the facts about each input. If there is only one, `video`, `sampling`, `pruning` and `subtitles` are the same as in
-    its entry. If there are several, `pruning` applies to all of them together, and the other three are empty.
+    `inputs` contains the facts about each input. If there is only one input, `video`, `sampling`, `pruning` and `subtitles` are the
+    same as in its entry. If there are several, `pruning` applies to all of them together, and the other three are empty.
     """
 
     schema: str = SCHEMA
@@ -317,7 +317,7 @@ class Report:
     created_utc: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     question: str | None = None
     answer: str | None = None
-    thoughts: str | None = None  # what the model wrote before the answer
+    thoughts: str | None = None  # the text that the model generated before the answer
     finish_reason: str | None = None
     video: VideoFacts = field(default_factory=VideoFacts)
     sampling: Sampling = field(default_factory=Sampling)
@@ -341,11 +341,11 @@ class Report:
     conversation: dict[str, int] | None = None
     stop_reason: str | None = None  # the stop string that ended the answer
     logprobs: list[dict[str, Any]] | None = None  # for all tokens in the answer and its thoughts
-    parsed: Any = None  # data in an answer that follows a schema
-    choices: list[dict[str, Any]] | None = None  # possible answers and their probabilities
+    parsed: Any = None  # the data in an answer that follows a schema
+    choices: list[dict[str, Any]] | None = None  # the possible answers and their probabilities
 
     def __str__(self) -> str:
-        """Return the statistics and the warnings as lines of text, as the command line prints them."""
+        """Return the statistics and the warnings as lines of text, in the format of the command line."""
         stats = stats_block(self)
         if not stats:
             return repr(self)
@@ -369,17 +369,17 @@ class Report:
     def to_json(self, ascii_only: bool = False) -> str:
         """Return the record as one compact line.
 
-        Invisible characters become JSON escapes. With `ascii_only`, all characters outside ASCII do.
+        Invisible characters are escaped. With `ascii_only`, all characters outside ASCII are escaped.
         """
         text = json.dumps(rounded(asdict(self)), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
         return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """Parse a report that `to_json` wrote. Fields of later versions are ignored.
+        """Parse a report written by `to_json`. Fields from later versions are ignored.
 
         Raises:
-            ValueError: not JSON, or not a record of this schema.
+            ValueError: If the text is not JSON, or not a record with this schema.
         """
         return cls._from_record(json.loads(text))
 
@@ -410,7 +410,7 @@ def _fill(target, record: Any, name: str = "a record"):
 
 
 def name_inputs(report: Report, names: Sequence[str]) -> None:
-    """Set the names of a report's inputs, if nothing else is known about them. Long names are shortened."""
+    """Set the names of a report's inputs if nothing else is known about them. Long names are shortened."""
     names = [shown(name) for name in names]
     report.inputs = [InputFacts(path=name, video=VideoFacts(path=name)) for name in names]
     if len(names) == 1:
@@ -418,7 +418,10 @@ def name_inputs(report: Report, names: Sequence[str]) -> None:
 
 
 def rounded(value):
-    """Return plain data with floats rounded to six decimals: a microsecond in seconds, a nanosecond in milliseconds."""
+    """Return plain data with floats rounded to six decimals.
+
+    Times in seconds are rounded to microseconds, and times in milliseconds to nanoseconds.
+    """
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, dict):
@@ -431,7 +434,7 @@ def rounded(value):
 def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> list[str]:
     """Return the statistics of a report as lines of at most `width` columns.
 
-    With `verbose`, they include the rows per layer, settings and versions.
+    With `verbose`, they include the number of rows per layer, the settings and the versions.
     """
     lines = [
         *_heading_lines(report, width),
@@ -449,15 +452,15 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
 
 
 def warning_lines(report: Report) -> list[str]:
-    """Return the text of a report's warnings, as lines of at most `WIDTH` columns."""
+    """Return the text of a report's warnings as lines of at most `WIDTH` columns."""
     texts = (f"{warning_title(name):<11}{warning_text(name, video)}" for name, video in warned(report))
     return [piece for text in texts for piece in _wrap_line(text, WIDTH)]
 
 
 def warned(report: Report) -> list[tuple[str, VideoFacts]]:
-    """Return the names of a report's warnings, each with the `VideoFacts` that it is about.
+    """Return the name of each warning in a report together with the `VideoFacts` that it refers to.
 
-    Warnings about inputs come first, then warnings about the model.
+    Warnings about inputs come first, followed by warnings about the model.
     """
     own = [(name, facts.video) for facts in report.inputs for name in facts.warnings]
     about = report.video
@@ -475,10 +478,10 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
     """Return the text of a warning.
 
     Args:
-        name: of the warning.
-        video: the video that the warning is about.
-        path: name of the video in the text, by default the base name of its path.
-        answers: the subject of "... meaningless" with its verb; by default "its answer about PATH is".
+        name: Name of the warning.
+        video: The video that the warning refers to.
+        path: Name of the video in the text. Default: the base name of its path.
+        answers: Subject and verb before "meaningless". Default: "its answer about PATH is".
     """
     path = path or os.path.basename(os.path.abspath(video.path or "the video"))
     if video.path == "-":
@@ -493,7 +496,7 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
 
 
 def summary(report: Report) -> str:
-    """Return one line with tokens, time to first token and total time, and the probabilities of choices."""
+    """Return a single line with the number of tokens, the time to first token, the total time, and the probabilities of choices."""
     tokens = report.tokens
     times = report.time_ms
     read = f"{counted(tokens.prompt or 0, 'token')} read ({tokens.visual or 0:,} visual), {tokens.new or 0:,} written"
@@ -507,13 +510,13 @@ def summary(report: Report) -> str:
 
 
 def _choices_text(choices: Sequence[dict[str, Any]]) -> str:
-    """Return choices with their probabilities, the most probable first."""
+    """Return the choices with their probabilities, most probable first."""
     ranked = sorted(choices, key=lambda choice: -choice["probability"])
     return ", ".join(f"{one_line(choice['text'])} {choice['probability']:.3f}" for choice in ranked)
 
 
 def device_text(name: str | None, threads: int | None) -> str:
-    """Return a device as a record names it, and the number of threads if it is the CPU."""
+    """Return the name of a device in a record, with the number of threads if it is a CPU."""
     if threads and (name or "").startswith("cpu"):
         return f"{name} ({counted(threads, 'thread')})"
     return str(name)
@@ -539,11 +542,11 @@ def _heading_lines(report, width: int) -> list[str]:
 
 
 def _input_line(facts, width: int) -> str:
-    """Return the line for a video or a picture: its name and known properties.
+    """Return the line for a video or a picture, with its name and known properties.
 
     Args:
-        facts: an input of a report, or the report of a single input.
-        width: of the line, in columns.
+        facts: An input of a report, or the report if it has a single input.
+        width: Maximum width of the line, in columns.
     """
     video = facts.video
     medium = getattr(facts, "kind", None) or "video"
@@ -560,7 +563,7 @@ def _input_line(facts, width: int) -> str:
 
 
 def _kept_text(pruning) -> str:
-    """Return the share of visual tokens kept. If layers of the language model drop some, return the share left after each drop."""
+    """Return the share of visual tokens kept. If the language model drops more tokens, return the share left after each drop."""
     kept = 100 * (pruning.kept_ratio or 0)
     read = pruning.language_layers or []
     first_layers: dict[int, int] = {}  # token count -> the first layer with that many tokens
@@ -575,7 +578,7 @@ def _kept_text(pruning) -> str:
 
 
 def _duration_text(report) -> str:
-    """Return the length of the video, and the part that was read unless it is the whole video."""
+    """Return the length of the video, together with the time span that was read unless it is the whole video."""
     length = report.video.duration_s
     start = report.sampling.start_s
     end = report.sampling.end_s
@@ -589,7 +592,7 @@ def _stage_lines(report, width: int) -> list[str]:
     notes = _stage_notes(report)
     spent = {stage: getattr(times, stage) or 0 for stage in STAGES if _is_printed(times, stage)}
     longest = max(spent.values(), default=0) or 1
-    room = width - 21 - max((len(notes[stage]) for stage in spent), default=0)  # columns left for the bars
+    room = width - 21 - max((len(notes[stage]) for stage in spent), default=0)  # number of columns left for the bars
     bar = 0
     gap = ""
     if room >= 6:
@@ -616,7 +619,7 @@ def _stage_lines(report, width: int) -> list[str]:
 
 
 def _after_tower_note(report) -> str:
-    """Return a note if inputs were pruned only after the tower because they are small, otherwise an empty string."""
+    """Return a note if small inputs were pruned only after the tower, otherwise an empty string."""
     pruning = report.pruning
     if not pruning.after_tower_inputs:
         return ""
@@ -624,7 +627,7 @@ def _after_tower_note(report) -> str:
 
 
 def _is_printed(times: Times, stage: str) -> bool:
-    """Return True if a stage was reached and was timed for this question, not for an earlier one about the same video."""
+    """Return True if a stage was reached and its time belongs to this question, not to an earlier question about the same video."""
     spent = getattr(times, stage)
     if stage in ("prefill", "generate"):
         return spent is not None
@@ -632,7 +635,7 @@ def _is_printed(times: Times, stage: str) -> bool:
 
 
 def _input_lines(report) -> list[str]:
-    """Return a line per input with its times and tokens, if there are several."""
+    """If there are several inputs, return a line per input with its times and tokens."""
     lines = []
     for number, facts in enumerate(report.inputs, 1):
         kept = facts.pruning
@@ -645,21 +648,21 @@ def _input_lines(report) -> list[str]:
 
 
 def _frames_read(report) -> str:
-    """Return the number of frames in the video, in the part that was read (if known), and taken."""
+    """Return the number of frames in the video, in the time span that was read (if known), and in the sample."""
     video = report.video
     sampling = report.sampling
     if not video.frames_total:
         return counted(sampling.frames, "frame")
     part = ""
     if "-" in _duration_text(report) and video.fps and video.variable_rate is False:
-        # Count frames on screen between start and end. Times are exact to a hundredth of a frame.
+        # Count the frames on screen between start and end. Times are accurate to a hundredth of a frame.
         inside = ceil(sampling.end_s * video.fps - 0.01) - floor(sampling.start_s * video.fps + 0.01)
         part = f"{inside:,} of "
     return f"{part}{counted(video.frames_total, 'frame')} -> {sampling.frames}"
 
 
 def _stage_notes(report) -> dict[str, str]:
-    """Return the text after the time of each stage: its input and output."""
+    """Return the text shown after the time of each stage, which describes its input and output."""
     pruning = report.pruning
     sampling = report.sampling
     count = report.tokens
@@ -724,7 +727,7 @@ def _total_lines(report) -> list[str]:
 
 
 def _memory_lines(memory) -> list[str]:
-    """Return the line for peak memory, and on a CPU a line for the process's own memory and mapped files in use."""
+    """Return the line for peak memory and, on a CPU, a line for the private memory and mapped files of the process."""
     if memory.peak_bytes is None:
         return []
     lines = [f"{'memory':<11}peak {size(memory.peak_bytes)}; weights {size(memory.weights_bytes)}"]
@@ -735,9 +738,9 @@ def _memory_lines(memory) -> list[str]:
 
 
 def _comparison_lines(pruned, full) -> list[str]:
-    """Return lines that compare time and tokens of a question with and without pruning.
+    """Return lines that compare the time and the tokens of a question with and without pruning.
 
-    Only the time for encode and prefill is compared, because the second run reuses the patches that the first one has read.
+    Only the time for encode and prefill is compared, because the second run reuses the patches that the first run has read.
     """
     rows = (
         ("encode + prefill", pruned.time_ms.ttft_model, full.time_ms.ttft_model),
@@ -763,14 +766,14 @@ def _number(value: float | None) -> str:
 
 
 def _wrap_line(line: str, width: int) -> list[str]:
-    """Return the line, wrapped at `width` columns between words, with the later pieces indented."""
+    """Return the line wrapped between words at `width` columns, with continuation lines indented."""
     if len(line) <= width:
         return [line]
     return textwrap.wrap(line, max(width, 30), subsequent_indent=INDENT)
 
 
 def _verbose_lines(report) -> list[str]:
-    """Return lines with loading times in ms, grid, rows or tokens per layer, tokens per frame pair, settings and versions."""
+    """Return lines with loading times, the grid, rows or tokens per layer, tokens per frame pair, settings and versions."""
     env = report.env
     times = report.time_ms
     pruning = report.pruning

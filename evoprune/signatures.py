@@ -18,10 +18,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def takes(*kinds: type, **defaults: Any) -> Callable[[Function], Function]:
-    """Decorate a function whose last parameter, `**options`, stands for the fields of option dataclasses.
+    """Decorate a function whose last parameter, `**options`, represents the fields of option dataclasses.
 
-    The function's signature gets a parameter for each field, and its docstring a paragraph, except for fields that the function
-    declares itself.
+    Each field is added to the function's signature as a parameter and to its docstring as a paragraph, unless the function already
+    declares a parameter with the same name.
 
     Args:
         kinds: The option dataclasses.
@@ -47,7 +47,7 @@ def takes(*kinds: type, **defaults: Any) -> Callable[[Function], Function]:
 
 
 def explained(doc: str | None, *kinds: type, without: Iterable[str] = (), **defaults: Any) -> str:
-    """Return a docstring with a paragraph for each field of `kinds`: name, type, default and meaning.
+    """Return a docstring extended by a paragraph for each field of `kinds`, with its name, type, default and meaning.
 
     Args:
         without: Names of fields to leave out.
@@ -71,7 +71,7 @@ def explained(doc: str | None, *kinds: type, without: Iterable[str] = (), **defa
 def meaning(kind: type, field: Field) -> str:
     """Return the help text of an option for Python users.
 
-    Flags of the command line in the text are replaced by the names of keywords.
+    Command line flags in the text are replaced with the names of Python keywords.
     """
     option = field.metadata[OPTION]
     if option.in_python:

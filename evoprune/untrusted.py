@@ -1,7 +1,7 @@
-"""Reads JSON that others wrote: strict parsing, and rules for values.
+"""Read JSON from untrusted sources: strict parsing, and rules for values.
 
-A model folder is trusted no more than a video. Every value that is used has a rule, so a bad value is reported here, instead of
-causing a crash or an endless loop later. The fields of a dataclass carry their rules as annotations, and `pick` makes such a
+A model folder is trusted no more than a video. Every value that is used has a rule, so a bad value is reported when it is read
+instead of causing a crash or an endless loop later. Dataclass fields carry their rules as annotations, and `pick` creates such a
 dataclass from the entries of a file.
 """
 
@@ -19,8 +19,8 @@ from typing import Any, Self, TypeVar, get_type_hints
 
 from evoprune.errors import LFS, LFS_HINT, ModelError
 
-MAX_LEVELS = 100  # nesting depth of lists and objects; Python itself fails at about a thousand
-MAX_BYTES = 2**26  # size of a settings file
+MAX_LEVELS = 100  # maximum nesting depth of lists and objects; Python itself fails at about a thousand
+MAX_BYTES = 2**26  # maximum size of a settings file
 
 T = TypeVar("T")
 
@@ -29,32 +29,36 @@ T = TypeVar("T")
 class Rule:
     """A requirement for a value."""
 
-    what: str  # the requirement in words, to follow "is not"
+    what: str  # the requirement in words, worded to follow "is not"
     holds: Callable[[Any], bool]
 
     def check(self, value: Any, name: str) -> Any:
-        """Return the value, with lists as tuples. Raises ValueError, which names `name`, if the value breaks the rule."""
+        """Return the value, with a list converted to a tuple.
+
+        Raises:
+            ValueError: If the value breaks the rule. The message mentions `name`.
+        """
         if not self.holds(value):
             raise ValueError(f"{name} is {reprlib.repr(value)}, not {self.what}")
         return tuple(value) if isinstance(value, list) else value
 
     def __or__(self, other: Self) -> Self:
-        """Return the rule for a value that follows one of two rules."""
+        """Return a rule for values that satisfy at least one of the two rules."""
         return type(self)(f"{self.what}, or {other.what}", lambda v: self.holds(v) or other.holds(v))
 
     @classmethod
     def whole(cls, low: int, high: int) -> Self:
-        """Return the rule for a whole number from `low` to `high`."""
+        """Return a rule for integers from `low` to `high`."""
         return cls(f"a whole number from {low:,} to {high:,}", lambda v: type(v) is int and low <= v <= high)
 
     @classmethod
     def number(cls, low: float, high: float) -> Self:
-        """Return the rule for a number from `low` to `high`, whole or not."""
+        """Return a rule for numbers from `low` to `high`, integers or floats."""
         return cls(f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high)
 
     @classmethod
     def list_of(cls, rule: Self, length: int | None = None) -> Self:
-        """Return the rule for a list whose values all follow `rule`."""
+        """Return a rule for lists in which every value satisfies `rule`."""
         what = f"a list of {length} values" if length else "a list"
         return cls(
             f"{what}, each {rule.what}",
@@ -68,7 +72,11 @@ OBJECT = Rule("an object", lambda v: isinstance(v, dict))
 
 
 def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the object `name` inside another object; empty if it is missing or null. Raises ValueError if it is not an object."""
+    """Return the object `name` inside another object, or an empty dict if it is missing or null.
+
+    Raises:
+        ValueError: If the value has a different type.
+    """
     value = content.get(name)
     if value is None:
         return {}
@@ -76,15 +84,15 @@ def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the entries of `content` that are fields of a dataclass with rules. A null value counts as missing.
+    """Return the entries of `content` that match the fields of a dataclass with rules. A null value counts as missing.
 
     Args:
-        cls: the dataclass.
-        content: an object of a settings file.
-        where: prefix of the names in errors.
+        cls: The dataclass.
+        content: An object from a settings file.
+        where: Prefix for the names in errors.
 
     Raises:
-        ValueError: a value breaks its rule.
+        ValueError: If a value breaks its rule.
     """
     prefix = f"{where}." if where else ""
     return {
@@ -95,10 +103,10 @@ def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
-    """Make a dataclass from the entries of `content` that are named like its fields.
+    """Create a dataclass from the entries of `content` that match its fields.
 
     Raises:
-        ValueError: an entry breaks its rule, or an entry without a default is missing.
+        ValueError: If an entry breaks its rule, or an entry without a default is missing.
     """
     entries = checked(cls, content, where)
     for field in fields(cls):
@@ -119,11 +127,11 @@ def loads(text: str, once: bool = False) -> Any:
     """Parse a JSON text strictly.
 
     Args:
-        text: the JSON text.
-        once: whether to reject objects with duplicate names. Otherwise the last value wins, as in Python.
+        text: The JSON text.
+        once: Whether to reject objects with duplicate names. Otherwise the last value wins, as in Python.
 
     Raises:
-        ValueError: the text is not JSON, or contains NaN, an infinite or too large number, or more than `MAX_LEVELS` levels.
+        ValueError: If the text is not JSON, contains NaN or an infinite or too large number, or has more than `MAX_LEVELS` levels.
     """
 
     def refuse(word: str) -> None:
@@ -164,7 +172,11 @@ def _values(outer: dict | list) -> Iterable[Any]:
 
 
 def check_fetched(path: Path) -> None:
-    """Check that a file is not a pointer left by git-lfs. Raises ModelError if it is."""
+    """Check that a file is not a pointer left by git-lfs.
+
+    Raises:
+        ModelError: If it is a pointer.
+    """
     if path.is_file():
         with path.open("rb") as file:
             if file.read(len(LFS)) == LFS:
@@ -175,10 +187,11 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a settings file.
 
     Raises:
-        ValueError: not a regular file, more than `MAX_BYTES`, not an object, or rejected by `loads`.
-        OSError: the file cannot be read.
+        ValueError: If the path is not a regular file, the file is larger than `MAX_BYTES` or does not contain an object, or `loads`
+            rejects the content.
+        OSError: If the file cannot be read.
     """
-    if not stat.S_ISREG(path.stat().st_mode):  # for example a pipe without a writer, which would block forever
+    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe without a writer, for example, would block forever
         raise ValueError("it is not a regular file")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES // 2**20} MiB")

@@ -1,4 +1,4 @@
-"""Helpers: short and safe texts, file states, seeds, and options (fields that describe them, objects from keywords, records)."""
+"""Helpers for short and safe texts, file states, seeds, and options (field descriptions, objects from keywords, records)."""
 
 import hashlib
 import math
@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from evoprune.errors import UsageError, is_out_of_memory
 
-# Control characters that a terminal obeys, except tab and newline, and characters that change the direction of text.
+# Control characters that a terminal interprets, except tab and newline, and characters that change the text direction.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 FILE_URL = "file://"
 WEB = re.compile("https?://", re.IGNORECASE)  # scheme of a web address
-ADDRESS = re.compile(r"([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)  # a URL, possibly after a folder
+ADDRESS = re.compile(r"([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)  # a URL, possibly prefixed by a folder
 WWW = re.compile(r"www\.[^/\s]+\.[^/\s]+(/\S*)?", re.IGNORECASE)  # a web address without its scheme
 STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # schemes of live video, which cannot be read as a file
 DOWNLOAD_HINT = "download it first, e.g. with yt-dlp"
@@ -33,7 +33,7 @@ SOME = 10  # maximum number of texts that a message lists
 
 
 def clock(seconds: float | None) -> str:
-    """Format a time: 1:02:03.5, 2:31.4 or 0:06.0."""
+    """Format a time as 1:02:03.5, 2:31.4 or 0:06.0."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds * 10), 600)
@@ -45,7 +45,7 @@ def clock(seconds: float | None) -> str:
 
 
 def long_clock(seconds: float) -> str:
-    """Format a time with all digits: 01:02:03.500."""
+    """Format a time with all digits, as 01:02:03.500."""
     rest, milliseconds = divmod(round(1000 * seconds), 1000)
     rest, whole_seconds = divmod(rest, 60)
     hours, minutes = divmod(rest, 60)
@@ -59,7 +59,7 @@ def parse_time(text: str) -> float:
         The time in seconds.
 
     Raises:
-        UsageError: the text has none of these forms.
+        UsageError: If the text has a different format.
     """
     negative = text.strip().startswith("-")
     digits = text.strip().removeprefix("-")
@@ -68,7 +68,7 @@ def parse_time(text: str) -> float:
     if digits and (match := re.fullmatch(clock, digits) or re.fullmatch(units, digits)):
         hours, minutes, seconds = (float(group or 0) for group in match.groups())
         total = hours * 3600 + minutes * 60 + seconds
-        # The first field may be any number (90:00 is an hour and a half); the fields after it must be below 60.
+        # The first field may be any number (90:00 is an hour and a half), but the following fields must be below 60.
         proper = (minutes < 60 or not match[1]) and (seconds < 60 or not (match[1] or match[2]))
         if proper and math.isfinite(total):
             return -total if negative and total else total
@@ -79,7 +79,7 @@ def parse_time(text: str) -> float:
 
 
 def roughly(seconds: float) -> str:
-    """Format an estimated time with one or two digits: ~0.3 s, ~40 s, ~12 min or ~9 h."""
+    """Format an estimated time with one or two digits, as ~0.3 s, ~40 s, ~12 min or ~9 h."""
     if seconds >= 5700:
         return f"~{seconds / 3600:,.0f} h"
     if seconds >= 95:
@@ -91,7 +91,7 @@ def roughly(seconds: float) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Return the text, with its middle left out if it is longer than `width`."""
+    """Return a string, with its middle left out if it is longer than `width`."""
     if len(text) <= width:
         return text
     head = max(0, (width - 3) // 2)
@@ -99,7 +99,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def shown(path: str) -> str:
-    """Return a path for a message. Long paths and data: URLs are shortened to their beginning and end."""
+    """Return a path for a message. Only the beginning and the end of long paths and data: URLs are kept."""
     if path.startswith("data:"):
         return shorten(path, 40)
     return shorten(path, LONGEST)
@@ -114,14 +114,14 @@ def size(count: int | None) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Format a number of things: 1 token, 2 tokens."""
+    """Format a count with its noun, as "1 token" or "2 tokens"."""
     if count == 1:
         return f"1 {noun}"
     return f"{count:,} {noun}s"
 
 
 def budget_text(budget: float | str) -> str:
-    """Format a budget: 0.25, or a name such as auto."""
+    """Format a budget as a number, such as 0.25, or as a name, such as auto."""
     if isinstance(budget, str):
         return budget
     return f"{budget:g}"
@@ -136,7 +136,7 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
 
 
 def missing_hint(path: str, usual: str) -> str:
-    """Return a hint for a path that does not exist: how to use such an address, a similar file name, or `usual`."""
+    """Return a hint for a path that does not exist: how to use a URL, a file with a similar name, or else `usual`."""
     if path.startswith("data:"):
         return "write it to a file and give its path"
     if path.startswith(FILE_URL):
@@ -155,14 +155,14 @@ def missing_hint(path: str, usual: str) -> str:
 
 
 def near_file(path: str) -> str | None:
-    """Return an existing path in the same folder with a name similar to a misspelled path, or None.
+    """Return a path in the same folder whose name is similar to a misspelled path, or None.
 
     Names are compared without their extensions, because otherwise all names in a folder of videos would be similar.
     """
     folder, name = os.path.split(path)
     try:
         names = [] if os.path.lexists(path) else os.listdir(folder or os.curdir)
-    except (OSError, ValueError):  # a folder that may not be read; a name that no folder can have
+    except (OSError, ValueError):  # the folder cannot be read, or the name is invalid
         return None
     stems = {each: os.path.splitext(each)[0].lower() for each in names}
     near = get_close_matches(os.path.splitext(name)[0].lower(), stems.values(), 1)
@@ -171,17 +171,17 @@ def near_file(path: str) -> str | None:
 
 
 def is_url(path: Any) -> bool:
-    """Return whether a value is a web address as text. An existing file with that name takes precedence."""
+    """Return True if a value is a web address as a string. An existing file with that name takes precedence."""
     return isinstance(path, str) and WEB.match(path) is not None and not os.path.lexists(path)
 
 
 def without_password(source: str) -> str:
-    """Return an address without its user name and password."""
+    """Return a URL without its user name and password."""
     return re.sub(r"(?<=://)[^/]*@", "", source)
 
 
 def some(texts: Sequence[str], separator: str = ", ") -> str:
-    """Join the first `SOME` texts, and say how many more there are: a, b, and 3 more."""
+    """Join at most `SOME` texts, followed by the number of texts left out: "a, b, and 3 more"."""
     first = list(texts[:SOME])
     if len(texts) > SOME:
         first.append(f"and {len(texts) - SOME:,} more")
@@ -189,7 +189,7 @@ def some(texts: Sequence[str], separator: str = ", ") -> str:
 
 
 def listed(names: Sequence[str], word: str = "and") -> str:
-    """Join names: a; a and b; a, b and c."""
+    """Join names in a sentence: "a", "a and b", or "a, b and c"."""
     *before, last = names
     if not before:
         return last
@@ -197,22 +197,22 @@ def listed(names: Sequence[str], word: str = "and") -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a text, such as a path, as one line of printable characters."""
+    """Return a text, such as a path, on a single line with only printable characters."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def harmless(text: str) -> str:
-    r"""Return the text with escapes such as \x1b in place of characters that a terminal would obey."""
+    r"""Return the text with characters that a terminal would interpret replaced by escapes such as \x1b."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def is_text(value: str) -> bool:
-    """Return whether a string is valid text, without NUL (as in UTF-16) or lone surrogates (from stray bytes in arguments)."""
+    """Return True if a string is valid text: no NUL (as in UTF-16) and no lone surrogates (from stray bytes in arguments)."""
     return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
 
 
 def without_tags(question: str) -> str:
-    """Remove tags of the input before a question or on lines after it, as in LLaVA's files: `<video>\\nWhat happens?`.
+    """Remove input tags before a question or on lines after it, as in LLaVA's files: `<video>\\nWhat happens?`.
 
     The prompt already contains the input. Tags inside a question are kept as text.
     """
@@ -220,13 +220,13 @@ def without_tags(question: str) -> str:
 
 
 def check_text(*texts: str | None) -> None:
-    """Check that all given questions and system prompts are valid text. Raises UsageError otherwise."""
+    """Check that all questions and system prompts are valid text. Raise UsageError if they are not."""
     if not all(is_text(text) for text in texts if text):
         raise UsageError("the question or the system prompt is not valid text", "encode it as UTF-8")
 
 
 def file_stats(paths: Iterable[str | PathLike]) -> list[tuple[str, int, int]]:
-    """Return the path, size in bytes and modification time in nanoseconds for each file. Raises OSError if one cannot be found."""
+    """Return the path, size in bytes and modification time in nanoseconds of each file. Raise OSError if a file is missing."""
     stats = [(os.fspath(path), os.stat(path)) for path in paths]
     return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
@@ -235,13 +235,13 @@ def open_safetensors(path: str | PathLike[str]) -> Any:
     """Open a safetensors file, memory-mapped for torch.
 
     Raises:
-        OSError: it is missing, damaged, or was just deleted by another process.
+        OSError: If the file is missing or damaged, or another process has just deleted it.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(path, framework="pt")
-    # torch opens the file again by name after safetensors has read its header, so both may fail.
+    # After safetensors has read the header, torch opens the file again by name, so either may fail.
     except (RuntimeError, SafetensorError) as problem:
         if is_out_of_memory(problem):
             raise
@@ -249,10 +249,10 @@ def open_safetensors(path: str | PathLike[str]) -> Any:
 
 
 def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
-    """Describe files without reading them, as flat data for JSON. Returns None if there are no files, or one cannot be found.
+    """Describe files without reading them, as flat JSON data. Return None if there are no files or a file is missing.
 
-    `files` is their number, `bytes` their total size, `modified_utc` the latest change, and `digest` a hash of all names, sizes and
-    times.
+    `files` is the number of files, `bytes` their total size, `modified_utc` the latest modification time, and `digest` a hash of
+    all names, sizes and times.
     """
     try:
         stats = sorted((os.path.basename(path), size, time) for path, size, time in file_stats(paths))
@@ -278,13 +278,13 @@ def generator_seed(seed: int) -> int:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Describe the entries that differ between two dicts; empty if they are equal."""
+    """Describe the entries that differ between two dicts. Return an empty string if the dicts are equal."""
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return "; ".join(f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in names)
 
 
 def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """Describe a change in the state of files (see `file_state`); empty if nothing has changed or a state is unknown."""
+    """Describe how the state of files has changed (see `file_state`). Return an empty string for equal or unknown states."""
     if not before or not now or before == now:
         return ""
     first, second = ({name: value for name, value in state.items() if name != "digest"} for state in (before, now))
@@ -292,7 +292,7 @@ def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> s
 
 
 OPTION = "option"  # key in the metadata of a field
-# For a declared type, the accepted type and its name in messages.
+# For each declared type, the accepted type and its name in messages.
 ACCEPTED: dict[type, tuple[type, str]] = {
     float: (Real, "a number"),
     int: (Integral, "a whole number"),
@@ -303,7 +303,7 @@ ACCEPTED: dict[type, tuple[type, str]] = {
     Callable: (Callable, "a function"),
     NoneType: (NoneType, "None"),
 }
-# range of whole numbers that torch accepts, for example as a seed
+# Range of integers that torch accepts, for example as a seed.
 MIN_INTEGER = -(2**63)
 MAX_INTEGER = 2**64 - 1
 
@@ -312,7 +312,7 @@ def brief(value: Any) -> str:
     """Return a value for a message: its repr if that is short, otherwise its class."""
     try:
         text = repr(value)
-    except Exception:  # another package's class may raise anything
+    except Exception:  # a class from another package may raise any exception
         text = ""
     if 0 < len(text) <= 60 and "\n" not in text:
         return text
@@ -324,46 +324,48 @@ class Option:
     """An option on the command line and in Python."""
 
     help: str
-    flags: tuple[str, ...] = ()  # flags on the command line; if empty, derived from the name
-    # Possible values, for help and completion. Words in capitals stand for any value: FILE, N. If empty, taken from the type.
+    flags: tuple[str, ...] = ()  # command line flags; if empty, derived from the field's name
+    # Possible values, for help and completion; if empty, taken from the type. Words in capitals (FILE, N) are placeholders.
     words: tuple[str, ...] = ()
-    metavar: str | None = None  # placeholder for the value in help
-    least: int | None = None  # range of the value
+    metavar: str | None = None  # placeholder for the value in the help
+    least: int | None = None  # minimum and maximum of the value
     most: int | None = None
     env: str | None = None  # environment variable that sets it
-    typed: Any = None  # type of the command line argument, which `parse` converts; None for the field's type
+    typed: Any = None  # type of the command line argument before `parse`; None for the field's type
     unless_typed: Any = None  # default on the command line; None for the field's default
     parse: Callable[[Any], Any] | None = None
-    changes_answers: bool = True  # whether answers depend on it, so that outputs record it
-    in_python: str | None = None  # help in Python; None for `help`, with names instead of flags
-    also: str | None = None  # type that Python accepts in addition, as code: a class that is not imported here
+    changes_answers: bool = True  # whether it affects answers, so that outputs record it
+    in_python: str | None = None  # help for Python users; None for `help` with names instead of flags
+    also: str | None = (
+        None  # a further type that Python accepts, as source code, because the class is not imported here
+    )
 
 
 def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
-    """Return a dataclass field that describes an option. `more` are further fields of `Option`."""
+    """Return a dataclass field that describes an option. `more` contains further fields of `Option`."""
     return field(default=default, metadata={OPTION: Option(help, flags, **more)})
 
 
 def from_keywords(given: Mapping[str, Any], *declared: type) -> list:
-    """Make an object of each dataclass in `declared` from keywords that are its fields.
+    """Create an object of each dataclass in `declared` from keyword arguments named like their fields.
 
     Raises:
-        TypeError: a keyword is not a field in any of them.
-        UsageError: a bad value.
+        TypeError: If a keyword matches no field of any dataclass.
+        UsageError: If a value is invalid.
     """
     check_known(given, *declared)
     return [group(**{f.name: given[f.name] for f in fields(group) if f.name in given}) for group in declared]
 
 
 def check_known(given: Iterable[str], *declared: type) -> None:
-    """Check that all keywords are fields of `declared`. Raises TypeError, which lists the known options, otherwise."""
+    """Check that all keywords are fields of `declared`. If not, raise a TypeError that lists the known options."""
     known = [f.name for group in declared for f in fields(group)]
     if unknown := [name for name in given if name not in known]:
         raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
 
 
 def check_types(options: Any) -> None:
-    """Check the types of all fields in a dataclass, and convert numbers to Python's own, which JSON and torch's seeds need."""
+    """Check the types of all fields of a dataclass, and convert numbers to Python types, which JSON and torch's seeds require."""
     for field_ in fields(options):
         object.__setattr__(options, field_.name, check_type(field_.name, getattr(options, field_.name), field_.type))
 
@@ -374,7 +376,7 @@ def parts_of(declared: Any) -> Sequence[Any]:
 
 
 def kinds_of(declared: Any) -> list[type]:
-    """Return the classes of values that a declared type accepts: `str` for literals."""
+    """Return the classes of the values that a declared type accepts. For literals, this is `str`."""
     return [str if get_origin(part) is Literal else get_origin(part) or part for part in parts_of(declared)]
 
 
@@ -386,8 +388,10 @@ def words_of(declared: Any) -> tuple[str, ...]:
 def check_type(name: str, value: Any, declared: Any) -> Any:
     """Return the value, converted to a Python number if it is a numpy number.
 
+    Types that are not in `ACCEPTED` are not checked.
+
     Raises:
-        UsageError: the value is not of the declared type, if all its parts are in `ACCEPTED`. It names the accepted types.
+        UsageError: If the value does not have the declared type. The message names the accepted types.
     """
     wanted = [ACCEPTED.get(kind) for kind in kinds_of(declared)]
     if None in wanted:
@@ -405,10 +409,10 @@ def check_type(name: str, value: Any, declared: Any) -> Any:
 
 
 def record_of(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
-    """Return options as one flat dict, in the form stored in outputs.
+    """Return options as a single flat dict, in the format stored in outputs.
 
-    Contains the options that change answers and differ from their defaults, and the options named in `always`. Options that earlier
-    versions did not have should not be in `always`, so that outputs of those versions can be resumed.
+    The dict contains the options that affect answers and differ from their defaults, and the options named in `always`. Options
+    added in later versions should not be in `always`, so that outputs of earlier versions can be resumed.
     """
     values = {}
     for group in groups:
@@ -420,7 +424,7 @@ def record_of(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
 
 
 def check_question(question: Any) -> None:
-    """Check that a question is a string and not empty.
+    """Check that a question is a non-empty string.
 
     Raises:
         UsageError: If it is not.
@@ -432,12 +436,15 @@ def check_question(question: Any) -> None:
 
 
 class Uncopied:
-    """Base class of objects that belong to one process and one model, with caches and locks. They refuse pickle and copy."""
+    """Base class of objects that belong to one process and one model, because they hold caches and locks.
+
+    They cannot be pickled or copied.
+    """
 
     INSTEAD: ClassVar[str]  # hint for the error: what to do instead of copying
 
     def __reduce_ex__(self, protocol: int):
-        """Refuse pickle and copy.
+        """Refuse to be pickled or copied.
 
         Raises:
             TypeError: Always.

@@ -7,9 +7,9 @@
         print(piece, end="")
     answer.report
 
-Reading and preprocessing run in parallel with encoding. The time of a stage is the time that it worked. The part of reading and
-preprocessing that was hidden by other work is reported as `overlap`. The stages minus `overlap` add up to the time to the first
-token.
+Reading and preprocessing run in parallel with encoding. The time of a stage is the time that the stage was busy. The part of
+reading and preprocessing that was hidden by other work is reported as `overlap`. The sum of the stages minus `overlap` is the time
+to the first token.
 """
 
 import os
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 
 Path = str | os.PathLike[str]
-Shape = TypeVar("Shape")  # the class given as `schema`
+Shape = TypeVar("Shape")  # the class passed as `schema`
 
 
 class VideoQA(Uncopied):
@@ -97,7 +97,7 @@ class VideoQA(Uncopied):
         if not isinstance(loaded, LoadedModel | Session):
             raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
         self.session = Session(loaded, pruning.config(), load_seconds) if isinstance(loaded, LoadedModel) else loaded
-        self._ahead: ReadAhead | None = None  # may already have read inputs
+        self._ahead: ReadAhead | None = None  # prefetched inputs, or None
         self.loaded.check_answers()
 
     @classmethod
@@ -115,11 +115,11 @@ class VideoQA(Uncopied):
         Raises the same errors as `load_model` and the constructor.
 
         Args:
-            model: hub id, local folder, demo or demo-scenes.
-            progress: called with the number of quantized layers and the total.
-            ahead: the input that `encode` or `ask` will be called with first, without options. It is read while the model loads. Or
-                the result of `evoprune.read_ahead`, which may have options.
-            options: how the model is loaded, and how it prunes: the fields of `keywords.LoadKeywords`.
+            model: A hub id, a local folder, demo, or demo-scenes.
+            progress: Called with the number of layers quantized so far and the total number of layers.
+            ahead: The input that will be passed first to `encode` or `ask`, without options. It is read while the model loads. For
+                inputs with options, pass the result of `evoprune.read_ahead`.
+            options: How the model is loaded and how it prunes: the fields of `keywords.LoadKeywords`.
         """
         check_type("progress", progress, Callable | None)
         loading, pruning = from_keywords({"model": model, **options}, ModelOptions, PruneOptions)
@@ -127,7 +127,7 @@ class VideoQA(Uncopied):
             return cls(Session.load(loading, pruning, progress=progress))
         if not isinstance(ahead, ReadAhead):
             paths = _paths_of(ahead)
-            pruning.config()  # rejects bad settings before looking for a model
+            pruning.config()  # rejects invalid settings before looking for the model
             ahead = ReadAhead(describe(loading), [(paths, SamplingOptions())], pruning)
         same = ahead.model.options == loading
         try:
@@ -161,26 +161,27 @@ class VideoQA(Uncopied):
         progress: Callable[[str, int, int], None] | None = None,
         **options: "Unpack[SamplingKeywords]",
     ) -> EncodedInputs:
-        """Read, preprocess and encode a video or a picture, or several of them to ask about together.
+        """Read, preprocess and encode a video or a picture, or several of them that will be asked about together.
 
         Args:
-            path: a file or a folder of frames; an http or https URL; the bytes of a file, or a file opened in binary mode, which is
-                read from its current position; a Pillow picture; or frames as an array, uint8 `[T, H, W, 3]`, RGB, with
-                `frame_rate` or `times_s`. Or a list of several inputs, in the order that the model reads them.
-            times_s: for an array, the time when each frame begins, in seconds, ascending.
-            name: name of a single input in reports. The default is its path, its URL without the password, or `<array>`, `<bytes>`,
+            path: The path of a file or of a folder of frames; an http or https URL; the bytes of a file; a file opened in binary
+                mode, which is read from its current position; a Pillow image; or frames as a uint8 RGB array `[T, H, W, 3]`, with
+                `frame_rate` or `times_s`. For several inputs, a list of these in the order in which the model reads them.
+            times_s: For an array, the time at which each frame begins, in seconds, in ascending order.
+            name: Name of a single input in reports. Default: its path, its URL without the password, or `<array>`, `<bytes>`,
                 `<file>` or `<picture>`.
-            cache: stores encoded inputs, except arrays. It is not used with a method that reads the question.
-            progress: called with a stage, the number of finished steps and the total; see `encoding.OpenInput.encode`. During a
-                download it is called with "download", the bytes so far, and the total, or 0 if unknown.
-            options: what is looked at: the fields of `keywords.SamplingKeywords`.
+            cache: Stores encoded inputs, except arrays. It is not used with a method that reads the question.
+            progress: Called with a stage, the number of finished steps, and the total; see `encoding.OpenInput.encode`. During a
+                download, the stage is "download", with the number of bytes so far and the total, or 0 if the total is unknown.
+            options: How frames are sampled: the fields of `keywords.SamplingKeywords`.
 
         Raises:
-            VideoError: the input or its subtitles are missing, unreadable or empty, or cannot be downloaded.
-            UsageError: numbers that make no sense, frames without a rate or with another shape or dtype, a time range for a
-                picture, one subtitle file for several videos, or a URL after `load(offline=True)`.
-            OutOfMemory: a stage needs more memory than there is.
-            TypeError: an unknown option.
+            VideoError: If the input or its subtitles are missing, unreadable or empty, or cannot be downloaded.
+            UsageError: If an option is out of range, an array has no frame rate or times or has the wrong shape or dtype, a time
+                range is given for a picture, one subtitle file is given for several videos, or a URL is given after
+                `load(offline=True)`.
+            OutOfMemory: If a stage needs more memory than is available.
+            TypeError: If an option is unknown.
         """
         (sampling,) = from_keywords(options, SamplingOptions)
         inputs = inputs_of(path, options.get("frame_rate"), times_s)
@@ -225,15 +226,15 @@ class VideoQA(Uncopied):
         on_thoughts: Callable[[str], None] | None = None,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
-        """Ask one question about one input, or about several together: `encode`, then `EncodedInputs.ask`.
+        """Ask one question about one input or several inputs together. Combines `encode` and `EncodedInputs.ask`.
 
-        Raises the errors of both, and UsageError if an input was encoded for another model or pruning.
+        Raises the errors of both, and UsageError if an input was encoded for a different model or with different pruning.
 
         Args:
-            inputs: any input that `encode` takes, encoded with default options, or a result of `encode` from this `VideoQA`, which
-                is reused. Or a list of these, in the order that the model reads them.
-            question: taken literally.
-            seed, on_thoughts, options: see `EncodedInputs.ask`.
+            inputs: Any input that `encode` accepts, which is encoded with default options. Or a result of `encode` from this
+                `VideoQA`, which is reused. Or a list of these, in the order in which the model reads them.
+            question: The question. It is passed to the model unchanged.
+            seed, on_thoughts, options: See `EncodedInputs.ask`.
         """
         (generation,) = from_keywords(options, GenerationOptions)
         given = inputs if isinstance(inputs, list | tuple) else [inputs]
@@ -257,7 +258,7 @@ class VideoQA(Uncopied):
                     self.session.longest_prompt(plans, [question], generation, encoded_plans)
             encoded = [item if isinstance(item, EncodedInputs) else item.encode() for item in opened]
         asked = EncodedInputs.together(self.session, encoded)
-        if asked not in opened:  # the caller has no reference to it, so it cannot be asked again
+        if asked not in opened:  # the caller has no reference to it and cannot ask another question
             asked.last_question = True
         return asked.ask(question, seed=seed, on_thoughts=on_thoughts, **options)
 
@@ -271,18 +272,18 @@ class VideoQA(Uncopied):
         name: str = "stream",
         **options: "Unpack[StreamKeywords]",
     ) -> "VideoStream":
-        """Start a live video: `add` feeds frames, `ask` asks about everything seen so far. Close it with `with`.
+        """Start a live video. Use it in a `with` statement: `add` feeds frames, and `ask` asks about everything seen so far.
 
         Args:
-            fps: frames per second to look at. The default is the model's rate.
-            max_visual_tokens: limit for a window, before pruning; see `encode`.
-            system: a system prompt; None for the model's own.
-            name: name of the stream in reports.
-            options: how the stream is remembered: the fields of `keywords.StreamKeywords`.
+            fps: Number of frames per second to sample. Default: the model's rate.
+            max_visual_tokens: Maximum number of visual tokens in a window before pruning; see `encode`.
+            system: A system prompt. None uses the model's default.
+            name: Name of the stream in reports.
+            options: How the stream is remembered: the fields of `keywords.StreamKeywords`.
 
         Raises:
-            UsageError: numbers that make no sense, or a method that cannot prune a stream.
-            TypeError: an unknown option.
+            UsageError: If an option is out of range, or the method cannot prune a stream.
+            TypeError: If an option is unknown.
         """
         from evoprune.live import VideoStream
 
@@ -306,30 +307,28 @@ class VideoQA(Uncopied):
         cache: "Cache | None" = None,
         **options: "Unpack[FindKeywords]",
     ) -> "list[Moment]":
-        """Find the moments of a video that match a query, the best first. With several queries, their moments follow one another.
+        """Find the moments of a video that match a query, best first. With several queries, the moments are grouped by query.
 
-        The video is cut into segments. For every segment, the keyframes are read, encoded once, and asked about every query. If yes
-        is much more probable than in most segments, densely sampled frames tell when the moment begins and ends. Memory does not
-        grow with the length of the video.
+        The video is cut into segments. For each segment, the keyframes are read, encoded once, and asked about every query. If
+        "yes" is much more probable than in most segments, densely sampled frames show when the moment begins and ends. Memory use
+        does not grow with the length of the video.
 
         Args:
-            path: one video, as for `encode`, but not an array.
-            query: what to look for, such as "a red star", or several queries.
-            fps: frames per second to look at in all segments. The default is the model's rate, or less in a long video
+            path: A single video, as for `encode`, but not an array.
+            query: A query such as "a red star", or several queries.
+            fps: Number of frames per second to sample in all segments. Default: the model's rate, or less in a long video
                 (`total_tokens`).
-            start_s, end_s: the part of the video to search. Negative times count from its end.
-            speech: transcribes what is said for the prompt of each segment, as in `encode`.
-            progress: called with "speech", the seconds transcribed and the total, if speech is wanted; then with "segment", the
-                number of segments read and the total; then with "piece", for parts of the best segments; then, for
-                each query, with "moment", the number of moments with known borders and the total.
-            cache: see `encode`. Encoded segments are stored in a subfolder, so that other queries can reuse them.
-            options: how moments are found: the fields of `keywords.FindKeywords`.
+            start_s, end_s: The part of the video to search, in seconds. Negative times count from the end of the video.
+            progress: Called with "segment", the number of segments read and the total; then with "piece" for parts of the best
+                segments; then, for each query, with "moment", the number of moments whose start and end are known, and the total.
+            cache: See `encode`. Encoded segments are stored in a subfolder, so that other queries can reuse them.
+            options: How moments are found: the fields of `keywords.FindKeywords`.
 
         Raises:
-            UsageError: an option or query that makes no sense, or a picture.
-            VideoError: the video is missing, unreadable or empty.
-            OutOfMemory: a stage needs more memory than there is.
-            TypeError: an unknown option.
+            UsageError: If an option or a query is invalid, or the input is a picture.
+            VideoError: If the video is missing, unreadable or empty.
+            OutOfMemory: If a stage needs more memory than is available.
+            TypeError: If an option is unknown.
         """
         from evoprune.moments import Search
 
@@ -348,7 +347,7 @@ class VideoQA(Uncopied):
 
 
 def _paths_of(given: Any) -> list[str]:
-    """Return the paths of one or several inputs as texts.
+    """Return the paths of one or several inputs as strings.
 
     Raises:
         UsageError: If there are no paths, or a value is not a path.

@@ -1,4 +1,4 @@
-"""Many questions about many videos: reading rows, also for `evoprune eval`, answering them here or on Ray, and writing records."""
+"""Many questions about many videos: read rows (also for `evoprune eval`), answer them here or on Ray, and write the records."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
 """The output file of a batch: it grows by whole lines even if the program crashes, and only one program writes it at a time.
 
-There are no companion files: every record contains its row and settings, and the lock is on the output file itself. Imports no
+There are no auxiliary files. Each record contains its row and settings, and the lock is on the output file itself. Imports no
 torch.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 STDOUT = "-"
 OTHER_HINT = "name another file with -o, or remove this one"
-# Options that are recorded even at their default values; all others are recorded only if changed.
+# Options that are recorded even if they have their default values. All other options are recorded only if they differ.
 RECORDED = (
     "model", "revision", "dtype", "quantize", "load_format", "budget", "method", "seed", "fps", "frames",
     "max_frames", "max_visual_tokens", "decoder", "seek", "max_new_tokens", "temperature", "top_p", "system",
@@ -40,12 +40,12 @@ RECORDED = (
 class Settings(PipelineOptions):
     """The options of a batch. Each row has its own time span instead of `start_s` and `end_s`."""
 
-    ALWAYS: ClassVar[tuple[str, ...]] = RECORDED  # options recorded even at their default values
+    ALWAYS: ClassVar[tuple[str, ...]] = RECORDED  # options that are always recorded
 
     def load(
         self, progress: Callable[[int, int], None] | None = None, model: "ModelDescription | None" = None
     ) -> "Session":
-        """Load the model. `model` is its description, if known already.
+        """Load the model. If its description is already known, pass it as `model`.
 
         Raises the errors of `Session.load`.
         """
@@ -55,13 +55,13 @@ class Settings(PipelineOptions):
 
     @property
     def groups(self) -> tuple[Any, ...]:
-        """The option groups that answers depend on."""
+        """The groups of options that affect answers."""
         return self.model, self.pruning, self.sampling, self.generation
 
     def record(self) -> dict[str, Any]:
-        """Return all options as flat JSON data, as records contain them."""
+        """Return all options as flat JSON data, in the format stored in records."""
         code = MethodText(self.pruning.method).plugin_code()
-        facts = record_of(self.groups, self.ALWAYS) | {"method_args": {}}  # method settings are part of `method`
+        facts = record_of(self.groups, self.ALWAYS) | {"method_args": {}}  # `method` already includes the settings
         if code:
             facts["plugins"] = code
         return facts
@@ -78,9 +78,9 @@ class EarlierRecord:
     """A record of an earlier run: its row and settings, whether the row failed, and its byte range [start, end) in the file.
 
     Attributes:
-        files: states of the files it was made from (see `Sources`); empty if unknown.
-        revision: the commit of a hub model; None if unknown.
-        after_tower_below: as in the record's pruning. 0 if pruning does not depend on the input's size, None if the row failed.
+        files: States of the model's and the input's files when the record was made (see `Sources`), or an empty dict if unknown.
+        revision: Commit of a hub model, or None if unknown.
+        after_tower_below: The value of `pruning.after_tower_below` in the record, with 0 instead of null. None if the row failed.
     """
 
     id: str
@@ -95,9 +95,10 @@ class EarlierRecord:
 
 
 class Sources:
-    """The states (`file_state`) of a batch's files, model and inputs, when the batch begins, to compare with earlier records.
+    """The states (`file_state`) of a batch's files at the start of the batch, for the model and the inputs.
 
-    None means unknown, such as for a hub model, whose commit is in each record instead.
+    They are compared with the states in earlier records. None means that a state is unknown, for example for a hub model. Each
+    record contains the commit of a hub model instead.
     """
 
     def __init__(self, settings: Settings):
@@ -118,7 +119,7 @@ class Sources:
         """Return the rows that have not been answered yet or have failed.
 
         Raises:
-            UsageError: a record has other settings, its row has changed, or its files have changed.
+            UsageError: If an earlier record has different settings, or its row or its files have changed.
         """
         by_id = {row.id: row for row in rows}
         now = rounded(self._settings.record())
@@ -128,7 +129,7 @@ class Sources:
             if change := differences(earlier.settings, now):
                 hint = "give the same settings, or another -o"
                 raise UsageError(f"the output was started with other settings: {change}", hint)
-            before = earlier.row | {"answer": None}  # the answer does not depend on it
+            before = earlier.row | {"answer": None}  # the expected answer does not affect the model's answer
             if change := differences(before, asked.get(earlier.id, before) | {"answer": None}):
                 hint = "give changed rows new ids, or choose another -o"
                 raise UsageError(f"the row {earlier.id!r} has changed since it was asked: {change}", hint)
@@ -138,7 +139,7 @@ class Sources:
         return [row for row in rows if row.id not in done]
 
     def _check(self, earlier: EarlierRecord, row: Row | None) -> None:
-        """Raise UsageError if the model has changed since an earlier record, or if an input of an answered row has."""
+        """Raise UsageError if the model has changed since an earlier record, or if an input of an answered row has changed."""
         if change := file_changes(earlier.files.get("model"), self._model):
             self._refuse(change)
         self.check_revision(earlier.revision)
@@ -153,15 +154,18 @@ class Sources:
                 raise UsageError(f"{shown(name)} has changed since row {row.id!r} was answered: {change}", hint)
 
     def check_revision(self, commit: str | None) -> None:
-        """Raise UsageError if the commit of a hub model differs from the records before. Applies to earlier and new records."""
+        """Raise UsageError if the commit of a hub model differs from previous records.
+
+        Call this for every record, whether it comes from an earlier run or is new.
+        """
         if commit and self._revision and commit != self._revision:
             self._refuse(f"its commit was {self._revision} and is now {commit}")
         self._revision = commit or self._revision
 
     def check_sizes(self, after_tower_below: int | None) -> None:
-        """Raise UsageError if the device's size limit for pruning only after the tower differs from the records before.
+        """Raise UsageError if the device's size limit for pruning only after the tower differs from previous records.
 
-        `after_tower_below` is as in `EarlierRecord`.
+        For `after_tower_below`, see `EarlierRecord`.
         """
         check_size_rule("the output", self._after_tower_below, after_tower_below)
         if after_tower_below is not None:
@@ -175,7 +179,7 @@ class Sources:
 def check_size_rule(run: str, before: int | None, now: int | None) -> None:
     """Raise UsageError if the size limit below which inputs are pruned only after the tower has changed since `run` was started.
 
-    The limits are in units. 0 means that the device never does this; None means unknown.
+    The limits are in units. 0 means that the device never prunes this way, and None that the limit is unknown.
     """
     if before is None or now is None or before == now:
         return
@@ -191,21 +195,21 @@ def _size_limit(units: int) -> str:
 
 
 class RecordFile:
-    """An output file of records. The constructor opens and locks it; `begin` is the first call that changes it.
+    """An output file of records. The constructor opens and locks the file. `begin` is the first call that changes it.
 
-    Stdout ("-"), pipes and already open files are only written to; for them `regular` is False.
+    Stdout ("-"), pipes and already open files are only written to, and `regular` is False for them.
 
-    With `resume`, the records of an existing file are kept, and listed in `earlier_records`. With `overwrite` they are dropped.
+    With `resume`, the records of an existing file are kept and listed in `earlier_records`. With `overwrite`, they are dropped.
     Without either, an existing file must be empty.
 
-    Subclasses set another record `schema`, and the `noun` that messages use for the run.
+    Subclasses can override the record `schema`, and `noun`, the word for the run in messages.
 
     Args:
-        stdout: the stream for "-", if not `sys.stdout`.
+        stdout: The stream for "-". Default: `sys.stdout`.
 
     Raises:
-        UsageError: the file cannot be written, already has records, contains anything but records, or another program is writing
-            it.
+        UsageError: If the file cannot be written, already has records, contains anything other than records, or is being written by
+            another program.
     """
 
     schema: ClassVar[str] = SCHEMA
@@ -215,7 +219,7 @@ class RecordFile:
         self.name = path
         self._stdout = stdout or sys.stdout
         self.earlier_records: list[EarlierRecord] = []
-        self.written = 0  # records written by this run
+        self.written = 0  # number of records written by this run
         self._created = self._started = False
         given = path == STDOUT or path.startswith(OPEN_FILES)
         self.regular = not given and (os.path.isfile(path) or not os.path.exists(path))
@@ -240,7 +244,7 @@ class RecordFile:
         except BaseException:
             os.close(self._number)
             raise
-        # Signals raise exceptions only in the main thread, so lines written by another thread are never cut off.
+        # Write in another thread, because signals raise exceptions only in the main thread and so cannot interrupt a line.
         self._writer = ThreadPoolExecutor(1)
 
     @property
@@ -249,18 +253,21 @@ class RecordFile:
         return self.regular
 
     def _is_own(self) -> bool:
-        """Return True if the file begins with a record, possibly a torn one."""
+        """Return True if the file begins with a record, even if the record is torn."""
         head = self._head
         beginning = os.pread(self._number, len(head), 0).rstrip(b"\0")
         return bool(beginning) and head.startswith(beginning)
 
     @property
     def _head(self) -> bytes:
-        """The bytes that every record begins with."""
+        """The bytes at the beginning of every record."""
         return f'{{"schema":"{self.schema}",'.encode()
 
     def begin(self, again: Container[str] = ()) -> None:
-        """Truncate the file to its whole records, dropping those with ids in `again`. Without `resume`, truncate it to nothing."""
+        """Truncate the file to its complete records, and drop records whose ids are in `again`.
+
+        Without `resume`, empty the file.
+        """
         self._started = True
         if self.regular:
             self._writer.submit(self._keep, again).result()
@@ -269,8 +276,8 @@ class RecordFile:
         kept = [record for record in self.earlier_records if record.id not in again]
         size = sum(record.end - record.start for record in kept)
         try:
-            remove_unfinished(self.path)  # this program holds the lock, so no other program is writing one
-            if kept and kept[-1].end != size:  # records before the last one are dropped
+            remove_unfinished(self.path)  # safe, because this program holds the lock
+            if kept and kept[-1].end != size:  # records in the middle are dropped
                 self._number = self._copied(kept)
             os.ftruncate(self._number, size)
             if kept and os.pread(self._number, 1, size - 1) != b"\n":
@@ -279,15 +286,15 @@ class RecordFile:
             raise self._cannot_write(problem) from problem
 
     def add(self, record: Line) -> None:
-        """Append a record and sync it to disk. Neither a signal nor a full disk leaves a torn line."""
+        """Append a record and sync it to disk. Neither a signal nor a full disk can leave a torn line."""
         try:
             line = record.to_json().encode()
-        except UnicodeEncodeError:  # a path that is not valid Unicode
+        except UnicodeEncodeError:  # a path is not valid Unicode
             line = record.to_json(ascii_only=True).encode()
         self._writer.submit(self._write, line + b"\n").result()
 
     def close(self) -> None:
-        """Wait for the line being written, then close the file. Removes it if this run created it and it is empty."""
+        """Wait until the current line is written, then close the file. Remove the file if this run created it and it is empty."""
         self._writer.shutdown()
         if self._created and not os.fstat(self._number).st_size:
             os.unlink(self.path)
@@ -303,7 +310,7 @@ class RecordFile:
         self.written += 1
 
     def _open(self) -> int:
-        """Return a file descriptor. For a regular file, it holds the lock."""
+        """Return a file descriptor, which holds the lock if the file is regular."""
         if self.name == STDOUT:
             self._stdout.flush()
             return os.dup(self._stdout.fileno())
@@ -319,7 +326,7 @@ class RecordFile:
                 self._created = False
             try:
                 self._lock(number)
-                # The previous holder of the lock may have replaced or removed the file.
+                # Check that the previous holder of the lock did not replace or remove the file.
                 if os.path.exists(self.path) and os.path.samestat(os.fstat(number), os.stat(self.path)):
                     return number
             except BaseException:
@@ -330,7 +337,7 @@ class RecordFile:
     def _lock(self, number: int) -> None:
         try:
             import fcntl
-        except ImportError:  # not Unix
+        except ImportError:  # not available outside Unix
             return
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -338,14 +345,14 @@ class RecordFile:
             hint = "wait until it is done, or choose another -o"
             raise UsageError(f"another {self.noun} is writing {self.name}", hint) from problem
         except OSError as problem:
-            if problem.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # a file system without locks
+            if problem.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # the file system has no locks
                 raise
 
     def _read(self) -> list[EarlierRecord]:
-        """Return all whole records. A torn record may follow them.
+        """Return all complete records. A torn record at the end is ignored.
 
         Raises:
-            UsageError: the file contains anything else.
+            UsageError: If the file contains anything else.
         """
         records = []
         end = 0
@@ -358,8 +365,10 @@ class RecordFile:
                         raise ValueError
                     about = record["batch"]
                     failed = record["error"] is not None
-                    stated = {"seek": "exact"} | about["settings"]  # earlier versions had no other mode
-                    if stated != settings:  # usually the same for all records, so share one object
+                    stated = {"seek": "exact"} | about[
+                        "settings"
+                    ]  # records of earlier versions do not state the only mode they had
+                    if stated != settings:  # share one object, because all records usually have the same settings
                         settings = stated
                     files = dict(about.get("files") or {})
                     commit = dict(record.get("model") or {}).get("revision")
@@ -381,7 +390,7 @@ class RecordFile:
         return records
 
     def _copied(self, kept: list[EarlierRecord]) -> int:
-        """Atomically replace the file by one with only these records. Returns the descriptor of the new file, which is locked."""
+        """Atomically replace the file with a copy that contains only these records. Return its locked file descriptor."""
         number, place = create_unfinished(self.path)
         try:
             self._lock(number)
@@ -405,9 +414,10 @@ class RecordFile:
 
 
 def _is_torn(line: bytes, head: bytes, follows: bool) -> bool:
-    """Return True if a line that is not a record is the beginning of one.
+    """Return True if a line that is not a record is the beginning of a record.
 
-    A record begins with `head`. The rest of the line may be zeros, or the whole line if it `follows` a record.
+    Every record begins with `head`. After a crash, the rest of the line may be zeros. If the line `follows` a record, the whole
+    line may be zeros.
     """
     content = line.rstrip(b"\0")
     if line.endswith(b"\n") or not (content or follows):
@@ -416,4 +426,4 @@ def _is_torn(line: bytes, head: bytes, follows: bool) -> bool:
         loads(line)
     except ValueError:
         return content.startswith(head) or head.startswith(content)
-    return False  # a complete object, such as a record of `ask --json`
+    return False  # a complete JSON object, such as a record from `ask --json`

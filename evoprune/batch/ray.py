@@ -1,4 +1,4 @@
-"""A batch on a Ray cluster: one worker per GPU, or per node without GPUs. The program that started the batch writes the output.
+"""A batch on a Ray cluster, with one worker per GPU, or per node without GPUs. The program that starts the batch writes the output.
 
 If a worker dies, it is replaced, and its span is retried up to three times.
 """
@@ -23,11 +23,11 @@ from evoprune.language import Turn
 from evoprune.report import Report
 
 INSTALL = "pip install 'evoprune[ray]'"
-TRIES = 3  # attempts for a span whose workers die
+TRIES = 3  # maximum number of attempts at a span
 
 
 class WorkerDied(EvopruneError):
-    """A worker died in every attempt at a span."""
+    """A worker has died in every attempt at a span."""
 
     type = "worker_died"
 
@@ -52,13 +52,13 @@ def answers_on_ray(
     """Yield a record for every row, in order of completion. See `batch.run.answers`. Inputs are not prefetched.
 
     Args:
-        address: a cluster such as "auto"; None uses RAY_ADDRESS, or else a new cluster on this machine.
-        cache: whether each node uses its own cache.
-        on_ready: called after connecting to the cluster.
+        address: Address of a cluster, such as "auto". None uses RAY_ADDRESS, or a new cluster on this machine if that is not set.
+        cache: Whether each node uses its local cache.
+        on_ready: Called after connecting to the cluster.
 
     Raises:
-        UsageError: Ray is not installed, or there is no cluster.
-        RemoteError: no worker can load the model.
+        UsageError: If Ray is not installed, or there is no cluster.
+        RemoteError: If the workers cannot load the model.
     """
     left = {row.id for span in spans for row in span.rows}
     with _cluster(address) as ray:
@@ -68,7 +68,7 @@ def answers_on_ray(
             if error := json.loads(line).get("broken"):
                 raise RemoteError(error)
             record = Report.from_json(line)
-            if record.id in left:  # a span that is retried repeats its records
+            if record.id in left:  # a retried span yields its records again
                 left.remove(record.id)
                 yield record
     if left:
@@ -78,7 +78,7 @@ def answers_on_ray(
 def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]) -> Iterator[str]:
     """Yield the workers' output lines as they finish."""
     workers, share = _workers(ray, settings.model.device)
-    # One block per span, so a worker that dies loses at most its span.
+    # Use one block per span, so that a worker that dies loses at most its current span.
     rows = [{"span": json.dumps([asdict(row) for row in span.rows])} for span in spans]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
@@ -99,7 +99,7 @@ def _workers(ray, device: str) -> tuple[int, dict[str, float]]:
 
 
 class Tries:
-    """Counts every worker's attempts. It is an actor of its own, so it survives their deaths."""
+    """Counts the attempts at each span. It is a separate actor, so that it survives when workers die."""
 
     def __init__(self):
         self._made = Counter()
@@ -110,7 +110,7 @@ class Tries:
 
 
 class Worker:
-    """Holds the model and answers spans. Runs in its own process, on any node."""
+    """Holds the model and answers spans. Runs in a separate process on any node."""
 
     def __init__(self, settings: Settings, folder: str, cache: bool, tries):
         self._settings = settings
@@ -118,9 +118,9 @@ class Worker:
         self._cache = None
         self._broken = None
         try:
-            _enter(folder)  # paths of videos and models are relative to it
+            _enter(folder)  # paths of videos and models are relative to this folder
             self._session = settings.load()
-        except EvopruneError as problem:  # if it were raised here, Ray would retry
+        except EvopruneError as problem:  # if this raised the error, Ray would retry
             self._broken = error_record(problem)
         if cache:
             from evoprune.session import Cache
@@ -145,7 +145,7 @@ class Worker:
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    """Rebuild a row, whose tuples were serialized as lists."""
+    """Rebuild a row from its fields. Its tuples were serialized as lists."""
     lists = {name: tuple(fields[name]) for name in ("inputs", "paths", "options", "groups")}
     return Row(**fields | lists | {"earlier": tuple(Turn(**turn) for turn in fields["earlier"])})
 
@@ -160,17 +160,17 @@ def _enter(folder: str) -> None:
 
 @contextmanager
 def _cluster(address: str | None):
-    """Connect to a Ray cluster and provide Ray, with its own output turned off."""
+    """Connect to a Ray cluster and yield the Ray module, with Ray's own output turned off."""
     try:
         import ray
         import ray.data
     except ImportError as problem:
         raise UsageError(f"--on ray needs Ray: {first_line(problem)}", INSTALL) from problem
-    # Ray prints reports of dead workers to stdout, even during shutdown.
+    # Ray reports dead workers on stdout, even during shutdown.
     with redirect_stdout(sys.stderr):
         try:
             with _process_state_kept():
-                # By default, Ray would also look for the last cluster on this machine, and hang if it is gone.
+                # Without an address, Ray would look for the latest cluster on this machine, and hang if that no longer exists.
                 where = address or os.environ.get("RAY_ADDRESS") or "local"
                 ray.init(where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as problem:
@@ -188,7 +188,7 @@ def _cluster(address: str | None):
 def _process_state_kept():
     """Preserve the SIGTERM handler, which Ray replaces.
 
-    Also turn off a new cluster's usage statistics, unless the environment sets them.
+    Also turn off usage statistics of a new cluster, unless the environment configures them.
     """
     handler = signal.getsignal(signal.SIGTERM)
     variable = "RAY_USAGE_STATS_ENABLED"

@@ -35,16 +35,20 @@ from evoprune.util import (
 from evoprune.video import Folder, SamplingOptions
 
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)
-# Fields a row may have. `type` and `groups` are used by evaluations, whose files a batch can read too.
+# The fields of a row. Only evaluations use `type` and `groups`, but a batch can read the same files.
 FIELDS = (
     "id", "video", "inputs", "question", "start", "end", "fps", "frames", "frame_rate", "max_new_tokens", "options",
     "subtitles", "messages", "answer", "type", "groups",
 )  # fmt: skip
-ALIASES = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # names of the same fields in qwen-vl-utils
+ALIASES = {
+    "video_start": "start",
+    "video_end": "end",
+    "nframes": "frames",
+}  # the names of these fields in qwen-vl-utils
 LONGEST_PATH = 4096  # characters
-LIST_COLUMNS = ("inputs", "options", "groups")  # columns whose cells in a CSV file are lists, separated by |
+LIST_COLUMNS = ("inputs", "options", "groups")  # columns whose cells are lists in CSV files, separated by |
 ENDINGS_HINT = f"names of videos and images end in {', '.join((*Folder.VIDEOS, *Folder.IMAGES))}"
-# "line" ("row" in a JSON array), its number from 1, and its fields or the reason why they are invalid.
+# "line" or, in a JSON array, "row"; its one-based number; and its fields, or the reason why they are invalid.
 Line = tuple[str, int, dict[str, Any] | ValueError]
 
 
@@ -52,28 +56,28 @@ Line = tuple[str, int, dict[str, Any] | ValueError]
 class Row:
     """A question about one or several inputs, or about a time span of the videos among them."""
 
-    LETTERS: ClassVar[str] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # labels for the options of a question
+    LETTERS: ClassVar[str] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # labels of the options of a question
 
-    id: str  # the row's name in the results
+    id: str  # name of the row in the results
     inputs: tuple[str, ...]  # paths of videos and pictures as the user wrote them
-    paths: tuple[str, ...]  # the same paths, ready to open
+    paths: tuple[str, ...]  # `inputs` as paths that are ready to open
     question: str
-    start_s: float = 0.0  # start of the span in seconds; negative counts from the video's end
-    end_s: float | None = None  # end of the span; None for the end of the video
-    fps: float | None = None  # None uses the batch's value; same for the next three fields
+    start_s: float = 0.0  # start of the time span in seconds; negative values count from the end
+    end_s: float | None = None  # end of the time span in seconds; None for the end of the video
+    fps: float | None = None  # None uses the batch's value, also for the next three fields
     frames: int | None = None
-    frame_rate: float | None = None  # frames per second in folders of frames
+    frame_rate: float | None = None  # frames per second of folders of frames
     max_new_tokens: int | None = None
-    options: tuple[str, ...] = ()  # the answer choices; empty for an open question
-    scored: bool = False  # choose the answer among the options by probability, without letters
-    subtitles: str | None = None  # subtitles for this row, as the user wrote them; None uses the batch's subtitles
-    subtitles_path: str | None = None  # the same, ready to open
+    options: tuple[str, ...] = ()  # the answer options; empty for an open question
+    scored: bool = False  # whether the answer is the most probable option, without letters
+    subtitles: str | None = None  # subtitles of this row as the user wrote them; None uses the batch's subtitles
+    subtitles_path: str | None = None  # `subtitles` as a path that is ready to open
     earlier: tuple[Turn, ...] = ()  # earlier turns of the conversation that the question continues
-    # The expected answer. A batch passes it on; an evaluation grades by it. If there are `options`, it is one of them.
+    # The expected answer, one of the `options` if there are any. A batch copies it to the output, and an evaluation grades with it.
     answer: Any = None
-    type: str | None = None  # in an evaluation, a category to report the row under
+    type: str | None = None  # in an evaluation, the category of the row
     groups: tuple[str, ...] = ()  # further categories
-    # The given fields as (name, value) texts, repeated in output tables.
+    # The given fields as (name, value) strings, which output tables repeat.
     cells: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     @property
@@ -83,7 +87,7 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """The text for the model: the question, then lettered options in lmms-eval's wording.
+        """The text for the model: the question, followed by lettered options in the wording of lmms-eval.
 
         Scored options are not included.
         """
@@ -94,7 +98,7 @@ class Row:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The fields that the model's answer depends on, as plain data."""
+        """The fields that affect the model's answer, as plain data."""
         about = {"video": self.video}
         if len(self.inputs) > 1:
             about = {"inputs": list(self.inputs)}
@@ -113,7 +117,7 @@ class Row:
         return span | {name: value for name, value in own.items() if value is not None}
 
     def generation(self, usual: GenerationOptions) -> GenerationOptions:
-        """Return `usual` with the row's own overrides."""
+        """Return a copy of `usual` with the values that the row sets."""
         own = {}
         if self.max_new_tokens is not None:
             own["max_new_tokens"] = self.max_new_tokens
@@ -122,10 +126,10 @@ class Row:
         return replace(usual, **own)
 
     def with_scored_options(self) -> Self:
-        """Return the row with its answer chosen among its options by probability.
+        """Return a copy of the row in which the answer is chosen among the options by probability.
 
         Raises:
-            UsageError: the row has no options, or the same option twice.
+            UsageError: If the row has no options, or the same option twice.
         """
         if not self.options:
             raise UsageError(f"row {shown(self.id)} has no options to choose from", "give each row a list of options")
@@ -137,7 +141,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Span:
-    """One or more `rows` about the same inputs, time span, frames and subtitles, which are encoded once for all of them."""
+    """One or more `rows` with the same inputs, time span, frames and subtitles, which are encoded once for all of the rows."""
 
     rows: tuple[Row, ...]
 
@@ -148,7 +152,7 @@ class Span:
 
     @classmethod
     def group(cls, rows: Iterable[Row]) -> list[Self]:
-        """Group rows that share an encoding. Groups are ordered by their first rows."""
+        """Group rows that can share an encoding. The groups are ordered by their first rows."""
         inputs: dict[tuple[str, ...], dict[tuple, list[Row]]] = {}
         for row in rows:
             encoding = tuple(row.sampling.items())
@@ -158,15 +162,15 @@ class Span:
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads rows from a file, or makes them of videos and questions.
+    """Reads rows from a file, or creates them from videos and questions.
 
     Attributes:
-        fields: hint for errors in the fields of a row.
-        file: hint for errors in the file.
-        passes_on: whether the output repeats unknown fields.
-        numbered: name rows without an id by line number instead of a digest of the question.
-        complete: called with each row and its fields. Returns the completed row, or raises ValueError to reject it.
-        start_s, end_s: span for rows without their own.
+        fields: Hint for errors in the fields of a row.
+        file: Hint for errors in the file.
+        passes_on: Whether unknown fields are copied to the output.
+        numbered: Use the line number as the id of rows without an id, instead of a digest of the question.
+        complete: Called with each row and its fields. Returns the completed row, or raises ValueError to reject it.
+        start_s, end_s: Time span of rows that do not set one, in seconds.
     """
 
     # Optional fields, for hints.
@@ -184,10 +188,10 @@ class RowReader:
     end_s: float | None = None
 
     def load(self, path: str) -> list[Row]:
-        """Return the rows of a JSONL or CSV file. Paths are relative to the file's folder.
+        """Return the rows of a JSONL or CSV file. Paths in the file are relative to its folder.
 
         Raises:
-            UsageError: the file cannot be read; otherwise as in `read`.
+            UsageError: If the file cannot be read. See `read` for other errors.
         """
         try:
             with open(path, "rb") as file:
@@ -197,10 +201,11 @@ class RowReader:
         return self._parsed(content, path, os.path.dirname(path))
 
     def read(self, file: BinaryIO, name: str, folder: str = "") -> list[Row]:
-        """Return the rows of an open file. `folder` is what paths are relative to.
+        """Return the rows of an open file. Paths in the file are relative to `folder`.
 
         Raises:
-            UsageError: rows are invalid or repeat an id, or there are none. Names the first bad rows and counts the rest.
+            UsageError: If there are no rows, or rows are invalid or repeat an id. The message names the first bad rows and counts
+                the rest.
         """
         return self._parsed(read_all(file, name, self.file), name, folder)
 
@@ -216,11 +221,11 @@ class RowReader:
         """Return a row for every pair of a video and a question. Folders of videos are expanded.
 
         Args:
-            recursive: also search subfolders.
-            pictures: Also include the pictures in a folder of videos, except those with the same name as a video.
+            recursive: Also search subfolders.
+            pictures: Also include the pictures in a folder of videos, except images with the same name as a video.
 
         Raises:
-            UsageError: names everything that is wrong.
+            UsageError: If anything is wrong. The message lists all problems.
         """
         problems = Problems()
         videos = list(in_folders(videos, problems, recursive, pictures))
@@ -238,10 +243,10 @@ class RowReader:
 
 
 def _rows(lines: Iterable[Line], name: str, folder: str, reader: RowReader) -> list[Row]:
-    """Return the rows of all lines. `name` is the file's name, or "" if there is no file.
+    """Return the rows of all lines. `name` is the name of the file, or an empty string if there is no file.
 
     Raises:
-        UsageError: any row is invalid.
+        UsageError: If any row is invalid.
     """
     problems = Problems()
     rows: dict[str, Row] = {}
@@ -274,7 +279,7 @@ def _rows(lines: Iterable[Line], name: str, folder: str, reader: RowReader) -> l
 
 
 def _describe_fields(unused: Counter) -> str:
-    """List unused fields, each with its number of rows and, if the name looks like a typo, the field that may be meant."""
+    """List unused fields with the number of rows that have them. For names that look like typos, suggest the intended field."""
     texts = []
     for name, count in unused.items():
         text = f"{shorten(name, 40)} in {counted(count, 'row')}"
@@ -326,7 +331,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
         answer=fields.get("answer"),
         **numbers,
     )
-    # Both raise an error for values out of range.
+    # Both lines raise an error for values that are out of range.
     row.generation(GenerationOptions())
     SamplingOptions(**row.sampling)
     row = reader.complete(row, fields)
@@ -340,7 +345,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
 
 
 def _turns_and_question(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
-    """Return the earlier turns of a row, and its question: the `question` field, or the last of its messages."""
+    """Return the earlier turns of a row and its question, which is the `question` field or the last message."""
     if "messages" not in fields:
         return (), _text(fields.get("question"), "question")
     messages = fields["messages"]
@@ -357,7 +362,7 @@ def _turns_and_question(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
 
 
 def _cell(value: Any) -> str:
-    """Return a field as the text of a cell: a list of texts in the CSV list format, any other non-text value as JSON."""
+    """Return the text of a table cell: strings unchanged, lists of strings in the CSV list format, and everything else as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(each, str) and "|" not in each for each in value):
@@ -369,7 +374,7 @@ def _path(folder: str, text: str) -> str:
     """Return a path that opens the file `text`, relative to `folder`. `~`, file: URLs and web URLs are supported.
 
     Raises:
-        ValueError: no file can have this name.
+        ValueError: If no file can have this name.
     """
     if is_url(text):
         return text
@@ -386,7 +391,7 @@ def _path(folder: str, text: str) -> str:
 
 
 def _check_span(start_s: float, end_s: float | None) -> None:
-    # Negative times count from the video's end.
+    # Negative times count from the end of the video.
     if end_s is not None and end_s <= start_s and (end_s < 0) == (start_s < 0):
         raise ValueError(f"end {end_s:g} s is not after start {start_s:g} s")
 
@@ -397,7 +402,7 @@ def _must(condition: bool, problem: str) -> None:
 
 
 def _options(options: Any) -> tuple[str, ...]:
-    """Return the options of a question without their leading letters, because the prompt adds its own."""
+    """Return the options of a question without their leading letters, because the prompt adds letters itself."""
     right = isinstance(options, list) and len(options) != 1 and len(options) <= len(Row.LETTERS)
     _must(right, f"options is not a list of 2 to {len(Row.LETTERS)} texts")
     options = tuple(_text(option, "option") for option in options)
@@ -435,13 +440,13 @@ def _text(value: Any, name: str) -> str:
 
 
 def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
-    """Return a number from a row (a text in CSV files), or None if the row has none."""
+    """Return a number from a row (a string in CSV files), or None if the row does not have it."""
     number = value
     if isinstance(value, str):
         for read in (float, kind):
             with suppress(ValueError):
                 number = read(value)
-    if kind is int and isinstance(number, float) and number.is_integer():  # 8.0, as spreadsheets write 8
+    if kind is int and isinstance(number, float) and number.is_integer():  # spreadsheets write 8 as 8.0
         number = int(number)
     right = number is None or isinstance(number, (int, kind))
     noun = "whole number" if kind is int else "number"
@@ -450,7 +455,7 @@ def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
 
 
 def _seconds(value: Any, name: str) -> float | None:
-    if value is None:  # no end was given
+    if value is None:  # there is no end
         return None
     if isinstance(value, str):
         return parse_time(value)
@@ -460,7 +465,7 @@ def _seconds(value: Any, name: str) -> float | None:
 
 
 class Problems:
-    """Collects problems with the videos and rows of a batch, each with a hint, and reports them as one error."""
+    """Collects problems with the videos and rows of a batch, each with a hint, and reports them in a single error."""
 
     def __init__(self):
         self._found: list[tuple[str, str]] = []
@@ -470,18 +475,18 @@ class Problems:
 
     @contextmanager
     def noting(self, place: str, hint: str) -> Iterator[None]:
-        """Collect an exception from the block, prefixed with `place`. `hint` is used if the exception has no hint."""
+        """Collect an exception from the block, prefixed with `place`. If the exception has no hint, `hint` is used."""
         try:
             yield
         except (ValueError, EvopruneError) as problem:
             self.add(f"{place}{getattr(problem, 'message', problem)}", getattr(problem, "hint", None) or hint)
 
     def check(self, videos: Mapping[str, str], name: str = "") -> None:
-        """Raise UsageError if any problem was collected. Also reports missing files.
+        """Raise UsageError if any problem was collected. In that case, the error also reports missing files.
 
         Args:
-            videos: maps paths to the places that name them.
-            name: the rows file, which the message names only once.
+            videos: Maps each path to the place where it is named.
+            name: Name of the file with the rows. The message contains it only once.
         """
         if not self._found:
             return
@@ -507,13 +512,13 @@ def folders_below(folder: str) -> Iterator[str]:
 
 
 def in_folder(folder: str, pictures: bool = False) -> list[str]:
-    """Return the videos in a folder in natural order of names, and with `pictures` also its pictures.
+    """Return the videos in a folder in natural order of names. With `pictures`, also return its pictures.
 
-    An image with the same name as a video, such as a thumbnail, is skipped. A HEIC or AVIF is not: in a Live Photo, it is the
-    photo, and the video beside it is an input of its own.
+    An image with the same name as a video, such as a thumbnail, is skipped. A HEIC or AVIF file is not skipped. In a Live Photo, it
+    is the photo, and the video next to it is a separate input.
 
     Raises:
-        OSError: the folder cannot be read.
+        OSError: If the folder cannot be read.
     """
     inside = Folder(folder)
     videos = inside.videos
@@ -527,13 +532,13 @@ def in_folder(folder: str, pictures: bool = False) -> list[str]:
 def in_folders(
     videos: Iterable[str], problems: Problems, recursive: bool = False, pictures: bool = False
 ) -> Iterator[str]:
-    """Yield the videos, replacing each folder of videos by its files in natural order. A folder of images counts as one video.
+    """Yield the videos, with each folder of videos replaced by its files in natural order. A folder of images counts as one video.
 
     If a folder has more videos than images, its images are skipped unless `pictures` includes them (see `in_folder`).
 
     Args:
-        problems: collects folders whose meaning is unclear.
-        recursive: also search subfolders, each as if it had been given. Subfolders with neither videos nor images are ignored.
+        problems: Collects folders that could be either kind, or neither.
+        recursive: Also search subfolders, and treat each like a given folder. Subfolders without videos and images are ignored.
     """
     for video in videos:
         if not os.path.isdir(video):
@@ -570,10 +575,10 @@ def in_folders(
 
 
 def has_inputs(folder: str, pictures: bool) -> bool:
-    """Return True if a folder directly contains inputs, or cannot be read, so that the error is reported later.
+    """Return True if a folder directly contains inputs. Also return True if it cannot be read, so that the error is reported later.
 
     Args:
-        pictures: as in `in_folder`.
+        pictures: See `in_folder`.
     """
     try:
         inside = Folder(folder)
@@ -583,13 +588,13 @@ def has_inputs(folder: str, pictures: bool) -> bool:
 
 
 def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
-    """Return a line that names the unused entries of a folder of videos or images; empty if everything is used.
+    """Return a line that lists the unused entries of a folder of videos or images, or an empty string if everything is used.
 
-    Hidden files are ignored, as are other files in a folder of images.
+    Hidden files are ignored. In a folder of images, all other files are ignored as well.
 
     Args:
         pictures: See `RowReader.pairs`.
-        hint: how to search the subfolders of a folder of images.
+        hint: How to search the subfolders of a folder of images.
     """
     if not os.path.isdir(video):
         return ""
@@ -612,12 +617,12 @@ def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
 
 
 def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
-    """Yield the non-empty lines of a file: JSON objects, one JSON array of objects, or CSV, depending on the first character.
+    """Yield the non-empty lines of a file. Its first character determines whether it has JSON lines, a JSON array, or CSV.
 
-    In CSV, empty cells are treated as missing, and column names are case-insensitive.
+    In CSV, empty cells count as missing, and column names are case-insensitive.
 
     Raises:
-        UsageError: the content is not UTF-8, an array is not valid JSON, or the header of a CSV file lacks a column.
+        UsageError: If the content is not UTF-8, an array is not valid JSON, or the header of a CSV file lacks a column.
     """
     if content.startswith(LFS):
         raise UsageError(f"{name} is a git-lfs pointer", LFS_HINT)
@@ -642,7 +647,7 @@ def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
 
 
 def _object_of(line: str) -> dict[str, Any] | ValueError:
-    """Return the JSON object on a line, or the problem with it."""
+    """Return the JSON object on a line, or the problem as a ValueError."""
     try:
         return _object(loads(line, once=True))
     except json.JSONDecodeError as problem:
@@ -666,7 +671,7 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
             raise UsageError(f"{file}: the first line names the column {shorten(twice[0], 40)} twice", hint)
         if "messages" in names and "question" not in names:
             raise UsageError(f"{file}: a table cannot contain messages", "write the rows as JSON lines")
-        for required in (("video", "inputs"), ("question",)):  # one name from each tuple
+        for required in (("video", "inputs"), ("question",)):  # at least one name from each tuple is required
             if not set(required) & set(names):
                 needed = f"the first line must name the columns, unless the lines are JSON; `{required[0]}` is missing"
                 raise UsageError(f"{file}: {needed} (found: {shorten(', '.join(names), 80)})", hint)
@@ -679,4 +684,4 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
                 cells = ValueError("more cells than the header")
             yield "line", reader.line_num, cells
     except csv.Error as problem:
-        yield "line", reader.line_num + 1, ValueError(str(problem))  # line_num counts only complete lines
+        yield "line", reader.line_num + 1, ValueError(str(problem))  # line_num counts only completed lines

@@ -27,13 +27,13 @@ def answers(
     progress: Callable[[str, int, int], None] | None = None,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Report]:
-    """Yield a record for each row as it is answered. A row that fails gets a record with an error, and the others continue.
+    """Yield a record for each row as it is answered. A row that fails gets a record with an error, and the other rows continue.
 
     Args:
-        on_failure: called with each exception.
-        ahead: may have prefetched the first inputs.
-        progress: see `session.encoding.OpenInputs.encode`; called for one span after another.
-        on_wait: called after each encoding with the seconds spent waiting for reading and preprocessing.
+        on_failure: Called with each exception.
+        ahead: A prefetch that may already have read the first inputs, or None.
+        progress: See `session.encoding.OpenInputs.encode`. Called for one span after another.
+        on_wait: Called after each encoding with the time spent waiting for reading and preprocessing, in seconds.
     """
 
     def opened(span: Span, cores: int | None) -> OpenInputs:
@@ -102,9 +102,9 @@ def _answer_span(
 
 
 def _attempt(work: Callable[[], T], on_failure: Callable[[Exception], None]) -> tuple[T | None, dict | None]:
-    """Return the result of `work`, or the error in the format of records.
+    """Return the result of `work`, or its error in the format of records.
 
-    When this returns, the exception and the memory it references are freed.
+    When this function returns, the exception and the memory that it references are freed.
     """
     try:
         return work(), None

@@ -1,4 +1,4 @@
-"""Batch output as a CSV table: each row as it was given, then its answer or error. Imports no torch."""
+"""Batch output as a CSV table: each row as it was given, followed by its answer or error. Imports no torch."""
 
 import csv
 import io
@@ -19,10 +19,10 @@ COLUMNS = ("answer", "error", "finish_reason", "visual_tokens", "new_tokens", "t
 class TableFile(RecordFile):
     """A CSV file (RFC 4180, UTF-8, comma) that grows by one row at a time. Each row is on disk when `add` returns.
 
-    It has the input columns in order of first appearance, then `COLUMNS`. An input column with the same name as one of `COLUMNS` is
-    renamed to `row_` and its name. A table has no place for settings, so it cannot be resumed.
+    The table contains the input columns in order of first appearance, followed by `COLUMNS`. If an input column has the same name
+    as one of `COLUMNS`, the prefix `row_` is added to it. A table does not contain the settings, so it cannot be resumed.
 
-    Raises UsageError like `RecordFile`, and for `resume`.
+    Raises the same errors as `RecordFile`, and UsageError if `resume` is True.
     """
 
     def __init__(self, path: str, rows: Sequence[Row], *, stdout: TextIO | None = None, resume: bool, overwrite: bool):
@@ -35,7 +35,7 @@ class TableFile(RecordFile):
 
     @staticmethod
     def is_meant(path: str) -> bool:
-        """Return True if an output path means a CSV table. Stdout and open files never do, regardless of their names."""
+        """Return True if the output path stands for a CSV table. Stdout and open files never do, regardless of their names."""
         return path.lower().endswith(ENDING) and path != STDOUT and not path.startswith(OPEN_FILES)
 
     @property
@@ -55,7 +55,7 @@ class TableFile(RecordFile):
         self._append([*titles, *COLUMNS])
 
     def add(self, record: Report) -> None:
-        """Append a row and sync it to disk. Neither a signal nor a full disk leaves a torn row."""
+        """Append a row and sync it to disk. Neither a signal nor a full disk can leave a torn row."""
         cells = self._rows[record.id]
         tokens = record.tokens
         total = record.time_ms.total
@@ -75,10 +75,10 @@ class TableFile(RecordFile):
         csv.writer(text, lineterminator="\n").writerow(cells)
         # A path that is not valid Unicode is written with escapes.
         self._writer.submit(self._write, text.getvalue().encode("utf-8", "backslashreplace")).result()
-        self.written -= 1  # `add` counts records
+        self.written -= 1  # only `add` counts records
 
     def _is_own(self) -> bool:
-        """Return True if the file begins with the header of such a table, even if it was cut off after the header."""
+        """Return True if the file begins with the header of such a table, even if it is cut off after the header."""
         with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
             head = next(csv.reader(file), [])
         return tuple(head[-len(COLUMNS) :]) == COLUMNS
