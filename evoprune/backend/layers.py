@@ -1,4 +1,4 @@
-"""Layers with few operations, through joined weight matrices and fused kernels on CUDA."""
+"""Layers that need few operations, because weight matrices are joined or fused kernels run on CUDA."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

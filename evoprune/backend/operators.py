@@ -57,9 +57,9 @@ def _standard_places(
         steps: The number of steps in a length of 1.
 
     Returns:
-        float32 `[E, d]`, the places: rows minus their mean, divided by the standard deviation of each channel and by the length of
-        the longest row. float32 `[E]`, the squared lengths, rounded to steps, or 0 for a row without a unit. If all rows are equal,
-        both are 0.
+        The places, float32 `[E, d]`, and the squared lengths, float32 `[E]`. Places are rows minus their mean, divided by the
+        standard deviation of each channel and by the length of the longest row. Squared lengths are rounded to steps, and are 0 for
+        rows without a unit. If all rows are equal, both results are 0.
     """
     count = unit_counts(unit_to_row, len(rows))
     at_once = AT_ONCE_ON_DEVICE if rows.device.type != "cpu" else AT_ONCE

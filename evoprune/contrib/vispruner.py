@@ -52,7 +52,7 @@ class VisPruner(Selector):
 
 
 def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
-    """Return int64 `[keep]`: the rows that are left after rounds that each remove up to `step` similar rows.
+    """Remove similar rows in rounds, up to `step` rows per round, until `keep` rows are left. Returns int64 `[keep]`.
 
     `unit` is `[n, D]`, with the most attended row first.
     """

@@ -17,7 +17,7 @@ AutoName = Literal["auto", "auto:inflection"]
 
 @dataclass(frozen=True)
 class Budget:
-    """The share of its visual tokens that an input keeps, in (0, 1]. Use `parse` to create one."""
+    """The share of an input's visual tokens to keep, in (0, 1]. Use `parse` to create a budget."""
 
     # The type of the values that users may pass: a number in (0, 1], the same number as a string ("0.25"), a percentage ("25%"), or
     # a name in `PRESETS`. Names in `AUTOS` are also valid if the caller allows automatic budgets.

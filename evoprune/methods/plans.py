@@ -164,7 +164,7 @@ class EncoderPlan:
 
     @property
     def inside_pairs(self) -> list[Stage]:
-        """The stages that merge rows or set them aside inside frame pairs. They precede all other stages."""
+        """The stages that merge rows, or set them aside, inside frame pairs. They precede all other stages."""
         return [stage for stage in self.stages if stage.inside_pairs]
 
     @property

@@ -98,7 +98,7 @@ class Packing:
 
     @property
     def waiting(self) -> list["PackedLinear"]:
-        """The layers that wait to be packed."""
+        """The layers that are waiting to be packed."""
         model = self.model and self.model()
         if model is None:
             return []
@@ -142,7 +142,7 @@ class Packing:
             self.room = PASS_BYTES
 
     def add(self, weight: torch.Tensor) -> None:
-        """Record that a layer with these weights waits."""
+        """Record that a layer with these weights is waiting."""
         self._waiting[weight.shape] += 1
 
     def can_wait(self, weight: torch.Tensor, rows: int) -> bool:
@@ -150,7 +150,7 @@ class Packing:
         return self.room <= 0 and self._equal(weight.shape, 1) and self._equal(weight.shape, rows)
 
     def remove(self, plain: torch.Tensor, packed: torch.Tensor) -> None:
-        """Record that a layer no longer waits. `plain` and `packed` are its weights before and after packing."""
+        """Record that a layer is no longer waiting. `plain` and `packed` are its weights before and after packing."""
         shape = plain.shape
         self.room -= plain.nbytes
         self._waiting[shape] -= 1
