@@ -144,7 +144,7 @@ def test_an_id_is_made_of_what_is_asked_and_of_nothing_else():
         (ROW | {"frames": 2.5}, "frames is not a whole number"),
         (ROW | {"frames": True}, "frames is True, not a whole number"),
         (ROW | {"max_new_tokens": 0}, "max_new_tokens is 0"),
-        (ROW | {"messages": [{"role": "user", "content": "What?"}]}, "question and messages exclude"),
+        (ROW | {"messages": [{"role": "user", "content": "What?"}]}, "question and messages cannot be combined"),
         (TALK | {"messages": []}, "messages is empty"),
         (TALK | {"messages": "What?"}, "messages is not a list"),
         (TALK | {"messages": SAID[:2]}, "the last message is not a question"),

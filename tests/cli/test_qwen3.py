@@ -49,9 +49,9 @@ def test_profile_takes_units_of_32_pixels(qwen3, monkeypatch):
     assert (
         result.code == 0
         and "4 frames of 256x384: 192 units" in result.out
-        and "8 tokens more for the time" in result.out
+        and "adds 8 tokens for its time" in result.out
     )
-    assert "no whole number of merge units" in qwen3("profile", *how, "--size", "224x336").err
+    assert "not a whole number of merge units" in qwen3("profile", *how, "--size", "224x336").err
 
 
 @pytest.mark.full

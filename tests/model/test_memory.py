@@ -39,7 +39,7 @@ def raised_by_torch() -> BaseException:
     raise AssertionError("there is memory for it")
 
 
-OUT = r"(?m)^out of memory in encode(: 2.* wanted)?$"
+OUT = r"(?m)^out of memory in encode(: 2.* requested)?$"
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_a_pass_that_fails_spoils_a_recurrent_state_alone(either):
         return
     with pytest.raises(ValueError, match="an earlier pass failed"):
         hosted.forward(*given, cache)
-    with pytest.raises(ValueError, match="cannot be cut"):
+    with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(0)
 
 

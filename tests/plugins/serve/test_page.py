@@ -116,7 +116,7 @@ def test_what_is_refused(server, qa, tmp_path):
     two = {"messages": [message(COLOUR, video(url_of("square.mp4")), video(url_of("three.mp4")))]}
     for path in (UNITS, MOMENTS):
         problem = server.client.post(path, json=two)
-        assert problem.status_code == 400 and "about one" in problem.json()["error"]["message"]
+        assert problem.status_code == 400 and "takes exactly one" in problem.json()["error"]["message"]
         assert server.client.post(path, json=body(unknown=1)).status_code == 400
         broken = {"messages": [message(COLOUR, video("data:video/mp4;base64,AAAA"))]}
         assert server.client.post(path, json=broken).json()["error"]["code"] == "invalid_video"

@@ -204,12 +204,12 @@ def test_what_would_be_unsafe_or_cannot_be_is_refused(port, tmp_path):
         (("--port", str(port)), "cannot listen"),
         (("--api-key-file", str(tmp_path / "none")), "cannot be read"),
         (("--api-key-file", str(tmp_path / "key")), "not one word"),
-        (("--api-key", "a", "--api-key-file", str(tmp_path / "key")), "exclude"),
+        (("--api-key", "a", "--api-key-file", str(tmp_path / "key")), "cannot be combined"),
         (("--allow-dir", str(tmp_path / "none")), "no folder"),
         (("--cors", "*"), "no origin"),
         (("--cors", "https://example.org/path"), "no origin"),
         (("--timeout", "0"), "above 0"),
-        (("--allow-urls", "--offline"), "exclude"),
+        (("--allow-urls", "--offline"), "cannot be combined"),
     ):
         done = run(*options)
         assert done.returncode == 2 and says in done.stderr, done.stderr

@@ -614,7 +614,7 @@ def test_templates_without_an_end(folder, source, monkeypatch):
 def test_a_template_is_rendered_once(folder, monkeypatch):
     tokenizer = load(str(folder), pack=False).tokenizer
     Prompt.build(tokenizer, "What?", [("video", 1)])
-    monkeypatch.setattr(template, "apart", partial(pytest.fail, "a second process"))
+    monkeypatch.setattr(template, "run_isolated", partial(pytest.fail, "a second process"))
     Prompt.build(tokenizer, "Why?", [("video", 1)])
 
 
