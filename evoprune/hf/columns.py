@@ -40,7 +40,7 @@ class Columns:
         """Align the remaining columns of each row in as few places as the longest row needs.
 
         Args:
-            left: The remaining columns of each row, int64 `[n]`, ascending.
+            left: For each row, its remaining columns in ascending order, int64 `[n]`.
             ids: int64 `[B, L]`, ids of the unpruned batch.
             mask: `[B, L]`, 0 at padding; None without padding. Padding before a row's first token is removed if the row would
                 otherwise need more places than the longest row.

@@ -359,7 +359,7 @@ class PrunedModel:
 def call_report(
     model, call: dict, pruned: dict, visuals: Visuals, encoded: Sequence[Encoded], settings: EvoPrune
 ) -> Report:
-    """Return the report of one call with pruned visuals; the caller adds the times.
+    """Return the report of one call with pruned visuals, without times, which the caller adds.
 
     Args:
         call: The arguments that the caller passed. Their `position_ids`, if any, override the settings.

@@ -145,8 +145,7 @@ def accept_features(model) -> None:
     """Before transformers 5.18, permanently patch the class of `model.model` to accept the features from `encoded_inputs`.
 
     Raises:
-        UsageError: The model has DeepStack (Qwen3-VL) and transformers is older than 5.18, which cannot pass the features of
-            several layers.
+        UsageError: The model has DeepStack (Qwen3-VL), and transformers before 5.18 cannot pass the features of several layers.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 

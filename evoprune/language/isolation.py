@@ -63,7 +63,7 @@ def run_isolated(
 
 
 def main(work: Callable[[str], Any], seconds: int, stack_bytes: int | None) -> None:
-    """Run `work` in the separate process: set limits if the system has them, read a request from stdin, write JSON to stdout."""
+    """Run `work` in the separate process: set limits if the system has any, read a request from stdin, and write JSON to stdout."""
     request = sys.stdin.read()
     with suppress(ImportError):  # not a Unix
         import resource

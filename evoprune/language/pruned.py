@@ -1,4 +1,4 @@
-"""Remove the columns of pruned visual tokens from a prompt, for sessions, held models, streams and the vLLM plugin.
+"""Remove the columns of pruned visual tokens from a prompt, for sessions, users' own models, streams and the vLLM plugin.
 
 The remaining columns keep their indices and M-RoPE positions from the whole prompt (`prompt.prompt_positions`), so pruned columns
 leave gaps in both.

@@ -33,7 +33,7 @@ class PaddedGroups:
     # int64 or bool `[B, K]`, weights of keys, 0 for padding; None if all are equal
     weight: torch.Tensor | None = None
     inside: torch.Tensor | None = None  # bool `[B, Q]`, False for padding; None without padding or with `back`
-    # Two int64 `[R]`: the group of each row, and the row's index in its group; None if `query` and `inside` suffice
+    # Two int64 `[R]`: each row's group, and the row's index in its group; None if `query` and `inside` suffice
     back: tuple[torch.Tensor, torch.Tensor] | None = None
     rows: Rows | None = None  # the video's rows; None if the groups contain all rows in order
 
@@ -152,13 +152,13 @@ def _index(x: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor 
 
 
 def first_rows(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the group of each row, int64 `[R]`, and the group boundaries counted in rows, int64 `[G + 1]`."""
+    """Return each row's group, int64 `[R]`, and the group boundaries counted in rows, int64 `[G + 1]`."""
     group = rows.group(scope)
     return group, torch.searchsorted(group, arange_on(rows.group_count(scope) + 1, group.device))
 
 
 def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the keys of each group, one key per unit, without reading values from the device.
+    """Return each group's keys, one key per unit, without reading values from the device.
 
     With size bias, a row that represents several units of a group appears as several keys, which together have the weight of the
     cluster size. Without size bias, only one of these keys counts.
@@ -271,7 +271,7 @@ def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.T
 def _keys_of_groups(
     rows: Rows, scope: Scope, used: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return the key rows of each group: the rows, possibly in other frame pairs, that represent the group's units.
+    """Return each group's key rows: the rows, possibly in other frame pairs, that represent the group's units.
 
     Args:
         used: bool `[G]`, True for groups with query rows. Only these groups get keys.
@@ -390,7 +390,7 @@ def attend_by_products(
         q: `[B, heads, Q, d]`.
         k, v: `[B, heads, K, d]`.
         bias: `[B, 1, 1, K]`, added to scores; None for 0.
-        weight: float32 `[B, Q]`, the weight of each query in the received attention; None to skip the received attention.
+        weight: float32 `[B, Q]`, each query's weight in the received attention; None to skip the received attention.
         timer: measures the time spent on the received attention.
 
     Returns:

@@ -1,8 +1,8 @@
 """The pruned vision encoder: embed, run layers, select rows, run the remaining layers, merge patches, select tokens.
 
-All rows of a video go through a layer before the next layer starts. Inside a layer, temporary memory is bounded: products take a
-limited number of rows at a time, and attention a limited number of windows or frame pairs (tower.py). Up to rounding, the result
-does not depend on these limits. Without pruning, the output equals Hugging Face's.
+All rows of a video go through a layer before the next layer starts. Inside a layer, temporary memory is bounded: matrix products
+take a limited number of rows at a time, and attention takes a limited number of windows or frame pairs (tower.py). Up to rounding,
+the result does not depend on these limits. Without pruning, the output equals Hugging Face's.
 
 Each step of the plan runs some layers and may then select among the rows of the whole video. After a selection, a frame pair also
 attends to selected rows of other frame pairs that represent its units. Rows are merged or set aside only inside a frame pair, by

@@ -44,14 +44,14 @@ class Geometry:
 
     @cached_property
     def window(self) -> torch.Tensor:
-        """int64 `[H*W]`: the window of each place, numbered in raster order."""
+        """int64 `[H*W]`: the window that each place belongs to, numbered in raster order."""
         y = arange_on(self.height, self.device) // self.side
         x = arange_on(self.width, self.device) // self.side
         return (y[:, None] * -(-self.width // self.side) + x).flatten()
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """int64 `[H*W]`: the places in window order."""
+        """int64 `[H*W]`: the places, sorted in window order."""
         return self.window.argsort(stable=True)
 
     def groups(self, scope: Scope) -> int:
@@ -75,7 +75,7 @@ def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geo
 
 @lru_cache(maxsize=64)
 def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
-    """Return the group of each unit, int64 `[T * H*W + 1]`. The last entry is for padding, which has a separate group."""
+    """Return each unit's group, int64 `[T * H*W + 1]`. The last entry is for padding, which has a separate group."""
     pair = arange_on(pairs + 1, geo.device)
     place = torch.zeros_like(geo.window)
     if scope == "window":
@@ -86,7 +86,7 @@ def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the units in window order and the rank of each unit in this order, both int64 `[T * H*W]`."""
+    """Return the units in window order and each unit's rank in this order, both int64 `[T * H*W]`."""
     order = (arange_on(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
     return order, order.argsort()
 
@@ -111,9 +111,9 @@ def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, 
     """Return tables of the units in each window or frame pair, without reading values from the device.
 
     Returns:
-        A table of the units in each group, int64 `[G, widest]`, padded with the total number of units; the index of each unit in
-        the flattened table, int64 `[T * H*W]`, with the units in window order; and the boundaries of the groups, counted in
-        patches, int32 `[G + 1]`, starting with 0.
+        A table of the units in each group, int64 `[G, widest]`, padded with the total number of units; each unit's index in the
+        flattened table, int64 `[T * H*W]`, with the units in window order; and the boundaries of the groups, counted in patches,
+        int32 `[G + 1]`, starting with 0.
     """
     order, _ = order_tables(geo, pairs)
     group = group_table(geo, pairs, scope)[order]
@@ -135,7 +135,7 @@ def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> 
     """Return runs of neighboring rows as a padded batch. Padding repeats the last row of a run.
 
     Args:
-        start, length: int64 `[B]`, the first row and the length of each run. A run may be empty.
+        start, length: int64 `[B]`, each run's first row and length. A run may be empty.
         longest: upper bound of the lengths.
         rows: number of rows; all indices stay below it.
 

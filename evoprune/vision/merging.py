@@ -200,7 +200,7 @@ def _first(able: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torc
     """Select the first `count` (`[B, 1]`) of the `able` groups in `order` (`[B, G]`), or none if `count` is negative.
 
     Returns:
-        bool `[B, G]`.
+        A mask of the selected groups, bool `[B, G]`.
     """
     queue = able.gather(1, order)
     selected = queue & (queue.cumsum(1) <= count)

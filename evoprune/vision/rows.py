@@ -74,24 +74,24 @@ class Rows:
 
     @cached_property
     def size(self) -> torch.Tensor:
-        """int64 `[R]`: the cluster size of each row. Rows from before the video are not included."""
+        """int64 `[R]`: each row's cluster size. Rows from before the video are not included."""
         sizes = torch.zeros(len(self) + 1, dtype=torch.int64, device=self.unit_to_row.device)
         row = torch.where(self.unit_to_row >= 0, self.unit_to_row, len(self)).clamp(max=len(self))
         return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
 
     @property
     def weight(self) -> torch.Tensor | None:
-        """int64 `[R]`: the weight of each row as a key, if groups do not mix; None if all weights are equal."""
+        """int64 `[R]`: each row's weight as a key, if groups do not mix; None if all weights are equal."""
         return self.size if self.size_bias else None
 
     @cached_property
     def place(self) -> torch.Tensor:
-        """int64 `[R]`: raster index of each row inside its frame pair."""
+        """int64 `[R]`: each row's raster index inside its frame pair."""
         return self.unit % self.geometry.units
 
     @cached_property
     def pair_of_row(self) -> torch.Tensor:
-        """int64 `[R + P]`: the frame pair of each row, -1 for the P rows from before the video."""
+        """int64 `[R + P]`: each row's frame pair, -1 for the P rows from before the video."""
         return F.pad(self.unit // self.geometry.units, (0, self.geometry.units), value=-1)
 
     @cached_property
@@ -112,7 +112,7 @@ class Rows:
         return self.pairs * self.geometry.groups(scope)
 
     def group(self, scope: Scope) -> torch.Tensor:
-        """Return the window or frame pair of each row, int64 `[R]`, numbered across the whole video."""
+        """Return each row's window or frame pair, int64 `[R]`, numbered across the whole video."""
         return group_table(self.geometry, self.pairs, scope)[self.unit]
 
     def lengths(self, scope: Scope) -> torch.Tensor:
