@@ -261,7 +261,7 @@ def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
         OSError,
         ValueError,
         OverflowError,
-    ):  # also for an impossible file name, no files, or a time after the year 9999
+    ):  # raised for a missing file, an invalid name, no files at all, or a time after the year 9999
         return None
     return {
         "files": len(stats),

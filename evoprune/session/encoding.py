@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 
 KINDS_HINT = "give a path or a URL, an array of frames, a Pillow image, the bytes of a file, or an open file"
 AHEAD_BYTES = 2**26  # maximum bytes of prefetched patches outside the patch store
-READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package of each decoder
+READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # package of each decoder
 
 
 @dataclass(eq=False)
@@ -391,8 +391,8 @@ class OpenInputs:
     def begin(self) -> None:
         """Start reading the first input in the background.
 
-        All inputs are marked as read early, because no thread waits for them until encoding starts. So their read time does not
-        count as waiting.
+        All inputs are marked as read early, because no thread waits for them until encoding starts. Therefore, their read time does
+        not count as waiting.
         """
         for opened in self.inputs:
             opened.read_early = True
@@ -404,7 +404,7 @@ class OpenInputs:
             opened.read()
 
     def hear(self, sampling: SamplingOptions, cache: Cache | None = None, progress: Progress | None = None) -> None:
-        """Transcribe the speech of the inputs, if it is wanted, while frames are read. See `speech.with_speech` for errors."""
+        """Transcribe the speech of the inputs if requested, while frames are read. For the errors, see `speech.with_speech`."""
         if sampling.speech == "none":
             return
         loaded = self.session.loaded

@@ -36,8 +36,8 @@ def prompt_about(
 ) -> Prompt:
     """Return the prompt for a question about one or several inputs.
 
-    If there are several videos, a line with the number of the video precedes its subtitles. Raises the same errors as
-    `language.prompt.Prompt.build`.
+    If there are several inputs, the subtitles of each video start with a line that states the number of the video. Raises the same
+    errors as `language.prompt.Prompt.build`.
 
     Args:
         earlier: The conversation so far.

@@ -1,11 +1,11 @@
-"""Transcribe the speech of a video with faster-whisper, for the place in the prompt where subtitles go.
+"""Transcribe the speech in a video with faster-whisper. The transcript takes the place of subtitles in the prompt.
 
-Transcription runs in its own thread, on the CPU, so it overlaps with loading the model and reading frames. A worker process decodes
-the sound (`read_audio`), and faster-whisper only gets arrays. Sound is transcribed in windows of bounded length, which end where it
-is quietest, so memory use does not grow with the length of the video. The lines depend only on the sound, the span and the model:
-nothing is sampled, and windows depend on each other only through the language, which the first spoken words determine.
+Transcription runs on the CPU in its own thread, so it overlaps with loading the model and reading frames. A worker process decodes
+the sound (`read_audio`), and faster-whisper receives only arrays. The sound is split at its quietest points into windows of bounded
+length, so memory use does not grow with the length of the video. The lines depend only on the sound, the time span and the model:
+decoding is greedy, and the windows share only the language, which the first spoken words determine.
 
-This file imports neither torch nor faster-whisper before something is transcribed.
+This file imports neither torch nor faster-whisper until something is transcribed.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from evoprune.model import Clock
     from evoprune.session.cache import Cache
 
-# Ids on the hub. The files are what faster-whisper downloads.
+# Ids on the hub. `FILES` are the files that faster-whisper downloads.
 MODELS = {
     "tiny": "Systran/faster-whisper-tiny",
     "base": "Systran/faster-whisper-base",
@@ -45,22 +45,24 @@ MODELS = {
     "large-v3-turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
 }
 FILES = ("config.json", "preprocessor_config.json", "model.bin", "tokenizer.json", "vocabulary.*")
-AUTO = "base"  # the model of "auto"
-RATE = 16_000  # samples per second
-WINDOW_S = 120.0  # longest window of sound that is transcribed at a time
-LAST_S = 15.0  # a window ends at the quietest place in its last seconds
-QUIET_S = 0.2  # length of the place whose loudness counts
-BRIDGE_S = 1.0  # shorter gaps in the sound become silence; a longer one ends a window
-LEAST_S = 0.1  # a shorter window is not transcribed
-REPEATED = 2.4  # Whisper's own limit: text that compresses better is a loop, which it makes of music and noise
-MOST_KEPT = 64  # finished transcripts that are kept in memory
+AUTO = "base"  # model used for "auto"
+RATE = 16_000  # sample rate in Hz
+WINDOW_S = 120.0  # maximum length of a window, which is transcribed at once
+LAST_S = 15.0  # a full window is cut at the quietest part of its last seconds
+QUIET_S = 0.2  # length of the parts whose loudness is compared
+BRIDGE_S = 1.0  # shorter gaps in the sound are filled with silence; a longer gap ends a window
+LEAST_S = 0.1  # shorter windows are not transcribed
+REPEATED = (
+    2.4  # compression ratio limit of Whisper itself; above it, text is a loop, as Whisper generates for music and noise
+)
+MOST_KEPT = 64  # maximum number of finished transcripts kept in memory
 STAGE = "speech"
 NO_SOUND = "no_sound"
 DAMAGED = "damaged_sound"
 OPTIONS = {
     "beam_size": 5,
     "temperature": 0.0,
-    "condition_on_previous_text": False,  # otherwise one wrong line leads to more
+    "condition_on_previous_text": False,  # if True, one wrong line leads to more wrong lines
 }
 
 Line = tuple[float, float, str]
@@ -68,7 +70,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Allowed(Protocol):
-    """The fields of `ModelOptions` that apply to the speech model too. It is not imported, because it checks `speech`."""
+    """The fields of `ModelOptions` that also apply to the speech model. A protocol avoids a circular import."""
 
     @property
     def offline(self) -> bool: ...
@@ -79,11 +81,11 @@ class Allowed(Protocol):
 
 @dataclass(frozen=True)
 class Transcript:
-    """What is said in a span of a video."""
+    """The speech in a time span of a video."""
 
     lines: list[Line] = field(default_factory=list)
     language: str | None = None
-    damaged: bool = False  # whether some of the sound cannot be decoded
+    damaged: bool = False  # whether parts of the sound could not be decoded
 
 
 def with_speech(
@@ -96,9 +98,9 @@ def with_speech(
     cache: "Cache | None" = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Return a plan with the transcribed speech as its subtitles, unless it has subtitles or `speech` is "none".
+    """Return a plan with the transcribed speech as its subtitles, unless it already has subtitles or `speech` is "none".
 
-    See `speech_of` for the other arguments and for errors.
+    For the other arguments and the errors, see `speech_of`.
     """
     if sampling.speech == "none" or plan.subtitles.source is not None or plan.info.is_picture:
         return plan
@@ -117,18 +119,20 @@ def speech_of(
     cache: "Cache | None" = None,
     progress: Progress | None = None,
 ) -> Subtitles:
-    """Transcribe what is said in a span of a video. Without sound there are no lines, and a note says so.
+    """Transcribe the speech in a time span of a video.
+
+    If the video has no sound, there are no lines. Unless `speech` is "auto", a warning says so.
 
     Args:
-        sampling: Its `speech` names the model, and is not "none".
+        sampling: The sampling options. Its `speech` names the model and must not be "none".
         span: Start and end in seconds from the first frame.
-        options: Options of the model that answers, which apply to the speech model too.
-        clock: Gets the seconds of "speech", and as "overlap" those of them that nobody waited for.
-        cache: The disk cache, which keeps transcripts too.
-        progress: Called with "speech", the seconds transcribed and the seconds in all, while waiting.
+        options: Options of the model that answers. They also apply to the speech model.
+        clock: Receives the transcription time as "speech", and the part of it that nobody waited for as "overlap".
+        cache: The disk cache, which also stores transcripts.
+        progress: Called while waiting with "speech", the number of seconds transcribed and the total number of seconds.
 
     Raises:
-        ModelError: If the speech model is damaged, or cannot be downloaded.
+        ModelError: If the speech model is damaged or cannot be downloaded.
         VideoError: If the file can no longer be read.
         OutOfMemory: If memory is short.
     """
@@ -142,7 +146,10 @@ def speech_of(
 
 
 def begin_speech(plan: Plan, sampling: SamplingOptions, options: Allowed) -> Callable[[], None]:
-    """Start transcribing an input that will be opened later. Returns a function that stops it, unless somebody else wants it."""
+    """Start transcribing an input that will be opened later. Return a function that cancels this request.
+
+    Calling the function stops the transcription unless it is needed elsewhere.
+    """
     span = plan.full.sampling.start_s, plan.full.sampling.end_s
     info = plan.info
     if sampling.speech == "none" or info.is_picture or not info.has_sound:
@@ -156,11 +163,11 @@ def begin_speech(plan: Plan, sampling: SamplingOptions, options: Allowed) -> Cal
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A transcript that is wanted. Equal objects mean equal transcripts."""
+    """A request for a transcript. Equal requests have equal transcripts."""
 
     info: Video = field(compare=False)
     path: str
-    state: tuple | None  # of the file
+    state: tuple | None  # state of the file
     span: tuple[float, float]
     model: str
     offline: bool = field(compare=False)
@@ -173,7 +180,7 @@ class _Wanted:
         return cls(info, path, state_of(path), span, model, bool(options.offline), options.cores)
 
     def begin(self) -> Reading["_Piece"]:
-        """Return the running or finished transcription. Call `release` once it is no longer needed."""
+        """Return the running or finished transcription, or start one. Call `release` when it is no longer needed."""
         with _lock:
             reading = _readings.get(self)
             failed = reading is not None and reading.problem is not None
@@ -198,7 +205,7 @@ class _Wanted:
         stop_all(stopped)
 
     def waited_for(self, clock: "Clock | None", cache: "Cache | None", progress: Progress | None) -> Transcript:
-        """Transcribe, or wait for the transcription that is running."""
+        """Transcribe, or wait for a transcription that is already running."""
         reading = self.begin()
         start = time.perf_counter()
         total = max(1, round(self.span[1] - self.span[0]))
@@ -214,7 +221,7 @@ class _Wanted:
             self.release()
         waited_s = time.perf_counter() - start
         if clock:
-            # Only the first one who takes a transcript is told what it took.
+            # Only the first consumer of a transcript receives its transcription time.
             busy_s = max(waited_s, sum(piece.taken_seconds() for piece in pieces))
             clock.seconds[STAGE] = clock.seconds.get(STAGE, 0.0) + busy_s
             clock.seconds[OVERLAP] = clock.seconds.get(OVERLAP, 0.0) + busy_s - waited_s
@@ -228,7 +235,7 @@ class _Wanted:
     # The disk cache.
 
     def cached(self, cache: "Cache | None") -> Transcript | None:
-        """Return the transcript in the disk cache, or None."""
+        """Return the transcript from the disk cache, or None."""
         if cache is None:
             return None
         try:
@@ -244,7 +251,7 @@ class _Wanted:
             return None
 
     def _key(self, cache: "Cache") -> str:
-        """Return a key of everything that a transcript depends on. Raises OSError if a file is missing."""
+        """Return a hash of everything that a transcript depends on. Raises OSError if a file is missing."""
         folder = _local_folder(self.model)
         if folder is None:
             raise FileNotFoundError(self.model)
@@ -274,7 +281,7 @@ class _Wanted:
     # The thread.
 
     def _pieces(self, reading: Reading) -> Iterator["_Piece"]:
-        """Transcribe window by window. Each piece has the lines of a window."""
+        """Transcribe window by window. Each piece contains the lines of one window."""
         start = time.perf_counter()
         model = _loaded(self.model, self.offline, self.cores)
         language = None
@@ -295,7 +302,7 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The lines of a window, and the seconds that they took, until somebody takes them."""
+    """The lines of a window, and the time to transcribe them in seconds, until the first consumer takes that time."""
 
     lines: list[Line]
     language: str | None
@@ -315,12 +322,12 @@ _readings: OrderedDict[_Wanted, Reading[_Piece]] = OrderedDict()
 
 @lru_cache(maxsize=1)
 def _group() -> Readings:
-    """The group of all transcriptions, which run one after another."""
+    """Return the group of all transcriptions, which run one after another."""
     return Readings()
 
 
 def _forget() -> None:
-    """Forget everything in a forked child, which lacks the threads."""
+    """Discard all state in a forked child, where the threads do not exist."""
     global _lock
     _lock = threading.RLock()
     _readings.clear()
@@ -333,7 +340,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _windows(info: Video, start_s: float, end_s: float) -> Iterator[tuple[float, "np.ndarray", int]]:
-    """Yield the sound of a span in windows: their start in seconds, float32 `[n]`, and the number of damaged packets so far."""
+    """Yield the sound of a time span in windows: start in seconds, float32 samples `[n]`, and number of damaged packets so far."""
     import numpy as np
 
     most = round(WINDOW_S * RATE)
@@ -362,7 +369,7 @@ def _windows(info: Video, start_s: float, end_s: float) -> Iterator[tuple[float,
 
 
 def _quietest(samples: "np.ndarray") -> int:
-    """Return the middle of the quietest place in the last seconds of a window, as an index."""
+    """Return the index at the middle of the quietest part of the last seconds of a window."""
     import numpy as np
 
     size = round(QUIET_S * RATE)
@@ -374,8 +381,8 @@ def _quietest(samples: "np.ndarray") -> int:
 def _transcribed(model: "WhisperModel", samples: "np.ndarray", language: str | None) -> Iterator[tuple[Line, str]]:
     """Yield the lines of a window, with times in seconds from its start, and the language.
 
-    Each stretch of speech between pauses is transcribed separately, because Whisper may merge the words on both sides of a pause
-    into one line, and makes words of silence and music.
+    Each stretch of speech between pauses is transcribed separately. Otherwise, Whisper may merge words before and after a pause
+    into one line, and invent words for silence and music.
     """
     from faster_whisper.vad import get_speech_timestamps
 
@@ -416,10 +423,10 @@ def _whisper(folder: str, cores: int) -> "WhisperModel":
 
 
 def _folder(model: str, offline: bool) -> str:
-    """Return the folder of a speech model. Downloads it if it is missing.
+    """Return the folder of a speech model, which is downloaded if it is missing.
 
     Raises:
-        ModelError: If it is missing and cannot be downloaded, or the network may not be used.
+        ModelError: If the model is missing and cannot be downloaded, or the network may not be used.
     """
     if folder := _local_folder(model):
         return folder
@@ -442,7 +449,7 @@ def _local_folder(model: str) -> str | None:
 
 
 def check_offline(speech: str, offline: bool) -> None:
-    """Raise ModelError if a speech model must be downloaded, but the network may not be used. Downloads nothing."""
+    """Raise ModelError if a speech model is missing and the network may not be used. Downloads nothing."""
     model = AUTO if speech == "auto" else speech
     if speech != "none" and offline:
         _folder(model, offline)
