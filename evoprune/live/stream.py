@@ -195,7 +195,7 @@ class VideoStream(Askable):
         self._sampling = sampling
         self._system = system
         self._name = name
-        self._paid = True  # a question pays only for encoding the unfinished window
+        self._inputs_reported = True  # a question pays only for encoding the unfinished window
         self._gate = Lock()
         self._feeding = RLock()
         self.skipped = 0
@@ -424,14 +424,14 @@ class VideoStream(Askable):
 
     def _charge_next_question(self, seconds: dict[str, float], wall: float) -> None:
         """Add to the time that the next question pays for."""
-        if self._paid:
+        if self._inputs_reported:
             owed = dict.fromkeys(INPUT_STAGES, 0.0)
             owed_wall = 0.0
         else:
             owed, owed_wall = self._spent
         for stage, spent in seconds.items():
             owed[stage] += spent
-        self._spent, self._paid = (owed, owed_wall + wall), False
+        self._spent, self._inputs_reported = (owed, owed_wall + wall), False
 
     def _encode(
         self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]

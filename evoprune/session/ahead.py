@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 Path = str | os.PathLike[str]
 
-HELD_BYTES = 512 * 2**20  # maximum bytes of waiting frames; less if memory is short
-SHARE = 16  # waiting frames take at most 1 / SHARE of the available memory
-FIRST = 4  # maximum number of groups of inputs to prefetch
+MAX_WAITING_BYTES = 512 * 2**20  # maximum bytes of waiting frames; less if memory is short
+MEMORY_SHARE = 16  # waiting frames take at most 1 / MEMORY_SHARE of the available memory
+MAX_GROUPS = 4  # maximum number of groups of inputs to prefetch
 
 
 @dataclass(eq=False)
-class _Early:
+class _Prefetch:
     """An input that is being prefetched. Its thread sets `state` and `request`."""
 
     path: str
@@ -43,7 +43,7 @@ class _Early:
     request: tuple[Any, ...] | None = None  # see `_request`; set once the input is planned
     reading: Reading[FrameChunk] | None = None
 
-    def gives(self, request: tuple[Any, ...]) -> bool:
+    def answers(self, request: tuple[Any, ...]) -> bool:
         """Return True if this prefetch answers the request: same frames, and the files have not changed since.
 
         A prefetch that ended with a `VideoError` also answers the request, because the session would get the same error. After any
@@ -62,7 +62,7 @@ class ReadAhead(Readings):
     Args:
         model: The description of the model that will encode the inputs.
         asked: Groups of inputs in the order in which they will be encoded. Each group is a list of paths that are opened together,
-            with its sampling options. At most `FIRST` groups are read.
+            with its sampling options. At most `MAX_GROUPS` groups are read.
         pruning: The pruning options, because a method may make inputs smaller. None for no pruning.
         held_bytes: Upper bound on the bytes of waiting frames. Default: 512 MiB, less if memory is short.
     """
@@ -75,26 +75,26 @@ class ReadAhead(Readings):
         held_bytes: int | None = None,
     ):
         if held_bytes is None:
-            held_bytes = HELD_BYTES
+            held_bytes = MAX_WAITING_BYTES
             if (available := Host().available_memory()) is not None:
-                held_bytes = min(HELD_BYTES, available // SHARE)
+                held_bytes = min(MAX_WAITING_BYTES, available // MEMORY_SHARE)
         super().__init__(held_bytes)
         self.model = model
         self._pruning = pruning
-        self._every: list[_Early] = []
+        self._prefetches: list[_Prefetch] = []
         self._stop_speech: list[Callable[[], None]] = []
-        for paths, sampling in islice(asked, FIRST):
+        for paths, sampling in islice(asked, MAX_GROUPS):
             names = [os.fspath(path) for path in paths]
             for place, path in enumerate(names):
-                early = _Early(path)
-                early.reading = Reading(partial(self._begin, early, names, place, sampling), self)
-                self._every.append(early)
-        self._left = [*self._every]  # inputs that `take` has not returned or dropped
+                prefetch = _Prefetch(path)
+                prefetch.reading = Reading(partial(self._begin, prefetch, names, place, sampling), self)
+                self._prefetches.append(prefetch)
+        self._remaining = [*self._prefetches]  # inputs that `take` has not returned or dropped
 
     def close(self) -> None:
         """Drop all frames and stop the threads."""
-        self._left = []
-        stop_all([early.reading for early in self._every])
+        self._remaining = []
+        stop_all([prefetch.reading for prefetch in self._prefetches])
         while self._stop_speech:
             self._stop_speech.pop()()
 
@@ -106,18 +106,18 @@ class ReadAhead(Readings):
         request = _request(plan)
         while True:
             with self.changed:
-                paths = [early.path for early in self._left]
+                paths = [prefetch.path for prefetch in self._remaining]
                 if plan.info.path not in paths:
                     return None
                 place = paths.index(plan.info.path)
-                *before, early = self._left[: place + 1]
-                self._left = self._left[place + 1 :]
+                *before, prefetch = self._remaining[: place + 1]
+                self._remaining = self._remaining[place + 1 :]
             stop_all([earlier.reading for earlier in before])
-            if self._has_begun(early.reading) and early.gives(request):
-                return early.reading
-            early.reading.close()
+            if self._has_started(prefetch.reading) and prefetch.answers(request):
+                return prefetch.reading
+            prefetch.reading.close()
 
-    def _has_begun(self, reading: Reading) -> bool:
+    def _has_started(self, reading: Reading) -> bool:
         """Wait until a reading has started or ended, and return True. Return False if that takes longer than `PATIENCE_S`.
 
         Also return False, without waiting, if the reading is queued after a reading that a consumer is taking chunks from, because
@@ -135,15 +135,15 @@ class ReadAhead(Readings):
             return Scope.wait_for(self.changed, lambda: reading.begun or reading.ended, PATIENCE_S)
 
     def _begin(
-        self, early: _Early, names: Sequence[str], place: int, sampling: SamplingOptions, reading: Reading
+        self, prefetch: _Prefetch, names: Sequence[str], place: int, sampling: SamplingOptions, reading: Reading
     ) -> Iterator[FrameChunk]:
         """Probe and plan an input, and return an iterator over its frames."""
-        early.state = state_of(early.path)
+        prefetch.state = state_of(prefetch.path)
         infos = [probed(path, folder_fps=sampling.frame_rate) for path in names]
         plan = self.model.plan(infos[place], sampling.of_each(infos)[place], self._pruning)
         source = plan.source
         times = plan.sampling.times_s
-        early.request = _request(plan)
+        prefetch.request = _request(plan)
         self._stop_speech.append(begin_speech(plan, sampling, self.model.options))
         size = plan.chunk_bytes
         reading.chunk_bytes = source.width * source.height * 3 * min(len(times), source.frames_at_once(size))

@@ -73,7 +73,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
     def __next__(self) -> str:
         with self._lock:
             if self._problem is not None:  # the failed generator is exhausted, so the answer would look complete
-                raise _once_more(self._problem)
+                raise _without_traceback(self._problem)
             try:
                 self._made.append(next(self._pieces))
                 return self._made[-1]
@@ -81,7 +81,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
                 self._complete = self.report.finish_reason != "interrupt"
                 raise
             except Exception as problem:
-                self._problem = _once_more(problem)
+                self._problem = _without_traceback(problem)
                 self.report.finish_reason, self.report.error = "error", error_record(problem)
                 raise
             except BaseException:
@@ -150,7 +150,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
         return f"<Answer {self.report.answer or ''!r}, {self.report.finish_reason or 'not complete'}>"
 
 
-def _once_more(problem: Exception) -> Exception:
+def _without_traceback(problem: Exception) -> Exception:
     """Return a copy of an exception without its traceback, because the traceback's frames would keep memory alive."""
     again = type(problem).__new__(type(problem), *problem.args)
     vars(again).update(vars(problem))
@@ -302,6 +302,6 @@ class Chat(Uncopied):
         if latest is not self._latest:
             raise UsageError(self._inputs.OVERTAKEN, "finish one answer before asking the next question")
         yield from answer
-        said = answer.report.answer
-        if latest is self._latest and (said or answer.report.thoughts is None):
-            self._turns = [*earlier, Turn(answer.report.question, said)]
+        text = answer.report.answer
+        if latest is self._latest and (text or answer.report.thoughts is None):
+            self._turns = [*earlier, Turn(answer.report.question, text)]

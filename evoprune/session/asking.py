@@ -45,7 +45,7 @@ class Askable(ABC, Uncopied):
         self._session = session
         self._lock = threading.RLock()
         self._turn = 0  # number of questions asked so far
-        self._paid = False  # whether a report already includes the times of encoding the inputs
+        self._inputs_reported = False  # whether a report already includes the times of encoding the inputs
 
     @property
     def ignores_sound(self) -> bool:
@@ -217,7 +217,7 @@ class Askable(ABC, Uncopied):
         turn = self._turn
         loaded = self._session.loaded
         clock = Clock(self._session.device)
-        if self._paid:
+        if self._inputs_reported:
             clock.seconds = dict.fromkeys(INPUT_STAGES, 0.0)
             earlier = 0.0
             report.time_ms.encode_prune = 0.0
@@ -233,7 +233,7 @@ class Askable(ABC, Uncopied):
                 constraint = loaded.vocabulary.constraint(options.grammar)
         state = self._read(question, options, report, clock, turns)
         generated = AnswerStream(state, options, loaded.tokenizer, loaded.eos_ids, seed, constraint, loaded.one_by_one)
-        self._paid = True
+        self._inputs_reported = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
         report.answer = ""
         before = packing.seconds
@@ -302,19 +302,19 @@ class EncodedInputs(Askable):
         self.plans = [encoding.plan for encoding in encodings]
         self._prefix = PrefixCache(session.loaded.language)
         self.last_question = False
-        self._blank = self._report_of_inputs(self._encodings)
-        self.report = deepcopy(self._blank)
+        self._report_template = self._report_of_inputs(self._encodings)
+        self.report = deepcopy(self._report_template)
         fill_times(self.report, *self._spent, session.loaded.device)
 
     def __repr__(self) -> str:
-        said = []
+        descriptions = []
         for plan, tokens in ((encoding.plan, encoding.encoded) for encoding in self._encodings):
             count, height, width = plan.grid
             size = f"a picture of {height}x{width} units"
             if not plan.is_picture:
                 size = f"{plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
-            said.append(f"{plan.name!r}: {size}, {len(tokens.kept):,} of {plan.units:,} visual tokens kept")
-        return f"<EncodedInputs {', '.join(said)}>"
+            descriptions.append(f"{plan.name!r}: {size}, {len(tokens.kept):,} of {plan.units:,} visual tokens kept")
+        return f"<EncodedInputs {', '.join(descriptions)}>"
 
     @classmethod
     def together(cls, session: Session, inputs: Sequence["EncodedInputs"]) -> "EncodedInputs":
@@ -393,14 +393,14 @@ class EncodedInputs(Askable):
         return stages, sum(encoding.wall_seconds for encoding in every)
 
     def _blank_report(self) -> Report:
-        return deepcopy(self._blank)
+        return deepcopy(self._report_template)
 
     @torch.inference_mode()
     def _select_for(self, question: str, report: Report) -> None:
         """Select tokens for this question, and discard the keys and values of earlier questions."""
         loaded = self._session.loaded
         before = 0.0
-        if self._paid:
+        if self._inputs_reported:
             before = self._prune_seconds
         self._prefix.forget()
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")

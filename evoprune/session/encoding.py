@@ -87,11 +87,11 @@ class OpenInput:
         """Yield the sampled frames. For the argument and the chunks, see `video.frames.read_chunks`."""
         plan = self.plan
         if self.ahead and (early := self.ahead.take(plan)):
-            return self._early_frames(early)
+            return self._prefetched_frames(early)
         given = {"chunk_bytes": plan.chunk_bytes, "cores": self.cores, "on_frames": on_frames}
         return read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
 
-    def _early_frames(self, early: Reading[FrameChunk]) -> Iterator[FrameChunk]:
+    def _prefetched_frames(self, early: Reading[FrameChunk]) -> Iterator[FrameChunk]:
         """Yield prefetched frames. The read time that the prefetch has hidden is added to the clock."""
         with closing(early):
             hidden_s = 0.0
@@ -105,7 +105,7 @@ class OpenInput:
     def key(self) -> str | None:
         """The key of the cache entry, or None if this input cannot be cached."""
         with self.clock.stage("read"):
-            return self._key_now()
+            return self._current_key()
 
     @cached_property
     def stored(self) -> Entry | None:
@@ -115,7 +115,7 @@ class OpenInput:
         with self.clock.stage("read"):
             return self.cache.load(self.key, self.session.device)
 
-    def _key_now(self) -> str | None:
+    def _current_key(self) -> str | None:
         return entry_key(self.session, self.plan, self.cache.content_hash) if self.cache else None
 
     def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
@@ -129,7 +129,7 @@ class OpenInput:
         """
         self.read_early = True
         if self.stored is None:
-            self._begun()
+            self._start_reading()
 
     def read(self) -> None:
         """Start reading, and wait until the whole input is read or the memory for waiting chunks is full.
@@ -143,7 +143,7 @@ class OpenInput:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-        self._drop()
+        self._release_reading()
 
     def encode(self, progress: Progress | None = None, pieces: Sequence[int] | None = None) -> EncodedInput:
         """Read, preprocess and encode the input.
@@ -203,19 +203,19 @@ class OpenInput:
             self.read_s = self.stored.read_s
             self.moved = self.stored.moved
             return self.stored.encoded, "hit"
-        result = self._computed(clock, progress, pieces, warnings)
+        result = self._compute(clock, progress, pieces, warnings)
         if self.key is None:
             return result, "off"
         # Do not store a video that is damaged or whose frame size changes, because a cache hit would not repeat the warning.
         # Compute the key again, because the file may have been replaced in the meantime.
         whole = not self.damaged and not self.other_size
         with clock.stage("store"):
-            storable = whole and self._key_now() == self.key
+            storable = whole and self._current_key() == self.key
             if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
                 warnings.append("cache_not_written")
         return result, "miss"
 
-    def _computed(
+    def _compute(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> Encoded | EncodedRows:
         """Encode the input. Adds the times of "compile" and "encode" to `clock`, and appends to `warnings`.
@@ -248,7 +248,7 @@ class OpenInput:
                         if problem.stage != "encode" or piece_units == pieces[-1]:
                             raise
                     if self._patch_key is None:
-                        self._drop()
+                        self._release_reading()
                     loaded.patches.clear()
                     empty_cache()
         finally:
@@ -265,9 +265,9 @@ class OpenInput:
         self.damaged = 0
         self.other_size = self.moved = False
         self.read_s = ()
-        chunks = self._begun().chunks(self._tell) if self.threaded else self._cut()
+        chunks = self._start_reading().chunks(self._report_frames) if self.threaded else self._patch_chunks()
         for chunk in clock.each("wait", chunks):
-            self._tell()
+            self._report_frames()
             self.damaged += chunk.damaged
             self.other_size = self.other_size or chunk.other_size
             self.moved = self.moved or chunk.moved
@@ -276,7 +276,7 @@ class OpenInput:
             if progress:
                 progress("encode", chunk.end, self.plan.sampling.frames)
 
-    def _begun(self) -> Reading[PatchChunk]:
+    def _start_reading(self) -> Reading[PatchChunk]:
         """Return the reading of the patches, starting it unless it is already running.
 
         Raises:
@@ -286,10 +286,10 @@ class OpenInput:
             if self._closed:
                 raise Stopped
             if self._reading is None:
-                self._reading = self._shared() or Reading(self._cut, Readings(AHEAD_BYTES))
+                self._reading = self._shared_reading() or Reading(self._patch_chunks, Readings(AHEAD_BYTES))
             return self._reading
 
-    def _shared(self) -> Reading[PatchChunk] | None:
+    def _shared_reading(self) -> Reading[PatchChunk] | None:
         """Return the shared reading from the model's patch store, or None if the patches cannot be kept there."""
         if self.temporary or not self.shares:
             return None
@@ -299,12 +299,12 @@ class OpenInput:
         if key is None:
             return None
         size = patch_bytes(self.plan, limits)
-        reading = self.session.loaded.patches.open(key, size, device, self._cut)
+        reading = self.session.loaded.patches.open(key, size, device, self._patch_chunks)
         if reading:
             self._patch_key = key
         return reading
 
-    def _drop(self) -> None:
+    def _release_reading(self) -> None:
         """Release the reading. A later pass starts a new one."""
         with self._lock:
             reading = self._reading
@@ -315,13 +315,13 @@ class OpenInput:
         elif reading:
             reading.close()
 
-    def _tell(self) -> None:
+    def _report_frames(self) -> None:
         """Report progress if more frames have been read since the last report."""
         if self._progress and self._reading and self._reading.frames > self._reported_frames:
             self._reported_frames = self._reading.frames
             self._progress("read", self._reported_frames, self.plan.sampling.frames)
 
-    def _cut(self, reading: Reading[PatchChunk] | None = None) -> Iterator[PatchChunk]:
+    def _patch_chunks(self, reading: Reading[PatchChunk] | None = None) -> Iterator[PatchChunk]:
         """Turn frames into patches, chunk by chunk. Adds the times of "read" and "preprocess" to the clock.
 
         Args:

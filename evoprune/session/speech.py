@@ -51,11 +51,11 @@ WINDOW_S = 120.0  # maximum length of a window, which is transcribed at once
 LAST_S = 15.0  # a full window is cut at the quietest part of its last seconds
 QUIET_S = 0.2  # length of the parts whose loudness is compared
 BRIDGE_S = 1.0  # shorter gaps in the sound are filled with silence; a longer gap ends a window
-LEAST_S = 0.1  # shorter windows are not transcribed
+MIN_WINDOW_S = 0.1  # shorter windows are not transcribed
 REPEATED = (
     2.4  # compression ratio limit of Whisper itself; above it, text is a loop, as Whisper generates for music and noise
 )
-MOST_KEPT = 64  # maximum number of finished transcripts kept in memory
+MAX_TRANSCRIPTS = 64  # maximum number of finished transcripts kept in memory
 STAGE = "speech"
 NO_SOUND = "no_sound"
 DAMAGED = "damaged_sound"
@@ -69,7 +69,7 @@ Line = tuple[float, float, str]
 Progress = Callable[[str, int, int], None]
 
 
-class Allowed(Protocol):
+class SpeechModelOptions(Protocol):
     """The fields of `ModelOptions` that also apply to the speech model. A protocol avoids a circular import."""
 
     @property
@@ -92,7 +92,7 @@ def with_speech(
     tokenizer: "Tokenizer",
     plan: Plan,
     sampling: SamplingOptions,
-    options: Allowed,
+    options: SpeechModelOptions,
     *,
     clock: "Clock | None" = None,
     cache: "Cache | None" = None,
@@ -113,7 +113,7 @@ def speech_of(
     info: Video,
     sampling: SamplingOptions,
     span: tuple[float, float],
-    options: Allowed,
+    options: SpeechModelOptions,
     *,
     clock: "Clock | None" = None,
     cache: "Cache | None" = None,
@@ -138,14 +138,14 @@ def speech_of(
     """
     if not info.has_sound:
         return Subtitles(warnings=[] if sampling.speech == "auto" else [NO_SOUND])
-    wanted = _Wanted.of(info, sampling, span, options)
-    heard = wanted.cached(cache) or wanted.waited_for(clock, cache, progress)
+    wanted = _SpeechRequest.of(info, sampling, span, options)
+    heard = wanted.cached(cache) or wanted.wait_for_transcript(clock, cache, progress)
     warnings = [DAMAGED] if heard.damaged else []
     source = f"speech ({wanted.model})"
     return Subtitles(source, heard.lines, warnings, speech=wanted.model, language=heard.language)
 
 
-def begin_speech(plan: Plan, sampling: SamplingOptions, options: Allowed) -> Callable[[], None]:
+def begin_speech(plan: Plan, sampling: SamplingOptions, options: SpeechModelOptions) -> Callable[[], None]:
     """Start transcribing an input that will be opened later. Return a function that cancels this request.
 
     Calling the function stops the transcription unless it is needed elsewhere.
@@ -156,13 +156,13 @@ def begin_speech(plan: Plan, sampling: SamplingOptions, options: Allowed) -> Cal
         return lambda: None
     if read_subtitles(info, sampling.subtitles_wanted, *span).source is not None:
         return lambda: None
-    wanted = _Wanted.of(info, sampling, span, options)
+    wanted = _SpeechRequest.of(info, sampling, span, options)
     wanted.begin()
     return wanted.release
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _SpeechRequest:
     """A request for a transcript. Equal requests have equal transcripts."""
 
     info: Video = field(compare=False)
@@ -174,7 +174,9 @@ class _Wanted:
     cores: int | None = field(compare=False)
 
     @classmethod
-    def of(cls, info: Video, sampling: SamplingOptions, span: tuple[float, float], options: Allowed) -> "_Wanted":
+    def of(
+        cls, info: Video, sampling: SamplingOptions, span: tuple[float, float], options: SpeechModelOptions
+    ) -> "_SpeechRequest":
         model = AUTO if sampling.speech == "auto" else sampling.speech
         path = os.path.abspath(info.path)
         return cls(info, path, state_of(path), span, model, bool(options.offline), options.cores)
@@ -200,11 +202,13 @@ class _Wanted:
             if reading.users <= 0 and not reading.complete:
                 stopped.append(_readings.pop(self))
             unused = [key for key, each in _readings.items() if each.users <= 0]
-            for key in unused[: max(0, len(_readings) - MOST_KEPT)]:
+            for key in unused[: max(0, len(_readings) - MAX_TRANSCRIPTS)]:
                 stopped.append(_readings.pop(key))
         stop_all(stopped)
 
-    def waited_for(self, clock: "Clock | None", cache: "Cache | None", progress: Progress | None) -> Transcript:
+    def wait_for_transcript(
+        self, clock: "Clock | None", cache: "Cache | None", progress: Progress | None
+    ) -> Transcript:
         """Transcribe, or wait for a transcription that is already running."""
         reading = self.begin()
         start = time.perf_counter()
@@ -260,7 +264,7 @@ class _Wanted:
             "start_s": self.info.start_s,
             "span": self.span,
             "model": file_stats(os.path.join(folder, name) for name in sorted(os.listdir(folder))),
-            "windows": [WINDOW_S, LAST_S, QUIET_S, BRIDGE_S, LEAST_S, REPEATED],
+            "windows": [WINDOW_S, LAST_S, QUIET_S, BRIDGE_S, MIN_WINDOW_S, REPEATED],
             "options": OPTIONS,
             "code": [_version(name) for name in ("evoprune", "faster-whisper", "ctranslate2", "av")],
         }
@@ -288,7 +292,7 @@ class _Wanted:
         damaged = 0
         for start_s, samples, damaged in _windows(self.info, *self.span):
             lines: list[Line] = []
-            if len(samples) >= LEAST_S * RATE:
+            if len(samples) >= MIN_WINDOW_S * RATE:
                 for line, spoken in _transcribed(model, samples, language):
                     Scope.check()
                     begin_s, end_s, text = line
@@ -317,7 +321,7 @@ class _Piece:
 
 
 _lock = threading.RLock()
-_readings: OrderedDict[_Wanted, Reading[_Piece]] = OrderedDict()
+_readings: OrderedDict[_SpeechRequest, Reading[_Piece]] = OrderedDict()
 
 
 @lru_cache(maxsize=1)

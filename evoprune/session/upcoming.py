@@ -20,17 +20,17 @@ from evoprune.video import keep_idle
 
 T = TypeVar("T")
 
-MOST = 8  # maximum number of inputs to read at a time
+MAX_READERS = 8  # maximum number of inputs to read at a time
 READER_BYTES = 2**30  # memory per reader: a decoder, waiting frames, and patches
 
 
 def readers(loaded: LoadedModel) -> int:
     """Return the number of inputs to read at a time: one per two idle cores, if memory allows.
 
-    The result is at least 1 and at most `MOST`.
+    The result is at least 1 and at most `MAX_READERS`.
     """
     available = Host().available_memory()
-    most = MOST
+    most = MAX_READERS
     if available is not None:
         most = min(most, available // READER_BYTES)
     return max(1, min(loaded.idle_cores // 2, most))

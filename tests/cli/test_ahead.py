@@ -116,7 +116,7 @@ def test_with_a_cache_nothing_is_read_ahead(cli, made, monkeypatch, tmp_path):
         assert cli(*ASK, "--cache", "-q").code == 0
     (first, second), anew = made
     assert anew == [SQUARE]  # only by the first run
-    assert not first._every and not second._every
+    assert not first._prefetches and not second._prefetches
 
 
 WRONG = {

@@ -275,7 +275,7 @@ def test_frames_that_wait_are_bounded_and_whoever_asks_gets_them_in_any_order(lo
     with begun(*paths, held_bytes=5 * pair) as ahead:
         wait_for(lambda: ahead.held_bytes == 4 * pair)  # plus one that the reader is making
         time.sleep(0.1)
-        assert ahead.held_bytes == 4 * pair and not ahead._every[1].request
+        assert ahead.held_bytes == 4 * pair and not ahead._prefetches[1].request
         for number in order:
             assert frame_numbers(ahead, paths[number]) or number == 0
 
@@ -291,7 +291,7 @@ def test_little_memory_leaves_little_to_frames(monkeypatch):
     monkeypatch.setattr("evoprune.backend.limits.Host.available_memory", lambda _: 2**30)
     assert ReadAhead(DEMO, []).limit_bytes == 2**26
     monkeypatch.setattr("evoprune.backend.limits.Host.available_memory", lambda _: None)
-    assert ReadAhead(DEMO, []).limit_bytes == module.HELD_BYTES
+    assert ReadAhead(DEMO, []).limit_bytes == module.MAX_WAITING_BYTES
 
 
 def test_while_one_is_read_for_somebody_the_next_is_not_waited_for(long, monkeypatch):

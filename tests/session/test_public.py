@@ -82,8 +82,8 @@ def test_odd_arguments_are_refused_in_a_sentence(demo, tmp_path):
         lambda: demo.ask(odd, "What?"): "the input is of class Unprintable, ",
         lambda: evoprune.VideoQA.load("demo", budget=odd): "budget is of class Unprintable, not",
         lambda: evoprune.Cache(None): "the cache folder is None, not a path",
-        lambda: evoprune.Cache("a\0b"): "the folder of a cache is .*, not a path",
-        lambda: evoprune.Cache("a\ud800b"): "the folder of a cache is .*, not a path",
+        lambda: evoprune.Cache("a\0b"): "the cache folder is .*, not a path",
+        lambda: evoprune.Cache("a\ud800b"): "the cache folder is .*, not a path",
         lambda: evoprune.Cache(tmp_path, limit_bytes="2 GiB"): "limit_bytes is '2 GiB', not a whole number",
     }.items():
         with pytest.raises(evoprune.UsageError, match=says):

@@ -238,7 +238,7 @@ def test_of_what_was_read_before_the_model_was_there(kernels, slow, saved, monke
     """Read time hidden by model loading does not count as waiting."""
     kernels.patches.clear()
     with read_ahead([CLIP, OTHER], str(saved)) as ahead:
-        for early in ahead._every:
+        for early in ahead._prefetches:
             early.reading.wait()
         for path in (CLIP, OTHER):
             with closing(open_inputs(VideoQA(kernels, budget=0.25).session, [path], ahead=ahead)) as opened:

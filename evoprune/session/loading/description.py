@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 # Number of weights per thread. The demo model has 4 million weights, and the smallest Qwen has 2 billion.
 WEIGHTS_PER_THREAD = 32_000_000
 ADAPTER = "adapter_config.json"
-MERGE = "merge it into its base model (PEFT: merge_and_unload) and save the result"
+MERGE_HINT = "merge it into its base model (PEFT: merge_and_unload) and save the result"
 # Like transformers, treat these settings as bitsandbytes even if config.json names a different method.
-BITS = "load_in_8bit", "load_in_4bit"
-STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # names of dtypes in config.json
+BITSANDBYTES_SETTINGS = "load_in_8bit", "load_in_4bit"
+CONFIG_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # names of dtypes in config.json
 NORMALIZATION = ("image_mean", "image_std")
 # Preprocessing steps that evoprune always does this way. Other values in a processor's settings cause a warning, except null.
-ALWAYS = {
+FIXED_SETTINGS = {
     "do_sample_frames": True, "num_frames": None, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True, "do_convert_rgb": True, "do_center_crop": False, "do_pad": False, "resample": 3,
 }  # fmt: skip
@@ -253,7 +253,7 @@ def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
     content = read_json(path)
     config = _config(path, content)
     texts = content, section(content, "text_config")  # some models state the dtype only for the language model
-    dtype = next((said for text in texts if (said := text.get("dtype") or text.get("torch_dtype"))), None)
+    dtype = next((name for text in texts if (name := text.get("dtype") or text.get("torch_dtype"))), None)
     description = ModelDescription(
         options=options,
         device=DeviceName(options.device).resolve(),
@@ -262,7 +262,7 @@ def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
         unreachable=unreachable,
         config=config,
         quantization=_quantization(path, content),
-        stored_dtype=STORED.get(str(dtype)),
+        stored_dtype=CONFIG_DTYPES.get(str(dtype)),
         limits=_input_limits(folder, config.vision_config),
         state=options.state() if commit is None else {"commit": commit},
     )
@@ -317,7 +317,7 @@ def _no_config(folder: Path) -> ModelError:
         what = "an adapter"
         if isinstance(base, str) and base:
             what += f" of {base[:100]}"
-        return ModelError(f"{folder} contains {what}, not a model", MERGE)
+        return ModelError(f"{folder} contains {what}, not a model", MERGE_HINT)
     cached = next((path for path in (folder, folder.parent) if path.name.startswith("models--")), None)
     if cached is not None and (snapshots := sorted(cached.glob("snapshots/*/config.json"))):
         hint = f"use {cached_id(cached)}, or {snapshots[-1].parent}"
@@ -349,7 +349,7 @@ def _quantization(path: Path, content: dict) -> str | None:
         settings = next((given for part in parts if (given := section(part, "quantization_config"))), None)
         if settings is None:
             return None
-        if any(settings.get(name) is True for name in BITS):
+        if any(settings.get(name) is True for name in BITSANDBYTES_SETTINGS):
             return "bitsandbytes"
         if (method := settings.get("quant_method")) is not None:
             return TEXT.check(method, "quant_method")
@@ -409,11 +409,11 @@ def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str,
     )
     if folder is None:
         return {"video": limits, "picture": replace(limits, **traits.picture)}
-    of_pictures = (*NORMALIZATION, "min_pixels", "max_pixels")
+    picture_fields = (*NORMALIZATION, "min_pixels", "max_pixels")
     joint = folder / "processor_config.json"  # transformers 5 saves both processors in this file
     video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
-    image = _limits(joint, "image_processor", of_pictures)
-    image = image or _limits(folder / "preprocessor_config.json", only=of_pictures)
+    image = _limits(joint, "image_processor", picture_fields)
+    image = image or _limits(folder / "preprocessor_config.json", only=picture_fields)
     normal = {name: image[name] for name in NORMALIZATION if name in image}
     return {"video": replace(limits, **(normal | video)), "picture": replace(limits, **(dict(traits.unstated) | image))}
 
@@ -427,12 +427,14 @@ def _warn_of_unused(folder: Path) -> None:
         ("image_processor", "preprocessor_config.json"),
     ):
         content = section(joint, inner) or read_json(folder / file)
-        usual = ALWAYS
+        usual = FIXED_SETTINGS
         if content.get("video_processor_type") == "Qwen2VLVideoProcessor":
             # The default of this class is False, because its callers sample the frames themselves.
-            usual = ALWAYS | {"do_sample_frames": False}
+            usual = FIXED_SETTINGS | {"do_sample_frames": False}
         unused |= {
-            name: content[name] for name, value in usual.items() if content.get(name) not in (None, value, ALWAYS[name])
+            name: content[name]
+            for name, value in usual.items()
+            if content.get(name) not in (None, value, FIXED_SETTINGS[name])
         }
     if unused:
         named = ", ".join(f"{name}={shorten(json.dumps(value), 40)}" for name, value in unused.items())

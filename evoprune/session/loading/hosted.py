@@ -26,7 +26,7 @@ from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memo
 from evoprune.model import Config, HostedVL
 from evoprune.session.loading.description import ADAPTER
 from evoprune.session.loading.weights import (
-    BELONG,
+    MISMATCH_HINT,
     PACKAGES,
     PLAIN,
     name_in_memory,
@@ -40,13 +40,13 @@ from evoprune.video import temporary_folder
 # Config entries that list unquantized modules.
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
 # Config entries that do not belong only to the language model.
-OF_THE_WHOLE = (
+TOP_LEVEL_ENTRIES = (
     "model_type", "architectures", "vision_config", "text_config", "quantization_config", "tie_word_embeddings", "dtype",
     "torch_dtype",
 )  # fmt: skip
 # Repetitive log messages to suppress, by logger. The first recommends GPU packages (`backend.hosted.FUSED`) that would not be
 # called. The second repeats for every product that 8-bit layers compute in fp16.
-SAID = {
+REPETITIVE_LOGS = {
     "transformers.integrations.hub_kernels": "falling back to its reference",
     "bitsandbytes.autograd._functions": "inputs will be cast",
 }
@@ -70,7 +70,7 @@ def load_hosted(
         with _environment_kept():
             if quantization:
                 kwargs = {"device_map": {"": device}, "config": _quantized_config(folder, quantization, device)}
-            elif lies_flat(folder):
+            elif has_flat_config(folder):
                 kwargs = {"config": _read_config(folder)}
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are reported below
             host, info = read_whole(folder, dtype, device, **kwargs)
@@ -78,27 +78,27 @@ def load_hosted(
     except Exception as problem:
         if is_out_of_memory(problem):
             raise
-        hint = BELONG
+        hint = MISMATCH_HINT
         if quantization:
             hint = "install the package that it names"
         hint += "; or upgrade transformers: pip install -U transformers"
         raise ModelError(f"transformers cannot load {folder}: {first_line(problem)}", hint) from problem
     if missing := sorted(map(str, info["missing_keys"])):
-        raise _lacking(folder, missing)
+        raise _missing_tensors(folder, missing)
     for name, shape, wanted in sorted(info["mismatched_keys"]):
         what = f"{name} is {list(shape)}, but config.json expects {list(wanted)}"
-        raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
+        raise ModelError(f"the weights in {folder} cannot be loaded: {what}", MISMATCH_HINT)
     if not quantization:
         for _, content, stored in stored_tensors(weight_files(folder)):
             kind = content.get_slice(stored).get_dtype()
             if kind not in PLAIN and ".ple_embedding." not in stored and stored not in info["unexpected_keys"]:
                 what = f"{stored} is {kind}, but config.json does not mention quantization"
-                raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
+                raise ModelError(f"the weights in {folder} cannot be loaded: {what}", MISMATCH_HINT)
     if unused := sorted(map(str, info["unexpected_keys"])):
         are = "is" if len(unused) == 1 else "are"
-        said = f"{counted(len(unused), 'tensor')} of the weights in {folder} {are} not used: {', '.join(unused[:3])}"
-        warnings.warn(said, ModelWarning, stacklevel=2)
-    model = _of(config, host, experts=not quantization)  # quantized experts have their own implementations
+        message = f"{counted(len(unused), 'tensor')} of the weights in {folder} {are} not used: {', '.join(unused[:3])}"
+        warnings.warn(message, ModelWarning, stacklevel=2)
+    model = _hosted_model(config, host, experts=not quantization)  # quantized experts have their own implementations
     if quantization:
         model.package = f"a layer quantized by {listed(PACKAGES.get(quantization, [quantization]))}"
     return model
@@ -138,15 +138,15 @@ def _check_experts(folder: Path, count: int) -> None:
         of_layers = {re.sub(r"experts\.\d+\.", "experts.*.", name) for name in shapes}
         every = {name.replace("*", str(i)) for name in of_layers for i in range(count)}
         if missing := sorted(every - shapes.keys()):
-            raise _lacking(folder, missing)
+            raise _missing_tensors(folder, missing)
         (usual, _), *_ = Counter(shapes.values()).most_common()
         for name, shape in shapes.items():
             if shape != usual:
                 what = f"{name} is {list(shape)}, but that of other experts is {list(usual)}"
-                raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
+                raise ModelError(f"the weights in {folder} cannot be loaded: {what}", MISMATCH_HINT)
 
 
-def _lacking(folder: Path, missing: list[str]) -> ModelError:
+def _missing_tensors(folder: Path, missing: list[str]) -> ModelError:
     problem = f"the weights in {folder} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
     return ModelError(problem, "download the model again")
 
@@ -175,7 +175,7 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
     return config
 
 
-def lies_flat(folder: Path) -> bool:
+def has_flat_config(folder: Path) -> bool:
     """Return True if the language model's settings are at the top level of config.json instead of in `text_config`."""
     return not read_object(folder / "config.json").get("text_config")
 
@@ -188,11 +188,13 @@ def _read_config(folder: Path):
     """
     from transformers import AutoConfig
 
-    if not lies_flat(folder):
+    if not has_flat_config(folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     content = read_object(folder / "config.json")
-    whole = {name: value for name, value in content.items() if name in OF_THE_WHOLE or name.endswith("_token_id")}
-    own = {name: value for name, value in content.items() if name not in OF_THE_WHOLE or name == "tie_word_embeddings"}
+    whole = {name: value for name, value in content.items() if name in TOP_LEVEL_ENTRIES or name.endswith("_token_id")}
+    own = {
+        name: value for name, value in content.items() if name not in TOP_LEVEL_ENTRIES or name == "tie_word_embeddings"
+    }
     return AutoConfig.for_model(**whole | {"text_config": own})
 
 
@@ -261,24 +263,24 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
 def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> HostedVL:
     """Return a model with seeded random weights, for benchmarks. Their speed does not depend on the values."""
     host = meta_model(config, dtype, device)
-    model = _of(config, host, experts=True)
+    model = _hosted_model(config, host, experts=True)
     model.fill_random(device)
     host.tie_weights()
     return model
 
 
-def _of(config: Config, host, *, experts: bool) -> HostedVL:
+def _hosted_model(config: Config, host, *, experts: bool) -> HostedVL:
     host.eval().requires_grad_(False)
     model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
     choose_functions(model, experts=experts)
     accept_biases(model)
-    for logger in SAID:
-        logging.getLogger(logger).addFilter(_is_news)  # adding the same filter twice has no effect
+    for logger in REPETITIVE_LOGS:
+        logging.getLogger(logger).addFilter(_is_not_repetitive)  # adding the same filter twice has no effect
     return model
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    return SAID[record.name] not in record.getMessage()
+def _is_not_repetitive(record: logging.LogRecord) -> bool:
+    return REPETITIVE_LOGS[record.name] not in record.getMessage()
 
 
 def meta_model(config: Config, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"):

@@ -52,10 +52,10 @@ from evoprune.model import (
 from evoprune.report import ModelFacts
 from evoprune.session.loading.description import ModelDescription, describe, read_json, valid
 from evoprune.session.loading.weights import (
-    BELONG,
     DTYPES,
     EMBEDDINGS,
     HEAD,
+    MISMATCH_HINT,
     ModelWeights,
     name_in_memory,
     stored_tensors,
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from evoprune.language import Vocabulary
 
 # Settings of transformers' `generate` that affect answers but are ignored here, each with the value that turns it off.
-NOT_DONE = dict.fromkeys(
+IGNORED_SETTINGS = dict.fromkeys(
     ("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length",
      "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_p", "penalty_alpha",
      "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "top_h", "constraints", "dola_layers",
@@ -209,8 +209,8 @@ class LoadedModel:
         """
         self._check_beginning(question, "a question", "ask a shorter question")
         self._check_beginning(system or "", "a system prompt", "give a shorter system prompt")
-        said = "\n".join(text for turn in earlier for text in (turn.question, turn.answer))
-        self._check_beginning(said, "a conversation", "leave out the first turns")
+        conversation = "\n".join(text for turn in earlier for text in (turn.question, turn.answer))
+        self._check_beginning(conversation, "a conversation", "leave out the first turns")
 
     def _check_beginning(self, text: str, what: str, hint: str) -> None:
         """Check that the beginning of a text fits into the model's context.
@@ -375,8 +375,8 @@ def _loaded(
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
-        said = f"the weights of {name} do not fit into memory ({device})"
-        raise OutOfMemory(said, stored.what_fits(), stage="load") from problem
+        message = f"the weights of {name} do not fit into memory ({device})"
+        raise OutOfMemory(message, stored.what_fits(), stage="load") from problem
     seconds |= {"weights": read - start, "prepare": time.perf_counter() - read}
     return weights, packing
 
@@ -388,7 +388,7 @@ def read_generation(folder: Path | None) -> GenerationSettings:
     if folder is not None:
         path = folder / "generation_config.json"
         content = read_json(path)
-    if ignored := sorted(name for name, off in NOT_DONE.items() if content.get(name) and content[name] != off):
+    if ignored := sorted(name for name, off in IGNORED_SETTINGS.items() if content.get(name) and content[name] != off):
         warnings.warn(f"ignored settings in {path}: {listed(ignored)}", ModelWarning, stacklevel=2)
     with valid(f"{path} is damaged"):
         return pick(GenerationSettings, content, "")
@@ -416,10 +416,10 @@ def eos_ids(
     if not isinstance(ids, tuple):
         ids = (ids,)
     if never := [token for token in ids if token >= config.text_config.vocab_size]:
-        said = f"eos_token_id {', '.join(map(str, never))} is not in the vocabulary"
+        message = f"eos_token_id {', '.join(map(str, never))} is not in the vocabulary"
         if len(never) == len(ids):
-            raise ModelError(f"{folder}/{file}: {said}, so no answer would end", "download the file again")
-        warnings.warn(f"{folder}/{file}: {said}", ModelWarning, stacklevel=2)
+            raise ModelError(f"{folder}/{file}: {message}, so no answer would end", "download the file again")
+        warnings.warn(f"{folder}/{file}: {message}", ModelWarning, stacklevel=2)
     return tuple(token for token in ids if token not in never)
 
 
@@ -461,12 +461,12 @@ def load_weights(
         if weight.shape != wanted[name] or not unscaled:
             what = f"{weight.dtype} {list(weight.shape)}, but config.json expects {list(wanted[name])}"
             problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
-            raise ModelError(problem, BELONG)
+            raise ModelError(problem, MISMATCH_HINT)
         if name.removesuffix(".weight") not in as_stored:
             weight = weight.to(device, dtype)
         if name in tensors and not torch.equal(weight, tensors[name]):
             problem = f"the weights in {file.parent} cannot be loaded: {name} is stored twice with different values"
-            raise ModelError(problem, BELONG)
+            raise ModelError(problem, MISMATCH_HINT)
         tensors[name] = weight
     if config.tie_word_embeddings:  # `separate_head` has already ruled out different embeddings
         if HEAD in tensors:
@@ -477,10 +477,10 @@ def load_weights(
         raise ModelError(problem, "download the model again")
     if unused:
         are = "is" if len(unused) == 1 else "are"
-        said = f"{counted(len(unused), 'tensor')} of the weights in {files[0].parent} {are} not used: {', '.join(unused[:3])}"
+        message = f"{counted(len(unused), 'tensor')} of the weights in {files[0].parent} {are} not used: {', '.join(unused[:3])}"
         if len(unused) > 3:
-            said += ", ..."
-        warnings.warn(said, ModelWarning, stacklevel=2)
+            message += ", ..."
+        warnings.warn(message, ModelWarning, stacklevel=2)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie()
     return model.requires_grad_(False)

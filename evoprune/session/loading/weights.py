@@ -18,7 +18,7 @@ from evoprune.backend import Device, Packing, Quantization, pick_device
 from evoprune.errors import ModelError, ModelWarning
 from evoprune.model import Config, Cost, QwenVL
 from evoprune.session.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
-from evoprune.session.loading.description import ADAPTER, MERGE, ModelDescription, read_json, valid
+from evoprune.session.loading.description import ADAPTER, MERGE_HINT, ModelDescription, read_json, valid
 from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.patches import LIMIT_BYTES, patch_bytes
 from evoprune.untrusted import Rule, check_fetched, section
@@ -38,10 +38,10 @@ PACKAGES = {  # packages that transformers needs for each quantization method, b
 PLAIN = ("BF16", "F16", "F32", "F64")  # safetensors dtypes of plain numbers; other dtypes have separate scales
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
-BELONG = "config.json and the weights must match; download the model again"
+MISMATCH_HINT = "config.json and the weights must match; download the model again"
 # Hints for weights saved by other programs, by the prefix of their tensor names.
-ELSEWHERE = {
-    "base_model.model.": f"the weights are wrapped in an adapter; {MERGE}",
+WRAPPER_HINTS = {
+    "base_model.model.": f"the weights are wrapped in an adapter; {MERGE_HINT}",
     "module.": "the weights are wrapped in DistributedDataParallel or DataParallel; save the wrapper's `module`",
     "_orig_mod.": "the weights are wrapped by torch.compile; save the wrapper's `_orig_mod`",
     "vision_tower.": "the weights were converted, for example for MLX; use the original checkpoint",
@@ -82,14 +82,16 @@ class ModelWeights:
         ):
             last = f"{layers}.{count - 1}"
             if not any(name.startswith(f"{last}.") for name in names):
-                hints = (hint for start, hint in ELSEWHERE.items() if any(name.startswith(start) for name in names))
+                hints = (hint for start, hint in WRAPPER_HINTS.items() if any(name.startswith(start) for name in names))
                 problem = (
                     f"the weights in {self.description.folder} lack {last}, the last layer according to config.json"
                 )
-                raise ModelError(problem, next(hints, BELONG))
+                raise ModelError(problem, next(hints, MISMATCH_HINT))
         if (self.description.folder / ADAPTER).is_file():
-            said = f"the adapter next to the weights in {self.description.folder} ({ADAPTER}) is ignored; {MERGE}"
-            warnings.warn(said, ModelWarning, stacklevel=2)
+            message = (
+                f"the adapter next to the weights in {self.description.folder} ({ADAPTER}) is ignored; {MERGE_HINT}"
+            )
+            warnings.warn(message, ModelWarning, stacklevel=2)
         return files
 
     @cached_property
