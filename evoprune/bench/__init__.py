@@ -1,4 +1,4 @@
-"""Measurements: `profile`, `eval`, `tune` and `verify`, and pictures of what pruning keeps.
+"""The measurements behind the commands `profile`, `eval`, `tune` and `verify`, and drawings of what pruning keeps.
 
 The command line uses only the names in `__all__`. Each is imported on first use, because most of them need torch.
 """

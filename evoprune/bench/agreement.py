@@ -1,4 +1,4 @@
-"""How closely a pruned model follows the unpruned one, without labels.
+"""Measures how closely a pruned model follows the unpruned model. No labels are needed.
 
 The pruned model reads the unpruned model's answer, and the two distributions are compared at each token. llama.cpp evaluates
 quantization the same way.
@@ -18,7 +18,7 @@ KEPT = 1024  # tokens whose probabilities are kept at each position of an answer
 
 @dataclass(frozen=True)
 class Reference:
-    """An answer of the unpruned model with its distributions."""
+    """An answer of the unpruned model, with the token probabilities along it."""
 
     question: str
     system: str | None
@@ -38,12 +38,12 @@ class Reference:
         system: str | None = None,
         think: str = "off",
     ) -> Self:
-        """Return the unpruned model's distributions along its own answer, the tokens `ids`.
+        """Return the unpruned model's token probabilities along its own answer, which consists of the tokens `ids`.
 
-        If the model `ended` the answer by itself, its end counts as one more token, because an answer that continues is a different
-        one.
+        If the model `ended` the answer itself, the end counts as one more token, because an answer that continued would be a
+        different answer.
 
-        Raises the errors of `EncodedInputs.read_along`.
+        For the exceptions, see `EncodedInputs.read_along`.
         """
         ids = tuple(ids)
         if ended or not ids:
@@ -55,14 +55,14 @@ class Reference:
 
     @classmethod
     def of_answer(cls, video: EncodedInputs, question: str, answer: Answer, options: GenerationOptions) -> Self:
-        """Return the same for an answer that was generated with `options`."""
+        """Return the reference for an answer that was generated with `options`. See `of`."""
         ended = answer.report.finish_reason == "stop"
         if answer.report.stop_reason is not None or options.grammar is not None:
             ended = False  # the answer may lack its end token
         return cls.of(video, question, answer.ids, ended, options.system, options.think)
 
     def agreement(self, video: EncodedInputs) -> "Agreement":
-        """Return how a pruned video's choices agree. Raises the errors of `EncodedInputs.read_along`."""
+        """Compare the choices of the model that reads a pruned video. For the exceptions, see `EncodedInputs.read_along`."""
         logits, seconds = video.read_along(self.question, self.ids, self.system, self.think)
         logs = logits.log_softmax(-1).gather(1, self.tokens)
         logs = torch.cat([logs, _rest(logs)], 1)
@@ -72,7 +72,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement along one answer."""
+    """How well the pruned model agrees with the unpruned one along an answer."""
 
     agrees: torch.Tensor  # bool `[n]`, whether the first choices are the same
     kl: torch.Tensor  # float32 `[n]`, KL(unpruned || pruned) in nats; tokens outside the `KEPT` best count as one
@@ -84,5 +84,5 @@ class Agreement:
 
 
 def _rest(logs: torch.Tensor) -> torch.Tensor:
-    """Return the log of the remaining probability, `[n, 1]`. It is clamped to at least 1e-7, so that the log is finite."""
+    """Return the log of the remaining probability, `[n, 1]`. The probability is at least 1e-7, so that the log is finite."""
     return torch.log1p(-logs.double().exp().sum(1, keepdim=True).clamp(max=1 - 1e-7)).to(logs.dtype)

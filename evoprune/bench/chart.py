@@ -1,4 +1,4 @@
-"""Charts as SVG: lines of points with intervals and labels, drawn by matplotlib. The same data always give the same bytes."""
+"""Draws SVG charts with matplotlib: lines through points that have intervals and labels. Equal data give equal bytes."""
 
 import io
 import math
@@ -25,7 +25,7 @@ CUT = 1 / 3  # an axis may start above zero if all values exceed this share of t
 
 @dataclass(frozen=True)
 class Point:
-    """A measured value, with its interval from `low` to `high` if known, and its label."""
+    """A measured value with a label. If its interval is known, it extends from `low` to `high`."""
 
     x: float
     y: float
@@ -35,15 +35,15 @@ class Point:
 
     @classmethod
     def percent(cls, x: float, row: dict, value: str, label: str) -> "Point":
-        """Return a share from a row of results, with its interval, in percent."""
+        """Return a point for a share in a row of results. The share and its interval are converted to percent."""
         return cls(x, 100 * row[value], 100 * row["low"], 100 * row["high"], label)
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points joined by a line. A dashed line is derived, not measured, and has no marks.
+    """Points that are joined by a line. A dashed line shows derived values rather than measurements, and has no marks.
 
-    `hollow` marks distinguish a series from another one in the same color. A series without a name is not in the legend.
+    `hollow` marks distinguish the series from a different one in the same color. A series without a name has no legend entry.
     """
 
     name: str
@@ -56,9 +56,10 @@ class Series:
 def lines(
     points: Mapping[str, Sequence[Point]], colours: Mapping[str, str], dashed: Collection[str] = ()
 ) -> tuple[Series, ...]:
-    """Return a series for each name.
+    """Return a series for each name in `points`.
 
-    Names without a color in `colours` get one in turn; after the sixth, marks are hollow. `dashed` names derived series.
+    Names without a color in `colours` are assigned the default colors in turn. After the sixth, marks are hollow. `dashed` contains
+    the names of derived series.
     """
     looks = cycle(product((False, True), COLOURS))
     series = []
@@ -72,8 +73,8 @@ def lines(
 class Panel:
     """One plot.
 
-    `x_ticks` replace the default ticks at round numbers. Unless `from_zero`, the value axis starts near the lowest value if all
-    values exceed a third of the highest one; its label then says so.
+    `x_ticks` replaces the default ticks, which are at round numbers. If `from_zero` is False and all values exceed a third of the
+    highest value, the value axis starts near the lowest value, and the axis label says so.
     """
 
     title: str
@@ -85,7 +86,7 @@ class Panel:
 
 
 def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
-    """Return an SVG document of panels side by side, which share the value axis."""
+    """Return an SVG document that shows panels side by side. The panels share the value axis."""
     from matplotlib import rc_context  # takes half a second to import
     from matplotlib.figure import Figure
 
@@ -151,14 +152,15 @@ def _draw_series(axes, series: Series) -> None:
 
 
 def _distances(ends: Sequence[float | None], values: Sequence[float]) -> list[float]:
-    """Return the distances of interval ends from their values; NaN if an end is unknown."""
+    """Return the distance of each interval end from its value, or NaN if the end is unknown."""
     return [math.nan if end is None else abs(end - value) for end, value in zip(ends, values, strict=True)]
 
 
 def _label_points(axes, panel: Panel) -> None:
     """Write labels next to their points, in the order of the series.
 
-    A label is placed where it overlaps nothing, otherwise where it only overlaps lines and intervals, otherwise it is left out.
+    If possible, a label is placed where it overlaps nothing, otherwise where it overlaps only lines and intervals. If there is no
+    such place, the label is omitted.
     """
     every = [(point, series.colour) for series in panel.series for point in series.points if point.label]
     dots = [(point.x, point.y) for series in panel.series if not series.dashed for point in series.points]
@@ -170,7 +172,7 @@ def _label_points(axes, panel: Panel) -> None:
     taken = []
 
     def room(box) -> tuple[bool, bool]:
-        """Return whether a box overlaps nothing, and whether it overlaps at most lines and intervals."""
+        """Return whether a box overlaps nothing, and whether it overlaps nothing except lines and intervals."""
         inside = max(whole.x0, frame.x0) <= box.x0 and box.x1 <= min(whole.x1, frame.x1 + 4) and frame.y0 <= box.y0
         apart = inside and not box.count_overlaps(taken) and not box.padded(ROOM * pixels).count_contains(marks)
         return apart and not box.count_contains(lines), apart
@@ -203,7 +205,7 @@ def _label_points(axes, panel: Panel) -> None:
 
 
 def _on_lines(axes, panel: Panel) -> "np.ndarray":
-    """Return densely spaced places on the lines and intervals of a plot, `[n, 2]` in pixels."""
+    """Return closely spaced points on the lines and intervals of a plot, `[n, 2]` in pixels."""
     import numpy as np
 
     paths = []

@@ -1,7 +1,7 @@
-"""The clips to measure: frames of a video or synthetic ones, and their preprocessing before the tower runs.
+"""Provides the clips to measure, with frames from a video or synthetic frames, and preprocesses them for the tower.
 
-Synthetic clips have the same bytes on every machine and in every version: they use only integers, and one hash function as the
-random generator.
+Synthetic clips have the same bytes on every machine and in every version, because they are computed only with integers, and a hash
+function serves as the random generator.
 
 A *grid* is two frames, a *unit* 28x28 pixels of both, or 32x32. f, y, x, c count frames, rows, columns and color channels from 0.
 
@@ -51,7 +51,7 @@ def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int
     """Return a synthetic clip, uint8 `[frames, height, width, 3]`. `content` is one of `ProfileSettings.SYNTHETIC`.
 
     Raises:
-        ValueError: the content is unknown, or the sizes are not whole grids of whole units.
+        ValueError: `content` is unknown, or the clip does not consist of whole grids and whole units.
     """
     if content not in ProfileSettings.SYNTHETIC:
         raise ValueError(f"unknown synthetic clip {content!r}: choose one of {', '.join(ProfileSettings.SYNTHETIC)}")
@@ -65,10 +65,10 @@ def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int
 
 
 def _mix(*numbers: int | np.ndarray) -> np.ndarray:
-    """Hash each number in turn, combined with the previous hash. Returns uint32 of the shape that the numbers broadcast to.
+    """Hash the numbers one after another, combining each with the previous hash. Return uint32, broadcast to a common shape.
 
-    The hash is lowbias32, https://nullprogram.com/blog/2018/07/31/. uint32 products of arrays with at least one dimension wrap
-    silently.
+    The hash function is lowbias32 (https://nullprogram.com/blog/2018/07/31/). It relies on uint32 products wrapping around, which
+    NumPy does without a warning for arrays with at least one dimension.
     """
     hashes = np.zeros(1, np.uint32)
     for number in numbers:
@@ -80,19 +80,19 @@ def _mix(*numbers: int | np.ndarray) -> np.ndarray:
 
 
 def _byte(*numbers: int | np.ndarray) -> np.ndarray:
-    """Return the hash of numbers as int64, 0 to 255."""
+    """Return the hash of the numbers, reduced to int64 values from 0 to 255."""
     return (_mix(*numbers) >> np.uint32(24)).astype(np.int64)
 
 
 def _axes(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the indices y, x and c in shapes that broadcast."""
+    """Return the indices y, x and c in shapes that can be broadcast together."""
     return np.arange(height)[:, None, None], np.arange(width)[:, None], np.arange(3)
 
 
 def _texture(seed: int, height: int, width: int) -> np.ndarray:
-    """Return a smooth texture, int64 `[height, width, 3]`, 0 to 255.
+    """Return a smooth texture, int64 `[height, width, 3]`, with values from 0 to 255.
 
-    For each `s` in `SCALES`, it interpolates between random bytes at every `s`-th pixel.
+    It is a weighted mean over `SCALES`. For each scale `s`, random bytes at every `s`-th pixel are interpolated.
     """
     texture = np.zeros((height, width, 3), np.int64)
     for s, weight in SCALES:
@@ -146,7 +146,7 @@ def _motion(height: int, width: int) -> Draw:
 
 
 def _away(centre: int, size: int) -> np.ndarray:
-    """Return int64 `[size]`, the signed distance of each row or column from `centre`, wrapping around at the edges."""
+    """Return int64 `[size]`: the signed distance of each row or column from `centre`. Distances wrap around at the edges."""
     return (np.arange(size) - centre + size // 2) % size - size // 2
 
 
@@ -162,13 +162,13 @@ Frames = tuple[torch.Tensor, float]  # uint8 [F, H, W, 3], and the seconds from 
 
 
 def synthetic_frames(content: str, case: Case, unit: int = UNIT) -> Frames:
-    """Return a synthetic clip at Qwen's own frame rate, or a picture, its first frame. `unit` is the side of a unit in pixels."""
+    """Return a synthetic clip at Qwen's frame rate, or only its first frame as an image. `unit` is a unit's side in pixels."""
     clip = synthetic_clip(content, max(PAIR, case.frames), case.height, case.width, unit)
     return torch.from_numpy(clip[: case.frames]), 2 / SYNTHETIC_FPS
 
 
 def video_frames(info: Video, case: Case) -> Frames:
-    """Return frames spread over a whole video, or a picture."""
+    """Return frames that are spread evenly over a video, or a single image."""
     source = info
     max_frames = max(2, case.frames)
     if info.is_picture:
@@ -181,7 +181,7 @@ def video_frames(info: Video, case: Case) -> Frames:
 
 
 def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
-    """Return (T, H, W) of a case in units.
+    """Return the grid (T, H, W) of a case in units.
 
     Raises:
         UsageError: the frame size is not a multiple of the merge unit.
@@ -195,21 +195,21 @@ def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
 
 
 def place_of(grid: tuple[int, int, int], times: bool) -> Place:
-    """Return the place of a clip's units in the prompt. `times`: whether the prompt has a timestamp for each frame pair."""
+    """Return the place of a clip's units in the prompt. `times` indicates that each frame pair has a timestamp in the prompt."""
     if not times:
         return Place((range(TEXT_BEFORE, TEXT_BEFORE + prod(grid)),))
     return Place.of_pairs([BEFORE_PAIR] * grid[0], grid[1] * grid[2], start=TEXT_BEFORE, after=AFTER_PAIR)
 
 
 def text_tokens(config: VisionConfig, case: Case, limits: InputLimits) -> int:
-    """Return the number of text tokens in a case's prompt if nothing is pruned."""
+    """Return the number of text tokens in the unpruned prompt of a case."""
     place = place_of(case_grid(case, limits), config.traits.timestamps and case.frames > 1)
     return (place.around or place.runs)[-1].stop + TEXT_AFTER - len(place)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip ready for the tower, and the prompt around it."""
+    """A clip that is ready for the tower, and the prompt that contains it."""
 
     pixels: torch.Tensor  # uint8 `[4 * N, values]`, patches in Hugging Face's order, on the device of the weights
     patches: torch.Tensor  # the same, normalized, in the dtype of the weights: the input for transformers
@@ -232,7 +232,7 @@ def prepare(
     seconds_per_pair: float,
     config: PruneConfig | None = None,
 ) -> Clip:
-    """Preprocess a clip and add fixed random text tokens. The clip is shrunk if the method of `config` acts on the input."""
+    """Preprocess a clip and add fixed random text tokens. If the method in `config` acts on the input, the clip is shrunk."""
     v = loaded.video
     visual = loaded.model.model.visual
     count, height, width, _ = frames.shape

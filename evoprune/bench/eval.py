@@ -1,4 +1,4 @@
-"""Runs `evoprune eval`: asks all questions about every video unpruned, and once for each method and budget.
+"""Runs `evoprune eval`. All questions are asked about the unpruned videos, and again for each combination of method and budget.
 
 Every answer becomes a sample, a plain dict; `scores.py` turns them into a table.
 
@@ -68,7 +68,7 @@ T = TypeVar("T")
 
 
 def _stretched(rows: Sequence[T], depth: int) -> list[T]:
-    """Return the rows for each of `depth` layers, taken at the same relative depth from a model with another number of layers."""
+    """Stretch per-layer values to `depth` layers. Each layer gets the value from the same relative depth of the other model."""
     return [rows[layer * len(rows) // depth] for layer in range(depth)]
 
 
@@ -85,7 +85,7 @@ class AnswerCost:
         self._tower = self._cost.tower_flop(rows, grids, windows) / 1e12
 
     def of(self, report: Report) -> dict[str, float]:
-        """Return the cost of an answered question, as fields of a sample. `tflop_3b` counts 10^12 multiplications and additions."""
+        """Return the cost of an answer, as fields of a sample. `tflop_3b` is in units of 10^12 multiplications and additions."""
         pruning = report.pruning
         tokens = report.tokens
         read = [count for _, count in pruning.language_layers or [(0, pruning.visual_tokens_kept)]]
@@ -107,7 +107,7 @@ class AnswerCost:
         }
 
 
-# Called with the current step; by `run` with "video", the number of finished videos, the total, and the current step.
+# Called with the current step. `Evaluation.run` passes "video", the number of finished videos, the total, and the current step.
 Progress = Callable[..., None]
 
 
@@ -123,7 +123,7 @@ class Variant:
 
 
 def variants(settings: EvalSettings) -> list[Variant]:
-    """Return the variants in order: full, blind, then each method at each budget that prunes anything.
+    """Return the variants in order: full, blind, and then each combination of a method and a budget that prunes anything.
 
     Raises:
         UsageError: the settings are invalid.
@@ -138,10 +138,10 @@ def variants(settings: EvalSettings) -> list[Variant]:
 
 
 class Evaluation:
-    """An evaluation: construct it with `videos`, `load` a model, `run`, then read `document`.
+    """An evaluation. Construct it with `videos`, `load` a model, `run` the evaluation, and then read its `document`.
 
     Raises:
-        UsageError: methods, settings or groups do not exist.
+        UsageError: a method, a setting or a group does not exist.
     """
 
     def __init__(self, settings: EvalSettings, videos: Sequence[VideoQuestions]):
@@ -160,12 +160,12 @@ class Evaluation:
         self.loaded: LoadedModel | None = None
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model. `model` is its description, if known already.
+        """Load the model. `model` is its description if it is already known.
 
         Raises:
-            UsageError: a method does not work with the model, or the resumed run used another model.
+            UsageError: a method does not work with the model, or the resumed run used a different model.
 
-        Also raises the errors of `load_model`.
+        For the other exceptions, see `load_model`.
         """
         model = model or describe(self.settings.model)
         for name in {variant.method for variant in self.variants}:
@@ -176,7 +176,7 @@ class Evaluation:
             self.folder.check_size_rule(self._after_tower_below())
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
-        """Write samples to a folder from now on. With `resume`, keep the samples of an earlier run there (`RunFolder`)."""
+        """Write all further samples to a folder. With `resume`, keep the samples of the earlier run in it. See `RunFolder`."""
         opening = RunFolder.resume if resume else RunFolder.create
         self.folder = opening(path, self._record())
         self.folder.check_size_rule(self._after_tower_below())
@@ -192,9 +192,9 @@ class Evaluation:
         return any("error" in sample for sample in self.samples)
 
     def run(self, progress: Progress = lambda *what: None, processes: int = 1) -> None:
-        """Evaluate all videos that have no samples yet, in `processes` processes with a model each.
+        """Evaluate all videos that have no samples yet, in `processes` processes that each load their own model.
 
-        A video that cannot be read, computed or held in memory is left out of every row.
+        A video that cannot be read, cannot be computed or does not fit into memory is left out of every row.
 
         Raises:
             OutOfMemory: there is not enough memory for one model per process.
@@ -220,14 +220,14 @@ class Evaluation:
                 self.samples += samples
 
     def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
-        """Yield each video's samples while the next videos are prefetched."""
+        """Evaluate the videos one after another, prefetching the next ones. Yields the samples of each video."""
         done = self.total - len(videos)
         with closing(in_flight(videos, self._opened, self.loaded)) as ahead:
             for number, (video, opened) in enumerate(ahead, done):
                 yield self.evaluate(video, lambda what, at=number: progress("video", at, self.total, what), opened)
 
     def _opened(self, video: VideoQuestions, cores: int | None) -> OpenInputs:
-        """Open all parts of a video that questions are about, as the first variant reads them, for prefetching."""
+        """Open all parts of a video that the questions are about, for prefetching. The parts are read as for the first variant."""
         parts = [self._open(self.variants[0], video, span) for span in Span.group(video.rows)]
         inputs = OpenInputs(parts[0].session, [opened for part in parts for opened in part.inputs])
         inputs.use_cores(cores)
@@ -239,9 +239,9 @@ class Evaluation:
         progress: Progress = lambda *what: None,
         opened: OpenInputs | Exception | None = None,
     ) -> list[dict]:
-        """Return the samples of a video, variant by variant. If it fails, return a sample with an `error` for each question.
+        """Return the samples of a video, grouped by variant. If the video fails, return a sample with an `error` for each question.
 
-        `opened` is the result or the exception of `_opened`. Its patches stay in memory until all variants are done.
+        `opened` is the result of `_opened` or the exception that it raised. The patches stay in memory until all variants are done.
         """
         samples: list[dict] = []
         files = _state(video)
@@ -269,7 +269,7 @@ class Evaluation:
         return Session(self.loaded, options.config())
 
     def _open(self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows | None = None) -> OpenInputs:
-        """Open a video for a variant. `rows` are shared by all variants; None for prefetching."""
+        """Open a video for a variant. `rows` is shared by all variants, and None for prefetching."""
         kind = OpenInput
         if variant.row == BLIND:
             kind = GreyInput
@@ -320,11 +320,11 @@ class Evaluation:
             yield _about(video, row) | sample
 
     def results(self, error: dict | None = None) -> EvalResults:
-        """Return the results so far. `error` says why the run was cut short."""
+        """Return the results so far. `error` says why the run ended early."""
         return EvalResults(self.document(error))
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far, as JSON data. `error` says why the run was cut short."""
+        """Return the results so far as JSON data. `error` says why the run ended early."""
         failed = {s["video"]: s["error"]["message"] for s in self.samples if "error" in s}
         good = [s for s in self.samples if "error" not in s and s["row"] == FULL]
         rows = score_rows(self.samples)
@@ -341,7 +341,7 @@ class Evaluation:
         }
 
     def _record(self) -> dict[str, Any]:
-        """Return the settings, the state of the model's files if known, and the device's size rule if it has one."""
+        """Return the settings. If known, they include the state of the model's files and the device's size rule."""
         known = self.settings.record()
         state = self.loaded.description.state if self.loaded else self.settings.model.state()
         if state:
@@ -351,7 +351,7 @@ class Evaluation:
         return known
 
     def _after_tower_below(self) -> int | None:
-        """Return the number of units below which a method prunes inputs only after the tower; None before a model is loaded."""
+        """Return the number of units below which a method prunes inputs only after the tower, or None if no model is loaded yet."""
         if self.loaded is None:
             return None
         pruned = [variant for variant in self.variants if variant.row == METHOD]
@@ -375,7 +375,7 @@ class Evaluation:
 
 
 def _start(settings: EvalSettings) -> Callable[[VideoQuestions], list[dict]]:
-    """Load a model in this process, and return the function that evaluates a video with it."""
+    """Load a model in this process and return a function that evaluates a video."""
     evaluation = Evaluation(settings, [])  # it gets videos one by one
     evaluation.load()
     return evaluation.evaluate
@@ -390,11 +390,11 @@ def _about(video: VideoQuestions, row: Row) -> dict[str, Any]:
 
 
 def threads_of_each(wanted: int | str | None, processes: int) -> int:
-    """Return the number of threads for each of several processes.
+    """Return the number of threads that each of several processes should use.
 
     Args:
-        wanted: The number, if it is one. Otherwise each process gets as many threads as this one, but all processes together at
-            most one thread per core.
+        wanted: the number of threads if it is an int. Otherwise each process gets as many threads as this process has, but the
+            processes together get at most one thread per core.
     """
     if isinstance(wanted, int):
         return wanted

@@ -1,4 +1,4 @@
-"""The output folder of an evaluation: settings.json, samples.jsonl and results.json. A run can be resumed from it. No torch."""
+"""The output folder of an evaluation, from which a run can be resumed. It has settings.json, samples.jsonl and results.json."""
 
 import errno
 import json
@@ -25,10 +25,10 @@ class RunFolder:
     """A folder that keeps the samples of one run.
 
     Attributes:
-        samples: samples of the videos that were finished when the folder was opened.
-        model: state of the model's files (`ModelDescription.state`); None if unknown.
-        after_tower_below: number of units below which the device prunes inputs only after the tower. 0 if it never does, None if
-            unknown.
+        samples: the samples of the videos that were already finished when the folder was opened.
+        model: the state of the model's files (`ModelDescription.state`), or None if unknown.
+        after_tower_below: the number of units below which the device prunes inputs only after the tower. 0 if it never does so,
+            None if unknown.
     """
 
     def __init__(self, path: Path, samples: list[dict], model: dict[str, Any] | None, after_tower_below: int | None):
@@ -55,10 +55,10 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """Open the folder of an interrupted run, dropping the samples of unfinished and failed videos.
+        """Open the folder of an interrupted run. The samples of unfinished and failed videos are dropped.
 
         Raises:
-            UsageError: `path` is not such a folder, or its run had other settings or another model.
+            UsageError: `path` is not the folder of a run, or its run had different settings or a different model.
         """
         before = stored_settings(path)
         file = path / SAMPLES
@@ -87,17 +87,17 @@ class RunFolder:
         return folder
 
     def check_model(self, state: dict[str, Any] | None) -> None:
-        """Raise UsageError if the model differs from the one the run began with."""
+        """Raise UsageError if the model is not the same as at the start of the run."""
         if change := file_changes(self.model, state):
             problem = f"the model has changed since {self.path} was started: {change}"
             raise UsageError(problem, "use the earlier model, or a new -o DIR")
 
     def check_size_rule(self, after_tower_below: int | None) -> None:
-        """Raise UsageError if the run began with another size limit for pruning only after the tower. None is unknown."""
+        """Raise UsageError if the size limit for pruning only after the tower was different at the start. None means unknown."""
         check_size_rule(str(self.path), self.after_tower_below, after_tower_below)
 
     def add(self, samples: list[dict]) -> None:
-        """Append all samples of a video, or none of them. They are on disk when this returns.
+        """Append the samples of a video to the file: either all of them or none. They are on disk when this returns.
 
         Raises:
             UsageError: the file cannot be written.
@@ -136,7 +136,7 @@ def _line(sample: dict) -> str:
 
 
 def _finished(text: bytes) -> list[dict]:
-    """Return the samples of complete videos, without failed ones. Reading stops at a torn line."""
+    """Return the samples of videos that were completed without an error. Reading stops at an incomplete line."""
     samples = []
     video = []
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Results of `evoprune eval`: accuracy by budget, with its cost, as tables, CSV and a chart. Imports no torch."""
+"""Formats the results of `evoprune eval`, accuracy and cost by budget, as tables, CSV and a chart. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,17 +72,17 @@ class EvalResults(Results):
         return "\n".join(output) + "\n"
 
     def remarks(self) -> list[str]:
-        """Return lines about failed videos, and the notes."""
+        """Return a line for each failed video, followed by the notes."""
         return [*failures(self.found), *self.found["notes"]]
 
     def _csv(self) -> str:
-        """Return all rows as CSV, each with the common facts. Unknown values are empty."""
+        """Return all rows as CSV. Facts about the whole run are repeated in each row. Unknown values are empty."""
         model = {f"model_{name}": one_line(self.found["model"][name]) for name in ("id", "dtype", "device")}
         common = {"data": one_line(self.found["settings"]["data"])} | model
         return as_csv([row | common for row in self.found["rows"]])
 
     def chart(self) -> str | None:
-        """Draw accuracy against tokens and against cost, with a line per method."""
+        """Draw accuracy against tokens and against cost, with one line per method."""
         found = self.found
         rows = [row for row in found["rows"] if row["group"] == ALL]
         if not rows:
@@ -175,9 +175,9 @@ COSTS: list[Column[Row]] = [
 
 
 def _versus_first(rows: list[Row], width: int) -> tuple[list[str], list[str]]:
-    """Return a table that compares the other methods with the first one, and a note about it.
+    """Return a table that compares the other methods with the first method, and a note that explains it.
 
-    Both are empty if there is a single method or the terminal is too narrow.
+    Both are empty if there is only one method or the terminal is too narrow.
     """
     others = [row for row in rows if row["first"]]
     of_name = {row["name"]: row for row in rows}
@@ -198,7 +198,7 @@ def _versus_first(rows: list[Row], width: int) -> tuple[list[str], list[str]]:
 
 
 def _by_group(title: str, rows: list[Row], names: list[str], width: int) -> list[str]:
-    """Return the accuracy by group in percent, with a column per row of the main table. Splits into several tables if too wide."""
+    """Return accuracy tables by group, with a column for each row of the main table. A table that is too wide is split."""
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
         groups.setdefault(row["group"], {})[row["name"]] = row
@@ -219,11 +219,11 @@ def _by_group(title: str, rows: list[Row], names: list[str], width: int) -> list
 
 
 def _too_small(rows: Sequence[Row], width: int, title: str = "") -> list[str]:
-    """Return a line that names the groups with too few questions for a measurement.
+    """Return lines that name the groups with too few questions for a measurement.
 
     Args:
         rows: one row per group.
-        title: the word for a group.
+        title: what a group is called, for example "type". Empty if there is only one group.
     """
     names = [one_line(row["group"].removeprefix(TYPE)) for row in rows if row["n"] < LEAST_QUESTIONS]
     if not names:

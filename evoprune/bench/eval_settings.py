@@ -1,4 +1,4 @@
-"""Settings of `evoprune eval`, from the command line or the folder of an earlier run, and its questions. Imports no torch."""
+"""The settings of `evoprune eval`, which come from the command line or the folder of an earlier run. Does not import torch."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """The settings of a run. Two runs with the same settings give the same results, except for `timed`.
+    """The settings of a run. Runs with the same settings give the same results, except for the times added by `timed`.
 
     Each method runs at each budget.
     """
@@ -52,13 +52,12 @@ class EvalSettings:
 
     @classmethod
     def stored(cls, folder: Path, model: ModelOptions) -> "EvalSettings":
-        """Return the settings of the run in a folder. Its file of questions may have changed since.
+        """Return the settings of the run in a folder. Its file of questions may have changed since then.
 
         Args:
-            model: options that answers do not depend on, such as the device.
-
+            model: provides the options that do not affect answers, such as the device.
         Raises:
-            UsageError: the folder holds no run.
+            UsageError: the folder does not contain a run.
         """
         try:
             return cls.of_record(stored_settings(folder), model)
@@ -87,10 +86,10 @@ class EvalSettings:
         return own | options | {"method_args": {}}  # method settings are part of `methods`
 
     def read_questions(self) -> tuple["EvalSettings", list[VideoQuestions]]:
-        """Return the settings with the digest of the file of questions, and its questions by video.
+        """Read the file of questions. Return the settings, to which the digest of the file is added, and the questions by video.
 
         Raises:
-            UsageError: as in `load_questions`, or options are to be scored and no question has any.
+            UsageError: the file is invalid (see `load_questions`), or `score` needs options and no question has any.
         """
         path = Path(self.data)
         videos = load_questions(path)

@@ -1,4 +1,4 @@
-"""Plain Hugging Face transformers on the same weights: the reference for all comparisons."""
+"""Runs plain Hugging Face transformers on the same weights, as the reference for all comparisons."""
 
 import torch
 
@@ -7,7 +7,7 @@ from evoprune.session import meta_model
 
 
 def hugging_face_model(model: Model, attention: str = "sdpa"):
-    """Return transformers' model for this family (`Qwen3VLForConditionalGeneration`, ...), sharing the tensors of `model`."""
+    """Return the transformers model of this family (`Qwen3VLForConditionalGeneration`, ...). It shares the tensors of `model`."""
     reference = meta_model(model.config, model.dtype, model.device, attention)
     if not model.native:
         reference.model.visual = model.model.visual
@@ -22,10 +22,10 @@ def hugging_face_model(model: Model, attention: str = "sdpa"):
 
 
 def share_equal(made, model: Model) -> list[str]:
-    """Replace the parameters of a transformers model by equal ones of `model`, to hold them in memory once.
+    """Replace parameters of a transformers model with equal ones of `model`, so that they are in memory only once.
 
     Returns:
-        The names of parameters that differ, or that only one of the models has.
+        The names of the parameters that differ or exist in only one of the models.
     """
     ours = dict(model.named_parameters(remove_duplicate=False))
     theirs = dict(made.named_parameters(remove_duplicate=False))

@@ -1,4 +1,4 @@
-"""An overlay: a video's frames, in which every unit shows its fate: read by the language model, reused, merged or dropped.
+"""Draws an overlay: the frames of a video, with the fate of every unit marked as read, reused, merged or dropped.
 
 `TracedVideo.trace` encodes a video and keeps its frames, and `TracedVideo.draw` makes a file. `Overlay` draws frame pairs side by
 side, or the frames one after another, with a title and a legend. Units that are read keep their colors, slightly brighter. All
@@ -38,16 +38,16 @@ GAP = 12
 
 @dataclass(frozen=True)
 class Fates:
-    """The fates of the N units of a video. Units are numbered frame pair by frame pair, in raster order.
+    """The fates of the N units of a video. Units are numbered in raster order within a frame pair, one frame pair after another.
 
     A unit is *read* if the language model reads a token at its place; otherwise *reused* if it was not encoded because it has not
     changed since an earlier frame pair; otherwise *merged* if its row became part of the row at another unit's place; otherwise
     *dropped*.
 
     Attributes:
-        chosen: bool `[N]`, whether the language model reads a token at the unit's place.
-        source: int64 `[N]`, the unit whose pixels represent it: itself, or the same place in an earlier frame pair.
-        owner: int64 `[N]`, the unit whose row or token finally represents it, or -1 if none does.
+        chosen: bool `[N]`, True if the language model reads a token at the unit's place.
+        source: int64 `[N]`, the unit whose pixels represent this unit: itself, or the same place in an earlier frame pair.
+        owner: int64 `[N]`, the unit whose row or token represents this unit at the end, or -1 if there is none.
         rows: number of rows that the encoder returns.
     """
 
@@ -66,7 +66,7 @@ class Fates:
 
     @staticmethod
     def check(session: Session) -> None:
-        """Raise UsageError if units have no fates: the method depends on the question or only acts inside the language model."""
+        """Raise UsageError if fates are undefined: the method depends on the question or only acts in the language model."""
         if session.pruning.method.reads_question:
             what, instead = session.pruning.method.refusals
             raise UsageError(f"{what}, and an overlay has no question", f"use {instead}")
@@ -98,12 +98,12 @@ class Fates:
 
     @property
     def encoded(self) -> torch.Tensor:
-        """Bool `[N]`, False for units reused from an earlier frame pair. A unit that is read may be a reused one."""
+        """Bool `[N]`, False for units that are reused from an earlier frame pair. Reused units may still be read."""
         return self.source == arange_on(len(self.source), self.source.device)
 
     @property
     def fate(self) -> torch.Tensor:
-        """Int64 `[N]`, each unit's fate as an index in `NAMES`."""
+        """Int64 `[N]`, the fate of each unit as an index into `NAMES`."""
         moved = (self.owner >= 0) & (self.owner != arange_on(len(self.owner), self.owner.device))
         applies = torch.stack([self.chosen, ~self.encoded, moved, torch.ones_like(moved)])
         return applies.int().argmax(0)
@@ -118,11 +118,11 @@ class Fates:
 
 @dataclass(frozen=True)
 class TracedVideo:
-    """A video's frames and the fates of its units, made by `trace`.
+    """The frames of a video and the fates of its units. Created by `trace`.
 
     Attributes:
-        frames: uint8 `[F, H, W, 3]`, at the size that the encoder reads; two frames form a frame pair.
-        warnings: as in a report, plus `demo_overlay` if a demo model read a video it was not trained for.
+        frames: uint8 `[F, H, W, 3]`, at the size that the encoder reads. Two frames form a frame pair.
+        warnings: the warnings of a report, and `demo_overlay` if a demo model read a video that it was not trained for.
         damaged: number of packets that could not be decoded.
     """
 
@@ -141,10 +141,10 @@ class TracedVideo:
         name: str | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Self:
-        """Encode a video and keep its frames and the fates of its units. See `session.encoding.open_inputs` for the arguments.
+        """Encode a video, and keep its frames and the fates of its units. For the arguments, see `session.encoding.open_inputs`.
 
         Raises:
-            UsageError: as in `Fates.check`.
+            UsageError: the units have no fates. See `Fates.check`.
             VideoError: the video cannot be read.
             OutOfMemory: there is not enough memory.
         """
@@ -168,9 +168,9 @@ class TracedVideo:
         return f"{pairs}: {n['units']:,} units, {n['encoded']:,} encoded, {n['read']:,} tokens read"
 
     def draw(self, title: str, ending: str) -> bytes:
-        """Return the bytes of an image or video file.
+        """Return the overlay as the bytes of an image or video file.
 
-        `ending` is ".png" for frame pairs side by side, or ".gif" or ".mp4" for frame after frame, at two to ten per second.
+        `ending` selects the format: ".png" shows frame pairs side by side. ".gif" and ".mp4" show two to ten frames per second.
         """
         overlay = Overlay(self, title)
         if ending == ".png":
@@ -183,7 +183,7 @@ class TracedVideo:
 
 
 class _TracedInput(OpenInput):
-    """An input that keeps its rows, and its frames as the encoder reads them."""
+    """An input that keeps its rows, and its frames at the size that the encoder reads."""
 
     shares: ClassVar[bool] = False  # it needs every frame
 
@@ -203,7 +203,7 @@ MADE_BY = "evoprune overlay"  # stored in each file's metadata
 
 
 def png(picture: Image.Image, made_by: str = MADE_BY) -> bytes:
-    """Return an RGB picture as PNG with a palette of 256 colors. For grainy frames, this is a third of the size of full color."""
+    """Encode an RGB image as PNG with a palette of 256 colors. For grainy frames, the file is a third as large as in full color."""
     file = io.BytesIO()
     facts = PngInfo()
     facts.add_text("Software", made_by)
@@ -213,9 +213,9 @@ def png(picture: Image.Image, made_by: str = MADE_BY) -> bytes:
 
 
 def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -> bytes:
-    """Encode RGB pictures of one size as a GIF that loops forever. There must be at least one picture.
+    """Encode RGB images of the same size as a GIF that loops forever. There must be at least one image.
 
-    Each is shown for `seconds`, rounded to hundredths and at least 0.02, because players slow down faster GIFs.
+    Each image is shown for `seconds`, rounded to hundredths. The minimum is 0.02, because players slow down faster GIFs.
     """
     first, *others = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
     file = io.BytesIO()
@@ -225,13 +225,13 @@ def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -
 
 
 def shared_palette(pictures: Iterable[Image.Image]) -> Image.Image:
-    """Return an image whose palette of 256 colors suits all pictures (RGB, one size). Separate palettes would flicker."""
+    """Return an image with a palette of 256 colors for all images (RGB, same width). Separate palettes would flicker."""
     column = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
     return column.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
 
 
 def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
-    """Encode RGB pictures of one size as H.264 in MP4. Width and height must be even. Each picture is shown for `seconds`."""
+    """Encode RGB images of the same size as H.264 in MP4. Width and height must be even. Each image is shown for `seconds`."""
     file = io.BytesIO()
     stream = None
     step = Fraction(seconds).limit_denominator(1000)
@@ -262,14 +262,14 @@ MARK = (255, 214, 102)  # color of lines, dots and arrows, which have a dark out
 
 
 def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
-    """Return a picture, uint8 `[H, W, 3]`, with each pixel in the brightness and tint of its fate, int `[H, W]`."""
+    """Apply brightness and tint to each pixel of an image, uint8 `[H, W, 3]`, according to the pixel's fate, int `[H, W]`."""
     share = np.array([TINTS[name][0] for name in Fates.NAMES], np.float32)[fate]
     tint = np.array([TINTS[name][1] for name in Fates.NAMES], np.float32)[fate]
     return (picture.astype(np.float32) * share[..., None] + tint).clip(0, 255).astype(np.uint8)
 
 
 class Marks:
-    """Draws marks for merged units on a picture whose units are `side` pixels wide. (y, x) is the place of a unit."""
+    """Draws marks for merged units on an image in which units are `side` pixels wide. (y, x) is the place of a unit."""
 
     def __init__(self, picture: Image.Image, side: int):
         self._draw = ImageDraw.Draw(picture)
@@ -283,14 +283,14 @@ class Marks:
         self._draw.line(ends, MARK, self._thick)
 
     def dot(self, y: int, x: int) -> None:
-        """Draw a dot on a unit that others merged into."""
+        """Draw a dot on a unit that other units were merged into."""
         across, down = self._middle(y, x)
         radius = 5 * self._side // 32
         place = (across - radius, down - radius, across + radius, down + radius)
         self._draw.ellipse(place, MARK, BACKGROUND, self._thick)
 
     def arrow(self, y: int, x: int, later: bool) -> None:
-        """Mark a unit that merged into a later (arrow to the right) or earlier (arrow to the left) frame pair."""
+        """Draw an arrow on a unit that was merged into a later frame pair (to the right) or an earlier one (to the left)."""
         across, down = self._middle(y, x)
         reach = self._side // 8 if later else -self._side // 8
         corners = [(across - reach, down - abs(reach)), (across + reach, down), (across - reach, down + abs(reach))]
@@ -313,7 +313,7 @@ class Overlay:
         self.width = video.plan.width * self._zoom
 
     def sheet(self) -> Image.Image:
-        """Return an RGB picture with the first frame of each frame pair, or of twelve frame pairs spread over the video."""
+        """Return an RGB image that shows the first frame of each frame pair, or of twelve pairs that are spread over the video."""
         count = self._video.plan.grid[0]
         shown = [i * count // min(count, MAX_PANELS) for i in range(min(count, MAX_PANELS))]
         height = self._video.plan.height * self.width / self._video.plan.width
@@ -330,7 +330,7 @@ class Overlay:
         return framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
 
     def frames(self, every: int = 1) -> Iterator[Image.Image]:
-        """Yield RGB pictures of one size for every `every`-th frame."""
+        """Yield an RGB image for every `every`-th frame. All images have the same size."""
         width = max(MIN_WIDTH, self.width)
         size = text_size(width)
         above = text_picture(self._title, width, size)
@@ -339,7 +339,7 @@ class Overlay:
             yield framed([above, drawn, *legend])
 
     def panel(self, frame: int) -> Image.Image:
-        """Return an RGB picture of a frame, enlarged by an integer factor."""
+        """Return an RGB image of a frame with its marks, enlarged by an integer factor."""
         fate = self._of_frame(self._fate, frame)
         lit = light(self._video.frames[frame].numpy(), fate.repeat(self._pixels, 0).repeat(self._pixels, 1))
         picture = Image.fromarray(lit).resize((self.width, lit.shape[0] * self._zoom), Image.Resampling.NEAREST)
@@ -347,7 +347,7 @@ class Overlay:
         return picture
 
     def _mark(self, marks: Marks, fate: np.ndarray, frame: int) -> None:
-        """Draw where the merged units of a frame went, and mark the units that others merged into."""
+        """Draw where the merged units of a frame went, and mark the units that they were merged into."""
         units = self._of_frame(np.arange(len(self._fate)), frame)
         owner = self._of_frame(self._video.fates.owner.numpy(), frame)
         inside = np.isin(owner, units)
@@ -361,7 +361,7 @@ class Overlay:
             marks.dot(y, x)
 
     def caption(self, frame: int) -> str:
-        """Return the frame's time and its frame pair's counts of units by fate.
+        """Return a caption with the time of a frame and the number of units with each fate in its frame pair.
 
         Fates that do not occur in the video are omitted.
         """
@@ -372,12 +372,12 @@ class Overlay:
         return f"{minutes:.0f}:{seconds:05.2f}: {', '.join(counts)}"
 
     def _of_frame(self, units: np.ndarray, frame: int) -> np.ndarray:
-        """Return the values of an array `[N]` for the frame's pair, `[h, w]` in units."""
+        """Return the values of an array `[N]` that belong to the frame's pair, `[h, w]` in units."""
         grid = self._video.plan.grid
         return units.reshape(grid)[frame // (len(self._video.frames) // grid[0])]
 
     def _captioned(self, frames: Sequence[int], size: int, every: int = 1) -> Iterator[Image.Image]:
-        """Yield every `every`-th panel, with room for the longest caption of the video."""
+        """Yield every `every`-th frame's panel with its caption. All captions have as much room as the longest one needs."""
         width = self.width
         captions = {frame: self.caption(frame) for frame in frames}
         rows = max(len(wrap(caption, width, size)) for caption in captions.values())
@@ -406,12 +406,12 @@ class Overlay:
 
 
 def text_size(width: int) -> int:
-    """Return a font size that is legible when a picture of this width is displayed about 900 pixels wide."""
+    """Return a font size that is legible when an image of this width is displayed about 900 pixels wide."""
     return max(16, round(width / 62))
 
 
 def columns(panels: int, ratio: float) -> int:
-    """Return the number of panels per row, for panels with this ratio of width to height.
+    """Return the number of panels per row, given the ratio of a panel's width to its height.
 
     The sheet should be about 1.6 times as wide as high, like a screen, and have few empty places.
     """
@@ -424,7 +424,7 @@ def columns(panels: int, ratio: float) -> int:
 
 
 def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
-    """Return a row of the legend: two small units, drawn as in a panel, and their meaning."""
+    """Return a row of the legend: two small units, drawn as in a panel, next to their meaning."""
     side = round(1.4 * size)
     fate = np.full((side, 2 * side), Fates.NAMES.index(name))
     if name == "merged":
@@ -438,7 +438,7 @@ def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
 
 
 def joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> Image.Image:
-    """Join pictures in a left-aligned column, or with `across` in a vertically centered row."""
+    """Join images in a left-aligned column or, with `across`, in a vertically centered row."""
     widths = [picture.width for picture in pictures]
     heights = [picture.height for picture in pictures]
     gaps = gap * (len(pictures) - 1)
@@ -457,15 +457,15 @@ def joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> I
 
 
 def framed(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Join pictures in a column with a margin. Width and height are even, as H.264 requires."""
+    """Join images in a column and add a margin. The width and height are even, as H.264 requires."""
     column = joined(pictures, GAP // 2)
     return ImageOps.expand(column, (GAP, GAP, GAP + column.width % 2, GAP + column.height % 2), BACKGROUND)
 
 
 def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] = INK, rows: int = 1) -> Image.Image:
-    """Return an RGB picture of a text wrapped to a width in pixels, with room for at least `rows` lines.
+    """Return an RGB image of text that is wrapped to a width in pixels, with room for at least `rows` lines.
 
-    The font is Pillow's default font. It has only ASCII letters, and draws other characters as boxes.
+    The font is Pillow's default font. It has only ASCII characters and draws all others as boxes.
     """
     lines = wrap(text, width, size)
     height = round(1.3 * size)
@@ -477,7 +477,7 @@ def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] 
 
 
 def wrap(text: str, width: int, size: int) -> list[str]:
-    """Split a text into lines of at most `width` pixels. Words wider than a line are broken."""
+    """Split a string into lines of at most `width` pixels. Words that are wider than a line are broken."""
     rows = [""]
     long = _font(size).getlength
     for word in text.split():

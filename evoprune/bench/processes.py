@@ -1,4 +1,4 @@
-"""Distributes jobs over processes, each with its own model: a small model leaves most cores idle."""
+"""Distributes jobs over processes that each have their own model, because a small model leaves most cores idle."""
 
 import multiprocessing
 import os
@@ -21,16 +21,16 @@ _work: Work | Exception  # of this process, or the exception from its start
 
 
 def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: int) -> Iterator[list[dict]]:
-    """Yield the jobs' results in order. Closing the iterator early kills the processes.
+    """Run jobs in several processes and yield their results in order. Closing the iterator early kills the processes.
 
     Args:
-        start: called once in each process; returns the function that does a job. It is pickled, like the jobs.
+        start: called once in each process. It returns the function that runs a job. `start` and the jobs are pickled.
 
     Raises:
         OutOfMemory: memory ran out.
         EvopruneError: a process crashed or was killed.
 
-    Also raises the exceptions of `start` and of jobs.
+    The exceptions of `start` and of jobs are raised as well.
     """
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     others = set(multiprocessing.active_children())
@@ -73,7 +73,7 @@ def _begin(start: Callable[[], Work]) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process after its parent has ended, even if the parent was killed and could not clean up."""
+    """End this process when its parent has ended, even if the parent was killed and could not clean up."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

@@ -1,7 +1,8 @@
-"""Runs `evoprune profile`: all rows take turns, round after round, in one process. Random weights suffice.
+"""Runs `evoprune profile`. In each round, all rows are run once, one after another, in the same process. Random weights suffice.
 
-`Profile` is the whole run: `load` loads a model that fits into memory, `Bench` holds it with its clips and its plain, packed and
-quantized weights, and `measure` runs the rounds. A turn of a row is `run_evoprune` or, for plain transformers, `run_hugging_face`.
+`Profile` is the whole run. `load` loads a model if it fits into memory. `Bench` holds the model with its clips and its plain,
+packed and quantized weights. `measure` runs the rounds. One turn of a row is a call of `run_evoprune` or, for plain transformers,
+of `run_hugging_face`.
 """
 
 import os
@@ -74,19 +75,20 @@ Progress = Callable[[str], None]
 
 
 class Profile:
-    """A sweep: construct it, check its `needs`, then `run` it.
+    """A sweep. Construct it, check its `needs`, and then `run` it.
 
     Args:
-        cases: sizes of clips. Unless `exact`, they assume units of `UNIT` pixels, and are scaled to as many units of the model.
-        load_format: None for random weights if evoprune has the model's dimensions, otherwise for the model's own weights.
-        video: facts of the video to take frames from; None for a synthetic clip.
-        source: name of the video in records, or the kind of synthetic clip.
-        begun: start of the run on the clock `time.perf_counter`; default now.
+        cases: the clip sizes. Unless `exact`, they assume units of `UNIT` pixels, and are scaled to the same number of the model's
+            units.
+        load_format: None selects random weights if evoprune knows the model's dimensions, otherwise the model's own weights.
+        video: facts about the video that provides the frames. None for a synthetic clip.
+        source: the name of the video in records, or the kind of synthetic clip.
+        begun: start of the run on the clock `time.perf_counter`. None means now.
 
     Raises:
         UsageError: a method has invalid settings or does not work with the model.
 
-    Also raises the errors of `describe`.
+        For the other exceptions, see `describe`.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class Profile:
         """Estimate the time and memory that the run needs.
 
         Raises:
-            UsageError: it would take longer than the time limit.
+            UsageError: the run would exceed the time limit.
         """
         needs = needs_of(self.model, self.cases, self.settings.new_tokens)
         if needs.seconds > self.limit.left:
@@ -131,31 +133,31 @@ class Profile:
         return needs
 
     def run(self, progress: Progress = lambda what: None) -> Iterator[ProfileResults]:
-        """Load the model, and yield the results so far after each measured round. Raises the errors of `load`."""
+        """Load the model and measure. Yields the results so far after each measured round. For the exceptions, see `load`."""
         progress("loading model")
         loaded = load(self.model, self.cases)
         how = {"about": self._about, "progress": progress, "limit": self.limit}
         yield from measure(loaded, self.cases, self._frames, self.settings, **how)
 
     def bench(self, progress: Progress = lambda what: None) -> tuple["Bench", list[ProfileRow]]:
-        """Load the model, and return the bench and its rows, to measure single turns. Raises the errors of `load`."""
+        """Load the model and return the bench with its rows, for measuring single turns. For the exceptions, see `load`."""
         loaded = load(self.model, self.cases)
         rows = all_rows(self.cases, self.settings)
         return Bench(loaded, rows, self._frames, self.settings, progress), rows
 
 
 def default_load_format(name: str) -> str:
-    """Return the format for random weights if a bundled config has this name, otherwise for the model's own weights."""
+    """Return "dummy", for random weights, if a bundled config has this name. Otherwise return "auto", for the model's weights."""
     return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
 
 def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
-    """Load a model if memory suffices for the smallest case.
+    """Load a model if there is enough memory for the smallest case.
 
     Raises:
         OutOfMemory: there is not enough memory.
 
-    Also raises the errors of `case_grid` and `load_model`.
+    For the other exceptions, see `case_grid` and `load_model`.
     """
     size = DTYPES[model.dtype].itemsize
     weights = Cost(model.config).parameters * size
@@ -170,14 +172,14 @@ def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
 
 
 class Needs(NamedTuple):
-    """Requirements of a run: memory in bytes, and a lower bound on the seconds."""
+    """The requirements of a run: memory in bytes, and a lower bound on its duration in seconds."""
 
     memory: int
     seconds: float
 
 
 def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) -> Needs:
-    """Estimate the requirements of a run: memory for its largest case, and time for Hugging Face and budget 1.0 on the first case.
+    """Estimate the memory for the largest case of a run, and the time for Hugging Face and budget 1.0 on the first case.
 
     The time is the number of operations divided by the rate of a matrix product, which is measured for 0.1 s. Loading, packing and
     the rows of methods are not included.
@@ -204,7 +206,10 @@ def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) ->
 def quantized_models(
     loaded: LoadedModel, names: Sequence[str], working: int, progress: Progress
 ) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
-    """Return the models that fit in memory beside `working` bytes ("none" is packed), reasons for missing ones, and notes."""
+    """Return the models that fit into memory besides `working` bytes, the reasons why others are missing, and notes.
+
+    The model named "none" is not quantized. Its weights are packed if memory allows.
+    """
     ours = loaded.model
     for name in names:
         Quantization(name).check(ours.device)
@@ -259,9 +264,9 @@ def _ready(name: str, model: QwenVL, start: float) -> str:
 
 
 def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: int) -> int:
-    """Return the peak memory in bytes beyond the weights, which plain transformers determines.
+    """Return the peak memory in bytes in addition to the weights. Plain transformers needs the most memory.
 
-    `bytes_each` is the size of a weight. Raises the errors of `case_grid`.
+    `bytes_each` is the size of one weight. For the exceptions, see `case_grid`.
     """
     units = prod(case_grid(case, limits))
     prompt = units + text_tokens(config.vision_config, case, limits)
@@ -269,7 +274,7 @@ def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: 
 
 
 class Turn(NamedTuple):
-    """Counts and times of one run, and the generated tokens."""
+    """The counts and times of one turn, and the generated tokens."""
 
     counts: Counts
     sample: Sample
@@ -277,7 +282,7 @@ class Turn(NamedTuple):
 
 
 def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: PruneConfig, new_tokens: int) -> Turn:
-    """Run evoprune from patches to new tokens. The language model reads as many visual tokens as `plan` keeps."""
+    """Run evoprune, from the patches to the new tokens. The language model reads as many visual tokens as `plan` keeps."""
     model = loaded.model
     visual = model.model.visual
     method = config.method
@@ -318,7 +323,7 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
 
 @torch.inference_mode()
 def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int) -> Turn:
-    """Run the tower, language model and cache of transformers' `reference` one by one. Only the last logits are computed."""
+    """Run the tower and the language model of the transformers model `reference`. Only the last token's logits are computed."""
     from transformers import DynamicCache
 
     Device(loaded.device).reset_peak_memory()
@@ -369,7 +374,7 @@ def _counts(model: Model, clip: Clip, layers: list[tuple[int, int]], rows: int, 
 
 
 class Bench:
-    """Models, rows and clips, ready to be measured. Rows that cannot run get an error. `source` returns the frames of a case."""
+    """Models and clips that are ready to be measured. Rows that cannot run get an error. `source` returns the frames of a case."""
 
     def __init__(
         self,
@@ -414,11 +419,11 @@ class Bench:
         self._shapes = [*((side,) * 3 for side in sides), (PATCHES * piece_units, vision.hidden_size, widest)]
 
     def rate(self) -> float:
-        """Return the rate of plain matrix products, in floating-point operations per second."""
+        """Measure the rate of plain matrix products in floating-point operations per second."""
         return matmul_rate(self._loaded.model.dtype, self._loaded.device, shapes=self._shapes)
 
     def run(self, row: ProfileRow) -> Turn | str:
-        """Run one turn of a row. Returns the reason if it fails (NaN, infinity or out of memory)."""
+        """Run one turn of a row. If it fails (NaN, infinity or out of memory), return the reason."""
         settings = self._settings
         loaded = self._loaded
         clip = self._clips.get((row.case, row.method, row.budget), self._clips[row.case,])
@@ -434,9 +439,9 @@ class Bench:
 
 
 def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRow]:
-    """Return the rows for all cases in turn order.
+    """Return the rows of all cases, in the order of their turns.
 
-    A method that prunes nothing is the row of budget 1.0, which is always included.
+    The row for budget 1.0 is always included. It also represents methods that prune nothing.
     """
     pruned = [
         (budget, name, quantize)
@@ -472,10 +477,10 @@ def measure(
     Args:
         source: returns the frames of a case.
         about: further settings to record: `video` or `synthetic`.
-        limit: for the whole run, which may have begun earlier; None for the settings' limit, starting now.
+        limit: limit for the whole run, which may have begun earlier. None starts the limit of the settings now.
 
     Yields:
-        The results so far after each measured round. There is at least one.
+        The results so far, after each measured round. There is at least one round.
     """
     limit = limit or TimeLimit(settings.time_limit_s)
     asked = all_rows(cases, settings)
@@ -538,8 +543,9 @@ def _run_round(
 ) -> Round:
     """Run a turn for each row.
 
-    If `rounds` rounds, including this one, must end in time, drop a row from `rows` if they would not, assuming that it takes as
-    long as the slowest row so far. Hugging Face, budget 1.0 and the first method of the first case are never dropped.
+    If `rounds` is not 0, that many rounds, including this one, must end in time. A row is removed from `rows` if they would not,
+    assuming that the row takes as long as the slowest row so far. Hugging Face, budget 1.0 and the first method of the first case
+    are never removed.
     """
     begun = limit.now()
     progress(f"{title}: matrix products")
@@ -560,7 +566,7 @@ def _run_round(
 
 
 def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: TimeLimit) -> list[str]:
-    """Return a note that names the dropped rows; empty if none were dropped."""
+    """Return a note that names the rows that were dropped, or no note if none were."""
     there = {(row.name, row.case) for row in kept}
     cases = {row.case for row in kept}
     missing = [f"all rows of {case}" for case in dict.fromkeys(row.case for row in asked) if case not in cases]
@@ -571,7 +577,7 @@ def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: Ti
 
 
 def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:
-    """Insert a bound before each budget's methods, made from the first of them that did not fail."""
+    """Insert a bound before the methods of each budget. It is based on the first of these methods that did not fail."""
     bounded = []
     seen = set()
     full = None

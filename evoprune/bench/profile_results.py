@@ -1,6 +1,6 @@
-"""Results of `evoprune profile`: figures from the samples, as JSON, text, Markdown and CSV tables, and a chart. Imports no torch.
+"""Formats the results of `evoprune profile` as JSON, as text, Markdown and CSV tables, and as a chart. Does not import torch.
 
-Ratios are computed round by round, and their median is reported, so that drifts of the machine's speed cancel out.
+Ratios are computed for each round and reported as their median, so that changes in the machine's speed cancel out.
 """
 
 import textwrap
@@ -44,12 +44,12 @@ class Spread(NamedTuple):
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Return the median of the ratios computed round by round."""
+    """Return the median of the ratios, which are computed for each round."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
 class Figures(NamedTuple):
-    """The figures of a row: medians over rounds, in seconds, and medians of the rounds' ratios."""
+    """The statistics of a row: the times in seconds and the ratios, each as the median over the rounds."""
 
     encode: Spread
     prefill: Spread
@@ -69,7 +69,7 @@ Row = tuple[ProfileRow, Figures | None]
 
 @dataclass
 class ProfileResults(Results):
-    """Everything a profile measured, with its settings."""
+    """Everything that a profile has measured, and its settings."""
 
     model: ModelFacts
     weights_bytes: int
@@ -88,7 +88,7 @@ class ProfileResults(Results):
 
     @property
     def remarks(self) -> list[str]:
-        """The notes, and the reason if there are fewer rounds than requested."""
+        """The notes and, if there are fewer rounds than requested, the reason."""
         wanted = self.settings["repetitions"]
         limit = self.settings["time_limit_s"]
         remarks = list(self.notes)
@@ -110,7 +110,7 @@ class ProfileResults(Results):
         return [row for row in self.rows if row.case == case]
 
     def _against(self, row: ProfileRow, other: str, stage: str) -> float | None:
-        """Return the speedup of `row` over the `other` kind of row in its case, or None if it has no samples."""
+        """Return the speedup of `row` over the row of kind `other` in the same case, or None if that row has no samples."""
         peers = (r for r in self.of(row.case) if r.kind == other and (other != BOUND or r.budget == row.budget))
         peer = next((r for r in peers if r.samples), None)
         if peer is None:
@@ -118,7 +118,7 @@ class ProfileResults(Results):
         return median_ratio(peer.seconds(stage), row.seconds(stage))
 
     def figures(self, row: ProfileRow) -> Figures | None:
-        """Compute the figures of a row, or None if it has no samples."""
+        """Compute the statistics of a row. Return None if the row has no samples."""
         if not row.samples:
             return None
         encode = row.seconds("encode")
@@ -146,7 +146,7 @@ class ProfileResults(Results):
         return figures
 
     def document(self) -> dict[str, Any]:
-        """Return all results as JSON data: times in milliseconds, sizes in bytes."""
+        """Return all results as JSON data. Times are in milliseconds, and sizes are in bytes."""
         rates = self.matmul_rates
         seconds = round(self.seconds, 3)
         ran = {"warmup": self.warmups, "measured": self.rounds, "seconds": seconds, "interrupted": self.interrupted}
@@ -192,7 +192,7 @@ class ProfileResults(Results):
         return super().text(form, width)
 
     def table(self, width: int) -> str:
-        """Return two tables per case: times and work."""
+        """Return two tables for each case, one with times and one with the work done."""
         lines = folded(self._heading(), width)
         shown: list[Column] = []
         for case in self.cases:
@@ -221,7 +221,7 @@ class ProfileResults(Results):
         return "\n".join([head, "", *markdown(rows, columns), "", *items]) + "\n"
 
     def _csv(self) -> str:
-        """Return one line per row, each with all facts. Unknown values are empty."""
+        """Return one CSV line per row. Facts about the whole run are repeated in each line. Unknown values are empty."""
         document = self.document()
         common = {"rounds": self.rounds, "warmups": self.warmups, "new_tokens": self.settings["new_tokens"]}
         common |= {"source": self._source(), "matmul_flop_per_s": document["matmul"]["flop_per_s"]}
@@ -242,7 +242,7 @@ class ProfileResults(Results):
         return as_csv(rows)
 
     def chart(self) -> str:
-        """Draw time against size if sizes are swept, otherwise the tower's time against its live share."""
+        """Draw the time against the size if sizes are swept. Otherwise draw the tower's time against its live share."""
         longest = max((max(row.seconds("first_token")) for row in self.rows if row.samples), default=0)
         unit = "milliseconds"
         factor = 1000.0
@@ -269,9 +269,9 @@ class ProfileResults(Results):
         return draw(f"{name}: {subject}", ", ".join([self.model.dtype, device, seen, self._source(), rounds]), panels)
 
     def _sweep(self, unit: str, factor: float) -> list[Panel]:
-        """Return encode and first token against frames, or against units if frame sizes differ.
+        """Return panels with the encode and first token times against frames, or against units if frame sizes differ.
 
-        Plain transformers are grey, evoprune without pruning is black. A bound has the color of the row below it.
+        Plain transformers is grey, and evoprune without pruning is black. A bound has the same color as the row below it.
         """
         by_frames = len({(case.height, case.width) for case in self.cases}) == 1
         pruned = {row.name: row.budget for row in self.rows if row.kind == METHOD}
@@ -292,7 +292,7 @@ class ProfileResults(Results):
         return panels
 
     def _live_share(self, unit: str, factor: float) -> Panel:
-        """Return encode against live share, with a line per method."""
+        """Return a panel with the encode time against the live share, with one line per method."""
         points: dict[str, list[Point]] = {}
         for row in self.rows:
             figures = self.figures(row)
@@ -313,7 +313,7 @@ class ProfileResults(Results):
         return one_line(self.settings.get("video") or f"synthetic {self.settings.get('synthetic', 'clip')}")
 
     def _heading(self) -> list[str]:
-        """Return lines that state the measured model, the machine and the input."""
+        """Return lines that describe the model, the machine and the input."""
         model = self.model
         env = self.env
         name = one_line(model.id)
@@ -357,7 +357,7 @@ LEGEND = (
 
 
 def _legend(columns: Sequence[Column]) -> list[str]:
-    """Return the meanings of rows and columns."""
+    """Return explanations of the rows and columns of a table."""
     ratios = ", ".join(title for title in ("vs HF", "vs bound") if title in [column.title for column in columns])
     texts = [*LEGEND]
     if ratios:
@@ -375,7 +375,7 @@ def _ms(seconds: float) -> str:
 
 
 def _near(spread: Spread) -> str:
-    """Return the median, and the largest deviation of a round from it if there is more than one round."""
+    """Format the median and, if the rounds differ, the largest relative deviation of a round from it."""
     far = max(spread.high - spread.median, spread.median - spread.low)
     if not far:
         return _ms(spread.median)
@@ -383,7 +383,7 @@ def _near(spread: Spread) -> str:
 
 
 def _range(spread: Spread) -> str:
-    """Return the median and the range of the rounds."""
+    """Format the median and, if the rounds differ, their range."""
     if spread.low == spread.high:
         return _ms(spread.median)
     return f"{_ms(spread.median)} ({_ms(spread.low)}-{_ms(spread.high)})"
@@ -396,7 +396,7 @@ def _rate(tokens_s: float) -> str:
 
 
 def _figure(show: Callable[[Any], str], name: str, row: Row) -> str:
-    """Return a figure of a row: a dash if the row has no figures, empty if this one is unknown."""
+    """Format a statistic of a row: "-" if the row has no statistics, or "" if only this one is unknown."""
     _, figures = row
     if figures is None:
         return "-"
@@ -405,13 +405,13 @@ def _figure(show: Callable[[Any], str], name: str, row: Row) -> str:
 
 
 def _count(show: Callable[[Any], str], name: str, row: Row) -> str:
-    """Return a count of a row; a dash if the row has none."""
+    """Format a count of a row, or return "-" if the row has no counts."""
     counts = row[0].counts
     return "-" if counts is None else show(getattr(counts, name))
 
 
 def _pruning(row: Row) -> str:
-    """Return the share of pruning in encode; empty if the row prunes nothing."""
+    """Format the share of pruning in the encode time, or return "" if the row prunes nothing."""
     if row[1] and row[0].kind != METHOD:
         return ""
     return _figure("{:.1%}".format, "prune_share", row)

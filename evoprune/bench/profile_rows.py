@@ -1,4 +1,4 @@
-"""Settings, cases, rows and samples of `evoprune profile`. Times are in seconds. Imports no torch."""
+"""The settings, cases, rows and samples of `evoprune profile`. Times are in seconds. Does not import torch."""
 
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -10,7 +10,7 @@ from evoprune.util import budget_text
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """Settings of a profile. Every method runs at every budget, with each quantization of the language model's weights."""
+    """The settings of a profile. Every method runs at every budget and with every quantization of the language model."""
 
     SYNTHETIC: ClassVar[tuple[str, ...]] = ("motion", "static90", "noise")  # kinds of synthetic clips, see `clips.py`
 
@@ -37,7 +37,7 @@ METHOD = "method"
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """The size of a clip: the number of frames, and their height and width in pixels. One frame is a picture."""
+    """The size of a clip: the number of frames, and their height and width in pixels. A single frame is an image."""
 
     frames: int
     height: int
@@ -50,7 +50,7 @@ class Case:
         return f"{self.frames} frames of {size}"
 
     def of_units(self, larger: float) -> "Case":
-        """Return a case with the same number of units, for units whose side is `larger` times as many pixels."""
+        """Return a case with the same number of units, for units whose side is `larger` times as long in pixels."""
         return replace(self, height=round(self.height * larger), width=round(self.width * larger))
 
 
@@ -88,7 +88,7 @@ class Counts:
 
 @dataclass(eq=False)
 class ProfileRow:
-    """One row at one case. `samples` has one entry per measured round; it is empty if the row failed with an `error`."""
+    """A row in a case. `samples` has one entry per measured round. It is empty if the row failed, in which case `error` is set."""
 
     kind: str
     case: Case
@@ -112,14 +112,14 @@ class ProfileRow:
         return name
 
     def seconds(self, stage: str) -> list[float]:
-        """Return the times of all rounds in seconds. `stage` is a field of `Sample`, or `first_token`."""
+        """Return the times of a stage in all rounds, in seconds. `stage` is a field of `Sample` or `first_token`."""
         return [getattr(sample, stage) for sample in self.samples]
 
 
 def bound_of(full: ProfileRow, method: ProfileRow) -> ProfileRow:
-    """Return the bound: the tower of `full` and the rest of `method`, round by round.
+    """Return the bound. In each round, it has the tower time of `full` and the other times of `method`.
 
-    This is the best that a method after the encoder can do. If either row failed, the bound has its error.
+    This is the best possible time of a method that prunes after the encoder. If either row failed, the bound has its error.
     """
     bound = ProfileRow(BOUND, method.case, method.budget, error=full.error or method.error)
     if bound.error or full.counts is None or method.counts is None:

@@ -267,15 +267,7 @@ class Server:
         ]
 
 
-PATHS = (
-    CHAT,
-    RESPONSES,
-    "/v1/models",
-    FILES,
-    "/health",
-    "/metrics",
-    *PAGE_PATHS,
-)  # paths counted separately in metrics
+PATHS = (CHAT, RESPONSES, "/v1/models", FILES, "/health", "/metrics", *PAGE_PATHS)  # counted separately
 
 
 @dataclass
