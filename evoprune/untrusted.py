@@ -187,8 +187,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a settings file.
 
     Raises:
-        ValueError: If the path is not a regular file, the file is larger than `MAX_BYTES` or does not contain an object, or `loads`
-            rejects the content.
+        ValueError: If the path is not a regular file, the file is larger than `MAX_BYTES`, its content is not a JSON object, or
+            `loads` rejects it.
         OSError: If the file cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe without a writer, for example, would block forever

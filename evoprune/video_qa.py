@@ -8,8 +8,8 @@
     answer.report
 
 Reading and preprocessing run in parallel with encoding. The time of a stage is the time that the stage was busy. The part of
-reading and preprocessing that was hidden by other work is reported as `overlap`. The sum of the stages minus `overlap` is the time
-to the first token.
+reading and preprocessing that was hidden by other work is reported as `overlap`. The times of the stages before `generate`, minus
+`overlap`, add up to the time to first token.
 """
 
 import os
@@ -228,13 +228,16 @@ class VideoQA(Uncopied):
     ) -> Answer:
         """Ask one question about one input or several inputs together. Combines `encode` and `EncodedInputs.ask`.
 
-        Raises the errors of both, and UsageError if an input was encoded for a different model or with different pruning.
-
         Args:
-            inputs: Any input that `encode` accepts, which is encoded with default options. Or a result of `encode` from this
-                `VideoQA`, which is reused. Or a list of these, in the order in which the model reads them.
+            inputs: An input in any form that `encode` accepts, which is then encoded with default options, or a result of `encode`
+                from this `VideoQA`, which is reused. For several inputs, a list of these in the order in which the model reads
+                them.
             question: The question. It is passed to the model unchanged.
             seed, on_thoughts, options: See `EncodedInputs.ask`.
+
+        Raises:
+            UsageError: If an input was encoded for a different model or with different pruning.
+            EvopruneError: If `encode` or `EncodedInputs.ask` fails; see there.
         """
         (generation,) = from_keywords(options, GenerationOptions)
         given = inputs if isinstance(inputs, list | tuple) else [inputs]

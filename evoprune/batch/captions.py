@@ -1,6 +1,7 @@
-"""A text file per video with its answer, as programs that train on captioned videos read them. Imports no torch.
+"""A text file with the answer for each video, in the layout expected by programs that train on captioned videos. Imports no torch.
 
-A caption is written after its record, which names it. So a later run knows which files are captions, and which are missing.
+Each caption is written after its record, and the record contains the caption's path. A later run can therefore tell which files are
+captions and which captions are missing.
 """
 
 import os
@@ -19,13 +20,13 @@ ENDING = ".txt"
 
 
 class Captions:
-    """The captions of a batch. They are named like the videos, and keep their folders below the folder that has all videos.
+    """The captions of a batch. Each has the name of its video, in the same subfolder relative to the common folder of all videos.
 
     Args:
-        replaced: An output file that will be overwritten. The captions that its records name may be replaced.
+        replaced: An output file that will be overwritten. Captions named in its records may be replaced.
 
     Raises:
-        UsageError: a row has several inputs or a URL, or two rows would have the same caption.
+        UsageError: If a row has several inputs or a URL, or two rows would have the same caption.
     """
 
     def __init__(self, folder: str, rows: Sequence[Row], replaced: str | None = None):
@@ -48,10 +49,10 @@ class Captions:
             self._paths[row.id] = os.path.join(self._folder, name)
 
     def start(self, left: Iterable[Row], file: RecordFile) -> None:
-        """Check that the captions of the rows that are left can be written, and write those that answered rows lack.
+        """Check that the captions of the remaining rows can be written, and write missing captions of answered rows.
 
         Raises:
-            UsageError: another file is in the way, or the folder cannot be written.
+            UsageError: If a different file with that name exists, or the folder cannot be written.
         """
         for row in left:
             self._check(self._paths[row.id])
@@ -69,7 +70,7 @@ class Captions:
         return {"caption": self._paths[row.id]}
 
     def add(self, record: Report) -> None:
-        """Write the caption of a record that is on disk, unless its row failed. Raises UsageError like `start`."""
+        """Write the caption for a record that is already on disk, unless the row failed. Raises UsageError like `start`."""
         if not record.error:
             self._check(self._paths[record.id])
             self._write(self._paths[record.id], record.answer)
@@ -92,7 +93,7 @@ def _cannot_write(path: str, problem: OSError) -> UsageError:
 
 
 def _answered(path: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of answered rows in a file, and skip anything else."""
+    """Yield the records of answered rows in a file. Other lines are skipped."""
     with open(path, "rb") as file:
         for line in file:
             try:

@@ -179,7 +179,7 @@ class Sources:
 def check_size_rule(run: str, before: int | None, now: int | None) -> None:
     """Raise UsageError if the size limit below which inputs are pruned only after the tower has changed since `run` was started.
 
-    The limits are in units. 0 means that the device never prunes this way, and None that the limit is unknown.
+    The limits are in units. 0 means that the device never prunes this way. None means that the limit is unknown.
     """
     if before is None or now is None or before == now:
         return

@@ -482,7 +482,7 @@ class Problems:
             self.add(f"{place}{getattr(problem, 'message', problem)}", getattr(problem, "hint", None) or hint)
 
     def check(self, videos: Mapping[str, str], name: str = "") -> None:
-        """Raise UsageError if any problem was collected. In that case, the error also reports missing files.
+        """If any problem was collected, raise a UsageError that lists all problems and all missing files.
 
         Args:
             videos: Maps each path to the place where it is named.

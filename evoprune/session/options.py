@@ -264,7 +264,7 @@ class PruneOptions:
 
     @property
     def resizes(self) -> bool:
-        """True if the method may make inputs smaller, so that its plan determines which frames are read. Imports no torch."""
+        """True if the method may make inputs smaller, so that the size of the frames depends on its plan. Imports no torch."""
         return MethodText(self.method).may_resize
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:

@@ -15,7 +15,7 @@ from evoprune.backend import Device, empty_cache
 from evoprune.session.reading import Reading, state_of
 from evoprune.video import InputLimits, Plan
 
-LIMIT_BYTES = 2**29  # maximum bytes of one input, and of all unused inputs together
+LIMIT_BYTES = 2**29  # maximum bytes per input, and for the unused inputs in total
 SHARE = 4  # patches in use take at most 1 / SHARE of the available memory
 
 

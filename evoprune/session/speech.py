@@ -127,7 +127,7 @@ def speech_of(
         sampling: The sampling options. Its `speech` names the model and must not be "none".
         span: Start and end in seconds from the first frame.
         options: Options of the model that answers. They also apply to the speech model.
-        clock: Receives the transcription time as "speech", and the part of it that nobody waited for as "overlap".
+        clock: Receives the transcription time as "speech", and the part that was hidden by other work as "overlap".
         cache: The disk cache, which also stores transcripts.
         progress: Called while waiting with "speech", the number of seconds transcribed and the total number of seconds.
 

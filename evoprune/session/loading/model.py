@@ -284,11 +284,11 @@ def load_model(
     """Load a Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL model.
 
     Args:
-        model: The name of the model, with other fields of `ModelOptions` as `options`. Or a `ModelOptions`, or the result of
-            `describe`.
+        model: The name of the model, a `ModelOptions`, or the result of `describe`.
         pack: On a CPU, rearrange the weights for speed if memory allows. Packed weights can no longer be read.
         to_answer: Reject a model without a tokenizer before its weights are read.
         progress: Called with the number of layers quantized so far and the total number of layers.
+        options: If `model` is a name, the other fields of `ModelOptions`.
 
     Raises:
         UsageError: If an option is invalid.
