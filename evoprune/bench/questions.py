@@ -1,4 +1,4 @@
-"""Questions with known answers from a JSONL or CSV file, and grading of a model's answers. Imports no torch."""
+"""Reads questions with known answers from a JSONL or CSV file, and grades a model's answers. Does not import torch."""
 
 import re
 import unicodedata
@@ -54,9 +54,9 @@ FILLERS = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.I
 
 @dataclass
 class Word:
-    """A word or a sign of an answer.
+    """A word or a punctuation mark of an answer.
 
-    A letter that is not `sure` can only contradict another one ("vitamin C", or the C of "B and C").
+    A letter that is not `sure` cannot name an option alone, but can contradict another letter ("vitamin C", or the C in "B and C").
     """
 
     kind: str  # "name" (of options), "states", "denies", "denies_before", "aside", "clause" (begins), "stop", "line" or "plain"
@@ -68,7 +68,7 @@ class Word:
 
 
 def grade(row: Row, said: str) -> bool | None:
-    """Return True if `said` is the row's answer. None if the row has options and `said` names none of them, or several."""
+    """Return True if `said` is the row's answer. Return None if the row has options and `said` names none or several of them."""
     if not row.options:
         return normalised(said) == normalised(row.answer)
     choice = chosen_option(said, row.options)
@@ -78,12 +78,12 @@ def grade(row: Row, said: str) -> bool | None:
 
 
 def normalised(text: str) -> str:
-    """Return the text without case, surrounding whitespace and a final full stop."""
+    """Normalize a string for comparison: ignore case, surrounding whitespace and a final period."""
     return text.strip().removesuffix(".").strip().casefold()
 
 
 def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
-    """Return the index of the option that an answer names, by letter or by text; None if it names none or several.
+    """Return the index of the option that an answer names by its letter or text, or None if it names none or several.
 
     The first rule that finds options decides:
 
@@ -115,7 +115,7 @@ def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
 
 
 def _stated(words: list[Word]) -> frozenset[int]:
-    """Return the options named by the last statement that names any."""
+    """Return the options that are named by the last statement which names any."""
     end = len(words)
     for place in reversed([place for place, word in enumerate(words) if word.kind == "states"]):
         start = place + 1
@@ -138,9 +138,9 @@ def _stated(words: list[Word]) -> frozenset[int]:
 
 
 def _of_lines(words: list[Word]) -> frozenset[int]:
-    """Return the option whose letter begins a line, or that is a whole line.
+    """Return the option whose letter starts a line, or whose name is a whole line.
 
-    Empty if there are several, or other marked letters.
+    The result is empty if there are several such options, or if there are other marked letters.
     """
     named: frozenset[int] = frozenset()
     for line in _lines(words):
@@ -157,7 +157,7 @@ def _of_lines(words: list[Word]) -> frozenset[int]:
 
 
 def _last_letter(words: list[Word]) -> frozenset[int]:
-    """Return the option of the last line that is a letter; empty if the lines before it list letters, too."""
+    """Return the option of the last line that consists of a letter. Empty if the lines before it also list letters."""
     lines = _lines(words)
     letters = {number: _anywhere(line) for number, line in enumerate(lines) if _is_letter(line)}
     if not letters:
@@ -175,7 +175,7 @@ def _last_letter(words: list[Word]) -> frozenset[int]:
 
 
 def _repeated(words: list[Word]) -> frozenset[int]:
-    """Return the option named by the last line, if it is the whole line and more such lines name it than any other option."""
+    """Return the option that is the whole last line, if it is a whole line more often than any other option."""
     lines = _lines(words)
     if not lines or not _names_alone(lines[-1]):
         return frozenset()
@@ -188,7 +188,7 @@ def _repeated(words: list[Word]) -> frozenset[int]:
 
 
 def _lines(words: list[Word]) -> list[list[Word]]:
-    """Split words into lines, without empty ones."""
+    """Split words into lines. Empty lines are dropped."""
     ends = [place for place, word in enumerate(words) if word.kind == "line"]
     lines = [words[start:end] for start, end in zip([0, *(end + 1 for end in ends)], [*ends, len(words)], strict=True)]
     return [line for line in lines if line]
@@ -231,9 +231,9 @@ def _anywhere(words: list[Word]) -> frozenset[int]:
 
 
 def read(said: str, options: tuple[str, ...]) -> list[Word]:
-    """Return the words and signs of an answer.
+    """Split an answer into words and punctuation marks.
 
-    Options that it denies, leaves open, asks about or mentions in passing are not names.
+    Options that the answer denies, leaves open, asks about or mentions in passing do not count as names.
     """
     scanner, names = _scanner(options)
     words: list[Word] = []
@@ -256,7 +256,7 @@ def read(said: str, options: tuple[str, ...]) -> list[Word]:
 
 
 def _plain(text: str) -> str:
-    """Return the text without thoughts and markup, with normalized characters. Answer markers such as a box become words."""
+    """Remove thoughts and markup from an answer, and normalize its characters. Answer markers such as a box become words."""
     text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].partition("<think>")[0]
     text = re.sub(r"<\|[^<>|]*\|>", " ", text)  # special tokens
     text = re.sub(r"<answer>|\\boxed\b", "\nanswer: ", text)
@@ -269,7 +269,7 @@ def _plain(text: str) -> str:
 
 
 def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
-    """Decide if a letter without brackets is an ordinary word, which becomes plain, and if it names an option by itself."""
+    """Decide if a letter without brackets is an ordinary word, whose kind becomes "plain", and if it names an option alone."""
     letter = word.text
     word.marked = before.kind in ("stop", "line", "clause", "name") and after.text in (".", ":", ")", "]")
     wordy = after.kind == "plain" and after.text.isascii() and not FOLLOWS.fullmatch(after.text)
@@ -282,7 +282,7 @@ def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
 
 
 def _drop_denied(words: list[Word]) -> None:
-    """Make names plain in clauses that deny or leave open, after words such as "because", and in questions."""
+    """Turn names into plain words if they are in questions, in denying or undecided clauses, or after words such as "because"."""
     clause = []
     sentence = []
     denied = False
@@ -311,9 +311,9 @@ def _drop_denied(words: list[Word]) -> None:
 
 @lru_cache(maxsize=256)
 def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, frozenset[int]]]:
-    """Return a pattern whose last group is the kind of a word, and the options named by its text groups and by letters.
+    """Return a pattern that matches a word, and the options that each name refers to.
 
-    Longer texts come first.
+    The name of the last matching group is the kind of the word. Option texts have one group each, the longest texts first.
     """
     letters = {letter: {-1} for letter in Row.LETTERS}
     letters |= {letter: {index} for index, letter in enumerate(Row.LETTERS[: len(options)])}
@@ -344,9 +344,9 @@ def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, froze
 
 
 def _pattern(option: str, letter: str) -> str:
-    """Return a pattern for an option's text, allowing articles, digits and number words.
+    """Return a pattern for an option's text that allows articles, and both digits and words for numbers.
 
-    Empty if the text has no word characters.
+    The pattern is empty if the text has no word characters.
     """
     words = re.sub(rf"^\(?{letter}[.):] (?=.)", "", _plain(option)).removesuffix(".").split()
     if not re.search(r"\w", "".join(words)):
@@ -359,7 +359,7 @@ def _pattern(option: str, letter: str) -> str:
 
 @dataclass(frozen=True)
 class VideoQuestions:
-    """A video and the rows about it. `name` identifies it in results, and intervals are clustered by it."""
+    """A video and the rows about it. `name` identifies the video in results. Intervals are clustered by this name."""
 
     name: str
     path: Path
@@ -367,7 +367,7 @@ class VideoQuestions:
 
 
 def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list[VideoQuestions]:
-    """Return the videos with questions in these groups, each with only those questions. Without groups, return all videos."""
+    """Return the videos that have questions in these groups, with only these questions. If `groups` is empty, return all videos."""
     if not groups:
         return list(videos)
     every = [replace(video, rows=tuple(row for row in video.rows if set(groups) & set(row.groups))) for video in videos]
@@ -375,13 +375,13 @@ def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list
 
 
 def load_questions(path: Path) -> list[VideoQuestions]:
-    """Return the questions of a file by video, in the order of first appearance.
+    """Read the questions in a file, and return them by video in the order in which the videos first appear.
 
     In addition to the fields that `RowReader` reads, a row must have `answer` (with `options`: a letter or an option's
     text), and may have `type` and `groups` (separated by | in CSV). Ids default to the line number.
 
     Raises:
-        UsageError: the file cannot be read, rows are invalid or repeat an id, or there are none.
+        UsageError: the file cannot be read or has no rows, or a row is invalid or repeats an id.
     """
     videos: dict[str, list[Row]] = {}
     for row in GRADED.load(str(path)):

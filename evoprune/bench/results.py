@@ -1,4 +1,4 @@
-"""Results of `profile`, `eval`, `tune` and `verify`: a JSON document, tables as text, Markdown or CSV, and a chart."""
+"""Formats results of `profile`, `eval`, `tune` and `verify` as JSON, as text, Markdown or CSV tables, and as charts."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Results(ABC):
-    """The measurements of a command so far."""
+    """The results that a command has measured so far."""
 
     @abstractmethod
     def document(self) -> dict[str, Any]:
@@ -25,10 +25,10 @@ class Results(ABC):
 
     @abstractmethod
     def table(self, width: int) -> str:
-        """Return the results as text for people, in lines of at most `width` columns if possible."""
+        """Return the results as human-readable text. Lines have at most `width` columns if possible."""
 
     def to_json(self) -> str:
-        """Return the document as one line of ASCII."""
+        """Return the document as one line of ASCII-only JSON."""
         return json.dumps(self.document(), separators=(",", ":"), allow_nan=False)
 
     def text(self, form: str, width: int) -> str:
@@ -36,7 +36,7 @@ class Results(ABC):
         return self.table(width) if form == "table" else f"{self.to_json()}\n"
 
     def chart(self) -> str | None:
-        """Return an SVG document; None if there is nothing to draw."""
+        """Return an SVG document, or None if there is nothing to draw."""
         return None
 
 
@@ -45,10 +45,10 @@ class Column(Generic[T]):
     """One column of a table.
 
     Attributes:
-        title: its heading.
-        cell: returns the text of a row.
-        meaning: a note below the table; empty if the title says enough.
-        drop: order in which columns are left out if the terminal is too narrow; 0 for a column that always stays.
+        title: the heading of the column.
+        cell: returns the cell text for a row.
+        meaning: a note to print below the table. Empty if the title is clear enough.
+        drop: the order in which columns are dropped if the terminal is too narrow. Columns with 0 are never dropped.
     """
 
     title: str
@@ -58,7 +58,7 @@ class Column(Generic[T]):
 
 
 def fitting(rows: Sequence[T], columns: Sequence[Column[T]], width: int) -> tuple[list[str], list[Column[T]]]:
-    """Return the lines of a table, and its columns. Columns are dropped until the table fits into `width`."""
+    """Drop columns until the table fits into `width`. Return the lines of the table and the remaining columns."""
     droppable = sorted((column for column in columns if column.drop), key=lambda column: column.drop)
     for left_out in (None, *droppable):
         columns = [column for column in columns if column is not left_out]
@@ -79,7 +79,7 @@ def grid(
     """Return the lines of a table, and whether it fits into `width`. If it does not fit, words are broken, but nothing is cut off.
 
     Args:
-        right: whether all columns except the first hold numbers. The first column is narrowed in favor of them.
+        right: whether all columns except the first contain numbers. If necessary, the first column is narrowed to fit them.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -107,7 +107,7 @@ def grid(
 
 
 def text_table(titles: Sequence[str], rows: Iterable[Sequence[str]], note: str, width: int) -> str:
-    """Return a table of texts, with a note below it. Words that do not fit into `width` are broken."""
+    """Return a table of left-aligned strings with a note below it. Words that do not fit into `width` are broken."""
     lines, _ = grid(titles, rows, width, right=False)
     return "\n".join([*lines, "", *folded([note], width)]) + "\n"
 
@@ -120,7 +120,7 @@ def markdown(rows: Iterable[T], columns: Sequence[Column[T]]) -> list[str]:
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows as CSV with a header; empty without rows."""
+    """Return rows as CSV with a header, or an empty string if there are no rows."""
     out = io.StringIO()
     if rows:
         writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
@@ -130,7 +130,7 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
-    """Fold texts to lines no longer than `width`. Continuation lines are indented; an empty text is an empty line."""
+    """Wrap strings to lines of at most `width` columns. Continuation lines are indented. An empty string gives an empty line."""
     return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ", **settings) or [""]]
 
 
@@ -140,7 +140,7 @@ def short_name(model: str) -> str:
 
 
 def model_line(model: dict) -> str:
-    """Return a document's model as a line: its ID, precision and device."""
+    """Return a line with the ID, precision and device of a document's model."""
     return f"{one_line(model['id'])}, {precision(model['dtype'], model.get('quantize'))}, {model['device']}"
 
 

@@ -1,4 +1,4 @@
-"""Turns graded answers into a table of accuracy with intervals, and of costs (schema `evoprune/eval@1`). Imports no torch.
+"""Converts graded answers to a table of costs and of accuracy with intervals (`evoprune/eval@1`). Does not import torch.
 
 A sample is the answer of one row (`full`, `blind`, or a method at a budget) to one question, as a flat dict. Answers about the same
 video are correlated, so intervals are over videos. All rows answer the same questions, and are bootstrapped with the same draws.
@@ -36,7 +36,7 @@ def row_name(row: str, method: str, budget: float | str) -> str:
 
 
 def score_rows(samples: Sequence[dict]) -> list[dict]:
-    """Return a dict for each group and row: the group of all questions first, and full before the rows compared with it.
+    """Return a dict for each group and row. The group of all questions comes first, and `full` precedes the other rows.
 
     `difference` is the accuracy minus full's accuracy, and `kept_of_full` their ratio. `first_difference` is the accuracy minus the
     accuracy of the row named `first`, the first method at the same budget. Like accuracy, each has a 95% interval over videos,
@@ -107,7 +107,7 @@ def brier(sample: dict) -> float:
 
 
 def mean_brier(samples: Sequence[dict]) -> float | None:
-    """Return the mean Brier score of the multiple-choice answers, or None without such answers."""
+    """Return the mean Brier score of the multiple-choice answers, or None if there are no such answers."""
     scores = [brier(sample) for sample in samples if sample.get("choices")]
     return _round(np.mean(scores)) if scores else None
 
@@ -118,7 +118,7 @@ def is_tie(row: dict, name: str) -> bool:
 
 
 def same_tokens(row: dict, other: dict) -> bool:
-    """Return True if the language model reads equally many tokens in two rows (mean over questions and layers, up to rounding)."""
+    """Return True if the language model reads the same number of tokens in two rows, averaged over questions and layers."""
     return abs(row["layer_tokens"] - other["layer_tokens"]) <= 0.5
 
 
@@ -143,9 +143,9 @@ def precision(rows: Sequence[dict]) -> str | None:
 
 
 def _firsts(keys: Sequence[tuple]) -> list[int | None]:
-    """Return for each row the index of the first method's row at the same budget.
+    """For each row, return the index of the first method's row at the same budget.
 
-    None for the first method itself, full and blind.
+    The index is None for the rows of the first method itself and for full and blind.
     """
     first = next((method for row, method, _ in keys if row == METHOD), None)
     known = {budget: n for n, (row, method, budget) in enumerate(keys) if row == METHOD and method == first}
@@ -157,12 +157,12 @@ def _firsts(keys: Sequence[tuple]) -> list[int | None]:
 
 
 def _difference(name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, other: int | None) -> dict:
-    """Return the paired difference of two rows and its interval, as fields.
+    """Return the paired difference of two rows and its interval as fields of a result.
 
     Args:
         accuracy: `[rows]`.
         drawn: bootstrapped accuracy, `[draws, rows]`.
-        other: index of the row to subtract; None makes all fields None.
+        other: index of the row to subtract. If it is None, all fields are None.
     """
     if other is None:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
@@ -247,7 +247,7 @@ def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the middle 95% of the finite values; NaN without finite values."""
+    """Return the interval that contains the middle 95% of the finite values, or NaN if there are none."""
     values = values[np.isfinite(values)]
     if not len(values):
         return math.nan, math.nan

@@ -1,4 +1,4 @@
-"""Shared by `profile`, `eval`, `tune` and `verify`: time limits and rounds, swept settings, and the tower's rows."""
+"""Helpers that `profile`, `eval`, `tune` and `verify` share: time limits and rounds, sweeps, and cached tower rows."""
 
 import time
 from collections import OrderedDict
@@ -25,7 +25,7 @@ MAX_ENCODINGS = 32
 
 @dataclass
 class TimeLimit:
-    """A time limit, in seconds, for a run that `begun` at some time on the clock `now`; default is now."""
+    """A time limit in seconds for a run. `begun` is the start of the run on the clock `now`. By default, the run starts now."""
 
     seconds: float
     now: Callable[[], float] = time.perf_counter
@@ -41,12 +41,12 @@ class TimeLimit:
 
     @property
     def left(self) -> float:
-        """Remaining seconds; negative after the limit."""
+        """Remaining time in seconds. Negative after the limit has passed."""
         return self.seconds - self.spent
 
 
 def model_and_machine(loaded: LoadedModel | None) -> dict[str, Any]:
-    """Return a document's facts about the model and the machine. Both are None before a model is loaded."""
+    """Return the facts about the model and the machine for a document. Both are None before a model is loaded."""
     if loaded is None:
         return {"model": None, "env": None}
     return {"model": asdict(loaded.facts()), "env": asdict(Device(loaded.device).environment())}
@@ -61,7 +61,7 @@ COUNTED = "counted"
 def paced(
     run_round: Callable[[str, int], T], warmups: int, repetitions: int, limit: TimeLimit
 ) -> Iterator[tuple[str, T]]:
-    """Run rounds while they are expected to end in time, judged by the previous round. The first round always runs.
+    """Run rounds as long as they are expected to end in time, based on the previous round. The first round always runs.
 
     Args:
         run_round: called with a title and a number of rounds. For the first round, this is the number that must end in time, so it
@@ -91,19 +91,19 @@ def paced(
 def swept(names: Iterable[str], budgets: Sequence[float | str]) -> list[tuple[str, float | str]]:
     """Return all pairs of a method and a budget that prune anything, without duplicates.
 
-    Raises the errors of `PruneOptions.config`.
+    For the exceptions, see `PruneOptions.config`.
     """
     pairs = dict.fromkeys(product(names, budgets))
     return [(name, budget) for name, budget in pairs if name != "none" and PruneOptions(budget, name).config().prunes]
 
 
 def after_tower_below(configs: Iterable[PruneConfig], device: str) -> int:
-    """Return the number of units below which any of the methods prunes inputs only after the tower on a device; 0 if none does."""
+    """Return the number of units below which a method prunes inputs only after the tower on this device, or 0 if none does."""
     return max((config.after_tower_below(torch.device(device)) for config in configs), default=0)
 
 
 def after_tower_note(below: int) -> str:
-    """Return a note about which inputs are pruned only after the tower; empty if none are. `below` is from `after_tower_below`."""
+    """Return a note about inputs that are pruned only after the tower, or "" if none are. See `after_tower_below` for `below`."""
     if not below:
         return ""
     return (
@@ -112,9 +112,9 @@ def after_tower_note(below: int) -> str:
 
 
 class SharedRows:
-    """A cache of the tower's rows for one video and one model. Methods that act after the encoder differ only in their selections.
+    """A cache of the tower's rows for one video and one model. Methods that act after the encoder can share the rows.
 
-    `saved` is the number of seconds saved in the latest call; 0 if its rows were not cached.
+    `saved` is the time in seconds that the cache saved in the latest call. It is 0 if the rows were not cached.
     """
 
     def __init__(self):
@@ -122,7 +122,7 @@ class SharedRows:
         self._held: OrderedDict[tuple, tuple[EncodedRows, float]] = OrderedDict()
 
     def encode_rows(self, visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options) -> EncodedRows:
-        """Encode rows like `vision.encoder.encode_rows`, unless they are cached."""
+        """Return cached rows, or encode them with `vision.encoder.encode_rows`."""
         key = (_tower_work(plan), *sorted((name, value) for name, value in options.items() if name != "on_layer"))
         if key in self._held:
             for _ in patches:  # still consume the patches, because their reader counts damaged frames
@@ -142,7 +142,7 @@ class SharedRows:
 
 @dataclass(eq=False)
 class SharedInput(OpenInput):
-    """An input encoded with shared rows."""
+    """An input that takes its rows from `shared_rows`."""
 
     shared_rows: SharedRows
 
@@ -152,7 +152,7 @@ class SharedInput(OpenInput):
 
 
 class GreyInput(OpenInput):
-    """An input whose frames are all grey: a video's size and length without its content."""
+    """An input with only grey frames. It has the size and length of a video, but not its content."""
 
     shares: ClassVar[bool] = False
 
@@ -168,7 +168,7 @@ class GreyInput(OpenInput):
 def _tower_work(plan: EncoderPlan) -> tuple:
     """Return a cache key for the tower's rows.
 
-    If tokens may be selected inside the tower, it is the whole plan, otherwise only the parts that matter.
+    If tokens may be selected inside the tower, the key is the whole plan. Otherwise it has only the parts that affect the rows.
     """
     inside = plan.stages
     needs = frozenset()

@@ -1,4 +1,4 @@
-"""A contact sheet: for each moment of a video, the best frame with its time, query and score."""
+"""Draws a contact sheet, which shows the best frame of each moment in a video with its time, query and score."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -15,11 +15,11 @@ PANEL = (320, 320)  # maximum width and height of a frame, in pixels
 
 
 def contact_sheet(info: Video, moments: Sequence[Moment], title: str) -> bytes:
-    """Return a PNG file with the best frames of the moments, in order of time. There must be at least one moment.
+    """Return a PNG file with the best frame of each moment, in chronological order. There must be at least one moment.
 
-    Frames are read one at a time and shrunk at once, which keeps memory use low.
+    To save memory, frames are read one at a time and shrunk immediately.
 
-    Raises the errors of `read_chunks`.
+    For the exceptions, see `read_chunks`.
     """
     ordered = sorted(moments, key=attrgetter("best_s"))
     pictures = []

@@ -1,4 +1,4 @@
-"""Runs `evoprune tune`: the unpruned model answers, candidates are compared with its answers, and the results become table rows.
+"""Runs `evoprune tune`. The unpruned model answers questions, and candidate settings are compared with its answers.
 
 If time is too short for all trials, candidates are tried by successive halving (arXiv 1502.07943) over videos.
 
@@ -75,15 +75,15 @@ class Candidate:
 
 
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
-    """Return `METHODS` and `more` at each of `budgets` (default `BUDGETS`), without combinations that prune nothing.
+    """Combine `METHODS` and `more` with each of `budgets` (default: `BUDGETS`). Combinations that prune nothing are omitted.
 
-    Raises the errors of `MethodChain.parse`.
+    For the exceptions, see `MethodChain.parse`.
     """
     return [Candidate(*pair) for pair in swept((*METHODS, *more), sorted({*(budgets or BUDGETS)}, reverse=True))]
 
 
 class Trial(NamedTuple):
-    """The figures of a candidate on one video."""
+    """The measurements of a candidate on one video."""
 
     agree: int  # tokens of the full answers that are also the pruned model's first choice
     tokens: int  # number of tokens
@@ -103,7 +103,7 @@ def observed(trials: Sequence[Trial]) -> float:
 
 
 def promising(known: Known, goal: float) -> list[Candidate]:
-    """Sort candidates: first those that reach the goal, fastest first, then the others, by descending agreement."""
+    """Sort candidates. Those that reach the goal come first, the fastest at the top. The others follow by descending agreement."""
 
     def key(candidate: Candidate) -> tuple[bool, float]:
         share = observed(known[candidate])
@@ -115,7 +115,7 @@ def promising(known: Known, goal: float) -> list[Candidate]:
 
 
 def rungs(videos: int) -> list[range]:
-    """Return the videos by round: the first two, then doubling the number of videos seen so far each time."""
+    """Return the videos of each round. The first round has two videos, and each later round doubles the total so far."""
     ends = [min(FIRST, videos)]
     while ends[-1] < videos:
         ends.append(min(2 * ends[-1], videos))
@@ -123,13 +123,13 @@ def rungs(videos: int) -> list[range]:
 
 
 def affordable(order: Sequence[Candidate], known: Known, new: int, rest: int, rounds: int, left: float) -> int:
-    """Return the number of candidates, most promising first, that continue to the next round.
+    """Return how many candidates continue to the next round. `order` starts with the most promising candidate.
 
     Args:
         new: number of videos in the next round.
-        rest: number of videos in that round and all later ones.
-        rounds: number of those rounds; each gets an equal share of the remaining time.
-        left: remaining seconds.
+        rest: number of videos in the next round and all later ones.
+        rounds: number of remaining rounds. Each gets an equal share of the remaining time.
+        left: remaining time in seconds.
     """
     costs = [mean(trial.took_s for trial in known[candidate]) for candidate in order]
     if sum(costs) * rest <= left:
@@ -145,12 +145,15 @@ def search(
     left: Callable[[], float],
     first_guess: Callable[[int], float],
 ) -> Iterator[tuple[Candidate, int]]:
-    """Try candidates, video by video, while there is time. Adds results to `known`. Yields candidate and video before each trial.
+    """Try candidates on one video after another while there is time, and add the results to `known`.
 
     Args:
         goal: the required agreement.
-        left: returns the remaining seconds.
-        first_guess: estimates the seconds of a first trial on a video.
+        left: returns the remaining time in seconds.
+        first_guess: estimates the duration in seconds of a candidate's first trial, which is on the given video.
+
+    Yields:
+        The candidate and the index of the video, before each trial.
     """
     alive = list(known)
     all_rounds = rungs(videos)
@@ -172,7 +175,7 @@ SAME_TIME = 0.05  # relative difference up to which median times count as equal
 
 
 def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
-    """Return a dict for each candidate that was tried, fastest first (docs/json.md).
+    """Return a dict for each candidate that was tried, the fastest first. See docs/json.md.
 
     `agreement` is estimated from all candidates (`smoothed`), with its 95% interval over videos; `observed` is the candidate's own.
     `passes` means that the interval lies at or above the goal. `frontier` means that no other candidate is at least as fast and
@@ -217,7 +220,7 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
 
 
 def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """Return each candidate's agreement, smoothed among the candidates that were tried on the same number of videos."""
+    """Return the agreement of each candidate, smoothed over the candidates that were tried on the same number of videos."""
     estimates = {}
     for videos in {len(seen.tokens) for seen in tried.values()}:
         group = {candidate: seen for candidate, seen in tried.items() if len(seen.tokens) == videos}
@@ -227,9 +230,9 @@ def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 
 
 def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """Return `first_token` for each candidate.
+    """Return the relative time to the first token (`first_token`) of each candidate.
 
-    Settings of a method with equal shares of rows and tokens do the same work, so their times are pooled to reduce noise.
+    Candidates with the same methods and equal shares of rows and tokens do the same work. Their times are pooled to reduce noise.
     """
     of_work = defaultdict(list)
     works = {}
@@ -277,9 +280,9 @@ def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarra
 
 
 def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
-    """Return how many tokens carry as much information as one independent token: at least 1, or None if no candidate shows it.
+    """Return the number of tokens that carry as much information as one independent token. None if it cannot be estimated.
 
-    `candidates`: for each candidate, the agreeing tokens and all tokens by video.
+    `candidates` contains the agreeing tokens and all tokens by video for each candidate. The result is at least 1.
     """
     over_videos = independent = 0.0
     for agree, tokens in candidates:
@@ -295,7 +298,7 @@ def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float 
 
 
 def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tuple[float, float]:
-    """Return the 95% interval of a share, counting tokens / `effect` independent tokens, or one per video if `effect` is None."""
+    """Return the 95% interval of a share. There are tokens / `effect` independent tokens, or one per video if `effect` is None."""
     if effect is None:
         return wilson(share, float(videos))
     return wilson(share, max(1.0, tokens / effect))
@@ -337,7 +340,7 @@ def encode(
     rows: SharedRows | None = None,
     ahead: ReadAhead | None = None,
 ) -> tuple[EncodedInputs, float]:
-    """Encode a video, and return it with the seconds of encoding, including the time saved by shared rows.
+    """Encode a video. Return the encoding and the encoding time in seconds, which includes the time saved by shared rows.
 
     `ahead` may have prefetched the video.
     """
@@ -354,8 +357,8 @@ def encode(
 class Answering:
     """Answers the questions about all videos within a time limit.
 
-    If time is short, answers become shorter, then fewer questions are asked, then videos are left out. The patches of answered
-    videos stay in memory until this is closed.
+    If time is short, the answers are shortened first, then fewer questions are asked, and finally videos are left out. The patches
+    of answered videos stay in memory until `close` is called.
     """
 
     def __init__(
@@ -382,10 +385,10 @@ class Answering:
         self._limit = limit
 
     def answer(self, videos: tuple[str, ...], progress: Progress = lambda *what: None) -> None:
-        """Answer as many videos as time allows, but at least the first readable one.
+        """Answer the questions about as many videos as time allows, but at least about the first readable one.
 
         Raises:
-            EvopruneError: the first problem, if no video could be answered.
+            EvopruneError: no video could be answered. This is the first error.
         """
         loaded = self.session.loaded
         # Without idle cores, prefetching would slow down the model and distort the times.
@@ -449,9 +452,9 @@ class Answering:
         return FullAnswers(path, tuple(references), seconds + references[0].seconds, self._limit.now() - start)
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
-        """Choose the longest answers to the most questions that time allows, based on a short test answer.
+        """Choose the answer length and the number of questions that time allows, based on a short test answer.
 
-        `encoding`: seconds to encode a video.
+        `encoding` is the time in seconds to encode a video.
         """
         question = self._questions[0]
         every = len(self._questions)
@@ -511,7 +514,7 @@ class TuneSettings:
 
 
 class Run:
-    """A run to construct, `load` and then `run`. `document` returns the results at any time."""
+    """A tuning run. Construct it, `load` the model, and then `run` it. `document` returns the results at any time."""
 
     schema: ClassVar[str]  # schema of the document
     results_of: ClassVar[Callable[[dict[str, Any]], Results]]
@@ -525,15 +528,15 @@ class Run:
         self.model: ModelDescription | None = None  # None before `load`
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model. `model` is its description, if known already.
+        """Load the model. `model` is its description if it is already known.
 
-        Raises the errors of `load_model`.
+        For the exceptions, see `load_model`.
         """
         self.model = model or describe(self.settings.model)
         self.loaded = load_model(self.model, to_answer=True, progress=progress)
 
     def answer(self, progress: Progress) -> list[FullAnswers]:
-        """Answer in full with the unpruned model. Raises the errors of `Answering.answer`."""
+        """Answer the questions with the unpruned model. For the exceptions, see `Answering.answer`."""
         session = Session(self.loaded, PruneOptions(seed=self.settings.seed).config())
         settings = self.settings
         limit = TimeLimit(SHARE_OF_FULL * settings.time_limit_s, self.limit.now)
@@ -555,7 +558,7 @@ class Run:
         return type(self).results_of({"schema": self.schema} | self.document(error))
 
     def facts(self) -> dict[str, Any]:
-        """Return the facts that all documents of runs have in common, as JSON data."""
+        """Return the facts that the documents of all runs have in common, as JSON data."""
         answers = []
         problems = {}
         asked = 0
@@ -576,7 +579,7 @@ class Run:
 
 
 class Tuning(Run):
-    """Finds the fastest setting that agrees well enough. `known` has the trials by candidate.
+    """Finds the fastest setting that agrees well enough. `known` contains the trials of each candidate.
 
     With quantized weights, the full answers come from the original weights if memory suffices for them. Quantization without
     pruning is then another candidate.
@@ -621,13 +624,13 @@ class Tuning(Run):
         return any(self.known.values())
 
     def run(self, progress: Progress = lambda *what: None, note: Callable[[str], None] = lambda what: None) -> None:
-        """Answer in full, then try candidates until all trials are done or time is over.
+        """Answer with the unpruned model, and then try candidates until all trials are done or the time is up.
 
         Args:
             progress: called with the next step.
-            note: called with remarks to show at once.
+            note: called with remarks that should be shown immediately.
 
-        Raises the errors of `Answering.answer`.
+        For the exceptions, see `Answering.answer`.
         """
         answers = self.answer(progress)
         held = {}

@@ -1,4 +1,4 @@
-"""One run of `evoprune tune --operations`, which finds a recipe for the method `operations` (docs/methods.md, operations)."""
+"""Runs `evoprune tune --operations`, which finds a recipe for the method `operations` (see docs/methods.md)."""
 
 import time
 from collections.abc import Callable
@@ -78,7 +78,7 @@ class OperationTuning(Run):
         self._measured = 0
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model. Raises the errors of `Run.load` and of `RecipeSearch`."""
+        """Load the model. For the exceptions, see `Run.load` and `RecipeSearch`."""
         super().load(progress, model)
         self.search = RecipeSearch(self.loaded.model.config.text_config)
 
@@ -87,7 +87,7 @@ class OperationTuning(Run):
         return self.search is not None and bool(self.search.found)
 
     def run(self, progress: Progress = lambda *what: None, note: Callable[[str], None] = lambda what: None) -> None:
-        """Answer in full, then search until the order is complete or the time is over. Otherwise like `Tuning.run`."""
+        """Answer with the unpruned model, and then search until the order is complete or the time is up. See `Tuning.run`."""
         videos = self.answer(progress)
         settings = self.settings
         asked = []

@@ -1,4 +1,4 @@
-"""Results of `evoprune tune`: settings by speed and agreement, as a table and a chart. Imports no torch."""
+"""Formats the results of `evoprune tune`, the speed and agreement of each setting, as a table and a chart. No torch import."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +64,7 @@ class TuneResults(Results):
 
 
 def heading(document: dict[str, Any], width: int) -> list[str]:
-    """Return lines that state the model, the number of answers, and the duration of the run."""
+    """Return lines with the model, the number of answers, and the duration of the run."""
     videos = document["videos"]
     answers = (
         f"{counted(document['answer_tokens'], 'token')} of answers to {counted(document['questions'], 'question')}"

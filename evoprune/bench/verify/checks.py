@@ -243,7 +243,7 @@ def accelerated(subject: Subject) -> Outcome:
 
 
 def _selections(device: torch.device) -> dict[str, float]:
-    """Return the share of equal values for each operator of selection and reuse, by name."""
+    """Compare each selection and reuse operator with plain PyTorch, and return the share of equal values by operator."""
     random = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
@@ -281,9 +281,9 @@ def _selections(device: torch.device) -> dict[str, float]:
 
 @torch.inference_mode()
 def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
-    """Return logits along an answer, from graph steps and from plain decoding, `[n, vocabulary]` each.
+    """Return the logits along an answer from CUDA graph decoding and from plain decoding, `[n, vocabulary]` each.
 
-    If there is no graph, return the reason instead.
+    If no graph can be used, return the reason instead.
     """
     if Device(subject.device).capture is None:
         return "this device has no graphs"

@@ -144,9 +144,9 @@ def _short(figures: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
-    """Provide the subject of the checks. `path`, a video or picture, replaces the synthetic clip.
+    """Yield the subject of the checks. If `path` is given, this video or image replaces the synthetic clip.
 
-    Raises the errors of `probe` if `path` is neither.
+    For the exceptions if `path` is not a video or image, see `probe`.
     """
     with temporary_folder("evoprune-verify-") as folder:
         video, picture = _material(Path(folder))
@@ -159,7 +159,7 @@ def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
 
 
 def _material(folder: Path) -> tuple[Path, Path]:
-    """Return a synthetic clip, as a folder of frames, and a picture, its first frame."""
+    """Create a synthetic clip as a folder of frames, and an image file with its first frame. Return both paths."""
     from PIL import Image
 
     unit = clips.UNIT
@@ -238,7 +238,7 @@ def _exact_convolutions() -> Iterator[None]:
 
 
 def _outcome(check: Check, subject: Subject, failed: Callable[[Exception], None]) -> Outcome:
-    """Run a check and return its outcome. A kernel that fails or a missing library function counts as a difference."""
+    """Run a check and return its outcome. An exception, for example from a kernel, counts as a difference."""
     try:
         with _exact_convolutions(), without_packages():  # for transformers' towers, and its linear attention layers
             return check.run(subject)

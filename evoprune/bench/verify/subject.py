@@ -1,4 +1,4 @@
-"""What `evoprune verify` compares: a loaded model, transformers' model of the same files, and inputs as both read them.
+"""The two sides that `evoprune verify` compares: a loaded model, and the transformers model built from the same files.
 
 Also the outcome of a check (held, differs or skipped), and the distance between the results of two programs. The limit for a
 distance is the rounding error of the transformers model, measured by running it in a wider dtype than its weights. This needs no
@@ -249,7 +249,7 @@ INSIDE = "evoprune:inner=always"  # small clips: a GPU would otherwise prune onl
 
 
 class Subject:
-    """A model and two files. Everything derived from them is computed when a check first needs it.
+    """A model and two input files. Everything derived from them is computed lazily, when a check first needs it.
 
     Frames may be smaller than the model's own limits allow, so that several frame pairs make few tokens.
 
@@ -316,7 +316,7 @@ class Subject:
         return self.asking(budget, method).encode(self.video, **vars(SAMPLING))
 
     def about(self, *paths: Path) -> "Asked":
-        """Return the question about these inputs as both sides read it (cached)."""
+        """Return the question about these inputs in the form that both sides read. The results are cached."""
         if paths not in self._asked:
             self._asked[paths] = Asked(self, paths)
         return self._asked[paths]
@@ -424,7 +424,7 @@ class Subject:
         return self.noise(gap(self.video_logits, self._otherwise[1], centred=True))
 
     def noise(self, distance: Gap) -> Gap:
-        """Return a distance raised to at least the rounding of one number, because a short sum may happen to be exact."""
+        """Raise a distance to at least the rounding of a single number, because a short sum may happen to be exact."""
         rounding = torch.finfo(self.dtype).eps
         return distance.worse((rounding, rounding))
 
@@ -454,7 +454,7 @@ class Subject:
 
 
 class Asked:
-    """The question about some inputs, as both sides read it.
+    """The question about some inputs, in the form that both sides read.
 
     Attributes:
         plans: the plan of each input.

@@ -106,7 +106,7 @@ class EvoPruneQwen25VL(lmms):
             yield GenerationResult(text, Measured(**tokens, measured=facts))
 
     def _answer(self, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
-        """Return the answer up to the task's first stop word, and its report."""
+        """Answer a question. Return the text before the task's first stop word, and the report."""
         if settings.get("num_beams", 1) > 1:
             raise UsageError("beam search is not supported", "set num_beams to 1 in the task's generation_kwargs")
         sampled = settings.get("do_sample", True)
@@ -134,10 +134,10 @@ class EvoPruneQwen25VL(lmms):
 
 
 def _only_video(visuals: list) -> str:
-    """Return the path of a question's only video.
+    """Return the path of the only video of a question.
 
     Raises:
-        UsageError: there are pictures, several videos, or none.
+        UsageError: the question has images, several videos, or no video.
     """
     if len(visuals) != 1 or not isinstance(visuals[0], str | os.PathLike):
         kinds = ", ".join(type(visual).__name__ for visual in visuals) or "none"

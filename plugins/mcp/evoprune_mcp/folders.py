@@ -60,5 +60,5 @@ def _read_with(real: Path) -> Iterator[Path]:
 
 
 def printable(path: Path) -> str:
-    """Return a path as valid Unicode, because a message of the protocol cannot hold anything else."""
+    """Convert a path to valid Unicode, because messages of the protocol cannot contain anything else."""
     return str(path).encode("utf-8", "backslashreplace").decode()

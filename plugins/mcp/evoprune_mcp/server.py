@@ -1,4 +1,4 @@
-"""The tools that agents see, their errors and their progress."""
+"""Defines the tools that agents see, and reports their errors and progress."""
 
 import asyncio
 import os
@@ -107,7 +107,7 @@ async def _result(context: Context, worker: Worker, work: Callable[[Report], Any
 
 
 def _told(problem: Exception) -> str:
-    """Return the message and the hint of an error. An unexpected one is also printed to stderr."""
+    """Return the message and the hint of an error. Unexpected errors are also printed to stderr."""
     record = error_record(problem)
     if record["type"] == "bug":
         tell(f"error: {record['message']}")

@@ -1,4 +1,4 @@
-"""Answers about files: one model, and the encodings of the latest inputs. Each method blocks, and runs in a worker's thread."""
+"""Answers questions about files, with one model and a cache of recent encodings. All methods block, so workers call them."""
 
 from collections import OrderedDict
 from contextlib import closing
@@ -85,7 +85,7 @@ class Videos:
         self._kept: OrderedDict[str, EncodedInputs] = OrderedDict()
 
     def load_early(self, report: Report) -> None:
-        """Load the model before the first question. A failure is only printed; each question tries again."""
+        """Load the model before the first question. If this fails, the error is only printed, and the next question tries again."""
         try:
             self._model(report)
         except EvopruneError as problem:
@@ -100,7 +100,7 @@ class Videos:
         end: float | str | None,
         budget: float | str | None,
     ) -> Answered:
-        """Answer a question about inputs together.
+        """Answer one question about all inputs together.
 
         Raises:
             EvopruneError: an argument, an input or the model cannot be used.
@@ -136,7 +136,7 @@ class Videos:
         return Answered(made.answer or "", made.finish_reason == "length", reused, warnings)
 
     def find(self, report: Report, path: str, query: str) -> Moments:
-        """Return the moments of a video that match a query, the best first. Raises the same errors as `ask`."""
+        """Return the moments of a video that match a query, the best first. For the exceptions, see `ask`."""
         path = self.folders.find(path)
         qa = self._model(report)
         how = {"fps": self._options.sampling.fps, "speech": self._options.sampling.speech} | vars(self._options.find)
@@ -154,7 +154,7 @@ class Videos:
         return {"kind": video.kind} | {name: value for name, value in asdict(video).items() if value is not None}
 
     def _encoded(self, key: str, paths: list[str], sampling: Any, pruning: Any, report: Report) -> "EncodedInputs":
-        """Return the kept encoding of inputs, or encode them."""
+        """Return the cached encoding of the inputs, or encode them."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
@@ -171,7 +171,7 @@ class Videos:
         return encoded
 
     def _model(self, report: Report) -> "VideoQA":
-        """Return the model, loaded on first use."""
+        """Return the model. It is loaded lazily, on first use."""
         if self._qa is None:
             from evoprune import VideoQA
 

@@ -1,4 +1,4 @@
-"""The process's streams and signals while it serves."""
+"""Handles the standard streams and signals of the process while it serves."""
 
 import os
 import signal
@@ -65,7 +65,7 @@ def end_at_once(received: Sequence[int]) -> None:
 
 
 def _copy(source: int, target: BinaryIO) -> None:
-    """Copy a stream until it ends or the target is closed."""
+    """Copy a stream until it ends or its target is closed."""
     with suppress(OSError, ValueError), target:
         while chunk := os.read(source, CHUNK_BYTES):
             while chunk:

@@ -40,7 +40,7 @@ class Job:
             self.future.set_exception(problem)
 
     def stop(self) -> None:
-        """Cancel a job that waits, or let a running one fail when it next reads a file or reports progress."""
+        """Cancel the job if it is waiting. If it is running, make it fail the next time it reads a file or reports progress."""
         self.future.cancel()
         self._scope.stop()
 
@@ -51,7 +51,7 @@ class Job:
 
 
 class Worker:
-    """A thread that runs jobs in order of submission. Leaving the context stops all jobs."""
+    """A thread that runs jobs in the order of submission. All jobs are stopped when the context ends."""
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
@@ -70,7 +70,7 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """True if a job still runs, which is possible even after the context: loading a model cannot be stopped."""
+        """True if a job is still running. This is possible even after the context, because loading a model cannot be stopped."""
         return self._thread.is_alive()
 
     def submit(self, work: Callable[[Report], Any]) -> Job:

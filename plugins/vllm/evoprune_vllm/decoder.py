@@ -15,7 +15,7 @@ OPTIONS = {"num_ffmpeg_threads": 0}  # options with their defaults, named as Tor
 def decode_evoprune(
     loader_cls, data: bytes, target: VideoTargetMetadata, sampling_kwargs: dict, *, num_ffmpeg_threads: int = 0
 ) -> tuple[np.ndarray, VideoSourceMetadata, list[int], list[int]]:
-    """Return the frames that a vLLM loader wants from a file, like `decode_opencv`.
+    """Decode the frames that a vLLM loader selects from a file. This has the interface of vLLM's `decode_opencv`.
 
     Args:
         num_ffmpeg_threads: number of cores to use; 0 for all cores available to this process.
@@ -65,6 +65,6 @@ def described(info: Video, count: int, stated: int) -> VideoSourceMetadata:
 
 
 def middles_of(times_s: list[float]) -> list[float]:
-    """Return for each frame the middle of the time that it is on screen."""
+    """For each frame, return the middle of the time span in which it is shown."""
     following = [*times_s[1:], times_s[-1]]
     return [(time + end) / 2 for time, end in zip(times_s, following, strict=True)]

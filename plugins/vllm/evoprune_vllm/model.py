@@ -203,7 +203,7 @@ class _Pruned(SupportsMultiModalPruning):
         return self.language_model.embed_input_ids(torch.tensor(ids, dtype=torch.int64, device=device))
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
-        """Return `positions.known_positions` of a prompt."""
+        """Return the positions of a prompt that are known before its videos are encoded. See `positions.known_positions`."""
         items = []
         clock = self.sizes.tokens_per_second
         for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
@@ -275,7 +275,7 @@ class _Timed(_Pruned):
 
 
 def _check(sizes: VisionConfig, config: VllmConfig) -> None:
-    """Raise ModelError or UsageError if the tower is not supported, or not with these options of vLLM."""
+    """Raise ModelError if the tower is not supported, or UsageError if an option of vLLM is not supported."""
     try:
         sizes.check()
     except ValueError as problem:

@@ -1,4 +1,4 @@
-"""Positions (M-RoPE) of a prompt whose videos are pruned. Does not import vLLM.
+"""Computes the M-RoPE positions of a prompt with pruned videos. Does not import vLLM.
 
 By Qwen's rule (`language.prompt`), the text after a video starts at the end of the video, regardless of which tokens are kept. So
 all positions are known before anything is encoded, except inside pruned videos.

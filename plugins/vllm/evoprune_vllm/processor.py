@@ -41,7 +41,7 @@ def in_units(grids: torch.Tensor, merge: int) -> list[Grid]:
 
 
 def without_own(options: Mapping) -> dict:
-    """Return the options for the Hugging Face processor, without this package's own."""
+    """Return only the options for the Hugging Face processor, without those of this package."""
     return {name: value for name, value in options.items() if name != BUDGET}
 
 
@@ -70,7 +70,7 @@ class Processor:
         return made
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):
-        """Return the result of vLLM's processor, with K and the seconds per pair for each video."""
+        """Return the result of vLLM's processor, to which K and the seconds per frame pair of each video are added."""
         for options in (hf_kwargs, *(each for each in hf_kwargs.values() if isinstance(each, Mapping))):
             if fixed := sorted(FIXED & set(options)):
                 raise ValueError(f"{fixed[0]} is fixed by the model")

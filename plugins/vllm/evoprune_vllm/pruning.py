@@ -1,4 +1,4 @@
-"""Pruning options of a server, and the encoding of one picture or video of a request. Does not import vLLM.
+"""Reads the pruning options of a server, and encodes an image or video from a request. Does not import vLLM.
 
 `--video-pruning-rate` is the share of tokens to remove. A request can set its own share of tokens to keep, `evoprune_budget` in
 `mm_processor_kwargs`. `--additional-config '{"evoprune": {"method": "divprune"}}'` names the method.
@@ -89,11 +89,11 @@ def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float)
 def encoded(
     visual, patches: torch.Tensor, grid: Grid, keep: int, method: MethodChain, normal: Normal = CLIP
 ) -> Encoded:
-    """Encode a picture or video to exactly `keep` tokens.
+    """Encode an image or video to exactly `keep` tokens.
 
     Raises:
         ModelError: the tower computes NaN or infinite values.
-        PluginError: another package's method failed, or kept another number of tokens.
+        PluginError: a method from another package failed, or kept a different number of tokens.
     """
     plan = method.plan(TowerShape.of_tower(visual), grid, keep)
     found = encode_rows(visual, [patches], plan, normal=normal).select_tokens()
@@ -144,12 +144,12 @@ def with_columns(
 
 
 def try_out(visual, method: MethodChain) -> None:
-    """Encode a small clip of noise, so that a method that cannot work fails at startup.
+    """Encode a small clip of noise, so that a method that does not work fails at startup instead of at the first request.
 
     Raises:
         UsageError: the method weighs tokens without declaring it.
 
-    Also raises the errors of `encoded`.
+    For the other exceptions, see `encoded`.
     """
     grid = (4, 4, 4)
     keep = 16
