@@ -85,8 +85,9 @@ class SamplingKeywords(TypedDict, total=False):
     max_subtitle_tokens: int
     """Limit on subtitle tokens: above it, lines are left out evenly."""
     speech: str | PathLike[str]
-    """Transcribe what is said and add it to the prompt like subtitles, which take precedence: a Whisper model, or a
-    folder with one for CTranslate2. auto: the video's subtitles, or base if it has none. Needs evoprune[speech]."""
+    """Transcribe what is said and add it to the prompt like subtitles, which take precedence: a Whisper model (tiny,
+    base, small or large-v3-turbo), or a folder with one for CTranslate2. auto: the video's subtitles, or base if it has
+    none. Needs evoprune[speech]."""
 
 
 class UntypedKeywords(TypedDict, total=False):

@@ -17,7 +17,7 @@ from evoprune.methods import EncoderPlan, Grid, TowerShape
 from evoprune.untrusted import Rule
 from evoprune.util import check_types, option, parse_time
 from evoprune.video.info import FOLDER_FPS, Decoder, Kind, PromptSubtitles, Seek, Video, check_seek, span_of
-from evoprune.video.sound import SPEECH_MODELS, check_speech
+from evoprune.video.sound import check_speech
 
 # Limit on the units of one frame if the model limits the total of all frames (Qwen's own limit). Without it, a four-frame video
 # would spend the whole total on four frames.
@@ -93,9 +93,10 @@ class SamplingOptions:
 
     speech: str | PathLike[str] = option(
         "none",
-        "Transcribe what is said and add it to the prompt like subtitles, which take precedence: a Whisper model, or a folder with "
-        "one for CTranslate2. auto: the video's subtitles, or base if it has none. Needs evoprune[speech].",
-        words=("none", "auto", *SPEECH_MODELS, "DIR"),
+        "Transcribe what is said and add it to the prompt like subtitles, which take precedence: a Whisper model (tiny, base, "
+        "small or large-v3-turbo), or a folder with one for CTranslate2. auto: the video's subtitles, or base if it has none. "
+        "Needs evoprune[speech].",
+        words=("none", "auto", "MODEL", "DIR"),
     )
 
     def __post_init__(self):
