@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MomentFiles:
-    """The paths of the requested files. The path of a file that was not requested is None."""
+    """The output files that the user requested. Each field is a path, or None if the file was not requested."""
 
     srt: str | None
     chapters: str | None

@@ -33,7 +33,7 @@ class EvalResults(Results):
         return self.found
 
     def text(self, form: str, width: int) -> str:
-        """Return the results as "table", "csv" or "json"."""
+        """Return the results in the format `form`: "table", "csv" or "json"."""
         return self._csv() if form == "csv" else super().text(form, width)
 
     def table(self, width: int) -> str:

@@ -184,7 +184,7 @@ class ProfileResults(Results):
         }
 
     def text(self, form: str, width: int) -> str:
-        """Return the results as "table", "md", "csv" or "json"."""
+        """Return the results in the format `form`: "table", "md", "csv" or "json"."""
         if form == "md":
             return self._markdown()
         if form == "csv":

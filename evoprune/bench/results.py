@@ -32,7 +32,7 @@ class Results(ABC):
         return json.dumps(self.document(), separators=(",", ":"), allow_nan=False)
 
     def text(self, form: str, width: int) -> str:
-        """Return the results as "table" or "json"."""
+        """Return the results in the format `form`: "table" or "json"."""
         return self.table(width) if form == "table" else f"{self.to_json()}\n"
 
     def chart(self) -> str | None:

@@ -607,7 +607,7 @@ class Tuning(Run):
         Raises:
             UsageError: a method does not work with the model.
 
-        Also raises the errors of `load_model`.
+        For the other exceptions, see `load_model`.
         """
         self.model = model = model or describe(self.settings.model)
         for candidate in self.known:

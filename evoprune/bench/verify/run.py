@@ -186,7 +186,7 @@ def run_checks(
     Args:
         time_limit_s: limit for the whole run, which started at `begun` (on the clock `time.perf_counter`); None for no limit.
 
-    Raises the errors of `load_model`.
+    For the exceptions, see `load_model`.
     """
     limit = TimeLimit(UNLIMITED_S if time_limit_s is None else time_limit_s, begun=begun)
     progress("loading model", 0, 0, "")

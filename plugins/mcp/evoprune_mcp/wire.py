@@ -14,10 +14,10 @@ CHUNK_BYTES = 2**16
 
 @contextmanager
 def real_streams() -> Iterator[list[int]]:
-    """Make `sys.stdin` a copy of the real stdin that also ends at the first signal, and `sys.stdout` the real stdout.
+    """Replace `sys.stdin` with a copy of the real stdin that also ends at the first signal, and `sys.stdout` with the real stdout.
 
-    Otherwise a blocked read of stdin would delay the end. A signal is raised again when the context ends; a second signal ends the
-    process at once.
+    Without the copy, a blocked read of stdin would delay the shutdown. Received signals are raised again when the context ends. A
+    second signal ends the process immediately.
 
     Yields:
         The received signals.
@@ -51,7 +51,7 @@ def real_streams() -> Iterator[list[int]]:
 
 
 def end_at_once(received: Sequence[int]) -> None:
-    """End the process without Python's cleanup, which could crash a thread that still computes.
+    """End the process without Python's cleanup, which could crash a thread that is still computing.
 
     Args:
         received: the signals that end the process.

@@ -1,4 +1,4 @@
-"""Reads the messages of a conversation. Supports the formats in which different client programs send videos and images."""
+"""Reads the messages of a conversation. Supports the formats that different client programs use for videos and images."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from evoprune_serve.sources import Address, FrameList, Source, Uploaded
 
 MOST_MESSAGES = 1000
 MOST_PARTS = 1000  # in all messages together
-MOST_CHARACTERS = 2**22  # in the text of all messages together
+MOST_CHARACTERS = 2**22  # maximum total length of the text
 MOST_SOURCES = 64
 MOST_FRAMES = 256  # in a list of frames
 # Fields of earlier answers that clients send back. They are not part of the conversation. Except for `UNREAD`, they must be empty.

@@ -108,11 +108,11 @@ class Page:
         )
 
     async def units(self, request: Request) -> Response:
-        """Return what happened to each unit of a video, together with the encoding and prefill times."""
+        """Respond with the fates of a video's units, and with the encoding and prefill times."""
         return await self._server.task(request, self._tell_units)
 
     async def moments(self, request: Request) -> Response:
-        """Return the moments of a video that match the question."""
+        """Respond with the moments of a video that match the question."""
         return await self._server.task(request, self._tell_moments)
 
     def routes(self) -> list[Route]:

@@ -78,7 +78,7 @@ def pruned(done: Done, queue_s: float) -> dict[str, Any]:
 
 
 def logprobs(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Convert the log probabilities in a report to OpenAI's format, in which each token has a list of likely alternatives."""
+    """Convert the log probabilities in a report to OpenAI's format. Each token gets a list of likely alternatives."""
 
     def entry(each: dict[str, Any]) -> dict[str, Any]:
         return {name: each[name] for name in ("token", "logprob", "bytes")}
