@@ -6,7 +6,7 @@ import evoprune
 
 
 def mistakes(qa: evoprune.VideoQA, video: evoprune.EncodedInputs, model: torch.nn.Module) -> None:
-    evoprune.VideoQA.load("demo", budget="blanced")
+    evoprune.VideoQA.load("demo", budget=["fast"])
     evoprune.VideoQA.load("demo", devise="cpu")
     evoprune.VideoQA.load("demo", quantize="int2")
     evoprune.VideoQA.load("demo", seed="one")
@@ -23,11 +23,11 @@ def mistakes(qa: evoprune.VideoQA, video: evoprune.EncodedInputs, model: torch.n
     video.ask("What?", schema=int, max_tokens=3)
     print(video.ask("What?", schema=int).parsed.color)
     qa.stream(window="2s")
-    evoprune.EvoPrune(budget="auto")
+    evoprune.EvoPrune(budget=None)
     evoprune.EvoPrune(bugdet=0.1)
-    evoprune.apply(model, budget="blanced")
+    evoprune.apply(model, budget=b"fast")
     evoprune.apply(model, position="host")
-    evoprune.encode(model, torch.zeros(1), torch.zeros(1), budget="tiny")
+    evoprune.encode(model, torch.zeros(1), torch.zeros(1), budget=None)
     evoprune.processor_inputs("demo", "clip.mp4", "What?", frams=4)
     evoprune.read_frames("clip.mp4", frames="all")
     evoprune.read_ahead("clip.mp4", fsp=2.0)
