@@ -53,7 +53,7 @@ class Askable(ABC, Uncopied):
         return False
 
     def _report_of_inputs(self, encodings: Sequence[EncodedInput]) -> Report:
-        """Return the report of encoded inputs, without stage times."""
+        """Return the report of encoded inputs, without the stage times summed over inputs, which `fill_times` adds."""
         return inputs_report(self._session, encodings)
 
     @abstractmethod

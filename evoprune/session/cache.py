@@ -43,7 +43,7 @@ def cache_folder() -> Path:
 
 @cache
 def own_code() -> str:
-    """Return a hash that changes whenever this package's files change, because the version stays the same during development."""
+    """Return a hash of the paths, sizes and modification times of this package's files, which change without a new version."""
     files = sorted(Path(evoprune.__file__).parent.rglob("*.py"))
     return hashlib.sha256(repr(file_stats(files)).encode()).hexdigest()
 
@@ -135,7 +135,7 @@ class Entries:
                         yield path, path.stat()
 
     def make_room(self) -> None:
-        """Evict the least recently used entries beyond the limit, and unfinished files left by killed processes."""
+        """Evict the least recently used entries beyond the limit, and unfinished files of killed processes after an hour."""
         total = 0
         for path, stat in sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True):
             total += stat.st_size

@@ -23,11 +23,11 @@ class EncodedInput:
 
     @property
     def kept(self) -> int:
-        """The number of tokens that the language model will read."""
+        """Number of visual tokens of this input that the language model will read."""
         return self.plan.encoder.keep if self.unselected else len(self.encoded.kept)
 
     def own(self) -> "EncodedInput":
-        """Return a copy for a separate conversation, so that each conversation measures its own selection times.
+        """Return a copy with nothing selected and with a separate timer.
 
         If the method does not read the question, return the same object.
         """

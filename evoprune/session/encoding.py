@@ -491,7 +491,7 @@ def open_inputs(
 ) -> OpenInputs:
     """Probe videos and pictures and plan how to read them. Reads no frames.
 
-    An input that is not a path is written to a temporary file, which is removed when the inputs are closed (video/given.py).
+    URLs, bytes, open files and Pillow images become temporary files, which are removed when the inputs are closed (video/given.py).
 
     Args:
         paths: The inputs, at least one, in the order in which the model reads them.

@@ -45,7 +45,8 @@ def is_id(name: str) -> bool:
 def nearest_id(name: str) -> str | None:
     """Return the published Qwen id that is most similar to a misspelled id, or to an id without its organization.
 
-    Returns None if the id is correct, or if no published id is similar.
+    Returns None if no published id is similar, for ids of other organizations, and for ids that begin with a published id, such as
+    `...-AWQ`.
     """
     organization, _, word = name.lower().rpartition("/")
     if organization not in ("", "qwen") or not word:
@@ -77,7 +78,10 @@ def near_hint(name: str) -> str:
 
 
 def kind_hint(name: str) -> str:
-    """Return the beginning of a hint about supported models, or an empty string if the name looks like a supported model."""
+    """Return the beginning of a hint: that GGUF and MLX weights are not supported, or which models are.
+
+    Returns an empty string if the name looks like a supported model.
+    """
     if _CONVERTED.search(name):
         instead = downloadable_id(name) or "the original checkpoint"
         return f"the name suggests GGUF or MLX weights, which evoprune does not support; use {instead}; "

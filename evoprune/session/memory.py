@@ -38,8 +38,8 @@ def piece_needs(
 ) -> list[tuple[int, int]]:
     """Return the possible piece sizes, largest first, each with the memory that encoding then takes (`encoding_bytes`).
 
-    A piece size is the number of rows that go through a matrix product at a time. The first size is the device's default. Each
-    further size is half as large, down to the size of a frame pair.
+    A piece size is the number of rows that go through a matrix product at a time. The first size is the device's default. The
+    second is half of that or of the number of units, whichever is smaller. Further sizes are halved, down to a frame pair.
     """
     pair = encoder.grid[1] * encoder.grid[2]
     sizes = [Device(device).piece_units]

@@ -52,7 +52,8 @@ class PatchStore:
     ) -> Reading[PatchChunk] | None:
         """Return the reading for a key. If there is none, start one with `source`. The caller releases the reading with `close`.
 
-        Returns None if the patches, which take `size` bytes, are larger than the limit or memory on `device` is short.
+        Returns None if the patches, which take `size` bytes, are larger than the limit or memory on `device` is short. Short memory
+        also evicts all unused patches.
         """
         with self._lock:
             reading = self._entries.get(key)

@@ -54,7 +54,7 @@ class Readings:
 
 
 class Reading(Generic[T]):
-    """An input that a thread starts reading as soon as the object is created. Close it after use.
+    """An input read by its own thread, which starts now and reads when it is its turn. Close it after use.
 
     Args:
         source: Called by the thread when it is its turn. Returns the iterator that produces the chunks.
@@ -71,7 +71,7 @@ class Reading(Generic[T]):
         begun: True once `source` has returned.
         ended: True once the thread has finished, even if it failed or was stopped.
         complete: True once the thread has produced all chunks.
-        taken: True once a consumer has started to take chunks.
+        taken: True once a consumer has asked for a chunk.
         users: Number of inputs that use a shared reading. The patch store updates it.
         problem: The exception that ended the thread, or None.
     """

@@ -48,7 +48,7 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
 
 
 def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report:
-    """Return the report for encoded inputs, without stage times."""
+    """Return the report for encoded inputs, without the stage times summed over inputs, which `fill_times` adds."""
     loaded = session.loaded
     states = {encoding.cache for encoding in encodings}
     report = Report(

@@ -84,7 +84,7 @@ class Session:
         return replace(self, pruning=PruneConfig.of(Budget.FULL, "none", self.pruning.seed))
 
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
-        """Return the maximum number of prompt columns that the language model holds.
+        """Return the maximum number of prompt tokens that the language model keeps in a layer.
 
         Args:
             tokens: Number of visual tokens.
@@ -183,9 +183,9 @@ class Session:
         raise OutOfMemory(f"{plan.name} {short}: {kept}", USE_LESS, stage="encode")
 
     def check_memory(self, text: int, visual: int) -> None:
-        """Check that a prompt with a long text fits into memory.
+        """Check that a prompt fits into memory.
 
-        The check before encoding assumes a text of at most `TEXT` tokens, so this is a no-op for shorter texts.
+        Does nothing for up to `TEXT` text tokens, which the check before encoding covers.
 
         Raises:
             OutOfMemory: If the prompt does not fit.

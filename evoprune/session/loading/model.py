@@ -397,7 +397,9 @@ def read_generation(folder: Path | None) -> GenerationSettings:
 def eos_ids(
     folder: Path | None, generation: GenerationSettings, config: Config, tokenizer: Tokenizer | None
 ) -> tuple[int, ...]:
-    """Return the tokens that end an answer, from the first file that specifies any.
+    """Return the tokens that end an answer.
+
+    They come from generation_config.json, config.json or the tokenizer, whichever names any first.
 
     Warns if some of them are not in the model's vocabulary.
 
@@ -514,8 +516,9 @@ def make_ready(
 def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: bool) -> None:
     """Compile kernels and initialize libraries while the weights load, so that a GPU's first question does not wait for them.
 
-    A small model with the same widths answers a question about a few units. It has at least two layers, because the top layer
-    computes only a few columns and so uses different kernels.
+    A small model with the same widths answers a question about a few units. For models that transformers runs, its
+    `intermediate_size` is 1. It has at least two layers, because the top layer computes only a few columns and so uses different
+    kernels.
     """
     vision = config.vision_config
     text = config.text_config

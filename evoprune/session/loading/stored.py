@@ -143,7 +143,7 @@ class _Stream:
 
 
 def calibrate(model: Model) -> None:
-    """Run every linear layer of a model once on the CPU, and discard the results."""
+    """Run every linear layer of a model once on the CPU, so that `Quantization.apply` sees the input of each layer."""
     seen = calibrate_tower(model.model.visual)
     embed = model.model.language_model.embed_tokens
     ids = torch.linspace(0, embed.num_embeddings - 1, 2 * CALIBRATION_TOKENS, dtype=torch.float64, device="cpu").long()

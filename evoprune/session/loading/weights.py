@@ -257,8 +257,8 @@ class ModelWeights:
     def fingerprint(self) -> str:
         """A string that changes when the weights change.
 
-        For a hub model, it consists of the id and the commit. For a folder, it is a hash of the config and of the names, sizes and
-        times of the weight files, because hashing gigabytes would take too long.
+        For a hub model, it consists of the id and the commit. For a folder, it is a hash of the config and of the paths, sizes and
+        times of the weight files (so moving them changes it), because hashing gigabytes would take too long.
         """
         model = self.description
         if model.commit is not None and self.files:
