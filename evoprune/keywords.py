@@ -56,7 +56,7 @@ class PruneKeywords(TypedDict, total=False):
 
 
 class SamplingKeywords(TypedDict, total=False):
-    """How frames are sampled from a video."""
+    """Options for sampling frames from a video."""
 
     fps: float | None
     """Frames per second to sample; default: the model's rate."""

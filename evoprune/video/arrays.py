@@ -1,4 +1,4 @@
-"""Reads frames into a single array for use outside of evoprune (`evoprune.read_frames`). Does not import torch."""
+"""Reads frames into a single array for use outside evoprune (`evoprune.read_frames`). Does not import torch."""
 
 import math
 import os
@@ -29,32 +29,33 @@ def read_frames(
     decoder: Decoder = "auto",
     frame_rate: float = FOLDER_FPS,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Read frames of a video file, a folder of images or a picture. On Linux this happens in a separate process.
+    """Read frames of a video file, a folder of images or a still image. On Linux, a separate process reads the file.
 
         frames, times_s = evoprune.read_frames("clip.mp4", [0.5, 3.0, 9.25])
         frames, times_s = evoprune.read_frames("clip.mp4", frames=64)
 
-    Every time gets the frame that is on screen then. Times before the video begins get the first frame, times after it ends the
-    last one.
+    Each time gets the frame that is on screen at that time. A time before the video begins gets the first frame, and a time after
+    it ends gets the last frame.
 
     Args:
-        times_s: seconds from the first frame, ascending; a time may repeat.
-        frames, fps: number of frames, or frames per second (at least one frame), instead of `times_s`. The span is divided into
-            this many equal parts, and the frame in the middle of every part is read. A picture gives one frame.
-        start_s, end_s: the span to divide, in seconds; negative values count from the end.
-        seek: how the frame of a part is chosen: "exact", "keyframes" or "auto", see `--seek` in docs/video.md.
+        times_s: Seconds from the first frame, ascending. A time may repeat.
+        frames, fps: Number of frames, or frames per second (at least one frame in total), instead of `times_s`. The span is
+            divided into this many equal parts, and the frame in the middle of each part is read. A still image gives one frame.
+        start_s, end_s: The span to divide, in seconds. Negative values count from the end.
+        seek: How the frame of a part is chosen: "exact", "keyframes" or "auto". See `--seek` in docs/video.md.
         decoder: "auto", "pyav" or "decord".
-        frame_rate: images of a folder per second of video.
+        frame_rate: Frame rate of a folder of images, in images per second of video.
 
     Returns:
         The frames, uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied); and the frames' own times in seconds, float64 `[n]`.
-        These equal the requested times or are slightly earlier; with `seek`, they differ by at most half a part.
+        The frames' own times equal the requested times or are slightly earlier. With "keyframes" or "auto", they differ from the
+        requested times by at most half the length of a part.
 
     Raises:
-        UsageError: invalid or conflicting arguments, or decord is not installed.
-        VideoError: the file is missing, unreadable, not a video, or has no frames in the span; or the reading process crashed or
+        UsageError: Arguments are invalid or conflict with each other, or decord is not installed.
+        VideoError: The file is missing, unreadable, not a video, or has no frames in the span; or the reading process crashed or
             hung.
-        OutOfMemory: the frames do not fit into memory.
+        OutOfMemory: The frames do not fit into memory.
     """
     _check_path(path)
     sampling = SamplingOptions(fps=fps, frames=frames, start_s=start_s, end_s=end_s, frame_rate=frame_rate, seek=seek)
@@ -74,10 +75,10 @@ def read_frames(
 
 
 def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Read the chunks of `video.frames.read_chunks` into a single array. Returns and raises what `read_frames` does.
+    """Read the chunks of `video.frames.read_chunks` into a single array. For the result and the errors, see `read_frames`.
 
     Args:
-        how: further arguments of `read_chunks`.
+        how: Further arguments for `read_chunks`.
     """
     check_room(info, len(times_s))
     with memory_guard("read"):
@@ -117,12 +118,12 @@ def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
 
 
 def _parts(info: Video, sampling: SamplingOptions) -> tuple[tuple[float, ...], float]:
-    """Return the middles of the equal parts and the length of a part, in seconds. Raises what `read_frames` raises."""
+    """Return the middles of the equal parts and the length of each part, in seconds. Raises the same errors as `read_frames`."""
     if info.is_picture:
         check_no_span(info, sampling.start_s, sampling.end_s)
         return (0.0,), 0.0
     start, end = info.span(sampling.start_s, sampling.end_s)
     count = sampling.frames or max(1, math.floor(min((end - start) * sampling.fps, sys.maxsize) + 0.5))
-    check_room(info, count)  # first, because the list of times may be too large as well
+    check_room(info, count)  # checked before the plan is made, because the list of times may not fit into memory either
     plan = SamplingPlan.even(start, end, count)
     return plan.times_s, plan.seconds_per_frame

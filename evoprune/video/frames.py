@@ -1,5 +1,8 @@
-"""Reads videos: metadata (`probe`, `scan`), subtitles (`read_subtitles`), and frames (`read_chunks`), as full-size RGB in chunks of
-bounded size. The work grows with the request, not with the file. `local_file` copies standard input and URLs to temporary files."""
+"""Reads videos: metadata (`probe`, `scan`), subtitles (`read_subtitles`) and frames (`read_chunks`).
+
+Frames are full-size RGB, in chunks of bounded size. The work grows with the request, not with the file. `local_file` copies
+standard input and URLs to temporary files.
+"""
 
 import math
 import os
@@ -29,19 +32,20 @@ CHUNK_BYTES = 2**20  # chunk size for copying standard input
 
 
 def probe(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float = FOLDER_FPS) -> Video:
-    """Read the metadata of a video file, a picture, or a folder of images that is read as a video.
+    """Read the metadata of a video file, a still image, or a folder of images that is read as a video.
 
-    Decodes the first frame and reads the packets of the last seconds. If FFmpeg cannot seek near the end of the file, all its
+    Decodes the first frame and reads the packets of the last few seconds. If FFmpeg cannot seek near the end of the file, all
     packets are read once, without decoding.
 
     Args:
-        path: never interpreted as a URL or a pattern; playlists are not followed. A `HeldVideo` is returned as it is.
-        folder_fps: images of a folder per second of video.
+        path: Path of the input. It is never interpreted as a URL or a pattern, and playlists are not followed. A `HeldVideo` is
+            returned unchanged.
+        folder_fps: Frame rate of a folder of images, in images per second of video.
 
     Raises:
         UsageError: `folder_fps` is not above 0.
-        VideoError: no such file, not a video, no video stream, no decodable frame, or a folder without images; see also
-            `isolation.run_task`.
+        VideoError: The file does not exist, is not a video, or has no video stream or decodable frame; or the folder has no
+            images. See also `isolation.run_task`.
     """
     if isinstance(path, HeldVideo):
         return path
@@ -51,16 +55,16 @@ def probe(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float = FOLDE
 def scan(
     path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS, on_frames: Callable[[int], None] | None = None
 ) -> ScanResult:
-    """Decode a whole video to find damage, its true length, and the regularity of its frames and keyframes.
+    """Decode a whole video to find damage, its true length, and how regular its frames and keyframes are.
 
-    Memory use does not grow with the video: only a few frames and a histogram of frame intervals are kept.
+    Memory use does not grow with the length of the video, because only a few frames and a histogram of frame intervals are kept.
 
     Args:
-        path, folder_fps: see `probe`.
-        on_frames: called about once a second with the number of frames decoded so far.
+        path, folder_fps: See `probe`.
+        on_frames: Called about once a second with the number of frames decoded so far.
 
     Raises:
-        UsageError, VideoError: see `probe`. Pictures cannot be scanned.
+        UsageError, VideoError: See `probe`. A still image also raises VideoError, because it cannot be scanned.
     """
     return ScanResult(**_run("scan", path, on_frames, folder_fps=folder_fps))
 
@@ -68,8 +72,8 @@ def scan(
 def frame_times(info: Video) -> FrameTimes:
     """Return the display time of every frame of a video file, for callers that address frames by number.
 
-    Reads all packets. Decodes them only if they do not state the times; MP4, MOV, Matroska, WebM and MPEG-TS usually do. Raises
-    what `probe` raises.
+    Reads all packets. They are decoded only if they do not state the display times; in MP4, MOV, Matroska, WebM and MPEG-TS they
+    usually do. Raises the same errors as `probe`.
     """
     return FrameTimes(**run_task("frame_times", info.path, {"info": asdict(info)}))
 
@@ -78,12 +82,13 @@ def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float 
     """Return the subtitles that overlap a span of a video.
 
     Args:
-        choice: a subtitle file (SRT, WebVTT, ASS, SSA), or a video with a text track. "auto" takes a file next to the video,
-            otherwise the video's default text track or its only one, otherwise none. "none" takes none. A picture has none.
-        start_s, end_s: the span, in seconds from the first frame.
+        choice: A subtitle file (SRT, WebVTT, ASS, SSA), or a video with a text track. "auto" uses a file next to the video. If
+            there is none, it uses the video's default text track, or its only text track. "none" returns no subtitles, and
+            neither does any choice for a still image.
+        start_s, end_s: The span, in seconds from the first frame.
 
     Raises:
-        VideoError: the file does not exist, has no subtitles or only image subtitles, or its encoding is unknown; see also
+        VideoError: The file does not exist, has no subtitles or only image subtitles, or has an unknown encoding. See also
             `isolation.run_task`.
     """
     if choice == "none":
@@ -102,12 +107,12 @@ def _run(
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """Consecutive frames of the requested times."""
+    """Consecutive frames that were read for consecutive requested times."""
 
     first: int  # index of the first frame among the requested times
     pixels: "np.ndarray"  # uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous
-    times_s: tuple[float, ...]  # the frames' own times from the first frame; may precede the requested times
-    damaged: int = 0  # damaged packets (in a folder: images) found since the chunk before
+    times_s: tuple[float, ...]  # the frames' own times from the first frame; may be earlier than the requested times
+    damaged: int = 0  # damaged packets (in a folder: images) found since the previous chunk
     other_size: bool = False  # whether a frame differed in size from the video and was scaled
     moved: bool = False  # whether a frame is a nearby keyframe instead of the frame on screen
 
@@ -117,7 +122,7 @@ class FrameChunk:
 
     @property
     def end(self) -> int:
-        """Index of the last frame, plus 1."""
+        """Index after the last frame (exclusive)."""
         return self.first + len(self.times_s)
 
 
@@ -132,28 +137,30 @@ def read_chunks(
     cores: int | None = None,
     on_frames: Callable[[int], None] = lambda frames: None,
 ) -> Iterator[FrameChunk]:
-    """Yield the frame on screen at every time, in chunks.
+    """Yield the frame that is on screen at each requested time, in chunks.
 
-    Times before the video begins get the first frame, times after it ends the last one. All frames have the size in `info`; a frame
-    of another size is scaled, with black borders if its aspect ratio differs. Damaged packets are skipped, so the frame before them
-    stays on screen. (decord does not report damage: it stops, or patches frames up silently.) Close the iterator to stop early.
+    A time before the video begins gets the first frame, and a time after it ends gets the last frame. All frames have the size
+    given in `info`. A frame of a different size is scaled, with black borders if its aspect ratio differs. Damaged packets are
+    skipped, so the preceding frame stays on screen. (decord does not report damage: it either stops or silently patches up
+    frames.) Close the iterator to stop early.
 
     Args:
-        times_s: seconds from the video's first frame, ascending; a time may repeat.
-        decoder: see `choose_decoder`.
-        chunk_bytes: size limit of a chunk. A chunk holds at least two frames, even if they exceed it. All chunks except the last
-            hold an even number of frames, so no frame pair is split.
-        seek: `keyframes` takes the nearest keyframe instead of the frame on screen, if one lies within half of `part_s`; it is
-            decoded without other frames. A keyframe between two parts belongs to the later one. `auto` does so only if it saves
-            much (readers/pyav.py), which depends only on the file and the times. Only PyAV supports this.
-        part_s: interval between times in seconds, if the times are the middles of equal parts.
-        cores: number of cores to keep busy; None uses all that this process may use. The frames do not depend on it.
-        on_frames: called about once a second, by the iterating thread, with a lower bound on the number of frames read so far.
+        times_s: Seconds from the video's first frame, ascending. A time may repeat.
+        decoder: See `choose_decoder`.
+        chunk_bytes: Size limit of a chunk. A chunk holds at least two frames, even if they exceed the limit. All chunks except
+            the last hold an even number of frames, so that no frame pair is split.
+        seek: "exact" reads the frame on screen. "keyframes" replaces it with the nearest keyframe if there is one within half
+            of `part_s`, because a keyframe is decoded without any other frames. A keyframe on the border between two parts
+            belongs to the later part. "auto" uses keyframes only if that saves much time (see readers/pyav.py); this depends
+            only on the file and the times. Only PyAV supports "keyframes" and "auto".
+        part_s: Interval between the times in seconds, if the times are the middles of equal parts.
+        cores: Number of CPU cores to use, or None for all cores available to this process. It does not affect the frames.
+        on_frames: Called about once a second, by the iterating thread, with a lower bound on the number of frames read so far.
 
     Raises:
-        UsageError: times that do not ascend, an unknown `seek`, or an error of `choose_decoder`.
-        VideoError: an error of `choose_decoder`; or while iterating, if the file can no longer be read or no frame can be decoded;
-            see also `isolation.run_task`.
+        UsageError: The times do not ascend, `seek` is unknown, or `choose_decoder` raises it.
+        VideoError: `choose_decoder` raises it; or, during iteration, the file can no longer be read or no frame can be decoded.
+            See also `isolation.run_task`.
     """
     times = tuple(float(t) for t in times_s)
     if not all(map(math.isfinite, times)) or any(b < a for a, b in pairwise(times)):
@@ -180,13 +187,13 @@ def _held_chunks(info: HeldVideo, times: Sequence[float], per_chunk: int) -> Ite
 
 
 def choose_decoder(decoder: str, info: Video | None = None) -> str:
-    """Return the decoder to use, after checking that it works: `pyav`, `decord`, `pillow` or `none`.
+    """Return the decoder to use (`pyav`, `decord`, `pillow` or `none`), after checking that it works.
 
-    Pictures and some animations need `pillow`, and an array `none`. `auto` means PyAV. decord decodes every frame (see
-    readers/decord.py), does not support AV1, and gives up on damage.
+    Still images and some animations need `pillow`, and an array needs `none`. `auto` selects PyAV. decord decodes every frame (see
+    readers/decord.py), does not support AV1, and gives up on damaged files.
 
     Raises:
-        UsageError: unknown decoder, or decord is not installed.
+        UsageError: The decoder is unknown, or decord is not installed.
         VideoError: decord is known to fail on videos like this one.
     """
     if info is not None and (info.is_picture or (info.is_animation and decoder != "decord")):
@@ -212,20 +219,20 @@ def local_file(
     offline: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[str]:
-    """Yield a path to read the video from.
+    """Yield a path from which the video can be read.
 
-    For `-` this is a temporary copy of standard input, because readers seek. For an http or https URL it is a downloaded copy.
-    Paths such as `/dev/stdin`, which refer to open files of this process, are resolved, because another process reads the video.
-    Other paths are yielded unchanged.
+    For `-`, this is the path of a temporary copy of standard input, because readers need to seek. For an http or https URL, it is
+    the path of a downloaded copy. Paths such as `/dev/stdin` refer to open files of this process and are resolved, because a
+    different process reads the video. Other paths are yielded unchanged.
 
     Args:
-        source: a path, a URL, or `-` (a file of that name is `./-`).
-        stdin: replaces `sys.stdin.buffer`.
-        offline, progress: see `download.downloaded`.
+        source: A path, a URL, or `-` for standard input. A file named `-` can be given as `./-`.
+        stdin: Read instead of `sys.stdin.buffer`.
+        offline, progress: See `download.downloaded`.
 
     Raises:
-        UsageError: standard input is a terminal, or an error of `downloaded`.
-        VideoError: standard input is closed, empty, a device, or cannot be stored; `source` is a pipe; or an error of `downloaded`.
+        UsageError: Standard input is a terminal, or `downloaded` raises it.
+        VideoError: Standard input is closed, empty, a device, or cannot be stored; `source` is a pipe; or `downloaded` raises it.
     """
     if is_url(source):
         from evoprune.video.download import downloaded

@@ -1,4 +1,4 @@
-"""Arrays of frames as videos. Does not import numpy before it gets an array."""
+"""Represents arrays of frames as videos. numpy is imported only when an array is given."""
 
 import math
 from bisect import bisect_right
@@ -14,13 +14,15 @@ from evoprune.video.info import Video
 if TYPE_CHECKING:
     import numpy as np
 
-TOLERANCE_S = 1e-4  # a frame of a `HeldVideo` that begins up to this much after a time counts as on screen
+TOLERANCE_S = (
+    1e-4  # a frame of a `HeldVideo` counts as on screen if it begins at most this long after the requested time
+)
 RATE_HINT = "give frame_rate=30 (frames per second) or times_s=[...] (seconds)"
 
 
 @dataclass(frozen=True, eq=False)
 class HeldVideo(Video):
-    """An array of frames in a Python program, as a video. Compares by identity."""
+    """An array of frames, held by a Python program and treated as a video. Instances compare by identity."""
 
     held: "np.ndarray" = field(kw_only=True, repr=False)  # uint8 `[T, H, W, 3]`, RGB as displayed
     frames_s: tuple[float, ...] = field(kw_only=True, repr=False)  # T times in seconds from the first frame, ascending
@@ -32,13 +34,13 @@ class HeldVideo(Video):
         """Wrap an array of frames as a video.
 
         Args:
-            frames: uint8 `[T, H, W, 3]`, RGB; an array, or anything that `numpy.asarray` accepts.
-            frame_rate: frames per second, or None if `times_s` is given.
-            times_s: start time of each frame in seconds, ascending. The first one is the beginning of the video.
-            several: True if this is one of several inputs; changes only the hints of errors.
+            frames: uint8 `[T, H, W, 3]`, RGB. An array, or anything that `numpy.asarray` accepts.
+            frame_rate: Frames per second, or None if `times_s` is given.
+            times_s: Start time of each frame in seconds, ascending. The first frame marks the beginning of the video.
+            several: True if this is one of several inputs. It affects only the hints in error messages.
 
         Raises:
-            UsageError: wrong shape or dtype, an invalid rate or invalid times, or not exactly one of the two.
+            UsageError: The shape, dtype, rate or times are invalid; or both or neither of `frame_rate` and `times_s` are given.
         """
         import numpy as np
 
@@ -86,7 +88,7 @@ class HeldVideo(Video):
     __hash__ = object.__hash__
 
     def on_screen(self, times_s: Sequence[float]) -> "tuple[np.ndarray, tuple[float, ...]]":
-        """Return the frames on screen at n times, uint8 `[n, H, W, 3]`, C-contiguous, and the frames' own times."""
+        """Return the frames on screen at n times, uint8 `[n, H, W, 3]` and C-contiguous, and the start times of these frames."""
         counts = [bisect_right(self.frames_s, time_s + TOLERANCE_S) for time_s in times_s]
         numbers = [max(count - 1, 0) for count in counts]
         frames = self.held[numbers]
@@ -96,7 +98,7 @@ class HeldVideo(Video):
 
 
 def _as_video(array: "np.ndarray", frames_s: tuple[float, ...], rate: float, start_s: float) -> HeldVideo:
-    """Return the video of an array. Raises UsageError if the frame rate or the duration is not a finite number above 0."""
+    """Build a video from an array. Raises UsageError if the frame rate or the duration is not a finite number above 0."""
     if not (0 < rate < math.inf and math.isfinite(frames_s[-1] + 1 / rate)):
         raise UsageError(f"{rate:g} frames per second is not a valid frame rate", RATE_HINT)
     gaps = [later - earlier for earlier, later in pairwise(frames_s)]

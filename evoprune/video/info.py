@@ -1,5 +1,8 @@
-"""Facts about a video or picture: `Video` from its metadata, `ScanResult` from decoding all of it, `Subtitles` from its tracks or
-from files next to it."""
+"""Data classes that describe an input.
+
+`Video` holds metadata of a video or still image, `ScanResult` the results of decoding the whole video, and `Subtitles` the
+subtitles from its tracks or from files next to it.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,22 +15,24 @@ from evoprune.util import clock
 if TYPE_CHECKING:
     pass
 
-WIDEST_PIXEL = 10.0  # pixels that are stated to be wider or higher than this, to one, are read as square
-SAME_SHAPE = 0.02  # relative difference up to which two aspect ratios count as equal
-# `Video.container` of animations that Pillow reads (readers/animation.py), by its names of the formats.
+WIDEST_PIXEL = (
+    10.0  # a stated pixel aspect ratio above this (or below its inverse) is ignored: the pixels are read as square
+)
+SAME_SHAPE = 0.02  # two aspect ratios count as equal up to this relative difference
+# Values of `Video.container` for animations that Pillow reads (readers/animation.py), by Pillow's name of the format.
 ANIMATIONS = {"WEBP": "webp", "AVIF": "avif"}
-Kind = Literal["video", "picture"]  # kinds of input, for the model
+Kind = Literal["video", "picture"]  # kinds of input that a model distinguishes
 FOLDER_FPS = 2.0  # default rate of a folder of images; frames for Qwen2.5-VL are usually extracted at this rate
-# How HDR is stored: with one of two transfer curves, or in the Dolby Vision format that is not supported (profile 5).
+# HDR formats: two transfer curves, and the unsupported Dolby Vision format (profile 5).
 PQ = "PQ"
 HLG = "HLG"
 IPT = "IPTPQc2"
-# When a time may be moved to the nearest keyframe in its part of the video: if that saves much, never, or whenever there is one.
+# Whether to move a time to the nearest keyframe in its part of the video: if that saves much time, never, or whenever possible.
 Seek = Literal["auto", "exact", "keyframes"]
 SEEKS = get_args(Seek)
 # Libraries that read videos; "auto" lets evoprune choose.
 Decoder = Literal["auto", "pyav", "decord"]
-# Extensions of clips: MP4, or Matroska if the codecs are not what players expect in an MP4.
+# File extensions of clips: MP4, or Matroska if players do not expect the codecs in an MP4.
 CLIP_ENDINGS = (".mp4", ".mkv")
 
 SubtitleLine = tuple[float, float, str]  # start and end in seconds from the first frame, and the text
@@ -35,43 +40,47 @@ SubtitleLine = tuple[float, float, str]  # start and end in seconds from the fir
 
 @dataclass(frozen=True)
 class Video:
-    """Metadata of a video file, of a folder of images that is read as a video, or of a picture, which has no times.
+    """Metadata of a video file, of a folder of images that is read as a video, or of a still image (which has no times).
 
-    A field is None if the file does not state it or only a scan can tell. Times are in seconds from the first frame.
+    A field is None if the file does not state the value, or if only a scan can find it. Times are in seconds from the first frame.
     """
 
     path: str
-    duration_s: float | None  # to the end of the last frame
+    duration_s: float | None  # time at which the last frame ends
     width: int  # pixels as displayed, after rotation and with square pixels
     height: int
     rotation_deg: int  # clockwise, from stored to displayed frames: 0, 90, 180 or 270
     codec: str  # such as `h264`; for a folder, the codec of its first image
     pix_fmt: str | None  # such as `yuv420p`
-    container: str  # FFmpeg's name of the format, such as `matroska,webm`; or `folder`, `picture` or `array`
+    container: str  # FFmpeg's name of the format, such as `matroska,webm`; otherwise `folder`, `picture` or `array`
     fps: float | None = None  # average frame rate
     variable_rate: bool | None = None  # whether the frame intervals differ
     frames_total: int | None = None
     start_s: float = 0.0  # the file's own timestamp of the first frame
-    tags: dict[str, str] = field(default_factory=dict)  # tags of the container, or the comment of a picture
+    tags: dict[str, str] = field(default_factory=dict)  # tags of the container, or the comment in a still image
     # Pixels cropped from stored frames on the left, right, top and bottom, before rotation.
     crop: Sequence[int] | None = None
     mirrored: bool = False  # whether stored frames are flipped left to right before rotation
-    stated_s: float | None = None  # duration of the video track by the file; exceeds `duration_s` if cut off
+    stated_s: float | None = (
+        None  # duration that the file states for the video track; exceeds `duration_s` if it is cut off
+    )
     rate_guessed: bool = False  # whether `fps` is a guess, as for a raw stream that does not state its rate
-    clock_restarts: int = 0  # restarts of the file's clock, as in joined files; times here continue across them
-    joined: bool = False  # whether another file was appended (`cat a.mp4 b.mp4`), which may not be read
+    clock_restarts: int = (
+        0  # number of times the file's clock restarts, as in joined files; times here continue across restarts
+    )
+    joined: bool = False  # whether another file was appended (`cat a.mp4 b.mp4`); its content may not be read
     clock_gap_s: float = 0.0  # largest forward jump that counts as a restart of the clock
     hdr: bool = False  # whether frames are mapped from HDR to SDR when read
     hdr_format: str | None = None  # `PQ`, `HLG` or `IPTPQc2`; None for SDR
-    interlaced: bool = False  # whether the first frame is; all interlaced frames are deinterlaced when read
-    # Width / height of the stored pixels, before rotation; None if they are square. Ignored beyond `WIDEST_PIXEL`.
+    interlaced: bool = False  # whether the first frame is interlaced; all interlaced frames are deinterlaced when read
+    # Width / height of the stored pixels, before rotation, or None if they are square. Ignored if more extreme than `WIDEST_PIXEL`.
     pixel_aspect: float | None = None
-    other_tracks: int = 0  # number of further video tracks, which are not read
+    other_tracks: int = 0  # number of additional video tracks, which are not read
     has_sound: bool = False  # whether there is a sound track
 
     @property
     def warnings(self) -> list[str]:
-        """Names of the ways in which the model's view of the video differs from a player's."""
+        """Names of the warnings about differences between what the model sees and what a player shows."""
         flags = {
             "hdr_video": self.hdr,
             "interlaced_video": self.interlaced,
@@ -103,30 +112,30 @@ class Video:
 
     @property
     def length_s(self) -> float:
-        """`duration_s`, if it is known. Raises VideoError otherwise."""
+        """`duration_s` if it is known. Otherwise raises VideoError."""
         if self.duration_s is None:
             raise VideoError(f"the duration of {self.path} is unknown", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
         return self.duration_s
 
     def span(self, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-        """Return the start and end of a span, in seconds. Raises VideoError if it is empty or the duration is unknown.
+        """Return the start and end of a span, in seconds. Raises VideoError if the span is empty or the duration is unknown.
 
         Args:
-            start_s, end_s: see `SamplingOptions`.
+            start_s, end_s: Limits of the span; see `SamplingOptions`.
         """
         return span_of(self.length_s, start_s, end_s)
 
     def frames_at_once(self, chunk_bytes: int) -> int:
-        """Return the number of frames per chunk of `chunk_bytes`: an even number, at least 2."""
+        """Return how many frames fit into a chunk of `chunk_bytes`, rounded down to an even number. At least 2."""
         return max(2, chunk_bytes // (self.width * self.height * 3) // 2 * 2)
 
     def fitted(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (width, height) that a frame of another size has when it is shown in a frame of this video."""
+        """Return the (width, height) to which a frame of a different size is scaled so that it fits into a frame of this video."""
         return fitted((width, height), (self.width, self.height))
 
     @property
     def cut_short(self) -> bool:
-        """True if the end of the video is missing. Differences up to 0.5 s or 2% are ignored; they come from ways of counting."""
+        """True if the end of the video is missing. Differences up to 0.5 s or 2% are ignored as differences in counting."""
         if self.stated_s is None or self.duration_s is None:
             return False
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
@@ -136,11 +145,11 @@ def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None)
     """Return the start and end of a span of a video, in seconds.
 
     Args:
-        duration_s: length of the video in seconds.
-        start_s, end_s: see `SamplingOptions`.
+        duration_s: Length of the video in seconds.
+        start_s, end_s: Limits of the span; see `SamplingOptions`.
 
     Raises:
-        VideoError: the span is empty, or the video has no finite length above 0.
+        VideoError: The span is empty, or the duration is not a finite number above 0.
     """
     if not 0 < duration_s < math.inf:
         raise VideoError(f"the video has no usable duration ({duration_s} s)")
@@ -159,9 +168,9 @@ def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None)
 
 
 def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
-    """Return the largest (width, height) with the aspect ratio of `size` that fits into `outer`.
+    """Return the largest (width, height) that fits into `outer` and has the aspect ratio of `size`.
 
-    Returns `outer` itself if the aspect ratios nearly agree (`SAME_SHAPE`).
+    If the two aspect ratios are nearly equal (`SAME_SHAPE`), `outer` itself is returned.
     """
     across = size[0] * outer[1]
     down = size[1] * outer[0]
@@ -174,18 +183,18 @@ def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """Results of decoding a whole video. See `Video` for `duration_s` and `stated_s`.
+    """Results of decoding a whole video. `duration_s` and `stated_s` are defined as in `Video`.
 
-    In containers that hide damage, such as Matroska, damage shows only in a `duration_s` below `stated_s`.
+    Some containers, such as Matroska, hide damage. Damage then shows only as a `duration_s` that is shorter than `stated_s`.
     """
 
     frames: int
-    damaged: int  # packets (in a folder: images) that were skipped or patched up
+    damaged: int  # number of packets (in a folder: images) that were skipped or patched up
     duration_s: float
     stated_s: float | None
-    variable_rate: bool  # whether more frame intervals are irregular than damage explains
+    variable_rate: bool  # whether more frame intervals are irregular than the damage explains
     largest_gap_s: float  # largest interval between two frames; 0 for a single frame
-    keyframe_median_s: float  # median interval from a keyframe to the next one, or from the last one to the end
+    keyframe_median_s: float  # median interval between keyframes, counting the one from the last keyframe to the end
     keyframe_max_s: float
     seconds: float
 
@@ -195,35 +204,35 @@ class FrameTimes:
     """Display times of all frames of a video."""
 
     times_s: list[float]  # seconds from the first frame, ascending
-    stated: int  # number of frames by the header; 0 if the header does not state it
+    stated: int  # number of frames stated in the header, or 0 if the header does not state it
 
 
 @dataclass(frozen=True)
 class Subtitles:
     """Subtitles of a video.
 
-    The warning "subtitles_encoding" means that the file's encoding was guessed to be cp1252, and "damaged_subtitles" that lines
-    may be missing.
+    The warning "subtitles_encoding" indicates that the file's encoding was guessed to be cp1252. The warning "damaged_subtitles"
+    indicates that lines may be missing.
     """
 
-    source: str | None = None  # the file, or the track in the video; None without subtitles
-    lines: list[SubtitleLine] = field(default_factory=list)  # sorted by start, without markup and line breaks
+    source: str | None = None  # the subtitle file, or the track in the video; None if there are no subtitles
+    lines: list[SubtitleLine] = field(default_factory=list)  # sorted by start time, without markup and line breaks
     warnings: list[str] = field(default_factory=list)
-    note: str | None = None  # the reason if there are no subtitles
-    speech: str | None = None  # the speech model that transcribed the lines; None for real subtitles
-    language: str | None = None  # code of the spoken language, such as `en`; None if nothing was transcribed
+    note: str | None = None  # the reason why there are no subtitles
+    speech: str | None = None  # the speech model that transcribed the lines, or None for real subtitles
+    language: str | None = None  # code of the spoken language, such as `en`, or None if nothing was transcribed
 
     def fitted(self, max_tokens: int, count_tokens: Callable[[str], int]) -> "PromptSubtitles":
         """Choose as many lines for the prompt as fit into `max_tokens`, spread evenly over all lines.
 
-        Lines are never cut. Lines that are too long by themselves are left out.
+        Lines are never cut. A line that exceeds the limit on its own is left out.
 
         Args:
-            count_tokens: returns the number of tokens of a text.
+            count_tokens: Function that returns the number of tokens in a string.
         """
         longest = 16 * max_tokens  # characters; tokenizing a longer text might take minutes
         lines = [line for line in self.lines if len(line[2]) <= longest]
-        # Bisect. Each line has more than one token, so `max_tokens + 1` lines cannot fit.
+        # Bisect the number of lines. Each line takes more than one token, so `max_tokens + 1` lines cannot fit.
         fits = 0
         too_many = min(len(lines), max_tokens) + 1
         text = ""
@@ -271,9 +280,9 @@ RECORDED = ("source", "lines", "lines_in_prompt", "tokens", "speech", "language"
 
 
 def as_text(lines: Sequence[SubtitleLine]) -> str:
-    """Return subtitle lines as a block of text with a title and an empty line at the end.
+    """Join subtitle lines into a block of text that begins with a title and ends with an empty line.
 
-    Each line begins with its start time, rounded down to a second.
+    Each line begins with its start time, rounded down to a full second.
     """
     times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
     return "\n".join(

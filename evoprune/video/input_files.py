@@ -1,4 +1,4 @@
-"""The files of inputs: which files of a folder count, the subtitles next to a video, and their states."""
+"""Finds the files of an input: the videos and images in a folder, the subtitles next to a video, and the state of these files."""
 
 import os
 import re
@@ -15,17 +15,17 @@ LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")  # tag before the 
 class Folder:
     """The videos and images directly inside a folder, recognized by their file extensions.
 
-    Everything else is skipped silently: hidden files, subfolders even if they are named like a video, and symbolic links that lead
-    to no file.
+    Everything else is skipped silently: hidden files, subfolders (even if they are named like a video), and broken symbolic
+    links.
 
     Attributes:
-        files: list[str], the paths of all videos, images and photos in natural order (clip2 before clip10). Each path includes the
-            folder. Photos are pictures that are no frames of a video.
+        files: Paths of all videos, images and photos, in natural order (clip2 before clip10). Each path includes the folder.
+            Photos are images in formats that cannot be frames of a video (`PHOTOS`).
 
     Raises:
-        OSError: If the folder does not exist or cannot be read. Callers that report to users raise a `VideoError` or a `UsageError`
-            instead.
-        ValueError: If the path contains a null byte.
+        OSError: The folder does not exist or cannot be read. Callers that report to users convert this error to a `VideoError`
+            or a `UsageError`.
+        ValueError: The path contains a null byte.
     """
 
     IMAGES: ClassVar[tuple[str, ...]] = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -63,10 +63,11 @@ def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[li
         listdir: `os.listdir`, or a cached version of it.
 
     Returns:
-        The paths of the files with the video's own name, preferred format first; and those with a language added to the name.
+        The paths of subtitle files that have the video's own name, preferred format first; and the paths of files that have a
+        language tag added to the name.
 
     Raises:
-        OSError: the folder cannot be read.
+        OSError: The folder cannot be read.
     """
     path = os.path.normpath(path)
     folder, name = os.path.split(path)
@@ -87,14 +88,14 @@ def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[li
 def input_state(
     path: str, subtitles: str = "none", listdir: Callable[[str], list[str]] = os.listdir
 ) -> dict[str, Any] | None:
-    """Return the `file_state` of an input's files: the video, picture or images of a folder, and the subtitles.
+    """Return the `file_state` of all files of an input: the video, still image or images of a folder, and the subtitles.
 
     Args:
-        subtitles: a file, "none", or "auto" for all subtitle files next to the input.
-        listdir: see `subtitles_beside`.
+        subtitles: A subtitle file, "none", or "auto" for all subtitle files next to the input.
+        listdir: See `subtitles_beside`.
 
     Returns:
-        The state, or None if a file is missing.
+        The state, or None if a file is missing or cannot be read.
     """
     try:
         own = Folder(path).images if os.path.isdir(path) else [path]

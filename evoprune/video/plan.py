@@ -1,4 +1,4 @@
-"""Plans which frames a model sees and at what size, within all limits. Computes with numbers only and opens no files.
+"""Plans which frames a model sees and at what size, within all limits. This is pure arithmetic: no file is opened.
 
 All times are in seconds from the video's first frame.
 """
@@ -19,10 +19,10 @@ from evoprune.util import check_types, option, parse_time
 from evoprune.video.info import FOLDER_FPS, Decoder, Kind, PromptSubtitles, Seek, Video, check_seek, span_of
 from evoprune.video.sound import check_speech
 
-# Limit on the units of one frame if the model limits the total of all frames (Qwen's own limit). Without it, a four-frame video
-# would spend the whole total on four frames.
+# Maximum number of units in a single frame, for models that limit the total of all frames (Qwen uses the same limit). Otherwise, a
+# four-frame video would spend the whole total on four huge frames.
 MAX_FRAME_TOKENS = 768
-CHUNK_BYTES = 8 * 2**20  # size of a chunk's frames, both decoded and resized; two frames may be larger
+CHUNK_BYTES = 8 * 2**20  # maximum size of a chunk of frames, decoded or resized; exceeded only if two frames are larger
 
 Area = Annotated[int, Rule.whole(1, 2**31)]
 Means = Annotated[tuple[float, float, float], Rule.list_of(Rule.number(-1000, 1000), 3)]
@@ -36,7 +36,7 @@ def _check_at_least(min_value: int, name: str, value: float | None) -> None:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How frames are sampled from a video. Raises UsageError for invalid numbers, and for fps and frames together."""
+    """Options for sampling frames from a video. Raises UsageError if a number is invalid, or if both fps and frames are set."""
 
     PANEL: ClassVar[str] = "Sampling"
     MAX_VISUAL_TOKENS: ClassVar[int] = 24_576  # Qwen2.5-VL's own limit for a video, before pruning
@@ -125,12 +125,12 @@ class SamplingOptions:
 
     @property
     def subtitle_file(self) -> str | None:
-        """The file that `subtitles` names; None for "none" and "auto"."""
+        """The subtitle file named by `subtitles`, or None if `subtitles` is "none" or "auto"."""
         return None if self.subtitles in ("none", "auto") else self.subtitles
 
     @property
     def subtitles_wanted(self) -> str:
-        """`subtitles`, or "auto" if `speech` is "auto", which transcribes only videos without subtitles."""
+        """`subtitles`; but "auto" if it is "none" and `speech` is "auto", which transcribes only videos without subtitles."""
         return "auto" if (self.subtitles, self.speech) == ("none", "auto") else self.subtitles
 
     def check_one_file(self, inputs: int) -> None:
@@ -150,11 +150,11 @@ class SamplingOptions:
 
     @property
     def sets_frames(self) -> bool:
-        """True if a rate or a number of frames is set."""
+        """True if a frame rate or a number of frames is set."""
         return self.fps is not None or self.frames is not None
 
     def rate(self, usual: float) -> float:
-        """Return the rate in frames per second, or `usual` if no rate is set. Applies only if no number of frames is set."""
+        """Return the frame rate in frames per second, or `usual` if none is set. Ignore the result if a number of frames is set."""
         return usual if self.fps is None else self.fps
 
     def with_overrides(self, **own) -> "SamplingOptions":
@@ -169,7 +169,7 @@ class SamplingOptions:
         return replace(self, start_s=0.0, end_s=None)
 
     def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
-        """Return the options for every input. If there are videos among them, a time span does not apply to the pictures."""
+        """Return the options for each input. If the inputs include a video, the time span is removed for still images."""
         if all(info.is_picture for info in inputs):
             return [self] * len(inputs)
         return [self.timeless if info.is_picture else self for info in inputs]
@@ -180,10 +180,10 @@ DEFAULT_SAMPLING = SamplingOptions()
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """The times at which frames are taken.
+    """The times at which frames are taken from a span.
 
-    `times_s` ascends and holds the middles of equal parts of the span. `wanted` is the number of frames before `max_frames` limited
-    it.
+    `times_s` holds the middles of equal parts of the span, in ascending order. `wanted` is the number of frames before the limit
+    `max_frames` was applied.
     """
 
     start_s: float
@@ -193,13 +193,13 @@ class SamplingPlan:
 
     @classmethod
     def even(cls, start_s: float, end_s: float, frames: int, wanted: int | None = None) -> "SamplingPlan":
-        """Return a plan of the middles of `frames` equal parts of a span. `wanted` defaults to `frames`."""
+        """Divide a span into `frames` equal parts and return a plan with their middles. `wanted` defaults to `frames`."""
         times_s = tuple(start_s + (i + 0.5) * (end_s - start_s) / frames for i in range(frames))
         return cls(start_s, end_s, times_s, frames if wanted is None else wanted)
 
     @property
     def frames(self) -> int:
-        """Number of frames: even for a video, one for a picture."""
+        """Number of frames: an even number for a video, 1 for a still image."""
         return len(self.times_s)
 
     @property
@@ -211,17 +211,18 @@ class SamplingPlan:
         return temporal_patch * self.seconds_per_frame
 
 
-# The plan for a picture: one frame. At 0.5 s per frame, a frame pair lasts a second, although no second pair exists.
+# The plan for a still image: one frame. With 0.5 s per frame, a frame pair counts as one second, although there is only one frame.
 ONE_FRAME = SamplingPlan(0.0, 0.5, (0.0,), 1)
 
 
 @dataclass(frozen=True)
 class InputLimits:
-    """A model's requirements for videos or for pictures: size, normalization, frame rate. Defaults are Qwen2.5-VL's for video.
+    """A model's requirements for videos or still images: size, normalization and frame rate.
 
-    The model's files can set the fields that are annotated with a rule. `min_pixels` and `max_pixels` limit the area of one frame
-    after resizing, or with `of_all_frames` the total area of all frames of a video. `merge_size` is the side of a unit in patches.
-    `image_mean` and `image_std` are for the red, green and blue channel, with values in 0..1.
+    The defaults are Qwen2.5-VL's values for video. A model's files can set the fields that are annotated with a rule. `min_pixels`
+    and `max_pixels` limit the area of one frame after resizing; if `of_all_frames` is True, they limit the total area of all frames
+    of a video. `merge_size` is the side length of a unit in patches. `image_mean` and `image_std` apply to the red, green and blue
+    channels, with values scaled to 0..1.
     """
 
     min_pixels: Area = 128 * 28 * 28
@@ -242,17 +243,18 @@ class InputLimits:
 
     @property
     def unit(self) -> int:
-        """Side of a unit in pixels."""
+        """Side length of a unit in pixels."""
         return self.patch_size * self.merge_size
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) that the model sees: multiples of `unit`, area within limits, nearly the same aspect ratio.
+        """Return the (height, width) that the model sees.
 
-        If the limits on the area and the aspect ratio conflict, the area wins (Qwen2-VL, arXiv 2409.12191, naive dynamic
-        resolution). The limits are those of a single frame, see `of_each`.
+        Both sides are multiples of `unit`, the area is within the limits, and the aspect ratio stays nearly the same.
+        If the area limits conflict with the aspect ratio, the area limits win (Qwen2-VL, arXiv 2409.12191, naive dynamic
+        resolution). The area limits must apply to a single frame; see `of_each`.
 
         Raises:
-            ValueError: a side is not positive, or one is more than 200 times the other.
+            ValueError: A side is not positive, or one side is more than 200 times the other.
         """
         if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
             problem = f"cannot resize {width}x{height}: width and height must be positive and within a ratio of 200"
@@ -279,13 +281,14 @@ class InputLimits:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is read and computed for a video, or for a picture, which counts as one frame.
+    """The frames that are read from a video and the computation on them. A still image counts as one frame.
 
-    `Plan.of` sets the frames. `ModelDescription.plan` (session/loading/description.py) adds the tower and the pruning, which
+    `Plan.of` chooses the frames. `ModelDescription.plan` (session/loading/description.py) adds `tower` and `pruning`, which
     determine `encoder`.
 
-    `limited` is True if the options ask for more frames or a higher rate than a limit allows, or if frames were made smaller to
-    satisfy them. It ignores a frame limit that the options set themselves, and the model's own rate.
+    `limited` is True if the options ask for more frames or a higher rate than a limit allows, or if frames were made smaller so
+    that the requested number fits. A frame limit set by the options themselves does not count, and neither does the model's default
+    rate.
     """
 
     info: Video
@@ -293,13 +296,13 @@ class Plan:
     height: int  # pixels of a frame after resizing
     width: int
     grid: Grid  # (T, H, W): frame pairs, and rows and columns of units
-    frame_limit: int  # limit of the model or the caller; `sampling.wanted` may be larger
-    token_limit: int  # limit on visual tokens before pruning
+    frame_limit: int  # frame limit set by the model or the caller; `sampling.wanted` may exceed it
+    token_limit: int  # maximum number of visual tokens before pruning
     token_capped: bool  # whether `token_limit` made frames smaller or fewer than the model's own limits require
     limited: bool = False
-    tower: TowerShape | None = None  # tower of the model that reads the input
-    pruning: Any = None  # a `PruneConfig` or `PruneOptions`; None prunes nothing
-    unshrunk: "Plan | None" = None  # the plan without pruning, if a method makes the input smaller
+    tower: TowerShape | None = None  # shape of the vision tower that encodes the input
+    pruning: Any = None  # a `PruneConfig` or `PruneOptions`; None disables pruning
+    unshrunk: "Plan | None" = None  # the plan without pruning, if the pruning method makes the input smaller
     name: str = ""
     decoder: str = ""  # "pyav" or "decord"; "pillow" for a picture and some animations, "none" for a `HeldVideo`
     seek: str = "exact"  # one of `info.SEEKS`
@@ -309,18 +312,19 @@ class Plan:
 
     @classmethod
     def of(cls, info: Video, limits: InputLimits, options: SamplingOptions = DEFAULT_SAMPLING) -> "Plan":
-        """Plan sampling times and frame size for a video, or the size of a picture, within the model's limits and the token limit.
+        """Plan the sampling times and frame size for a video, or the size of a still image.
 
-        If `max_visual_tokens` would be exceeded, frames are made smaller, down to the model's minimum size; then fewer; and if one
-        frame pair is still too large, smaller than the model's minimum.
+        The plan respects the model's limits and the token limit. If the input would exceed `max_visual_tokens`, frames are first
+        made smaller, down to the model's minimum size. If that is not enough, fewer frames are sampled. If a single frame pair is
+        still too large, its frames become smaller than the model's minimum.
 
         Args:
-            limits: the model's limits for the kind of `info`, video or picture.
-            options: a limit that is None takes the model's value, and `max_visual_tokens` takes 24,576.
+            limits: The model's limits for this kind of input (video or still image).
+            options: If a limit is None, the model's value applies; for `max_visual_tokens`, the default is 24,576.
 
         Raises:
-            VideoError: unknown duration, an empty span, or a shape that cannot be resized.
-            UsageError: a time span for a picture.
+            VideoError: The duration is unknown, the span is empty, or frames of this shape cannot be resized.
+            UsageError: A time span is given for a still image.
         """
         max_tokens = options.MAX_VISUAL_TOKENS if options.max_visual_tokens is None else options.max_visual_tokens
         pair = limits.temporal_patch_size
@@ -351,7 +355,7 @@ class Plan:
 
     @cached_property
     def encoder(self) -> EncoderPlan:
-        """The encoder's plan. Computed on first access, because methods import torch."""
+        """The encoder's plan. Computed lazily, because loading a pruning method imports torch."""
         if self.pruning is None:
             return EncoderPlan.full(self.tower, self.grid)
         return self.pruning.plan(self.tower, self.full.grid)
@@ -366,7 +370,7 @@ class Plan:
 
     @property
     def source(self) -> Video:
-        """The source to read frames from: a video at its own size, a picture at the size that the encoder reads."""
+        """The source to read frames from. A video is read at its own size, a still image at the size that the encoder needs."""
         if self.is_picture:
             return replace(self.info, width=self.width, height=self.height)
         return self.info
@@ -378,13 +382,13 @@ class Plan:
 
     @property
     def chunk_bytes(self) -> int:
-        """Number of bytes of decoded frames in a chunk."""
+        """Maximum size in bytes of a chunk of decoded frames, so that the resized frames stay within `CHUNK_BYTES`."""
         pixels = self.source.width * self.source.height
         return CHUNK_BYTES * pixels // max(pixels, self.width * self.height)
 
     @property
     def of_pixels(self) -> "Plan":
-        """A copy without the path and everything else that the input's patches do not depend on."""
+        """A copy without the path and all other fields that do not affect the patches of the input."""
         return replace(
             self,
             info=replace(self.info, path=""),
@@ -406,7 +410,7 @@ class Plan:
 
     @property
     def shown_s(self) -> tuple[float, ...]:
-        """The times that the model is told: the requested ones, or the frames' own times if some were moved."""
+        """The frame times to state to the model: the requested times, or the frames' own times if some frames were moved."""
         return self.read_s if self.moved else self.sampling.times_s
 
     @property
@@ -416,12 +420,12 @@ class Plan:
 
     @property
     def cut_short(self) -> bool:
-        """True if the file is cut off and the sampled span extends to its end."""
+        """True if the end of the file is missing and the sampled span extends to the end of what is left."""
         return self.info.cut_short and self.sampling.end_s == self.info.duration_s
 
     @property
     def capped(self) -> bool:
-        """True if the limit on tokens or frames made frames smaller, or fewer than requested."""
+        """True if the limit on tokens or frames made frames smaller, or made them fewer than requested."""
         return self.token_capped or self.sampling.wanted > self.frame_limit
 
     @property
@@ -429,7 +433,7 @@ class Plan:
         return math.prod(self.grid)
 
     def shrunk(self, grid: Grid, limits: InputLimits) -> "Plan":
-        """Return a plan for the same span with another (T, H, W) grid: T evenly spaced frame pairs, resized to H x W units."""
+        """Return a plan for the same span with a different (T, H, W) grid: T evenly spaced frame pairs, resized to H x W units."""
         pairs, height, width = grid
         sampling = self.sampling
         if pairs != self.grid[0]:
@@ -446,16 +450,18 @@ def plan_sampling(
     min_frames: int = 4,
     max_frames: int = 768,
 ) -> SamplingPlan:
-    """Spread an even number of frames over a video, or over a span of it: t_i = start + (i + 0.5) * span / n.
+    """Spread an even number of frames over a video or over a span of it: t_i = start + (i + 0.5) * span / n.
 
     Args:
-        options: the span, and the rate or the number of frames. An odd number is rounded up, and only `max_frames` limits it.
-        fps: the rate if the options set neither rate nor number. A rate gives the nearest even number of frames, at least 2,
-            within the limits.
-        min_frames, max_frames: an odd `min_frames` is rounded up, an odd `max_frames` down. If they conflict, `max_frames` wins.
+        options: The span, and the frame rate or the number of frames. A number of frames is rounded up to an even number and
+            limited only by `max_frames`.
+        fps: Default rate if the options set neither a rate nor a number. A rate is converted to the nearest even number of
+            frames, at least 2, and then brought within both limits.
+        min_frames, max_frames: Limits on the number of frames. An odd `min_frames` is rounded up, and an odd `max_frames` is
+            rounded down. If the two conflict, `max_frames` wins.
 
     Raises:
-        VideoError: the span is empty.
+        VideoError: The span is empty.
     """
     start, end = span_of(duration_s, options.start_s, options.end_s)
     if options.frames is None:
@@ -474,16 +480,17 @@ def check_no_span(picture: Video, start_s: float, end_s: float | None) -> None:
 
 
 def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:
-    """Return the model's preferred (H, W) of a frame in units, and the largest (T, H, W) that fits the limits.
+    """Return the model's preferred frame size (H, W) in units, and the largest (T, H, W) grid that fits the limits.
 
-    To fit, frames are made smaller, down to the model's minimum size; then pairs fewer, down to one; then frames smaller still.
+    To fit, frames are first made smaller, down to the model's minimum size. Then the number of pairs is reduced, down to one.
+    Finally, frames become smaller than the minimum.
 
     Args:
-        pairs: maximum number of frame pairs, T.
-        max_units: maximum of T x H x W.
+        pairs: Maximum number of frame pairs, T.
+        max_units: Maximum of T x H x W.
 
     Raises:
-        ValueError: a shape that cannot be resized.
+        ValueError: Frames of this shape cannot be resized.
     """
 
     def units(smallest: float, largest: float) -> tuple[int, int]:
@@ -496,7 +503,7 @@ def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[
     if pairs * rows * cols > max_units:
         rows, cols = units(min_pixels, max(min_pixels, max_units * area // pairs))
         pairs = min(pairs, max(1, max_units // (rows * cols)))
-    if rows * cols > max_units:  # very elongated frames also lose units on their longer side
+    if rows * cols > max_units:  # very elongated frames must lose units on their longer side as well
         rows, cols = units(1, max_units * area)
         if rows <= cols:
             cols = min(cols, max_units // rows)
