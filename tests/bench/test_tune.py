@@ -81,7 +81,9 @@ def test_a_run(saved):
 def test_the_time_to_the_first_token_holds_the_whole_prompt(loaded, monkeypatch):
     """Also unpruned, although its answers have read the prompt before. Columns stand for seconds."""
     read, along, prefill = [], EncodedInputs.read_along, LanguageModel.prefill
-    monkeypatch.setattr(LanguageModel, "prefill", lambda *args: read.append(len(args[1])) or prefill(*args))
+    monkeypatch.setattr(
+        LanguageModel, "prefill", lambda *args, **options: read.append(len(args[1])) or prefill(*args, **options)
+    )
     monkeypatch.setattr(EncodedInputs, "read_along", lambda *args: (along(*args)[0], read[-1]))
     session = Session(loaded, PruneOptions().config())
     answering = Answering(session, SamplingOptions(frames=4), QUESTIONS, TimeLimit(60, lambda: 0.0))

@@ -29,7 +29,7 @@ def test_ask_chooses(cli):
     assert [each["text"] for each in record["choices"]] == ["red", "green", "blue"] and record["answer"] == "green"
     for given, wrong in (
         ("red", "--choices is ['red']"),
-        ("options", "the options of batch rows"),
+        ("options", "works only in a batch"),
         ("a,\udcff", "not valid text"),
     ):
         refused = cli("ask", CLIP, QUESTION, "-m", "nobody/nothing", "--choices", given)

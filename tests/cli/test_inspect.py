@@ -58,7 +58,7 @@ def test_a_model_of_which_nothing_is_known_here(cli, no_network_no_weights):
     for name in ("org/other-", "org/other.git", f"org/{'o' * 200}"):  # names that the hub's own library refuses
         assert cli("inspect", "-m", name).code == 4
     assert "hint: evoprune runs Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL" in result.err
-    assert "hint: its settings are small" in cli("inspect", "-m", "org/My-Qwen2.5-VL-3B").err
+    assert "hint: its small config files are enough" in cli("inspect", "-m", "org/My-Qwen2.5-VL-3B").err
     misspelt = cli("inspect", "-m", "Qwen/Qwen2.5-VL-3B")
     assert misspelt.out == "" and misspelt.err.endswith("hint: did you mean Qwen/Qwen2.5-VL-3B-Instruct?\n")
     without_video = cli("inspect", "-m", "org/other")

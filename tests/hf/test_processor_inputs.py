@@ -83,7 +83,7 @@ def test_what_makes_no_sense_is_refused():
         evoprune.processor_inputs("demo", CLIP, QUESTION, fps=1, frames=2)
     with pytest.raises(TypeError, match="known: fps"):
         evoprune.processor_inputs("demo", CLIP, QUESTION, budget=0.1)
-    with pytest.raises(UsageError, match="not a path"):
+    with pytest.raises(UsageError, match="no input given"):
         evoprune.processor_inputs("demo", [], QUESTION)
 
 

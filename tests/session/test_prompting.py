@@ -104,7 +104,7 @@ def test_subtitles_of_several_inputs_are_under_the_numbers_of_the_videos(qa, tmp
 
 def test_a_later_question_reads_no_subtitles_again(qa, said, monkeypatch):
     read, prefill = [], LanguageModel.prefill
-    noting = lambda self, embeds, *rest: read.append(len(embeds)) or prefill(self, embeds, *rest)  # noqa: E731
+    noting = lambda self, embeds, *rest, **options: read.append(len(embeds)) or prefill(self, embeds, *rest, **options)  # noqa: E731
     monkeypatch.setattr(LanguageModel, "prefill", noting)
     video = qa.encode(CLIP, subtitles=said)
     for question in ("Why?", "Who?"):
