@@ -1,18 +1,19 @@
 """Live video: frames are fed as they arrive, and questions about the video so far can be asked at any time.
 
-Frames are collected in time windows. A finished window is encoded like a short video, and its tokens are read into the KV cache
-at once. A question also sees the frames of the unfinished window, which are encoded for it. Whatever was read for a question is
-cropped from the cache after the answer. The model sees all windows as one video: a token has the position of its frame pair by
-Qwen's rule, counted from the first frame of the stream.
+Frames are collected in time windows. As soon as a window is finished, it is encoded like a short video and its tokens are
+prefilled into the KV cache. A question also covers the frames of the unfinished window, which are encoded just for the question.
+After the answer, everything that was prefilled for the question is cropped from the cache. The model sees all windows as a single
+video: each token has the position of its frame pair by Qwen's rule, counted from the first frame of the stream.
 
-The newest half of the memory is kept whole, and windows before it are thinned (`kept_counts`). The tokens that remain keep their
-positions. Before positions leave the range that the model knows, keys are rotated back so that the video begins at the oldest
-remaining window.
+The newest half of the memory is kept whole, and older windows are thinned (see `kept_counts`). The remaining tokens keep their
+positions. Before positions would leave the range that the model supports, the cached keys are rotated back so that the video
+begins at the oldest remaining window.
 
-Units that have not changed since the previous window are not encoded again, but may become tokens of each window (segments.py).
+Units that have not changed since the previous window are not encoded again, but they may still become tokens of each window (see
+segments.py).
 
-The way of a frame: `VideoStream.add` collects it, `_encode` encodes its window, `window_columns` turns the window's tokens into
-columns of the prompt, and `StreamMemory.read` reads these into the KV cache.
+A frame passes through four steps: `VideoStream.add` collects it, `_encode` encodes its window, `window_columns` turns the tokens of
+the window into prompt columns, and `StreamMemory.read` prefills these columns into the KV cache.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,37 +54,37 @@ from evoprune.util import brief, check_type
 from evoprune.video import FrameChunk, Plan, SamplingOptions, SamplingPlan, Video
 from evoprune.vision import Encoded, EncodedRows, resize
 
-CONTEXT = 32_768  # context length of a model that states none
-ROOM = 0.75  # share of the context that the video may take; the rest is for questions and answers
-MAX_WAITING = 4  # windows that may queue up until a running answer has been consumed
+CONTEXT = 32_768  # assumed context length of a model that states none
+ROOM = 0.75  # share of the context that the video may use; the rest is for questions and answers
+MAX_WAITING = 4  # windows that may queue up while an answer is being generated
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The part of a stream that is in memory or that a question covers. Times are in seconds, by the frames' timestamps."""
+    """The part of a stream that is in memory or covered by a question. Times are frame timestamps in seconds."""
 
-    start_s: float  # start of the oldest window that has a token left
+    start_s: float  # start of the oldest window that still has tokens
     end_s: float
     windows: int
     tokens: int
-    frames: int  # frames used since the stream began, including forgotten ones
-    thinned: int  # windows that have lost tokens
+    frames: int  # frames used since the stream began, including frames that are no longer in memory
+    thinned: int  # number of windows that have lost tokens
     skipped: int = 0  # due frames of a live source that were not used because the machine was too slow
-    lag_s: float | None = None  # lag of the latest frame relative to its live source; None for other frames
+    lag_s: float | None = None  # lag of the latest frame relative to its live source; None without a live source
 
 
 @dataclass
 class Window:
-    """A window of a stream, with C columns left."""
+    """A window of a stream that still has C columns."""
 
     start_s: float
     end_s: float
     time: int  # temporal position of its first column, counted from the start of the stream
     whole: int  # number of tokens before thinning
-    # int64 `[C]`: rank of each column, 0 for the last to be dropped; text has the lowest rank in its frame pair
+    # int64 `[C]`: rank of each column. Rank 0 is dropped last. Text has the lowest rank of its frame pair.
     order: torch.Tensor
-    visual: torch.Tensor  # bool `[C]`: which columns are tokens
-    ids: torch.Tensor  # int64: distinct ids of its unpruned prompt, for the repetition penalty
+    visual: torch.Tensor  # bool `[C]`: which columns are visual tokens
+    ids: torch.Tensor  # int64: distinct token ids of its unpruned prompt, for the repetition penalty
 
     @property
     def tokens(self) -> int:
@@ -97,8 +98,8 @@ class EncodedWindow:
     Attributes:
         frames: Number of frames in the window.
         end: Slot at which the window ends (exclusive).
-        earlier: State for the next window; None if there is none, or while the window waits to be read.
-        prompt: Columns with positions counted from the start of the stream.
+        earlier: State for the next window, or None if there is no such state or if the window is waiting to be prefilled.
+        prompt: Prompt columns, with positions counted from the start of the stream.
     """
 
     frames: int
@@ -110,14 +111,14 @@ class EncodedWindow:
 
 
 class PriorityLock:
-    """Lock that gives answers priority: while an answer waits for it or holds it, `pause` blocks in the other threads.
+    """Lock that gives priority to answers: while an answer waits for the lock or holds it, `pause` blocks the other threads.
 
-    So answers go before the encoder, and the encoder goes before windows that wait to be read.
+    As a result, answers come first, then the encoder, then windows that are waiting to be prefilled.
     """
 
     def __init__(self):
         self.lock = RLock()  # for work without priority
-        self.generating = False  # True after the question was read: the encoder may run between two tokens
+        self.generating = False  # True once the question has been prefilled: the encoder may then run between tokens
         self._calm = Event()
         self._calm.set()
 
@@ -131,11 +132,11 @@ class PriorityLock:
 
     @property
     def wanted(self) -> bool:
-        """Whether an answer waits for the lock or holds it."""
+        """True if an answer is waiting for the lock or holds it."""
         return not self._calm.is_set()
 
     def pause(self) -> None:
-        """Block while a question is read, or briefly while tokens are generated."""
+        """Block until a question has been prefilled. While its answer is being generated, block only briefly."""
         if self.generating:
             self._calm.wait(0.02)
         else:
@@ -143,12 +144,12 @@ class PriorityLock:
 
 
 class _QuestionWaits(Exception):
-    """Raised to postpone reading a window because a question goes first."""
+    """Raised to postpone prefilling a window because a question takes precedence."""
 
 
 @dataclass(eq=False)
 class _WindowInput(OpenInput):
-    """Frames in memory, encoded as a segment of a longer video. `left` is the state for the next window."""
+    """Frames in memory that are encoded as a segment of a longer video. `left` holds the state for the next window."""
 
     threaded: ClassVar[bool] = False
 
@@ -170,9 +171,9 @@ class _WindowInput(OpenInput):
 class VideoStream(Askable):
     """Answer questions about a stream of frames. Created by `VideoQA.stream`; use it as a context manager.
 
-    One thread feeds frames while others ask. A question waits for the window that is being encoded. The encoder waits while the
-    question is read, and continues layer by layer while the answer is generated. A window that is finished during an answer, or
-    interrupted by a question, is read after the answer.
+    One thread feeds frames while other threads ask questions. A question waits until the window that is being encoded is finished.
+    While a question is prefilled, the encoder pauses; while the answer is generated, the encoder continues layer by layer. If a
+    window is finished during an answer, or a question interrupts its prefill, the window is prefilled after the answer.
 
     Attributes:
         skipped, lag_s: Set by the code that feeds frames, and reported by `seen`.
@@ -180,7 +181,7 @@ class VideoStream(Askable):
         encoded: Number of windows encoded so far.
 
     Raises:
-        UsageError: The method reads the question, changes the input, or acts inside the language model.
+        UsageError: The pruning method reads the question, changes the input, or acts inside the language model.
     """
 
     OVERTAKEN = "another question was asked meanwhile, or the stream went on for too long"
@@ -205,16 +206,16 @@ class VideoStream(Askable):
         self._plan: Plan | None = None
         self._slots = []
         self._frames = []
-        self._changes_shape = False  # whether a frame had another aspect ratio than the first
+        self._changes_shape = False  # whether a frame had a different aspect ratio than the first frame
         self._origin_s = self._last_s = 0.0
         self._memory: StreamMemory | None = None
         self._waiting: list[EncodedWindow] = []
         self._following = 0  # position after the latest window, counted from the start of the stream
-        self._latest: EncodedInput | None = None  # encoding of the latest window
+        self._latest: EncodedInput | None = None  # encoding of the latest finished window
         self._earlier: Earlier | None = None  # state for the next window
         self._unfinished: EncodedWindow | None = None  # the unfinished window, as the latest question saw it
-        self._count = self._done = 0  # frames used so far; the slot after the last finished window
-        self._open: int | None = None  # number of the answer that is being generated
+        self._count = self._done = 0  # number of frames used so far; slot after the last finished window
+        self._open: int | None = None  # turn number of the answer that is being generated
         self._problem: str | None = None
 
     def __enter__(self) -> "VideoStream":
@@ -228,35 +229,35 @@ class VideoStream(Askable):
 
     @property
     def seen(self) -> Seen | None:
-        """The finished windows in memory, or None before the first one. Does not block."""
+        """Describes the finished windows in memory, or None before the first window is finished. Does not block."""
         return self._memory and self._seen([])
 
     @property
     def until_s(self) -> float | None:
-        """End of the video that a question would see, including the unfinished window. Does not block."""
+        """Time up to which a question would see the video, including the unfinished window. Does not block."""
         if slots := self._slots:
             return self._origin_s + (slots[-1] + 1) * self.step_s
         return self.seen and self.seen.end_s
 
     @property
     def report(self) -> Report:
-        """Report of the latest finished window, or of the unfinished one before that. It describes no answer."""
+        """Report about the latest finished window, or about the unfinished window if no window is finished. Contains no answer."""
         return self._report(self._latest or self._look() or self._latest)  # the window may have been finished meanwhile
 
     def add(self, frame: np.ndarray, time_s: float) -> bool:
-        """Feed a frame. If it is the first frame of a new window, the previous window is encoded and read first.
+        """Feed a frame. If it is the first frame of a new window, the previous window is first encoded and prefilled.
 
         Args:
-            frame: uint8 `[H, W, 3]`, RGB. The first frame sets the size that the model sees. Later frames are scaled to it, with
-                black borders if their aspect ratio differs.
-            time_s: Timestamp in seconds from an arbitrary origin, not before the previous frame.
+            frame: uint8 `[H, W, 3]`, RGB. The first frame determines the size that the model sees. Later frames are scaled to this
+                size, with black borders if their aspect ratio differs.
+            time_s: Timestamp in seconds from an arbitrary origin. It must not be earlier than the previous frame's timestamp.
 
         Returns:
-            True if the frame is used. Frames that arrive faster than the stream's rate are not.
+            True if the frame is used. If frames arrive faster than the stream's rate, some of them are not used.
 
         Raises:
             UsageError: The array is not a frame, time goes backwards, or the stream is closed.
-            OutOfMemory: There is too little memory.
+            OutOfMemory: There is not enough memory.
             ModelError: The model fails.
         """
         with self._gate:  # lets a waiting question go first
@@ -291,9 +292,9 @@ class VideoStream(Askable):
             return True
 
     def scaled(self, frame: np.ndarray) -> np.ndarray:
-        """Return the frame at the size that the encoder reads, which `add` accepts too.
+        """Return a frame scaled to the size that the encoder reads. `add` accepts frames of this size as well.
 
-        Before the first frame is added, the size is unknown and the frame is returned unchanged.
+        Before the first frame is added, this size is unknown, and the frame is returned unchanged.
         """
         if self._plan is None:
             return frame
@@ -318,14 +319,14 @@ class VideoStream(Askable):
         return bordered
 
     def flush(self) -> None:
-        """End the unfinished window now: encode and read its frames. Raises the same errors as `add`."""
+        """End the unfinished window now: encode and prefill its frames. Raises the same errors as `add`."""
         with self._feeding:
             self._check_open()
             if self._slots:
                 self._finish(self._slots[-1] + 1)
 
     def catch_up(self) -> None:
-        """Read windows that waited for an answer to end. Call it now and then if no frame arrives.
+        """Prefill windows that were waiting for an answer to end. Call this occasionally while no frames arrive.
 
         Raises the same errors as `add`.
         """
@@ -335,7 +336,7 @@ class VideoStream(Askable):
                     self._read_waiting(polite=True)
 
     def close(self) -> None:
-        """Free the memory. A running answer ends."""
+        """Free the memory. An answer that is being generated ends."""
         self._problem = self._problem or "the stream is closed"  # stops a running encoder at its next layer
         with self._feeding, self._lock.lock:
             self._turn += 1
@@ -344,11 +345,11 @@ class VideoStream(Askable):
 
     @property
     def step_s(self) -> float | None:
-        """Seconds between two frames that are used, or None before the first frame."""
+        """Interval between two frames that are used, in seconds, or None before the first frame."""
         return self._plan and self._plan.sampling.seconds_per_frame
 
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
-        """Plan a window as a video of its length, and read the prompt before the video, which packs the weights."""
+        """Plan a window as a video of the same length, and prefill the prompt before the video, which also packs the weights."""
         height, width, _ = frame.shape
         window = Video(
             self._name, self._options.window_s, width, height, 0, "raw", None, "stream", None, None, None, 0.0
@@ -377,7 +378,7 @@ class VideoStream(Askable):
             raise
 
     def _finish(self, end: int) -> None:
-        """Encode the frames of a window that ends before slot `end`, and read it unless an answer is being generated."""
+        """Encode the frames of a window that ends before slot `end`. Also prefill it, unless an answer is being generated."""
         slots = self._slots
         frames = self._frames
         done = self._done
@@ -398,7 +399,8 @@ class VideoStream(Askable):
     def _look(self) -> EncodedInput | None:
         """Encode the unfinished window for a question, unless the latest question saw the same frames. Return None without frames.
 
-        The first question that is read afterwards pays for this, including the wait for a window that is being encoded.
+        The time spent here, including the wait for a window that is being encoded, is charged to the next question that is
+        prefilled.
         """
         clock = Clock(self._session.device)
         fresh = None
@@ -423,7 +425,7 @@ class VideoStream(Askable):
             return window and window.encoding
 
     def _charge_next_question(self, seconds: dict[str, float], wall: float) -> None:
-        """Add to the time that the next question pays for."""
+        """Add to the time that the next question is charged for."""
         if self._inputs_reported:
             owed = dict.fromkeys(INPUT_STAGES, 0.0)
             owed_wall = 0.0
@@ -436,20 +438,20 @@ class VideoStream(Askable):
     def _encode(
         self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]
     ) -> EncodedWindow:
-        """Encode a window that ends before slot `end`, as a file of its length would be. Does not change the stream.
+        """Encode a window that ends before slot `end`, in the same way as a file of its length. Does not change the stream.
 
         Args:
             slots: Slot of each frame, in steps of the stream's rate.
             frames: The frames.
-            done: The slot after the previous window.
-            end: The slot after this window.
+            done: Slot after the previous window.
+            end: Slot after this window.
             pause: Called before each layer of the encoder.
         """
         session = self._session
         base = self._plan
         step_s = self.step_s
         count = len(frames)
-        if count % 2:  # pads an odd number of frames like Hugging Face
+        if count % 2:  # repeat the last frame if the number is odd, like Hugging Face
             slots = [*slots, slots[-1]]
             frames = [*frames, frames[-1]]
         first = max(done, slots[0] // base.sampling.frames * base.sampling.frames)
@@ -457,7 +459,7 @@ class VideoStream(Askable):
         sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
         grid = len(slots) // 2, *base.grid[1:]
         budget = session.pruning.budget
-        # A single frame pair repeats other windows, so it is not a still.
+        # A window with a single frame pair is part of a longer video, so it does not get the budget of a still image.
         pruning = replace(session.pruning, budget=replace(budget, still=budget.video))
         plan = replace(
             base,
@@ -483,16 +485,16 @@ class VideoStream(Askable):
         return EncodedWindow(count, end, encoding, window.left, *columns)
 
     def _pause(self) -> None:
-        """Let answers go first, and stop if the stream was closed. Called before each layer of the encoder."""
+        """Let answers go first, and raise an error if the stream was closed. Called before each layer of the encoder."""
         self._lock.pause()
         self._check_open()
 
     def _read_waiting(self, polite: bool = False, after: Sequence[EncodedWindow] = ()) -> None:
-        """Read the queued windows.
+        """Prefill the queued windows.
 
         Args:
-            polite: Stop as soon as a question waits.
-            after: Windows to make room for after that.
+            polite: Stop as soon as a question is waiting.
+            after: Windows for which room is made afterwards.
         """
         self._memory.cache.crop(self._memory.columns)
         pause = self._give_way if polite else lambda: None
@@ -504,7 +506,7 @@ class VideoStream(Askable):
                 self._memory.make_room(window)
         except _QuestionWaits:
             return
-        except BaseException:  # also Ctrl-C: the cache may be half changed
+        except BaseException:  # including Ctrl-C, because the cache may be in an inconsistent state
             self._problem = "reading a window was interrupted"
             raise
 
@@ -519,7 +521,7 @@ class VideoStream(Askable):
     def _ids_around_video(
         self, question: str, thinking: bool = False, earlier: Sequence[Turn] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the prompt ids before the video and after it, int64."""
+        """Return the prompt's token ids before the video and after it, both int64."""
         loaded = self._session.loaded
         times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()  # markers go with the frame pairs
         kwargs = {"system": self._system, "times": times, "thinking": thinking, "earlier": earlier}
@@ -546,11 +548,11 @@ class VideoStream(Askable):
 
     @property
     def _unread(self) -> list[EncodedWindow]:
-        """The unfinished window as the latest question sees it, in a list, or an empty list."""
+        """A list with the unfinished window as the latest question saw it, or an empty list if there is none."""
         return [self._unfinished] if self._unfinished else []
 
     def _seen(self, unread: Sequence[EncodedWindow]) -> Seen | None:
-        """Describe the windows in memory and `unread`, or return None if there are none."""
+        """Describe the windows in memory together with the windows `unread`, or return None if there are no windows."""
         windows = [*self._memory.windows, *(encoded.window for encoded in unread)]
         if not windows:
             return None
@@ -595,7 +597,7 @@ class VideoStream(Askable):
         return state
 
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
-        """Check the prompt against the largest size of the memory, because it may fill up before the question is read."""
+        """Check the prompt against the maximum size of the memory, which may fill up before the question is prefilled."""
         self._session.loaded.check_texts(question, earlier=earlier)
         _, ids = self._ids_around_video(question, options.thinking, earlier)
         with self._lock:
@@ -604,17 +606,17 @@ class VideoStream(Askable):
         self._session.loaded.check_context(len(ids), columns, options.max_new_tokens)
 
     def _ended(self, turn: int) -> None:
-        release_omp_threads()  # the encoder computes in another thread
+        release_omp_threads()  # the encoder runs in a different thread
         if self._open == turn:
             self._open, self._lock.generating = None, False
 
 
 @torch.inference_mode()
 def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
-    """Return the rank of each token, int64 `[K]` on the CPU: 0 for the last token to be dropped.
+    """Rank the tokens of a window by when to drop them. Returns int64 `[K]` on the CPU; the token with rank 0 is dropped last.
 
-    The method selects half of the tokens again, then a quarter, and so on; tokens that are selected most often stay longest. If no
-    selector made the tokens, they are selected as `evoprune` does.
+    The pruning method selects half of the tokens again, then a quarter, and so on. The tokens that are selected most often stay
+    longest. If the tokens were not made by a selector, the selector of the method `evoprune` is used.
     """
     if stage := rows.plan.token_stage:
         selector = stage.selector
@@ -641,12 +643,12 @@ def window_columns(
     step_s: float,
     following: int,
 ) -> tuple[Window, PrunedPrompt]:
-    """Return the window and the prompt columns that the language model reads for it.
+    """Build a window and the prompt columns that the language model prefills for it.
 
     Args:
-        order: From `staying_order`.
-        slots: Slots of the frames, counted from the start of the stream, in steps of `step_s` seconds.
-        following: First position after the previous window. Used only if the prompt states the time of each frame pair.
+        order: The result of `staying_order`.
+        slots: Slots of the frames, counted from the start of the stream in steps of `step_s` seconds.
+        following: First position after the previous window. It is used only if the prompt states the time of each frame pair.
     """
     config = loaded.model.config.vision_config
     span = encoding.plan.sampling
@@ -667,7 +669,7 @@ def window_columns(
     prompt = prune_prompt(ids, [place], [encoding.encoded], positions, loaded.language.embed)
     stays = torch.full_like(ids, len(order))
     stays[prompt.columns[prompt.visual]] = order
-    # Text stays as long as the last token of its frame pair.
+    # The text of a frame pair stays as long as the last of the pair's tokens.
     for run, tokens in zip(place.around, place.runs, strict=False):
         first = stays[run.start : run.stop].min()
         stays[run.start : tokens.start] = stays[tokens.stop : run.stop] = first
@@ -677,17 +679,17 @@ def window_columns(
 
 
 class StreamMemory:
-    """Windows in a KV cache, after the part of the prompt that precedes the video.
+    """The windows in a KV cache, preceded by the part of the prompt that comes before the video.
 
     Args:
-        ids: int64 `[n]`, the prompt before the video.
+        ids: int64 `[n]`, token ids of the prompt before the video.
         limit: Maximum number of tokens in memory.
-        window_tokens: Tokens of a full window.
-        room: Positions available to the video.
+        window_tokens: Number of tokens in a full window.
+        room: Number of positions available to the video.
 
     Attributes:
-        windows: Windows with tokens left, oldest first.
-        following: Position of the text after the video.
+        windows: Windows that still have tokens, oldest first.
+        following: Position of the text that follows the video.
     """
 
     @torch.inference_mode()
@@ -700,8 +702,8 @@ class StreamMemory:
         self._limit = limit
         self._window = window_tokens
         self._room = room
-        self._moved = 0  # positions that the start of the video was moved by
-        # If the text states times, the row and column positions of a frame pair follow the text before it, too.
+        self._moved = 0  # number of positions by which the start of the video was moved
+        # If the text states times, the row and column positions of a frame pair also continue from the preceding text.
         alike = int(language.model.config.vision_config.traits.timestamps)
         self._axes = torch.tensor([[1], [alike], [alike]], dtype=torch.int64, device="cpu")
         language.forward(language.embed(ids), arange_on(len(ids), "cpu").expand(3, -1), self.cache)
@@ -713,14 +715,14 @@ class StreamMemory:
 
     @property
     def most_columns(self) -> int:
-        """Number of columns up to the end of the video with a full memory and an unfinished window."""
+        """Maximum number of columns up to the end of the video: a full memory plus an unfinished window."""
         return max(self.columns, self._head + self._limit) + self._window
 
     @torch.inference_mode()
     def read(self, encoded: EncodedWindow, pause: Callable[[], None]) -> None:
-        """Read a window and thin earlier ones. If an error interrupts it, the cache is unusable.
+        """Prefill a window and thin earlier windows. If an error interrupts this, the cache is unusable.
 
-        `pause` is called before every layer of the language model. An exception raised by `pause` leaves the cache as it was.
+        `pause` is called before each layer of the language model. If `pause` raises an exception, the cache is left unchanged.
         """
         self.make_room(encoded)
         self.following = self.look(encoded, pause)
@@ -729,10 +731,10 @@ class StreamMemory:
 
     @torch.inference_mode()
     def look(self, encoded: EncodedWindow, pause: Callable[[], None] = lambda: None) -> int:
-        """Read a window that fits, after the windows in memory. Cropping the cache to `columns` undoes it.
+        """Prefill a window after the windows in memory, if there is room for it. Crop the cache to `columns` to undo this.
 
         Returns:
-            The position of the text after it.
+            The position of the text after the window.
         """
         by = self._head - self._moved * self._axes
         prompt = encoded.prompt
@@ -742,10 +744,11 @@ class StreamMemory:
 
     @torch.inference_mode()
     def make_room(self, encoded: EncodedWindow) -> None:
-        """Move the start of the video to the oldest remaining window if `encoded` would be out of the position range.
+        """Move the start of the video to the oldest remaining window if `encoded` would exceed the position range.
 
-        Windows that are too old even for that are dropped; they have few tokens left, unless the range is short. An eighth of the
-        range is freed at a time, in whole windows. Otherwise every window of a long memory would move, and so round, the keys.
+        Windows that do not fit even then are dropped; unless the range is short, they have few tokens left. An eighth of the range
+        is freed at a time, in whole windows. Otherwise, every new window of a long memory would move the cached keys, and each move
+        rounds them.
         """
         first = encoded.window.time
         last = int(encoded.prompt.last[0])
@@ -760,7 +763,7 @@ class StreamMemory:
         self._moved = beginning
 
     def _thin(self, counts: Sequence[int]) -> None:
-        """Keep the given number of tokens per window, in their staying order."""
+        """Keep the given number of tokens in each window, in the order of their ranks."""
         stay = [window.order < count for window, count in zip(self.windows, counts, strict=True)]
         if all(bool(kept.all()) for kept in stay):
             return
@@ -772,21 +775,23 @@ class StreamMemory:
 
 
 def kept_counts(windows: Sequence[tuple[int, int]], limit: int) -> list[int]:
-    """Return how many tokens of each window stay, oldest window first.
+    """Return the number of tokens to keep in each window, oldest window first.
 
-    The newest windows, up to half of the limit, are kept whole. As many windows before them are due to keep half of their tokens,
-    as many before those a quarter, and so on. While the total exceeds `limit`, windows above their due count are halved, from the
-    oldest on.
+    The newest windows, up to half of the limit, are kept whole. The same number of windows before them should keep half of their
+    tokens, the same number before those should keep a quarter, and so on. While the total exceeds `limit`, windows that have more
+    tokens than they should keep are halved, starting with the oldest.
 
     Args:
-        windows: For each window, the tokens left and the tokens it had at first.
-        limit: Maximum total, at least twice the tokens of the largest window.
+        windows: For each window, the number of tokens that are left and the original number.
+        limit: Maximum total. It must be at least twice the number of tokens in the largest window.
     """
     counts = [left for left, _ in windows]
-    group = max(1, limit // (2 * max(whole for _, whole in windows)))  # windows with the same due share
+    group = max(
+        1, limit // (2 * max(whole for _, whole in windows))
+    )  # number of windows that should keep the same share
     due = [whole >> ((len(windows) - 1 - number) // group) for number, (_, whole) in enumerate(windows)]
     while (over := sum(counts) - limit) > 0:
-        for number, count in enumerate(counts):  # every window loses half once before the oldest loses more
+        for number, count in enumerate(counts):  # halve every window once before halving the oldest again
             if over > 0 and count > due[number]:
                 counts[number] = max(due[number], count // 2)
                 over -= count - counts[number]

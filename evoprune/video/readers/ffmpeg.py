@@ -1,6 +1,6 @@
-"""Functions that all readers share: identify a file by its first bytes, open it, read packets, decode frames, convert them to RGB.
+"""Functions shared by all readers: identify a file by its first bytes, open it, read packets, decode frames, convert them to RGB.
 
-FFmpeg gets only the bytes of the one file and cannot open others.
+FFmpeg receives only the bytes of the file to read and cannot open any other file.
 """
 
 import math
@@ -29,37 +29,37 @@ from evoprune.util import LONGEST, missing_hint, shorten, shown
 from evoprune.video.info import WIDEST_PIXEL, Video, fitted
 from evoprune.video.readers import colour
 
-# Called with a mark for each damaged packet or image. The same damage has the same mark.
+# Function that is called with a mark for each damaged packet or image. The same damage always has the same mark.
 Damage = Callable[[object], None]
-Crop = Sequence[int]  # pixels that are cut off a stored frame on the left, right, top and bottom
+Crop = Sequence[int]  # number of pixels to crop from a stored frame on the left, right, top and bottom
 Decode = Callable[[Packet | None], list[VideoFrame]]
 
-FALLBACK_FPS = 25.0  # frame rate of a stream that states none; FFmpeg assumes the same
+FALLBACK_FPS = 25.0  # frame rate assumed for a stream that states none; FFmpeg assumes the same rate
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 MATROSKA = "matroska,webm"
-# Containers whose files are often concatenated byte by byte (`cat a.ts b.ts`, the parts of a DVD), so the clock restarts.
+# Containers whose files are often concatenated byte by byte (`cat a.ts b.ts`, or the parts of a DVD), so their clock restarts.
 PROGRAM_STREAM = "mpeg"
 AVI = "avi"
 JOINED = ("mpegts", PROGRAM_STREAM)
-# A larger step back means that the clock restarted. In the containers of `JOINED`, so does a longer gap.
+# A larger step back indicates that the clock restarted. In the containers of `JOINED`, a gap above `LONGEST_GAP_S` does too.
 BACK_S = 0.1
 LONGEST_GAP_S = 600.0
 NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS, a flag of formats
-# A stated rate that is at least this high and equals the clock's frequency is no frame rate: Matroska counts milliseconds.
+# A stated rate of at least this value is not a frame rate if it equals the clock's frequency (Matroska counts milliseconds).
 LEAST_CLOCK_HZ = 1000
 TAG_CHARACTERS = 4000  # longer tags are dropped, because tags travel with every `Video`
-# Arguments for `av.open` that keep a file readable if its tags are not UTF-8. PyAV 19 does so by itself and has no such argument.
+# Arguments for `av.open` that keep a file readable if its tags are not UTF-8. PyAV 19 needs no argument for this and accepts none.
 ANY_TAGS = {"metadata_errors": "surrogateescape"} if int(av.__version__.split(".")[0]) < 19 else {}
-MAX_PIXELS = 2**27  # limit for still pictures; enough for photographs of 100 megapixels
-MAX_VIDEO_PIXELS = 2**26  # limit for video frames; enough for 8K video and 11K video of 360 degrees
-# Limits against decompression bombs: total pixels in all frames of a video, or pixels per byte of the file if that allows more.
+MAX_PIXELS = 2**27  # limit for still images; enough for photographs of 100 megapixels
+MAX_VIDEO_PIXELS = 2**26  # limit for video frames; enough for 8K video and for 360-degree video in 11K
+# Limits against decompression bombs: total pixels in all frames of a video, or pixels per byte of the file, whichever is higher.
 # Recordings of a static screen have up to 2**17 pixels per byte.
 MAX_DECODED_PIXELS = 2**33
 MAX_PIXELS_PER_BYTE = 2**18
 INCOMPLETE = (
     "is it a complete video file? An MP4 or MOV that is cut off before its index (usually at the end) cannot be read"
 )
-# Containers without gaps between packets, so a gap reveals damage: FFmpeg searches for the next packet without reporting an error.
+# Containers that have no gaps between packets. A gap reveals damage that FFmpeg skipped without reporting an error.
 DENSE = (MATROSKA, "flv")
 # Codecs whose multi-threaded decoder (FFmpeg 8) returned different pixels in one of four readings of a ten-second clip.
 UNTHREADED = ("theora", "vp3", "vp4")
@@ -67,7 +67,7 @@ STILLS = ("mjpeg", "png", "bmp", "webp")  # codecs of cover pictures that a cont
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders for streams that declare transparency
 CROPPING = re.compile(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)")  # left, right, top, bottom
 SAMPLE_AES = "/ 0x00DB)"  # in `stream_log`: type of an H.264 stream in MPEG-TS that HLS has encrypted
-TOLERANCE_S = 0.0006  # a frame counts as on screen this long before its time, because Matroska rounds to milliseconds
+TOLERANCE_S = 0.0006  # a frame may start this much after a requested time and still count as shown: Matroska rounds to milliseconds
 FORMATS = (
     "supported formats: MP4, MOV, MKV, WebM, AVI, GIF, most others that FFmpeg reads, pictures, and folders of images"
 )
@@ -90,9 +90,9 @@ PICTURE_BRANDS = {
     b"avif": "AVIF", b"avis": "AVIF",
     b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC",
 }  # fmt: skip
-of_thread = threading.local()  # its attribute `alive` overrides `report_alive` in threads other than the first
+of_thread = threading.local()  # in threads other than the first, its attribute `alive` replaces `report_alive`
 CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))  # control characters that do not occur in text
-# For every EXIF orientation: clockwise degrees, and whether a left-right flip comes first (see `orientation`).
+# For each EXIF orientation: rotation in clockwise degrees, and whether a left-right flip precedes it (see `orientation`).
 ORIENTATION_TAG = 0x0112
 ORIENTATIONS = {
     1: (0, False), 2: (0, True), 3: (180, False), 4: (180, True),
@@ -113,18 +113,18 @@ Frames = Iterator[Shown]
 
 
 def alive() -> None:
-    """Report progress; called after each frame or packet. A worker process that is silent for too long counts as hung."""
+    """Report progress. Called after each frame or packet, because a worker process that is silent for too long counts as hung."""
     getattr(of_thread, "alive", report_alive)()
 
 
 def report_alive() -> None:
-    """Report progress from the first thread. Does nothing unless a worker process replaces it."""
+    """Report progress from the first thread. This is a no-op until a worker process replaces it."""
 
 
 def picture_size(pixels: int, decoders: int = 1) -> None:
-    """Announce how many pixels a picture has before decoding, and how many decoders run in parallel.
+    """Announce the number of pixels in an image before it is decoded, and the number of decoders that run in parallel.
 
-    Does nothing unless a worker process replaces it with a function that raises its memory limit.
+    This is a no-op until a worker process replaces it with a function that raises the memory limit.
     """
 
 
@@ -144,7 +144,7 @@ def reason(error: Exception) -> str:
 
 
 def picture_format(path: str) -> str | None:
-    """Return Pillow's name for the format of a picture, or None if the first bytes of the file are not those of a picture."""
+    """Return Pillow's name for the format of an image file, or None if the file does not begin like an image."""
     head = _head(path)
     if head[4:8] == b"ftyp":
         brand = PICTURE_BRANDS.get(head[8:12])
@@ -159,16 +159,17 @@ def picture_format(path: str) -> str | None:
 
 
 def is_sequence(path: str) -> bool:
-    """Return True if an AVIF states that it is an animation."""
+    """Return True if the header of an AVIF file declares an animation."""
     head = _head(path)
     return b"avis" in head[8 : head[3]]
 
 
 def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
-    """Return the error for an unreadable file that is certainly not a video, or None if it may be one.
+    """Return the error to show for an unreadable file that is certainly not a video, or None if it may be a video.
 
     Args:
-        unrecognised: FFmpeg recognized no format. Any file that does not begin like a video then counts as something else.
+        unrecognised: True if FFmpeg recognized no format. In that case, any file that does not begin like a video is reported
+            as not being one.
     """
     head = _head(path)
     if not head or head.startswith(MEDIA) or head[4:8] in BOXES:
@@ -198,10 +199,10 @@ def _head(path: str) -> bytes:
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Turn errors of PyAV and the file system into `VideoError`, with a message of its own if the file is certainly not a video.
+    """Convert errors of PyAV and the file system to `VideoError`, with a specific message if the file is certainly not a video.
 
-    This includes FFmpeg's out-of-memory error, because a damaged file may ask for any amount. Other `MemoryError`s, such as
-    numpy's, pass through.
+    FFmpeg's out-of-memory error is converted as well, because a damaged file may request any amount of memory. Other instances of
+    `MemoryError`, such as numpy's, are not converted.
     """
     try:
         yield
@@ -242,7 +243,7 @@ def check_file(path: str) -> None:
 
 @contextmanager
 def open_video(path: str) -> Iterator[InputContainer]:
-    """Open a video file and yield its container. Raises what `check_file` raises, and PyAV's own errors (see `reading`)."""
+    """Open a video file and yield its container. Raises the errors of `check_file`, and PyAV's own errors (see `reading`)."""
     check_file(path)
     with open(path, "rb", buffering=0) as file, open_bytes(file) as container:
         if container.format.name == "tty":  # FFmpeg renders text files like a terminal
@@ -254,18 +255,18 @@ def open_bytes(file: BinaryIO, format_name: str | None = None, max_pixels: int =
     """Open a container from a seekable binary file. Raises PyAV's own errors.
 
     Args:
-        format_name: FFmpeg's name of the format; None detects it.
-        max_pixels: frames with more pixels are not decoded.
+        format_name: FFmpeg's name of the format, or None to detect the format.
+        max_pixels: Frames with more pixels are not decoded.
     """
-    # FFmpeg gets bytes and no name, because in a name it takes the text before a colon for a protocol, and %d for a pattern.
-    # The whitelist allows no protocol, so a playlist in the file reaches neither other files nor the network.
+    # FFmpeg receives the bytes without a file name, because it would interpret the part before a colon as a protocol, and %d as a
+    # pattern. The whitelist allows no protocol, so a playlist in the file can open neither other files nor network connections.
     options = {"protocol_whitelist": "none", "max_pixels": str(max_pixels)}
     nameless = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
     return av.open(nameless, format=format_name, options=options, **ANY_TAGS)
 
 
 def moving(container: InputContainer) -> list[VideoStream]:
-    """Return the video tracks except cover pictures, and except stills if other tracks remain (as in animated AVIF)."""
+    """Return the video tracks without cover images. Still images are also left out if other tracks remain (as in animated AVIF)."""
     tracks = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     return [track for track in tracks if track.frames != 1] or tracks
 
@@ -273,10 +274,11 @@ def moving(container: InputContainer) -> list[VideoStream]:
 def video_stream(
     container: InputContainer, path: str, *, threads: int = 1, max_pixels: int = MAX_VIDEO_PIXELS
 ) -> VideoStream:
-    """Return the video stream to show, set up to decode with `threads` threads.
+    """Return the video stream to show, configured to decode with `threads` threads.
 
     Raises:
-        VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or frames of more than `max_pixels`.
+        VideoError: The file has no video or only a cover image, this build of FFmpeg has no decoder for it, or its frames have
+            more than `max_pixels` pixels.
     """
     tracks = moving(container)
     if not tracks:
@@ -301,7 +303,7 @@ def video_stream(
 
 
 def chosen(tracks: Sequence[VideoStream]) -> VideoStream:
-    """Return the track to show, like a player: the one marked as default, otherwise or of several ones the largest."""
+    """Choose the track that a player would show: the default track, or the largest track if there is no single default."""
 
     def rank(track: VideoStream) -> tuple[bool, bool, bool, int]:
         if (context := track.codec_context) is None:
@@ -314,7 +316,7 @@ def chosen(tracks: Sequence[VideoStream]) -> VideoStream:
 
 
 def tags(container: InputContainer) -> dict[str, str]:
-    """Return up to 200 tags of a container, without overlong ones. Bytes that are not UTF-8 become U+FFFD."""
+    """Return up to 200 tags of a container, leaving out overlong tags. Bytes that are not valid UTF-8 become U+FFFD."""
     short = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS)
     return {_valid_text(key): _valid_text(text) for key, text in islice(short, 200)}
 
@@ -324,9 +326,9 @@ def _valid_text(tag: str) -> str:
 
 
 def thread_count(cores: int) -> int:
-    """Return the number of decoder threads for a number of cores: 1 for one core, otherwise one more than cores.
+    """Return the number of decoder threads to use on a number of cores: 1 on a single core, otherwise one more than the cores.
 
-    At most 16, because every thread holds a picture in memory.
+    The maximum is 16, because each thread holds a frame in memory.
     """
     if cores <= 1:
         return 1
@@ -343,12 +345,12 @@ def nothing_decoded(path: str) -> VideoError:
 def packets(
     container: InputContainer, stream: Stream, damaged: Damage = ignore_damage, *, every_stream: bool = False
 ) -> Iterator[Packet | None]:
-    """Yield the packets of a stream. If the file breaks off, the last one is None, which flushes the decoder.
+    """Yield the packets of a stream. If the file breaks off, a final None is yielded, which flushes the decoder.
 
     Args:
-        damaged: called if bytes were skipped, in the containers of `DENSE`.
-        every_stream: read the packets of all streams, though only those of `stream` are yielded. This reports progress while the
-            packets of `stream` are far apart.
+        damaged: Called if FFmpeg skipped bytes. Only detected in the containers of `DENSE`.
+        every_stream: Read the packets of all streams, but yield only the packets of `stream`. This way, progress is reported even
+            if the packets of `stream` are far apart.
     """
     dense = container.format.name in DENSE
     end = None
@@ -362,12 +364,12 @@ def packets(
             if dense and packet.pos is not None:
                 if end is not None and packet.pos - end > slack:
                     damaged(-packet.pos)
-                # Slack for headers between packets and for the first packet's transparency data, which are no damage.
+                # Headers between packets and transparency data after the first packet are not damage.
                 end = max(end or 0, packet.pos) + packet.size
                 slack = 2**12 + 2 * packet.size
             if packet.stream.index == stream.index:  # `packet.stream`, because the final packet has no index of its own
                 yield packet
-    # PyAV (18) raises IndexError if damage looks like a new stream.
+    # PyAV 18 raises IndexError if damaged data looks like a new stream.
     except (av.error.FFmpegError, IndexError):
         yield None
 
@@ -375,15 +377,15 @@ def packets(
 def shown_otherwise(
     stream: VideoStream, hdr: str | None, first: VideoFrame | None = None
 ) -> dict[str, bool | float | str | None]:
-    """Return the fields of `Video` for content that players display differently: HDR, interlacing and pixel aspect.
+    """Return the fields of `Video` that tell how players adapt the frames for display: HDR, interlacing and pixel aspect.
 
     Args:
-        hdr: `Video.hdr_format`.
-        first: first decoded frame; None relies on the header only.
+        hdr: Value of `Video.hdr_format`.
+        first: The first decoded frame, or None to use only the header.
     """
     context = stream.codec_context
     interlaced = bool(first.interlaced_frame) if first else context.field_order > 1  # 1 is progressive
-    # FFmpeg prefers the container's ratio. If neither container nor header state one, the first frame may have.
+    # FFmpeg prefers the container's ratio. If neither the container nor the header states a ratio, the first frame may state it.
     aspect = stream.sample_aspect_ratio or context.sample_aspect_ratio
     return {
         "hdr": hdr is not None,
@@ -394,7 +396,7 @@ def shown_otherwise(
 
 
 def stream_log(stream: Stream) -> str:
-    """Return FFmpeg's text description of a stream, for facts that PyAV has no attribute for."""
+    """Return FFmpeg's text description of a stream, which contains facts that PyAV does not expose as attributes."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.INFO)
     try:
@@ -406,10 +408,10 @@ def stream_log(stream: Stream) -> str:
 
 
 def check_encryption(stream: VideoStream, log: str, path: str) -> None:
-    """Raise VideoError if the container marks the stream as encrypted. In MP4 the packets are marked instead (see `decoder`).
+    """Raise VideoError if the container marks the stream as encrypted. In MP4, individual packets are marked (see `decoder`).
 
     Args:
-        log: see `stream_log`.
+        log: The result of `stream_log`.
     """
     sample_aes = stream.container.format.name == "mpegts" and SAMPLE_AES in log.partition("\n")[0]
     if sample_aes or "enc_key_id" in stream.metadata:  # FFmpeg's tag for ContentEncryption in Matroska and WebM
@@ -417,12 +419,13 @@ def check_encryption(stream: VideoStream, log: str, path: str) -> None:
 
 
 def cropping(log: str) -> Crop | None:
-    """Return the pixels that the container crops, or None if it crops none.
+    """Return the number of pixels that the container crops on each side, or None if it crops nothing.
 
-    MP4 states them in a clap box, Matroska in PixelCrop. The decoder itself applies the codec's own cropping.
+    MP4 stores the cropping in a clap box, Matroska in PixelCrop. Cropping by the codec is not included, because the decoder applies
+    it.
 
     Args:
-        log: see `stream_log`.
+        log: The result of `stream_log`.
     """
     found = CROPPING.search(log)
     return (int(found[1]), int(found[2]), int(found[3]), int(found[4])) if found else None
@@ -434,16 +437,16 @@ def cropped(frame: VideoFrame, crop: Crop | None) -> VideoFrame:
     width = frame.width - left - right
     height = frame.height - top - bottom
     if frame.interlaced_frame:
-        top -= top % 2  # the upper field stays the upper one
+        top -= top % 2  # crop an even number of rows, so that the upper field stays the upper field
     if not crop or width <= 0 or height <= 0:
         return frame
     return colour.filtered(frame, ("crop", f"{width}:{height}:{left}:{top}:exact=1"))
 
 
 def decoder(stream: VideoStream, crop: Crop | None) -> Decode:
-    """Return a function that decodes a packet into cropped frames, or raises Encrypted.
+    """Return a function that decodes a packet into cropped frames. It raises Encrypted if the packet is encrypted.
 
-    Streams with transparency use libvpx, because FFmpeg's own VP8 and VP9 decoders drop it.
+    Streams with transparency are decoded by libvpx, because FFmpeg's own VP8 and VP9 decoders drop the transparency.
     """
     context = stream.codec_context
     name = WITH_ALPHA.get(context.codec.canonical_name)
@@ -454,7 +457,7 @@ def decoder(stream: VideoStream, crop: Crop | None) -> Decode:
 
     def decode(packet: Packet | None) -> list[VideoFrame]:
         if packet is not None and packet.has_sidedata("encryption_info"):
-            raise Encrypted  # decoding it would give noise or look like damage
+            raise Encrypted  # decoding would produce noise or look like damage
         return [cropped(frame, crop) for frame in context.decode(packet)]
 
     return decode
@@ -468,18 +471,18 @@ def decoded_frames(
     Packets that cannot be decoded are skipped. Frames that the decoder patched up are yielded.
 
     Args:
-        packets: packets as the function `packets` yields them.
-        damaged: called for skipped packets, for patched-up frames, and if the file breaks off.
+        packets: The packets, as yielded by the function `packets`.
+        damaged: Called for each skipped packet and each patched-up frame, and if the file breaks off.
     """
     decode = decoder(stream, crop)
     for packet in packets:
         if packet is not None and not packet.size and packet.dts is not None:
-            continue  # an empty packet repeats the frame before, but FFmpeg's decoders take it for the end
+            continue  # an empty packet repeats the previous frame, but FFmpeg's decoders interpret it as the end of the stream
         broken = packet is None or packet.is_corrupt
         frames = []
         try:
             frames = decode(packet)
-        except av.error.FFmpegError:  # the next packet may be whole
+        except av.error.FFmpegError:  # the next packet may be intact
             broken = True
         if broken:
             damaged(_stamp(packet))
@@ -491,29 +494,30 @@ def decoded_frames(
 
 
 def _stamp(data: Packet | VideoFrame | None) -> int | None:
-    """Return the display time of a packet or frame in ticks, otherwise its decoding time; None if it has neither."""
+    """Return the display time of a packet or frame in ticks. Falls back to its decoding time, and to None if it has neither."""
     if data is None:
         return None
     return data.dts if data.pts is None else data.pts
 
 
 def incomplete_joints(info: Video) -> int:
-    """Return how many packets may be incomplete without damage: the last packet of every part of a joined stream."""
+    """Return how many packets may be incomplete without being damaged: the last packet of every earlier part of a joined stream."""
     if info.container not in JOINED:
         return 0
     return info.clock_restarts
 
 
 def restarts(passed_s: float, container: str) -> bool:
-    """Return True if a step of `passed_s` seconds from one frame to the next means that the file's clock restarted."""
+    """Return True if a step of `passed_s` seconds from one frame to the next indicates that the file's clock restarted."""
     return passed_s < -BACK_S or (passed_s > LONGEST_GAP_S and container in JOINED)
 
 
 def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
-    """Return the average frame rate in frames per second, or None if it is unknown, and whether it is a guess.
+    """Return the average frame rate in frames per second (None if it is unknown), and whether the rate is a guess.
 
-    Raw streams have no timestamps. FFmpeg uses the rate that the stream states, and assumes `FALLBACK_FPS` otherwise; only the
-    latter counts as a guess. If a container states no rate, FFmpeg's average may be the frequency of the clock, which is ignored.
+    Raw streams have no timestamps. FFmpeg uses the rate that such a stream states, or assumes `FALLBACK_FPS`; only the assumed rate
+    counts as a guess. If a container states no rate, FFmpeg may report the frequency of the clock as the average rate. Such a rate
+    is ignored.
     """
     if stream.container.format.flags & NO_TIMESTAMPS:
         stated = stream.codec_context.framerate
@@ -524,7 +528,10 @@ def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
 
 
 def stated_frames(container: InputContainer, stream: VideoStream) -> int:
-    """Return the number of frames by the header: its count, otherwise duration times frame rate, or 0 if it states neither."""
+    """Return the number of frames that the header states.
+
+    Falls back to the stated duration times the frame rate, and to 0 if the header states neither.
+    """
     length_s = float((stream.duration or 0) * stream.time_base)
     if container.duration:
         length_s = container.duration / av.time_base
@@ -533,8 +540,8 @@ def stated_frames(container: InputContainer, stream: VideoStream) -> int:
 
 def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
     """Return the time of a frame in seconds of the file's own clock, or None if the file has no timestamps (raw streams)."""
-    # AVI stores only decoding times. FFmpeg derives presentation times from them, which are wrong if frames are stored out of
-    # order. The decoding times are right up to a constant.
+    # AVI stores only decoding times. FFmpeg derives presentation times from them, but these are wrong if frames are stored out of
+    # order. The decoding times are correct except for a constant offset.
     stamp = frame.dts if stream.container.format.name == AVI else frame.pts
     if stamp is None:
         return None
@@ -546,7 +553,7 @@ def orientation(frame: VideoFrame) -> tuple[int, bool]:
     matrix = colour.side_data(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return 0, False
-    # Row vectors times the matrix, y downwards: the image's x axis goes to (a, b), its y axis to (c, d).
+    # Row vectors are multiplied by the matrix, with y pointing down: the image's x axis maps to (a, b) and its y axis to (c, d).
     a, b, _, c, d = (int(x) for x in np.frombuffer(matrix, np.int32, count=5))
     mirrored = a * d < b * c
     if mirrored:
@@ -556,15 +563,15 @@ def orientation(frame: VideoFrame) -> tuple[int, bool]:
 
 
 def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
-    """Return the (width, height) of a frame after a rotation by a multiple of 90 degrees, or before it."""
+    """Return the (width, height) of a frame after a rotation by a multiple of 90 degrees. The inverse is the same function."""
     return size if rotation_deg % 180 == 0 else size[::-1]
 
 
 def displayed_size(frame: VideoFrame, pixel_aspect: float | None, rotation_deg: int) -> tuple[int, int]:
-    """Return the (width, height) of a stored frame when it is displayed: with square pixels, then rotated.
+    """Return the (width, height) at which a stored frame is displayed: with square pixels, then rotated.
 
-    As in most players, one side is enlarged, to an even number. If that makes more than `MAX_VIDEO_PIXELS`, the other side is made
-    smaller instead. A `pixel_aspect` beyond `WIDEST_PIXEL` is ignored.
+    As in most players, one side is enlarged to an even number of pixels. If the result would have more than `MAX_VIDEO_PIXELS`, the
+    other side is reduced instead. A `pixel_aspect` that is more extreme than `WIDEST_PIXEL` is ignored.
     """
     sides = [frame.width, frame.height]
     if pixel_aspect and 1 / WIDEST_PIXEL <= pixel_aspect <= WIDEST_PIXEL:
@@ -588,9 +595,9 @@ def to_rgb(
     converter: colour.Converter,
     pixel_aspect: float | None = None,
 ) -> np.ndarray:
-    """Convert a frame to uint8 `[height, width, 3]`, rotated and scaled. See `Converter.rgb` for the colors.
+    """Convert a frame to uint8 RGB `[height, width, 3]`, rotated and scaled. For the color conversion, see `Converter.rgb`.
 
-    A frame with another displayed aspect ratio keeps it and gets black borders.
+    If the frame's displayed aspect ratio differs from the target, the frame keeps its aspect ratio and gets black borders.
     """
     inner = fitted(displayed_size(frame, pixel_aspect, rotation_deg), (width, height))
     rgb = rotated(converter.rgb(frame, *turned_size(inner, rotation_deg)), rotation_deg, mirrored)
@@ -604,9 +611,9 @@ def to_rgb(
 
 
 def rotated(rgb: np.ndarray, rotation_deg: int, mirrored: bool) -> np.ndarray:
-    """Return a view of stored pixels `[h, w, 3]` as displayed: flipped left to right if `mirrored`, then rotated clockwise.
+    """Return stored pixels `[h, w, 3]` as they are displayed: flipped left to right if `mirrored`, then rotated clockwise.
 
-    `rotation_deg` is a multiple of 90.
+    The result is a view. `rotation_deg` must be a multiple of 90.
     """
     if mirrored:
         rgb = rgb[:, ::-1]

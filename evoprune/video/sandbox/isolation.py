@@ -1,7 +1,7 @@
-"""Runs tasks and streams frames in worker processes, each of which reads one video at a time.
+"""Runs tasks and streams frames in worker processes. Each worker process reads one video at a time.
 
-If a worker crashes or exceeds its memory limit, the request is retried once in a new process, because an earlier video may be the
-cause. A second failure is blamed on the video. A worker that hangs is killed, and its request is not retried.
+If a worker crashes or exceeds its memory limit, the request is retried once in a new process, because an earlier video may have
+caused the failure. If the retry fails too, the video is blamed. A worker that hangs is killed, and its request is not retried.
 """
 
 import atexit
@@ -35,33 +35,34 @@ if TYPE_CHECKING:
 
 MAX_IDLE = 2  # worker processes kept for later videos
 SILENCE_S = 25.0  # a worker that reports no progress for this long counts as hung
-CLIP_PIECE = 2**20  # bytes of a clip per answer
+CLIP_PIECE = 2**20  # maximum number of bytes of a clip in each answer
 POLL_S = 0.1  # interval at which a waiting thread checks whether its result is still wanted
-# Other systems run everything in this process and trust FFmpeg. Frozen programs do too: their executable is not Python.
+# On other systems, everything runs in this process and FFmpeg is trusted. The same holds in frozen programs, whose executable is
+# not Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
-FilledArray = tuple["np.ndarray", dict[str, Any]]  # uint8 [n, H, W, 3], and what `worker.FrameReader.fill` returns
+FilledArray = tuple["np.ndarray", dict[str, Any]]  # uint8 [n, H, W, 3], and the result of `worker.FrameReader.fill`
 OnFrames = Callable[[int], None]
-# The code that a worker process runs. It imports from the same paths as this process.
+# Source code of a worker process. It uses the same import paths as this process.
 PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.video.sandbox.worker import main; main({socket})"
 ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}
 HINT = "it is damaged or malicious; if it plays elsewhere, convert it, e.g. with ffmpeg"
 
 
 class Crash(VideoError):
-    """Raised when a worker process has ended or can no longer be used."""
+    """Raised when a worker process has ended unexpectedly or can no longer be used."""
 
 
 class Stopped(Exception):
-    """Raised in reading threads after `Scope.stop`, because their results are no longer wanted."""
+    """Raised in reading threads after `Scope.stop` was called, because their results are no longer needed."""
 
 
 class WorkerProcess:
     """A process that reads videos, one request at a time.
 
     Attributes:
-        path: name of the video in error messages.
-        busy: True while a request is unanswered, or the process is in the middle of a video.
-        stopped: True after `stop`.
+        path: Path of the current video, used in error messages.
+        busy: True while a request is unanswered, or while a video has been read only partly.
+        stopped: True after `stop` was called.
     """
 
     def __init__(self):
@@ -74,7 +75,7 @@ class WorkerProcess:
         here.settimeout(SILENCE_S)
         self._channel = Channel(here)
         self._stderr = os.fdopen(os.memfd_create("evoprune-stderr"), "rb", buffering=0)
-        # An editable install is found by an import hook, which the worker does not have: it needs the folder itself.
+        # Python finds an editable install through an import hook. The worker has no such hook, so it needs the folder itself.
         paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
         program = PROGRAM.format(paths=list(dict.fromkeys(paths)), socket=there.fileno())
         with there:
@@ -84,14 +85,14 @@ class WorkerProcess:
                 stdin=subprocess.PIPE,  # closes when this process ends, which ends the worker
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # otherwise numpy starts threads without need
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # otherwise numpy starts threads that are not needed
                 pass_fds=[there.fileno()],
                 start_new_session=True,  # Ctrl-C must reach only this process
             )
         self.pid = self._process.pid
 
     def request(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Build the message that requests a task. Raises VideoError if a relative path has no current folder."""
+        """Build the message that requests a task. Raises VideoError if the path is relative and the current folder is gone."""
         try:
             folder = None if os.path.isabs(self.path) else os.getcwd()
         except FileNotFoundError as error:
@@ -101,19 +102,19 @@ class WorkerProcess:
         return {"task": task, "folder": folder, "arguments": arguments}
 
     def ask_to_fill(self, memory: FrameMemory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
-        """Request the next frames, or bytes of a clip.
+        """Request the next frames of a video, or the next bytes of a clip.
 
         Args:
             shape: `(n, H, W, 3)` for frames, `(n,)` for bytes.
-            more: further entries of the message.
+            more: Further entries of the message.
 
         Returns:
-            A uint8 array of that shape in shared memory. Its contents are valid once `answer` returns.
+            A uint8 array with that shape, in shared memory. Its contents are valid once `answer` returns.
 
         Raises:
-            VideoError: the system's limit on file sizes is too low for the shared memory.
-            UsageError: too many open files.
-            MemoryError: there is not enough memory.
+            VideoError: The system's limit on file sizes is too low for the shared memory.
+            UsageError: Too many files are open.
+            MemoryError: There is not enough memory.
         """
         try:
             frames, number, descriptor = memory.take(shape)
@@ -133,7 +134,7 @@ class WorkerProcess:
         return frames
 
     def send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
-        """Send a request; `answer` returns its result. Raises Crash, OutOfMemory or Stopped if the process has ended."""
+        """Send a request. Call `answer` for the result. Raises Crash, OutOfMemory or Stopped if the process has ended."""
         self.busy = True
         try:
             self._channel.send(message, descriptor)
@@ -141,15 +142,15 @@ class WorkerProcess:
             raise self._crash() from error
 
     def answer(self, on_frames: OnFrames | None = None) -> Any:
-        """Wait for the result of the request and return it.
+        """Wait for the result of the pending request and return it.
 
         Args:
-            on_frames: called about once a second with the number of frames read so far.
+            on_frames: Called about once a second with the number of frames read so far.
 
         Raises:
-            Crash: the process crashed or exceeded its memory limit. `run_task` retries then.
-            Stopped: another thread called `stop`.
-            VideoError, OutOfMemory, UsageError: see `run_task`.
+            Crash: The process crashed or exceeded its memory limit. `run_task` retries after this error.
+            Stopped: Another thread called `stop`.
+            VideoError, OutOfMemory, UsageError: See `run_task`.
         """
         try:
             message, _ = self._channel.receive(SILENCE_S, on_frames)
@@ -159,7 +160,7 @@ class WorkerProcess:
         except (OSError, EOFError, ValueError, RecursionError) as error:
             raise self._crash() from error
         self._answered = True
-        # An earlier video may have taken the memory of this process. Counting this as a crash makes `run_task` retry.
+        # An earlier video may have used up the memory of this process. Raising Crash makes `run_task` retry in a new process.
         if limit := message.get("memory"):
             raise Crash(f"reading {self.path} takes more than {limit / 2**30:.1f} GiB of memory", HINT)
         self.busy = False
@@ -194,11 +195,11 @@ class WorkerProcess:
         return problem
 
     def kill(self) -> None:
-        """Kill the process. Other threads may call this; a thread that waits in `answer` gets a `Crash`."""
+        """Kill the process. Other threads may call this. A thread that is waiting in `answer` then gets a `Crash`."""
         self._process.kill()
 
     def stop(self) -> None:
-        """Kill the process from another thread. `answer` raises `Stopped` at once, even if the process is blocked by a disk."""
+        """Kill the process from another thread. `answer` then raises `Stopped` at once, even if disk I/O blocks the process."""
         self.stopped = True
         self._channel.shut()
         self.kill()
@@ -209,12 +210,12 @@ class WorkerProcess:
         self._process.stdin.close()
         self._channel.close()
         self._stderr.close()
-        with suppress(subprocess.TimeoutExpired):  # a process blocked by a disk ends once the disk answers
+        with suppress(subprocess.TimeoutExpired):  # a process that is blocked by disk I/O ends once the I/O completes
             self._process.wait(1)
 
 
 class InProcess:
-    """Stand-in for `WorkerProcess` that runs requests in this process, when `answer` is called."""
+    """Replacement for `WorkerProcess` that runs requests in this process. A request runs when `answer` is called."""
 
     def __init__(self):
         from evoprune.video.sandbox.worker import Server
@@ -250,13 +251,13 @@ class InProcess:
 
 
 _idle: list[WorkerProcess] = []
-_lock = threading.RLock()  # reentrant: garbage collection may return a process while its thread holds the lock
+_lock = threading.RLock()  # reentrant, because garbage collection may return a process while its thread holds the lock
 _max_idle = MAX_IDLE
 
 
 @contextmanager
 def keep_idle(count: int) -> Iterator[None]:
-    """Keep up to `count` idle processes during a block that reads this many videos at a time. Restores the limit afterwards."""
+    """Keep up to `count` idle processes during the block, which reads `count` videos at a time. Restores the limit on exit."""
     global _max_idle
     before = _max_idle
     _max_idle = max(before, count)
@@ -272,13 +273,13 @@ def keep_idle(count: int) -> Iterator[None]:
 
 
 class Scope:
-    """Cancellation scope for the reading that a thread and its child threads do. Another thread stops it.
+    """Cancellation scope for all reading done by a thread and its child threads. Another thread can stop the scope.
 
-    A child thread inherits the scope if it runs in `contextvars.copy_context().run`.
+    A child thread inherits the scope if it is started with `contextvars.copy_context().run`.
     """
 
     def __init__(self):
-        self._outer: Scope | None = None  # scope inherited from the thread that started the one that entered
+        self._outer: Scope | None = None  # scope that the current thread inherited before it entered this scope
         self._stopped = False
         self._workers: set[WorkerProcess] = set()
 
@@ -293,7 +294,7 @@ class Scope:
         return self._stopped or (self._outer is not None and self._outer.stopped)
 
     def stop(self) -> None:
-        """Stop all reading in this scope at once. Threads that wait for a worker process, or ask for one, get `Stopped`."""
+        """Stop all reading in this scope at once. Threads that use or request a worker process get `Stopped`."""
         with _lock:
             self._stopped = True
             for worker in list(self._workers):
@@ -308,17 +309,17 @@ class Scope:
 
     @staticmethod
     def wait_for(changed: threading.Condition, condition: Callable[[], Any], patience_s: float = math.inf) -> bool:
-        """Wait until a condition becomes true in another thread. The caller holds the lock of `changed`.
+        """Wait until another thread makes a condition true. The caller must hold the lock of `changed`.
 
         Args:
-            condition: called with the lock held.
-            patience_s: timeout in seconds.
+            condition: Called with the lock held.
+            patience_s: Timeout in seconds.
 
         Returns:
             True if the condition holds, False after a timeout.
 
         Raises:
-            Stopped: the scope of the current thread was stopped.
+            Stopped: The scope of the current thread was stopped.
         """
         end_s = time.monotonic() + patience_s
         while not changed.wait_for(condition, min(POLL_S, end_s - time.monotonic())):
@@ -329,7 +330,7 @@ class Scope:
 
     @contextmanager
     def using(self, worker: WorkerProcess) -> Iterator[None]:
-        """Let `stop` kill a worker process during a block. Raises Stopped if the scope was stopped before."""
+        """Allow `stop` to kill a worker process during a block. Raises Stopped if the scope has already been stopped."""
         with _lock:
             if self._stopped:
                 raise Stopped
@@ -347,7 +348,7 @@ _scope: ContextVar[Scope | None] = ContextVar("evoprune-scope", default=None)
 
 
 def warm_up() -> None:
-    """Start a process for the first video without waiting for it, unless one is idle. Errors are left for `borrow` to raise."""
+    """Start a process for the first video without waiting for it, unless a process is idle. `borrow` will raise any error."""
     if POSSIBLE and not _idle:
         with suppress(OSError), _lock:
             _idle.append(WorkerProcess())
@@ -355,10 +356,10 @@ def warm_up() -> None:
 
 @contextmanager
 def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
-    """Yield an idle or new process for one video.
+    """Yield a process for one video: an idle process, or a new one.
 
-    Afterwards the process becomes idle, or is killed if a request is unanswered, it was stopped, or enough others are idle. If
-    worker processes are not `POSSIBLE`, the requests run in this process.
+    On exit, the process becomes idle. It is killed instead if a request is still unanswered, if it was stopped, or if enough other
+    processes are idle. If worker processes are not `POSSIBLE`, requests run in the current process.
     """
     if not POSSIBLE:
         with closing(InProcess()) as here:
@@ -374,7 +375,7 @@ def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
                 worker = WorkerProcess()
             except OSError as error:
                 raise process_error("start the process that reads videos", error, "read") from error
-        elif worker._process.poll() is not None:  # ended while idle, so not because of this video
+        elif worker._process.poll() is not None:  # it ended while idle, so this video is not the cause
             worker.end()
             worker = None
     worker.path = path
@@ -394,7 +395,7 @@ def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
 
 @atexit.register
 def end_all() -> None:
-    """Kill the idle processes. Borrowed ones end with this process."""
+    """Kill the idle processes. Borrowed processes end together with this process."""
     with _lock:
         ended = list(_idle)
         _idle.clear()
@@ -403,7 +404,7 @@ def end_all() -> None:
 
 
 def _forget() -> None:
-    """Forget the workers in a forked child, because they belong to its parent."""
+    """Forget all worker processes in a forked child, because they belong to the parent process."""
     global _lock, _idle
     _lock = threading.RLock()
     _idle = []
@@ -419,14 +420,14 @@ def run_task(
     """Run one of `worker.TASKS` in a worker process and return its result as plain data.
 
     Args:
-        path: path of the video, for error messages.
-        on_frames: see `WorkerProcess.answer`.
+        path: Path of the video, for error messages.
+        on_frames: See `WorkerProcess.answer`.
 
     Raises:
-        VideoError: the process crashed or exceeded its memory limit twice, or made no progress for `SILENCE_S`; or the task
-            raised it.
-        OutOfMemory: no memory to start a process, or the system killed it for lack of memory.
-        UsageError: no process can be started; or the task raised it.
+        VideoError: The process crashed or exceeded its memory limit twice, or reported no progress for `SILENCE_S`; or the task
+            raised VideoError.
+        OutOfMemory: There was no memory to start a process, or the system killed the process for lack of memory.
+        UsageError: No process can be started, or the task raised UsageError.
     """
     for again in (True, False):
         try:
@@ -445,14 +446,14 @@ def stream_frames(
     how: dict[str, Any],
     on_frames: OnFrames = lambda frames: None,
 ) -> Iterator[FilledArray]:
-    """Yield the frames on screen at given times in arrays, see `frames.read_chunks`. Raises what `run_task` raises.
+    """Yield arrays with the frames that are on screen at the given times; see `frames.read_chunks`.
 
-    The worker fills one array in shared memory while the caller uses the one before it.
+    The worker fills one array in shared memory while the caller uses the previous array. Raises the same errors as `run_task`.
 
     Args:
-        sizes: number of frames per array, at least one array. Their sum is the number of times.
-        how: further arguments of `worker.FrameReader`.
-        on_frames: called about once a second, by the iterating thread, with a lower bound on the number of frames read so far.
+        sizes: Number of frames in each array; there must be at least one array. The sum must equal the number of times.
+        how: Further arguments for `worker.FrameReader`.
+        on_frames: Called about once a second, by the iterating thread, with a lower bound on the number of frames read so far.
     """
     stream = partial(_stream_once, on_frames=on_frames)
     done = 0
@@ -462,7 +463,7 @@ def stream_frames(
                 done += 1
                 yield filled
     except Crash:
-        # Request all times again, because whether times are moved to keyframes depends on all of them.
+        # Request all times again, because the choice between exact frames and keyframes depends on all of them.
         with closing(stream(info, times_s, sizes, how)) as arrays:
             yield from islice(arrays, done, None)
 
@@ -479,7 +480,7 @@ def _stream_once(
 
     with borrow(info.path) as worker:
         begin = worker.request("frames", {"info": asdict(info), "times_s": list(times_s), **how})
-        # One message opens the video and requests its first array, because a round trip costs as much as a small picture.
+        # A single message opens the video and requests its first array: a round trip takes as long as reading a small image.
         next_array = worker.ask_to_fill(memory, shapes[0], begin | {"last": len(shapes) == 1})
         for number, shape in enumerate(shapes[1:], 2):
             filled = next_array, worker.answer(count)
@@ -498,13 +499,13 @@ def _stream_once(
 def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
     """Yield the facts of a `cutting.ClipReader`, then the pieces of the clip as (offset in the clip's file, bytes).
 
-    An offset never lies beyond the end of the earlier pieces, so the file has no holes.
+    No piece starts beyond the end of the earlier pieces, so the file has no holes.
 
     Args:
-        how: further arguments of `ClipReader`.
+        how: Further arguments for `ClipReader`.
 
     Raises:
-        VideoError, OutOfMemory, UsageError: see `run_task`. Crashes are not retried; the caller can start over.
+        VideoError, OutOfMemory, UsageError: See `run_task`. Crashes are not retried, but the caller can start over.
     """
     with closing(_clip_pieces(info, how)) as pieces:
         yield next(pieces)
@@ -517,7 +518,7 @@ def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | t
 
 
 def _clip_pieces(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
-    # With twice the size of a piece, every piece gets memory of its own, which the worker releases after use.
+    # At twice the size of a piece, every piece gets separate memory, which the worker releases after use.
     memory = FrameMemory(2 * CLIP_PIECE)
     with borrow(info.path) as worker:
         worker.send(worker.request("clip", {"info": asdict(info), **how}))
