@@ -1,4 +1,4 @@
-"""Feed a stream from a live source: one thread reads frames, another encodes them, and the caller asks from a third."""
+"""Feeds a stream from a live source: one thread reads frames, a second thread encodes them, and the caller asks from a third."""
 
 import threading
 import time
@@ -13,36 +13,38 @@ from evoprune.live.omp import release_omp_threads, use_one_omp_thread
 from evoprune.live.stream import VideoStream
 from evoprune.video import LiveSource
 
-HOLD_S = 0.05  # interval for rechecking a frame that is held back, in seconds
-TARGET_UTILIZATION = 0.97  # target utilization of the encoder while frames are skipped
+HOLD_S = 0.05  # interval in seconds at which a frame that is held back is checked again
+TARGET_UTILIZATION = 0.97  # share of the time that the encoder should be busy while frames are skipped
 
 
 class Backlog:
     """Queue of frames between the thread that reads them (`put`) and the thread that encodes them (`take`).
 
-    If frames wait longer than one and a half windows, the encoder is too slow. Then every second queued frame is skipped, and
-    incoming frames are thinned evenly to the rate that the encoder managed in its latest windows, but not below two frames per
-    window. If that is still too many, the oldest frames are dropped, so the encoder lags at most two windows. Frames that arrive
-    earlier than their timestamps say, such as from a file read at full speed, are never skipped: `put` blocks instead.
+    If frames wait longer than one and a half windows, the encoder is too slow. In that case, every second queued frame is skipped,
+    and incoming frames are thinned evenly to the rate that the encoder achieved in its latest windows, but to no fewer than two
+    frames per window. If that is still too many, the oldest frames are dropped, so the encoder lags by at most two windows.
+
+    Frames that arrive earlier than their timestamps, for example from a file that is read at full speed, are never skipped. `put`
+    blocks instead.
 
     Args:
         window_s: Length of a window, in seconds.
-        step_s: Seconds between two due frames. May change later.
-        now: Clock, in seconds.
+        step_s: Interval between two due frames, in seconds. It may change later.
+        now: Function that returns the current time in seconds.
     """
 
     def __init__(self, window_s: float, step_s: float, now: Callable[[], float] = time.monotonic):
         self.window_s = window_s
         self.step_s = step_s
-        self.stride = 1.0  # one of this many due frames is used; may be fractional
-        self.skipped = 0  # due frames that were not used
+        self.stride = 1.0  # one out of this many due frames is used; may be fractional
+        self.skipped = 0  # number of due frames that were not used
         self.lag_s = 0.0  # lag of the last taken frame relative to the source
         self.ended = False  # True once no more frames will arrive
         self._now = now
         self._changed = threading.Condition()
         self._waiting: deque[tuple[float, np.ndarray]] = deque()
-        self._late_s = -inf  # clock time at which a frame with timestamp 0 arrives without lag
-        # timestamp of the latest frame, and the time when the next one is due
+        self._late_s = -inf  # time on the clock `now` at which a frame with timestamp 0 would arrive without lag
+        # Timestamp of the latest frame, and the time at which the next frame is due.
         self._last_s = -inf
         self._next_s = 0.0
         self._encoder_waits = True
@@ -50,10 +52,12 @@ class Backlog:
         self._since = now()
         self._idle = 0.0
         self._taken = 0
-        self._busy_s = self._looked = 0.0  # over the latest windows, with weights that halve per window
+        self._busy_s = self._looked = (
+            0.0  # sums over the latest windows; a window's weight halves with each newer window
+        )
 
     def due(self) -> float:
-        """Return the source time, in seconds, at which the next frame is due."""
+        """Return the time at which the next frame is due, in seconds of the source's clock."""
         if self.stride == 1 and self._last_s >= 0:
             return (self._slot(self._last_s) + 1) * self.step_s
         return ceil(self._next_s / self.step_s - 1e-6) * self.step_s
@@ -77,7 +81,7 @@ class Backlog:
             self._changed.notify_all()
 
     def take(self, patience_s: float) -> tuple[float, np.ndarray] | None:
-        """Return the oldest queued frame, or None if none arrives within `patience_s` seconds or the source has ended."""
+        """Return the oldest queued frame. Returns None if the source has ended or no frame arrives within `patience_s` seconds."""
         with self._changed:
             begun = self._now()
             if not self._waiting:
@@ -94,9 +98,9 @@ class Backlog:
             return time_s, frame
 
     def encoded(self) -> None:
-        """Count an encoded window, and update the stride if frames are being skipped.
+        """Count an encoded window. If frames are being skipped, also update the stride.
 
-        The estimate averages over several windows, because frames of the next window may be taken while one is encoded.
+        The estimate averages over several windows, because frames of the next window may be taken while a window is encoded.
         """
         with self._changed:
             now = self._now()
@@ -110,11 +114,11 @@ class Backlog:
             self._since, self._idle, self._taken = now, 0.0, 0
 
     def early_s(self, time_s: float) -> float:
-        """Return how many seconds early a frame with timestamp `time_s` is; negative if it is late."""
+        """Return how many seconds early a frame with the timestamp `time_s` is. The result is negative if the frame is late."""
         return self._late_s + time_s - self._now()
 
     def rest(self, seconds: float, source_waits: bool) -> None:
-        """Exclude time when the encoder was held back: it counts neither as busy nor, if the source waited too, as lag."""
+        """Exclude time during which the encoder was held back from its busy time, and from its lag if the source waited as well."""
         with self._changed:
             self._idle += seconds
             if source_waits:
@@ -135,12 +139,12 @@ class Backlog:
         return time_s - self._waiting[0][0] if self._waiting else 0.0
 
     def _skip(self, time_s: float) -> None:
-        """Drop every second queued frame, at most once per window length, then the oldest until the queue is short enough."""
+        """Drop every second queued frame (at most once per window), then the oldest frames until the queue is short enough."""
         before = len(self._waiting)
         if self._now() - self._last_thinned >= self.window_s:
             self._last_thinned = self._now()
             self._waiting = deque(list(self._waiting)[::2])
-            self.stride = max(self.stride, 1.0 + 1e-3)  # above 1, so `encoded` starts to measure it
+            self.stride = max(self.stride, 1.0 + 1e-3)  # above 1, so that `encoded` starts to adapt it
         while self._span(time_s) >= 2 * self.window_s:
             self._waiting.popleft()
         self.skipped += before - len(self._waiting)
@@ -153,10 +157,10 @@ class LiveFeed:
 
     Attributes:
         backlog: Queue of frames between the source and the stream.
-        begun: Set after the first frame was fed, or when it is certain that none will be.
-        ended: Set after the whole source is encoded, or after reading it failed.
-        problem: The exception that ended reading or encoding, if any.
-        latest_s: Time of the latest frame that was fed or is held back.
+        begun: Set after the first frame was fed, or once it is certain that no frame will be fed.
+        ended: Set after the whole source was encoded, or after reading or encoding failed.
+        problem: The exception that ended reading or encoding, or None.
+        latest_s: Time of the latest frame that was fed or is being held back.
 
     Args:
         ask_s: Time of the first question; see `ask_at`.
@@ -173,7 +177,7 @@ class LiveFeed:
         self._closing = False
         self._asking = threading.Condition()
         self._ask_s = ask_s
-        release_omp_threads()  # this thread loaded the model, but another one encodes
+        release_omp_threads()  # the current thread loaded the model, but another thread will encode
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._read, self._encode)]
         for thread in self._threads:
             thread.start()
@@ -190,9 +194,9 @@ class LiveFeed:
             thread.join(3.0)
 
     def ask_at(self, time_s: float) -> None:
-        """Hold back frames from this time on until the next call, so that a question sees exactly the frames before it.
+        """Hold back frames from this time on until the next call, so that a question sees exactly the earlier frames.
 
-        If the source does not wait, frames are held back only while they are early.
+        If the source does not wait, a frame is held back only while it is early.
         """
         with self._asking:
             self._ask_s = time_s
@@ -204,7 +208,7 @@ class LiveFeed:
             raise self.problem
 
     def _read(self) -> None:
-        use_one_omp_thread()  # it only scales frames
+        use_one_omp_thread()  # this thread only scales frames
         try:
             with closing(self._source.frames(self.backlog.due)) as frames:
                 for time_s, frame in frames:
@@ -240,7 +244,7 @@ class LiveFeed:
         self.ended.set()
 
     def _hold(self, time_s: float) -> None:
-        """Wait before feeding a frame until the questions due before it were asked."""
+        """Wait to feed a frame until all questions that are due before it have been asked."""
         self.latest_s = time_s
         with self._asking:
             while time_s >= self._ask_s - 1e-6 and not self._closing:

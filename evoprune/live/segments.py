@@ -1,7 +1,8 @@
-"""Encode a segment of a longer video without encoding units that have not changed since the previous segment.
+"""Encodes a segment of a longer video without encoding units that have not changed since the previous segment.
 
-An unchanged unit has no row of its own. It is represented by the row that its place had at the end of the previous segment:
-attention sees that row's keys and values in every layer, and after the tower the row may become a token at its place here.
+An unchanged unit does not get a new row. Instead, it is represented by the row that represented the same place at the end of the
+previous segment. In every layer, attention also sees the keys and values of that row. After the tower, that row may become a token
+at its place in this segment.
 """
 
 from collections.abc import Iterable
@@ -20,12 +21,12 @@ from evoprune.vision import EncodedRows, EncoderRun, ReferenceBlocks, Rows, enco
 
 
 class NothingNew(Exception):
-    """Raised if a segment has no row of its own."""
+    """Raised if a segment has no rows to encode."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """State carried from one segment to the next: for each of P places, the row that represents its last unit."""
+    """State carried from one segment to the next: for each of P places, the row that represents the last unit at this place."""
 
     references: ReferenceBlocks  # pixels of the last unit at each place
     keys_values: dict[int, torch.Tensor]  # by layer: `[P, 2, 4, heads, d]`
@@ -36,17 +37,17 @@ class Earlier:
 def encode_segment(
     visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, earlier: Earlier | None, **options: Any
 ) -> tuple[EncodedRows, Earlier | None]:
-    """Encode a segment as `vision.encoder.encode_rows` encodes a video, and return the state for the next segment too.
+    """Encode a segment like `vision.encoder.encode_rows` encodes a video, and also return the state for the next segment.
 
     Args:
-        earlier: State that the previous segment returned, or None.
+        earlier: State returned for the previous segment, or None.
 
     Returns:
-        The rows, and the state for the next segment. The state is None, and `earlier` is ignored, if the plan reuses nothing, or if
-        its stages or selector need more than rows.
+        The rows, and the state for the next segment. If the plan reuses nothing, or if its stages or its selector need more than
+        rows, `earlier` is ignored and the returned state is None.
 
     Raises:
-        NothingNew: no unit has changed since the previous segment. Otherwise the errors of `encode_rows`.
+        NothingNew: No unit has changed since the previous segment. For other errors, see `encode_rows`.
     """
     stage = plan.token_stage
     whole = any(stage.whole_pairs for stage in plan.row_stages)
@@ -58,7 +59,7 @@ def encode_segment(
 
 
 class SegmentRun(EncoderRun):
-    """One segment on its way through the tower; `left` is the state for the next segment."""
+    """A single run of the tower, on one segment. `left` holds the state for the next segment."""
 
     def __init__(self, visual, plan: EncoderPlan, earlier: Earlier | None, **options: Any):
         super().__init__(visual, plan, **options)
@@ -78,7 +79,7 @@ class SegmentRun(EncoderRun):
         return rows
 
     def select_rows(self, rows: Rows, stage: Stage) -> Rows:
-        """Select only among the rows of this segment; units represented by the previous segment's rows keep those."""
+        """Select only among the rows of this segment. Units represented by rows of the previous segment keep those rows."""
         if self._outside is None:
             return super().select_rows(rows, stage)
         left = super().select_rows(self._inside(rows), stage)
@@ -87,11 +88,11 @@ class SegmentRun(EncoderRun):
         return replace(left, unit_to_row=unit_to_row, reach="clip", size_bias=True)
 
     def _inside(self, rows: Rows) -> Rows:
-        """Return the rows with units of the previous segment's rows set to -1."""
+        """Return the rows of this segment, with -1 for each unit that is represented by a row of the previous segment."""
         return replace(rows, unit_to_row=torch.where(self._outside, -1, rows.unit_to_row))
 
     def visible(self, layer: int, k: torch.Tensor, v: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a layer's keys and values followed by the previous segment's, and store the last pair's for the next segment."""
+        """Append the previous segment's keys and values to those of a layer, and store the last pair's for the next segment."""
         both = torch.stack([k, v], 1)
         if self._earlier:
             both = torch.cat([both, self._earlier.keys_values[layer]])
@@ -101,10 +102,10 @@ class SegmentRun(EncoderRun):
         return k, v
 
     def finish(self, rows: Rows) -> Rows:
-        """Return the rows of this segment, plus each of the previous segment's rows at the first unit that it represents here.
+        """Return the rows of this segment, with each row carried over from the previous segment.
 
-        If there are rows of the previous segment, `selection` becomes None: it covers only computed rows, so the language model
-        cannot use it.
+        A carried-over row is placed at the first unit that it represents in this segment. If there are such rows, `selection`
+        becomes None: it covers only the rows that were computed here, so the language model cannot use it.
         """
         if self._outside is not None:
             rows = self._with_earlier(super().finish(self._inside(rows)))
@@ -117,7 +118,7 @@ class SegmentRun(EncoderRun):
         return rows
 
     def _with_earlier(self, rows: Rows) -> Rows:
-        """Return the rows together with the previous segment's rows, in unit order."""
+        """Merge the rows of this segment with the carried-over rows, in unit order."""
         outside = self._outside.view(-1, self.geometry.units)
         place = outside.any(0).nonzero()[:, 0]
         rank = torch.zeros_like(outside[0], dtype=torch.int64)
@@ -133,14 +134,14 @@ class SegmentRun(EncoderRun):
 
 
 def check_carried(session: Session, plan: Plan) -> None:
-    """Check that the state carried from one window of a stream to the next fits.
+    """Check that the state carried from one window of a stream to the next fits into memory.
 
     Raises:
-        OutOfMemory: If it does not fit.
+        OutOfMemory: The state does not fit.
     """
     model = session.loaded.model
     _, height, width = plan.encoder.grid
-    # The states of two windows are alive at once.
+    # The states of two windows exist at the same time.
     needed = 2 * Cost(model.config).carried_bytes(height * width, model.dtype.itemsize)
     if plan.encoder.reuse and (short := Device(model.device).shortage(needed)):
         raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", USE_LESS, stage="encode")

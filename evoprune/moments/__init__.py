@@ -1,4 +1,4 @@
-"""Find the moments of a long video that match a query: ask about every segment, then locate the moments' borders."""
+"""Finds the moments of a long video that match a query: asks about every segment, then locates the borders of the moments."""
 
 from typing import TYPE_CHECKING
 

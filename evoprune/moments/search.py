@@ -1,7 +1,8 @@
-"""Find moments: encode every segment of a video once and ask it about every query, then find the borders of the best moments.
+"""Finds moments: encodes each segment of a video once, asks every query about it, then locates the borders of the best moments.
 
-The score of a segment comes from the first token of the answer: the probability of yes if only yes and no are possible. Segments
-share nothing, so one is dropped before the next one is encoded, and memory does not grow with the length of the video.
+The score of a segment comes from the first token of the answer: the probability of yes, assuming that only yes and no are possible.
+Segments are independent of each other. Each one is dropped before the next one is encoded, so memory use does not grow with the
+length of the video.
 """
 
 import math
@@ -39,28 +40,30 @@ from evoprune.session import (
 from evoprune.util import brief, check_question
 from evoprune.video import GivenInput, Input, Plan, SamplingOptions, Subtitles, Video, probe, read_subtitles
 
-# Questions that together decide whether a segment matches a query, each with the answer (True for yes) that means a match.
+# Questions that together decide whether a segment matches a query, each with the answer (True for yes) that indicates a match.
 Questions = tuple[tuple[str, bool], ...]
-# Called with a stage, the number done and the total. Stages: "segment", then "piece" (pieces of the best segments), then "moment"
-# for every query (moments whose borders are known).
+# Function that is called with a stage, the number done and the total. Stages: "segment"; then "piece" (a piece of one of the best
+# segments); then, for each query, "moment" (a moment whose borders are known).
 Progress = Callable[[str, int, int], None]
 
 QUESTION = "Does the video show the following? {}\nAnswer yes or no."
 ONE_TOKEN = GenerationOptions(max_new_tokens=1)
 PIECE_FRAMES = 4  # frames per piece; the scores of pieces locate the borders of a moment
-PIECES = 4  # number of pieces of a segment, and of a piece whose frame rate is below the model's
-# A border lies this many piece lengths inside the outermost piece that shows the moment, because that piece shows it only partly.
+PIECES = (
+    4  # number of pieces to cut a segment into, and to cut a piece into if it is sampled below the model's frame rate
+)
+# The outermost piece that shows the moment usually shows only part of it, so the border lies this share of a piece inside it.
 REACH = 0.2
-CANDIDATES = 2  # number of runs of segments to score by pieces at first, per wanted moment
-APART_S = SEGMENT_S  # a gap of at least this many seconds splits a moment in two
+CANDIDATES = 2  # initial number of segment runs to score by pieces, per wanted moment
+APART_S = SEGMENT_S  # a gap of at least this many seconds splits a moment into two
 
 
 @dataclass(frozen=True)
 class Moment:
     """A part of a video that matches a query. Times are in seconds from the video's first frame.
 
-    `score` is the probability of yes against no, from 0 to 1, computed from the moment's best segment and the best part of that
-    segment. `best_s` is the middle of that part.
+    `score` is the probability (0 to 1) that the answer is yes rather than no. It combines the moment's best segment with the best
+    part of that segment. `best_s` is the middle of that part.
     """
 
     query: str
@@ -71,27 +74,27 @@ class Moment:
 
 
 class Search:
-    """A search for the moments of one video that match several queries. Use it in a `with` statement, or close it.
+    """A search for the moments in a video that match any of several queries. Use it in a `with` statement, or close it.
 
     `run` does the work. `moments` returns the moments found so far, even if `run` was interrupted.
 
     Args:
-        source: the video.
-        queries: descriptions of the moments to find.
-        cache: cache for encoded segments; not used for a method that reads the question.
+        source: The video.
+        queries: Descriptions of the moments to find.
+        cache: Cache for encoded segments. It is not used if the pruning method reads the question.
 
     Attributes:
-        segments: all segments that are asked about.
-        tokens: total number of visual tokens before pruning.
-        asked: number of segments asked about so far.
-        unread: number of these segments that could not be read.
-        warnings: names of warnings, with facts about the video concerned.
+        segments: All segments to ask about.
+        tokens: Total number of visual tokens before pruning.
+        asked: Number of segments asked about so far.
+        unread: Number of segments, among those asked about, that could not be read.
+        warnings: Names of warnings, each with facts about the video that it concerns.
 
     Raises:
-        UsageError: a query is empty, repeated or too long, the input is a picture, or the words for yes and no begin with the same
-            token.
-        VideoError: the video is missing, unreadable or empty.
-        OutOfMemory: the model's memory does not suffice.
+        UsageError: A query is empty, repeated or too long; the input is a still image; or the words for yes and no begin with the
+            same token.
+        VideoError: The video is missing, unreadable or empty.
+        OutOfMemory: The model does not fit into memory.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class Search:
     ):
         self._session = session
         self._cache = cache
-        self._input: dict[str, Any] = {}  # further arguments for every `OpenInput`
+        self._input: dict[str, Any] = {}  # additional arguments for each `OpenInput`
         if cache and not session.pruning.method.reads_question:
             self._input = {"cache": cache}
         self._options = options
@@ -132,19 +135,19 @@ class Search:
         except BaseException:
             self._files.close()
             raise
-        # Log odds of the segments, by query.
+        # Log odds of each segment, by query.
         self._scores: dict[str, list[float]] = {query: [] for query in self._questions}
-        # Log odds of pieces, by query and the piece's middle and length in seconds.
+        # Log odds of each piece, by query and by the piece's middle and length in seconds.
         self._pieces: dict[tuple[str, float, float], float] = {}
-        # Runs that were also scored by pieces. Some scores turn out too low for a moment.
+        # Runs that were also scored by pieces. Some of these scores are too low for a moment.
         self._scored: dict[tuple[str, Run], Moment] = {}
-        # Moments with borders. A run has several if a gap splits it.
+        # Moments whose borders are known. A run has several moments if a gap splits it.
         self._bordered: dict[tuple[str, Run], list[Moment]] = {}
         # Maximum number of runs to score by pieces.
         self._scored_runs = dict.fromkeys(self._questions, CANDIDATES * options.top)
-        self._complete: set[str] = set()  # queries whose best moments have borders
+        self._complete: set[str] = set()  # queries for which the borders of the best moments are known
         self.asked = 0
-        self._spoken = Subtitles()  # what is said in all segments
+        self._spoken = Subtitles()  # transcribed speech of all segments
 
     def __enter__(self) -> "Search":
         return self
@@ -154,22 +157,22 @@ class Search:
 
     @property
     def info(self) -> Video:
-        """Facts about the video. Its path is the path of the local file, even if the video was downloaded."""
+        """Facts about the video. The path is that of the local file, even if the video was downloaded."""
         return self._info
 
     def close(self) -> None:
-        """Delete downloaded files, and evict entries beyond the limit of the cache."""
+        """Delete downloaded files, and evict cache entries that exceed the cache's limit."""
         self._files.close()
         if self._cache:
             self._cache.make_room()
 
     def run(self, progress: Progress | None = None) -> None:
-        """Ask about every segment, then find the borders of the best moments for every query.
+        """Ask every query about each segment, then find the borders of the best moments for each query.
 
         Raises:
-            VideoError: no segment can be read.
-            OutOfMemory: the model's memory does not suffice.
-            ModelError: the model computes NaN or infinite values.
+            VideoError: No segment can be read.
+            OutOfMemory: The model runs out of memory.
+            ModelError: The model computes NaN or infinite values.
         """
         problem = None
         self._spoken = self._heard(progress)
@@ -200,29 +203,29 @@ class Search:
             self._complete.add(query)
 
     def moments(self) -> list[Moment]:
-        """Return the moments found so far: queries in the order given, the best moments first.
+        """Return the moments found so far, query by query in the given order, with the best moments of a query first.
 
-        A moment that was not scored by pieces has the borders and the score of its segments.
+        A moment that has not been scored by pieces has the borders and the score of its segments.
         """
         return [moment for query in self.queries for moment in self._shown(query)]
 
     def more(self, query: str) -> int:
-        """Return the approximate number of further moments of a query that `top` leaves out.
+        """Return approximately how many more moments of a query were found than the `top` moments that are returned.
 
-        The number is approximate because a candidate without borders may turn out to be no moment, or several.
+        The number is approximate, because a candidate whose borders are unknown may turn out to be no moment or several moments.
         """
         every = self._moments(query, self._runs(query))
         return max(0, len(every) - len(self._shown(query)))
 
     def _shown(self, query: str) -> list[Moment]:
-        """Return the `top` best moments of a query, the best first."""
+        """Return the `top` best moments of a query, best first."""
         candidates = self._candidates(query)
         if query in self._complete:
             candidates = [run for run in candidates if (query, run) in self._bordered]
         return sorted(self._moments(query, candidates), key=lambda moment: -moment.score)[: self._options.top]
 
     def _moments(self, query: str, among: Sequence[Run]) -> list[Moment]:
-        """Return the moments in runs, using the most precise result for every run: borders, piece scores, or segment scores."""
+        """Return the moments in some runs, using the best result available per run: borders, piece scores, or segment scores."""
         found: list[Moment] = []
         for run in among:
             found += self._bordered.get((query, run)) or [self._scored.get((query, run)) or self._coarse(query, run)]
@@ -230,7 +233,7 @@ class Search:
         return joined([moment for moment in found if moment.score >= least])
 
     def best(self, query: str) -> tuple[float, float]:
-        """Return the best score of a query and its time in seconds. At least one segment must have been asked about."""
+        """Return the best score of a query, and the time of this score in seconds. Requires that a segment has been asked about."""
         scored = [moment for (asked, _), moment in self._scored.items() if asked == query]
         if scored:
             best = max(scored, key=lambda moment: moment.score)
@@ -245,7 +248,7 @@ class Search:
         return least_odds(self._scores[query])
 
     def _candidates(self, query: str) -> list[Run]:
-        """Return the runs to score by pieces, the best first."""
+        """Return the runs to score by pieces, best first."""
         return self._runs(query)[: self._scored_runs[query]]
 
     def _runs(self, query: str) -> list[Run]:
@@ -262,25 +265,26 @@ class Search:
 
     @property
     def _shortest_s(self) -> float:
-        """Length in seconds of a piece that is sampled at the model's frame rate."""
+        """Length in seconds of a piece that is sampled at the model's frame rate. No piece is shorter."""
         return PIECE_FRAMES / self._fps
 
     @property
     def _piece_s(self) -> float:
-        """Length in seconds of the pieces of a segment."""
+        """Length in seconds of the pieces into which a segment is cut."""
         return max(self._shortest_s, self._segment_s / PIECES)
 
     def _middles(self, place: int) -> list[float]:
-        """Return the middles of the pieces of a segment, in seconds. `place`: index of the segment."""
+        """Return the middles of the pieces of the segment with index `place`, in seconds."""
         segment = self.segments[place]
         count = max(1, round(self._segment_s / self._piece_s))
         step_s = self._segment_s / count
         return [segment.start_s + (n + 0.5) * step_s for n in range(count)]
 
     def _score_candidates(self, queries: Sequence[str], progress: Progress | None) -> None:
-        """Score candidates by pieces too, short parts that are sampled densely.
+        """Score candidates again by pieces, which are short parts that are sampled densely.
 
-        The log odds of a candidate become the mean of two: its best segment, and the best piece of that segment.
+        The log odds of a candidate become the mean of two values: those of its best segment and those of the best piece of that
+        segment.
         """
         wanted = [(query, run) for query in queries for run in self._candidates(query)]
         wanted = [each for each in wanted if each not in self._scored]
@@ -318,10 +322,11 @@ class Search:
         return len(joined(found)) >= self._options.top
 
     def _with_borders(self, query: str, run: Run, moment: Moment) -> list[Moment]:
-        """Return a moment with borders found from the scores of pieces. If no piece shows it, it keeps the borders of its segments.
+        """Find the borders of a moment from the scores of pieces.
 
-        The result has several moments if pieces in between do not show it for at least `APART_S`. Long segments have long pieces,
-        so their borders are then refined with shorter pieces.
+        If no piece shows the moment, it keeps the borders of its segments. If the pieces in between do not show the moment for at
+        least `APART_S`, several moments are returned. Long segments have long pieces, so their borders are refined with shorter
+        pieces.
         """
         shown_from = self._least(query) - MARGIN
         begin_s = self.segments[0].start_s
@@ -335,7 +340,7 @@ class Search:
             return border(shown, outside_s, inside_s, precision_s=length_s / 8, reach_s=REACH * length_s)
 
         def edge(inside_s: float, step_s: float, end_s: float) -> float:
-            """Return the border, searched in steps of `step_s` from a piece that shows the moment towards `end_s`."""
+            """Search for the border in steps of `step_s`, from a piece that shows the moment towards `end_s`, and return it."""
             outside_s = inside_s + step_s
             while (end_s - outside_s) * step_s > 0 and shown(outside_s):
                 inside_s = outside_s
@@ -345,7 +350,7 @@ class Search:
             return between(outside_s, inside_s)
 
         def closer(border_s: float, outwards_s: float) -> float:
-            """Refine a border with shorter pieces. It stays unless a piece inside it shows the moment."""
+            """Refine a border with shorter pieces. If the piece inside the border does not show the moment, keep the border."""
             outside_s = min(max(border_s + outwards_s, begin_s), stop_s)
             inside_s = min(max(border_s - outwards_s, begin_s), stop_s)
             return between(outside_s, inside_s) if shown(inside_s) else border_s
@@ -379,19 +384,19 @@ class Search:
         shown: Callable[[float], bool],
         between: Callable[[float, float], float],
     ) -> Iterator[tuple[float, float]]:
-        """Yield start and end of the gaps, at least `APART_S` long, between two pieces that show the moment.
+        """Yield the start and end of each gap between two pieces that show the moment, if the gap lasts at least `APART_S`.
 
         Args:
-            first_s, last_s: middles of the two pieces.
-            length_s: length of the pieces.
-            shown: returns whether the piece around a time shows the moment.
-            between: finds the border between a time that does not show it and a time that does.
+            first_s, last_s: Middles of the two pieces.
+            length_s: Length of the pieces.
+            shown: Returns True if the piece around a time shows the moment.
+            between: Finds the border between a time at which the moment is not shown and a time at which it is shown.
         """
         if last_s - first_s < APART_S:
             return
         steps = math.ceil((last_s - first_s) / max(length_s, APART_S / 2))
-        before_s = first_s  # the latest piece that shows the moment
-        away: list[float] = []  # the pieces after it, which do not show it
+        before_s = first_s  # middle of the latest piece that shows the moment
+        away: list[float] = []  # middles of the later pieces, which do not show the moment
         for number in range(1, steps + 1):
             time_s = first_s + (last_s - first_s) * number / steps
             if number < steps and not shown(time_s):
@@ -405,7 +410,7 @@ class Search:
             away = []
 
     def _part(self, query: str, start_s: float, end_s: float) -> Moment:
-        """Return a moment between two times, scored by its best segment and its best piece."""
+        """Return the moment between two times, scored by its best segment and its best piece."""
         reach_s = REACH * self._piece_s
         pieces = {
             middle_s: odds
@@ -419,9 +424,9 @@ class Search:
         return Moment(query, start_s, end_s, score, best_s)
 
     def _lasting(self, moment: Moment) -> Moment:
-        """Give an empty moment the duration of a frame, and move the best time inside the moment."""
+        """Extend a moment without duration to the length of a frame, and move its best time inside the moment."""
         start_s, end_s = moment.start_s, moment.end_s
-        if start_s >= end_s:  # shorter than the distance between frames
+        if start_s >= end_s:  # the moment is shorter than the interval between frames
             middle_s = (start_s + end_s) / 2
             start_s = max(self.segments[0].start_s, middle_s - 0.5 / self._fps)
             end_s = min(self.segments[-1].end_s, middle_s + 0.5 / self._fps)
@@ -439,15 +444,15 @@ class Search:
         return self._pieces[query, middle_s, length_s]
 
     def _odds(self, query: str, opened: OpenInput) -> float:
-        """Return the log odds of a query in a piece, and close the piece."""
+        """Return the log odds that a piece matches a query, and close the piece."""
         with closing(opened):
             try:
                 return self._ask(opened, [query])[query]
-            except VideoError:  # an unreadable piece shows nothing; the segment around it was readable
+            except VideoError:  # an unreadable piece shows nothing, although the segment around it was readable
                 return -math.inf
 
     def _cut(self) -> tuple[list[Segment], int]:
-        """Return the segments and their total number of visual tokens before pruning. Rejects queries too long for a prompt."""
+        """Return the segments and their total number of visual tokens before pruning. Raises an error if a query is too long."""
         sampling = self._sampling
         start_s, end_s = self._info.span(sampling.start_s, sampling.end_s)
         first_s = min(end_s, start_s + (self._options.segment_s or SEGMENT_S))
@@ -480,7 +485,7 @@ class Search:
         return OpenInput(self._session, plan, Clock(torch.device("cpu")), **self._input)
 
     def _heard(self, progress: Progress | None) -> Subtitles:
-        """Return what is said in all segments, if `speech` is wanted."""
+        """Return the transcribed speech of all segments, if the `speech` option asks for it."""
         sampling = self._sampling
         if sampling.speech == "none":
             return Subtitles()
@@ -493,7 +498,7 @@ class Search:
         return found
 
     def _opened(self, segments: Sequence[Segment], seek: str) -> Iterator[OpenInput]:
-        """Yield an open input per segment, which the caller has to close. The next segment is read in the background."""
+        """Yield an open input for each segment. The caller must close it. Meanwhile, the next segment is read in the background."""
         following: OpenInput | None = None
         try:
             for number, segment in enumerate(segments):
@@ -508,7 +513,7 @@ class Search:
                 following.close()
 
     def _ask(self, opened: OpenInput, queries: Sequence[str]) -> dict[str, float]:
-        """Return the log odds of a match for some queries about a segment. If a query has several questions, the lowest counts."""
+        """Return the log odds that a segment matches each query. If a query has several questions, the lowest log odds count."""
         encoded = EncodedInputs(self._session, [opened.encode()])
         self._warn(encoded, queries)
         odds = {}
@@ -522,7 +527,7 @@ class Search:
         return odds
 
     def _warn(self, encoded: EncodedInputs, queries: Sequence[str]) -> None:
-        """Collect the warnings about a segment, except "limited": the user does not choose the frames of segments."""
+        """Collect the warnings about a segment, except "limited", because the user does not choose the frames of segments."""
         loaded = self._session.loaded
         for name, facts in warned(encoded.report):
             if name != "limited":
@@ -537,7 +542,7 @@ class Search:
 
 
 def joined(moments: Sequence[Moment]) -> list[Moment]:
-    """Merge the overlapping moments of a query. A merged moment has the score of the best one."""
+    """Merge moments of a query that overlap. A merged moment has the score of the best moment in it."""
     made: list[Moment] = []
     for moment in sorted(moments, key=lambda each: each.start_s):
         if made and moment.start_s <= made[-1].end_s:
@@ -549,10 +554,10 @@ def joined(moments: Sequence[Moment]) -> list[Moment]:
 
 
 def checked(queries: Sequence[str]) -> list[str]:
-    """Return the queries as a list.
+    """Check the queries and return them as a list.
 
     Raises:
-        UsageError: there are no queries, or a query is not a string, empty or repeated.
+        UsageError: There are no queries; or a query is not a string, is empty, or is repeated.
     """
     if not isinstance(queries, Sequence):
         raise UsageError(f"the query is {brief(queries)}, not a string", 'for example "a red star"')
@@ -569,10 +574,10 @@ def checked(queries: Sequence[str]) -> list[str]:
 
 
 def questions_for(session: Session, options: FindOptions, query: str) -> Questions:
-    """Return the questions to ask about a segment for a query.
+    """Return the questions to ask about each segment for a query.
 
-    A query that ends with a question mark is asked as it is. Otherwise the prompt of the options applies, then the questions that a
-    demo model knows, then `QUESTION`.
+    A query that ends with a question mark is asked unchanged. For any other query, the prompt from the options is used if there is
+    one. Otherwise a demo model uses the questions that it knows, and other models use `QUESTION`.
     """
     demo = session.loaded.demo
     questions: Questions
@@ -590,10 +595,10 @@ def questions_for(session: Session, options: FindOptions, query: str) -> Questio
 
 
 def first_tokens(tokenizer: Tokenizer, yes: str, no: str) -> tuple[list[int], list[int]]:
-    """Return the possible first tokens of yes and of no in any spelling, without tokens that begin both.
+    """Return the token ids with which yes and no may begin in any spelling, without tokens with which both may begin.
 
     Raises:
-        UsageError: all tokens of one of them also begin the other one.
+        UsageError: No token is left for one of the two words.
     """
     begins = []
     for word in (yes.strip(), no.strip()):

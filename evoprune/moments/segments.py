@@ -1,6 +1,6 @@
-"""Cut a video into segments, and decide from scores which segments are moments. Only numbers: no files, no model.
+"""Cuts a video into segments, and decides from scores which segments are moments. This is pure arithmetic: no files, no model.
 
-The score of a segment is a probability. This file works with its log odds, which separate two groups of scores more clearly.
+The score of a segment is a probability. This module works with its log odds, which separate high and low scores more clearly.
 """
 
 import math
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from statistics import median
 
 SEGMENT_S = 8.0  # default length of a segment, in seconds
-LEAST_PAIRS = 4  # minimum number of frame pairs per segment if neither its length nor a rate is given
-# The log odds of a moment exceed the median of the video's segments by this many deviations. These constants were chosen on
+LEAST_PAIRS = 4  # minimum number of frame pairs per segment if neither a segment length nor a frame rate is set
+# The log odds of a moment exceed the median of all segments by at least this many deviations. These constants were chosen on
 # validation clips of both demo models, whose log odds for "no" are 4 to 7 in most segments.
 DEVIATIONS = 4.0
 NORMAL_DEVIATION = 1.4826  # standard deviation of a normal distribution divided by its median absolute deviation
-LEAST_SCORE = 0.96  # segments with a lower score are no moments, however much they stand out
-SURE_SCORE = 0.98  # segments with a higher score are moments even if most segments score as high
-# Segments whose log odds are too low by at most this much are also scored by pieces, which may raise their score.
+LEAST_SCORE = 0.96  # segments with a lower score are never moments, however much they stand out
+SURE_SCORE = 0.98  # segments with a higher score are always moments, even if most segments score this high
+# Segments whose log odds fall short by at most this much are also scored by pieces, which may raise their score.
 MARGIN = 2.2
 
 
@@ -35,7 +35,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive segments that show the same thing, given by the indices of the first, the best and the last one."""
+    """Consecutive segments that show the same thing, represented by the indices of the first, the best and the last segment."""
 
     first: int
     best: int
@@ -48,12 +48,12 @@ def cut(
     """Cut a span of a video into segments of equal length, with at least one frame pair per segment.
 
     Args:
-        start_s, end_s: the span, in seconds.
-        fps: maximum number of frames per second.
-        pair_tokens: number of visual tokens per frame pair.
-        total_tokens: maximum total number of tokens. The frame rate is lowered to meet it. None for no limit.
-        segment_s: maximum length of a segment. None for `SEGMENT_S`, or longer segments if `total_tokens` would leave a segment
-            fewer than `LEAST_PAIRS` frame pairs.
+        start_s, end_s: The span, in seconds.
+        fps: Maximum number of frames per second.
+        pair_tokens: Number of visual tokens per frame pair.
+        total_tokens: Maximum total number of tokens, or None for no limit. The frame rate is lowered to meet this limit.
+        segment_s: Maximum length of a segment. If it is None, segments last `SEGMENT_S`, or longer if `total_tokens` would leave
+            a segment fewer than `LEAST_PAIRS` frame pairs.
     """
     length_s = end_s - start_s
     count = max(1, math.ceil(length_s / (segment_s or SEGMENT_S) - 1e-6))
@@ -78,14 +78,14 @@ def log_odds(probability: float) -> float:
 
 
 def probability(odds: float) -> float:
-    """Return the probability for log odds."""
+    """Return the probability that corresponds to the given log odds."""
     if odds < 0:
         return math.exp(odds) / (1 + math.exp(odds))
     return 1 / (1 + math.exp(-odds))
 
 
 def least_odds(scores: Sequence[float]) -> float:
-    """Return the lowest log odds with which a segment counts as a moment, because it stands out from the other segments."""
+    """Return the minimum log odds at which a segment stands out from the other segments and counts as a moment."""
     known = [score for score in scores if math.isfinite(score)]
     if not known:
         return log_odds(LEAST_SCORE)
@@ -96,7 +96,7 @@ def least_odds(scores: Sequence[float]) -> float:
 
 
 def runs(scores: Sequence[float], least: float) -> list[Run]:
-    """Join neighboring segments with scores of at least `least` into runs. Runs with the best segments come first."""
+    """Join neighboring segments that score at least `least` into runs. Sorts the runs by their best segments, best first."""
     found: list[Run] = []
     for place, score in enumerate(scores):
         if score < least:
@@ -116,11 +116,11 @@ def border(
     """Find the border of a moment by bisection.
 
     Args:
-        shown: returns whether the frames around a time show the moment.
-        outside_s: time at which the search begins; returned if the moment is shown there too.
-        inside_s: time at which the moment is shown; before or after `outside_s`.
-        precision_s: precision of the result, in seconds.
-        reach_s: how far frames can be from the time that is passed to `shown`. The border is moved inwards by this much.
+        shown: Returns True if the frames around a time show the moment.
+        outside_s: Time at which the search begins. It is returned if the moment is shown at this time as well.
+        inside_s: Time at which the moment is shown. It may be before or after `outside_s`.
+        precision_s: Precision of the result, in seconds.
+        reach_s: Maximum distance of a frame from the time passed to `shown`. The border is moved inwards by this much.
     """
     if shown(outside_s):
         return outside_s

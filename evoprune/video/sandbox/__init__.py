@@ -1,4 +1,4 @@
-"""Runs the readers in another process, so that a broken or malicious file cannot crash or stall this one.
+"""Runs the readers in a separate process, so that a malformed or malicious file cannot crash or block the current process.
 
-Callers use `isolation`, which borrows a worker process that runs `worker`. Messages and frames travel over a `channel`.
+Callers use `isolation`, which borrows a worker process that runs `worker`. Messages and frames are exchanged through `channel`.
 """
