@@ -1,7 +1,7 @@
-"""Downloads a video or picture from an http or https address to a temporary file.
+"""Downloads a video or image from an http or https URL to a temporary file.
 
-The address is trusted as the user's own. To download from addresses that others chose, pass a transport that restricts where
-requests go, and a `progress` that raises if the file is too large or takes too long.
+The URL is trusted, because the user provides it. To download from URLs that other people provide, pass a transport that restricts
+the destinations of requests, and a `progress` function that raises an exception if the file is too large or takes too long.
 """
 
 import re
@@ -16,7 +16,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.util import DOWNLOAD_HINT, size, without_password
 from evoprune.video.temporary import temporary_file
 
-TIMEOUT_S = 20.0  # for connecting, and for every read
+TIMEOUT_S = 20.0  # timeout for connecting and for each read
 MAX_BYTES = 8 * 2**30
 MAX_REDIRECTS = 10
 MAX_S = 3_600.0  # time limit of the whole download
@@ -38,18 +38,19 @@ def downloaded(
     progress: Callable[[int, int], None] | None = None,
     transport: httpx2.BaseTransport | None = None,
 ) -> Iterator[str]:
-    """Download a file and yield the path of a temporary copy, which is deleted at the end.
+    """Download a file and yield the path of a temporary copy. The copy is deleted on exit.
 
     Args:
-        offline: refuse to use the network.
-        progress: called with the bytes so far and the total (0 if unknown) before and after every read of the body. An exception
-            that it raises aborts the download.
-        transport: sends the requests. The default uses the proxies of the environment (`https_proxy`, `no_proxy`).
+        offline: Refuse to use the network.
+        progress: Called before and after every read of the body with the number of bytes so far and the total (0 if unknown). If
+            it raises an exception, the download is aborted.
+        transport: Sends the requests. By default, the proxies from the environment are used (`https_proxy`, `no_proxy`).
 
     Raises:
         UsageError: `offline` is set.
-        VideoError: the server cannot be reached, refuses, stalls for `TIMEOUT_S` or disconnects; the file is empty, a web page, a
-            playlist, or larger than `MAX_BYTES`; the download takes longer than `MAX_S`; or the copy cannot be stored.
+        VideoError: The server cannot be reached, refuses the request, stalls for `TIMEOUT_S` or disconnects; the file is empty, a
+            web page, a playlist, or larger than `MAX_BYTES`; the download takes longer than `MAX_S`; or the copy cannot be
+            stored.
     """
     name = without_password(url)
     if offline:
@@ -62,14 +63,16 @@ def downloaded(
 def _chunks(
     url: str, name: str, progress: Callable[[int, int], None] | None, transport: httpx2.BaseTransport | None
 ) -> Generator[bytes, None, None]:
-    """Yield the content in chunks. Network errors become VideoError, so an OSError always concerns the temporary file."""
+    """Yield the content in chunks. Network errors are raised as VideoError, so any OSError comes from the temporary file."""
     done = 0
     start = time.monotonic()
     try:
         address = httpx2.URL(url)
         if not address.host:
             raise httpx2.InvalidURL("it has no host name")
-        auth = (address.username, address.password) if address.userinfo else None  # keeps them out of httpx2's log
+        auth = (
+            (address.username, address.password) if address.userinfo else None
+        )  # keeps the password out of httpx2's log
         address = address.copy_with(userinfo=b"")
         with (
             httpx2.Client(transport=transport, headers=HEADERS, timeout=TIMEOUT_S) as client,
@@ -93,7 +96,7 @@ def _chunks(
                 if time.monotonic() - start > MAX_S:
                     raise VideoError(f"the download of {name} took longer than an hour", DOWNLOAD_HINT)
                 if progress:
-                    # `done` exceeds the total if the server compresses.
+                    # `done` exceeds the total if the server compresses the body.
                     progress(done, max(done, total) if total else 0)
                 yield chunk
     except httpx2.TimeoutException as error:
@@ -117,7 +120,7 @@ def _chunks(
 
 
 def _response(client: httpx2.Client, address: httpx2.URL, auth: tuple[str, str] | None, name: str) -> httpx2.Response:
-    """Send the request and follow redirects. Their bodies are not read, because httpx2 would keep even endless ones in memory."""
+    """Send the request and follow redirects. Their bodies are not read, because httpx2 would load even endless bodies into memory."""
     request = client.build_request("GET", address)
     for _ in range(1 + MAX_REDIRECTS):
         response = client.send(request, auth=auth, stream=True)
@@ -130,7 +133,7 @@ def _response(client: httpx2.Client, address: httpx2.URL, auth: tuple[str, str] 
 
 
 def _check_beginning(beginning: bytes, content_type: str, name: str) -> None:
-    """Raise VideoError for playlists and web pages. `content_type` is only a hint: servers also send videos as text/html."""
+    """Raise VideoError for a playlist or a web page. `content_type` is only a hint: servers also send videos as text/html."""
     text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"#extm3u") or (text.startswith(b"<") and b"<mpd" in text):
         hint = 'evoprune watch reads playlists: evoprune watch URL -Q "What happens?"'

@@ -28,7 +28,7 @@ STORED_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # Pillow modes
 
 
 class GivenInput:
-    """An input as a Python caller gave it, in any of the forms of `Input`."""
+    """An input as the Python caller passed it, in any of the forms listed in `Input`."""
 
     def __init__(self, value: Any):
         self._value = value
@@ -40,7 +40,7 @@ class GivenInput:
 
     @property
     def has_content(self) -> bool:
-        """True if the input brings its own content: a picture, bytes, an open file or a `HeldVideo`, and not a path or a URL."""
+        """True if the input carries its own content (an image, bytes, an open file or a `HeldVideo`), False for a path or a URL."""
         return isinstance(self._value, Bytes | HeldVideo) or is_picture(self._value) or hasattr(self._value, "read")
 
     @property
@@ -50,23 +50,23 @@ class GivenInput:
 
     @property
     def name(self) -> str:
-        """The name for reports and errors. Passwords are removed from URLs."""
+        """The input's name in reports and error messages. Passwords are removed from URLs."""
         return name_of(self._value)
 
     @contextmanager
     def local(
         self, *, offline: bool = False, progress: Callable[[int, int], None] | None = None
     ) -> Iterator[str | os.PathLike[str] | HeldVideo]:
-        """Yield what `probe` can open.
+        """Yield the input in a form that `probe` can open.
 
-        Paths and `HeldVideo` are yielded unchanged. Any other input is copied to a temporary file, which is deleted afterwards.
+        A path or a `HeldVideo` is yielded unchanged. Any other input is copied to a temporary file, which is deleted afterwards.
 
         Args:
-            offline, progress: see `download.downloaded`.
+            offline, progress: See `download.downloaded`.
 
         Raises:
-            UsageError: a file opened in text mode, a picture that PNG cannot hold, or a URL with `offline`.
-            VideoError: the input cannot be read or stored, or the download fails.
+            UsageError: The input is a file opened in text mode, an image that PNG cannot store, or a URL although `offline` is set.
+            VideoError: The input cannot be read or stored, or the download fails.
         """
         if not self.is_temporary:
             yield self._value
@@ -87,7 +87,7 @@ def is_picture(value: Any) -> bool:
 
 
 def name_of(source: Any) -> str:
-    """Return the name of an input for reports and errors, see `GivenInput.name`."""
+    """Return the name of an input for reports and error messages. See `GivenInput.name`."""
     if isinstance(source, HeldVideo):
         return source.path
     if is_picture(source):
@@ -112,7 +112,7 @@ def _pieces(source: Any) -> Iterator[bytes]:
 
 
 def _read(file: Any) -> Iterator[bytes]:
-    """Yield the content of an open file from its current position. Raises VideoError if a seekable file is already at its end."""
+    """Yield the content of an open file from its current position. If a seekable file is already at its end, raise VideoError."""
     has_read = False
     while True:
         try:
@@ -140,7 +140,7 @@ def _position(file: Any) -> int:
 
 
 def _png(picture: Any) -> bytes:
-    """Encode a Pillow image as PNG, without loss and with its EXIF data. Raises UsageError for more than 16 bits, VideoError."""
+    """Encode a Pillow image as lossless PNG with its EXIF data. Raises UsageError above 16 bits, VideoError if it is unreadable."""
     if picture.mode == "F" or (picture.mode.startswith("I") and not _fits_16_bits(picture)):
         raise UsageError(f"a picture of mode {picture.mode} has more than 16 bits", "give picture.convert('RGB')")
     try:

@@ -1,4 +1,4 @@
-"""Live sources, read by a worker process: frames as they arrive, and reconnecting after they stop."""
+"""Reads live sources in a worker process. Frames are yielded as they arrive, and a source that stops is opened again."""
 
 import os
 import stat
@@ -22,29 +22,29 @@ PACES = ("source", "file")
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "tcp")
 STDIN = "-"
 LONGEST_S = 20.0  # longest timeout: a worker that is silent for longer counts as hung
-TimedFrame = tuple[float, "np.ndarray"]  # seconds since the first frame; uint8 [H, W, 3], RGB as displayed
+TimedFrame = tuple[float, "np.ndarray"]  # seconds since the first frame; and uint8 [H, W, 3], RGB as displayed
 Due = Callable[[], float]
 
 
 class LiveSource:
-    """A live source, read over one connection after another.
+    """A live source that is read over successive connections.
 
     Attributes:
         name: The source without its password.
         facts: Fields of `Video`, filled in once the source is open.
-        waits: Whether the source loses no frame if it is read late, as with a file or a download of known length.
+        waits: True if the source loses no frames when it is read late, as with a file or a download of known length.
 
     Args:
-        source: A URL of `SCHEMES`, a camera such as /dev/video0, a file, or `-` for standard input (a pipe).
-        pace: "source" for frames as they arrive, for a file including frames appended later; "file" for the pace of their
-            timestamps.
-        timeout_s: How long the source may be silent, or a file may take to grow.
-        reconnects: How many times in a row to retry a URL or a camera that ended or failed.
-        tell: Called with a sentence about each retry.
+        source: A URL with a scheme from `SCHEMES`, a camera such as /dev/video0, a file, or `-` for standard input (a pipe).
+        pace: "source" yields frames as they arrive; for a file, this includes frames that are appended later. "file" yields
+            frames at the pace of their timestamps.
+        timeout_s: How long the source may be silent, or how long a file may go without growing.
+        reconnects: Maximum number of consecutive attempts to reopen a URL or a camera that ended or failed.
+        tell: Called with a sentence about each attempt.
 
     Raises:
-        UsageError: Numbers out of range, an unsupported protocol, or standard input is a terminal.
-        VideoError: No such file.
+        UsageError: A number is out of range, the protocol is not supported, or standard input is a terminal.
+        VideoError: The file does not exist.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LiveSource:
         if source == STDIN or is_file:
             self._reconnects = 0
         self._pace = pace
-        self._arguments = {"source": self._source, "name": self.name, "timeout_s": float(timeout_s)}  # of `LiveReader`
+        self._arguments = {"source": self._source, "name": self.name, "timeout_s": float(timeout_s)}  # for `LiveReader`
         self._arguments["follow"] = pace == "source"
         self._is_file = is_file
         self.waits = is_file and pace == "source"
@@ -82,12 +82,15 @@ class LiveSource:
         self.facts: dict = {}
 
     def frames(self, due: Due) -> Iterator[TimedFrame]:
-        """Yield frames until the source ends; `due` returns the time when the next one is due.
+        """Yield frames until the source ends.
 
-        Timestamps continue across reconnects: the gap between two connections is the wall time that passed.
+        Timestamps continue across reconnects. The gap between two connections equals the wall time that passed between them.
+
+        Args:
+            due: Returns the time at which the next frame is due.
 
         Raises:
-            VideoError: The source cannot be read, broke off, or did not come back.
+            VideoError: The source cannot be read, broke off, or could not be reopened.
         """
         tries = 0
         base = 0.0
@@ -131,7 +134,7 @@ class LiveSource:
             worker.kill()
 
     def _connected(self, due: Due) -> Iterator:
-        """Yield the facts of a `LiveReader`, then its frames. A worker process reads them and is ended afterwards."""
+        """Yield the facts of a `LiveReader`, then its frames. They are read by a worker process, which is killed afterwards."""
         with borrow(self.name) as worker:
             self._worker = worker
             if self._closing.is_set():
@@ -158,7 +161,7 @@ class LiveSource:
                 self._worker, worker.busy = None, True
 
     def _update_facts(self, header: dict) -> None:
-        """Update the facts that some sources give only with their frames."""
+        """Update facts that some sources state only in their frames."""
         if header["hdr_format"]:
             self.facts |= {"hdr": True, "hdr_format": header["hdr_format"]}
 

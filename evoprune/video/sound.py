@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 RATE = 16_000  # samples per second
 PIECE_S = 30.0
 SPEECH_MODELS = ("tiny", "base", "small", "large-v3-turbo")
-SPEECH_FILES = ("model.bin", "config.json", "tokenizer.json")  # a folder with a speech model has them all
+SPEECH_FILES = ("model.bin", "config.json", "tokenizer.json")  # files that a folder with a speech model must contain
 
 
 def check_speech(speech: str) -> None:
-    """Check the option `speech` as far as possible without loading anything.
+    """Check the option `speech` as far as possible without loading a model.
 
     Raises:
-        UsageError: it is neither a known word nor a folder with a model for CTranslate2, or faster-whisper is not installed.
+        UsageError: The option is neither a known word nor a folder with a CTranslate2 model, or faster-whisper is not installed.
     """
     if speech == "none":
         return
@@ -45,7 +45,7 @@ class SoundPiece:
 
     start_s: float  # time of the first sample in seconds from the first video frame
     samples: "np.ndarray"  # float32 `[n]` from -1 to 1, mono, 16 kHz
-    damaged: int  # packets so far that could not be decoded
+    damaged: int  # number of packets that could not be decoded so far
 
     @property
     def end_s(self) -> float:
@@ -53,16 +53,16 @@ class SoundPiece:
 
 
 def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece]:
-    """Yield the sound of a span of a video in pieces of at most `PIECE_S` seconds. A video without sound has none.
+    """Yield the sound of a span of a video in pieces of at most `PIECE_S` seconds. Yields nothing if the video has no sound.
 
-    Samples for which the file has no sound are left out: the next piece then starts later than the piece before it ends. Packets
-    that cannot be decoded are skipped and counted. Close the iterator to stop early.
+    If the file has no sound for a part of the span, that part is left out, and the next piece starts later than the previous piece
+    ends. Packets that cannot be decoded are skipped and counted. Close the iterator to stop early.
 
     Args:
-        start_s, end_s: the span, in seconds from the first video frame.
+        start_s, end_s: The span, in seconds from the first video frame.
 
     Raises:
-        VideoError: the file can no longer be read, or the worker process crashed; see also `isolation.run_task`.
+        VideoError: The file can no longer be read, or the worker process crashed. See also `isolation.run_task`.
     """
     if not info.has_sound:
         return
@@ -72,7 +72,7 @@ def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece
     from evoprune.video.sandbox.isolation import HINT, borrow
 
     size = 4 * round(PIECE_S * RATE)
-    # With twice the size of a piece, every piece gets memory of its own, which the worker releases after use.
+    # At twice the size of a piece, every piece gets separate memory, which the worker releases after use.
     memory = FrameMemory(2 * size)
     with borrow(info.path) as worker:
         message = worker.request("sound", {"info": asdict(info), "start_s": start_s, "end_s": end_s})

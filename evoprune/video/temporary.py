@@ -1,4 +1,4 @@
-"""Temporary files for inputs without a file of their own. Readers need files because they seek and run in another process."""
+"""Temporary files for inputs that are not files. Readers need files, because they seek and run in a separate process."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 from evoprune.errors import VideoError, named
 
 PREFIX = "evoprune-"
-LOCK = ".evoprune-lock"  # file in every temporary folder, locked by the process that uses the folder
+LOCK = ".evoprune-lock"  # file in each temporary folder that is locked by the process using the folder
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def temporary_file(chunks: Iterable[bytes], name: str, file_name: str = "input")
     """Write bytes to a temporary file and yield its path. Error messages show `name` instead of the path.
 
     Raises:
-        VideoError: the file cannot be stored.
+        VideoError: The file cannot be stored.
     """
     with ExitStack() as stack:
         try:
@@ -35,13 +35,13 @@ def temporary_file(chunks: Iterable[bytes], name: str, file_name: str = "input")
 
 @contextmanager
 def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
-    """Create a temporary folder that only this user can read, yield its path, and delete it at the end.
+    """Create a temporary folder that only the current user can read, yield its path, and delete the folder on exit.
 
-    If this process is killed, the next process that calls this function deletes the folder, because it finds the lock free: the
-    operating system releases it however a process ends. Windows has no such locks.
+    If this process is killed, the next process that calls this function deletes the folder. It finds the folder unlocked, because
+    the operating system releases the lock no matter how a process ends. Windows has no such locks.
 
     Args:
-        prefix: prefix of the folder's name; must begin with `PREFIX`.
+        prefix: Prefix of the folder's name. It must begin with `PREFIX`.
     """
     _delete_abandoned(Path(tempfile.gettempdir()))
     while True:
@@ -57,7 +57,7 @@ def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
 
 
 def _delete_abandoned(parent: Path) -> None:
-    """Delete temporary folders that ended processes of this user left behind."""
+    """Delete temporary folders of this user that were left behind by processes that have ended."""
     for folder in parent.glob(f"{PREFIX}*"):
         # No lock file, a lock that is held, or a folder that has just been deleted.
         with suppress(ImportError, OSError):

@@ -1,9 +1,9 @@
 """Cuts a clip out of a video: copies packets from a keyframe on, or re-encodes frames, and keeps the sound.
 
-Sound packets are copied as well, and re-encoded only if the clip's file format cannot hold them.
+Sound packets are copied as well. They are re-encoded only if the clip's file format cannot hold them.
 
-FFmpeg writes to memory, and `ClipReader.fill` hands out the bytes together with their offset in the file. Offsets are needed
-because FFmpeg goes back to the beginning of an MP4 once its end is known. The process that opens the video thus writes no file.
+FFmpeg writes to memory, and `ClipReader.fill` returns the bytes together with their offset in the file. Offsets are needed because
+FFmpeg returns to the beginning of an MP4 once the end is known. This way, the process that opens the video does not write files.
 """
 
 import math
@@ -43,33 +43,33 @@ MP4, MATROSKA = CLIP_ENDINGS
 FORMATS = {MP4: "mp4", MATROSKA: "matroska"}
 # Codecs that players expect in an MP4. A clip with any other codec becomes a Matroska file.
 IN_MP4 = ("h264", "hevc", "av1", "mpeg4", "aac", "mp3", "ac3", "eac3", "alac")
-# Video encoders, preferred first, with settings that look nearly lossless. B-frames are off (bf) because only without reordered
-# frames does an MP4 store the exact duration of the last frame.
+# Video encoders, preferred first, with settings that look nearly lossless. B-frames are disabled (bf), because an MP4 stores the
+# exact duration of the last frame only if frames are not reordered.
 ENCODERS = {"libx264": {"crf": "18", "preset": "veryfast", "bf": "0"}, "mpeg4": {"qmin": "2", "qmax": "4"}}
 SOUND_ENCODER = "aac"  # included in any FFmpeg build
 SOUND_BITS = 96_000  # bits per second and channel
-CLOCK = Fraction(1, 60_000)  # time base of re-encoded frames; MPEG-4 allows no finer one
+CLOCK = Fraction(1, 60_000)  # time base of re-encoded frames; the finest that MPEG-4 allows
 BT709 = 1  # FFmpeg's number for the primaries, transfer curve and matrix of BT.709
 LIMITED_RANGE = 1  # FFmpeg's number for limited color range, the usual one
-REORDERED_S = 2.0  # a frame stored before a keyframe is displayed at most this much after it
+REORDERED_S = 2.0  # a frame that is stored before a keyframe is displayed at most this long after it
 REENCODE_HINT = "re-encode the clip instead: --exact, in Python exact=True"
 
-# Packets with their decoding times, and pictures (uint8 `[H, W, 3]`) with their display times: seconds from the beginning of the
-# clip, ascending.
+# Packets with their decoding times, and frames (uint8 `[H, W, 3]`) with their display times. Times ascend and are in seconds from
+# the beginning of the clip.
 TimedPackets = Iterator[tuple[float, Packet]]
 Pictures = Iterator[tuple[float, np.ndarray]]
 
 
 class ClipReader:
-    """Makes a clip and hands out its bytes. See `evoprune.video.clips.cut_clip` for the arguments.
+    """Makes a clip and returns its bytes piece by piece. For the arguments, see `evoprune.video.clips.cut_clip`.
 
     Attributes:
-        facts: "ending", the file name extension; "start_s", the start of the clip in seconds from the video's first frame; and
-            "loses_sound", True if the video has sound and the clip has none.
+        facts: "ending", the file extension; "start_s", the start of the clip in seconds from the video's first frame; and
+            "loses_sound", True if the video has sound but the clip does not.
 
     Raises:
-        VideoError: the input is not a video file, or its packets cannot be copied. `fill` raises it too if the file turns out to
-            be damaged.
+        VideoError: The input is not a video file, or its packets cannot be copied. `fill` also raises this error if the file
+            turns out to be damaged.
     """
 
     def __init__(self, info: Video, start_s: float, end_s: float, exact: bool, title: str):
@@ -89,7 +89,8 @@ class ClipReader:
             content: uint8 `[n]`.
 
         Returns:
-            "at", the offset of the bytes in the clip's file; "bytes", their number, at most n; and "done", True for the last ones.
+            "at", the offset of the bytes in the clip's file; "bytes", the number of bytes, at most n; and "done", True if these are
+            the last bytes.
         """
         with ffmpeg.reading(self._path):
             while not self._ended and self._made.waiting < len(content):
@@ -103,13 +104,13 @@ class ClipReader:
 
 
 class _MemoryFile:
-    """File object for FFmpeg to write to. Keeps the pieces that were not taken yet, with their offsets."""
+    """File object that FFmpeg writes to. Keeps the pieces that have not been taken yet, together with their offsets."""
 
     def __init__(self):
         self._pieces: deque[tuple[int, bytes]] = deque()
         self._at = 0
         self._size = 0
-        self.waiting = 0  # bytes
+        self.waiting = 0  # number of bytes that have not been taken yet
 
     def write(self, content: bytes) -> int:
         content = bytes(content)
@@ -127,7 +128,7 @@ class _MemoryFile:
         return self._at
 
     def take(self, most: int) -> tuple[int, bytes]:
-        """Remove and return the offset of the next bytes, and the contiguous bytes from there on, at most `most`."""
+        """Remove up to `most` contiguous bytes from the beginning, and return their offset and the bytes."""
         at = self._pieces[0][0] if self._pieces else 0
         taken = bytearray()
         while self._pieces and len(taken) < most and self._pieces[0][0] == at + len(taken):
@@ -143,7 +144,7 @@ class _MemoryFile:
 def _cut(
     info: Video, start_s: float, end_s: float, exact: bool, title: str, file: _MemoryFile
 ) -> Iterator[dict[str, Any]]:
-    """Write a clip to `file`. Yields the facts of `ClipReader`, then an empty dict after every packet."""
+    """Write a clip to `file`. Yields the facts of `ClipReader` first, then an empty dict after every packet."""
     joined = info.clock_restarts > 0
     if joined and not exact:
         raise VideoError(
@@ -182,7 +183,7 @@ def _cut(
 
 @contextmanager
 def _writing(info: Video, exact: bool) -> Iterator[None]:
-    """Turn FFmpeg's errors into VideoError. Inside the block they concern writing, because reading raises none there."""
+    """Convert FFmpeg's errors to VideoError. The errors come from writing, because reading raises none inside the block."""
     try:
         yield
     except (av.error.FFmpegError, ValueError) as error:
@@ -191,13 +192,13 @@ def _writing(info: Video, exact: bool) -> Iterator[None]:
 
 
 def _codec(stream: Stream) -> str:
-    """Return FFmpeg's name of a stream's codec, or an empty string if there is no decoder for it."""
+    """Return FFmpeg's name of a stream's codec, or an empty string if FFmpeg has no decoder for it."""
     context = stream.codec_context
     return context.codec.canonical_name if context else ""
 
 
 def _add_copied_stream(out: OutputContainer, stream: Stream) -> Stream:
-    """Add an output stream for copied packets of another stream."""
+    """Add an output stream that receives copied packets of the given stream."""
     return out.add_stream_from_template(stream, opaque=True)  # opaque: needs no encoder
 
 
@@ -208,7 +209,7 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
         The keyframe's display time in seconds from the video's first frame, and the packets from the keyframe on.
 
     Raises:
-        VideoError: packets have no timestamps, or there is no such keyframe.
+        VideoError: The packets have no timestamps, or there is no such keyframe.
     """
     path = track.info.path
     timeless = VideoError(f"{path} has no display times for its packets, so they cannot be copied", REENCODE_HINT)
@@ -232,7 +233,7 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
             first = next(packets)
             if shown_s(first) <= latest_s:  # checked again, because the index may hold decoding times
                 return shown_s(first), chain([first], packets)
-    place = None  # position of the keyframe among the packets, for files without an index
+    place = None  # position of the keyframe among the packets; needed for files without an index
     begin_s = 0.0
     for number, packet in enumerate(track.packets(None)):
         if packet is None or not packet.size:
@@ -248,7 +249,7 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
 
 
 def _sound_packets(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
-    """Return the packets of a sound track from about `origin_s` on (seconds of the file's clock), or from its beginning."""
+    """Return the packets of a sound track from about `origin_s` on (in seconds of the file's clock), or from its beginning."""
     with suppress(av.error.FFmpegError):  # the container cannot seek
         sound.container.seek(math.floor(origin_s / sound.time_base), stream=sound)
     return ffmpeg.packets(sound.container, sound)
@@ -257,7 +258,7 @@ def _sound_packets(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
 def _sound(
     out: OutputContainer, path: str, sound: AudioStream, copied: bool, origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Add a sound stream to a clip and return its packets: copied if `copied` and the format can hold them, otherwise AAC."""
+    """Add a sound stream to a clip and return its packets. They are copied if `copied` and the format allows it, otherwise AAC."""
     packets = _sound_packets(sound, origin_s)
     if copied:
         with suppress(ValueError):  # the format cannot hold the codec, such as WMA
@@ -272,13 +273,13 @@ def _sound(
 def _encoded_sound(
     target: AudioStream, sound: AudioStream, packets: Iterator[Packet | None], origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Yield the re-encoded sound packets between the beginning and the end of a clip. Skips damaged packets."""
+    """Yield re-encoded sound packets from the beginning to the end of a clip. Damaged packets are skipped."""
     part = Graph()
     ends = part.add_abuffer(template=sound), part.add("atrim", f"0:{length_s}"), part.add("abuffersink")
     part.link_nodes(*ends).configure()
 
     def encoded(frame: AudioFrame | None) -> TimedPackets:
-        """Encode a frame (None: flush) and yield the packets that are complete."""
+        """Encode a frame (None flushes the encoder) and yield the packets that are complete."""
         part.push(frame)
         with suppress(BlockingIOError, EOFError):  # no more output yet
             while True:
@@ -311,20 +312,21 @@ def _ordered(packets: list[Packet]) -> TimedPackets:
 def _copied(
     target: Stream, path: str, packets: Iterator[Packet | None], origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Yield the packets to copy, which are decoded before the end of a clip. Shifts their times to the beginning of the clip.
+    """Yield the packets to copy, with times counted from the beginning of the clip.
 
-    A frame may depend on frames that are displayed after it, so some packets are displayed after the end.
+    These are the packets that are decoded before the end of the clip. Some of them are displayed after the end, because a frame may
+    depend on frames that are displayed later.
 
     Args:
-        origin_s: beginning of the clip in seconds of the file's clock.
-        length_s: length of the clip in seconds.
+        origin_s: Beginning of the clip in seconds of the file's clock.
+        length_s: Length of the clip in seconds.
 
     Raises:
-        VideoError: the packets take more bytes than the file has.
+        VideoError: The packets add up to more bytes than the file has.
     """
     left = os.path.getsize(path)
-    latest = None  # decoding time of the packet before
-    until_s = length_s  # end of the clip, or later if a frame decoded before the end is displayed after it
+    latest = None  # decoding time of the previous packet
+    until_s = length_s  # end of the clip, or later if a frame that is decoded before the end is displayed after it
     for packet in packets:
         if packet is None or not packet.size or packet.pts is None:
             continue
@@ -356,7 +358,7 @@ def _copied(
 
 
 def _encoder(out: OutputContainer, info: Video) -> VideoStream:
-    """Add a stream that encodes pictures of a video. Odd heights or widths lose their last row or column."""
+    """Add a stream that encodes frames of a video. If the height or width is odd, the last row or column is dropped."""
     name = next(name for name in ENCODERS if name in av.codecs_available)
     rate = Fraction(info.fps or ffmpeg.FALLBACK_FPS).limit_denominator(1001)
     stream = out.add_stream(name, rate=rate, options=ENCODERS[name])
@@ -373,9 +375,11 @@ def _encoder(out: OutputContainer, info: Video) -> VideoStream:
 
 
 def _encoded(stream: VideoStream, pictures: Pictures, length_s: float) -> TimedPackets:
-    """Encode pictures and yield their packets. A picture is shown until the next one, the last one until `length_s`."""
+    """Encode frames and yield their packets. Each frame is shown until the next one, and the last frame until `length_s`."""
     colours = VideoReformatter()
-    lengths: dict[int, int] = {}  # durations in ticks of pictures that are still in the encoder, by their times
+    lengths: dict[
+        int, int
+    ] = {}  # durations in ticks of the frames that are still in the encoder, by their display times
     for (time_s, rgb), (end_s, _) in pairwise(chain(pictures, [(length_s, None)])):
         whole = np.ascontiguousarray(rgb[: stream.height, : stream.width])
         frame = VideoFrame.from_ndarray(whole, format="rgb24")
@@ -394,12 +398,12 @@ def _timed(packets: list[Packet], lengths: dict[int, int]) -> TimedPackets:
 
 
 def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
-    """Yield the picture on screen at `start_s`, then every picture that appears before `end_s`.
+    """Yield the frame on screen at `start_s`, then every frame that appears before `end_s`.
 
     `start_s` and `end_s` are in seconds from the video's first frame. The yielded times are in seconds from `start_s`.
 
     Raises:
-        VideoError: no frame can be decoded.
+        VideoError: No frame can be decoded.
     """
 
     def held() -> tuple[float, np.ndarray]:
@@ -409,7 +413,7 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
     shown_s = -math.inf
     picture = Picture(info)
     for time_s, frame in deinterlacing(_decoded(info, start_s)):
-        if time_s < shown_s + ffmpeg.TOLERANCE_S:  # not after the frame before, so the timestamp is wrong
+        if time_s < shown_s + ffmpeg.TOLERANCE_S:  # not later than the previous frame, so the timestamp is wrong
             continue
         if shown is not None and time_s >= end_s - ffmpeg.TOLERANCE_S:
             break
@@ -423,7 +427,7 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
 
 
 def _decoded(info: Video, start_s: float) -> Iterator[TimedFrame]:
-    """Yield the frames from a keyframe at or before `start_s` on, or from the beginning of the file."""
+    """Yield frames, starting at a keyframe at or before `start_s`, or at the beginning of the file if that fails."""
     (run,) = planned(info, [max(0.0, start_s)], "exact", 0.0)
     with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         frames = None

@@ -1,6 +1,7 @@
-"""Communication with a worker process: JSON messages with at most one file descriptor, heartbeats, and shared memory for frames.
+"""Communication with a worker process: JSON messages, heartbeats, and shared memory for frames.
 
-Messages are never pickled, because a malicious video may control the worker and must not run code in this process.
+A message can carry at most one file descriptor. Messages are never pickled, because a malicious video may control the worker and
+must not run code in the current process.
 """
 
 import json
@@ -18,22 +19,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# Reusable arrays per video: the caller's current one, the one before it, and the one that is being filled.
+# Reusable arrays per video: the one that the caller is using, the previous one, and the one that is being filled.
 PIECES = 3
 LARGEST = 2**26  # size limit of a message in bytes
 ALIVE_EVERY_S = 1.0  # minimum interval between heartbeats
 _LENGTH = struct.Struct("<I")
-_ALIVE = _LENGTH.pack(0)  # replaces the length of a message in a heartbeat; the number of finished frames follows
+_ALIVE = _LENGTH.pack(0)  # marks a heartbeat, in place of a message length; followed by the number of finished frames
 
 
 class Channel:
     """One end of a connected Unix socket. Sending and receiving may raise OSError.
 
     Args:
-        descriptors: maximum number of file descriptors that a message may bring.
+        descriptors: Maximum number of file descriptors that a received message may carry.
 
     Attributes:
-        done: number of frames of the next answer that are finished; heartbeats report it, and `send` resets it to 0.
+        done: Number of finished frames of the next answer. Heartbeats report this number, and `send` resets it to 0.
     """
 
     def __init__(self, end: socket.socket, descriptors: int = 0):
@@ -54,7 +55,7 @@ class Channel:
         self.done = 0
 
     def report_alive(self) -> None:
-        """Send a heartbeat with the progress, at most once per `ALIVE_EVERY_S`."""
+        """Send a heartbeat with the number of finished frames, at most once per `ALIVE_EVERY_S`."""
         now = time.monotonic()
         if now - self._reported > ALIVE_EVERY_S:
             self._reported = now
@@ -66,15 +67,15 @@ class Channel:
         """Wait for the next message.
 
         Args:
-            patience_s: timeout in seconds, which every heartbeat restarts; None waits forever.
-            on_alive: called with the number of finished frames at every heartbeat.
+            patience_s: Timeout in seconds, or None to wait forever. Every heartbeat restarts the timeout.
+            on_alive: Called at every heartbeat with the number of finished frames.
 
         Returns:
-            The message, and the file descriptor that came with it or None. The caller closes the descriptor.
+            The message, and the file descriptor that it carried or None. The caller must close the descriptor.
 
         Raises:
-            EOFError: the other end is closed.
-            TimeoutError: neither a message nor a heartbeat came for `patience_s`.
+            EOFError: The other end was closed.
+            TimeoutError: Neither a message nor a heartbeat arrived for `patience_s`.
         """
         self._socket.settimeout(patience_s)
         while True:
@@ -101,7 +102,7 @@ class Channel:
         return bytes(content)
 
     def shut(self) -> None:
-        """Shut the connection down from another thread. A thread that waits in `receive` gets an EOFError."""
+        """Shut down the connection from another thread. A thread that is waiting in `receive` then gets an EOFError."""
         with suppress(OSError):  # the other end is closed
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -112,12 +113,12 @@ class Channel:
 class FrameMemory:
     """Shared memory for the arrays of one video.
 
-    A piece of memory is reused once its array and all views of it are gone. Fresh memory would be mapped page by page in both
-    processes, which takes as long as decoding a picture. A caller that keeps more than `PIECES` arrays gets separate memory for the
-    additional ones.
+    A piece of memory is reused once its array and all views of the array have been garbage-collected. Fresh memory would have to be
+    mapped page by page in both processes, which takes as long as decoding a frame. If a caller keeps more than `PIECES` arrays, the
+    additional arrays get separate memory.
 
     Args:
-        size: bytes of the largest array.
+        size: Size of the largest array in bytes.
     """
 
     def __init__(self, size: int):
@@ -127,14 +128,14 @@ class FrameMemory:
         self._free: list[int] = []
 
     def take(self, shape: tuple[int, ...]) -> tuple["np.ndarray", int | None, int | None]:
-        """Return memory for an array that the worker is to fill.
+        """Return memory for an array that the worker will fill.
 
         Returns:
-            A uint8 array of that shape; the number of its piece, or None if its memory is not reused; and a file descriptor of the
-            memory, which the caller closes, or None if the worker has the memory already.
+            A uint8 array with that shape; the number of its piece of memory, or None if the memory will not be reused; and a file
+            descriptor for the memory, or None if the worker already has the memory. The caller must close the descriptor.
 
         Raises:
-            OSError: no memory can be allocated.
+            OSError: No memory can be allocated.
         """
         import numpy as np
 
@@ -144,7 +145,9 @@ class FrameMemory:
             self._forks, self._pieces, self._free = _forks, [], []
         if self._free:
             number = self._free.pop()
-        elif len(self._pieces) == PIECES or 2 * size <= self._size:  # the last array may be small and kept for long
+        elif (
+            len(self._pieces) == PIECES or 2 * size <= self._size
+        ):  # the last array may be small, and its user may keep it
             piece, descriptor = shared_memory(size)
             return np.frombuffer(piece, np.uint8).reshape(shape), None, descriptor
         else:
@@ -157,7 +160,7 @@ class FrameMemory:
 
 
 def shared_memory(size: int) -> tuple[mmap.mmap, int]:
-    """Allocate `size` bytes of shared memory and a file descriptor for another process, which cannot resize them."""
+    """Allocate `size` bytes of shared memory, with a file descriptor for another process, which cannot resize the memory."""
     import fcntl
 
     descriptor = os.memfd_create("evoprune-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

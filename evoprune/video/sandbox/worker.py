@@ -1,16 +1,20 @@
-"""The worker process: runs all tasks that use FFmpeg and Pillow (`TASKS`), and serves requests over a socket until the other end
-closes. Its memory and files are limited. If worker processes are not possible, `isolation` runs the tasks in its own process.
+"""The worker process: runs all tasks that use FFmpeg and Pillow (`TASKS`), with limits on its memory and files.
+
+It serves requests over a socket until the other end closes. If worker processes are not possible, `isolation` runs the tasks in its
+own process.
 
 Every message is a request and gets one answer.
 - `{"task", "folder", "arguments"}` runs one of `TASKS` in the working directory `folder`. The task `frames` opens a video.
 - `{"shape", "piece", "last"}` fills an array of this shape with the next frames of the open video. `piece` is the number of the
-  shared memory to use; new memory comes with the message as a file descriptor. A `piece` of None is used only once. `last` means
-  that no further array follows. The first request of this kind is part of the message with the task `frames`.
-- The task `live` opens a live source. A pipe comes as a file descriptor. The task `next` then finds the next frame, and `shape`
-  takes it.
-- The task `sound` opens the sound of a video. Every `shape` then takes up to this number of bytes.
-- The task `clip` begins a clip. Every `shape` then takes up to this number of bytes; the answer says whether they are the last.
-- The answer is `{"result"}`, `{"error"}` for the user, `{"memory"}` with the exceeded limit, or `{"bug"}` with a traceback.
+  shared memory to use. If the memory is new, the message carries its file descriptor. If `piece` is None, the memory is used only
+  once. `last` indicates that this is the last array. The first request of this kind is part of the message with the task `frames`.
+- The task `live` opens a live source. A pipe is passed as a file descriptor. After that, the task `next` finds the next frame, and
+  a `shape` request fetches it.
+- The task `sound` opens the sound of a video. Each `shape` request then fetches up to this number of bytes.
+- The task `clip` begins a clip. Each `shape` request then fetches up to this number of bytes. The answer tells whether they are the
+  last bytes.
+- The answer is `{"result"}`, `{"error"}` for an error to show to the user, `{"memory"}` with the memory limit that was exceeded, or
+  `{"bug"}` with a traceback.
 """
 
 import mmap
@@ -45,19 +49,19 @@ if sys.platform != "win32":  # Windows has no worker processes
     import fcntl
     import resource
 
-# Memory limit in bytes for any video: libraries, thread stacks, the tables of a long file, one large picture.
+# Memory limit in bytes for any video. It covers libraries, thread stacks, the tables of a long file, and one large image.
 BASE_BYTES = 2**30
-# Additional memory per pixel of a picture: 16 reference pictures, one picture in each of 16 threads, and some in queues, at up to
-# 3 bytes a pixel (10 bits, 4:2:0). Additional decoders have one thread and take half of it (`pyav.DECODER_BYTES`).
+# Additional memory per pixel of a frame: 16 reference frames, one frame in each of 16 threads, and some in queues, at up to 3 bytes
+# per pixel (10 bits, 4:2:0). Each additional decoder has one thread and takes half as much (`pyav.DECODER_BYTES`).
 BYTES_PER_PIXEL = 128
 
 
 def counted(done: int) -> None:
-    """Report the number of frames read or scanned so far, after every frame. A worker process sends it with its heartbeats."""
+    """Report the number of frames read or scanned so far. Called after every frame; a worker process adds it to its heartbeats."""
 
 
 def probe(path: str, folder_fps: float) -> Video:
-    """Read the metadata of an input, see `evoprune.video.frames.probe`."""
+    """Read the metadata of an input. See `evoprune.video.frames.probe`."""
     with ffmpeg.reading(path):
         if os.path.isdir(path):
             return folder.probe(path, folder_fps)
@@ -74,7 +78,7 @@ def probe(path: str, folder_fps: float) -> Video:
 
 
 def scan(path: str, folder_fps: float) -> ScanResult:
-    """Decode a whole video, see `evoprune.video.frames.scan`."""
+    """Decode a whole video. See `evoprune.video.frames.scan`."""
     began = time.perf_counter()
     info = probe(path, folder_fps)
     if info.is_picture:
@@ -83,7 +87,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     damage = set()
     frames = 0
     end_s = 0.0
-    # Number of intervals by length, rounded so that equal ones count together.
+    # Number of intervals by length. Lengths are rounded so that equal intervals are counted together.
     gaps = Counter()
     keyframes = Counter()
     with ffmpeg.reading(path):
@@ -146,7 +150,7 @@ def check_decord(info: dict[str, Any] | None) -> None:
 
 
 def frame_times(info: dict[str, Any]) -> FrameTimes:
-    """Return the display times of all frames, see `evoprune.video.frames.frame_times`."""
+    """Return the display times of all frames. See `evoprune.video.frames.frame_times`."""
     video = Video(**info)
     if video.is_animation:
         return FrameTimes(_reader(video).frame_times(video), video.frames_total or 0)
@@ -169,7 +173,7 @@ def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class FrameReader:
-    """Reads the frames on screen at given times, in order. See `isolation.stream_frames` for the arguments."""
+    """Reads the frames that are on screen at given times, in order. For the arguments, see `isolation.stream_frames`."""
 
     def __init__(self, info: Video, times_s: Sequence[float], decoder: str, **how):
         ffmpeg.picture_size(info.width * info.height)
@@ -211,12 +215,16 @@ class FrameReader:
 
 
 def main(descriptor: int) -> None:
-    """Serve the socket with this file descriptor. Standard input is a pipe without data; the process ends when it closes."""
+    """Serve requests on a socket. Standard input is a pipe without data, and the process ends when that pipe is closed.
+
+    Args:
+        descriptor: File descriptor of the socket.
+    """
     _end_with(0)
     for what in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # forbid writing to files, and core dumps
         resource.setrlimit(what, (0, 0))
     # Make the system kill this process first if memory runs out.
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not every system has it
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # the file does not exist on every system
         file.write("1000")
     channel = Channel(socket.socket(fileno=descriptor), descriptors=1)
     ffmpeg.report_alive = channel.report_alive
@@ -228,20 +236,20 @@ def main(descriptor: int) -> None:
 
 
 def _end_with(pipe: int) -> None:
-    """Make the system kill this process when the last writer of a pipe is gone, even if it is busy."""
-    # PR_SET_PDEATHSIG would kill it as soon as the thread that started it ends.
+    """Make the system kill this process when the last writer of a pipe has closed it, even if this process is busy."""
+    # PR_SET_PDEATHSIG would kill this process as soon as the thread that started it ends.
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO])
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
     hung_up = select.poll()
     hung_up.register(pipe, select.POLLHUP)
-    if hung_up.poll(0):  # gone already
+    if hung_up.poll(0):  # the pipe is already closed
         os.kill(os.getpid(), signal.SIGIO)
 
 
 def _allow(pixels: int, decoders: int = 1) -> None:
-    """Raise the memory limit to the needs of this number of decoders for pictures of `pixels` pixels."""
+    """Raise the memory limit so that `decoders` decoders can process frames of `pixels` pixels."""
     needed = BASE_BYTES + BYTES_PER_PIXEL * pixels
     if decoders > 1:
         needed += pyav.ROOM_BYTES + (decoders - 1) * pyav.DECODER_BYTES * pixels
@@ -249,7 +257,7 @@ def _allow(pixels: int, decoders: int = 1) -> None:
 
 
 def _limit(memory: int) -> None:
-    """Set the memory limit in bytes, at most the hard limit."""
+    """Set the memory limit in bytes. The hard limit is not exceeded."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:
         memory = min(memory, hard)
@@ -260,13 +268,13 @@ Reader = FrameReader | LiveReader | ClipReader | SoundReader
 
 
 class Server:
-    """Answers messages, and keeps the reader that a message has opened until `close`."""
+    """Answers messages. The reader that a message opens stays open until `close` or the next task."""
 
     def __init__(self):
         self._reader: Reader | None = None
 
     def result(self, message: dict[str, Any], array: np.ndarray | None = None) -> Any:
-        """Run the task of a message, if any, then fill the array, if any. Returns the result of the last of the two."""
+        """Run the task of a message, if it has one. Then fill the array, if there is one. Returns the result of the last step."""
         result = None
         task = message.get("task")
         if task == "next":
@@ -299,7 +307,7 @@ def _serve(channel: Channel) -> None:
             if task == "live":
                 message["arguments"]["descriptor"] = memory
                 memory = None
-            if memory is not None:  # first, so the descriptor is closed even if a later step fails
+            if memory is not None:  # map it first, so that the descriptor is closed even if a later step fails
                 pieces[piece] = _mapped(memory)
             array = pieces[piece][: prod(shape)].reshape(shape) if shape else None
             answer = {"result": server.result(message, array)}
@@ -328,7 +336,7 @@ def _enter(folder: str | None) -> None:
 
 
 def _begin(task: str, arguments: dict[str, Any]) -> tuple[Reader | None, dict | None]:
-    """Run a task and return the reader that it opens, or None, and its result."""
+    """Run a task. Returns the reader that the task opens (or None), and the result of the task."""
     if task == "frames":
         return FrameReader(Video(**arguments.pop("info")), **arguments), None
     if task == "sound":
@@ -343,7 +351,7 @@ def _begin(task: str, arguments: dict[str, Any]) -> tuple[Reader | None, dict | 
 
 
 def _mapped(descriptor: int) -> np.ndarray:
-    """Map memory that is shared with the other process, as uint8 `[bytes]`. Closes the descriptor. Raises MemoryError."""
+    """Map memory that is shared with the other process, as uint8 `[bytes]`. Closes the descriptor. May raise MemoryError."""
     with os.fdopen(descriptor, "rb+", buffering=0) as file:
         try:
             return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
