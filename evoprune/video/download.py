@@ -120,7 +120,7 @@ def _chunks(
 
 
 def _response(client: httpx2.Client, address: httpx2.URL, auth: tuple[str, str] | None, name: str) -> httpx2.Response:
-    """Send the request and follow redirects. Their bodies are not read, because httpx2 would load even endless bodies into memory."""
+    """Send the request and follow redirects. Their bodies are not read, because httpx2 would keep even endless ones in memory."""
     request = client.build_request("GET", address)
     for _ in range(1 + MAX_REDIRECTS):
         response = client.send(request, auth=auth, stream=True)

@@ -1,9 +1,9 @@
 """Converts decoded frames of any pixel format, range, matrix, primaries and transfer curve to 8-bit BT.709 RGB.
 
-libswscale does the conversion, and formats that it refuses are refused here. Only the mapping of HDR to SDR is done in this module.
-It follows FFmpeg's filters `zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709`, for displays of
-1000 cd/m2. PyAV comes without zscale, and libswscale's own mapping spends many seconds on a table before the first frame. Matrices,
-primaries and curves are numbered as in ITU-T H.273, FFmpeg and PyAV.
+libswscale performs the conversion, and this module rejects formats that libswscale rejects. Only HDR is mapped to SDR here. The
+mapping follows FFmpeg's filters `zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709`, for displays of
+1000 cd/m2. PyAV does not include zscale, and libswscale's own mapping needs many seconds to compute a table before the first frame.
+Matrices, primaries and curves are numbered as in ITU-T H.273, FFmpeg and PyAV.
 """
 
 import re
@@ -27,33 +27,33 @@ from evoprune.errors import VideoError
 from evoprune.video.info import HLG, IPT, PQ
 
 CURVES = {ColorTrc.SMPTE2084: PQ, ColorTrc.ARIB_STD_B67: HLG}
-UNSTATED = (0, 2, 3)  # numbers that state no curve
+UNSTATED = (0, 2, 3)  # values that indicate that no curve is stated
 HDR_METADATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL", "DYNAMIC_HDR_PLUS")
 # FFmpeg's numbers of side data types that PyAV 18 has no name for: LCEVC, the view and the displays of 3D video, and EXIF.
 NAMELESS_SIDE_DATA = (28, 29, 30, 31)
-# Dolby Vision consists of a base layer, which FFmpeg decodes, and metadata, which is not applied. The "compatibility id" of its
-# record describes the base layer: 2 is SDR; 0 is Dolby's own format in some profiles, and states nothing in others.
+# Dolby Vision consists of a base layer, which FFmpeg decodes, and metadata, which is not applied. The "compatibility id" in its
+# record describes the base layer: 2 is SDR; 0 is Dolby's own format in some profiles, and says nothing in other profiles.
 DOLBY_RECORD = re.compile(r"DOVI configuration record:.* profile: (\d+),.* compatibility id: (\d+)")
 DOLBY_BASES = {1: PQ, 4: HLG, 6: PQ}
-DOLBY_OWN = (5, 10, 20)  # profiles whose compatibility id 0 means Dolby's own format
-# Codec tags of MP4 that mean Dolby's own format if neither the record nor the curve states more.
+DOLBY_OWN = (5, 10, 20)  # profiles in which compatibility id 0 indicates Dolby's own format
+# MP4 codec tags that indicate Dolby's own format if neither the record nor the curve provides more information.
 DOLBY_TAGS = ("dvhe", "dvh1", "dvav", "dva1", "dav1")
 
 # Matrices from linear BT.2020 (BT.2087) or Display P3 to linear BT.709.
 FROM_BT2020 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])
 FROM_P3 = np.array([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
 
-# Tone mapping, in units of 100 cd/m2: light below the knee is unchanged, and the peak becomes white.
+# Tone mapping, in units of 100 cd/m2: light below the knee is unchanged, and light at the peak becomes white.
 KNEE = 0.3
 PEAK = 10.0
 WHITE = 2**16 - 1  # white in 16-bit channels
-STRIP = 2**16  # pixels computed at a time, few enough for a core's cache
-# Pixel formats that libswscale reads with swapped bytes, or that make it abort the process.
+STRIP = 2**16  # number of pixels to compute at a time, small enough for the cache of a core
+# Pixel formats for which libswscale swaps bytes by mistake or aborts the process.
 UNREAD = ("rgb565be", "bgr565be", "rgb555be", "bgr555be", "yaf32le", "yaf32be")
 
 
 class Matrix(IntEnum):
-    """Matrix coefficients by their H.273 numbers. In lower case, the names are FFmpeg's."""
+    """Matrix coefficients by their H.273 numbers. The names in lower case are FFmpeg's names."""
 
     GBR = 0
     BT709 = 1
@@ -81,10 +81,10 @@ SUPPORTED_MATRICES = tuple(Matrix(number) for number in (0, 1, 2, 4, 5, 6, 7, 9)
 def stated(stream: VideoStream, log: str) -> str | None:
     """Return `Video.hdr_format` according to the header of a stream.
 
-    Call it before decoding the first frame, because decoders overwrite the curve.
+    Call this before decoding the first frame, because decoders overwrite the curve.
 
     Args:
-        log: FFmpeg's description of the stream (`ffmpeg.stream_log`).
+        log: FFmpeg's description of the stream (see `ffmpeg.stream_log`).
     """
     context = stream.codec_context
     curve = CURVES.get(context.color_trc)
@@ -95,7 +95,7 @@ def stated(stream: VideoStream, log: str) -> str | None:
         return curve or DOLBY_BASES.get(base)
     if curve or context.color_trc not in UNSTATED:
         return curve
-    # From the log, because PyAV fails on codec tags that are not ASCII.
+    # Read the tag from the log, because PyAV fails on codec tags that are not ASCII.
     if any(f"({tag} / 0x" in log.partition("\n")[0] for tag in DOLBY_TAGS):
         return IPT
     if "Mastering Display Metadata" in log or "Content Light Level Metadata" in log:
@@ -104,7 +104,7 @@ def stated(stream: VideoStream, log: str) -> str | None:
 
 
 def side_data(frame: VideoFrame) -> Mapping[str, SideData]:
-    """Return the side data of a frame by type name. Drops types that PyAV 18 has no name for, because it fails on them."""
+    """Return the side data of a frame by type name. Types that PyAV 18 has no name for are dropped, because PyAV fails on them."""
     # `frame.side_data` would create a reference cycle that keeps the pixels until Python collects cycles.
     try:
         return SideDataContainer(frame)
@@ -126,11 +126,11 @@ def filtered(frame: VideoFrame, *filters: tuple[str, str]) -> VideoFrame:
 
 
 def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
-    """Return `Video.hdr_format` of a frame.
+    """Return `Video.hdr_format` for a frame.
 
     Args:
-        header: the format by the stream's header. It applies to frames that do not state their own, or to all frames if it is
-            Dolby's own format.
+        header: The format according to the stream's header. It applies to frames that do not state their own format. If it is
+            Dolby's own format, it applies to all frames.
     """
     data = side_data(frame)
     if header == IPT or _is_dolby_own(data.get("DOVI_METADATA")):
@@ -154,7 +154,7 @@ def _is_dolby_own(metadata: Buffer | None) -> bool:
     start = int.from_bytes(metadata[:8], sys.byteorder)  # offset of `AVDOVIRpuDataHeader`
     profile = metadata[start + 4]
     full_range = metadata[start + 10]
-    return profile == 0 and full_range == 1  # FFmpeg guesses the profile in the same way
+    return profile == 0 and full_range == 1  # FFmpeg guesses the profile with the same rule
 
 
 def may_be_transparent(form: VideoFormat) -> bool:
@@ -162,11 +162,11 @@ def may_be_transparent(form: VideoFormat) -> bool:
 
 
 class Converter:
-    """Converts the frames of one source to RGB.
+    """Converts the frames of a single source to RGB.
 
     Args:
-        name: name of the source in error messages.
-        header: see `hdr_format`.
+        name: Name of the source in error messages.
+        header: See `hdr_format`.
     """
 
     def __init__(self, name: str, header: str | None = None):
@@ -175,10 +175,10 @@ class Converter:
         self._reformatter = VideoReformatter()
 
     def rgb(self, frame: VideoFrame, width: int, height: int) -> np.ndarray:
-        """Convert a frame to uint8 `[height, width, 3]`, scaled to this size. Transparent parts become white, as in pictures.
+        """Convert a frame to uint8 `[height, width, 3]`, scaled to this size. Transparent areas become white, as in still images.
 
         Raises:
-            VideoError: the frame's pixel format, matrix or HDR format is not supported.
+            VideoError: The frame's pixel format, matrix or HDR format is not supported.
         """
         hdr = hdr_format(frame, self._header)
         if hdr == IPT:
@@ -186,7 +186,7 @@ class Converter:
             raise VideoError(problem, "export it as HDR10 or SDR first")
         try:
             return self._rgb(frame, width, height, hdr)
-        except MemoryError as error:  # FFmpeg's subclass would count as damage of the file
+        except MemoryError as error:  # FFmpeg's subclass would be treated as damage to the file
             raise MemoryError(str(error)) from error
         except (av.error.FFmpegError, ValueError) as error:
             hint = "export it as 8-bit 4:2:0 video in BT.709, as most programs do"
@@ -207,7 +207,7 @@ class Converter:
         return self._computed(frame, width, height, hdr)
 
     def _computed(self, frame: VideoFrame, width: int, height: int, hdr: str | None) -> np.ndarray:
-        """Convert a frame like `_rgb`, for HDR and gray of limited range, whose levels are not left to libswscale."""
+        """Convert HDR or limited-range gray frames like `_rgb`. Their levels are mapped here instead of in libswscale."""
         stored = self._reformat(frame, "gbrp16", width, height)
         planes = [np.frombuffer(plane, np.uint16).reshape(height, -1)[:, :width] for plane in stored.planes]
         planes = [planes[2], *planes[:2]]  # red, green and blue
@@ -231,7 +231,7 @@ class Converter:
 
 
 def _over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Blend RGB, uint8 `[h, w, 3]`, over white by its opacity `alpha`, uint8 `[h, w, 1]`."""
+    """Blend RGB, uint8 `[h, w, 3]`, over white. `alpha`, uint8 `[h, w, 1]`, is the opacity."""
     mixed = np.empty(rgb.shape, np.uint8)
     rows = max(1, STRIP // rgb.shape[1])
     for top in range(0, len(rgb), rows):
@@ -246,12 +246,12 @@ def _is_yuv(form: VideoFormat) -> bool:
 
 
 def _is_limited_grey(frame: VideoFrame) -> bool:
-    """Return True if a frame is gray of limited range. libswscale takes all gray for full range."""
+    """Return True if a frame is gray with limited range. libswscale treats all gray frames as full range."""
     return frame.format.name.startswith(("gray", "ya")) and frame.color_range == ColorRange.MPEG
 
 
 def _levels(frame: VideoFrame) -> tuple[int, int]:
-    """Return the black and white levels of the 16-bit channels that libswscale produces. It appends zero bits to shorter values."""
+    """Return the black and white levels of libswscale's 16-bit channels. libswscale appends zero bits to shorter values."""
     if _is_limited_grey(frame):
         return 16 << 8, 235 << 8
     if _is_yuv(frame.format) and frame.color_range != ColorRange.JPEG:
@@ -269,7 +269,7 @@ def _to_bt709(frame: VideoFrame) -> np.ndarray:
 def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
     """Map HDR channels, uint16 `[3, n]`, to SDR RGB, uint8 `[3, n]`."""
     light = to_bt709 @ _light(hdr)[channels]
-    # FFmpeg's `tonemap=mobius` on the brightest channel. The other channels keep their ratio to it.
+    # Apply FFmpeg's `tonemap=mobius` to the brightest channel. The other channels keep their ratio to this channel.
     square = KNEE * KNEE
     a = square * (1 - PEAK) / (square - 2 * KNEE + PEAK)
     b = (square - 2 * KNEE * PEAK + PEAK) / (PEAK - 1)
@@ -281,9 +281,9 @@ def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
 
 @cache
 def _light(hdr: str) -> np.ndarray:
-    """Return the light of a 1000 cd/m2 display for each 16-bit signal (BT.2100), float32 `[65536]`, in units of 100 cd/m2.
+    """Return a display's light for each 16-bit signal (BT.2100), float32 `[65536]`, in units of 100 cd/m2.
 
-    HLG's system gamma of 1.2 is applied per channel, as in zimg.
+    The display has a peak of 1000 cd/m2. HLG's system gamma of 1.2 is applied to each channel separately, as in zimg.
     """
     signal = np.linspace(0, 1, 2**16)
     if hdr == HLG:
@@ -297,7 +297,7 @@ def _light(hdr: str) -> np.ndarray:
 
 @cache
 def _gamma() -> np.ndarray:
-    """Return the SDR levels (BT.1886) by the square root of light, uint8 `[4096]`. The root gives dark light more steps."""
+    """Return SDR levels (BT.1886) indexed by the square root of light, uint8 `[4096]`. The root gives dark levels finer steps."""
     return np.round(255 * np.linspace(0, 1, 2**12) ** (2 / 2.4)).astype(np.uint8)
 
 

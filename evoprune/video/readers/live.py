@@ -1,7 +1,7 @@
 """Reads frames from live sources as they arrive: stream URLs, cameras, pipes, growing files, and ordinary files.
 
-FFmpeg opens the URL that the user typed, with only the protocols that this kind of URL needs. The protocol `file` is never allowed,
-so a playlist cannot reach files of this machine. Pipes, files, and udp and tcp URLs may not be playlists at all.
+FFmpeg opens the URL that the user typed, but only with the protocols that this kind of URL needs. The protocol `file` is never
+allowed, so a playlist cannot reach files on this machine. Pipes, files, and udp and tcp URLs must not be playlists at all.
 """
 
 import errno
@@ -24,7 +24,7 @@ from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.deinterlacing import deinterlacing
 from evoprune.video.readers.probing import another_follows
 
-# For every URL scheme: the protocols that it needs, and the formats it allows in addition to `FORMATS`.
+# For each URL scheme: the protocols that it needs, and the formats that are allowed in addition to `FORMATS`.
 WEB = "http,https,httpproxy,tcp,tls,crypto", ",hls,dash,aac,mp3,webvtt"
 RTSP = "rtsp,rtsps,rtp,udp,tcp,tls", ",rtsp,rtp,sdp"
 ALLOWED = {"http": WEB, "https": WEB, "rtsp": RTSP, "rtsps": RTSP, "udp": ("udp", ""), "tcp": ("tcp", "")}
@@ -32,7 +32,7 @@ FORMATS = (
     "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,flv,avi,nut,ogg,asf,mpeg,mpegvideo,mjpeg,mpjpeg,h264,hevc,av1,ivf,gif"
     ",apng,yuv4mpegpipe,mxf"
 )
-# A longer step between two frames of a stream means a new clock, not a gap. For files see `ffmpeg.restarts`.
+# A longer step between two frames of a stream indicates a new clock instead of a gap. For files, see `ffmpeg.restarts`.
 JUMP_S = 10.0
 POLL_S = 0.05  # interval between checks whether a file has grown
 
@@ -41,17 +41,17 @@ class LiveReader:
     """Reads frames over a single connection to a source.
 
     Args:
-        source: a URL with a scheme of `ALLOWED`, a path, or a camera device; None to read the pipe `descriptor`, which `close`
-            closes.
-        name: name of the source in error messages.
-        timeout_s: seconds without data after which the source counts as failed.
-        follow: whether a file may grow. At its end, the reader waits `timeout_s` for more data.
+        source: A URL with a scheme from `ALLOWED`, a path, or a camera device. None reads the pipe `descriptor`.
+        name: Name of the source in error messages.
+        timeout_s: Number of seconds without data after which the source is considered failed.
+        follow: True if a file may grow. At the end of the file, the reader then waits `timeout_s` for more data.
+        descriptor: File descriptor of a pipe. `close` closes it.
 
     Attributes:
-        facts: "finite", True if the source has a known end, and fields of `Video`.
+        facts: "finite", which is True if the source has a known end, and fields of `Video`.
 
     Raises:
-        VideoError: the source does not exist, cannot be read, or wants a password.
+        VideoError: The source does not exist, cannot be read, or requires a password.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class LiveReader:
         self._scheme = None
         if source and "://" in source:
             self._scheme = source.partition("://")[0].lower()
-        self._live = source is None or not os.path.isfile(source)  # whether frames arrive as they are recorded
+        self._live = source is None or not os.path.isfile(source)  # True if frames arrive as they are recorded
         self._open = ExitStack()
         self._held = None
         self._gap_s = 0.0  # largest forward jump that counted as a new clock
@@ -93,17 +93,17 @@ class LiveReader:
         self._crop = ffmpeg.cropping(log)
         self.facts |= {"fps": rate, "rate_guessed": guessed, **ffmpeg.shown_otherwise(stream, hdr)}
         if container in ffmpeg.JOINED:
-            # MPEG-TS headers do not state HDR, so the format came from the first frames. Later frames may be another video's.
+            # MPEG-TS headers do not state HDR, so the format came from the first frames. Later frames may belong to another video.
             hdr = None
         self._converter = colour.Converter(name, hdr)
         self._frames = deinterlacing(self._timed())
 
     def next(self, after_s: float) -> dict | None:
-        """Find the next frame at or after a time, in seconds from the first frame. `fill` then writes its pixels.
+        """Find the next frame at or after a time, in seconds from the first frame. Call `fill` for its pixels.
 
         Returns:
-            None at the end of the source, otherwise "time_s"; "height" and "width" in pixels; "hdr_format" as in `Video`; and
-            "clock_gap_s", the largest forward jump so far that counted as a new clock.
+            None at the end of the source. Otherwise, a dict with "time_s"; "height" and "width" in pixels; "hdr_format" as in
+            `Video`; and "clock_gap_s", the largest forward jump so far that counted as a new clock.
         """
         for time_s, shown in self._frames:
             if time_s >= after_s - ffmpeg.TOLERANCE_S:
@@ -176,7 +176,7 @@ class LiveReader:
             time.sleep(POLL_S)
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
-        """Yield every frame with its time in seconds from the first. Times never go back, even if the source's clock does."""
+        """Yield each frame with its time in seconds from the first frame. Times never go back, even if the source's clock does."""
         time_s = 0.0
         before = None
         arrived = time.monotonic()
@@ -201,7 +201,7 @@ class LiveReader:
 
     def _decoded(self) -> Iterator[VideoFrame]:
         """Yield all frames, skipping packets that cannot be decoded. Raises VideoError if none can be decoded for `timeout_s`."""
-        since = None  # arrival of the first packet after the latest frame; waiting for packets is no failure
+        since = None  # arrival time of the first packet after the latest frame; waiting for packets is not a failure
         decode = ffmpeg.decoder(self._stream, self._crop)
         for packet in self._packets():
             ffmpeg.alive()
@@ -229,7 +229,7 @@ class LiveReader:
                 )
 
     def _packets(self) -> Iterator[Packet | None]:
-        """Yield all packets. If the source breaks off, yield None to flush the decoder, then raise VideoError."""
+        """Yield all packets. If the source breaks off, yield None to flush the decoder, and then raise VideoError."""
         end = 0
         try:
             for packet in self._container.demux(self._stream):
@@ -254,7 +254,7 @@ class LiveReader:
             raise VideoError(message, "join the videos with ffmpeg -f concat")
 
     def _error(self, problem: Exception) -> VideoError:
-        """Return the error to show for a failure. It never contains the URL as typed, which may include a password."""
+        """Return the error to show for a failure. It never contains the URL as the user typed it, which may include a password."""
         name = self._name
         if isinstance(problem, av.error.HTTPUnauthorizedError):
             return VideoError(f"{name} requires a valid user name and password", "SCHEME://USER:PASSWORD@HOST/...")
@@ -275,10 +275,10 @@ UNREADABLE_HINT = "does it play elsewhere? The formats of files are supported, a
 
 
 class _Following:
-    """File object for FFmpeg that reads a pipe or a file as data arrives.
+    """File object through which FFmpeg reads a pipe or a file as data arrives.
 
     Attributes:
-        waits: whether the file may grow, so that its end is not final.
+        waits: True if the file may grow, so that reaching its end is not final.
     """
 
     def __init__(self, descriptor: int, timeout_s: float):
@@ -293,13 +293,13 @@ class _Following:
             self.tell = self._file.tell
 
     def read(self, count: int) -> bytes:
-        """Return at most `count` bytes, empty at the end.
+        """Return at most `count` bytes, or no bytes at the end.
 
-        The end or a timeout is final: a file no longer waits, and a pipe raises only once and is empty after that. FFmpeg reads
-        on after either, in some formats ten times.
+        The end and a timeout are final, because FFmpeg continues to read after either of them, in some formats ten times. A file
+        stops waiting for more data. A pipe raises an error only once and then returns no bytes.
 
         Raises:
-            TimeoutError: the pipe was silent for `timeout_s`.
+            TimeoutError: The pipe was silent for `timeout_s`.
         """
         end = time.monotonic() + self._timeout_s
         while not self._silent:

@@ -17,24 +17,26 @@ from evoprune.errors import VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg
 
-RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
-# If finding a file's length requires reading all packets, files with more than `MAX_PACKETS` packets are refused, unless they have
+RATE_JITTER_S = (
+    0.0025  # frame intervals count as constant if they differ by less: Matroska rounds times to milliseconds
+)
+# If finding a file's length requires reading all packets, files with more than `MAX_PACKETS` packets are rejected, unless they have
 # at least `BYTES_PER_PACKET` bytes per packet.
 MAX_PACKETS = 2**18
 BYTES_PER_PACKET = 128
-MAX_BOXES = 2**20  # boxes of an MP4 to examine, which takes a second; a fragment has two
+MAX_BOXES = 2**20  # maximum number of MP4 boxes to examine, which takes a second; a fragment has two boxes
 ENCRYPTED_TRACK = b"encv" + bytes(6)  # start of an encrypted track's entry in an MP4's sample description table (stsd)
 AVI_ENTRY_BYTES = 16  # size of an entry of the index at the end of an AVI
 TRAILING_BYTES = 2**20  # bytes after the last packet that are searched for another file
 # Signatures of Matroska, FLV and ASF, and of MP4 and AVI after the leading length field.
 STARTS = (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"ftyp", b"AVI LIST")
-# Leading bytes that files of any other container have in common. Fewer bytes would also match every partition of an MXF.
+# Number of leading bytes that two files of any other container share. Fewer bytes would also match each partition of an MXF file.
 START_BYTES = 14
-RATE_PACKETS = 100  # packets that the frame rate is measured by if the file states none
+RATE_PACKETS = 100  # number of packets from which the frame rate is measured if the file states no rate
 
 
 def probe(path: str) -> Video:
-    """Read the metadata of a video file, see `evoprune.video.frames.probe`."""
+    """Read the metadata of a video file. See `evoprune.video.frames.probe`."""
     with ffmpeg.open_video(path) as container:
         return _probe(path, container)
 
@@ -62,8 +64,8 @@ def _probe(path: str, container: InputContainer) -> Video:
     start = ffmpeg.frame_time(first, stream)
     lengths = _lengths(path, stream, start, step)
     variable_rate = None
-    # Only MP4 and related containers list every frame in advance. Frames that an edit list cuts away do not count. Fragments were
-    # listed while the packets were read.
+    # Only MP4 and related containers list all frames in advance. Frames that an edit list removes do not count. The frames of
+    # fragments were listed while the packets were read.
     shown = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
     if 3 <= stream.frames == len(stream.index_entries) or len(shown) < len(stream.index_entries):
         total = len(shown)
@@ -100,18 +102,18 @@ def _probe(path: str, container: InputContainer) -> Video:
 
 
 def _is_joined(path: str, container: str, lengths: "_Lengths") -> bool:
-    """Return True if the file contains a second file that FFmpeg ignores, or reads by the header of the first."""
+    """Return True if the file contains a second file that FFmpeg ignores, or interprets with the header of the first file."""
     if container in ffmpeg.JOINED:
         return False
     return lengths.restarts > 0 or another_follows(path, container, lengths.end)
 
 
 def another_follows(path: str, container: str, end: int) -> bool:
-    """Return True if another file was appended to this one (`cat a.mkv b.mkv`). Examines only a few places of the file.
+    """Return True if another file was appended to this file (`cat a.mkv b.mkv`). Examines only a few places in the file.
 
     Args:
-        end: offset of the first byte after the last packet that FFmpeg reads, or 0 if packets have no timestamps. An index may
-            follow there, and then the other file.
+        end: Offset of the first byte after the last packet that FFmpeg reads, or 0 if packets have no timestamps. An index may
+            follow at this offset, and after it the other file.
     """
     with open(path, "rb", buffering=0) as file:
         if container == ffmpeg.MOV:
@@ -123,7 +125,7 @@ def another_follows(path: str, container: str, end: int) -> bool:
 
 
 def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the type, start and end (byte offsets) of every top-level box of an MP4 or MOV."""
+    """Yield the type, start and end (byte offsets) of each top-level box of an MP4 or MOV file."""
     at = 0
     for _ in range(MAX_BOXES):
         head = os.pread(file.fileno(), 16, at)
@@ -139,7 +141,7 @@ def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _has_encrypted_track(path: str) -> bool:
-    """Return True if the index of an MP4 lists an encrypted video track. FFmpeg does not report all of them (PIFF)."""
+    """Return True if the index of an MP4 lists an encrypted video track. FFmpeg does not report all such tracks (PIFF)."""
     with open(path, "rb", buffering=0) as file:
         for kind, at, end in _boxes(file):
             if kind == b"moov":
@@ -148,7 +150,7 @@ def _has_encrypted_track(path: str) -> bool:
 
 
 def check_decodable(path: str, pixels: int, frames: int) -> None:
-    """Raise VideoError for a decompression bomb: a file whose frames have more pixels in total than its size allows."""
+    """Raise VideoError for a decompression bomb: a file whose frames have more pixels in total than its file size allows."""
     size = os.stat(path).st_size
     decoded = pixels * min(frames, size)  # a frame takes at least one byte
     if decoded > max(ffmpeg.MAX_DECODED_PIXELS, ffmpeg.MAX_PIXELS_PER_BYTE * size):
@@ -158,31 +160,31 @@ def check_decodable(path: str, pixels: int, frames: int) -> None:
 
 @dataclass
 class _Times:
-    """Running summary of packet times, in seconds. Every restart of the clock begins a new part."""
+    """Running summary of packet times, in seconds. Each restart of the clock begins a new part."""
 
     first_s: float  # display time of the earliest frame in the current part
     last_s: float  # display time of the latest frame in the current part
-    length_s: float  # duration of the packet stored last
-    decoded_s: float  # decoding time of the packet stored last
-    claimed_s: float  # latest end time that any packet states
+    length_s: float  # duration of the packet that is stored last
+    decoded_s: float  # decoding time of the packet that is stored last
+    claimed_s: float  # latest end time stated by any packet
     parts_s: float = 0.0  # total length of the earlier parts
     restarts: int = 0
     gap_s: float = 0.0  # largest forward jump that counted as a restart
     end: int = 0  # offset of the first byte after the last packet
 
     def part_s(self, step: float) -> float:
-        """Return the length of the current part, with `step` as the duration of its last frame."""
+        """Return the length of the current part. The last frame of the part counts with the duration `step`."""
         return self.last_s - self.first_s + step
 
 
 def _measured(packets: Iterable[Packet | None], container: str, step: float) -> _Times | None:
     """Measure the times of packets. Returns None if no packet has a timestamp.
 
-    In MP4, frames stored out of order have no duration of their own; FFmpeg reports the difference of two decoding times. Only the
-    packet stored last has a real duration, so it is used for the frame displayed last.
+    In MP4, frames that are stored out of order have no duration of their own, and FFmpeg reports the difference of two decoding
+    times instead. Only the packet that is stored last has a real duration, so this duration is used for the frame displayed last.
 
     Args:
-        step: duration in seconds of packets that state none.
+        step: Duration in seconds of packets that state no duration.
     """
     times = None
     for packet in packets:
@@ -194,8 +196,8 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
         stamp = packet.pts if packet.dts is None else packet.dts
         decoded = stamp * tick / per
         length = (packet.duration or 0) * tick / per or step
-        # In other containers FFmpeg guesses decoding times. There only keyframes count, because a keyframe is displayed after all
-        # frames that are stored before it.
+        # In other containers, FFmpeg guesses decoding times. Only keyframes are compared there, because a keyframe is displayed
+        # after all frames that are stored before it.
         stored = container in ffmpeg.JOINED
         key = packet.is_keyframe
         if times is None:
@@ -217,7 +219,7 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
 
 @dataclass
 class _Lengths:
-    """Measured and stated length of a video, and restarts of its clock (see `Video` and `_Times`)."""
+    """Measured and stated length of a video, and restarts of its clock. See `Video` and `_Times` for the fields."""
 
     duration_s: float | None
     stated_s: float | None = None
@@ -229,13 +231,13 @@ class _Lengths:
 def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
     """Measure the length of a video, and read the length that its header states.
 
-    If packets have timestamps, the measured length comes from them and not from the header: the header includes audio, may count
-    from zero instead of from the first frame, and does not know that the file was cut off. Containers whose duration FFmpeg
-    estimates from the content count as stating no length.
+    If packets have timestamps, the length is measured from the packets instead of the header. The header includes the audio, may
+    count from zero instead of from the first frame, and does not reveal that the file was cut off. If FFmpeg estimates the duration
+    of a container from its content, the container counts as stating no length.
 
     Args:
-        start: timestamp of the first frame in seconds, or None if the file has no timestamps.
-        step: frame interval in seconds.
+        start: Timestamp of the first frame in seconds, or None if the file has no timestamps.
+        step: Frame interval in seconds.
     """
     container = stream.container
     name = container.format.name
@@ -258,7 +260,7 @@ def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -
             stated += max(0.0, float(listed.timestamp * stream.time_base) - times.decoded_s)
     elif name in ffmpeg.DENSE and container.duration is not None and len(container.streams) == 1:
         stated = max(container.duration / av.time_base - start, duration)
-        # The stated length may include the wrong duration of a frame that was copied from an MP4, see `_measured`.
+        # The stated length may include the wrong duration of a frame that was copied from an MP4 (see `_measured`).
         if stated - duration > 0.5:
             every = _measured(_all_packets(path), name, step)
             if every and every.claimed_s - start >= stated - 1e-2:
@@ -286,7 +288,7 @@ def _riff_end(path: str) -> int:
 
 
 def _listed_in_avi(path: str, stream: int) -> int:
-    """Return the number of frames that the index at the end of an AVI lists, including empty ones that repeat the frame before."""
+    """Count the frames listed in the index at the end of an AVI, including empty frames that repeat the previous frame."""
     names = {f"{stream:02}{kind}".encode() for kind in ("dc", "db")}
     with open(path, "rb", buffering=0) as file:
         file.seek(12)
@@ -309,7 +311,7 @@ def _measured_rate(path: str) -> float | None:
 
 
 def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
-    """Return True if the clock of a file without an index restarts, judging by 64 places spread over the file."""
+    """Return True if the clock of a file without an index restarts. Examines 64 places spread over the file."""
     beginning = []
     places = []
     for place in range(64):
@@ -320,7 +322,7 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
         packets = (p for p in ffmpeg.packets(container, stream) if p is not None and p.dts is not None)
         count = 1 if place else 250
         times = [float(p.dts * p.time_base) for p in islice(packets, count)]
-        if not times:  # no packets here, so none later either
+        if not times:  # no packets at this place, so there are none at later places either
             break
         beginning = beginning or times
         places = places + times[:1]
@@ -331,7 +333,7 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
 
 
 def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:
-    """Yield the packets of the last 3 s, because the frame displayed last may not be stored last. Empty if FFmpeg cannot seek."""
+    """Yield the packets of the last 3 s: the frame displayed last may not be stored last. Yields nothing if FFmpeg cannot seek."""
     if container.duration is None:
         return
     end = ((container.start_time or 0) + container.duration) / av.time_base
@@ -343,14 +345,14 @@ def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> 
 
 
 def _all_packets(path: str) -> Iterator[Packet]:
-    """Yield all packets of the video stream, including empty ones that repeat the frame before. Raises what `_bounded` raises."""
+    """Yield all packets of the video stream, including empty packets that repeat a frame. Raises the same errors as `_bounded`."""
     with ffmpeg.open_video(path) as container:
         packets = _bounded(ffmpeg.packets(container, ffmpeg.video_stream(container, path)), path, container.size)
         yield from (packet for packet in packets if packet is not None and (packet.size or packet.dts is not None))
 
 
 def _bounded(packets: Iterator[Packet | None], path: str, size: int) -> Iterator[Packet | None]:
-    """Pass packets on. Raises VideoError if there are so many for a file of `size` bytes that reading them would take minutes."""
+    """Yield the packets unchanged. Raises VideoError if a file of `size` bytes has so many that reading them would take minutes."""
     most = max(MAX_PACKETS, size // BYTES_PER_PACKET)
     for count, packet in enumerate(packets):
         if count > most:

@@ -1,8 +1,8 @@
-"""Reads video files with PyAV, which continues after damage and opens everything that FFmpeg opens.
+"""Reads video files with PyAV, which opens everything that FFmpeg opens and continues after damaged data.
 
-`planned` groups the wanted times into runs. A run covers one group of pictures, which is decoded once. Threads decode runs in
-parallel, each with its own decoder. The plan depends only on the file and the times, so the frames do not depend on the number of
-threads. `intervals` decodes all frames.
+`planned` groups the requested times into runs. A run covers one group of pictures, which is decoded once. Threads decode runs in
+parallel, and each thread has its own decoder. The plan depends only on the file and the times, so the frames do not depend on the
+number of threads. `intervals` decodes all frames.
 """
 
 from bisect import bisect_left, bisect_right
@@ -21,24 +21,26 @@ from evoprune.video.readers.deinterlacing import deinterlaced
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
 
-MAX_ENTRIES = 3  # keyframes to try as the start of decoding, because an index may list frames that are no keyframes
-BEGINNING_S = 1.0  # a run whose keyframe comes earlier is decoded from the beginning of the file
+MAX_ENTRIES = 3  # keyframes to try as the start of decoding, because an index may list frames that are not keyframes
+BEGINNING_S = 1.0  # if the keyframe of a run comes earlier than this, the run is decoded from the beginning of the file
 MAX_NEAR = 3  # keyframes to try when a time is moved, nearest first
-# With seek "auto", times are moved to keyframes only if that saves decoding this many pixels (two to three seconds on one core) and
-# the parts of the video last at least `LEAST_PART_S`.
+# With seek "auto", times are moved to keyframes only if that avoids decoding this many pixels (two to three seconds on one core)
+# and the parts of the video last at least `LEAST_PART_S`.
 SAVED_PIXELS = 10**9
 LEAST_PART_S = 1.0
-DECODER_BYTES = 64  # memory of a decoder per pixel: 16 reference pictures and a few others, up to 3 bytes a pixel
-ROOM_BYTES = 2**29  # memory for decoded frames that wait for their turn
+DECODER_BYTES = (
+    64  # memory of a decoder per pixel: 16 reference frames and a few other frames, at up to 3 bytes per pixel
+)
+ROOM_BYTES = 2**29  # memory for decoded frames that are waiting for their turn
 
 
 @dataclass(frozen=True)
 class Run:
-    """Times whose frames are decoded in one pass."""
+    """Times whose frames are decoded in a single pass."""
 
     times_s: tuple[float, ...]
     entries: tuple[Keyframe | None, ...]  # places to start decoding, best first; None is the beginning of the file
-    near: tuple[Keyframe, ...] = ()  # keyframes that the run's only time may be moved to, nearest first
+    near: tuple[Keyframe, ...] = ()  # keyframes to which the only time of the run may be moved, nearest first
 
 
 def read(
@@ -49,12 +51,12 @@ def read(
     part_s: float = 0.0,
     cores: int | None = None,
 ) -> ffmpeg.Frames:
-    """Yield the frame on screen at every time, as the package docstring of `readers` describes.
+    """Yield the frame on screen at each time, as described in the docstring of the package `readers`.
 
     Args:
-        damaged: may be called more than once for the same damage.
-        seek, part_s: see `frames.read_chunks`.
-        cores: number of cores to keep busy; None uses all that this process may use.
+        damaged: May be called more than once for the same damage.
+        seek, part_s: See `frames.read_chunks`.
+        cores: Number of CPU cores to use, or None for all cores available to this process.
     """
     cores = cores or Host().available_cores()
     with ffmpeg.reading(info.path):
@@ -72,7 +74,7 @@ def read(
             return
         except Unreachable:
             rest = Run(tuple(times_s[done:]), (None,))
-        # A multi-threaded decoder reports damage some packets late, so the same damage would count twice.
+        # A multi-threaded decoder reports damage some packets late, so the same damage would be counted twice.
         threads = 1 if damage else ffmpeg.thread_count(cores)
         with closing(Track(info, threads)) as track:
             picture = Picture(info)
@@ -81,7 +83,7 @@ def read(
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all frames and yield the time and duration of every frame in seconds, and whether it is a keyframe."""
+    """Decode all frames. Yields the time and duration of each frame in seconds, and whether the frame is a keyframe."""
     step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
     with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         for time_s, frame in track.from_beginning((), damaged):
@@ -90,7 +92,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def frame_times(info: Video) -> FrameTimes:
-    """Return the display times of all frames, see `evoprune.video.frames.frame_times`."""
+    """Return the display times of all frames. See `evoprune.video.frames.frame_times`."""
     with ffmpeg.reading(info.path):
         with ffmpeg.open_video(info.path) as container:
             stated = ffmpeg.stated_frames(container, ffmpeg.video_stream(container, info.path))
@@ -104,7 +106,7 @@ def frame_times(info: Video) -> FrameTimes:
 def _in_parallel(
     info: Video, runs: Sequence[Run], part_s: float, cores: int
 ) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
-    """Yield the frames of all runs, each with the damage found since the frame before it. Raises Unreachable."""
+    """Yield the frames of all runs, each with the damage found since the previous frame. Raises Unreachable."""
     pixels = info.width * info.height
     threads = min(cores, len(runs), _most_decoders(pixels))
     ffmpeg.picture_size(pixels, threads)
@@ -126,7 +128,7 @@ def _in_parallel(
 
 
 def _most_decoders(pixels: int) -> int:
-    """Return how many decoders for frames of `pixels` pixels fit into memory, at least 1."""
+    """Return the maximum number of decoders, for frames of `pixels` pixels, that fit into memory. At least 1."""
     available = Host().available_memory()
     if available is None:
         return 1
@@ -140,7 +142,7 @@ class Picture:
         self._size = (info.width, info.height)
         self._turn = (info.rotation_deg, info.mirrored)
         self._aspect = info.pixel_aspect
-        # After a clock restart, frames that do not state their HDR format may come from another file than the header.
+        # After a clock restart, frames that do not state their HDR format may come from a different file than the header.
         header = None if info.clock_restarts else info.hdr_format
         self._converter = colour.Converter(info.path, header)
         self._frame = None
@@ -156,11 +158,11 @@ class Picture:
 
 
 def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:
-    """Group times into runs and choose the keyframes to decode them from.
+    """Group times into runs, and choose the keyframes from which to decode each run.
 
     Args:
-        times_s: at least one time, in seconds from the first frame, ascending.
-        seek, part_s: see `frames.read_chunks`.
+        times_s: At least one time, in seconds from the first frame, ascending.
+        seek, part_s: See `frames.read_chunks`.
     """
     with closing(Track(info)) as track:
         try:
@@ -201,9 +203,9 @@ def _time_of(keyframe: Keyframe) -> float:
 
 
 def _nearest_keyframes(keyframes: Sequence[Keyframe], time_s: float, reach_s: float) -> tuple[Keyframe, ...]:
-    """Return up to `MAX_NEAR` keyframes of the part around a time, nearest first.
+    """Return up to `MAX_NEAR` keyframes in the part around a time, nearest first.
 
-    A keyframe at the beginning of the part belongs to it; a keyframe at its end belongs to the next part.
+    A keyframe at the beginning of the part belongs to this part, and a keyframe at its end belongs to the next part.
     """
     first = bisect_left(keyframes, time_s - reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
     last = bisect_left(keyframes, time_s + reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
@@ -211,7 +213,7 @@ def _nearest_keyframes(keyframes: Sequence[Keyframe], time_s: float, reach_s: fl
 
 
 def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> Iterator[tuple[float, VideoFrame, bool]]:
-    """Yield the frames of a run as (time in seconds, frame, whether the time was moved to a keyframe). Raises Unreachable."""
+    """Yield the frames of a run as (time in seconds, frame, True if the time was moved to a keyframe). Raises Unreachable."""
     for keyframe in run.near:
         frame = track.alone(keyframe)
         # The index may hold decoding times, which are a few frames early, so check the frame's own time.
@@ -231,10 +233,10 @@ def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> It
 def start_decoding(
     track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool
 ) -> tuple[Keyframe | None, Iterator[TimedFrame] | None]:
-    """Start decoding a run at its first entry that works.
+    """Start decoding a run at the first of its entries that works.
 
     Returns:
-        The entry and the frames from it on. The frames are None if no entry works.
+        The entry, and the frames from this entry on. The frames are None if no entry works.
     """
     for entry in run.entries:
         if entry is None:
@@ -247,10 +249,11 @@ def start_decoding(
 
 
 def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool) -> Iterator[TimedFrame]:
-    """Yield the frame on screen at every time of a run, deinterlaced. Keeps only that frame and its neighbors in memory.
+    """Yield the frame on screen at each time of a run, deinterlaced. Only this frame and its neighbors are kept in memory.
 
-    With `sparing` it stops early, without an error, if skipping frames is unsafe: at damage, because the frame before it stays on
-    screen; at interlaced frames; and at frames out of order, because the needed frames are found by their times.
+    If `sparing` is True, iteration stops early, without an error, when skipping frames is unsafe. That is the case at damage,
+    because the preceding frame stays on screen; at interlaced frames; and at frames that are out of order, because the needed
+    frames are found by their times.
     """
     damage: list[object] = []
     note = damage.append if sparing else damaged

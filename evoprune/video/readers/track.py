@@ -1,4 +1,4 @@
-"""An open video file with its own decoder: lists keyframes, and decodes from the beginning or from a keyframe."""
+"""An open video file with its own decoder. Lists keyframes, and decodes from the beginning or from a keyframe."""
 
 import math
 from bisect import bisect_left, bisect_right, insort
@@ -16,16 +16,16 @@ from av.video.stream import VideoStream
 from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
 
-TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; the decoder's own pixels, not yet rotated
+TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; and the pixels as decoded, before rotation
 
-# Containers that store a timestamp for every frame, so times stay right after a seek. Others are read front to back.
+# Containers that store a timestamp for every frame, so times stay correct after a seek. Other containers are read front to back.
 SEEKABLE = (ffmpeg.MOV, ffmpeg.MATROSKA, "mpegts")
-# Codecs whose frames say whether other frames depend on them. AV1's decoder can also skip such frames, but not exactly.
+# Codecs whose frames state whether other frames depend on them. AV1's decoder can also skip frames, but not exactly these.
 SPARING = ("h264", "hevc")
 LOOK_AHEAD = 64  # packets to search for the next displayed frame; no codec here reorders more than 16
 LOOK_AHEAD_BYTES = 2**25
-FIRST = 8  # leading frames that are never skipped; they show whether frames come in the order of their times
-# A seek may land after the keyframe, because MPEG-TS has no index. It is then repeated, this many seconds earlier.
+FIRST = 8  # number of leading frames that are never skipped; they show whether frames are ordered by their times
+# A seek may land after the keyframe, because MPEG-TS has no index. In that case, it is repeated this many seconds earlier.
 BACK_S = (0.0, 4.0, 16.0)
 
 
@@ -35,17 +35,17 @@ class Unreachable(Exception):
 
 @dataclass(frozen=True, order=True)
 class Keyframe:
-    """A packet that is marked as a keyframe. `time_s` is off by a few frames if the index has decoding times."""
+    """A packet that is marked as a keyframe. If the index holds decoding times, `time_s` is off by a few frames."""
 
     time_s: float  # from the first frame
-    stamp: int  # timestamp that identifies the packet (`Track._stamp`), in ticks of the stream's clock
+    stamp: int  # timestamp that identifies the packet (see `Track._stamp`), in ticks of the stream's clock
 
 
 class Track:
-    """An open file and its decoder, for use by one thread. Callers must close it.
+    """An open file and its decoder, for use by a single thread. Callers must close it.
 
     Args:
-        threads: number of decoder threads.
+        threads: Number of decoder threads.
     """
 
     def __init__(self, info: Video, threads: int = 1):
@@ -67,16 +67,16 @@ class Track:
         self._files.close()
 
     def keyframes(self, start_s: float, end_s: float) -> list[Keyframe]:
-        """List the keyframes between two times, and at least one before them.
+        """List the keyframes between two times, and at least one keyframe before them.
 
-        Uses the index if it is complete, otherwise the packets themselves.
+        Uses the index if it is complete. Otherwise, the packets themselves are read.
 
         Returns:
-            The keyframes, ascending. Empty if the container does not seek, its clock restarts, packets have no timestamps, or
-            the timestamps in the index do not ascend.
+            The keyframes, ascending. The list is empty if the container cannot seek, the file's clock restarts, packets have no
+            timestamps, or the timestamps in the index do not ascend.
 
         Raises:
-            Unreachable: seeking fails.
+            Unreachable: Seeking fails.
         """
         if not self._has_times:
             return []
@@ -87,7 +87,7 @@ class Track:
         listed = self.info.container == ffmpeg.MATROSKA and len(entries)
         if listed or (self.info.container == ffmpeg.MOV and len(entries) == self._stream.frames > 0):
             first = next((entry.timestamp for entry in entries if not entry.is_discard), entries[0].timestamp)
-            # In MP4 this is the decoding time of the first frame. Nearly all frames are shown later than that by the same delay.
+            # In MP4, this is the decoding time of the first frame. Nearly all frames are displayed later, by the same delay.
             begin_s = first * tick if self.info.container == ffmpeg.MOV else self.info.start_s
             stamps = [entry.timestamp for entry in entries]
             if any(later <= earlier for earlier, later in pairwise(stamps)):
@@ -106,7 +106,7 @@ class Track:
         return sorted(found)
 
     def times(self) -> list[float] | None:
-        """Return the time of every frame, ascending, without decoding; None if packets lack timestamps or repeat them."""
+        """Return the time of every frame, ascending, without decoding. Returns None if timestamps are missing or repeated."""
         if not self._has_times:
             return None
         packets = self._packets()
@@ -115,7 +115,7 @@ class Track:
             return None
         tick = float(self._stream.time_base)
         times = sorted(stamp * tick - self.info.start_s for stamp in stamps)
-        # Frames before the first decodable one lack the frames that they were predicted from.
+        # Frames before the first decodable frame cannot be decoded, because they were predicted from missing frames.
         return times[bisect_left(times, -ffmpeg.TOLERANCE_S) :]
 
     def from_beginning(
@@ -132,12 +132,12 @@ class Track:
     def from_keyframe(
         self, keyframe: Keyframe, times_s: Sequence[float], damaged: ffmpeg.Damage, *, sparing: bool
     ) -> Iterator[TimedFrame] | None:
-        """Return the frames from a keyframe on, or None if no intact keyframe is shown by the first wanted time.
+        """Return the frames from a keyframe on, or None if no intact keyframe is displayed by the first requested time.
 
         Args:
-            times_s: wanted times in seconds from the first frame, ascending.
-            damaged: called only for damage found after decoding has started at an intact keyframe.
-            sparing: let the decoder skip frames that are not on screen at any wanted time and that no other frame depends on.
+            times_s: Requested times in seconds from the first frame, ascending.
+            damaged: Called only for damage that is found after decoding has started at an intact keyframe.
+            sparing: Let the decoder skip each frame that is not on screen at a requested time and that no other frame depends on.
 
         Raises:
             Unreachable: FFmpeg cannot seek to the keyframe.
@@ -156,7 +156,7 @@ class Track:
         for time, frame in frames:
             if time > times_s[0] + ffmpeg.TOLERANCE_S:
                 break
-            # Frames before the first true keyframe may lack the frames that they were predicted from.
+            # Frames before the first true keyframe may have been predicted from missing frames.
             if _is_whole(frame):
                 landed = time > latest
                 if not landed:
@@ -166,14 +166,14 @@ class Track:
         return None
 
     def packets(self, keyframe: Keyframe | None) -> Iterator[Packet | None]:
-        """Return the packets from a keyframe on (None: all packets), as `ffmpeg.packets` does. Raises Unreachable."""
+        """Return packets from a keyframe on (None: all packets), like `ffmpeg.packets`. Raises Unreachable if seeking fails."""
         if keyframe is not None:
             return self._from(keyframe, ffmpeg.ignore_damage)
         self._rewind()
         return self._packets()
 
     def alone(self, keyframe: Keyframe) -> TimedFrame | None:
-        """Decode a single keyframe without other packets. Returns None if that fails."""
+        """Decode a single keyframe without reading other packets. Returns None if that fails."""
         decode = ffmpeg.decoder(self._stream, self.info.crop)
         frames: list[VideoFrame] = []
         try:
@@ -192,10 +192,10 @@ class Track:
         return stamp - self.info.start_s, frames[0]
 
     def can_spare(self) -> bool:
-        """Return True if frames can be skipped by their times without changing the remaining frames.
+        """Return True if the decoder can skip frames by their times without changing the remaining frames.
 
-        In HEVC, a frame that no other frame of its layer depends on may still be needed by higher layers, so the header must
-        state a single layer. Interlaced video is excluded because a frame may be stored in two packets.
+        In HEVC, the mark that no other frame depends on a frame applies only within the frame's layer. Higher layers may still need
+        it, so the header must state a single layer. Interlaced video is excluded, because a frame may be stored in two packets.
         """
         context = self._stream.codec_context
         name = context.codec.canonical_name
@@ -224,11 +224,11 @@ class Track:
         return ffmpeg.packets(self._container, self._stream, damaged)
 
     def _stamp(self, packet: Packet) -> int | None:
-        """Return the timestamp that identifies a packet: its decoding time, or its display time in Matroska, which has no other."""
+        """Return the timestamp that identifies a packet: its decoding time, or in Matroska its display time."""
         return packet.pts if self.info.container == ffmpeg.MATROSKA else packet.dts
 
     def _seek(self, time_s: float) -> None:
-        """Seek to a time in seconds from the first frame. Raises Unreachable."""
+        """Seek to a time in seconds from the first frame. Raises Unreachable if that fails."""
         self._at_beginning = False
         try:
             self._container.seek(math.floor((time_s + self.info.start_s) / self._stream.time_base), stream=self._stream)
@@ -236,7 +236,7 @@ class Track:
             raise Unreachable from error
 
     def _from(self, keyframe: Keyframe, damaged: ffmpeg.Damage) -> Iterator[Packet | None]:
-        """Seek to a keyframe and return the packets from it on. Raises Unreachable."""
+        """Seek to a keyframe and return the packets from there on. Raises Unreachable if that fails."""
         for back_s in BACK_S:
             self._seek(keyframe.time_s + ffmpeg.TOLERANCE_S - back_s)
             packets = self._packets(damaged)
@@ -251,7 +251,7 @@ class Track:
         raise Unreachable
 
     def _spared(self, packets: Iterator[Packet | None], times_s: Sequence[float]) -> Iterator[Packet | None]:
-        """Yield the packets unchanged, and tell the decoder before each one whether it may skip the frame."""
+        """Yield the packets unchanged. Before each packet, tell the decoder whether it may skip the packet's frame."""
         context = self._stream.codec_context
         tick = float(self._stream.time_base)
         ahead: deque[Packet | None] = deque()
@@ -296,8 +296,8 @@ class Track:
     def _decoded(self, packets: Iterator[Packet | None], damaged: ffmpeg.Damage) -> Iterator[TimedFrame]:
         """Yield the decoded frames with their times in seconds from the first frame.
 
-        A frame without a timestamp comes one frame interval after the frame before it. So does the first frame after a restart of
-        the file's clock, and later times count from there.
+        A frame without a timestamp is placed one frame interval after the previous frame. The same applies to the first frame after
+        a restart of the file's clock, and later times are counted from this frame.
         """
         info = self.info
         step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
@@ -317,17 +317,17 @@ class Track:
 def _is_whole(frame: VideoFrame) -> bool:
     """Return True if a frame is undamaged and depends on no other frame.
 
-    The keyframe mark does not suffice, because a marked frame may only begin a gradual refresh.
+    The keyframe mark alone is not sufficient, because a marked frame may only begin a gradual refresh.
     """
     return bool(frame.key_frame) and frame.pict_type == PictureType.I and not frame.is_corrupt
 
 
 def _is_wanted(time_s: float, shown_s: Sequence[float], times_s: Sequence[float]) -> bool:
-    """Return True if the frame shown at `time_s` is on screen at one of `times_s`.
+    """Return True if the frame displayed from `time_s` on is on screen at any of the requested times.
 
     Args:
-        shown_s: display times of nearby frames, ascending.
-        times_s: wanted times, ascending.
+        shown_s: Display times of nearby frames, ascending.
+        times_s: Requested times, ascending.
     """
     following = bisect_right(shown_s, time_s)
     ends_s = shown_s[following] if following < len(shown_s) else math.inf
