@@ -1,6 +1,6 @@
-"""Reads animations that FFmpeg does not show as browsers do: animated WebP, and animated AVIF with transparent parts.
+"""Reads animations that FFmpeg shows differently from browsers: animated WebP, and animated AVIF with transparent areas.
 
-Pillow decodes them, front to back. Transparent parts become white, as in pictures.
+Pillow decodes the frames from front to back. Transparent areas become white, as in still images.
 """
 
 import os
@@ -17,13 +17,13 @@ from evoprune.video.info import ANIMATIONS, Video
 from evoprune.video.readers import ffmpeg, picture, probing, pyav
 
 WEBP, AVIF = ANIMATIONS.values()
-SHORTEST_S = 0.01  # browsers show a frame with a shorter duration, or with this one, for `INSTEAD_S`
+SHORTEST_S = 0.01  # if the stated duration of a frame is this or shorter, browsers show the frame for `INSTEAD_S`
 INSTEAD_S = 0.1
 CHUNK_BYTES = 8  # type and length of a chunk of a WebP
 
 
 def is_read_here(path: str) -> bool:
-    """Return True if this module reads a file that is no still picture (`picture.is_picture`)."""
+    """Return True if this module reads the given file. The file must not be a still image (see `picture.is_picture`)."""
     name = ffmpeg.picture_format(path)
     if name not in ANIMATIONS:
         return False
@@ -37,7 +37,7 @@ def is_read_here(path: str) -> bool:
 
 
 def probe(path: str) -> Video:
-    """Read the metadata of an animation, without decoding it if it is a WebP. Raises VideoError."""
+    """Read the metadata of an animation. A WebP is not decoded for this. Raises VideoError if the animation is unreadable."""
     with picture.opened(path, animated=True) as image:
         width, height = image.size
         if width * height > ffmpeg.MAX_VIDEO_PIXELS:
@@ -74,7 +74,7 @@ def frame_times(info: Video) -> list[float]:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the frame on screen at every time, as the package docstring of `readers` describes."""
+    """Yield the frame on screen at each time, as described in the docstring of the package `readers`."""
     begins = frame_times(info)
     size = ffmpeg.turned_size((info.width, info.height), info.rotation_deg)
     with picture.opened(info.path, animated=True) as image:
@@ -97,7 +97,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all frames and yield the time and duration of every frame in seconds, and whether it is a keyframe (the first)."""
+    """Decode all frames. Yields the time and duration of each frame in seconds, and True for the first frame, the only keyframe."""
     begins = frame_times(info)
     with picture.opened(info.path, animated=True) as image:
         for number, (begin, end) in enumerate(zip(begins, [*begins[1:], info.length_s], strict=True)):
@@ -106,7 +106,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def _decoded(image: Image.Image, number: int, damaged: ffmpeg.Damage) -> Image.Image | None:
-    """Return a copy of a frame, or None if it is damaged. Frames are decoded in order."""
+    """Return a copy of a frame, or None if the frame is damaged. Frames must be requested in order."""
     ffmpeg.alive()
     try:
         image.seek(number)
@@ -120,7 +120,7 @@ def _decoded(image: Image.Image, number: int, damaged: ffmpeg.Damage) -> Image.I
 
 
 def _lengths(path: str) -> list[float]:
-    """Return the duration of every frame of a WebP in seconds, from the headers of its chunks. Raises VideoError."""
+    """Return the duration of each frame of a WebP in seconds, from the chunk headers. Raises VideoError if there are no frames."""
     lengths = []
     size = os.path.getsize(path)
     with open(path, "rb") as file:

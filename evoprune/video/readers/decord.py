@@ -1,8 +1,8 @@
-"""Reads frames with decord, front to back only. Refuses files that decord is known to decode wrongly.
+"""Reads frames with decord, only from front to back. Rejects files that decord is known to decode wrongly.
 
-decord addresses frames by number. After a seek (`get_batch`, `seek_accurate` and `skip_frames` alike) its numbers are wrong for
+decord addresses frames by number. After a seek (with `get_batch`, `seek_accurate` or `skip_frames`), its numbers are wrong for
 files with open groups of pictures (x265's default), gradual refresh, or frames stored out of order in AVI. Sequential reading is
-right, so every frame up to the last needed one is decoded and converted.
+correct, so every frame up to the last requested frame is decoded and converted.
 """
 
 import os
@@ -18,15 +18,15 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg, pyav
 
-# Supported containers. decord cannot return to the beginning of MPEG-TS, and does not open others at all.
+# Supported containers. decord cannot return to the beginning of MPEG-TS, and cannot open any other container.
 CONTAINERS = (ffmpeg.MOV, "matroska,webm", "avi", "flv")
-# Mean difference from PyAV's first frame, in levels of 0 to 255, above which decord's first frame is another one. With 10-bit
-# video and odd sizes, equal frames differ by less than 2.
+# Mean difference between the first frames of decord and PyAV, in levels of 0 to 255, above which they count as different frames. In
+# 10-bit video and with odd sizes, equal frames differ by less than 2.
 OTHER_FRAME = 8
 
 
 def load() -> ModuleType:
-    """Import decord and turn off its log output. Raises UsageError if it is not installed or does not load."""
+    """Import decord and turn off its log output. Raises UsageError if decord is not installed or cannot be loaded."""
     try:
         # PyAV must be imported before decord (see above). In the other order, PyAV would use decord's older libvpx.
         import decord
@@ -59,9 +59,9 @@ def check(info: Video) -> None:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the frame on screen at every time, as the package docstring of `readers` describes.
+    """Yield the frame on screen at each time, as described in the docstring of the package `readers`.
 
-    `damaged` is never called. Damage at which decord stops, and a wrong first frame, raise VideoError.
+    `damaged` is never called. If decord stops at damaged data or starts with the wrong frame, VideoError is raised.
     """
     check(info)
     decord = load()
@@ -70,8 +70,8 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
             matrix = ffmpeg.video_stream(container, info.path).codec_context.colorspace
         if matrix not in colour.SUPPORTED_MATRICES:
             raise _refusal(info, "it uses the wrong color matrix")
-        # Open by file descriptor if the system supports it, because decord's FFmpeg takes some names for patterns. Otherwise use
-        # the absolute path, because in a relative one it takes the text before a colon for a protocol.
+        # Open the file by its descriptor if the system supports this, because decord's FFmpeg interprets some names as patterns.
+        # Otherwise, use the absolute path, because in a relative path the part before a colon would be interpreted as a protocol.
         name = f"/dev/fd/{file.fileno()}"
         if not os.path.exists(name):
             name = os.path.abspath(info.path)
@@ -112,12 +112,12 @@ def _refusing(info: Video) -> Iterator[None]:
 
 
 def _stamps(info: Video, reader) -> np.ndarray:
-    """Return the times of all frames in seconds from the first, in display order, as float32 `[frames]`."""
+    """Return the times of all frames in seconds from the first frame, in display order, as float32 `[frames]`."""
     stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
     if len(stamps) == 1:
         return np.zeros_like(stamps)
-    # decord's times start at 0 with the first displayed frame, unless it includes frames that are never displayed. Missing times,
-    # as in AVI and very short Matroska files, are huge numbers.
+    # decord's times start at 0 with the first displayed frame, unless they include frames that are never displayed. Missing times,
+    # as in AVI and in very short Matroska files, are huge numbers.
     if abs(stamps[0]) > ffmpeg.TOLERANCE_S or np.any(np.diff(stamps) < 0):
         raise _refusal(info, "it does not report the times of the frames")
     return stamps

@@ -1,7 +1,7 @@
-"""Deinterlaces frames with FFmpeg's filter `bwdif`, one wanted frame at a time.
+"""Deinterlaces frames with FFmpeg's filter `bwdif`, one requested frame at a time.
 
-The filter looks at the frame and at both of its neighbors, so the result depends only on these three, and not on where decoding
-started or on how many threads decode. The first frame of a video, and a frame without a known neighbor before it, are interpolated
+The filter uses the frame and both of its neighbors. The result depends only on these three frames, and not on where decoding
+started or on the number of threads. The first frame of a video, and a frame whose preceding neighbor is unknown, are interpolated
 from their own rows.
 """
 
@@ -17,10 +17,10 @@ FILTER = "bwdif", "mode=send_frame:parity=auto:deint=interlaced"
 
 
 def deinterlaced(frame: VideoFrame, before: VideoFrame | None = None, after: VideoFrame | None = None) -> VideoFrame:
-    """Return a frame without combs. A progressive frame is returned unchanged, and so is one of less than 3x4 pixels.
+    """Return a frame without combing artifacts. A progressive frame, or a frame of less than 3x4 pixels, is returned unchanged.
 
     Args:
-        before, after: the neighbors in display order. They are ignored if their size or pixel format differs.
+        before, after: The neighbors in display order. A neighbor is ignored if its size or pixel format differs.
     """
     if not frame.interlaced_frame:
         return frame
@@ -32,13 +32,13 @@ def deinterlaced(frame: VideoFrame, before: VideoFrame | None = None, after: Vid
     )
     try:
         graph.link_nodes(source, graph.add(*FILTER), graph.add("buffersink")).configure()
-        # The first frame that the filter returns is interpolated from its own rows, if another one follows.
+        # The first frame that the filter returns is interpolated from its own rows, if another frame follows.
         for each in (frame, after or frame) if before is None else (before, frame, after):
             graph.push(each)  # None ends the video
         if before is not None:
             graph.pull()
         return graph.pull()
-    except MemoryError as error:  # FFmpeg's subclass would count as damage of the file
+    except MemoryError as error:  # FFmpeg's subclass would be treated as damage to the file
         raise MemoryError(str(error)) from error
     except FFmpegError:
         return frame
@@ -49,7 +49,7 @@ def _shape(frame: VideoFrame) -> tuple[int, int, str]:
 
 
 def deinterlacing(frames: Iterator[tuple[float, VideoFrame]]) -> Iterator[tuple[float, Callable[[], VideoFrame]]]:
-    """Yield for each frame its time and a function that deinterlaces it, for readers that show only some of the frames.
+    """Yield the time of each frame and a function that deinterlaces the frame, for readers that show only some of the frames.
 
     An interlaced frame is yielded only after the next frame has arrived. A progressive frame is yielded at once.
     """

@@ -1,7 +1,8 @@
-"""Reads picture files with Pillow and returns the pixels that Hugging Face's image processor would see, at its size.
+"""Reads still images with Pillow. Returns the pixels and the size that Hugging Face's image processor would produce.
 
-A picture is rotated by its EXIF data, as in `transformers.image_utils.load_image`, and transparent parts become white, as in
-`transformers.image_transforms.convert_to_rgb` since 5.21. Unlike transformers, which clips, 16-bit gray keeps its upper 8 bits.
+An image is rotated by its EXIF data, as in `transformers.image_utils.load_image`. Transparent areas become white, as in
+`transformers.image_transforms.convert_to_rgb` since 5.21. 16-bit gray keeps its upper 8 bits, whereas transformers clips the
+values.
 """
 
 import os
@@ -22,9 +23,9 @@ ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # formats whose animations are vide
 
 
 def is_picture(path: str) -> bool:
-    """Return True if a file with the signature of a picture is a still picture.
+    """Return True if a file with the signature of an image is a still image.
 
-    Animations and sequences of JPEGs are not; they are read as videos.
+    Animations and sequences of JPEGs are not still images. They are read as videos.
     """
     name = ffmpeg.picture_format(path)
     if name == "AVIF" and not features.check("avif"):
@@ -35,11 +36,11 @@ def is_picture(path: str) -> bool:
         with _header(path, name) as image:
             if name in ANIMATIONS:
                 return not getattr(image, "is_animated", False)
-            if image.format != "JPEG":  # "MPO": a JPEG followed by smaller pictures or a brightness map
+            if image.format != "JPEG":  # "MPO": a JPEG followed by smaller images or a brightness map
                 return True
         with ffmpeg.open_video(path) as container:
             return container.format.name != "mjpeg"
-    except Exception:  # damaged; the reader of videos or of pictures will report it
+    except Exception:  # the file is damaged; the reader of videos or of images will report it
         return name != "GIF"
 
 
@@ -63,16 +64,16 @@ def _opened(path: str, name: str | None) -> Image.Image:
         raise VideoError(
             f"{path} is in HEIC, which needs pillow-heif", "pip install 'evoprune[heic]', or " + CONVERT_HINT
         ) from error
-    return HeifImageFile(path)  # not registered with Pillow, because the process may be another program's
+    return HeifImageFile(path)  # not registered with Pillow, because the process may belong to another program
 
 
 def check_size(path: str) -> None:
-    """Raise VideoError if the file is a picture of more than `MAX_PIXELS`."""
+    """Raise VideoError if the file is an image with more than `MAX_PIXELS` pixels."""
     try:
         with _header(path, ffmpeg.picture_format(path)):
             pass
     except Exception as problem:
-        if isinstance(problem, VideoError):  # other errors mean that it is no picture
+        if isinstance(problem, VideoError):  # other errors indicate that the file is not an image
             raise
 
 
@@ -82,7 +83,7 @@ def too_large(path: str) -> VideoError:
 
 
 def probe(path: str) -> Video:
-    """Read the metadata of a picture from its header. Raises VideoError if it cannot be read as a single picture."""
+    """Read the metadata of a still image from its header. Raises VideoError if it cannot be read as a single image."""
     with opened(path) as image:
         rotation, mirrored = orientation(image)
         size = image.size
@@ -112,10 +113,12 @@ def probe(path: str) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the picture at every time, resized to the size in `info` as Hugging Face does. Raises what `probe` raises."""
+    """Yield the image at each time, resized to the size in `info` as in Hugging Face. Raises the same errors as `probe`."""
     with opened(info.path) as image:
         image.load()
-        if image.width * image.height > ffmpeg.MAX_PIXELS:  # a HEIC may hold another size than its header states
+        if (
+            image.width * image.height > ffmpeg.MAX_PIXELS
+        ):  # a HEIC may contain an image of a different size than its header states
             raise too_large(info.path)
         upright = image if image.format == "HEIF" else ImageOps.exif_transpose(image)
         rgb = converted(upright, info.path)
@@ -127,19 +130,19 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def orientation(image: Image.Image) -> tuple[int, bool]:
-    """Return how EXIF data turns a picture, like `ffmpeg.orientation`. The EXIF data of a HEIC does not count (ISO 23008-12)."""
-    if image.format == "HEIF":  # libheif has turned it by its own properties
+    """Return the rotation and flip by EXIF data, like `ffmpeg.orientation`. In a HEIC, EXIF data is ignored (ISO 23008-12)."""
+    if image.format == "HEIF":  # libheif has already rotated it by the file's own properties
         return 0, False
     return ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG), (0, False))
 
 
 @contextmanager
 def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
-    """Open a picture and read only its header.
+    """Open an image, reading only its header.
 
     Raises:
-        VideoError: the file cannot be read, is too large, needs a package, or has content that a single picture would not show,
-            such as pages, or an animation unless `animated`.
+        VideoError: The file cannot be read, is too large, needs a package that is not installed, or has content that a single
+            image would not show, such as several pages, or an animation unless `animated` is True.
     """
     name = ffmpeg.picture_format(path)
     if name is None:
@@ -153,12 +156,14 @@ def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
             ffmpeg.alive()
             ffmpeg.picture_size(image.width * image.height)
             tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-            if 50706 in tags or tags.get(254, 0) & 1:  # a DNG, or a reduced preview before the picture itself
+            if 50706 in tags or tags.get(254, 0) & 1:  # a DNG, or a reduced preview that precedes the image itself
                 raise VideoError(f"{path} is a camera raw file, of which only the preview could be read", CONVERT_HINT)
-            several = getattr(image, "is_animated", False)  # counting the pages of a TIFF would read all of it
+            several = getattr(
+                image, "is_animated", False
+            )  # counting the pages of a TIFF would require reading all of it
             if several and image.format == "TIFF":
                 raise VideoError(f"{path} has several pages", "save one page as a JPEG or PNG")
-            # The photograph of several pictures is the first one of an MPO, and the primary one of a HEIC, which is opened.
+            # For several images, Pillow opens the photograph: the first image of an MPO, or the primary image of a HEIC.
             if several and not animated and image.format not in ("MPO", "HEIF"):
                 raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one frame of it as a PNG")
             yield image
@@ -170,7 +175,7 @@ def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
 
 
 def converted(image: Image.Image, path: str) -> Image.Image:
-    """Convert a picture to 8-bit RGB, with transparent parts over white. Raises VideoError for unsupported pixels."""
+    """Convert an image to 8-bit RGB, with white behind transparent areas. Raises VideoError if its pixel type is unsupported."""
     transparent = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image)

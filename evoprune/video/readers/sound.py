@@ -1,6 +1,6 @@
-"""Decodes the sound of a video for speech recognition: mono, float32, 16 kHz, only the part that is asked about.
+"""Decodes the sound of a video for speech recognition: mono, float32, 16 kHz, and only the requested part.
 
-Memory use does not grow with the length of the sound: `SoundReader.fill` hands out one piece at a time.
+Memory use does not grow with the length of the sound, because `SoundReader.fill` returns one piece at a time.
 """
 
 import math
@@ -20,31 +20,31 @@ from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
 
 RATE = 16_000  # samples per second
-GAP_S = 0.1  # a step of the timestamps that is larger begins a new piece
+GAP_S = 0.1  # a larger step of the timestamps begins a new piece
 EARLIER_S = 0.5  # decoding begins this long before the start, because a decoder needs some packets to settle
-MOST_VALUES = 2 * 48_000 * 100 * 3600  # decoded values of all channels: 100 hours in stereo at 48 kHz
+MOST_VALUES = 2 * 48_000 * 100 * 3600  # maximum number of decoded values in all channels: 100 hours of stereo at 48 kHz
 
 Run = tuple[float, np.ndarray]  # start in seconds from the first video frame, and float32 `[n]`
 
 
 class SoundReader:
-    """Hands out the sound of a span of a video. See `evoprune.video.sound.read_audio` for the arguments."""
+    """Returns the sound of a span of a video piece by piece. For the arguments, see `evoprune.video.sound.read_audio`."""
 
     def __init__(self, info: Video, start_s: float, end_s: float):
         self._path = info.path
         self._damaged = 0
         self._runs = self._read(info, start_s, end_s)
-        self._next: Run | None = None  # decoded, but not handed out yet
+        self._next: Run | None = None  # samples that are decoded but have not been returned yet
 
     def fill(self, content: np.ndarray) -> dict[str, float | int | bool]:
-        """Write the next samples into `content`, without a gap between them.
+        """Write the next samples into `content`. Stops at a gap in the sound.
 
         Args:
             content: uint8 `[4 n]`, room for n samples.
 
         Returns:
-            "start_s", the time of the first sample in seconds from the first video frame; "samples", their number, at most n;
-            "damaged", the number of packets so far that could not be decoded; and "done", True for the last samples.
+            "start_s", the time of the first sample in seconds from the first video frame; "samples", the number of samples, at most
+            n; "damaged", the number of packets so far that could not be decoded; and "done", True if these are the last samples.
         """
         room = content.view(np.float32)
         start_s = 0.0
@@ -74,7 +74,7 @@ class SoundReader:
         return True
 
     def _read(self, info: Video, start_s: float, end_s: float) -> Iterator[Run]:
-        """Yield the sound between two times in order. Times never go back, and a gap in the file is a gap in the times."""
+        """Yield the sound between two times in order. Times never go back. A gap in the file appears as a gap in the times."""
         with ffmpeg.open_video(info.path) as container:
             stream = container.streams.best("audio")
             if stream is None:
@@ -127,7 +127,7 @@ class SoundReader:
             yield begun_s + made / RATE, _joined(resampler.resample(None))
 
     def _frames(self, stream: AudioStream, info: Video, start_s: float) -> Iterator[tuple[AudioFrame, float | None]]:
-        """Yield decoded frames and their times in seconds from the first video frame, or None if they state none."""
+        """Yield each decoded frame with its time in seconds from the first video frame, or with None if it states no time."""
         container = stream.container
         if container.format.name == ffmpeg.MOV:  # its index lets FFmpeg jump over the packets of other tracks
             for other in container.streams:
@@ -138,7 +138,7 @@ class SoundReader:
                 at = math.floor((info.start_s + start_s - EARLIER_S) / stream.time_base)
                 container.seek(at, stream=stream)
         values = 0
-        settled = start_s <= EARLIER_S  # damage right after seeking is none
+        settled = start_s <= EARLIER_S  # damage right after seeking does not count
         for packet in ffmpeg.packets(container, stream):
             if packet is not None and not packet.size and packet.dts is not None:
                 continue

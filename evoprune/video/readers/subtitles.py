@@ -1,7 +1,7 @@
-"""Subtitles from files next to a video and from text tracks inside it. FFmpeg parses both; image subtitles are refused.
+"""Reads subtitles from files next to a video and from text tracks in it. FFmpeg parses both. Image subtitles are rejected.
 
-pysubs2 is not an option. In YouTube's captions it takes a line with word-level timestamps for a new cue and loses the words, and in
-WebVTT it takes comments and cue names for spoken text.
+pysubs2 is not suitable. In YouTube's captions, it mistakes a line with word-level timestamps for a new cue and loses the words. In
+WebVTT, it mistakes comments and cue names for spoken text.
 """
 
 import io
@@ -26,14 +26,14 @@ from evoprune.video.readers import ffmpeg
 TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
 # Size limit in bytes of a subtitle file, and of all text in a track. A film has 0.1 MB; text grows up to six times as JSON.
 MAX_BYTES = 10 * 2**20
-LONGEST_LINE = 4000  # bytes; FFmpeg breaks longer lines of an SRT file, even inside a character
+LONGEST_LINE = 4000  # bytes; FFmpeg splits longer lines of an SRT file, even in the middle of a character
 DAMAGED = "damaged_subtitles"
 HEAD_BYTES = 4096
-# Text in another script, decoded as cp1252, turns into runs of accented letters that are longer than in Western European words.
+# Text in a different script, when decoded as cp1252, contains longer runs of accented letters than Western European words do.
 NO_WESTERN_WORD = re.compile(r"[^\W\d_\x00-\x7f]{4}")
-# `TIMES` matches timing lines in any notation, `READ` only those that FFmpeg parses correctly. FFmpeg reads the digits after the
-# seconds as thousandths (in ASS as hundredths), however many there are. A timing line that it does not recognize becomes text, or
-# in WebVTT ends the file.
+# `TIMES` matches timing lines in any notation, `READ` only the timing lines that FFmpeg parses correctly. FFmpeg reads the digits
+# after the seconds as thousandths (in ASS, as hundredths), no matter how many there are. A timing line that FFmpeg does not
+# recognize becomes text, or ends the file in WebVTT.
 TIMES = {
     "ass": re.compile(r"^Dialogue:[^,\n]++,[^,\n]*+,[^,\n]*+", re.MULTILINE),
     "srt": re.compile(
@@ -54,10 +54,10 @@ HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a tex
 
 
 def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) -> Subtitles:
-    """Read subtitles, see `evoprune.video.frames.read_subtitles`.
+    """Read subtitles. See `evoprune.video.frames.read_subtitles`.
 
     Args:
-        origin_s: the file's own timestamp of the first video frame, in seconds.
+        origin_s: The file's own timestamp of the first video frame, in seconds.
     """
     file = choice
     why = None
@@ -85,10 +85,12 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
 
 
 def _beside(path: str) -> tuple[str | None, str | None]:
-    """Find the subtitle file next to a video: the one with the video's name, else the only one that adds a language to the name.
+    """Find the subtitle file next to a video.
+
+    Prefers a file with the video's own name. Falls back to the file with a language tag added to the name, if there is only one.
 
     Returns:
-        The path, or None and, if there are several languages, the reason.
+        The path (or None), and the reason if there are several languages (otherwise None).
     """
     exact, others = subtitles_beside(path, os.listdir)
     if exact:
@@ -101,9 +103,9 @@ def _beside(path: str) -> tuple[str | None, str | None]:
 
 
 def _clock_start(path: str) -> float:
-    """Return the time at which players start a video, in seconds of its own clock.
+    """Return the time at which players start a video, in seconds of the video's own clock.
 
-    It is the start of the earliest stream, which may be the sound.
+    This is the start of the earliest stream, which may be the sound.
     """
     if os.path.isdir(path):
         return 0.0
@@ -175,7 +177,7 @@ def _check_times(text: str, name: str, file: str) -> None:
 
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
-    """Return the subtitles of a container's default text track, or of its only text track; otherwise a note that says why not."""
+    """Return the subtitles of a container's default text track, or of its only text track, or else a note with the reason."""
     with ffmpeg.open_video(path) as container:
         tracks = list(enumerate(container.streams.subtitles, 1))
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
@@ -236,10 +238,10 @@ def _cues(
 
 
 def _plain(text: str, hidden: bool) -> list[str]:
-    """Return the lines of a text without markup. With `hidden`, everything in braces is dropped, not only override tags."""
+    """Return the lines of a cue without markup. If `hidden`, everything in braces is dropped, not only override tags."""
     drawing = False
     pieces = []
-    # FFmpeg writes \{{} for a literal brace. A null character, which no text has, replaces it until the markup is gone.
+    # FFmpeg writes \{{} for a literal brace. Replace it with a null character, which text never contains, until markup is removed.
     for piece in re.split(r"(\{[^{}]*\})", text.replace("\\{{}", "\0")):
         if piece.startswith("{") and piece.endswith("}") and (hidden or piece.startswith("{\\")):
             if mode := re.search(r"\\p(\d)", piece):  # switches to drawing commands, \p0 back to text
@@ -252,7 +254,7 @@ def _plain(text: str, hidden: bool) -> list[str]:
 
 
 def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]:
-    """Turn cues into lines, sorted by start. Text that rolling captions repeat counts once, and lasts longer."""
+    """Convert cues to lines, sorted by start. If rolling captions repeat a text, its line is kept once and lasts longer."""
     lines: list[list] = []
     on_screen: dict[str, list] = {}  # the line that last held each text
     for start, end, texts in sorted(cues, key=lambda cue: cue[:2]):

@@ -18,12 +18,13 @@ POLL_S = 0.5  # interval at which the progress of all threads is checked
 def in_order(jobs: Sequence[Job], tools: Tools, threads: int, room: int) -> Iterator[Item]:
     """Run jobs and yield their items in job order.
 
-    An exception in a job is raised after all items that precede it, and ends the other jobs. Closing the iterator ends the threads.
+    If a job raises an exception, the exception is raised after all preceding items, and the other jobs end. Closing the iterator
+    ends the threads.
 
     Args:
-        tools: context manager that sets up a thread and yields a function from a job to its items.
-        threads: maximum number of threads. With 1, the calling thread does the work as items are requested.
-        room: maximum number of finished items, over all jobs, that wait for their turn.
+        tools: Context manager that sets up a thread. It yields a function that takes a job and returns the job's items.
+        threads: Maximum number of threads. With 1, the calling thread does the work as items are requested.
+        room: Maximum number of finished items, over all jobs, that may wait for their turn.
     """
     if threads > 1 and len(jobs) > 1:
         yield from _WorkerPool(jobs, tools, room).run(min(threads, len(jobs)))
@@ -38,7 +39,7 @@ class _Stopped(BaseException):
 
 
 class _WorkerPool(Generic[Job, Item]):
-    """Threads that share a list of jobs. One condition guards their shared state."""
+    """Threads that share a list of jobs. A single condition variable guards their shared state."""
 
     def __init__(self, jobs: Sequence[Job], tools: Tools, room: int):
         self._jobs = jobs
@@ -48,7 +49,9 @@ class _WorkerPool(Generic[Job, Item]):
         self._taken = 0  # number of jobs that threads have taken
         self._head = 0  # index of the job whose items are yielded next
         self._made: list[deque[Item]] = [deque() for _ in jobs]  # finished items per job that wait for their turn
-        self._ended: list[BaseException | bool] = [False] * len(jobs)  # per job: complete, or why it failed
+        self._ended: list[BaseException | bool] = [False] * len(
+            jobs
+        )  # per job: True if complete, or the exception that ended it
         self._waiting = 0  # total number of waiting items
         self._stopped = False
         self._busy: set[threading.Thread] = set()
@@ -71,7 +74,7 @@ class _WorkerPool(Generic[Job, Item]):
                     member.join()
 
     def _next(self, job: int) -> tuple[Item] | None:
-        """Wait for the next item of a job and return it in a tuple, or None after the last one."""
+        """Wait for the next item of a job. Returns the item in a tuple, or None after the last item."""
         with self._changed:
             if job != self._head:
                 self._head = job
@@ -123,7 +126,7 @@ class _WorkerPool(Generic[Job, Item]):
             return self._taken - 1
 
     def _put(self, job: int, item: Item) -> None:
-        """Store a finished item. Waits for room, unless the consumer needs this item next."""
+        """Store a finished item. Blocks until there is room, unless the consumer needs this item next."""
         me = threading.current_thread()
         with self._changed:
             self._busy.discard(me)
