@@ -1,6 +1,6 @@
 """Reads animations that FFmpeg shows differently from browsers: animated WebP, and animated AVIF with transparent areas.
 
-Pillow decodes the frames from front to back. Transparent areas become white, as in still images.
+Pillow decodes the frames in order. Transparent areas become white, as in still images.
 """
 
 import os
@@ -17,13 +17,13 @@ from evoprune.video.info import ANIMATIONS, Video
 from evoprune.video.readers import ffmpeg, picture, probing, pyav
 
 WEBP, AVIF = ANIMATIONS.values()
-SHORTEST_S = 0.01  # if the stated duration of a frame is this or shorter, browsers show the frame for `INSTEAD_S`
+SHORTEST_S = 0.01  # if the stated duration of a frame is at most this, browsers use `INSTEAD_S`
 INSTEAD_S = 0.1
 CHUNK_BYTES = 8  # type and length of a chunk of a WebP
 
 
 def is_read_here(path: str) -> bool:
-    """Return True if this module reads the given file. The file must not be a still image (see `picture.is_picture`)."""
+    """Return True if this module reads the animation in a file. Still images must be excluded first (`picture.is_picture`)."""
     name = ffmpeg.picture_format(path)
     if name not in ANIMATIONS:
         return False
