@@ -67,7 +67,7 @@ def probe(path: str) -> Video:
 
 
 def frame_times(info: Video) -> list[float]:
-    """Return the display times of all frames, in seconds from the first."""
+    """Return every frame's display time, in seconds from the first frame."""
     if info.container == AVIF:
         return pyav.frame_times(replace(info, container=ffmpeg.MOV)).times_s
     return list(accumulate(_lengths(info.path), initial=0.0))[:-1]
@@ -97,7 +97,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all frames. Yields the time and duration of each frame in seconds, and True for the first frame, the only keyframe."""
+    """Decode all frames. Yields each frame's time and duration in seconds, and True for the first frame, the only keyframe."""
     begins = frame_times(info)
     with picture.opened(info.path, animated=True) as image:
         for number, (begin, end) in enumerate(zip(begins, [*begins[1:], info.length_s], strict=True)):
@@ -120,7 +120,7 @@ def _decoded(image: Image.Image, number: int, damaged: ffmpeg.Damage) -> Image.I
 
 
 def _lengths(path: str) -> list[float]:
-    """Return the duration of each frame of a WebP in seconds, from the chunk headers. Raises VideoError if there are no frames."""
+    """Return the frame durations of a WebP in seconds, from the chunk headers. Raises VideoError if there are no frames."""
     lengths = []
     size = os.path.getsize(path)
     with open(path, "rb") as file:

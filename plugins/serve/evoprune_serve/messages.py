@@ -42,7 +42,7 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
         raise refused(f"there are more than {MOST_MESSAGES} messages", field)
     system: list[str] = []
     said: list[dict[str, str]] = []
-    contents: list[Sequence[str | None]] = []  # the parts of each message in `said`, in order
+    contents: list[Sequence[str | None]] = []  # each message's parts in `said`, in order
     sources: list[Source] = []
     parts = 0
     characters = 0
@@ -94,7 +94,7 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
 
 
 def _content(content: str | list, place: str) -> tuple[list[str | None], list[Source]]:
-    """Return the texts of a message, with None in place of each video or image, and a list of the videos and images.
+    """Return the texts of a message, with None for each video or image, and a list of the videos and images.
 
     Consecutive texts are joined by a newline. If there is only one text, it is moved to the end.
     """

@@ -34,7 +34,7 @@ UNITS = "/page/units"
 MOMENTS = "/page/moments"
 PAGE_PATHS = (PAGE, SETTINGS, UNITS, MOMENTS)
 SHARES = (0.05, 0.15, 0.6, 0.8)  # budgets offered in addition to the presets
-# Warning texts that differ from those of the command line, because visitors cannot set options and do not know this project's
+# Warning texts that differ from the command line's, because visitors cannot set options and do not know this project's
 # documentation. Some of the other texts also contain times and numbers that the page does not have.
 PAGE_TEXTS = {
     "damaged_video": "the video is damaged: each frame that cannot be decoded was replaced by the previous one",
@@ -182,7 +182,7 @@ class Page:
 
 
 class TracedInput(OpenInput):
-    """An input that records the fate of each unit while it is encoded."""
+    """An input that records what happens to its units while it is encoded."""
 
     def run_tower(self, *given: Any, **options: Any) -> EncodedRows:
         made = super().run_tower(*given, **options)

@@ -4,7 +4,7 @@ If frame pairs have timestamps (Qwen3-VL, Qwen3.5), the number of tokens after e
 encoded. So timestamps and markers get placeholders too, and the encoder delivers their embeddings. As in vLLM's own pruning, a
 frame pair without tokens keeps its timestamp and markers.
 
-The processors also store K and the seconds per frame pair of each video along with its patches. vLLM's own seconds have the model's
+The processors also store K and the seconds per frame pair along with a video's patches. vLLM's own seconds have the model's
 dtype: in bfloat16, 0.7 s would become 0.699, and positions would be off by one.
 """
 
@@ -23,7 +23,7 @@ from evoprune.model import VisionConfig
 from evoprune_vllm.positions import LIMIT, extent
 from evoprune_vllm.pruning import BUDGET, request_budget
 
-# Extra fields of each video.
+# Extra fields per video.
 KEEP = "evoprune_keep"
 SECONDS = "evoprune_seconds"
 END = "<|vision_end|>"
@@ -41,7 +41,7 @@ def in_units(grids: torch.Tensor, merge: int) -> list[Grid]:
 
 
 def without_own(options: Mapping) -> dict:
-    """Return only the options for the Hugging Face processor, without those of this package."""
+    """Return only the options for the Hugging Face processor, without this package's options."""
     return {name: value for name, value in options.items() if name != BUDGET}
 
 
@@ -70,7 +70,7 @@ class Processor:
         return made
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):
-        """Return the result of vLLM's processor, to which K and the seconds per frame pair of each video are added."""
+        """Return the result of vLLM's processor, with K and the seconds per frame pair added for every video."""
         for options in (hf_kwargs, *(each for each in hf_kwargs.values() if isinstance(each, Mapping))):
             if fixed := sorted(FIXED & set(options)):
                 raise ValueError(f"{fixed[0]} is fixed by the model")
