@@ -162,7 +162,7 @@ class Videos:
         if pruning != self._options.pruning:
             from evoprune import VideoQA
 
-            qa = VideoQA(qa.loaded, **vars(pruning))
+            qa = VideoQA(qa.loaded, **asdict(pruning))
         progress = partial(_show, report, [1, len(paths)])
         encoded = qa.encode(paths, progress=progress, cache=self._cache(), **vars(sampling))
         self._kept[key] = encoded
