@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -49,6 +50,14 @@ def ask(server: subprocess.Popen, path: str = "square.mp4") -> None:
     server.stdin.flush()
 
 
+def wait_until_it_encodes(server: subprocess.Popen) -> None:
+    timer = threading.Timer(60, server.kill)  # a server that failed would say nothing more
+    timer.start()
+    read = iter(server.stderr.readline, "")
+    assert ENCODES in read, "the server encodes nothing"
+    timer.cancel()
+
+
 def test_the_end_of_stdin_ends_it():
     server = greeted()
     ask(server)
@@ -63,8 +72,7 @@ def test_the_end_of_stdin_stops_a_question_in_progress(tmp_path):
     shutil.copy(SAMPLES / "square.mp4", tmp_path / "slow.mp4")
     server = greeted("--allow-dir", str(tmp_path))
     ask(server, str(tmp_path / "slow.mp4"))
-    while server.stderr.readline() != ENCODES:
-        pass
+    wait_until_it_encodes(server)
     out, err = server.communicate(timeout=30)
     assert server.returncode == 0 and "Traceback" not in err
     assert all(json.loads(each)["jsonrpc"] == "2.0" for each in out.splitlines())
@@ -88,8 +96,7 @@ def test_signals_end_it(tmp_path, state, number, code):
     server = greeted("--allow-dir", str(tmp_path), LOAD_S="60" if state == "loading" else "0")
     if state == "answering":
         ask(server, str(tmp_path / "slow.mp4"))
-        while server.stderr.readline() != ENCODES:
-            pass
+        wait_until_it_encodes(server)
     server.send_signal(number)
     assert server.wait(30) == code
     out, err = server.communicate()
