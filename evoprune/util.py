@@ -157,15 +157,18 @@ def missing_hint(path: str, usual: str) -> str:
 def near_file(path: str) -> str | None:
     """Return a path in the same folder whose name is similar to a misspelled path, or None.
 
-    Names are compared without their extensions, because otherwise all names in a folder of videos would be similar.
+    Names are compared without their extensions, because otherwise all names in a folder of videos would be similar. A file with a
+    different extension must have nearly the same name.
     """
     folder, name = os.path.split(path)
     try:
         names = [] if os.path.lexists(path) else os.listdir(folder or os.curdir)
     except (OSError, ValueError):  # the folder cannot be read, or the name is invalid
         return None
+    stem, extension = os.path.splitext(name.lower())
     stems = {each: os.path.splitext(each)[0].lower() for each in names}
-    near = get_close_matches(os.path.splitext(name)[0].lower(), stems.values(), 1)
+    alike = [stems[each] for each in names if each.lower().endswith(extension)]
+    near = get_close_matches(stem, alike, 1) or get_close_matches(stem, stems.values(), 1, 0.8)
     found = get_close_matches(name, [each for each in names if stems[each] in near], 1, 0.0)
     return os.path.join(folder, found[0]) if found else None
 

@@ -3,7 +3,7 @@
 import pytest
 
 from evoprune.errors import UsageError
-from evoprune.util import parse_time, roughly
+from evoprune.util import near_file, parse_time, roughly
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,20 @@ def test_times_are_parsed(text, expected):
 def test_what_is_not_a_time_is_refused(text):
     with pytest.raises(UsageError, match="is not a time"):
         parse_time(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("holidy.mp4", "holiday.mp4"),
+        ("holiday.mov", "holiday.mp4"),
+        ("HOLIDAY.MP4", "holiday.mp4"),
+        ("nothere.mp4", None),
+        ("frame", "frames"),
+        ("holiday.mp4", None),
+    ],
+)
+def test_a_path_that_was_probably_meant(tmp_path, name, near):
+    for each in ("holiday.mp4", "note.md", "frames"):
+        (tmp_path / each).touch()
+    assert near_file(str(tmp_path / name)) == (near and str(tmp_path / near))
