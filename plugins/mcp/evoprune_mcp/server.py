@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, redirect_stdout
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from mcp.server import MCPServer
@@ -43,9 +43,10 @@ def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
 
     @asynccontextmanager
     async def start(_: MCPServer) -> AsyncIterator[None]:
+        # For what libraries print, even after the server ends: its threads may still run. The server has opened the real stdout.
+        sys.stdout = sys.stderr  # `real_streams` restores it
         model.submit(videos.load_early)
-        with redirect_stdout(sys.stderr):  # for what libraries print; the server has already opened the real stdout
-            yield
+        yield
 
     server = MCPServer(
         "evoprune",
