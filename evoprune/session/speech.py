@@ -3,7 +3,7 @@
 Transcription runs on the CPU in its own thread, so it overlaps with loading the model and reading frames. A worker process decodes
 the sound (`read_audio`), and faster-whisper receives only arrays. The sound is split at its quietest points into windows of bounded
 length, so memory use does not grow with the length of the video. The lines depend only on the sound, the time span and the model:
-decoding is greedy, and the windows share only the language, which the first spoken words determine.
+decoding does not sample, and the windows share only the language, which the first spoken words determine.
 
 This file imports neither torch nor faster-whisper until something is transcribed.
 """
@@ -52,9 +52,8 @@ LAST_S = 15.0  # a full window is cut at the quietest part of its last seconds
 QUIET_S = 0.2  # length of the parts whose loudness is compared
 BRIDGE_S = 1.0  # shorter gaps in the sound are filled with silence; a longer gap ends a window
 MIN_WINDOW_S = 0.1  # shorter windows are not transcribed
-REPEATED = (
-    2.4  # compression ratio limit of Whisper itself; above it, text is a loop, as Whisper generates for music and noise
-)
+# Whisper's own limit on the compression ratio. Text above it is a loop, as Whisper generates for music and noise.
+REPEATED = 2.4
 MAX_TRANSCRIPTS = 64  # maximum number of finished transcripts kept in memory
 STAGE = "speech"
 NO_SOUND = "no_sound"
