@@ -51,10 +51,10 @@ def fields(request, folder):
 
 def filtered_by_ffmpeg(info):
     """Return all frames of a file after FFmpeg's filter, which here sees the whole video in order."""
-    with closing(Track(info)) as track:
-        frames = [frame for _, frame in track.from_beginning((), ffmpeg.ignore_damage)]
     graph = Graph()
-    source = graph.add_buffer(template=track.stream)
+    with closing(Track(info)) as track:
+        source = graph.add_buffer(template=track.stream)
+        frames = [frame for _, frame in track.from_beginning((), ffmpeg.ignore_damage)]
     graph.link_nodes(source, graph.add("bwdif", "mode=send_frame"), graph.add("buffersink")).configure()
     for frame in [*frames, None]:
         graph.push(frame)
