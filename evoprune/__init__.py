@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
+if not TYPE_CHECKING:  # a type checker that sees `__getattr__` would accept any attribute of the module
 
     def __getattr__(name: str):
         if name == "methods":

@@ -1,6 +1,6 @@
-"""Lazy imports for the `__init__.py` of a package: each public name is imported from its file on first use.
+"""Lazy imports for a package's `__init__.py`: each public name is imported from its own file on first use.
 
-For example, `from evoprune.video import probe` loads only what `probe` needs, but not the rest of the package or torch.
+For example, `from evoprune.video import probe` imports only what `probe` needs. The rest of the package and torch are not imported.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def door(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` for the `__init__.py` of a package.
+    """Return the `__getattr__` and `__dir__` functions that make a package's `__init__.py` import its public names lazily.
 
     Args:
         package: Dotted name of the package.

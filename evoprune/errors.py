@@ -1,4 +1,4 @@
-"""Errors for users. Each error has an exit code, a message, and a hint on how to fix the problem."""
+"""Exceptions that are shown to users. Each has an exit code, a message, and a hint that says how to fix the problem."""
 
 import errno
 import re
@@ -8,43 +8,43 @@ from contextlib import contextmanager
 from traceback import walk_tb
 from typing import TypeVar
 
-# Hint on how to use less memory, at a shell and in Python.
+# Hint that says how to use less memory, both on the command line and in Python.
 USE_LESS = (
     "use fewer frames, fewer visual tokens or a lower budget: --frames, --max-visual-tokens, -b; "
     "in Python frames, max_visual_tokens, budget"
 )
 OTHER_MODELS = "to prune a model you loaded: evoprune.EvoPrune(budget=0.1)(model)"  # hint
-# Regular expressions for out-of-memory messages of torch, oneDNN, CUDA, C++, Python threads and the dynamic linker, which use
-# generic exception types.
+# Regular expressions that match out-of-memory messages. They are needed because torch, oneDNN, CUDA, C++, Python threads and the
+# dynamic linker report such failures with generic exception types.
 NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "Cannot allocate memory",
     "std::bad_alloc",
     "ALLOC_FAILED",
-    "could not create a primitive$",  # "a primitive descriptor for ..." means an operation that oneDNN lacks
+    "could not create a primitive$",  # "a primitive descriptor for ..." means that oneDNN lacks the operation
     "can't start new thread",
     "failed to map segment",
 )
 
-# A word of more than 200 characters, such as a data: URL with a video. The groups are the beginning and the end of the word.
+# Matches a word longer than 200 characters, such as a data: URL that contains a video. The groups capture its two ends.
 LONG_WORD = re.compile(r"(?=\S{201})(\S{97})\S*(\S{100})(?!\S)")
-LFS = b"version https://git-lfs.github.com/spec/"  # beginning of a pointer file, which git-lfs leaves in place of the real file
+LFS = b"version https://git-lfs.github.com/spec/"  # first bytes of the pointer file that git-lfs leaves in place of the real file
 LFS_HINT = "the file itself is missing: run `git lfs pull` in its folder, or download it"
 
 T = TypeVar("T")
 
 
 class EvopruneError(Exception):
-    """Base class of expected failures. `str()` returns the message, followed by the hint on its own line.
+    """Base class of all expected failures. `str()` returns the message, followed by the hint on a separate line.
 
     Attributes:
-        message: What failed, and for which input. It is a single line unless it quotes a name or another library's text that
-            contains line breaks.
-        hint: What to do about it, under the same rule, or None.
+        message: What failed, and for which input. The message is a single line, unless it quotes a name or another library's
+            message that contains line breaks.
+        hint: What the user can do about it, or None. Like the message, it is usually a single line.
         stage: The stage that failed, such as "read" or "encode", or None.
-        exit_code: Exit code of the command line.
-        type: Short name of the error in JSON records.
+        exit_code: The exit code that the command line returns.
+        type: Short name of the error type in JSON records.
     """
 
     exit_code = 1
@@ -64,18 +64,18 @@ class EvopruneError(Exception):
 
 
 class UsageError(EvopruneError):
-    """Invalid options or arguments, alone or in combination; an output that cannot be written; or a limit of the system."""
+    """Options or arguments are invalid or contradict each other, an output cannot be written, or a system limit was reached."""
 
     exit_code = 2
     type = "usage"
 
 
 class DoesNotFit(UsageError):
-    """The prompt and its answer together do not fit into the model's context."""
+    """The prompt and the answer do not both fit into the model's context."""
 
 
 class VideoError(EvopruneError):
-    """The video is missing, unreadable, not a video, or empty in the requested time span."""
+    """The video is missing or unreadable, the file is not a video, or the requested time span contains no frames."""
 
     exit_code = 3
     type = "video"
@@ -83,7 +83,7 @@ class VideoError(EvopruneError):
 
 
 class ModelError(EvopruneError):
-    """The model is missing, unsupported, damaged, or cannot be reached."""
+    """The model is missing, unsupported or damaged, or it cannot be reached."""
 
     exit_code = 4
     type = "model"
@@ -91,7 +91,7 @@ class ModelError(EvopruneError):
 
 
 class PluginError(EvopruneError):
-    """Code from another package has failed: a pruning method, or layers with quantized weights."""
+    """Code from another package failed, either a pruning method or the layers of a quantized model."""
 
     type = "plugin"
 
@@ -120,14 +120,14 @@ class OutOfMemory(EvopruneError):
 
 
 def call(package: str, function: Callable[..., T], *args, **kwargs) -> T:
-    """Call a function that may come from another package, such as a pruning method or quantized layers, and return its result.
+    """Call a function that may belong to another package, such as a pruning method or a quantized layer, and return its result.
 
     Args:
-        package: Name of the package for errors, or an empty string for this project's own code.
-        function: The function to call. It receives all further arguments.
+        package: Name of the package to blame in the error message. Pass an empty string for this project's own code.
+        function: The function to call with the remaining arguments.
 
     Raises:
-        PluginError: If the package's code fails or tries to exit the program (SystemExit), even with a successful exit code.
+        PluginError: If the package's code raises an exception. This includes SystemExit, even with a successful exit code.
     """
     try:
         return function(*args, **kwargs)
@@ -141,10 +141,13 @@ def call(package: str, function: Callable[..., T], *args, **kwargs) -> T:
 
 
 def error_record(problem: BaseException) -> dict:
-    """Return a failure as a dict for JSON records: code, type, stage, message, hint. Unexpected exceptions are reported as bugs."""
-    if is_out_of_memory(problem):  # raised outside any stage
+    """Convert an exception to a dict for JSON records, with the keys code, type, stage, message and hint.
+
+    Unexpected exceptions are reported as bugs.
+    """
+    if is_out_of_memory(problem):  # raised outside all stages
         problem = OutOfMemory("out of memory", f"close other programs, or {USE_LESS}")
-    elif isinstance(problem, FileNotFoundError) and problem.filename is None:  # from os.getcwd
+    elif isinstance(problem, FileNotFoundError) and problem.filename is None:  # raised by os.getcwd
         problem = UsageError("the current folder no longer exists", "change to another folder")
     elif path := _damaged_module(problem):
         hint = "delete it, and Python will recreate it; was the disk full, or file size limited (ulimit -f)?"
@@ -157,16 +160,13 @@ def error_record(problem: BaseException) -> dict:
 
 
 def _damaged_module(problem: BaseException) -> str | None:
-    """Return the path of a compiled Python module that failed to load because its file is incomplete, or None.
-
-    Python itself does not detect such files.
-    """
+    """Return the path of the truncated .pyc file that caused an exception, or None. Python itself does not detect such files."""
     frames = (frame for frame, _ in walk_tb(problem.__traceback__) if frame.f_code.co_name == "_compile_bytecode")
     return next((frame.f_locals.get("bytecode_path") for frame in frames), None)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Return True if the type or the text of an exception indicates that the host or a device ran out of memory."""
+    """Return True if an exception's type or message shows that the host or a device ran out of memory."""
     if isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM):
         return True
     if not isinstance(problem, RuntimeError | OSError | ImportError):
@@ -175,10 +175,10 @@ def is_out_of_memory(problem: BaseException) -> bool:
 
 
 class memory_guard:  # noqa: N801 (called as a function)
-    """Context manager that turns running out of memory, on the CPU or a device, into an `OutOfMemory` that names the stage.
+    """Context manager that converts out-of-memory errors from the CPU or a device to an `OutOfMemory` that names the stage.
 
-    This is a class instead of a generator function. Since Python 3.12, the frame of a generator that raises is part of a reference
-    cycle, which would keep all memory of the failed work alive until the garbage collector runs.
+    This is a class rather than a generator function because, since Python 3.12, the frame of a generator that raises an exception
+    is part of a reference cycle. That cycle would keep all memory of the failed work alive until the garbage collector runs.
     """
 
     def __init__(self, stage: str):
@@ -190,7 +190,7 @@ class memory_guard:  # noqa: N801 (called as a function)
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, _traceback: object) -> None:
         if not (isinstance(problem, (MemoryError, RuntimeError, OSError)) and is_out_of_memory(problem)):
             return
-        # GPU allocators report how much memory was requested and how much was free.
+        # A GPU allocator's message says how much memory was requested and how much was free.
         match = re.search(
             r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL
         )
@@ -204,7 +204,11 @@ class memory_guard:  # noqa: N801 (called as a function)
 
 @contextmanager
 def named(files: Mapping[str, str]) -> Iterator[None]:
-    """In messages of `VideoError`, replace the paths of temporary files (keys) with the names that users know (values)."""
+    """Replace the paths of temporary files in `VideoError` messages with the names that the user knows.
+
+    Args:
+        files: Maps the path of each temporary file to the name that replaces it.
+    """
     try:
         yield
     except VideoError as problem:
@@ -214,7 +218,7 @@ def named(files: Mapping[str, str]) -> Iterator[None]:
 
 
 def not_a_number_error(stage: str) -> ModelError:
-    """Return the error to raise if the output of `stage` contains NaN or infinity."""
+    """Return the error to raise if a stage's output contains NaN or infinity."""
     return ModelError(
         f"NaN or infinity in the output of {stage}",
         "fp16 can overflow: use dtype bf16 or fp32; if that does not help, download the weights again",
@@ -223,7 +227,13 @@ def not_a_number_error(stage: str) -> ModelError:
 
 
 def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:
-    """Return the error to raise if the system refuses to start or serve a process. `what` is the action that failed."""
+    """Return the error to raise if the operating system cannot start a process or give it the resources that it needs.
+
+    Args:
+        what: The action that failed, in words that follow "cannot".
+        problem: The exception that the system call raised.
+        stage: The stage that needed the process, or None.
+    """
     message = f"cannot {what}: {problem.strerror}"
     if problem.errno == errno.ENOMEM:
         return OutOfMemory(message, "close other programs", stage=stage)
@@ -237,9 +247,9 @@ def process_error(what: str, problem: OSError, stage: str | None = None) -> Evop
 
 
 def first_line(problem: BaseException) -> str:
-    """Return the first line of an exception's message, or its type if there is no message or it cannot be created."""
+    """Return the first line of an exception's message, or the name of its type if the message is empty or cannot be formatted."""
     try:
         text = str(problem).strip()
-    except Exception:  # exceptions from other packages may fail to format
+    except Exception:  # `__str__` of an exception from another package may itself fail
         text = ""
     return (text or type(problem).__name__).splitlines()[0]

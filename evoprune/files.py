@@ -1,4 +1,4 @@
-"""Files: write them completely or not at all, even if the program crashes; limit their size; sort their names. Imports no torch."""
+"""Write files completely or not at all even if the program crashes, limit how much is read, and sort names. Imports no torch."""
 
 import glob
 import os
@@ -9,18 +9,22 @@ from typing import BinaryIO
 
 from evoprune.errors import UsageError
 
-OPEN_FILES = ("/dev/", "/proc/self/fd/")  # paths that are written directly, such as the pipe of >(gzip > x)
-UNFINISHED = (
-    "{}.evoprune-{}.tmp"  # temporary name while a file is being written: its final name and eight hexadecimal digits
-)
+# Prefixes of paths that are opened directly, such as the pipe that the shell creates for >(gzip > x).
+OPEN_FILES = ("/dev/", "/proc/self/fd/")
+# The name of a file while it is being written. The placeholders stand for the final name and eight random hexadecimal digits.
+UNFINISHED = "{}.evoprune-{}.tmp"
 MAX_BYTES = 2**28  # maximum size of a file that is read into memory
 
 
 def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
-    """Return the content of an open file, which may be endless.
+    """Return the contents of an open file, which may never reach end of file.
+
+    Args:
+        name: Name of the file for the error message.
+        hint: Text to add to the hint of the error.
 
     Raises:
-        UsageError: If the content is larger than `MAX_BYTES`.
+        UsageError: If the contents are larger than `MAX_BYTES`.
     """
     content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -31,7 +35,8 @@ def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
 def write_file(path: str, content: bytes) -> None:
     """Write a file completely or not at all.
 
-    Raises OSError on failure, like the functions below.
+    Raises:
+        OSError: If the file cannot be written.
     """
     number, unfinished = create_unfinished(path)
     try:
@@ -44,7 +49,17 @@ def write_file(path: str, content: bytes) -> None:
 
 
 def append(number: int, content: bytes, regular: bool = True) -> None:
-    """Append to an open file. For a `regular` file, either all of `content` is appended and synced to disk, or nothing is."""
+    """Append bytes to an open file, and sync a regular file to disk.
+
+    Args:
+        number: File descriptor of the file.
+        content: The bytes to append.
+        regular: Whether this is a regular file. If so, a failed append is undone, so that either all of the bytes are written or
+            none.
+
+    Raises:
+        OSError: If the bytes cannot be written.
+    """
     size = os.fstat(number).st_size
     rest = memoryview(content)
     try:
@@ -59,23 +74,33 @@ def append(number: int, content: bytes, regular: bool = True) -> None:
 
 
 def create_unfinished(path: str) -> tuple[int, str]:
-    """Create a temporary file for `path`, open for reading and appending. Return its file descriptor and its unique name."""
+    """Create a temporary file that will replace `path` once it is complete. It is open for reading and appending.
+
+    Returns:
+        The file descriptor and the unique name of the temporary file.
+
+    Raises:
+        OSError: If the file cannot be created.
+    """
     name = UNFINISHED.format(path, secrets.token_hex(4))
     return os.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666), name
 
 
 def remove_unfinished(path: str) -> None:
-    """Remove temporary files for `path` that killed programs have left behind. No other program may be writing `path`."""
+    """Delete the temporary files that killed programs left behind while writing `path`.
+
+    The caller must make sure that no other program is writing `path`.
+    """
     for name in glob.glob(UNFINISHED.format(glob.escape(path), "[0-9a-f]" * 8)):
         with suppress(FileNotFoundError):
             os.unlink(name)
 
 
 def in_natural_order(names: Iterable[str]) -> list[str]:
-    """Sort file names by the whole numbers in them, so that frame2 comes before frame10.
+    """Sort file names by the whole numbers that they contain, so that frame2 comes before frame10.
 
-    A dash is not a minus sign, and a dot separates two numbers.
+    A dash is not read as a minus sign, and a dot separates two numbers.
     """
-    from natsort import natsorted, ns  # the import takes tens of milliseconds
+    from natsort import natsorted, ns  # imported here because the import takes tens of milliseconds
 
     return natsorted(sorted(names), alg=ns.PATH | ns.IGNORECASE)

@@ -1,8 +1,10 @@
-"""The record of one question, as plain dataclasses. Converts to and from JSON (schema `evoprune/answer@1`), and to lines of text.
+"""The record of one question, as plain dataclasses that convert to and from JSON and to lines of text.
 
-docs/json.md describes the fields. Unknown values are None. Fields may be added, but are never removed. Times are in milliseconds
-and sizes in bytes. The text has a row per stage with the time, a bar, the input and the output. Unknown values are left out, so
-that records of errors and of Hugging Face models can be printed too.
+The JSON schema is `evoprune/answer@1`, and docs/json.md describes its fields. New fields may be added, but existing fields are
+never removed. Unknown values are None, times are in milliseconds, and sizes are in bytes.
+
+The text has one line for each stage, with the time, a bar, and a note about the stage's input and output. It leaves out unknown
+values, so that records of errors and of Hugging Face models can also be printed.
 """
 
 import json
@@ -20,23 +22,24 @@ from evoprune.bundled import DEMOS
 from evoprune.util import budget_text, clock, counted, listed, one_line, shorten, shown, size
 
 SCHEMA = "evoprune/answer@1"
-# Why the report of a Hugging Face model call is empty, by the name in `warnings`.
+# Maps the name of a warning to the reason why the report of a Hugging Face model call is empty.
 EMPTY_REASONS = {
     "not_active": "pruning is not active: call the model inside `with` or after evoprune.apply",
     "no_video": "no video in this call",
     "pictures_only": "pictures are not pruned without pictures=True",
     "own_code": "the model's own code encoded the video",
 }
-# Control characters that JSON allows in strings, and marks for direction and line breaks. A file name or an answer could use them
-# to make a terminal show a different text.
+# Characters that a file name or an answer could use to make a terminal show a different text: the control characters that JSON
+# allows in strings, and marks that change the text direction or break the line.
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
-UNROUNDED = ("parsed", "schema")  # fields that contain data, not measurements
+UNROUNDED = ("parsed", "schema")  # these fields contain data rather than measurements
 STAGES = ("plan", "speech", "read", "preprocess", "compile", "encode", "store", "prefill", "generate")
-OVERLAP = "overlap"  # not a stage: the time that reading and preprocessing overlapped with other work
-# Stages of encoding an input. Later questions about the same input do not wait for them again.
+# This is not a stage, but the time during which reading and preprocessing overlapped with other work.
+OVERLAP = "overlap"
+# Stages that encode an input. Only the first question about an input waits for them.
 INPUT_STAGES = ("plan", "speech", "read", "preprocess", "compile", "encode", "store", OVERLAP)
-BRIEF_STAGES = ("speech", "compile", "store")  # stages that get a line only if they take at least a millisecond
+BRIEF_STAGES = ("speech", "compile", "store")  # these stages get a line of text only if they take at least 1 ms
 WIDTH = 80
 BAR = 12
 INDENT = " " * 11
@@ -44,7 +47,7 @@ DEMO_KNOWLEDGE = (
     "the demo models know only generated clips (demo: colored shapes and digits; demo-scenes: crowded scenes with "
     "signs)"
 )
-EQUAL_SCORES = "equal_scores"  # warning for a video in which all units have the same score
+EQUAL_SCORES = "equal_scores"  # the warning for a video whose units all have the same score
 WARNINGS = {
     "whole_picture": "{video} is not pruned: this method keeps or drops whole frames, and a picture has only one",
     "pictures_whole": "pictures are not pruned without pictures=True; pruning counts cover only the videos",
@@ -93,8 +96,8 @@ WARNINGS = {
     "demo_overlay": f"{DEMO_KNOWLEDGE}; what the model merges or drops in {{video}} means little. For a real model: "
     "--model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
-NOTES = ("hdr_video", "interlaced_video", "other_tracks", "sound_ignored")  # warnings that often need no action
-# English words that suggest a question about sound.
+NOTES = ("hdr_video", "interlaced_video", "other_tracks", "sound_ignored")  # warnings that usually need no action
+# English words which suggest that a question is about sound.
 ABOUT_SOUND = re.compile(
     r"\b(say(s|ing)?|said|speak(s|ing|er|ers)?|spoken?|speech|talk(s|ed|ing)?|voices?|hear(s|d|ing)?|listen(s|ed|ing)?|sounds?"
     r"|sing(s|ing|er)?|sang|songs?|music|audio|nois(e|es|y)|loud(ly|er)?)\b",
@@ -127,36 +130,37 @@ class Sampling:
     frames: int | None = None
     timestamps_s: list[float] | None = None
     resized_hw: list[int] | None = None
-    grid_thw: list[int] | None = None  # in patches, as in Hugging Face
+    grid_thw: list[int] | None = None  # in patches, as in Hugging Face processors
     seconds_per_pair: float | None = None
-    seek: str | None = None  # "exact", or "keyframes" if a time was moved to a keyframe
-    read_s: list[float] | None = None  # actual times of the frames
+    seek: str | None = None  # "exact", or "keyframes" if any frame was replaced with a nearby keyframe
+    read_s: list[float] | None = None  # timestamps of the frames that were actually read
 
 
 @dataclass
 class Pruning:
-    """The pruning settings of an answer, and the number of visual tokens left after each step.
+    """The pruning settings of an answer, and how many visual tokens were left after each step.
 
-    All fields are None until the inputs have been encoded, for example in the report of an earlier error.
+    All fields are None until the inputs have been encoded. They stay None in the report of an error that occurs before that.
 
     Attributes:
         method: Name of the method.
-        args: All settings of the method by name.
-        budget: The requested budget, a number or a name. For "auto" and "auto:inflection", the content determines how much is kept.
-        kept_ratio: Share of the visual tokens kept, from 0 to 1.
+        args: All of the method's settings, by name.
+        budget: The requested budget, as a number or a name. With "auto" and "auto:inflection", the share that is kept depends on
+            the content of the video.
+        kept_ratio: Share of the visual tokens that were kept, from 0 to 1.
         visual_tokens_in: Number of visual tokens before pruning.
         visual_tokens_kept: Number of visual tokens after pruning.
         encoder_rows: Number of rows after the last layer of the vision tower.
-        encoder_live_share: Share of the encoder that was computed, averaged over its layers, from 0 to 1.
-        layers: For each layer of the tower, its number and the number of rows that it computed.
-        kept_per_pair: Number of tokens kept in each frame pair.
-        positions: How the kept tokens get their positions, "qwen" or "host".
-        language_layers: For each layer of the language model, its number and the number of visual tokens that it read. None unless
-            the method drops tokens inside the language model.
-        language_work: The same numbers, separately for keys and values, for queries and output, and for the MLP. None unless the
-            method leaves out operations.
-        after_tower_below: On this device, inputs with fewer visual tokens than this are pruned only after the tower. None if the
-            size makes no difference.
+        encoder_live_share: Share of the encoder's work that was actually computed, averaged over its layers, from 0 to 1.
+        layers: A pair for each layer of the tower: the layer's number, and the number of rows that it computed.
+        kept_per_pair: Number of tokens that were kept in each frame pair.
+        positions: Who computes the positions of the kept tokens: "qwen" (this project) or "host" (the Hugging Face model).
+        language_layers: A pair for each layer of the language model: the layer's number, and the number of visual tokens that it
+            read. None unless the method drops tokens inside the language model.
+        language_work: Like `language_layers`, but with separate counts for keys and values, for queries and output, and for the
+            MLP. None unless the method skips some of these operations.
+        after_tower_below: On this device, inputs with fewer visual tokens than this number are pruned only after the tower. None if
+            the size of an input makes no difference.
         after_tower_inputs: Number of inputs that were pruned only after the tower. None if `after_tower_below` is None.
     """
 
@@ -179,7 +183,7 @@ class Pruning:
 
 @dataclass
 class InputTimes:
-    """Times of one input; see `Times`."""
+    """Stage times of a single input; see `Times`."""
 
     read: float | None = None
     preprocess: float | None = None
@@ -194,10 +198,10 @@ class InputTimes:
 
 @dataclass
 class InputFacts:
-    """Facts about one input of a question.
+    """Facts about one of a question's inputs.
 
-    `time_ms` contains the times of encoding the input, even if an earlier question waited for it. `warnings` contains the warnings
-    about this input.
+    `time_ms` contains the times for encoding the input, even if an earlier question already waited for them. `warnings` contains
+    only the warnings about this input.
     """
 
     path: str | None = None
@@ -213,13 +217,13 @@ class InputFacts:
 
 @dataclass
 class TokenCounts:
-    """Number of tokens in the prompt and the answer. All counts are None until the question has been read.
+    """Number of tokens in the prompt and in the answer. All counts are None until the model has read the question.
 
     Attributes:
-        text: Text tokens in the prompt, including the chat template and subtitles.
-        visual: Visual tokens in the prompt, after pruning.
-        prompt: All tokens in the prompt, that is, the sum of `text` and `visual`.
-        new: Tokens generated so far, including thoughts. Always None for a call of a Hugging Face model.
+        text: Number of text tokens in the prompt, including the chat template and the subtitles.
+        visual: Number of visual tokens in the prompt, after pruning.
+        prompt: Total number of tokens in the prompt, which is the sum of `text` and `visual`.
+        new: Number of tokens generated so far, including the model's thoughts. Always None for a Hugging Face model.
     """
 
     text: int | None = None
@@ -230,7 +234,7 @@ class TokenCounts:
 
 @dataclass
 class Times:
-    """Times of the stages. The sum of the stages before `generate`, minus `overlap`, is `ttft_wall`."""
+    """Time spent in each stage. The stages before `generate`, minus `overlap`, add up to `ttft_wall`."""
 
     load: float | None = None
     load_tokenizer: float | None = None
@@ -261,9 +265,10 @@ class Rate:
 
 @dataclass
 class Memory:
-    """Memory in bytes.
+    """Memory sizes in bytes.
 
-    `peak_bytes` includes mapped file pages, which the system can drop. `own_bytes` is the memory in use without these pages.
+    `peak_bytes` includes the pages of memory-mapped files, which the operating system can drop at any time. `own_bytes` is the
+    memory that the process uses without these pages.
     """
 
     weights_bytes: int | None = None
@@ -284,12 +289,12 @@ class ModelFacts:
 
     @property
     def precision(self) -> str:
-        """The dtype and the quantization, as shown in tables."""
+        """The dtype and quantization, in the format of the tables."""
         return precision(self.dtype, self.quantize)
 
 
 def precision(dtype: str | None, quantize: str | None) -> str:
-    """Return the dtype, followed by the quantization if there is one, such as "fp32" or "fp32 int8"."""
+    """Return the dtype, followed by the quantization if there is one, as in "fp32" or "fp32 int8"."""
     if quantize in (None, "none"):
         return str(dtype)
     return f"{dtype} {quantize}"
@@ -306,10 +311,11 @@ class Environment:
 
 @dataclass
 class Report:
-    """The record of a question: its answer or error, and everything that was measured along the way.
+    """The record of a question: the answer or the error, together with everything that was measured while answering.
 
-    `inputs` contains the facts about each input. If there is only one input, `video`, `sampling`, `pruning` and `subtitles` are the
-    same as in its entry. If there are several, `pruning` applies to all of them together, and the other three are empty.
+    `inputs` contains the facts about each input. If there is only one input, `video`, `sampling`, `pruning` and `subtitles` repeat
+    the values from its entry. If there is more than one input, `pruning` covers all of them together, and the other three fields
+    are empty.
     """
 
     schema: str = SCHEMA
@@ -317,7 +323,7 @@ class Report:
     created_utc: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     question: str | None = None
     answer: str | None = None
-    thoughts: str | None = None  # the text that the model generated before the answer
+    thoughts: str | None = None  # the thoughts that the model generated before the answer
     finish_reason: str | None = None
     video: VideoFacts = field(default_factory=VideoFacts)
     sampling: Sampling = field(default_factory=Sampling)
@@ -339,13 +345,13 @@ class Report:
     inputs: list[InputFacts] = field(default_factory=list)
     stream: dict[str, Any] | None = None
     conversation: dict[str, int] | None = None
-    stop_reason: str | None = None  # the stop string that ended the answer
-    logprobs: list[dict[str, Any]] | None = None  # for all tokens in the answer and its thoughts
-    parsed: Any = None  # the data in an answer that follows a schema
-    choices: list[dict[str, Any]] | None = None  # the possible answers and their probabilities
+    stop_reason: str | None = None  # the stop string at which generation stopped
+    logprobs: list[dict[str, Any]] | None = None  # for every token in the answer and in the thoughts before it
+    parsed: Any = None  # the data parsed from an answer that follows a schema
+    choices: list[dict[str, Any]] | None = None  # each possible answer with its probability
 
     def __str__(self) -> str:
-        """Return the statistics and the warnings as lines of text, in the format of the command line."""
+        """Return the statistics and the warnings as the lines of text that the command line prints."""
         stats = stats_block(self)
         if not stats:
             return repr(self)
@@ -367,16 +373,17 @@ class Report:
         return f"<Report: {', '.join(facts) or ': '.join(empty)}>"
 
     def to_json(self, ascii_only: bool = False) -> str:
-        """Return the record as one compact line.
+        """Return the record as a single line of compact JSON.
 
-        Invisible characters are escaped. With `ascii_only`, all characters outside ASCII are escaped.
+        Args:
+            ascii_only: Escape all characters outside ASCII. Otherwise, only invisible characters are escaped.
         """
         text = json.dumps(rounded(asdict(self)), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
         return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """Parse a report written by `to_json`. Fields from later versions are ignored.
+        """Parse a report that `to_json` has written. Fields added by later versions are ignored.
 
         Raises:
             ValueError: If the text is not JSON, or not a record with this schema.
@@ -397,7 +404,7 @@ class Report:
 
 
 def _fill(target, record: Any, name: str = "a record"):
-    """Fill a dataclass, including nested dataclasses, with the values of a record. Unknown fields are ignored."""
+    """Set the fields of a dataclass, and of the dataclasses nested in it, from a record. Ignore unknown fields in the record."""
     if not isinstance(record, dict):
         raise ValueError(f"{name} is not an object")
     for field_, value in record.items():
@@ -410,7 +417,7 @@ def _fill(target, record: Any, name: str = "a record"):
 
 
 def name_inputs(report: Report, names: Sequence[str]) -> None:
-    """Set the names of a report's inputs if nothing else is known about them. Long names are shortened."""
+    """Set the names of a report's inputs, for reports that contain nothing else about them. Long names are shortened."""
     names = [shown(name) for name in names]
     report.inputs = [InputFacts(path=name, video=VideoFacts(path=name)) for name in names]
     if len(names) == 1:
@@ -418,9 +425,9 @@ def name_inputs(report: Report, names: Sequence[str]) -> None:
 
 
 def rounded(value):
-    """Return plain data with floats rounded to six decimals.
+    """Return a copy of plain data in which all floats are rounded to six decimal places.
 
-    Times in seconds are rounded to microseconds, and times in milliseconds to nanoseconds.
+    This rounds times in seconds to microseconds, and times in milliseconds to nanoseconds.
     """
     if isinstance(value, float):
         return round(value, 6)
@@ -432,9 +439,10 @@ def rounded(value):
 
 
 def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> list[str]:
-    """Return the statistics of a report as lines of at most `width` columns.
+    """Return a report's statistics as lines of at most `width` columns.
 
-    With `verbose`, they include the number of rows per layer, the settings and the versions.
+    Args:
+        verbose: Whether to include the number of rows per layer, the settings and the versions.
     """
     lines = [
         *_heading_lines(report, width),
@@ -458,9 +466,9 @@ def warning_lines(report: Report) -> list[str]:
 
 
 def warned(report: Report) -> list[tuple[str, VideoFacts]]:
-    """Return the name of each warning in a report together with the `VideoFacts` that it refers to.
+    """Return the names of a report's warnings, each together with the `VideoFacts` of the video that it is about.
 
-    Warnings about inputs come first, followed by warnings about the model.
+    The warnings about the inputs come first, followed by the warnings about the model.
     """
     own = [(name, facts.video) for facts in report.inputs for name in facts.warnings]
     about = report.video
@@ -479,9 +487,9 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
 
     Args:
         name: Name of the warning.
-        video: The video that the warning refers to.
-        path: Name of the video in the text. Default: the base name of its path.
-        answers: Subject and verb before "meaningless". Default: "its answer about PATH is".
+        video: The video that the warning is about.
+        path: How to refer to the video in the text. The default is the base name of its path.
+        answers: The words to put before "meaningless". The default is "its answer about PATH is".
     """
     path = path or os.path.basename(os.path.abspath(video.path or "the video"))
     if video.path == "-":
@@ -496,7 +504,7 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
 
 
 def summary(report: Report) -> str:
-    """Return a single line with the number of tokens, the time to first token, the total time, and the probabilities of choices."""
+    """Return one line with the token counts, the time to first token, the total time, and the probability of each choice."""
     tokens = report.tokens
     times = report.time_ms
     read = f"{counted(tokens.prompt or 0, 'token')} read ({tokens.visual or 0:,} visual), {tokens.new or 0:,} written"
@@ -510,13 +518,13 @@ def summary(report: Report) -> str:
 
 
 def _choices_text(choices: Sequence[dict[str, Any]]) -> str:
-    """Return the choices with their probabilities, most probable first."""
+    """Return the choices and their probabilities, with the most probable choice first."""
     ranked = sorted(choices, key=lambda choice: -choice["probability"])
     return ", ".join(f"{one_line(choice['text'])} {choice['probability']:.3f}" for choice in ranked)
 
 
 def device_text(name: str | None, threads: int | None) -> str:
-    """Return the name of a device in a record, with the number of threads if it is a CPU."""
+    """Return the device name from a record. For a CPU, add the number of threads."""
     if threads and (name or "").startswith("cpu"):
         return f"{name} ({counted(threads, 'thread')})"
     return str(name)
@@ -542,10 +550,10 @@ def _heading_lines(report, width: int) -> list[str]:
 
 
 def _input_line(facts, width: int) -> str:
-    """Return the line for a video or a picture, with its name and known properties.
+    """Return the line that shows the name of a video or a picture and its known properties.
 
     Args:
-        facts: An input of a report, or the report if it has a single input.
+        facts: One of the report's inputs, or the report itself if it has a single input.
         width: Maximum width of the line, in columns.
     """
     video = facts.video
@@ -563,10 +571,10 @@ def _input_line(facts, width: int) -> str:
 
 
 def _kept_text(pruning) -> str:
-    """Return the share of visual tokens kept. If the language model drops more tokens, return the share left after each drop."""
+    """Return a text with the percentage of visual tokens kept, and the percentage left after each drop in the language model."""
     kept = 100 * (pruning.kept_ratio or 0)
     read = pruning.language_layers or []
-    first_layers: dict[int, int] = {}  # token count -> the first layer with that many tokens
+    first_layers: dict[int, int] = {}  # maps a token count to the first layer that reads that many tokens
     for layer, tokens in read:
         first_layers.setdefault(tokens, layer)
     if len(first_layers) < 2:
@@ -578,7 +586,7 @@ def _kept_text(pruning) -> str:
 
 
 def _duration_text(report) -> str:
-    """Return the length of the video, together with the time span that was read unless it is the whole video."""
+    """Return the video's length. If only part of the video was read, also return that time span."""
     length = report.video.duration_s
     start = report.sampling.start_s
     end = report.sampling.end_s
@@ -592,7 +600,7 @@ def _stage_lines(report, width: int) -> list[str]:
     notes = _stage_notes(report)
     spent = {stage: getattr(times, stage) or 0 for stage in STAGES if _is_printed(times, stage)}
     longest = max(spent.values(), default=0) or 1
-    room = width - 21 - max((len(notes[stage]) for stage in spent), default=0)  # number of columns left for the bars
+    room = width - 21 - max((len(notes[stage]) for stage in spent), default=0)  # columns that are left for the bars
     bar = 0
     gap = ""
     if room >= 6:
@@ -619,7 +627,7 @@ def _stage_lines(report, width: int) -> list[str]:
 
 
 def _after_tower_note(report) -> str:
-    """Return a note if small inputs were pruned only after the tower, otherwise an empty string."""
+    """Return a note that small inputs were pruned only after the tower, or an empty string if none were."""
     pruning = report.pruning
     if not pruning.after_tower_inputs:
         return ""
@@ -627,7 +635,7 @@ def _after_tower_note(report) -> str:
 
 
 def _is_printed(times: Times, stage: str) -> bool:
-    """Return True if a stage was reached and its time belongs to this question, not to an earlier question about the same video."""
+    """Return True if this question ran a stage itself. An earlier question about the same video may have run it instead."""
     spent = getattr(times, stage)
     if stage in ("prefill", "generate"):
         return spent is not None
@@ -635,7 +643,7 @@ def _is_printed(times: Times, stage: str) -> bool:
 
 
 def _input_lines(report) -> list[str]:
-    """If there are several inputs, return a line per input with its times and tokens."""
+    """Return one line per input with its token counts and times, or no lines if there is only one input."""
     lines = []
     for number, facts in enumerate(report.inputs, 1):
         kept = facts.pruning
@@ -648,21 +656,21 @@ def _input_lines(report) -> list[str]:
 
 
 def _frames_read(report) -> str:
-    """Return the number of frames in the video, in the time span that was read (if known), and in the sample."""
+    """Return a text with the number of frames in the video, in the time span that was read (if known), and in the sample."""
     video = report.video
     sampling = report.sampling
     if not video.frames_total:
         return counted(sampling.frames, "frame")
     part = ""
     if "-" in _duration_text(report) and video.fps and video.variable_rate is False:
-        # Count the frames on screen between start and end. Times are accurate to a hundredth of a frame.
+        # Count the frames that are visible between start and end. The times are accurate to a hundredth of a frame.
         inside = ceil(sampling.end_s * video.fps - 0.01) - floor(sampling.start_s * video.fps + 0.01)
         part = f"{inside:,} of "
     return f"{part}{counted(video.frames_total, 'frame')} -> {sampling.frames}"
 
 
 def _stage_notes(report) -> dict[str, str]:
-    """Return the text shown after the time of each stage, which describes its input and output."""
+    """Return a note for each stage that describes what the stage received and produced."""
     pruning = report.pruning
     sampling = report.sampling
     count = report.tokens
@@ -727,7 +735,7 @@ def _total_lines(report) -> list[str]:
 
 
 def _memory_lines(memory) -> list[str]:
-    """Return the line for peak memory and, on a CPU, a line for the private memory and mapped files of the process."""
+    """Return a line with the peak memory and, on a CPU, another line with the process's private memory and mapped files."""
     if memory.peak_bytes is None:
         return []
     lines = [f"{'memory':<11}peak {size(memory.peak_bytes)}; weights {size(memory.weights_bytes)}"]
@@ -738,9 +746,10 @@ def _memory_lines(memory) -> list[str]:
 
 
 def _comparison_lines(pruned, full) -> list[str]:
-    """Return lines that compare the time and the tokens of a question with and without pruning.
+    """Return lines that compare the times and token counts of the same question with and without pruning.
 
-    Only the time for encode and prefill is compared, because the second run reuses the patches that the first run has read.
+    Only the times for encoding and prefill are compared. Read times would not be comparable, because the second run reuses the
+    patches from the first run.
     """
     rows = (
         ("encode + prefill", pruned.time_ms.ttft_model, full.time_ms.ttft_model),
@@ -766,14 +775,13 @@ def _number(value: float | None) -> str:
 
 
 def _wrap_line(line: str, width: int) -> list[str]:
-    """Return the line wrapped between words at `width` columns, with continuation lines indented."""
     if len(line) <= width:
         return [line]
     return textwrap.wrap(line, max(width, 30), subsequent_indent=INDENT)
 
 
 def _verbose_lines(report) -> list[str]:
-    """Return lines with loading times, the grid, rows or tokens per layer, tokens per frame pair, settings and versions."""
+    """Return the additional lines of a verbose report."""
     env = report.env
     times = report.time_ms
     pruning = report.pruning

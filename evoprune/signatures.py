@@ -1,6 +1,6 @@
-"""Signatures and help texts of functions whose `**options` are fields of option dataclasses. Imports no torch.
+"""Give functions that take option dataclasses as `**options` a full signature and help text. Imports no torch.
 
-Type checkers and editors read the same information in keywords.py, which `python -m evoprune_cli.keywords` writes.
+Type checkers and editors get the same information from keywords.py, which `python -m evoprune_cli.keywords` generates.
 """
 
 import re
@@ -13,19 +13,19 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from evoprune.util import OPTION, parts_of
 
-WIDTH = 100  # line width of help texts, in columns
+WIDTH = 100  # width of the lines in help texts, in columns
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def takes(*kinds: type, **defaults: Any) -> Callable[[Function], Function]:
-    """Decorate a function whose last parameter, `**options`, represents the fields of option dataclasses.
+    """Return a decorator for functions whose last parameter, `**options`, stands for the fields of one or more option dataclasses.
 
-    Each field is added to the function's signature as a parameter and to its docstring as a paragraph, unless the function already
-    declares a parameter with the same name.
+    The decorator adds each field to the function's signature as a keyword-only parameter, and to the function's docstring as a
+    paragraph. Fields for which the function already declares a parameter are left out.
 
     Args:
         kinds: The option dataclasses.
-        defaults: Defaults that replace the defaults of the fields.
+        defaults: Default values that differ from those of the fields, by field name.
     """
 
     def decorate(function: Function) -> Function:
@@ -47,11 +47,11 @@ def takes(*kinds: type, **defaults: Any) -> Callable[[Function], Function]:
 
 
 def explained(doc: str | None, *kinds: type, without: Iterable[str] = (), **defaults: Any) -> str:
-    """Return a docstring extended by a paragraph for each field of `kinds`, with its name, type, default and meaning.
+    """Extend a docstring with a paragraph for each field of `kinds` that gives the field's name, type, default and meaning.
 
     Args:
-        without: Names of fields to leave out.
-        defaults: Defaults that replace the defaults of the fields.
+        without: Names of the fields to leave out.
+        defaults: Default values that differ from those of the fields, by field name.
     """
     paragraphs = [
         textwrap.fill(
@@ -69,10 +69,7 @@ def explained(doc: str | None, *kinds: type, without: Iterable[str] = (), **defa
 
 
 def meaning(kind: type, field: Field) -> str:
-    """Return the help text of an option for Python users.
-
-    Command line flags in the text are replaced with the names of Python keywords.
-    """
+    """Return an option's help text for Python users, in which command line flags are replaced with the names of Python keywords."""
     option = field.metadata[OPTION]
     if option.in_python:
         return option.in_python
@@ -82,7 +79,7 @@ def meaning(kind: type, field: Field) -> str:
 
 
 def type_code(field: Field) -> str:
-    """Return the Python type of an option as source code."""
+    """Return the source code of an option's Python type."""
     also = field.metadata[OPTION].also
     if also:
         return f"{code(field.type)} | {also}"
@@ -90,7 +87,7 @@ def type_code(field: Field) -> str:
 
 
 def code(declared: Any) -> str:
-    """Return a type as source code, such as `float | Literal["full", "fast"] | None`."""
+    """Return the source code of a type, such as `float | Literal["full", "fast"] | None`."""
     parts = parts_of(declared)
     if len(parts) > 1:
         return " | ".join(map(code, parts))

@@ -1,7 +1,7 @@
-"""Read JSON from untrusted sources: strict parsing, and rules for values.
+"""Read JSON files that cannot be trusted: parse them strictly, and check every value against a rule.
 
-A model folder is trusted no more than a video. Every value that is used has a rule, so a bad value is reported when it is read
-instead of causing a crash or an endless loop later. Dataclass fields carry their rules as annotations, and `pick` creates such a
+A model's folder is trusted no more than a video is. Every value that evoprune uses has a rule, so a bad value is reported when it
+is read and cannot cause a crash or an endless loop later. The rules are annotations on dataclass fields, and `pick` creates such a
 dataclass from the entries of a file.
 """
 
@@ -19,46 +19,50 @@ from typing import Any, Self, TypeVar, get_type_hints
 
 from evoprune.errors import LFS, LFS_HINT, ModelError
 
-MAX_LEVELS = 100  # maximum nesting depth of lists and objects; Python itself fails at about a thousand
-MAX_BYTES = 2**26  # maximum size of a settings file
+MAX_LEVELS = 100  # maximum nesting depth of lists and objects; Python itself fails at about 1,000
+MAX_BYTES = 2**26  # maximum size of a settings file, in bytes
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A requirement for a value."""
+    """A rule that a value has to satisfy."""
 
-    what: str  # the requirement in words, worded to follow "is not"
+    what: str  # describes the allowed values, in words that follow "is not"
     holds: Callable[[Any], bool]
 
     def check(self, value: Any, name: str) -> Any:
-        """Return the value, with a list converted to a tuple.
+        """Check a value against the rule and return it. A list is returned as a tuple.
+
+        Args:
+            value: The value.
+            name: Name of the value for the error message.
 
         Raises:
-            ValueError: If the value breaks the rule. The message mentions `name`.
+            ValueError: If the value breaks the rule.
         """
         if not self.holds(value):
             raise ValueError(f"{name} is {reprlib.repr(value)}, not {self.what}")
         return tuple(value) if isinstance(value, list) else value
 
     def __or__(self, other: Self) -> Self:
-        """Return a rule for values that satisfy at least one of the two rules."""
+        """Return a rule that accepts every value accepted by at least one of the two rules."""
         return type(self)(f"{self.what}, or {other.what}", lambda v: self.holds(v) or other.holds(v))
 
     @classmethod
     def whole(cls, low: int, high: int) -> Self:
-        """Return a rule for integers from `low` to `high`."""
+        """Return a rule that accepts integers from `low` to `high`."""
         return cls(f"a whole number from {low:,} to {high:,}", lambda v: type(v) is int and low <= v <= high)
 
     @classmethod
     def number(cls, low: float, high: float) -> Self:
-        """Return a rule for numbers from `low` to `high`, integers or floats."""
+        """Return a rule that accepts integers and floats from `low` to `high`."""
         return cls(f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high)
 
     @classmethod
     def list_of(cls, rule: Self, length: int | None = None) -> Self:
-        """Return a rule for lists in which every value satisfies `rule`."""
+        """Return a rule that accepts lists (of a given length, unless it is None) in which every value satisfies `rule`."""
         what = f"a list of {length} values" if length else "a list"
         return cls(
             f"{what}, each {rule.what}",
@@ -72,10 +76,10 @@ OBJECT = Rule("an object", lambda v: isinstance(v, dict))
 
 
 def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the object `name` inside another object, or an empty dict if it is missing or null.
+    """Return the JSON object stored under a name in another object, or an empty dict if the value is missing or null.
 
     Raises:
-        ValueError: If the value has a different type.
+        ValueError: If the value is not an object.
     """
     value = content.get(name)
     if value is None:
@@ -84,15 +88,15 @@ def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the entries of `content` that match the fields of a dataclass with rules. A null value counts as missing.
+    """Check the entries of `content` that correspond to fields of a dataclass, and return them. Null values count as missing.
 
     Args:
-        cls: The dataclass.
-        content: An object from a settings file.
-        where: Prefix for the names in errors.
+        cls: The dataclass, whose fields are annotated with rules.
+        content: A JSON object from a settings file.
+        where: Prefix for the names of entries in error messages.
 
     Raises:
-        ValueError: If a value breaks its rule.
+        ValueError: If an entry breaks its rule.
     """
     prefix = f"{where}." if where else ""
     return {
@@ -103,10 +107,10 @@ def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
-    """Create a dataclass from the entries of `content` that match its fields.
+    """Create a dataclass from the entries of `content` that correspond to its fields. For the arguments, see `checked`.
 
     Raises:
-        ValueError: If an entry breaks its rule, or an entry without a default is missing.
+        ValueError: If an entry breaks its rule, or if an entry is missing and its field has no default.
     """
     entries = checked(cls, content, where)
     for field in fields(cls):
@@ -117,7 +121,7 @@ def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
 
 @cache
 def _rules(cls: type) -> dict[str, Rule]:
-    """Return the rules of a dataclass by field name."""
+    """Return a dataclass's rules by field name."""
     hints = get_type_hints(cls, include_extras=True)
     annotated = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
     return {name: rule for name, rule in annotated.items() if isinstance(rule, Rule)}
@@ -128,10 +132,12 @@ def loads(text: str, once: bool = False) -> Any:
 
     Args:
         text: The JSON text.
-        once: Whether to reject objects with duplicate names. Otherwise the last value wins, as in Python.
+        once: Whether to reject an object in which a name occurs more than once. If False, the last value is used, as in Python's
+            own parser.
 
     Raises:
-        ValueError: If the text is not JSON, contains NaN or an infinite or too large number, or has more than `MAX_LEVELS` levels.
+        ValueError: If the text is not JSON, is nested more than `MAX_LEVELS` deep, or contains NaN, infinity or a number that is
+            too large.
     """
 
     def refuse(word: str) -> None:
@@ -165,17 +171,17 @@ def loads(text: str, once: bool = False) -> Any:
 
 
 def _values(outer: dict | list) -> Iterable[Any]:
-    """Return the values directly inside an object or a list."""
+    """Return the values that are directly inside an object or a list."""
     if isinstance(outer, dict):
         return outer.values()
     return outer
 
 
 def check_fetched(path: Path) -> None:
-    """Check that a file is not a pointer left by git-lfs.
+    """Check that a file is not a pointer that git-lfs has left in place of the real file.
 
     Raises:
-        ModelError: If it is a pointer.
+        ModelError: If the file is such a pointer.
     """
     if path.is_file():
         with path.open("rb") as file:
@@ -184,14 +190,14 @@ def check_fetched(path: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a settings file.
+    """Read a settings file and return the JSON object that it contains.
 
     Raises:
-        ValueError: If the path is not a regular file, the file is larger than `MAX_BYTES`, its content is not a JSON object, or
-            `loads` rejects it.
+        ValueError: If the path is not a regular file, the file is larger than `MAX_BYTES`, or its contents are not a JSON object
+            that `loads` accepts.
         OSError: If the file cannot be read.
     """
-    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe without a writer, for example, would block forever
+    if not stat.S_ISREG(path.stat().st_mode):  # for example, reading a pipe that nobody writes to would block forever
         raise ValueError("it is not a regular file")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES // 2**20} MiB")

@@ -1,4 +1,4 @@
-"""Helpers for short and safe texts, file states, seeds, and options (field descriptions, objects from keywords, records)."""
+"""Helpers for formatting messages, describing the state of files, deriving seeds, and declaring and checking options."""
 
 import hashlib
 import math
@@ -15,25 +15,25 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from evoprune.errors import UsageError, is_out_of_memory
 
-# Control characters that a terminal interprets, except tab and newline, and characters that change the text direction.
+# Matches characters that change the text direction, and control characters that a terminal interprets (except tab and newline).
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 FILE_URL = "file://"
-WEB = re.compile("https?://", re.IGNORECASE)  # scheme of a web address
-ADDRESS = re.compile(r"([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)  # a URL, possibly prefixed by a folder
-WWW = re.compile(r"www\.[^/\s]+\.[^/\s]+(/\S*)?", re.IGNORECASE)  # a web address without its scheme
-STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # schemes of live video, which cannot be read as a file
+WEB = re.compile("https?://", re.IGNORECASE)  # matches the scheme of a web address
+ADDRESS = re.compile(r"([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)  # matches a URL, even after a folder
+WWW = re.compile(r"www\.[^/\s]+\.[^/\s]+(/\S*)?", re.IGNORECASE)  # matches a web address without a scheme
+STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # URL schemes for live video, which cannot be read as a file
 DOWNLOAD_HINT = "download it first, e.g. with yt-dlp"
 _TAG = r"(?:<(?:video|image)>|<\|vision_start\|><\|(?:video|image)_pad\|><\|vision_end\|>)"
 TAGS_BEFORE = re.compile(rf"\A\s*+(?:{_TAG}\s*+)+")
 TAGS_AFTER = re.compile(rf"(?:\n[ \t]*+{_TAG}[ \t\r]*+){{1,64}}\s*+\Z")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-LONGEST = 200  # maximum length of a path in a message
-SOME = 10  # maximum number of texts that a message lists
+LONGEST = 200  # maximum length of a path in a message, in characters
+SOME = 10  # maximum number of items that a message lists
 
 
 def clock(seconds: float | None) -> str:
-    """Format a time as 1:02:03.5, 2:31.4 or 0:06.0."""
+    """Format a time for people, for example as 1:02:03.5, 2:31.4 or 0:06.0."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds * 10), 600)
@@ -45,7 +45,7 @@ def clock(seconds: float | None) -> str:
 
 
 def long_clock(seconds: float) -> str:
-    """Format a time with all digits, as 01:02:03.500."""
+    """Format a time with hours and milliseconds, for example as 01:02:03.500."""
     rest, milliseconds = divmod(round(1000 * seconds), 1000)
     rest, whole_seconds = divmod(rest, 60)
     hours, minutes = divmod(rest, 60)
@@ -59,7 +59,7 @@ def parse_time(text: str) -> float:
         The time in seconds.
 
     Raises:
-        UsageError: If the text has a different format.
+        UsageError: If the text does not have one of these formats.
     """
     negative = text.strip().startswith("-")
     digits = text.strip().removeprefix("-")
@@ -68,7 +68,7 @@ def parse_time(text: str) -> float:
     if digits and (match := re.fullmatch(clock, digits) or re.fullmatch(units, digits)):
         hours, minutes, seconds = (float(group or 0) for group in match.groups())
         total = hours * 3600 + minutes * 60 + seconds
-        # The first field may be any number (90:00 is an hour and a half), but the following fields must be below 60.
+        # The first field may have any value (90:00 is an hour and a half), but the fields after it must be below 60.
         proper = (minutes < 60 or not match[1]) and (seconds < 60 or not (match[1] or match[2]))
         if proper and math.isfinite(total):
             return -total if negative and total else total
@@ -79,7 +79,7 @@ def parse_time(text: str) -> float:
 
 
 def roughly(seconds: float) -> str:
-    """Format an estimated time with one or two digits, as ~0.3 s, ~40 s, ~12 min or ~9 h."""
+    """Format an estimated time with one or two digits, for example as ~0.3 s, ~40 s, ~12 min or ~9 h."""
     if seconds >= 5700:
         return f"~{seconds / 3600:,.0f} h"
     if seconds >= 95:
@@ -91,7 +91,7 @@ def roughly(seconds: float) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Return a string, with its middle left out if it is longer than `width`."""
+    """Return a text of at most `width` characters. If the text is longer, its middle is replaced with an ellipsis."""
     if len(text) <= width:
         return text
     head = max(0, (width - 3) // 2)
@@ -99,7 +99,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def shown(path: str) -> str:
-    """Return a path for a message. Only the beginning and the end of long paths and data: URLs are kept."""
+    """Return a path as it should appear in a message. Only the two ends of a long path or data: URL are shown."""
     if path.startswith("data:"):
         return shorten(path, 40)
     return shorten(path, LONGEST)
@@ -114,21 +114,27 @@ def size(count: int | None) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Format a count with its noun, as "1 token" or "2 tokens"."""
+    """Format a count with its noun, for example as "1 token" or "2 tokens"."""
     if count == 1:
         return f"1 {noun}"
     return f"{count:,} {noun}s"
 
 
 def budget_text(budget: float | str) -> str:
-    """Format a budget as a number, such as 0.25, or as a name, such as auto."""
+    """Format a budget, which is either a number such as 0.25 or a name such as auto."""
     if isinstance(budget, str):
         return budget
     return f"{budget:g}"
 
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
-    """Return the beginning of a hint that suggests up to `most` known words similar to a misspelled one, or an empty string."""
+    """Return the start of a hint that suggests known words similar to a misspelled word, or an empty string if none is similar.
+
+    Args:
+        word: The misspelled word.
+        known: The words that would be valid.
+        most: Maximum number of words to suggest.
+    """
     near = get_close_matches(word.lower(), list(known), most)
     if not near:
         return ""
@@ -136,7 +142,11 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
 
 
 def missing_hint(path: str, usual: str) -> str:
-    """Return a hint for a path that does not exist: how to use a URL, a file with a similar name, or else `usual`."""
+    """Return a hint for a path that does not exist.
+
+    For a URL, the hint says what to pass instead. For a misspelled path, it suggests a file with a similar name, followed by
+    `usual`.
+    """
     if path.startswith("data:"):
         return "write it to a file and give its path"
     if path.startswith(FILE_URL):
@@ -155,15 +165,15 @@ def missing_hint(path: str, usual: str) -> str:
 
 
 def near_file(path: str) -> str | None:
-    """Return a path in the same folder whose name is similar to a misspelled path, or None.
+    """Return the path of a file in the same folder whose name is similar to that of a misspelled path, or None if there is none.
 
-    Names are compared without their extensions, because otherwise all names in a folder of videos would be similar. A file with a
-    different extension must have nearly the same name.
+    File names are compared without their extensions. Otherwise all videos in a folder would look similar, because they share an
+    extension. If the extension differs, the rest of the name must be nearly the same.
     """
     folder, name = os.path.split(path)
     try:
         names = [] if os.path.lexists(path) else os.listdir(folder or os.curdir)
-    except (OSError, ValueError):  # the folder cannot be read, or the name is invalid
+    except (OSError, ValueError):  # the folder cannot be read, or its name is invalid
         return None
     stem, extension = os.path.splitext(name.lower())
     stems = {each: os.path.splitext(each)[0].lower() for each in names}
@@ -174,17 +184,17 @@ def near_file(path: str) -> str | None:
 
 
 def is_url(path: Any) -> bool:
-    """Return True if a value is a web address as a string. An existing file with that name takes precedence."""
+    """Return True if a value is a string with a web address. If a file with that name exists, return False."""
     return isinstance(path, str) and WEB.match(path) is not None and not os.path.lexists(path)
 
 
 def without_password(source: str) -> str:
-    """Return a URL without its user name and password."""
+    """Return a URL with its user name and password removed."""
     return re.sub(r"(?<=://)[^/]*@", "", source)
 
 
 def some(texts: Sequence[str], separator: str = ", ") -> str:
-    """Join at most `SOME` texts, followed by the number of texts left out: "a, b, and 3 more"."""
+    """Join up to `SOME` texts. If there are more, add how many were left out, as in "a, b, and 3 more"."""
     first = list(texts[:SOME])
     if len(texts) > SOME:
         first.append(f"and {len(texts) - SOME:,} more")
@@ -192,7 +202,7 @@ def some(texts: Sequence[str], separator: str = ", ") -> str:
 
 
 def listed(names: Sequence[str], word: str = "and") -> str:
-    """Join names in a sentence: "a", "a and b", or "a, b and c"."""
+    """Join names for use in a sentence, as in "a", "a and b", or "a, b and c"."""
     *before, last = names
     if not before:
         return last
@@ -200,42 +210,50 @@ def listed(names: Sequence[str], word: str = "and") -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a text, such as a path, on a single line with only printable characters."""
+    """Return a text, such as a path, as a single line that contains only printable characters."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def harmless(text: str) -> str:
-    r"""Return the text with characters that a terminal would interpret replaced by escapes such as \x1b."""
+    """Replace the characters in a text that a terminal would interpret with visible escape sequences."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def is_text(value: str) -> bool:
-    """Return True if a string is valid text: no NUL (as in UTF-16) and no lone surrogates (from stray bytes in arguments)."""
+    """Return True if a string is valid text: no NUL characters (as in UTF-16) and no lone surrogates (from stray bytes)."""
     return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
 
 
 def without_tags(question: str) -> str:
-    """Remove input tags before a question or on lines after it, as in LLaVA's files: `<video>\\nWhat happens?`.
+    """Remove input tags such as `<video>` from the beginning of a question and from the lines after it, as found in LLaVA's files.
 
-    The prompt already contains the input. Tags inside a question are kept as text.
+    The tags are not needed because the prompt already contains the input. Tags in the middle of a question are kept as text.
     """
     return TAGS_AFTER.sub("", TAGS_BEFORE.sub("", question))
 
 
 def check_text(*texts: str | None) -> None:
-    """Check that all questions and system prompts are valid text. Raise UsageError if they are not."""
+    """Check that questions and system prompts are valid text. None is accepted too.
+
+    Raises:
+        UsageError: If one of them is not valid text.
+    """
     if not all(is_text(text) for text in texts if text):
         raise UsageError("the question or the system prompt is not valid text", "encode it as UTF-8")
 
 
 def file_stats(paths: Iterable[str | PathLike]) -> list[tuple[str, int, int]]:
-    """Return the path, size in bytes and modification time in nanoseconds of each file. Raise OSError if a file is missing."""
+    """Return the path, the size in bytes and the modification time in nanoseconds of each file.
+
+    Raises:
+        OSError: If a file is missing.
+    """
     stats = [(os.fspath(path), os.stat(path)) for path in paths]
     return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
 def open_safetensors(path: str | PathLike[str]) -> Any:
-    """Open a safetensors file, memory-mapped for torch.
+    """Open a safetensors file, with its tensors memory-mapped for torch.
 
     Raises:
         OSError: If the file is missing or damaged, or another process has just deleted it.
@@ -244,7 +262,7 @@ def open_safetensors(path: str | PathLike[str]) -> Any:
 
     try:
         return safe_open(path, framework="pt")
-    # After safetensors has read the header, torch opens the file again by name, so either may fail.
+    # safetensors reads the header, and then torch opens the file a second time by its name. Either of them may fail.
     except (RuntimeError, SafetensorError) as problem:
         if is_out_of_memory(problem):
             raise
@@ -252,10 +270,10 @@ def open_safetensors(path: str | PathLike[str]) -> Any:
 
 
 def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
-    """Describe files without reading them, as flat JSON data. Return None if there are no files or a file is missing.
+    """Describe the state of files as flat JSON data without reading them. Return None if there are no files or one is missing.
 
-    `files` is the number of files, `bytes` their total size, `modified_utc` the latest modification time, and `digest` a hash of
-    all names, sizes and times.
+    `files` is the number of files, `bytes` is their total size, and `modified_utc` is the latest modification time. `digest` is a
+    hash of all names, sizes and modification times.
     """
     try:
         stats = sorted((os.path.basename(path), size, time) for path, size, time in file_stats(paths))
@@ -264,7 +282,7 @@ def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
         OSError,
         ValueError,
         OverflowError,
-    ):  # raised for a missing file, an invalid name, no files at all, or a time after the year 9999
+    ):  # a file is missing, a name is invalid, there are no files, or a file was modified after the year 9999
         return None
     return {
         "files": len(stats),
@@ -275,27 +293,31 @@ def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
 
 
 def generator_seed(seed: int) -> int:
-    """Return a seed for torch's CPU generator, which uses only 32 bits: `seed` if it is below 2**32, otherwise a hash of it."""
+    """Return a seed for torch's CPU generator, which uses only 32 bits. A seed of 2**32 or more is replaced with its hash."""
     digest = hashlib.blake2b(str(seed).encode(), digest_size=4).digest()
     return seed if 0 <= seed < 2**32 else int.from_bytes(digest)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Describe the entries that differ between two dicts. Return an empty string if the dicts are equal."""
+    """Describe the entries in which two dicts differ, or return an empty string if the dicts are equal."""
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return "; ".join(f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in names)
 
 
 def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """Describe how the state of files has changed (see `file_state`). Return an empty string for equal or unknown states."""
+    """Describe how files have changed between two states from `file_state`.
+
+    Returns:
+        The description, or an empty string if the states are equal or one of them is unknown.
+    """
     if not before or not now or before == now:
         return ""
     first, second = ({name: value for name, value in state.items() if name != "digest"} for state in (before, now))
     return differences(first, second) or "some files have different sizes or modification times"
 
 
-OPTION = "option"  # key in the metadata of a field
-# For each declared type, the accepted type and its name in messages.
+OPTION = "option"  # key under which a field's metadata holds its `Option`
+# Maps each declared type to the type that is accepted for it, and to that type's name in messages.
 ACCEPTED: dict[type, tuple[type, str]] = {
     float: (Real, "a number"),
     int: (Integral, "a whole number"),
@@ -306,16 +328,16 @@ ACCEPTED: dict[type, tuple[type, str]] = {
     Callable: (Callable, "a function"),
     NoneType: (NoneType, "None"),
 }
-# Range of integers that torch accepts, for example as a seed.
+# The range of integers that torch accepts, for example as seeds.
 MIN_INTEGER = -(2**63)
 MAX_INTEGER = 2**64 - 1
 
 
 def brief(value: Any) -> str:
-    """Return a value for a message: its repr if that is short, otherwise its class."""
+    """Return a short description of a value for a message: its repr, or the name of its class if the repr is long."""
     try:
         text = repr(value)
-    except Exception:  # a class from another package may raise any exception
+    except Exception:  # `__repr__` of a class from another package may raise anything
         text = ""
     if 0 < len(text) <= 60 and "\n" not in text:
         return text
@@ -324,36 +346,37 @@ def brief(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """An option on the command line and in Python."""
+    """An option of the command line and of the Python functions."""
 
     help: str
-    flags: tuple[str, ...] = ()  # command line flags; if empty, derived from the field's name
-    # Possible values, for help and completion; if empty, taken from the type. Words in capitals (FILE, N) are placeholders.
+    flags: tuple[str, ...] = ()  # command line flags; if empty, the flag is derived from the field's name
+    # The possible values, for help texts and shell completion. If this is empty, they are taken from the type. Words in
+    # capitals, such as FILE or N, are placeholders.
     words: tuple[str, ...] = ()
-    metavar: str | None = None  # placeholder for the value in the help
-    least: int | None = None  # minimum and maximum of the value
+    metavar: str | None = None  # placeholder for the value in the help text
+    least: int | None = None  # minimum value; `most` is the maximum value
     most: int | None = None
-    env: str | None = None  # environment variable that sets it
-    typed: Any = None  # type of the command line argument before `parse`; None for the field's type
-    unless_typed: Any = None  # default on the command line; None for the field's default
+    env: str | None = None  # environment variable that sets the option
+    typed: Any = None  # type of the command line argument that `parse` receives; None means the field's type
+    unless_typed: Any = None  # default on the command line; None means the field's default
     parse: Callable[[Any], Any] | None = None
-    changes_answers: bool = True  # whether it affects answers, so that outputs record it
-    in_python: str | None = None  # help for Python users; None for `help` with names instead of flags
+    changes_answers: bool = True  # whether the option affects answers and is therefore recorded in outputs
+    in_python: str | None = None  # help text for Python users; None means `help` with flags replaced by names
     also: str | None = (
-        None  # a further type that Python accepts, as source code, because the class is not imported here
+        None  # an additional type that Python functions accept, as source code because this file cannot import the class
     )
 
 
 def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
-    """Return a dataclass field that describes an option. `more` contains further fields of `Option`."""
+    """Return a dataclass field that declares an option. `more` contains other fields of `Option`."""
     return field(default=default, metadata={OPTION: Option(help, flags, **more)})
 
 
 def from_keywords(given: Mapping[str, Any], *declared: type) -> list:
-    """Create an object of each dataclass in `declared` from keyword arguments named like their fields.
+    """Create one object of each dataclass in `declared` from keyword arguments that are named after the dataclasses' fields.
 
     Raises:
-        TypeError: If a keyword matches no field of any dataclass.
+        TypeError: If a keyword is not a field of any of the dataclasses.
         UsageError: If a value is invalid.
     """
     check_known(given, *declared)
@@ -361,40 +384,47 @@ def from_keywords(given: Mapping[str, Any], *declared: type) -> list:
 
 
 def check_known(given: Iterable[str], *declared: type) -> None:
-    """Check that all keywords are fields of `declared`. If not, raise a TypeError that lists the known options."""
+    """Check that every keyword is a field of one of the dataclasses in `declared`.
+
+    Raises:
+        TypeError: If a keyword is not. The message lists the known options.
+    """
     known = [f.name for group in declared for f in fields(group)]
     if unknown := [name for name in given if name not in known]:
         raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
 
 
 def check_types(options: Any) -> None:
-    """Check the types of all fields of a dataclass, and convert numbers to Python types, which JSON and torch's seeds require."""
+    """Check the types of all fields of a dataclass, and convert numpy numbers to Python numbers.
+
+    JSON and torch's seeds require Python numbers.
+    """
     for field_ in fields(options):
         object.__setattr__(options, field_.name, check_type(field_.name, getattr(options, field_.name), field_.type))
 
 
 def parts_of(declared: Any) -> Sequence[Any]:
-    """Return the members of a union type, or a list with just the type itself."""
+    """Return the members of a union type. For any other type, return a list that contains only that type."""
     return get_args(declared) if get_origin(declared) in (Union, UnionType) else [declared]
 
 
 def kinds_of(declared: Any) -> list[type]:
-    """Return the classes of the values that a declared type accepts. For literals, this is `str`."""
+    """Return the classes of the values that a declared type accepts. For a literal type, this is `str`."""
     return [str if get_origin(part) is Literal else get_origin(part) or part for part in parts_of(declared)]
 
 
 def words_of(declared: Any) -> tuple[str, ...]:
-    """Return the literal values in a declared type."""
+    """Return the literal values that a declared type contains."""
     return tuple(word for part in parts_of(declared) if get_origin(part) is Literal for word in get_args(part))
 
 
 def check_type(name: str, value: Any, declared: Any) -> Any:
-    """Return the value, converted to a Python number if it is a numpy number.
+    """Check that a value has the declared type, and return it. A numpy number is converted to a Python number.
 
     Types that are not in `ACCEPTED` are not checked.
 
     Raises:
-        UsageError: If the value does not have the declared type. The message names the accepted types.
+        UsageError: If the value has a different type. The message names the accepted types.
     """
     wanted = [ACCEPTED.get(kind) for kind in kinds_of(declared)]
     if None in wanted:
@@ -412,10 +442,11 @@ def check_type(name: str, value: Any, declared: Any) -> Any:
 
 
 def record_of(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
-    """Return options as a single flat dict, in the format stored in outputs.
+    """Return options as a single flat dict, in the format in which outputs record them.
 
-    The dict contains the options that affect answers and differ from their defaults, and the options named in `always`. Options
-    added in later versions should not be in `always`, so that outputs of earlier versions can be resumed.
+    The dict contains the options that affect answers and differ from their defaults. It also contains the options named in
+    `always`, whatever their values. Do not add options from later versions to `always`, so that outputs written by earlier versions
+    can still be resumed.
     """
     values = {}
     for group in groups:
@@ -427,10 +458,10 @@ def record_of(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
 
 
 def check_question(question: Any) -> None:
-    """Check that a question is a non-empty string.
+    """Check that a question is a string and is not empty.
 
     Raises:
-        UsageError: If it is not.
+        UsageError: If the question is empty or not a string.
     """
     if not isinstance(question, str):
         raise UsageError(f"the question is {brief(question)}, not a string", 'for example "What happens?"')
@@ -439,15 +470,15 @@ def check_question(question: Any) -> None:
 
 
 class Uncopied:
-    """Base class of objects that belong to one process and one model, because they hold caches and locks.
+    """Base class of objects that cannot be copied or pickled.
 
-    They cannot be pickled or copied.
+    Such objects hold caches and locks, so they belong to one process and one model.
     """
 
-    INSTEAD: ClassVar[str]  # hint for the error: what to do instead of copying
+    INSTEAD: ClassVar[str]  # hint that the error gives: what to do instead of copying the object
 
     def __reduce_ex__(self, protocol: int):
-        """Refuse to be pickled or copied.
+        """Raise an error, because the object cannot be copied or pickled.
 
         Raises:
             TypeError: Always.

@@ -7,9 +7,9 @@
         print(piece, end="")
     answer.report
 
-Reading and preprocessing run in parallel with encoding. The time of a stage is the time that the stage was busy. The part of
-reading and preprocessing that was hidden by other work is reported as `overlap`. The times of the stages before `generate`, minus
-`overlap`, add up to the time to first token.
+Reading and preprocessing run in parallel with encoding. A stage's time is the time during which the stage was busy, so these times
+overlap. The part of reading and preprocessing that was hidden behind other work is reported as `overlap`. The stages before
+`generate`, minus `overlap`, add up to the time to first token.
 """
 
 import os
@@ -55,30 +55,30 @@ if TYPE_CHECKING:
 
 
 Path = str | os.PathLike[str]
-Shape = TypeVar("Shape")  # the class passed as `schema`
+Shape = TypeVar("Shape")  # the class that the caller passed as `schema`
 
 
 class VideoQA(Uncopied):
-    """A loaded model with a pruning method and a budget, ready to answer questions about videos. `VideoQA.load` creates one.
+    """A loaded model with a budget and a pruning method, ready to answer questions about videos. Create one with `VideoQA.load`.
 
-    `VideoQA` computes in the dtype that the model was loaded with, even inside torch's autocast.
+    `VideoQA` computes in the dtype in which the model was loaded, even inside a torch autocast region.
 
-    To process many videos, use `evoprune.batch.answers`, or `in_flight` (session/upcoming.py) for your own loop. Both read the next
-    videos while the current one is answered.
+    To process many videos, use `evoprune.batch.answers`, or write your own loop with `in_flight` (session/upcoming.py). Both read
+    the next videos while the current one is being answered.
 
     Attributes:
-        session: The `Session`: the loaded model with its pruning settings. The functions in `evoprune.session` take it.
+        session: The loaded model with its pruning settings. Pass this to the functions in `evoprune.session`.
 
     Args:
-        loaded: The model, from `load_model` (session/loading/model.py), or a `Session`. A session already has a load time and
-            pruning options, so `load_seconds` and `options` are then ignored.
-        load_seconds: Load time in seconds, for reports.
+        loaded: A model from `load_model` (session/loading/model.py), or a `Session`. A session already has a load time and pruning
+            options, so `load_seconds` and `options` are ignored in that case.
+        load_seconds: The time that loading took, in seconds. It appears in reports.
         options: `budget`, `method` and `seed`; see `load`.
 
     Raises:
         UsageError: If the budget or the method is invalid.
         ModelError: If the model has no tokenizer.
-        TypeError: If an option is unknown, or `loaded` is the name of a model instead of a loaded model.
+        TypeError: If an option is unknown, or if `loaded` is a model's name instead of a loaded model.
     """
 
     INSTEAD = "threads may share it; another process loads its own, with VideoQA.load"
@@ -97,7 +97,7 @@ class VideoQA(Uncopied):
         if not isinstance(loaded, LoadedModel | Session):
             raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
         self.session = Session(loaded, pruning.config(), load_seconds) if isinstance(loaded, LoadedModel) else loaded
-        self._ahead: ReadAhead | None = None  # prefetched inputs, or None
+        self._ahead: ReadAhead | None = None  # inputs that are being prefetched, or None
         self.loaded.check_answers()
 
     @classmethod
@@ -110,16 +110,16 @@ class VideoQA(Uncopied):
         ahead: Path | Sequence[Path] | ReadAhead | None = None,
         **options: "Unpack[LoadKeywords]",
     ) -> "VideoQA":
-        """Load a model. Options are checked before any weights are read.
+        """Load a model. All options are checked before any weights are read.
 
         Raises the same errors as `load_model` and the constructor.
 
         Args:
             model: A hub id, a local folder, demo, or demo-scenes.
-            progress: Called with the number of layers quantized so far and the total number of layers.
-            ahead: The input that will be passed first to `encode` or `ask`, without options. It is read while the model loads. For
-                inputs with options, pass the result of `evoprune.read_ahead`.
-            options: How the model is loaded and how it prunes: the fields of `keywords.LoadKeywords`.
+            progress: Called with the number of layers that have been quantized and the total number of layers.
+            ahead: The input that you will pass to `encode` or `ask` first, without options. It is read while the model loads. To
+                read an input with options, pass the result of `evoprune.read_ahead` instead.
+            options: How to load the model and how to prune: the fields of `keywords.LoadKeywords`.
         """
         check_type("progress", progress, Callable | None)
         loading, pruning = from_keywords({"model": model, **options}, ModelOptions, PruneOptions)
@@ -127,7 +127,7 @@ class VideoQA(Uncopied):
             return cls(Session.load(loading, pruning, progress=progress))
         if not isinstance(ahead, ReadAhead):
             paths = _paths_of(ahead)
-            pruning.config()  # rejects invalid settings before looking for the model
+            pruning.config()  # raises an error for invalid settings before looking for the model
             ahead = ReadAhead(describe(loading), [(paths, SamplingOptions())], pruning)
         same = ahead.model.options == loading
         try:
@@ -147,7 +147,7 @@ class VideoQA(Uncopied):
         return repr(self.session).replace("Session", "VideoQA", 1)
 
     def unpruned(self) -> "VideoQA":
-        """Return the same model and seed without pruning, as the baseline for comparisons."""
+        """Return a `VideoQA` with the same model and seed that does not prune, as a baseline for comparisons."""
         return VideoQA(self.session.unpruned())
 
     @takes(SamplingOptions)
@@ -161,24 +161,26 @@ class VideoQA(Uncopied):
         progress: Callable[[str, int, int], None] | None = None,
         **options: "Unpack[SamplingKeywords]",
     ) -> EncodedInputs:
-        """Read, preprocess and encode a video or a picture, or several of them that will be asked about together.
+        """Read, preprocess and encode a video or a picture, or several inputs for questions about all of them together.
 
         Args:
             path: The path of a file or of a folder of frames; an http or https URL; the bytes of a file; a file opened in binary
                 mode, which is read from its current position; a Pillow image; or frames as a uint8 RGB array `[T, H, W, 3]`, with
-                `frame_rate` or `times_s`. For several inputs, a list of these in the order in which the model reads them.
-            times_s: For an array, the time at which each frame begins, in seconds, in ascending order.
-            name: Name of a single input in reports. Default: its path, its URL without the password, or `<array>`, `<bytes>`,
-                `<file>` or `<picture>`.
-            cache: Stores encoded inputs, except arrays. It is not used with a method that reads the question.
+                `frame_rate` or `times_s`. For several inputs, pass a list of these in the order in which the model should read
+                them.
+            times_s: For an array, the start time of each frame in seconds, in ascending order.
+            name: The name that a single input has in reports. The default is its path, its URL without the password, or `<array>`,
+                `<bytes>`, `<file>` or `<picture>`.
+            cache: A disk cache for encoded inputs other than arrays. It is not used if the method reads the question.
             progress: Called with a stage, the number of finished steps, and the total; see `encoding.OpenInput.encode`. During a
-                download, the stage is "download", with the number of bytes so far and the total, or 0 if the total is unknown.
-            options: How frames are sampled: the fields of `keywords.SamplingKeywords`.
+                download, the stage is "download", and the numbers are the bytes received so far and the total, or 0 if the total is
+                unknown.
+            options: How to sample frames: the fields of `keywords.SamplingKeywords`.
 
         Raises:
-            VideoError: If the input or its subtitles are missing, unreadable or empty, or cannot be downloaded.
-            UsageError: If an option is out of range, an array has no frame rate or times or has the wrong shape or dtype, a time
-                range is given for a picture, one subtitle file is given for several videos, or a URL is given after
+            VideoError: If an input or its subtitles are missing, unreadable or empty, or cannot be downloaded.
+            UsageError: If an option is out of range, an array has the wrong shape or dtype or has neither a frame rate nor times, a
+                time span is given for a picture, one subtitle file is given for more than one video, or a URL is given after
                 `load(offline=True)`.
             OutOfMemory: If a stage needs more memory than is available.
             TypeError: If an option is unknown.
@@ -226,18 +228,18 @@ class VideoQA(Uncopied):
         on_thoughts: Callable[[str], None] | None = None,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
-        """Ask one question about one input or several inputs together. Combines `encode` and `EncodedInputs.ask`.
+        """Ask a question about one or more inputs. This combines `encode` and `EncodedInputs.ask`.
 
         Args:
-            inputs: An input in any form that `encode` accepts, which is then encoded with default options, or a result of `encode`
-                from this `VideoQA`, which is reused. For several inputs, a list of these in the order in which the model reads
-                them.
-            question: The question. It is passed to the model unchanged.
+            inputs: An input in any form that `encode` accepts, or a result of this object's `encode` method. The former is encoded
+                with the default options, and the latter is reused. For several inputs, pass a list of these in the order in which
+                the model should read them.
+            question: The question, which is passed to the model unchanged.
             seed, on_thoughts, options: See `EncodedInputs.ask`.
 
         Raises:
-            UsageError: If an input was encoded for a different model or with different pruning.
-            EvopruneError: If `encode` or `EncodedInputs.ask` fails; see there.
+            UsageError: If an input was encoded by a different model or with different pruning settings.
+            EvopruneError: If `encode` or `EncodedInputs.ask` fails.
         """
         (generation,) = from_keywords(options, GenerationOptions)
         given = inputs if isinstance(inputs, list | tuple) else [inputs]
@@ -261,7 +263,7 @@ class VideoQA(Uncopied):
                     self.session.longest_prompt(plans, [question], generation, encoded_plans)
             encoded = [item if isinstance(item, EncodedInputs) else item.encode() for item in opened]
         asked = EncodedInputs.together(self.session, encoded)
-        if asked not in opened:  # the caller has no reference to it and cannot ask another question
+        if asked not in opened:  # the caller has no reference to these inputs and so cannot ask another question
             asked.last_question = True
         return asked.ask(question, seed=seed, on_thoughts=on_thoughts, **options)
 
@@ -275,13 +277,15 @@ class VideoQA(Uncopied):
         name: str = "stream",
         **options: "Unpack[StreamKeywords]",
     ) -> "VideoStream":
-        """Start a live video. Use it in a `with` statement: `add` feeds frames, and `ask` asks about everything seen so far.
+        """Start watching a live video.
+
+        Use the result in a `with` statement. Its `add` method takes the next frames, and `ask` asks about everything seen so far.
 
         Args:
-            fps: Number of frames per second to sample. Default: the model's rate.
+            fps: Number of frames to sample per second. The default is the model's own rate.
             max_visual_tokens: Maximum number of visual tokens in a window before pruning; see `encode`.
-            system: A system prompt. None uses the model's default.
-            name: Name of the stream in reports.
+            system: The system prompt. None means the model's default.
+            name: The name that the stream has in reports.
             options: How the stream is remembered: the fields of `keywords.StreamKeywords`.
 
         Raises:
@@ -310,22 +314,23 @@ class VideoQA(Uncopied):
         cache: "Cache | None" = None,
         **options: "Unpack[FindKeywords]",
     ) -> "list[Moment]":
-        """Find the moments of a video that match a query, best first. With several queries, the moments are grouped by query.
+        """Find the moments of a video that match a query, best first. With more than one query, the moments are grouped by query.
 
-        The video is cut into segments. For each segment, the keyframes are read, encoded once, and asked about every query. If
-        "yes" is much more probable than in most segments, densely sampled frames show when the moment begins and ends. Memory use
-        does not grow with the length of the video.
+        The video is cut into segments. The keyframes of each segment are read and encoded once, and the model is then asked every
+        query about them. If it finds "yes" much more probable for one segment than for most others, densely sampled frames are used
+        to determine when the moment begins and ends. Memory use does not grow with the length of the video.
 
         Args:
-            path: A single video, as for `encode`, but not an array.
+            path: A single video in any form that `encode` accepts, except an array.
             query: A query such as "a red star", or several queries.
-            fps: Number of frames per second to sample in all segments. Default: the model's rate, or less in a long video
-                (`total_tokens`).
+            fps: Number of frames to sample per second, in all segments. The default is the model's own rate, or less for a long
+                video (see `total_tokens`).
             start_s, end_s: The part of the video to search, in seconds. Negative times count from the end of the video.
-            progress: Called with "segment", the number of segments read and the total; then with "piece" for parts of the best
-                segments; then, for each query, with "moment", the number of moments whose start and end are known, and the total.
+            progress: Called with "segment", the number of segments that have been read, and the total. Later it is called with
+                "piece" for parts of the best segments, and with "moment" for each query, with the number of moments whose start and
+                end have been found, and the total.
             cache: See `encode`. Encoded segments are stored in a subfolder, so that other queries can reuse them.
-            options: How moments are found: the fields of `keywords.FindKeywords`.
+            options: How to find moments: the fields of `keywords.FindKeywords`.
 
         Raises:
             UsageError: If an option or a query is invalid, or the input is a picture.
@@ -350,7 +355,7 @@ class VideoQA(Uncopied):
 
 
 def _paths_of(given: Any) -> list[str]:
-    """Return the paths of one or several inputs as strings.
+    """Return one or more input paths as a list of strings.
 
     Raises:
         UsageError: If there are no paths, or a value is not a path.
