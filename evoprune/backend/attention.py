@@ -1,6 +1,6 @@
-"""Attention for each device, with kernels for prompts and for groups of patches.
+"""Choose the fastest way to compute attention on each device, both for prompts and for groups of patches.
 
-cuDNN attention is never used on CUDA, because it can spend seconds planning for each new shape.
+cuDNN's attention is never used on CUDA, because it can spend seconds on planning for each new shape.
 """
 
 import math
@@ -17,8 +17,8 @@ from evoprune.backend.devices import as_current, is_host, uses_kernels
 
 T = TypeVar("T")
 
-# From this number of keys on, the fused kernel is faster, because the scores no longer fit into the CPU cache. For an image of
-# 2688x2688 pixels (36,864 patches), it takes a third of the time.
+# With at least this many keys, the attention scores no longer fit into the CPU cache, so the fused kernel is faster than two matrix
+# products. For an image of 2688x2688 pixels (36,864 patches), it takes a third of the time.
 LONG = 4096
 
 _lock = threading.Lock()
@@ -30,7 +30,8 @@ _setting_before = False
 def without_cudnn() -> Iterator[None]:
     """Keep `scaled_dot_product_attention` from choosing cuDNN. Works as a context manager and as a decorator.
 
-    The setting is process-wide. The first thread to enter saves its value, and the last thread to leave restores it.
+    Torch's setting applies to the whole process. The first thread to enter the context saves the setting, and the last thread to
+    leave it restores the setting.
     """
     global _active, _setting_before
     with _lock:
@@ -48,14 +49,14 @@ def without_cudnn() -> Iterator[None]:
 
 
 class Attention:
-    """Decides how attention runs on a device in a given dtype.
+    """Decides how attention is computed on a given device and in a given dtype.
 
     Args:
         device: The device of the queries, keys and values.
         dtype: The dtype of the queries, keys and values.
     """
 
-    # Kernels that cannot handle an infinite bias ignore a key by giving it the weight e^-NEVER.
+    # Kernels that cannot handle an infinite bias hide a key by giving it a weight of e^-NEVER.
     NEVER = 1000.0
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
@@ -64,20 +65,21 @@ class Attention:
 
     @classmethod
     def of(cls, x: torch.Tensor) -> Self:
-        """Return the attention for tensors with the device and dtype of `x`."""
+        """Return the `Attention` for the device and dtype of a tensor."""
         return cls(x.device, x.dtype)
 
     def prefers_products(self, keys: int) -> bool:
-        """Return True if two matrix products are faster than a fused kernel for this number of keys.
+        """Return True if two matrix products, with the scores held in memory, are faster than a fused kernel.
 
-        This is the case for bf16 on a CPU with fewer than `LONG` keys. The scores between the two products are held in memory.
+        This is the case for bf16 on a CPU if there are fewer than `LONG` keys.
         """
         return is_host(self._device) and self._dtype == torch.bfloat16 and keys < LONG
 
     def of_transformers(self) -> tuple[str, str | None]:
-        """Return the fastest attention implementation in transformers: flash-attn if it is installed, otherwise torch's SDPA.
+        """Return the name of transformers' fastest attention implementation on this device, and a note for reports.
 
-        The second value is a note for reports on how the transformers tower runs with it, or None on a CPU.
+        The fastest implementation is flash-attn if it is installed, otherwise torch's SDPA. The note says how the transformers
+        tower runs with it. On a CPU, the note is None.
         """
         if is_host(self._device):
             return "sdpa", None
@@ -87,11 +89,11 @@ class Attention:
 
     @property
     def varlen_kernel(self) -> Callable | None:
-        """A function that computes attention within groups of different lengths in one call, or None if torch lacks it here.
+        """A function that computes attention within groups of different lengths in a single call, or None if unsupported.
 
-        The function takes queries, keys and values `[patches, heads, d]`, the cumulative group ends among queries and among keys
-        (int32), the maximum number of queries and of keys in a group, and `scale`. It requires 16-bit floats and an Ampere or newer
-        CUDA GPU.
+        The function takes queries, keys and values (each `[patches, heads, d]`), the cumulative ends of the groups among the
+        queries and among the keys (int32), the maximum numbers of queries and keys in a group, and `scale`. It requires 16-bit
+        floats and a CUDA GPU of the Ampere generation or newer.
         """
         half = self._dtype in (torch.bfloat16, torch.float16)
         if not uses_kernels(self._device) or torch.version.cuda is None or not half:
@@ -102,12 +104,16 @@ class Attention:
         return attend_varlen
 
     def form_of_groups(self, by_length: Callable[[], T], packed: Callable[[Callable], T], padded: Callable[[], T]) -> T:
-        """Return attention groups in the form that runs fastest on the device.
+        """Create attention groups in the form that runs fastest on the device.
 
         Args:
-            by_length: Creates the form for a CPU, which reads the lengths of the groups.
-            packed: Creates the form for a kernel, which is passed as an argument (see `varlen_kernel`).
-            padded: Creates the form for devices without such a kernel.
+            by_length: Creates groups for the CPU, where the lengths of the groups can be read.
+            packed: Creates groups for a kernel that handles groups of different lengths. It receives that kernel as its argument
+                (see `varlen_kernel`).
+            padded: Creates groups for devices that have no such kernel.
+
+        Returns:
+            The result of whichever function was called.
         """
         if is_host(self._device):
             return by_length()
@@ -117,22 +123,25 @@ class Attention:
     def causal(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
     ) -> torch.Tensor | None:
-        """Return causal attention for the last L of n columns, `[..., L, d]`, or None if no kernel can compute it without a mask.
+        """Compute causal attention for the last L of n columns, without a mask if possible.
 
-        On CUDA, kernels without a mask are several times faster than kernels with a mask.
+        On CUDA, kernels that need no mask are several times faster than kernels with a mask.
 
         Args:
             queries: `[..., heads, L, d]`.
             keys, values: `[..., heads, n, d]`.
-            scale: The scale of the scores, or None for torch's default.
+            scale: The factor for the scores. None means torch's default.
+
+        Returns:
+            `[..., heads, L, d]`, or None if no kernel can compute this attention without a mask.
         """
         if queries.shape[2] == keys.shape[2]:
             return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
         if not uses_kernels(self._device):
             return None
-        # `torch.nn.attention.bias` calls the same operator, but imports all of torch.compile. The causal mask of flash attention is
-        # aligned to the lower right corner, while torch's is aligned to the upper left. The check would therefore reject
-        # is_causal=True, so it is used here only for shapes and dtypes.
+        # `torch.nn.attention.bias` calls the same operator, but importing it imports all of torch.compile. Flash attention aligns
+        # the causal mask to the lower right corner, whereas torch aligns it to the upper left corner. Torch's check would therefore
+        # reject is_causal=True for these shapes, so we pass False and use the check only for the shapes and dtypes themselves.
         params = torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, False, False)
         with as_current(self._device):  # the check queries the capability of the current device
             if not torch.backends.cuda.can_use_flash_attention(params) or queries.shape[3] % 8:
@@ -141,17 +150,17 @@ class Attention:
         return flash(queries, keys, values, 0.0, True, False, scale=scale)[0]
 
     def bias_features(self, bias: torch.Tensor, dim: int, least: float = -math.inf) -> torch.Tensor:
-        """Return additional key features `[n, e]`. Their product with ones adds `bias` to the attention scores of the keys.
+        """Return additional features for the keys, `[n, e]`, through which a kernel that accepts no mask can apply a bias.
 
-        This is how a bias gets into kernels that accept no mask. Heads can have up to 256 features, in multiples of eight, so `e`
-        is chosen to make `dim + e` a multiple of eight. The kernel divides scores by the square root of `dim`, so the bias is
-        multiplied by it here. The bias is split into the sum of two numbers, because a single bf16 number could be off by 2^-9 of
-        its value.
+        If the queries have ones in the additional features, the dot product of a query and a key includes the key's bias. Kernels
+        support heads with up to 256 features, in multiples of eight, so `e` is chosen to make `dim + e` a multiple of eight.
+        Because the kernel divides the scores by the square root of `dim`, the bias is multiplied by that root here. The result is
+        stored as the sum of two numbers, because a single bf16 number could be off by 2^-9 of its value.
 
         Args:
-            bias: float32 `[n]`, added to the scores of the keys.
-            dim: The number of features of a head, without the additional ones.
-            least: A lower bound. Smaller products are raised to it.
+            bias: float32 `[n]`, the bias to add to the scores of each key.
+            dim: The number of features in a head, not counting the additional ones.
+            least: A lower bound for the multiplied bias. Values below it are raised to it.
         """
         least = max(least, torch.finfo(self._dtype).min / 4)  # -inf times 0 would be NaN
         value = (bias * dim**0.5).clamp(min=least)
@@ -159,17 +168,20 @@ class Attention:
         return F.pad(torch.stack([high, (value - high.float()).to(self._dtype)], -1), (0, -(dim + 2) % 8))
 
     def room_for_bias(self, bias: torch.Tensor, columns: int, kv_heads: int, dim: int) -> torch.Tensor | None:
-        """Allocate a buffer for a layer's keys and values, with room for features that carry a bias: `[2, kv_heads, n, dim + e]`.
+        """Allocate a buffer for the keys and values of a layer, with additional features that apply a bias.
 
-        In the `e` additional features, keys get the result of `bias_features` and values get zeros. This allows kernels without a
-        mask, because masks are slow on a GPU. Returns None if the device has no such kernels or if there is only one column. In
-        these cases, callers apply the bias as a mask.
+        The additional features of the keys are filled with the result of `bias_features`, and those of the values with zeros. With
+        this buffer, attention needs no mask, which would be slow on a GPU.
 
         Args:
-            bias: float32 `[n]`, added to the scores of the keys.
+            bias: float32 `[n]`, the bias to add to the scores of each key.
             columns: The number of columns that have queries.
             kv_heads: The number of key/value heads.
-            dim: The number of features of a head.
+            dim: The number of features in a head, not counting the additional ones.
+
+        Returns:
+            `[2, kv_heads, n, dim + e]`, or None if the device has no kernel for this or if there is only one column. The caller
+            then applies the bias as a mask.
         """
         if columns == 1 or not uses_kernels(self._device):
             return None
@@ -189,7 +201,7 @@ def attend_varlen(
     most: int,
     scale: float,
 ) -> torch.Tensor:
-    """Compute the attention described in `Attention.varlen_kernel`.
+    """Compute attention within groups of different lengths (see `Attention.varlen_kernel` for the arguments).
 
     `torch.nn.attention.varlen` calls the same operator, but takes longer to import.
     """

@@ -1,11 +1,11 @@
 """Device-specific behavior: dtypes, chunk sizes, copies, synchronization, timing and memory.
 
-This module also decides whether to use kernels and CUDA graphs. If a kernel fails, it falls back to plain PyTorch with a single
-warning. On CUDA, it can capture a function as a graph, which replays all kernels with one launch, or run a function on a separate
+This module also decides whether to use kernels and CUDA graphs. If a kernel fails, evoprune warns once and falls back to plain
+PyTorch. On CUDA, a function can be captured as a graph, which replays all of its kernels with a single launch, or run on its own
 stream.
 
-Devices are torch devices. They are chosen when a model is loaded (`pick_device`), and from then on they come from the tensors.
-Functions outside of this package pass devices on without checking what kind they are.
+`pick_device` chooses the torch device when a model is loaded. After that, code takes the device from the tensors. Code outside this
+package passes devices along but never checks what kind they are.
 """
 
 import atexit
@@ -32,22 +32,22 @@ from evoprune.report import Environment
 
 T = TypeVar("T")
 
-WIDENED = ("compressed-tensors", "fp8")  # formats that transformers dequantizes when it loads weights on a CPU
+WIDENED = ("compressed-tensors", "fp8")  # formats that transformers dequantizes when it loads weights onto a CPU
 STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # dtype names in safetensors
-# The number of units whose rows are multiplied at a time. With 256 units (1,024 patches), matrix products run at full speed, and
-# their results stay in the CPU caches (results/benchmarks.md, "Kernels"). A GPU needs more units to be busy.
+# The number of units in a matrix product. With 256 units (1,024 patches), products run at full speed on a CPU and their results
+# still fit in its caches (results/benchmarks.md, "Kernels"). A GPU needs more units to stay busy.
 PIECE_UNITS = 256
 GPU_PIECE_UNITS = 8192
-# The number of score matrix entries to hold at a time, for the same reasons.
+# The number of attention scores to hold in memory at a time. The CPU and the GPU differ for the same reasons.
 SCORES = 1 << 21
 GPU_SCORES = 1 << 26
-# Side lengths of square matrix products that keep a device busy.
+# Sizes of square matrix products that are large enough to keep a device busy.
 SIDES = (1024, 2048)
 GPU_SIDES = (4096, 8192)
 
 
 class Device:
-    """The device-dependent properties of a run: speed, memory, clock, and the versions that reports include.
+    """Everything about a run that depends on its device: dtypes, chunk sizes, the clock, memory, and the facts shown in reports.
 
     Args:
         device: A torch device, or its name.
@@ -55,17 +55,17 @@ class Device:
 
     def __init__(self, device: torch.device | str):
         self._device = torch.device(device)
-        self._on_cuda = self._device.type == "cuda"  # torch keeps track of memory only on CUDA
+        self._on_cuda = self._device.type == "cuda"  # torch tracks memory only on CUDA
         self._on_host = is_host(self._device)
 
     @property
     def kind(self) -> str:
-        """The kind of the device, such as "cuda" for "cuda:1". Devices of the same kind compute the same numbers."""
+        """The kind of device, such as "cuda" for "cuda:1". Devices of the same kind compute the same numbers."""
         return self._device.type
 
     @staticmethod
     def describe_all() -> dict[str, str]:
-        """Return a description of each available device (product name and capabilities), keyed by device name."""
+        """Return a dictionary from the name of each available device to its product name and capabilities."""
         cpu = Device("cpu")
         bf16 = "yes" if cpu.default_dtype == "bf16" else "no"
         devices = {"cpu": f"{cpu.product_name}, bf16 {bf16}"}
@@ -76,7 +76,7 @@ class Device:
 
     @staticmethod
     def kinds() -> set[str]:
-        """Return the kinds of devices that torch can use here: "cpu", and the accelerator's kind if there is an accelerator."""
+        """Return the kinds of devices that torch can use here: "cpu", plus the kind of accelerator if there is one."""
         return {"cpu", accelerator() or "cpu"}
 
     @property
@@ -90,7 +90,7 @@ class Device:
             return platform.processor() or platform.machine()
 
     def environment(self) -> Environment:
-        """Return the package versions, the product name of the device, and the number of threads."""
+        """Return the package versions, the device's product name, and the number of torch threads."""
         return Environment(
             evoprune=evoprune.__version__,
             torch=str(torch.__version__),
@@ -101,39 +101,39 @@ class Device:
 
     @property
     def holds_values(self) -> bool:
-        """Whether tensors on the device have values. Tensors on the meta device have only shapes."""
+        """Whether tensors on the device hold data. Tensors on the meta device have only a shape."""
         return self._device.type != "meta"
 
     @property
     def default_dtype(self) -> str:
-        """The name of the fastest dtype: "bf16" if the device has hardware bf16 matmul, otherwise "fp32"."""
+        """The fastest dtype on this device: "bf16" if it multiplies bf16 matrices in hardware, otherwise "fp32"."""
         return "bf16" if _has_bf16(self._device) else "fp32"
 
     def maps_weights(self, stored: Collection[str], dtype: torch.dtype, quantize: str) -> bool:
-        """Return True if weights stay memory-mapped until they are packed or quantized, as on a CPU.
+        """Return True if the weights stay memory-mapped until they are packed or quantized. This happens only on a CPU.
 
         Args:
-            stored: The dtypes of the weights in the files, under their safetensors names.
-            dtype: The requested dtype.
+            stored: The dtypes of the weights in the model's files, named as in safetensors.
+            dtype: The dtype that the weights will have.
             quantize: The requested kind of quantization, or "none".
         """
         return self._on_host and (quantize != "none" or {*stored} == {STORED[dtype]})
 
     def widens(self, quantization: str | None) -> bool:
-        """Return True if weights with this quantization are dequantized when they are loaded."""
+        """Return True if weights that are stored with this kind of quantization are dequantized when they are loaded."""
         return self._on_host and quantization in WIDENED
 
     @property
     def busy_cores(self) -> int:
         """The number of cores that a running model keeps busy.
 
-        This is the number of torch threads on the CPU, or one core to drive any other device.
+        On the CPU, this is the number of torch threads. Any other device needs only one core to drive it.
         """
         return torch.get_num_threads() if self._on_host else 1
 
     @property
     def piece_units(self) -> int:
-        """The number of units to embed, or to send through a matrix product, at a time."""
+        """The number of units that are embedded or multiplied by a weight matrix at a time."""
         return PIECE_UNITS if self._on_host else GPU_PIECE_UNITS
 
     @property
@@ -143,31 +143,31 @@ class Device:
 
     @property
     def scores_at_a_time(self) -> int:
-        """The number of score matrix entries to hold at a time."""
+        """The number of attention scores to hold in memory at a time."""
         return SCORES if self._on_host else GPU_SCORES
 
     @property
     def product_sides(self) -> tuple[int, ...]:
-        """Side lengths of the square matrix products used to measure the matmul rate."""
+        """Sizes of the square matrix products that are used to measure the matmul rate."""
         return SIDES if self._on_host else GPU_SIDES
 
     @property
     def uses_kernels(self) -> bool:
-        """Whether kernels run. They run only on CUDA, unless plain PyTorch is requested."""
+        """Whether this device runs evoprune's kernels. Only CUDA does, and only if plain PyTorch is not requested."""
         return uses_kernels(self._device)
 
     @property
     def capture(self) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
-        """`run_and_capture` for this device, or None if the device has no CUDA graphs or plain PyTorch is requested."""
+        """A function like `run_and_capture` with the device filled in. None if CUDA graphs are unsupported or disabled."""
         if not self.uses_kernels or torch.version.cuda is None:
             return None
         return lambda function: run_and_capture(function, self._device)
 
     def run_beside(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Run a function in its own thread and CUDA stream. This is a no-op on other devices.
+        """Run a function in its own thread and on its own CUDA stream. On other devices, the function is not run at all.
 
         Returns:
-            A function that waits for the thread to end. Exceptions in the thread are discarded.
+            A function that waits until the thread has finished. Exceptions raised in the thread are discarded.
         """
         if not self._on_cuda:
             return lambda: None
@@ -176,17 +176,17 @@ class Device:
             device = torch.device("cuda", torch.cuda.current_device())
 
         def run() -> None:
-            # The program will do the same work again later, and will report the error then.
+            # The program does the same work again later and reports the error then.
             with suppress(Exception), as_current(device), torch.cuda.stream(torch.cuda.Stream(device)):
                 function()
 
         thread = threading.Thread(target=run, name="evoprune-beside", daemon=True)
         thread.start()
-        atexit.register(thread.join)  # a compiler that still runs while the interpreter shuts down would crash it
+        atexit.register(thread.join)  # a compiler that is still running while the interpreter shuts down would crash it
         return thread.join
 
     def now(self) -> float:
-        """Return the current time in seconds. On an accelerator, this first waits until all launched kernels have finished."""
+        """Return the current time in seconds. On an accelerator, wait first until all launched kernels have finished."""
         if self._device.type == accelerator():
             torch.accelerator.synchronize(self._device)
         return time.perf_counter()
@@ -194,8 +194,9 @@ class Device:
     def available_memory(self) -> int | None:
         """Return the number of bytes that this process can allocate without swapping.
 
-        On CUDA, this is the device's free memory plus the unused part of torch's allocator. On other devices, it is the host's
-        memory (see `limits.Host`). Returns None if the number is unknown or if this is the meta device.
+        On CUDA, this is the device's free memory plus the memory that torch's allocator has reserved but does not use. On other
+        devices, it is the host's available memory (see `limits.Host`). None means that the number is unknown, or that this is the
+        meta device.
         """
         if self._on_cuda:
             cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
@@ -203,16 +204,16 @@ class Device:
         return limits.Host().available_memory() if self.holds_values else None
 
     def shortage(self, needed: int) -> str | None:
-        """Describe how much memory is missing for `needed` bytes. Returns None if enough memory is available."""
+        """Return a message if fewer than `needed` bytes of memory are available, otherwise None."""
         available = self.available_memory()
         if available is None or needed <= available:
             return None
         return f"needs about {_size(needed)} of memory, and {_size(available)} are available"
 
     def memory_in_use(self) -> tuple[int | None, int | None]:
-        """Return the bytes that this process currently uses: its own memory, and mapped file pages.
+        """Return how many bytes this process uses for its own memory and how many for mapped files.
 
-        Both are None on CUDA or if they are unknown.
+        Both values are None on CUDA, and on systems where they cannot be measured.
         """
         if self._on_cuda:
             return None, None
@@ -225,12 +226,12 @@ class Device:
     def peak_memory(self) -> int | None:
         """Return the peak memory in bytes, or None if it is unknown.
 
-        On CUDA, this is the peak of torch's allocator. On other devices, it is the peak RSS of this process.
+        On CUDA, this is the peak memory of torch's allocator. On other devices, it is the peak RSS of this process.
         """
         if self._on_cuda:
             return torch.cuda.max_memory_allocated(self._device)
         try:
-            # getrusage is only a fallback, because its peak includes the parent process on Linux.
+            # getrusage is only a fallback, because on Linux its peak includes the parent process.
             return limits.kib(Path("/proc/self/status"), "VmHWM")[0]
         except (OSError, KeyError):
             pass
@@ -245,19 +246,19 @@ class Device:
 
     @property
     def peak_memory_note(self) -> str | None:
-        """A note for reports if `peak_memory` covers more than the measured model, otherwise None."""
+        """A note for reports saying that `peak_memory` covers more than the measured model, or None if it does not."""
         if self._on_cuda:
             return None
         return "peak memory is measured for the whole process, including the weights of all rows"
 
     def reset_peak_memory(self) -> bool:
-        """Reset the peak that `peak_memory` returns. Returns False if the system does not support this."""
+        """Reset the value that `peak_memory` returns. Return False if the system does not support this."""
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
             return True
         try:
             with open("/proc/self/clear_refs", "w") as f:
-                empty_cache()  # otherwise, cached memory would be reused without raising the peak
+                empty_cache()  # otherwise, a later run could reuse cached memory without raising the peak
                 f.write("5")
         except OSError:
             return False
@@ -271,13 +272,13 @@ def _size(size: int) -> str:
 
 
 def pick_device(name: str, *, auto: bool = False) -> torch.device:
-    """Return the device with this name.
+    """Return the torch device with this name after checking that it works.
 
-    Warns if `auto` chose the CPU because no GPU driver files were found, although torch finds a GPU.
+    If "auto" was resolved to the CPU because no GPU driver files were found, but torch does find a GPU, this issues a warning.
 
     Args:
-        name: A device name as in options, already resolved, so it is never "auto".
-        auto: Whether the option was "auto" and `name` is the result of `DeviceName.resolve`.
+        name: The name of a torch device (never "auto").
+        auto: Whether the device option was "auto", so that `name` is the result of `DeviceName.resolve`.
 
     Raises:
         UsageError: If the device cannot be used.
@@ -304,14 +305,14 @@ def pick_device(name: str, *, auto: bool = False) -> torch.device:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Return True if a device has hardware bf16 matmul. Without it, as on older CUDA GPUs, bf16 is slower than fp32."""
+    """Return True if a device multiplies bf16 matrices in hardware. Otherwise (older CUDA GPUs), bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return device.type == "xpu"
     flags = set()
     cpuinfo = Path("/proc/cpuinfo")
-    if hasattr(torch.cpu, "get_capabilities"):  # missing in the oldest supported torch version
+    if hasattr(torch.cpu, "get_capabilities"):  # missing from the oldest supported version of torch
         flags = {name for name, value in torch.cpu.get_capabilities().items() if value}
     elif cpuinfo.is_file():
         flags = set(cpuinfo.read_text().split())
@@ -320,23 +321,22 @@ def _has_bf16(device: torch.device) -> bool:
 
 @cache
 def _installed(package: str) -> str:
-    """Return the version of an installed package. Cached because the lookup reads files."""
     return version(package)
 
 
 def is_host(device: torch.device) -> bool:
     """Return True if a device is the CPU.
 
-    On the CPU, reading a value requires no synchronization, so shapes can depend on values. Weights can stay memory-mapped, and
-    matrix products run in oneDNN.
+    On the CPU, reading a value from a tensor requires no synchronization, so shapes can depend on values. Weights can stay
+    memory-mapped, and matrix products run in oneDNN.
     """
     return device.type == "cpu"
 
 
 def accelerator() -> str | None:
-    """Return the kind of accelerator that torch drives with streams and events, or None.
+    """Return the kind of accelerator that torch supports with streams and events, or None if there is none.
 
-    Copies from pinned memory to the accelerator are asynchronous.
+    Copies from pinned memory to such an accelerator are asynchronous.
     """
     device = torch.accelerator.current_accelerator()
     return device and device.type
@@ -350,9 +350,9 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Timer:
-    """A context manager that adds up the time spent in its blocks.
+    """A context manager that can be entered repeatedly and adds up the time spent inside.
 
-    On an accelerator, it records events and synchronizes only in `seconds`.
+    On an accelerator, it records events, and does not synchronize until `seconds` is called.
     """
 
     def __init__(self, device: torch.device):
@@ -366,7 +366,7 @@ class Timer:
         self._marks.append(self._mark())
 
     def copy(self) -> "Timer":
-        """Return a new timer that starts with the time measured so far."""
+        """Return a new timer that starts from the time this timer has measured so far."""
         timer = Timer(self._device or torch.device("cpu"))
         timer._marks = list(self._marks)
         return timer
@@ -379,7 +379,7 @@ class Timer:
         return event
 
     def seconds(self) -> float:
-        """Return the total time so far in seconds. On an accelerator, this waits for the last block to finish."""
+        """Return the total time so far, in seconds. On an accelerator, wait for the last timed block to finish."""
         pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
         if self._device is None:
             return sum(end - start for start, end in pairs)
@@ -389,7 +389,7 @@ class Timer:
 
 
 def empty_cache() -> None:
-    """Return unused cached memory to the system, from both the CUDA allocator and glibc."""
+    """Make the CUDA allocator and glibc return their unused memory to the system."""
     torch.cuda.empty_cache()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -402,18 +402,18 @@ _plain_pytorch: list[bool] = []
 
 
 def wants_plain_pytorch() -> bool:
-    """Return True if EVOPRUNE_PLAIN is set to a value other than 0, or if a `plain_pytorch` context is active."""
+    """Return True if EVOPRUNE_PLAIN is set to anything but 0, or inside a `plain_pytorch` context."""
     return bool(_plain_pytorch) or os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
 
 
 def uses_kernels(device: torch.device) -> bool:
-    """Return True if a device uses kernels. Kernels run only on CUDA, unless plain PyTorch is requested."""
+    """Return True if a device runs evoprune's kernels. Only CUDA does, and only if plain PyTorch is not requested."""
     return device.type == "cuda" and not wants_plain_pytorch()
 
 
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
-    """Disable kernels and CUDA graphs within this context, and run transformers' own layers."""
+    """Disable kernels and CUDA graphs within this context, so that models run transformers' own layers."""
     _plain_pytorch.append(True)
     try:
         yield
@@ -435,11 +435,11 @@ def failed(what: str) -> bool:
 
 
 def give_up(what: str, consequence: str, problem: Exception) -> None:
-    """Stop using kernels for `what`, and warn about it. If `problem` is an out-of-memory error, it is raised again instead.
+    """Stop using kernels for a task and warn about it. If the problem is an out-of-memory error, raise it again instead.
 
     Args:
-        what: The work that runs without kernels from now on, as a name for `failed`.
-        consequence: What happens without kernels. This is the beginning of the warning.
+        what: The name of the task that runs without kernels from now on. `failed` then returns True for this name.
+        consequence: The first words of the warning, which say how the task runs from now on.
         problem: The exception that a kernel raised.
     """
     if is_out_of_memory(problem):
@@ -449,10 +449,10 @@ def give_up(what: str, consequence: str, problem: Exception) -> None:
 
 
 def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Callable]:
-    """Decorate a function that runs kernels, so that `plain_form` is called instead if kernels are disabled or have failed.
+    """Decorate a function that runs kernels, so that `plain_form` is called instead if kernels are disabled or fail.
 
-    `plain_form` takes the same arguments as the function. The first failure causes a warning. Out-of-memory errors are raised
-    instead of triggering the fallback.
+    `plain_form` takes the same arguments as the function. A warning is issued when the kernels fail for the first time.
+    Out-of-memory errors do not trigger the fallback, but propagate.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -477,10 +477,10 @@ _NOTHING = nullcontext()
 
 
 def as_current(device: torch.device) -> AbstractContextManager:
-    """Return a context that makes a CUDA device the current device of this thread. It is a no-op for other devices.
+    """Return a context that makes a CUDA device this thread's current device. For other devices, the context does nothing.
 
-    Triton launches kernels on the current device, and torch reports the capabilities of the current device. Torch's own operators
-    take the device from their tensors.
+    This is needed because Triton launches kernels on the current device, and some torch functions report the capabilities of the
+    current device. Torch's own operators take the device from their tensors instead.
     """
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return _NOTHING
@@ -488,7 +488,7 @@ def as_current(device: torch.device) -> AbstractContextManager:
 
 
 def on_its_device(function: Callable) -> Callable:
-    """Decorate a function that launches Triton kernels, so that they run on the device of the function's first argument."""
+    """Decorate a function that launches Triton kernels, so that they run on the device of its first argument."""
 
     @wraps(function)
     def run(first: torch.Tensor, *args, **kwargs):
@@ -502,18 +502,20 @@ def run_and_capture(function: Callable[[], None], device: torch.device) -> Calla
     """Run a function, then capture it as a CUDA graph.
 
     Args:
-        function: Reads and writes tensors that outlive the graph. It must not copy anything to the host. Its exceptions propagate.
+        function: The function to capture. It reads and writes tensors that must outlive the graph, and must not copy anything to
+            the host. Exceptions that it raises propagate.
         device: The CUDA device.
 
     Returns:
-        A function that replays the kernels. Values that `function` read on the host keep the values they had during the capture.
+        A function that replays the captured kernels. Host values that `function` used during the capture stay the same in every
+        replay.
     """
     stream = torch.cuda.Stream(device)
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
     with as_current(device), torch.cuda.stream(stream):
-        function()  # sets up libraries and loads kernels, which is not allowed during a capture
-        # `torch.cuda.graph` is not used, because it would empty the allocator. The error mode allows other threads to use the
+        function()  # the first call sets up libraries and loads kernels, which is not allowed during a capture
+        # We do not use `torch.cuda.graph`, because it would empty the allocator. This error mode allows other threads to use the
         # device during the capture.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
@@ -530,8 +532,8 @@ def run_and_capture(function: Callable[[], None], device: torch.device) -> Calla
 
 
 def read_or(read: Callable[[], T], like: torch.Tensor, otherwise: T) -> T:
-    """Return `read()` if `like` is on the CPU, where reading values requires no synchronization.
+    """Return `read()` if `like` is on the CPU, where reading a tensor's values requires no synchronization.
 
-    On other devices, return `otherwise` instead. This is a value that can be known without synchronization, such as an upper bound.
+    On other devices, return `otherwise` instead, which is typically an upper bound that is known without reading any values.
     """
     return read() if is_host(like.device) else otherwise

@@ -1,4 +1,4 @@
-"""How transformers modules run on each device: which layer implementation, which kernels, and how experts are multiplied."""
+"""Decide how transformers' modules run on each device: the implementation of layers and experts, and third-party kernels."""
 
 import sys
 import threading
@@ -14,19 +14,20 @@ from evoprune.backend.devices import is_host, wants_plain_pytorch
 
 T = TypeVar("T")
 
-# Names of the KV cache in the arguments and outputs of transformers models: since version 5.24, and before.
+# The argument of transformers models that takes the KV cache, and the field of their outputs that returns it. The first name is
+# used since transformers 5.24, the second one in older versions.
 CACHE_NAMES = ("cache", "past_key_values")
 
 EXPERTS = "evoprune"  # the name of `_experts_output` in transformers' registry of experts implementations
-# Functions in transformers modules that are GPU kernels if fla or causal-conv1d is installed.
+# Functions of transformers that are replaced with GPU kernels if fla or causal-conv1d is installed.
 FUSED = {"causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"}
-# Holds the number of active `without_packages` contexts of each thread.
+# Counts the `without_packages` contexts that are active in each thread.
 _thread = threading.local()
 
 
 @cache
 def cache_name() -> str:
-    """Return the argument name of the KV cache in the installed transformers version."""
+    """Return the name of the KV cache argument in the installed version of transformers."""
     from transformers.generation import GenerationMixin
 
     known = signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -34,15 +35,15 @@ def cache_name() -> str:
 
 
 def form_of_layers(device: torch.device, few: T, modules: T) -> T:
-    """Choose the function that runs the layers on a device.
+    """Choose between two implementations of a model's layers.
 
-    A CPU is limited by arithmetic, so it runs the modules. A GPU is limited by the number of operations, so it runs `few`. If plain
-    PyTorch is requested, all devices run the modules.
+    The CPU is limited by arithmetic, so it gets `modules`. Other devices are limited by the number of operations, so they get
+    `few`, unless plain PyTorch is requested.
 
     Args:
-        device: The device of the model.
-        few: Runs layers with few operations.
-        modules: Runs the transformers modules.
+        device: The model's device.
+        few: An implementation with as few operations as possible.
+        modules: An implementation that calls transformers' modules.
     """
     return modules if is_host(device) or wants_plain_pytorch() else few
 
@@ -50,15 +51,15 @@ def form_of_layers(device: torch.device, few: T, modules: T) -> T:
 def _experts_output(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return the output of a layer's experts, `[L, hidden]`.
 
-    On devices other than the CPU, a single column is multiplied with copies of its experts' weights, as transformers does during
-    generation. Several columns use the grouped matmul, which copies the ends of the groups to the host (except in bf16 on Hopper
-    and Blackwell GPUs). A CUDA graph cannot contain such a copy.
+    On devices other than the CPU, a single column is multiplied by copies of its experts' weights, as transformers does during
+    generation. More than one column goes through a grouped matmul. Except for bf16 on Hopper and Blackwell GPUs, the grouped matmul
+    copies the ends of its groups to the host, which is not possible inside a CUDA graph.
 
     Args:
-        layer: The experts, a transformers module.
+        layer: The transformers module that contains the experts.
         x: The columns, `[L, hidden]`.
-        chosen: int64 `[L, n]`, the experts of each column.
-        weights: `[L, n]`, the weights of the experts' outputs.
+        chosen: int64 `[L, n]`, the experts chosen for each column.
+        weights: `[L, n]`, the weight of each chosen expert's output.
     """
     from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
@@ -69,9 +70,9 @@ def _experts_output(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch
 
 @contextmanager
 def without_packages() -> Iterator[None]:
-    """Prevent linear attention layers in this thread from calling fla and causal-conv1d (context manager and decorator).
+    """Keep this thread's linear attention layers from calling fla and causal-conv1d. Works as a context manager and a decorator.
 
-    If these packages are installed, transformers calls them instead of its own functions. Before the first prompt, fla would spend
+    If these packages are installed, transformers calls them instead of its own functions. On the first prompt, fla would then spend
     more than a minute compiling and timing up to 59 variants of its kernels.
     """
     _thread.depth = getattr(_thread, "depth", 0) + 1
@@ -82,15 +83,16 @@ def without_packages() -> Iterator[None]:
 
 
 def choose_functions(model, *, experts: bool) -> None:
-    """Choose the functions that the language model of a `HostedVL` calls.
+    """Replace functions that the language model of a `HostedVL` calls, in place.
 
-    If `FUSED` kernels are installed, transformers calls them on any device, but they fail on a CPU. This replaces them, so that
-    transformers' own functions run on the CPU and within `without_packages`.
+    If the kernels in `FUSED` are installed, transformers calls them on every device, although they fail on a CPU. Their
+    replacements call transformers' own functions on the CPU and inside a `without_packages` context, and the kernels everywhere
+    else.
 
     Args:
-        model: The model, which is changed in place.
-        experts: Make mixtures of experts call `_experts_output`, unless an implementation other than transformers' default was
-            chosen.
+        model: The `HostedVL` to change.
+        experts: Whether a mixture of experts should call `_experts_output`. This has no effect if the model already uses an
+            implementation other than transformers' default.
     """
     text = model.model.language_model
     for source in {type(part).__module__ for part in text.modules()}:

@@ -1,7 +1,8 @@
-"""Patches for transformers attention layers that select keys with an indexer (Qwen4-Exp), so that masks can contain biases.
+"""Patch the attention layers of Qwen4-Exp, which select keys with an indexer, so that their masks can contain biases.
 
-The indexer treats a key as hidden unless its mask is exactly 0. With a mask that contains biases for cluster sizes, it would
-therefore miss most visual tokens. It also selects keys in a loop over all columns, even if it must select all of them.
+In transformers, the indexer treats a key as hidden unless its mask value is exactly 0. If the mask contains biases for the sizes of
+clusters, the indexer would therefore ignore most visual tokens. It also loops over all columns to select their keys, even if every
+key has to be selected.
 """
 
 from functools import wraps
@@ -12,7 +13,7 @@ METHOD = "_evoprune_forward"
 
 
 def accept_biases(model) -> None:
-    """Permanently patch the classes of a model's indexers to accept masks with biases. Other models are not affected."""
+    """Patch the classes of a model's indexers, for good, to accept masks with biases. Models without indexers stay unchanged."""
     for kind in {type(part) for part in model.modules() if hasattr(part, "index_qk_proj")}:
         if not hasattr(kind.forward, METHOD):
             kind.forward = _accepting(kind.forward)
@@ -26,7 +27,7 @@ def _accepting(stock):
             seen = seen > torch.finfo(seen.dtype).min / 2
         if seen.shape[-1] > self.token_budget or kwargs:
             return stock(self, hidden_states, position_embeddings, seen, cache, **kwargs)
-        if cache is not None:  # all blocks are selected, but later columns still need these keys
+        if cache is not None:  # this call selects all blocks, but later columns still need the indexer's keys
             keys = self.index_qk_proj(hidden_states)[..., -self.index_head_dim :]
             cache.update_indexer(keys, self.layer_idx)
         return seen

@@ -1,7 +1,7 @@
-"""Triton kernels for operators.py, for decoder layers, and for the tower's attention.
+"""Triton kernels for the operators in operators.py, for decoder layers, and for the tower's attention.
 
-Triton comes with PyTorch for CUDA. Importing it takes a while, so this module is imported only on devices that run kernels. Each
-kernel computes the same result as the plain PyTorch fallback next to its caller, including under Triton's interpreter.
+Triton is installed along with PyTorch for CUDA. Importing it takes a while, so this module is imported only on devices that run
+kernels. Each kernel computes the same result as the plain PyTorch fallback next to its caller, even in Triton's interpreter.
 """
 
 import struct
@@ -16,28 +16,29 @@ from evoprune.backend.devices import on_its_device
 
 
 def give_up(problem: Exception) -> None:
-    """Stop using fused kernels for layers, and warn about it. Out-of-memory errors are raised again instead."""
+    """Stop using fused kernels in decoder layers and warn about it. If `problem` is an out-of-memory error, raise it instead."""
     devices.give_up("layers", "layers compute without fused kernels", problem)
 
 
-# Selection. The matrix products between the kernels run in cuBLAS.
+# Farthest-point selection. The matrix products between these kernels run in cuBLAS.
 
 SIDE = 64  # side length of a block of distances, in points
-# The size of a block of features.
+# The number of rows in a block of features.
 ROWS = 32
 CHANNELS = 64
-# Sizes change from video to video. Without this list, Triton would compile a kernel again if a size is divisible by 16.
+# Arguments whose values change from video to video. Without this list, Triton would compile another version of a kernel whenever
+# one of them is divisible by 16.
 SIZES = ["points", "length", "count", "begin"]
 
 
 def _given(x: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
-    """Return `x`, or `instead` if `x` is None, because a kernel argument must be a tensor."""
+    """Return `x`, or `instead` if `x` is None, because the arguments of a kernel must be tensors."""
     return instead if x is None else x
 
 
 @triton.jit(do_not_specialize=["length"])
 def _moments(rows, count, mean, variance, length, width, block_rows: tl.constexpr, block: tl.constexpr):
-    """Write the mean and variance of some channels over the rows, weighted by `count`."""
+    """Write the mean and variance of one block of channels. Each row is weighted by its `count`."""
     c = tl.program_id(0) * block + tl.arange(0, block)
     inside = c < width
     first = tl.load(rows + c, mask=inside, other=0.0).to(tl.float32)
@@ -67,9 +68,9 @@ def _standardise(
     rows, mean, variance, average, place, squares, length, still, rounding,
     width: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Write the standardized rows and their squared lengths.
+    """Write the standardized rows and the squares of their lengths.
 
-    The mean of each channel is subtracted, and the result is divided by the channel's standard deviation.
+    Each channel is standardized by subtracting its mean and dividing by its standard deviation.
     """
     r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     floor = still * tl.load(average)
@@ -142,7 +143,7 @@ def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _nearest(product, half, weight, row, time, selected, out, begin, points, count, side: tl.constexpr):
-    """Write the index of the nearest selected point for each point from `begin` to `points`. `product` is `[point, selected]`."""
+    """Write the index of the selected point nearest to each point from `begin` to `points`. `product` is `[point, selected]`."""
     number = tl.program_id(0) * side + tl.arange(0, side)
     point = begin + number
     own_row = tl.load(row + point, mask=point < points, other=-1)
@@ -166,7 +167,7 @@ def _nearest(product, half, weight, row, time, selected, out, begin, points, cou
 
 @triton.jit
 def _means(rows, order, row, weight, ends, out, width: tl.constexpr, block: tl.constexpr):
-    """Write some columns of one mean. Rows are added in the order of their index, so that the sum is reproducible."""
+    """Write one block of columns of one mean. Rows are added in ascending order, so that the sum is reproducible."""
     mean = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     total = tl.zeros((block,), tl.float32)
@@ -221,7 +222,7 @@ def nearest_selected(place, half, weight, row, time, selected, held=1 << 26):
     count = len(selected)
     there = place[row[selected]].T
     rows = row.clamp(min=0)
-    step = max(1, held // count)  # the number of points whose products are held at a time
+    step = max(1, held // count)  # the number of points whose products are held in memory at a time
     for begin in range(0, points, step):
         end = min(begin + step, points)
         product = place[rows[begin:end]] @ there
@@ -243,9 +244,9 @@ def mean_rows(rows, into, row, weight, count):
     return means
 
 
-# Greedy selections by cosine. One program selects all rows, using a precomputed matrix of pairwise cosines.
+# Greedy selection by cosine. A single program selects all rows, using a precomputed matrix of pairwise cosines.
 
-COSINES_HELD = 1 << 26  # the number of float32 cosines to hold at a time
+COSINES_HELD = 1 << 26  # the number of float32 cosines to hold in memory at a time
 
 
 @triton.jit
@@ -301,17 +302,20 @@ def greedy_cosine(unit, weight, bonus, factor, keep, from_nearest):
     return order.sort().values
 
 
-# Reuse. One program loops over all frame pairs.
+# Reuse. A single program loops over all frame pairs.
 
 
 def _bits(x: float) -> int:
-    """Return the bits of a positive float32 as an integer. The order of these integers is the order of the floats."""
+    """Return the bits of a positive float32 as an integer. These integers sort in the same order as the floats."""
     return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
 @triton.jit
 def _gain(now, then, inside, low: tl.constexpr, high: tl.constexpr, halvings: tl.constexpr):
-    """Return the median of now / then, weighted by `then`. It is found by bisection between two floats given by their bits."""
+    """Return the median of now / then, weighted by `then`.
+
+    The median is found by bisection between `low` and `high`, the bits of two floats.
+    """
     ratio = tl.where(inside, now / tl.maximum(then, 1e-3), float("inf"))
     bits = ratio.to(tl.int32, bitcast=True)
     min_bits = tl.min(bits, 0)
@@ -402,7 +406,7 @@ def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most
     """Run the operator `reuse_scan` (backend/operators.py).
 
     Args:
-        most: The largest drift of brightness. For the other arguments, see the operator.
+        most: The largest factor by which the brightness may drift. For the other arguments, see the operator.
     """
     count, units, _ = means.shape
     low = _bits(1 / most)
@@ -422,7 +426,7 @@ def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most
     return source, held.T.contiguous(), pair
 
 
-# Decoder layers. They round at the same points as Hugging Face's implementation.
+# Decoder layers. The kernels round at the same points as transformers does.
 
 
 @triton.jit
@@ -498,13 +502,13 @@ def _rotate_put(
 def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `x + plus` (or `x` if `plus` is None), and the RMS norm of this sum.
+    """Return the sum `x + plus`, or `x` if `plus` is None, and the RMS norm of this sum.
 
     Args:
         x, plus: `[rows, wide]`, contiguous. The results are contiguous as well.
         weight: The scale of the norm, `[wide]`.
         eps: The epsilon of the norm.
-        rounds: Whether to round before scaling rather than afterwards.
+        rounds: Whether to round before multiplying by `weight`. If False, only the result is rounded.
     """
     wide = x.shape[1]
     out = torch.empty_like(x)
@@ -520,7 +524,14 @@ def add_norm(
 
 @on_its_device
 def silu_times(x: torch.Tensor) -> torch.Tensor:
-    """Return `[rows, wide]`: SiLU of the first half of each row of `x` (`[rows, 2 * wide]`), multiplied by the second half."""
+    """Apply SiLU to the first half of each row and multiply it by the second half.
+
+    Args:
+        x: `[rows, 2 * wide]`.
+
+    Returns:
+        `[rows, wide]`.
+    """
     rows = len(x)
     wide = x.shape[1] // 2
     out = x.new_empty(rows, wide)
@@ -540,17 +551,17 @@ def rotate_put(
     column: torch.Tensor | None,
     more: int,
 ) -> torch.Tensor:
-    """Apply head norms (if there are any) and rotary embedding to queries and keys, and write keys and values to the KV cache.
+    """Apply norms and the rotary embedding to queries and keys, and write keys and values to the KV cache.
 
     Args:
-        x: Queries, keys and values before norms and rotary embedding, `[L, (heads + 2 * kv_heads) * head_dim]`.
-        places: Cosines and sines, from `rotation` (language/decoder.py).
-        norms: The weights of the query norm and the key norm, or None.
+        x: The queries, keys and values before the norms and the rotary embedding, `[L, (heads + 2 * kv_heads) * head_dim]`.
+        places: The cosines and sines, as returned by `rotation` in language/decoder.py.
+        norms: The weights of the norm for queries and of the norm for keys. None means that the model has no such norms.
         eps: The epsilon of the norms.
         heads: The number of query heads.
-        keys, values: `[kv_heads, n, head_dim or more]`, with equal strides. They are written from `column` on.
-        column: int64 `[1]`, the first column to write, or None for column 0.
-        more: The number of features to append to each query head. These features are ones.
+        keys, values: The KV cache to write to, `[kv_heads, n, head_dim or more]`, with equal strides.
+        column: int64 `[1]`, the first column of the KV cache to write. None means column 0.
+        more: The number of features to append to each query head. These features are set to 1.
 
     Returns:
         The queries, `[1, L, heads, head_dim + more]`.
@@ -567,7 +578,7 @@ def rotate_put(
     return out
 
 
-# The step between the tower's qkv product and its attention: rotary embedding, and sorting keys into the order of the groups.
+# The steps between the tower's qkv product and its attention: apply the rotary embedding and sort the keys by attention group.
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -638,17 +649,20 @@ def rotate_into_groups(
     keys: torch.Tensor | None,
     weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return queries `[R * 4, heads, d']`, and keys and values sorted by group, `[K * 4, heads, d']`.
+    """Apply the rotary embedding to the tower's queries and keys, and sort keys and values by attention group.
 
     Args:
-        qkv: `[R, 4, 3 * heads * d]`.
+        qkv: The queries, keys and values, `[R, 4, 3 * heads * d]`.
         cos, sin: The rotary embedding, float32 `[places, 4, d]`, with the first half of the sines negated.
         place: int64 `[R]`, the place of each row.
         heads: The number of heads.
-        keys: int64 `[K]`, the row of each key. None if the keys are the rows in their original order, so that values need not be
-            moved.
-        weight: int64 `[K]`, or None. The log of the weight is added to the scores through additional features
-            (`vision.attention.with_bias`).
+        keys: int64 `[K]`, the row of each key. None means that the keys are all rows in their original order.
+        weight: int64 `[K]` or None. The logarithm of each key's weight is added to its attention scores by means of additional
+            features (see `vision.attention.with_bias`).
+
+    Returns:
+        The queries, `[R * 4, heads, d']`, and the keys and values, `[K * 4, heads, d']` each. Here, d' is d plus the number of
+        additional features.
     """
     rows = len(qkv)
     dim = qkv.shape[2] // (3 * heads)

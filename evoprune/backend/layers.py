@@ -1,4 +1,4 @@
-"""Layers that need few operations, because weight matrices are joined or fused kernels run on CUDA."""
+"""Reduce the number of operations in each layer by joining weight matrices and by using fused kernels on CUDA."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,16 @@ import torch
 
 from evoprune.backend.devices import failed, has_triton, uses_kernels
 
-# Linear layers that have the same input, by module.
+# The linear layers in each module that have the same input.
 SHARED_INPUT = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 _unjoined: list[bool] = []
 
 
 def join(model) -> None:
-    """Store weight matrices that multiply the same input in one contiguous tensor. Each layer keeps a view of its own weights."""
+    """Join the language model's weight matrices that multiply the same input into one contiguous tensor.
+
+    The weight of each linear layer becomes a view of its part of the joined tensor.
+    """
     for layer in model.model.language_model.layers:
         for part, names in SHARED_INPUT.items():
             module = layer.get_submodule(part)
@@ -30,10 +33,11 @@ def join(model) -> None:
 
 
 def join_tower(visual) -> None:
-    """Join the first two matrices of each gated MLP in the tower, and pad the inner size for fast products.
+    """Join the first two matrices of each gated MLP in the tower, and pad its inner size to make matrix products fast.
 
-    The inner size of Qwen2.5-VL, 3,420, is not a multiple of 8, which makes products take twice as long. The padding consists of
-    zeros, so the results stay the same. Each layer keeps a view of its own weights.
+    The MLPs of Qwen2.5-VL have an inner size of 3,420. Because this is not a multiple of 8, matrix products take twice as long as
+    they should. The padding consists of zeros, so it does not change the results. The weight of each linear layer becomes a view of
+    its part of the padded tensors.
     """
     for block in visual.blocks:
         mlp = block.mlp
@@ -56,9 +60,10 @@ def join_tower(visual) -> None:
 
 
 def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Return the joined weight and bias of an attention or MLP module, as created by `join` or `join_tower`.
+    """Return the joined weight and bias that `join` or `join_tower` created for an attention or MLP module.
 
-    Returns None if the module has no joined weights, if its weights have been replaced since, or inside an `unjoined` context.
+    None means that the module has no joined weights, that its weights have since been replaced, or that an `unjoined` context is
+    active.
     """
     parameters = getattr(module, "joined", None)
     if parameters is None or _unjoined:
@@ -70,14 +75,14 @@ def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
 
 
 def is_unhooked_linear(module: torch.nn.Module) -> bool:
-    """Return True if a module is a plain linear layer without hooks. Layers with hooks must be called so that the hooks run."""
+    """Return True if a module is a plain linear layer without hooks. A layer with hooks must be called so that its hooks run."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is torch.nn.Linear and not hooked
 
 
 @contextmanager
 def unjoined() -> Iterator[None]:
-    """Multiply by each matrix separately within this context, as a transformers model does."""
+    """Ignore joined weights within this context, and multiply by each matrix separately, as transformers does."""
     _unjoined.append(True)
     try:
         yield
@@ -86,7 +91,7 @@ def unjoined() -> Iterator[None]:
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """Return the module of fused kernels (`backend.kernels`), or None if the device does not use it or a kernel has failed."""
+    """Return `backend.kernels`, the module of fused kernels, or None if the device runs no kernels or a kernel has failed."""
     if not uses_kernels(device) or failed("layers") or not has_triton():
         return None
     from evoprune.backend import kernels

@@ -1,7 +1,7 @@
-"""The resources that the system grants this process (cores, memory, a GPU), and limits for each kind of device. Imports no torch.
+"""Find out how many cores, how much memory and which devices this process may use. This module does not import torch.
 
-Containers limit cores and memory with control groups (cgroups) of version 1, version 2, or both. A limit applies to a group and to
-all groups inside it. If a file does not exist, there is no limit.
+Containers limit cores and memory with control groups (cgroups v1, v2, or both). A limit applies to a group and to all groups inside
+it. If a group has no file for a limit, the limit is not set.
 """
 
 import math
@@ -14,49 +14,49 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path("/")
-# Options of glibc's mallopt. Free memory above the trim threshold is returned to the system. Blocks larger than the mmap threshold
-# get new pages each time. With an arena maximum of 1, all threads share one arena.
+# Options for glibc's mallopt. The allocator returns free memory above the trim threshold to the system, and requests new pages for
+# every block larger than the mmap threshold. If the maximum number of arenas is 1, all threads share one arena.
 TRIM_THRESHOLD = -1
 TOP_PAD = -2
 MMAP_THRESHOLD = -3
 ARENA_MAX = -8
 MALLOC = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26, MMAP_THRESHOLD: 2**30, ARENA_MAX: 1}
 
-# Pairs of files in a group's folder: the limit in bytes, and the bytes in use. A group that exceeds `high` is not killed, but it is
-# slowed to a crawl.
+# Pairs of files in a control group's folder: the memory limit and the memory in use, both in bytes. The kernel does not kill
+# processes in a group that exceeds `memory.high`, but it slows them to a crawl.
 MEMORY = (
     ("memory.max", "memory.current"),
     ("memory.high", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
-# Matches the bytes in use that the system can reclaim when memory is short: cached files, including mapped ones.
-# In version 1, only fields that begin with `total_` include the groups inside this group.
+# Matches the fields of memory.stat that count memory the system can reclaim when it runs low: cached files, including mapped ones.
+# In cgroups v1, only the fields that begin with `total_` include the groups inside this group.
 RECLAIMABLE = re.compile(r"^(total_)?(?:active_file|inactive_file|slab_reclaimable) (\d+)$", re.MULTILINE)
 
-# Files that GPU drivers create, by the toolkit that torch was built with. The last pattern in each row is for WSL.
+# Files that the GPU driver for each toolkit creates. The last pattern in each row is for WSL.
 DRIVERS = {
     "cuda": ("dev/nvidia[0-9]*", "dev/nvmap", "usr/lib/wsl/lib/libcuda.so*"),
     "hip": ("dev/kfd", "dev/dxg"),
 }
-# Finds the toolkits that torch was built with in its `version` module.
+# Matches the line in torch's version.py that says which toolkit torch was built with.
 BUILT_WITH = re.compile(r"^(cuda|hip)\b[^=]*=\s*['\"]", re.MULTILINE)
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # how these variables start if at least one GPU stays visible
-# The number of visual tokens before pruning that a CPU encodes in about a minute.
+VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # matches the value of such a variable if at least one GPU stays visible
+# The number of visual tokens (before pruning) that a CPU can encode in about a minute.
 MAX_VISUAL_TOKENS_CPU = 4_096
-# On CUDA, the tower is launch-bound for inputs with fewer units than this, whatever the number of rows. The threshold lies between
-# sizes that were measured on one H200 (results/gpu.md, "Small inputs"). At 384 units, pruning inside the tower was slower than no
-# pruning (0.73 to 0.99 times as fast). At 1,536 units, it was slower than a selection after the tower (by 9%, calculated). At 4,784
-# units, it was 1.6 times as fast as a selection after the tower. Sizes in between have not been measured, so the threshold was set
-# closer to the sizes at which pruning inside the tower was slower.
+# With fewer units than this, the tower is launch-bound on CUDA, no matter how many rows it processes. The threshold was chosen from
+# measurements on one H200 (results/gpu.md, "Small inputs"). At 384 units, pruning inside the tower was slower than not pruning at
+# all (0.73 to 0.99 times as fast). At 1,536 units, it was slower than selecting after the tower (by 9%, calculated). At 4,784
+# units, it was 1.6 times as fast as selecting after the tower. No sizes in between were measured, so the threshold is close to the
+# largest size at which pruning inside the tower was slower.
 LAUNCH_BOUND_UNITS = {"cuda": 2048}
 
 
 class DeviceName:
-    """Properties that follow from the name of a device, without importing torch.
+    """What can be derived from a device's name without importing torch.
 
     Args:
-        name: A device name as in options: "auto", or the name of a torch device such as "cuda:1".
+        name: The value of a device option: "auto", or the name of a torch device such as "cuda:1".
     """
 
     def __init__(self, name: str):
@@ -66,8 +66,9 @@ class DeviceName:
     def resolve(self, root: Path = ROOT) -> str:
         """Return the name of the device to use.
 
-        "auto" resolves to "cuda" if torch is built for a GPU whose driver is installed and visible, otherwise to "cpu". The result
-        is final. If torch then cannot use the GPU, loading a model raises an error (see `pick_device`).
+        "auto" resolves to "cuda" if torch was built for GPUs, a matching driver is installed, and the environment does not hide the
+        GPU. Otherwise, it resolves to "cpu". If torch later cannot use the GPU, loading a model raises an error instead of falling
+        back to the CPU (see `pick_device`).
         """
         if self.name != "auto":
             return self.name
@@ -76,7 +77,7 @@ class DeviceName:
 
     @property
     def visual_token_limit(self) -> float:
-        """The maximum number of visual tokens before pruning, or infinity if only the model limits them."""
+        """The maximum number of visual tokens before pruning. Infinity means that the device sets no limit."""
         return MAX_VISUAL_TOKENS_CPU if self._kind == "cpu" else math.inf
 
     @property
@@ -85,13 +86,13 @@ class DeviceName:
         return LAUNCH_BOUND_UNITS.get(self._kind, 0)
 
     def cluster_share(self, gpus: int, cores: Sequence[int]) -> tuple[int, dict[str, float]]:
-        """Return the number of model processes that fit on a Ray cluster, and the resources of each process under Ray's names.
+        """Return how many model processes fit on a Ray cluster, and the resources that each process requests from Ray.
 
-        On GPUs, each process gets one GPU. On CPUs, each process gets as many cores as the smallest node has.
+        If the models run on GPUs, each process gets one GPU. Otherwise, each process gets as many cores as the smallest node has.
 
         Args:
             gpus: The number of GPUs in the whole cluster.
-            cores: The number of cores of each node.
+            cores: The number of cores on each node.
         """
         if self.name.startswith("cuda") or (self.name == "auto" and gpus):
             return max(1, gpus), {"num_gpus": 1}
@@ -100,9 +101,9 @@ class DeviceName:
 
 
 def _has_gpu(root: Path) -> bool:
-    """Return True if there is a driver for a GPU that torch supports.
+    """Return True if the driver for a GPU that torch supports is installed.
 
-    On systems without /dev, such as Windows, only torch's build is checked.
+    Systems such as Windows have no /dev to check, so there it is enough that torch was built for GPUs.
     """
     toolkits = _toolkits()
     if not (root / "dev").is_dir():
@@ -112,7 +113,7 @@ def _has_gpu(root: Path) -> bool:
 
 
 def _toolkits() -> list[str]:
-    """Return the toolkits that the installed torch was built with, or all toolkits if this cannot be read from its files."""
+    """Return the toolkits that the installed torch was built with, or all known toolkits if torch's files do not say."""
     try:
         folders = find_spec("torch").submodule_search_locations
         return BUILT_WITH.findall(Path(folders[0], "version").with_suffix(".py").read_text(encoding="utf-8"))
@@ -121,10 +122,10 @@ def _toolkits() -> list[str]:
 
 
 class Host:
-    """The cores and memory that the system grants this process.
+    """Reports how many cores and how much memory this process may use.
 
     Args:
-        root: The folder that contains `proc` and the mount points of control groups.
+        root: The file system root, under which /proc and the control groups are mounted.
     """
 
     def __init__(self, root: Path = ROOT):
@@ -133,8 +134,8 @@ class Host:
     def available_cores(self) -> int:
         """Return the number of cores that this process may keep busy, at least 1.
 
-        This is the number of cores in its CPU affinity, or less if a control group has a CPU quota. A quota is rounded up to whole
-        cores.
+        This is the number of cores in the process's CPU affinity mask, or its control groups' CPU quota if that is lower. The quota
+        is rounded up to whole cores.
         """
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
@@ -144,10 +145,11 @@ class Host:
         return max(1, math.ceil(min(cores, quota)))
 
     def available_memory(self) -> int | None:
-        """Return the number of bytes that this process can allocate without swapping, or None if unknown.
+        """Return the number of bytes that this process can allocate without swapping, or None if the number is unknown.
 
-        This is the minimum of the memory available in Linux, the memory left by control groups, and the rest of the address space
-        (`ulimit -v`). Cached files count as available, because the system drops them when memory is short.
+        This is the lowest of three values: the memory that Linux reports as available, the memory left in the process's control
+        groups, and the address space left under `ulimit -v`. Cached files count as available memory, because the system evicts them
+        when memory runs low.
         """
         try:
             (free,) = kib(self._root / "proc/meminfo", "MemAvailable")
@@ -158,18 +160,21 @@ class Host:
         return min(free, _unused_address_space(mapped), *groups)
 
     def oom_kills(self) -> int:
-        """Return the number of processes, in any group, that the system has killed so far for lack of memory. 0 if unknown."""
+        """Return the number of processes that the system has killed so far because it ran out of memory, or 0 if unknown.
+
+        The number covers the whole machine, not only the control groups of this process.
+        """
         with suppress(OSError, ValueError, StopIteration), (self._root / "proc/vmstat").open() as file:
             return next(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
         return 0
 
 
 def keep_freed_memory() -> None:
-    """Make the C library keep freed memory, up to the peak of this process. Works only with glibc.
+    """Make glibc reuse freed memory instead of returning it to the system. With other C libraries, this does nothing.
 
-    Use it only in processes that belong to evoprune. By default, glibc returns the memory of layer results to the system and
-    requests new pages for the next layer. This takes up to an eighth of the encoding time of a 3B model in bf16
-    (results/machines.md).
+    Call it only in processes that belong to evoprune, because they then hold on to their peak memory. By default, glibc returns the
+    memory of each layer's results to the system and requests new pages for the next layer. This takes up to an eighth of the
+    encoding time of a 3B model in bf16 (results/machines.md).
     """
     import ctypes  # imported here so that --help does not load it
 
@@ -179,7 +184,7 @@ def keep_freed_memory() -> None:
 
 
 def _quotas(folder: Path) -> Iterator[float]:
-    """Yield the CPU quotas of a group, in cores."""
+    """Yield the CPU quotas that are set for a control group, in cores."""
     with suppress(OSError, ValueError):  # "max" means no limit
         quota, period = map(int, (folder / "cpu.max").read_text().split())
         yield quota / period
@@ -190,7 +195,7 @@ def _quotas(folder: Path) -> Iterator[float]:
 
 
 def _unused_memory(folder: Path) -> Iterator[int]:
-    """Yield the bytes of memory that are left below each limit of a group."""
+    """Yield how many bytes are left under each memory limit of a control group."""
     for limit, used in MEMORY:
         with suppress(OSError, ValueError):  # "max" means no limit
             unused = int((folder / limit).read_text()) - int((folder / used).read_text())
@@ -206,7 +211,7 @@ def _reclaimable(stat: str) -> int:
 def _groups(controller: str, root: Path) -> Iterator[Path]:
     """Yield the folders of the control groups that this process belongs to, from the innermost to the outermost visible group.
 
-    Only groups that have this controller are included in version 1. In version 2, a group may lack the controller.
+    With cgroups v1, all of these groups have the requested controller. With v2, some of them may lack it.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -228,7 +233,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
         ):  # the process was moved out of the visible groups
             continue
         top, point = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field) for field in where.split(" ")[3:5])
-        # A container sees its own group at the top of the mount, under the same name as in the process's list of groups.
+        # In a container, the mount starts at the container's own group, whose path is the same as in the process's list of groups.
         if Path(group_paths[name]).is_relative_to(top):
             folder = Path(group_paths[name]).relative_to(top)
             mounted = root / point.lstrip("/")
@@ -236,7 +241,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def kib(path: Path, *names: str) -> list[int]:
-    """Read fields from a file in /proc, and convert their values from kibibytes to bytes.
+    """Read fields of a file in /proc and convert their values from KiB to bytes.
 
     Raises:
         OSError: If the file does not exist.

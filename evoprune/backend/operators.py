@@ -1,11 +1,12 @@
-"""Operators for selection, greedy selection by cosine, and reuse, implemented separately for each kind of device.
+"""Torch operators for farthest-point selection, greedy selection by cosine, and reuse, implemented for each kind of device.
 
-Each operator has one contract and several implementations: numpy or PyTorch on a CPU, Triton kernels on CUDA (kernels.py), and a
-few PyTorch operations on other devices. Implementations for devices other than the CPU never read values back to the host.
-Distances are whole numbers of steps, so that devices with different summation orders agree, and equal rows have distance 0.
+Each operator is implemented in numpy or PyTorch for the CPU, as Triton kernels for CUDA (kernels.py), and with as few PyTorch
+operations as possible for other devices. Only the CPU implementations read values back to the host. Distances are rounded to whole
+steps, so that devices which sum in a different order agree, and so that the distance between equal rows is exactly 0.
 
-The selection operators compute the places of rows, the farthest points inside tubes, the nearest selected point for every point,
-and the means of clusters. A point j has a row and a time. Its distance to a selected point i, in steps, is
+Farthest-point selection has four operators. They compute the places of rows, select the farthest points inside tubes, find the
+nearest selected point for every point, and average clusters. A point has a row and a time. The distance between a selected point i
+and a point j, in steps, is
 
     d(i, j) = half[row_i] + half[row_j] - place[row_i] . place[row_j] + weight[row_j] * |time_i - time_j|
 """
@@ -17,18 +18,20 @@ import torch
 
 from evoprune.backend.devices import with_fallback
 
-MAX_DISTANCES = 1 << 23  # the number of distances that a CPU holds at a time
+MAX_DISTANCES = 1 << 23  # the number of distances to hold in memory at a time on a CPU
 MAX_DISTANCES_ON_DEVICE = 1 << 26
-FEW_TUBES = 4  # up to this number of tubes, a CPU processes them one by one
-FEW_ROWS = 512  # up to this number of rows, a CPU computes all products between rows once, and uses them for all points
-# The number of rows that have float32 copies at a time.
+FEW_TUBES = 4  # a CPU processes up to this number of tubes one by one
+FEW_ROWS = (
+    512  # with at most this many rows, a CPU multiplies all pairs of rows once and looks up the products for its points
+)
+# The number of rows to convert to float32 at a time.
 AT_ONCE = 1024
 AT_ONCE_ON_DEVICE = 16384
-# This share of the mean variance is added to the variance of every channel, so that nearly constant channels count less.
+# The fraction of the mean variance that is added to every channel's variance, so that nearly constant channels count less.
 VARIANCE_FLOOR = 1e-3
-ROUNDING = 1 / 256  # deviations below this fraction of a channel's mean may be rounding errors, so they count little
+ROUNDING = 1 / 256  # deviations below this fraction of a channel's mean count less, because they may be rounding errors
 
-# Operators are registered with the low-level API, because `torch.library.custom_op` imports torch's compiler, which takes seconds.
+# We register operators with the low-level API, because `torch.library.custom_op` imports torch's compiler, which takes seconds.
 _LIBRARY = torch.library.Library("evoprune", "DEF")
 _LIBRARY.define("standard_places(Tensor rows, Tensor unit_to_row, Tensor? projection, int steps) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -47,28 +50,28 @@ mean_rows = torch.ops.evoprune.mean_rows
 def _standard_places(
     rows: torch.Tensor, unit_to_row: torch.Tensor, projection: torch.Tensor | None, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the standardized places of rows, and their squared lengths.
+    """Return the place of each row (the row after standardization) and the square of its length.
 
     Args:
         rows: `[E, D]`.
-        unit_to_row: int64 `[N]`, the row of each unit, or -1. In the mean and the deviation, a row counts once for each of its
-            units.
-        projection: float32 `[D, d]`, applied to the places, or None.
+        unit_to_row: int64 `[N]`, the row of each unit, or -1 for a unit without a row. Each row counts once for each of its units
+            in the mean and the standard deviation.
+        projection: float32 `[D, d]`, the matrix that maps the standardized rows to `d` dimensions, or None.
         steps: The number of steps in a length of 1.
 
     Returns:
-        The places, float32 `[E, d]`, and the squared lengths, float32 `[E]`. Places are rows minus their mean, divided by the
-        standard deviation of each channel and by the length of the longest row. Squared lengths are rounded to steps, and are 0 for
-        rows without a unit. If all rows are equal, both results are 0.
+        The places, float32 `[E, d]`, and the squared lengths, float32 `[E]`. To compute the places, the mean row is subtracted from
+        the rows, each channel is divided by its standard deviation, and everything is divided by the length of the longest row. The
+        squared lengths are rounded to steps. They are 0 for rows that have no unit. If all rows are equal, both results are 0.
     """
     count = unit_counts(unit_to_row, len(rows))
     at_once = AT_ONCE_ON_DEVICE if rows.device.type != "cpu" else AT_ONCE
     shares = (count / count.sum()).split(at_once)
 
-    def pieces() -> Iterator[torch.Tensor]:  # float32, a few rows at a time to save memory
+    def pieces() -> Iterator[torch.Tensor]:  # converted to float32 a few rows at a time to save memory
         return (part.float() for part in rows.split(at_once))
 
-    first = rows[0].float()  # subtracted before summing, so that sums are exact if all rows are equal
+    first = rows[0].float()  # subtracted before summing, so that the sums are exact if all rows are equal
     mean = first + sum(share @ (piece - first) for share, piece in zip(shares, pieces(), strict=True))
     variance = sum(share @ (piece - mean).square_() for share, piece in zip(shares, pieces(), strict=True))
     scale = (variance + VARIANCE_FLOOR * variance.mean() + (ROUNDING * mean).square_()).clamp_(min=1e-30).rsqrt_()
@@ -87,13 +90,18 @@ def _standard_places(
 
 
 def unit_counts(unit_to_row: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return the number of units of each row, float32 `[rows]`. `unit_to_row` is int64 `[N]`, where -1 stands for no row."""
+    """Return the number of units that belong to each row, float32 `[rows]`.
+
+    Args:
+        unit_to_row: int64 `[N]`, the row of each unit, or -1 for a unit without a row.
+        rows: The number of rows.
+    """
     count = torch.zeros(rows + 1, dtype=torch.float32, device=unit_to_row.device)
     return count.scatter_(0, unit_to_row + 1, 1, reduce="add")[1:]
 
 
 def rounded(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """Round numbers to whole steps."""
+    """Round numbers to whole steps and raise negative numbers to 0. There are `steps` steps in 1."""
     return (x * steps).round_().div_(steps).clamp_(min=0)
 
 
@@ -107,20 +115,22 @@ def _tube_radii(
     tubes: torch.Tensor,
     keep: int,
 ) -> torch.Tensor:
-    """Return the radius of each point in whole steps, float32 `[N]`. Points without a row get -1.
+    """Return the radius of each point in whole steps, float32 `[N]`, or -1 for points without a row.
 
-    In each tube, points are selected one by one: the next point is always the one farthest from all points selected before, and
-    this distance is its radius. The point with the largest `first` is selected first. Its radius is `first`, or one step more than
-    the second radius if that is larger. Radii therefore decrease in the order of selection, so the K points with the largest radii
-    overall are the first points selected in their tubes. Ties go to the lower index.
+    The points of each tube are selected one by one. The first one is the point with the largest `first`. After that, the next point
+    is always the one that is farthest from all points selected so far, and this distance is its radius. The radius of the first
+    point is its `first`, or one step more than the second radius if that is larger. Radii therefore decrease in the order of
+    selection, so the K largest radii of all tubes belong to the points that were selected first in their tubes. If points are tied,
+    the one with the lowest index is selected.
 
     Args:
-        place: float32 `[E, d]`, by row.
-        half, weight, first: float32 `[E]`, by row, in steps.
-        row: int64 `[N]`, the row of each point, or -1.
+        place: float32 `[E, d]`, the place of each row.
+        half, weight, first: float32 `[E]`, values of each row, in steps. `half` and `weight` are described in the module docstring.
+        row: int64 `[N]`, the row of each point, or -1 for a point without a row.
         time: float32 `[N]`, the time of each point.
-        tubes: int64 `[B, L]`, the points in each tube, ascending. N is padding.
-        keep: The number of largest radii that are needed. The CPU stops early, and other radii may be 0.
+        tubes: int64 `[B, L]`, the points in each tube, ascending. N stands for padding.
+        keep: The number of radii that the caller needs, starting from the largest. The CPU stops early once it has found them, so
+            that smaller radii may be returned as 0.
     """
     index, rows, valid = _members(row, tubes)
     distances = _distances(place, half, weight, rows, time[index])
@@ -143,9 +153,9 @@ def _tube_radii(
 
 
 def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the points and the rows of tube members, int64 `[B, L]`, and a bool mask that is True for members.
+    """Return the points in each tube and their rows, int64 `[B, L]`, and a mask that is False for padding and points without a row.
 
-    Padding has point 0 and row 0.
+    Padding is returned as point 0 and row 0.
     """
     inside = tubes < len(row)
     index = torch.where(inside, tubes, 0)
@@ -156,9 +166,9 @@ def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torc
 def _distances(
     place: torch.Tensor, half: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, time: torch.Tensor
 ) -> torch.Tensor:
-    """Return the rounded distances between points, float32 `[B, selected, candidate]`.
+    """Return the rounded distances between all points of each tube, float32 `[B, selected, candidate]`.
 
-    `rows` is int64 `[B, L]`, the row of each point, and `time` contains their times.
+    `rows` and `time` contain the row (int64) and the time (float32) of each point, `[B, L]`.
     """
     if rows.device.type == "cpu" and len(place) <= FEW_ROWS:
         product = (place @ place.T)[rows[:, :, None], rows[:, None, :]]
@@ -181,14 +191,13 @@ def _tube_radii_cpu(place, half, weight, first, row, time, tubes, keep):
 
 
 def _greedy(distances: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """Return the radii, float32 `[B, L]`, from distances `[B, L, L]` and `first` (`[B, L]`, with -1 for padding)."""
+    """Return the radii, float32 `[B, L]`, given distances `[B, L, L]` and `first` (`[B, L]`, with -1 for padding)."""
     if len(first) > FEW_TUBES:
         return _greedy_together(distances, first, keep)
     return np.stack([_greedy_in_tube(*tube, keep) for tube in zip(distances, first, strict=True)])
 
 
 def _greedy_in_tube(distances: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """Return the radii in one tube, `[L]`."""
     radii = np.zeros_like(first)
     best = int(first.argmax())
     radii[best] = start = max(first[best], 0)
@@ -200,8 +209,10 @@ def _greedy_in_tube(distances: np.ndarray, first: np.ndarray, keep: int) -> np.n
     for selected in range(1, len(near)):
         best = int(near.argmax())
         radius = near[best]
-        if not radius > 0 or (selected >= keep and radius < latest):  # equal radii may still win ties by their index
-            break  # NaN also stops the loop, because argmax finds it first
+        if not radius > 0 or (
+            selected >= keep and radius < latest
+        ):  # an equal radius could still win a tie by its index
+            break  # also reached if a distance is NaN, because argmax returns NaN first
         radii[best] = latest = radius
         np.minimum(near, distances[best], out=near)
         near[best] = -1
@@ -209,7 +220,7 @@ def _greedy_in_tube(distances: np.ndarray, first: np.ndarray, keep: int) -> np.n
 
 
 def _greedy_together(distances: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """Return the same radii as `_greedy`, advancing all tubes one step at a time."""
+    """Return the same radii as `_greedy`, selecting one point in every tube at each step."""
     at = np.arange(len(first))
     near = first
     best = near.argmax(1)
@@ -239,13 +250,15 @@ def _nearest_selected(
     time: torch.Tensor,
     selected: torch.Tensor,
 ) -> torch.Tensor:
-    """Return int64 `[N]`: the index in `selected` of the selected point nearest to each point, or -1 for points without a row.
+    """Find the selected point that is nearest to each point.
 
-    The nearest selected point of a selected point is itself. Ties go to the lower index. For the other arguments, see
-    `_tube_radii`.
+    The selected point nearest to a selected point is that point itself. If points are tied, the one with the lowest index wins.
 
     Args:
-        selected: int64 `[K]`, the selected points.
+        selected: int64 `[K]`, the selected points. For the other arguments, see `_tube_radii`.
+
+    Returns:
+        int64 `[N]`, indices into `selected`, or -1 for points without a row.
     """
     of = row[selected]
     rows = row.clamp(min=0)
@@ -269,7 +282,7 @@ def _with_selected(nearest: torch.Tensor, row: torch.Tensor, selected: torch.Ten
 
 
 def _nearest_selected_cpu(place, half, weight, row, time, selected):
-    # With reuse, many points share a row. Products are therefore computed once per row, in pieces that stay in the cache.
+    # With reuse, many points share a row, so each product is computed only once per row, in batches that fit into the CPU cache.
     rows, back = row[selected].unique(return_inverse=True)
     there = place[rows]
     half_of = half[rows]
@@ -287,12 +300,12 @@ def _nearest_selected_cpu(place, half, weight, row, time, selected):
 def _mean_rows(
     rows: torch.Tensor, into: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """Return weighted means of rows, `[count, D]`. Sums are computed in float32 and returned in the dtype of `rows`.
+    """Return weighted means of rows, `[count, D]`. The sums are computed in float32, and the means have the dtype of `rows`.
 
     Args:
         rows: `[E, D]`.
-        into, row: int64 `[m]`, pairs of a mean and a row that joins it.
-        weight: float32 `[m]`, the weight of the row in this mean. For every mean, the sum of weights must be above 0.
+        into, row: int64 `[m]` each. Row `row[k]` contributes to mean `into[k]`.
+        weight: float32 `[m]`, the weight of this contribution. The weights of each mean must have a positive sum.
         count: The number of means.
     """
     total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
@@ -305,7 +318,7 @@ def _mean_rows(
 
 
 def _mean_rows_cpu(rows, into, row, weight, count):
-    # With reuse, a row can join the same mean many times. It is added once, with the sum of its weights.
+    # With reuse, a row can contribute to the same mean many times. It is added only once, with the sum of its weights.
     both, back = (into * len(rows) + row).unique(return_inverse=True)
     weight = weight.new_zeros(len(both)).index_add_(0, back, weight)
     return _mean_rows(rows, both // len(rows), both % len(rows), weight, count)
@@ -351,10 +364,12 @@ for _name, _plain, _cpu, _cuda in (
     _LIBRARY.impl(_name, _cuda, "CUDA")
 
 
-# Greedy selections by cosine. Rows are selected one by one, each as different from the rows selected before as possible.
+# Greedy selection by cosine. Each step selects the row that differs most from the rows selected so far.
 
-BLOCK = 512  # the number of rows of the pairwise matrix to hold at a time
-MOST_ROWS = 1 << 15  # the maximum for the kernel, which holds all cosines as 16-bit numbers, up to 2 GiB
+BLOCK = 512  # the number of rows of the pairwise cosine matrix to hold in memory at a time
+MOST_ROWS = (
+    1 << 15
+)  # the maximum for the kernel, which holds all cosines as 16-bit numbers (2 GiB for this number of rows)
 
 _LIBRARY.define(
     "greedy_cosine(Tensor unit, Tensor? weight, Tensor? bonus, float factor, int keep, bool from_nearest) -> Tensor"
@@ -363,7 +378,7 @@ greedy_cosine = torch.ops.evoprune.greedy_cosine
 
 
 def snap(score: torch.Tensor) -> torch.Tensor:
-    """Round scores to multiples of 1/16384, so that cosines of equal rows, which differ only in the last bits, become ties."""
+    """Round scores to multiples of 1/16384, so that the cosines of equal rows are tied although their last bits differ."""
     return (score * 16384).round() / 16384
 
 
@@ -375,17 +390,19 @@ def _greedy_cosine(
     keep: int,
     from_nearest: bool,
 ) -> torch.Tensor:
-    """Return the selected rows of `unit`, int64 `[keep]`, ascending. Each step selects the row with the highest score.
+    """Select rows one by one, always taking the row with the highest score, and return their indices, int64 `[keep]`, ascending.
 
-    The score of a row depends on `near`, its largest cosine to any selected row. Cosines are rounded. Ties go to the lower index.
+    The score of a row depends on `near`, the largest cosine between this row and any selected row. Cosines are rounded. If rows are
+    tied, the one with the lowest index is selected.
 
     Args:
         unit: float32 `[N, D]`, rows of unit length.
         weight: float `[N]`, nonnegative. The score is (1 - near) * weight, rounded. None means a weight of 1.
-        bonus: float32 `[N]`, or None. With a bonus, the score is bonus - factor * near, rounded, and `weight` must be None.
-        factor: The factor for `bonus`.
+        bonus: float32 `[N]` or None. With a bonus, the score is bonus - factor * near, rounded, and `weight` must be None.
+        factor: The factor for `near` in scores with a bonus.
         keep: The number of rows to select.
-        from_nearest: Whether `near` starts as the cosine to the nearest other row, instead of 0.
+        from_nearest: Whether `near` is the cosine to the most similar other row until the first row is selected. If False, `near`
+            starts at 0.
     """
     near = unit.new_zeros(len(unit))
     if from_nearest and keep:
@@ -406,9 +423,9 @@ def _greedy_cosine(
 
 
 def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:
-    """Return the cosine between each row of `unit` and its most similar other row, float32 `[N]`.
+    """Return the cosine between each row and the most similar other row, float32 `[N]`, or -inf if there is only one row.
 
-    `unit` is `[N, D]`, with rows of unit length. If there is only one row, its cosine is -inf.
+    The rows of `unit`, `[N, D]`, must have unit length.
     """
     best = []
     for start in range(0, len(unit), BLOCK):
@@ -431,12 +448,12 @@ _LIBRARY.impl("greedy_cosine", _greedy_cosine, "CompositeExplicitAutograd")
 _LIBRARY.impl("greedy_cosine", _greedy_cosine_cuda, "CUDA")
 
 
-# Reuse. The operator finds the frame pair in which the place of a unit was last encoded (see vision/preprocess.py).
+# Reuse. For each unit, the operator finds the frame pair in which its place was last encoded (see vision/preprocess.py).
 
-# The number of blocks (7x7 or 8x8 pixels) of a unit in both frames, and the number of color channels.
+# The number of blocks (7x7 or 8x8 pixels) in a unit, counting both frames, and the number of color channels.
 BLOCKS = 2 * 4**2
 CHANNELS = 3
-# The largest drift of brightness since the references were encoded, as a factor in either direction.
+# The largest factor, in either direction, by which the brightness may have drifted since the references were encoded.
 BRIGHTNESS = 1.2
 
 _LIBRARY.define(
@@ -448,17 +465,18 @@ reuse_scan = torch.ops.evoprune.reuse_scan
 def _reuse_scan(
     means: torch.Tensor, held: torch.Tensor, pair: torch.Tensor, known: bool, seen: int, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find the frame pair whose row represents each unit, int64 `[T, units]`.
-
-    Also returns `held` and `pair` as they are after these frame pairs.
+    """Find the frame pair whose encoded row each unit can reuse.
 
     Args:
         means: float32 `[T, units, 96]`, the block means of the next frame pairs.
-        held: float32 `[units, 96]`, the block means of each place when it was last encoded. Ignored if not `known`.
+        held: float32 `[units, 96]`, the block means that each place had when it was last encoded. Ignored if `known` is False.
         pair: int64 `[units]`, the index of the frame pair in which each place was last encoded.
-        known: Whether `held` and `pair` have values.
+        known: Whether earlier frame pairs have set `held` and `pair`.
         seen: The number of earlier frame pairs.
-        threshold: A unit has changed if it differs by at least this many of 255 levels.
+        threshold: The difference, in levels out of 255, from which a unit counts as changed.
+
+    Returns:
+        The index of the frame pair for each unit, int64 `[T, units]`, and the updated values of `held` and `pair`.
     """
     source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)
     for t, now in enumerate(means):
@@ -469,7 +487,7 @@ def _reuse_scan(
         else:
             gain = brightness(now, held)
             changed = differences(now, held * gain) >= threshold
-            # If most of the frame has changed (after a cut, or with a moving camera), the measured brightness is meaningless.
+            # If most of the frame has changed, because of a cut or a moving camera, the measured brightness is meaningless.
             cut = 2 * changed.sum() > len(changed)
             if cut.device.type != "cpu" or cut:
                 gain = torch.where(cut, 1.0, gain)
@@ -481,19 +499,20 @@ def _reuse_scan(
 
 
 def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return the largest block difference of each unit, float32 `[units]`. The difference is Euclidean over the colors.
+    """Return the difference of the block that differs most in each unit, float32 `[units]`.
 
-    `means` and `reference` are float32 `[units, 96]`.
+    The difference of a block is the Euclidean distance between its mean colors. `means` and `reference` contain these colors,
+    float32 `[units, 96]`.
     """
     difference = (means - reference).view(len(means), BLOCKS, CHANNELS)
     return difference.square_().sum(2).amax(1).sqrt_()
 
 
 def brightness(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return how much brighter the frame is than its references, float32 `[96]`: a factor per color, repeated for all blocks.
+    """Return the factor by which each color is brighter than in the references, float32 `[96]` (three colors, repeated per block).
 
-    The factor is the median over units, weighted by brightness. The median ignores changes in less than half of the frame, and the
-    weights suppress noise in dark regions.
+    The factor is the median over all units, weighted by brightness. Because it is a median, it ignores changes in less than half of
+    the frame. The weights suppress noise in dark regions.
     """
     now, then = (x.view(len(x), BLOCKS, CHANNELS).mean(1) for x in (means, reference))
     ratio, order = (now / then.clamp(min=1e-3)).sort(0)

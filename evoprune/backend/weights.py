@@ -1,21 +1,25 @@
-"""How a device stores the weights of a model: packed or joined."""
+"""Prepare the weights of a model for a device, by packing or joining them."""
 
 from evoprune.backend.cpu.linear import Packing
 from evoprune.backend.devices import Device, is_host, uses_kernels
 from evoprune.backend.layers import join, join_tower
 
-RESERVED_BYTES = 2**29  # bytes of memory that packing must leave free for the computation
+RESERVED_BYTES = 2**29  # memory that packing must leave free for running the model
 
 
 def prepare(model, packs: bool = True) -> Packing:
-    """Prepare the weights of a model for fast products, in place. They are packed on a CPU and joined on devices with kernels.
+    """Rearrange a model's weights in place so that products with them are fast.
 
-    The tower is packed immediately. It is a sixth of a 3B model, and encodes about a tenth faster when packed. The language model
-    is packed later, according to the returned schedule, because packing it immediately would delay the first words. If memory is
-    short, nothing is packed.
+    On a CPU, the weights are packed. On devices that run kernels, they are joined. The tower is packed immediately, because it is
+    only a sixth of a 3B model and encodes about a tenth faster when it is packed. Packing the language model immediately would
+    delay the first words of the answer, so it is packed later. If the CPU is low on memory, nothing is packed.
 
     Args:
-        packs: Whether to pack weights on a CPU.
+        model: The model whose weights are rearranged.
+        packs: Whether to pack the weights if the model is on a CPU.
+
+    Returns:
+        The schedule for packing the language model.
     """
     packing = Packing()
     if uses_kernels(model.device):
