@@ -38,7 +38,7 @@ DRIVERS = {
     "cuda": ("dev/nvidia[0-9]*", "dev/nvmap", "usr/lib/wsl/lib/libcuda.so*"),
     "hip": ("dev/kfd", "dev/dxg"),
 }
-# Matches the line in torch's version.py that says which toolkit torch was built with.
+# Matches the lines in torch's `version` module that say which toolkit torch was built with.
 BUILT_WITH = re.compile(r"^(cuda|hip)\b[^=]*=\s*['\"]", re.MULTILINE)
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # matches the value of such a variable if at least one GPU stays visible
