@@ -19,17 +19,17 @@ class AnswerStream(Iterator[tuple[str, bool]]):
     Each piece is generated only when it is requested (see `stream_answer`). The same `seed` gives the same answer.
 
     Args:
-        state: the state after the prompt. It can serve only one answer.
-        options: how to generate the answer. If they have `choices`, the answer is one of the choices.
-        eos_ids: tokens that end the answer.
-        constraint: restricts the tokens of the answer, but not of the thoughts. None allows all tokens.
-        one_by_one: score choices with one forward pass per token, as in decoding.
+        state: The state after the prompt. It can serve only one answer.
+        options: How to generate the answer. If they have `choices`, the answer is one of the choices.
+        eos_ids: Tokens that end the answer.
+        constraint: Restricts the tokens of the answer, but not of the thoughts. None allows all tokens.
+        one_by_one: Score choices with one forward pass per token, as in decoding.
 
     Attributes:
-        stop_reason: the stop string that ended the answer, or None.
+        stop_reason: The stop string that ended the answer, or None.
 
     Raises:
-        ModelError: during iteration, if a logit is NaN or infinite. Exceptions raised by the constraint propagate unchanged.
+        ModelError: During iteration, if a logit is NaN or infinite. Exceptions raised by the constraint propagate unchanged.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class AnswerConstraint:
     """Apply a `TokenConstraint` to the answer, but not to the thoughts that precede it.
 
     Args:
-        constraint: the constraint for the answer.
+        constraint: The constraint for the answer.
         in_thoughts: True if the prompt ends by opening the model's thoughts.
         may_think: True if the first generated token may open the thoughts.
     """
@@ -224,7 +224,7 @@ class StopStrings:
     same character, it ends at the longest. The result therefore does not depend on how the text is split into pieces.
 
     Attributes:
-        found: the stop string that ended the answer, or None.
+        found: The stop string that ended the answer, or None.
     """
 
     def __init__(self, stops: Sequence[str]):

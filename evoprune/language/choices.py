@@ -21,10 +21,10 @@ class Choice:
     """A possible answer and its probability.
 
     Attributes:
-        text: the answer.
-        logprob: natural log probability of the answer's tokens and the end of the answer, computed from the raw logits.
-        tokens: number of tokens that `logprob` covers, including the end of the answer.
-        probability: probability relative to the other choices. The probabilities of all choices add up to 1.
+        text: The answer.
+        logprob: Natural log probability of the answer's tokens and the end of the answer, computed from the raw logits.
+        tokens: Number of tokens that `logprob` covers, including the end of the answer.
+        probability: Probability relative to the other choices. The probabilities of all choices add up to 1.
     """
 
     text: str
@@ -39,10 +39,10 @@ class ChosenTokens(Iterator[int]):
     It has the same attributes as a `TokenStream` and takes its place. All choices are scored when the first token is requested.
 
     Attributes:
-        choices: the choices with their probabilities. Empty until the choices are scored.
+        choices: The choices with their probabilities. Empty until the choices are scored.
 
     Raises:
-        ModelError: during iteration, if a logit is NaN or infinite.
+        ModelError: During iteration, if a logit is NaN or infinite.
     """
 
     def __init__(
@@ -87,12 +87,12 @@ def score_choices(
     "red" does not also get the probability of "red car".
 
     Args:
-        ids: the token ids of the choices, without the end of the answer.
-        eos_ids: the tokens that may end the answer.
-        one_by_one: run one forward pass per token, as in decoding, instead of one pass over several tokens.
+        ids: The token ids of the choices, without the end of the answer.
+        eos_ids: The tokens that may end the answer.
+        one_by_one: Run one forward pass per token, as in decoding, instead of one pass over several tokens.
 
     Raises:
-        ModelError: a logit is NaN or infinite.
+        ModelError: If a logit is NaN or infinite.
     """
     shared = [same[0] for same in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids, strict=False))]
     ends = list(eos_ids)

@@ -48,9 +48,9 @@ def rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch
     """Return the cosines and sines for M-RoPE positions.
 
     Args:
-        config: configuration of the language model.
+        config: Configuration of the language model.
         positions: int64 `[3, L]` on the CPU.
-        like: a tensor with the dtype and the device that the results should have.
+        like: A tensor with the dtype and the device that the results should have.
 
     Returns:
         Two tensors `[L, 1, head_dim]`. The first half of the sines is negated.
@@ -101,9 +101,9 @@ def attend(
             keys (arXiv 2210.09461, section 3).
         visible_keys: int64 `[L]`, the number of keys that each query sees, in ascending order; the last number is n. None if the
             queries are the last L columns.
-        wide: buffer `[2, kv_heads, n, head_dim + e]` from `Attention.room_for_bias`, which holds keys and values with bias features
+        wide: Buffer `[2, kv_heads, n, head_dim + e]` from `Attention.room_for_bias`, which holds keys and values with bias features
             for kernels that accept no mask.
-        dim: head_dim without bias features; required if the queries have bias features.
+        dim: `head_dim` without bias features; required if the queries have bias features.
     """
     _, columns, heads, given = queries.shape
     kv_heads, n, whole = keys.shape[1:]
@@ -200,7 +200,7 @@ class KVCache:
     """Keys and values of each layer for the columns read so far. A layer has no entries for columns dropped before it.
 
     Args:
-        capacity: number of columns to allocate (at least 1), either one number for all layers or one per layer. A layer that is
+        capacity: Number of columns to allocate (at least 1), either one number for all layers or one per layer. A layer that is
             full grows by half.
     """
 
@@ -232,7 +232,8 @@ class KVCache:
         """Drop all columns except the first `length`.
 
         Raises:
-            ValueError: the cache holds fewer columns, or `length` falls among columns that only some layers still have. Cropping to
+            ValueError: If the cache holds fewer columns, or `length` falls among columns that only some layers still have. Cropping
+            to
                 0 is always possible.
         """
         if not (0 <= length <= self.length and (length >= self._uneven_until or not length)):
@@ -251,7 +252,7 @@ class KVCache:
             columns: int64 `[n]` on the CPU, ascending.
 
         Raises:
-            ValueError: the layers have dropped different columns.
+            ValueError: If the layers have dropped different columns.
         """
         if self._uneven_until:
             raise ValueError("the layers have dropped different columns, so none can be selected in all of them")
@@ -268,8 +269,8 @@ class KVCache:
         """Shift the M-RoPE positions of some columns by rotating their keys.
 
         Args:
-            config: configuration of the language model.
-            columns: the columns to shift.
+            config: Configuration of the language model.
+            columns: The columns to shift.
             by: int64 `[3, 1]`, the offset in time, height and width.
         """
         like = self._layers[0][0].new_empty(0).float()
@@ -315,9 +316,9 @@ class KVCache:
         """Make new columns valid.
 
         Args:
-            read: number of columns read.
-            columns: for each layer, how many of these columns it stored.
-            sizes: for each layer, the cluster sizes of its old and new columns.
+            read: Number of columns read.
+            columns: For each layer, how many of these columns it stored.
+            sizes: For each layer, the cluster sizes of its old and new columns.
         """
         length = self.length + read
         lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
@@ -331,7 +332,7 @@ class KVCache:
 
         Args:
             sizes: float32 `[columns]`, cluster sizes of the new columns, which are the same in all layers; None if all are 1.
-            columns: number of new columns.
+            columns: Number of new columns.
         """
         if sizes is None and self.sizes[0] is None:
             return [None] * len(self.sizes)
@@ -361,18 +362,18 @@ def forward(
     """Run the model on new columns and return the final hidden states of the last ones, `[last, hidden]`.
 
     Args:
-        model: a module tree whose weights have Hugging Face's names. Only its linear layers are called.
+        model: A module tree whose weights have Hugging Face's names. Only its linear layers are called.
         inputs_embeds: `[L, hidden]`, embeddings of the new columns, on the device of the weights. L is at least 1.
         positions: int64 `[3, L]`, M-RoPE positions (time, height, width) on the CPU.
-        cache: holds the preceding columns. It is extended by L columns in place, or left unchanged if an exception is raised.
+        cache: Holds the preceding columns. It is extended by L columns in place, or left unchanged if an exception is raised.
         sizes: float32 `[L]`, cluster sizes of the new columns; None if all are 1.
-        last: number of columns to return, from 1 to L.
-        dropping: decides which visual tokens to drop inside the language model; requires an empty cache.
+        last: Number of columns to return, from 1 to L.
+        dropping: Decides which visual tokens to drop inside the language model; requires an empty cache.
         deepstack: `[n, L, hidden]`, features to add to the columns after each of the first n layers.
-        pause: called before every layer; it may wait or raise.
+        pause: Called before every layer; it may wait or raise.
 
     Raises:
-        ValueError: there are no columns, `positions` does not match the columns, `last` is out of range, or `dropping` is given
+        ValueError: If there are no columns, `positions` does not match the columns, `last` is out of range, or `dropping` is given
             although the cache is not empty.
     """
     columns = len(inputs_embeds)
@@ -454,12 +455,12 @@ def run_layer(
 
     Args:
         x: `[L, hidden]`, hidden states of the new columns.
-        places: cosines and sines from `rotation`.
-        cache: a `KVCache`, or a `NativeStaticCache` for a single column.
-        number: index of the layer.
-        bias, wide: see `attend`.
-        last: number of columns to compute if this is the last layer.
-        blind, rows: results of `Dropping.before`. Columns that skip the queries or the MLP keep their hidden states in that step.
+        places: Cosines and sines from `rotation`.
+        cache: A `KVCache`, or a `NativeStaticCache` for a single column.
+        number: Index of the layer.
+        bias, wide: See `attend`.
+        last: Number of columns to compute if this is the last layer.
+        blind, rows: Results of `Dropping.before`. Columns that skip the queries or the MLP keep their hidden states in that step.
 
     Returns:
         The output for the columns (in the last layer, only for the `last` ones), their queries, and all keys and values.

@@ -26,7 +26,7 @@ class LanguageModel:
     Its layers run in decoder.py, or as transformers modules in hosted.py.
 
     Args:
-        model: a module tree whose weights have Hugging Face's names, or a `HostedVL`.
+        model: A module tree whose weights have Hugging Face's names, or a `HostedVL`.
     """
 
     def __init__(self, model):
@@ -54,7 +54,7 @@ class LanguageModel:
         """Return the embeddings `[n, hidden]` of token ids, int64 `[n]`.
 
         Raises:
-            ModelError: the model has no embedding for an id.
+            ModelError: If the model has no embedding for an id.
         """
         embed = self.model.model.language_model.embed_tokens
         norm = self.model.model.language_model.norm
@@ -68,7 +68,7 @@ class LanguageModel:
         """Return an empty cache with room for a prompt and an answer of the usual length.
 
         Args:
-            columns: number of prompt columns, or one number per layer.
+            columns: Number of prompt columns, or one number per layer.
         """
         if self._hosted:
             return HostedCache(self.model)
@@ -108,8 +108,8 @@ class LanguageModel:
         Args:
             next_position: M-RoPE position of the first generated token. By Qwen's rule, it is the largest position of the
                 *unpruned* prompt plus one. Only decoding uses this value.
-            cache: holds the preceding columns and is extended in place. None starts a new prompt.
-            ids: token ids of the columns; see `forward`.
+            cache: Holds the preceding columns and is extended in place. None starts a new prompt.
+            ids: Token ids of the columns; see `forward`.
         """
         columns = len(inputs_embeds)
         given = {}
@@ -128,9 +128,9 @@ class LanguageModel:
         """Return the `Dropping` for reading a pruned prompt, or None if the method drops no tokens inside the language model.
 
         Args:
-            method, budget: the method and the budget (a share of the units) as the user gave them.
-            read: the encoded inputs of the prompt, in order.
-            prompt: the prompt after pruning.
+            method, budget: The method and the budget (a share of the units) as the user gave them.
+            read: The encoded inputs of the prompt, in order.
+            prompt: The prompt after pruning.
         """
         tokens = sum(len(each.kept) for each in read)
         if method.language_work(self.model.config.text_config.num_hidden_layers, tokens, budget) is None:
@@ -185,9 +185,9 @@ class PrefillState:
         On CUDA, the forward pass runs as a CUDA graph if possible (language/static.py).
 
         Args:
-            ids: the token ids of the answer so far, at least one.
-            left: number of tokens that the answer may still get.
-            pick: function that chooses a token from the logits. It also gets the result of `best_of` for them if that is already
+            ids: The token ids of the answer so far, at least one.
+            left: Number of tokens that the answer may still get.
+            pick: Function that chooses a token from the logits. It also gets the result of `best_of` for them if that is already
                 known.
         """
         token = None
@@ -218,13 +218,13 @@ class PrefillState:
 
         Args:
             ids: int64 `[n]`, the tokens of the answer.
-            one_by_one: run one forward pass per token, as in decoding, instead of one pass over all tokens.
+            one_by_one: Run one forward pass per token, as in decoding, instead of one pass over all tokens.
 
         Returns:
             float32 `[n, vocabulary]`.
 
         Raises:
-            ModelError: a logit is NaN or infinite.
+            ModelError: If a logit is NaN or infinite.
         """
         logits = [self.logits[None]]
         if len(ids) > 1:
@@ -281,12 +281,12 @@ class TokenStream(Iterator[int]):
     The same `seed` gives the same answer.
 
     Args:
-        state: the state after the prompt. It can serve only one answer.
-        eos_ids: tokens that end the answer; they are not yielded.
-        constraint: restricts the tokens; it can serve only one answer. None allows all tokens.
+        state: The state after the prompt. It can serve only one answer.
+        eos_ids: Tokens that end the answer; they are not yielded.
+        constraint: Restricts the tokens; it can serve only one answer. None allows all tokens.
 
     Raises:
-        ModelError: during iteration, if a logit is NaN or infinite. Exceptions raised by the constraint propagate unchanged.
+        ModelError: During iteration, if a logit is NaN or infinite. Exceptions raised by the constraint propagate unchanged.
     """
 
     def __init__(
@@ -375,8 +375,8 @@ def choose(
 
     Args:
         logits: float32 `[vocabulary]`.
-        random: a CPU generator.
-        seen: token ids in the prompt and the answer, for the repetition penalty.
+        random: A CPU generator.
+        seen: Token ids in the prompt and the answer, for the repetition penalty.
     """
     if settings.repetition_penalty not in (None, 1):
         logits = penalized(logits, settings.repetition_penalty, seen)

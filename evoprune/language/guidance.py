@@ -67,10 +67,10 @@ def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
 
     Args:
         kind: `SCHEMA` or `REGEX`.
-        given: the schema or the regular expression.
+        given: The schema or the regular expression.
 
     Raises:
-        UsageError: llguidance does not support the schema or regular expression, or a required package is not installed. For a
+        UsageError: If llguidance does not support the schema or regular expression, or a required package is not installed. For a
             schema, the message names the unsupported part.
     """
     if kind == REGEX and not given:
@@ -114,7 +114,7 @@ def find_fault(request: str) -> tuple[str, str | None]:
     compiling a schema nor the recursion depth.
 
     Args:
-        request: a JSON list with the kind (`SCHEMA` or `REGEX`) and the schema or regular expression as a string.
+        request: A JSON list with the kind (`SCHEMA` or `REGEX`) and the schema or regular expression as a string.
 
     Returns:
         The error message, or "" if there is no error; and the path of the faulty subschema, or None if it is unknown.

@@ -45,7 +45,7 @@ class HostedCache:
         """Drop all columns except the first `length`.
 
         Raises:
-            ValueError: the cache holds fewer columns, or has recurrent states.
+            ValueError: If the cache holds fewer columns, or has recurrent states.
         """
         if not (0 <= length <= self.length and self.can_crop):
             raise ValueError(f"a cache of {self.length} columns cannot be cropped to {length}")
@@ -103,7 +103,7 @@ def forward(
     If a pass fails, a cache that can be cropped stays usable, while a cache with recurrent states becomes invalid.
 
     Raises:
-        ValueError: there are no columns, `positions` does not match the columns, `last` is out of range, or an earlier pass has
+        ValueError: If there are no columns, `positions` does not match the columns, `last` is out of range, or an earlier pass has
             invalidated the cache.
     """
     columns = len(inputs_embeds)
@@ -170,9 +170,9 @@ def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attentio
     Args:
         x: `[L, hidden]`, embeddings of the new columns.
         places: int64 `[4, 1, L]`, each column's index and its three M-RoPE positions.
-        states: a transformers cache that holds the preceding columns and is extended in place.
-        attention_mask: see `hybrid.run`.
-        kwargs: further arguments for the transformers module.
+        states: A transformers cache that holds the preceding columns and is extended in place.
+        attention_mask: See `hybrid.run`.
+        kwargs: Further arguments for the transformers module.
     """
     run_layers = run_for(model, x.device)
     return call(model.package, run_layers, model.model.language_model, x, places, states, attention_mask, **kwargs)

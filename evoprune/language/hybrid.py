@@ -26,11 +26,11 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
     """Return the hidden states of new columns after the final norm, `[L, hidden]`.
 
     Args:
-        text: the language model, a transformers module.
+        text: The language model, a transformers module.
         x: `[L, hidden]`, embeddings of the new columns.
         places: int64 `[4, 1, L]`, each column's index and its three M-RoPE positions.
-        states: a transformers cache that holds the preceding columns. Each layer is updated in place.
-        mask: attention mask `[1, 1, L, columns so far]`, or None for plain causal attention. None requires that `states` is empty
+        states: A transformers cache that holds the preceding columns. Each layer is updated in place.
+        mask: Attention mask `[1, 1, L, columns so far]`, or None for plain causal attention. None requires that `states` is empty
             or L is 1.
     """
     layers = text.layers
@@ -101,11 +101,11 @@ def attention(
     """Return the output `[L, hidden]` of a gated attention layer and update its keys and values in `states`.
 
     Args:
-        module: the layer, a transformers module.
+        module: The layer, a transformers module.
         x: `[L, hidden]`, the normed input.
-        cos_sin: cosines and sines as returned by `decoder.rotation`, for the leading features of each head.
-        states, mask: see `run`.
-        gains: weights of the query norm and the key norm.
+        cos_sin: Cosines and sines as returned by `decoder.rotation`, for the leading features of each head.
+        states, mask: See `run`.
+        gains: Weights of the query norm and the key norm.
     """
     length = len(x)
     dim = module.head_dim
@@ -145,7 +145,7 @@ def delta_net(
     padding of the last chunk has a `beta` of 0 and no decay, so it changes nothing.
 
     Args:
-        delta: the layer, a transformers module.
+        delta: The layer, a transformers module.
         x: `[L, hidden]`, the normed input.
         rate: float32, the negated exponential of `A_log`.
         offset: float32, `dt_bias`.

@@ -24,16 +24,16 @@ def run_isolated(
     """Return `work(request)`, computed in a separate process, or in this one if `POSSIBLE` is False.
 
     Args:
-        work: a module-level function. Its result must be serializable as JSON.
-        request: the string that is passed to `work`.
-        seconds: limit on both CPU time and wall-clock time. The import of `needs` does not count.
-        needs: comma-separated modules that `work` uses, imported before the limits are set.
-        stack_bytes: limit on the stack size; None for the system's default.
+        work: A module-level function. Its result must be serializable as JSON.
+        request: The string that is passed to `work`.
+        seconds: Limit on both CPU time and wall-clock time. The import of `needs` does not count.
+        needs: Comma-separated modules that `work` uses, imported before the limits are set.
+        stack_bytes: Limit on the stack size; None for the system's default.
 
     Raises:
-        ValueError: the function exceeds the time or memory limit. The error message says so.
-        RuntimeError: the process failed for another reason.
-        OSError: no process can be started.
+        ValueError: If the function exceeds the time or memory limit. The error message says so.
+        RuntimeError: If the process failed for another reason.
+        OSError: If no process can be started.
     """
     if not POSSIBLE:
         return work(request)

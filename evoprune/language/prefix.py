@@ -64,11 +64,11 @@ class PrefixCache:
         """Read the part of a prompt that is not cached and return the state for decoding its answer.
 
         Args:
-            pruned: the columns of `prompt` that are left after pruning.
-            prompt: the whole prompt.
+            pruned: The columns of `prompt` that are left after pruning.
+            prompt: The whole prompt.
             last: True if no other question is expected, so nothing needs to be kept in the cache.
             goes_on: True if the next question may belong to the same conversation.
-            dropping: drops tokens inside the language model; None if no tokens are dropped there.
+            dropping: Drops tokens inside the language model; None if no tokens are dropped there.
         """
         language = self._language
         if dropping is not None:
@@ -109,8 +109,8 @@ class PrefixCache:
 
         Args:
             ids: int64 on the CPU, the leading token ids of the prompt, which an earlier prompt may share.
-            inputs: number of columns up to the end of the inputs. A croppable cache that shares fewer columns is not used.
-            last: if True, a recurrent cache itself is returned instead of a copy.
+            inputs: Number of columns up to the end of the inputs. A croppable cache that shares fewer columns is not used.
+            last: If True, a recurrent cache itself is returned instead of a copy.
         """
         cached = self._cached
         self._cached = []

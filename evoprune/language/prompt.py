@@ -86,7 +86,7 @@ class Tokenizer:
         """Load the tokenizer and the chat template from a model's folder.
 
         Raises:
-            ModelError: the tokenizer is missing, damaged or not of a supported kind, or there is no chat template.
+            ModelError: If the tokenizer is missing, damaged or not of a supported kind, or there is no chat template.
         """
         if not cls.is_in(folder):
             hint = "copy tokenizer.json and tokenizer_config.json from the original model"
@@ -117,7 +117,7 @@ class Tokenizer:
         """Return the token ids of `text`. Special tokens in the text are encoded as ordinary words.
 
         Raises:
-            ModelError: the tokenizer panics, for example because a pattern takes too many steps.
+            ModelError: If the tokenizer panics, for example because a pattern takes too many steps.
         """
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
@@ -147,12 +147,12 @@ class Tokenizer:
         """Render a conversation with the chat template, up to the beginning of the model's answer or thoughts.
 
         Args:
-            messages: the conversation in the format of chat templates.
-            thinking: value for the template's variable `enable_thinking`; see `can_switch_thinking`.
+            messages: The conversation in the format of chat templates.
+            thinking: Value for the template's variable `enable_thinking`; see `can_switch_thinking`.
 
         Raises:
-            ValueError: the template is broken, rejects the messages, or exceeds its limits.
-            OSError: no process can be started.
+            ValueError: If the template is broken, rejects the messages, or exceeds its limits.
+            OSError: If no process can be started.
         """
         context = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
         return render(self.chat_template, context | {"enable_thinking": thinking} | self.named)
@@ -177,7 +177,7 @@ class Tokenizer:
 
         Args:
             grid: (T, H, W), number of frame pairs, and rows and columns of units.
-            times: the timestamps before the frame pairs, made by `timestamps`. If given, each frame pair has its own markers.
+            times: The timestamps before the frame pairs, made by `timestamps`. If given, each frame pair has its own markers.
         """
         specials = self.specials()
         start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS["video"][1], MARKERS[1]))
@@ -264,8 +264,8 @@ def video_positions(
 
     Args:
         grid: (T, H, W), number of frame pairs, and rows and columns of units. An image counts as one frame pair.
-        seconds_per_pair: time from one frame pair to the next; ignored for a single frame pair.
-        tokens_per_second: see `config.VisionConfig`.
+        seconds_per_pair: Time from one frame pair to the next; ignored for a single frame pair.
+        tokens_per_second: See `config.VisionConfig`.
     """
     t, h, w = grid
     # Multiply in float64 and round down only at the end, because multiples of a rounded step would drift.
@@ -284,11 +284,11 @@ def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) ->
     plus one, and so does the first generated token.
 
     Args:
-        length: number of columns.
-        videos: for each video and image in order, its first column and the result of `video_positions`.
+        length: Number of columns.
+        videos: For each video and image in order, its first column and the result of `video_positions`.
 
     Raises:
-        ValueError: a video overlaps another video or does not fit into the prompt.
+        ValueError: If a video overlaps another video or does not fit into the prompt.
     """
     pieces = []
     at = 0
@@ -321,10 +321,10 @@ class Place:
         """Return the place of a video that has a timestamp before each frame pair.
 
         Args:
-            before: for each frame pair, the number of text columns before its tokens.
-            units: number of tokens per frame pair.
-            start: first column of the video.
-            after: number of text columns after the tokens of a frame pair.
+            before: For each frame pair, the number of text columns before its tokens.
+            units: Number of tokens per frame pair.
+            start: First column of the video.
+            after: Number of text columns after the tokens of a frame pair.
         """
         runs = []
         around = []
@@ -367,8 +367,8 @@ def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
     """Return the timestamps that Qwen3-VL and Qwen3.5 read before frame pairs: the mean time of a pair's first and last frame.
 
     Args:
-        times_s: times of the frames in seconds.
-        frames: number of frames per pair.
+        times_s: Times of the frames in seconds.
+        frames: Number of frames per pair.
     """
     pairs = zip(*(times_s[first::frames] for first in (0, frames - 1)), strict=True)
     return [f"<{(first + last) / 2:.1f} seconds>" for first, last in pairs]
@@ -408,19 +408,20 @@ class Prompt:
         tokens, the ids are the same as when the rendered conversation is tokenized at once.
 
         Args:
-            inputs: for each input, "video" or "picture" and the number of its visual tokens before pruning, at least 1.
-            system: a system prompt; None leaves it to the template.
-            times: for each input, the timestamps before its frame pairs, made by `timestamps`; each frame pair then has its own
+            inputs: For each input, "video" or "picture" and the number of its visual tokens before pruning, at least 1.
+            system: A system prompt; None leaves it to the template.
+            times: For each input, the timestamps before its frame pairs, made by `timestamps`; each frame pair then has its own
                 markers. Empty, which is the default, for an input whose placeholders form a single run.
-            thinking: see `Tokenizer.render`.
-            earlier: the earlier turns of the conversation, in order. The inputs belong to the first question, except for inputs
+            thinking: See `Tokenizer.render`.
+            earlier: The earlier turns of the conversation, in order. The inputs belong to the first question, except for inputs
                 inside a `Placed`.
 
         Raises:
-            ModelError: the chat template is broken, or does not write the inputs in order, followed by the conversation.
-            UsageError: a string is not valid Unicode (stray bytes from a shell), the template has no place for a system prompt, or
+            ModelError: If the chat template is broken, or does not write the inputs in order, followed by the conversation.
+            UsageError: If a string is not valid Unicode (stray bytes from a shell), the template has no place for a system prompt,
+            or
                 it does not support thinking.
-            ValueError: there are no inputs, an input has no tokens, or there are more places than inputs.
+            ValueError: If there are no inputs, an input has no tokens, or there are more places than inputs.
         """
         if not inputs or min(count for _, count in inputs) < 1:
             raise ValueError(f"a prompt needs inputs with at least one visual token each, not {list(inputs)}")
@@ -561,13 +562,13 @@ def _render(
 
     Args:
         kinds: "video" or "picture" for each input.
-        with_system: whether to add a system prompt.
-        markers: special tokens that the tokenizer must have.
-        thinking: see `Tokenizer.render`.
-        contents: the messages from `_lay_out`.
+        with_system: Whether to add a system prompt.
+        markers: Special tokens that the tokenizer must have.
+        thinking: See `Tokenizer.render`.
+        contents: The messages from `_lay_out`.
 
     Raises:
-        ModelError: the template cannot be used.
+        ModelError: If the template cannot be used.
     """
     messages = []
     if with_system:

@@ -63,15 +63,15 @@ def prune_prompt(
 
     Args:
         ids: int64 `[L]` on the CPU, token ids of the whole prompt.
-        places: the places of the inputs in the prompt, in order. Inputs that are not listed stay unpruned.
-        read: the encoded inputs, one for each entry of `places`.
+        places: The places of the inputs in the prompt, in order. Inputs that are not listed stay unpruned.
+        read: The encoded inputs, one for each entry of `places`.
         positions: int64 `[3, L]` on the CPU, M-RoPE positions of the whole prompt; None if the caller computes positions for a
             whole batch.
-        embed: function that returns the embeddings `[n, hidden]` of text token ids, int64 `[n]`. It is not called with placeholders
+        embed: Function that returns the embeddings `[n, hidden]` of text token ids, int64 `[n]`. It is not called with placeholders
             of these inputs, so the model need not know their ids. None if the model embeds the prompt itself.
 
     Raises:
-        ValueError: the kept tokens of an input are not in ascending order, lie outside its place, or differ in number from its
+        ValueError: If the kept tokens of an input are not in ascending order, lie outside its place, or differ in number from its
             features. Exceptions raised by `embed` propagate unchanged.
     """
     stays = torch.ones(len(ids), dtype=torch.bool, device="cpu")
@@ -116,8 +116,8 @@ def _sizes(text: int, read: Sequence[Encoded], row: torch.Tensor) -> torch.Tenso
     """Return the cluster sizes of the columns, or None if all are 1.
 
     Args:
-        text: number of text columns, whose size is 1.
-        row: for each column, its index in the text columns followed by the visual tokens.
+        text: Number of text columns, whose size is 1.
+        row: For each column, its index in the text columns followed by the visual tokens.
     """
     if all(tokens.size is None for tokens in read):
         return None

@@ -27,7 +27,7 @@ def read_schema(path: str | None) -> dict[str, Any] | None:
     """Return the JSON Schema in a file, or None if `path` is None.
 
     Raises:
-        UsageError: the file cannot be read or does not hold a JSON object.
+        UsageError: If the file cannot be read or does not hold a JSON object.
     """
     if path is None:
         return None
@@ -79,7 +79,7 @@ def _schema_of_class(kind: type) -> dict[str, Any]:
     """Return the JSON Schema of a class.
 
     Raises:
-        UsageError: pydantic cannot make a schema for the class, or is not installed.
+        UsageError: If pydantic cannot make a schema for the class, or is not installed.
     """
     try:
         from pydantic import TypeAdapter
@@ -129,7 +129,7 @@ def checked_value(answer: str, schema: dict[str, Any]) -> Any:
         The value, or None as in `value_of`.
 
     Raises:
-        UsageError: the answer does not follow the schema.
+        UsageError: If the answer does not follow the schema.
     """
     value = value_of(answer)
     if value is not None and (wrong := wrong_value(value, schema)):
@@ -141,7 +141,7 @@ def instance_of(kind: type, answer: str) -> Any:
     """Convert a JSON answer to an instance of a dataclass or a pydantic model.
 
     Raises:
-        UsageError: the class rejects the value, for example in one of its validators.
+        UsageError: If the class rejects the value, for example in one of its validators.
     """
     from pydantic import TypeAdapter
 

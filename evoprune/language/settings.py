@@ -32,7 +32,7 @@ class GenerationOptions:
     """Options that control how an answer is generated.
 
     Raises:
-        UsageError: a value is out of range, or two options cannot be combined.
+        UsageError: If a value is out of range, or two options cannot be combined.
     """
 
     PANEL: ClassVar[str] = "Generation"
@@ -167,7 +167,7 @@ class GenerationOptions:
         """Grammar of the answer in llguidance's format, or None without a schema or regular expression.
 
         Raises:
-            UsageError: llguidance does not support the schema or regular expression.
+            UsageError: If llguidance does not support the schema or regular expression.
         """
         if self.schema is None and self.regex is None:
             return None
@@ -186,7 +186,7 @@ class GenerationOptions:
         """Return the token ids of each choice, without the end of the answer. Without choices, the list is empty.
 
         Raises:
-            UsageError: the model cannot choose among the choices, because it always thinks, a choice has more tokens than
+            UsageError: If the model cannot choose among the choices, because it always thinks, a choice has more tokens than
                 `max_new_tokens`, two choices have the same tokens, or each row of a batch has its own choices.
         """
         if self.choices is None:
@@ -214,7 +214,7 @@ class GenerationOptions:
             that is a class, otherwise the same value.
 
         Raises:
-            UsageError: the answer does not follow the schema, or the class rejects the value.
+            UsageError: If the answer does not follow the schema, or the class rejects the value.
         """
         value = checked_value(answer, self.schema)
         if value is not None and isinstance(self.schema, SchemaOfClass):
@@ -234,7 +234,7 @@ def _checked_stops(given: Any) -> list[str] | None:
     """Return stop strings as a list, or None if there are no stop strings.
 
     Raises:
-        UsageError: the value is neither a string nor a list of strings, or a string is empty or not valid Unicode.
+        UsageError: If the value is neither a string nor a list of strings, or a string is empty or not valid Unicode.
     """
     if given is None:
         return None
@@ -252,7 +252,7 @@ def _checked_choices(given: Any) -> str | list[str] | None:
     """Return choices as a list; `ROW_OPTIONS` and None are returned unchanged.
 
     Raises:
-        UsageError: the value is not a list of at least two different, non-empty strings of valid Unicode.
+        UsageError: If the value is not a list of at least two different, non-empty strings of valid Unicode.
     """
     if given is None or given == ROW_OPTIONS:
         return given

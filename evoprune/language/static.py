@@ -61,7 +61,7 @@ class StaticCache(ABC):
 
         Args:
             position: M-RoPE position of the next token.
-            read: number of columns that attention reads.
+            read: Number of columns that attention reads.
         """
         sizes = cache.sizes if isinstance(cache, HostedCache) else cache.sizes[0]
         bias = self.logits.new_full((read,), -torch.inf)
@@ -254,7 +254,7 @@ def logits_along(model, cache: KVCache | HostedCache, position: int, ids: torch.
     """Return the logits after each token of a given answer, `[n, vocabulary]`, computed by steps with a new static cache.
 
     Args:
-        cache: holds the columns before the answer.
+        cache: Holds the columns before the answer.
         position: M-RoPE position of the first token.
         ids: int64 `[n]`, the tokens of the answer.
     """
@@ -273,11 +273,11 @@ def begin(
     """Copy a cache into the model's static cache and return the latter, or None if plain decoding suits the next token better.
 
     Args:
-        holder: identifies the answer.
-        cache: the answer's cache so far.
+        holder: Identifies the answer.
+        cache: The answer's cache so far.
         position: M-RoPE position of the token that is read next.
-        decoded: number of tokens in the answer so far.
-        left: number of tokens that the answer may still get.
+        decoded: Number of tokens in the answer so far.
+        left: Number of tokens that the answer may still get.
     """
     like = model.model.language_model.norm.weight
     if Device(like.device).capture is None or not _is_even(cache):

@@ -21,13 +21,13 @@ def render(source: str, variables: dict[str, Any]) -> str:
     """Render a Jinja template.
 
     Args:
-        source: the template.
-        variables: the template's variables, which must be serializable as JSON.
+        source: The template.
+        variables: The template's variables, which must be serializable as JSON.
 
     Raises:
-        ValueError: the template is broken, rejects the variables, takes too much time or memory, or renders too much text. The
+        ValueError: If the template is broken, rejects the variables, takes too much time or memory, or renders too much text. The
             message says which.
-        OSError: no process can be started.
+        OSError: If no process can be started.
     """
     return _cached(json.dumps({"source": source, "variables": variables}), SECONDS)
 

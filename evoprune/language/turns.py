@@ -17,7 +17,7 @@ class Placed(str):
     As a `str`, the question consists of its strings joined by line breaks.
 
     Attributes:
-        parts: the strings in order, with None for each input.
+        parts: The strings in order, with None for each input.
     """
 
     parts: tuple[str | None, ...]
@@ -52,10 +52,10 @@ class Turn:
         """Convert messages to turns.
 
         Args:
-            messages: list of dicts with `role`, which alternates between "user" and "assistant", and `content`, a string.
+            messages: List of dicts with `role`, which alternates between "user" and "assistant", and `content`, a string.
 
         Raises:
-            UsageError: the messages have a different form, a question is empty, or the last question has no answer.
+            UsageError: If the messages have a different form, a question is empty, or the last question has no answer.
         """
         hint = '[{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "A man."}]'
         if not isinstance(messages, list | tuple):

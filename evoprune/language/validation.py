@@ -29,7 +29,7 @@ def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
     """Return the first schema keyword that a value violates and the path in the value, or None if the value is valid.
 
     Args:
-        value, schema: objects as returned by `json.loads`. A float counts as the decimal number that Python prints for it.
+        value, schema: Objects as returned by `json.loads`. A float counts as the decimal number that Python prints for it.
     """
     import referencing
     from referencing.exceptions import Unresolvable
@@ -106,7 +106,7 @@ def _exact(value: Any, without: str | None = None) -> Any:
     """Return a JSON value with every float replaced by an int or a Decimal.
 
     Args:
-        without: name of the fields to drop if their value is a string. Pass "$schema" for schemas, because a "$schema" inside a
+        without: Name of the fields to drop if their value is a string. Pass "$schema" for schemas, because a "$schema" inside a
             schema would make jsonschema replace the modified validator with one of jsonschema's validators.
     """
     if isinstance(value, dict):

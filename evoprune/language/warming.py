@@ -18,8 +18,8 @@ def warm_up(model: QwenVL, encoded: Encoded, native: bool) -> None:
     """Answer a question with a small model, and run one decoding step with the static cache that CUDA graphs use.
 
     Args:
-        model: a small model with random weights and the same widths as the model that is being loaded.
-        encoded: the encoded input that the question is about.
+        model: A small model with random weights and the same widths as the model that is being loaded.
+        encoded: The encoded input that the question is about.
         native: False if transformers runs the language model that is being loaded. In that case, only the norms and the DeltaNets'
             solver run, because the solver is in a separate library.
     """
