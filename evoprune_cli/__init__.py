@@ -1,4 +1,4 @@
-"""The command line. It parses arguments, calls evoprune and prints the results. Torch is imported only when a command needs it."""
+"""The command line, which parses arguments, calls evoprune and prints the results. Only commands that need torch import it."""
 
 from typing import TYPE_CHECKING
 

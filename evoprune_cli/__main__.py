@@ -1,10 +1,11 @@
-"""The program's entry point. All imports happen inside `start`, so pressing Ctrl-C while they run exits without a traceback."""
+"""The program's entry point. All imports happen inside `start`, so that Ctrl-C during an import shows no traceback."""
 
 import os
 import sys  # both were already imported when Python started
 
-# How long OpenMP threads spin between parallel steps before they sleep. GNU OpenMP's default of 300,000 iterations keeps cores busy
-# for many milliseconds while other programs, or the thread that all others wait for, need them. Torch reads this when it is loaded.
+# Number of iterations that an idle OpenMP thread spins before it goes to sleep. With GNU OpenMP's default of 300,000, idle threads
+# keep their cores busy for many milliseconds, even if other programs, or the one thread that all others are waiting for, need those
+# cores. The variable is read when torch is loaded.
 SPIN = {"GOMP_SPINCOUNT": "10000"}
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 INTERRUPTED = 130
@@ -23,7 +24,7 @@ def start() -> None:
     if not any(name in os.environ for name in CHOSEN):
         os.environ |= SPIN
     endings: list[int | str | None] = []
-    atexit.register(_stop_loops_too, endings)  # registered first, so it is called last
+    atexit.register(_stop_loops_too, endings)  # registered first, so that it is called last
     try:
         from evoprune_cli.main import run
 
@@ -44,7 +45,10 @@ def start() -> None:
 
 
 def _stop_loops_too(endings: list[int | str | None]) -> None:
-    """Make an interrupted process kill itself with SIGINT, so that a shell loop stops too. With exit code 130 it would continue."""
+    """Make an interrupted process kill itself with SIGINT, so that a shell loop around it stops too.
+
+    If the process only exited with code 130, the loop would continue.
+    """
     import contextlib
     import signal
 
@@ -58,7 +62,7 @@ def _stop_loops_too(endings: list[int | str | None]) -> None:
 
 
 def _end_at_once_from_now_on() -> None:
-    """Make signals end the process immediately. All work is done, and an exception would interrupt Python's shutdown."""
+    """Make signals end the process immediately, because all work is done and an exception would interrupt Python's shutdown."""
     import signal
 
     if callable(signal.getsignal(signal.SIGINT)):  # otherwise the signal was already ignored when the process started
@@ -70,7 +74,7 @@ def _end_at_once_from_now_on() -> None:
 
 
 def _report_uncaught(category, problem, trace) -> None:
-    """Report an uncaught exception as Python does, except for Ctrl-C, which may arrive while another exception is handled."""
+    """Report an uncaught exception as Python would, but print nothing for Ctrl-C pressed while another exception is handled."""
     if not issubclass(category, KeyboardInterrupt):
         sys.__excepthook__(category, problem, trace)
 

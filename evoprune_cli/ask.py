@@ -1,4 +1,4 @@
-"""`evoprune ask`: answers questions about videos and images on stdout."""
+"""`evoprune ask`: answers questions about videos and images, and prints the answers to stdout."""
 
 import contextlib
 import math
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 USAGE = 'evoprune ask video.mp4 "What happens?"'
-# Matches words that look like a path: a data URL, another URL, a word that starts like a path, or one with a file extension.
+# Matches words that look like a path: a data URL, any other URL, a word that starts like a path, or a word with a file extension.
 PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
-MAX_QUESTION = 2**22  # maximum number of characters to read from stdin, which may never end
+MAX_QUESTION = 2**22  # maximum number of characters to read from stdin, which may never reach end of file
 PROMPT = "> "  # printed before a question
 HELP = "type a question and press Enter; q or Ctrl-D: quit; Ctrl-C: stop an answer; /help: show this line"
 HELP_CHAT = f"{HELP}; /new: clear the conversation; /undo: remove the last question"
@@ -206,11 +206,11 @@ def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
 
 
 def check_words(inputs: Sequence[str], question: str | None) -> None:
-    """If there are several inputs, check that all of them exist. A single input is checked later, when it is opened.
+    """Check that all inputs exist if there is more than one. A single input is checked later, when it is opened.
 
     Raises:
         VideoError: an input does not exist.
-        UsageError: stdin is given twice, or several words are not files and look like an unquoted question.
+        UsageError: stdin is given twice, or there are words that are not files and look like an unquoted question.
     """
     if inputs.count(STDIN) > 1:
         raise UsageError("standard input is given twice", "it can be read only once")
@@ -267,7 +267,7 @@ def _encode(
     full: bool = False,
     ahead: "ReadAhead | None" = None,
 ) -> "EncodedInputs":
-    """Encode the files at `paths`. Limits that apply to them are reported on stderr first."""
+    """Encode the files at `paths`, after reporting on stderr which limits apply to them."""
     from evoprune.session import Cache, open_inputs
 
     show("reading")
@@ -287,7 +287,7 @@ def _encode(
 
 
 def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> list[str]:
-    """Return all questions in order. Without -Q and a prompt, read one question from stdin, unless stdin is the video.
+    """Return all questions in order. If there is neither -Q nor a prompt, read one from stdin, unless stdin is the video.
 
     Raises:
         UsageError: there is no question, a question is empty, or -i is used without a terminal.
@@ -318,7 +318,7 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
     """Read the question from stdin.
 
     Raises:
-        UsageError: there is no question on stdin. If the last of several inputs may be the question, the hint says so.
+        UsageError: there is no question on stdin. If the last input could be meant as the question, the hint says so.
     """
     *before, last = inputs
     named = ""
@@ -340,7 +340,7 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
 
 
 def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: SamplingOptions, quiet: bool) -> None:
-    """Plan the inputs to find errors early. This takes milliseconds; importing torch and reading the weights come later.
+    """Plan the inputs, so that errors are found in milliseconds, before torch is imported and the weights are read.
 
     For the exceptions, see `ModelDescription.plan`.
     """
@@ -409,7 +409,7 @@ class Conversation:
         several: bool,
         show_thoughts: bool = False,
     ):
-        """Set the options of the command. `inputs` are display names. `several` is True if there is more than one question."""
+        """Store the command's options. `inputs` contains display names. `several` is True if there is more than one question."""
         self._show_thoughts = show_thoughts
         self.answered = 0
         self._names = inputs
@@ -418,7 +418,7 @@ class Conversation:
         self._quiet = quiet
         plain = not json and not quiet
         self._echo = several and plain and sys.stderr.isatty()  # echo questions from the command line on stderr
-        self._blocks = 0 if interactive else 1  # number of answers whose stats are a block; later answers get a line
+        self._blocks = 0 if interactive else 1  # number of answers with a block of stats; later answers get one line
         if verbose or stats:
             self._blocks = math.inf
         if stats is None:
@@ -444,8 +444,8 @@ class Conversation:
         """Set the encoded inputs, and print the warnings about them and about the model.
 
         Args:
-            encode_full: encodes the inputs again without pruning. None if answers are not compared.
-            chat: the conversation about the inputs. None if each question stands alone.
+            encode_full: function that encodes the inputs again without pruning, or None if answers are not compared.
+            chat: the conversation about the inputs, or None if each question stands alone.
         """
         self._chat = chat
         self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
@@ -459,7 +459,7 @@ class Conversation:
         """Ask a question and print the answer.
 
         Args:
-            typed: True if the user typed the question, so it is already visible on the terminal.
+            typed: whether the user typed the question, so that it is already visible on the terminal.
             identity: the ID of the record, if the question has one.
         """
         if self._echo and not typed:
@@ -481,7 +481,7 @@ class Conversation:
         self._finish(report)
 
     def attempt(self, question: str, typed: bool = False, identity: str | None = None, goes_on: bool = True) -> bool:
-        """Answer a question, and report usage errors instead of raising them. With `goes_on`, Ctrl-C is not raised either.
+        """Answer a question, and report usage errors instead of raising them. If `goes_on` is True, Ctrl-C is not raised either.
 
         Returns:
             False if a usage error prevented the answer.
@@ -608,19 +608,20 @@ def typed_questions(
     meanwhile: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     chat: "Chat | None" = None,
 ) -> Iterator[str]:
-    """Yield the questions typed at a prompt, one per line, until Ctrl-D or a command such as "q" ends it.
+    """Yield the questions typed at a prompt, one per line, until Ctrl-D or a command such as "q" ends the prompt.
 
     Other commands are carried out here, and empty lines are skipped.
 
     Args:
-        twice: whether Ctrl-C must be pressed twice in a row, because the first press may have been meant to stop an answer.
+        twice: whether Ctrl-C must be pressed twice in a row to quit, because the first press may have been meant to stop an
+            answer.
         meanwhile: returns a context manager that is active while the prompt waits for a line.
         chat: the conversation that /new and /undo apply to.
 
     Raises:
         KeyboardInterrupt: the user pressed Ctrl-C at the prompt.
     """
-    with contextlib.suppress(ImportError):  # without readline, the user cannot edit lines
+    with contextlib.suppress(ImportError):  # if readline is missing, users can still type but not edit
         import readline  # editing and history for `input`  # noqa: F401
     warned = False
     while True:

@@ -93,8 +93,8 @@ def batch(
     """Ask many questions about many videos: one JSON line each.
 
     Each line is a record as printed by `ask --json`, with the row's id. The model is loaded once, and each video is encoded once
-    for all its questions, while the next videos are read. A row that fails gets a record with `error`, and the others continue;
-    the exit code is then 6. Needs -m or EVOPRUNE_MODEL.
+    for all its questions, while the next videos are being read. If a row fails, its record has an `error`, the other rows continue,
+    and the exit code is 6. Needs -m or EVOPRUNE_MODEL.
 
     \b
     export EVOPRUNE_MODEL=Qwen/Qwen2.5-VL-3B-Instruct
@@ -297,7 +297,7 @@ class Tally:
         self._reported_missing = frozenset(named)
         self._file: RecordFile | None = None
         self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # videos by warning and path
-        # `_cut_answers` is the number of answers that -n cut off.
+        # `_cut_answers` is the number of answers that were cut off at the limit set by -n.
         self._last_failure = ""
         self._cut_answers = 0
         self._waited_s: float | None = (
@@ -305,7 +305,7 @@ class Tally:
         )
 
     def start(self, file: "RecordFile", left: int, show) -> None:
-        """Start counting when the model is loaded. `left` is the number of unanswered rows. See `terminal.progress` for `show`."""
+        """Start counting, once the model is loaded. `left` is the number of unanswered rows. See `terminal.progress` for `show`."""
         self._file, self._before, self._show = file, self._total - left, show
         self._started_at = self._reported_at = time.monotonic()
         self._show_rows()
@@ -328,7 +328,7 @@ class Tally:
         self._cut_answers += record.finish_reason == "length"
         for name, video in warned(record):
             if name in ("answer_cut", "thoughts_cut"):
-                continue  # not reported per video: cut answers are counted
+                continue  # cut answers are counted, not reported for each video
             self._warnings.setdefault(name, {}).setdefault(video.path, video)
         if record.error:
             self.failed += 1
@@ -338,7 +338,7 @@ class Tally:
             if not any(path in message for path in inputs):
                 said = f"failed: {listed(inputs)}: {message}"
             if not (self._reported_missing & set(inputs) and message.startswith("no such file")):
-                if said != self._last_failure and not self.quiet:  # all rows of a video fail alike
+                if said != self._last_failure and not self.quiet:  # all rows of a video fail with the same message
                     tell(said)
                 self._last_failure = said
         self._show_rows()

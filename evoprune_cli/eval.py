@@ -16,7 +16,7 @@ from evoprune_cli.running import SOME_FAILED, check_chart, check_new_folder, del
 from evoprune_cli.terminal import check_output, note, progress
 
 FORMATS = ("table", "csv")
-# Options that are allowed with --resume DIR if --data is not given, because results do not depend on them.
+# Options that may be combined with --resume DIR even if --data is not given, because they do not affect the results.
 ALLOWED_WITH_RESUME = (
     "--resume", "--processes", "--chart", "--format", "--json", "-q", "--quiet", "--debug", "--device", "--threads", "--offline",
     "--store-quantized",
@@ -95,9 +95,9 @@ def evaluate(
 ) -> int:
     """Measure accuracy at each budget, on questions with known answers.
 
-    Every setting answers the same questions, the full budget first. Settings are compared with the full budget, and with the first
-    method at the same budget. Intervals are 95% confidence intervals over videos. Cost is in operations at the 3B model's
-    dimensions. Exit code 6: finished, but some videos failed.
+    Every setting answers the same questions, starting with the full budget. Each setting is compared with the full budget, and with
+    the first method at the same budget. Intervals are 95% confidence intervals over videos. The cost is the number of operations in
+    a model with the 3B model's dimensions. Exit code 6: finished, but some videos failed.
 
     \b
     evoprune eval --data samples/questions.jsonl
@@ -149,7 +149,7 @@ def evaluate(
                 if form == "csv" and not quiet:
                     for line in results.remarks():
                         note(line)
-        finally:  # also if stdout has no reader
+        finally:  # even if the reader of stdout has exited
             if evaluation.folder:
                 evaluation.folder.finish(document)
 

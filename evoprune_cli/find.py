@@ -106,10 +106,10 @@ def find(
 ) -> int:
     """Find the moments of videos that show something, best first.
 
-    Each video is cut into segments, and the model is asked about each one whether it shows the query. Where yes is much more
-    probable than in most segments, denser frames show when the moment starts and ends. Finding nothing is not an error. Ctrl-C
-    prints what was found so far. A video that fails is reported, and the others continue; the exit code is then 6. Files are
-    written after a video has been searched completely.
+    Each video is cut into segments, and the model is asked whether each segment shows the query. Where the answer yes is much more
+    probable than in most segments, more frames are read to find out when the moment starts and ends. Finding nothing is not an
+    error. Ctrl-C prints the moments found so far. If a video fails, the failure is reported, the other videos continue, and the
+    exit code is 6. Files are written once a video has been searched completely.
 
     \b
     evoprune find clip.mp4 "a red star"
@@ -174,7 +174,7 @@ def find(
 
 
 class SearchOutput:
-    """The output file of a search. It must be closed. `left` contains the rows that are not in the file yet."""
+    """The output file of a search, which the caller must close. `left` contains the rows that are not in the file yet."""
 
     def __init__(self, rows: Sequence["Row"], options: PipelineOptions, path: str, resume: bool, overwrite: bool):
         from evoprune.batch import Sources
@@ -227,7 +227,7 @@ def _report_failure(problem: VideoError, name: str, json: bool) -> dict[str, Any
 
 
 def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]:
-    """Split the command-line words into videos and queries. `more` are the queries given with -Q."""
+    """Split the command-line words into videos and queries. `more` contains the queries given with -Q."""
     videos, query = split_words(words)
     queries = more
     if query is not None:
@@ -276,8 +276,8 @@ def _deliver(search: "Search", name: str, several: bool, found: list[dict[str, A
     """Print the moments that were found. Warnings and queries without a match are reported on stderr.
 
     Args:
-        several: whether the search covers other videos, too.
-        found: the moments to print as JSON. None prints the moments as text.
+        several: whether the search covers more than one video.
+        found: the moments to print as JSON. None means that the moments are printed as text.
     """
     moments = search.moments()
     others = 0 if several else None

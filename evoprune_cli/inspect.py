@@ -1,4 +1,4 @@
-"""`evoprune inspect`: describes this machine, a model, or how a model would read a video. Uses the network only for URLs."""
+"""`evoprune inspect`: describes this machine, a model, or how a model would read a video. Only URLs use the network."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from evoprune_cli.terminal import (
     stdout,
 )
 
-NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # sections whose keys are names, not facts
+NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # sections whose keys are names of things
 ONLY_IF_SET = (
     "folder",
     "download_bytes",
@@ -42,7 +42,7 @@ ONLY_IF_SET = (
     "other_tracks",
 )  # printed only if their values are set
 JSON_ONLY = ("args", "warnings")  # not printed as text: warnings go to stderr as sentences
-TITLES = {  # titles of facts whose names are unclear or too long
+TITLES = {  # titles of the facts whose own names would be unclear or too long
     "resized_hw": "frame size",
     "capped": "cut by a limit",
     "demo_scenes_model_folder": "demo scenes folder",
@@ -87,8 +87,8 @@ def inspect(
 ) -> int:
     """Describe this machine, a model, or a video.
 
-    With a video, also show which frames a model would read, and how much memory it would need. Loads no weights and uses no
-    network, except for --overlay and for a video on the web.
+    With a video, also show which frames a model would read, and how much memory it would need. No weights are loaded and
+    the network is not used, except for --overlay and for videos on the web.
 
     \b
     evoprune inspect
@@ -193,7 +193,7 @@ def _about_video(
 
 
 def _show_frames(show: Callable[..., None], frames: int, done: int) -> None:
-    """Show the progress of a scan: `done` of `frames` frames. `frames` is approximate, and 0 if unknown."""
+    """Show the progress of a scan. `frames` is the approximate number of frames in total, or 0 if it is unknown."""
     if frames:
         show("scanning, frame", min(done, frames), frames)
     else:

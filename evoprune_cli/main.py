@@ -67,7 +67,7 @@ COMMAND_HINTS = {
     **dict.fromkeys(("completion", "completions"), "evoprune --install-completion"),
 }
 
-# Error numbers of failed writes to redirected output. Errors about files that are read also have a filename.
+# Error numbers of failed writes to redirected output. If an error also has a filename, it is about an input file instead.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -95,7 +95,7 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx):
-        """Return the options, which are all flags. Set their default to False, because Typer would use pydantic to convert None."""
+        """Return the options, all of which are flags. They default to False, because Typer would use pydantic to convert None."""
         params = super().get_params(ctx)
         for param in params:
             param.default = False
@@ -115,7 +115,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# The entry point group for commands from other packages: functions decorated with `options.command`.
+# The entry point group for commands from other packages. Each entry point is a function decorated with `options.command`.
 
 COMMANDS = "evoprune.commands"
 
@@ -340,7 +340,7 @@ def _hint(text: str) -> str:
 
 
 def _suggestion(typed: str | None, known: Sequence[str]) -> str:
-    """Return a hint for a mistyped command, which names an equivalent or similar command. Return "" if there is none."""
+    """Return a hint that names a command equivalent or similar to the one that was typed, or "" if there is none."""
     if typed is None:
         if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]):
             return COMMAND_HINTS["version"]

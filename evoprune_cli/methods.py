@@ -1,4 +1,4 @@
-"""`evoprune methods`: lists the pruning methods, where each one acts, whether it reads the question, and its source."""
+"""`evoprune methods`: lists the pruning methods, and for each one where it acts, whether it reads the question, and its source."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -52,8 +52,8 @@ def methods(*, json: opt.option(bool, "--json", "Print JSON instead of text.") =
 def _facts(name: str, plugin: str | None) -> dict[str, Any]:
     """Return the facts about a method.
 
-    `plugin` names the package of a plug-in method. If the method cannot be used, it also says why, and the other facts are
-    unknown.
+    `plugin` is the name of the package that provides the method, or None for a built-in method. If a plug-in method cannot be used,
+    `plugin` also says why, and the facts other than the name are None.
     """
     method = None
     if plugin is None or name not in registry.available(plugins=False):

@@ -26,7 +26,7 @@ class MomentFiles:
     def check(self, videos: list[str], output: str | None) -> None:
         """Check the options and the output paths before any video is read.
 
-        `output` is another file that will be written.
+        `output` is another file that the command will write, so the paths must differ from it.
 
         Raises:
             UsageError: a file cannot be written, or the options do not fit the videos.

@@ -95,8 +95,8 @@ def command(
     """Decorate a command, and add the options `--debug` and `--help-all`.
 
     The function's parameter `options` is replaced by one command-line option for each field of `groups`. The function receives a
-    `MakeOptions` and calls it, so that invalid values are reported like its other errors. Fields that are not offered as options
-    keep their defaults.
+    `MakeOptions` and calls it, so that invalid values are reported like the other errors of the command. Fields that are not
+    offered as options keep their defaults.
 
     Args:
         short: names of the parameters that the short help lists.
@@ -111,7 +111,7 @@ def command(
         @wraps(function)
         def run(debug: bool, help_all: bool, **given: Any) -> int:
             if groups:
-                resumed = given.get("resume") and given.get("data", "") is None  # its settings name the model
+                resumed = given.get("resume") and given.get("data", "") is None  # the old run names the model
                 typed = {name: given.pop(name) for name in declared}
                 given["options"] = partial(_build_options, declared, typed, check_model=not resumed)
             return function(**given)
@@ -260,7 +260,7 @@ def listed(texts: Sequence[str] | None) -> list[str]:
 def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = False) -> dict:
     """Return the `budgets` and `methods` that `profile` or `eval` sweeps, without duplicates.
 
-    `named` allows the budgets "auto" and "auto:inflection".
+    If `named` is True, the budgets "auto" and "auto:inflection" are also allowed.
 
     Raises:
         UsageError: a budget is invalid, or a method does not exist.
@@ -306,7 +306,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         """Parse the arguments, unless the command is only needed for shell completion or for generating the documentation.
 
-        These need only the names of the options, and parsing values would make Typer import pydantic.
+        Both need only the names of the options, and parsing their values would make Typer import pydantic.
         """
         if ctx.resilient_parsing:
             return []
@@ -329,7 +329,7 @@ class Command(TyperCommand):
                 param = copy(param)
                 param.help = re.sub(r"(\.) .*", r"\1", param.help or "", flags=re.DOTALL)  # only the first sentence
             if record := param.get_help_record(ctx):
-                # Replace the Python type names of options with placeholders. Drop those of arguments.
+                # Replace the Python type names of options with placeholders. Drop the type names of arguments.
                 name = re.sub(r"^([^-\s]\S*) <.*>$", r"\1", record[0])
                 name = name.replace("<str>", "TEXT").replace("<int>", "N").replace("<float>", "N")
                 panel = "Arguments"

@@ -1,4 +1,4 @@
-"""`evoprune profile`: measures latency, counts and memory, and compares them with plain transformers and with a bound."""
+"""`evoprune profile`: measures latency, token counts and memory use, next to plain transformers and a lower bound."""
 
 import re
 import time
@@ -22,7 +22,7 @@ UNITS = (28, 32)  # side lengths of a unit in the supported models, in pixels
 SIZE = (224, 336)  # height and width of a frame for units of 28 pixels; scaled for units of 32
 PICTURES = ((1344, 1344), (2688, 2688))  # 2,304 and 9,216 visual tokens
 FORMATS = ("table", "md", "csv", "json")
-NOTED_S = 2.0  # if a run is expected to take longer, its duration is announced
+NOTED_S = 2.0  # if a run is expected to take longer, the expected duration is announced
 ROUNDS = "Rounds"  # a panel title
 WORDS = {field.name: words_of(field.type) for field in fields(ModelOptions)}  # the allowed values of each model option
 
@@ -113,8 +113,9 @@ def profile(
     """Measure latency, counts and memory over a sweep.
 
     Every run also measures plain Hugging Face transformers, budget 1.0 and the bound, which is the best time of any method that
-    prunes after the encoder. All are measured in turn with the same weights. By default the weights are random, with the dimensions
-    of Qwen2.5-VL-3B: speed does not depend on their values. Exit code 6: finished, but some rows ran out of memory.
+    prunes after the encoder. All of them are measured in turn with the same weights. By default, the weights are random and have
+    the dimensions of Qwen2.5-VL-3B, because the speed does not depend on their values. Exit code 6: finished, but some rows ran out
+    of memory.
 
     \b
     evoprune profile
@@ -159,7 +160,7 @@ def profile(
                 print_text(results.text(form, page_width()))
             else:
                 _write_or_print(output, results.text(form, WIDTH))
-        finally:  # also if stdout has no reader
+        finally:  # even if the reader of stdout has exited
             if chart:
                 write_bytes(chart, results.chart().encode())
 

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from evoprune.session import ModelDescription, Session
 
 SOME_FAILED = 6  # an exit code
-# Memory in bytes that importing torch and this package takes. No model can run with less.
+# Memory that importing torch and this package takes, in bytes. If less is available, no model can run.
 LIBRARIES = 2**28
 LARGE_MODEL = 2**30  # bytes of weights
-GREEDY = 1e-3  # temperatures below this have no visible effect
+GREEDY = 1e-3  # sampling below this temperature is as good as greedy
 # How each kind of file written by evoprune begins. Only the beginning identifies a file, because the same words may also appear
 # elsewhere in a file that evoprune did not write.
 HEADS = re.compile(
@@ -154,7 +154,7 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
 
 
 def check_new_folder(path: str) -> None:
-    """Check that a folder can be created, before anything is measured. If the folder exists, its name will get a number.
+    """Check that a folder can be created, before anything is measured. If the folder exists, a number will be appended to the name.
 
     Raises:
         UsageError: the folder cannot be created.
@@ -177,7 +177,7 @@ def is_one_of(path: str, files: Iterable[str]) -> bool:
 
 
 def _may_replace(path: str) -> bool:
-    """Return True if a path may be overwritten: it is missing, empty, an open descriptor, a device or pipe, or evoprune's file."""
+    """Return True if a path is missing, empty, an open descriptor, a device, a pipe, or a file that evoprune wrote."""
     if path.startswith(OPEN_FILES):
         return True
     try:
@@ -205,7 +205,7 @@ def print_text(text: str) -> None:
 
 
 def write_bytes(path: str, content: bytes) -> None:
-    """Write a file. If the disk has no room for the new content, the old content is kept.
+    """Write a file. If the new contents do not fit on the disk, the old contents are kept.
 
     Raises:
         UsageError: the file cannot be written.
@@ -225,7 +225,7 @@ def write_bytes(path: str, content: bytes) -> None:
 
 @contextmanager
 def rescuing(ready: Callable[[], bool], deliver: Callable[[dict[str, Any]], Any]) -> Iterator[None]:
-    """If the block fails or is interrupted when results are ready, call `deliver` with the error record and raise the exception."""
+    """If the block fails or is interrupted while results are ready, pass the error record to `deliver`, and raise the exception."""
     try:
         yield
     except BaseException as problem:

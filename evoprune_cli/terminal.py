@@ -18,7 +18,7 @@ from evoprune.errors import UsageError, error_record
 from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, warning_text, warning_title
 from evoprune.util import clock, counted, harmless, one_line, roughly, size
 
-LEAST_S = 1.0  # time after which a progress line first estimates the time left
+LEAST_S = 1.0  # a progress line estimates the time left only after this many seconds
 COLORS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
 # Options that can be set by an environment variable.
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
@@ -84,7 +84,7 @@ def paint(text: str, code: str) -> str:
 
 
 class ClosedOutput(io.StringIO):
-    """Replaces a stdout that was closed when the process started. Writing to it raises UsageError."""
+    """A replacement for a stdout that was closed when the process started. Writing to it raises UsageError."""
 
     def write(self, text: str) -> int:
         """Raise UsageError."""
@@ -258,7 +258,7 @@ def print_titled(title: str, text: str) -> None:
 
 
 def _folded(text: str, indent: int) -> list[str]:
-    """If stderr is a terminal, wrap text at spaces and indent all lines but the first. Otherwise return one line, for programs."""
+    """If stderr is a terminal, wrap text at spaces and indent all lines but the first. Otherwise return a single line."""
     if not sys.stderr.isatty():
         return [text]
     settings = {"subsequent_indent": " " * indent, "break_on_hyphens": False, "break_long_words": False}
@@ -309,7 +309,7 @@ class Line:
         self.show(what)
 
     def show(self, what: str, done: int = 0, total: int = 0, detail: str = "") -> None:
-        """Set the current step. `done` of `total` items are finished (0 if unknown). `detail` is text that changes often."""
+        """Set the current step. `total` is the number of items, or 0 if it is unknown. `detail` is text that changes often."""
         self._at = self._now()
         if (what, total) != (self._what, self._total) or not total:
             self._first, self._first_at = done, self._at

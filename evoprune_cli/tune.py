@@ -84,8 +84,8 @@ def tune(
     """Find the fastest setting that keeps this model's answers.
 
     No labels are needed. The unpruned model answers first. Each setting then reads these answers, and is judged by the share of
-    tokens at which its first choice is the same, and by the time to the first token. The last line shows -b and --method of the
-    fastest setting that passes. Exit code 6: finished, but some videos failed, or no setting is certain to pass.
+    tokens at which its first choice is the same, and by the time to the first token. The last line shows the values of -b and
+    --method for the fastest setting that passes. Exit code 6: finished, but some videos failed, or no setting is certain to pass.
 
     With --operations, find a recipe for the method `operations` instead: the order in which a model's layers skip operations on
     visual tokens. -o writes the recipe, for --method operations:recipe=FILE.json.
@@ -151,7 +151,7 @@ def tune(
 
 
 def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
-    """Return the questions from the options and the file, without duplicates. If empty, the general questions are asked.
+    """Return the questions from the options and the file, without duplicates. If there are none, general questions are asked.
 
     Raises:
         UsageError: the file cannot be read or contains no question, or a question is empty.

@@ -36,10 +36,10 @@ def verify(
 ) -> int:
     """Check this machine's results against transformers.
 
-    Both sides compute positions, features, logits and an answer without pruning, with the same weights, device and dtype. With
-    pruning, the rows of each layer are counted. On a GPU, kernels and graphs are compared with plain PyTorch. How much results
-    may differ follows from the rounding of the dtype, which is measured. Each check is reported as held, differs or skipped. Exit
-    code 7: something differs.
+    Both sides compute positions, features, logits and an answer without pruning, using the same weights, device and dtype. With
+    pruning, the rows of each layer are counted. On a GPU, kernels and graphs are compared with plain PyTorch. How much the results
+    may differ depends on the rounding error of the dtype, which is measured. Each check is reported as held, differs or skipped.
+    Exit code 7: something differs.
 
     \b
     evoprune verify

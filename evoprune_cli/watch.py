@@ -184,7 +184,7 @@ class _Watching:
         """Store the parts of a command. Nothing is asked yet.
 
         Args:
-            begin: called at the first question rather than now, so that the stream's window can fill first.
+            begin: function that is called when the first question is asked, so that the stream's window can fill before then.
             prompt: whether questions are typed at a prompt.
         """
         self._talk = talk
@@ -196,7 +196,7 @@ class _Watching:
         self._speak = speak
         self._failed = 0
         self._status = not quiet and sys.stderr.isatty()
-        # When the last status line was printed, and whether it is still visible.
+        # The time at which the last status line was printed, and whether the line is still visible.
         self._status_at = 0.0
         self._status_visible = False
 
@@ -269,7 +269,7 @@ class _Watching:
                 return SOME_FAILED if self._failed else 0
 
     def _feasible_interval(self, every_s: float) -> float:
-        """Return the interval between questions. If it is shorter than the interval between frames, warn and return the latter."""
+        """Return the interval between questions. If frames are sampled less often than that, warn and return the frame interval."""
         step_s = self._stream.step_s
         if step_s is None or every_s >= step_s:
             return every_s
@@ -278,7 +278,7 @@ class _Watching:
         return step_s
 
     def _report_skipped(self, first_s: float, over_s: float, every_s: float, asked: bool, why: str) -> None:
-        """Report that answers were skipped at the times from `first_s` to `over_s`. If `asked`, the last time has an answer."""
+        """Report that answers were skipped from `first_s` to `over_s`. `asked` is True if the question at `over_s` was answered."""
         count = round((over_s - first_s) / every_s) + (not asked)
         if not count:
             return

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes a virtual environment with the server, from wheels alone: install.sh FOLDER [INDEX OF PYTORCH'S BUILDS]
+# Creates a virtual environment that contains the server, using only wheels: install.sh FOLDER [INDEX OF PYTORCH'S BUILDS]
 set -eu
 source=$(cd "$(dirname "$0")/../.." && pwd)
 python3 -m venv "$1"
