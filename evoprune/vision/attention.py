@@ -1,10 +1,10 @@
-"""Compute the attention of rows inside their groups (windows or frame pairs).
+"""Computes attention between rows inside groups, which are windows or frame pairs.
 
-`attention_groups` prepares the groups for a layer's attention. The groups are reused until the rows change. On the CPU, where
-reading values costs nothing, groups of similar length are padded to a common length, and a mask covers the padding. Equally long
-groups of neighboring rows need neither padding nor mask. On other devices, reading the lengths would force a synchronization.
-`PackedGroups` therefore holds all groups for a kernel that reads the lengths on the device. Without such a kernel, all groups are
-padded to the greatest possible length.
+`attention_groups` prepares the groups for a layer's attention. They can be reused until the rows change. On the CPU, where reading
+values costs nothing, groups of similar length are padded to a common length, and a mask hides the padding. If all groups consist of
+neighboring rows and have the same length, neither padding nor a mask is needed. On other devices, reading the lengths would force a
+synchronization. `PackedGroups` therefore passes all groups to a kernel that reads the lengths on the device. If there is no such
+kernel, all groups are padded to the maximum length.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,26 +24,28 @@ from evoprune.vision.rows import Rows
 
 @dataclass(frozen=True)
 class PaddedGroups:
-    """A batch of B groups with Q query rows and K key rows each."""
+    """A batch of B groups, each padded to Q query rows and K key rows."""
 
     shape: tuple[int, int]  # (B, Q)
-    # Query rows: int64 `[B, Q]`, a slice of neighboring rows, or None if the groups contain all rows in order
+    # The query rows, either as int64 indices `[B, Q]` or as a slice of neighboring rows. None means all rows in order.
     query: torch.Tensor | slice | None = None
-    key: torch.Tensor | None = None  # int64 `[B, K]`, key rows; None if they are the same as the query rows
-    # int64 or bool `[B, K]`, weights of keys, 0 for padding; None if all are equal
+    key: torch.Tensor | None = None  # int64 `[B, K]`, the key rows; None if they are the query rows
+    # int64 or bool `[B, K]`, the weights of the keys, which are 0 for padding. None if all weights are equal.
     weight: torch.Tensor | None = None
-    inside: torch.Tensor | None = None  # bool `[B, Q]`, False for padding; None without padding or with `back`
-    # Two int64 `[R]`: each row's group, and the row's index in its group; None if `query` and `inside` suffice
+    # bool `[B, Q]`, False for padding. None if there is no padding or if `back` is set.
+    inside: torch.Tensor | None = None
+    # Two int64 `[R]` tensors: the group of each row, and the row's index in this group. None if `query` and `inside` are
+    # sufficient.
     back: tuple[torch.Tensor, torch.Tensor] | None = None
-    rows: Rows | None = None  # the video's rows; None if the groups contain all rows in order
+    rows: Rows | None = None  # the rows of the video; None if the groups contain all rows in order
 
     @property
     def key_rows(self) -> torch.Tensor | slice | None:
-        """Key rows, in one of the forms that `query` may have."""
+        """The key rows, in one of the forms described at `query`."""
         return self.query if self.key is None else self.key
 
     def parts(self, rows: int) -> Iterator["PaddedGroups"]:
-        """Split the batch into parts of whole groups, each with at most `rows` query or key rows unless it is a single group."""
+        """Split the batch into parts of one or more groups. A part with several groups has at most `rows` query and key rows."""
         groups, longest = self.shape
         widest = longest
         if self.key is not None:
@@ -61,13 +63,16 @@ class PaddedGroups:
             yield PaddedGroups((of.stop - of.start, longest), query, key, weight, inside, rows=self.rows)
 
     def by_head(self, x: torch.Tensor, index: torch.Tensor | slice | None) -> torch.Tensor:
-        """Gather rows of `x` (`[R, 4, heads, d]`) by head, `[B, heads, n*4, d]`. `index`: `query` or `key_rows`, n per group."""
+        """Gather rows of `x` (`[R, 4, heads, d]`) for attention. Returns `[B, heads, n*4, d]`.
+
+        `index` is `query` or `key_rows`, which have n rows per group.
+        """
         if index is not None:
             x = x[index]
         return x.reshape(self.shape[0], -1, *x.shape[-2:]).transpose(1, 2)
 
     def write(self, answer: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the attention output `[B, Q, 4, heads, d]` to the query rows in `out`, `[R, 4, heads, d]`."""
+        """Write the attention output `answer` (`[B, Q, 4, heads, d]`) to the query rows of `out` (`[R, 4, heads, d]`)."""
         if isinstance(self.query, slice):
             out[self.query] = answer.flatten(0, 1)
         elif self.valid is None:
@@ -77,7 +82,7 @@ class PaddedGroups:
 
     @cached_property
     def valid(self) -> torch.Tensor | None:
-        """bool `[B, Q]`, False for queries that are padding; None without padding."""
+        """bool `[B, Q]`: False for queries that are padding. None if there is no padding."""
         if self.back is None:
             return self.inside
         row = torch.ones_like(self.back[0], dtype=torch.bool)
@@ -85,7 +90,7 @@ class PaddedGroups:
 
     @cached_property
     def bias(self) -> torch.Tensor | None:
-        """Bias on the scores of key patches, the log of their weights, float32 `[B, 1, 1, K*4]`. None if all are 0."""
+        """float32 `[B, 1, 1, K*4]`: the log of each key patch's weight, to add to attention scores. None if it is always 0."""
         if self.weight is None:
             return None
         return self.weight.float().log().repeat_interleave(PATCHES, dim=1)[:, None, None]
@@ -93,17 +98,17 @@ class PaddedGroups:
 
 @dataclass(frozen=True)
 class PackedGroups:
-    """All groups of rows, for a kernel that reads their lengths on the device."""
+    """All groups of the rows, for a kernel that reads the lengths of the groups on the device."""
 
     rows: Rows
     scope: Scope
     kernel: Callable  # `Attention.varlen_kernel`
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return the attention inside the groups, computed by one kernel call.
+        """Compute the attention inside all groups with a single kernel call.
 
         Args:
-            q, k, v: `[patches, heads, d]`, ordered by group.
+            q, k, v: `[patches, heads, d]`, sorted by group.
         """
         longest = longest_key = self.rows.longest(self.scope)
         if self.rows.mixes(self.scope):
@@ -112,9 +117,9 @@ class PackedGroups:
 
     @cached_property
     def keys(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Key rows and their weights, both int64 `[K]`.
+        """Two int64 `[K]` tensors: the key rows, sorted by group, and their weights.
 
-        The rows are ordered by group; None means all rows in order. The weights are None if all of them are equal.
+        If the key rows are None, all rows are keys, in order. If the weights are None, all weights are equal.
         """
         rows = self.rows
         if not rows.mixes(self.scope):
@@ -127,7 +132,7 @@ class PackedGroups:
 
     @cached_property
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Group boundaries, counted in query patches and in key patches: two int32 tensors `[G + 1]` that start with 0."""
+        """Two int32 `[G + 1]` tensors: the offsets of the groups, counted in query patches and in key patches. The first is 0."""
         rows = self.rows
         query = (first_rows(rows, self.scope)[1] * PATCHES).int()
         if not rows.mixes(self.scope):
@@ -139,7 +144,7 @@ Groups = list[PaddedGroups] | PackedGroups
 
 
 def attention_groups(rows: Rows, scope: Scope, like: torch.Tensor) -> Groups:
-    """Return the groups of `scope` in the best form for the device and the dtype of `like`."""
+    """Return the windows or frame pairs in the form that is most efficient for the device and dtype of `like`."""
     return Attention.of(like).form_of_groups(
         by_length=lambda: groups_by_length(rows, scope),
         packed=lambda kernel: PackedGroups(rows, scope, kernel),
@@ -152,20 +157,19 @@ def _index(x: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor 
 
 
 def first_rows(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's group, int64 `[R]`, and the group boundaries counted in rows, int64 `[G + 1]`."""
+    """Return int64 `[R]`, the group of each row, and int64 `[G + 1]`, the offsets of the groups, counted in rows."""
     group = rows.group(scope)
     return group, torch.searchsorted(group, arange_on(rows.group_count(scope) + 1, group.device))
 
 
 def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each group's keys, one key per unit, without reading values from the device.
+    """Return the keys of each group, with one key for each of the group's units, without synchronizing the device.
 
-    With size bias, a row that represents several units of a group appears as several keys, which together have the weight of the
-    cluster size. Without size bias, only one of these keys counts.
+    If a row represents more than one unit of a group, it appears as a key more than once. With size bias, all of these keys count,
+    so the row is weighted by the number of units. Without size bias, only one of them counts.
 
     Returns:
-        The rows that represent the units of each group, int64 `[G, K]`; and a mask, bool `[G, K]`, which is True for keys that
-        count.
+        int64 `[G, K]`, the rows that serve as keys, and bool `[G, K]`, True for keys that count.
     """
     key = F.pad(rows.unit_to_row, (0, 1), value=-1)[group_units(rows.geometry, rows.pairs, scope)[0]]
     if rows.size_bias:
@@ -175,7 +179,7 @@ def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
-    """Divide the rows into `groups` equally long groups of neighboring rows, whose keys are their own rows."""
+    """Divide the rows, in order, into groups of equal length. Each group's keys are its own rows."""
     shape = groups, len(rows) // groups
     if rows.weight is None:
         return PaddedGroups(shape)
@@ -183,12 +187,12 @@ def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
 
 
 def weight_of(weight: torch.Tensor | None, key: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the weight of each key, int64 or bool `[B, K]`, with 0 for padding, or None if all weights are equal.
+    """Return the weight of each key: int64 or bool `[B, K]`, with 0 for padding. Returns None if all weights are equal.
 
     Args:
-        weight: int64, the weights that `key` refers to; None if all are equal.
+        weight: int64, the weights to which `key` refers. None if they are equal.
         key: int64 `[B, K]`, indices into `weight`.
-        valid: bool `[B, K]`, False for padding; None without padding.
+        valid: bool `[B, K]`, False for padding. None if there is no padding.
     """
     if weight is None:
         return valid
@@ -198,11 +202,11 @@ def weight_of(weight: torch.Tensor | None, key: torch.Tensor, valid: torch.Tenso
 
 
 def padded_groups(rows: Rows, scope: Scope) -> PaddedGroups:
-    """Return all groups, padded to the greatest possible length, without reading values from the device."""
+    """Return all groups, padded to the maximum length, without synchronizing the device."""
     longest = rows.longest(scope)
     full = rows.geometry.even(scope)
     same = rows.counts is not None and min(rows.counts) == longest
-    # All groups have the same number of rows: one per unit, or the same number in every frame pair.
+    # If there is one row per unit, or if all frame pairs have equally many rows, all groups have the same length.
     if full and not rows.mixes(scope) and (rows.reach == "place" or (scope == "pair" and same)):
         return equal_groups(rows, len(rows) // longest)
     group, bounds = first_rows(rows, scope)
@@ -218,21 +222,22 @@ def padded_groups(rows: Rows, scope: Scope) -> PaddedGroups:
 
 
 def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
-    """Return batches of groups of similar length. This reads values from the device.
+    """Return batches of groups with similar lengths. This reads the lengths back from the device.
 
-    If the groups have at most four different numbers of keys, there is one batch per number. Otherwise, the numbers of keys within
-    a batch differ by less than a quarter. If queries and keys are not the same rows, each batch is divided again, so that the
-    numbers of queries within it differ by less than half. This way, a group with a single new row is not padded to a full group.
+    If the groups have at most four different numbers of keys, each batch contains the groups with the same number. Otherwise, every
+    group in a batch has more than three quarters of the keys of the batch's longest group. If queries and keys are different rows,
+    each batch is split again, so that every group has more than half of the queries of the longest group. This way, a group with a
+    single new row is not padded to the length of a full group.
     """
     length = rows.lengths(scope)
     start = length.cumsum(0) - length
-    used = length > 0  # True for groups that have query rows; the query rows of a group are always neighbors
+    used = length > 0  # whether a group has query rows, which are always neighbors in the table of rows
     start = start[used]
     length = length[used]
-    keys = None  # int64, key rows ordered by group; None if the keys of a group are its own rows
+    keys = None  # int64, the key rows sorted by group; None if the keys of each group are its own rows
     key_start = start
     key_length = length
-    weight = rows.weight  # for each key row, the number of the group's units that it represents; None if all are equal
+    weight = rows.weight  # for each key row, how many of the group's units it represents; None if all weights are equal
     if rows.mixes(scope):
         keys, key_length, weight = _keys_of_groups(rows, scope, used)
         key_start = key_length.cumsum(0) - key_length
@@ -261,7 +266,7 @@ def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
 
 
 def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Call `runs` with the greatest length, and return None as the mask if all entries are valid. This reads values."""
+    """Call `runs` with the maximum length. If there is no padding, the mask is None. This reads the lengths from the device."""
     index, valid = runs(start, length, int(length.max()), rows)
     if valid.all():
         return index, None
@@ -271,18 +276,18 @@ def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.T
 def _keys_of_groups(
     rows: Rows, scope: Scope, used: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return each group's key rows: the rows, possibly in other frame pairs, that represent the group's units.
+    """Return the key rows of each group. These are the rows that represent the group's units, and some may be in other frame pairs.
 
     Args:
-        used: bool `[G]`, True for groups with query rows. Only these groups get keys.
+        used: bool `[G]`, True for groups that have query rows. Other groups get no keys.
 
     Returns:
-        Three int64 tensors: the key rows ordered by group; the number of key rows in each used group; and, for each key row, the
-        number of the group's units that it represents (None without size bias).
+        Three int64 tensors: the key rows, sorted by group, the number of key rows in each group with query rows, and, for each key
+        row, how many of the group's units it represents. Without size bias, the last one is None.
     """
     limit = len(rows) + rows.geometry.units
     group = group_table(rows.geometry, rows.pairs, scope)[:-1]
-    used_units = (rows.unit_to_row >= 0) & used[group]  # a group without query rows needs no keys
+    used_units = (rows.unit_to_row >= 0) & used[group]
     group_and_row, count = (group * limit + rows.unit_to_row)[used_units].unique(return_counts=True)
     if not rows.size_bias:
         count = None
@@ -290,9 +295,9 @@ def _keys_of_groups(
 
 
 def _by_similar_length(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
-    """Divide groups into batches by `length` (int64 `[G]`), longest first.
+    """Divide groups into batches by `length` (int64 `[G]`), and yield the indices of the groups in each batch.
 
-    Yields for each batch the indices of the remaining groups that are longer than `share` times the longest remaining group.
+    A batch contains the longest remaining groups, and all others that are longer than `share` times this length.
     """
     left = length.unique().tolist()
     while left:
@@ -310,15 +315,17 @@ def grouped_attention(
     timer: Timer | None = None,
     at_once: int | None = None,
 ) -> torch.Tensor:
-    """Return the softmax attention of each row to the key rows of its group, `[R, 4, heads, d]`.
+    """Compute the softmax attention of each row to the key rows of its group. Returns `[R, 4, heads, d]`.
 
     Args:
         q, k, v: `[R, 4, heads, d]`, after rotary.
-        groups: the groups of the rows.
-        received: float32 `[R]`, updated in place by adding the attention that each row receives. This is the mean over heads and
-            over the queries of the group, summed over the row's 4 patches. Queries in other frame pairs do not count.
-        timer: measures the time spent on `received`.
-        at_once: number of rows that attend at a time, which bounds the memory; None for all rows. Kernels ignore this limit.
+        groups: The groups of the rows.
+        received: float32 `[R]`, to which the attention that each row receives is added in place. This attention is averaged over
+            heads and over the group's queries, and summed over the row's four patches. Queries in other frame pairs do not count.
+            None skips this.
+        timer: Measures the time spent on `received`.
+        at_once: The number of rows that attend at a time, which limits memory. None processes all rows at once. Kernels that read
+            lengths on the device ignore this limit.
     """
     timer = timer or nullcontext()
     if isinstance(groups, PackedGroups):
@@ -350,7 +357,7 @@ def _attend_padded(
     received: torch.Tensor | None,
     timer: AbstractContextManager,
 ) -> torch.Tensor:
-    """Return the attention of a batch of groups, `[B, Q, 4, heads, d]`. Arguments: see `grouped_attention`."""
+    """Compute the attention inside a batch of groups: `[B, Q, 4, heads, d]`. For the arguments, see `grouped_attention`."""
     query = groups.by_head(q, groups.query)
     key = groups.by_head(k, groups.key_rows)
     value = groups.by_head(v, groups.key_rows)
@@ -382,25 +389,26 @@ def attend_by_products(
     weight: torch.Tensor | None,
     timer: AbstractContextManager,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute attention as two matrix products.
+    """Compute attention as two matrix products instead of calling the fused kernel.
 
-    For bf16 on a CPU, this takes half the time of the fused kernel if the scores stay in the CPU's cache.
+    In bf16 on a CPU, this takes half the time of the fused kernel, provided that the scores fit into the CPU's cache.
 
     Args:
         q: `[B, heads, Q, d]`.
         k, v: `[B, heads, K, d]`.
-        bias: `[B, 1, 1, K]`, added to scores; None for 0.
-        weight: float32 `[B, Q]`, each query's weight in the received attention; None to skip the received attention.
-        timer: measures the time spent on the received attention.
+        bias: `[B, 1, 1, K]`, which is added to the scores. None adds nothing.
+        weight: float32 `[B, Q]`, the weight of each query in the received attention. If None, the received attention is not
+            computed.
+        timer: Measures the time spent on the received attention.
 
     Returns:
-        The attention output, `[B, heads, Q, d]`; and the received attention, float32 `[B, K]`, or None if `weight` is None.
+        The attention output `[B, heads, Q, d]`, and the received attention (float32 `[B, K]`), or None if `weight` is None.
     """
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     q, k, v = (x.reshape(batch * heads, -1, dim) for x in (q, k, v))
     if bias is None:
-        added = q.new_empty(1)  # ignored, because `beta` is 0
+        added = q.new_empty(1)  # a placeholder, which `beta` = 0 ignores
         beta = 0
     else:
         bias = bias.expand(-1, heads, 1, -1).reshape(batch * heads, 1, keys)
@@ -431,7 +439,7 @@ def attend_by_products(
 
 
 def attention_received(q: torch.Tensor, k: torch.Tensor, groups: Groups, at_once: int | None = None) -> torch.Tensor:
-    """Return only the attention that rows receive, float32 with one entry per row of `k`; see `grouped_attention`."""
+    """Return the attention that each row of `k` receives, as float32, without the attention output. See `grouped_attention`."""
     total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
     if isinstance(groups, PackedGroups):
         groups = [padded_groups(groups.rows, groups.scope)]
@@ -444,7 +452,7 @@ def attention_received(q: torch.Tensor, k: torch.Tensor, groups: Groups, at_once
 
 @without_autocast()
 def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGroups) -> torch.Tensor:
-    """Return the attention that key patches receive, float32 `[B, K*4]`. Arguments are laid out as from `by_head`."""
+    """Return float32 `[B, K*4]`: the attention that each key patch receives. `queries` and `keys` come from `by_head`."""
     batch, heads, _, dim = queries.shape
     weight = query_weight(groups, queries.transpose(1, 2))
     total = torch.zeros(batch, keys.shape[2], dtype=torch.float32, device=keys.device)
@@ -458,7 +466,7 @@ def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGr
 
 
 def query_weight(groups: PaddedGroups, q: torch.Tensor) -> torch.Tensor:
-    """Return the weight of each query in the mean over its group and the heads, float32 `[B, Q*4]`. `q`: `[..., heads, d]`."""
+    """Return float32 `[B, Q*4]`: the weight of each query patch in the mean over queries and heads. `q` is `[..., heads, d]`."""
     if groups.valid is None:
         valid = q.new_ones(groups.shape, dtype=torch.float32)
     else:
@@ -467,7 +475,7 @@ def query_weight(groups: PaddedGroups, q: torch.Tensor) -> torch.Tensor:
 
 
 def add_by_row(received: torch.Tensor, per_key: torch.Tensor, groups: PaddedGroups) -> None:
-    """Add the attention that key patches receive (`per_key`, float32 `[B, K*4]`) to their rows in `received`, float32 `[R]`."""
+    """Add the attention that key patches receive (`per_key`, float32 `[B, K*4]`) to their rows in `received` (float32 `[R]`)."""
     per_row = per_key.view(len(per_key), -1, PATCHES).sum(2)
     index = groups.key_rows
     if index is None or isinstance(index, slice):
@@ -482,9 +490,9 @@ def add_by_row(received: torch.Tensor, per_key: torch.Tensor, groups: PaddedGrou
 
 
 def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: PackedGroups) -> torch.Tensor:
-    """Return the attention inside the groups, computed by a kernel that reads their lengths on the GPU.
+    """Compute the attention inside the groups with a kernel that reads the groups' lengths on the GPU.
 
-    The kernel accepts neither a mask nor a bias, so weights are encoded in additional features (`with_bias`).
+    The kernel does not accept a mask or a bias, so the weights are encoded in extra head dimensions (see `with_bias`).
     """
     dim = q.shape[-1]
     keys, weight = groups.keys

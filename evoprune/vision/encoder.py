@@ -1,17 +1,17 @@
 """The pruned vision encoder: embed, run layers, select rows, run the remaining layers, merge patches, select tokens.
 
-All rows of a video go through a layer before the next layer starts. Inside a layer, temporary memory is bounded: matrix products
-take a limited number of rows at a time, and attention takes a limited number of windows or frame pairs (tower.py). Up to rounding,
-the result does not depend on these limits. Without pruning, the output equals Hugging Face's.
+All rows of a video go through a layer before the next layer starts. To limit temporary memory, each matrix product processes a
+limited number of rows at a time, and attention processes a limited number of windows or frame pairs (tower.py). Apart from
+rounding, the result does not depend on these limits. Without pruning, the output is the same as Hugging Face's.
 
-Each step of the plan runs some layers and may then select among the rows of the whole video. After a selection, a frame pair also
-attends to selected rows of other frame pairs that represent its units. Rows are merged or set aside only inside a frame pair, by
-hooks that run after a layer (hooks.py). Finally, `EncodedRows.select_tokens` selects the tokens for the language model from the
-tower's output rows.
+Each step of the plan runs some layers, and can then select rows from the whole video. After a selection, a unit may be represented
+by a row from another frame pair, and the unit's own frame pair then attends to that row too. Merging rows and setting them aside
+happens only inside frame pairs, in hooks that run after a layer (hooks.py). Finally, `EncodedRows.select_tokens` selects the
+language model's tokens from the rows that the tower returns.
 
-The plan states how many rows each layer computes, so all shapes are known without reading values from a GPU. The encoder
-synchronizes with the GPU in only three places: at a selection between layers, at the end when it reads all checks, and during reuse
-if the patches are on the GPU.
+The plan states how many rows each layer computes, so all shapes are known without reading values from the GPU. The encoder
+synchronizes with the GPU only when it selects rows between layers, when it reads all checks at the end, and, if the patches are on
+the GPU, during reuse.
 """
 
 from bisect import bisect_left
@@ -53,7 +53,7 @@ from evoprune.vision.tower import (
     run_layer,
 )
 
-ROWS_AT_ONCE = 512  # number of rows of a cosine-similarity matrix that are held at a time
+ROWS_AT_ONCE = 512  # the number of rows of the cosine-similarity matrix to hold in memory at a time
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,20 +61,20 @@ class Encoded:
     """One encoded video, or several consecutive ones, ready for the language model."""
 
     features: torch.Tensor  # `[K, D]`, the tokens
-    kept: torch.Tensor  # int64 `[K]`, the unit whose position each token has, ascending in Hugging Face's order
-    rows: torch.Tensor  # `[E, D]`, the encoder's rows, ordered by unit
-    unit_to_row: torch.Tensor  # int64 `[N]`, the index in `rows` of each unit's row, -1 for dropped units
+    kept: torch.Tensor  # int64 `[K]`, the unit whose position each token has, ascending (in Hugging Face's order)
+    rows: torch.Tensor  # `[E, D]`, the rows that the encoder computed, sorted by unit
+    unit_to_row: torch.Tensor  # int64 `[N]`, the index in `rows` of each unit's row, or -1 for dropped units
     grids: tuple[tuple[int, int, int], ...]  # (T, H, W) in units, one per video
-    layers: list[tuple[int, int]]  # (layer, number of rows that it computes), summed over the videos
-    prune_seconds: float  # time spent on scores, merging and selection; part of the encoding time
-    flat: bool = False  # True if every frame pair has a single color, so that all units are alike
-    # float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to the logits. For `evoprune`:
-    # (cluster size) ** count, by default the square root. None if all are 1.
+    layers: list[tuple[int, int]]  # pairs of a layer and the number of rows that it computed for all videos
+    prune_seconds: float  # the part of the encoding time that was spent on scoring, merging and selecting
+    flat: bool = False  # whether every frame pair has a single color, which makes all its units alike
+    # float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to the logits. The method
+    # `evoprune` uses (cluster size) ** count, which is the square root by default. None means 1 for all.
     size: torch.Tensor | None = None
-    # `[n, K, D]`, added to the tokens after the first n layers of the language model
+    # `[n, K, D]`, the features to add to the tokens after each of the first n layers of the language model
     deepstack: torch.Tensor | None = None
-    kept_on_cpu: torch.Tensor | None = None  # copy of `kept` on the CPU, if it has been made
-    after_tower_below: int = 0  # see `EncoderPlan`; for several videos, the largest value
+    kept_on_cpu: torch.Tensor | None = None  # a copy of `kept` on the CPU, or None if it has not been copied yet
+    after_tower_below: int = 0  # see `EncoderPlan`; the maximum if there is more than one video
 
     def __repr__(self) -> str:
         tokens, width = self.features.shape
@@ -82,17 +82,17 @@ class Encoded:
 
     @property
     def live_share(self) -> float:
-        """Computed rows divided by units, averaged over layers. The tower's run time is proportional to this share."""
+        """The share of the units that a layer computes, averaged over layers. The tower's run time is proportional to it."""
         return sum(rows for _, rows in self.layers) / len(self.layers) / len(self.unit_to_row)
 
     @cached_property
     def kept_here(self) -> torch.Tensor:
-        """Copy of `kept` on the CPU, cached because copying from an accelerator synchronizes."""
+        """A copy of `kept` on the CPU. Cached, because copying from an accelerator synchronizes."""
         return self.kept.cpu() if self.kept_on_cpu is None else self.kept_on_cpu
 
     @property
     def every_size(self) -> torch.Tensor:
-        """float32 `[K]`: `size`, or ones if `size` is None."""
+        """float32 `[K]`: `size`, with ones if it is None."""
         if self.size is None:
             return self.features.new_ones(len(self.kept), dtype=torch.float32)
         return self.size
@@ -106,14 +106,14 @@ class Encoded:
 
     @property
     def kept_per_pair(self) -> list[int]:
-        """Number of tokens per frame pair, for all videos in order."""
+        """The number of tokens in each frame pair, for all videos in order."""
         kept = self.kept_here.tolist()
         ends = accumulate(h * w for t, h, w in self.grids for _ in range(t))
         return [after - before for before, after in pairwise([0, *(bisect_left(kept, end) for end in ends)])]
 
     @staticmethod
     def joined(videos: "list[Encoded]") -> "Encoded":
-        """Join several encoded videos into one. Unit and row numbers continue from video to video."""
+        """Concatenate several encoded videos. The numbering of units and rows continues from one video to the next."""
         if len(videos) == 1:
             return videos[0]
         units = [0, *accumulate(len(v.unit_to_row) for v in videos)]
@@ -146,34 +146,34 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """An encoded video after the tower and before the selection of tokens."""
+    """A video that has passed through the tower, but whose tokens have not been selected yet."""
 
     plan: EncoderPlan
-    rows: Rows  # ordered by unit
+    rows: Rows  # sorted by unit
     seed: int  # see `Tokens`
-    source: torch.Tensor  # int64 `[T, H*W]`, for each unit, the frame pair whose pixels represent the unit
+    source: torch.Tensor  # int64 `[T, H*W]`, the frame pair whose pixels represent each unit
     layers: list[tuple[int, int]]  # see `Encoded`
-    selection: Selection | None  # last selection in the tower, if the language model reads exactly its rows
+    selection: Selection | None  # the last selection inside the tower, if exactly its rows become the tokens
     timer: Timer  # measures the pruning time
-    # bool `[3]`: all values are finite; mergers removed as many rows as planned; every frame pair has a single color. They are read
-    # only at the end, so that nothing synchronizes earlier.
+    # bool `[3]`: whether all values are finite, whether mergers removed as many rows as planned, and whether every frame pair has a
+    # single color. These values are read only at the end, because reading them synchronizes.
     checks: torch.Tensor
 
     @cached_property
     def selector_input(self) -> Tokens:
-        """The rows in the form that a token selector takes."""
+        """The rows in the form that a token selector takes as input."""
         return Tokens(self.rows.values, self.rows.unit_to_row, self.plan.grid, self.seed, self.rows.given)
 
     @torch.inference_mode()
     def select_tokens(self, question: torch.Tensor | None = None) -> Encoded:
-        """Select the tokens that the language model reads. May be called again with a different question.
+        """Select the tokens that the language model reads. This can be called again with a different question.
 
         Args:
-            question: `[Q, D]`, embeddings of the question's tokens; ignored unless the method reads the question.
+            question: `[Q, D]`, the embeddings of the question's tokens. Ignored unless the method reads the question.
 
         Raises:
-            ModelError, RuntimeError: see `read_checks`.
-            UsageError, PluginError: see `token_selection`.
+            ModelError, RuntimeError: See `read_checks`.
+            UsageError, PluginError: See `token_selection`.
         """
         rows = self.rows
         with self.timer:
@@ -188,11 +188,11 @@ class EncodedRows:
         return self.encoded(features, kept, selection.size, deepstack)
 
     def token_selection(self, question: torch.Tensor | None = None) -> Selection:
-        """Return the selection of units that the language model reads. Arguments: see `select_tokens`.
+        """Return the selection of the tokens that the language model reads. For the argument, see `select_tokens`.
 
         Raises:
-            UsageError: the method reads the question, but there is no question.
-            PluginError: see `methods.selecting.select`.
+            UsageError: If the method reads the question, but `question` is None.
+            PluginError: See `methods.selecting.select`.
         """
         tokens = self.selector_input
         unit = self.rows.unit
@@ -214,18 +214,18 @@ class EncodedRows:
         return select(selector, tokens, keep, stage.inflection)
 
     def nothing_selected(self) -> Encoded:
-        """Return an encoding without tokens, for a method that has to wait for a question."""
+        """Return an `Encoded` without tokens, for use until a question is known if the method reads the question."""
         rows = self.rows
         return self.encoded(rows.values[:0], rows.unit[:0], None, rows.deepstack[:0])
 
     def encoded(
         self, features: torch.Tensor, kept: torch.Tensor, size: torch.Tensor | None, deepstack: torch.Tensor
     ) -> Encoded:
-        """Return the encoding with the given tokens. Raises the exceptions of `read_checks`.
+        """Return an `Encoded` with the given tokens. Raises the same exceptions as `read_checks`.
 
         Args:
-            features, kept, size: see `Encoded`.
-            deepstack: `[K, n, D]`.
+            features, kept, size: See `Encoded`.
+            deepstack: `[K, n, D]`, the DeepStack features of the tokens.
         """
         flat, seconds, kept_on_cpu = self.read_checks(kept)
         by_layer = None
@@ -235,14 +235,14 @@ class EncodedRows:
         return Encoded(features, kept, *about, size, by_layer, kept_on_cpu, self.plan.after_tower_below)
 
     def read_checks(self, kept: torch.Tensor) -> tuple[bool, float, torch.Tensor]:
-        """Read all checks from the device in one transfer.
+        """Read all checks and `kept` from the device in a single transfer.
 
         Returns:
-            Whether every frame pair has a single color; the pruning time in seconds; and a copy of `kept` on the CPU.
+            Whether every frame pair has a single color, the pruning time in seconds, and a copy of `kept` on the CPU.
 
         Raises:
-            ModelError: a row has NaN or infinite values.
-            RuntimeError: a merger did not remove as many rows as planned.
+            ModelError: If a row has NaN or infinite values.
+            RuntimeError: If a merger did not remove as many rows as planned.
         """
         checks, kept = _read_together(self.checks, kept)
         finite, as_planned, flat = map(bool, checks.tolist())
@@ -255,34 +255,34 @@ class EncodedRows:
 
 
 def encode_rows(visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options: Any) -> EncodedRows:
-    """Encode one video without selecting tokens, which may need a question; see `EncodedRows.select_tokens`.
+    """Run the vision tower on one video. `EncodedRows.select_tokens` then selects the tokens, which may require a question.
 
     Args:
-        visual: the vision tower: a `model.weights.Tower`, or a transformers tower of a supported family. The layers of a
-            transformers tower obey torch's autocast, and the rows then have autocast's dtype.
-        patches: the whole video in pieces `[n, values]`: pixels (uint8), or values that a processor has normalized.
-        plan: a plan for this tower, from `MethodChain.plan`.
-        options: keyword arguments of `EncoderRun`.
+        visual: The vision tower: either a `model.weights.Tower`, or a transformers tower of a supported family. Under torch's
+            autocast, a transformers tower computes in autocast's dtype, and so do the rows.
+        patches: The whole video in pieces `[n, values]`. Values are either pixels (uint8) or were normalized by a processor.
+        plan: A plan for this tower, from `MethodChain.plan`.
+        options: Keyword arguments for `EncoderRun`.
 
     Raises:
-        ValueError: the number of patches does not match the grid.
-        ModelError: the tower computes NaN or infinite values.
+        ValueError: If the number of patches does not match the grid.
+        ModelError: If the tower computes NaN or infinite values.
     """
     return EncoderRun(visual, plan, **options).encode(patches)
 
 
 class EncoderRun:
-    """The state of encoding one video.
+    """Encodes one video and holds the state of the encoding.
 
     Args:
-        visual, plan: see `encode_rows`.
-        normal: mean and standard deviation of colors for normalizing pixels.
-        seed: see `Tokens`.
-        piece_units: number of rows per matrix product, and number of units to embed at a time; None for `Device.piece_units`. This
-            determines the temporary memory. In 16 bits, it can also change the rounding, because products of different sizes may
-            round differently.
-        on_layer: called after every layer with the number of finished layers and the total.
-        pause: called after every layer; it may wait.
+        visual, plan: See `encode_rows`.
+        normal: The mean and standard deviation of the colors, for normalizing pixels.
+        seed: See `Tokens`.
+        piece_units: The number of rows per matrix product, and the number of units to embed at a time. None uses
+            `Device.piece_units`. Larger values need more temporary memory. With 16-bit dtypes, the value can also change the
+            rounding, because matrix products of different sizes may round differently.
+        on_layer: A function called after every layer with the number of finished layers and the total number of layers.
+        pause: A function called after every layer, which may block.
     """
 
     visible: Visible | None = None  # see `run_layer`
@@ -311,22 +311,22 @@ class EncoderRun:
         self.on_layer = on_layer
         self.pause = pause
         self.timer = Timer(self.device)
-        # State of reuse after the frame pairs embedded so far
+        # The state of reuse after the frame pairs embedded so far.
         self.references: ReferenceBlocks | None = None
-        # 0-d bool tensors that `checks` combines:
-        self.single_color: list[torch.Tensor] = []  # per piece, whether every frame pair has a single color
-        self.finite: list[torch.Tensor] = []  # whether rows are finite
-        self.as_planned: list[torch.Tensor] = []  # per merge, whether as many rows are left as planned
+        # These lists of 0-d bool tensors are combined in `checks`.
+        self.single_color: list[torch.Tensor] = []  # for each piece, whether every frame pair has a single color
+        self.finite: list[torch.Tensor] = []  # for each tensor checked, whether all values are finite
+        self.as_planned: list[torch.Tensor] = []  # for each merge, whether it left as many rows as planned
         self.hooks = _hooks(plan, tower, lambda x: self.merge_patches(x.to(self.dtype)), self.as_planned)
-        self.computed = [0] * tower.depth  # number of rows computed per layer
+        self.computed = [0] * tower.depth  # the number of rows that each layer computed
         self.source: torch.Tensor | None = None  # see `EncodedRows`
-        self.counts: tuple[int, ...] = ()  # number of rows that enter the tower, per frame pair
+        self.counts: tuple[int, ...] = ()  # for each frame pair, the number of rows that enter the tower
         self.selection: Selection | None = None  # see `EncodedRows`
 
     @torch.inference_mode()
     @without_cudnn()
     def encode(self, patches: Iterable[torch.Tensor]) -> EncodedRows:
-        """Encode the video. Arguments and exceptions: see `encode_rows`."""
+        """Encode the video. For the argument and the exceptions, see `encode_rows`."""
         with without_autocast() if isinstance(self.visual, Tower) else nullcontext():
             rows = self.embed(patches)
             for layers, stage in self.plan.steps:
@@ -338,14 +338,14 @@ class EncoderRun:
         return EncodedRows(self.plan, rows, self.seed, self.source, layers, self.selection, self.timer, self.checks())
 
     def embed(self, patches: Iterable[torch.Tensor]) -> Rows:
-        """Return the rows before the first layer, one per unit that is not reused."""
+        """Return the input rows of the first layer, one for each unit that has to be encoded."""
         plan = self.plan
         geo = self.geometry
         values = []
         units = []
         sources = []
         for piece in in_pairs(patches, geo, plan.grid[0], self.piece):
-            first = len(self.counts)  # index of the piece's first frame pair
+            first = len(self.counts)  # the index of the first frame pair in this piece
             pairs = len(piece) // (geo.units * PATCHES)
             if plan.prunes:
                 self.note_color(piece.view(pairs, -1, piece.shape[1]))
@@ -378,20 +378,20 @@ class EncoderRun:
             return reused_units(x, deepstack, geo, self.source, self.counts, cat(units))
 
     def note_color(self, patches: torch.Tensor) -> None:
-        """Record whether each frame pair in `patches` (`[pairs, n, values]`) has a single color.
+        """Record whether every frame pair in `patches` (`[pairs, n, values]`) has a single color.
 
-        A frame pair has a single color if all its patches are equal within one level of 255. The check is skipped if an earlier
-        frame pair is already known to have several colors.
+        A frame pair has a single color if its patches differ by less than one level of 255. The check is skipped once a frame pair
+        is known to have more than one color.
         """
         if self.single_color and read_or(lambda: not self.single_color[-1], self.single_color[-1], False):
             return
         self.single_color.append((patches.amax(1) - patches.amin(1)).max() < 1 / 255)
 
     def run_layers(self, rows: Rows, layers: range) -> Rows:
-        """Return the rows after `layers` and their hooks."""
+        """Run `layers` and the hooks after them. Returns the new rows."""
         if not self.hooks and self.visible is None:
             layers = run_by_kernels(self.visual, layers, rows, self.piece, self.after_layer)
-        attending = None  # the rows that `groups` and `rotation` belong to
+        attending = None  # the rows for which `groups` and `rotation` were computed
         for number in layers:
             if number == 0:
                 rows = self.call_hooks(0, rows, {})
@@ -408,7 +408,7 @@ class EncoderRun:
         return rows
 
     def call_hooks(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
-        """Apply the hooks to the rows after `done` layers. `seen`: see `Hook`."""
+        """Run all hooks and return the rows for the next layer. For the arguments, see `Hook`."""
         if not self.hooks:
             return rows
         with self.timer:
@@ -417,16 +417,16 @@ class EncoderRun:
         return rows
 
     def after_layer(self, done: int, rows: Rows, computed: int) -> None:
-        """Record the number of rows computed, collect DeepStack features and report progress.
+        """Record the number of rows that a layer computed, collect DeepStack features, and report progress.
 
         Args:
-            done: number of finished layers.
-            rows: the rows after the last finished layer.
-            computed: number of rows that the last finished layer computed.
+            done: The number of finished layers, including this one.
+            rows: The rows after this layer and its hooks.
+            computed: The number of rows that this layer computed.
         """
         self.computed[done - 1] = computed
         inner = VisionConfig.of(self.visual.config).deepstack_visual_indexes
-        if done - 1 in inner:  # the n-th layer listed has features for the n-th layer of the language model
+        if done - 1 in inner:  # the n-th listed layer provides the features for the language model's n-th layer
             number = inner.index(done - 1)
             features = in_pieces(
                 lambda piece: merge_patches(self.visual, piece, number), self.piece, rows.whole().values
@@ -436,10 +436,11 @@ class EncoderRun:
         self.pause()
 
     def select_rows(self, rows: Rows, stage: Stage) -> Rows:
-        """Return the rows that continue, and record the selection if the language model reads exactly these rows.
+        """Run the selector of a stage and return the rows that the remaining layers compute.
 
-        Unless a selector asks for hidden states, it gets the rows after the norm of the next layer, which scales down the few
-        channels that are large in all rows. If nothing changes in a video and it has few enough rows, all rows continue.
+        Selectors normally see the rows after the next layer's norm, which scales down the few channels that are large in every row.
+        A selector that needs "hidden" sees the rows before this norm. If only the first frame pair has rows, and no more than the
+        stage allows, all rows stay. The selection is recorded if its rows may become the tokens without another selection.
         """
         plan = self.plan
         selector = stage.selector
@@ -463,25 +464,25 @@ class EncoderRun:
             unit_to_token = selection.unit_to_token
             if unit_to_token is None:
                 unit_to_token = _nearest_kept(tokens, selection.kept)
-            del seen, tokens  # free them before the copy below: they are as large as the rows
+            del seen, tokens  # free their memory before the rows are copied, because they are as large as the rows
             left = rows.take(selection, unit_to_token, reach, not selector.drops)
         if not stage.whole_pairs and selector.suffices(len(left), plan.keep, plan.units):
             self.selection = selection
         return left
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the patch merger's output `[E, D]` for rows `[E, 4, hidden]`."""
+        """Apply the patch merger to rows `[E, 4, hidden]`. Returns `[E, D]`."""
         return in_pieces(partial(merge_patches, self.visual), self.piece, x)
 
     def finish(self, rows: Rows) -> Rows:
-        """Return the rows after the patch merger, ordered by unit."""
+        """Apply the patch merger to all rows, including those set aside, and sort them by unit."""
         rows = rows.whole()
         rows.values = self.merge_patches(rows.values)
         self.note_finite(rows.values, rows.deepstack)
         return rows.by_unit()
 
     def note_finite(self, *rows: torch.Tensor) -> None:
-        """Record whether `rows` are finite. Raises ModelError at once if reading the values costs nothing."""
+        """Record whether all values in `rows` are finite. On the CPU, raises ModelError immediately if they are not."""
         for values in rows:
             if values.numel():
                 self.finite.append(all_finite(values))
@@ -489,7 +490,7 @@ class EncoderRun:
                     raise not_a_number_error("encode")
 
     def checks(self) -> torch.Tensor:
-        """Return the checks as bool `[3]`; see `EncodedRows`."""
+        """Return bool `[3]`: the checks that `EncodedRows` describes."""
         finite = torch.stack(self.finite).all()
         as_planned = _all_true(self.as_planned, finite, without=True)
         single_color = _all_true(self.single_color, finite, without=False)
@@ -497,16 +498,16 @@ class EncoderRun:
 
 
 def _all_true(checks: list[torch.Tensor], like: torch.Tensor, without: bool) -> torch.Tensor:
-    """Return whether all checks are true, as a 0-d bool tensor on the device of `like`. `without`: result if there are none."""
+    """Return a 0-d bool tensor on the device of `like`: whether all checks are True. Without checks, the value is `without`."""
     if not checks:
         return torch.full_like(like, without)
     return torch.stack(checks).all()
 
 
 def _nearest_kept(tokens: Tokens, kept: torch.Tensor) -> torch.Tensor:
-    """Return for each unit the index in `kept` (int64 `[K]`) of the kept unit with the highest cosine similarity, int64 `[N]`.
+    """Return int64 `[N]`: for each unit, the index in `kept` (int64 `[K]`) of the kept unit with the highest cosine similarity.
 
-    Used for selectors that return no `unit_to_token`.
+    This replaces the `unit_to_token` of selectors that do not return one.
     """
     rows = F.normalize(tokens.rows.float(), dim=1)
     chosen = rows[tokens.unit_to_row[kept]]
@@ -525,11 +526,11 @@ def _hooks(
     """Return the hooks that a plan requires.
 
     Args:
-        merge: the patch merger.
-        as_planned: see `Merging`.
+        merge: The patch merger.
+        as_planned: See `Merging`.
 
     Raises:
-        TypeError: the stages cannot be combined, or a selector cannot get the data that it needs; see also `selector_hooks`.
+        TypeError: If the stages cannot be combined, or if a selector needs data that is not available (see also `selector_hooks`).
     """
     before = after = []
     if plan.token_stage and plan.token_stage.selector.needs:
@@ -549,22 +550,22 @@ def _hooks(
 
 
 def _largest_clusters(size: torch.Tensor, keep: int) -> torch.Tensor:
-    """Return the rows with the largest clusters, int64 `[keep]`, ascending. Ties are broken in favor of evenly spaced rows.
+    """Return int64 `[keep]`, ascending: the rows with the largest clusters. Evenly spaced rows win ties.
 
-    This is needed for budgets below one row per frame pair, which merging inside frame pairs cannot reach.
+    Merging inside frame pairs leaves at least one row per frame pair. This function drops more rows if the budget is even smaller.
 
     Args:
-        size: int64 `[E]`, cluster sizes.
+        size: int64 `[E]`, the cluster sizes.
     """
     order = arange_on(len(size), size.device)
-    even = order * keep // len(size)  # the value changes at each row of an evenly spaced selection
+    even = order * keep // len(size)  # a row where this value changes belongs to the evenly spaced ones
     first = torch.cat([torch.ones(1, dtype=torch.bool, device=size.device), even[1:] != even[:-1]])
     rank = (size * 2 + first).argsort(descending=True, stable=True)
     return rank[:keep].sort().values
 
 
 def _read_together(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two tensors `[n]` on the CPU. If they are on another device, both are copied in a single transfer, as int64."""
+    """Return two one-dimensional tensors on the CPU. From another device, both are copied in a single transfer, as int64."""
     if on_cpu := read_or(lambda: (first, second), second, None):
         return on_cpu
     return torch.cat([first.long(), second]).cpu().split([len(first), len(second)])

@@ -1,9 +1,9 @@
-"""The vision tower layers of the different model families, with the same rounding as in Hugging Face's code.
+"""The vision tower's layers in each model family, with the same rounding as in Hugging Face's code.
 
-Qwen2.5-VL (arXiv 2502.13923) has RMS norms and gated MLPs. Qwen2-VL (arXiv 2409.12191) has layer norms with a bias, and MLPs of two
-matrices with the quick GELU between them. Qwen3-VL (arXiv 2511.21631) has the same norms and MLPs with the tanh form of GELU. It
-also adds learned positions to the patches and outputs features of inner layers (DeepStack, arXiv 2406.04334). Qwen3.5 and Qwen4-Exp
-have the tower of Qwen3-VL without features of inner layers.
+Qwen2.5-VL (arXiv 2502.13923) uses RMS norms and gated MLPs. Qwen2-VL (arXiv 2409.12191) uses layer norms with a bias, and MLPs that
+consist of two linear layers with the quick GELU between them. Qwen3-VL (arXiv 2511.21631) is like Qwen2-VL, but its MLPs use the
+tanh approximation of GELU. It also adds learned position embeddings to the patches and outputs features from inner layers
+(DeepStack, arXiv 2406.04334). Qwen3.5 and Qwen4-Exp use the tower of Qwen3-VL without the features from inner layers.
 """
 
 import math
@@ -17,23 +17,24 @@ from evoprune.backend import linear
 from evoprune.model import VisionConfig
 from evoprune.vision.layout import Geometry
 
-EPS = 1e-6  # epsilon of the norms
+EPS = 1e-6  # the epsilon that all norms use
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The layer functions of a model family.
+    """The functions that compute a layer in one model family.
 
-    `norm(module, x)` applies a norm. `mlp(module, x, plus)` applies an MLP to a normed `x`, and adds `plus` unless it is None.
+    `norm(module, x)` applies a norm to `x`. `mlp(module, x, plus)` applies an MLP to `x`, which must already be normed. It then
+    adds `plus`, unless that is None.
     """
 
     norm: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
     mlp: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor | None], torch.Tensor]
-    rms: bool = False  # True for RMS norms, False for layer norms
+    rms: bool = False  # whether the norms are RMS norms instead of layer norms
 
 
 def tower_layers(visual) -> Layers:
-    """Return the layer functions for a tower, which may be this project's or transformers'."""
+    """Return the layer functions for `visual`, which may be this project's `Tower` or a transformers module."""
     return LAYERS[VisionConfig.of(visual.config).traits.hidden_act]
 
 
@@ -64,14 +65,14 @@ LAYERS = {  # by activation
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the RMS norm of rows `[..., D]`, computed in float32. On CPUs, this makes fewer passes over memory than F.rms_norm."""
+    """Apply an RMS norm to `x` (`[..., D]`), with float32 scales. On CPUs, this makes fewer passes over memory than F.rms_norm."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = length.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
     return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
 
 
 def embed(visual, patches: torch.Tensor, geo: Geometry, unit: torch.Tensor) -> torch.Tensor:
-    """Return the rows before the first layer, `[R, 4, hidden]`, from patches `[R, 4, values]` of units `unit`, int64 `[R]`."""
+    """Embed the patches (`[R, 4, values]`) of the units `unit` (int64 `[R]`). Returns `[R, 4, hidden]`."""
     proj = visual.patch_embed.proj
     x = F.linear(patches, proj.weight.flatten(1), proj.bias)
     if VisionConfig.of(visual.config).num_position_embeddings is None:
@@ -80,7 +81,7 @@ def embed(visual, patches: torch.Tensor, geo: Geometry, unit: torch.Tensor) -> t
 
 
 def learned_positions(table: torch.Tensor, geo: Geometry) -> torch.Tensor:
-    """Resample a square table of learned positions bilinearly to the patches of a frame pair, aligning the corners.
+    """Interpolate a square table of learned positions bilinearly to the patches of a frame pair, with aligned corners.
 
     Args:
         table: `[side * side, hidden]`.
@@ -96,18 +97,18 @@ def learned_positions(table: torch.Tensor, geo: Geometry) -> torch.Tensor:
 
 
 def _resampled(x: torch.Tensor, count: int) -> torch.Tensor:
-    """Resample `x` `[side, ...]` linearly to `count` entries, at least 2. The first and last entries are unchanged."""
+    """Interpolate `x` (`[side, ...]`) linearly to `count` entries (at least 2). The first and the last entry stay the same."""
     at = torch.arange(count, dtype=torch.float32, device=x.device) * (len(x) - 1) / (count - 1)
     low = at.floor().long().clamp(max=len(x) - 2)
     return torch.lerp(x[low], x[low + 1], (at - low).view(-1, *[1] * (x.ndim - 1)))
 
 
 def merge_patches(visual, x: torch.Tensor, number: int | None = None) -> torch.Tensor:
-    """Apply the patch merger to rows `[R, 4, hidden]` of the last layer and return tokens `[R, D]`.
+    """Apply the patch merger to the last layer's rows (`[R, 4, hidden]`). Returns the tokens `[R, D]`.
 
-    If `number` is given, apply the DeepStack merger with that index to rows of an inner layer instead. Its output is added after
-    the language model's layer with the same index. The width of the norm shows whether the norm is applied before or after the
-    patches are joined.
+    If `number` is not None, the rows are from an inner layer, and the DeepStack merger with this index is used instead. The
+    language model adds its output after the layer with the same index. Some families apply the merger's norm to each patch, and
+    others to the concatenated patches. The width of the norm tells them apart.
     """
     merger = visual.merger
     if number is not None:

@@ -1,4 +1,4 @@
-"""Hooks that run after layers of the tower, to change rows for a method or to record data for a selector."""
+"""Hooks, which run after the layers of the tower. They change rows for a method, or record data for a selector."""
 
 from collections.abc import Callable
 
@@ -12,18 +12,19 @@ MIDDLE_LAYERS = (
     7 / 32,
     23 / 32,
 )  # relative depths of the first and the last layer of "middle", as in Nuwa (arXiv 2602.02951)
-# The attention that a row receives, computed separately in float32, whereas "attention" is a by-product of the layer's own
+# Names the attention that rows receive, computed separately in float32. In contrast, "attention" is a by-product of the layer's own
 # computation.
 PRECISE_ATTENTION = "precise attention"
 
 
 class Hook:
-    """A function called before the first layer and after every layer, for one video. The base class does nothing."""
+    """A function that the encoder calls before the first layer and after every layer of one video. The base class does nothing."""
 
     def needs(self, done: int) -> frozenset[str]:
-        """Return the names of the data that this hook needs from the last of `done` finished layers.
+        """Return the names of the data that this hook needs from the layer that runs just before it.
 
-        The possible names are "keys" (before rotary), "keys_rotary", "attention" and `PRECISE_ATTENTION`.
+        `done` is the number of layers that have then run, including this layer. The possible names are "keys" (before rotary),
+        "keys_rotary", "attention" and `PRECISE_ATTENTION`.
         """
         return frozenset()
 
@@ -31,16 +32,16 @@ class Hook:
         """Return the rows for the next layer.
 
         Args:
-            done: number of finished layers.
-            rows: the rows after the last finished layer.
-            seen: the data requested by `needs` for the rows of the last finished layer: keys as features, float32 `[R, 4 * d]`;
-                received attention, float32 `[R]`.
+            done: The number of layers that have run.
+            rows: The output rows of the latest layer.
+            seen: The data from the latest layer that `needs` requested, by name. Keys are float32 `[R, 4 * d]`, averaged over heads
+                and with the four patches concatenated. Received attention is float32 `[R]`.
         """
         return rows
 
 
 class LastLayerData(Hook):
-    """Record the attention and keys of the tower's last full-attention layer for a selector."""
+    """Records the attention and the keys of the tower's last full-attention layer for a selector."""
 
     def __init__(self, needs: frozenset[str], tower: TowerShape):
         self._done = max(tower.full_layers) + 1
@@ -62,10 +63,10 @@ class LastLayerData(Hook):
 
 
 class MiddleLayerMean(Hook):
-    """Record the mean of the hidden states after the tower's middle layers, passed through the patch merger, in float32.
+    """Averages the rows over the tower's middle layers, and passes the mean through the patch merger, for a selector.
 
     Args:
-        merge: the patch merger, from float32 `[R, 4, hidden]` to `[R, D]`.
+        merge: The patch merger, which takes float32 `[R, 4, hidden]` and returns `[R, D]`.
     """
 
     def __init__(self, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]):
@@ -87,14 +88,14 @@ class MiddleLayerMean(Hook):
 def selector_hooks(
     selector: Selector, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[list[Hook], list[Hook]]:
-    """Return the hooks that record data for a selector: those to run before the other hooks, and those to run after them.
+    """Return the hooks that record data for a selector, in two lists: hooks to run before all other hooks, and hooks to run last.
 
     Args:
-        merge: see `MiddleLayerMean`.
+        merge: See `MiddleLayerMean`.
 
     Raises:
-        TypeError: the selector needs unknown data.
-        ValueError: the tower has no full-attention layer.
+        TypeError: If the selector needs data that the encoder does not provide.
+        ValueError: If the tower has no full-attention layer.
     """
     if unknown := sorted(selector.needs - set(SELECTOR_DATA)):
         known = f"the encoder provides {', '.join(SELECTOR_DATA)}"

@@ -1,9 +1,9 @@
-"""Index tables for units: the windows of a frame pair, and the order of units by windows.
+"""Index tables that map units to windows and frame pairs, and raster order to window order.
 
-A *unit* is a 2x2 block of patches. Units are kept, merged or dropped whole, because the patch merger turns a unit into one
-token. A video of T frame pairs with H x W units has N = T*H*W units, in raster order, frame pair after frame pair
-(Hugging Face's order). In *window order*, they are sorted by frame pair, then by window of 4x4 units, then in raster order, so that
-each window and each frame pair is a run of consecutive units.
+A *unit* is a 2x2 block of patches. Units are kept, merged or dropped whole, because the patch merger turns each unit into one
+token. A video of T frame pairs with H x W units each has N = T*H*W units. In Hugging Face's order, units are in raster order within
+each frame pair, one frame pair after another. In *window order*, units are sorted by frame pair, then by window (4x4 units), and
+then in raster order. Each window and each frame pair is therefore a run of consecutive units.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ Scope = Literal["window", "pair"]
 
 @dataclass(frozen=True)
 class Geometry:
-    """A frame pair of H x W units, cut into windows of `side` x `side` units (4 units are 112 pixels). Tensors are on `device`."""
+    """The geometry of a frame pair: H x W units, in windows of `side` x `side` units. The tensors are on `device`."""
 
     height: int
     width: int
@@ -39,43 +39,43 @@ class Geometry:
 
     @property
     def largest_window(self) -> int:
-        """Number of units in the largest window."""
+        """The number of units in the largest window."""
         return min(self.height, self.side) * min(self.width, self.side)
 
     @cached_property
     def window(self) -> torch.Tensor:
-        """int64 `[H*W]`: the window that each place belongs to, numbered in raster order."""
+        """int64 `[H*W]`: the index of the window that contains each place. Windows are in raster order."""
         y = arange_on(self.height, self.device) // self.side
         x = arange_on(self.width, self.device) // self.side
         return (y[:, None] * -(-self.width // self.side) + x).flatten()
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """int64 `[H*W]`: the places, sorted in window order."""
+        """int64 `[H*W]`: the raster indices of all places, in window order."""
         return self.window.argsort(stable=True)
 
     def groups(self, scope: Scope) -> int:
-        """Return the number of groups per frame pair: its windows, or 1 for scope "pair"."""
+        """Return the number of groups in a frame pair: the number of windows, or 1 if the group is the frame pair itself."""
         return self.windows if scope == "window" else 1
 
     def largest(self, scope: Scope) -> int:
-        """Return the number of units in the largest group: the largest window, or a frame pair."""
+        """Return the number of units in the largest group of this scope."""
         return self.largest_window if scope == "window" else self.units
 
     def even(self, scope: Scope) -> bool:
-        """Return True if all groups have the same number of units, which is always the case for frame pairs."""
+        """Return True if all groups have the same number of units. For frame pairs, this is always the case."""
         return self.groups(scope) * self.largest(scope) == self.units
 
 
 @lru_cache(maxsize=64)
 def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geometry:
-    """Return the geometry of `height` x `width` units, cached per device."""
+    """Return the geometry of a frame pair with `height` x `width` units. Cached, so that its tables are computed only once."""
     return Geometry(height, width, side, device)
 
 
 @lru_cache(maxsize=64)
 def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
-    """Return each unit's group, int64 `[T * H*W + 1]`. The last entry is for padding, which has a separate group."""
+    """Return int64 `[T * H*W + 1]`: the group of each unit. The last entry is a separate group for padding."""
     pair = arange_on(pairs + 1, geo.device)
     place = torch.zeros_like(geo.window)
     if scope == "window":
@@ -86,17 +86,17 @@ def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the units in window order and each unit's rank in this order, both int64 `[T * H*W]`."""
+    """Return two int64 `[T * H*W]` tensors: the units in window order, and the rank of each unit in this order."""
     order = (arange_on(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
     return order, order.argsort()
 
 
 def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None, count: int = 0) -> torch.Tensor:
-    """Return the units of `pairs` frame pairs in window order, int64 `[R]`.
+    """Return int64 `[R]`: the units of `pairs` frame pairs in window order.
 
     Args:
-        alive: bool `[T, H*W]`, the units to return; None for all.
-        count: number of True values in `alive`.
+        alive: bool `[T, H*W]`, True for units to include. None includes all units.
+        count: The number of True entries in `alive`.
     """
     units, _ = order_tables(geo, pairs)
     if alive is None:
@@ -108,12 +108,12 @@ def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None, c
 
 @lru_cache(maxsize=64)
 def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return tables of the units in each window or frame pair, without reading values from the device.
+    """Return a table of the units in each window or frame pair, without synchronizing the device.
 
     Returns:
-        A table of the units in each group, int64 `[G, widest]`, padded with the total number of units; each unit's index in the
-        flattened table, int64 `[T * H*W]`, with the units in window order; and the boundaries of the groups, counted in patches,
-        int32 `[G + 1]`, starting with 0.
+        int64 `[G, widest]`, the units in each group, padded with the total number of units.
+        int64 `[T * H*W]`, the position of each unit in the flattened table. Units are in window order.
+        int32 `[G + 1]`, the offsets of the groups, counted in patches. The first offset is 0.
     """
     order, _ = order_tables(geo, pairs)
     group = group_table(geo, pairs, scope)[order]
@@ -127,20 +127,20 @@ def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, 
 
 
 def bincount_fixed(index: torch.Tensor, bins: int) -> torch.Tensor:
-    """Count how often each number below `bins` occurs in `index` (int64 `[n]`). Returns int64 `[bins]`."""
+    """Return int64 `[bins]`: how often each number below `bins` occurs in `index` (int64 `[n]`), without synchronizing."""
     return index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
 
 
 def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return runs of neighboring rows as a padded batch. Padding repeats the last row of a run.
+    """Return the row indices of B runs of consecutive rows as a padded batch. Padding repeats the last row of the run.
 
     Args:
-        start, length: int64 `[B]`, each run's first row and length. A run may be empty.
-        longest: upper bound of the lengths.
-        rows: number of rows; all indices stay below it.
+        start, length: int64 `[B]`, each run's first row and its length, which may be 0.
+        longest: An upper bound on `length`.
+        rows: The total number of rows. Indices are clamped to stay below it.
 
     Returns:
-        The rows, int64 `[B, longest]`; and a mask, bool `[B, longest]`, which is False for padding.
+        int64 `[B, longest]`, the row indices, and bool `[B, longest]`, which is False for padding.
     """
     step = arange_on(longest, start.device)
     last = (length - 1).clamp(min=0)[:, None]

@@ -1,4 +1,4 @@
-"""Merge rows after some layers, inside windows or frame pairs, as a method's merger decides."""
+"""Merges rows between the tower's layers, inside windows or frame pairs. The method's merger decides which rows merge."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,13 +15,13 @@ from evoprune.vision.rows import Rows, merge_rows
 
 
 class Merging(Hook):
-    """Merge rows after some layers.
+    """A hook that merges rows after some of the layers.
 
     Args:
-        merger: decides which rows merge.
-        left: the number of rows left per frame pair, keyed by the number of finished layers after which rows merge.
-        tower: properties of the tower.
-        as_planned: list that each merge extends by a 0-d bool tensor, True if as many rows are left as planned.
+        merger: The method's merger, which decides which rows merge.
+        left: Maps a number of finished layers to the number of rows that the merge after these layers leaves in each frame pair.
+        tower: The properties of the tower.
+        as_planned: A list to which each merge appends a 0-d bool tensor: True if every group has its planned number of rows.
     """
 
     def __init__(
@@ -47,7 +47,6 @@ class Merging(Hook):
         return rows
 
     def _compared_features(self, rows: Rows, seen: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the features that the merger compares, float32 `[R, D]`."""
         needs = self._merger.needs
         if "hidden" not in needs:
             for keys in ("keys_rotary", "keys"):
@@ -64,21 +63,25 @@ def merge_in_rounds(
     features: torch.Tensor,
     attention: torch.Tensor | None,
 ) -> tuple[Rows, torch.Tensor]:
-    """Merge rows inside groups of `scope`, in rounds, until every frame pair has its target number of rows.
+    """Merge rows inside windows or frame pairs, in rounds, until every frame pair has its target number of rows.
 
-    If values are not read from the device, the rounds cannot end early. In that case, there are as many rounds as the worst case
-    needs, and merged rows stay at the end as padding until the last round.
+    On the CPU, the loop stops as soon as enough rows have merged. On other devices, it cannot stop early without reading values
+    back, so it always runs for as many rounds as the worst case requires. Until the last round, the table of rows keeps its length,
+    and padding fills the end.
 
     Args:
-        target: number of rows per frame pair.
-        features: float32 `[R, D]`, the features that the merger compares. A merged row gets the size-weighted mean.
-        attention: float32 `[R]`, the attention that each row received in the layer. A merged row gets the sum.
+        scope: The groups inside which rows merge.
+        target: The number of rows to leave in each frame pair.
+        features: float32 `[R, D]`, the features that the merger compares. When rows merge, their features are averaged, weighted by
+            cluster size.
+        attention: float32 `[R]`, the attention that each row received in the layer, or None if the merger does not use it. When
+            rows merge, their attention is added up.
 
     Returns:
-        The rows; and a 0-d bool tensor, which is True if as many rows are left as planned.
+        The rows that are left, and a 0-d bool tensor that is True if every group has its planned number of rows.
 
     Raises:
-        RuntimeError: the merger removed no row in a round, or too many rows in total. Raised only if values are read.
+        RuntimeError: If the merger removes no rows in a round, or too many rows in total. Raised on the CPU only.
     """
     longest = rows.longest(scope)
     goal = to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), rows.unit.device)
@@ -88,7 +91,7 @@ def merge_in_rounds(
         lengths = rows.lengths(scope)
         start = lengths.cumsum(0) - lengths
         remove = lengths - wanted
-        # If values are read, only the groups that still lose rows take part.
+        # On the CPU, skip the groups that already have few enough rows.
         if (losing := read_or(lambda: (remove > 0).nonzero().flatten(), remove, None)) is not None:  # noqa: B023
             remove, start, lengths = remove[losing], start[losing], lengths[losing]
         if not len(remove):
@@ -111,7 +114,8 @@ def merge_in_rounds(
     as_planned = (rows.lengths(scope) == wanted).all()
     if read_or(lambda: not as_planned, as_planned, False):
         raise RuntimeError(f"method {merger.name} left {len(rows)} rows instead of {sum(target)}")
-    # If a merger removed too many rows, padding is left. Keep it inside the last frame pair until `as_planned` is read.
+    # If the merger removed too many rows, some padding is left. Its units are out of range, so clamp them. The error is raised
+    # later, when `as_planned` is read.
     return replace(rows, unit=rows.unit.clamp(max=len(rows.unit_to_row) - 1)), as_planned
 
 
@@ -125,12 +129,12 @@ def _partners(
     features: torch.Tensor,
     attention: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the index of the row that each row merges into, int64 `[R]`. A row that stays has its own index.
+    """Return int64 `[R]`: the index of the row that each row merges into. A row that stays gets its own index.
 
     Args:
         start, length, remove: int64 `[B]`, each group's first row, its number of rows, and the number of rows to remove from it.
-        longest: upper bound of `length`.
-        merger, features, attention: see `merge_in_rounds`.
+        longest: An upper bound on `length`.
+        merger, features, attention: See `merge_in_rounds`.
     """
     longest = read_or(lambda: int(length.max()), length, longest)
     row, valid = runs(start, length, longest, len(rows))
@@ -147,17 +151,17 @@ def _partners(
     place = torch.where(valid, row, len(rows)).flatten()
     with without_autocast():  # the merger may write into `candidates`, which are not used afterwards
         local = call(merger.package, merger.match, candidates, remove)
-    into = arange_on(len(rows) + 1, row.device)  # the last entry receives the values of padding
+    into = arange_on(len(rows) + 1, row.device)  # the last entry is a dummy target for padding
     return into.scatter_(0, place, row.gather(1, local).flatten())[:-1]
 
 
 def most_rounds(rows: Rows, scope: Scope, target: Sequence[int], merger: Merger) -> int:
-    """Return a number of rounds that is sufficient for any content."""
+    """Return an upper bound on the number of rounds needed, whatever the content."""
     worst = 0
     for count, left in set(zip(rows.per_pair, target, strict=True)):
         if scope == "pair":
             worst = max(worst, merger.rounds(count, left))
-        else:  # the numbers of rows per window are known only on the device, so take the worst case
+        else:  # only the device knows how many rows each window has, so assume the worst case
             longest = min(count, rows.geometry.largest_window)
             cases = ((n, max(1, n - (count - left))) for n in range(1, longest + 1))
             worst = max([worst, *(merger.rounds(n, fewest) for n, fewest in cases)])
@@ -165,13 +169,15 @@ def most_rounds(rows: Rows, scope: Scope, target: Sequence[int], merger: Merger)
 
 
 def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.Tensor:
-    """Distribute the rows to keep over groups in proportion to their sizes, by the largest remainder method.
+    """Divide the rows to keep among groups in proportion to the groups' sizes, using the largest remainder method.
 
-    A group with rows keeps at least one. Ties are resolved by index.
+    Every group that is not empty keeps at least one row. Ties go to the lower index.
 
     Args:
-        sizes: int64 `[B, G]`, the number of rows in each group, at most `longest`.
-        total: int64 `[B]`, rows to keep, at least the number of groups with rows and at most the sum of their sizes.
+        sizes: int64 `[B, G]`, the number of rows in each group.
+        total: int64 `[B]`, the total number of rows to keep. It is at least the number of groups that are not empty, and at most
+            the sum of their sizes.
+        longest: An upper bound on `sizes`.
 
     Returns:
         int64 `[B, G]`, the number of rows that each group keeps.
@@ -181,12 +187,13 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
     counts = torch.where(sizes > 0, (total * sizes // size.clamp(min=1)).clamp(min=1), 0)
     missing = total - counts.sum(1, keepdim=True)
     excess = counts * size - total * sizes
-    # If too few rows are kept, the groups that are furthest below their exact share get one more row. One row per group is enough,
-    # because rounding down took less than one row from a group, and the groups that lost something have more rows than they keep.
+    # If rounding down left some rows unassigned, the groups that are furthest below their exact share each get one more row. One
+    # more row per group is enough, because rounding cost each group less than one row. It is also possible, because every group
+    # that lost something has more rows than it keeps.
     more = _first(counts < sizes, excess.argsort(dim=1, stable=True), missing)
-    # If too many rows are kept, because every group keeps at least one, groups give rows back in turns. In a full turn, every group
-    # that has more than one row gives one, so that a group has given min(p, spare) rows after p turns. After `turns` full turns,
-    # the groups furthest above their exact share give one more row.
+    # If too many rows are assigned, because every group keeps at least one, the groups give rows back in turns. In a full turn,
+    # every group that still has more than one row gives one back, so after p turns a group has given back min(p, spare) rows. After
+    # `turns` full turns, the groups that are furthest above their exact share each give back one more row.
     spare = (counts - 1).clamp(min=0)
     give = -missing
     given = torch.minimum(arange_on(longest, sizes.device)[:, None], spare[:, None]).sum(2)  # [B, longest]
@@ -197,10 +204,9 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
 
 
 def _first(able: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Select the first `count` (`[B, 1]`) of the `able` groups in `order` (`[B, G]`), or none if `count` is negative.
+    """Return bool `[B, G]`: True for the first `count` (`[B, 1]`) of the `able` groups, taken in `order` (`[B, G]`).
 
-    Returns:
-        A mask of the selected groups, bool `[B, G]`.
+    If `count` is negative, all entries are False.
     """
     queue = able.gather(1, order)
     selected = queue & (queue.cumsum(1) <= count)

@@ -1,9 +1,10 @@
-"""Prepare patches for the tower: group them into frame pairs, normalize them, and find unchanged units.
+"""Prepares patches for the tower: groups them into frame pairs, normalizes them, and finds units that have not changed.
 
-Reuse (`scan`) finds the units that have not changed since they were last encoded, using only pixels, before the tower runs. A unit
-is compared with the frame pair that was last encoded at its place, because a comparison with the previous frame pair would miss
-slow changes. It has changed if the mean color of any of its 16 blocks in a frame has changed: such means average out noise, but
-not a stroke one pixel wide. A small drift in the brightness of the whole image does not count as a change.
+`scan` finds the units that have not changed since they were last encoded. It runs before the tower and looks only at pixels. Each
+unit is compared with the unit that was last encoded at the same place. A comparison with the previous frame pair would miss slow
+changes. In each frame, a unit is divided into 16 blocks, and it has changed if the mean color of any block has changed. Averaging
+over a block removes noise, but a stroke that is one pixel wide still changes the mean. A small drift in the brightness of the whole
+image does not count as a change.
 """
 
 import math
@@ -18,20 +19,22 @@ from evoprune.model import PATCHES
 from evoprune.video import InputLimits
 from evoprune.vision.layout import Geometry, cat
 
-# Mean and standard deviation of red, green and blue, on a scale from 0 to 1.
+# The mean and the standard deviation of red, green and blue, on a scale from 0 to 1.
 Normal = tuple[tuple[float, ...], tuple[float, ...]]
 CLIP: Normal = InputLimits.image_mean, InputLimits.image_std
 
 
 def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: int) -> Iterator[torch.Tensor]:
-    """Yield the patches of a video in pieces of `units` units, rounded up to whole frame pairs. The last piece may be smaller.
+    """Regroup a video's patches into pieces that consist of whole frame pairs.
+
+    Every piece except the last has the smallest number of frame pairs that contains at least `units` units.
 
     Args:
-        patches: pieces `[n, values]` of any size. They are moved to the device of `geo`.
-        pairs: number of frame pairs in the video.
+        patches: The patches in pieces of any size, each `[n, values]`. They are moved to the device of `geo`.
+        pairs: The number of frame pairs in the video.
 
     Raises:
-        ValueError: the number of patches does not match `pairs` frame pairs.
+        ValueError: If the number of patches does not match `pairs` frame pairs.
     """
     device = torch.device(geo.device)
     of_pair = geo.units * PATCHES
@@ -48,7 +51,7 @@ def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: 
             joined = cat(pending)
             yield joined[:size]
             pending = []
-            if rows > size:  # do not hold an empty piece
+            if rows > size:  # an empty slice would keep the whole tensor in memory
                 pending.append(joined[size:])
     if left:
         raise ValueError(f"the number of patches does not match {pairs} frame pairs of {geo.units} units")
@@ -57,10 +60,9 @@ def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: 
 
 
 def normalised(patches: torch.Tensor, normal: Normal = CLIP) -> torch.Tensor:
-    """Normalize patches, uint8 `[..., values]`: scale colors to 0 to 1, subtract the mean and divide by the standard deviation.
+    """Normalize patches (uint8 `[..., values]`). Returns float32 of the same shape.
 
-    Returns:
-        float32 of the same shape.
+    Colors are scaled to the range from 0 to 1. Then the mean is subtracted, and the result is divided by the standard deviation.
     """
     x = patches.unflatten(-1, (3, -1)).float()
     mean, std = normal
@@ -75,18 +77,20 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
 
 
 def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> torch.Tensor:
-    """Return the mean color of each block with half a patch's side (7x7 or 8x8 pixels), 0 to 255: float32 `[T, units, 96]`.
+    """Return float32 `[T, units, 96]`: the mean colors of each unit's blocks, from 0 to 255.
+
+    Blocks are a quarter of a patch (7x7 or 8x8 pixels). With 16 blocks in each of two frames and three colors, a unit has 96 means.
 
     Args:
-        patches: `[T * units * 4, values]`, patches of frame pairs with three colors; uint8, or normalized.
-        units: number of units per frame pair.
-        normal: mean and standard deviation that the patches were normalized with; ignored for uint8.
+        patches: `[T * units * 4, values]`, the patches of T frame pairs, either uint8 or normalized.
+        units: The number of units per frame pair.
+        normal: The mean and standard deviation with which the patches were normalized. Ignored for uint8.
     """
     half = math.isqrt(patches.shape[1] // 24)
     blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, half, 2, half).mean((7, 9))
     # pair, unit, patch y, x, channel, frame, block y, x -> pair, unit, frame, y, x, channel
     blocks = blocks.permute(0, 1, 5, 2, 6, 3, 7, 4)
-    if patches.dtype != torch.uint8:  # from a processor; undo the normalization
+    if patches.dtype != torch.uint8:  # a processor has normalized the patches, so undo this
         mean, std = map(blocks.new_tensor, normal)
         blocks = 255 * (blocks * std + mean)
     return blocks.reshape(-1, units, 96)
@@ -94,27 +98,30 @@ def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> tor
 
 @dataclass(frozen=True)
 class ReferenceBlocks:
-    """State of `scan` between two pieces of a video."""
+    """The state that `scan` carries from one piece of a video to the next."""
 
-    # float32 `[units, 96]`, block means of each place when it was last encoded, divided by the frame pair's brightness
+    # float32 `[units, 96]`: for each place, the block means of the unit that was last encoded there, divided by the brightness of
+    # its frame pair
     means: torch.Tensor
-    pair: torch.Tensor  # int64 `[units]`, the frame pair that was last encoded at each place
-    seen: int  # number of frame pairs so far
+    pair: torch.Tensor  # int64 `[units]`: for each place, the frame pair of the unit that was last encoded there
+    seen: int  # the number of frame pairs scanned so far
 
 
 def scan(
     means: torch.Tensor, references: ReferenceBlocks | None = None, *, threshold: float
 ) -> tuple[torch.Tensor, ReferenceBlocks]:
-    """Find the units to reuse in the next frame pairs. The result does not depend on how the video is cut into pieces.
+    """Find the units in the next piece of a video that need not be encoded again.
+
+    The result does not depend on how the video is cut into pieces.
 
     Args:
-        means: float32 `[T, units, 96]`, result of `patch_means` for at least one frame pair.
-        references: the state after the previous piece; None for the first piece.
-        threshold: smallest difference that counts as a change, on a scale of 255; 0 encodes all units.
+        means: float32 `[T, units, 96]`, the result of `patch_means` for at least one frame pair.
+        references: The state after the previous piece. None for the first piece.
+        threshold: The smallest difference that counts as a change, on a scale of 255. With 0, all units are encoded.
 
     Returns:
-        The frame pair whose row represents each unit, int64 `[T, units]` (the unit's own frame pair if the unit is encoded); and
-        the state for the next piece.
+        int64 `[T, units]`, the frame pair whose row represents each unit. If the unit is encoded, this is its own frame pair.
+        The state for the next piece.
     """
     reference_means = means[0]
     pair = means.new_zeros(means.shape[1], dtype=torch.int64)

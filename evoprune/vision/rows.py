@@ -1,8 +1,8 @@
-"""The rows of a video: the table that goes through the encoder, from the embedding to the tokens.
+"""The rows of a video: the table that the encoder computes, from the patch embeddings to the tokens.
 
-A *row* is a unit that is computed. It has the place of one unit (`unit`) and may represent many units (`unit_to_row`). Rows are in
-window order (layout.py) until the last layer has run, and in the order of their units afterwards. A layer replaces `values`. Only
-`take` and `merge` reduce the number of rows, and only `by_unit` changes their order.
+A *row* is a unit that the encoder computes. It has the place of one unit (`unit`), but may represent many units (`unit_to_row`).
+Rows are in window order (layout.py) until the last layer has run. After that, they are sorted by unit. Each layer replaces
+`values`. Only `take` and `merge` reduce the number of rows, and only `by_unit` changes their order.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ WIDTH = {reach: width for width, reach in enumerate(("place", "window", "pair", 
 
 
 class Aside(Protocol):
-    """Rows that are set aside and come back after the last layer."""
+    """The rows of a video that a hook has set aside. They come back after the last layer."""
 
-    # int64, the rows that layers compute; all other rows serve only as keys and values. None for all rows
+    # int64, the rows that layers compute. All other rows serve only as keys and values. None if layers compute all rows.
     active: torch.Tensor | None
 
     def whole(self, rows: "Rows") -> "Rows":
-        """Return `rows` together with the rows that are set aside."""
+        """Return `rows` together with the rows that were set aside."""
 
 
 @dataclass(eq=False)
@@ -37,20 +37,21 @@ class Rows:
 
     values: torch.Tensor  # `[R, 4, hidden]`, or `[R, D]` after the patch merger
     unit: torch.Tensor  # int64 `[R]`, the unit whose place each row has
-    # int64 `[N]`, the row that represents each unit, -1 for dropped units. R + p stands for the row at place p from before the
-    # video, which exists only as keys and values (live/segments.py).
+    # int64 `[N]`, the row that represents each unit, or -1 if the unit was dropped. If a video is encoded in segments, R + p means
+    # the previous segment's row at place p, which exists only as keys and values (live/segments.py).
     unit_to_row: torch.Tensor
-    geometry: Geometry  # geometry of a frame pair
-    deepstack: torch.Tensor  # `[R, n, D]`, DeepStack features of inner layers so far
-    given: dict[str, torch.Tensor] = field(default_factory=dict)  # `[R, ...]`, data for a selector, by name
-    # How far a unit's row may be from the unit: at the same place, in the same window or frame pair, or anywhere in the clip. A
-    # group of at least this scope contains the rows of all its units.
+    geometry: Geometry  # the geometry of a frame pair
+    deepstack: torch.Tensor  # `[R, n, D]`, the DeepStack features of the n inner layers that have run
+    given: dict[str, torch.Tensor] = field(default_factory=dict)  # `[R, ...]`, the data for a selector, by name
+    # How far a unit may be from the row that represents it: at the same place, in the same window or frame pair, or anywhere in the
+    # clip. If a group is at least this large, it contains the rows of all its units.
     reach: Reach = "place"
-    # True if attention adds the log of a key's cluster size in the group to the key's scores (ToMe, arXiv 2210.09461, section 3)
+    # Whether attention adds the log of the number of the group's units that a key represents to the key's logits (ToMe, arXiv
+    # 2210.09461, section 3).
     size_bias: bool = False
-    counts: tuple[int, ...] | None = None  # number of rows per frame pair; None if known only on the device
-    complete: bool = False  # True if every unit is known to have a row
-    aside: Aside | None = None  # if set, `deepstack` and `given` may already include the rows that are set aside
+    counts: tuple[int, ...] | None = None  # the number of rows per frame pair; None if only the device knows it
+    complete: bool = False  # whether every unit is known to have a row
+    aside: Aside | None = None  # if not None, `deepstack` and `given` may already include the rows that were set aside
 
     def __len__(self) -> int:
         return len(self.unit)
@@ -62,26 +63,26 @@ class Rows:
 
     @property
     def active(self) -> torch.Tensor | None:
-        """int64: the rows that layers compute, or None for all rows. See `Aside`."""
+        """int64: the rows that layers compute, or None if they compute all rows. See `Aside`."""
         return None if self.aside is None else self.aside.active
 
     @property
     def computed(self) -> int:
-        """Number of rows that layers compute."""
+        """The number of rows that layers compute."""
         if self.active is None:
             return len(self)
         return len(self.active)
 
     @cached_property
     def size(self) -> torch.Tensor:
-        """int64 `[R]`: each row's cluster size. Rows from before the video are not included."""
+        """int64 `[R]`: the cluster size of each row, which is the number of units that it represents."""
         sizes = torch.zeros(len(self) + 1, dtype=torch.int64, device=self.unit_to_row.device)
         row = torch.where(self.unit_to_row >= 0, self.unit_to_row, len(self)).clamp(max=len(self))
         return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
 
     @property
     def weight(self) -> torch.Tensor | None:
-        """int64 `[R]`: each row's weight as a key, if groups do not mix; None if all weights are equal."""
+        """int64 `[R]`: each row's weight as a key in groups that do not mix (see `mixes`). None if all weights are equal."""
         return self.size if self.size_bias else None
 
     @cached_property
@@ -91,17 +92,20 @@ class Rows:
 
     @cached_property
     def pair_of_row(self) -> torch.Tensor:
-        """int64 `[R + P]`: each row's frame pair, -1 for the P rows from before the video."""
+        """int64 `[R + P]`: the frame pair of each row, or -1 for the P rows of the previous segment."""
         return F.pad(self.unit // self.geometry.units, (0, self.geometry.units), value=-1)
 
     @cached_property
     def per_pair(self) -> tuple[int, ...]:
-        """Number of rows per frame pair. Synchronizes with an accelerator if `counts` is None."""
+        """The number of rows per frame pair. If `counts` is None, this synchronizes with the GPU."""
         return self.counts or tuple(self.lengths("pair").tolist())
 
     @cached_property
     def unit_order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows sorted by unit, int64 `[R]`, and `unit_to_row` for this order, int64 `[N]`. `take` sets both without sorting."""
+        """The order that sorts the rows by unit, and `unit_to_row` for the sorted rows: int64 `[R]` and `[N]`.
+
+        `take` sets both without sorting.
+        """
         order = self.unit.argsort()
         return order, _append_none(order.argsort())[self.unit_to_row]
 
@@ -112,16 +116,16 @@ class Rows:
         return self.pairs * self.geometry.groups(scope)
 
     def group(self, scope: Scope) -> torch.Tensor:
-        """Return each row's window or frame pair, int64 `[R]`, numbered across the whole video."""
+        """Return int64 `[R]`: the window or frame pair of each row, numbered across the whole video."""
         return group_table(self.geometry, self.pairs, scope)[self.unit]
 
     def lengths(self, scope: Scope) -> torch.Tensor:
-        """Return the number of rows per group, int64 `[G]`, without padding."""
+        """Return int64 `[G]`: the number of rows in each group, not counting padding."""
         total = self.group_count(scope)
         return bincount_fixed(self.group(scope), total + 1)[:total]
 
     def longest(self, scope: Scope) -> int:
-        """Return an upper bound for the number of rows in a group, without synchronizing."""
+        """Return an upper bound on the number of rows in a group, without synchronizing."""
         if self.counts:
             rows = max(self.counts)
         else:
@@ -129,10 +133,10 @@ class Rows:
         return min(rows, self.geometry.largest(scope))
 
     def mixes(self, scope: Scope) -> bool:
-        """Return True if units in a group of `scope` may be represented by rows in other groups."""
+        """Return True if rows in one group may represent units in another group."""
         return WIDTH[self.reach] > WIDTH[scope]
 
-    # Methods that return fewer rows, or rows in a different order.
+    # Methods that reduce or reorder the rows.
 
     def take(
         self, selection: Selection, unit_to_token: torch.Tensor, reach: Reach = "clip", complete: bool = False
@@ -140,15 +144,14 @@ class Rows:
         """Return the rows of the selected units.
 
         Args:
-            unit_to_token: int64 `[N]`, for each unit, the index in `selection.kept` of the unit that represents it, or -1 if there
-                is none.
-            reach: reach of the new rows.
-            complete: True if every unit is still represented after the selection. The new rows are complete only if these rows are
-                complete too.
+            unit_to_token: int64 `[N]`: for each unit, the index in `selection.kept` of the unit that represents it. -1 drops the
+                unit.
+            reach: The reach of the new rows.
+            complete: Whether the selection drops no units. The new rows are `complete` only if the old ones are complete too.
         """
         _, rank = order_tables(self.geometry, self.pairs)
         at = rank[selection.kept]
-        place = torch.zeros_like(rank).scatter_(0, at, 1).cumsum(0)[at] - 1  # index of each token among the new rows
+        place = torch.zeros_like(rank).scatter_(0, at, 1).cumsum(0)[at] - 1  # the new row of each kept unit
         unit_to_row = _append_none(place)[unit_to_token]
         joins = selection.unit_to_token
         if joins is not None:
@@ -189,15 +192,15 @@ class Rows:
         counts: tuple[int, ...] | None = None,
         size_bias: bool = True,
     ) -> "Rows":
-        """Merge rows inside groups of `scope`. A row that other rows merge into becomes the size-weighted mean.
+        """Merge rows inside groups of `scope` into their means, weighted by cluster size.
 
         Args:
-            into: int64 `[R]`, the row that every row merges into. A row that stays has its own index.
-            left: number of rows in the result. If fewer rows stay, the last ones are padding: they represent no unit, and their
-                `unit` is the first number after the last frame pair, so they form a separate group.
-            moves: upper bound for the number of rows that merge.
-            counts: number of rows per frame pair, if known.
-            size_bias: see `Rows`.
+            into: int64 `[R]`, the row that each row merges into. A row that stays has its own index.
+            left: The number of rows in the result. If fewer rows stay, the result ends with padding. Padding represents no unit,
+                and its `unit` is N, so it forms a separate group.
+            moves: An upper bound on the number of rows that merge into another row.
+            counts: The number of rows per frame pair, if known.
+            size_bias: See `Rows`.
         """
 
         def merged(x: torch.Tensor) -> torch.Tensor:
@@ -221,7 +224,7 @@ class Rows:
         )
 
     def whole(self) -> "Rows":
-        """Return the rows together with the rows that are set aside."""
+        """Return the rows together with the rows that were set aside."""
         return self if self.aside is None else self.aside.whole(self)
 
     def by_unit(self) -> "Rows":
@@ -258,12 +261,11 @@ def reused_units(
 ) -> Rows:
     """Return the rows of a video with reuse.
 
-    Only some units have a row. Each other unit is represented by the row at the same place in an earlier frame pair.
+    Only some units have their own row. Every other unit is represented by the row at the same place in an earlier frame pair.
 
     Args:
-        values, deepstack, counts, unit: see `Rows`.
-        source: int64 `[pairs, H*W]`, for each unit, the frame pair whose row represents it; negative for a row from before the
-            video.
+        values, deepstack, counts, unit: See `Rows`.
+        source: int64 `[pairs, H*W]`, the frame pair whose row represents each unit. Negative for a row of the previous segment.
     """
     units = source.numel()
     rows = len(unit)
@@ -281,22 +283,22 @@ def reused_units(
 
 
 def _append_none(index: torch.Tensor) -> torch.Tensor:
-    """Return `index` (int64 `[n]`) with -1 appended, so that looking up -1 gives -1."""
+    """Append -1 to `index` (int64 `[n]`), so that looking up -1 returns -1."""
     return F.pad(index, (0, 1), value=-1)
 
 
 def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int, moves: int) -> torch.Tensor:
-    """Merge rows of `x` into the rows that stay. Those become size-weighted means, computed in float32.
+    """Merge rows of `x` into the rows that stay, which become means weighted by cluster size.
 
     Args:
         x: `[R, ...]`, the values.
-        size: int64 `[R]`, cluster sizes.
-        into: int64 `[R]`, the row that every row merges into. A row that stays has its own index.
-        rows: number of rows in the result. If fewer rows stay, the last ones are meaningless padding.
-        moves: upper bound for the number of rows that merge.
+        size: int64 `[R]`, the cluster sizes.
+        into: int64 `[R]`, the row that each row merges into. A row that stays has its own index.
+        rows: The number of rows in the result. If fewer rows stay, the result ends with meaningless padding.
+        moves: An upper bound on the number of rows that merge into another row.
 
     Returns:
-        `[rows, ...]` in the dtype of `x`.
+        `[rows, ...]`, computed in float32 and converted to the dtype of `x`.
     """
     goes = into != arange_on(len(into), into.device)
     stays = ~goes
@@ -308,10 +310,10 @@ def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: in
     # Padding in `moved` gets a weight of 0.
     added = torch.where(arange_on(moves, into.device) < goes.sum(), size[moved], 0)
     after = before.index_add(0, to, added)
-    # If several rows merge into one row, one of their slots in `total` holds the sum. Any slot will do, because all start from the
-    # same row.
+    # If several rows merge into the same row, only one of their slots in `total` accumulates the sum. It does not matter which
+    # slot, because all of them start with the value of that row.
     place = torch.empty_like(before).scatter_(0, to, arange_on(moves, into.device))[to]
-    grown = (after > before)[to]  # rows that nothing merges into must not change at all
+    grown = (after > before)[to]  # rows that nothing merges into must stay exactly the same
     column = (-1, *[1] * (x.ndim - 1))
     total = out[to].float().mul_(torch.where(grown, before[to], 1).view(column))
     total.index_add_(0, place, x[moved].float().mul_(added.view(column)))

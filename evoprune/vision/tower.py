@@ -1,7 +1,7 @@
-"""Run the layers of a vision tower on the rows of a video, with the same rounding as in Hugging Face's code.
+"""Runs the layers of a vision tower on the rows of a video, with the same rounding as in Hugging Face's code.
 
-`run_layer` runs one layer in plain PyTorch, and `run_by_kernels` runs several layers with GPU kernels. The differences between
-model families are in families.py, and the hooks that run after layers are in hooks.py.
+`run_layer` runs one layer in plain PyTorch, and `run_by_kernels` runs consecutive layers with fused GPU kernels. families.py covers
+the differences between model families, and hooks.py has the hooks that run after layers.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,15 @@ from evoprune.vision.hooks import PRECISE_ATTENTION
 from evoprune.vision.layout import Geometry, Scope
 from evoprune.vision.rows import Rows
 
-Table = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
+Table = tuple[torch.Tensor, torch.Tensor]  # the rotary cosines and sines
 
 
 @lru_cache(maxsize=16)
 def rotary(sizes: VisionConfig, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cosines and sines of the rotary embedding, both float32 `[units, 4, 1, 1, head_dim]`, in raster order.
+    """Return the cosines and the sines of the rotary embedding, each float32 `[units, 4, 1, 1, head_dim]`, in raster order.
 
-    The first half of the sines is negated. One half of the angles depends on a patch's y, the other half on its x.
+    The first half of the sines is negated, as `rotate` requires. Half of the angles depend on the patch's y, and the other half on
+    its x.
     """
     merge = sizes.spatial_merge_size
     quarter = sizes.hidden_size // sizes.num_heads // 4
@@ -44,7 +45,7 @@ def rotary(sizes: VisionConfig, geo: Geometry) -> tuple[torch.Tensor, torch.Tens
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `x` (`[R, 4, 2, heads, d]`) in float32 by `cos` and `sin` (float32 `[R, 4, 1, 1, d]`)."""
+    """Apply the rotary embedding to `x` (`[R, 4, 2, heads, d]`) in float32. `cos` and `sin` are `[R, 4, 1, 1, d]`."""
     wide = x.float()
     rolled = wide.roll(x.shape[-1] // 2, -1)
     return (wide * cos).addcmul_(rolled, sin).to(x.dtype)
@@ -53,13 +54,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def in_pieces(
     function: Callable[..., torch.Tensor], piece: int, *rows: torch.Tensor, into: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Apply a function to `piece` rows at a time, which bounds its temporary memory, and return the joined result.
+    """Apply a function to `piece` rows at a time, which limits its temporary memory. Returns the concatenated results.
 
     Args:
-        function: returns a tensor with as many entries as each of its arguments.
-        piece: number of rows per call.
-        rows: the arguments, tensors with the same number of entries.
-        into: tensor to write the result to if there are several pieces, which saves an allocation; may be one of `rows`.
+        function: A function that returns one row for each row of its arguments.
+        piece: The number of rows per call.
+        rows: The arguments of the function, which all have the same number of rows.
+        into: A tensor that the result may overwrite, to save an allocation. It may be one of `rows`. Used only if more than one
+            call is needed.
     """
     if len(rows[0]) <= piece:
         return function(*rows)
@@ -73,16 +75,16 @@ def in_pieces(
     return into
 
 
-# Function that returns the keys and values `[K, 4, heads, d]` that a layer attends to. Arguments: the layer's number, the keys and
-# values of the R rows, and the rows. K is R, or greater if rows from before the video are visible too.
+# A function that returns the keys and values `[K, 4, heads, d]` that a layer attends to. Its arguments are the layer's index, the
+# keys and values of the R rows, and the rows. K is greater than R if rows of the previous segment are visible too.
 Visible = Callable[[int, torch.Tensor, torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the tower: attention inside windows or frame pairs, then an MLP, both with residuals.
+    """A layer of the tower: attention inside windows or frame pairs, followed by an MLP, both with residuals.
 
-    All methods process each row independently, except `by_kernels`, which also computes the attention between rows.
+    `by_kernels` computes the whole layer, including the attention between rows. All other methods process each row independently.
     """
 
     number: int
@@ -100,16 +102,16 @@ class Layer:
         )
 
     def queries_keys_values(self, x: torch.Tensor, piece: int) -> torch.Tensor:
-        """Return the queries, keys and values `[R, 4, 3, heads, d]` of rows `[R, 4, hidden]`, before rotary."""
+        """Return `[R, 4, 3, heads, d]`: the queries, keys and values of the rows `x` (`[R, 4, hidden]`), before rotary."""
         normed = in_pieces(partial(self.kind.norm, self.weights.norm1), piece, x)
         return linear(self.weights.attn.qkv, normed).view(*x.shape[:2], 3, self.heads, -1)
 
     def add_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        """Project the attention output `[R, 4, heads, d]` and add it to rows `[R, 4, hidden]`."""
+        """Project the attention output `mixed` (`[R, 4, heads, d]`) and add it to the rows `x` (`[R, 4, hidden]`)."""
         return linear(self.weights.attn.proj, mixed.flatten(2), plus=x)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply norm, MLP and residual to rows `[R, 4, hidden]`."""
+        """Apply the norm, the MLP and the residual to the rows `x` (`[R, 4, hidden]`)."""
         return self.kind.mlp(self.weights.mlp, self.kind.norm(self.weights.norm2, x), x)
 
     def by_kernels(
@@ -122,18 +124,18 @@ class Layer:
         table: Table,
         piece: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the layer with five products and four kernels, instead of about 45 operations in plain PyTorch.
+        """Run the layer with five matrix products and four fused kernels. In plain PyTorch, it takes about 45 operations.
 
         Args:
-            x: `[R * 4, hidden]`.
-            normed: `x` after this layer's first norm; None to compute it here.
-            after: the norm to apply to the output; None to skip it.
-            groups: the groups of the rows for this layer's scope.
-            table: the result of `rotary`.
-            piece: number of rows that go through the MLP at a time.
+            x: `[R * 4, hidden]`, the patches of the rows.
+            normed: `x` after this layer's first norm. None computes it here.
+            after: The norm to apply to the output. None applies none.
+            groups: The groups of the rows for this layer's scope.
+            table: The result of `rotary`.
+            piece: The number of rows that go through the MLP at a time.
 
         Returns:
-            The output, `[R * 4, hidden]`; and the output after the norm `after`, or None if `after` is None.
+            The output `[R * 4, hidden]`, and the output after the norm `after`, or None if `after` is None.
         """
         weights = self.weights
         if normed is None:
@@ -148,7 +150,7 @@ class Layer:
     def _add_norm(
         self, x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.Module | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the sum `x + plus` (`x` if `plus` is None) and the sum after `norm`, or None without a norm."""
+        """Return the sum of `x` and `plus`, and the sum after `norm`. If `norm` is None, the second value is None."""
         if norm is None:
             return x + plus, None
         if self.kind.rms:
@@ -158,7 +160,7 @@ class Layer:
         return x, self.kind.norm(norm, x)
 
     def _mlp_by_kernels(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output of the MLP without norm and residual, `[rows, hidden]`."""
+        """Return the output of the MLP alone, without the norm and the residual."""
         mlp = self.weights.mlp
         if parameters := joined(mlp):
             hidden = kernels_for(x.device).silu_times(F.linear(x, *parameters))
@@ -167,7 +169,7 @@ class Layer:
 
 
 def rotation_of(visual, rows: Rows) -> list[torch.Tensor]:
-    """Return the rotary cosines and sines of the rows, both float32 `[R, 4, 1, 1, d]`."""
+    """Return the rotary cosines and sines of the rows, each float32 `[R, 4, 1, 1, d]`."""
     return [of_place[rows.place] for of_place in rotary(VisionConfig.of(visual.config), rows.geometry)]
 
 
@@ -181,18 +183,18 @@ def run_layer(
     timer: Timer | None = None,
     visible: Visible | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Run a layer, replacing the values of `rows`.
+    """Run a layer. The values of `rows` are replaced by the layer's output.
 
     Args:
-        groups: the groups of these rows by scope. Missing groups are added.
-        rotation: the result of `rotation_of` for these rows.
-        piece: number of rows per matrix product. About as many rows attend at a time, which bounds the memory.
-        needs: names of the data that hooks need; see `Hook`.
-        timer: measures the time spent on `needs`.
-        visible: adds the keys and values of rows from before the video; None if there are no such rows.
+        groups: The groups of these rows, by scope. Updated in place if the layer's scope is missing.
+        rotation: The result of `rotation_of` for these rows.
+        piece: The number of rows per matrix product. Attention also processes about this many rows at a time. This limits memory.
+        needs: The names of the data that hooks need (see `Hook.needs`).
+        timer: Measures the time spent on computing that data.
+        visible: A function that adds the keys and values of the previous segment. None if there is no previous segment.
 
     Returns:
-        The data named in `needs`; see `Hook`.
+        The data that `needs` requests, by name (see `Hook`).
     """
     timer = timer or nullcontext()
     seen = {}
@@ -226,20 +228,20 @@ def run_layer(
 
 
 def fused_kernels(x: torch.Tensor) -> ModuleType | None:
-    """Return the module of fused kernels, or None if it does not support the device and dtype of `x`."""
+    """Return the module with the fused kernels, or None if the kernels do not support the device and dtype of `x`."""
     return None if Attention.of(x).varlen_kernel is None else kernels_for(x.device)
 
 
 def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callable[[int, Rows, int], None]) -> range:
-    """Run layers without hooks with GPU kernels, replacing the values of `rows`.
+    """Run layers that have no hooks with fused GPU kernels. The values of `rows` are replaced by the output of the last layer.
 
     Args:
-        piece: number of rows that go through an MLP at a time.
-        after: called after every layer with the number of finished layers, the rows and their number.
+        piece: The number of rows that go through an MLP at a time.
+        after: Called after every layer with the number of finished layers, the rows, and the number of rows.
 
     Returns:
-        The layers that still have to run: normally none, the remaining layers if a kernel fails, or all layers if there are no
-        kernels.
+        The layers that still have to run. The range is normally empty. If a kernel fails, it starts with the layer that failed, and
+        if no kernels are available, it contains all layers.
     """
     kernels = fused_kernels(rows.values)
     if not layers or kernels is None:
@@ -267,5 +269,5 @@ def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callabl
 
 
 def unit_features(x: torch.Tensor) -> torch.Tensor:
-    """Return the mean of keys or queries (`[R, 4, heads, d]`) over heads, with the four patches joined: float32 `[R, 4 * d]`."""
+    """Average keys or queries (`[R, 4, heads, d]`) over heads, and concatenate the four patches. Returns float32 `[R, 4 * d]`."""
     return x.float().mean(2).flatten(1)
