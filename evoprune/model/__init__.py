@@ -1,6 +1,6 @@
 """The static parts of a model: its configuration, its weights, helpers for its layers, and its costs.
 
-The computation with these weights is in `vision` and `language`.
+The `vision` and `language` packages compute with these weights.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The costs of a run: operations, bytes of memory, and seconds per stage."""
+"""Estimate the operations and the memory that a run needs, and measure how long each stage takes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,17 +12,18 @@ from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, TextConfig, h
 from evoprune.model.numerics import without_autocast
 from evoprune.model.weights import Tower
 
-SMALL_CHANGE = 128 * 2**20  # bytes that even the smallest run requires
-# The number of copies of a layer's rows in memory: rows, queries, keys, values, the attention output, and copies of some of these.
+SMALL_CHANGE = 128 * 2**20  # the number of bytes that even the smallest run needs
+# How many tensors of the size of a layer's rows are in memory at once: the rows, queries, keys, values, the attention output, and
+# copies of some of these.
 ROW_COPIES = 6
-DELTA_CHUNK = 64  # the number of columns that a Gated DeltaNet processes together in the prefill, as in transformers
+DELTA_CHUNK = 64  # the number of columns in a chunk that a Gated DeltaNet processes at once, same as in transformers
 
 
 T = TypeVar("T")
 
 
 class Clock:
-    """Adds up the time that each stage is busy, in seconds."""
+    """Adds up how many seconds a run spends in each stage."""
 
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = {}
@@ -33,7 +34,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a block. If the block runs out of memory, the error names the stage."""
+        """Add the time spent in a `with` block to a stage. If the block runs out of memory, the error names the stage."""
         start = self.now()
         try:
             with memory_guard(name):
@@ -42,7 +43,7 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
 
     def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Yield items, timing only how long it takes to produce them."""
+        """Yield items, and add the time that it takes to produce them, but not to consume them, to a stage."""
         source = iter(items)
         while True:
             with self.stage(name):
@@ -53,7 +54,7 @@ class Clock:
 
 
 class Cost:
-    """The costs of running a model of any family: parameters, operations, and bytes of memory.
+    """Counts the parameters, operations and bytes of memory that it takes to run a model of any family.
 
     A multiply-add counts as two operations.
     """
@@ -65,7 +66,7 @@ class Cost:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters, including all experts. Shared parameters count once."""
+        """The number of parameters, including all experts. Tied parameters are counted once."""
         text = self._text
         net = text.delta_net
         experts = text.experts
@@ -107,10 +108,10 @@ class Cost:
         return total
 
     def tower_flop(self, rows: Sequence[int], grids: int, windows: int) -> float:
-        """Return the number of operations in the vision tower.
+        """Return the number of operations that the vision tower takes.
 
         Args:
-            rows: The number of rows that each layer computes over the whole video, followed by the number of rows that reach the
+            rows: The number of rows that each layer computes for the whole video, followed by the number of rows that reach the
                 merger.
             grids: The number of frame pairs.
             windows: The number of attention windows per frame pair.
@@ -131,11 +132,12 @@ class Cost:
         return total + 2 * merged * (wide * wide + wide * config.out_hidden_size)
 
     def prefill_flop(self, length: int | Sequence[int | Sequence[int]]) -> float:
-        """Return the number of operations in the prefill, with logits for the last token only.
+        """Return the number of operations that the prefill takes if only the last token's logits are computed.
 
         Args:
-            length: The number of prompt tokens after pruning, as a single number or per layer. A layer can also have three numbers:
-                the tokens for keys and values, for queries and output, and for the MLP.
+            length: The number of prompt tokens after pruning, either a single number or one entry per layer. An entry can also
+                consist of three numbers, which count the tokens that have keys and values, the tokens that have queries and an
+                attention output, and the tokens that go through the MLP.
         """
         config = self._text
         h = config.hidden_size
@@ -162,9 +164,9 @@ class Cost:
         return total
 
     def _delta_flop(self) -> float:
-        """Return the number of operations per prompt token in a Gated DeltaNet.
+        """Return the number of operations that a Gated DeltaNet takes per prompt token.
 
-        It consists of projections, a convolution, and the chunked delta rule.
+        These are the operations of its projections, its convolution, and the chunked delta rule.
         """
         net = self._text.delta_net
         key = net.linear_key_head_dim
@@ -172,8 +174,8 @@ class Cost:
         heads = net.linear_num_value_heads
         mixed = 2 * net.key_size + net.value_size
         projections = 2 * self._text.hidden_size * (mixed + 2 * net.value_size + 2 * heads)
-        # Within a chunk, keys are multiplied with keys and with queries, a triangular system is solved for keys and values, and
-        # queries read the values. The state is read twice, by keys and by queries, and written once.
+        # Within a chunk, the keys are multiplied by the keys and by the queries, a triangular system is solved for keys and values,
+        # and the queries read the values. The state is read twice (by the keys and by the queries) and written once.
         inside = DELTA_CHUNK * (4 * key + (key + value) + 2 * value)
         return projections + 2 * net.linear_conv_kernel_dim * mixed + heads * (inside + 6 * key * value)
 
@@ -186,20 +188,20 @@ class Cost:
         rows: int | None = None,
         left: int | None = None,
     ) -> int:
-        """Estimate the peak number of bytes in use in addition to the weights.
+        """Estimate the peak memory of a run in bytes, not counting the weights.
 
         Args:
             units: The number of units in the video.
-            piece_units: The number of units whose rows go through a matrix product at a time.
-            prompt: The number of prompt tokens, as a single number or per layer.
+            piece_units: The number of units whose rows are multiplied at a time.
+            prompt: The number of prompt tokens, either a single number or one number per layer.
             bytes_each: The number of bytes per weight.
-            rows: The largest number of rows that a tower layer computes. None means one row per unit.
+            rows: The largest number of rows that any tower layer computes. None means one row per unit.
             left: The number of rows that leave the tower. None means one row per unit.
         """
         piece_units = min(units, piece_units)
         vision = self._vision
         row_bytes = PATCHES * vision.hidden_size * bytes_each
-        # Units are embedded in pieces, which are then concatenated. The selection creates another copy.
+        # The units are embedded piece by piece. Concatenating the pieces creates one copy, and the selection creates another.
         embedding = 2 * units * row_bytes + self._pixel_bytes(piece_units, bytes_each)
         if rows is None:
             rows = units
@@ -210,7 +212,7 @@ class Cost:
         return SMALL_CHANGE + features + max(embedding, layers, self.language_bytes(prompt, bytes_each))
 
     def unpruned_memory(self, units: int, prompt: int, bytes_each: int) -> int:
-        """Estimate the peak number of bytes that plain transformers uses in addition to the weights.
+        """Estimate the peak memory of plain transformers in bytes, not counting the weights.
 
         Args:
             units: The number of units in the video.
@@ -221,34 +223,34 @@ class Cost:
         return held + max(self._tower_bytes(units, bytes_each), self.language_bytes(prompt, bytes_each))
 
     def _pixel_bytes(self, units: int, bytes_each: int) -> int:
-        """Return the size in bytes of the patches in `units` units, stored both in float32 and in the dtype of the weights."""
+        """Return the number of bytes needed to store the patches of `units` units twice, in float32 and in the weights' dtype."""
         vision = self._vision
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return units * PATCHES * values * (4 + bytes_each)
 
     def _tower_bytes(self, units: int, bytes_each: int) -> int:
-        """Return the number of bytes that a tower pass with `units` units requires.
+        """Return the number of bytes that the tower needs to process `units` units.
 
-        Most of it is for the float32 rotary embedding and the MLP.
+        The float32 rotary embedding and the MLP need most of them.
         """
         vision = self._vision
         return units * PATCHES * (12 * vision.hidden_size * 4 + 3 * vision.intermediate_size * bytes_each)
 
     def carried_bytes(self, places: int, bytes_each: int) -> int:
-        """Return the size in bytes of the tower's keys and values that later frame pairs attend to.
+        """Return the size in bytes of the tower's keys and values that are kept so that later frame pairs can attend to them.
 
-        They cover `places` units in all layers.
+        Every layer keeps the keys and values of `places` units.
         """
         vision = self._vision
         return places * vision.depth * 2 * PATCHES * vision.hidden_size * bytes_each
 
     def kv_bytes(self, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
-        """Return the size in bytes of the language model's keys and values for a prompt.
+        """Return the size of the language model's KV cache for a prompt, in bytes.
 
-        A Gated DeltaNet layer has a float32 state instead, whose size does not depend on the prompt.
+        Gated DeltaNet layers keep a float32 state instead of keys and values. Its size does not depend on the prompt.
 
         Args:
-            tokens: The number of prompt tokens, as a single number or per layer.
+            tokens: The number of prompt tokens, either a single number or one number per layer.
             bytes_each: The number of bytes per value.
         """
         text = self._text
@@ -268,10 +270,10 @@ class Cost:
         return total
 
     def language_bytes(self, prompt: int | Sequence[int], bytes_each: int) -> int:
-        """Return the number of bytes that a prefill requires, including keys and values.
+        """Return the number of bytes that a prefill needs, including the KV cache.
 
         Args:
-            prompt: The number of prompt tokens, as a single number or per layer.
+            prompt: The number of prompt tokens, either a single number or one number per layer.
             bytes_each: The number of bytes per value.
         """
         text = self._text
@@ -279,25 +281,25 @@ class Cost:
         added = self._vision.layers_read - 1  # the number of layers to which DeepStack adds features
         inner = max(_mlp_size(text, layer) for layer in range(text.num_hidden_layers))
         wide = 8 * 4 * text.hidden_size * (text.qwen4.hc_count if text.qwen4 else 1)
-        if net := text.delta_net:  # chunks are computed in float32, with a copy of the keys per value head
+        if net := text.delta_net:  # chunks are computed in float32, with a copy of the keys for every value head
             heads = net.linear_num_value_heads
             key = net.linear_key_head_dim
             value = net.linear_value_head_dim
             wide = max(wide, heads * (6 * key + 6 * value + 3 * DELTA_CHUNK) * 4)
         widest = max(lengths) * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
         held = [tokens + ANSWER_COLUMNS for tokens in lengths]
-        # A recurrent state cannot be cropped, so a copy is kept for the next question.
+        # Because a recurrent state cannot be cropped, a copy is kept for the next question.
         copies = 2 if text.delta_net else 1
         return widest + copies * self.kv_bytes(held, bytes_each)
 
 
 def _of_each_layer(tokens: int | Sequence[T], depth: int) -> Sequence[int | T]:
-    """Return the number of tokens for each of `depth` layers. A single number applies to all layers."""
+    """Return the number of tokens in each of `depth` layers. A single number applies to all layers."""
     return [tokens] * depth if isinstance(tokens, int) else tokens
 
 
 def _mlp_size(config: TextConfig, layer: int) -> int:
-    """Return the number of inner features that a layer computes per token, in its MLP or in the experts that process the token."""
+    """Return how many inner features a layer computes per token, either in its MLP or in the experts chosen for the token."""
     if not config.has_experts(layer):
         return config.intermediate_size
     experts = config.experts
@@ -312,7 +314,7 @@ def matmul_rate(
     seconds: float = 0.1,
     shapes: Sequence[tuple[int, int, int]] = ((1024, 1024, 1024),),
 ) -> float:
-    """Measure how many operations per second plain matrix products reach on a device.
+    """Measure how many operations per second plain matrix products achieve on a device.
 
     Args:
         dtype: The dtype of the factors.

@@ -1,4 +1,4 @@
-"""Building blocks of language model layers: RMS norm, projections to heads, rotary embedding."""
+"""Building blocks for the layers of language models: RMS norm, projections to heads, and rotary embedding."""
 
 import torch
 import torch.nn.functional as F
@@ -7,17 +7,20 @@ from evoprune.model.config import head_size
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Apply an RMS norm in float32. The result is rounded before scaling, as in Hugging Face; torch would round after scaling."""
+    """Apply an RMS norm in float32.
+
+    As in transformers, the normalized values are rounded before they are multiplied by `weight`. Torch would round them afterwards.
+    """
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply a rotary embedding to `[..., heads, head_dim]`, pairing features that are half a head apart (arXiv 2104.09864)."""
+    """Apply a rotary embedding (arXiv 2104.09864) to `[..., heads, head_dim]`. Paired features are half a head apart."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def heads_of(attention, name: str, x: torch.Tensor, config) -> torch.Tensor:
-    """Return queries, keys or values before the rotary embedding, `[L, heads, head_dim]`.
+    """Project columns to queries, keys or values, `[L, heads, head_dim]`, without applying the rotary embedding.
 
     Queries and keys are normalized per head if the layer has norms for them.
 

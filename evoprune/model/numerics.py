@@ -1,7 +1,8 @@
-"""The dtype of matrix products, and a check for NaN and infinity.
+"""Turn autocast off, and check tensors for NaN and infinity.
 
-torch.autocast computes float32 products in 16 bits. The layers of a user's own transformers model follow it, as they do without
-pruning. Pruning methods, scores and evoprune's own models ignore it, because methods compare in float32 and users choose the dtype.
+torch.autocast computes float32 matrix products in 16 bits. If users prune their own transformers model, its layers follow autocast,
+just as they do without pruning. Pruning methods and scores ignore autocast because they compare values in float32. Models that
+evoprune loads ignore it because users choose their dtype with an option.
 """
 
 from collections.abc import Iterator
@@ -13,9 +14,9 @@ from evoprune.backend import Device
 
 
 def all_finite(x: torch.Tensor) -> torch.Tensor:
-    """Check that `x`, which must not be empty, contains neither NaN nor infinity.
+    """Return whether a tensor contains neither NaN nor infinity, as a 0-dimensional bool tensor on the same device.
 
-    Returns a 0-dimensional bool tensor on the device of `x`. The check takes one pass over `x`, without a copy or synchronization.
+    The check reads the tensor once, and needs neither a copy nor a synchronization. The tensor must not be empty.
     """
     low, high = x.aminmax()  # both are NaN if `x` contains NaN
     return low * 0 == high * 0
@@ -23,7 +24,7 @@ def all_finite(x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Turn off autocast, so that products are computed in the dtype of their factors (context manager and decorator)."""
+    """Turn off autocast, so that products are computed in their factors' dtype. Works as a context manager and a decorator."""
     with ExitStack() as stack:
         for kind in Device.kinds():
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):

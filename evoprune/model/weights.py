@@ -1,8 +1,8 @@
-"""The weights of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model as a tree of modules with Hugging Face's names, without a forward pass.
+"""Module trees that hold the weights of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model under Hugging Face's names.
 
-`vision/tower.py` and `language/decoder.py` run the model on such a tree. Because the names are the same, they also work with a
-model that was loaded with transformers. Models loaded by evoprune do not need transformers, whose import takes longer than a short
-answer.
+The modules have no forward pass. Instead, `vision/tower.py` and `language/decoder.py` compute with their weights. Because the names
+are the same, this also works with a model that was loaded with transformers. Models that evoprune loads do not need transformers,
+which takes longer to import than a short answer takes to generate.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from evoprune.model.config import Config, TextConfig, VisionConfig, head_size
 
 
 class Tree(nn.Module):
-    """A node of the tree, which is a module with named children. The name `mlp.0` refers to child `0` of the child `mlp`."""
+    """A module whose children are given by name. In these names, `mlp.0` means the child `0` of the child `mlp`."""
 
     def __init__(self, **children: nn.Module):
         super().__init__()
@@ -31,7 +31,7 @@ class Tree(nn.Module):
 
 
 def _mlp(names: Sequence[str], wide: int, inner: int, bias: bool) -> Tree:
-    """Create an MLP with one or more matrices that map to its inner size, and a last matrix that maps back."""
+    """Create an MLP. Its last matrix maps from the inner size, and all other matrices map to the inner size."""
     *into, back = names
     return Tree(**{name: nn.Linear(wide, inner, bias) for name in into}, **{back: nn.Linear(inner, wide, bias)})
 
@@ -74,7 +74,7 @@ def _merger(config: VisionConfig, norm: nn.Module) -> Tree:
 
 
 def _embedding(count: int, wide: int) -> nn.Embedding:
-    """Create an embedding from an uninitialized tensor.
+    """Create an embedding whose weights are not initialized.
 
     Random initialization would import all of torch.compile, even on the meta device.
     """
@@ -114,10 +114,10 @@ class LanguageModel(Tree):
 
 
 class Model(Tree):
-    """All weights of a model: `model.visual`, `model.language_model` and the output layer `lm_head`. `config` is a `Config`."""
+    """All weights of a model: its tower (`model.visual`), `model.language_model`, and the output layer, `lm_head`."""
 
     config: Config
-    native: bool  # whether language/decoder.py runs the language model; otherwise it is a transformers module
+    native: bool  # whether the language model runs in language/decoder.py; if False, it is a transformers module
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,16 +128,16 @@ class Model(Tree):
         return self.model.language_model.embed_tokens.weight.device
 
     def fill_random(self, device: torch.device) -> None:
-        """Replace all weights: vectors by ones, biases by zeros, everything else by seeded noise. Tied weights stay tied."""
+        """Set biases to zero, other vectors to one, and everything else to seeded noise. Tied weights stay tied."""
         made: dict[nn.Parameter, nn.Parameter] = {}
-        for module in self.modules():  # not `to_empty`, which would import torch's compiler and take two seconds
+        for module in self.modules():  # `to_empty` would import torch's compiler, which takes two seconds
             for name, weight in [*module.named_parameters(recurse=False)]:
                 if weight not in made:
                     values = torch.empty(weight.shape, dtype=weight.dtype, device=device)
                     made[weight] = nn.Parameter(values, requires_grad=False)
                 setattr(module, name, made[weight])
         like = next(self.parameters())
-        # The same block of noise is repeated. Its length is prime, so no two rows of a matrix are equal.
+        # Repeat the same block of noise. Its length is a prime number, so no two rows of a matrix are equal.
         random = torch.Generator().manual_seed(0)
         block = torch.randn(1_048_573, generator=random, dtype=torch.float32, device="cpu").mul_(0.02).to(like)
         with torch.no_grad():
@@ -153,7 +153,7 @@ class Model(Tree):
                     piece.copy_(noise[: len(piece)])
 
     def shared(self) -> Self:
-        """Return a tree that shares the tensors of this one. Layers of the copy can be replaced without changing the original."""
+        """Return a copy that shares this model's tensors. Replacing layers in the copy does not change the original."""
         raise NotImplementedError
 
 
@@ -172,15 +172,15 @@ class QwenVL(Model):
 
     @classmethod
     def empty(cls, config: Config) -> Self:
-        """Return a model on the meta device, which has names and shapes but needs no memory."""
+        """Return a model on the meta device. Its weights have names and shapes, but take no memory."""
         with torch.device("meta"):
             return cls(config).eval().requires_grad_(False)
 
     @classmethod
     def random(cls, config: Config, dtype: torch.dtype, device: torch.device) -> Self:
-        """Return a model with seeded random weights. It is meant for benchmarks, because speed does not depend on the values.
+        """Return a model with seeded random weights, for benchmarks, where the values of the weights do not affect the speed.
 
-        Creating a 3B model takes seconds.
+        Creating a 3B model takes a few seconds.
         """
         model = cls.empty(config).to(dtype)
         model.fill_random(device)
@@ -193,7 +193,7 @@ class QwenVL(Model):
         return copy.requires_grad_(False)
 
     def tie(self) -> None:
-        """Make the input and output embeddings share one tensor if the config says so."""
+        """Make the input embeddings and the output layer share one tensor if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
 
@@ -202,7 +202,7 @@ class HostedVL(Model):
     """A model that consists of transformers modules: `visual`, `language_model` and `lm_head`."""
 
     native = False
-    package = ""  # how errors refer to the package that quantized the layers
+    package = ""  # the name that error messages use for the package that quantized the layers
 
     def __init__(self, config: Config, visual: nn.Module, language_model: nn.Module, lm_head: nn.Module):
         if hasattr(language_model, "hyper_connection_mixer"):  # in Qwen4-Exp, this is the only norm after the layers
