@@ -1,6 +1,6 @@
-"""Pruning inside a user's Hugging Face model: `evoprune.EvoPrune`, `evoprune.apply` and `evoprune.encode`.
+"""Prune videos inside a user's own Hugging Face model, with `evoprune.EvoPrune`, `evoprune.apply` or `evoprune.encode`.
 
-The model's `generate` and `forward` take the usual inputs from its processor, but run on fewer video tokens.
+The model's `generate` and `forward` accept the usual inputs from the model's processor, but run on fewer video tokens.
 """
 
 from typing import TYPE_CHECKING

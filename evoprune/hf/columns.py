@@ -1,11 +1,12 @@
 """Remove the columns of pruned tokens from the arguments of a call to a Hugging Face model.
 
-A call is a dict with the arguments of `forward` or `generate` by name. M-RoPE positions refer to the whole prompt, so they have
-gaps. Only the index of each token in its row, which attention masks are built from, has no gaps.
+A call is a dict that contains the arguments of `forward` or `generate` by name. M-RoPE positions still refer to the whole prompt,
+so there are gaps in them after pruning. There are no gaps in each token's index within its row, from which attention masks are
+built.
 
-The remaining columns of each row are aligned to the right, so that all rows still end where the answer begins. Rows with fewer
-columns than the longest row are padded on the left. Left padding that no row needs is removed. Callbacks of `generate` get the ids
-of the whole prompt.
+The remaining columns of each row are aligned to the right, so that all rows still end where the answer begins. Rows in which fewer
+columns remain are padded on the left. If no row needs a column of left padding, that column is removed. Callbacks passed to
+`generate` still receive the ids of the whole prompt.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,26 +25,30 @@ from evoprune.methods import arange_on
 from evoprune.vision import Encoded
 
 VISION_ARGUMENTS = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}
-PAST = "evoprune"  # attribute set on caches; copies of a cache have it too
+PAST = "evoprune"  # attribute that is set on a cache and that copies of the cache inherit
 
 
 @dataclass(frozen=True, repr=False)
 class Columns:
-    """The columns of a batch that remain after pruning."""
+    """The columns of a batch that remain after pruning.
 
-    # int64 `[B, C]`, the column of the unpruned batch that each place holds, in ascending order; -1 for padding, which comes first.
+    Each remaining column is moved to a place, which is a column of the pruned batch.
+    """
+
+    # int64 `[B, C]`: for each place, the column of the unpruned batch that was moved there. Each row is in ascending order, after
+    # its padding, which is -1.
     index: torch.Tensor
     width: int  # number of columns in the unpruned batch
 
     @classmethod
     def of(cls, left: Sequence[torch.Tensor], ids: torch.Tensor, mask: torch.Tensor | None = None) -> "Columns":
-        """Align the remaining columns of each row in as few places as the longest row needs.
+        """Move the remaining columns of each row to the right, using only as many places as the longest row needs.
 
         Args:
-            left: For each row, its remaining columns in ascending order, int64 `[n]`.
-            ids: int64 `[B, L]`, ids of the unpruned batch.
-            mask: `[B, L]`, 0 at padding; None without padding. Padding before a row's first token is removed if the row would
-                otherwise need more places than the longest row.
+            left: The remaining columns of each row in ascending order, int64 `[n]`.
+            ids: The token ids of the unpruned batch, int64 `[B, L]`.
+            mask: The attention mask `[B, L]`, which is 0 at padding. None means that there is no padding. Padding before a row's
+                first token is removed where it would take more places than the longest row needs.
         """
         needed = left
         if mask is not None:
@@ -57,30 +62,40 @@ class Columns:
 
     @property
     def places(self) -> int:
-        """C, the number of places."""
+        """C, the number of places in each row."""
         return self.index.shape[1]
 
     @property
     def padded(self) -> bool:
-        """Whether any row is padded because fewer columns remain in it than in another row."""
+        """Whether any row is padded because fewer columns remain in it than in the longest row."""
         return bool((self.index < 0).any())
 
     def take(self, x: torch.Tensor, fill: int = 0) -> torch.Tensor:
-        """Return the remaining columns of `x` (`[..., B or 1, width]`): `[..., B, C]`, with `fill` at padding."""
+        """Return the entries of `x` for the remaining columns.
+
+        Args:
+            x: A tensor with one entry per column of the unpruned batch, `[..., B or 1, width]`.
+            fill: The value to put at padding.
+
+        Returns:
+            A tensor with one entry per place, `[..., B, C]`.
+        """
         index = self.index.to(x.device)
         x = x.expand(*x.shape[:-2], len(index), -1)
         return x.gather(-1, index.clamp(min=0).expand(*x.shape[:-1], -1)).masked_fill(index < 0, fill)
 
     def following(self, width: int) -> "Columns":
-        """Extend the batch to `width` columns. All of the additional columns remain."""
+        """Return these columns, followed by all additional columns of a batch that has grown to `width` columns."""
         more = arange_on(width, self.index.device)[self.width :]
         return Columns(torch.cat([self.index, more.expand(len(self.index), -1)], 1), width)
 
     def first(self, places: int) -> "Columns":
-        """Return only the first `places` places. The width then includes the columns dropped just before the next place.
+        """Return these columns cropped to the first `places` places.
+
+        The new width also counts the pruned columns that lie between the last remaining place and the next one.
 
         Raises:
-            UsageError: Rows would be cut at different columns.
+            UsageError: If the rows would be cropped at different columns of the unpruned batch.
         """
         ends = self.index[:, places].unique()
         if len(ends) > 1:
@@ -89,23 +104,34 @@ class Columns:
         return Columns(self.index[:, :places], int(ends))
 
     def repeated(self, times: int) -> "Columns":
-        """Return the columns with each row repeated `times` times, for beams or several answers per prompt."""
+        """Repeat each row `times` times, for beam search or for more than one answer per prompt."""
         return Columns(self.index.repeat_interleave(times, 0), self.width)
 
 
 def _right_aligned(rows: Sequence[torch.Tensor], places: int, fill: float) -> torch.Tensor:
-    """Return the last `places` entries of each row `[n]`, as `[B, places]`. Shorter rows are padded with `fill` on the left."""
-    return torch.stack([pad(row, (places - len(row), 0), value=fill) for row in rows])  # negative padding crops
+    """Stack the last `places` entries of each row into a tensor `[B, places]`, and pad shorter rows on the left with `fill`."""
+    return torch.stack([pad(row, (places - len(row), 0), value=fill) for row in rows])  # negative padding crops the row
 
 
 def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> torch.Tensor:
-    """Return `ids`, int64 `[B * n, places + new]`, with the pruned prompt replaced by the whole `prompt`, `[B, L]`."""
+    """Return `ids` with the pruned prompt at the beginning of each row replaced by the whole prompt.
+
+    Args:
+        prompt: The whole prompts, int64 `[B, L]`.
+        places: Number of columns of the pruned prompts.
+        ids: The pruned prompts and the tokens generated after them, int64 `[B * n, places + new]`.
+    """
     prompt = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
     return torch.cat([prompt, ids[:, places:]], 1)
 
 
 def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
-    """Adapt a `generate` call on the pruned prompt so that its lengths and callbacks refer to the whole prompt in `call`."""
+    """Adapt a `generate` call whose prompt has been pruned, so that its length limits and callbacks refer to the whole prompt.
+
+    Args:
+        call: The call with the whole prompt.
+        pruned_call: The same call with the pruned prompt.
+    """
     prompt = call["input_ids"]
     places = pruned_call["input_ids"].shape[1]
     pruned_call = dict(pruned_call)
@@ -133,7 +159,7 @@ def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
 
 
 class _WholePromptCallback:
-    """Calls a logits processor or stopping criterion with ids of the whole prompt."""
+    """Wraps a logits processor or a stopping criterion so that it receives the ids of the whole prompt."""
 
     def __init__(self, wrapped: Callable, prompt: torch.Tensor, places: int):
         self._wrapped = wrapped
@@ -148,7 +174,7 @@ class _WholePromptCallback:
 
 
 class _WholePromptStreamer:
-    """Passes the whole prompt to a streamer in the first call of `put`, instead of the pruned prompt."""
+    """Wraps a streamer so that it receives the whole prompt instead of the pruned prompt."""
 
     def __init__(self, wrapped, prompt: torch.Tensor):
         self._wrapped = wrapped
@@ -166,29 +192,29 @@ class _WholePromptStreamer:
 
 @dataclass(frozen=True)
 class Visuals:
-    """The videos and images that are pruned in a call."""
+    """The videos and images of a call that are pruned."""
 
-    places: list[list[Place]]  # the places in each row of the batch; columns include padding
-    pixels: torch.Tensor  # `[patches, values]` for all inputs, in the order of their places
-    grids: torch.Tensor  # int64 `[n, 3]`, in patches
-    videos: tuple[bool, ...]  # for each input, whether it is a video
-    seconds: tuple[float, ...]  # for each input, the time between frame pairs in seconds
+    places: list[list[Place]]  # the places of the inputs in each row of the batch, as columns that count padding too
+    pixels: torch.Tensor  # the patches of all inputs in the order of their places, `[patches, values]`
+    grids: torch.Tensor  # the size of each input in patches, int64 `[n, 3]`
+    videos: tuple[bool, ...]  # whether each input is a video
+    seconds: tuple[float, ...]  # seconds between the frame pairs of each input
 
 
 @dataclass(frozen=True)
 class Past:
-    """The information about a cached pruned prompt that later calls need."""
+    """Facts about a pruned prompt in a KV cache that later calls with this cache need."""
 
-    columns: Columns  # remaining columns of the prompt
-    # int64 `[B, L]`. If the prompt is cropped after a column, the position of a later token is the column's value plus the number
-    # of tokens before that token.
+    columns: Columns  # the columns of the prompt that remain after pruning
+    # int64 `[B, L]`, one value per column. If the prompt is cropped right after a column, the position of any later token is that
+    # column's value plus the number of tokens before the later token.
     delta: torch.Tensor
-    sizes: torch.Tensor | None = None  # float32 `[B, C]`, cluster sizes of the remaining columns; None if all are 1
+    sizes: torch.Tensor | None = None  # the cluster size of each remaining column, float32 `[B, C]`; None if all are 1
 
     def cropped(self, length: int) -> "Past":
-        """Return the `Past` of the same cache cropped to `length` columns.
+        """Return the `Past` that describes the same cache after it has been cropped to `length` columns.
 
-        If `length` covers the whole prompt, and possibly text after it, `self` is returned.
+        If all columns of the prompt are left, this object itself is returned.
         """
         if length >= self.columns.places:
             return self
@@ -198,17 +224,17 @@ class Past:
 
 
 def remember(past: Past | None, results: Iterable[Any]) -> None:
-    """Attach `past` to the cache among the results of a call, so that later calls with this cache find it."""
+    """Attach `past` to the KV cache that is among a call's results, so that later calls with this cache can find it."""
     for cache in results:
         if past is not None and hasattr(cache, "get_seq_length"):
             setattr(cache, PAST, past)
 
 
 def find_visuals(model, call: dict, pictures: bool) -> Visuals:
-    """Return the videos of a new prompt, and its images if they are pruned too (`pictures`).
+    """Find the videos in a new prompt and, if `pictures` is True, its images.
 
     Raises:
-        UsageError: The videos or images do not match the prompt.
+        UsageError: If the videos or images do not match the prompt.
     """
     kinds = [
         video for video in (True, False) if call.get(VISION_ARGUMENTS[video][0]) is not None and (video or pictures)
@@ -239,10 +265,11 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
 
 
 def _with_times(place: Place, ids: list[int], end_marker: int) -> Place:
-    """Return a place with the columns of the timestamps and markers around its runs. `ids` are the ids of its row.
+    """Extend a video's place by the columns of the timestamps and markers around its runs. `ids` are the ids of the whole row.
 
-    If a video has one run per frame pair, each timestamp is between the previous end marker and the next start marker. The first
-    timestamp starts at the last occurrence of the token that also starts the second timestamp.
+    If a video has one run per frame pair, each timestamp lies between the previous run's end marker and the next run's start
+    marker. The first timestamp begins at the last token before the first run that equals the token at which the second timestamp
+    begins.
     """
     runs = place.runs
     if len(runs) == 1:
@@ -274,7 +301,7 @@ def _check_placeholders(model, call: dict, video: bool) -> None:
 
 
 def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
-    """Return the reason why this package cannot run a new prompt with videos, or None.
+    """Return an error that says why this package cannot run a new prompt with videos, or None if it can.
 
     Args:
         optional: Whether the model's own code could run the call with the same result.
@@ -285,8 +312,8 @@ def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> U
         return UsageError(
             f"the inputs in {interface.ENCODED} are already encoded", "pass the processor's pixels instead"
         )
-    # In eval mode gradients are rarely wanted, although weights require them by default. If they are wanted after all, `backward`
-    # raises an error.
+    # Weights require gradients by default, even in eval mode, where gradients are rarely wanted. If they are wanted after all,
+    # `backward` raises an error.
     training = visual.training or optional
     traced = any(pixels is not None and pixels.requires_grad for pixels in given)
     if torch.is_grad_enabled() and (traced or (training and trained_weights(visual))):
@@ -303,7 +330,7 @@ def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> U
     if ids.ndim != 2:
         return UsageError(f"input_ids has shape {list(ids.shape)}, not [prompts, columns]", "pass input_ids[None]")
     for name in (*per_column, "position_ids"):
-        # Only the last dimension of `position_ids` is compared, because several shapes are allowed.
+        # `position_ids` may have different shapes, so only its last dimension is compared.
         compared = slice(-1, None) if name == "position_ids" else slice(None)
         if call.get(name) is not None and call[name].shape[compared] != ids.shape[compared]:
             shapes = f"shape {list(call[name].shape)} of {name} does not match {list(ids.shape)} of input_ids"
@@ -326,7 +353,7 @@ def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> U
 
 
 def _has_packed_sequences(call: dict) -> bool:
-    """Return True if `position_ids` has four rows and numbers several sequences within one row of the batch."""
+    """Return True if the first of four rows of `position_ids` shows that a row of the batch contains more than one sequence."""
     at = call.get("position_ids")
     mask = call.get("attention_mask")
     if at is None or len(at) != 4 or at.ndim != 3 or not (mask is None or mask.all()):
@@ -337,11 +364,14 @@ def _has_packed_sequences(call: dict) -> bool:
 def without_pruned(
     model, call: dict, visuals: Visuals, encoded: Sequence[Encoded], positions: str, generating: bool
 ) -> tuple[dict, Past]:
-    """Return the call for a new prompt without the columns of pruned tokens, and the `Past` of its cache.
+    """Remove the columns of pruned tokens from a call with a new prompt.
 
     Args:
-        encoded: The encoded video or image for each of `visuals`.
-        positions: The rule for computing positions. It is ignored if the call has its own `position_ids`.
+        encoded: The encoded videos and images, in the order of `visuals`.
+        positions: The rule for computing positions. It is ignored if the call has `position_ids`.
+
+    Returns:
+        The new call, and the `Past` to attach to its KV cache.
 
     Raises:
         UsageError: See `interface.encoded_inputs`.
@@ -356,7 +386,7 @@ def without_pruned(
         prune_prompt(row, places, list(islice(left, len(places))))
         for row, places in zip(ids.cpu(), visuals.places, strict=True)
     ]
-    # If all tokens are kept, padding stays too, so that the model returns the same as without pruning.
+    # If all tokens are kept, keep the padding too, so that the model returns the same result as without pruning.
     prunes = any(len(prompt) < ids.shape[1] for prompt in prompts)
     padding = mask if prunes else None
     columns = Columns.of([prompt.columns for prompt in prompts], ids, padding)
@@ -372,12 +402,12 @@ def without_pruned(
     if len(at) == 4:
         pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
     trained = trained_weights(model.model.visual)
-    features_of = {True: [], False: []}  # features of videos, and of images
+    features_of = {True: [], False: []}  # features of the videos (True) and of the images (False)
     for each, is_video in zip(encoded, visuals.videos, strict=True):
         features = each.features
         if (
             trained and torch.is_grad_enabled()
-        ):  # a model in eval mode is usually not trained, so raise only in `backward`
+        ):  # a model in eval mode is usually not being trained, so raise an error only in `backward`
             features = _NoGradients.apply(features, trained[0])
         features_of[is_video].append((features, each.deepstack))
     pruned_call |= interface.encoded_inputs(model, call, features_of[True], features_of[False] or None)
@@ -386,13 +416,13 @@ def without_pruned(
 
 
 def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
-    """Return the labels of the remaining columns, under their names in the call.
+    """Return the call's labels for the remaining columns, under the names that they have in the call.
 
-    Each column predicts the next remaining column. An entry of `labels` belongs to its own column, an entry of `shift_labels` to
-    the next column.
+    Each remaining column predicts the token in the next remaining column. An entry of `labels` is the token in the same column,
+    whereas an entry of `shift_labels` is the token in the next column.
 
     Args:
-        used: `[B, L]`, 0 at padding. Padding predicts nothing, because its length depends on the columns that other rows lose.
+        used: `[B, L]`, 0 at padding. Padding gets no labels, because its length depends on how many columns other rows lose.
     """
     first = columns.take(used).cumsum(1)[:, :-1] == 0
     targets = {}
@@ -406,7 +436,7 @@ def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
 
 
 def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | None:
-    """Return the cluster sizes of the remaining columns, float32 `[B, C]`, or None if all are 1. `prompts`: one per row."""
+    """Return the cluster size of each remaining column, float32 `[B, C]`, or None if all are 1. There is one prompt per row."""
     if all(prompt.sizes is None for prompt in prompts):
         return None
     rows = []
@@ -421,7 +451,7 @@ def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
     """Return the positions of each column of the whole prompt, int64 `[3 or 4, B, L]`.
 
-    If there are four, the first is each token's zero-based index in its row.
+    If there are four positions per column, the first one is the token's zero-based index in its row.
     """
     ids = call["input_ids"]
     used = interface.mask_or_ones(ids, mask)
@@ -438,14 +468,15 @@ def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generati
 
 
 def continued(model, call: dict, past: Past, length: int, generating: bool) -> dict:
-    """Return a call that continues from a cache with a pruned prompt, without the pruned columns.
+    """Remove the pruned columns from a call that continues a KV cache whose prompt was pruned.
 
     Args:
-        past: The cache's `Past`, cropped to the cache's `length` (`Past.cropped`).
-        generating: Whether this is a call of `generate`, whose ids and mask include the columns in the cache.
+        past: The cache's `Past`, already cropped to the cache's length (`Past.cropped`).
+        length: Number of columns in the cache.
+        generating: Whether this is a call of `generate`, whose ids and mask also cover the columns in the cache.
 
     Raises:
-        UsageError: The call has images, or its rows or columns do not match the whole prompt of the cache.
+        UsageError: If the call has images, or if its rows or columns do not match the whole prompt in the cache.
     """
     ids = call.get("input_ids")
     mask = call.get("attention_mask")

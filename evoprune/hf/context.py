@@ -1,12 +1,15 @@
-"""Prune videos, and optionally images, inside a Hugging Face model, using the inputs from its own processor.
+"""Prune videos, and optionally images, inside a Hugging Face model that gets its inputs from its own processor.
 
     with evoprune.EvoPrune(budget=0.1)(model) as run:
         out = model.generate(**inputs)
     run.report
 
-evoprune encodes the videos and then calls the model's own `generate` or `forward` without the columns of pruned tokens. The
-result of `generate` starts with the whole prompt again, and callbacks that receive ids see the whole prompt. Text is never
-pruned. Flash and flex attention do not accept a float mask, so with them every token counts as one unit.
+evoprune encodes the videos itself. It then calls the model's own `generate` or `forward` without the columns of the pruned tokens.
+The result of `generate` still starts with the whole prompt, and callbacks that receive ids see the whole prompt. Text is never
+pruned.
+
+Merged tokens normally count by their cluster sizes, which needs a float attention mask. Flash and flex attention do not accept such
+a mask, so with them every token counts as a single unit.
 """
 
 import functools
@@ -48,15 +51,15 @@ from evoprune.vision import Encoded
 if TYPE_CHECKING:
     from evoprune.keywords import EvoPruneKeywords
 
-METHODS = ("generate", "forward")  # methods of the model that are replaced
-INNER = "evoprune_inside"  # argument that marks inner calls, which must not prune again
-LOCK = threading.Lock()  # shared by all patches, because two threads may start to prune one model at the same time
-Run = Callable[[Callable, dict], Any]  # takes the model's own method and the call's arguments by name
+METHODS = ("generate", "forward")  # the model's methods that are replaced
+INNER = "evoprune_inside"  # name of the argument that marks inner calls, which must not prune again
+LOCK = threading.Lock()  # shared by all patches, because two threads may start pruning the same model at once
+Run = Callable[[Callable, dict], Any]  # takes the model's own method, and a dict of the call's arguments
 SWITCH = "this object only switches pruning on and off"
 
 
 def _checked_init(init: Callable) -> Callable:
-    """Wrap `EvoPrune.__init__` to raise clearer errors if it gets a model or an unknown setting."""
+    """Wrap `EvoPrune.__init__` to raise a clearer error if it receives a model or an unknown setting."""
 
     @functools.wraps(init)
     def checked(self, *args, **given) -> None:
@@ -72,14 +75,14 @@ def _checked_init(init: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class EvoPrune:
-    """Settings for pruning. Calling them with a model returns a context manager, and the model prunes inside its with-block.
+    """Settings for pruning. Call the object with a model to get a context manager that prunes inside the model.
 
-    With `pack`, the context also holds a packed copy of the tower (`hf.encoding.PackedTower`), which takes as much memory as the
-    tower's linear layers: 1.2 GiB for a 3B model in bfloat16, or 0.6 GiB in 8 bits. The model itself does not change.
+    If `pack` is set, the context manager also holds a packed copy of the tower (`hf.encoding.PackedTower`), which takes as much
+    memory as the tower's linear layers: 1.2 GiB for a 3B model in bfloat16, or 0.6 GiB in 8 bits. The model itself does not change.
 
     Raises:
-        UsageError: The budget, the method or `positions` is invalid, or the method resizes frames or reads the question.
-        TypeError: An unknown option.
+        UsageError: If the budget, the method or `positions` is invalid, or if the method resizes frames or reads the question.
+        TypeError: If an option is unknown.
     """
 
     budget: Budget.Given = option(
@@ -104,7 +107,8 @@ class EvoPrune:
     )
 
     def __post_init__(self):
-        budget = Budget.parse(self.budget)  # before the type check, because its message names the presets
+        # Parse the budget before the types are checked, because the error from `parse` names the presets.
+        budget = Budget.parse(self.budget)
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions is {self.positions!r}", "use host or qwen")
         if not isinstance(self.pack, bool) and self.pack != INT8:
@@ -115,10 +119,10 @@ class EvoPrune:
         object.__setattr__(self, "pruning", patch_config(budget, self.method, self.seed))
 
     def __call__(self, model: nn.Module) -> "PrunedModel":
-        """Return a context manager. The model prunes inside its with-block.
+        """Return a context manager that prunes inside the model while its with-block runs.
 
         Raises:
-            ModelError: The model's class is not in `interface.MODELS`.
+            ModelError: If the model's class is not in `interface.MODELS`.
         """
         return PrunedModel(model, self)
 
@@ -126,38 +130,43 @@ class EvoPrune:
         raise UsageError(f"{self} has no model yet", "with evoprune.EvoPrune(budget=0.1)(model) as run: ...")
 
     def __exit__(self, *_: object) -> None:
-        """Do nothing. A with-block looks up this method before it calls `__enter__`, which raises a helpful error."""
+        """Do nothing.
+
+        Python looks this method up before it calls `__enter__`, which raises an error that explains what to do.
+        """
 
 
-EvoPrune.__init__ = _checked_init(EvoPrune.__init__)  # written by `dataclass`
+EvoPrune.__init__ = _checked_init(EvoPrune.__init__)  # wraps the method that `dataclass` generated
 EvoPrune.__doc__ = explained(EvoPrune.__doc__, EvoPrune)
-# The public name for help, repr and tracebacks, because a pruning method is called EvoPrune too.
+# Show the public name in help, repr and tracebacks, because there is also a pruning method called EvoPrune.
 EvoPrune.__module__ = "evoprune"
 
 
 @takes(EvoPrune)
 def apply(model: nn.Module, **settings: "Unpack[EvoPruneKeywords]") -> "PrunedModel":
-    """Prune inside `model` from now on, until `remove()` of the result or `evoprune.remove(model)` is called.
+    """Start pruning inside `model`. To stop, call `evoprune.remove(model)`, or the `remove` method of the result.
 
     `settings` are the fields of `EvoPrune`.
 
     Raises:
-        ModelError: The model's class is not supported (`interface.MODELS`).
-        UsageError: The settings are invalid, the model is already pruned, or its tower cannot be packed.
-        TypeError: An unknown option.
+        ModelError: If the model's class is not supported (`interface.MODELS`).
+        UsageError: If the settings are invalid, the model is already pruned, or its tower cannot be packed.
+        TypeError: If a setting is unknown.
     """
     (pruning,) = from_keywords(settings, EvoPrune)
     return pruning(model).__enter__()
 
 
 def remove(model: "nn.Module | PrunedModel") -> None:
-    """Stop pruning `model`, however pruning was started. Do nothing if the model is not pruned. See `PrunedModel.remove`.
+    """Stop pruning inside `model`, whether `apply` or a context manager started it. If the model is not pruned, do nothing.
+
+    See `PrunedModel.remove` for what happens to calls that are still running.
 
     Args:
         model: The model, or the result of `apply`.
 
     Raises:
-        ModelError: The model's class is not supported (`interface.MODELS`).
+        ModelError: If the model's class is not supported (`interface.MODELS`).
     """
     if isinstance(model, PrunedModel):
         model = model.model
@@ -167,20 +176,21 @@ def remove(model: "nn.Module | PrunedModel") -> None:
 
 
 class PrunedModel:
-    """Prunes videos inside a model, from entering the context (or `apply`) to leaving it (or `remove`).
+    """A model in which videos are pruned, either inside a with-block or between `apply` and `remove`.
 
-    `generate` and direct calls of the model work as before, on shorter prompts. A direct call returns logits for the remaining
-    columns (`columns`). Later calls may use the returned caches. Their ids and masks must cover the whole prompt, including pruned
-    tokens. Several threads may call the model at the same time.
+    `generate` and direct calls of the model work as before, but on shorter prompts. A direct call returns logits for the remaining
+    columns only (see `columns`). The KV caches that calls return can be passed to later calls. The ids and masks of those calls
+    must cover the whole prompt, including the pruned tokens. The model may be called from several threads at the same time.
 
-    Calls below the model, such as `model.model`, `model.model.visual` or `model.get_video_features`, are not pruned.
+    Calls of inner modules and methods, such as `model.model`, `model.model.visual` and `model.get_video_features`, are not pruned.
 
-    `labels` and `shift_labels` lose the same columns as the prompt, so models can be trained on pruned prompts.
+    The pruned columns are also removed from `labels` and `shift_labels`, so models can be trained on pruned prompts.
 
-    Videos or images after `past_key_values` raise UsageError. With a budget below 1.0, the following raise it too: `inputs_embeds`
-    together with a video, videos that are already encoded, packed sequences, gradients of the tower, and per-column arguments that
-    are neither labels nor made by the processor. If there is nothing to prune and `positions` is "host", the model's own code runs
-    such calls. Hooks on modules of the tower are skipped or see evoprune's rows, and a warning names these modules.
+    A call that passes videos or images together with a KV cache raises UsageError. If the budget is below 1.0, UsageError is also
+    raised for `inputs_embeds` together with a video, videos that are already encoded, packed sequences, gradients of the tower, and
+    per-column arguments other than labels and the processor's output. If nothing needs to be pruned and `positions` is "host", the
+    model's own code runs such calls. Hooks on the tower's modules are either skipped or called with evoprune's rows, and a warning
+    names these modules.
     """
 
     def __init__(self, model: nn.Module, settings: EvoPrune):
@@ -191,7 +201,7 @@ class PrunedModel:
         self.model = model
         self.settings = settings
         self._packed = None
-        # The latest report and the remaining columns of its prompt, per thread and across all threads.
+        # The latest report together with the remaining columns of its prompt: one pair per thread, and one pair for all threads.
         self._latest_of_thread = threading.local()
         self._latest_overall = (Report(), None)
         runs = dict(zip(METHODS, (self._generate, self._forward), strict=True))
@@ -203,7 +213,7 @@ class PrunedModel:
         budget = budget_text(pruning.budget.recorded)
         return f"<PrunedModel: {pruning.name} at budget {budget}, {state}>"
 
-    if not TYPE_CHECKING:  # type checkers would otherwise accept any attribute
+    if not TYPE_CHECKING:  # a type checker that sees `__getattr__` would accept any attribute
 
         def __getattr__(self, name: str):
             problem = f"{type(self).__name__!r} object has no attribute {name!r}"
@@ -216,12 +226,13 @@ class PrunedModel:
 
     @property
     def report(self) -> Report:
-        """Report of the latest call: tokens before and after pruning, rows per layer, live share, and stage times in ms.
+        """Report of the latest call: tokens before and after pruning, rows per layer, live share, and stage times in milliseconds.
 
-        Each thread sees the report of its own latest call, or the latest report of any thread if it has made no call itself. The
-        report is empty before the first call. It is also empty, but has a warning that gives the reason, if pruning is not active,
-        after a call without a video, and after a call that the model's own code ran. A call that continues from the cache of a
-        pruned prompt does not change the report.
+        Each thread sees the report of its own latest call. A thread that has made no call sees the latest report of any thread.
+
+        The report is empty before the first call. It is empty except for a warning that gives the reason if pruning is not active,
+        if the latest call had no video, or if the model's own code ran the latest call. A call that continues from the KV cache of
+        a pruned prompt does not change the report.
         """
         latest, _ = self._latest
         if latest.pruning.method is None and not latest.warnings and not self._patches.active:
@@ -230,7 +241,7 @@ class PrunedModel:
 
     @property
     def columns(self) -> Columns | None:
-        """Remaining columns of the prompt in the call that `report` describes; None if the report is empty."""
+        """Columns of the prompt that remain in the call that `report` describes, or None if the report is empty."""
         return self._latest[1]
 
     @property
@@ -254,11 +265,11 @@ class PrunedModel:
         self.remove()
 
     def remove(self) -> None:
-        """Restore the model. Calling this again does nothing.
+        """Restore the model's own methods. Calling this more than once is a no-op.
 
-        If other code has wrapped `generate` or `forward` in the meantime (a compiled forward, an accelerate hook), the wrapper
-        stays and runs the model's own method from now on. A `generate` call that is still running in another thread finishes with
-        pruning.
+        Other code, such as torch.compile or an accelerate hook, may have wrapped `generate` or `forward` in the meantime. The
+        wrapper then stays in place, but from now on it runs the model's own method. If another thread is still inside a `generate`
+        call, that call finishes with pruning.
         """
         self._patches.remove()
         self._packed = None
@@ -291,7 +302,7 @@ class PrunedModel:
             if past is None:
                 return stock(**pruned | {INNER: _InnerCall()})
             report = self.report
-            remember(past, (interface.cache_of(call),))  # done before the run, because a callback may abort it
+            remember(past, (interface.cache_of(call),))  # done before `generate` runs, because a callback may abort it
             out = stock(**with_whole_prompts(self.model, call, pruned) | {INNER: _InnerCall(past.sizes)})
         remember(past, (interface.cache_of(out) if isinstance(out, Mapping) else None,))
         if self._prunes(call):
@@ -303,9 +314,9 @@ class PrunedModel:
         out.sequences = with_whole_prompt(prompt, places, out.sequences)
         return out
 
-    @torch.compiler.disable  # only the model's own code is worth compiling
+    @torch.compiler.disable  # compiling is worthwhile only for the model's own code
     def _without_pruned(self, call: dict, generating: bool) -> tuple[dict, Past | None]:
-        """Return the call without pruned columns and its cache's `Past`, or the unchanged call and None if nothing is pruned."""
+        """Remove the pruned columns from a call. Return the new call and its cache's `Past`, or the same call and None."""
         cache = interface.cache_of(call)
         length = 0 if cache is None else int(cache.get_seq_length())
         if self._prunes(call):
@@ -321,7 +332,7 @@ class PrunedModel:
             self._latest = Report(warnings=["own_code"]), None
             return call, None
         past = getattr(cache, PAST, None)
-        if past is None or not length:  # an emptied cache takes a new prompt, which is not pruned
+        if past is None or not length:  # an emptied cache gets a new prompt, which is not pruned
             why = "pictures_only" if interface.has_picture(call) else "no_video"
             self._latest = Report(warnings=[why]), None
             if past is not None:
@@ -334,7 +345,7 @@ class PrunedModel:
         return interface.has_video(call) or (self.settings.pictures and interface.has_picture(call))
 
     def _prune(self, call: dict, generating: bool) -> tuple[dict, Past]:
-        """Encode the videos of a call, and its images if they are pruned. Returns the same as `_without_pruned`."""
+        """Encode the videos of a call, and its images if they are pruned. Return the same as `_without_pruned`."""
         settings = self.settings
         visual = interface.tower_of(self.model)
         packed = self._packed
@@ -359,11 +370,11 @@ class PrunedModel:
 def call_report(
     model, call: dict, pruned: dict, visuals: Visuals, encoded: Sequence[Encoded], settings: EvoPrune
 ) -> Report:
-    """Return the report of one call with pruned visuals, without times, which the caller adds.
+    """Return the report of a call with pruned inputs. The caller adds the times.
 
     Args:
-        call: The arguments that the caller passed. Their `position_ids`, if any, override the settings.
-        pruned: The arguments that the model gets.
+        call: The arguments that the caller passed. If they include `position_ids`, these take precedence over the settings.
+        pruned: The arguments that the model receives.
     """
     device = str(model.device)
     units = sum(len(each.unit_to_row) for each in encoded)
@@ -372,7 +383,7 @@ def call_report(
     grids = visuals.grids.tolist()
     prompt = pruned["input_ids"].numel() if mask is None else int(mask.sum())
     tokens = (call["input_ids"] == model.config.image_token_id) | (call["input_ids"] == model.config.video_token_id)
-    visual = kept + int(tokens.sum()) - units  # tokens of inputs that are not pruned stay
+    visual = kept + int(tokens.sum()) - units  # includes all tokens of the inputs that are not pruned
     warnings = []
     if interface.has_picture(call) and all(visuals.videos):
         warnings.append("pictures_whole")
@@ -401,31 +412,36 @@ def call_report(
 
 @dataclass(frozen=True)
 class _InnerCall:
-    """Tells `forward`, in the calls that `generate` makes, that the columns are already pruned."""
+    """Marks the `forward` calls that `generate` makes, in which the columns are already pruned."""
 
-    sizes: torch.Tensor | None = None  # float32 `[B, C]`, cluster sizes of the prompt's columns; None if all are 1
+    # The cluster size of each of the prompt's columns, float32 `[B, C]`. None means that all are 1.
+    sizes: torch.Tensor | None = None
 
     def __deepcopy__(self, _) -> None:
-        """Return None. `generate` copies its arguments for an assistant model, whose `forward` may not accept this argument."""
+        """Return None.
+
+        `generate` copies its arguments for an assistant model, and that model's `forward` may not accept this argument.
+        """
         return None
 
 
 def remover_of(model) -> Callable[[], None] | None:
-    """Return the function that ends the pruning of a model, or None if it is not pruned."""
+    """Return the function that stops pruning inside a model, or None if the model is not pruned."""
     own = vars(model)
     patches = (inspect.unwrap(own[name], stop=_is_active) for name in METHODS if name in own)
     return next((patch.end for patch in patches if _is_active(patch)), None)
 
 
 class Patches:
-    """Replaces methods of one model object with functions of this package, and restores the methods later.
+    """Replaces methods of a model object with functions from this package, and restores the methods later.
 
-    The functions may call each other through the model: `generate` calls `forward` for every token. Such an inner call carries the
-    argument `INNER`. A flag on the model would not do, because other threads may call the same model at the same time.
+    The replacement functions can call each other through the model. For example, `generate` calls `forward` for every token. Such
+    an inner call is marked with the argument `INNER`. A flag on the model would not work, because other threads may call the same
+    model at the same time.
 
     Args:
-        runs: The function to run in place of each method, by method name.
-        end: The function for `remover_of` to return. It calls `remove` and frees the owner's other resources.
+        runs: Maps the name of each method to the function that runs in its place.
+        end: The function that `remover_of` returns. It must call `remove` and free the owner's other resources.
     """
 
     def __init__(self, model, runs: dict[str, Run], end: Callable[[], None]):
@@ -440,7 +456,7 @@ class Patches:
         """Replace the methods, unless they are already replaced.
 
         Raises:
-            UsageError: Other `Patches` are installed in the model.
+            UsageError: If other `Patches` are installed in the model.
         """
         with LOCK:
             if not self._installed:
@@ -456,10 +472,10 @@ class Patches:
             self._activate(True)
 
     def remove(self) -> None:
-        """Restore the methods. Does nothing if no method is replaced.
+        """Restore the methods. If none are replaced, do nothing.
 
-        If other code has wrapped a replaced method in the meantime, the wrapper stays and calls the model's own method from now on.
-        Inner calls still work until the calls that are running in other threads have ended.
+        If other code has wrapped a replaced method in the meantime, the wrapper stays in place but calls the model's own method
+        from now on. Calls that are running in other threads can still make inner calls until they return.
         """
         with LOCK:
             self._activate(False)
@@ -467,7 +483,7 @@ class Patches:
 
     @contextmanager
     def outer_call(self) -> Iterator[None]:
-        """Context manager for a call that makes inner calls. The methods stay replaced until the call ends."""
+        """Return a context manager for a call that makes inner calls. The methods stay replaced until the call ends."""
         with LOCK:
             self._calls += 1
         try:
@@ -479,7 +495,7 @@ class Patches:
 
     @property
     def active(self) -> bool:
-        """True if new calls run the replacement functions instead of the model's own methods."""
+        """Whether new calls run the replacement functions instead of the model's own methods."""
         return any(patch.active for patch in self._installed.values())
 
     def _activate(self, active: bool) -> None:
@@ -487,7 +503,7 @@ class Patches:
             patch.active = active
 
     def _restore(self) -> None:
-        """Restore the original methods if the replacements are inactive and no running call needs them."""
+        """Restore the original methods, unless the replacements are active or a running call still needs them."""
         if self._calls or self.active:
             return
         for name, patch in self._installed.items():
@@ -499,7 +515,7 @@ class Patches:
 
 
 class _Patch:
-    """Replacement for one method of a model. While it is inactive, it runs the original method, except for inner calls."""
+    """Replaces one method of a model. While the patch is inactive, all calls except inner calls run the original method."""
 
     def __init__(self, stock: Callable, run: Run, end: Callable[[], None]):
         functools.update_wrapper(self, stock)
@@ -510,14 +526,14 @@ class _Patch:
         self._own_signature = inspect.signature(stock)
         others = [parameter for name, parameter in self._own_signature.parameters.items() if name != INNER]
         at = next((i for i, parameter in enumerate(others) if parameter.kind is parameter.VAR_KEYWORD), len(others))
-        # `generate` rejects arguments that are missing in the signature of `forward`.
+        # `generate` rejects arguments that are not in the signature of `forward`.
         others.insert(at, inspect.Parameter(INNER, inspect.Parameter.KEYWORD_ONLY, default=None))
         self.__signature__ = self._own_signature.replace(parameters=others)
 
     def __call__(self, *args, **kwargs):
         if not (self.active or INNER in kwargs):
             return self._stock(*args, **kwargs)
-        if not args:  # true for every inner call, which torch.compile may trace
+        if not args:  # inner calls, which torch.compile may trace, always come here
             return self._run(self._stock, kwargs)
         call = self._own_signature.bind(*args, **kwargs).arguments
         return self._run(self._stock, call | call.pop("kwargs", {}))

@@ -1,4 +1,4 @@
-"""Run the pruned encoder on a processor's output, with a Hugging Face model's weights or packed or quantized copies."""
+"""Run the pruned encoder on a processor's output, with a Hugging Face model's own weights or with packed or quantized copies."""
 
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from evoprune.video import InputLimits
 from evoprune.vision import Encoded, encode_rows
 
 INT8 = "int8"
-SAMPLES = 16  # values sampled from each weight to detect changes
+SAMPLES = 16  # number of values sampled from each weight to detect changes
 PROCESSOR = "pass pixel_values_videos and video_grid_thw from one processor call (return_tensors='pt'), in this order"
 
 
@@ -34,32 +34,33 @@ def encode(
     question: torch.Tensor | None = None,
     seed: int = 0,
 ) -> Encoded:
-    """Run the vision tower of `model` on one or more videos, and prune each video to `budget`.
+    """Run a model's vision tower on one or more videos, and prune each video to the given budget.
 
-    The tower's layers obey torch's autocast, as in the model's own forward. Tokens are selected in float32.
+    The tower's layers obey torch's autocast, as they do in the model's own forward. Tokens are always selected in float32.
 
     Args:
         model: A Hugging Face `Qwen3VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration` or
-            `Qwen2VLForConditionalGeneration`, or any object with such a tower at `model.visual`.
-        pixel_values_videos: float `[patches, values]`, from the model's processor; for images, the processor's `pixel_values`.
-            Reuse assumes that the values are normalized with Qwen's own mean and standard deviation.
-        video_grid_thw: int64 `[videos, 3]`, from the processor: the number of frame pairs, and of patches down and across; for
-            images, the processor's `image_grid_thw`.
-        budget: Share of the visual tokens to keep: a number in (0, 1], a percentage such as "25%", or the name of a preset. 1.0
-            gives the tower's own output.
-        method: Name of a pruning method, or NAME:SETTING=VALUE to change a setting.
-        question: `[Q, hidden]`, the token embeddings of the question from `model.get_input_embeddings()`, for methods that read the
-            question.
+            `Qwen2VLForConditionalGeneration`, or any object that has such a tower at `model.visual`.
+        pixel_values_videos: Patches from the model's processor, float `[patches, values]`. For images, pass the processor's
+            `pixel_values`. Detecting unchanged patches assumes that the values are normalized with Qwen's own mean and standard
+            deviation.
+        video_grid_thw: The number of frame pairs and of patches down and across for each video, int64 `[videos, 3]`, from the
+            processor. For images, pass the processor's `image_grid_thw`.
+        budget: Share of the visual tokens to keep: a number in (0, 1], a percentage such as "25%", or the name of a preset. With
+            1.0, the result equals the tower's own output.
+        method: Name of a pruning method, or NAME:SETTING=VALUE to change one of its settings.
+        question: Token embeddings of the question from `model.get_input_embeddings()`, `[Q, hidden]`. Only methods that read the
+            question need them.
         seed: Seed for methods that draw at random.
 
     Returns:
-        One `Encoded` for all videos. Its `kept` and `unit_to_row` number the units across all videos, in the order of the
-        placeholder tokens.
+        A single `Encoded` for all videos. Its `kept` and `unit_to_row` number the units of all videos consecutively, in the order
+        of the placeholder tokens.
 
     Raises:
-        UsageError: The budget or the method is invalid, the method resizes frames or reads a question that was not passed, or the
-            inputs have the wrong type, dtype or shape or do not match one another.
-        ModelError: The model has no such tower.
+        UsageError: If the budget or the method is invalid, the method resizes frames, the method reads the question and none was
+            passed, or the inputs have the wrong type, dtype or shape or do not match each other.
+        ModelError: If the model has no such tower.
     """
     config = patch_config(Budget.parse(budget), method, seed, has_question=question is not None)
     visual = interface.tower_of(model)
@@ -73,7 +74,13 @@ def encode_each(
     config: PruneConfig,
     question: torch.Tensor | None = None,
 ) -> list[Encoded]:
-    """Encode like `encode`, but take a tower and a config from `patch_config`, and return each video separately."""
+    """Encode videos as `encode` does, but return a separate `Encoded` for each video.
+
+    Args:
+        visual: The tower.
+        config: The pruning settings, from `patch_config`.
+        pixel_values_videos, video_grid_thw, question: See `encode`.
+    """
     _check_videos(visual, pixel_values_videos, video_grid_thw)
     _check_question(visual, question)
     merge = visual.config.spatial_merge_size
@@ -90,11 +97,11 @@ def encode_each(
 
 
 def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = False) -> PruneConfig:
-    """Return the config for a budget and the method `name`, which must be able to work on a processor's patches.
+    """Return the pruning settings for a budget and a method, after checking that the method can work on a processor's patches.
 
     Raises:
-        UsageError: The method or setting does not exist, the method resizes frames or acts inside the language model, or it reads
-            the question and there is no question.
+        UsageError: If the method or one of its settings does not exist, the method resizes frames or acts inside the language
+            model, or the method reads the question and `has_question` is False.
     """
     config = PruneConfig.of(budget, name, seed)
     method = config.method
@@ -113,7 +120,7 @@ def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = 
 
 
 def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
-    """Raise UsageError unless patches and grids come from a processor and match each other and the tower `visual`."""
+    """Raise UsageError unless the patches and grids come from a processor and match each other and the tower."""
     width = visual.patch_embed.proj.weight[0].numel()
     merge = visual.config.spatial_merge_size
     valid = isinstance(pixels, torch.Tensor) and pixels.is_floating_point() and pixels.shape[1:] == (width,)
@@ -136,7 +143,7 @@ def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
 
 
 def _check_question(visual, question: torch.Tensor | None) -> None:
-    """Raise UsageError unless the question is None or floating-point `[Q, hidden]`, with Q at least 1 and the tower's width."""
+    """Raise UsageError unless the question is None or a non-empty float tensor `[Q, hidden]` of the tower's output width."""
     if question is None:
         return
     width = VisionConfig.of(visual.config).out_hidden_size
@@ -153,12 +160,13 @@ def _describe(value) -> str:
 
 
 class PackedTower:
-    """A model's tower for encoding on a CPU, with linear layers packed (`cpu.linear`) or quantized to 8 bits (`cpu.quantize`).
+    """A copy of a model's tower that encodes faster on a CPU.
 
-    The model keeps its own tower unchanged. Both towers share all other weights.
+    Its linear layers are packed (`cpu.linear`) or quantized to 8 bits (`cpu.quantize`). The model keeps its own tower, which does
+    not change. The two towers share all other weights.
 
     Raises:
-        UsageError: Packing does not work, or saves no time, on the weights' device.
+        UsageError: If packing does not work, or saves no time, on the device that holds the weights.
     """
 
     def __init__(self, visual: nn.Module, pack: Literal[True, "int8"] = True):
@@ -171,14 +179,15 @@ class PackedTower:
             Quantization(INT8).check(weight.device)
         self._visual = visual
         self._pack = pack
-        self._state: tuple = (None, None, None)  # one tuple, replaced as a whole, because several threads may encode
+        # A single tuple, which is replaced as a whole because several threads may encode at once.
+        self._state: tuple = (None, None, None)
         self.current()
 
     def current(self) -> nn.Module:
-        """Return the packed tower, packing the model's layers again if they have changed.
+        """Return the packed tower. If the model's layers have changed since they were packed, they are packed again.
 
-        Changes are detected by comparing the layers' tensors, torch's in-place version counters, and a sample of the values, which
-        also reveals changes made through `.data`.
+        To detect changes, this compares the layers' tensors, torch's in-place version counters, and a sample of each weight's
+        values. The sample also reveals changes made through `.data`.
         """
         known = {}
         sample = []
@@ -201,5 +210,5 @@ class PackedTower:
 
     @property
     def nbytes(self) -> int:
-        """Size of the packed layers in bytes, in addition to the model's own layers."""
+        """Size of the packed layers in bytes. This memory is needed in addition to the model's own layers."""
         return sum(getattr(layer, "nbytes", 0) for layer in self._state[0].modules())

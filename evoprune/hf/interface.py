@@ -1,6 +1,6 @@
-"""All properties of Hugging Face's models (Qwen2-VL to Qwen4-Exp) that this package relies on, except their weights.
+"""Everything that this package relies on in Hugging Face's models (Qwen2-VL to Qwen4-Exp), except their weights.
 
-tests/hf/test_interface.py checks them, and fails if a release of transformers changes one.
+tests/hf/test_interface.py checks these properties, so it fails if a new release of transformers changes one of them.
 """
 
 import warnings
@@ -25,29 +25,33 @@ SUPPORTED = (
     f"supported: {', '.join(MODELS[:-1])} and {MODELS[-1]} of transformers; unwrap the model "
     "(PEFT: get_base_model(), torch.compile: _orig_mod)"
 )
-# Arguments of `forward` for videos and images, which must be left out once the videos and images are encoded.
+# Arguments with which `forward` receives videos and images. They must be left out once the videos and images are encoded.
 VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw")
-# The argument that replaces them: a dict with the results of `get_video_features` and `get_image_features`. Its
-# `pooler_output` is a list of features `[tokens, hidden]`, one for each video or image. transformers before 5.18 has no such
-# argument (`encoded_inputs`).
+# The argument that replaces them: a dict that contains the results of `get_video_features` and `get_image_features`. The
+# `pooler_output` of each result is a list with one tensor of features `[tokens, hidden]` per video or image. transformers before
+# 5.18 has no such argument; see `encoded_inputs` for what is done instead.
 ENCODED = "mm_encoder_outputs"
-# A hint in error messages, because processors mistake placeholders in a question for inputs.
+# A hint for error messages. It mentions placeholders, because processors mistake a placeholder in a question for an input.
 ONE_CALL = (
     "pass everything that one processor call returned, in order; is <|video_pad|> or <|image_pad|> in a question?"
 )
-# Prefixes of argument and setting names: for videos (True) and images (False).
+# The prefix of the names of arguments and settings for videos (True) and for images (False).
 PREFIXES = {True: "video", False: "image"}
-NEEDED = "transformers 5.20 or later"  # for features that older versions lack
-# The kind of all layers if a config names no kinds. In that case, the model takes one mask instead of a dict.
+NEEDED = "transformers 5.20 or later"  # for messages about features that older versions lack
+# The kind of all layers if the config names no kinds. In that case, the model accepts a single mask instead of a dict of masks.
 ONLY_KIND = "full_attention"
-LINEAR = "linear_attention"  # layers with a recurrent state, in Qwen3.5
-OLD_CACHE_NAME = "past_key_values"  # name of the KV cache argument before transformers 5.24
-# Per-column arguments besides input_ids, attention_mask and position_ids, and their values at padding.
+LINEAR = "linear_attention"  # the layers of Qwen3.5 that have a recurrent state
+OLD_CACHE_NAME = "past_key_values"  # the name of the KV cache argument before transformers 5.24
+# Arguments with one entry per column, other than input_ids, attention_mask and position_ids, and their values at padding.
 PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
 
 
 def check_class(model) -> None:
-    """Raise ModelError unless the class of `model` is supported."""
+    """Check that this package can prune inside a model of this class.
+
+    Raises:
+        ModelError: If the model's class is not in `MODELS`.
+    """
     if not _is_one_of(model, MODELS):
         raise ModelError(f"an object of class {type(model).__name__} cannot be pruned", SUPPORTED)
 
@@ -56,8 +60,8 @@ def tower_of(model):
     """Return the vision tower of a Hugging Face model, or of a `model.weights.QwenVL`.
 
     Raises:
-        ModelError: The model has no tower of a supported family, the tower has a different structure, its weights are offloaded, or
-            an adapter changes a module that is not called.
+        ModelError: If the model has no tower of a supported family, the tower's structure or its device is not supported, or an
+            adapter changes a module that evoprune does not call.
     """
     from evoprune.model import Tower
 
@@ -74,7 +78,7 @@ def tower_of(model):
     if not Device(visual.patch_embed.proj.weight.device).holds_values:
         raise ModelError("the vision tower's weights are offloaded", "load the model with its tower on a device")
     for name, module in visual.named_modules():
-        # Only linear layers are called. Other modules only have their weights read, so a wrapper around them would be ignored.
+        # evoprune calls only linear layers. It reads the weights of other modules directly, which ignores a wrapper around them.
         if not isinstance(getattr(module, "base_layer", None), torch.nn.Linear | None):
             hint = "merge it (PEFT: merge_and_unload), or leave this module out of target_modules; adapters on linear layers work"
             raise ModelError(f"an adapter on {name} of the vision tower would not run", hint)
@@ -82,31 +86,32 @@ def tower_of(model):
 
 
 def _is_one_of(x, names: Sequence[str]) -> bool:
-    """Return True if an object's class is a transformers class with one of these names, or a subclass of one."""
+    """Return True if an object's class is, or is derived from, a transformers class with one of these names."""
     return any(kind.__name__ in names and kind.__module__.startswith("transformers.") for kind in type(x).__mro__)
 
 
-# Features of a video or image: `[tokens, hidden]`, and `[n, tokens, hidden]` for DeepStack or None without it.
+# The features of a video or an image, `[tokens, hidden]`, and its DeepStack features, `[n, tokens, hidden]`. The latter are
+# None if the model has no DeepStack.
 Features = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class _Features(torch.Tensor):
-    """Features of videos, passed in place of their pixels."""
+    """The features of videos. They are passed in place of the videos' pixels."""
 
 
 def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequence[Features] | None = None) -> dict:
-    """Return the arguments of `forward` and `generate` for encoded videos, and for the images of the call.
+    """Return the arguments with which `forward` and `generate` receive encoded videos, and the images of the call.
 
-    Before transformers 5.18, the features are passed in place of the pixels, and each video has a grid of one row. Generation
-    repeats the features for beams and passes them only to the first step.
+    Before transformers 5.18, the features are passed in place of the pixels, and each video gets a grid that consists of a single
+    row. `generate` repeats the features for beam search and passes them only to the first step.
 
     Args:
-        model: A model prepared by `accept_features`.
-        pictures: Features of the images; None if the model encodes the images itself.
+        model: A model that was prepared by `accept_features`.
+        pictures: The features of the images. None means that the model encodes the images itself.
 
     Raises:
-        UsageError: The call uses chunked prefill, which ignores videos, or has encoded images. Raised only before transformers
-            5.18.
+        UsageError: If transformers is older than 5.18, and images are encoded or the call uses chunked prefill, which would ignore
+            the videos.
     """
     if not takes_encoded(model):
         if pictures is not None:
@@ -129,7 +134,7 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
 
 
 def _output(visuals: Sequence[Features]):
-    """Return the same type as `get_video_features`: a list of features, and a list of them per DeepStack layer."""
+    """Return features in the format of `get_video_features`: one list of features, and one more list per DeepStack layer."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     features, inner = zip(*visuals, strict=True)
@@ -145,7 +150,7 @@ def accept_features(model) -> None:
     """Before transformers 5.18, permanently patch the class of `model.model` to accept the features from `encoded_inputs`.
 
     Raises:
-        UsageError: The model has DeepStack (Qwen3-VL), and transformers before 5.18 cannot pass the features of several layers.
+        UsageError: If the model has DeepStack (Qwen3-VL), because transformers before 5.18 cannot pass the features of its layers.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -168,10 +173,10 @@ def accept_features(model) -> None:
 
 
 def takes_encoded(model) -> bool:
-    """Return True if the model accepts encoded videos. No model does before transformers 5.18.
+    """Return True if the model accepts encoded videos, which needs transformers 5.18 or later.
 
-    The inner model is checked, because it reads the encoded videos. An outer `forward` from other code (Liger, a subclass) may pass
-    them on without naming the argument.
+    Only the inner model is checked, because it is the one that reads the encoded videos. An outer `forward` from other code, such
+    as Liger or a subclass, may pass them on without naming the argument.
     """
     return ENCODED in signature(type(model.model).forward).parameters
 
@@ -181,26 +186,27 @@ def _too_old(what: str) -> UsageError:
 
 
 def accepts_float_mask(model) -> bool:
-    """Return True if the language model's attention accepts a float mask that is added to its logits."""
+    """Return True if the language model's attention accepts a float mask that is added to the attention logits."""
     return model.config.text_config._attn_implementation in ("eager", "sdpa")
 
 
 def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.Size, torch.dtype]:
-    """Return the masks that the language model's layers (eager or sdpa attention) build from a call's `attention_mask`.
+    """Build the masks that the language model's layers use, for eager or sdpa attention, from a call's `attention_mask`.
 
-    The call's mask may be `[B, columns]`, None, or already expanded: `[B, 1, L, keys]`, or a dict of such masks.
+    The `attention_mask` of the call may be `[B, columns]`, None, an expanded mask `[B, 1, L, keys]`, or a dict of expanded masks.
 
     Returns:
-        The masks by kind of layer (`ONLY_KIND` if the config names none), `[B, 1, L, keys]`: bool for sdpa, True for visible keys;
-        float for eager, with the dtype's lowest number for hidden keys. The mask of linear attention is `[B, L]`, 0 at padding, or
-        None. The shape (B, L) of the columns. The dtype of their embeddings.
+        A tuple of the masks, the shape (B, L) of the columns, and the dtype of their embeddings. The masks are `[B, 1, L, keys]`,
+        in a dict by kind of layer (`ONLY_KIND` if the config names no kinds). For sdpa they are bool and True at visible keys. For
+        eager they are float, with the dtype's lowest number at hidden keys. The mask of linear attention is `[B, L]` and 0 at
+        padding, or None.
     """
     from transformers import masking_utils
 
     config = model.config.text_config
     ids = call.get("input_ids")
     embeds = call.get("inputs_embeds")
-    if embeds is None:  # a stand-in: only its shape, dtype and device are read
+    if embeds is None:  # create a stand-in, of which only the shape, dtype and device are used
         embeds = torch.empty(*ids.shape, 0, dtype=model.get_input_embeddings().weight.dtype, device=ids.device)
     given = call.get("attention_mask")
     masks = {}
@@ -214,23 +220,24 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
 
 
 def cache_of(values: Mapping) -> Any:
-    """Return the KV cache from the arguments or outputs of a transformers model, or None if they have no cache.
+    """Return the KV cache from the arguments or outputs of a transformers model, or None if there is none.
 
-    transformers 5.24 and later also accept the old name.
+    The old name of the argument is found too, because transformers 5.24 and later still accept it.
     """
     return next((values[name] for name in (cache_name(), OLD_CACHE_NAME) if values.get(name) is not None), None)
 
 
 def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
-    """Return a `forward` call whose attention mask adds log(size) to the attention logits of each column.
+    """Return a `forward` call in which log(cluster size) is added to the attention logits of each column.
 
-    This project's own decoder adds the bias in `language.decoder.forward`. Here the model's own layers run, and the bias is part of
-    the call's attention mask, so that layers recomputed for the gradient (checkpointing) see it and other threads do not.
+    In this project's own decoder, `language.decoder.forward` adds this bias. Here the model's own layers run, so the bias becomes
+    part of the call's attention mask. Layers that are recomputed for the gradient (checkpointing) then see the bias, and calls in
+    other threads do not.
 
     Args:
         model: A model for which `accepts_float_mask` returns True.
-        sizes: float32 `[B, C]`, for the prompt's columns; later columns have size 1. If the call has n * B rows (beams), each row
-            of `sizes` applies to n neighboring rows.
+        sizes: The cluster sizes of the prompt's columns, float32 `[B, C]`. All later columns have size 1. If the call has n * B
+            rows because of beam search, each row of `sizes` applies to n consecutive rows.
     """
     masks, shape, dtype = attention_masks(model, call)
     kinds = getattr(model.config.text_config, "layer_types", None)
@@ -238,21 +245,21 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
     bias = sizes.log().repeat_interleave(shape[0] // len(sizes), 0)
     weighted = {}
     for kind, mask in masks.items():
-        if kind == LINEAR:  # linear attention has no scores to add a bias to
+        if kind == LINEAR:  # linear attention has no attention logits to add a bias to
             weighted[kind] = mask
             continue
-        # The first visible key is above 0 if a cache with a sliding window has dropped some keys.
+        # The first key is not key 0 if a cache with a sliding window has dropped some keys.
         first = 0
         if cache is not None:
             _, first = cache.get_mask_sizes(shape[1], (kinds or [ONLY_KIND]).index(kind))
         end = first + mask.shape[-1]
         of_keys = torch.nn.functional.pad(bias, (0, max(0, end - bias.shape[1])))[:, None, None, first:end]
         if mask.dtype == torch.bool:
-            # Minus infinity, as sdpa uses for a bool mask: a row that sees no key becomes zero. The lowest finite number would
-            # make it the mean of all values, including later columns.
+            # Use minus infinity, as sdpa does for a bool mask, so that the output of a row that sees no keys becomes zero. With
+            # the lowest finite number, the output would be the mean of all values, including those of later columns.
             weighted[kind] = torch.where(mask, of_keys.to(mask.device, dtype), -torch.inf)
         else:
-            # Adding to a masked entry could overflow to minus infinity, and eager attention turns a row of these into NaN.
+            # Adding to a masked entry could overflow to minus infinity, and eager attention turns a row of such entries into NaN.
             seen = mask > torch.finfo(mask.dtype).min / 2
             weighted[kind] = torch.where(seen, mask + of_keys.to(mask.device, mask.dtype), mask)
     if list(weighted) == [ONLY_KIND] and not hasattr(model.config.text_config, "layer_types"):
@@ -261,7 +268,7 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
 
 
 def warn_of_hooks(visual) -> None:
-    """Warn about modules of the tower with forward hooks, except transformers' own hooks that mark inputs for gradients."""
+    """Warn about forward hooks on the tower's modules, except the hooks with which transformers marks inputs for gradients."""
     hooks = [
         name or "visual"
         for name, module in visual.named_modules()
@@ -277,22 +284,25 @@ def warn_of_hooks(visual) -> None:
 
 
 def has_video(call: dict) -> bool:
-    """Return True if a call contains a video, either as the processor's patches or encoded."""
+    """Return True if a call contains a video, either as patches from the processor or already encoded."""
     return call.get("pixel_values_videos") is not None or (call.get(ENCODED) or {}).get("video") is not None
 
 
 def has_picture(call: dict) -> bool:
-    """Return True if a call contains an image, either as the processor's patches or encoded."""
+    """Return True if a call contains an image, either as patches from the processor or already encoded."""
     return call.get("pixel_values") is not None or (call.get(ENCODED) or {}).get("image") is not None
 
 
 def is_assistant(call: dict) -> bool:
-    """Return True if a `generate` call drafts tokens for a different model and gets that model's prompt and encoded videos."""
+    """Return True if a `generate` call drafts tokens for another model, whose prompt and encoded videos it receives."""
     return bool(getattr(call.get("generation_config"), "is_assistant", False))
 
 
 def setting(model, call: dict, name: str):
-    """Return a generation setting as `generate` resolves it: from its arguments, then the given config, then the model's own."""
+    """Return a generation setting from the first source that sets it, in the same order as `generate`.
+
+    The sources are the call's own arguments, the generation config that was passed to the call, and the model's generation config.
+    """
     for config in (call.get("generation_config"), model.generation_config):
         if call.get(name) is None and getattr(config, name, None) is not None:
             return getattr(config, name)
@@ -306,14 +316,14 @@ def pad_id(model, call: dict) -> int:
 
 
 def _ids(setting: int | Sequence[int] | torch.Tensor) -> list[int]:
-    """Return the ids in a setting that may be a number, a list or a tensor, as `generate` accepts them."""
+    """Return the token ids in a setting, which may be a number, a list or a tensor, just as in `generate`."""
     return torch.as_tensor(setting, dtype=torch.int64, device="cpu").flatten().tolist()
 
 
 def inferred_mask(model, call: dict) -> torch.Tensor:
-    """Return the mask that `generate` infers if none is given, int64 `[B, L]`.
+    """Return the attention mask that `generate` infers if none is passed, int64 `[B, L]`.
 
-    It is 0 at the pad id, unless the pad id is also an end-of-text id.
+    The mask is 0 wherever the token is the pad token. If the pad token also ends a text, the mask is 1 everywhere.
     """
     ids = call["input_ids"]
     pad = setting(model, call, "pad_token_id")
@@ -324,23 +334,23 @@ def inferred_mask(model, call: dict) -> torch.Tensor:
 
 
 def mask_or_ones(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the mask of a prompt, `[B, L]`, or ones if it has no mask because no row is padded."""
+    """Return a prompt's mask `[B, L]`. A prompt without a mask has no padding, so it gets a mask of ones."""
     return torch.ones_like(ids) if mask is None else mask
 
 
 def text_positions(mask: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[B, L]`: each token's zero-based index in its row, not counting padding. Padding positions get 0."""
+    """Return each token's zero-based index in its row, not counting padding, int64 `[B, L]`. At padding, the index is 0."""
     return (mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)
 
 
 def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bool) -> torch.Tensor:
-    """Return the model's own positions for a prompt's columns.
+    """Return the positions that the model itself computes for a prompt's columns.
 
-    They are int64 `[4, B, L]` as in `generate`, or `[3, B, L]` as in `forward`.
+    They have the shape `[4, B, L]` if `generating` is True, and otherwise `[3, B, L]`, int64.
     """
     known = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     given = {name: call.get(name) for name in known} | {"attention_mask": mask}
-    if not has_clock(model):  # in that case, the argument does not exist
+    if not has_clock(model):  # the model has no such argument
         del given["second_per_grid_ts"]
     ids = call["input_ids"]
     if generating:
@@ -352,7 +362,7 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
 
 
 def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the positions of a prompt's columns by Qwen's rule (`language.prompt`), int64 `[3, B, L]`."""
+    """Return the positions that Qwen's rule (`language.prompt`) gives to a prompt's columns, int64 `[3, B, L]`."""
     ids = call["input_ids"]
     per_second = VisionConfig.of(model.config.vision_config).tokens_per_second
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
@@ -365,19 +375,19 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
 
 @dataclass(frozen=True)
 class PlacedInput:
-    """The place of a video, or of an image (one frame pair), in a row of a prompt without padding."""
+    """A video or an image in one row of a prompt. Its place does not count padding, and an image counts as a single frame pair."""
 
-    place: Place  # only the runs, without the timestamps and markers around them
-    grid: tuple[int, int, int]  # frame pairs, and rows and columns of units
+    place: Place  # only the placeholder runs, without the timestamps and markers around them
+    grid: tuple[int, int, int]  # the number of frame pairs, and of rows and columns of units
     seconds_per_pair: float
     is_video: bool
 
 
 def placed_inputs(model, call: dict, mask: torch.Tensor | None) -> list[list[PlacedInput]]:
-    """Return the videos and images in each row of a prompt, in order.
+    """Return the videos and images of each row of a prompt, in the order in which they occur.
 
     Raises:
-        UsageError: The grid of a video or image is missing, or does not match its placeholders.
+        UsageError: If the grid of a video or an image is missing, or does not match its placeholders.
     """
     ids = call["input_ids"].cpu()
     grids = {video: _rows(call.get(f"{word}_grid_thw")) for video, word in PREFIXES.items()}
@@ -387,21 +397,23 @@ def placed_inputs(model, call: dict, mask: torch.Tensor | None) -> list[list[Pla
 
 
 def _rows(grids: torch.Tensor | None) -> Iterator[list[int]]:
-    """Yield the rows of a tensor, or nothing for None."""
     if grids is not None:
         yield from grids.tolist()
 
 
 def has_clock(model) -> bool:
-    """Return True if positions follow a video's time in seconds.
+    """Return True if the model's positions follow the time in a video, in seconds.
 
-    In Qwen2-VL, positions count frame pairs, and in Qwen3-VL, timestamps in the text give the time.
+    In Qwen2-VL, positions count frame pairs instead. In Qwen3-VL, timestamps in the text tell the model the time.
     """
     return VisionConfig.of(model.config.vision_config).tokens_per_second is not None
 
 
 def seconds_per_pair(call: dict) -> Sequence[float]:
-    """Return the seconds between frame pairs for each video; 1 if the call does not state them, as in Qwen2.5-VL."""
+    """Return the number of seconds between the frame pairs of each video.
+
+    If the call does not contain this number, the default is 1, as in Qwen2.5-VL.
+    """
     seconds = call.get("second_per_grid_ts")
     grids = call.get("video_grid_thw")
     if grids is None:
@@ -414,7 +426,7 @@ def seconds_per_pair(call: dict) -> Sequence[float]:
 def _placed(
     config, ids: torch.Tensor, grids: dict[bool, Iterator[list[int]]], seconds: Iterator[float]
 ) -> Iterator[PlacedInput]:
-    """Yield the videos and images of one row, in order."""
+    """Yield the videos and images of one row in the order in which they occur."""
     at = 0
     merge = config.vision_config.spatial_merge_size
     has_timestamps = VisionConfig.of(config.vision_config).traits.timestamps
@@ -435,7 +447,7 @@ def _placed(
         in_units = (t, h // merge, w // merge)
         runs = []
         for _ in range(count):
-            at += int((tokens[at:].cumsum(0) == 0).sum())  # skip to the next token, if there is one
+            at += int((tokens[at:].cumsum(0) == 0).sum())  # skip to the next placeholder token, if there is one
             run = range(at, at + prod(in_units) // count)
             if run.stop > len(ids) or bool((ids[run.start : run.stop] != token).any()):
                 raise _mismatch(is_video, f"its row is {grid}")
