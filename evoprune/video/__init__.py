@@ -1,7 +1,7 @@
 """Reads videos: `frames` probes files and reads frames, `info` describes videos, and `plan` chooses the frames to read.
 
-`readers` decodes with PyAV (FFmpeg), decord and Pillow. Files are not trusted, so `sandbox` runs the readers in a separate process
-that a malformed file may crash.
+`readers` decodes with PyAV (FFmpeg), decord and Pillow. Because files are not trusted, `sandbox` runs the readers in a separate
+process, so that a malformed file can crash only that process.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Reads frames into a single array for use outside evoprune (`evoprune.read_frames`). Does not import torch."""
+"""Reads frames into a single array, for programs that use evoprune only as a video reader. Does not import torch."""
 
 import math
 import os
@@ -29,33 +29,34 @@ def read_frames(
     decoder: Decoder = "auto",
     frame_rate: float = FOLDER_FPS,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Read frames of a video file, a folder of images or a still image. On Linux, a separate process reads the file.
+    """Read frames from a video file, a folder of images or a still image. On Linux, a separate process reads the file.
 
         frames, times_s = evoprune.read_frames("clip.mp4", [0.5, 3.0, 9.25])
         frames, times_s = evoprune.read_frames("clip.mp4", frames=64)
 
-    Each time gets the frame that is on screen at that time. A time before the video begins gets the first frame, and a time after
-    it ends gets the last frame.
+    For each time, this returns the frame that is on screen at that time: the first frame for a time before the video begins, and
+    the last frame for a time after the video ends.
 
     Args:
-        times_s: Seconds from the first frame, ascending. A time may repeat.
-        frames, fps: Number of frames, or frames per second (at least one frame in total), instead of `times_s`. The span is
-            divided into this many equal parts, and the frame in the middle of each part is read. A still image gives one frame.
-        start_s, end_s: The span to divide, in seconds. Negative values count from the end.
-        seek: How the frame of a part is chosen: "exact", "keyframes" or "auto". See `--seek` in docs/video.md.
+        times_s: Times in seconds from the first frame, in ascending order. The same time may appear more than once.
+        frames, fps: Number of frames or frames per second, to be given instead of `times_s`. The span from `start_s` to `end_s` is
+            divided into equal parts, one per frame, and the frame in the middle of each part is read. At least one frame is read. A
+            still image always yields one frame.
+        start_s, end_s: Start and end of the span in seconds. Negative values count from the end of the video.
+        seek: How to choose the frame for each part: "exact", "keyframes" or "auto". See `--seek` in docs/video.md.
         decoder: "auto", "pyav" or "decord".
         frame_rate: Frame rate of a folder of images, in images per second of video.
 
     Returns:
-        The frames, uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied); and the frames' own times in seconds, float64 `[n]`.
-        The frames' own times equal the requested times or are slightly earlier. With "keyframes" or "auto", they differ from the
-        requested times by at most half the length of a part.
+        The frames as uint8 `[n, H, W, 3]`, RGB with the video's rotation applied, and the frames' own times in seconds as float64
+        `[n]`. A frame's own time equals the requested time or is slightly earlier. With "keyframes" or "auto", it may be earlier or
+        later than the requested time by up to half the length of a part.
 
     Raises:
-        UsageError: Arguments are invalid or conflict with each other, or decord is not installed.
-        VideoError: The file is missing, unreadable, not a video, or has no frames in the span; or the reading process crashed or
-            hung.
-        OutOfMemory: The frames do not fit into memory.
+        UsageError: The arguments are invalid or conflict with each other, or decord is requested but not installed.
+        VideoError: The file is missing, cannot be read, is not a video, or has no frames in the span; or the process that reads the
+            file crashed or hung.
+        OutOfMemory: The frames do not fit in memory.
     """
     _check_path(path)
     sampling = SamplingOptions(fps=fps, frames=frames, start_s=start_s, end_s=end_s, frame_rate=frame_rate, seek=seek)
@@ -75,10 +76,10 @@ def read_frames(
 
 
 def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Read the chunks of `video.frames.read_chunks` into a single array. For the result and the errors, see `read_frames`.
+    """Call `video.frames.read_chunks` and copy its chunks into a single array. For the result and the errors, see `read_frames`.
 
     Args:
-        how: Further arguments for `read_chunks`.
+        how: Other keyword arguments for `read_chunks`.
     """
     check_room(info, len(times_s))
     with memory_guard("read"):
@@ -93,7 +94,7 @@ def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uin
 
 
 def check_room(info: Video, count: int) -> None:
-    """Raise OutOfMemory if `count` frames do not fit into memory."""
+    """Raise OutOfMemory if `count` frames of a video do not fit in memory."""
     needed = 3 * count * info.height * info.width
     available = Host().available_memory()
     if available is not None and needed > available:
@@ -103,13 +104,11 @@ def check_room(info: Video, count: int) -> None:
 
 
 def _check_path(path: object) -> None:
-    """Raise UsageError if the input is not a path of type str or `os.PathLike`."""
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise UsageError(f"the input is {brief(path)}, not a path", "give the path of a file or a folder of frames")
 
 
 def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
-    """Return the times as floats. Raises UsageError if they are not numbers."""
     try:
         return tuple(float(time) for time in times_s)
     except (TypeError, ValueError, OverflowError):
@@ -118,12 +117,12 @@ def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
 
 
 def _parts(info: Video, sampling: SamplingOptions) -> tuple[tuple[float, ...], float]:
-    """Return the middles of the equal parts and the length of each part, in seconds. Raises the same errors as `read_frames`."""
+    """Divide the span into equal parts. Returns the time in the middle of each part, and the length of a part, both in seconds."""
     if info.is_picture:
         check_no_span(info, sampling.start_s, sampling.end_s)
         return (0.0,), 0.0
     start, end = info.span(sampling.start_s, sampling.end_s)
     count = sampling.frames or max(1, math.floor(min((end - start) * sampling.fps, sys.maxsize) + 0.5))
-    check_room(info, count)  # checked before the plan is made, because the list of times may not fit into memory either
+    check_room(info, count)  # before the plan is made, because even the list of times may not fit in memory
     plan = SamplingPlan.even(start, end, count)
     return plan.times_s, plan.seconds_per_frame

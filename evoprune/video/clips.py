@@ -1,4 +1,4 @@
-"""Writes parts of a video to separate files, called clips."""
+"""Writes clips, which are parts of a video, to separate files."""
 
 import os
 import secrets
@@ -15,17 +15,19 @@ from evoprune.util import is_url, long_clock
 from evoprune.video.info import CLIP_ENDINGS, Video
 from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
 
-UNFINISHED = ".part"  # file extension while a clip is being written; eight hexadecimal digits precede it
+UNFINISHED = ".part"  # extension of a clip that is still being written; it follows eight hexadecimal digits
 NO_SOUND_REASON = "the file consists of several joined files, or FFmpeg has no decoder for its sound"
-LONGEST_STEM = 50  # maximum number of characters from the video's name in a clip's name; each may take up to four bytes
+LONGEST_STEM = (
+    50  # a clip's name starts with at most this many characters of the video's name; each may take up to four bytes
+)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A finished clip."""
+    """A clip that has been written to a file."""
 
     path: str
-    start_s: float  # time at which the clip begins in the video, in seconds from the first frame
+    start_s: float  # where the clip begins, in seconds from the video's first frame
 
 
 def cut_clip(
@@ -40,26 +42,27 @@ def cut_clip(
 ) -> Clip:
     """Write a part of a video to a new file, such as film-00-01-02.500.mp4.
 
-    If writing fails, no file is left behind. If a file with this name exists, -2 or a higher number is added to the name.
+    If writing fails, no file is left behind. If a file with this name already exists, -2 or a higher number is added to the name.
 
     By default, packets are copied without re-encoding, starting at the last keyframe that is shown at or before `start_s`. Sound is
-    copied as well; if the file format cannot hold it, it is converted to AAC. The file is an MP4, or a Matroska file if players do
-    not expect the codecs in an MP4. If the clip loses its sound, an `EvopruneWarning` is issued.
+    copied too, or converted to AAC if the clip's file format cannot hold it. The clip is an MP4, or a Matroska file if players do
+    not expect the video's codecs in an MP4. If the sound cannot be kept, an `EvopruneWarning` is issued.
 
     Args:
         info: The result of `probe` for a video file.
-        start_s, end_s: Seconds from the first frame. An end after the end of the video is moved to the end of the video.
-        folder: Folder for the clip. It is created, together with its parents, if it does not exist.
-        exact: Begin and end exactly at these times. Frames are then re-encoded the way a model sees them, upright and in SDR.
-            The codec is H.264, or MPEG-4 if PyAV has no H.264 encoder. The file is an MP4, and sound that players do not expect
-            in an MP4 is converted to AAC.
-        title: Title to store in the file.
-        named_after: A path or URL from which the name of the clip is derived, instead of the video's path.
+        start_s, end_s: Start and end of the clip in seconds from the video's first frame. If `end_s` is later than the end of the
+            video, the clip ends with the video.
+        folder: Folder to write the clip to. The folder and its parents are created if they do not exist.
+        exact: If True, the clip begins and ends exactly at these times. Its frames are then re-encoded as a model sees them, which
+            is upright and in SDR. The codec is H.264, or MPEG-4 if PyAV has no H.264 encoder. The clip is an MP4, and sound whose
+            codec players do not expect in an MP4 is converted to AAC.
+        title: Title to store in the clip's metadata.
+        named_after: The path or URL to use for the clip's name instead of the video's path.
 
     Raises:
-        UsageError: The start is below 0 or not before the end, or the clip cannot be written.
-        VideoError: The input is a still image or a folder, the start is after the end of the video, or packets cannot be copied.
-            See also `isolation.run_task`.
+        UsageError: The start is negative or not before the end, or the clip cannot be written.
+        VideoError: The input is a still image or a folder, the clip would start after the end of the video, or the video's packets
+            cannot be copied. See also `isolation.run_task`.
     """
     if not 0 <= start_s < end_s:
         hint = "start at 0 s (the first frame) or later, and end after the start"
@@ -86,7 +89,7 @@ def cut_clip(
 
 
 def clip_name(video: str, start_s: float) -> str:
-    """Return the file name of a clip, without its extension: the video's name and the start in hours, minutes and seconds."""
+    """Return a clip's file name without its extension: the video's name, then the start in hours, minutes and seconds."""
     name = os.path.basename(os.path.normpath(video))
     if is_url(video):
         name = os.path.basename(urlsplit(video).path)
@@ -96,7 +99,7 @@ def clip_name(video: str, start_s: float) -> str:
 
 @contextmanager
 def _unfinished(folder: str, name: str) -> Iterator[BinaryIO]:
-    """Create a new file and yield it. On exit, the file is deleted unless it has been renamed."""
+    """Create a file for a clip that is being written, and yield it. On exit, delete the file unless it has been renamed."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{name}.{secrets.token_hex(4)}{UNFINISHED}")
     with open(path, "xb") as file:
@@ -108,10 +111,10 @@ def _unfinished(folder: str, name: str) -> Iterator[BinaryIO]:
 
 
 def _write(info: Video, how: dict[str, Any], file: BinaryIO) -> dict[str, Any]:
-    """Write a clip to a file piece by piece, while the clip is being cut. Returns the facts about the clip."""
+    """Cut a clip and write it to a file piece by piece. Returns the facts about the clip (see `cutting.ClipReader`)."""
     with closing(stream_clip(info, how)) as pieces:
         facts = next(pieces)
-        if facts["ending"] not in CLIP_ENDINGS:  # check it, because it becomes part of a file name
+        if facts["ending"] not in CLIP_ENDINGS:  # must be checked, because it becomes part of a file name
             raise Crash(f"the decoder crashed on {info.path} (its answer is invalid)", HINT)
         for at, content in pieces:
             file.seek(at)
@@ -120,7 +123,7 @@ def _write(info: Video, how: dict[str, Any], file: BinaryIO) -> dict[str, Any]:
 
 
 def _placed(unfinished: str, folder: str, name: str, ending: str) -> str:
-    """Rename a finished file, adding a number if the name is taken. Returns the new path."""
+    """Rename a finished file, adding a number to its new name if that name is taken. Returns the new path."""
     for number in count(1):
         added = "" if number == 1 else f"-{number}"
         path = os.path.join(folder, f"{name}{added}{ending}")

@@ -1,7 +1,7 @@
 """Downloads a video or image from an http or https URL to a temporary file.
 
-The URL is trusted, because the user provides it. To download from URLs that other people provide, pass a transport that restricts
-the destinations of requests, and a `progress` function that raises an exception if the file is too large or takes too long.
+URLs are trusted, because the user provides them. To download from URLs that come from other people, pass a transport that restricts
+which hosts are contacted, and a `progress` function that raises an exception if the file is too large or takes too long.
 """
 
 import re
@@ -16,13 +16,13 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.util import DOWNLOAD_HINT, size, without_password
 from evoprune.video.temporary import temporary_file
 
-TIMEOUT_S = 20.0  # timeout for connecting and for each read
+TIMEOUT_S = 20.0  # timeout for connecting, and for each read
 MAX_BYTES = 8 * 2**30
 MAX_REDIRECTS = 10
-MAX_S = 3_600.0  # time limit of the whole download
+MAX_S = 3_600.0  # time limit for the whole download
 HEADERS = {"User-Agent": f"evoprune/{evoprune.__version__}", "Accept": "*/*", "Accept-Encoding": "identity"}
 LATER_HINT = "check the address, or try again later"
-HINTS = {  # by HTTP status
+HINTS = {  # hints for error messages, by HTTP status
     401: "it requires a login: download the file yourself and give its path",
     403: f"the server denies access; {DOWNLOAD_HINT}",
     404: "check the address",
@@ -41,15 +41,16 @@ def downloaded(
     """Download a file and yield the path of a temporary copy. The copy is deleted on exit.
 
     Args:
-        offline: Refuse to use the network.
-        progress: Called before and after every read of the body with the number of bytes so far and the total (0 if unknown). If
-            it raises an exception, the download is aborted.
-        transport: Sends the requests. By default, the proxies from the environment are used (`https_proxy`, `no_proxy`).
+        offline: If True, raise UsageError instead of using the network.
+        progress: Called before and after every read of the body with the number of bytes downloaded so far and the total number of
+            bytes (0 if unknown). If it raises an exception, the download is aborted.
+        transport: The httpx2 transport that sends the requests. The default is to use the proxies named in the environment
+            (`https_proxy`, `no_proxy`).
 
     Raises:
-        UsageError: `offline` is set.
-        VideoError: The server cannot be reached, refuses the request, stalls for `TIMEOUT_S` or disconnects; the file is empty, a
-            web page, a playlist, or larger than `MAX_BYTES`; the download takes longer than `MAX_S`; or the copy cannot be
+        UsageError: `offline` is True.
+        VideoError: The server cannot be reached, rejects the request, sends nothing for `TIMEOUT_S` or disconnects; the file is
+            empty, a web page, a playlist, or larger than `MAX_BYTES`; the download takes longer than `MAX_S`; or the copy cannot be
             stored.
     """
     name = without_password(url)
@@ -63,7 +64,7 @@ def downloaded(
 def _chunks(
     url: str, name: str, progress: Callable[[int, int], None] | None, transport: httpx2.BaseTransport | None
 ) -> Generator[bytes, None, None]:
-    """Yield the content in chunks. Network errors are raised as VideoError, so any OSError comes from the temporary file."""
+    """Yield the response body in chunks. Network errors become VideoError, so an OSError can come only from the temporary file."""
     done = 0
     start = time.monotonic()
     try:
@@ -96,7 +97,7 @@ def _chunks(
                 if time.monotonic() - start > MAX_S:
                     raise VideoError(f"the download of {name} took longer than an hour", DOWNLOAD_HINT)
                 if progress:
-                    # `done` exceeds the total if the server compresses the body.
+                    # If the server compresses the body, `done` may exceed the total.
                     progress(done, max(done, total) if total else 0)
                 yield chunk
     except httpx2.TimeoutException as error:
@@ -120,7 +121,7 @@ def _chunks(
 
 
 def _response(client: httpx2.Client, address: httpx2.URL, auth: tuple[str, str] | None, name: str) -> httpx2.Response:
-    """Send the request and follow redirects. Their bodies are not read, because httpx2 would keep even endless ones in memory."""
+    """Send the request and follow redirects without reading the redirect responses' bodies, which may never end."""
     request = client.build_request("GET", address)
     for _ in range(1 + MAX_REDIRECTS):
         response = client.send(request, auth=auth, stream=True)
@@ -133,7 +134,7 @@ def _response(client: httpx2.Client, address: httpx2.URL, auth: tuple[str, str] 
 
 
 def _check_beginning(beginning: bytes, content_type: str, name: str) -> None:
-    """Raise VideoError for a playlist or a web page. `content_type` is only a hint: servers also send videos as text/html."""
+    """Raise VideoError if a body begins like a playlist or a web page. Servers may send even videos with the type text/html."""
     text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"#extm3u") or (text.startswith(b"<") and b"<mpd" in text):
         hint = 'evoprune watch reads playlists: evoprune watch URL -Q "What happens?"'

@@ -1,7 +1,7 @@
-"""Reads videos: metadata (`probe`, `scan`), subtitles (`read_subtitles`) and frames (`read_chunks`).
+"""Reads a video's metadata (`probe`, `scan`), subtitles (`read_subtitles`) and frames (`read_chunks`).
 
-Frames are full-size RGB, in chunks of bounded size. The work grows with the request, not with the file. `local_file` copies
-standard input and URLs to temporary files.
+Frames are read at full size as RGB, in chunks of bounded size. The amount of work depends on the number of requested frames, not on
+the size of the file. `local_file` saves standard input or a URL to a temporary file.
 """
 
 import math
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
 
 DECODERS = get_args(Decoder)
 STDIN = "-"
-OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/")  # paths that refer to open files of this process
+OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/")  # paths under which this process finds its own open files
 CHUNK_BYTES = 2**20  # chunk size for copying standard input
 
 
 def probe(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float = FOLDER_FPS) -> Video:
     """Read the metadata of a video file, a still image, or a folder of images that is read as a video.
 
-    Decodes the first frame and reads the packets of the last few seconds. If FFmpeg cannot seek near the end of the file, all
-    packets are read once, without decoding.
+    Only the first frame is decoded, and only the packets from the last few seconds are read. If FFmpeg cannot seek to the end of
+    the file, all packets are read, but they are not decoded.
 
     Args:
         path: Path of the input. It is never interpreted as a URL or a pattern, and playlists are not followed. A `HeldVideo` is
             returned unchanged.
-        folder_fps: Frame rate of a folder of images, in images per second of video.
+        folder_fps: Frame rate for a folder of images, in images per second of video.
 
     Raises:
-        UsageError: `folder_fps` is not above 0.
-        VideoError: The file does not exist, is not a video, or has no video stream or decodable frame; or the folder has no
-            images. See also `isolation.run_task`.
+        UsageError: `folder_fps` is not positive.
+        VideoError: The file does not exist, is not a video, has no video stream, or has no frame that can be decoded; or the folder
+            contains no images. See also `isolation.run_task`.
     """
     if isinstance(path, HeldVideo):
         return path
@@ -55,7 +55,7 @@ def probe(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float = FOLDE
 def scan(
     path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS, on_frames: Callable[[int], None] | None = None
 ) -> ScanResult:
-    """Decode a whole video to find damage, its true length, and how regular its frames and keyframes are.
+    """Decode a whole video to find damage, measure its actual length, and see how regularly its frames and keyframes are spaced.
 
     Memory use does not grow with the length of the video, because only a few frames and a histogram of frame intervals are kept.
 
@@ -64,7 +64,7 @@ def scan(
         on_frames: Called about once a second with the number of frames decoded so far.
 
     Raises:
-        UsageError, VideoError: See `probe`. A still image also raises VideoError, because it cannot be scanned.
+        UsageError, VideoError: See `probe`. VideoError is also raised for a still image, which cannot be scanned.
     """
     return ScanResult(**_run("scan", path, on_frames, folder_fps=folder_fps))
 
@@ -72,8 +72,8 @@ def scan(
 def frame_times(info: Video) -> FrameTimes:
     """Return the display time of every frame of a video file, for callers that address frames by number.
 
-    Reads all packets. They are decoded only if they do not state the display times; in MP4, MOV, Matroska, WebM and MPEG-TS they
-    usually do. Raises the same errors as `probe`.
+    All packets are read, but they are decoded only if they do not contain display times. In MP4, MOV, Matroska, WebM and MPEG-TS,
+    they usually do. Raises the same errors as `probe`.
     """
     return FrameTimes(**run_task("frame_times", info.path, {"info": asdict(info)}))
 
@@ -82,13 +82,13 @@ def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float 
     """Return the subtitles that overlap a span of a video.
 
     Args:
-        choice: A subtitle file (SRT, WebVTT, ASS, SSA), or a video with a text track. "auto" uses a file next to the video. If
-            there is none, it uses the video's default text track, or its only text track. "none" returns no subtitles, and
-            neither does any choice for a still image.
-        start_s, end_s: The span, in seconds from the first frame.
+        choice: Path of a subtitle file (SRT, WebVTT, ASS or SSA), or of a video with a text track. "auto" uses the subtitle file
+            next to the video if there is one, or else the video's default text track, or else its only text track. "none" returns
+            no subtitles. A still image never has subtitles, whatever the choice.
+        start_s, end_s: Start and end of the span, in seconds from the first frame.
 
     Raises:
-        VideoError: The file does not exist, has no subtitles or only image subtitles, or has an unknown encoding. See also
+        VideoError: The file does not exist, has no subtitles, has only image subtitles, or has an unknown encoding. See also
             `isolation.run_task`.
     """
     if choice == "none":
@@ -107,12 +107,12 @@ def _run(
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """Consecutive frames that were read for consecutive requested times."""
+    """The frames that were read for several consecutive requested times."""
 
     first: int  # index of the first frame among the requested times
-    pixels: "np.ndarray"  # uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous
-    times_s: tuple[float, ...]  # the frames' own times from the first frame; may be earlier than the requested times
-    damaged: int = 0  # damaged packets (in a folder: images) found since the previous chunk
+    pixels: "np.ndarray"  # uint8 `[n, H, W, 3]`, RGB with the video's rotation applied, C-contiguous
+    times_s: tuple[float, ...]  # each frame's own time from the first frame; may be earlier than the requested time
+    damaged: int = 0  # number of damaged packets (or images, in a folder) found since the previous chunk
     other_size: bool = False  # whether a frame differed in size from the video and was scaled
     moved: bool = False  # whether a frame is a nearby keyframe instead of the frame on screen
 
@@ -122,7 +122,7 @@ class FrameChunk:
 
     @property
     def end(self) -> int:
-        """Index after the last frame (exclusive)."""
+        """Index of the frame after the last frame of this chunk, among the requested times."""
         return self.first + len(self.times_s)
 
 
@@ -139,28 +139,29 @@ def read_chunks(
 ) -> Iterator[FrameChunk]:
     """Yield the frame that is on screen at each requested time, in chunks.
 
-    A time before the video begins gets the first frame, and a time after it ends gets the last frame. All frames have the size
-    given in `info`. A frame of a different size is scaled, with black borders if its aspect ratio differs. Damaged packets are
-    skipped, so the preceding frame stays on screen. (decord does not report damage: it either stops or silently patches up
-    frames.) Close the iterator to stop early.
+    The first frame is used for a time before the video begins, and the last frame for a time after the video ends. All frames have
+    the size given in `info`. A frame of a different size is scaled to that size, with black borders if its aspect ratio differs.
+    Damaged packets are skipped, so the preceding frame stays on screen. (decord does not report damage. It either stops or silently
+    patches up the frames.) To stop early, close the iterator.
 
     Args:
-        times_s: Seconds from the video's first frame, ascending. A time may repeat.
+        times_s: Times in seconds from the video's first frame, in ascending order. The same time may appear more than once.
         decoder: See `choose_decoder`.
-        chunk_bytes: Size limit of a chunk. A chunk holds at least two frames, even if they exceed the limit. All chunks except
-            the last hold an even number of frames, so that no frame pair is split.
-        seek: "exact" reads the frame on screen. "keyframes" replaces it with the nearest keyframe if there is one within half
-            of `part_s`, because a keyframe is decoded without any other frames. A keyframe on the border between two parts
-            belongs to the later part. "auto" uses keyframes only if that saves much time (see readers/pyav.py); this depends
-            only on the file and the times. Only PyAV supports "keyframes" and "auto".
-        part_s: Interval between the times in seconds, if the times are the middles of equal parts.
-        cores: Number of CPU cores to use, or None for all cores available to this process. It does not affect the frames.
-        on_frames: Called about once a second, by the iterating thread, with a lower bound on the number of frames read so far.
+        chunk_bytes: Maximum size of a chunk in bytes. A chunk holds at least two frames, even if they exceed this size. Every chunk
+            except the last holds an even number of frames, so that no frame pair is split.
+        seek: "exact" reads the frame on screen. "keyframes" replaces it with the nearest keyframe, provided that there is one
+            within half of `part_s`, because a keyframe can be decoded without any other frames. A keyframe on the border between
+            two parts belongs to the later part. "auto" uses keyframes only if that saves a lot of time (see readers/pyav.py).
+            Whether it does depends only on the file and the times. Only PyAV supports "keyframes" and "auto".
+        part_s: If the times are the middles of equal parts of the video, the length of a part in seconds.
+        cores: Number of CPU cores to use. None means all cores available to this process. The number does not affect the frames.
+        on_frames: Called about once a second, from the thread that iterates, with a lower bound on the number of frames read so
+            far.
 
     Raises:
-        UsageError: The times do not ascend, `seek` is unknown, or `choose_decoder` raises it.
-        VideoError: `choose_decoder` raises it; or, during iteration, the file can no longer be read or no frame can be decoded.
-            See also `isolation.run_task`.
+        UsageError: The times are not in ascending order, `seek` is unknown, or `choose_decoder` raised UsageError.
+        VideoError: `choose_decoder` raised VideoError; or, during iteration, the file can no longer be read or no frame can be
+            decoded. See also `isolation.run_task`.
     """
     times = tuple(float(t) for t in times_s)
     if not all(map(math.isfinite, times)) or any(b < a for a, b in pairwise(times)):
@@ -189,12 +190,13 @@ def _held_chunks(info: HeldVideo, times: Sequence[float], per_chunk: int) -> Ite
 def choose_decoder(decoder: str, info: Video | None = None) -> str:
     """Return the decoder to use (`pyav`, `decord`, `pillow` or `none`), after checking that it works.
 
-    Still images and some animations need `pillow`, and an array needs `none`. `auto` selects PyAV. decord decodes every frame (see
-    readers/decord.py), does not support AV1, and gives up on damaged files.
+    Still images and some animations are always read with `pillow`, and an array needs no decoder (`none`). For all other inputs,
+    `auto` means PyAV. Note that decord decodes every frame (see readers/decord.py), does not support AV1, and gives up on damaged
+    files.
 
     Raises:
-        UsageError: The decoder is unknown, or decord is not installed.
-        VideoError: decord is known to fail on videos like this one.
+        UsageError: The decoder is unknown, or decord is requested but not installed.
+        VideoError: decord is requested, but it is known to fail on this kind of video.
     """
     if info is not None and (info.is_picture or (info.is_animation and decoder != "decord")):
         return "pillow"
@@ -221,18 +223,19 @@ def local_file(
 ) -> Iterator[str]:
     """Yield a path from which the video can be read.
 
-    For `-`, this is the path of a temporary copy of standard input, because readers need to seek. For an http or https URL, it is
-    the path of a downloaded copy. Paths such as `/dev/stdin` refer to open files of this process and are resolved, because a
-    different process reads the video. Other paths are yielded unchanged.
+    For `-`, standard input is copied to a temporary file, because readers need to seek. For an http or https URL, the file is
+    downloaded. A path such as `/dev/stdin`, which refers to an open file of this process, is resolved to the file's own path,
+    because a different process reads the video. Any other path is yielded unchanged.
 
     Args:
-        source: A path, a URL, or `-` for standard input. A file named `-` can be given as `./-`.
-        stdin: Read instead of `sys.stdin.buffer`.
+        source: A path, a URL, or `-` for standard input. To read a file named `-`, pass `./-`.
+        stdin: The file to read as standard input. The default is `sys.stdin.buffer`.
         offline, progress: See `download.downloaded`.
 
     Raises:
-        UsageError: Standard input is a terminal, or `downloaded` raises it.
-        VideoError: Standard input is closed, empty, a device, or cannot be stored; `source` is a pipe; or `downloaded` raises it.
+        UsageError: Standard input is a terminal, or `downloaded` raised UsageError.
+        VideoError: Standard input is closed, is empty, is a device, or cannot be stored; `source` is a pipe; or `downloaded` raised
+            VideoError.
     """
     if is_url(source):
         from evoprune.video.download import downloaded
@@ -257,7 +260,7 @@ def local_file(
         raise UsageError("- means standard input, which is a terminal", hint)
     with suppress(OSError):  # `stdin` has no file descriptor
         status = os.fstat(stdin.fileno())
-        if stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull)):  # /dev/null does end
+        if stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull)):  # /dev/null is empty
             raise VideoError("standard input is a device, not a video", hint)
     with temporary_file(iter(partial(stdin.read, CHUNK_BYTES), b""), "standard input", "stdin") as path:
         if not os.path.getsize(path):

@@ -28,19 +28,19 @@ STORED_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # Pillow modes
 
 
 class GivenInput:
-    """An input as the Python caller passed it, in any of the forms listed in `Input`."""
+    """An input as the Python caller passed it, which may be any of the types in `Input`."""
 
     def __init__(self, value: Any):
         self._value = value
 
     @property
     def is_frames(self) -> bool:
-        """True for an array or a tensor, but not for a Pillow image."""
+        """True if the input is an array or a tensor. False if it is a Pillow image."""
         return hasattr(self._value, "__array__") and not is_picture(self._value)
 
     @property
     def has_content(self) -> bool:
-        """True if the input carries its own content (an image, bytes, an open file or a `HeldVideo`), False for a path or a URL."""
+        """True if the input contains its data (an image, bytes, an open file or a `HeldVideo`), False for a path or a URL."""
         return isinstance(self._value, Bytes | HeldVideo) or is_picture(self._value) or hasattr(self._value, "read")
 
     @property
@@ -50,7 +50,7 @@ class GivenInput:
 
     @property
     def name(self) -> str:
-        """The input's name in reports and error messages. Passwords are removed from URLs."""
+        """The input's name for reports and error messages. If it is a URL, the password is removed."""
         return name_of(self._value)
 
     @contextmanager
@@ -59,13 +59,14 @@ class GivenInput:
     ) -> Iterator[str | os.PathLike[str] | HeldVideo]:
         """Yield the input in a form that `probe` can open.
 
-        A path or a `HeldVideo` is yielded unchanged. Any other input is copied to a temporary file, which is deleted afterwards.
+        A path or a `HeldVideo` is yielded unchanged. Any other input is copied to a temporary file, which is deleted on exit.
 
         Args:
             offline, progress: See `download.downloaded`.
 
         Raises:
-            UsageError: The input is a file opened in text mode, an image that PNG cannot store, or a URL although `offline` is set.
+            UsageError: The input is a file opened in text mode, an image that cannot be stored as a PNG, or a URL when `offline` is
+                True.
             VideoError: The input cannot be read or stored, or the download fails.
         """
         if not self.is_temporary:
@@ -87,7 +88,7 @@ def is_picture(value: Any) -> bool:
 
 
 def name_of(source: Any) -> str:
-    """Return the name of an input for reports and error messages. See `GivenInput.name`."""
+    """Return an input's name for reports and error messages. See `GivenInput.name`."""
     if isinstance(source, HeldVideo):
         return source.path
     if is_picture(source):
@@ -112,12 +113,12 @@ def _pieces(source: Any) -> Iterator[bytes]:
 
 
 def _read(file: Any) -> Iterator[bytes]:
-    """Yield the content of an open file from its current position. If a seekable file is already at its end, raise VideoError."""
+    """Yield an open file's contents from its current position. Raises VideoError if a seekable file is already at end of file."""
     has_read = False
     while True:
         try:
             piece = file.read(CHUNK_BYTES)
-        except (OSError, ValueError) as problem:  # such as a closed file
+        except (OSError, ValueError) as problem:  # for example, the file is closed
             raise VideoError(f"cannot read {name_of(file)}: {problem}", "open it as open(path, 'rb')") from problem
         if not isinstance(piece, bytes):
             hint = "open it as open(path, 'rb')"
@@ -132,7 +133,7 @@ def _read(file: Any) -> Iterator[bytes]:
 
 
 def _position(file: Any) -> int:
-    """Return the position of an open file in bytes, or 0 if it is unknown, as for a pipe."""
+    """Return an open file's position in bytes, or 0 if the file has no position, as with a pipe."""
     try:
         return file.tell()
     except (AttributeError, OSError, ValueError):
@@ -140,7 +141,12 @@ def _position(file: Any) -> int:
 
 
 def _png(picture: Any) -> bytes:
-    """Encode a Pillow image as lossless PNG with its EXIF data. Raises UsageError above 16 bits, VideoError if it is unreadable."""
+    """Encode a Pillow image as a PNG that keeps its EXIF data.
+
+    Raises:
+        UsageError: The image has more than 16 bits per channel, so PNG cannot store it.
+        VideoError: The image cannot be read.
+    """
     if picture.mode == "F" or (picture.mode.startswith("I") and not _fits_16_bits(picture)):
         raise UsageError(f"a picture of mode {picture.mode} has more than 16 bits", "give picture.convert('RGB')")
     try:
@@ -155,6 +161,5 @@ def _png(picture: Any) -> bytes:
 
 
 def _fits_16_bits(picture: Any) -> bool:
-    """Return True if all gray levels of the image fit into 16 bits."""
     least, most = picture.getextrema()
     return least >= 0 and most <= MOST_LEVELS

@@ -1,4 +1,4 @@
-"""Represents arrays of frames as videos. numpy is imported only when an array is given."""
+"""Lets callers pass an array of frames as a video. numpy is imported only when an array is passed."""
 
 import math
 from bisect import bisect_right
@@ -15,17 +15,19 @@ if TYPE_CHECKING:
     import numpy as np
 
 TOLERANCE_S = (
-    1e-4  # a frame of a `HeldVideo` counts as on screen if it begins at most this long after the requested time
+    1e-4  # in seconds; a frame that begins at most this long after the requested time already counts as on screen
 )
 RATE_HINT = "give frame_rate=30 (frames per second) or times_s=[...] (seconds)"
 
 
 @dataclass(frozen=True, eq=False)
 class HeldVideo(Video):
-    """An array of frames, held by a Python program and treated as a video. Instances compare by identity."""
+    """A video whose frames are an array in the calling program's memory. Instances compare by identity."""
 
-    held: "np.ndarray" = field(kw_only=True, repr=False)  # uint8 `[T, H, W, 3]`, RGB as displayed
-    frames_s: tuple[float, ...] = field(kw_only=True, repr=False)  # T times in seconds from the first frame, ascending
+    held: "np.ndarray" = field(kw_only=True, repr=False)  # the frames: uint8 `[T, H, W, 3]`, RGB as displayed
+    frames_s: tuple[float, ...] = field(
+        kw_only=True, repr=False
+    )  # start of each frame in seconds from the first frame, ascending
 
     @classmethod
     def of(
@@ -34,19 +36,23 @@ class HeldVideo(Video):
         """Wrap an array of frames as a video.
 
         Args:
-            frames: uint8 `[T, H, W, 3]`, RGB. An array, or anything that `numpy.asarray` accepts.
+            frames: An array, or anything else that `numpy.asarray` accepts. It must be uint8 `[T, H, W, 3]` and RGB.
             frame_rate: Frames per second, or None if `times_s` is given.
-            times_s: Start time of each frame in seconds, ascending. The first frame marks the beginning of the video.
-            several: True if this is one of several inputs. It affects only the hints in error messages.
+            times_s: Start time of each frame in seconds, in ascending order, or None if `frame_rate` is given. The video begins at
+                the first of these times.
+            several: True if the call has more than one input. This affects only the hints in error messages.
 
         Raises:
-            UsageError: The shape, dtype, rate or times are invalid; or both or neither of `frame_rate` and `times_s` are given.
+            UsageError: The shape, dtype, frame rate or times are invalid; or `frame_rate` and `times_s` are both given or both
+                None.
         """
         import numpy as np
 
         try:
             array = np.asarray(frames)
-        except Exception as problem:  # classes of other packages may raise anything, e.g. tensors on a GPU
+        except (
+            Exception
+        ) as problem:  # array classes of other packages may raise anything, such as TypeError for a tensor on a GPU
             hint = "give a NumPy array; for a tensor: tensor.cpu().numpy()"
             raise UsageError(
                 f"frames of class {type(frames).__name__} cannot become an array: {problem}", hint
@@ -88,7 +94,7 @@ class HeldVideo(Video):
     __hash__ = object.__hash__
 
     def on_screen(self, times_s: Sequence[float]) -> "tuple[np.ndarray, tuple[float, ...]]":
-        """Return the frames on screen at n times, uint8 `[n, H, W, 3]` and C-contiguous, and the start times of these frames."""
+        """Return the frames on screen at n times, as C-contiguous uint8 `[n, H, W, 3]`, and the start time of each frame."""
         counts = [bisect_right(self.frames_s, time_s + TOLERANCE_S) for time_s in times_s]
         numbers = [max(count - 1, 0) for count in counts]
         frames = self.held[numbers]
@@ -98,7 +104,7 @@ class HeldVideo(Video):
 
 
 def _as_video(array: "np.ndarray", frames_s: tuple[float, ...], rate: float, start_s: float) -> HeldVideo:
-    """Build a video from an array. Raises UsageError if the frame rate or the duration is not a finite number above 0."""
+    """Build a video from an array. Raises UsageError if the frame rate or the duration is not finite and positive."""
     if not (0 < rate < math.inf and math.isfinite(frames_s[-1] + 1 / rate)):
         raise UsageError(f"{rate:g} frames per second is not a valid frame rate", RATE_HINT)
     gaps = [later - earlier for earlier, later in pairwise(frames_s)]

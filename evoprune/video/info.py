@@ -1,7 +1,7 @@
 """Data classes that describe an input.
 
-`Video` holds metadata of a video or still image, `ScanResult` the results of decoding the whole video, and `Subtitles` the
-subtitles from its tracks or from files next to it.
+`Video` holds the metadata of a video or still image. `ScanResult` holds the results of decoding the whole video. `Subtitles` holds
+subtitles, which come from one of the video's tracks or from a file next to the video.
 """
 
 import math
@@ -15,72 +15,79 @@ from evoprune.util import clock
 if TYPE_CHECKING:
     pass
 
-WIDEST_PIXEL = (
-    10.0  # a stated pixel aspect ratio above this (or below its inverse) is ignored: the pixels are read as square
-)
-SAME_SHAPE = 0.02  # two aspect ratios count as equal up to this relative difference
-# Values of `Video.container` for animations that Pillow reads (readers/animation.py), by Pillow's name of the format.
+WIDEST_PIXEL = 10.0  # a stated pixel aspect ratio above this, or below its inverse, is ignored, and the pixels are treated as square
+SAME_SHAPE = 0.02  # two aspect ratios count as equal if their relative difference is at most this
+# Animations that are read with Pillow (readers/animation.py): Pillow's format name, and the value of `Video.container`.
 ANIMATIONS = {"WEBP": "webp", "AVIF": "avif"}
 Kind = Literal["video", "picture"]  # kinds of input that a model distinguishes
-FOLDER_FPS = 2.0  # default rate of a folder of images; frames for Qwen2.5-VL are usually extracted at this rate
-# HDR formats: two transfer curves, and the unsupported Dolby Vision format (profile 5).
+FOLDER_FPS = (
+    2.0  # default frame rate for a folder of images, because frames for Qwen2.5-VL are usually extracted at this rate
+)
+# HDR formats: two transfer curves, and Dolby Vision's own format (profile 5), which is not supported.
 PQ = "PQ"
 HLG = "HLG"
 IPT = "IPTPQc2"
-# Whether to move a time to the nearest keyframe in its part of the video: if that saves much time, never, or whenever possible.
+# When to read the nearest keyframe instead of the exact frame: if that saves a lot of time, never, or whenever possible.
 Seek = Literal["auto", "exact", "keyframes"]
 SEEKS = get_args(Seek)
 # Libraries that read videos; "auto" lets evoprune choose.
 Decoder = Literal["auto", "pyav", "decord"]
-# File extensions of clips: MP4, or Matroska if players do not expect the codecs in an MP4.
+# File extensions of clips. Matroska is used if players do not expect the clip's codecs in an MP4.
 CLIP_ENDINGS = (".mp4", ".mkv")
 
-SubtitleLine = tuple[float, float, str]  # start and end in seconds from the first frame, and the text
+SubtitleLine = tuple[float, float, str]  # start and end in seconds from the first frame, and text
 
 
 @dataclass(frozen=True)
 class Video:
-    """Metadata of a video file, of a folder of images that is read as a video, or of a still image (which has no times).
+    """Metadata of a video file, a folder of images that is read as a video, or a still image.
 
-    A field is None if the file does not state the value, or if only a scan can find it. Times are in seconds from the first frame.
+    A field is None if the file does not state the value, if only a scan could find it, or if it does not apply to still images.
+    Times are in seconds from the first frame.
     """
 
     path: str
     duration_s: float | None  # time at which the last frame ends
-    width: int  # pixels as displayed, after rotation and with square pixels
+    width: int  # in pixels, as displayed: after rotation, and with square pixels
     height: int
-    rotation_deg: int  # clockwise, from stored to displayed frames: 0, 90, 180 or 270
+    rotation_deg: int  # clockwise rotation from stored to displayed frames: 0, 90, 180 or 270
     codec: str  # such as `h264`; for a folder, the codec of its first image
     pix_fmt: str | None  # such as `yuv420p`
-    container: str  # FFmpeg's name of the format, such as `matroska,webm`; otherwise `folder`, `picture` or `array`
+    container: (
+        str  # FFmpeg's name for the file format, such as `matroska,webm`; otherwise `folder`, `picture` or `array`
+    )
     fps: float | None = None  # average frame rate
-    variable_rate: bool | None = None  # whether the frame intervals differ
+    variable_rate: bool | None = None  # whether the intervals between frames vary
     frames_total: int | None = None
     start_s: float = 0.0  # the file's own timestamp of the first frame
-    tags: dict[str, str] = field(default_factory=dict)  # tags of the container, or the comment in a still image
-    # Pixels cropped from stored frames on the left, right, top and bottom, before rotation.
+    tags: dict[str, str] = field(default_factory=dict)  # the container's tags, or a still image's comment
+    # Number of pixels to crop from the left, right, top and bottom of a stored frame, before rotation.
     crop: Sequence[int] | None = None
-    mirrored: bool = False  # whether stored frames are flipped left to right before rotation
+    mirrored: bool = False  # whether to flip stored frames left to right, before rotation
     stated_s: float | None = (
-        None  # duration that the file states for the video track; exceeds `duration_s` if it is cut off
+        None  # the video track's duration as stated in the file; longer than `duration_s` if the file was cut off
     )
-    rate_guessed: bool = False  # whether `fps` is a guess, as for a raw stream that does not state its rate
-    clock_restarts: int = (
-        0  # number of times the file's clock restarts, as in joined files; times here continue across restarts
+    rate_guessed: bool = (
+        False  # whether `fps` is a guess, because the file (a raw stream) does not state its frame rate
     )
-    joined: bool = False  # whether another file was appended (`cat a.mp4 b.mp4`); its content may not be read
-    clock_gap_s: float = 0.0  # largest forward jump that counts as a restart of the clock
-    hdr: bool = False  # whether frames are mapped from HDR to SDR when read
+    clock_restarts: int = 0  # how often the file's clock restarts, as it does in concatenated files; evoprune's times continue across restarts
+    joined: bool = (
+        False  # whether another file was appended to this one (`cat a.mp4 b.mp4`); the appended file may not be read
+    )
+    clock_gap_s: float = 0.0  # largest forward jump in the timestamps that was taken for a restart of the clock
+    hdr: bool = False  # whether frames are mapped from HDR to SDR when they are read
     hdr_format: str | None = None  # `PQ`, `HLG` or `IPTPQc2`; None for SDR
-    interlaced: bool = False  # whether the first frame is interlaced; all interlaced frames are deinterlaced when read
-    # Width / height of the stored pixels, before rotation, or None if they are square. Ignored if more extreme than `WIDEST_PIXEL`.
+    interlaced: bool = (
+        False  # whether the first frame is interlaced; every interlaced frame is deinterlaced when it is read
+    )
+    # Width of a stored pixel divided by its height, before rotation. None means square pixels. Ignored if beyond `WIDEST_PIXEL`.
     pixel_aspect: float | None = None
     other_tracks: int = 0  # number of additional video tracks, which are not read
     has_sound: bool = False  # whether there is a sound track
 
     @property
     def warnings(self) -> list[str]:
-        """Names of the warnings about differences between what the model sees and what a player shows."""
+        """Names of the warnings for this video. Each is about a difference between what the model sees and what players show."""
         flags = {
             "hdr_video": self.hdr,
             "interlaced_video": self.interlaced,
@@ -102,12 +109,12 @@ class Video:
 
     @property
     def is_animation(self) -> bool:
-        """True for an animation that Pillow reads. FFmpeg reads all others."""
+        """True for an animation that is read with Pillow. All other animations are read with FFmpeg, as videos."""
         return self.container in ANIMATIONS.values()
 
     @property
     def is_file(self) -> bool:
-        """True for a file or a folder, False for frames that a Python program holds."""
+        """True for a file or a folder, False for an array of frames in memory."""
         return True
 
     @property
@@ -118,38 +125,41 @@ class Video:
         return self.duration_s
 
     def span(self, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-        """Return the start and end of a span, in seconds. Raises VideoError if the span is empty or the duration is unknown.
+        """Convert the start and end of a span to seconds from the first frame.
 
         Args:
-            start_s, end_s: Limits of the span; see `SamplingOptions`.
+            start_s, end_s: Start and end as the user gave them. For negative values and None, see `SamplingOptions`.
+
+        Raises:
+            VideoError: The span is empty, or the video's duration is unknown.
         """
         return span_of(self.length_s, start_s, end_s)
 
     def frames_at_once(self, chunk_bytes: int) -> int:
-        """Return how many frames fit into a chunk of `chunk_bytes`, rounded down to an even number. At least 2."""
+        """Return how many frames fit in a chunk of `chunk_bytes`, rounded down to an even number, but at least 2."""
         return max(2, chunk_bytes // (self.width * self.height * 3) // 2 * 2)
 
     def fitted(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (width, height) to which a frame of a different size is scaled so that it fits into a frame of this video."""
+        """Return the (width, height) to which a frame of a different size is scaled to fit inside this video's frames."""
         return fitted((width, height), (self.width, self.height))
 
     @property
     def cut_short(self) -> bool:
-        """True if the end of the video is missing. Differences up to 0.5 s or 2% are ignored as differences in counting."""
+        """True if the end of the video is missing, so that the stated duration is too long by more than 0.5 s and more than 2%."""
         if self.stated_s is None or self.duration_s is None:
             return False
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
 
 
 def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-    """Return the start and end of a span of a video, in seconds.
+    """Convert the start and end of a span to seconds from the first frame.
 
     Args:
         duration_s: Length of the video in seconds.
-        start_s, end_s: Limits of the span; see `SamplingOptions`.
+        start_s, end_s: Start and end as the user gave them. For negative values and None, see `SamplingOptions`.
 
     Raises:
-        VideoError: The span is empty, or the duration is not a finite number above 0.
+        VideoError: The span is empty, or the duration is not finite and positive.
     """
     if not 0 < duration_s < math.inf:
         raise VideoError(f"the video has no usable duration ({duration_s} s)")
@@ -168,9 +178,9 @@ def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None)
 
 
 def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
-    """Return the largest (width, height) that fits into `outer` and has the aspect ratio of `size`.
+    """Return the largest (width, height) that fits inside `outer` and has the same aspect ratio as `size`.
 
-    If the two aspect ratios are nearly equal (`SAME_SHAPE`), `outer` itself is returned.
+    If the aspect ratios of `size` and `outer` are nearly equal (see `SAME_SHAPE`), `outer` itself is returned.
     """
     across = size[0] * outer[1]
     down = size[1] * outer[0]
@@ -183,63 +193,67 @@ def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """Results of decoding a whole video. `duration_s` and `stated_s` are defined as in `Video`.
+    """Results of decoding a whole video. `duration_s` and `stated_s` have the same meaning as in `Video`.
 
-    Some containers, such as Matroska, hide damage. Damage then shows only as a `duration_s` that is shorter than `stated_s`.
+    In some containers, such as Matroska, damaged packets cannot be detected. The only sign of damage is then that `duration_s` is
+    shorter than `stated_s`.
     """
 
     frames: int
-    damaged: int  # number of packets (in a folder: images) that were skipped or patched up
+    damaged: int  # number of packets (or images, in a folder) that were skipped or patched up
     duration_s: float
     stated_s: float | None
-    variable_rate: bool  # whether more frame intervals are irregular than the damage explains
-    largest_gap_s: float  # largest interval between two frames; 0 for a single frame
-    keyframe_median_s: float  # median interval between keyframes, counting the one from the last keyframe to the end
+    variable_rate: bool  # whether there are more irregular frame intervals than the damage can explain
+    largest_gap_s: float  # longest interval between two frames; 0 if there is only one frame
+    keyframe_median_s: (
+        float  # median interval between keyframes, including the interval from the last keyframe to the end
+    )
     keyframe_max_s: float
     seconds: float
 
 
 @dataclass(frozen=True)
 class FrameTimes:
-    """Display times of all frames of a video."""
+    """Display times of all frames in a video."""
 
     times_s: list[float]  # seconds from the first frame, ascending
-    stated: int  # number of frames stated in the header, or 0 if the header does not state it
+    stated: int  # number of frames according to the header, or 0 if the header does not say
 
 
 @dataclass(frozen=True)
 class Subtitles:
     """Subtitles of a video.
 
-    The warning "subtitles_encoding" indicates that the file's encoding was guessed to be cp1252. The warning "damaged_subtitles"
-    indicates that lines may be missing.
+    The warning "subtitles_encoding" means that the file's encoding is unknown and was assumed to be cp1252. The warning
+    "damaged_subtitles" means that lines may be missing.
     """
 
-    source: str | None = None  # the subtitle file, or the track in the video; None if there are no subtitles
-    lines: list[SubtitleLine] = field(default_factory=list)  # sorted by start time, without markup and line breaks
+    source: str | None = None  # name of the subtitle file or of the video's track; None if there are no subtitles
+    lines: list[SubtitleLine] = field(default_factory=list)  # sorted by start time, with markup and line breaks removed
     warnings: list[str] = field(default_factory=list)
-    note: str | None = None  # the reason why there are no subtitles
-    speech: str | None = None  # the speech model that transcribed the lines, or None for real subtitles
-    language: str | None = None  # code of the spoken language, such as `en`, or None if nothing was transcribed
+    note: str | None = None  # why there are no subtitles
+    speech: str | None = None  # speech model that transcribed the lines; None if they come from subtitles
+    language: str | None = None  # code of the spoken language, such as `en`; None if nothing was transcribed
 
     def fitted(self, max_tokens: int, count_tokens: Callable[[str], int]) -> "PromptSubtitles":
-        """Choose as many lines for the prompt as fit into `max_tokens`, spread evenly over all lines.
+        """Choose as many lines for the prompt as fit in `max_tokens`, spread evenly over all lines.
 
-        Lines are never cut. A line that exceeds the limit on its own is left out.
+        Lines are never shortened. A line that is too long to fit even by itself is left out.
 
         Args:
+            max_tokens: Maximum number of tokens for all chosen lines together.
             count_tokens: Function that returns the number of tokens in a string.
         """
-        longest = 16 * max_tokens  # characters; tokenizing a longer text might take minutes
+        longest = 16 * max_tokens  # in characters; tokenizing a longer text could take minutes
         lines = [line for line in self.lines if len(line[2]) <= longest]
-        # Bisect the number of lines. Each line takes more than one token, so `max_tokens + 1` lines cannot fit.
+        # Find the number of lines by bisection. Each line takes more than one token, so `max_tokens + 1` lines cannot fit.
         fits = 0
         too_many = min(len(lines), max_tokens) + 1
         text = ""
         tokens = 0
         while too_many - fits > 1:
             count = (fits + too_many) // 2
-            # The middle line of each of `count` equal parts.
+            # Divide the lines into `count` equal parts and take the middle line of each part.
             middles = [(2 * i + 1) * len(lines) // (2 * count) for i in range(count)]
             block = as_text([lines[i] for i in middles])
             needed = max_tokens + 1
@@ -257,13 +271,13 @@ class Subtitles:
 
 @dataclass(frozen=True)
 class PromptSubtitles:
-    """The part of a video's `Subtitles` that goes into the prompt."""
+    """The part of a video's `Subtitles` that is included in the prompt."""
 
-    text: str = ""  # precedes the question; empty without subtitles
+    text: str = ""  # placed before the question; empty if there are no subtitles
     source: str | None = None
-    lines: int = 0  # number of lines in the sampled span of the video
+    lines: int = 0  # number of lines in the span of the video that was sampled
     lines_in_prompt: int = 0
-    tokens: int = 0  # number of tokens of `text`
+    tokens: int = 0  # number of tokens in `text`
     warnings: tuple[str, ...] = ()
     note: str | None = None
     speech: str | None = None
@@ -275,14 +289,14 @@ class PromptSubtitles:
         return {name: getattr(self, name) for name in RECORDED}
 
 
-# fields of `PromptSubtitles` in records
+# fields of `PromptSubtitles` that are included in records
 RECORDED = ("source", "lines", "lines_in_prompt", "tokens", "speech", "language")
 
 
 def as_text(lines: Sequence[SubtitleLine]) -> str:
-    """Join subtitle lines into a block of text that begins with a title and ends with an empty line.
+    """Join subtitle lines into a block of text that begins with the heading "Subtitles:" and ends with an empty line.
 
-    Each line begins with its start time, rounded down to a full second.
+    Each line is preceded by its start time, rounded down to a whole second.
     """
     times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""Finds the files of an input: the videos and images in a folder, the subtitles next to a video, and the state of these files."""
+"""Finds the files that belong to an input, such as the images in a folder or the subtitles next to a video, and records their state."""
 
 import os
 import re
@@ -8,23 +8,25 @@ from typing import Any, ClassVar
 from evoprune.files import in_natural_order
 from evoprune.util import file_state
 
-SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")  # extensions of subtitle files next to a video, preferred first
-LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")  # tag before the extension: .en, .pt-BR
+SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")  # extensions of subtitle files, in order of preference
+LANGUAGE = re.compile(
+    r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*"
+)  # language tag before the extension, such as .en or .pt-BR
 
 
 class Folder:
     """The videos and images directly inside a folder, recognized by their file extensions.
 
-    Everything else is skipped silently: hidden files, subfolders (even if they are named like a video), and broken symbolic
-    links.
+    Everything else is skipped silently, including hidden files, broken symbolic links, and subfolders (even a subfolder whose name
+    looks like a video's).
 
     Attributes:
-        files: Paths of all videos, images and photos, in natural order (clip2 before clip10). Each path includes the folder.
-            Photos are images in formats that cannot be frames of a video (`PHOTOS`).
+        files: Paths of all videos, images and photos, in natural order (clip2 before clip10). Each path includes the folder. Photos
+            are images in formats that evoprune does not accept as frames of a video (`PHOTOS`).
 
     Raises:
-        OSError: The folder does not exist or cannot be read. Callers that report to users convert this error to a `VideoError`
-            or a `UsageError`.
+        OSError: The folder does not exist or cannot be read. Callers convert this error to a `VideoError` or `UsageError` before it
+            reaches the user.
         ValueError: The path contains a null byte.
     """
 
@@ -47,12 +49,12 @@ class Folder:
 
     @property
     def images(self) -> list[str]:
-        """The paths in `files` with an image extension (`IMAGES`), in the same order."""
+        """The paths in `files` that have an image extension (`IMAGES`), in the same order."""
         return [path for path in self.files if path.lower().endswith(self.IMAGES)]
 
     @property
     def videos(self) -> list[str]:
-        """The paths in `files` with a video extension (`VIDEOS`), in the same order."""
+        """The paths in `files` that have a video extension (`VIDEOS`), in the same order."""
         return [path for path in self.files if path.lower().endswith(self.VIDEOS)]
 
 
@@ -60,11 +62,11 @@ def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[li
     """Find the subtitle files next to a video.
 
     Args:
-        listdir: `os.listdir`, or a cached version of it.
+        listdir: Function that lists a folder: `os.listdir`, or a version of it that caches results.
 
     Returns:
-        The paths of subtitle files that have the video's own name, preferred format first; and the paths of files that have a
-        language tag added to the name.
+        Two lists of paths: the subtitle files with the same name as the video, in order of preference; and the subtitle files whose
+        names have a language tag after the video's name.
 
     Raises:
         OSError: The folder cannot be read.
@@ -88,14 +90,16 @@ def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[li
 def input_state(
     path: str, subtitles: str = "none", listdir: Callable[[str], list[str]] = os.listdir
 ) -> dict[str, Any] | None:
-    """Return the `file_state` of all files of an input: the video, still image or images of a folder, and the subtitles.
+    """Return the `file_state` of all files that an input depends on.
+
+    These files are the video, the still image, or the images in the folder, and the subtitle files.
 
     Args:
-        subtitles: A subtitle file, "none", or "auto" for all subtitle files next to the input.
+        subtitles: Path of a subtitle file, "none", or "auto" for all subtitle files next to the input.
         listdir: See `subtitles_beside`.
 
     Returns:
-        The state, or None if a file is missing or cannot be read.
+        The state, or None if any of the files is missing or cannot be read.
     """
     try:
         own = Folder(path).images if os.path.isdir(path) else [path]

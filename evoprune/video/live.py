@@ -1,4 +1,4 @@
-"""Reads live sources in a worker process. Frames are yielded as they arrive, and a source that stops is opened again."""
+"""Reads live sources in a worker process. Frames are yielded as they arrive, and evoprune reconnects to a source that stops."""
 
 import os
 import stat
@@ -21,30 +21,31 @@ if TYPE_CHECKING:
 PACES = ("source", "file")
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "tcp")
 STDIN = "-"
-LONGEST_S = 20.0  # longest timeout: a worker that is silent for longer counts as hung
+LONGEST_S = 20.0  # maximum timeout, because a worker that is silent for longer is considered hung
 TimedFrame = tuple[float, "np.ndarray"]  # seconds since the first frame; and uint8 [H, W, 3], RGB as displayed
 Due = Callable[[], float]
 
 
 class LiveSource:
-    """A live source that is read over successive connections.
+    """A live source, such as a stream or a camera, that is reconnected if it stops.
 
     Attributes:
         name: The source without its password.
         facts: Fields of `Video`, filled in once the source is open.
-        waits: True if the source loses no frames when it is read late, as with a file or a download of known length.
+        waits: True if frames stay available until they are read, as with a file or a download of known length. False if frames that
+            are not read in time are lost.
 
     Args:
         source: A URL with a scheme from `SCHEMES`, a camera such as /dev/video0, a file, or `-` for standard input (a pipe).
-        pace: "source" yields frames as they arrive; for a file, this includes frames that are appended later. "file" yields
-            frames at the pace of their timestamps.
-        timeout_s: How long the source may be silent, or how long a file may go without growing.
+        pace: "source" yields frames as they arrive. If the source is a file, frames that are appended to it later are yielded too.
+            "file" yields frames in real time, according to their timestamps.
+        timeout_s: Maximum number of seconds that the source may send nothing, or that a file may stop growing.
         reconnects: Maximum number of consecutive attempts to reopen a URL or a camera that ended or failed.
-        tell: Called with a sentence about each attempt.
+        tell: Called before each attempt with a sentence to show to the user.
 
     Raises:
         UsageError: A number is out of range, the protocol is not supported, or standard input is a terminal.
-        VideoError: The file does not exist.
+        VideoError: The file does not exist or cannot be read.
     """
 
     def __init__(
@@ -72,7 +73,11 @@ class LiveSource:
         if source == STDIN or is_file:
             self._reconnects = 0
         self._pace = pace
-        self._arguments = {"source": self._source, "name": self.name, "timeout_s": float(timeout_s)}  # for `LiveReader`
+        self._arguments = {
+            "source": self._source,
+            "name": self.name,
+            "timeout_s": float(timeout_s),
+        }  # arguments for `LiveReader`
         self._arguments["follow"] = pace == "source"
         self._is_file = is_file
         self.waits = is_file and pace == "source"
@@ -84,10 +89,10 @@ class LiveSource:
     def frames(self, due: Due) -> Iterator[TimedFrame]:
         """Yield frames until the source ends.
 
-        Timestamps continue across reconnects. The gap between two connections equals the wall time that passed between them.
+        After a reconnect, timestamps continue from the last frame, plus the wall time that has passed since that frame.
 
         Args:
-            due: Returns the time at which the next frame is due.
+            due: Function that returns the time from which the next frame is wanted. Frames before that time are skipped.
 
         Raises:
             VideoError: The source cannot be read, broke off, or could not be reopened.
@@ -128,13 +133,13 @@ class LiveSource:
             base = last[0] + time.monotonic() - last[1]
 
     def close(self) -> None:
-        """Stop reading. May be called from any thread."""
+        """Stop reading. This method may be called from any thread."""
         self._closing.set()
         if worker := self._worker:
             worker.kill()
 
     def _connected(self, due: Due) -> Iterator:
-        """Yield the facts of a `LiveReader`, then its frames. They are read by a worker process, which is killed afterwards."""
+        """Start a `LiveReader` in a worker process and yield its facts, then its frames. On exit, the process is killed."""
         with borrow(self.name) as worker:
             self._worker = worker
             if self._closing.is_set():
@@ -161,13 +166,13 @@ class LiveSource:
                 self._worker, worker.busy = None, True
 
     def _update_facts(self, header: dict) -> None:
-        """Update facts that some sources state only in their frames."""
+        """Update the facts that some sources state only in their frames, not in a header."""
         if header["hdr_format"]:
             self.facts |= {"hdr": True, "hdr_format": header["hdr_format"]}
 
 
 def _check(source: str) -> None:
-    """Raise UsageError or VideoError if the source certainly cannot be read."""
+    """Raise UsageError or VideoError if it is already clear that the source cannot be read."""
     if source == STDIN:
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("- means standard input, which is a terminal", "pipe a video into it")

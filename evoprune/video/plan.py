@@ -1,6 +1,6 @@
-"""Plans which frames a model sees and at what size, within all limits. This is pure arithmetic: no file is opened.
+"""Plans which frames a model sees and at what size, within the limits of the model and the options.
 
-All times are in seconds from the video's first frame.
+Planning is pure arithmetic, and no file is opened. All times are in seconds from the video's first frame.
 """
 
 import math
@@ -19,10 +19,12 @@ from evoprune.util import check_types, option, parse_time
 from evoprune.video.info import FOLDER_FPS, Decoder, Kind, PromptSubtitles, Seek, Video, check_seek, span_of
 from evoprune.video.sound import check_speech
 
-# Maximum number of units in a single frame, for models that limit the total of all frames (Qwen uses the same limit). Otherwise, a
-# four-frame video would spend the whole total on four huge frames.
+# Maximum number of units in a single frame, for models that limit only the total over all frames. Without it, a four-frame video
+# could use up the whole total with four huge frames. Qwen's own processor has the same limit.
 MAX_FRAME_TOKENS = 768
-CHUNK_BYTES = 8 * 2**20  # maximum size of a chunk of frames, decoded or resized; exceeded only if two frames are larger
+CHUNK_BYTES = (
+    8 * 2**20
+)  # maximum size of a chunk of decoded or resized frames; a chunk is larger only if two frames are
 
 Area = Annotated[int, Rule.whole(1, 2**31)]
 Means = Annotated[tuple[float, float, float], Rule.list_of(Rule.number(-1000, 1000), 3)]
@@ -36,7 +38,7 @@ def _check_at_least(min_value: int, name: str, value: float | None) -> None:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Options for sampling frames from a video. Raises UsageError if a number is invalid, or if both fps and frames are set."""
+    """Options for sampling frames from a video. Raises UsageError if a value is invalid, or if both fps and frames are set."""
 
     PANEL: ClassVar[str] = "Sampling"
     MAX_VISUAL_TOKENS: ClassVar[int] = 24_576  # Qwen2.5-VL's own limit for a video, before pruning
@@ -55,7 +57,7 @@ class SamplingOptions:
         typed=str,
         unless_typed="0",
         parse=parse_time,
-        changes_answers=False,  # every row of a batch states its own span
+        changes_answers=False,  # each row of a batch result contains its own span
     )
     end_s: float | None = option(
         None,
@@ -125,16 +127,16 @@ class SamplingOptions:
 
     @property
     def subtitle_file(self) -> str | None:
-        """The subtitle file named by `subtitles`, or None if `subtitles` is "none" or "auto"."""
+        """Path of the subtitle file that `subtitles` names, or None if `subtitles` is "none" or "auto"."""
         return None if self.subtitles in ("none", "auto") else self.subtitles
 
     @property
     def subtitles_wanted(self) -> str:
-        """`subtitles`; but "auto" if it is "none" and `speech` is "auto", which transcribes only videos without subtitles."""
+        """The value of `subtitles`, except that `speech="auto"` turns "none" into "auto", to skip videos that have subtitles."""
         return "auto" if (self.subtitles, self.speech) == ("none", "auto") else self.subtitles
 
     def check_one_file(self, inputs: int) -> None:
-        """Raise UsageError if one subtitle file is given for several inputs."""
+        """Raise UsageError if a subtitle file is given but there is more than one input."""
         if inputs > 1 and self.subtitle_file:
             hint = "auto uses the subtitles next to each video or in it"
             raise UsageError(
@@ -142,7 +144,7 @@ class SamplingOptions:
             )
 
     def check_picture(self, info: Video) -> None:
-        """Raise UsageError if a subtitle file is given for a picture."""
+        """Raise UsageError if a subtitle file is given for a still image."""
         if info.is_picture and self.subtitle_file:
             raise UsageError(
                 f"{info.path} is a picture, which has no subtitles", "leave out the subtitles, or give the video"
@@ -154,22 +156,25 @@ class SamplingOptions:
         return self.fps is not None or self.frames is not None
 
     def rate(self, usual: float) -> float:
-        """Return the frame rate in frames per second, or `usual` if none is set. Ignore the result if a number of frames is set."""
+        """Return `fps`, or `usual` if no frame rate is set. Callers ignore the result if a number of frames is set."""
         return usual if self.fps is None else self.fps
 
     def with_overrides(self, **own) -> "SamplingOptions":
-        """Return a copy with some fields replaced. Setting a rate clears the number of frames, and vice versa."""
+        """Return a copy with some fields replaced. Setting `fps` clears `frames`, and vice versa."""
         if own.keys() & {"fps", "frames"}:
             own = {"fps": None, "frames": None} | own
         return replace(self, **own)
 
     @property
     def timeless(self) -> "SamplingOptions":
-        """A copy without a time span."""
+        """A copy of the options without a time span."""
         return replace(self, start_s=0.0, end_s=None)
 
     def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
-        """Return the options for each input. If the inputs include a video, the time span is removed for still images."""
+        """Return the options for each input. If a video is among the inputs, still images get the options without the time span.
+
+        Otherwise, still images keep the time span, so that it is reported as an error.
+        """
         if all(info.is_picture for info in inputs):
             return [self] * len(inputs)
         return [self.timeless if info.is_picture else self for info in inputs]
@@ -180,10 +185,10 @@ DEFAULT_SAMPLING = SamplingOptions()
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """The times at which frames are taken from a span.
+    """The times at which frames are sampled from a span of a video.
 
-    `times_s` holds the middles of equal parts of the span, in ascending order. `wanted` is the number of frames before the limit
-    `max_frames` was applied.
+    The span is divided into equal parts. `times_s` holds the time in the middle of each part, in ascending order. `wanted` is the
+    number of frames that would have been sampled without the limit `max_frames`.
     """
 
     start_s: float
@@ -193,13 +198,13 @@ class SamplingPlan:
 
     @classmethod
     def even(cls, start_s: float, end_s: float, frames: int, wanted: int | None = None) -> "SamplingPlan":
-        """Divide a span into `frames` equal parts and return a plan with their middles. `wanted` defaults to `frames`."""
+        """Return a plan that samples the middle of each of `frames` equal parts of a span. `wanted` defaults to `frames`."""
         times_s = tuple(start_s + (i + 0.5) * (end_s - start_s) / frames for i in range(frames))
         return cls(start_s, end_s, times_s, frames if wanted is None else wanted)
 
     @property
     def frames(self) -> int:
-        """Number of frames: an even number for a video, 1 for a still image."""
+        """Number of frames, which is an even number for a video and 1 for a still image."""
         return len(self.times_s)
 
     @property
@@ -207,22 +212,22 @@ class SamplingPlan:
         return (self.end_s - self.start_s) / self.frames
 
     def seconds_per_pair(self, temporal_patch: int = 2) -> float:
-        """Time from one frame pair (`temporal_patch` frames) to the next, in seconds."""
+        """Return the time in seconds from one frame pair, which is a group of `temporal_patch` frames, to the next."""
         return temporal_patch * self.seconds_per_frame
 
 
-# The plan for a still image: one frame. With 0.5 s per frame, a frame pair counts as one second, although there is only one frame.
+# The plan for a still image, which has one frame. It lasts 0.5 s, because models expect a frame pair to last one second.
 ONE_FRAME = SamplingPlan(0.0, 0.5, (0.0,), 1)
 
 
 @dataclass(frozen=True)
 class InputLimits:
-    """A model's requirements for videos or still images: size, normalization and frame rate.
+    """A model's requirements for the size, normalization and frame rate of videos or of still images.
 
-    The defaults are Qwen2.5-VL's values for video. A model's files can set the fields that are annotated with a rule. `min_pixels`
-    and `max_pixels` limit the area of one frame after resizing; if `of_all_frames` is True, they limit the total area of all frames
-    of a video. `merge_size` is the side length of a unit in patches. `image_mean` and `image_std` apply to the red, green and blue
-    channels, with values scaled to 0..1.
+    The defaults are Qwen2.5-VL's values for video. The fields that are annotated with a rule can be set by a model's files.
+    `min_pixels` and `max_pixels` limit the area of a single frame after resizing or, if `of_all_frames` is True, the total area of
+    all of a video's frames. `merge_size` is the side length of a unit, measured in patches. `image_mean` and `image_std` contain a
+    value for each of the red, green and blue channels, and apply to pixel values between 0 and 1.
     """
 
     min_pixels: Area = 128 * 28 * 28
@@ -249,9 +254,9 @@ class InputLimits:
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) that the model sees.
 
-        Both sides are multiples of `unit`, the area is within the limits, and the aspect ratio stays nearly the same.
-        If the area limits conflict with the aspect ratio, the area limits win (Qwen2-VL, arXiv 2409.12191, naive dynamic
-        resolution). The area limits must apply to a single frame; see `of_each`.
+        Both sides are multiples of `unit`, the area is within the limits, and the aspect ratio is kept as closely as possible. If
+        the aspect ratio cannot be kept within the area limits, the limits take precedence. This is the "naive dynamic resolution"
+        of Qwen2-VL (arXiv 2409.12191). The limits must be those for a single frame (see `of_each`).
 
         Raises:
             ValueError: A side is not positive, or one side is more than 200 times the other.
@@ -281,46 +286,47 @@ class InputLimits:
 
 @dataclass(frozen=True)
 class Plan:
-    """The frames that are read from a video and the computation on them. A still image counts as one frame.
+    """A plan of which frames to read from a video and how to encode them. A still image counts as one frame.
 
     `Plan.of` chooses the frames. `ModelDescription.plan` (session/loading/description.py) adds `tower` and `pruning`, which
     determine `encoder`.
 
-    `limited` is True if the options ask for more frames or a higher rate than a limit allows, or if frames were made smaller so
-    that the requested number fits. A frame limit set by the options themselves does not count, and neither does the model's default
-    rate.
+    `limited` is True if the options ask for more frames or a higher frame rate than a limit allows, or if frames were made smaller
+    so that the requested number of frames fits. A frame limit that was set in the options does not count as a limit here. `limited`
+    is also False if only the model's default frame rate had to be reduced.
     """
 
     info: Video
     sampling: SamplingPlan
-    height: int  # pixels of a frame after resizing
+    height: int  # size of a frame in pixels after resizing
     width: int
-    grid: Grid  # (T, H, W): frame pairs, and rows and columns of units
-    frame_limit: int  # frame limit set by the model or the caller; `sampling.wanted` may exceed it
+    grid: Grid  # (T, H, W): numbers of frame pairs, rows of units, and columns of units
+    frame_limit: int  # maximum number of frames, set by the model or the caller; `sampling.wanted` may exceed it
     token_limit: int  # maximum number of visual tokens before pruning
-    token_capped: bool  # whether `token_limit` made frames smaller or fewer than the model's own limits require
+    token_capped: bool  # whether frames are smaller or fewer because of `token_limit`
     limited: bool = False
     tower: TowerShape | None = None  # shape of the vision tower that encodes the input
     pruning: Any = None  # a `PruneConfig` or `PruneOptions`; None disables pruning
-    unshrunk: "Plan | None" = None  # the plan without pruning, if the pruning method makes the input smaller
+    unshrunk: "Plan | None" = None  # the plan without pruning, if the pruning method reduces the size of the input
     name: str = ""
-    decoder: str = ""  # "pyav" or "decord"; "pillow" for a picture and some animations, "none" for a `HeldVideo`
+    decoder: str = ""  # "pyav" or "decord"; "pillow" for still images and some animations, "none" for a `HeldVideo`
     seek: str = "exact"  # one of `info.SEEKS`
-    read_s: tuple[float, ...] = ()  # the frames' own times, set once they are read
-    moved: bool = False  # whether some frames are nearby keyframes
+    read_s: tuple[float, ...] = ()  # the frames' own times, set after they have been read
+    moved: bool = False  # whether some frames were replaced with nearby keyframes
     subtitles: PromptSubtitles = field(default_factory=PromptSubtitles)
 
     @classmethod
     def of(cls, info: Video, limits: InputLimits, options: SamplingOptions = DEFAULT_SAMPLING) -> "Plan":
-        """Plan the sampling times and frame size for a video, or the size of a still image.
+        """Plan a video's sampling times and frame size, or a still image's size.
 
-        The plan respects the model's limits and the token limit. If the input would exceed `max_visual_tokens`, frames are first
-        made smaller, down to the model's minimum size. If that is not enough, fewer frames are sampled. If a single frame pair is
-        still too large, its frames become smaller than the model's minimum.
+        If the input would exceed `max_visual_tokens`, frames are first made smaller, down to the model's minimum size. If that is
+        not enough, fewer frames are sampled. If even a single frame pair is too large, its frames are made smaller than the model's
+        minimum.
 
         Args:
             limits: The model's limits for this kind of input (video or still image).
-            options: If a limit is None, the model's value applies; for `max_visual_tokens`, the default is 24,576.
+            options: For a limit that is None, the model's value is used. The exception is `max_visual_tokens`, for which None means
+                24,576.
 
         Raises:
             VideoError: The duration is unknown, the span is empty, or frames of this shape cannot be resized.
@@ -337,7 +343,7 @@ class Plan:
         else:
             sample = partial(plan_sampling, info.length_s, options, fps=limits.fps, min_frames=limits.min_frames)
             frame_limit = limits.max_frames if options.max_frames is None else options.max_frames
-            # At most one frame pair per allowed token, so that `times_s` stays short if `frame_limit` is huge.
+            # Sample at most one frame pair per allowed token, so that `times_s` stays short even if `frame_limit` is huge.
             sampling = sample(max_frames=min(frame_limit, pair * max_tokens))
             wanted = min(sampling.wanted, frame_limit - frame_limit % pair)
             pairs = sampling.frames // pair
@@ -355,7 +361,7 @@ class Plan:
 
     @cached_property
     def encoder(self) -> EncoderPlan:
-        """The encoder's plan. Computed lazily, because loading a pruning method imports torch."""
+        """The encoder's plan. It is computed lazily, because loading a pruning method imports torch."""
         if self.pruning is None:
             return EncoderPlan.full(self.tower, self.grid)
         return self.pruning.plan(self.tower, self.full.grid)
@@ -370,25 +376,25 @@ class Plan:
 
     @property
     def source(self) -> Video:
-        """The source to read frames from. A video is read at its own size, a still image at the size that the encoder needs."""
+        """The input with the size at which to read it: a video's own size, or the size that the model needs for a still image."""
         if self.is_picture:
             return replace(self.info, width=self.width, height=self.height)
         return self.info
 
     @property
     def read_arguments(self) -> dict[str, Any]:
-        """The arguments of `frames.read_chunks` that determine which frames are read."""
+        """The arguments for `frames.read_chunks` that determine which frames are read."""
         return {"decoder": self.decoder, "seek": self.seek, "part_s": self.sampling.seconds_per_frame}
 
     @property
     def chunk_bytes(self) -> int:
-        """Maximum size in bytes of a chunk of decoded frames, so that the resized frames stay within `CHUNK_BYTES`."""
+        """Maximum size of a chunk of decoded frames in bytes. It ensures that the resized frames also fit in `CHUNK_BYTES`."""
         pixels = self.source.width * self.source.height
         return CHUNK_BYTES * pixels // max(pixels, self.width * self.height)
 
     @property
     def of_pixels(self) -> "Plan":
-        """A copy without the path and all other fields that do not affect the patches of the input."""
+        """A copy in which the path and all other fields that do not affect the input's patches are cleared."""
         return replace(
             self,
             info=replace(self.info, path=""),
@@ -410,7 +416,7 @@ class Plan:
 
     @property
     def shown_s(self) -> tuple[float, ...]:
-        """The frame times to state to the model: the requested times, or the frames' own times if some frames were moved."""
+        """The frame times to tell the model: the requested times, or the frames' own times if some frames are nearby keyframes."""
         return self.read_s if self.moved else self.sampling.times_s
 
     @property
@@ -420,12 +426,12 @@ class Plan:
 
     @property
     def cut_short(self) -> bool:
-        """True if the end of the file is missing and the sampled span extends to the end of what is left."""
+        """True if the end of the file is missing and the sampled span extends to the last frame that is left."""
         return self.info.cut_short and self.sampling.end_s == self.info.duration_s
 
     @property
     def capped(self) -> bool:
-        """True if the limit on tokens or frames made frames smaller, or made them fewer than requested."""
+        """True if the token limit or the frame limit made the frames smaller, or fewer than requested."""
         return self.token_capped or self.sampling.wanted > self.frame_limit
 
     @property
@@ -433,7 +439,7 @@ class Plan:
         return math.prod(self.grid)
 
     def shrunk(self, grid: Grid, limits: InputLimits) -> "Plan":
-        """Return a plan for the same span with a different (T, H, W) grid: T evenly spaced frame pairs, resized to H x W units."""
+        """Return a plan for the same span with a (T, H, W) grid, which has T evenly spaced frame pairs resized to H x W units."""
         pairs, height, width = grid
         sampling = self.sampling
         if pairs != self.grid[0]:
@@ -450,15 +456,15 @@ def plan_sampling(
     min_frames: int = 4,
     max_frames: int = 768,
 ) -> SamplingPlan:
-    """Spread an even number of frames over a video or over a span of it: t_i = start + (i + 0.5) * span / n.
+    """Spread an even number of frames over a video, or over a span of the video: t_i = start + (i + 0.5) * span / n.
 
     Args:
-        options: The span, and the frame rate or the number of frames. A number of frames is rounded up to an even number and
-            limited only by `max_frames`.
-        fps: Default rate if the options set neither a rate nor a number. A rate is converted to the nearest even number of
-            frames, at least 2, and then brought within both limits.
+        options: The span, and the frame rate or the number of frames. The number of frames is rounded up to an even number, and
+            only `max_frames` limits it.
+        fps: Frame rate to use if the options set neither a rate nor a number of frames. A frame rate is converted to the nearest
+            even number of frames, at least 2. That number is then adjusted to both `min_frames` and `max_frames`.
         min_frames, max_frames: Limits on the number of frames. An odd `min_frames` is rounded up, and an odd `max_frames` is
-            rounded down. If the two conflict, `max_frames` wins.
+            rounded down. If the two limits conflict, `max_frames` takes precedence.
 
     Raises:
         VideoError: The span is empty.
@@ -474,20 +480,20 @@ def plan_sampling(
 
 
 def check_no_span(picture: Video, start_s: float, end_s: float | None) -> None:
-    """Raise UsageError if a time span is given for a picture."""
+    """Raise UsageError if a time span is given for a still image."""
     if start_s != 0 or end_s is not None:
         raise UsageError(f"{picture.path} is a picture, which has no start or end", "leave out start and end")
 
 
 def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:
-    """Return the model's preferred frame size (H, W) in units, and the largest (T, H, W) grid that fits the limits.
+    """Return the model's preferred frame size (H, W) in units, and the largest (T, H, W) grid within the limits.
 
-    To fit, frames are first made smaller, down to the model's minimum size. Then the number of pairs is reduced, down to one.
-    Finally, frames become smaller than the minimum.
+    If the grid is too large, frames are first made smaller, down to the model's minimum size. Then the number of frame pairs is
+    reduced, down to one. As a last resort, frames are made smaller than the minimum.
 
     Args:
-        pairs: Maximum number of frame pairs, T.
-        max_units: Maximum of T x H x W.
+        pairs: Maximum number of frame pairs (T).
+        max_units: Maximum number of units in the grid (T x H x W).
 
     Raises:
         ValueError: Frames of this shape cannot be resized.
@@ -503,7 +509,7 @@ def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[
     if pairs * rows * cols > max_units:
         rows, cols = units(min_pixels, max(min_pixels, max_units * area // pairs))
         pairs = min(pairs, max(1, max_units // (rows * cols)))
-    if rows * cols > max_units:  # very elongated frames must lose units on their longer side as well
+    if rows * cols > max_units:  # if a frame is very elongated, its longer side must be shortened further
         rows, cols = units(1, max_units * area)
         if rows <= cols:
             cols = min(cols, max_units // rows)

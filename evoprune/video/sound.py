@@ -1,4 +1,4 @@
-"""Reads the sound of a video as samples for speech recognition. The file is decoded in a worker process."""
+"""Reads a video's sound as samples for speech recognition. The file is decoded in a worker process."""
 
 import math
 import os
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 RATE = 16_000  # samples per second
 PIECE_S = 30.0
 SPEECH_MODELS = ("tiny", "base", "small", "large-v3-turbo")
-SPEECH_FILES = ("model.bin", "config.json", "tokenizer.json")  # files that a folder with a speech model must contain
+SPEECH_FILES = ("model.bin", "config.json", "tokenizer.json")  # files that a speech model's folder must contain
 
 
 def check_speech(speech: str) -> None:
-    """Check the option `speech` as far as possible without loading a model.
+    """Check the `speech` option as far as possible without loading a model.
 
     Raises:
         UsageError: The option is neither a known word nor a folder with a CTranslate2 model, or faster-whisper is not installed.
@@ -41,11 +41,11 @@ def check_speech(speech: str) -> None:
 
 @dataclass(frozen=True)
 class SoundPiece:
-    """Consecutive samples of the sound of a video."""
+    """Consecutive samples of a video's sound."""
 
-    start_s: float  # time of the first sample in seconds from the first video frame
-    samples: "np.ndarray"  # float32 `[n]` from -1 to 1, mono, 16 kHz
-    damaged: int  # number of packets that could not be decoded so far
+    start_s: float  # time of the first sample, in seconds from the first video frame
+    samples: "np.ndarray"  # float32 `[n]` between -1 and 1, mono, 16 kHz
+    damaged: int  # number of packets so far that could not be decoded
 
     @property
     def end_s(self) -> float:
@@ -53,13 +53,13 @@ class SoundPiece:
 
 
 def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece]:
-    """Yield the sound of a span of a video in pieces of at most `PIECE_S` seconds. Yields nothing if the video has no sound.
+    """Yield a video's sound between two times in pieces of at most `PIECE_S` seconds. Yields nothing if the video has no sound.
 
-    If the file has no sound for a part of the span, that part is left out, and the next piece starts later than the previous piece
-    ends. Packets that cannot be decoded are skipped and counted. Close the iterator to stop early.
+    If the file has no sound for part of this span, that part is left out, so the next piece starts later than the previous piece
+    ends. Packets that cannot be decoded are skipped and counted. To stop early, close the iterator.
 
     Args:
-        start_s, end_s: The span, in seconds from the first video frame.
+        start_s, end_s: Start and end of the span, in seconds from the first video frame.
 
     Raises:
         VideoError: The file can no longer be read, or the worker process crashed. See also `isolation.run_task`.
@@ -72,7 +72,7 @@ def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece
     from evoprune.video.sandbox.isolation import HINT, borrow
 
     size = 4 * round(PIECE_S * RATE)
-    # At twice the size of a piece, every piece gets separate memory, which the worker releases after use.
+    # Because twice the actual size is declared, every piece gets its own memory, which the worker releases after use.
     memory = FrameMemory(2 * size)
     with borrow(info.path) as worker:
         message = worker.request("sound", {"info": asdict(info), "start_s": start_s, "end_s": end_s})
@@ -83,7 +83,7 @@ def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece
             message = {}
             said = worker.answer()
             done = said["done"]
-            worker.busy = not done  # so `borrow` kills the process if the caller stops early
+            worker.busy = not done  # makes `borrow` kill the process if the caller stops early
             at_s = float(said["start_s"])
             count = said["samples"]
             if not count and done:

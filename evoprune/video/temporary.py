@@ -1,4 +1,4 @@
-"""Temporary files for inputs that are not files. Readers need files, because they seek and run in a separate process."""
+"""Saves inputs that are not files to temporary files, because the readers need to seek and run in a separate process."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 from evoprune.errors import VideoError, named
 
 PREFIX = "evoprune-"
-LOCK = ".evoprune-lock"  # file in each temporary folder that is locked by the process using the folder
+LOCK = ".evoprune-lock"  # file in each temporary folder; the process that uses the folder keeps this file locked
 
 
 @contextmanager
@@ -37,17 +37,17 @@ def temporary_file(chunks: Iterable[bytes], name: str, file_name: str = "input")
 def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
     """Create a temporary folder that only the current user can read, yield its path, and delete the folder on exit.
 
-    If this process is killed, the next process that calls this function deletes the folder. It finds the folder unlocked, because
-    the operating system releases the lock no matter how a process ends. Windows has no such locks.
+    The folder is locked while it is in use. If this process is killed, the operating system releases the lock, and the next process
+    that calls this function deletes the unlocked folder. On Windows, which has no such locks, the folder is left behind.
 
     Args:
-        prefix: Prefix of the folder's name. It must begin with `PREFIX`.
+        prefix: Prefix for the folder's name. It must begin with `PREFIX`.
     """
     _delete_abandoned(Path(tempfile.gettempdir()))
     while True:
         folder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
         with folder, open(os.path.join(folder.name, LOCK), "wb") as lock:
-            with suppress(ImportError, OSError):  # Windows; a file system without locks
+            with suppress(ImportError, OSError):  # on Windows, or if the file system does not support locks
                 import fcntl
 
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -57,9 +57,9 @@ def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
 
 
 def _delete_abandoned(parent: Path) -> None:
-    """Delete temporary folders of this user that were left behind by processes that have ended."""
+    """Delete this user's temporary folders left behind by processes that have exited."""
     for folder in parent.glob(f"{PREFIX}*"):
-        # No lock file, a lock that is held, or a folder that has just been deleted.
+        # The folder has no lock file, its lock is held, or another process has just deleted it.
         with suppress(ImportError, OSError):
             import fcntl
 

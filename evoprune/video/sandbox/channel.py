@@ -1,7 +1,7 @@
-"""Communication with a worker process: JSON messages, heartbeats, and shared memory for frames.
+"""Communicates with a worker process through JSON messages, heartbeats, and shared memory for frames.
 
-A message can carry at most one file descriptor. Messages are never pickled, because a malicious video may control the worker and
-must not run code in the current process.
+A message can carry at most one file descriptor. Messages are never pickled, because a malicious video might take control of the
+worker, and unpickling the worker's messages would let it run code in the current process.
 """
 
 import json
@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# Reusable arrays per video: the one that the caller is using, the previous one, and the one that is being filled.
+# Number of reusable arrays per video: one that the caller is using, the one before it, and one that the worker is filling.
 PIECES = 3
-LARGEST = 2**26  # size limit of a message in bytes
+LARGEST = 2**26  # maximum size of a message in bytes
 ALIVE_EVERY_S = 1.0  # minimum interval between heartbeats
 _LENGTH = struct.Struct("<I")
-_ALIVE = _LENGTH.pack(0)  # marks a heartbeat, in place of a message length; followed by the number of finished frames
+_ALIVE = _LENGTH.pack(
+    0
+)  # sent instead of a message's length to mark a heartbeat; followed by the number of finished frames
 
 
 class Channel:
@@ -34,7 +36,7 @@ class Channel:
         descriptors: Maximum number of file descriptors that a received message may carry.
 
     Attributes:
-        done: Number of finished frames of the next answer. Heartbeats report this number, and `send` resets it to 0.
+        done: Number of frames finished so far for the next answer. Heartbeats report this number, and `send` resets it to 0.
     """
 
     def __init__(self, end: socket.socket, descriptors: int = 0):
@@ -71,11 +73,12 @@ class Channel:
             on_alive: Called at every heartbeat with the number of finished frames.
 
         Returns:
-            The message, and the file descriptor that it carried or None. The caller must close the descriptor.
+            The message, and the file descriptor that came with it. The descriptor is None if there was none. Otherwise, the caller
+            must close it.
 
         Raises:
             EOFError: The other end was closed.
-            TimeoutError: Neither a message nor a heartbeat arrived for `patience_s`.
+            TimeoutError: Neither a message nor a heartbeat arrived within `patience_s`.
         """
         self._socket.settimeout(patience_s)
         while True:
@@ -102,7 +105,7 @@ class Channel:
         return bytes(content)
 
     def shut(self) -> None:
-        """Shut down the connection from another thread. A thread that is waiting in `receive` then gets an EOFError."""
+        """Shut down the connection. If another thread is waiting in `receive`, EOFError is raised there."""
         with suppress(OSError):  # the other end is closed
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -111,11 +114,11 @@ class Channel:
 
 
 class FrameMemory:
-    """Shared memory for the arrays of one video.
+    """Shared memory for one video's arrays.
 
-    A piece of memory is reused once its array and all views of the array have been garbage-collected. Fresh memory would have to be
-    mapped page by page in both processes, which takes as long as decoding a frame. If a caller keeps more than `PIECES` arrays, the
-    additional arrays get separate memory.
+    A piece of memory is reused after its array and all views of the array have been garbage-collected. This saves time, because
+    both processes have to map new memory page by page, which takes as long as decoding a frame. If a caller keeps more than
+    `PIECES` arrays, each additional array gets memory of its own that is not reused.
 
     Args:
         size: Size of the largest array in bytes.
@@ -128,11 +131,11 @@ class FrameMemory:
         self._free: list[int] = []
 
     def take(self, shape: tuple[int, ...]) -> tuple["np.ndarray", int | None, int | None]:
-        """Return memory for an array that the worker will fill.
+        """Return shared memory for an array that the worker will fill.
 
         Returns:
-            A uint8 array with that shape; the number of its piece of memory, or None if the memory will not be reused; and a file
-            descriptor for the memory, or None if the worker already has the memory. The caller must close the descriptor.
+            A uint8 array with the given shape; the index of its piece of memory, or None if the memory will not be reused; and a
+            file descriptor for the memory, or None if the worker has already mapped it. The caller must close the descriptor.
 
         Raises:
             OSError: No memory can be allocated.
@@ -141,26 +144,26 @@ class FrameMemory:
 
         size = prod(shape)
         descriptor = None
-        if self._forks != _forks:  # a forked child may still use arrays that this process has released
+        if self._forks != _forks:  # a forked child process may still use arrays that this process has released
             self._forks, self._pieces, self._free = _forks, [], []
         if self._free:
             number = self._free.pop()
         elif (
             len(self._pieces) == PIECES or 2 * size <= self._size
-        ):  # the last array may be small, and its user may keep it
+        ):  # the last array may be small, and a caller that keeps it should not occupy a large piece
             piece, descriptor = shared_memory(size)
             return np.frombuffer(piece, np.uint8).reshape(shape), None, descriptor
         else:
             piece, descriptor = shared_memory(self._size)
             number = len(self._pieces)
             self._pieces.append(piece)
-        array = np.frombuffer(self._pieces[number], np.uint8, size)  # views keep this array alive
+        array = np.frombuffer(self._pieces[number], np.uint8, size)  # this array stays alive as long as any view of it
         weakref.finalize(array, self._free.append, number).atexit = False
         return array.reshape(shape), number, descriptor
 
 
 def shared_memory(size: int) -> tuple[mmap.mmap, int]:
-    """Allocate `size` bytes of shared memory, with a file descriptor for another process, which cannot resize the memory."""
+    """Allocate `size` bytes of shared memory. Returns it with a file descriptor for another process, which cannot resize it."""
     import fcntl
 
     descriptor = os.memfd_create("evoprune-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

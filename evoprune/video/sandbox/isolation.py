@@ -1,7 +1,8 @@
-"""Runs tasks and streams frames in worker processes. Each worker process reads one video at a time.
+"""Runs tasks in worker processes and streams frames from them. Each worker process reads one video at a time.
 
 If a worker crashes or exceeds its memory limit, the request is retried once in a new process, because an earlier video may have
-caused the failure. If the retry fails too, the video is blamed. A worker that hangs is killed, and its request is not retried.
+caused the failure. If the retry fails too, the error message blames the video. A worker that hangs is killed, and its request is
+not retried.
 """
 
 import atexit
@@ -33,27 +34,27 @@ from evoprune.video.sandbox.channel import Channel, FrameMemory
 if TYPE_CHECKING:
     import numpy as np
 
-MAX_IDLE = 2  # worker processes kept for later videos
-SILENCE_S = 25.0  # a worker that reports no progress for this long counts as hung
-CLIP_PIECE = 2**20  # maximum number of bytes of a clip in each answer
+MAX_IDLE = 2  # number of idle worker processes to keep for later videos
+SILENCE_S = 25.0  # a worker that reports no progress for this long is considered hung
+CLIP_PIECE = 2**20  # maximum number of a clip's bytes in each answer
 POLL_S = 0.1  # interval at which a waiting thread checks whether its result is still wanted
-# On other systems, everything runs in this process and FFmpeg is trusted. The same holds in frozen programs, whose executable is
-# not Python.
+# Worker processes are used only on Linux. On other systems, everything runs in this process, and FFmpeg is trusted. The same applies
+# to frozen programs, because their executable is not Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
 FilledArray = tuple["np.ndarray", dict[str, Any]]  # uint8 [n, H, W, 3], and the result of `worker.FrameReader.fill`
 OnFrames = Callable[[int], None]
-# Source code of a worker process. It uses the same import paths as this process.
+# The program that a worker process runs. It uses the same import paths as this process.
 PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.video.sandbox.worker import main; main({socket})"
 ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}
 HINT = "it is damaged or malicious; if it plays elsewhere, convert it, e.g. with ffmpeg"
 
 
 class Crash(VideoError):
-    """Raised when a worker process has ended unexpectedly or can no longer be used."""
+    """Raised when a worker process has exited unexpectedly or can no longer be used."""
 
 
 class Stopped(Exception):
-    """Raised in reading threads after `Scope.stop` was called, because their results are no longer needed."""
+    """Raised in threads that read videos after `Scope.stop` was called, because their results are no longer needed."""
 
 
 class WorkerProcess:
@@ -61,7 +62,7 @@ class WorkerProcess:
 
     Attributes:
         path: Path of the current video, used in error messages.
-        busy: True while a request is unanswered, or while a video has been read only partly.
+        busy: True while the process is working on a request, or if it has read only part of a video.
         stopped: True after `stop` was called.
     """
 
@@ -75,24 +76,25 @@ class WorkerProcess:
         here.settimeout(SILENCE_S)
         self._channel = Channel(here)
         self._stderr = os.fdopen(os.memfd_create("evoprune-stderr"), "rb", buffering=0)
-        # Python finds an editable install through an import hook. The worker has no such hook, so it needs the folder itself.
+        # Python finds an editable install through an import hook. The worker has no such hook, so it needs the package's folder.
         paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
         program = PROGRAM.format(paths=list(dict.fromkeys(paths)), socket=there.fileno())
         with there:
-            self._process = subprocess.Popen(  # noqa: S603 (this Python, and a program of our own)
-                # -S: `site` would only set paths, which PROGRAM sets.
+            self._process = subprocess.Popen(  # noqa: S603 (runs this Python with our own program)
+                # -S skips `site`, which would only set paths that PROGRAM sets anyway.
                 [sys.executable, "-I", "-S", f"-Xutf8={sys.flags.utf8_mode}", "-c", program],
-                stdin=subprocess.PIPE,  # closes when this process ends, which ends the worker
+                stdin=subprocess.PIPE,  # is closed when this process exits, which makes the worker exit
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # otherwise numpy starts threads that are not needed
+                env=os.environ
+                | {"OPENBLAS_NUM_THREADS": "1"},  # otherwise numpy would start threads that are not needed
                 pass_fds=[there.fileno()],
                 start_new_session=True,  # Ctrl-C must reach only this process
             )
         self.pid = self._process.pid
 
     def request(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Build the message that requests a task. Raises VideoError if the path is relative and the current folder is gone."""
+        """Build the request for a task. Raises VideoError if the path is relative and the current folder no longer exists."""
         try:
             folder = None if os.path.isabs(self.path) else os.getcwd()
         except FileNotFoundError as error:
@@ -105,14 +107,15 @@ class WorkerProcess:
         """Request the next frames of a video, or the next bytes of a clip.
 
         Args:
+            memory: The shared memory to take the array from.
             shape: `(n, H, W, 3)` for frames, `(n,)` for bytes.
-            more: Further entries of the message.
+            more: Other entries to include in the message.
 
         Returns:
-            A uint8 array with that shape, in shared memory. Its contents are valid once `answer` returns.
+            A uint8 array in shared memory, with the given shape. Its contents are valid only after `answer` has returned.
 
         Raises:
-            VideoError: The system's limit on file sizes is too low for the shared memory.
+            VideoError: The system's file size limit is too low for the shared memory.
             UsageError: Too many files are open.
             MemoryError: There is not enough memory.
         """
@@ -134,7 +137,7 @@ class WorkerProcess:
         return frames
 
     def send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
-        """Send a request. Call `answer` for the result. Raises Crash, OutOfMemory or Stopped if the process has ended."""
+        """Send a request, whose result `answer` returns. Raises Crash, OutOfMemory or Stopped if the process has exited."""
         self.busy = True
         try:
             self._channel.send(message, descriptor)
@@ -148,7 +151,7 @@ class WorkerProcess:
             on_frames: Called about once a second with the number of frames read so far.
 
         Raises:
-            Crash: The process crashed or exceeded its memory limit. `run_task` retries after this error.
+            Crash: The process crashed or exceeded its memory limit. If `run_task` sent the request, it retries.
             Stopped: Another thread called `stop`.
             VideoError, OutOfMemory, UsageError: See `run_task`.
         """
@@ -160,7 +163,7 @@ class WorkerProcess:
         except (OSError, EOFError, ValueError, RecursionError) as error:
             raise self._crash() from error
         self._answered = True
-        # An earlier video may have used up the memory of this process. Raising Crash makes `run_task` retry in a new process.
+        # An earlier video may have used up this process's memory. Raising Crash makes `run_task` retry in a new process.
         if limit := message.get("memory"):
             raise Crash(f"reading {self.path} takes more than {limit / 2**30:.1f} GiB of memory", HINT)
         self.busy = False
@@ -195,27 +198,27 @@ class WorkerProcess:
         return problem
 
     def kill(self) -> None:
-        """Kill the process. Other threads may call this. A thread that is waiting in `answer` then gets a `Crash`."""
+        """Kill the process. May be called from any thread. If a thread is waiting in `answer`, it gets a Crash."""
         self._process.kill()
 
     def stop(self) -> None:
-        """Kill the process from another thread. `answer` then raises `Stopped` at once, even if disk I/O blocks the process."""
+        """Kill the process and make `answer` raise Stopped at once in the thread that waits there, even if disk I/O is blocking."""
         self.stopped = True
         self._channel.shut()
         self.kill()
 
     def end(self) -> None:
-        """Kill the process and release its resources."""
+        """Kill the process, and release the resources used to communicate with it."""
         self.kill()
         self._process.stdin.close()
         self._channel.close()
         self._stderr.close()
-        with suppress(subprocess.TimeoutExpired):  # a process that is blocked by disk I/O ends once the I/O completes
+        with suppress(subprocess.TimeoutExpired):  # a process blocked by disk I/O exits only when the I/O completes
             self._process.wait(1)
 
 
 class InProcess:
-    """Replacement for `WorkerProcess` that runs requests in this process. A request runs when `answer` is called."""
+    """A substitute for `WorkerProcess` that handles requests in the current process. A request runs when `answer` is called."""
 
     def __init__(self):
         from evoprune.video.sandbox.worker import Server
@@ -251,13 +254,15 @@ class InProcess:
 
 
 _idle: list[WorkerProcess] = []
-_lock = threading.RLock()  # reentrant, because garbage collection may return a process while its thread holds the lock
+_lock = (
+    threading.RLock()
+)  # reentrant, because a garbage-collected iterator may return its process while this thread holds the lock
 _max_idle = MAX_IDLE
 
 
 @contextmanager
 def keep_idle(count: int) -> Iterator[None]:
-    """Keep up to `count` idle processes during the block, which reads `count` videos at a time. Restores the limit on exit."""
+    """Keep up to `count` idle processes, for a `with` block that reads `count` videos at a time. On exit, restore the limit."""
     global _max_idle
     before = _max_idle
     _max_idle = max(before, count)
@@ -273,28 +278,28 @@ def keep_idle(count: int) -> Iterator[None]:
 
 
 class Scope:
-    """Cancellation scope for all reading done by a thread and its child threads. Another thread can stop the scope.
+    """A cancellation scope, through which another thread can stop all reading done by a thread and its child threads.
 
     A child thread inherits the scope if it is started with `contextvars.copy_context().run`.
     """
 
     def __init__(self):
-        self._outer: Scope | None = None  # scope that the current thread inherited before it entered this scope
+        self._outer: Scope | None = None  # scope that the current thread had inherited when it entered this scope
         self._stopped = False
         self._workers: set[WorkerProcess] = set()
 
     def enter(self) -> None:
-        """Make this the scope of the current thread, nested in the scope that the thread inherited."""
+        """Make this the current thread's scope, nested in any scope that the thread inherited."""
         self._outer = _scope.get()
         _scope.set(self)
 
     @property
     def stopped(self) -> bool:
-        """True if this scope or an outer one was stopped."""
+        """True if this scope or a scope around it was stopped."""
         return self._stopped or (self._outer is not None and self._outer.stopped)
 
     def stop(self) -> None:
-        """Stop all reading in this scope at once. Threads that use or request a worker process get `Stopped`."""
+        """Stop all reading in this scope at once. Stopped is raised in every thread that uses or requests a worker process."""
         with _lock:
             self._stopped = True
             for worker in list(self._workers):
@@ -302,7 +307,7 @@ class Scope:
 
     @staticmethod
     def check() -> None:
-        """Raise Stopped if the scope of the current thread was stopped."""
+        """Raise Stopped if the current thread's scope was stopped."""
         scope = _scope.get()
         if scope and scope.stopped:
             raise Stopped
@@ -312,14 +317,15 @@ class Scope:
         """Wait until another thread makes a condition true. The caller must hold the lock of `changed`.
 
         Args:
-            condition: Called with the lock held.
+            changed: Notified by other threads when the condition may have become true.
+            condition: Function that returns whether the condition is true. It is called with the lock held.
             patience_s: Timeout in seconds.
 
         Returns:
-            True if the condition holds, False after a timeout.
+            True if the condition is true, or False after a timeout.
 
         Raises:
-            Stopped: The scope of the current thread was stopped.
+            Stopped: The current thread's scope was stopped.
         """
         end_s = time.monotonic() + patience_s
         while not changed.wait_for(condition, min(POLL_S, end_s - time.monotonic())):
@@ -330,7 +336,7 @@ class Scope:
 
     @contextmanager
     def using(self, worker: WorkerProcess) -> Iterator[None]:
-        """Allow `stop` to kill a worker process during a block. Raises Stopped if the scope has already been stopped."""
+        """Let `stop` kill a worker process during a `with` block. Raises Stopped if the scope has already been stopped."""
         with _lock:
             if self._stopped:
                 raise Stopped
@@ -348,7 +354,7 @@ _scope: ContextVar[Scope | None] = ContextVar("evoprune-scope", default=None)
 
 
 def warm_up() -> None:
-    """Start a process for the first video without waiting for it, unless a process is idle. `borrow` will raise any error."""
+    """Start a process in the background for the first video, unless one is already idle. `borrow` reports any errors later."""
     if POSSIBLE and not _idle:
         with suppress(OSError), _lock:
             _idle.append(WorkerProcess())
@@ -356,10 +362,10 @@ def warm_up() -> None:
 
 @contextmanager
 def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
-    """Yield a process for one video: an idle process, or a new one.
+    """Yield an idle worker process, or start a new one, to read one video.
 
-    On exit, the process becomes idle. It is killed instead if a request is still unanswered, if it was stopped, or if enough other
-    processes are idle. If worker processes are not `POSSIBLE`, requests run in the current process.
+    On exit, the process becomes idle. It is killed instead if a request is still unanswered, if the process was stopped, or if
+    there are already enough idle processes. If worker processes are not `POSSIBLE`, requests run in the current process.
     """
     if not POSSIBLE:
         with closing(InProcess()) as here:
@@ -375,7 +381,7 @@ def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
                 worker = WorkerProcess()
             except OSError as error:
                 raise process_error("start the process that reads videos", error, "read") from error
-        elif worker._process.poll() is not None:  # it ended while idle, so this video is not the cause
+        elif worker._process.poll() is not None:  # the process exited while it was idle, so this video is not the cause
             worker.end()
             worker = None
     worker.path = path
@@ -395,7 +401,7 @@ def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
 
 @atexit.register
 def end_all() -> None:
-    """Kill the idle processes. Borrowed processes end together with this process."""
+    """Kill the idle processes. Borrowed processes exit together with this process."""
     with _lock:
         ended = list(_idle)
         _idle.clear()
@@ -404,7 +410,7 @@ def end_all() -> None:
 
 
 def _forget() -> None:
-    """Forget all worker processes in a forked child, because they belong to the parent process."""
+    """Forget all worker processes. Called in a forked child, because the worker processes belong to the parent process."""
     global _lock, _idle
     _lock = threading.RLock()
     _idle = []
@@ -420,13 +426,15 @@ def run_task(
     """Run one of `worker.TASKS` in a worker process and return its result as plain data.
 
     Args:
+        task: Name of the task.
         path: Path of the video, for error messages.
+        arguments: Keyword arguments for the task.
         on_frames: See `WorkerProcess.answer`.
 
     Raises:
         VideoError: The process crashed or exceeded its memory limit twice, or reported no progress for `SILENCE_S`; or the task
             raised VideoError.
-        OutOfMemory: There was no memory to start a process, or the system killed the process for lack of memory.
+        OutOfMemory: There was not enough memory to start a process, or the system ran out of memory and killed the process.
         UsageError: No process can be started, or the task raised UsageError.
     """
     for again in (True, False):
@@ -446,14 +454,15 @@ def stream_frames(
     how: dict[str, Any],
     on_frames: OnFrames = lambda frames: None,
 ) -> Iterator[FilledArray]:
-    """Yield arrays with the frames that are on screen at the given times; see `frames.read_chunks`.
+    """Yield arrays with the frames that are on screen at the given times (see `frames.read_chunks`).
 
-    The worker fills one array in shared memory while the caller uses the previous array. Raises the same errors as `run_task`.
+    While the caller uses an array, the worker already fills the next one in shared memory. Raises the same errors as `run_task`.
 
     Args:
-        sizes: Number of frames in each array; there must be at least one array. The sum must equal the number of times.
-        how: Further arguments for `worker.FrameReader`.
-        on_frames: Called about once a second, by the iterating thread, with a lower bound on the number of frames read so far.
+        sizes: Number of frames in each array. There must be at least one array, and the sum must equal the number of times.
+        how: Other keyword arguments for `worker.FrameReader`.
+        on_frames: Called about once a second, from the thread that iterates, with a lower bound on the number of frames read so
+            far.
     """
     stream = partial(_stream_once, on_frames=on_frames)
     done = 0
@@ -463,7 +472,7 @@ def stream_frames(
                 done += 1
                 yield filled
     except Crash:
-        # Request all times again, because the choice between exact frames and keyframes depends on all of them.
+        # Request all times again, because the choice between exact frames and keyframes depends on all times.
         with closing(stream(info, times_s, sizes, how)) as arrays:
             yield from islice(arrays, done, None)
 
@@ -473,21 +482,19 @@ def _stream_once(
 ) -> Iterator[FilledArray]:
     shapes = [(size, info.height, info.width, 3) for size in sizes]
     memory = FrameMemory(max(map(prod, shapes)))
-    frames_filled = 0  # frames in the arrays that are already filled
+    frames_filled = 0  # number of frames in the arrays that have been filled
 
     def count(frames: int) -> None:
         on_frames(frames_filled + frames)
 
     with borrow(info.path) as worker:
         begin = worker.request("frames", {"info": asdict(info), "times_s": list(times_s), **how})
-        # A single message opens the video and requests its first array: a round trip takes as long as reading a small image.
+        # Open the video and request the first array with one message, because a round trip takes as long as reading a small image.
         next_array = worker.ask_to_fill(memory, shapes[0], begin | {"last": len(shapes) == 1})
         for number, shape in enumerate(shapes[1:], 2):
             filled = next_array, worker.answer(count)
             frames_filled += len(next_array)
-            del (
-                next_array
-            )  # leaves the caller as the only owner, so the memory is reused once the caller drops the array
+            del next_array  # keeps no reference here, so the memory can be reused as soon as the caller drops the array
             next_array = worker.ask_to_fill(memory, shape, {"last": number == len(shapes)})
             yield filled
             del filled
@@ -497,15 +504,17 @@ def _stream_once(
 
 
 def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
-    """Yield the facts of a `cutting.ClipReader`, then the pieces of the clip as (offset in the clip's file, bytes).
+    """Cut a clip in a worker process. Yields the facts of a `cutting.ClipReader`, then pieces as (offset in the clip's file,
+    bytes).
 
-    No piece starts beyond the end of the earlier pieces, so the file has no holes.
+    Pieces may overwrite earlier bytes, but they never leave a hole in the file.
 
     Args:
-        how: Further arguments for `ClipReader`.
+        how: Other keyword arguments for `ClipReader`.
 
     Raises:
-        VideoError, OutOfMemory, UsageError: See `run_task`. Crashes are not retried, but the caller can start over.
+        VideoError, OutOfMemory, UsageError: See `run_task`. Unlike `run_task`, this function does not retry after a crash, but the
+            caller can call it again.
     """
     with closing(_clip_pieces(info, how)) as pieces:
         yield next(pieces)
@@ -518,7 +527,7 @@ def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | t
 
 
 def _clip_pieces(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
-    # At twice the size of a piece, every piece gets separate memory, which the worker releases after use.
+    # Because twice the actual size is declared, every piece gets its own memory, which the worker releases after use.
     memory = FrameMemory(2 * CLIP_PIECE)
     with borrow(info.path) as worker:
         worker.send(worker.request("clip", {"info": asdict(info), **how}))
@@ -528,5 +537,5 @@ def _clip_pieces(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | 
             content = worker.ask_to_fill(memory, (CLIP_PIECE,), {})
             written = worker.answer()
             done = written["done"]
-            worker.busy = not done  # so `borrow` kills the process if the caller stops early
+            worker.busy = not done  # makes `borrow` kill the process if the caller stops early
             yield written["at"], content.data[: written["bytes"]]

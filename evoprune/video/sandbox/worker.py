@@ -1,20 +1,21 @@
-"""The worker process: runs all tasks that use FFmpeg and Pillow (`TASKS`), with limits on its memory and files.
+"""The program of a worker process, which runs all tasks that use FFmpeg and Pillow (`TASKS`) with limits on its memory and files.
 
-It serves requests over a socket until the other end closes. If worker processes are not possible, `isolation` runs the tasks in its
-own process.
+It handles requests that arrive on a socket until the other end of the socket is closed. On systems where worker processes are not
+possible, `isolation` runs the tasks in its own process.
 
 Every message is a request and gets one answer.
-- `{"task", "folder", "arguments"}` runs one of `TASKS` in the working directory `folder`. The task `frames` opens a video.
-- `{"shape", "piece", "last"}` fills an array of this shape with the next frames of the open video. `piece` is the number of the
-  shared memory to use. If the memory is new, the message carries its file descriptor. If `piece` is None, the memory is used only
-  once. `last` indicates that this is the last array. The first request of this kind is part of the message with the task `frames`.
-- The task `live` opens a live source. A pipe is passed as a file descriptor. After that, the task `next` finds the next frame, and
-  a `shape` request fetches it.
-- The task `sound` opens the sound of a video. Each `shape` request then fetches up to this number of bytes.
-- The task `clip` begins a clip. Each `shape` request then fetches up to this number of bytes. The answer tells whether they are the
-  last bytes.
-- The answer is `{"result"}`, `{"error"}` for an error to show to the user, `{"memory"}` with the memory limit that was exceeded, or
-  `{"bug"}` with a traceback.
+- `{"task", "folder", "arguments"}` runs one of `TASKS` in the working directory `folder`. The `frames` task opens a video.
+- `{"shape", "piece", "last"}` fills an array of this shape with the next frames from the open video. `piece` is the index of the
+  piece of shared memory to use. If that memory is new, the message carries a file descriptor for it. If `piece` is None, the memory
+  is used only once. `last` is true for the video's last array. The first request of this kind is combined with the `frames` task in
+  one message.
+- The `live` task opens a live source. If the source is a pipe, the message carries its file descriptor. After that, the `next` task
+  finds the next frame, and a `shape` request fetches that frame.
+- The `sound` task opens a video's sound. Each `shape` request then fetches up to this many bytes.
+- The `clip` task begins a clip. Each `shape` request then fetches up to this many bytes. The answer says whether they are the last
+  bytes.
+- The answer contains `result`, `error` (an error to show to the user), `memory` (the memory limit that was exceeded), or `bug` (a
+  traceback).
 """
 
 import mmap
@@ -49,15 +50,16 @@ if sys.platform != "win32":  # Windows has no worker processes
     import fcntl
     import resource
 
-# Memory limit in bytes for any video. It covers libraries, thread stacks, the tables of a long file, and one large image.
+# Memory in bytes that every video is allowed. It covers libraries, thread stacks, a long file's tables, and one large image.
 BASE_BYTES = 2**30
-# Additional memory per pixel of a frame: 16 reference frames, one frame in each of 16 threads, and some in queues, at up to 3 bytes
-# per pixel (10 bits, 4:2:0). Each additional decoder has one thread and takes half as much (`pyav.DECODER_BYTES`).
+# Additional memory in bytes per pixel of a frame. It covers 16 reference frames, one frame in each of 16 threads, and some queued
+# frames, at up to 3 bytes per pixel (10 bits, 4:2:0). Each additional decoder has one thread and needs half as much memory
+# (`pyav.DECODER_BYTES`).
 BYTES_PER_PIXEL = 128
 
 
 def counted(done: int) -> None:
-    """Report the number of frames read or scanned so far. Called after every frame; a worker process adds it to its heartbeats."""
+    """Report the number of frames read or scanned so far. Called after every frame. A worker process includes it in heartbeats."""
 
 
 def probe(path: str, folder_fps: float) -> Video:
@@ -66,7 +68,9 @@ def probe(path: str, folder_fps: float) -> Video:
         if os.path.isdir(path):
             return folder.probe(path, folder_fps)
         if ffmpeg.picture_format(path):
-            from evoprune.video.readers import picture  # Pillow's import would delay every video
+            from evoprune.video.readers import (
+                picture,
+            )  # imported here, because importing Pillow would delay every video
 
             if picture.is_picture(path):
                 return picture.probe(path)
@@ -87,7 +91,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     damage = set()
     frames = 0
     end_s = 0.0
-    # Number of intervals by length. Lengths are rounded so that equal intervals are counted together.
+    # Number of intervals of each length. Lengths are rounded so that equal intervals are counted together.
     gaps = Counter()
     keyframes = Counter()
     with ffmpeg.reading(path):
@@ -107,7 +111,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
         raise ffmpeg.nothing_decoded(path)
     if info.duration_s is not None and first_s + info.duration_s > last_s:  # see `probing._measured`
         end_s = min(end_s, first_s + info.duration_s)
-        if info.container == ffmpeg.AVI:  # an AVI may repeat its last frame by empty packets
+        if info.container == ffmpeg.AVI:  # an AVI may repeat its last frame with empty packets
             end_s = first_s + info.duration_s
     keyframes[round(end_s - key_s, 4)] += 1
     median_gap = _median(gaps)
@@ -129,7 +133,10 @@ def _reader(info: Video) -> ModuleType:
     if info.container == folder.CONTAINER:
         return folder
     if info.is_picture or info.is_animation:
-        from evoprune.video.readers import animation, picture  # Pillow's import would delay every video
+        from evoprune.video.readers import (
+            animation,
+            picture,
+        )  # imported here, because importing Pillow would delay every video
 
         return picture if info.is_picture else animation
     return pyav
@@ -173,7 +180,7 @@ def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class FrameReader:
-    """Reads the frames that are on screen at given times, in order. For the arguments, see `isolation.stream_frames`."""
+    """Reads the frames that are on screen at the given times, in order. For the arguments, see `isolation.stream_frames`."""
 
     def __init__(self, info: Video, times_s: Sequence[float], decoder: str, **how):
         ffmpeg.picture_size(info.width * info.height)
@@ -215,29 +222,29 @@ class FrameReader:
 
 
 def main(descriptor: int) -> None:
-    """Serve requests on a socket. Standard input is a pipe without data, and the process ends when that pipe is closed.
+    """Handle requests from a socket. Standard input is a pipe that carries no data, and this process exits when it is closed.
 
     Args:
         descriptor: File descriptor of the socket.
     """
     _end_with(0)
-    for what in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # forbid writing to files, and core dumps
+    for what in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # no writing to files, and no core dumps
         resource.setrlimit(what, (0, 0))
-    # Make the system kill this process first if memory runs out.
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # the file does not exist on every system
+    # If memory runs out, the system should kill this process first.
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not every system has this file
         file.write("1000")
     channel = Channel(socket.socket(fileno=descriptor), descriptors=1)
     ffmpeg.report_alive = channel.report_alive
     ffmpeg.picture_size = _allow
     global counted
     counted = partial(setattr, channel, "done")
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end is closed
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end was closed
         _serve(channel)
 
 
 def _end_with(pipe: int) -> None:
-    """Make the system kill this process when the last writer of a pipe has closed it, even if this process is busy."""
-    # PR_SET_PDEATHSIG would kill this process as soon as the thread that started it ends.
+    """Make the system kill this process, even if it is busy, when the last writer closes the other end of a pipe."""
+    # PR_SET_PDEATHSIG is not suitable, because it would kill this process as soon as the thread that started it exits.
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO])
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
@@ -249,7 +256,7 @@ def _end_with(pipe: int) -> None:
 
 
 def _allow(pixels: int, decoders: int = 1) -> None:
-    """Raise the memory limit so that `decoders` decoders can process frames of `pixels` pixels."""
+    """Raise the memory limit so that `decoders` decoders can each process frames with `pixels` pixels."""
     needed = BASE_BYTES + BYTES_PER_PIXEL * pixels
     if decoders > 1:
         needed += pyav.ROOM_BYTES + (decoders - 1) * pyav.DECODER_BYTES * pixels
@@ -257,7 +264,7 @@ def _allow(pixels: int, decoders: int = 1) -> None:
 
 
 def _limit(memory: int) -> None:
-    """Set the memory limit in bytes. The hard limit is not exceeded."""
+    """Set the memory limit in bytes, but not above the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:
         memory = min(memory, hard)
@@ -268,13 +275,13 @@ Reader = FrameReader | LiveReader | ClipReader | SoundReader
 
 
 class Server:
-    """Answers messages. The reader that a message opens stays open until `close` or the next task."""
+    """Handles messages. A reader that is opened by a message stays open until the next task, or until `close` is called."""
 
     def __init__(self):
         self._reader: Reader | None = None
 
     def result(self, message: dict[str, Any], array: np.ndarray | None = None) -> Any:
-        """Run the task of a message, if it has one. Then fill the array, if there is one. Returns the result of the last step."""
+        """Run the message's task, if it has one, and then fill the array, if one is given. Returns the result of the last step."""
         result = None
         task = message.get("task")
         if task == "next":
@@ -307,7 +314,7 @@ def _serve(channel: Channel) -> None:
             if task == "live":
                 message["arguments"]["descriptor"] = memory
                 memory = None
-            if memory is not None:  # map it first, so that the descriptor is closed even if a later step fails
+            if memory is not None:  # mapped first, so that the descriptor is closed even if a later step fails
                 pieces[piece] = _mapped(memory)
             array = pieces[piece][: prod(shape)].reshape(shape) if shape else None
             answer = {"result": server.result(message, array)}
@@ -317,7 +324,7 @@ def _serve(channel: Channel) -> None:
             answer = {"memory": resource.getrlimit(resource.RLIMIT_DATA)[0]}
         except Exception:
             answer = {"bug": traceback.format_exc()}
-        array = None  # an idle process must not keep memory for frames
+        array = None  # so that an idle process does not keep memory for frames
         pieces.pop(None, None)  # this piece is used only once
         if last or "result" not in answer:
             pieces.clear()
@@ -325,7 +332,7 @@ def _serve(channel: Channel) -> None:
 
 
 def _enter(folder: str | None) -> None:
-    """Change the working directory, unless `folder` is None. Raises VideoError if that fails."""
+    """Change the working directory to `folder`, unless it is None. Raises VideoError if that fails."""
     if folder is not None:
         try:
             os.chdir(folder)
@@ -336,7 +343,7 @@ def _enter(folder: str | None) -> None:
 
 
 def _begin(task: str, arguments: dict[str, Any]) -> tuple[Reader | None, dict | None]:
-    """Run a task. Returns the reader that the task opens (or None), and the result of the task."""
+    """Run a task. Returns the reader that the task opened, or None if it opened none, and the task's result."""
     if task == "frames":
         return FrameReader(Video(**arguments.pop("info")), **arguments), None
     if task == "sound":
@@ -351,7 +358,7 @@ def _begin(task: str, arguments: dict[str, Any]) -> tuple[Reader | None, dict | 
 
 
 def _mapped(descriptor: int) -> np.ndarray:
-    """Map memory that is shared with the other process, as uint8 `[bytes]`. Closes the descriptor. May raise MemoryError."""
+    """Map shared memory as a uint8 array `[bytes]`, and close its descriptor. Raises MemoryError if mapping fails."""
     with os.fdopen(descriptor, "rb+", buffering=0) as file:
         try:
             return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
