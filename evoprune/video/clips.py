@@ -17,9 +17,8 @@ from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
 
 UNFINISHED = ".part"  # extension of a clip that is still being written; it follows eight hexadecimal digits
 NO_SOUND_REASON = "the file consists of several joined files, or FFmpeg has no decoder for its sound"
-LONGEST_STEM = (
-    50  # a clip's name starts with at most this many characters of the video's name; each may take up to four bytes
-)
+# A clip's name starts with at most this many characters of the video's name; each may take up to four bytes.
+LONGEST_STEM = 50
 
 
 @dataclass(frozen=True)

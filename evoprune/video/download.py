@@ -71,9 +71,8 @@ def _chunks(
         address = httpx2.URL(url)
         if not address.host:
             raise httpx2.InvalidURL("it has no host name")
-        auth = (
-            (address.username, address.password) if address.userinfo else None
-        )  # keeps the password out of httpx2's log
+        # Keeps the password out of httpx2's log.
+        auth = (address.username, address.password) if address.userinfo else None
         address = address.copy_with(userinfo=b"")
         with (
             httpx2.Client(transport=transport, headers=HEADERS, timeout=TIMEOUT_S) as client,

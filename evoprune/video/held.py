@@ -14,9 +14,8 @@ from evoprune.video.info import Video
 if TYPE_CHECKING:
     import numpy as np
 
-TOLERANCE_S = (
-    1e-4  # in seconds; a frame that begins at most this long after the requested time already counts as on screen
-)
+# In seconds; a frame that begins at most this long after the requested time already counts as on screen.
+TOLERANCE_S = 1e-4
 RATE_HINT = "give frame_rate=30 (frames per second) or times_s=[...] (seconds)"
 
 
@@ -25,9 +24,8 @@ class HeldVideo(Video):
     """A video whose frames are an array in the calling program's memory. Instances compare by identity."""
 
     held: "np.ndarray" = field(kw_only=True, repr=False)  # the frames: uint8 `[T, H, W, 3]`, RGB as displayed
-    frames_s: tuple[float, ...] = field(
-        kw_only=True, repr=False
-    )  # start of each frame in seconds from the first frame, ascending
+    # Start of each frame in seconds from the first frame, ascending.
+    frames_s: tuple[float, ...] = field(kw_only=True, repr=False)
 
     @classmethod
     def of(
@@ -50,9 +48,8 @@ class HeldVideo(Video):
 
         try:
             array = np.asarray(frames)
-        except (
-            Exception
-        ) as problem:  # array classes of other packages may raise anything, such as TypeError for a tensor on a GPU
+        except Exception as problem:
+            # Array classes of other packages may raise anything, such as TypeError for a tensor on a GPU.
             hint = "give a NumPy array; for a tensor: tensor.cpu().numpy()"
             raise UsageError(
                 f"frames of class {type(frames).__name__} cannot become an array: {problem}", hint

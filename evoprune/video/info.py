@@ -15,14 +15,14 @@ from evoprune.util import clock
 if TYPE_CHECKING:
     pass
 
-WIDEST_PIXEL = 10.0  # a stated pixel aspect ratio above this, or below its inverse, is ignored, and the pixels are treated as square
+# A stated pixel aspect ratio above this, or below its inverse, is ignored, and the pixels are treated as square.
+WIDEST_PIXEL = 10.0
 SAME_SHAPE = 0.02  # two aspect ratios count as equal if their relative difference is at most this
 # Animations that are read with Pillow (readers/animation.py): Pillow's format name, and the value of `Video.container`.
 ANIMATIONS = {"WEBP": "webp", "AVIF": "avif"}
 Kind = Literal["video", "picture"]  # kinds of input that a model distinguishes
-FOLDER_FPS = (
-    2.0  # default frame rate for a folder of images, because frames for Qwen2.5-VL are usually extracted at this rate
-)
+# Default frame rate for a folder of images, because frames for Qwen2.5-VL are usually extracted at this rate.
+FOLDER_FPS = 2.0
 # HDR formats: two transfer curves, and Dolby Vision's own format (profile 5), which is not supported.
 PQ = "PQ"
 HLG = "HLG"
@@ -53,9 +53,8 @@ class Video:
     rotation_deg: int  # clockwise rotation from stored to displayed frames: 0, 90, 180 or 270
     codec: str  # such as `h264`; for a folder, the codec of its first image
     pix_fmt: str | None  # such as `yuv420p`
-    container: (
-        str  # FFmpeg's name for the file format, such as `matroska,webm`; otherwise `folder`, `picture` or `array`
-    )
+    # FFmpeg's name for the file format, such as `matroska,webm`; otherwise `folder`, `picture` or `array`.
+    container: str
     fps: float | None = None  # average frame rate
     variable_rate: bool | None = None  # whether the intervals between frames vary
     frames_total: int | None = None
@@ -64,22 +63,19 @@ class Video:
     # Number of pixels to crop from the left, right, top and bottom of a stored frame, before rotation.
     crop: Sequence[int] | None = None
     mirrored: bool = False  # whether to flip stored frames left to right, before rotation
-    stated_s: float | None = (
-        None  # the video track's duration as stated in the file; longer than `duration_s` if the file was cut off
-    )
-    rate_guessed: bool = (
-        False  # whether `fps` is a guess, because the file (a raw stream) does not state its frame rate
-    )
-    clock_restarts: int = 0  # how often the file's clock restarts, as it does in concatenated files; evoprune's times continue across restarts
-    joined: bool = (
-        False  # whether another file was appended to this one (`cat a.mp4 b.mp4`); the appended file may not be read
-    )
+    # The video track's duration as stated in the file; longer than `duration_s` if the file was cut off.
+    stated_s: float | None = None
+    # Whether `fps` is a guess, because the file (a raw stream) does not state its frame rate.
+    rate_guessed: bool = False
+    # How often the file's clock restarts, as it does in concatenated files; evoprune's times continue across restarts.
+    clock_restarts: int = 0
+    # Whether another file was appended to this one (`cat a.mp4 b.mp4`); the appended file may not be read.
+    joined: bool = False
     clock_gap_s: float = 0.0  # largest forward jump in the timestamps that was taken for a restart of the clock
     hdr: bool = False  # whether frames are mapped from HDR to SDR when they are read
     hdr_format: str | None = None  # `PQ`, `HLG` or `IPTPQc2`; None for SDR
-    interlaced: bool = (
-        False  # whether the first frame is interlaced; every interlaced frame is deinterlaced when it is read
-    )
+    # Whether the first frame is interlaced; every interlaced frame is deinterlaced when it is read.
+    interlaced: bool = False
     # Width of a stored pixel divided by its height, before rotation. None means square pixels. Ignored if beyond `WIDEST_PIXEL`.
     pixel_aspect: float | None = None
     other_tracks: int = 0  # number of additional video tracks, which are not read
@@ -205,9 +201,8 @@ class ScanResult:
     stated_s: float | None
     variable_rate: bool  # whether there are more irregular frame intervals than the damage can explain
     largest_gap_s: float  # longest interval between two frames; 0 if there is only one frame
-    keyframe_median_s: (
-        float  # median interval between keyframes, including the interval from the last keyframe to the end
-    )
+    # Median interval between keyframes, including the interval from the last keyframe to the end.
+    keyframe_median_s: float
     keyframe_max_s: float
     seconds: float
 

@@ -1,4 +1,4 @@
-"""Finds the files that belong to an input, such as the images in a folder or the subtitles next to a video, and records their state."""
+"""Finds the files that belong to an input, such as a folder's images or a video's subtitle files, and records their state."""
 
 import os
 import re
@@ -9,9 +9,8 @@ from evoprune.files import in_natural_order
 from evoprune.util import file_state
 
 SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")  # extensions of subtitle files, in order of preference
-LANGUAGE = re.compile(
-    r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*"
-)  # language tag before the extension, such as .en or .pt-BR
+# Language tag before the extension, such as .en or .pt-BR.
+LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
 class Folder:

@@ -22,9 +22,8 @@ from evoprune.video.sound import check_speech
 # Maximum number of units in a single frame, for models that limit only the total over all frames. Without it, a four-frame video
 # could use up the whole total with four huge frames. Qwen's own processor has the same limit.
 MAX_FRAME_TOKENS = 768
-CHUNK_BYTES = (
-    8 * 2**20
-)  # maximum size of a chunk of decoded or resized frames; a chunk is larger only if two frames are
+# Maximum size of a chunk of decoded or resized frames; a chunk is larger only if it holds two very large frames.
+CHUNK_BYTES = 8 * 2**20
 
 Area = Annotated[int, Rule.whole(1, 2**31)]
 Means = Annotated[tuple[float, float, float], Rule.list_of(Rule.number(-1000, 1000), 3)]

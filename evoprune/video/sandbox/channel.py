@@ -24,9 +24,8 @@ PIECES = 3
 LARGEST = 2**26  # maximum size of a message in bytes
 ALIVE_EVERY_S = 1.0  # minimum interval between heartbeats
 _LENGTH = struct.Struct("<I")
-_ALIVE = _LENGTH.pack(
-    0
-)  # sent instead of a message's length to mark a heartbeat; followed by the number of finished frames
+# Sent instead of a message's length to mark a heartbeat; followed by the number of finished frames.
+_ALIVE = _LENGTH.pack(0)
 
 
 class Channel:
@@ -148,9 +147,8 @@ class FrameMemory:
             self._forks, self._pieces, self._free = _forks, [], []
         if self._free:
             number = self._free.pop()
-        elif (
-            len(self._pieces) == PIECES or 2 * size <= self._size
-        ):  # the last array may be small, and a caller that keeps it should not occupy a large piece
+        elif len(self._pieces) == PIECES or 2 * size <= self._size:
+            # The last array may be small, and a caller that keeps it should not occupy a large piece.
             piece, descriptor = shared_memory(size)
             return np.frombuffer(piece, np.uint8).reshape(shape), None, descriptor
         else:

@@ -38,8 +38,8 @@ MAX_IDLE = 2  # number of idle worker processes to keep for later videos
 SILENCE_S = 25.0  # a worker that reports no progress for this long is considered hung
 CLIP_PIECE = 2**20  # maximum number of a clip's bytes in each answer
 POLL_S = 0.1  # interval at which a waiting thread checks whether its result is still wanted
-# Worker processes are used only on Linux. On other systems, everything runs in this process, and FFmpeg is trusted. The same applies
-# to frozen programs, because their executable is not Python.
+# Worker processes are used only on Linux. On other systems, everything runs in this process, and FFmpeg is trusted. The same is
+# true of frozen programs, because their executable is not Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
 FilledArray = tuple["np.ndarray", dict[str, Any]]  # uint8 [n, H, W, 3], and the result of `worker.FrameReader.fill`
 OnFrames = Callable[[int], None]
@@ -254,9 +254,8 @@ class InProcess:
 
 
 _idle: list[WorkerProcess] = []
-_lock = (
-    threading.RLock()
-)  # reentrant, because a garbage-collected iterator may return its process while this thread holds the lock
+# Reentrant, because a garbage-collected iterator may return its process while this thread holds the lock.
+_lock = threading.RLock()
 _max_idle = MAX_IDLE
 
 

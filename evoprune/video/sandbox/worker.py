@@ -68,9 +68,8 @@ def probe(path: str, folder_fps: float) -> Video:
         if os.path.isdir(path):
             return folder.probe(path, folder_fps)
         if ffmpeg.picture_format(path):
-            from evoprune.video.readers import (
-                picture,
-            )  # imported here, because importing Pillow would delay every video
+            # Imported here, because importing Pillow would delay every video.
+            from evoprune.video.readers import picture
 
             if picture.is_picture(path):
                 return picture.probe(path)
