@@ -1,8 +1,8 @@
-"""evoprune as a model for lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which only `manifest` and `model` import."""
+"""Makes evoprune available as a model in lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval)."""
 
 
 def manifest():
-    """Return the manifest for the entry point group `lmms_eval.models`: the model's name and the location of its class."""
+    """Return the name and the class of the model, for the `lmms_eval.models` entry point group."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     name = "evoprune_qwen2_5_vl"

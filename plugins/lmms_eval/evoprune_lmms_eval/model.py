@@ -3,8 +3,8 @@
     python -m lmms_eval --model evoprune_qwen2_5_vl --tasks videomme --log_samples --output_path runs \\
         --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,budget=0.1,method=evoprune
 
-Consecutive questions about the same videos and pictures share an encoding. A sample's `token_counts` also contain evoprune's
-measurements.
+Consecutive questions about the same videos and pictures share an encoding. The `token_counts` of each sample also contain what
+evoprune measured.
 """
 
 import hashlib
@@ -39,19 +39,19 @@ class Measured(TokenCounts):
 
 
 class EvoPruneQwen25VL(lmms):
-    """Answers the questions of lmms-eval. The arguments are its model_args.
+    """A model that answers the questions of lmms-eval, which passes its `--model_args` as arguments.
 
     Args:
         pretrained: hub ID, local folder, or `demo`.
         system_prompt: replaces the model's own system prompt.
-        pictures: whether tasks may show pictures, which are pruned like videos, and several inputs.
+        pictures: whether questions may be about pictures and about more than one input. Pictures are pruned like videos.
         batch_size: must be 1.
         max_batch_size: ignored.
-        options: options of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method`, `fps`. A task's own settings take
-            precedence.
+        options: options of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method` and `fps`. Settings of a task override
+            them.
 
     Raises:
-        EvopruneError: as in `VideoQA.load`; also for a larger batch or several processes.
+        EvopruneError: `VideoQA.load` failed, `batch_size` is not 1, or there is more than one process.
         TypeError: an option is unknown.
     """
 
@@ -69,13 +69,13 @@ class EvoPruneQwen25VL(lmms):
             raise UsageError(f"batch_size {batch_size}: videos are answered one at a time", "leave it at 1")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UsageError("this model runs in one process", "start one run per GPU, each with its own tasks")
-        # Default maximum of new tokens for tasks that do not set one.
+        # `max_new_tokens` is the limit for tasks that do not set one.
         given = {"model": pretrained, "system": system_prompt, "max_new_tokens": 128, **options}
         model, pruning, self._sampling, self._generation = from_keywords(given, *PipelineOptions.KINDS)
         self._qa = VideoQA(Session.load(model, pruning))
         self._pictures = str(pictures).lower() in ("true", "1")
-        self._inputs: EncodedInputs | None = None  # inputs of the latest question
-        self._shown: list[str] | None = None  # their paths; files in memory are named by content
+        self._inputs: EncodedInputs | None = None  # the encoded inputs of the latest question
+        self._shown: list[str] | None = None  # the paths of these inputs; inputs from memory are identified by contents
 
     def generate_until(self, requests) -> list[GenerationResult]:
         """Return the answers in the order of the requests."""
@@ -106,7 +106,7 @@ class EvoPruneQwen25VL(lmms):
             yield GenerationResult(text, Measured(**tokens, measured=facts))
 
     def _answer(self, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
-        """Answer a question. Return the text before the task's first stop word, and the report."""
+        """Answer a question. Return its text up to the first of the task's stop words, and the report."""
         if settings.get("num_beams", 1) > 1:
             raise UsageError("beam search is not supported", "set num_beams to 1 in the task's generation_kwargs")
         sampled = settings.get("do_sample", True)
@@ -137,7 +137,7 @@ def _only_video(visuals: list) -> str:
     """Return the path of the only video of a question.
 
     Raises:
-        UsageError: the question has images, several videos, or no video.
+        UsageError: the question has images, or does not have exactly one video.
     """
     if len(visuals) != 1 or not isinstance(visuals[0], str | os.PathLike):
         kinds = ", ".join(type(visual).__name__ for visual in visuals) or "none"
@@ -146,10 +146,12 @@ def _only_video(visuals: list) -> str:
 
 
 def _files(visuals: list, folder: str) -> list[str]:
-    """Return paths of a question's videos and pictures. Pictures in memory are written to `folder`, named by content.
+    """Return the paths of a question's videos and pictures.
+
+    Pictures in memory are written to files in `folder`, whose names are hashes of the pictures' contents.
 
     Raises:
-        UsageError: an input is neither a video nor a picture, or there is none.
+        UsageError: an input is neither a video nor a picture, or there are no inputs.
     """
     paths = []
     for visual in visuals:

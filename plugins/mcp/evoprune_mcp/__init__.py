@@ -1,4 +1,4 @@
-"""`evoprune mcp`: a Model Context Protocol server over stdio. Only the command itself imports the package `mcp` and torch."""
+"""`evoprune mcp`: a Model Context Protocol server over stdio. The `mcp` package and torch are imported only when it runs."""
 
 from evoprune_mcp.command import mcp
 

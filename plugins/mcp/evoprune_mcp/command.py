@@ -1,4 +1,4 @@
-"""The command `evoprune mcp`. The package `mcp` and torch are imported when it runs."""
+"""The `evoprune mcp` command. The `mcp` package and torch are imported only when it runs."""
 
 from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions
@@ -35,7 +35,8 @@ def mcp(
 ) -> int:
     """Let an agent ask about videos (MCP).
 
-    This is a Model Context Protocol server on stdin and stdout. The agent's program starts it, and it ends when stdin does.
+    This is a Model Context Protocol server on stdin and stdout. The agent's program starts the server. The server exits
+    at end of file on stdin.
 
     \b
     evoprune mcp --allow-dir ~/Videos
@@ -59,7 +60,7 @@ def mcp(
             try:
                 make_server(videos, model, prober).run("stdio")
             except* BrokenPipeError:
-                pass  # the client is gone
+                pass  # the client has exited
         if model.busy or prober.busy:
             end_at_once(received)
     return 0

@@ -1,4 +1,4 @@
-"""The folders that an agent may read."""
+"""Restricts an agent to the files below the folders that the user has allowed."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,20 +31,20 @@ class Folders:
             path: absolute, or relative to one of the folders.
 
         Raises:
-            UsageError: there is no such file below the folders. Links that lead out of them do not count.
+            UsageError: there is no such file below the folders, or its path leads out of them through a symbolic link.
         """
         problem = UsageError(f"{path} is no file below an allowed folder", f"give the path of a file below {self}")
         try:
             given = Path(path).expanduser()
             for folder in self._folders:
-                real = (folder / given).resolve()  # an absolute path replaces the folder
+                real = (folder / given).resolve()  # if `given` is absolute, the result does not depend on the folder
                 if self._has(real) and real.exists():
                     break
             else:
                 raise problem
             if not all(self._has(file.resolve()) for file in _read_with(real)):
                 raise problem
-        except (OSError, RuntimeError, ValueError) as unusable:  # also an unknown home, and links in a circle
+        except (OSError, RuntimeError, ValueError) as unusable:  # also an unknown home folder, or a loop of links
             raise problem from unusable
         return str(real)
 
@@ -53,7 +53,7 @@ class Folders:
 
 
 def _read_with(real: Path) -> Iterator[Path]:
-    """Return the files that may be read together with a path: the pictures of a folder, the subtitles beside a video."""
+    """Return the files that are read along with a path: the pictures in a folder, or the subtitles next to a video."""
     if real.is_dir():
         return real.iterdir()
     return (file for file in real.parent.iterdir() if file.name.startswith(real.stem))

@@ -20,9 +20,9 @@ from evoprune_cli import tell
 from evoprune_mcp.videos import Answered, Moments, Videos
 from evoprune_mcp.worker import Report, Worker
 
-TICK_S = 0.2  # least time between two progress notifications
+TICK_S = 0.2  # minimum time between two progress notifications
 
-# The arguments of the tools, with what agents read about them.
+# The arguments of the tools, with the descriptions that agents read.
 Path = Annotated[str, Field(description="A file, or a folder of frames: absolute, or relative to an allowed folder.")]
 Paths = Annotated[list[Path], Field(description="Videos and pictures to ask about together.", min_length=1)]
 Time = Annotated[float | str | None, Field(description="Seconds, or a text such as 1:30; below 0: from the end.")]
@@ -33,17 +33,18 @@ Query = Annotated[str, Field(description="What to look for, such as: a red car."
 
 
 def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
-    """Return a server with its tools. It loads the model when it starts.
+    """Return the server and its tools. The server loads the model when it starts.
 
     Args:
-        videos: answers the tools' questions.
+        videos: answers the questions that the tools receive.
         model: the only thread that uses the model.
         prober: a thread that reads metadata, even while the model is busy.
     """
 
     @asynccontextmanager
     async def start(_: MCPServer) -> AsyncIterator[None]:
-        # For what libraries print, even after the server ends: its threads may still run. The server has opened the real stdout.
+        # Whatever libraries print goes to stderr, even after the server has ended, because its threads may still be running. The
+        # server itself has already opened the real stdout.
         sys.stdout = sys.stderr  # `real_streams` restores it
         model.submit(videos.load_early)
         yield

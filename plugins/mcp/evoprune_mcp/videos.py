@@ -18,9 +18,9 @@ from evoprune_mcp.worker import Report
 if TYPE_CHECKING:
     from evoprune import Cache, EncodedInputs, VideoQA
 
-KEPT = 8  # encodings of inputs that are kept for further questions
-# Stages of `VideoQA.encode` and `VideoQA.find`: their text, and the share of the work that is done when they begin and end. Frames
-# are encoded while others are read.
+KEPT = 8  # maximum number of encodings that are kept for further questions
+# Stages of `VideoQA.encode` and `VideoQA.find`. Each has a text, and the share of the work that is done when it begins and when it
+# ends. Stages may overlap, because frames are encoded while other frames are read.
 STAGES = {
     "read": ("reading, frame", 0.0, 0.6),
     "encode": ("encoding, frame", 0.0, 0.6),
@@ -38,8 +38,8 @@ class Answered:
 
     Attributes:
         answer: the text.
-        cut: whether the answer was cut because it reached the token limit.
-        reused: whether an earlier question about the same input had encoded it.
+        cut: whether the answer was cut off at the token limit.
+        reused: whether the input had already been encoded for an earlier question.
         warnings: reasons to doubt the answer, such as damage in the video.
     """
 
@@ -61,19 +61,19 @@ class Found:
 
 @dataclass
 class Moments:
-    """The moments of a video that match a query, the best first."""
+    """The moments of a video that match a query, best first."""
 
     moments: list[Found]
 
 
 class Videos:
-    """Answers about files.
+    """Answers questions about files.
 
     Args:
-        folders: which files may be read.
+        folders: the folders whose files may be read.
         options: defaults for all questions.
         cache: whether encoded videos are also kept on disk.
-        quiet: whether to print no notes about the model.
+        quiet: whether to suppress notes about the model.
     """
 
     def __init__(self, folders: Folders, options: PipelineOptions, cache: bool, quiet: bool):
@@ -85,7 +85,7 @@ class Videos:
         self._kept: OrderedDict[str, EncodedInputs] = OrderedDict()
 
     def load_early(self, report: Report) -> None:
-        """Load the model before the first question. If this fails, the error is only printed, and the next question tries again."""
+        """Load the model before the first question. If this fails, print the error; the next question will try again."""
         try:
             self._model(report)
         except EvopruneError as problem:
@@ -120,7 +120,7 @@ class Videos:
         except OutOfMemory:
             if not self._kept:
                 raise
-        if encoded is None:  # not in the `except` block, where the error still holds what had been computed
+        if encoded is None:  # not in the `except` block, where the error still refers to partial results
             self._kept.clear()
             encoded = self._encoded(key, paths, sampling, pruning, report)
 
@@ -136,7 +136,7 @@ class Videos:
         return Answered(made.answer or "", made.finish_reason == "length", reused, warnings)
 
     def find(self, report: Report, path: str, query: str) -> Moments:
-        """Return the moments of a video that match a query, the best first. For the exceptions, see `ask`."""
+        """Return the moments of a video that match a query, best first. For the exceptions, see `ask`."""
         path = self.folders.find(path)
         qa = self._model(report)
         how = {"fps": self._options.sampling.fps, "speech": self._options.sampling.speech} | vars(self._options.find)
@@ -145,10 +145,10 @@ class Videos:
         return Moments([Found(*(round(number, 3) for number in each)) for each in times])
 
     def describe(self, path: str) -> dict[str, Any]:
-        """Return metadata of a file without using the model: the fields of `evoprune.video.Video`, and `kind`.
+        """Return a file's metadata without using the model. It has the fields of `evoprune.video.Video` that are known, and `kind`.
 
         Raises:
-            EvopruneError: the file is unreadable, or may not be read.
+            EvopruneError: the file cannot be read, or the agent is not allowed to read it.
         """
         video = probe(self.folders.find(path))
         return {"kind": video.kind} | {name: value for name, value in asdict(video).items() if value is not None}
@@ -171,7 +171,7 @@ class Videos:
         return encoded
 
     def _model(self, report: Report) -> "VideoQA":
-        """Return the model. It is loaded lazily, on first use."""
+        """Return the model, which is loaded lazily."""
         if self._qa is None:
             from evoprune import VideoQA
 
@@ -190,7 +190,7 @@ def _show(report: Report, which: list[int], stage: str, done: int, total: int) -
     """Report progress of `VideoQA.encode` or `VideoQA.find`.
 
     Args:
-        which: number of the current input, and number of inputs. Changed here.
+        which: number of the current input, and number of all inputs. Updated in place.
     """
     number, count = which
     if stage == "input":

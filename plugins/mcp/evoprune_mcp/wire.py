@@ -1,4 +1,4 @@
-"""Handles the standard streams and signals of the process while it serves."""
+"""Handles the standard streams and the signals of the server process."""
 
 import os
 import signal
@@ -14,9 +14,9 @@ CHUNK_BYTES = 2**16
 
 @contextmanager
 def real_streams() -> Iterator[list[int]]:
-    """Replace `sys.stdin` with a copy of the real stdin that also ends at the first signal, and `sys.stdout` with the real stdout.
+    """Set `sys.stdin` to a copy of stdin that also ends at the first signal, and `sys.stdout` to the real stdout.
 
-    Without the copy, a blocked read of stdin would delay the shutdown. Received signals are raised again when the context ends. A
+    Without the copy, a blocked read from stdin would delay the shutdown. The first signal is raised again when the context ends. A
     second signal ends the process immediately.
 
     Yields:
@@ -51,13 +51,13 @@ def real_streams() -> Iterator[list[int]]:
 
 
 def end_at_once(received: Sequence[int]) -> None:
-    """End the process without Python's cleanup, which could crash a thread that is still computing.
+    """Exit without Python's cleanup, which could crash a thread that is still computing.
 
     Args:
         received: the signals that end the process.
     """
     sys.stderr.flush()
-    if signal.SIGINT in received and os.name == "posix":  # so that a shell also stops its loop
+    if signal.SIGINT in received and os.name == "posix":  # so that a shell loop around this process stops, too
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     codes = [130 if number == signal.SIGINT else 143 for number in received]

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from evoprune.video import Scope
 
-END_S = 1.0  # how long the end waits for the last job; clients kill a server that takes 2 s
+END_S = 1.0  # how long to wait for the last job at shutdown; clients kill a server after 2 s
 
 Report = Callable[[float, str], None]
 
@@ -19,7 +19,7 @@ class Job:
 
     Attributes:
         future: the result.
-        progress: share of the work done, from 0 to 1 (never decreases), and the name of the current step.
+        progress: share of the work that is done, from 0 to 1, which never decreases, and the name of the current step.
     """
 
     def __init__(self, work: Callable[[Report], Any]):
@@ -29,7 +29,7 @@ class Job:
         self._scope = Scope()
 
     def run(self) -> None:
-        """Run the function in the current thread, unless the job was stopped."""
+        """Run the function in the current thread, unless the job has been stopped."""
         if not self.future.set_running_or_notify_cancel():
             return
         self._scope.enter()
@@ -70,11 +70,11 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """True if a job is still running. This is possible even after the context, because loading a model cannot be stopped."""
+        """Whether a job is still running. A job may outlive the context, because loading a model cannot be interrupted."""
         return self._thread.is_alive()
 
     def submit(self, work: Callable[[Report], Any]) -> Job:
-        """Queue a function. It is called with a function that reports progress, and raises CancelledError after `Job.stop`."""
+        """Queue a function. Its argument is a function that reports progress, and raises CancelledError after `Job.stop`."""
         job = Job(work)
         self._unfinished.append(job)
         self._jobs.put(job)

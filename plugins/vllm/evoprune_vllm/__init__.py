@@ -1,14 +1,16 @@
-"""evoprune's encoder and video reader inside vLLM (https://github.com/vllm-project/vllm): docs/serving.md.
+"""A plug-in that runs evoprune's encoder and video reader inside vLLM (https://github.com/vllm-project/vllm).
 
-`register` is the entry point in the group `vllm.general_plugins`. It adds architectures and a decoder under their own names, so
-installing this package changes nothing unless they are requested. Only `register` and the modules that it names import vLLM.
+vLLM calls `register`, the entry point in the `vllm.general_plugins` group. It adds model architectures and a video decoder under
+new names, so installing this package has no effect until a user requests one of them. Only `register` and the modules that it names
+import vLLM. See docs/serving.md.
 """
 
 import logging
 import sys
 
-TESTED = ("0.32", "0.33")  # minor versions of vLLM, in order; each release may change its model interfaces
-PREFIX = "EvoPrune"  # prefix of the architectures' names
+# Supported minor versions of vLLM, in ascending order. Any release of vLLM may change its model interfaces.
+TESTED = ("0.32", "0.33")
+PREFIX = "EvoPrune"  # prefix of the architecture names
 DECODER = "evoprune"  # name of the video decoder in vLLM
 FAMILIES = ("Qwen2_5_VL", "Qwen2VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
 
@@ -16,7 +18,7 @@ FAMILIES = ("Qwen2_5_VL", "Qwen2VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_
 def register() -> None:
     """Register the architectures and the decoder in vLLM.
 
-    With a vLLM version that is not in `TESTED`, log one line and register nothing.
+    If the version of vLLM is not in `TESTED`, log one line and register nothing.
     """
     from vllm import __version__
 
@@ -34,9 +36,9 @@ def register() -> None:
     for family in FAMILIES:
         stock = f"{family}ForConditionalGeneration"
         ModelRegistry.register_model(PREFIX + stock, f"{__name__}.model:{PREFIX}{stock}")
-        if stock in MODELS_CONFIG_MAP:  # vLLM's settings for an architecture, such as the dtype of recurrent states
+        if stock in MODELS_CONFIG_MAP:  # vLLM adjusts settings by architecture, such as the dtype of recurrent states
             MODELS_CONFIG_MAP[PREFIX + stock] = MODELS_CONFIG_MAP[stock]
-    # vLLM has no function to add a decoder. It looks up the name in the options, then imports the module of this name.
+    # vLLM has no function that adds a decoder. It finds the decoder's name in its options and imports the module with this name.
     from vllm.multimodal import video_decoders
 
     from evoprune_vllm import decoder

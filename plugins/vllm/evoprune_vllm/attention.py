@@ -1,10 +1,11 @@
-"""The cluster-size bias in vLLM's attention.
+"""Adds the cluster-size bias to vLLM's attention.
 
-vLLM supports no additive mask, so extra dimensions of queries and keys carry the bias. In these dimensions, queries are 1 and keys
-hold bias / scale, so the bias becomes part of their product. The keys in vLLM's cache include it, so it also works for cached
-prefixes, chunked prefill and generated tokens. The bias of a token arrives with its positions (positions.py).
+vLLM's attention has no additive mask, so the bias is carried by extra dimensions of the queries and keys. In these dimensions,
+every query is 1 and every key holds bias / scale, so that their scaled product contains the bias. Because the keys in vLLM's cache
+already include the bias, it also applies to cached prefixes, chunked prefill and generated tokens. Each token's bias arrives
+together with the token's positions (see positions.py).
 
-Kernels exist only for some head sizes, so heads are zero-padded to the next supported size.
+vLLM has kernels only for certain head sizes, so heads are padded with zeros to the next supported size.
 """
 
 import torch
@@ -16,17 +17,17 @@ from vllm.model_executor.layers.attention import Attention
 from evoprune.errors import UsageError
 from evoprune_vllm.positions import split_bias
 
-PIECES = 3  # dimensions that hold the bias: its bfloat16 value, then the remainder twice
+PIECES = 3  # number of extra dimensions: the bias rounded to bfloat16, then the rounding error that remains, twice
 
 
 class BiasedRotary(nn.Module):
-    """Applies the layer's own rotary embedding, then appends the bias dimensions to each head.
+    """A rotary embedding that also appends the bias dimensions to each head.
 
     Args:
-        rotary: the layer's rotary embedding.
-        attention: the layer's attention, with wide heads.
-        head_size: head size without the bias.
-        scale: factor that attention applies to products.
+        rotary: the layer's original rotary embedding.
+        attention: the layer's attention, whose heads have room for the bias.
+        head_size: size of a head without the bias.
+        scale: factor by which attention multiplies the products of queries and keys.
     """
 
     def __init__(self, rotary: nn.Module, attention: Attention, head_size: int, scale: float):
@@ -39,10 +40,17 @@ class BiasedRotary(nn.Module):
         self.wide = attention.head_size
 
     def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor):
-        """Return queries `[n, heads * wide]` and keys `[n, kv_heads * wide]`, from positions `[3, n]`, queries and keys."""
+        """Rotate queries and keys and append the bias to them.
+
+        Args:
+            positions: `[3, n]`, with each token's bias in the upper bits.
+
+        Returns:
+            Queries `[n, heads * wide]` and keys `[n, kv_heads * wide]`.
+        """
         plain, bias = split_bias(positions)
         query, key = self.rotary(plain, query, key)
-        # The pieces, in the dtype of the keys, sum to bias / scale.
+        # Split bias / scale into pieces in the dtype of the keys that add up to it.
         left = bias / self.scale
         pieces = []
         for _ in range(PIECES):
@@ -58,14 +66,17 @@ class BiasedRotary(nn.Module):
 
 
 class BiasedAttention(Attention):
-    """vLLM's attention with heads of size `wide` for queries and keys, and `head_size` for values. `options` go to `Attention`."""
+    """vLLM's attention, with queries and keys of size `wide` per head.
+
+    Values and results keep the size `head_size`. `options` are passed to `Attention`.
+    """
 
     def __init__(self, head_size: int, wide: int, **options):
         super().__init__(head_size=wide, **options)
         self.value_size = head_size
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return `[n, heads * head_size]`, from wide queries and keys, and values `[n, kv_heads * head_size]`."""
+        """Apply attention to wide queries and keys and to values `[n, kv_heads * head_size]`. Return `[n, heads * head_size]`."""
         value = value.view(-1, self.num_kv_heads, self.value_size)
         value = F.pad(value, (0, self.head_size - self.value_size)).flatten(1)
         out = super().forward(query, key, value)
@@ -73,13 +84,13 @@ class BiasedAttention(Attention):
 
 
 def add_bias(layers: nn.ModuleList, config: VllmConfig) -> None:
-    """Make the layers of a Qwen2 language model accept a bias with the positions. Must be called before loading weights.
+    """Let the layers of a language model read a bias from the positions. Must be called before the weights are loaded.
 
     Raises:
-        UsageError: the attention backend has no kernel for wider heads, or was not tested.
+        UsageError: the attention backend has no kernel for wider heads, or has not been tested with them.
     """
     for each in layers:
-        if not hasattr(each, "self_attn"):  # linear attention
+        if not hasattr(each, "self_attn"):  # the layer uses linear attention
             continue
         layer = each.self_attn
         stock = layer.attn
@@ -87,7 +98,7 @@ def add_bias(layers: nn.ModuleList, config: VllmConfig) -> None:
         wide = next((n for n in range(stock.head_size + PIECES, 257) if backend.supports_head_size(n)), None)
         if (
             backend.get_name() not in ("CPU_ATTN", "FLASH_ATTN") or wide is None
-        ):  # tested kernels that read the head size from the layer
+        ):  # only the tested kernels, which read the head size from the layer
             raise _unfit(backend)
         del config.compilation_config.static_forward_context[stock.layer_name]  # the new layer replaces it
         layer.attn = BiasedAttention(

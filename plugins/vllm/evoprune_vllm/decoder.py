@@ -1,6 +1,7 @@
-"""A video decoder for vLLM, in addition to OpenCV and TorchCodec: this project's reader, which runs in a separate process.
+"""A video decoder for vLLM that uses evoprune's reader, which runs in a separate process.
 
-As with vLLM's own decoders, the model's loader selects frames by index. The reader decodes only what is needed for these frames.
+It can be selected instead of vLLM's decoders, which are OpenCV and TorchCodec. As with those, the model's loader selects frames by
+index. The reader decodes only as much as these frames require.
 """
 
 import numpy as np
@@ -9,25 +10,25 @@ from vllm.multimodal.video_decoders.base import VideoSourceMetadata, VideoTarget
 from evoprune.errors import VideoError
 from evoprune.video import Video, frame_times, in_one, probe, temporary_file
 
-OPTIONS = {"num_ffmpeg_threads": 0}  # options with their defaults, named as TorchCodec's options in vLLM
+OPTIONS = {"num_ffmpeg_threads": 0}  # default values; vLLM's TorchCodec decoder has the same option names
 
 
 def decode_evoprune(
     loader_cls, data: bytes, target: VideoTargetMetadata, sampling_kwargs: dict, *, num_ffmpeg_threads: int = 0
 ) -> tuple[np.ndarray, VideoSourceMetadata, list[int], list[int]]:
-    """Decode the frames that a vLLM loader selects from a file. This has the interface of vLLM's `decode_opencv`.
+    """Decode the frames that a vLLM loader selects from a file. The interface is that of vLLM's `decode_opencv`.
 
     Args:
-        num_ffmpeg_threads: number of cores to use; 0 for all cores available to this process.
+        num_ffmpeg_threads: number of cores to use. 0 means all cores that are available to this process.
 
     Returns:
-        Frames, uint8 `[n, H, W, 3]`, RGB; the metadata of the file; the indices that the loader wants; and the indices that were
-        read, without duplicates and indices after the last frame.
+        The RGB frames, uint8 `[n, H, W, 3]`; the file's metadata; the indices that the loader asked for; and the indices of the
+        frames that were read, which contain neither duplicates nor indices beyond the last frame.
 
     Raises:
-        ValueError: the file cannot be read, is a picture, or is so short that the loader wants no frame; or the number of threads
-            is invalid.
-        OutOfMemory: there is no memory for the frames.
+        ValueError: the file cannot be read, it is a picture, it is so short that the loader selects no frame, or the number of
+            threads is invalid.
+        OutOfMemory: the frames do not fit into memory.
     """
     if not isinstance(num_ffmpeg_threads, int) or num_ffmpeg_threads < 0:
         raise ValueError(f"num_ffmpeg_threads is {num_ffmpeg_threads!r}, not a number of threads; 0: one for each core")
@@ -53,11 +54,11 @@ def decode_evoprune(
 def described(info: Video, count: int, stated: int) -> VideoSourceMetadata:
     """Return a file's metadata in the format of vLLM's decoders.
 
-    The frame count is taken from the header, as in OpenCV, if it is off by at most one.
+    The frame count comes from the header, as in OpenCV, if it differs from `count` by at most one.
 
     Args:
-        count: number of frames.
-        stated: number of frames by the header; 0 if it does not state it.
+        count: actual number of frames.
+        stated: number of frames according to the header, or 0 if the header does not state it.
     """
     total = stated if stated and abs(stated - count) <= 1 else count
     rate = info.fps or count / (info.duration_s or count)

@@ -1,7 +1,7 @@
-"""vLLM's models with this project's vision encoder.
+"""vLLM's models, with evoprune's vision encoder in place of vLLM's.
 
-vLLM's own tower is not created, so its weights are in memory only once. With tensor parallelism, the first process of a group
-encodes for all processes: if their numbers differed in the last bit, they could select different tokens.
+vLLM's own vision tower is never created, so the tower's weights are in memory only once. With tensor parallelism, the first process
+of each group encodes for the whole group, because processes whose results differed in the last bit could select different tokens.
 """
 
 from collections.abc import Iterable, Iterator
@@ -80,7 +80,8 @@ logger = init_logger("vllm.evoprune")
 
 PICTURE = "image_grid_thw"
 VIDEO = "video_grid_thw"
-GRIDS = {"image_embeds": PICTURE, "pixel_values": PICTURE, "pixel_values_videos": VIDEO}  # by input field
+# For each input field, the field that contains its grids.
+GRIDS = {"image_embeds": PICTURE, "pixel_values": PICTURE, "pixel_values_videos": VIDEO}
 OF_MODALITY = {"image": PICTURE, "video": VIDEO}
 
 
@@ -88,9 +89,9 @@ class _Pruned(SupportsMultiModalPruning):
     """Mixin that adds pruning to vLLM's models.
 
     Raises:
-        UsageError: the method cannot work here, or an option of vLLM is incompatible.
-        ModelError: the tower computes NaN.
-        PluginError: another package's method does not do what it declares.
+        UsageError: the method cannot be used in vLLM, or an option of vLLM is incompatible.
+        ModelError: the tower's output contains NaN.
+        PluginError: a method from another package does not do what it declares.
     """
 
     supports_encoder_tp_data = False
@@ -113,7 +114,7 @@ class _Pruned(SupportsMultiModalPruning):
         with self._mark_tower_model(vllm_config, {"image", "video"}):
             if get_tp_group().rank_in_group:
                 self.visual = StageMissingLayer("vision_tower")
-            else:  # in vLLM's dtype and device, for its loader to fill; random initialization would take seconds
+            else:  # uninitialized, because vLLM's loader fills it and random values would take seconds
                 device = torch.get_default_device()
                 with torch.device("meta"):
                     tower = Tower(self.sizes)
@@ -129,7 +130,7 @@ class _Pruned(SupportsMultiModalPruning):
         logger.info("videos are encoded by evoprune: method %s, budget %g", self.method.name, budget.video)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load weights as vLLM does, then pack the tower's linear layers if this makes matrix products faster on the CPU."""
+        """Load the weights as vLLM does, then pack the tower's linear layers if that makes matrix products faster on the CPU."""
         loaded = super().load_weights(weights)
         if isinstance(self.visual, Tower):
             Packing.now(self.visual)
@@ -138,8 +139,11 @@ class _Pruned(SupportsMultiModalPruning):
         return loaded
 
     def embed_multimodal(self, **inputs) -> tuple[torch.Tensor, ...]:
-        """Return features for each picture and video, `[tokens, hidden]`. Pruned videos have `positions.COLUMNS` more columns."""
-        with gpu_sync_allowed():  # the encoder reads its selections on the host
+        """Return the features of each picture and video, `[tokens, hidden]`.
+
+        The features of pruned videos have `positions.COLUMNS` additional columns.
+        """
+        with gpu_sync_allowed():  # the encoder copies the indices of selected rows to the host
             return tuple(self._features(inputs))
 
     def _language(self, config: VllmConfig, prefix: str) -> nn.Module:
@@ -188,14 +192,14 @@ class _Pruned(SupportsMultiModalPruning):
                 yield group.broadcast(made.contiguous())
 
     def _words(self, time: float) -> list[int]:
-        """Return the tokens before a frame pair's visual tokens: its time and a marker."""
+        """Return the token IDs of the timestamp and the start marker that precede a frame pair's visual tokens."""
         written = self.tokenizer.encode(f"<{time:.1f} seconds>", add_special_tokens=False)
         return [*written, self.config.vision_start_token_id]
 
     def _text(self, words: list[list[int]], device: torch.device) -> torch.Tensor | None:
-        """Return the embeddings of times and markers, `[n, hidden]`, or None without times.
+        """Return the embeddings of all timestamps and markers, `[n, hidden]`, or None if there are no timestamps.
 
-        All processes of a tensor-parallel group must call this, because each computes a part.
+        All processes of a tensor-parallel group must call this, because each process computes a part of the embeddings.
         """
         if not words:
             return None
@@ -203,7 +207,7 @@ class _Pruned(SupportsMultiModalPruning):
         return self.language_model.embed_input_ids(torch.tensor(ids, dtype=torch.int64, device=device))
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
-        """Return the positions of a prompt that are known before its videos are encoded. See `positions.known_positions`."""
+        """Return the positions in a prompt that are known before its videos are encoded. See `positions.known_positions`."""
         items = []
         clock = self.sizes.tokens_per_second
         for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
@@ -224,11 +228,14 @@ class _Pruned(SupportsMultiModalPruning):
         return known_positions(len(input_tokens), items)
 
     def recompute_mrope_positions(self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens):
-        """Return the features without their extra columns, the prompt's positions, and vLLM's offset for generated tokens.
+        """Fill in the positions of pruned videos, which arrive in the extra columns of the videos' features.
 
         Args:
-            multimodal_embeddings: features from the first picture or video that is not computed yet.
+            multimodal_embeddings: features of the pictures and videos, starting with the first one that is not computed yet.
             mrope_positions: int64 `[3, prompt]`.
+
+        Returns:
+            The features without the extra columns, the prompt's positions, and the offset of generated tokens' positions.
         """
         wide = self.wide
         videos = [each[:, wide:] for each in multimodal_embeddings if each.shape[1] > wide]
@@ -242,12 +249,12 @@ class _Pruned(SupportsMultiModalPruning):
             return features, mrope_positions, generated_offset(mrope_positions)
 
     def get_encoder_cudagraph_config(self) -> EncoderCudaGraphConfig:
-        """Disable encoder CUDA graphs, because the encoder's amount of work depends on the video."""
+        """Disable encoder CUDA graphs, because the amount of work in the encoder depends on the video."""
         return EncoderCudaGraphConfig(modalities=[], buffer_keys=[], out_hidden_size=self.wide, max_frames_per_video=1)
 
 
 class _Timed(_Pruned):
-    """Mixin for families whose frame pairs have timestamps. The attributes are named as in vLLM's models."""
+    """Mixin for model families whose frame pairs have timestamps. Attributes have the same names as in vLLM's models."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -267,7 +274,7 @@ class _Timed(_Pruned):
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
         """Return a prompt's positions.
 
-        Without pruning, these are vLLM's own, because times and markers then have no placeholders.
+        Without pruning, vLLM computes them, because timestamps and markers then need no placeholders.
         """
         if self.is_multimodal_pruning_enabled:
             return super().get_mrope_input_positions(input_tokens, mm_features)
@@ -275,7 +282,7 @@ class _Timed(_Pruned):
 
 
 def _check(sizes: VisionConfig, config: VllmConfig) -> None:
-    """Raise ModelError if the tower is not supported, or UsageError if an option of vLLM is not supported."""
+    """Raise ModelError if the vision tower is not supported, or UsageError if an option of vLLM is not supported."""
     try:
         sizes.check()
     except ValueError as problem:
@@ -294,10 +301,10 @@ def _check(sizes: VisionConfig, config: VllmConfig) -> None:
 
 @cache
 def _let_cpu_runner_prune() -> None:
-    """Patch vLLM's CPU runner to record whether a model of this module prunes.
+    """Patch vLLM's CPU runner, so that it knows whether a model from this module prunes.
 
-    The GPU runner checks the model after loading. The CPU runner has its own loader, which does not (0.32 and 0.33), so even vLLM's
-    own pruning fails there.
+    The GPU runner asks the model after loading it. In vLLM 0.32 and 0.33, the CPU runner loads models in a different way and does
+    not ask, so that even vLLM's own pruning fails on the CPU.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 

@@ -1,8 +1,9 @@
-"""Makes torchvision importable together with a CPU build of torch. Run this file once in an environment.
+"""Makes torchvision importable with a CPU build of torch. Run this file once in each environment that needs it.
 
-PyPI's torchvision is built for CUDA. With a CPU build of torch, importing it fails ("operator torchvision::nms does not exist"),
-and so does everything that imports it. Declaring the operators is enough, because models do not call them. A line in a .pth file
-declares them when Python starts. If torchvision can be imported or is not installed, nothing is written.
+The torchvision on PyPI is built for CUDA. With a CPU build of torch, importing it fails ("operator torchvision::nms does not
+exist"), and so does importing any module that needs it. Because models do not call the missing operators, it is enough to declare
+them. This script writes a .pth file, which declares them whenever Python starts. If torchvision can already be imported or is not
+installed, the script writes nothing.
 """
 
 import sysconfig
@@ -20,7 +21,7 @@ for name in ("nms", "qnms"):
 
 
 def declare() -> bool:
-    """Declare missing operators whenever this Python starts, and return whether any were missing.
+    """Write the .pth file if operators are missing, and return whether any were missing.
 
     Raises:
         RuntimeError: torchvision fails to import for another reason.

@@ -1,13 +1,14 @@
-"""Computes the M-RoPE positions of a prompt with pruned videos. Does not import vLLM.
+"""Computes the M-RoPE positions of a prompt that contains pruned videos. Does not import vLLM.
 
-By Qwen's rule (`language.prompt`), the text after a video starts at the end of the video, regardless of which tokens are kept. So
-all positions are known before anything is encoded, except inside pruned videos.
+In Qwen's models, the text after a video starts where the complete video would end, no matter which tokens are kept (see
+`language.prompt`). All positions are therefore known before anything is encoded, except those inside pruned videos.
 
-A placeholder of a pruned video has the position `-1 - start`, and `start` is the video's position. The encoder appends each token's
-position, counted from `start`, to its features, in digits below 256, which bfloat16 and float16 represent exactly. Each position is
-written only once, because chunked and interrupted requests deliver some features again.
+Until a pruned video is encoded, its placeholders have the position `-1 - start`, where `start` is the video's own position. The
+encoder appends each token's position, relative to `start`, to the token's features. The position is split into digits below 256,
+which bfloat16 and float16 represent exactly. Each position in the prompt is written only once, because the same features may be
+delivered again if a request is chunked or interrupted.
 
-The 32 bits of a token's bias (model.py) travel in the upper bits of its three positions, which vLLM passes to every layer.
+The 32 bits of a token's bias (see model.py) are stored in the upper bits of its three positions, which vLLM passes to every layer.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ import torch
 
 from evoprune.methods import arange_on
 
-DIGITS = (3, 3, 3, 4)  # digits below 256 for time, height, width, and the bits of the bias
-COLUMNS = sum(DIGITS)  # columns appended to a token's features
-# Bits of a position. The other 11 bits of a positive int32 are free.
+DIGITS = (3, 3, 3, 4)  # number of digits for the time, height, width, and bits of the bias
+COLUMNS = sum(DIGITS)  # number of columns that are appended to a token's features
+# Number of bits of a position. A positive int32 has 11 more bits, which are free for other data.
 BITS = 20
 LIMIT = 2**20
 FREE = 2**11 - 1
@@ -33,14 +34,16 @@ def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_secon
 def known_positions(
     length: int, items: Sequence[tuple[int, int, int, torch.Tensor | None]]
 ) -> tuple[torch.Tensor, int]:
-    """Return a prompt's positions before its videos are encoded, and the offset from a generated token's index to its position.
+    """Return a prompt's positions before its videos are encoded.
 
     Args:
-        items: for each video and picture, in order: the index of its first placeholder, the number of placeholders, its extent, and
-            its positions, int64 `[3, n]` counted from its own, or None if they are not known yet.
+        items: one tuple for each video and picture, in order. It contains the index of the first placeholder, the number of
+            placeholders, the `extent`, and the positions of the tokens relative to the start, int64 `[3, n]`, or None if they are
+            not known yet.
 
     Returns:
-        Positions, int64 `[3, length]`, negative at placeholders of pruned videos, and the offset.
+        Positions, int64 `[3, length]`, which are negative at the placeholders of pruned videos, and the offset that must be added
+        to the index of a generated token to get its position.
     """
     pieces = []
     at = 0
@@ -59,7 +62,7 @@ def known_positions(
 
 
 def generated_offset(positions: torch.Tensor) -> int:
-    """Return the offset of `known_positions` from a prompt's positions, `[3, length]`.
+    """Return the offset of generated tokens, as in `known_positions`, given a prompt's positions, `[3, length]`.
 
     The prompt must not end with a pruned video.
     """
@@ -67,14 +70,14 @@ def generated_offset(positions: torch.Tensor) -> int:
 
 
 def as_columns(positions: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Encode positions and biases as the columns to append to a video's features.
+    """Encode positions and biases as columns, which can be appended to a video's features.
 
     Args:
-        positions: int64 `[3, K]`, below 2**24, counted from the video's own position.
+        positions: int64 `[3, K]`, below 2**24, relative to the video's own position.
         bias: float32 `[K]`.
 
     Returns:
-        `[K, COLUMNS]`, integers below 256 in the dtype of the features.
+        Integers below 256, `[K, COLUMNS]`, in `dtype`, which is the dtype of the features.
     """
     numbers = [*positions, bias.float().view(torch.int32).long()]
     columns = [(row >> 8 * i) & 255 for row, digits in zip(numbers, DIGITS, strict=True) for i in range(digits)]
@@ -82,24 +85,29 @@ def as_columns(positions: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) 
 
 
 def from_columns(columns: torch.Tensor) -> torch.Tensor:
-    """Decode the columns of `as_columns` to int64 `[3, K]`: positions with the bias in their upper bits."""
+    """Decode the columns from `as_columns`. Return positions with the bias in their upper bits, int64 `[3, K]`."""
     parts = columns.T.long().split(DIGITS)
     *rows, bits = (sum(digit << 8 * i for i, digit in enumerate(part)) for part in parts)
     return torch.stack([row + ((bits >> 11 * i) & FREE) * LIMIT for i, row in enumerate(rows)])
 
 
 def split_bias(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split positions, int64 or int32 `[3, n]`, into positions without the bias, and the bias, float32 `[n]`."""
+    """Split int64 or int32 positions `[3, n]` that contain a bias into the plain positions and the bias, float32 `[n]`."""
     upper = (positions.long() >> BITS) & FREE
     bits = upper[0] + (upper[1] << 11) + (upper[2] << 22)
-    bits = bits - ((bits >> 31) << 32)  # to a signed number
+    bits = bits - ((bits >> 31) << 32)  # convert to a signed number
     return positions & (LIMIT - 1), bits.to(torch.int32).view(torch.float32)
 
 
 def with_videos(positions: torch.Tensor, places: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Return `positions`, int64 `[3, length]`, with `found` (from `from_columns`) written at `places`, `[n]`.
+    """Return a copy of a prompt's positions with the positions of pruned videos filled in.
 
-    Only negative positions, which are not yet written, are replaced.
+    Only negative positions are replaced, because all others are already known.
+
+    Args:
+        positions: int64 `[3, length]`.
+        places: indices of video placeholders in the prompt, `[n]`.
+        found: the positions at these indices from `from_columns`, `[3, n]`, relative to each video's own position.
     """
     before = positions[:, places]
     made = positions.clone()

@@ -1,11 +1,11 @@
-"""vLLM's processors, extended to put exactly K placeholders into the prompt for each video.
+"""Subclasses of vLLM's processors that put exactly K placeholders into the prompt for each video.
 
-If frame pairs have timestamps (Qwen3-VL, Qwen3.5), the number of tokens after each timestamp is not known before the video is
-encoded. So timestamps and markers get placeholders too, and the encoder delivers their embeddings. As in vLLM's own pruning, a
-frame pair without tokens keeps its timestamp and markers.
+In models whose frame pairs have timestamps (Qwen3-VL and Qwen3.5), the number of tokens after each timestamp is unknown until the
+video has been encoded. Timestamps and markers are therefore replaced by placeholders, too, and the encoder delivers their
+embeddings. As in vLLM's own pruning, a frame pair keeps its timestamp and markers even if it has no tokens left.
 
-The processors also store K and the seconds per frame pair along with a video's patches. vLLM's own seconds have the model's
-dtype: in bfloat16, 0.7 s would become 0.699, and positions would be off by one.
+The processors store K and the number of seconds per frame pair along with a video's patches. They do not use the seconds that vLLM
+stores, because these have the model's dtype. In bfloat16, 0.7 s would become 0.699 s, and positions would be off by one.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from evoprune.model import VisionConfig
 from evoprune_vllm.positions import LIMIT, extent
 from evoprune_vllm.pruning import BUDGET, request_budget
 
-# Extra fields per video.
+# Fields that the processors add for each video.
 KEEP = "evoprune_keep"
 SECONDS = "evoprune_seconds"
 END = "<|vision_end|>"
@@ -36,32 +36,32 @@ FIXED = {
 
 
 def in_units(grids: torch.Tensor, merge: int) -> list[Grid]:
-    """Convert Hugging Face grids, int64 `[items, 3]`, to units of `merge` by `merge` patches."""
+    """Convert Hugging Face's grids, int64 `[items, 3]`, from patches to units of `merge` by `merge` patches."""
     return [(t, h // merge, w // merge) for t, h, w in grids.tolist()]
 
 
 def without_own(options: Mapping) -> dict:
-    """Return only the options for the Hugging Face processor, without this package's options."""
+    """Return the options for Hugging Face's processor, leaving out the options of this package."""
     return {name: value for name, value in options.items() if name != BUDGET}
 
 
 class DummyInputs:
-    """Mixin for vLLM's dummy inputs, which measure memory."""
+    """Mixin for the dummy inputs with which vLLM measures memory."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """Return vLLM's text with an end-of-video marker, because prompts must not end with a video here."""
+        """Return vLLM's text followed by an end-of-video marker, because a prompt must not end with a video."""
         return super().get_dummy_text(mm_counts) + END
 
 
 class Processor:
-    """Mixin for vLLM's processors. Requests with invalid options raise ValueError, which clients see."""
+    """Mixin for vLLM's processors. If a request has an invalid option, they raise a ValueError that vLLM shows to the client."""
 
     def apply(self, inputs, timing_ctx):
         """Return the prompt with placeholders.
 
         Raises:
-            ValueError: the prompt ends with a video. The last token of a pruned video does not tell where generated tokens
-                continue.
+            ValueError: the prompt ends with a video. The positions of generated tokens would then be unknown, because they cannot
+                be derived from the last token of a pruned video.
         """
         made = super().apply(inputs, timing_ctx)
         places = made["mm_placeholders"].get("video", [])
@@ -70,7 +70,7 @@ class Processor:
         return made
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):
-        """Return the result of vLLM's processor, with K and the seconds per frame pair added for every video."""
+        """Return the result of vLLM's processor, after adding K and the seconds per frame pair of every video."""
         for options in (hf_kwargs, *(each for each in hf_kwargs.values() if isinstance(each, Mapping))):
             if fixed := sorted(FIXED & set(options)):
                 raise ValueError(f"{fixed[0]} is fixed by the model")
@@ -94,14 +94,16 @@ class Processor:
         return made
 
     def _seconds(self, sizes: VisionConfig, known: list, grids: list[Grid]) -> list[float]:
-        """Return the seconds per frame pair for each video; 1 for a model without a clock or a video without a frame rate.
+        """Return the number of seconds per frame pair for each video.
+
+        The number is 1 if the model's positions do not depend on time, or if the video has no frame rate.
 
         Raises:
-            ValueError: a video takes more positions than the model has.
+            ValueError: a video needs more positions than the model has.
         """
         text = self.info.get_hf_config().get_text_config()
         found = []
-        most = min(LIMIT, 4 * text.max_position_embeddings)  # vLLM computes this many rotary positions
+        most = min(LIMIT, 4 * text.max_position_embeddings)  # the number of rotary positions that vLLM computes
         for grid, video in zip(grids, known, strict=True):
             seconds = 1.0
             if sizes.tokens_per_second and video is not None and video.sampled_fps:
@@ -136,7 +138,7 @@ class Processor:
 
 
 class TimedProcessor(Processor):
-    """Mixin for processors of families whose frame pairs have timestamps."""
+    """Mixin for the processors of model families whose frame pairs have timestamps."""
 
     def _placeholders(self, update, item: int, keep: int):
         stock = update.replacement(item)

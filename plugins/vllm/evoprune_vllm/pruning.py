@@ -1,7 +1,8 @@
 """Reads the pruning options of a server, and encodes an image or video from a request. Does not import vLLM.
 
-`--video-pruning-rate` is the share of tokens to remove. A request can set its own share of tokens to keep, `evoprune_budget` in
-`mm_processor_kwargs`. `--additional-config '{"evoprune": {"method": "divprune"}}'` names the method.
+The server's `--video-pruning-rate` is the share of tokens to remove. A request can set the share of tokens to keep, as
+`evoprune_budget` in its `mm_processor_kwargs`. The server's method is chosen with
+`--additional-config '{"evoprune": {"method": "divprune"}}'`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,10 +36,12 @@ EXACT = "choose evoprune, evoprune-merge, tome, divprune or another exact method
 
 
 def served_method(additional: Any) -> MethodChain:
-    """Return the method named in `--additional-config`, optionally with settings (`NAME:SETTING=VALUE`), or the default method.
+    """Return the method that `--additional-config` names, or the default method.
+
+    Settings of the method may follow its name, as in `NAME:SETTING=VALUE`.
 
     Raises:
-        UsageError: a key is unknown, or the method does not exist or cannot work here.
+        UsageError: a key is unknown, or the method does not exist or cannot be used in vLLM.
     """
     section = additional.get("evoprune", {}) if isinstance(additional, Mapping) else {}
     unknown = sorted(set(section) - {"method"}) if isinstance(section, Mapping) else [str(section)]
@@ -81,7 +84,7 @@ def request_budget(options: Mapping[str, Any], rate: float | None) -> Budget:
 
 
 def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> Normal:
-    """Return mean and std for levels from 0 to 1, given mean and std for levels up to 255 times `scale`."""
+    """Convert the mean and standard deviation of levels from 0 to 255 times `scale` to levels from 0 to 1."""
     levels = round(1 / scale) / 255
     return tuple(levels * each for each in mean), tuple(levels * each for each in std)
 
@@ -92,7 +95,7 @@ def encoded(
     """Encode an image or video to exactly `keep` tokens.
 
     Raises:
-        ModelError: the tower computes NaN or infinite values.
+        ModelError: the tower's output contains NaN or infinite values.
         PluginError: a method from another package failed, or kept a different number of tokens.
     """
     plan = method.plan(TowerShape.of_tower(visual), grid, keep)
@@ -104,7 +107,7 @@ def encoded(
 
 
 def tokens_of(found: Encoded) -> torch.Tensor:
-    """Return each token's features followed by its features from the n levels of DeepStack, `[K, (1 + n) * D]`."""
+    """Return the features of each token, followed by its features from the n DeepStack levels, `[K, (1 + n) * D]`."""
     return _beside(found.features, found.deepstack)
 
 
@@ -122,17 +125,19 @@ def with_columns(
     words: Sequence[int] = (),
     text: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `tokens_of` with `COLUMNS` more columns: positions relative to the video's own, and the log of the cluster size.
+    """Return the rows of `tokens_of` with `COLUMNS` additional columns.
+
+    They encode each token's position relative to the video's own position, and the logarithm of its cluster size.
 
     Args:
-        words: if frame pairs have timestamps, the number of `text` embeddings before the tokens of each pair. One more embedding
-            follows each pair's tokens.
-        text: embeddings of timestamps and markers, `[n, D]`. The result then has rows for them, too.
+        words: the number of `text` embeddings before the tokens of each frame pair, if frame pairs have timestamps. One more
+            embedding follows the tokens of each frame pair.
+        text: embeddings of the timestamps and markers, `[n, D]`. If given, the result also has a row for each of them.
     """
     grid = found.grids[0]
     place = Place((range(prod(grid)),))
     if words:
-        # A frame pair without tokens keeps its timestamp.
+        # A frame pair keeps its timestamp even if it has no tokens left.
         place = replace(Place.of_pairs(words, grid[1] * grid[2]), around=())
     embeds = found.features[:0] if text is None else text.to(found.features)
     ids = torch.zeros(len(place) + len(embeds), dtype=torch.int64, device="cpu")
@@ -144,7 +149,7 @@ def with_columns(
 
 
 def try_out(visual, method: MethodChain) -> None:
-    """Encode a small clip of noise, so that a method that does not work fails at startup instead of at the first request.
+    """Encode a small clip of noise, so that a broken method fails at startup instead of at the first request.
 
     Raises:
         UsageError: the method weighs tokens without declaring it.
