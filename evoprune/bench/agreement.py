@@ -1,7 +1,7 @@
-"""Measures how closely a pruned model follows the unpruned model. No labels are needed.
+"""Measures how closely a pruned model follows the unpruned model, without needing any labels.
 
-The pruned model reads the unpruned model's answer, and the two distributions are compared at each token. llama.cpp evaluates
-quantization the same way.
+The pruned model is fed the unpruned model's answer, and the next-token distributions of the two models are compared at every token.
+llama.cpp evaluates quantization in the same way.
 """
 
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ import torch
 from evoprune.language import GenerationOptions
 from evoprune.session import Answer, EncodedInputs
 
-KEPT = 1024  # tokens whose probabilities are kept at each position of an answer, instead of 150,000
+KEPT = 1024  # number of token probabilities stored at each position of an answer, instead of all 150,000
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An answer of the unpruned model, with the token probabilities along it."""
+    """An answer from the unpruned model, with the model's token probabilities at each position."""
 
     question: str
     system: str | None
     think: str  # see `GenerationOptions`
-    ids: tuple[int, ...]  # its tokens, plus an arbitrary one if its end counts; the model reads all but the last
-    tokens: torch.Tensor  # int64 `[n, k]`, the most probable tokens at each of n positions, the first choice first
-    logs: torch.Tensor  # float32 `[n, k + 1]`, their log probabilities, and the log of the remaining probability
+    ids: tuple[int, ...]  # the answer's tokens, plus an arbitrary one if its end counts; the last token is never read
+    tokens: torch.Tensor  # int64 `[n, k]`, the k most probable tokens at each of n positions, most probable first
+    logs: torch.Tensor  # float32 `[n, k + 1]`, log probabilities of `tokens`, then of all other tokens together
     seconds: float  # time from the question to the first token
 
     @classmethod
@@ -38,10 +38,12 @@ class Reference:
         system: str | None = None,
         think: str = "off",
     ) -> Self:
-        """Return the unpruned model's token probabilities along its own answer, which consists of the tokens `ids`.
+        """Return the unpruned model's token probabilities at each position of its own answer.
 
-        If the model `ended` the answer itself, the end counts as one more token, because an answer that continued would be a
-        different answer.
+        Args:
+            ids: the tokens of the answer.
+            ended: True if the model ended the answer itself. The end then counts as one more token, because an answer that
+                continued would be a different answer.
 
         For the exceptions, see `EncodedInputs.read_along`.
         """
@@ -55,14 +57,17 @@ class Reference:
 
     @classmethod
     def of_answer(cls, video: EncodedInputs, question: str, answer: Answer, options: GenerationOptions) -> Self:
-        """Return the reference for an answer that was generated with `options`. See `of`."""
+        """Return the reference for an answer that was generated with `options`. See `of` for details."""
         ended = answer.report.finish_reason == "stop"
         if answer.report.stop_reason is not None or options.grammar is not None:
             ended = False  # the answer may lack its end token
         return cls.of(video, question, answer.ids, ended, options.system, options.think)
 
     def agreement(self, video: EncodedInputs) -> "Agreement":
-        """Compare the choices of the model that reads a pruned video. For the exceptions, see `EncodedInputs.read_along`."""
+        """Compare the reference with what the model predicts when it reads the pruned `video`.
+
+        For the exceptions, see `EncodedInputs.read_along`.
+        """
         logits, seconds = video.read_along(self.question, self.ids, self.system, self.think)
         logs = logits.log_softmax(-1).gather(1, self.tokens)
         logs = torch.cat([logs, _rest(logs)], 1)
@@ -72,10 +77,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well the pruned model agrees with the unpruned one along an answer."""
+    """How well the pruned model agrees with the unpruned model at each of the n positions of an answer."""
 
-    agrees: torch.Tensor  # bool `[n]`, whether the first choices are the same
-    kl: torch.Tensor  # float32 `[n]`, KL(unpruned || pruned) in nats; tokens outside the `KEPT` best count as one
+    agrees: torch.Tensor  # bool `[n]`, True if both models consider the same token most probable
+    kl: torch.Tensor  # float32 `[n]`, KL(unpruned || pruned) in nats; tokens outside the `KEPT` best are treated as one
     seconds: float  # time from the question to the first token
 
     def record(self) -> dict[str, float]:
@@ -84,5 +89,5 @@ class Agreement:
 
 
 def _rest(logs: torch.Tensor) -> torch.Tensor:
-    """Return the log of the remaining probability, `[n, 1]`. The probability is at least 1e-7, so that the log is finite."""
+    """Return the log of the remaining probability, `[n, 1]`. The probability is clamped to 1e-7 so that its log is finite."""
     return torch.log1p(-logs.double().exp().sum(1, keepdim=True).clamp(max=1 - 1e-7)).to(logs.dtype)

@@ -1,4 +1,4 @@
-"""Draws SVG charts with matplotlib: lines through points that have intervals and labels. Equal data give equal bytes."""
+"""Draws SVG charts of lines through labeled points with intervals, using matplotlib. The same data always gives the same bytes."""
 
 import io
 import math
@@ -13,19 +13,20 @@ if TYPE_CHECKING:
 
 # Colors that color-blind readers can distinguish on white (Okabe and Ito, https://jfly.uni-koeln.de/color/).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# PALE is for lines next to lines in INK.
+# PALE is the color of lines that are drawn next to lines in INK.
 INK = "#222222"
 SOFT = "#5F5F5F"
 PALE = "#8C8C8C"
-# Possible offsets of a label from its mark in points (its start or, if negative, its end), nearest first.
+# Possible offsets between a label and its mark, in points, nearest first. If the first number is positive, it applies to the left
+# end of the label, otherwise to the right end.
 AROUND = (5, 4), (5, -9), (-5, 4), (-5, -9), (7, -3), (-7, -3), (5, 11), (5, -17), (-5, 11), (-5, -17)
-ROOM = 3.5  # minimum distance of a label from the center of a mark, in points
-CUT = 1 / 3  # an axis may start above zero if all values exceed this share of the highest one
+ROOM = 3.5  # minimum distance between a label and the center of a mark, in points
+CUT = 1 / 3  # an axis may start above zero if all values exceed this share of the highest value
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured value with a label. If its interval is known, it extends from `low` to `high`."""
+    """A measured value with a label. `low` and `high` are the ends of its interval, or None if the interval is unknown."""
 
     x: float
     y: float
@@ -35,15 +36,16 @@ class Point:
 
     @classmethod
     def percent(cls, x: float, row: dict, value: str, label: str) -> "Point":
-        """Return a point for a share in a row of results. The share and its interval are converted to percent."""
+        """Return a point for the field `value` of a row of results. This share and its interval are converted to percent."""
         return cls(x, 100 * row[value], 100 * row["low"], 100 * row["high"], label)
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points that are joined by a line. A dashed line shows derived values rather than measurements, and has no marks.
+    """Points that are joined by a line.
 
-    `hollow` marks distinguish the series from a different one in the same color. A series without a name has no legend entry.
+    A dashed line shows derived values rather than measurements and has no marks. Hollow marks distinguish a series from another
+    series with the same color. A series whose name is empty has no legend entry.
     """
 
     name: str
@@ -58,8 +60,11 @@ def lines(
 ) -> tuple[Series, ...]:
     """Return a series for each name in `points`.
 
-    Names without a color in `colours` are assigned the default colors in turn. After the sixth, marks are hollow. `dashed` contains
-    the names of derived series.
+    Args:
+        points: the points of each series, by name.
+        colours: colors by name. Other names are assigned the default colors in turn. Once all six colors have been used, they are
+            used again with hollow marks.
+        dashed: the names of series that show derived values.
     """
     looks = cycle(product((False, True), COLOURS))
     series = []
@@ -71,7 +76,7 @@ def lines(
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot.
+    """One plot of a chart.
 
     `x_ticks` replaces the default ticks, which are at round numbers. If `from_zero` is False and all values exceed a third of the
     highest value, the value axis starts near the lowest value, and the axis label says so.
@@ -86,7 +91,7 @@ class Panel:
 
 
 def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
-    """Return an SVG document that shows panels side by side. The panels share the value axis."""
+    """Return an SVG document that shows the panels side by side with a shared value axis."""
     from matplotlib import rc_context  # takes half a second to import
     from matplotlib.figure import Figure
 
@@ -118,11 +123,11 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
         every[0].set_ylabel(panels[0].y_label + begins)
         figure.supxlabel(textwrap.fill(subtitle, 130), x=0.01, ha="left", fontsize=8.25, color=SOFT)
         named = {name: handle for axes in every for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(  # includes the title, because two things outside the plots would overlap
+        figure.legend(  # includes the title, because a separate title would overlap the legend
             named.values(), named, loc="outside upper left", ncols=4, frameon=False, alignment="left",
             title=textwrap.fill(title, 90), title_fontproperties={"size": 12, "weight": "bold"},
         )  # fmt: skip
-        figure.draw_without_rendering()  # computes the layout, to find labels that would overlap
+        figure.draw_without_rendering()  # computes the layout, so that overlapping labels can be detected
         for axes, panel in zip(every, panels, strict=True):
             _label_points(axes, panel)
         file = io.StringIO()
@@ -134,7 +139,6 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
 
 
 def _draw_series(axes, series: Series) -> None:
-    """Draw the line, marks and intervals of a series."""
     x = [point.x for point in series.points]
     y = [point.y for point in series.points]
     name = series.name or None
@@ -152,15 +156,15 @@ def _draw_series(axes, series: Series) -> None:
 
 
 def _distances(ends: Sequence[float | None], values: Sequence[float]) -> list[float]:
-    """Return the distance of each interval end from its value, or NaN if the end is unknown."""
+    """Return the distance between each value and the end of its interval, or NaN if that end is unknown."""
     return [math.nan if end is None else abs(end - value) for end, value in zip(ends, values, strict=True)]
 
 
 def _label_points(axes, panel: Panel) -> None:
     """Write labels next to their points, in the order of the series.
 
-    If possible, a label is placed where it overlaps nothing, otherwise where it overlaps only lines and intervals. If there is no
-    such place, the label is omitted.
+    Each label is placed where it overlaps nothing, if possible, or else where it overlaps only lines and intervals. If there is no
+    such place either, the label is omitted.
     """
     every = [(point, series.colour) for series in panel.series for point in series.points if point.label]
     dots = [(point.x, point.y) for series in panel.series if not series.dashed for point in series.points]
@@ -172,13 +176,13 @@ def _label_points(axes, panel: Panel) -> None:
     taken = []
 
     def room(box) -> tuple[bool, bool]:
-        """Return whether a box overlaps nothing, and whether it overlaps nothing except lines and intervals."""
+        """Return whether a box overlaps nothing at all, and whether it overlaps at most lines and intervals."""
         inside = max(whole.x0, frame.x0) <= box.x0 and box.x1 <= min(whole.x1, frame.x1 + 4) and frame.y0 <= box.y0
         apart = inside and not box.count_overlaps(taken) and not box.padded(ROOM * pixels).count_contains(marks)
         return apart and not box.count_contains(lines), apart
 
     for point, colour in every:
-        found: list = []  # possible places, the best last
+        found: list = []  # possible places, best place last
         for x, y in AROUND:
             side = "left" if x > 0 else "right"
             label = axes.annotate(
@@ -205,7 +209,7 @@ def _label_points(axes, panel: Panel) -> None:
 
 
 def _on_lines(axes, panel: Panel) -> "np.ndarray":
-    """Return closely spaced points on the lines and intervals of a plot, `[n, 2]` in pixels."""
+    """Return closely spaced points along the lines and intervals of a plot, in pixels: `[n, 2]`."""
     import numpy as np
 
     paths = []

@@ -1,17 +1,18 @@
-"""Provides the clips to measure, with frames from a video or synthetic frames, and preprocesses them for the tower.
+"""Provides the clips to measure, whose frames come from a video or are synthetic, and preprocesses them for the tower.
 
-Synthetic clips have the same bytes on every machine and in every version, because they are computed only with integers, and a hash
-function serves as the random generator.
+Synthetic clips have the same bytes on every machine and in every version, because they are computed with integers only and use a
+hash function as the random number generator.
 
-A *grid* is two frames, a *unit* 28x28 pixels of both, or 32x32. f, y, x, c count frames, rows, columns and color channels from 0.
+A *grid* is two frames. A *unit* is a square of 28x28 (or 32x32) pixels in both of them. f, y, x and c are zero-based indices of
+frames, rows, columns and color channels.
 
-`noise`     byte(1, f, y, x, c): pixels are independent, so there is no redundancy to exploit.
-`static90`  Both frames of the first grid are texture(2). Every later grid equals it except for one unit in ten (a half counts as
-            one): the units with the smallest mix(3, grid, unit), the first one among equals. Their pixels are byte(4, f, y, x, c).
-            So different units change in each grid, and then return to the texture.
-`motion`    Ordinary motion: texture(5), and in front of it three textured discs that move steadily, wrapping around at the edges,
-            all under sensor noise of -3 to 3. About a third of the units change visibly from grid to grid (more in a picture that
-            is only a few units wide).
+`noise`     Every pixel is byte(1, f, y, x, c). Pixels are independent, so there is no redundancy to exploit.
+`static90`  Both frames of the first grid are texture(2). Every later grid is the same except for a tenth of its units (rounded half
+            up), namely those with the smallest mix(3, grid, unit); ties go to the earlier unit. The pixels of these units are
+            byte(4, f, y, x, c). As a result, different units change in each grid and return to the texture in the next one.
+`motion`    Ordinary motion: texture(5) as the background, three textured discs that move steadily in front of it and wrap around at
+            the edges, and sensor noise from -3 to 3 on top. About a third of the units change visibly from one grid to the next
+            (more if the picture is only a few units wide).
 """
 
 import sys
@@ -40,18 +41,18 @@ from evoprune.video import (
 )
 from evoprune.vision import normalised, pixel_patches, resize
 
-# Default side of a merge unit in pixels, and frames in a grid.
+# Default side length of a merge unit in pixels, and number of frames in a grid.
 UNIT = 28
 PAIR = 2
 SCALES = ((64, 3), (32, 2), (16, 1), (8, 1), (4, 1))
-Draw = Callable[[int], np.ndarray]  # f to integers [H, W, 3], 0 to 255
+Draw = Callable[[int], np.ndarray]  # takes a frame index and returns integers [H, W, 3] from 0 to 255
 
 
 def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int = UNIT) -> np.ndarray:
     """Return a synthetic clip, uint8 `[frames, height, width, 3]`. `content` is one of `ProfileSettings.SYNTHETIC`.
 
     Raises:
-        ValueError: `content` is unknown, or the clip does not consist of whole grids and whole units.
+        ValueError: `content` is unknown, or the size is not a whole number of grids and units.
     """
     if content not in ProfileSettings.SYNTHETIC:
         raise ValueError(f"unknown synthetic clip {content!r}: choose one of {', '.join(ProfileSettings.SYNTHETIC)}")
@@ -65,10 +66,10 @@ def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int
 
 
 def _mix(*numbers: int | np.ndarray) -> np.ndarray:
-    """Hash the numbers one after another, combining each with the previous hash. Return uint32, broadcast to a common shape.
+    """Hash the numbers one after another, adding each to the previous hash. Return uint32, broadcast to a common shape.
 
-    The hash function is lowbias32 (https://nullprogram.com/blog/2018/07/31/). It relies on uint32 products wrapping around, which
-    NumPy does without a warning for arrays with at least one dimension.
+    The hash function is lowbias32 (https://nullprogram.com/blog/2018/07/31/). It relies on uint32 products wrapping around. NumPy
+    gives no warning about this if the arrays have at least one dimension.
     """
     hashes = np.zeros(1, np.uint32)
     for number in numbers:
@@ -80,7 +81,7 @@ def _mix(*numbers: int | np.ndarray) -> np.ndarray:
 
 
 def _byte(*numbers: int | np.ndarray) -> np.ndarray:
-    """Return the hash of the numbers, reduced to int64 values from 0 to 255."""
+    """Return the top byte of the numbers' hash, as int64 values from 0 to 255."""
     return (_mix(*numbers) >> np.uint32(24)).astype(np.int64)
 
 
@@ -92,7 +93,8 @@ def _axes(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _texture(seed: int, height: int, width: int) -> np.ndarray:
     """Return a smooth texture, int64 `[height, width, 3]`, with values from 0 to 255.
 
-    It is a weighted mean over `SCALES`. For each scale `s`, random bytes at every `s`-th pixel are interpolated.
+    The texture is a weighted mean of one layer per scale in `SCALES`. The layer for scale `s` has a random byte at every `s`-th
+    pixel and interpolates between them.
     """
     texture = np.zeros((height, width, 3), np.int64)
     for s, weight in SCALES:
@@ -146,33 +148,33 @@ def _motion(height: int, width: int) -> Draw:
 
 
 def _away(centre: int, size: int) -> np.ndarray:
-    """Return int64 `[size]`: the signed distance of each row or column from `centre`. Distances wrap around at the edges."""
+    """Return the signed distance of each row or column from `centre`, wrapping around at the edges: int64 `[size]`."""
     return (np.arange(size) - centre + size // 2) % size - size // 2
 
 
-# Text tokens before and after the video, as many as in a chat template with a short question.
+# Number of text tokens before and after the video, similar to a chat template with a short question.
 TEXT_BEFORE = 15
 TEXT_AFTER = 15
-# Text tokens around each frame pair if the prompt has timestamps: the time and a marker before, and a marker after.
+# Number of text tokens around each frame pair if the prompt has timestamps: the time and a marker precede it, a marker follows it.
 BEFORE_PAIR = 7
 AFTER_PAIR = 1
 SYNTHETIC_FPS = 2.0
 
-Frames = tuple[torch.Tensor, float]  # uint8 [F, H, W, 3], and the seconds from one grid to the next
+Frames = tuple[torch.Tensor, float]  # the frames, uint8 [F, H, W, 3], and the number of seconds between two grids
 
 
 def synthetic_frames(content: str, case: Case, unit: int = UNIT) -> Frames:
-    """Return a synthetic clip at Qwen's frame rate, or only its first frame as an image. `unit` is a unit's side in pixels."""
+    """Return a synthetic clip at Qwen's frame rate, or its first frame if the case is an image. `unit` is in pixels."""
     clip = synthetic_clip(content, max(PAIR, case.frames), case.height, case.width, unit)
     return torch.from_numpy(clip[: case.frames]), 2 / SYNTHETIC_FPS
 
 
 def video_frames(info: Video, case: Case) -> Frames:
-    """Return frames that are spread evenly over a video, or a single image."""
+    """Return frames that are spread evenly over a video, or the image if `info` describes a single image."""
     source = info
     max_frames = max(2, case.frames)
     if info.is_picture:
-        source = replace(info, width=case.width, height=case.height)  # the size that the reader will produce
+        source = replace(info, width=case.width, height=case.height)  # the size to which the frames will be resized
     wanted = SamplingOptions(frames=case.frames, max_frames=max_frames, max_visual_tokens=sys.maxsize)
     plan = Plan.of(info, InputLimits(), wanted)
     with closing(read_chunks(source, plan.sampling.times_s)) as chunks:
@@ -181,7 +183,7 @@ def video_frames(info: Video, case: Case) -> Frames:
 
 
 def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
-    """Return the grid (T, H, W) of a case in units.
+    """Return the size (T, H, W) of a case in units.
 
     Raises:
         UsageError: the frame size is not a multiple of the merge unit.
@@ -195,7 +197,7 @@ def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
 
 
 def place_of(grid: tuple[int, int, int], times: bool) -> Place:
-    """Return the place of a clip's units in the prompt. `times` indicates that each frame pair has a timestamp in the prompt."""
+    """Return the place of a clip's units in the prompt. `times` is True if the prompt has a timestamp for each frame pair."""
     if not times:
         return Place((range(TEXT_BEFORE, TEXT_BEFORE + prod(grid)),))
     return Place.of_pairs([BEFORE_PAIR] * grid[0], grid[1] * grid[2], start=TEXT_BEFORE, after=AFTER_PAIR)
@@ -209,17 +211,17 @@ def text_tokens(config: VisionConfig, case: Case, limits: InputLimits) -> int:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip that is ready for the tower, and the prompt that contains it."""
+    """A clip that has been preprocessed for the tower, together with a prompt that contains it."""
 
-    pixels: torch.Tensor  # uint8 `[4 * N, values]`, patches in Hugging Face's order, on the device of the weights
-    patches: torch.Tensor  # the same, normalized, in the dtype of the weights: the input for transformers
+    pixels: torch.Tensor  # uint8 `[4 * N, values]`, patches in Hugging Face's order, on the weights' device
+    patches: torch.Tensor  # the same patches, normalized and in the weights' dtype, which is the input for transformers
     grid: tuple[int, int, int]  # (T, H, W) in units
-    seconds_per_pair: float  # from one grid to the next
+    seconds_per_pair: float  # interval between two grids
     ids: torch.Tensor  # int64 `[L]`, random tokens for the text, and zeros for the video
-    place: Place  # where the video is
-    positions: torch.Tensor  # int64 `[3, L]`, by Qwen's rule
+    place: Place  # where the video's tokens are in the prompt
+    positions: torch.Tensor  # int64 `[3, L]`, computed by Qwen's rule
     following: int  # position of the first new token
-    unpruned: int  # number of units without pruning; more than N if a method shrank the input
+    unpruned: int  # number of units the clip would have without pruning; more than N if the method shrank the input
 
     @property
     def units(self) -> int:
@@ -232,7 +234,10 @@ def prepare(
     seconds_per_pair: float,
     config: PruneConfig | None = None,
 ) -> Clip:
-    """Preprocess a clip and add fixed random text tokens. If the method in `config` acts on the input, the clip is shrunk."""
+    """Preprocess a clip and build a prompt with it, using random text tokens that are the same in every run.
+
+    If the method in `config` prunes by shrinking the input, the clip is shrunk first.
+    """
     v = loaded.video
     visual = loaded.model.model.visual
     count, height, width, _ = frames.shape

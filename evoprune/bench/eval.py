@@ -1,10 +1,11 @@
-"""Runs `evoprune eval`. All questions are asked about the unpruned videos, and again for each combination of method and budget.
+"""Runs `evoprune eval`: asks all questions about the unpruned videos, and asks them again for each method at each budget.
 
-Every answer becomes a sample, a plain dict; `scores.py` turns them into a table.
+Every answer is stored as a sample, which is a plain dict. `scores.py` turns the samples into a table.
 
-Costs are operations at the dimensions of Qwen2.5-VL-3B. The rows that each layer of the evaluated tower computed are stretched to
-the 3B model's 32 layers by relative depth (`_stretched`), as are the prompt lengths if they differ between layers. Scoring and
-merging, a few percent of the tower's cost, are not counted.
+Costs are numbers of operations that a model with the dimensions of Qwen2.5-VL-3B would need. To compute them, the number of rows in
+each layer of the evaluated tower is mapped to the 3B model's 32 layers by relative depth (see `_stretched`). The same is done with
+the prompt length if it differs between layers. The costs do not include scoring and merging, which need a few percent of the
+tower's operations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +69,7 @@ T = TypeVar("T")
 
 
 def _stretched(rows: Sequence[T], depth: int) -> list[T]:
-    """Stretch per-layer values to `depth` layers. Each layer gets the value from the same relative depth of the other model."""
+    """Map per-layer values to a model with `depth` layers. Each of its layers gets the value at the same relative depth."""
     return [rows[layer * len(rows) // depth] for layer in range(depth)]
 
 
@@ -85,7 +86,7 @@ class AnswerCost:
         self._tower = self._cost.tower_flop(rows, grids, windows) / 1e12
 
     def of(self, report: Report) -> dict[str, float]:
-        """Return the cost of an answer, as fields of a sample. `tflop_3b` is in units of 10^12 multiplications and additions."""
+        """Return an answer's cost as fields of a sample. `tflop_3b` counts multiplications and additions in units of 10^12."""
         pruning = report.pruning
         tokens = report.tokens
         read = [count for _, count in pruning.language_layers or [(0, pruning.visual_tokens_kept)]]
@@ -107,7 +108,8 @@ class AnswerCost:
         }
 
 
-# Called with the current step. `Evaluation.run` passes "video", the number of finished videos, the total, and the current step.
+# Function that reports progress. It is called with the current step; `Evaluation.run` calls it with "video", the number of finished
+# videos, the total, and the current step.
 Progress = Callable[..., None]
 
 
@@ -123,7 +125,7 @@ class Variant:
 
 
 def variants(settings: EvalSettings) -> list[Variant]:
-    """Return the variants in order: full, blind, and then each combination of a method and a budget that prunes anything.
+    """Return the variants in order: full, blind, and then each combination of method and budget that prunes anything.
 
     Raises:
         UsageError: the settings are invalid.
@@ -138,7 +140,7 @@ def variants(settings: EvalSettings) -> list[Variant]:
 
 
 class Evaluation:
-    """An evaluation. Construct it with `videos`, `load` a model, `run` the evaluation, and then read its `document`.
+    """An evaluation. Construct it with the `videos`, `load` a model, call `run`, and then read `document`.
 
     Raises:
         UsageError: a method, a setting or a group does not exist.
@@ -160,7 +162,7 @@ class Evaluation:
         self.loaded: LoadedModel | None = None
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model. `model` is its description if it is already known.
+        """Load the model. Pass its description as `model` if it is already known.
 
         Raises:
             UsageError: a method does not work with the model, or the resumed run used a different model.
@@ -176,7 +178,10 @@ class Evaluation:
             self.folder.check_size_rule(self._after_tower_below())
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
-        """Write all further samples to a folder. With `resume`, keep the samples of the earlier run in it. See `RunFolder`."""
+        """Write all samples from now on to a folder. If `resume` is True, continue the earlier run in that folder.
+
+        For the exceptions, see `RunFolder`.
+        """
         opening = RunFolder.resume if resume else RunFolder.create
         self.folder = opening(path, self._record())
         self.folder.check_size_rule(self._after_tower_below())
@@ -192,9 +197,13 @@ class Evaluation:
         return any("error" in sample for sample in self.samples)
 
     def run(self, progress: Progress = lambda *what: None, processes: int = 1) -> None:
-        """Evaluate all videos that have no samples yet, in `processes` processes that each load their own model.
+        """Evaluate all videos that have no samples yet.
 
-        A video that cannot be read, cannot be computed or does not fit into memory is left out of every row.
+        A video is left out of every row if it cannot be read, does not fit into memory, or makes the model fail.
+
+        Args:
+            progress: called with each step; see `Progress`.
+            processes: number of processes. If there are several, each of them loads its own model.
 
         Raises:
             OutOfMemory: there is not enough memory for one model per process.
@@ -220,14 +229,14 @@ class Evaluation:
                 self.samples += samples
 
     def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
-        """Evaluate the videos one after another, prefetching the next ones. Yields the samples of each video."""
+        """Evaluate the videos one after another while the next videos are prefetched. Yields the samples of each video."""
         done = self.total - len(videos)
         with closing(in_flight(videos, self._opened, self.loaded)) as ahead:
             for number, (video, opened) in enumerate(ahead, done):
                 yield self.evaluate(video, lambda what, at=number: progress("video", at, self.total, what), opened)
 
     def _opened(self, video: VideoQuestions, cores: int | None) -> OpenInputs:
-        """Open all parts of a video that the questions are about, for prefetching. The parts are read as for the first variant."""
+        """Open every part of a video that a question is about, so that it can be prefetched for the first variant."""
         parts = [self._open(self.variants[0], video, span) for span in Span.group(video.rows)]
         inputs = OpenInputs(parts[0].session, [opened for part in parts for opened in part.inputs])
         inputs.use_cores(cores)
@@ -239,9 +248,13 @@ class Evaluation:
         progress: Progress = lambda *what: None,
         opened: OpenInputs | Exception | None = None,
     ) -> list[dict]:
-        """Return the samples of a video, grouped by variant. If the video fails, return a sample with an `error` for each question.
+        """Return the samples of a video, grouped by variant.
 
-        `opened` is the result of `_opened` or the exception that it raised. The patches stay in memory until all variants are done.
+        If the video fails, one sample with an `error` is returned for each question instead.
+
+        Args:
+            opened: the result of `_opened`, or the exception that it raised. Its patches stay in memory until all variants have
+                been evaluated. None means that the video was not prefetched.
         """
         samples: list[dict] = []
         files = _state(video)
@@ -269,7 +282,7 @@ class Evaluation:
         return Session(self.loaded, options.config())
 
     def _open(self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows | None = None) -> OpenInputs:
-        """Open a video for a variant. `rows` is shared by all variants, and None for prefetching."""
+        """Open a video for a variant. `rows` caches the tower's rows for all variants; it is None for prefetching."""
         kind = OpenInput
         if variant.row == BLIND:
             kind = GreyInput
@@ -313,18 +326,18 @@ class Evaluation:
             }
             if settings.timed:
                 times = answer.report.time_ms
-                prune_ms = pruned  # a method that ignores the question did all its work before the first question
+                prune_ms = pruned  # a method that does not read the question finishes before the first question
                 if session.pruning.method.reads_question:
                     prune_ms = times.encode_prune
                 sample["prune_ms"] = prune_ms + (times.prefill_prune or 0.0)
             yield _about(video, row) | sample
 
     def results(self, error: dict | None = None) -> EvalResults:
-        """Return the results so far. `error` says why the run ended early."""
+        """Return the results so far. `error` describes why the run ended early, if it did."""
         return EvalResults(self.document(error))
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far as JSON data. `error` says why the run ended early."""
+        """Return the results so far as JSON data. `error` describes why the run ended early, if it did."""
         failed = {s["video"]: s["error"]["message"] for s in self.samples if "error" in s}
         good = [s for s in self.samples if "error" not in s and s["row"] == FULL]
         rows = score_rows(self.samples)
@@ -341,7 +354,7 @@ class Evaluation:
         }
 
     def _record(self) -> dict[str, Any]:
-        """Return the settings. If known, they include the state of the model's files and the device's size rule."""
+        """Return the settings, including the state of the model's files and the device's size rule if they are known."""
         known = self.settings.record()
         state = self.loaded.description.state if self.loaded else self.settings.model.state()
         if state:
@@ -351,7 +364,7 @@ class Evaluation:
         return known
 
     def _after_tower_below(self) -> int | None:
-        """Return the number of units below which a method prunes inputs only after the tower, or None if no model is loaded yet."""
+        """Return the largest size limit (see `after_tower_below`) among the methods, or None if no model is loaded yet."""
         if self.loaded is None:
             return None
         pruned = [variant for variant in self.variants if variant.row == METHOD]
@@ -376,7 +389,7 @@ class Evaluation:
 
 def _start(settings: EvalSettings) -> Callable[[VideoQuestions], list[dict]]:
     """Load a model in this process and return a function that evaluates a video."""
-    evaluation = Evaluation(settings, [])  # it gets videos one by one
+    evaluation = Evaluation(settings, [])  # no videos, because `evaluate` gets them one by one
     evaluation.load()
     return evaluation.evaluate
 
@@ -393,8 +406,8 @@ def threads_of_each(wanted: int | str | None, processes: int) -> int:
     """Return the number of threads that each of several processes should use.
 
     Args:
-        wanted: the number of threads if it is an int. Otherwise each process gets as many threads as this process has, but the
-            processes together get at most one thread per core.
+        wanted: the number of threads, if it is an int. Otherwise each process gets as many threads as this process has, or fewer if
+            the processes together would have more threads than there are cores.
     """
     if isinstance(wanted, int):
         return wanted

@@ -1,4 +1,4 @@
-"""The output folder of an evaluation, from which a run can be resumed. It has settings.json, samples.jsonl and results.json."""
+"""The output folder of an evaluation. It contains settings.json, samples.jsonl and results.json, and a run can resume from it."""
 
 import errno
 import json
@@ -17,18 +17,18 @@ from evoprune.util import differences, file_changes
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
 RESULTS = "results.json"
-SIZE_RULE = "after_tower_below"  # field of the settings; missing if the device has no such rule
+SIZE_RULE = "after_tower_below"  # name of a settings field that is missing if the device has no such rule
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder:
-    """A folder that keeps the samples of one run.
+    """A folder that stores the samples of one run.
 
     Attributes:
-        samples: the samples of the videos that were already finished when the folder was opened.
-        model: the state of the model's files (`ModelDescription.state`), or None if unknown.
-        after_tower_below: the number of units below which the device prunes inputs only after the tower. 0 if it never does so,
-            None if unknown.
+        samples: samples from the videos that were already finished when the folder was opened.
+        model: the state of the model's files (`ModelDescription.state`), or None if it is unknown.
+        after_tower_below: inputs with fewer units than this are pruned only after the tower on the run's device. 0 means that no
+            input is, and None means that the limit is unknown.
     """
 
     def __init__(self, path: Path, samples: list[dict], model: dict[str, Any] | None, after_tower_below: int | None):
@@ -39,7 +39,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """Create a new folder at `path`, or at `path`-2, `path`-3 and so on if it exists.
+        """Create a new folder at `path` or, if `path` exists, at `path`-2, `path`-3 and so on.
 
         Raises:
             UsageError: the folder cannot be created.
@@ -55,10 +55,10 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """Open the folder of an interrupted run. The samples of unfinished and failed videos are dropped.
+        """Open the folder of an interrupted run. Samples from unfinished and failed videos are dropped.
 
         Raises:
-            UsageError: `path` is not the folder of a run, or its run had different settings or a different model.
+            UsageError: `path` is not the folder of a run, or that run used different settings or a different model.
         """
         before = stored_settings(path)
         file = path / SAMPLES
@@ -66,7 +66,7 @@ class RunFolder:
         model = before.pop("files", None)
         here = now.pop("files", None)
         below = before.pop(SIZE_RULE, 0)
-        now.pop(SIZE_RULE, None)  # `check_size_rule` compares it after the device is known
+        now.pop(SIZE_RULE, None)  # `check_size_rule` compares it later
         try:
             text = file.read_bytes() if file.exists() else b""
         except OSError as problem:
@@ -87,17 +87,17 @@ class RunFolder:
         return folder
 
     def check_model(self, state: dict[str, Any] | None) -> None:
-        """Raise UsageError if the model is not the same as at the start of the run."""
+        """Raise UsageError if the model's files have changed since the run started."""
         if change := file_changes(self.model, state):
             problem = f"the model has changed since {self.path} was started: {change}"
             raise UsageError(problem, "use the earlier model, or a new -o DIR")
 
     def check_size_rule(self, after_tower_below: int | None) -> None:
-        """Raise UsageError if the size limit for pruning only after the tower was different at the start. None means unknown."""
+        """Raise UsageError if the run started with a different limit. None means that the limit is unknown."""
         check_size_rule(str(self.path), self.after_tower_below, after_tower_below)
 
     def add(self, samples: list[dict]) -> None:
-        """Append the samples of a video to the file: either all of them or none. They are on disk when this returns.
+        """Append a video's samples to the file, either all of them or none. They are on disk when this method returns.
 
         Raises:
             UsageError: the file cannot be written.
@@ -116,13 +116,15 @@ class RunFolder:
 
 
 def stored_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of the run in a folder.
+    """Return the settings of the run that is stored in a folder.
 
     Raises:
         UsageError: the folder contains no run.
     """
     try:
-        return {"seek": "exact"} | read_object(path / SETTINGS)  # earlier versions had no other mode
+        return {"seek": "exact"} | read_object(
+            path / SETTINGS
+        )  # earlier versions did not record the mode, because there was only this one
     except (OSError, ValueError) as problem:
         raise no_folder(path) from problem
 
@@ -136,7 +138,7 @@ def _line(sample: dict) -> str:
 
 
 def _finished(text: bytes) -> list[dict]:
-    """Return the samples of videos that were completed without an error. Reading stops at an incomplete line."""
+    """Return the samples of all videos that finished without an error. Reading stops at the first incomplete line."""
     samples = []
     video = []
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Formats the results of `evoprune eval`, accuracy and cost by budget, as tables, CSV and a chart. Does not import torch."""
+"""Formats the results of `evoprune eval` (accuracy and cost at each budget) as tables, CSV and a chart. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Row = dict[str, Any]  # from `scores.score_rows`
 
 @dataclass
 class EvalResults(Results):
-    """Results in a document with schema `evoprune/eval@1`."""
+    """The results of an evaluation, stored in a document with the schema `evoprune/eval@1`."""
 
     found: dict[str, Any]
 
@@ -33,11 +33,11 @@ class EvalResults(Results):
         return self.found
 
     def text(self, form: str, width: int) -> str:
-        """Return the results in the format `form`: "table", "csv" or "json"."""
+        """Return the results as a string in the format `form`: "table", "csv" or "json"."""
         return self._csv() if form == "csv" else super().text(form, width)
 
     def table(self, width: int) -> str:
-        """Return accuracy and cost for all questions, then accuracy by group and by type."""
+        """Return tables with accuracy and cost for all questions, followed by accuracy for each group and each type."""
         found = self.found
         videos = found["videos"]
         asked = counted(found["items"]["answered"], "question")
@@ -76,13 +76,13 @@ class EvalResults(Results):
         return [*failures(self.found), *self.found["notes"]]
 
     def _csv(self) -> str:
-        """Return all rows as CSV. Facts about the whole run are repeated in each row. Unknown values are empty."""
+        """Return all rows as CSV. Each row repeats the facts about the whole run. Unknown values are left empty."""
         model = {f"model_{name}": one_line(self.found["model"][name]) for name in ("id", "dtype", "device")}
         common = {"data": one_line(self.found["settings"]["data"])} | model
         return as_csv([row | common for row in self.found["rows"]])
 
     def chart(self) -> str | None:
-        """Draw accuracy against tokens and against cost, with one line per method."""
+        """Draw two plots, accuracy against tokens and accuracy against cost, with one line per method."""
         found = self.found
         rows = [row for row in found["rows"] if row["group"] == ALL]
         if not rows:
@@ -98,7 +98,7 @@ class EvalResults(Results):
                 text = f"-b {budget_text(row['budget'])}" if pruned else ""
                 name = row["method"] if pruned else row["row"]
                 points.setdefault(name, []).append(Point.percent(row[cost], row, "accuracy", text))
-            if "blind" in points:  # a level, not a point, because it does not read the video
+            if "blind" in points:  # drawn as a horizontal line, because it does not read the video
                 y = points["blind"][0].y
                 points["blind"] = [Point(0, y), Point(rows[0][cost], y)]
             series = lines(points, {FULL: INK, "blind": PALE}, ["blind"])
@@ -117,7 +117,7 @@ def _difference(row: Row, name: str = "difference") -> str:
     if row["row"] == FULL:
         return ""
     value, low, high = (_percent(row[f"{name}{end}"], "+") for end in ("", "_low", "_high"))
-    if low == "-":  # too few videos
+    if low == "-":  # too few videos for an interval
         return value
     interval = f"{value} ({low} to {high})"
     return f"tie {interval}" if is_tie(row, name) else interval
@@ -175,7 +175,7 @@ COSTS: list[Column[Row]] = [
 
 
 def _versus_first(rows: list[Row], width: int) -> tuple[list[str], list[str]]:
-    """Return a table that compares the other methods with the first method, and a note that explains it.
+    """Return a table that compares the other methods with the first method, and a note that explains the table.
 
     Both are empty if there is only one method or the terminal is too narrow.
     """
@@ -198,7 +198,7 @@ def _versus_first(rows: list[Row], width: int) -> tuple[list[str], list[str]]:
 
 
 def _by_group(title: str, rows: list[Row], names: list[str], width: int) -> list[str]:
-    """Return accuracy tables by group, with a column for each row of the main table. A table that is too wide is split."""
+    """Return tables of accuracy by group, with a column for each row of the main table. Tables that are too wide are split."""
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
         groups.setdefault(row["group"], {})[row["name"]] = row
@@ -219,7 +219,7 @@ def _by_group(title: str, rows: list[Row], names: list[str], width: int) -> list
 
 
 def _too_small(rows: Sequence[Row], width: int, title: str = "") -> list[str]:
-    """Return lines that name the groups with too few questions for a measurement.
+    """Return a note that names the groups with too few questions for a measurement, split into lines.
 
     Args:
         rows: one row per group.

@@ -1,4 +1,4 @@
-"""The settings of `evoprune eval`, which come from the command line or the folder of an earlier run. Does not import torch."""
+"""The settings of `evoprune eval`, taken from the command line or from an earlier run's folder. Does not import torch."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from evoprune.video import SamplingOptions
 Score = Literal["text", "likelihood"]
 SCORES = get_args(Score)
 
-# Options that results record even at their default values.
+# Options that are recorded in the results even if they have their default values.
 RECORDED = (
     "fps", "frames", "max_frames", "max_visual_tokens", "seek", "max_new_tokens", "model", "revision", "dtype", "quantize",
 )  # fmt: skip
@@ -28,34 +28,35 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """The settings of a run. Runs with the same settings give the same results, except for the times added by `timed`.
+    """The settings of a run, in which each method is evaluated at each budget.
 
-    Each method runs at each budget.
+    Two runs with the same settings give the same results, except for the times that are recorded if `timed` is True.
     """
 
-    data: str  # path of a file of questions, or a description of the videos
+    data: str  # path of the questions file, or a description of the videos
     budgets: tuple[float | str, ...]  # see `Budget.recorded`
     methods: tuple[str, ...] = (MethodText.DEFAULT,)
-    blind: bool = False  # also ask without the video
+    blind: bool = False  # also ask every question without the video
     seed: int = 0  # for methods that select at random
-    score: Score = (
-        "text"  # how questions with options are graded: by the generated text, or by the most probable option
-    )
-    groups: tuple[str, ...] = ()  # only ask questions in these groups; empty for all
-    limit: int | None = None  # maximum number of videos; None for all
+    score: Score = "text"  # grade questions with options by the generated text ("text") or by the most probable option
+    groups: tuple[str, ...] = ()  # ask only questions in these groups; empty means all questions
+    limit: int | None = None  # maximum number of videos; None means all
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(max_new_tokens=64))
-    digest: str | None = None  # hash of the file of questions
-    timed: bool = False  # samples also have `prune_ms`: for the video, or for the question if the method reads it
+    digest: str | None = None  # hash of the questions file
+    timed: bool = (
+        False  # also record `prune_ms`: pruning time per video, or per question if the method reads the question
+    )
     version: str = evoprune.__version__
 
     @classmethod
     def stored(cls, folder: Path, model: ModelOptions) -> "EvalSettings":
-        """Return the settings of the run in a folder. Its file of questions may have changed since then.
+        """Return the settings of the run that is stored in a folder. The questions file may have changed since that run.
 
         Args:
             model: provides the options that do not affect answers, such as the device.
+
         Raises:
             UsageError: the folder does not contain a run.
         """
@@ -86,10 +87,10 @@ class EvalSettings:
         return own | options | {"method_args": {}}  # method settings are part of `methods`
 
     def read_questions(self) -> tuple["EvalSettings", list[VideoQuestions]]:
-        """Read the file of questions. Return the settings, to which the digest of the file is added, and the questions by video.
+        """Read the questions file. Return the settings with the file's digest added, and the questions grouped by video.
 
         Raises:
-            UsageError: the file is invalid (see `load_questions`), or `score` needs options and no question has any.
+            UsageError: the file is invalid (see `load_questions`), or `score` requires options and no question has any.
         """
         path = Path(self.data)
         videos = load_questions(path)
@@ -99,7 +100,7 @@ class EvalSettings:
         return replace(self, digest=hashlib.sha256(path.read_bytes()).hexdigest()), videos
 
     def inputs(self, videos: Sequence[VideoQuestions]) -> Iterator[tuple[list[str], SamplingOptions]]:
-        """Yield the inputs in the order in which they are read, for `ReadAhead`."""
+        """Yield the inputs in the order in which the evaluation reads them, so that `ReadAhead` can prefetch them."""
         for video in of_groups(videos, self.groups)[: self.limit]:
             span, *_ = Span.group(video.rows)
             yield [video.path], self.sampling.with_overrides(**span.sampling)

@@ -1,9 +1,11 @@
-"""Draws an overlay: the frames of a video, with the fate of every unit marked as read, reused, merged or dropped.
+"""Draws an overlay, which shows the frames of a video and marks each unit as read, reused, merged or dropped.
 
-`TracedVideo.trace` encodes a video and keeps its frames, and `TracedVideo.draw` makes a file. `Overlay` draws frame pairs side by
-side, or the frames one after another, with a title and a legend. Units that are read keep their colors, slightly brighter. All
-others are darker, with a tint: blue if reused, orange if merged, no tint if dropped. A line leads from a merged unit to the dot of
-its owner, or an arrow points toward the frame pair of its owner.
+`TracedVideo.trace` encodes a video and keeps its frames, and `TracedVideo.draw` creates a file from them. `Overlay` draws the frame
+pairs side by side, or the frames one after another, with a title and a legend.
+
+Units that are read keep their colors but are slightly brighter. All other units are darker; reused units also have a blue tint, and
+merged units an orange one. If a unit was merged into another unit of the same frame pair, a line leads to a dot on that other unit.
+If it was merged into a unit of a different frame pair, an arrow points toward that pair.
 """
 
 import io
@@ -38,16 +40,20 @@ GAP = 12
 
 @dataclass(frozen=True)
 class Fates:
-    """The fates of the N units of a video. Units are numbered in raster order within a frame pair, one frame pair after another.
+    """The fate of each of a video's N units. Units are numbered frame pair by frame pair, in raster order within each pair.
 
-    A unit is *read* if the language model reads a token at its place; otherwise *reused* if it was not encoded because it has not
-    changed since an earlier frame pair; otherwise *merged* if its row became part of the row at another unit's place; otherwise
-    *dropped*.
+    A unit has the first of these fates that applies:
+
+    - *read*: the language model reads a token at the unit's place.
+    - *reused*: the unit was not encoded, because it has not changed since an earlier frame pair.
+    - *merged*: the unit's row was merged into the row of another unit.
+    - *dropped*: none of the above.
 
     Attributes:
         chosen: bool `[N]`, True if the language model reads a token at the unit's place.
-        source: int64 `[N]`, the unit whose pixels represent this unit: itself, or the same place in an earlier frame pair.
-        owner: int64 `[N]`, the unit whose row or token represents this unit at the end, or -1 if there is none.
+        source: int64 `[N]`, the unit whose pixels represent this unit: the unit itself, or the one at the same place in an earlier
+            frame pair.
+        owner: int64 `[N]`, the unit whose row or token represents this unit in the end, or -1 if no unit does.
         rows: number of rows that the encoder returns.
     """
 
@@ -56,7 +62,7 @@ class Fates:
         "reused",
         "merged",
         "dropped",
-    )  # a unit's fate is the first that applies
+    )  # in order of precedence
 
     grid: tuple[int, int, int]
     chosen: torch.Tensor
@@ -66,7 +72,7 @@ class Fates:
 
     @staticmethod
     def check(session: Session) -> None:
-        """Raise UsageError if fates are undefined: the method depends on the question or only acts in the language model."""
+        """Raise UsageError if units have no fates because the method reads the question or acts only in the language model."""
         if session.pruning.method.reads_question:
             what, instead = session.pruning.method.refusals
             raise UsageError(f"{what}, and an overlay has no question", f"use {instead}")
@@ -82,12 +88,12 @@ class Fates:
     @classmethod
     @torch.inference_mode()
     def of(cls, video: EncodedRows) -> Self:
-        """Return the fates of the units of an encoded video. The method must not depend on the question."""
+        """Return the fates of an encoded video's units. The pruning method must not depend on the question."""
         row = video.selector_input.unit_to_row.cpu()
         selection = video.token_selection()
         owner = torch.where(row >= 0, video.rows.unit.cpu()[row.clamp(min=0)], -1)
         kept = selection.kept.cpu()
-        if selection.unit_to_token is not None:  # otherwise draw the merging inside the encoder
+        if selection.unit_to_token is not None:  # otherwise show how units were merged inside the encoder
             into = selection.unit_to_token.cpu()
             owner = torch.where(into >= 0, kept[into.clamp(min=0)], -1)
         chosen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
@@ -98,12 +104,12 @@ class Fates:
 
     @property
     def encoded(self) -> torch.Tensor:
-        """Bool `[N]`, False for units that are reused from an earlier frame pair. Reused units may still be read."""
+        """Bool `[N]`, False for units that are represented by an earlier frame pair. Such units may still be read."""
         return self.source == arange_on(len(self.source), self.source.device)
 
     @property
     def fate(self) -> torch.Tensor:
-        """Int64 `[N]`, the fate of each unit as an index into `NAMES`."""
+        """Int64 `[N]`, each unit's fate as an index into `NAMES`."""
         moved = (self.owner >= 0) & (self.owner != arange_on(len(self.owner), self.owner.device))
         applies = torch.stack([self.chosen, ~self.encoded, moved, torch.ones_like(moved)])
         return applies.int().argmax(0)
@@ -118,11 +124,11 @@ class Fates:
 
 @dataclass(frozen=True)
 class TracedVideo:
-    """The frames of a video and the fates of its units. Created by `trace`.
+    """The frames of a video and the fates of its units. Create it with `trace`.
 
     Attributes:
-        frames: uint8 `[F, H, W, 3]`, at the size that the encoder reads. Two frames form a frame pair.
-        warnings: the warnings of a report, and `demo_overlay` if a demo model read a video that it was not trained for.
+        frames: uint8 `[F, H, W, 3]`, resized to the size that the encoder reads. Two frames form a frame pair.
+        warnings: the warnings from the report, plus `demo_overlay` if a demo model read a video of a kind it was not trained on.
         damaged: number of packets that could not be decoded.
     """
 
@@ -141,10 +147,10 @@ class TracedVideo:
         name: str | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Self:
-        """Encode a video, and keep its frames and the fates of its units. For the arguments, see `session.encoding.open_inputs`.
+        """Encode a video and keep its frames and the fates of its units. For the arguments, see `session.encoding.open_inputs`.
 
         Raises:
-            UsageError: the units have no fates. See `Fates.check`.
+            UsageError: fates are undefined for the pruning method. See `Fates.check`.
             VideoError: the video cannot be read.
             OutOfMemory: there is not enough memory.
         """
@@ -170,7 +176,7 @@ class TracedVideo:
     def draw(self, title: str, ending: str) -> bytes:
         """Return the overlay as the bytes of an image or video file.
 
-        `ending` selects the format: ".png" shows frame pairs side by side. ".gif" and ".mp4" show two to ten frames per second.
+        `ending` selects the format: ".png" shows the frame pairs side by side; ".gif" and ".mp4" play two to ten frames per second.
         """
         overlay = Overlay(self, title)
         if ending == ".png":
@@ -178,14 +184,12 @@ class TracedVideo:
         seconds = min(0.5, max(0.1, self.plan.sampling.seconds_per_frame))
         if ending == ".mp4":
             return mp4(overlay.frames(), seconds)
-        every = math.ceil(len(self.frames) / 4)  # its palette is based on four frames
+        every = math.ceil(len(self.frames) / 4)  # the palette is computed from four frames
         return gif(overlay.frames(), seconds, shared_palette(overlay.frames(every)))
 
 
 class _TracedInput(OpenInput):
-    """An input that keeps its rows, and its frames at the size that the encoder reads."""
-
-    shares: ClassVar[bool] = False  # it needs every frame
+    shares: ClassVar[bool] = False  # because `frames` must see every frame
 
     def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
         self.shown = []  # reset if the encoder restarts after running out of memory
@@ -199,11 +203,11 @@ class _TracedInput(OpenInput):
         return self.made
 
 
-MADE_BY = "evoprune overlay"  # stored in each file's metadata
+MADE_BY = "evoprune overlay"  # stored in the metadata of each file
 
 
 def png(picture: Image.Image, made_by: str = MADE_BY) -> bytes:
-    """Encode an RGB image as PNG with a palette of 256 colors. For grainy frames, the file is a third as large as in full color."""
+    """Encode an RGB image as PNG with a palette of 256 colors. Grainy frames take a third of the bytes that full color would."""
     file = io.BytesIO()
     facts = PngInfo()
     facts.add_text("Software", made_by)
@@ -213,9 +217,9 @@ def png(picture: Image.Image, made_by: str = MADE_BY) -> bytes:
 
 
 def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -> bytes:
-    """Encode RGB images of the same size as a GIF that loops forever. There must be at least one image.
+    """Encode one or more RGB images of the same size as a GIF that loops forever.
 
-    Each image is shown for `seconds`, rounded to hundredths. The minimum is 0.02, because players slow down faster GIFs.
+    Each image is shown for `seconds`, rounded to hundredths and at least 0.02, because players slow down GIFs that are faster.
     """
     first, *others = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
     file = io.BytesIO()
@@ -225,13 +229,16 @@ def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -
 
 
 def shared_palette(pictures: Iterable[Image.Image]) -> Image.Image:
-    """Return an image with a palette of 256 colors for all images (RGB, same width). Separate palettes would flicker."""
+    """Return an image whose 256-color palette suits all of the RGB images, which must have the same width.
+
+    If each image had its own palette, an animation would flicker.
+    """
     column = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
     return column.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
 
 
 def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
-    """Encode RGB images of the same size as H.264 in MP4. Width and height must be even. Each image is shown for `seconds`."""
+    """Encode RGB images of the same, even width and height as an H.264 MP4 file. Each image is shown for `seconds`."""
     file = io.BytesIO()
     stream = None
     step = Fraction(seconds).limit_denominator(1000)
@@ -251,25 +258,30 @@ def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
     return file.getvalue()
 
 
-# Brightness factor and added color for each fate. Distinguishable for color-blind readers in all videos.
+# Brightness factor and added color for each fate. Color-blind readers can tell them apart in any video.
 TINTS = {
     "read": (0.72, (70, 70, 70)),
     "reused": (0.4, (0, 24, 84)),
     "merged": (0.5, (84, 40, 0)),
     "dropped": (0.25, (0, 0, 0)),
 }
-MARK = (255, 214, 102)  # color of lines, dots and arrows, which have a dark outline
+MARK = (255, 214, 102)  # color of the lines, dots and arrows; their outline is dark
 
 
 def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
-    """Apply brightness and tint to each pixel of an image, uint8 `[H, W, 3]`, according to the pixel's fate, int `[H, W]`."""
+    """Change the brightness and tint of each pixel according to its fate.
+
+    Args:
+        picture: uint8 `[H, W, 3]`.
+        fate: int `[H, W]`, indices into `Fates.NAMES`.
+    """
     share = np.array([TINTS[name][0] for name in Fates.NAMES], np.float32)[fate]
     tint = np.array([TINTS[name][1] for name in Fates.NAMES], np.float32)[fate]
     return (picture.astype(np.float32) * share[..., None] + tint).clip(0, 255).astype(np.uint8)
 
 
 class Marks:
-    """Draws marks for merged units on an image in which units are `side` pixels wide. (y, x) is the place of a unit."""
+    """Draws marks for merged units on an image in which each unit is `side` pixels wide. (y, x) is the row and column of a unit."""
 
     def __init__(self, picture: Image.Image, side: int):
         self._draw = ImageDraw.Draw(picture)
@@ -277,20 +289,20 @@ class Marks:
         self._thick = max(1, round(side / 28))
 
     def line(self, start: tuple[int, int], end: tuple[int, int]) -> None:
-        """Draw a line from a merged unit to its owner."""
+        """Draw a line from a merged unit to the unit that it was merged into."""
         ends = [self._middle(*start), self._middle(*end)]
         self._draw.line(ends, BACKGROUND, 3 * self._thick)
         self._draw.line(ends, MARK, self._thick)
 
     def dot(self, y: int, x: int) -> None:
-        """Draw a dot on a unit that other units were merged into."""
+        """Draw a dot on a unit into which other units were merged."""
         across, down = self._middle(y, x)
         radius = 5 * self._side // 32
         place = (across - radius, down - radius, across + radius, down + radius)
         self._draw.ellipse(place, MARK, BACKGROUND, self._thick)
 
     def arrow(self, y: int, x: int, later: bool) -> None:
-        """Draw an arrow on a unit that was merged into a later frame pair (to the right) or an earlier one (to the left)."""
+        """Draw an arrow on a unit that was merged into another frame pair, pointing right if that pair is later, otherwise left."""
         across, down = self._middle(y, x)
         reach = self._side // 8 if later else -self._side // 8
         corners = [(across - reach, down - abs(reach)), (across + reach, down), (across - reach, down + abs(reach))]
@@ -308,12 +320,12 @@ class Overlay:
         self._title = title
         self._fate = video.fates.fate.numpy()
         self._owners = video.fates.owner[video.fates.all_of("merged")].unique().tolist()
-        self._zoom = max(1, min(4, round(560 / video.plan.width)))  # about 560 pixels wide
-        self._pixels = video.plan.width // video.plan.grid[2]  # side of a unit in the frame
+        self._zoom = max(1, min(4, round(560 / video.plan.width)))  # so that panels are about 560 pixels wide
+        self._pixels = video.plan.width // video.plan.grid[2]  # side length of a unit in the original frame
         self.width = video.plan.width * self._zoom
 
     def sheet(self) -> Image.Image:
-        """Return an RGB image that shows the first frame of each frame pair, or of twelve pairs that are spread over the video."""
+        """Return an RGB image with the first frame of each frame pair. If there are over twelve pairs, twelve are chosen evenly."""
         count = self._video.plan.grid[0]
         shown = [i * count // min(count, MAX_PANELS) for i in range(min(count, MAX_PANELS))]
         height = self._video.plan.height * self.width / self._video.plan.width
@@ -330,7 +342,7 @@ class Overlay:
         return framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
 
     def frames(self, every: int = 1) -> Iterator[Image.Image]:
-        """Yield an RGB image for every `every`-th frame. All images have the same size."""
+        """Yield an RGB image of every n-th frame, where n is `every`. All images have the same size."""
         width = max(MIN_WIDTH, self.width)
         size = text_size(width)
         above = text_picture(self._title, width, size)
@@ -347,7 +359,7 @@ class Overlay:
         return picture
 
     def _mark(self, marks: Marks, fate: np.ndarray, frame: int) -> None:
-        """Draw where the merged units of a frame went, and mark the units that they were merged into."""
+        """Draw lines and arrows from a frame's merged units, and dots on the units into which others were merged."""
         units = self._of_frame(np.arange(len(self._fate)), frame)
         owner = self._of_frame(self._video.fates.owner.numpy(), frame)
         inside = np.isin(owner, units)
@@ -361,7 +373,7 @@ class Overlay:
             marks.dot(y, x)
 
     def caption(self, frame: int) -> str:
-        """Return a caption with the time of a frame and the number of units with each fate in its frame pair.
+        """Return a caption with a frame's time and, for its frame pair, the number of units with each fate.
 
         Fates that do not occur in the video are omitted.
         """
@@ -372,12 +384,12 @@ class Overlay:
         return f"{minutes:.0f}:{seconds:05.2f}: {', '.join(counts)}"
 
     def _of_frame(self, units: np.ndarray, frame: int) -> np.ndarray:
-        """Return the values of an array `[N]` that belong to the frame's pair, `[h, w]` in units."""
+        """Return the values of a per-unit array `[N]` for the pair that contains the frame, as an array `[h, w]`."""
         grid = self._video.plan.grid
         return units.reshape(grid)[frame // (len(self._video.frames) // grid[0])]
 
     def _captioned(self, frames: Sequence[int], size: int, every: int = 1) -> Iterator[Image.Image]:
-        """Yield every `every`-th frame's panel with its caption. All captions have as much room as the longest one needs."""
+        """Yield the panel of every n-th frame with its caption, where n is `every`. All captions have the same number of lines."""
         width = self.width
         captions = {frame: self.caption(frame) for frame in frames}
         rows = max(len(wrap(caption, width, size)) for caption in captions.values())
@@ -406,14 +418,14 @@ class Overlay:
 
 
 def text_size(width: int) -> int:
-    """Return a font size that is legible when an image of this width is displayed about 900 pixels wide."""
+    """Return a font size that stays legible if an image with this width is displayed about 900 pixels wide."""
     return max(16, round(width / 62))
 
 
 def columns(panels: int, ratio: float) -> int:
-    """Return the number of panels per row, given the ratio of a panel's width to its height.
+    """Return the number of panels per row of a sheet, given the ratio of a panel's width to its height.
 
-    The sheet should be about 1.6 times as wide as high, like a screen, and have few empty places.
+    The number is chosen so that the sheet is about 1.6 times as wide as it is high, like a screen, and has few empty places.
     """
 
     def cost(columns: int) -> float:
@@ -424,7 +436,7 @@ def columns(panels: int, ratio: float) -> int:
 
 
 def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
-    """Return a row of the legend: two small units, drawn as in a panel, next to their meaning."""
+    """Return a row of the legend, which shows two small units, drawn as they are in a panel, next to their meaning."""
     side = round(1.4 * size)
     fate = np.full((side, 2 * side), Fates.NAMES.index(name))
     if name == "merged":
@@ -438,7 +450,7 @@ def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
 
 
 def joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> Image.Image:
-    """Join images in a left-aligned column or, with `across`, in a vertically centered row."""
+    """Join images into a left-aligned column or, if `across` is True, into a vertically centered row."""
     widths = [picture.width for picture in pictures]
     heights = [picture.height for picture in pictures]
     gaps = gap * (len(pictures) - 1)
@@ -457,15 +469,15 @@ def joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> I
 
 
 def framed(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Join images in a column and add a margin. The width and height are even, as H.264 requires."""
+    """Join images into a column with a margin around it. The width and height of the result are even, as H.264 requires."""
     column = joined(pictures, GAP // 2)
     return ImageOps.expand(column, (GAP, GAP, GAP + column.width % 2, GAP + column.height % 2), BACKGROUND)
 
 
 def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] = INK, rows: int = 1) -> Image.Image:
-    """Return an RGB image of text that is wrapped to a width in pixels, with room for at least `rows` lines.
+    """Return an RGB image of text that is wrapped to `width` pixels. The image has room for at least `rows` lines.
 
-    The font is Pillow's default font. It has only ASCII characters and draws all others as boxes.
+    The text is drawn in Pillow's default font, which contains only ASCII characters and draws a box for any other character.
     """
     lines = wrap(text, width, size)
     height = round(1.3 * size)
@@ -477,7 +489,7 @@ def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] 
 
 
 def wrap(text: str, width: int, size: int) -> list[str]:
-    """Split a string into lines of at most `width` pixels. Words that are wider than a line are broken."""
+    """Split a string into lines that are at most `width` pixels wide. A word that is wider than a line is broken."""
     rows = [""]
     long = _font(size).getlength
     for word in text.split():

@@ -1,4 +1,4 @@
-"""Distributes jobs over processes that each have their own model, because a small model leaves most cores idle."""
+"""Distributes jobs over several processes, each with its own model, because a small model leaves most cores idle."""
 
 import multiprocessing
 import os
@@ -17,28 +17,28 @@ from evoprune.errors import EvopruneError, EvopruneWarning, OutOfMemory, process
 
 Work = Callable[[Any], list[dict]]
 
-_work: Work | Exception  # of this process, or the exception from its start
+_work: Work | Exception  # the function that runs this process's jobs, or the exception that `start` raised
 
 
 def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: int) -> Iterator[list[dict]]:
     """Run jobs in several processes and yield their results in order. Closing the iterator early kills the processes.
 
     Args:
-        start: called once in each process. It returns the function that runs a job. `start` and the jobs are pickled.
+        start: called once in each process to get the function that runs a job. `start` and the jobs must be picklable.
 
     Raises:
-        OutOfMemory: memory ran out.
+        OutOfMemory: the system ran out of memory and killed a process.
         EvopruneError: a process crashed or was killed.
 
-    The exceptions of `start` and of jobs are raised as well.
+    Exceptions raised by `start` or by a job are raised here as well.
     """
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     others = set(multiprocessing.active_children())
     killed = Host().oom_kills()
     pool = ProcessPoolExecutor(processes, context, _begin, (start,))
     try:
-        # Not `pool.map`: it cancels the remaining jobs after a failure, and in Python 3.11 the thread that cleans up a broken pool
-        # fails on a cancelled job. The other processes would then neither be ended nor waited for.
+        # Don't use `pool.map`. It cancels the remaining jobs after a failure, and in Python 3.11 the thread that cleans up a broken
+        # pool crashes if a job was cancelled. The other processes would then be neither terminated nor joined.
         try:
             results = [pool.submit(_do, job) for job in jobs]
         except OSError as problem:
@@ -64,16 +64,16 @@ def _begin(start: Callable[[], Work]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     sys.stdout = sys.stderr  # the parent prints answers to stdout
     Thread(target=_end_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore", EvopruneWarning)  # the parent has already printed them
+    warnings.simplefilter("ignore", EvopruneWarning)  # the parent has already shown these warnings
     keep_freed_memory()
     try:
         _work = start()
-    except Exception as problem:  # if it were raised here, the pool would print a traceback and report a broken pool
+    except Exception as problem:  # if this were raised, the pool would print a traceback and be reported as broken
         _work = problem
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent has ended, even if the parent was killed and could not clean up."""
+    """Exit this process as soon as its parent has exited, even if the parent was killed and could not clean up."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

@@ -1,8 +1,8 @@
-"""Runs `evoprune profile`. In each round, all rows are run once, one after another, in the same process. Random weights suffice.
+"""Runs `evoprune profile`, which runs every row once per round, one after another in the same process. Random weights suffice.
 
-`Profile` is the whole run. `load` loads a model if it fits into memory. `Bench` holds the model with its clips and its plain,
-packed and quantized weights. `measure` runs the rounds. One turn of a row is a call of `run_evoprune` or, for plain transformers,
-of `run_hugging_face`.
+`Profile` is the whole run. `load` loads a model if it fits into memory. `Bench` holds the clips, and the model with plain, packed
+and quantized weights. `measure` runs the rounds. In each round, every row has a turn, which is a call to `run_evoprune` or, for
+plain transformers, to `run_hugging_face`.
 """
 
 import os
@@ -75,20 +75,20 @@ Progress = Callable[[str], None]
 
 
 class Profile:
-    """A sweep. Construct it, check its `needs`, and then `run` it.
+    """A profiling run over clip sizes, methods and budgets. Construct it, check its `needs`, and then call `run`.
 
     Args:
-        cases: the clip sizes. Unless `exact`, they assume units of `UNIT` pixels, and are scaled to the same number of the model's
-            units.
-        load_format: None selects random weights if evoprune knows the model's dimensions, otherwise the model's own weights.
-        video: facts about the video that provides the frames. None for a synthetic clip.
-        source: the name of the video in records, or the kind of synthetic clip.
-        begun: start of the run on the clock `time.perf_counter`. None means now.
+        cases: the clip sizes.
+        load_format: None means random weights if a bundled config has the model's name, and otherwise the model's own weights.
+        exact: if False, `cases` are sizes for units of `UNIT` pixels, and are scaled so that the model has as many units.
+        video: facts about the video that provides the frames, or None to use a synthetic clip.
+        source: the name under which the video is recorded, or the kind of synthetic clip.
+        begun: time at which the run started, on the clock `time.perf_counter`. None means now.
 
     Raises:
         UsageError: a method has invalid settings or does not work with the model.
 
-        For the other exceptions, see `describe`.
+    For the other exceptions, see `describe`.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Profile:
         self._frames = partial(video_frames, video) if video else partial(synthetic_frames, source, unit=unit)
 
     def needs(self) -> "Needs":
-        """Estimate the time and memory that the run needs.
+        """Estimate how much time and memory the run needs.
 
         Raises:
             UsageError: the run would exceed the time limit.
@@ -133,21 +133,21 @@ class Profile:
         return needs
 
     def run(self, progress: Progress = lambda what: None) -> Iterator[ProfileResults]:
-        """Load the model and measure. Yields the results so far after each measured round. For the exceptions, see `load`."""
+        """Load the model, and yield the results so far after each measured round. For the exceptions, see `load`."""
         progress("loading model")
         loaded = load(self.model, self.cases)
         how = {"about": self._about, "progress": progress, "limit": self.limit}
         yield from measure(loaded, self.cases, self._frames, self.settings, **how)
 
     def bench(self, progress: Progress = lambda what: None) -> tuple["Bench", list[ProfileRow]]:
-        """Load the model and return the bench with its rows, for measuring single turns. For the exceptions, see `load`."""
+        """Load the model and return a `Bench` and its rows, to measure single turns with. For the exceptions, see `load`."""
         loaded = load(self.model, self.cases)
         rows = all_rows(self.cases, self.settings)
         return Bench(loaded, rows, self._frames, self.settings, progress), rows
 
 
 def default_load_format(name: str) -> str:
-    """Return "dummy", for random weights, if a bundled config has this name. Otherwise return "auto", for the model's weights."""
+    """Return "dummy" (random weights) if a bundled config has this name, otherwise "auto" (the model's own weights)."""
     return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
 
@@ -172,17 +172,17 @@ def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
 
 
 class Needs(NamedTuple):
-    """The requirements of a run: memory in bytes, and a lower bound on its duration in seconds."""
+    """What a run needs: its memory in bytes, and a lower bound on its duration in seconds."""
 
     memory: int
     seconds: float
 
 
 def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) -> Needs:
-    """Estimate the memory for the largest case of a run, and the time for Hugging Face and budget 1.0 on the first case.
+    """Estimate the memory for the largest case of a run, and the time to run Hugging Face and budget 1.0 on the first case.
 
-    The time is the number of operations divided by the rate of a matrix product, which is measured for 0.1 s. Loading, packing and
-    the rows of methods are not included.
+    The time is the number of operations divided by the rate at which the machine computes matrix products, which is measured for
+    0.1 s. It does not include loading, packing and the methods.
 
     Raises:
         UsageError: the device cannot be used.
@@ -206,14 +206,14 @@ def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) ->
 def quantized_models(
     loaded: LoadedModel, names: Sequence[str], working: int, progress: Progress
 ) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
-    """Return the models that fit into memory besides `working` bytes, the reasons why others are missing, and notes.
+    """Return the models that fit into memory together with `working` bytes, the reasons why others are missing, and notes.
 
-    The model named "none" is not quantized. Its weights are packed if memory allows.
+    The model named "none" is not quantized, but its weights are packed if there is enough memory.
     """
     ours = loaded.model
     for name in names:
         Quantization(name).check(ours.device)
-    # On devices without packing, layers may have been joined, which stays so.
+    # On devices without packing, some layers may already have been joined. They are used as they are.
     if Packing.supports(next(ours.parameters())):
         ours = ours.shared()
     notes = []
@@ -264,7 +264,7 @@ def _ready(name: str, model: QwenVL, start: float) -> str:
 
 
 def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: int) -> int:
-    """Return the peak memory in bytes in addition to the weights. Plain transformers needs the most memory.
+    """Return the peak memory in bytes that plain transformers, the row that needs the most, uses in addition to the weights.
 
     `bytes_each` is the size of one weight. For the exceptions, see `case_grid`.
     """
@@ -274,7 +274,7 @@ def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: 
 
 
 class Turn(NamedTuple):
-    """The counts and times of one turn, and the generated tokens."""
+    """The result of one turn: its counts, its times and the generated tokens."""
 
     counts: Counts
     sample: Sample
@@ -282,7 +282,7 @@ class Turn(NamedTuple):
 
 
 def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: PruneConfig, new_tokens: int) -> Turn:
-    """Run evoprune, from the patches to the new tokens. The language model reads as many visual tokens as `plan` keeps."""
+    """Run evoprune from the patches to the new tokens, pruning the visual tokens as `plan` and `config` say."""
     model = loaded.model
     visual = model.model.visual
     method = config.method
@@ -323,7 +323,7 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
 
 @torch.inference_mode()
 def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int) -> Turn:
-    """Run the tower and the language model of the transformers model `reference`. Only the last token's logits are computed."""
+    """Run the tower and the language model of `reference`, a transformers model. Logits are computed only for the last token."""
     from transformers import DynamicCache
 
     Device(loaded.device).reset_peak_memory()
@@ -332,7 +332,7 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     device = clip.patches.device
     pairs, rows, columns = clip.grid
     grid_thw = torch.tensor([[pairs, 2 * rows, 2 * columns]], dtype=torch.int64, device=device)
-    # Row 0 is the index in the text; the others are the positions in time, height and width.
+    # Row 0 is the index in the text; rows 1 to 3 are the positions in time, height and width.
     positions = torch.cat([arange_on(len(clip.ids), "cpu")[None], clip.positions])[:, None].to(device)
     with clock.stage("encode"):
         encoded = reference.model.visual(clip.patches, grid_thw=grid_thw)
@@ -374,7 +374,7 @@ def _counts(model: Model, clip: Clip, layers: list[tuple[int, int]], rows: int, 
 
 
 class Bench:
-    """Models and clips that are ready to be measured. Rows that cannot run get an error. `source` returns the frames of a case."""
+    """Models and clips that are ready to be measured. Rows that cannot run get an error. `source` returns a case's frames."""
 
     def __init__(
         self,
@@ -397,7 +397,7 @@ class Bench:
             self.notes.append(attention_note)
         for row in rows:
             row.error = missing.get(row.quantize)
-        self._clips: dict[tuple, Clip] = {}  # by case, or by case, method and budget for methods that act on the input
+        self._clips: dict[tuple, Clip] = {}  # by case; for methods that act on the input, by case, method and budget
         for case, here in cases.items():
             if short := Device(loaded.device).shortage(needed[case]):
                 for row in here:
@@ -409,7 +409,7 @@ class Bench:
                     for name, budget in {(row.method, row.budget) for row in here if row.kind == METHOD}:
                         if (config := settings.config(name, budget)).method.acts == "input":
                             self._clips[case, name, budget] = prepare(loaded, *frames, config)
-        # Large squares, and the tower's widest product with as many rows as it computes at a time.
+        # Products of large square matrices, and the tower's widest product with as many rows as the tower computes at a time.
         sides = Device(model.device).product_sides
         vision = model.config.vision_config
         piece_units = min(
@@ -419,11 +419,11 @@ class Bench:
         self._shapes = [*((side,) * 3 for side in sides), (PATCHES * piece_units, vision.hidden_size, widest)]
 
     def rate(self) -> float:
-        """Measure the rate of plain matrix products in floating-point operations per second."""
+        """Measure how fast the machine computes plain matrix products, in floating-point operations per second."""
         return matmul_rate(self._loaded.model.dtype, self._loaded.device, shapes=self._shapes)
 
     def run(self, row: ProfileRow) -> Turn | str:
-        """Run one turn of a row. If it fails (NaN, infinity or out of memory), return the reason."""
+        """Run one turn of a row. If the turn fails (NaN, infinity or out of memory), return the reason."""
         settings = self._settings
         loaded = self._loaded
         clip = self._clips.get((row.case, row.method, row.budget), self._clips[row.case,])
@@ -439,9 +439,9 @@ class Bench:
 
 
 def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRow]:
-    """Return the rows of all cases, in the order of their turns.
+    """Return the rows of all cases, in the order in which they take turns.
 
-    The row for budget 1.0 is always included. It also represents methods that prune nothing.
+    Budget 1.0 always has a row, which also stands for methods that prune nothing.
     """
     pruned = [
         (budget, name, quantize)
@@ -458,7 +458,7 @@ def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRo
     return rows
 
 
-# The rate of matrix products, and the turn of each row or the reason for its failure.
+# The rate of matrix products, and for each row either its turn or the reason why it failed.
 Round = tuple[float, dict[ProfileRow, Turn | str]]
 
 
@@ -475,9 +475,9 @@ def measure(
     """Run all rows in turn, round after round, within the time limit.
 
     Args:
-        source: returns the frames of a case.
-        about: further settings to record: `video` or `synthetic`.
-        limit: limit for the whole run, which may have begun earlier. None starts the limit of the settings now.
+        source: a function that returns the frames of a case.
+        about: additional settings to record (`video` and `synthetic`).
+        limit: time limit for the whole run, which may have started earlier. None means the limit in `settings`, starting now.
 
     Yields:
         The results so far, after each measured round. There is at least one round.
@@ -541,11 +541,11 @@ def measure(
 def _run_round(
     bench: Bench, rows: list[ProfileRow], limit: TimeLimit, progress: Progress, title: str, rounds: int
 ) -> Round:
-    """Run a turn for each row.
+    """Run one turn for each row.
 
-    If `rounds` is not 0, that many rounds, including this one, must end in time. A row is removed from `rows` if they would not,
-    assuming that the row takes as long as the slowest row so far. Hugging Face, budget 1.0 and the first method of the first case
-    are never removed.
+    If `rounds` is not 0, that many rounds, including this one, must finish in time. A row is removed from `rows` if they would not
+    finish in time in case the row took as long as the slowest row so far. In the first case, Hugging Face, budget 1.0 and the first
+    method are never removed.
     """
     begun = limit.now()
     progress(f"{title}: matrix products")
@@ -566,7 +566,7 @@ def _run_round(
 
 
 def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: TimeLimit) -> list[str]:
-    """Return a note that names the rows that were dropped, or no note if none were."""
+    """Return a list with a note that names the dropped rows, or an empty list if no rows were dropped."""
     there = {(row.name, row.case) for row in kept}
     cases = {row.case for row in kept}
     missing = [f"all rows of {case}" for case in dict.fromkeys(row.case for row in asked) if case not in cases]
@@ -577,7 +577,7 @@ def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: Ti
 
 
 def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:
-    """Insert a bound before the methods of each budget. It is based on the first of these methods that did not fail."""
+    """Insert a bound before the methods at each budget. The bound is based on the first of these methods that did not fail."""
     bounded = []
     seen = set()
     full = None

@@ -1,6 +1,7 @@
 """Formats the results of `evoprune profile` as JSON, as text, Markdown and CSV tables, and as a chart. Does not import torch.
 
-Ratios are computed for each round and reported as their median, so that changes in the machine's speed cancel out.
+A ratio is computed separately in each round, and the median over rounds is reported, so that changes in the machine's speed between
+rounds cancel out.
 """
 
 import textwrap
@@ -18,21 +19,21 @@ from evoprune.report import Environment, ModelFacts, device_text
 from evoprune.util import budget_text, counted, one_line, size
 
 SCHEMA = "evoprune/profile@1"
-STAGES = {  # names of times in the document, and in `Sample`
+STAGES = {  # name of each time in the document -> its name in `Sample`
     "encode": "encode", "encode_prune": "prune", "prefill": "prefill", "prefill_prune": "prefill_prune",
     "generate": "generate", "ttft_model": "first_token",
 }  # fmt: skip
-# Columns of a row in CSV: its identity, and its counts.
+# CSV columns that identify a row, and those with its counts.
 KEY = ("row", "name", "method", "budget", "quantize", "frames", "height", "width")
 COUNTED = ("units", "encoder_rows", "live_share", "tokens", "prompt", "tower_flop")
-RATIOS = {  # names of ratios in the document, and in `Figures`
+RATIOS = {  # name of each ratio in the document -> its name in `Figures`
     "first_token_to_hugging_face": "vs_hf", "first_token_to_bound": "vs_bound", "encode_to_hugging_face": "encode_vs_hf",
     "prune_of_encode": "prune_share", "tower_of_matmul": "matmul_share",
 }  # fmt: skip
 
 
 class Spread(NamedTuple):
-    """The median, minimum and maximum over rounds."""
+    """The median, minimum and maximum of a value over the rounds."""
 
     median: float
     low: float
@@ -44,24 +45,24 @@ class Spread(NamedTuple):
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Return the median of the ratios, which are computed for each round."""
+    """Return the median over rounds of the ratio `above` / `below`."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
 class Figures(NamedTuple):
-    """The statistics of a row: the times in seconds and the ratios, each as the median over the rounds."""
+    """The statistics of a row: times in seconds and ratios. Unless noted otherwise, each is a median over the rounds."""
 
     encode: Spread
     prefill: Spread
     generate: Spread
     first_token: Spread
-    generate_tok_s: float | None  # in the passes after the first token
-    prune_share: float  # share of pruning in encode
-    vs_hf: float | None  # speedup of the first token over plain transformers
-    vs_bound: float | None  # speedup of the first token over the bound at this budget
+    generate_tok_s: float | None  # tokens generated per second after the first token
+    prune_share: float  # share of the encode time that is spent on pruning
+    vs_hf: float | None  # how many times as fast as plain transformers the first token arrives
+    vs_bound: float | None  # how many times as fast as with the bound at this budget the first token arrives
     encode_vs_hf: float | None
-    matmul_share: float | None  # share of the machine's matrix product rate that the tower reaches
-    peak_bytes: int | None  # maximum over rounds
+    matmul_share: float | None  # tower's operations per second, as a share of the rate of plain matrix products
+    peak_bytes: int | None  # maximum over the rounds
 
 
 Row = tuple[ProfileRow, Figures | None]
@@ -69,26 +70,28 @@ Row = tuple[ProfileRow, Figures | None]
 
 @dataclass
 class ProfileResults(Results):
-    """Everything that a profile has measured, and its settings."""
+    """Everything that a profile has measured so far, together with its settings."""
 
     model: ModelFacts
     weights_bytes: int
     env: Environment
-    machine: dict[str, Any]  # facts beyond `env`
+    machine: dict[str, Any]  # facts about the machine that are not in `env`
     settings: dict[str, Any]
-    # Hugging Face, budget 1.0, then for each budget the bound and the methods.
+    # For each case: Hugging Face and budget 1.0, followed by the bound and the methods at each budget.
     rows: list[ProfileRow] = field(default_factory=list)
-    matmul_rates: list[float] = field(default_factory=list)  # operations/s of plain products, by measured round
-    warmups: int = 0  # number of warm-up rounds that ran; same for `rounds`
-    rounds: int = 0
+    matmul_rates: list[float] = field(
+        default_factory=list
+    )  # operations per second of plain matrix products, one value per measured round
+    warmups: int = 0  # number of warm-up rounds that ran
+    rounds: int = 0  # number of measured rounds that ran
     warmup_seconds: float = 0.0
-    seconds: float = 0.0  # total duration
+    seconds: float = 0.0  # total duration of the run
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
 
     @property
     def remarks(self) -> list[str]:
-        """The notes and, if there are fewer rounds than requested, the reason."""
+        """The notes, followed by the reason if fewer rounds ran than were requested."""
         wanted = self.settings["repetitions"]
         limit = self.settings["time_limit_s"]
         remarks = list(self.notes)
@@ -110,7 +113,7 @@ class ProfileResults(Results):
         return [row for row in self.rows if row.case == case]
 
     def _against(self, row: ProfileRow, other: str, stage: str) -> float | None:
-        """Return the speedup of `row` over the row of kind `other` in the same case, or None if that row has no samples."""
+        """Return how many times as fast `row` is as the row of the kind `other` in the same case. None if that has no samples."""
         peers = (r for r in self.of(row.case) if r.kind == other and (other != BOUND or r.budget == row.budget))
         peer = next((r for r in peers if r.samples), None)
         if peer is None:
@@ -118,7 +121,7 @@ class ProfileResults(Results):
         return median_ratio(peer.seconds(stage), row.seconds(stage))
 
     def figures(self, row: ProfileRow) -> Figures | None:
-        """Compute the statistics of a row. Return None if the row has no samples."""
+        """Compute the statistics of a row, or return None if the row has no samples."""
         if not row.samples:
             return None
         encode = row.seconds("encode")
@@ -146,7 +149,7 @@ class ProfileResults(Results):
         return figures
 
     def document(self) -> dict[str, Any]:
-        """Return all results as JSON data. Times are in milliseconds, and sizes are in bytes."""
+        """Return all results as JSON data, with times in milliseconds and sizes in bytes."""
         rates = self.matmul_rates
         seconds = round(self.seconds, 3)
         ran = {"warmup": self.warmups, "measured": self.rounds, "seconds": seconds, "interrupted": self.interrupted}
@@ -184,7 +187,7 @@ class ProfileResults(Results):
         }
 
     def text(self, form: str, width: int) -> str:
-        """Return the results in the format `form`: "table", "md", "csv" or "json"."""
+        """Return the results as a string in the format `form`: "table", "md", "csv" or "json"."""
         if form == "md":
             return self._markdown()
         if form == "csv":
@@ -192,7 +195,7 @@ class ProfileResults(Results):
         return super().text(form, width)
 
     def table(self, width: int) -> str:
-        """Return two tables for each case, one with times and one with the work done."""
+        """Return two tables for each case, one with the times and one with the work that was done."""
         lines = folded(self._heading(), width)
         shown: list[Column] = []
         for case in self.cases:
@@ -221,7 +224,7 @@ class ProfileResults(Results):
         return "\n".join([head, "", *markdown(rows, columns), "", *items]) + "\n"
 
     def _csv(self) -> str:
-        """Return one CSV line per row. Facts about the whole run are repeated in each line. Unknown values are empty."""
+        """Return all rows as CSV. Each line repeats the facts about the whole run. Unknown values are left empty."""
         document = self.document()
         common = {"rounds": self.rounds, "warmups": self.warmups, "new_tokens": self.settings["new_tokens"]}
         common |= {"source": self._source(), "matmul_flop_per_s": document["matmul"]["flop_per_s"]}
@@ -242,7 +245,7 @@ class ProfileResults(Results):
         return as_csv(rows)
 
     def chart(self) -> str:
-        """Draw the time against the size if sizes are swept. Otherwise draw the tower's time against its live share."""
+        """Draw times against clip sizes if there are several sizes. Otherwise draw the tower's time against its live share."""
         longest = max((max(row.seconds("first_token")) for row in self.rows if row.samples), default=0)
         unit = "milliseconds"
         factor = 1000.0
@@ -269,9 +272,9 @@ class ProfileResults(Results):
         return draw(f"{name}: {subject}", ", ".join([self.model.dtype, device, seen, self._source(), rounds]), panels)
 
     def _sweep(self, unit: str, factor: float) -> list[Panel]:
-        """Return panels with the encode and first token times against frames, or against units if frame sizes differ.
+        """Return panels that plot encode and first token times against the number of frames, or of units if frame sizes differ.
 
-        Plain transformers is grey, and evoprune without pruning is black. A bound has the same color as the row below it.
+        Plain transformers is drawn in grey, and evoprune without pruning in black. A bound has the same color as the row below it.
         """
         by_frames = len({(case.height, case.width) for case in self.cases}) == 1
         pruned = {row.name: row.budget for row in self.rows if row.kind == METHOD}
@@ -292,7 +295,7 @@ class ProfileResults(Results):
         return panels
 
     def _live_share(self, unit: str, factor: float) -> Panel:
-        """Return a panel with the encode time against the live share, with one line per method."""
+        """Return a panel that plots the encode time against the live share, with one line per method."""
         points: dict[str, list[Point]] = {}
         for row in self.rows:
             figures = self.figures(row)
@@ -309,11 +312,10 @@ class ProfileResults(Results):
         return Panel("Encode", "live share: rows computed, averaged over all layers", unit, series)
 
     def _source(self) -> str:
-        """Return the name of the video, or the kind of synthetic clip."""
         return one_line(self.settings.get("video") or f"synthetic {self.settings.get('synthetic', 'clip')}")
 
     def _heading(self) -> list[str]:
-        """Return lines that describe the model, the machine and the input."""
+        """Return the lines above the tables, which describe the model, the machine and the input."""
         model = self.model
         env = self.env
         name = one_line(model.id)
@@ -375,7 +377,7 @@ def _ms(seconds: float) -> str:
 
 
 def _near(spread: Spread) -> str:
-    """Format the median and, if the rounds differ, the largest relative deviation of a round from it."""
+    """Format the median and, if the rounds differ, the largest relative deviation of any round from the median."""
     far = max(spread.high - spread.median, spread.median - spread.low)
     if not far:
         return _ms(spread.median)
@@ -383,7 +385,7 @@ def _near(spread: Spread) -> str:
 
 
 def _range(spread: Spread) -> str:
-    """Format the median and, if the rounds differ, their range."""
+    """Format the median and, if the rounds differ, the range from minimum to maximum."""
     if spread.low == spread.high:
         return _ms(spread.median)
     return f"{_ms(spread.median)} ({_ms(spread.low)}-{_ms(spread.high)})"
@@ -396,7 +398,7 @@ def _rate(tokens_s: float) -> str:
 
 
 def _figure(show: Callable[[Any], str], name: str, row: Row) -> str:
-    """Format a statistic of a row: "-" if the row has no statistics, or "" if only this one is unknown."""
+    """Format a statistic of a row. Return "-" if the row has no statistics at all, or "" if only this one is unknown."""
     _, figures = row
     if figures is None:
         return "-"
@@ -411,7 +413,7 @@ def _count(show: Callable[[Any], str], name: str, row: Row) -> str:
 
 
 def _pruning(row: Row) -> str:
-    """Format the share of pruning in the encode time, or return "" if the row prunes nothing."""
+    """Format the share of the encode time that is spent on pruning, or return "" if the row prunes nothing."""
     if row[1] and row[0].kind != METHOD:
         return ""
     return _figure("{:.1%}".format, "prune_share", row)
@@ -420,7 +422,7 @@ def _pruning(row: Row) -> str:
 NAME: Column[Row] = Column("", lambda row: row[0].name)
 FRAMES: Column[Row] = Column("frames", lambda row: f"{row[0].case.frames:,}")
 SIZE: Column[Row] = Column("size", lambda row: f"{row[0].case.height}x{row[0].case.width}")
-# Columns of text and Markdown tables, by title. Columns with a low `drop` are dropped first.
+# Columns of the text and Markdown tables, by title. Columns with a lower `drop` are dropped earlier.
 BOTH: dict[str, Column[Row]] = {
     column.title: column
     for column in (
@@ -462,7 +464,7 @@ MARKDOWN: list[Column[Row]] = [
     *(BOTH[title] for title in ("live", "pruning", "matmul", "peak")),
 ]
 
-FIXED = {"Hugging Face": PALE, "budget 1.0": INK}  # colours of the chart
+FIXED = {"Hugging Face": PALE, "budget 1.0": INK}  # colors in the chart
 
 
 def _point(x: float, spread: Spread, factor: float, label: str = "") -> Point:

@@ -10,25 +10,26 @@ from evoprune.util import budget_text
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """The settings of a profile. Every method runs at every budget and with every quantization of the language model."""
+    """The settings of a profile. Each method runs at each budget and with each quantization of the language model."""
 
-    SYNTHETIC: ClassVar[tuple[str, ...]] = ("motion", "static90", "noise")  # kinds of synthetic clips, see `clips.py`
+    SYNTHETIC: ClassVar[tuple[str, ...]] = ("motion", "static90", "noise")  # kinds of synthetic clips; see `clips.py`
 
     budgets: tuple[float | str, ...]  # see `Budget.recorded`
     methods: tuple[str, ...] = (MethodText.DEFAULT,)
     quantize: tuple[str, ...] = ("none",)
     seed: int = 0  # for methods that select at random
-    new_tokens: int = 4  # always generated; end-of-sequence tokens are ignored
-    warmups: int = 1  # rounds that are not counted
-    repetitions: int = 3  # rounds that are counted
-    time_limit_s: float = 150.0  # for the whole run, including loading
+    new_tokens: int = 4  # number of tokens to generate; end-of-sequence tokens are ignored
+    warmups: int = 1  # number of rounds that are not counted
+    repetitions: int = 3  # number of rounds that are counted
+    time_limit_s: float = 150.0  # limit for the whole run, including loading
 
     def config(self, name: str, budget: float | str):
-        """Return the `PruneConfig` of a method at a budget."""
+        """Return the `PruneConfig` for a method at a budget."""
         return PruneOptions(budget, name, seed=self.seed).config()
 
 
-# Kinds of rows: plain transformers, evoprune without pruning, the upper bound for methods that act after the encoder, a method.
+# The kinds of rows: plain transformers, evoprune without pruning, the best possible time of a method that prunes after the encoder,
+# and a method.
 HUGGING_FACE = "hugging_face"
 FULL = "full"
 BOUND = "post_encoder_bound"
@@ -37,7 +38,7 @@ METHOD = "method"
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """The size of a clip: the number of frames, and their height and width in pixels. A single frame is an image."""
+    """A clip size: the number of frames, and their height and width in pixels. A case with a single frame is an image."""
 
     frames: int
     height: int
@@ -50,7 +51,7 @@ class Case:
         return f"{self.frames} frames of {size}"
 
     def of_units(self, larger: float) -> "Case":
-        """Return a case with the same number of units, for units whose side is `larger` times as long in pixels."""
+        """Return a case with as many units, for a model whose units are `larger` times as wide and high in pixels."""
         return replace(self, height=round(self.height * larger), width=round(self.width * larger))
 
 
@@ -58,12 +59,12 @@ class Case:
 class Sample:
     """The times of one row in one round, in seconds."""
 
-    encode: float  # the tower
-    prune: float  # scoring, merging and selection; part of `encode`
-    prefill: float  # the prompt, up to the logits of its last token
-    generate: float  # all new tokens; the first comes from the prefill
-    peak_bytes: int | None = None  # peak memory, including weights
-    prefill_prune: float = 0.0  # part of `prefill`
+    encode: float  # time in the tower
+    prune: float  # part of `encode` that is spent on scoring, merging and selection
+    prefill: float  # time from reading the prompt to the logits of its last token
+    generate: float  # time to generate all new tokens after the prefill
+    peak_bytes: int | None = None  # peak memory, including the weights
+    prefill_prune: float = 0.0  # part of `prefill` that is spent on pruning
 
     @property
     def first_token(self) -> float:
@@ -72,23 +73,24 @@ class Sample:
 
 @dataclass(frozen=True)
 class Counts:
-    """The work of a row, which is the same in every round."""
+    """How much work a row does. This is the same in every round."""
 
-    units: int  # N, of the clip
-    encoder_rows: int  # rows that leave the tower
-    live_share: float  # rows / N, averaged over layers
-    layers: tuple[tuple[int, int], ...]  # (layer, rows computed)
-    tokens: int  # K, visual tokens read by the language model
-    prompt: int  # tokens of the prompt, visual and text
+    units: int  # number of units in the clip, N
+    encoder_rows: int  # number of rows that leave the tower
+    live_share: float  # number of rows divided by N, averaged over the tower's layers
+    layers: tuple[tuple[int, int], ...]  # pairs of a layer and the number of rows it computed
+    tokens: int  # number of visual tokens that the language model reads, K
+    prompt: int  # number of tokens in the prompt, both visual and text
     tower_flop: float
-    # (layer, visual tokens read), and (layer, tokens whose keys, queries and MLP were computed); None if all were.
+    # Pairs of a language model layer and the number of visual tokens that it read. None if every layer read all of them.
     language_layers: tuple[tuple[int, int], ...] | None = None
+    # Language model layers, each with the numbers of tokens whose keys, queries and MLP it computed. None if it computed all.
     language_work: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(eq=False)
 class ProfileRow:
-    """A row in a case. `samples` has one entry per measured round. It is empty if the row failed, in which case `error` is set."""
+    """A row of a case. `samples` has one entry per measured round. If the row failed, it is empty and `error` is set."""
 
     kind: str
     case: Case
@@ -112,14 +114,14 @@ class ProfileRow:
         return name
 
     def seconds(self, stage: str) -> list[float]:
-        """Return the times of a stage in all rounds, in seconds. `stage` is a field of `Sample` or `first_token`."""
+        """Return the time in seconds that a stage took in each round. `stage` is `first_token` or a field of `Sample`."""
         return [getattr(sample, stage) for sample in self.samples]
 
 
 def bound_of(full: ProfileRow, method: ProfileRow) -> ProfileRow:
-    """Return the bound. In each round, it has the tower time of `full` and the other times of `method`.
+    """Return the bound, which in each round combines the tower time of the row `full` with the other times of the row `method`.
 
-    This is the best possible time of a method that prunes after the encoder. If either row failed, the bound has its error.
+    No method that prunes after the encoder can be faster. If one of the two rows failed, the bound gets that row's error.
     """
     bound = ProfileRow(BOUND, method.case, method.budget, error=full.error or method.error)
     if bound.error or full.counts is None or method.counts is None:

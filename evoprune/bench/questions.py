@@ -13,7 +13,7 @@ from evoprune.batch import Row, RowReader
 from evoprune.util import is_url, without_tags
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-# The pattern for each number, by its word and by its digits.
+# The pattern that matches a number, by the word for the number and by its digits.
 NUMBERS = {
     name: f"(?:{word}|{number})" for number, word in enumerate(_NUMBERS) for name in (word, f"{number}", f"{number:02}")
 }
@@ -29,8 +29,8 @@ ASIDE = (
     "because|since|due to|given that|while|whereas|although|though|if|unlike|except|other than"
     "|rather than|instead of|as opposed to"
 )
-# A letter names an option at the start of a clause or after one of the words in `LEADS`, but not directly before another word ("A
-# circle", "I think", "C major") unless `FOLLOWS` has it.
+# A letter names an option if it is at the start of a clause or after one of the words in `LEADS`. It does not do so if another word
+# follows directly ("A circle", "I think", "C major"), unless that word is in `FOLLOWS`.
 LEADS = re.compile(
     "is|was|be|are|it's|that's|options?|choice|letter|say|think|guess|believe|with|choose|choosing|pick|select|either|only|just"
     "|probably|definitely|clearly|certainly|surely|likely|maybe|perhaps|possibly|是|为|项",
@@ -39,36 +39,47 @@ LEADS = re.compile(
 FOLLOWS = re.compile(
     "is|was|would|seems|appears|looks|best|correctly|matches|describes|shows|fits|as|and|then|to", re.IGNORECASE
 )
-# Options that are also common words: "no car", "the left one" and "one of them" are not the answers "no" and "one".
+# Options that are also common words. For example, "no car" does not mean the option "no", and neither "the left one" nor "one of
+# them" means the option "one".
 COMMON = {
     "no": r"no(?! (?!because\b)\w)",
     "(?:one|1)": r"(?:1|(?:(?<![\w ])|(?<=\bis )|(?<=\bonly )|(?<=\bjust )|(?<=\bexactly ))one(?! of\b))",
 }
 
-_SPACED = re.compile(r"([\u3041-\u9fff\uac00-\ud7a3])")  # Chinese, Japanese and Korean do not put spaces between words
+_SPACED = re.compile(
+    r"([\u3041-\u9fff\uac00-\ud7a3])"
+)  # scripts of Chinese, Japanese and Korean, which put no spaces between words
 _MARKUP = str.maketrans(dict.fromkeys('*`$"“”{}#', " ") | {"\\": "", "’": "'", "‘": "'"})
 ENDS = ("clause", "stop", "line", "aside")
-JOINS = re.compile("and|then|to|maybe|perhaps|possibly|[/&]", re.IGNORECASE)  # joins two names that are both meant
+JOINS = re.compile(
+    "and|then|to|maybe|perhaps|possibly|[/&]", re.IGNORECASE
+)  # words between two names that are both meant
 FILLERS = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.IGNORECASE)
 
 
 @dataclass
 class Word:
-    """A word or a punctuation mark of an answer.
+    """A word or a punctuation mark in an answer.
 
-    A letter that is not `sure` cannot name an option alone, but can contradict another letter ("vitamin C", or the C in "B and C").
+    A letter that is not `sure` does not name an option by itself, but it can contradict another letter. An example is the C in
+    "vitamin C" or in "B and C".
     """
 
-    kind: str  # "name" (of options), "states", "denies", "denies_before", "aside", "clause" (begins), "stop", "line" or "plain"
+    # "name" (of an option), "states", "denies", "denies_before", "aside", "clause" (the start of one), "stop", "line" or "plain"
+    kind: str
     text: str
-    options: frozenset[int] = frozenset()  # indices of the options it names; -1 for a letter without an option
-    letter: bool = False  # whether it is a letter
-    marked: bool = False  # whether it is in brackets, or starts a clause before a bracket, a full stop or a colon
-    sure: bool = True  # whether it names an option by itself
+    options: frozenset[int] = (
+        frozenset()
+    )  # indices of the options that the word names; -1 for a letter without an option
+    letter: bool = False  # True if the word is a single letter
+    marked: bool = (
+        False  # True if the letter is in brackets, or starts a clause and precedes a bracket, a period or a colon
+    )
+    sure: bool = True  # True if the word names an option by itself
 
 
 def grade(row: Row, said: str) -> bool | None:
-    """Return True if `said` is the row's answer. Return None if the row has options and `said` names none or several of them."""
+    """Return whether `said` is the right answer, or None if the row has options and `said` does not name exactly one."""
     if not row.options:
         return normalised(said) == normalised(row.answer)
     choice = chosen_option(said, row.options)
@@ -78,32 +89,36 @@ def grade(row: Row, said: str) -> bool | None:
 
 
 def normalised(text: str) -> str:
-    """Normalize a string for comparison: ignore case, surrounding whitespace and a final period."""
+    """Normalize a string for comparison by removing case, surrounding whitespace and a final period."""
     return text.strip().removesuffix(".").strip().casefold()
 
 
 def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
-    """Return the index of the option that an answer names by its letter or text, or None if it names none or several.
+    """Return the index of the option that an answer names by its letter or its text, or None if it does not name exactly one.
 
-    The first rule that finds options decides:
+    The rules are tried in this order, and the first one that finds an option decides:
 
-    1. The answer is the text of an option, or its line in the prompt (`B. blue star`).
-    2. The last statement that names an option: `the answer is B`, `I choose B`, `B is the correct answer`, `\\boxed{B}`,
-       `<answer>B</answer>`. A letter decides; the text after it is an explanation.
-    3. The only option whose letter begins a line (`B: it is blue`, `(B)`, `B, because`), or that is a whole line.
-    4. The only option named anywhere.
-    5. If several are named, the last line that is a letter; otherwise the last line, if it repeats an option.
+    1. The whole answer is the text of an option, or an option's line in the prompt (`B. blue star`).
+    2. Take the last statement that names an option, such as `the answer is B`, `I choose B`, `B is the correct answer`,
+       `\\boxed{B}` or `<answer>B</answer>`. If it names the option by its letter, any text after the letter is an explanation.
+    3. Take the option whose letter begins a line (`B: it is blue`, `(B)`, `B, because`) or whose name is a whole line, if there is
+       only one such option.
+    4. Take the option that is named anywhere in the answer, if there is only one.
+    5. If several options are named, take the last line that consists of a letter. If there is no such line, take the last line if
+       it repeats an option.
 
-    A letter names an option in brackets, at the start of a clause, or after words such as "is" and "option", but not directly
-    before a word ("a circle", "I think"). A text names its option as whole words, with or without articles, with numbers up to
-    twelve as digits or words. Names are ignored in a clause with a denial ("not A", "A is wrong") or an "or", after words like
-    "because", in questions, and inside `<think>`. "A and B", and a letter next to the text of another option (`B. circle`), name
-    two options.
+    A letter names an option if it is in brackets, at the start of a clause, or after a word such as "is" or "option", unless
+    another word follows directly ("a circle", "I think"). A text names its option if all of its words appear, with or without
+    articles; numbers up to twelve may be written as digits or as words. Names are ignored inside `<think>`, in questions, after
+    words such as "because", and in clauses that contain a denial ("not A", "A is wrong") or an "or". Two options are named by "A
+    and B", and by a letter that is followed by the text of another option (`B. circle`).
     """
     alone = normalised(said)
     for lines in (options, [f"{letter}. {option}" for letter, option in zip(Row.LETTERS, options, strict=False)]):
         texts = [normalised(text) for text in lines]
-        if texts.count(alone) == 1 and not re.fullmatch("[a-z]", alone):  # a letter may be the letter of another option
+        if texts.count(alone) == 1 and not re.fullmatch(
+            "[a-z]", alone
+        ):  # a single letter may be another option's letter
             return texts.index(alone)
     words = read(said, options)
     named = _stated(words) | _of_lines(words) or _anywhere(words)
@@ -115,7 +130,7 @@ def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
 
 
 def _stated(words: list[Word]) -> frozenset[int]:
-    """Return the options that are named by the last statement which names any."""
+    """Return the options named in the last statement that names any options."""
     end = len(words)
     for place in reversed([place for place, word in enumerate(words) if word.kind == "states"]):
         start = place + 1
@@ -138,9 +153,9 @@ def _stated(words: list[Word]) -> frozenset[int]:
 
 
 def _of_lines(words: list[Word]) -> frozenset[int]:
-    """Return the option whose letter starts a line, or whose name is a whole line.
+    """Return the option whose letter starts a line or whose name is a whole line.
 
-    The result is empty if there are several such options, or if there are other marked letters.
+    The result is empty if there are several such options or if other letters are marked.
     """
     named: frozenset[int] = frozenset()
     for line in _lines(words):
@@ -157,7 +172,7 @@ def _of_lines(words: list[Word]) -> frozenset[int]:
 
 
 def _last_letter(words: list[Word]) -> frozenset[int]:
-    """Return the option of the last line that consists of a letter. Empty if the lines before it also list letters."""
+    """Return the option on the last line that consists of a letter, or nothing if the line belongs to a list of letters."""
     lines = _lines(words)
     letters = {number: _anywhere(line) for number, line in enumerate(lines) if _is_letter(line)}
     if not letters:
@@ -167,15 +182,17 @@ def _last_letter(words: list[Word]) -> frozenset[int]:
     earlier = [letters[number] for number in before]
     if all(option == chosen for option in earlier):
         return chosen
-    listed = last - 1 in letters and chosen not in earlier  # another item in a list of A, B, C, line by line
-    ends = last + 1 == len(lines)  # otherwise an explanation may follow each letter
+    listed = (
+        last - 1 in letters and chosen not in earlier
+    )  # the line is another item of a list with one letter per line
+    ends = last + 1 == len(lines)  # otherwise each letter may be followed by an explanation
     if listed or not ends:
         return frozenset()
     return chosen
 
 
 def _repeated(words: list[Word]) -> frozenset[int]:
-    """Return the option that is the whole last line, if it is a whole line more often than any other option."""
+    """Return the option that fills the last line, if more lines consist of this option than of any other."""
     lines = _lines(words)
     if not lines or not _names_alone(lines[-1]):
         return frozenset()
@@ -188,7 +205,7 @@ def _repeated(words: list[Word]) -> frozenset[int]:
 
 
 def _lines(words: list[Word]) -> list[list[Word]]:
-    """Split words into lines. Empty lines are dropped."""
+    """Split words into lines, dropping empty lines."""
     ends = [place for place, word in enumerate(words) if word.kind == "line"]
     lines = [words[start:end] for start, end in zip([0, *(end + 1 for end in ends)], [*ends, len(words)], strict=True)]
     return [line for line in lines if line]
@@ -199,7 +216,7 @@ def _names_alone(line: list[Word]) -> bool:
 
 
 def _is_letter(line: list[Word]) -> bool:
-    """Return True if a line is the letter of an option, with at most three words before it: `It is B.`, `Final: B`."""
+    """Return True if a line consists of an option's letter and at most three words before it, like `It is B.` or `Final: B`."""
     names = [place for place, word in enumerate(line) if word.kind == "name"]
     if len(names) != 1 or not (line[names[0]].letter and line[names[0]].sure):
         return False
@@ -208,7 +225,10 @@ def _is_letter(line: list[Word]) -> bool:
 
 
 def _decided(words: list[Word], place: int) -> frozenset[int]:
-    """Return the option of a letter followed by an explanation, and any other option named with it ("B or C", "B. circle")."""
+    """Return the option that a letter names, and any other option that is named right after it ("B or C", "B. circle").
+
+    Other text that follows the letter is an explanation, so options named there are ignored.
+    """
     named = words[place].options
     joined = False
     for number in range(place + 1, len(words)):
@@ -233,7 +253,7 @@ def _anywhere(words: list[Word]) -> frozenset[int]:
 def read(said: str, options: tuple[str, ...]) -> list[Word]:
     """Split an answer into words and punctuation marks.
 
-    Options that the answer denies, leaves open, asks about or mentions in passing do not count as names.
+    If the answer denies an option, leaves it open, asks about it or mentions it in passing, the option's name becomes a plain word.
     """
     scanner, names = _scanner(options)
     words: list[Word] = []
@@ -256,7 +276,7 @@ def read(said: str, options: tuple[str, ...]) -> list[Word]:
 
 
 def _plain(text: str) -> str:
-    """Remove thoughts and markup from an answer, and normalize its characters. Answer markers such as a box become words."""
+    """Remove thoughts and markup from an answer and normalize its characters. Markers such as a box become words."""
     text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].partition("<think>")[0]
     text = re.sub(r"<\|[^<>|]*\|>", " ", text)  # special tokens
     text = re.sub(r"<answer>|\\boxed\b", "\nanswer: ", text)
@@ -269,7 +289,7 @@ def _plain(text: str) -> str:
 
 
 def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
-    """Decide if a letter without brackets is an ordinary word, whose kind becomes "plain", and if it names an option alone."""
+    """Decide whether a letter without brackets names an option by itself. If it is an ordinary word, its kind becomes "plain"."""
     letter = word.text
     word.marked = before.kind in ("stop", "line", "clause", "name") and after.text in (".", ":", ")", "]")
     wordy = after.kind == "plain" and after.text.isascii() and not FOLLOWS.fullmatch(after.text)
@@ -282,7 +302,7 @@ def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
 
 
 def _drop_denied(words: list[Word]) -> None:
-    """Turn names into plain words if they are in questions, in denying or undecided clauses, or after words such as "because"."""
+    """Turn names into plain words if they are in a question, after a word such as "because", or in a clause with "not" or "or"."""
     clause = []
     sentence = []
     denied = False
@@ -311,16 +331,18 @@ def _drop_denied(words: list[Word]) -> None:
 
 @lru_cache(maxsize=256)
 def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, frozenset[int]]]:
-    """Return a pattern that matches a word, and the options that each name refers to.
+    """Return a pattern that matches one word, and the options to which each name refers.
 
-    The name of the last matching group is the kind of the word. Option texts have one group each, the longest texts first.
+    The name of the last group that matched is the word's kind. Each option's text has its own group, and longer texts come first.
     """
     letters = {letter: {-1} for letter in Row.LETTERS}
     letters |= {letter: {index} for index, letter in enumerate(Row.LETTERS[: len(options)])}
     patterns: dict[str, set[int]] = {}
     for index, option in enumerate(options):
         pattern = _pattern(option, Row.LETTERS[index])
-        if re.fullmatch("[A-Z]", pattern, re.IGNORECASE):  # the text is a letter, perhaps the letter of another option
+        if re.fullmatch(
+            "[A-Z]", pattern, re.IGNORECASE
+        ):  # the text is a single letter, which may be another option's letter
             letters[pattern.upper()] = letters[pattern.upper()] - {-1} | {index}
         elif pattern:
             patterns.setdefault(pattern, set()).add(index)
@@ -344,7 +366,7 @@ def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, froze
 
 
 def _pattern(option: str, letter: str) -> str:
-    """Return a pattern for an option's text that allows articles, and both digits and words for numbers.
+    """Return a pattern for an option's text that allows articles anywhere and accepts numbers as digits or as words.
 
     The pattern is empty if the text has no word characters.
     """
@@ -359,7 +381,7 @@ def _pattern(option: str, letter: str) -> str:
 
 @dataclass(frozen=True)
 class VideoQuestions:
-    """A video and the rows about it. `name` identifies the video in results. Intervals are clustered by this name."""
+    """A video and the questions about it. `name` identifies the video in results, and intervals are clustered by this name."""
 
     name: str
     path: Path
@@ -367,7 +389,7 @@ class VideoQuestions:
 
 
 def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list[VideoQuestions]:
-    """Return the videos that have questions in these groups, with only these questions. If `groups` is empty, return all videos."""
+    """Return the videos with only their questions in `groups`, dropping videos without any. If `groups` is empty, return all."""
     if not groups:
         return list(videos)
     every = [replace(video, rows=tuple(row for row in video.rows if set(groups) & set(row.groups))) for video in videos]
@@ -375,13 +397,13 @@ def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list
 
 
 def load_questions(path: Path) -> list[VideoQuestions]:
-    """Read the questions in a file, and return them by video in the order in which the videos first appear.
+    """Read the questions in a file and return them grouped by video, in the order in which the videos first appear.
 
-    In addition to the fields that `RowReader` reads, a row must have `answer` (with `options`: a letter or an option's
-    text), and may have `type` and `groups` (separated by | in CSV). Ids default to the line number.
+    In addition to the fields that `RowReader` reads, each row must have an `answer`, which is an option's letter or text if the row
+    has `options`. A row may also have a `type`, and `groups`, which are separated by | in CSV. An ID defaults to the line number.
 
     Raises:
-        UsageError: the file cannot be read or has no rows, or a row is invalid or repeats an id.
+        UsageError: the file cannot be read or has no rows, or a row is invalid or has the same ID as an earlier row.
     """
     videos: dict[str, list[Row]] = {}
     for row in GRADED.load(str(path)):

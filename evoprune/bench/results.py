@@ -1,4 +1,4 @@
-"""Formats results of `profile`, `eval`, `tune` and `verify` as JSON, as text, Markdown or CSV tables, and as charts."""
+"""Formats the results of `profile`, `eval`, `tune` and `verify` as JSON, as charts, and as text, Markdown or CSV tables."""
 
 import csv
 import io
@@ -25,14 +25,14 @@ class Results(ABC):
 
     @abstractmethod
     def table(self, width: int) -> str:
-        """Return the results as human-readable text. Lines have at most `width` columns if possible."""
+        """Return the results as human-readable text, with lines of at most `width` columns if possible."""
 
     def to_json(self) -> str:
-        """Return the document as one line of ASCII-only JSON."""
+        """Return the document as a single line of ASCII-only JSON."""
         return json.dumps(self.document(), separators=(",", ":"), allow_nan=False)
 
     def text(self, form: str, width: int) -> str:
-        """Return the results in the format `form`: "table" or "json"."""
+        """Return the results as a string in the format `form`: "table" or "json"."""
         return self.table(width) if form == "table" else f"{self.to_json()}\n"
 
     def chart(self) -> str | None:
@@ -46,9 +46,9 @@ class Column(Generic[T]):
 
     Attributes:
         title: the heading of the column.
-        cell: returns the cell text for a row.
-        meaning: a note to print below the table. Empty if the title is clear enough.
-        drop: the order in which columns are dropped if the terminal is too narrow. Columns with 0 are never dropped.
+        cell: a function that returns the text of the column's cell in a row.
+        meaning: a note to print below the table, or "" if the title needs no explanation.
+        drop: the order in which columns are dropped if the terminal is too narrow, lowest number first. 0 means never.
     """
 
     title: str
@@ -58,7 +58,7 @@ class Column(Generic[T]):
 
 
 def fitting(rows: Sequence[T], columns: Sequence[Column[T]], width: int) -> tuple[list[str], list[Column[T]]]:
-    """Drop columns until the table fits into `width`. Return the lines of the table and the remaining columns."""
+    """Drop columns until the table fits into `width`. Return the table's lines and the remaining columns."""
     droppable = sorted((column for column in columns if column.drop), key=lambda column: column.drop)
     for left_out in (None, *droppable):
         columns = [column for column in columns if column is not left_out]
@@ -79,7 +79,8 @@ def grid(
     """Return the lines of a table, and whether it fits into `width`. If it does not fit, words are broken, but nothing is cut off.
 
     Args:
-        right: whether all columns except the first contain numbers. If necessary, the first column is narrowed to fit them.
+        right: True if all columns except the first contain numbers. They are then right-aligned, and if the table is too wide, the
+            first column is narrowed to make room for them.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -107,7 +108,7 @@ def grid(
 
 
 def text_table(titles: Sequence[str], rows: Iterable[Sequence[str]], note: str, width: int) -> str:
-    """Return a table of left-aligned strings with a note below it. Words that do not fit into `width` are broken."""
+    """Return a table of left-aligned strings with a note below it. If it does not fit into `width`, words are broken."""
     lines, _ = grid(titles, rows, width, right=False)
     return "\n".join([*lines, "", *folded([note], width)]) + "\n"
 
@@ -120,7 +121,7 @@ def markdown(rows: Iterable[T], columns: Sequence[Column[T]]) -> list[str]:
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows as CSV with a header, or an empty string if there are no rows."""
+    """Return the rows as CSV with a header line, or an empty string if there are no rows."""
     out = io.StringIO()
     if rows:
         writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
@@ -130,20 +131,20 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
-    """Wrap strings to lines of at most `width` columns. Continuation lines are indented. An empty string gives an empty line."""
+    """Wrap strings to lines of at most `width` columns and indent continuation lines. An empty string becomes an empty line."""
     return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ", **settings) or [""]]
 
 
 def short_name(model: str) -> str:
-    """Return the last part of a model's id or path, for titles."""
+    """Return the last part of a model's ID or path, for use in titles."""
     return one_line(model).rpartition("/")[2]
 
 
 def model_line(model: dict) -> str:
-    """Return a line with the ID, precision and device of a document's model."""
+    """Return a line with a model's ID, precision and device."""
     return f"{one_line(model['id'])}, {precision(model['dtype'], model.get('quantize'))}, {model['device']}"
 
 
 def failures(document: dict) -> list[str]:
-    """Return a line for each failed video of a document."""
+    """Return a line for each video that failed."""
     return [one_line(f"failed: {entry['video']}: {entry['message']}") for entry in document["failures"]]

@@ -1,7 +1,8 @@
-"""Converts graded answers to a table of costs and of accuracy with intervals (`evoprune/eval@1`). Does not import torch.
+"""Converts graded answers to a table of costs, accuracy and its intervals (`evoprune/eval@1`). Does not import torch.
 
-A sample is the answer of one row (`full`, `blind`, or a method at a budget) to one question, as a flat dict. Answers about the same
-video are correlated, so intervals are over videos. All rows answer the same questions, and are bootstrapped with the same draws.
+A sample is a flat dict with one row's answer to one question. A row is `full`, `blind`, or a method at a budget. Because answers
+about the same video are correlated, intervals are computed by resampling videos rather than answers. Because all rows answer the
+same questions, they are bootstrapped with the same draws.
 """
 
 import math
@@ -15,21 +16,21 @@ SCHEMA = "evoprune/eval@1"
 FULL = "full"
 BLIND = "blind"
 METHOD = "method"
-# The group of all questions, and the prefix of groups that are types.
+# The name of the group that contains all questions, and the prefix of groups that contain the questions of one type.
 ALL = "all"
 TYPE = "type:"
 KEY = ("row", "method", "budget")  # fields that identify a row of the table
-DIFFERENCES = ("difference", "first_difference")  # fields with an interval
-LEAST_VIDEOS = 10  # with fewer, a bootstrap over videos is far too narrow: with one video, every interval is a point
-LEAST_QUESTIONS = 30  # with fewer, the figures are an example, not a measurement
+DIFFERENCES = ("difference", "first_difference")  # fields that have an interval
+LEAST_VIDEOS = 10  # with fewer videos, bootstrapped intervals are far too narrow; with only one video, they are points
+LEAST_QUESTIONS = 30  # with fewer questions, the figures are an example, not a measurement
 COSTS = ("tokens", "layer_tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill")
 Z95 = 1.959964
 DRAWS = 4000
-_AT_ONCE = 2**22  # bootstrap weights in memory at a time
+_AT_ONCE = 2**22  # number of bootstrap weights that are in memory at a time
 
 
 def row_name(row: str, method: str, budget: float | str) -> str:
-    """Return the name of a row for tables."""
+    """Return the name of a row as shown in tables."""
     if row != METHOD:
         return row
     return f"{method} -b {budget_text(budget)}"
@@ -38,12 +39,13 @@ def row_name(row: str, method: str, budget: float | str) -> str:
 def score_rows(samples: Sequence[dict]) -> list[dict]:
     """Return a dict for each group and row. The group of all questions comes first, and `full` precedes the other rows.
 
-    `difference` is the accuracy minus full's accuracy, and `kept_of_full` their ratio. `first_difference` is the accuracy minus the
-    accuracy of the row named `first`, the first method at the same budget. Like accuracy, each has a 95% interval over videos,
-    which is None if the group has fewer than `LEAST_VIDEOS` videos. `brier` is from `mean_brier`. Costs are means over the
-    questions of the group. Failed samples are ignored.
+    `difference` is the row's accuracy minus the accuracy of `full`, and `kept_of_full` is the ratio of the two. `first_difference`
+    is the row's accuracy minus the accuracy of the row named in `first`, which belongs to the first method at the same budget. The
+    accuracy and both differences have a 95% interval over videos. The interval of a difference is None if the group has fewer than
+    `LEAST_VIDEOS` videos. `brier` is computed by `mean_brier`. Costs are means over the group's questions. Failed samples are
+    ignored.
     """
-    # Samples of earlier versions lack `layer_tokens`, because every layer read all tokens. The sort is stable, so rows stay in
+    # Samples from earlier versions lack `layer_tokens`, because every layer read all tokens. The sort is stable, so rows stay in
     # order.
     good = [{"layer_tokens": s["tokens"]} | s for s in sorted(samples, key=lambda s: s["video"]) if "error" not in s]
     rows: dict[tuple, list[dict]] = {}
@@ -54,7 +56,7 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     first = next(iter(rows.values()))
     videos, cluster = np.unique([s["video"] for s in first], return_inverse=True)
     groups = _groups(first)
-    # Columns: the questions of each group, then the right answers of each row by group.
+    # The first columns mark the questions of each group. The other columns mark each row's right answers in each group.
     masks = np.array(list(groups.values())).T
     right = {key: np.array([s["right"] for s in answers]) for key, answers in rows.items()}
     columns = np.hstack([masks, *(masks & r[:, None] for r in right.values())]).astype(float)
@@ -62,7 +64,7 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     np.add.at(sums, cluster, columns)
     drawn = resampled(sums).reshape(-1, 1 + len(rows), len(groups))
     sums = sums.reshape(len(videos), 1 + len(rows), len(groups))
-    drawn[:, :, (sums[:, 0] > 0).sum(0) < LEAST_VIDEOS] = math.nan  # so that there is no interval
+    drawn[:, :, (sums[:, 0] > 0).sum(0) < LEAST_VIDEOS] = math.nan  # too few videos for an interval
     with np.errstate(divide="ignore", invalid="ignore"):
         share = drawn[:, 1:] / drawn[:, :1]
         ratio = share / share[:, :1]
@@ -99,15 +101,16 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
 
 
 def brier(sample: dict) -> float:
-    """Return the Brier score of a multiple-choice answer: the squared distance between its probabilities and the truth.
+    """Return the Brier score of a multiple-choice answer: the squared distance between the options' probabilities and the truth.
 
-    0 is certain and right, 2 is certain and wrong (Brier 1950, "Verification of forecasts expressed in terms of probability").
+    The score is 0 if the model is certain and right, and 2 if it is certain and wrong (Brier, 1950, "Verification of forecasts
+    expressed in terms of probability").
     """
     return sum((each["probability"] - (each["text"] == sample["expected"])) ** 2 for each in sample["choices"])
 
 
 def mean_brier(samples: Sequence[dict]) -> float | None:
-    """Return the mean Brier score of the multiple-choice answers, or None if there are no such answers."""
+    """Return the mean Brier score of the multiple-choice answers among the samples, or None if there are none."""
     scores = [brier(sample) for sample in samples if sample.get("choices")]
     return _round(np.mean(scores)) if scores else None
 
@@ -123,10 +126,11 @@ def same_tokens(row: dict, other: dict) -> bool:
 
 
 def precision(rows: Sequence[dict]) -> str | None:
-    """Return a sentence about the precision of differences in `score_rows`, or None if no rows are compared.
+    """Return a sentence about the precision of the differences in `rows`, or None if no rows are compared.
 
-    It states the longest distance from a difference to an end of its interval. If no interval has a width, it states the share of
-    differing videos that a sample of this size would miss with a chance of only 5%.
+    The sentence states the largest distance between any difference and an end of its interval. If all intervals are points, it
+    instead states how large the share of videos with different answers can be for a sample of this size to miss all such videos
+    with a probability of 5%.
     """
     compared = [row for row in rows if row["row"] == METHOD and row["group"] == ALL]
     if not compared:
@@ -137,15 +141,17 @@ def precision(rows: Sequence[dict]) -> str | None:
         return f"{asked}: too few videos for intervals of differences, which need at least {LEAST_VIDEOS}"
     intervals = [(row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in compared for name in DIFFERENCES]
     reach = max(max(value - low, high - value) for value, low, high in intervals if value is not None)
-    unseen = 1 - 0.05 ** (1 / videos)  # the share of differing videos that this sample misses with a chance of 5%
+    unseen = 1 - 0.05 ** (
+        1 / videos
+    )  # share of differing videos that this sample misses entirely with a probability of 5%
     points = math.ceil(1000 * (reach or unseen) - 1e-6) / 10
     return f"{asked}: differences are accurate to about ±{points:.1f} points"
 
 
 def _firsts(keys: Sequence[tuple]) -> list[int | None]:
-    """For each row, return the index of the first method's row at the same budget.
+    """Return, for each row, the index of the first method's row at the same budget.
 
-    The index is None for the rows of the first method itself and for full and blind.
+    The index is None for `full`, for `blind`, and for the first method's own rows.
     """
     first = next((method for row, method, _ in keys if row == METHOD), None)
     known = {budget: n for n, (row, method, budget) in enumerate(keys) if row == METHOD and method == first}
@@ -157,12 +163,13 @@ def _firsts(keys: Sequence[tuple]) -> list[int | None]:
 
 
 def _difference(name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, other: int | None) -> dict:
-    """Return the paired difference of two rows and its interval as fields of a result.
+    """Return the paired difference between two rows and its interval, as fields of a result.
 
     Args:
-        accuracy: `[rows]`.
-        drawn: bootstrapped accuracy, `[draws, rows]`.
-        other: index of the row to subtract. If it is None, all fields are None.
+        name: name of the difference's field.
+        accuracy: accuracy of each row, `[rows]`.
+        drawn: bootstrapped accuracy of each row, `[draws, rows]`.
+        other: index of the row to subtract. None means that there is no such row, so all fields are None.
     """
     if other is None:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
@@ -187,13 +194,15 @@ def _round(value: float) -> float | None:
 
 
 def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, float]:
-    """Return the 95% interval of a share of right answers: Wilson's interval with the effective number of questions.
+    """Return the 95% interval of a share of right answers, which is Wilson's interval for the effective number of questions.
 
-    This is the number of independent questions with the same variance as the clusters, at most the number of questions. If all
-    answers are right or all are wrong, the correlation is unknown, so the number of clusters is used.
+    The effective number is the number of independent questions that would have the same variance as the clusters, but at most the
+    actual number of questions. If all answers are right or all are wrong, the correlation within clusters is unknown, so the number
+    of clusters is used instead.
 
     Args:
-        right, asked: number of right answers and of questions by cluster, `[C]`. Clusters without questions are ignored.
+        right: number of right answers in each cluster, `[C]`.
+        asked: number of questions in each cluster, `[C]`. Clusters without questions are ignored.
     """
     right = right[asked > 0].astype(float)
     asked = asked[asked > 0].astype(float)
@@ -212,7 +221,7 @@ def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, floa
 
 
 def share_variance(right: np.ndarray, asked: np.ndarray) -> float:
-    """Estimate the variance of a share of right answers over at least two clusters. See `accuracy_interval` for the arguments."""
+    """Estimate the variance of a share of right answers from two or more clusters. See `accuracy_interval` for the arguments."""
     clusters = len(asked)
     total = float(asked.sum())
     residual = right - float(right.sum()) / total * asked
@@ -220,7 +229,7 @@ def share_variance(right: np.ndarray, asked: np.ndarray) -> float:
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
-    """Return the 95% interval of a share of `n` independent answers (Wilson, 1927)."""
+    """Return the 95% interval of a share that was observed among `n` independent answers (Wilson, 1927)."""
     z = Z95**2 / n
     middle = (share + z / 2) / (1 + z)
     half = math.sqrt(z * share * (1 - share) + z**2 / 4) / (1 + z)
@@ -228,13 +237,13 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 
 def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
-    """Bootstrap the totals of `sums` over clusters.
+    """Bootstrap the column totals of `sums` by resampling its clusters.
 
     Args:
         sums: `[C, k]`, one row per cluster.
 
     Returns:
-        Totals over C clusters drawn with replacement, float64 `[draws, k]`. The k columns share the same draws.
+        Totals over C clusters that are drawn with replacement, float64 `[draws, k]`. All k columns share the same draws.
     """
     clusters = len(sums)
     totals = []
@@ -247,7 +256,7 @@ def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the interval that contains the middle 95% of the finite values, or NaN if there are none."""
+    """Return the interval that contains the middle 95% of the finite values, or NaN for both ends if no value is finite."""
     values = values[np.isfinite(values)]
     if not len(values):
         return math.nan, math.nan

@@ -1,4 +1,4 @@
-"""Helpers that `profile`, `eval`, `tune` and `verify` share: time limits and rounds, sweeps, and cached tower rows."""
+"""Helpers shared by `profile`, `eval`, `tune` and `verify`: time limits, rounds, sweeps, and a cache for the tower's rows."""
 
 import time
 from collections import OrderedDict
@@ -18,14 +18,14 @@ from evoprune.video import FrameChunk
 from evoprune.vision import EncodedRows, encode_rows
 
 T = TypeVar("T")
-# Maximum number of cached encodings. Enough for the selectors after `reuse`, which need attention, keys, both or neither, at three
-# budgets, regardless of other methods in between.
+# Maximum number of cached encodings. This is enough for the selectors that follow `reuse` at three budgets, whether they need
+# attention, keys, both or neither, even if other methods run in between.
 MAX_ENCODINGS = 32
 
 
 @dataclass
 class TimeLimit:
-    """A time limit in seconds for a run. `begun` is the start of the run on the clock `now`. By default, the run starts now."""
+    """A run's time limit in seconds. `begun` is the time at which the run started, on the clock `now`. None means now."""
 
     seconds: float
     now: Callable[[], float] = time.perf_counter
@@ -41,12 +41,12 @@ class TimeLimit:
 
     @property
     def left(self) -> float:
-        """Remaining time in seconds. Negative after the limit has passed."""
+        """Remaining time in seconds, which is negative once the limit has been exceeded."""
         return self.seconds - self.spent
 
 
 def model_and_machine(loaded: LoadedModel | None) -> dict[str, Any]:
-    """Return the facts about the model and the machine for a document. Both are None before a model is loaded."""
+    """Return a document's `model` and `env` fields, which describe the model and the machine. None if no model is loaded yet."""
     if loaded is None:
         return {"model": None, "env": None}
     return {"model": asdict(loaded.facts()), "env": asdict(Device(loaded.device).environment())}
@@ -61,14 +61,17 @@ COUNTED = "counted"
 def paced(
     run_round: Callable[[str, int], T], warmups: int, repetitions: int, limit: TimeLimit
 ) -> Iterator[tuple[str, T]]:
-    """Run rounds as long as they are expected to end in time, based on the previous round. The first round always runs.
+    """Run rounds for as long as the next one can be expected to finish in time, judging by the duration of the previous round.
+
+    The first round always runs.
 
     Args:
-        run_round: called with a title and a number of rounds. For the first round, this is the number that must end in time, so it
-            may do less work; for all others it is 0.
+        run_round: called with a title and a number of rounds. In the first call, this is the number of rounds that must finish in
+            time, and the function may do less work so that they do. In all later calls it is 0.
 
     Yields:
-        `WARM_UP` or `ROUND`, and the round. If no measured round ends in time, the last warm-up again as `COUNTED`.
+        The kind of the round (`WARM_UP` or `ROUND`) and its result. If no measured round fits within the limit, the result of the
+        last warm-up is yielded again, as `COUNTED`.
     """
     last = 0.0
     result = None
@@ -89,7 +92,7 @@ def paced(
 
 
 def swept(names: Iterable[str], budgets: Sequence[float | str]) -> list[tuple[str, float | str]]:
-    """Return all pairs of a method and a budget that prune anything, without duplicates.
+    """Return all combinations of a method and a budget that prune anything, without duplicates.
 
     For the exceptions, see `PruneOptions.config`.
     """
@@ -98,12 +101,12 @@ def swept(names: Iterable[str], budgets: Sequence[float | str]) -> list[tuple[st
 
 
 def after_tower_below(configs: Iterable[PruneConfig], device: str) -> int:
-    """Return the number of units below which a method prunes inputs only after the tower on this device, or 0 if none does."""
+    """Return a size limit in units: on this device, a method prunes smaller inputs only after the tower. 0 means that none does."""
     return max((config.after_tower_below(torch.device(device)) for config in configs), default=0)
 
 
 def after_tower_note(below: int) -> str:
-    """Return a note about inputs that are pruned only after the tower, or "" if none are. See `after_tower_below` for `below`."""
+    """Return a note about inputs that are pruned only after the tower, or "" if `below` (see `after_tower_below`) is 0."""
     if not below:
         return ""
     return (
@@ -112,9 +115,9 @@ def after_tower_note(below: int) -> str:
 
 
 class SharedRows:
-    """A cache of the tower's rows for one video and one model. Methods that act after the encoder can share the rows.
+    """A cache for the tower's rows of one video and one model, so that methods that act after the encoder can share these rows.
 
-    `saved` is the time in seconds that the cache saved in the latest call. It is 0 if the rows were not cached.
+    `saved` is the time in seconds that the cache saved in the latest call, or 0 if the rows were not in the cache.
     """
 
     def __init__(self):
@@ -122,10 +125,10 @@ class SharedRows:
         self._held: OrderedDict[tuple, tuple[EncodedRows, float]] = OrderedDict()
 
     def encode_rows(self, visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options) -> EncodedRows:
-        """Return cached rows, or encode them with `vision.encoder.encode_rows`."""
+        """Return the rows from the cache, or encode them with `vision.encoder.encode_rows`."""
         key = (_tower_work(plan), *sorted((name, value) for name, value in options.items() if name != "on_layer"))
         if key in self._held:
-            for _ in patches:  # still consume the patches, because their reader counts damaged frames
+            for _ in patches:  # consume the patches anyway, because their reader counts damaged frames
                 pass
             self._held.move_to_end(key)
             rows, self.saved = self._held[key]
@@ -142,7 +145,7 @@ class SharedRows:
 
 @dataclass(eq=False)
 class SharedInput(OpenInput):
-    """An input that takes its rows from `shared_rows`."""
+    """An input that gets its rows from the cache `shared_rows`."""
 
     shared_rows: SharedRows
 
@@ -152,7 +155,7 @@ class SharedInput(OpenInput):
 
 
 class GreyInput(OpenInput):
-    """An input with only grey frames. It has the size and length of a video, but not its content."""
+    """An input that has a video's size and length, but contains only grey frames."""
 
     shares: ClassVar[bool] = False
 
@@ -168,7 +171,8 @@ class GreyInput(OpenInput):
 def _tower_work(plan: EncoderPlan) -> tuple:
     """Return a cache key for the tower's rows.
 
-    If tokens may be selected inside the tower, the key is the whole plan. Otherwise it has only the parts that affect the rows.
+    If the plan may select tokens inside the tower, the key is the whole plan. Otherwise the key consists of only those parts of the
+    plan that affect the rows.
     """
     inside = plan.stages
     needs = frozenset()

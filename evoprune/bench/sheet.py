@@ -1,4 +1,4 @@
-"""Draws a contact sheet, which shows the best frame of each moment in a video with its time, query and score."""
+"""Draws a contact sheet, which shows the best frame of each moment in a video, with the moment's time, query and score."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -10,14 +10,14 @@ from evoprune.moments import Moment
 from evoprune.util import clock
 from evoprune.video import Video, read_chunks
 
-MADE_BY = "evoprune contact sheet"  # stored in each file's metadata
+MADE_BY = "evoprune contact sheet"  # stored in the metadata of each file
 PANEL = (320, 320)  # maximum width and height of a frame, in pixels
 
 
 def contact_sheet(info: Video, moments: Sequence[Moment], title: str) -> bytes:
-    """Return a PNG file with the best frame of each moment, in chronological order. There must be at least one moment.
+    """Return a PNG file that shows the best frame of each moment in chronological order. At least one moment is required.
 
-    To save memory, frames are read one at a time and shrunk immediately.
+    To save memory, frames are read one at a time, and each one is shrunk before the next is read.
 
     For the exceptions, see `read_chunks`.
     """

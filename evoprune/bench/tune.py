@@ -1,10 +1,12 @@
-"""Runs `evoprune tune`. The unpruned model answers questions, and candidate settings are compared with its answers.
+"""Runs `evoprune tune`: the unpruned model answers questions, and candidate settings are compared with its answers.
 
-If time is too short for all trials, candidates are tried by successive halving (arXiv 1502.07943) over videos.
+If there is not enough time for all trials, the candidates are narrowed down by successive halving over videos (arXiv 1502.07943).
 
-Agreement is smoothed along the order of KL divergence: a candidate with a lower KL is assumed to agree at least as much (isotonic
-regression, Ayer and others 1955). Tokens of the same video are correlated, so they count as fewer independent tokens. The ratio is
-the design effect (Kish 1965), variance over videos / variance of independent tokens, estimated from all candidates together.
+The agreement of the candidates is smoothed with isotonic regression (Ayer et al., 1955), which assumes that a candidate with a
+lower KL divergence agrees at least as much as a candidate with a higher one. Tokens of the same video are correlated, so n tokens
+carry as much information as a smaller number of independent tokens. The ratio between these two numbers is the design effect (Kish,
+1965). It equals the variance over videos divided by the variance of independent tokens, and is estimated from all candidates
+together.
 """
 
 import math
@@ -55,16 +57,16 @@ from evoprune.util import counted
 from evoprune.video import SamplingOptions
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
-# This project's default method; with as few rows as tokens; with more rows and no selection before the tower; and with tokens
-# spread evenly over time. Also the paper's merging.
+# These are the default method; the same method with as few rows as tokens, with more rows and no selection before the tower, and
+# with tokens that are spread evenly over time; and the merging from the paper.
 METHODS = ("evoprune", "evoprune:rows=1", "evoprune:first=0:rows=0.5", "evoprune:floor=1", "evoprune-paper")
-FIRST = 2  # videos on which every candidate is tried
-MIN_CANDIDATES = 3  # candidates that are never dropped for lack of time
+FIRST = 2  # number of videos on which every candidate is tried
+MIN_CANDIDATES = 3  # number of candidates that always continue, even if there is not enough time
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method, including its settings, at a budget."""
+    """A method with its settings at a budget."""
 
     method: str
     budget: float
@@ -75,7 +77,7 @@ class Candidate:
 
 
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
-    """Combine `METHODS` and `more` with each of `budgets` (default: `BUDGETS`). Combinations that prune nothing are omitted.
+    """Combine each method in `METHODS` and `more` with each budget (by default `BUDGETS`), omitting those that prune nothing.
 
     For the exceptions, see `MethodChain.parse`.
     """
@@ -83,16 +85,16 @@ def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[
 
 
 class Trial(NamedTuple):
-    """The measurements of a candidate on one video."""
+    """What was measured for a candidate on one video."""
 
-    agree: int  # tokens of the full answers that are also the pruned model's first choice
-    tokens: int  # number of tokens
+    agree: int  # number of tokens in the full answers that the pruned model also considers most probable
+    tokens: int  # number of tokens in the full answers
     kl: list[float]  # KL divergence at each token
-    first_s: float  # time to the first token
-    full_s: float  # the same with nothing pruned
-    took_s: float  # duration of the trial
-    kept: float  # share of the visual tokens
-    live: float  # share of the tower's rows
+    first_s: float  # time to the first token, in seconds
+    full_s: float  # time to the first token without pruning, in seconds
+    took_s: float  # duration of the trial, in seconds
+    kept: float  # share of the visual tokens that were kept
+    live: float  # share of the tower's rows that were computed
 
 
 Known = dict[Candidate, list[Trial]]
@@ -103,7 +105,10 @@ def observed(trials: Sequence[Trial]) -> float:
 
 
 def promising(known: Known, goal: float) -> list[Candidate]:
-    """Sort candidates. Those that reach the goal come first, the fastest at the top. The others follow by descending agreement."""
+    """Sort the candidates that have been tried, most promising first.
+
+    Candidates that reach the goal come first, sorted by speed. The others follow, sorted by agreement.
+    """
 
     def key(candidate: Candidate) -> tuple[bool, float]:
         share = observed(known[candidate])
@@ -115,7 +120,7 @@ def promising(known: Known, goal: float) -> list[Candidate]:
 
 
 def rungs(videos: int) -> list[range]:
-    """Return the videos of each round. The first round has two videos, and each later round doubles the total so far."""
+    """Return the indices of each round's videos. The first round has two videos, and each later round doubles the total so far."""
     ends = [min(FIRST, videos)]
     while ends[-1] < videos:
         ends.append(min(2 * ends[-1], videos))
@@ -123,12 +128,14 @@ def rungs(videos: int) -> list[range]:
 
 
 def affordable(order: Sequence[Candidate], known: Known, new: int, rest: int, rounds: int, left: float) -> int:
-    """Return how many candidates continue to the next round. `order` starts with the most promising candidate.
+    """Return how many candidates continue to the next round.
 
     Args:
+        order: the candidates, most promising first.
+        known: the trials of each candidate so far.
         new: number of videos in the next round.
-        rest: number of videos in the next round and all later ones.
-        rounds: number of remaining rounds. Each gets an equal share of the remaining time.
+        rest: number of videos in the next round and all later rounds.
+        rounds: number of remaining rounds. Each of them gets an equal share of the remaining time.
         left: remaining time in seconds.
     """
     costs = [mean(trial.took_s for trial in known[candidate]) for candidate in order]
@@ -145,12 +152,16 @@ def search(
     left: Callable[[], float],
     first_guess: Callable[[int], float],
 ) -> Iterator[tuple[Candidate, int]]:
-    """Try candidates on one video after another while there is time, and add the results to `known`.
+    """Try candidates on one video after another until the time is up, and add the results to `known`.
 
     Args:
+        known: the candidates, each with its trials so far.
+        videos: number of videos.
         goal: the required agreement.
-        left: returns the remaining time in seconds.
-        first_guess: estimates the duration in seconds of a candidate's first trial, which is on the given video.
+        trial: a function that tries a candidate on the video with the given index.
+        left: a function that returns the remaining time in seconds.
+        first_guess: a function that takes the index of a video and estimates how many seconds a candidate's first trial, which is
+            on this video, will take.
 
     Yields:
         The candidate and the index of the video, before each trial.
@@ -171,17 +182,19 @@ def search(
                     known[candidate].append(trial(candidate, video))
 
 
-SAME_TIME = 0.05  # relative difference up to which median times count as equal
+SAME_TIME = 0.05  # maximum relative difference between two median times that count as equal
 
 
 def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
-    """Return a dict for each candidate that was tried, the fastest first. See docs/json.md.
+    """Return a dict for each candidate that was tried, fastest first. The fields are documented in docs/json.md.
 
-    `agreement` is estimated from all candidates (`smoothed`), with its 95% interval over videos; `observed` is the candidate's own.
-    `passes` means that the interval lies at or above the goal. `frontier` means that no other candidate is at least as fast and
-    agrees at least as much.
+    `agreement` is the estimate that `smoothed` computes from all candidates. It has a 95% interval over videos. `observed` is the
+    agreement that was measured for this candidate alone. `passes` is True if the whole interval reaches the goal. `frontier` is
+    True if no other candidate is at least as fast and also agrees at least as much.
     """
-    tried = {candidate: Trial(*zip(*trials, strict=True)) for candidate, trials in known.items() if trials}  # of tuples
+    tried = {
+        candidate: Trial(*zip(*trials, strict=True)) for candidate, trials in known.items() if trials
+    }  # each field is a tuple with one value per trial
     effect = design_effect([(np.array(seen.agree, float), np.array(seen.tokens, float)) for seen in tried.values()])
     rows = []
     shares = _estimates(tried)
@@ -220,7 +233,7 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
 
 
 def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """Return the agreement of each candidate, smoothed over the candidates that were tried on the same number of videos."""
+    """Return each candidate's agreement, smoothed over the candidates that were tried on the same number of videos."""
     estimates = {}
     for videos in {len(seen.tokens) for seen in tried.values()}:
         group = {candidate: seen for candidate, seen in tried.items() if len(seen.tokens) == videos}
@@ -230,9 +243,10 @@ def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 
 
 def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """Return the relative time to the first token (`first_token`) of each candidate.
+    """Return each candidate's time to the first token, relative to the time without pruning.
 
-    Candidates with the same methods and equal shares of rows and tokens do the same work. Their times are pooled to reduce noise.
+    Candidates that have the same methods and the same shares of rows and tokens do the same work, so their times are pooled to
+    reduce noise.
     """
     of_work = defaultdict(list)
     works = {}
@@ -245,7 +259,11 @@ def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 
 
 def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the fastest row that passes. Among rows within `SAME_TIME` of it, prefer the one with the fewest settings."""
+    """Return the fastest row that passes, or None if no row passes.
+
+    Rows that differ from the fastest one by at most `SAME_TIME` count as equally fast. Of these, the one with the fewest settings
+    is returned.
+    """
     passing = [row for row in rows if row["passes"]]
     fastest = min((row["first_token"] for row in passing), default=0.0)
     as_fast = [row for row in passing if row["first_token"] <= fastest * (1 + SAME_TIME)]
@@ -257,16 +275,19 @@ def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarray:
-    """Estimate each candidate's share of agreeing tokens from all candidates, assuming that it does not rise with the mean KL.
+    """Estimate each candidate's share of agreeing tokens by isotonic regression, assuming that it does not rise with the mean KL.
 
     Args:
-        agree, tokens: agreeing tokens and all tokens by candidate, `[S]`.
-        kl: mean KL divergence by candidate, `[S]`.
+        agree: number of tokens on which each candidate agrees, `[S]`.
+        tokens: number of tokens on which each candidate was tried, `[S]`.
+        kl: each candidate's mean KL divergence, `[S]`.
 
     Returns:
         The estimated shares, `[S]`.
     """
-    blocks: list[tuple[float, float, list[int]]] = []  # agreeing tokens, all tokens, and the candidates in the block
+    blocks: list[
+        tuple[float, float, list[int]]
+    ] = []  # number of agreeing tokens, number of tokens, and indices of the candidates in the block
     for candidate in np.argsort(kl, kind="stable"):
         block = float(agree[candidate]), float(tokens[candidate]), [int(candidate)]
         while blocks and blocks[-1][0] * block[1] < block[0] * blocks[-1][1]:
@@ -280,9 +301,12 @@ def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarra
 
 
 def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
-    """Return the number of tokens that carry as much information as one independent token. None if it cannot be estimated.
+    """Return how many tokens carry as much information as one independent token. None means that this cannot be estimated.
 
-    `candidates` contains the agreeing tokens and all tokens by video for each candidate. The result is at least 1.
+    The result is at least 1.
+
+    Args:
+        candidates: for each candidate, the number of agreeing tokens in each video and the number of tokens in each video.
     """
     over_videos = independent = 0.0
     for agree, tokens in candidates:
@@ -298,35 +322,41 @@ def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float 
 
 
 def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tuple[float, float]:
-    """Return the 95% interval of a share. There are tokens / `effect` independent tokens, or one per video if `effect` is None."""
+    """Return the 95% interval of a share of tokens.
+
+    Args:
+        effect: the design effect. If it is None, each video counts as one independent token.
+    """
     if effect is None:
         return wilson(share, float(videos))
     return wilson(share, max(1.0, tokens / effect))
 
 
 def provable(tokens: float) -> float:
-    """Return the highest lower bound that `tokens` independent tokens can prove, reached if all of them agree."""
+    """Return the highest lower bound that `tokens` independent tokens can prove, which they do if all of them agree."""
     return tokens / (tokens + Z95**2)
 
 
 def least_tokens(agree: float) -> int:
-    """Return the number of independent tokens needed to prove the agreement `agree` (below 1) if all of them agree."""
+    """Return how many independent tokens must all agree in order to prove an agreement of `agree`, which must be below 1."""
     return math.ceil(agree * Z95**2 / (1 - agree) - 1e-9)
 
 
-TOKENS = (64, 32, 16, 8)  # maximum answer lengths, shorter if time is short
-SLOW = 1 / 10  # share of the time limit; a first encoding that takes longer is not repeated
-Progress = Callable[..., None]  # called with the next step, and optionally the number of finished items and the total
+TOKENS = (64, 32, 16, 8)  # maximum answer lengths; the first one that fits within the time limit is used
+SLOW = 1 / 10  # the first encoding is not repeated if it takes longer than this share of the time limit
+Progress = Callable[
+    ..., None
+]  # called with the next step, optionally followed by the number of finished items and the total
 
 
 @dataclass(frozen=True)
 class FullAnswers:
-    """The unpruned model's answers about a video, one reference per question."""
+    """The unpruned model's answers about one video, with one reference per question."""
 
     path: str
     references: tuple[Reference, ...]
-    first_s: float  # time to encode and to read the first question
-    took_s: float  # total time
+    first_s: float  # time to encode the video and to read the first question, in seconds
+    took_s: float  # total time, in seconds
 
     @property
     def tokens(self) -> int:
@@ -340,9 +370,11 @@ def encode(
     rows: SharedRows | None = None,
     ahead: ReadAhead | None = None,
 ) -> tuple[EncodedInputs, float]:
-    """Encode a video. Return the encoding and the encoding time in seconds, which includes the time saved by shared rows.
+    """Encode a video. Return the encoding and how many seconds it would have taken without shared rows.
 
-    `ahead` may have prefetched the video.
+    Args:
+        rows: a cache for the tower's rows, or None.
+        ahead: a prefetch that may contain the video, or None.
     """
     kind = partial(SharedInput, shared_rows=rows) if rows else OpenInput
     given = {"names": [path], "kind": kind, "ahead": ahead}
@@ -355,10 +387,10 @@ def encode(
 
 
 class Answering:
-    """Answers the questions about all videos within a time limit.
+    """Answers the questions about all videos with the unpruned model, within a time limit.
 
-    If time is short, the answers are shortened first, then fewer questions are asked, and finally videos are left out. The patches
-    of answered videos stay in memory until `close` is called.
+    If there is not enough time, the answers are shortened first, then fewer questions are asked, and finally videos are left out.
+    The patches of the videos that were answered stay in memory until `close` is called.
     """
 
     def __init__(
@@ -374,10 +406,9 @@ class Answering:
         self._ahead = ahead
         self.made: list[FullAnswers] = []  # one per video
         self.problems: dict[str, EvopruneError] = {}  # videos that cannot be read or computed, by path
-        # Maximum tokens per answer, and questions per video.
-        self.tokens = TOKENS[0]
-        self.asked = len(questions)
-        self._next_s = 0.0  # estimated time for the next video
+        self.tokens = TOKENS[0]  # maximum number of tokens per answer
+        self.asked = len(questions)  # number of questions to ask about each video
+        self._next_s = 0.0  # estimated time for the next video, in seconds
         self._held: list[OpenInputs] = []  # inputs of the videos in `made`
         self.session = session.unpruned()
         self._sampling = sampling
@@ -385,13 +416,13 @@ class Answering:
         self._limit = limit
 
     def answer(self, videos: tuple[str, ...], progress: Progress = lambda *what: None) -> None:
-        """Answer the questions about as many videos as time allows, but at least about the first readable one.
+        """Answer the questions about as many videos as time allows, and at least about the first one that can be read.
 
         Raises:
-            EvopruneError: no video could be answered. This is the first error.
+            EvopruneError: the questions could not be answered about any video. The error of the first video is raised.
         """
         loaded = self.session.loaded
-        # Without idle cores, prefetching would slow down the model and distort the times.
+        # If there are no idle cores, prefetching would slow down the model and distort the measured times.
         upcoming = in_flight(videos, self._open, loaded) if loaded.idle_cores else None
         with ExitStack() as cleanup:
             if upcoming:
@@ -427,23 +458,23 @@ class Answering:
         """Answer all questions about one video.
 
         Args:
-            opened: the opened video, or the exception from opening it.
-            videos: number of videos still to be answered, including this one.
+            opened: the opened video, or the exception that was raised when it was opened.
+            videos: number of videos that still need answers, including this one.
         """
         if isinstance(opened, Exception):
             raise opened
         self._held.append(opened)
         start = self._limit.now()
         video, seconds = encode(self.session, path, self._sampling, ahead=self._ahead)
-        opened.read()  # finds the patches and keeps them in memory
+        opened.read()  # keeps the patches in memory
         spent = self._limit.now() - start
         if not self.made:
             self.session.loaded.packing.finish()  # otherwise the first answers would be slower than later ones
             if spent < SLOW * self._limit.seconds:
-                video, seconds = encode(self.session, path, self._sampling)  # the first run also warmed up
+                video, seconds = encode(self.session, path, self._sampling)  # the first encoding was a warm-up
             self._plan(video, spent, videos)
         references: list[Reference] = []
-        fresh = video.with_session(self.session)  # an empty prefix cache, as a pruned video has
+        fresh = video.with_session(self.session)  # with an empty prefix cache, as for a pruned video
         for question in self._questions[: self.asked]:
             answer = video.ask(question, max_new_tokens=self.tokens, think=self._think)
             str(answer)  # generates the answer
@@ -452,13 +483,15 @@ class Answering:
         return FullAnswers(path, tuple(references), seconds + references[0].seconds, self._limit.now() - start)
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
-        """Choose the answer length and the number of questions that time allows, based on a short test answer.
+        """Measure a short test answer, and use it to choose the answer length and the number of questions that time allows.
 
-        `encoding` is the time in seconds to encode a video.
+        Args:
+            encoding: time to encode a video, in seconds.
+            videos: number of videos that still need answers.
         """
         question = self._questions[0]
         every = len(self._questions)
-        for _ in range(2):  # the first run also warms up
+        for _ in range(2):  # the first run is a warm-up
             start = self._limit.now()
             answer = video.ask(question, max_new_tokens=TOKENS[-1], think=self._think)
             str(answer)
@@ -477,7 +510,7 @@ GENERAL = (
     "Who or what can be seen, and where?",
     "Which details, colours, numbers and words can be seen?",
 )
-SHARE_OF_FULL = 1 / 3  # share of the time limit for the full answers
+SHARE_OF_FULL = 1 / 3  # share of the time limit that is spent on the full answers
 
 
 @dataclass(frozen=True)
@@ -488,11 +521,13 @@ class TuneSettings:
         UsageError: there is no video or no question, or a number is out of range.
     """
 
-    videos: tuple[str, ...]  # paths of files or folders of frames
-    questions: tuple[str, ...] = GENERAL  # asked about every video
-    agree: float = 0.98  # required share of tokens at which the pruned model makes the full model's choice, in (0, 1)
-    time_limit_s: float = 600.0  # for the whole run, including loading
-    budgets: tuple[float, ...] = ()  # see `candidates`; same for `methods`
+    videos: tuple[str, ...]  # paths of video files or of folders with frames
+    questions: tuple[str, ...] = GENERAL  # questions to ask about every video
+    agree: float = (
+        0.98  # share of tokens, in (0, 1), at which the pruned model must make the same choice as the full model
+    )
+    time_limit_s: float = 600.0  # limit for the whole run, including loading
+    budgets: tuple[float, ...] = ()  # see `candidates`, also for `methods`
     methods: tuple[str, ...] = ()
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -514,9 +549,9 @@ class TuneSettings:
 
 
 class Run:
-    """A tuning run. Construct it, `load` the model, and then `run` it. `document` returns the results at any time."""
+    """A tuning run. Construct it, `load` the model, and then call `run`. `document` returns the results so far at any time."""
 
-    schema: ClassVar[str]  # schema of the document
+    schema: ClassVar[str]  # the document's schema
     results_of: ClassVar[Callable[[dict[str, Any]], Results]]
 
     def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
@@ -528,7 +563,7 @@ class Run:
         self.model: ModelDescription | None = None  # None before `load`
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model. `model` is its description if it is already known.
+        """Load the model. Pass its description as `model` if it is already known.
 
         For the exceptions, see `load_model`.
         """
@@ -544,7 +579,7 @@ class Run:
         self.answering = Answering(*given, settings.think, self.ahead)
         try:
             self.answering.answer(settings.videos, progress)
-        except BaseException:  # such as Ctrl-C while a video is read
+        except BaseException:  # for example Ctrl-C while a video is being read
             self.answering.close()
             raise
         return self.answering.made
@@ -558,7 +593,7 @@ class Run:
         return type(self).results_of({"schema": self.schema} | self.document(error))
 
     def facts(self) -> dict[str, Any]:
-        """Return the facts that the documents of all runs have in common, as JSON data."""
+        """Return the facts that are part of every run's document, as JSON data."""
         answers = []
         problems = {}
         asked = 0
@@ -581,8 +616,8 @@ class Run:
 class Tuning(Run):
     """Finds the fastest setting that agrees well enough. `known` contains the trials of each candidate.
 
-    With quantized weights, the full answers come from the original weights if memory suffices for them. Quantization without
-    pruning is then another candidate.
+    If the weights are quantized, the full answers are generated with the original weights, provided that they fit into memory. In
+    this case, quantization without pruning is an additional candidate.
 
     Raises:
         UsageError: a method is unknown or has invalid settings, or there is nothing to try.
@@ -613,7 +648,7 @@ class Tuning(Run):
         for candidate in self.known:
             model.check_method(MethodChain.parse(candidate.method))
         if self._quantizes:
-            with suppress(OutOfMemory):  # otherwise the full answers come from the quantized weights
+            with suppress(OutOfMemory):  # the full answers are then generated with the quantized weights
                 exact = replace(model.options, quantize="none", store_quantized=False)
                 self.loaded = load_model(replace(model, options=exact), to_answer=True)
         if self.loaded is None:
@@ -628,7 +663,7 @@ class Tuning(Run):
 
         Args:
             progress: called with the next step.
-            note: called with remarks that should be shown immediately.
+            note: called with each remark that should be shown immediately.
 
         For the exceptions, see `Answering.answer`.
         """
@@ -637,7 +672,7 @@ class Tuning(Run):
         if self._quantizes and self.loaded.quantize == "none":
             self.answering.close()
             patches = self.loaded.patches
-            self.loaded = self.answering.session = None  # frees the weights
+            self.loaded = self.answering.session = None  # free the weights
             super().load(lambda done, of: progress("quantizing, layer", done, of), self.model)
             self.loaded.patches = patches
         elif self._quantizes:
@@ -650,7 +685,7 @@ class Tuning(Run):
 
         def trial(candidate: Candidate, video: int) -> Trial:
             if video not in held:
-                held.clear()  # rows of the previous video
+                held.clear()  # drop the rows of the previous video
                 held[video] = SharedRows()
             start = self.limit.now()
             full = answers[video]

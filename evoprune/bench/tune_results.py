@@ -1,4 +1,4 @@
-"""Formats the results of `evoprune tune`, the speed and agreement of each setting, as a table and a chart. No torch import."""
+"""Formats the results of `evoprune tune` (each setting's speed and agreement) as a table and a chart. Does not import torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 @dataclass
 class TuneResults(Results):
-    """Results in a document with schema `evoprune/tune@1`."""
+    """The results of a tuning run, stored in a document with the schema `evoprune/tune@1`."""
 
     found: dict[str, Any]
 
@@ -21,7 +21,7 @@ class TuneResults(Results):
         return rounded(self.found)
 
     def table(self, width: int) -> str:
-        """Return the heading, the verdict, a row per setting, and the recommended options in the last line."""
+        """Return the heading, the verdict, a table with one row per setting, and finally a line with the recommended options."""
         found = self.document()
         output = heading(found, width)
         notes = [_verdict(found)]
@@ -40,7 +40,7 @@ class TuneResults(Results):
         return "\n".join(output) + "\n"
 
     def chart(self) -> str | None:
-        """Draw agreement against the time to the first token, with a line per method, and the frontier."""
+        """Draw agreement against the time to the first token, with a line per method and a line for the frontier."""
         found = self.document()
         rows = found["rows"]
         if not rows:
@@ -64,7 +64,7 @@ class TuneResults(Results):
 
 
 def heading(document: dict[str, Any], width: int) -> list[str]:
-    """Return lines with the model, the number of answers, and the duration of the run."""
+    """Return the lines above the table: the model, the number of answers, and the duration of the run."""
     videos = document["videos"]
     answers = (
         f"{counted(document['answer_tokens'], 'token')} of answers to {counted(document['questions'], 'question')}"

@@ -1,1 +1,1 @@
-"""The checks of `evoprune verify`: this machine and this model against transformers."""
+"""The checks that `evoprune verify` runs to compare evoprune with transformers, using one model on this machine."""

@@ -1,4 +1,4 @@
-"""The checks of `evoprune verify`: each one compares evoprune with transformers, or with plain PyTorch, on the same weights."""
+"""The checks of `evoprune verify`. Each one compares evoprune with transformers or with plain PyTorch, using the same weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ from evoprune.vision import Encoded
 
 
 def weights(subject: Subject) -> Outcome:
-    """Compare all weights bit by bit with the tensors that transformers reads from the same files."""
+    """Check that all weights are bitwise equal to the tensors that transformers reads from the same files."""
     count = len(list(subject.transformers.parameters()))
     if subject.not_read:
         return skipped(subject.not_read)
@@ -54,30 +54,32 @@ def weights(subject: Subject) -> Outcome:
 
 
 def tower(subject: Subject) -> Outcome:
-    """Compare the features of the unpruned tower."""
+    """Compare the features that the two sides' towers compute without pruning."""
     encoded = subject.encode(1.0).encoded
     theirs = subject.about(subject.video).features.flatten(0, 1)
     return _within(gap(encoded.every_feature, theirs), subject.features_noise)
 
 
 def positions(subject: Subject) -> Outcome:
-    """Compare the positions of a prompt.
+    """Compare the positions of a prompt's tokens.
 
-    Inside an input they must equal transformers' positions. The text after an input starts after its largest position, as in Qwen's
-    code.
+    The positions within an input must equal those that transformers computes. The text after an input must continue with the
+    position after the input's largest position, as in Qwen's code.
     """
     pair = subject.loaded.video.temporal_patch_size
     for paths in ([subject.video], [subject.picture, subject.video]):
         asked = subject.about(*paths)
         ours = asked.positions
         call = {name: value.cpu() for name, value in asked.call.items()}
-        if "second_per_grid_ts" in call:  # exactly: a product that is a whole number must not be rounded down below it
+        # Use the exact seconds. With rounded seconds, a product that should be a whole number may be slightly less, and becomes the
+        # previous position.
+        if "second_per_grid_ts" in call:
             seconds = [asked.plans[-1].sampling.seconds_per_pair(pair)]
             if seconds[0] % 1 and not takes_encoded(subject.transformers):
                 return skipped("this transformers cuts seconds from one frame pair to the next to whole ones")
             call["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         theirs = model_positions(subject.transformers, call, call["attention_mask"], False)[:, 0]
-        # one run for each stretch of text, picture or video
+        # one run for each text, image or video in the prompt
         runs = []
         at = 0
         _, lengths = call["mm_token_type_ids"][0].unique_consecutive(return_counts=True)
@@ -93,7 +95,7 @@ def positions(subject: Subject) -> Outcome:
 
 
 def logits(subject: Subject) -> Outcome:
-    """Compare the language models, both reading the features of transformers' tower."""
+    """Compare the logits of the two language models when both read the features from transformers' tower."""
     language = subject.loaded.language
     asked = subject.about(subject.video)
     last, *inner = asked.features
@@ -112,10 +114,10 @@ def logits(subject: Subject) -> Outcome:
 
 
 def answer(subject: Subject) -> Outcome:
-    """Teacher-force transformers with our greedy answer: its first choice must be our token, or tie with it within rounding.
+    """Feed our greedy answer to transformers. At each position, it must consider our token most probable, except for rounding.
 
-    If our language model is a transformers module, both sides read the features of our tower, because this reveals smaller
-    differences. The features are then compared separately.
+    If our language model is a transformers module, both sides read the features from our tower, because smaller differences can be
+    detected this way. In this case, the features are compared separately.
     """
     inputs = subject.encode(1.0)
     answer = inputs.ask(QUESTION, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
@@ -133,7 +135,8 @@ def answer(subject: Subject) -> Outcome:
     chosen = [theirs[row, token] for row, token in enumerate(ids[:rows])]
     chosen += [theirs[row, ends].max() for row in range(len(ids), rows)]
     ours = torch.stack(chosen)
-    margin = (theirs.amax(1) - ours) / (theirs.amax(1) - theirs.mean(1))  # 0: same choice; 1: an average token
+    # 0 if both sides make the same choice, 1 if our token has only an average logit.
+    margin = (theirs.amax(1) - ours) / (theirs.amax(1) - theirs.mean(1))
     first = next((row for row in range(rows) if margin[row] > 0), None)
     same = f"{counted(rows, 'token')} equal, {len(text)} characters"
     if first is not None:
@@ -151,7 +154,7 @@ def _within(distance: Gap, noise: Gap) -> Outcome:
 
 @contextmanager
 def counted_rows(visual: torch.nn.Module) -> Iterator[list[int]]:
-    """Count the rows that each layer of a tower computes."""
+    """Yield a list in which the rows that each layer of a tower computes are counted."""
     rows = [0] * len(visual.blocks)
 
     def note(layer: int, _, given: tuple[torch.Tensor]) -> None:
@@ -166,7 +169,7 @@ def counted_rows(visual: torch.nn.Module) -> Iterator[list[int]]:
 
 
 def counts(subject: Subject) -> Outcome:
-    """Compare the numbers of rows per layer and of tokens with the plan, at two budgets. Without reuse, all numbers are exact."""
+    """Check that the number of rows in each layer and the number of tokens are exactly as planned, at two budgets without reuse."""
     summaries = []
     for budget in (BUDGET, 0.1):
         with counted_rows(subject.loaded.model.model.visual) as rows:
@@ -187,7 +190,7 @@ ROUNDS = 3
 
 
 def first_token(subject: Subject) -> Outcome:
-    """Time the first token (encoding and prefill) of evoprune and transformers, alternating between them."""
+    """Measure the time that evoprune and transformers take to encode a clip and prefill the prompt, alternating between the two."""
     loaded = subject.loaded
     config = PruneOptions(BUDGET, "evoprune").config()
     (whole,) = subject.about(subject.video).plans
@@ -209,14 +212,14 @@ def first_token(subject: Subject) -> Outcome:
 GRID = (6, 9, 13)
 ROWS = 500
 WIDTH = 128
-STEPS = 16384  # distances are in steps, as in methods/farthest.py
-SAME = 0.99  # required share of equal units; sums round differently, so near ties may flip
+STEPS = 16384  # distances are measured in steps, as in methods/farthest.py
+SAME = 0.99  # share of units that must be equal; the rest may differ, because sums are rounded differently
 
 
 def accelerated(subject: Subject) -> Outcome:
     """Compare kernels and CUDA graphs with plain PyTorch.
 
-    If everything else holds but no CUDA graph is used for decoding, the check counts as skipped.
+    If decoding cannot use a CUDA graph and everything else holds, the outcome is `SKIPPED`.
     """
     if not Device(subject.device).uses_kernels:
         return skipped("kernels and graphs need CUDA and are off with EVOPRUNE_PLAIN")
@@ -243,7 +246,7 @@ def accelerated(subject: Subject) -> Outcome:
 
 
 def _selections(device: torch.device) -> dict[str, float]:
-    """Compare each selection and reuse operator with plain PyTorch, and return the share of equal values by operator."""
+    """Compare the operators for selection and reuse with plain PyTorch. Return the share of equal values for each operator."""
     random = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
@@ -255,7 +258,7 @@ def _selections(device: torch.device) -> dict[str, float]:
     row = torch.randint(ROWS, (units,), generator=random, dtype=torch.int64, device="cpu").to(device)
     index = arange_on(units, device)
     time = (index // (units // GRID[0])).float() / (GRID[0] - 1)
-    tubes = index.view(GRID).transpose(0, 1).flatten(1)  # one for each row of the frame
+    tubes = index.view(GRID).transpose(0, 1).flatten(1)  # one tube for each row of the frame
     tubes = F.pad(tubes, (0, 5), value=units)
     half = place.square().sum(1) / 2
     weight = STEPS * salience**2
@@ -281,9 +284,9 @@ def _selections(device: torch.device) -> dict[str, float]:
 
 @torch.inference_mode()
 def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
-    """Return the logits along an answer from CUDA graph decoding and from plain decoding, `[n, vocabulary]` each.
+    """Return the logits at each position of an answer, from CUDA graph decoding and from plain decoding.
 
-    If no graph can be used, return the reason instead.
+    Both have the shape `[n, vocabulary]`. If no graph can be used, the reason is returned instead.
     """
     if Device(subject.device).capture is None:
         return "this device has no graphs"
@@ -302,7 +305,7 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
     state = language.prefill(embeds, positions, 64)
     try:
         decoded = state.graph_logits_along(ids[:-1])
-    except Exception as problem:  # capturing failed; decoding then falls back to plain PyTorch
+    except Exception as problem:  # capturing a graph failed, so answers are decoded with plain PyTorch
         if is_out_of_memory(problem):
             raise
         return first_line(problem)

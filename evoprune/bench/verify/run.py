@@ -1,4 +1,4 @@
-"""Run the checks one after another within a time limit, and record their outcomes."""
+"""Runs the checks of `evoprune verify` one after another within a time limit, and records their outcomes."""
 
 import platform
 import re
@@ -31,12 +31,12 @@ VERDICTS = {
     SKIPPED: "nothing was compared",
 }
 UNLIMITED_S = 86_400.0
-DIGITS = 4  # significant digits of figures in the record
-# Of the synthetic clip. Not multiples of 28 or 32, so that frames are resized.
+DIGITS = 4  # number of significant digits of the figures in the record
+# Size of the synthetic clip. The sides are not multiples of 28 or 32, so that the frames have to be resized.
 FRAMES = 8
 HEIGHT = 120
 WIDTH = 180
-# In running order: cheap checks, and checks that others rely on, come first.
+# In the order in which they run: checks that are cheap, or that other checks rely on, come first.
 CHECKS = (
     Check("weights", "every tensor, against the same files read by transformers", checks.weights),
     Check("positions", "positions of prompt tokens, against transformers", checks.positions),
@@ -53,7 +53,7 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class Finding:
-    """A check, its outcome, and its duration in seconds."""
+    """A check that has been run, its outcome, and its duration in seconds."""
 
     check: Check
     outcome: Outcome
@@ -62,7 +62,7 @@ class Finding:
 
 @dataclass
 class VerifyResults(Results):
-    """The results so far. `findings` are in the order of the checks. `error` says why the run was cut short, or is None."""
+    """The results so far, with `findings` in the order of the checks. `error` describes why the run was cut short, or is None."""
 
     loaded: LoadedModel
     findings: list[Finding] = field(default_factory=list)
@@ -74,11 +74,11 @@ class VerifyResults(Results):
 
     @property
     def verdict(self) -> str:
-        """The worst state among the checks that compared something; `SKIPPED` if none did."""
+        """The worst state among the checks that compared something, or `SKIPPED` if no check did."""
         return next((state for state in (DIFFERS, HELD) if self.of(state)), SKIPPED)
 
     def document(self) -> dict[str, Any]:
-        """Return the record, without paths, prompts or machine names."""
+        """Return the record of the run, which contains no paths, prompts or machine names."""
         loaded = self.loaded
         env = Device(loaded.device).environment()
         counts = {state: len(self.of(state)) for state in (HELD, DIFFERS, SKIPPED)}
@@ -104,7 +104,7 @@ class VerifyResults(Results):
         }
 
     def table(self, width: int) -> str:
-        """Return the model and machine, one line per check with its figures, and the verdict."""
+        """Return lines that describe the model and the machine, one line per check with its figures, and the verdict."""
         return render(self.document(), width)
 
 
@@ -121,7 +121,7 @@ def render(document: dict[str, Any], width: int) -> str:
 
 
 def _facts(loaded: LoadedModel) -> dict[str, Any]:
-    """Return facts about the model without its location; its ID is included only if it is publicly known."""
+    """Return facts about the model, without its location. The model's ID is included only if it is public."""
     config = loaded.model.config
     known = loaded.id in (*BUNDLED_CONFIGS, *DEMOS)
     vision = config.vision_config
@@ -144,22 +144,22 @@ def _short(figures: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
-    """Yield the subject of the checks. If `path` is given, this video or image replaces the synthetic clip.
+    """Yield the subject that is checked. It uses the video or image at `path`, or a synthetic clip if `path` is None.
 
-    For the exceptions if `path` is not a video or image, see `probe`.
+    For the exceptions that are raised if `path` is not a video or image, see `probe`.
     """
     with temporary_folder("evoprune-verify-") as folder:
         video, picture = _material(Path(folder))
         if path is not None:
             video = Path(path)
-            probe(path)  # raises if it is no video or picture
+            probe(path)  # raises an error if it is not a video or image
         subject = Subject(loaded, video, picture)
-        subject.asking(1.0)  # raises if the device computes nothing
+        subject.asking(1.0)  # raises an error if the device cannot compute anything
         yield subject
 
 
 def _material(folder: Path) -> tuple[Path, Path]:
-    """Create a synthetic clip as a folder of frames, and an image file with its first frame. Return both paths."""
+    """Create a synthetic clip as a folder of frames, and an image file that contains its first frame. Return both paths."""
     from PIL import Image
 
     unit = clips.UNIT
@@ -181,12 +181,14 @@ def run_checks(
     progress: Progress,
     failed: Callable[[Exception], None],
 ) -> Iterator[VerifyResults]:
-    """Load a model and check it. See `verify` for the other arguments and the results, and `subject_of` for `path`.
+    """Load a model and check it, yielding the results so far after each check.
 
     Args:
-        time_limit_s: limit for the whole run, which started at `begun` (on the clock `time.perf_counter`); None for no limit.
+        path: see `subject_of`.
+        time_limit_s: time limit for the whole run, or None for no limit.
+        begun: time at which the run started, on the clock `time.perf_counter`.
 
-    For the exceptions, see `load_model`.
+    For the other arguments, see `verify`. For the exceptions, see `load_model`.
     """
     limit = TimeLimit(UNLIMITED_S if time_limit_s is None else time_limit_s, begun=begun)
     progress("loading model", 0, 0, "")
@@ -204,12 +206,12 @@ def verify(
     failed: Callable[[Exception], None] = lambda problem: None,
     checks: Sequence[Check] = CHECKS,
 ) -> Iterator[VerifyResults]:
-    """Run the checks, and yield the results so far after each one. Checks that would begin after the time limit are skipped.
+    """Run the checks and yield the results so far after each one. Checks that would start after the time limit are skipped.
 
     Args:
-        quick: skip slow checks.
+        quick: whether to skip the slow checks.
         progress: called with "check", the number of finished checks, the total, and the name of the next check.
-        failed: called with the exception of a check that raised. This counts as a difference.
+        failed: called with the exception if a check raises one. The outcome of such a check is `DIFFERS`.
     """
     results = VerifyResults(subject.loaded)
     for number, check in enumerate(checks):
@@ -228,7 +230,7 @@ def verify(
 
 @contextmanager
 def _exact_convolutions() -> Iterator[None]:
-    """Turn off TF32 for float32 convolutions on CUDA within this context. By default CUDA rounds their inputs to 10 bits."""
+    """Turn off TF32 for float32 convolutions on CUDA until the context ends. TF32 rounds their inputs to 10 bits."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -238,9 +240,12 @@ def _exact_convolutions() -> Iterator[None]:
 
 
 def _outcome(check: Check, subject: Subject, failed: Callable[[Exception], None]) -> Outcome:
-    """Run a check and return its outcome. An exception, for example from a kernel, counts as a difference."""
+    """Run a check and return its outcome, which is `DIFFERS` if the check raises an exception, for example in a kernel."""
     try:
-        with _exact_convolutions(), without_packages():  # for transformers' towers, and its linear attention layers
+        with (
+            _exact_convolutions(),
+            without_packages(),
+        ):  # for the towers and the linear attention layers of transformers
             return check.run(subject)
     except Exception as problem:
         if is_out_of_memory(problem) or (isinstance(problem, EvopruneError) and problem.type == "out_of_memory"):

@@ -1,9 +1,11 @@
-"""The two sides that `evoprune verify` compares: a loaded model, and the transformers model built from the same files.
+"""The two sides that `evoprune verify` compares: a loaded model, and a transformers model that is built from the same files.
 
-Also the outcome of a check (held, differs or skipped), and the distance between the results of two programs. The limit for a
-distance is the rounding error of the transformers model, measured by running it in a wider dtype than its weights. This needs no
-second copy of the weights: each module widens its own weights while it computes, large ones a piece at a time. Quantized weights
-cannot compute in another dtype, so the outputs of their modules are perturbed by one more random rounding instead.
+This module also defines the outcome of a check (held, differs or skipped) and the distance between the results of the two sides.
+
+The distance may be as large as the rounding error of the transformers model allows. To measure this error, the transformers model
+is run in a wider dtype than its weights have. This needs no second copy of the weights, because each module widens its own weights
+while it computes, and large weights are widened a piece at a time. Modules with quantized weights cannot compute in another dtype,
+so their outputs are rounded randomly once more instead.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +31,12 @@ from evoprune.video_qa import VideoQA
 HELD = "held"
 DIFFERS = "differs"
 SKIPPED = "skipped"
-# Allowed distance between two roundings of the same number, as a multiple of the distance between one rounding and the exact
-# number. The largest of many distances varies more than their mean.
+# Maximum distance between two results that are rounded differently, as a multiple of the distance between one of these results and
+# the exact result. The largest of many distances may be a higher multiple than their mean, because it varies more.
 MEAN = 2.0
 LARGEST = 3.0
-FEW = 8  # rows; below this, the mean varies as much as the largest distance
-# A relative error above this is never called rounding. Unrelated logits are 1.4 apart; a bug may cause as little as 0.3.
+FEW = 8  # with fewer rows than this, the mean distance varies as much as the largest distance
+# A relative error above this is never attributed to rounding. Unrelated logits differ by 1.4; a bug may cause as little as 0.3.
 COARSE = 0.25
 
 
@@ -44,8 +46,8 @@ class Outcome:
 
     Attributes:
         state: `HELD`, `DIFFERS` or `SKIPPED`.
-        says: one line with the difference, the reason for skipping, or the figures.
-        figures: numbers by name. Each judged number also has its limit, under NAME_limit.
+        says: a line that states the difference, the reason why the check was skipped, or the figures.
+        figures: numbers by name. The limit for the number NAME is stored as NAME_limit.
     """
 
     state: str
@@ -58,9 +60,9 @@ class Check:
     """One comparison.
 
     Attributes:
-        compares: description of both sides of the comparison, for users.
-        run: the function that compares; called with a `Subject`.
-        slow: whether `--quick` skips it.
+        compares: a description of the two things that are compared, shown to users.
+        run: the function that compares them. It is called with a `Subject`.
+        slow: whether `--quick` skips the check.
     """
 
     name: str
@@ -77,12 +79,12 @@ def judged(says: str, limits: dict[str, tuple[float, float]]) -> Outcome:
     """Compare figures with their limits.
 
     Args:
-        says: the text of the outcome if all figures are within their limits.
-        limits: (figure, limit) by name.
+        says: the outcome's text if all figures are within their limits.
+        limits: each figure and its limit, by name.
 
     Returns:
-        `DIFFERS` with the first figure above its limit (or NaN). `SKIPPED` if an error exceeds `COARSE` but not its limit: rounding
-        is amplified so much that it could hide a bug. Otherwise `HELD`.
+        `DIFFERS` with the first figure that is NaN or exceeds its limit. `SKIPPED` if all figures are within their limits, but an
+        error exceeds `COARSE`, because the rounding errors are then so large that they could hide a bug. Otherwise `HELD`.
     """
     figures: dict[str, float | None] = {}
     for name, (value, limit) in limits.items():
@@ -99,16 +101,18 @@ def judged(says: str, limits: dict[str, tuple[float, float]]) -> Outcome:
 
 
 class Gap(NamedTuple):
-    """Relative distances between rows: their mean, the largest distance, and the number of rows."""
+    """The relative distances between two sets of rows: the mean distance, the largest distance, and the number of rows."""
 
     mean: float
     largest: float
     rows: int = FEW
 
     def limits(self, noise: "Gap", times: float = 1.0) -> dict[str, tuple[float, float]]:
-        """Return the figures with their limits, given `noise`, the distance caused by one rounding.
+        """Return the distances, each with its limit, by name. If there are fewer than `FEW` rows, leave out the mean distance.
 
-        With fewer than `FEW` rows, only the largest distance is returned.
+        Args:
+            noise: the distances that rounding causes.
+            times: factor by which all limits are multiplied.
         """
         limits = {}
         if self.rows >= FEW:
@@ -124,13 +128,12 @@ class Gap(NamedTuple):
 
 
 def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Gap:
-    """Return the distances between the rows of `made` `[n, D]` and `expected`, relative to the norms of the expected rows.
+    """Return the distances between the rows of `made` and `expected`, both `[n, D]`, relative to the norms of the expected rows.
+
+    If the shapes differ, the distances are infinite.
 
     Args:
-        centred: subtract each row's mean first. Used for logits, because only differences between logits matter.
-
-    Returns:
-        The distances; infinite if the shapes differ.
+        centred: whether to subtract each row's mean first. This is used for logits, because only their differences matter.
     """
     made, expected = (x.detach().cpu().double() for x in (made, expected))
     if made.shape != expected.shape:
@@ -142,12 +145,12 @@ def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Ga
     return Gap(float(distances.mean()), float(distances.max()), len(distances))
 
 
-MAX_WEIGHTS = 2**24  # weights widened at a time
+MAX_WEIGHTS = 2**24  # maximum number of weights to widen at a time
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
 def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """Return a wider dtype that exposes the rounding of `dtype`, or None if the device has none."""
+    """Return a dtype that is wider than `dtype`, to measure its rounding error with, or None if the device supports none."""
     wide = WIDER.get(dtype)
     if wide == torch.float64 and device.type == "mps":
         return None
@@ -174,9 +177,9 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def own_weights(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Return the weights that a module uses in its own forward, each with its holder and name.
+    """Return the weights that a module reads in its own forward pass, each preceded by the module that holds it and its name.
 
-    These are the module's own weights, and the weights of child convolutions that it reads directly.
+    These are the module's own weights and the weights of its child convolutions, which it reads without calling them.
     """
     holders = [module, *(child for child in module.children() if type(child) is nn.Conv1d)]
     return [(holder, name, weight) for holder in holders for name, weight in holder.named_parameters(recurse=False)]
@@ -203,7 +206,7 @@ def _embedding(layer: nn.Embedding, forward: Callable, dtype: torch.dtype, ids: 
 
 
 def _others(module: nn.Module, forward: Callable, dtype: torch.dtype, *given: torch.Tensor, **named) -> torch.Tensor:
-    """Run the forward of norms, convolutions, gates and experts with weights widened one module at a time."""
+    """Run the forward pass of a norm, a convolution, a gate or experts with the module's weights widened."""
     plain = own_weights(module)
     for holder, name, weight in plain:
         if weight.is_floating_point():
@@ -217,10 +220,10 @@ def _others(module: nn.Module, forward: Callable, dtype: torch.dtype, *given: to
 
 @contextmanager
 def rounding_again(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Perturb module outputs in `dtype` by one more random rounding until the context ends.
+    """Round all module outputs that are in `dtype` randomly once more, until the context ends.
 
-    The relative perturbation of a matrix product is the rounding of `dtype`, or of a sum in fp32 with as many terms, whichever is
-    larger.
+    The output of a matrix product is changed by as much as rounding to `dtype`, or rounding in an fp32 sum with as many terms,
+    would change it, whichever is larger.
     """
     random = torch.Generator().manual_seed(0)
 
@@ -241,22 +244,22 @@ def rounding_again(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 QUESTION = "What happens in this video?"
-# Enough for several frame pairs and windows, and small enough for a large model on a CPU.
+# Large enough for several frame pairs and windows, but small enough for a large model on a CPU.
 SAMPLING = SamplingOptions(frames=8, max_visual_tokens=128)
 NEW_TOKENS = 16
 BUDGET = 0.25
-INSIDE = "evoprune:inner=always"  # small clips: a GPU would otherwise prune only after the tower
+INSIDE = "evoprune:inner=always"  # because a GPU would otherwise prune such small clips only after the tower
 
 
 class Subject:
     """A model and two input files. Everything derived from them is computed lazily, when a check first needs it.
 
-    Frames may be smaller than the model's own limits allow, so that several frame pairs make few tokens.
+    Frames may be smaller than the model normally allows, so that several frame pairs need only a few tokens.
 
     Attributes:
-        loaded: the model with plain weights, shared by both sides, and without a minimum frame size.
-        video: the file to compare on; may be a picture.
-        picture: a picture to ask about together with the video.
+        loaded: the model without a minimum frame size. Its weights are plain (not packed) and shared by both sides.
+        video: the file that the two sides are compared on. It may also be an image.
+        picture: an image to ask about together with the video.
         differing: names of tensors that transformers reads differently from the same files. Filled when `transformers` is first
             used.
         not_read: why transformers does not read the files, or None if it does.
@@ -273,10 +276,10 @@ class Subject:
 
     @cached_property
     def transformers(self):
-        """Build transformers' model and set its special tokens.
+        """The transformers model, with its special tokens set.
 
-        It reads the files itself if there are any and memory suffices for a second copy of the weights; otherwise it is built from
-        our tensors. Tensors that are equal on both sides are then shared.
+        If the model has files and there is enough memory for a second copy of the weights, transformers reads the files itself, and
+        tensors that are equal on both sides are shared afterwards. Otherwise the transformers model is built from our tensors.
         """
         model = self.loaded.model
         origin = self.loaded.description
@@ -306,27 +309,27 @@ class Subject:
         return self.loaded.model.dtype
 
     def asking(self, budget: float, method: str = INSIDE) -> VideoQA:
-        """Return evoprune's side. A budget of 1.0 prunes nothing."""
+        """Return evoprune's side of the comparison, which prunes nothing if the budget is 1.0."""
         if budget == 1:
             method = "none"
         return VideoQA(self.loaded, budget=budget, method=method)
 
     def encode(self, budget: float, method: str = INSIDE) -> EncodedInputs:
-        """Encode the video with evoprune."""
+        """Encode the video with evoprune's side."""
         return self.asking(budget, method).encode(self.video, **vars(SAMPLING))
 
     def about(self, *paths: Path) -> "Asked":
-        """Return the question about these inputs in the form that both sides read. The results are cached."""
+        """Return the question about these inputs in the form that both sides read. The result is cached."""
         if paths not in self._asked:
             self._asked[paths] = Asked(self, paths)
         return self._asked[paths]
 
     @torch.inference_mode()
     def features(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Compute the features of transformers' tower.
+        """Compute features with transformers' tower.
 
         Returns:
-            `[1 + n, tokens, hidden]` in prompt order: the final features, then n levels of DeepStack features.
+            `[1 + n, tokens, hidden]`, with tokens in prompt order: the final features, followed by n levels of DeepStack features.
         """
         kinds = call["mm_token_type_ids"][0]
         parts = {}
@@ -352,13 +355,16 @@ class Subject:
         last: int = 1,
         first: int = 0,
     ) -> torch.Tensor:
-        """Compute the logits of transformers' language model after each of the last tokens, `[last, vocabulary]`.
+        """Compute the logits of transformers' language model after each of the last `last` tokens, `[last, vocabulary]`.
 
         Args:
-            positions: int64 `[3, L]`, for the prompt; positions of the answer follow on.
-            features: features of the inputs, from `features`, used instead of running transformers' tower.
-            answer: tokens after the prompt.
-            first: number of columns to read into a cache before the rest. They must contain all visual tokens. 0 uses no cache.
+            call: the arguments for transformers' model.
+            positions: int64 `[3, L]`, the positions of the prompt. The positions of the answer continue from these.
+            features: the result of the method `features` for the inputs, used instead of running transformers' tower.
+            answer: the tokens that follow the prompt.
+            last: number of tokens, at the end of the prompt and answer, to return logits for.
+            first: number of columns to read into a cache before the rest. They must include all visual tokens. If this is 0, no
+                cache is used.
         """
         from transformers import DynamicCache
 
@@ -390,20 +396,20 @@ class Subject:
         return self.transformers.lm_head(hidden.last_hidden_state[0, -last:])
 
     def _ids(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the argument with token ids, int64 `[L]`, of a language model that reads them in addition to embeddings."""
+        """Return the token IDs, int64 `[L]`, as an argument, if the language model reads token IDs in addition to embeddings."""
         return (
             {"ple_input_ids": ids[None]} if self.transformers.config.text_config.to_dict().get("ple_layer_ids") else {}
         )
 
     @cached_property
     def video_logits(self) -> torch.Tensor:
-        """Transformers' logits after each text token that follows the video."""
+        """Logits that transformers computes after each text token that follows the video."""
         asked = self.about(self.video)
         return self.logits(asked.call, asked.positions, asked.features, last=asked.text_behind)
 
     @cached_property
     def _otherwise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Transformers' features and logits with different rounding: in a wider dtype, or with one more random rounding."""
+        """Features and logits from the transformers model, computed in a wider dtype or with an additional random rounding."""
         dtype = None if self.loaded.description.quantization else wider(self.dtype, self.device)
         other = rounding_again if dtype is None else computing_in
         asked = self.about(self.video)
@@ -414,25 +420,25 @@ class Subject:
 
     @cached_property
     def features_noise(self) -> Gap:
-        """Rounding error of transformers' features."""
+        """Rounding error of the features from transformers' tower."""
         features = self.about(self.video).features
         return self.noise(gap(features.flatten(0, 1), self._otherwise[0].flatten(0, 1)))
 
     @cached_property
     def logits_noise(self) -> Gap:
-        """Rounding error of transformers' logits, computed from the pixels."""
+        """Rounding error of transformers' logits if they are computed from the pixels."""
         return self.noise(gap(self.video_logits, self._otherwise[1], centred=True))
 
     def noise(self, distance: Gap) -> Gap:
-        """Raise a distance to at least the rounding of a single number, because a short sum may happen to be exact."""
+        """Raise a distance to at least the rounding error of a single number, because a short sum may happen to be exact."""
         rounding = torch.finfo(self.dtype).eps
         return distance.worse((rounding, rounding))
 
     @cached_property
     def _same_features(self) -> torch.Tensor:
-        """Logits with different rounding than `video_logits`, as expected from another language model reading the same features.
+        """Logits that differ from `video_logits` only in rounding, as when another language model reads the same features.
 
-        If both sides run the same transformers modules, they differ only in how many columns they read at a time.
+        If both sides run the same transformers modules, the only difference is how many columns are read at a time.
         """
         if not self.loaded.language.runs_modules:
             return self._otherwise[1]
@@ -442,12 +448,12 @@ class Subject:
 
     @cached_property
     def language_noise(self) -> Gap:
-        """Rounding error of the logits of a language model, given the same features."""
+        """Rounding error of the logits if both language models read the same features."""
         return self.noise(gap(self.video_logits, self._same_features, centred=True))
 
     @cached_property
     def logit_noise(self) -> float:
-        """Rounding error of a single logit: the largest centered difference, relative to the largest centered logit."""
+        """Rounding error of a single logit, relative to the largest logit. Each row's mean is subtracted from its logits first."""
         ours, other = (x.cpu().double() for x in (self.video_logits, self._same_features))
         ours, other = (x - x.mean(1, keepdim=True) for x in (ours, other))
         return max(float((ours - other).abs().max() / other.abs().max()), torch.finfo(self.dtype).eps)
@@ -457,9 +463,10 @@ class Asked:
     """The question about some inputs, in the form that both sides read.
 
     Attributes:
-        plans: the plan of each input.
-        prompt, positions: this project's prompt and its positions, int64 `[3, L]`, with nothing pruned.
-        call: the arguments for transformers' model.
+        plans: the plan for each input.
+        prompt: evoprune's prompt, with nothing pruned.
+        positions: int64 `[3, L]`, the positions of the prompt's tokens.
+        call: the arguments for the transformers model.
     """
 
     def __init__(self, subject: Subject, paths: Sequence[Path]):
@@ -478,10 +485,10 @@ class Asked:
 
     @cached_property
     def features(self) -> torch.Tensor:
-        """The features of transformers' tower, see `Subject.features`."""
+        """The features from transformers' tower. See `Subject.features`."""
         return self._subject.features(self.call)
 
     @property
     def text_behind(self) -> int:
-        """Number of prompt tokens after the last input."""
+        """Number of tokens in the prompt after the last input."""
         return len(self.prompt.input_ids) - self.prompt.places[-1].runs[-1].stop
