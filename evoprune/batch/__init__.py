@@ -1,4 +1,4 @@
-"""Many questions about many videos: read rows (also for `evoprune eval`), answer them here or on Ray, and write the records."""
+"""Answer many questions about many videos: read rows (also for `evoprune eval`), answer them here or on Ray, write records."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""A text file with the answer for each video, in the layout expected by programs that train on captioned videos. Imports no torch.
+"""Write each video's answer to a text file, in the layout that programs for training on captioned videos expect. Imports no torch.
 
-Each caption is written after its record, and the record contains the caption's path. A later run can therefore tell which files are
-captions and which captions are missing.
+Each caption is written after its record, and the record contains the caption's path. A later run can therefore tell which existing
+files are captions, and which captions are still missing.
 """
 
 import os
@@ -20,13 +20,18 @@ ENDING = ".txt"
 
 
 class Captions:
-    """The captions of a batch. Each has the name of its video, in the same subfolder relative to the common folder of all videos.
+    """The caption files of a batch.
+
+    Each caption has the same name as its video. If the videos are in different subfolders of a common folder, the captions are in
+    subfolders with the same names.
 
     Args:
-        replaced: An output file that will be overwritten. Captions named in its records may be replaced.
+        folder: The folder for the captions.
+        rows: All rows of the batch.
+        replaced: An output file that the batch will overwrite. Captions that its records name may be replaced.
 
     Raises:
-        UsageError: If a row has several inputs or a URL, or two rows would have the same caption.
+        UsageError: If a row has more than one input or its input is a URL, or if two rows would have the same caption file.
     """
 
     def __init__(self, folder: str, rows: Sequence[Row], replaced: str | None = None):
@@ -49,10 +54,14 @@ class Captions:
             self._paths[row.id] = os.path.join(self._folder, name)
 
     def start(self, left: Iterable[Row], file: RecordFile) -> None:
-        """Check that the captions of the remaining rows can be written, and write missing captions of answered rows.
+        """Check that captions can be written for the remaining rows, and write captions that are missing for rows already answered.
+
+        Args:
+            left: The rows that have not been answered yet.
+            file: The output file with the records of the rows that have been answered.
 
         Raises:
-            UsageError: If a different file with that name exists, or the folder cannot be written.
+            UsageError: If a file that is not a caption already has the same name, or the folder cannot be written to.
         """
         for row in left:
             self._check(self._paths[row.id])
@@ -66,11 +75,15 @@ class Captions:
                 self._write(path, record["answer"])
 
     def of(self, row: Row) -> dict[str, str]:
-        """Return the entry for `batch.files` in the record of a row."""
+        """Return the entry that a row's record should have in `batch.files`."""
         return {"caption": self._paths[row.id]}
 
     def add(self, record: Report) -> None:
-        """Write the caption for a record that is already on disk, unless the row failed. Raises UsageError like `start`."""
+        """Write the caption for a record that is already on disk. If the row has failed, do nothing.
+
+        Raises:
+            UsageError: See `start`.
+        """
         if not record.error:
             self._check(self._paths[record.id])
             self._write(self._paths[record.id], record.answer)
@@ -93,7 +106,7 @@ def _cannot_write(path: str, problem: OSError) -> UsageError:
 
 
 def _answered(path: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of answered rows in a file. Other lines are skipped."""
+    """Yield the records of all rows in a file that have been answered. Other lines are skipped."""
     with open(path, "rb") as file:
         for line in file:
             try:

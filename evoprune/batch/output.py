@@ -1,7 +1,7 @@
-"""The output file of a batch: it grows by whole lines even if the program crashes, and only one program writes it at a time.
+"""The output file of a batch. It grows by whole lines even if the program crashes, and only one program can write it at a time.
 
-There are no auxiliary files. Each record contains its row and settings, and the lock is on the output file itself. Imports no
-torch.
+There are no auxiliary files, because each record contains its row and the settings, and the lock is on the output file itself.
+Imports no torch.
 """
 
 import errno
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 STDOUT = "-"
 OTHER_HINT = "name another file with -o, or remove this one"
-# Options that are recorded even if they have their default values. All other options are recorded only if they differ.
+# Options that are recorded even if they have their default values. All other options are recorded only if their values differ.
 RECORDED = (
     "model", "revision", "dtype", "quantize", "load_format", "budget", "method", "seed", "fps", "frames",
     "max_frames", "max_visual_tokens", "decoder", "seek", "max_new_tokens", "temperature", "top_p", "system",
@@ -38,16 +38,21 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Settings(PipelineOptions):
-    """The options of a batch. Each row has its own time span instead of `start_s` and `end_s`."""
+    """The options of a batch. The time span comes from each row and not from `start_s` and `end_s`."""
 
-    ALWAYS: ClassVar[tuple[str, ...]] = RECORDED  # options that are always recorded
+    ALWAYS: ClassVar[tuple[str, ...]] = RECORDED  # names of the options that are always recorded
 
     def load(
         self, progress: Callable[[int, int], None] | None = None, model: "ModelDescription | None" = None
     ) -> "Session":
-        """Load the model. If its description is already known, pass it as `model`.
+        """Load the model and return a `Session`.
 
-        Raises the errors of `Session.load`.
+        Args:
+            progress: See `load_model`.
+            model: The description of the model, if it is already known.
+
+        Raises:
+            EvopruneError: If loading fails; see `Session.load`.
         """
         from evoprune.session import Session
 
@@ -55,32 +60,32 @@ class Settings(PipelineOptions):
 
     @property
     def groups(self) -> tuple[Any, ...]:
-        """The groups of options that affect answers."""
+        """The groups of options that affect the answers."""
         return self.model, self.pruning, self.sampling, self.generation
 
     def record(self) -> dict[str, Any]:
-        """Return all options as flat JSON data, in the format stored in records."""
+        """Return the options as flat JSON data, in the format in which records store them."""
         code = MethodText(self.pruning.method).plugin_code()
-        facts = record_of(self.groups, self.ALWAYS) | {"method_args": {}}  # `method` already includes the settings
+        facts = record_of(self.groups, self.ALWAYS) | {"method_args": {}}  # `method` already contains these settings
         if code:
             facts["plugins"] = code
         return facts
 
 
 class Line(Protocol):
-    """A record that can be written."""
+    """A record that can be written as a line of JSON."""
 
     def to_json(self, ascii_only: bool = False) -> str: ...
 
 
 @dataclass(frozen=True)
 class EarlierRecord:
-    """A record of an earlier run: its row and settings, whether the row failed, and its byte range [start, end) in the file.
+    """A record from an earlier run: its row and settings, whether the row failed, and its byte range [start, end) in the file.
 
     Attributes:
-        files: States of the model's and the input's files when the record was made (see `Sources`), or an empty dict if unknown.
-        revision: Commit of a hub model, or None if unknown.
-        after_tower_below: The value of `pruning.after_tower_below` in the record, with 0 instead of null. None if the row failed.
+        files: States of the model's and the input's files when the record was written (see `Sources`). Empty if they are unknown.
+        revision: The commit of a hub model, or None if it is unknown.
+        after_tower_below: The value of `pruning.after_tower_below` in the record, with null replaced by 0. None if the row failed.
     """
 
     id: str
@@ -95,10 +100,10 @@ class EarlierRecord:
 
 
 class Sources:
-    """The states (`file_state`) of a batch's files at the start of the batch, for the model and the inputs.
+    """The states (`file_state`) that the files of the model and of the inputs have when the batch starts.
 
-    They are compared with the states in earlier records. None means that a state is unknown, for example for a hub model. Each
-    record contains the commit of a hub model instead.
+    These states are compared with those in earlier records. None means that a state is unknown. A hub model, for example, has no
+    state, and each record contains the model's commit instead.
     """
 
     def __init__(self, settings: Settings):
@@ -111,15 +116,15 @@ class Sources:
         self._after_tower_below: int | None = None
 
     def of(self, row: Row) -> dict[str, Any]:
-        """Return the file states for the record of a row, as plain data."""
+        """Return the file states that a row's record should contain, as plain data."""
         subtitles = row.subtitles_path or self._subtitles
         return {"model": self._model, "inputs": [self._input(path, subtitles) for path in row.paths]}
 
     def remaining(self, rows: Sequence[Row], earlier_records: Sequence[EarlierRecord]) -> list[Row]:
-        """Return the rows that have not been answered yet or have failed.
+        """Return the rows that still have to be answered, including those that have failed.
 
         Raises:
-            UsageError: If an earlier record has different settings, or its row or its files have changed.
+            UsageError: If an earlier record has different settings, or if its row, its model or one of its inputs has changed.
         """
         by_id = {row.id: row for row in rows}
         now = rounded(self._settings.record())
@@ -129,7 +134,8 @@ class Sources:
             if change := differences(earlier.settings, now):
                 hint = "give the same settings, or another -o"
                 raise UsageError(f"the output was started with other settings: {change}", hint)
-            before = earlier.row | {"answer": None}  # the expected answer does not affect the model's answer
+            # Ignore the expected answer, because it does not affect the model's answer.
+            before = earlier.row | {"answer": None}
             if change := differences(before, asked.get(earlier.id, before) | {"answer": None}):
                 hint = "give changed rows new ids, or choose another -o"
                 raise UsageError(f"the row {earlier.id!r} has changed since it was asked: {change}", hint)
@@ -139,7 +145,7 @@ class Sources:
         return [row for row in rows if row.id not in done]
 
     def _check(self, earlier: EarlierRecord, row: Row | None) -> None:
-        """Raise UsageError if the model has changed since an earlier record, or if an input of an answered row has changed."""
+        """Raise UsageError if the model has changed since an earlier record was written, or an input of an answered row has."""
         if change := file_changes(earlier.files.get("model"), self._model):
             self._refuse(change)
         self.check_revision(earlier.revision)
@@ -154,18 +160,25 @@ class Sources:
                 raise UsageError(f"{shown(name)} has changed since row {row.id!r} was answered: {change}", hint)
 
     def check_revision(self, commit: str | None) -> None:
-        """Raise UsageError if the commit of a hub model differs from previous records.
+        """Check that a hub model's commit is the same in all records.
 
-        Call this for every record, whether it comes from an earlier run or is new.
+        Call this for every record, both for those from an earlier run and for new ones.
+
+        Raises:
+            UsageError: If the commit differs from that in a previous record.
         """
         if commit and self._revision and commit != self._revision:
             self._refuse(f"its commit was {self._revision} and is now {commit}")
         self._revision = commit or self._revision
 
     def check_sizes(self, after_tower_below: int | None) -> None:
-        """Raise UsageError if the device's size limit for pruning only after the tower differs from previous records.
+        """Check that inputs below the same size are pruned only after the tower in all records.
 
-        For `after_tower_below`, see `EarlierRecord`.
+        Args:
+            after_tower_below: The size limit; see `EarlierRecord`.
+
+        Raises:
+            UsageError: If the size limit differs from that in a previous record.
         """
         check_size_rule("the output", self._after_tower_below, after_tower_below)
         if after_tower_below is not None:
@@ -177,9 +190,14 @@ class Sources:
 
 
 def check_size_rule(run: str, before: int | None, now: int | None) -> None:
-    """Raise UsageError if the size limit below which inputs are pruned only after the tower has changed since `run` was started.
+    """Check that the size limit below which inputs are pruned only after the tower has not changed since `run` was started.
 
-    The limits are in units. 0 means that the device never prunes this way. None means that the limit is unknown.
+    Args:
+        run: What was started, for the error message.
+        before, now: The two limits, in units. 0 means that the device never prunes this way. None means that the limit is unknown.
+
+    Raises:
+        UsageError: If the limit has changed.
     """
     if before is None or now is None or before == now:
         return
@@ -195,21 +213,21 @@ def _size_limit(units: int) -> str:
 
 
 class RecordFile:
-    """An output file of records. The constructor opens and locks the file. `begin` is the first call that changes it.
+    """An output file of records. The constructor opens and locks the file, but nothing is changed in it until `begin` is called.
 
-    Stdout ("-"), pipes and already open files are only written to, and `regular` is False for them.
+    Stdout ("-"), pipes and files that are already open can only be written to. For these, `regular` is False.
 
-    With `resume`, the records of an existing file are kept and listed in `earlier_records`. With `overwrite`, they are dropped.
-    Without either, an existing file must be empty.
+    If `resume` is True, the records of an existing file are kept and listed in `earlier_records`. If `overwrite` is True, they are
+    discarded. If both are False, an existing file must be empty.
 
-    Subclasses can override the record `schema`, and `noun`, the word for the run in messages.
+    Subclasses can override `schema`, the schema of the records, and `noun`, the word for the run in messages.
 
     Args:
-        stdout: The stream for "-". Default: `sys.stdout`.
+        stdout: The stream to use for "-". The default is `sys.stdout`.
 
     Raises:
-        UsageError: If the file cannot be written, already has records, contains anything other than records, or is being written by
-            another program.
+        UsageError: If the file cannot be written, already contains records, contains anything that is not a record, or is being
+            written by another program.
     """
 
     schema: ClassVar[str] = SCHEMA
@@ -219,7 +237,7 @@ class RecordFile:
         self.name = path
         self._stdout = stdout or sys.stdout
         self.earlier_records: list[EarlierRecord] = []
-        self.written = 0  # number of records written by this run
+        self.written = 0  # number of records that this run has written
         self._created = self._started = False
         given = path == STDOUT or path.startswith(OPEN_FILES)
         self.regular = not given and (os.path.isfile(path) or not os.path.exists(path))
@@ -244,29 +262,29 @@ class RecordFile:
         except BaseException:
             os.close(self._number)
             raise
-        # Write in another thread, because signals raise exceptions only in the main thread and so cannot interrupt a line.
+        # Write in another thread. Signals raise exceptions only in the main thread, so they cannot interrupt the writing of a line.
         self._writer = ThreadPoolExecutor(1)
 
     @property
     def resumable(self) -> bool:
-        """Whether a later run can resume the file."""
+        """Whether a later run can continue the file."""
         return self.regular
 
     def _is_own(self) -> bool:
-        """Return True if the file begins with a record, even if the record is torn."""
+        """Return True if the file begins with a record, even if that record is incomplete."""
         head = self._head
         beginning = os.pread(self._number, len(head), 0).rstrip(b"\0")
         return bool(beginning) and head.startswith(beginning)
 
     @property
     def _head(self) -> bytes:
-        """The bytes at the beginning of every record."""
+        """The bytes with which every record begins."""
         return f'{{"schema":"{self.schema}",'.encode()
 
     def begin(self, again: Container[str] = ()) -> None:
-        """Truncate the file to its complete records, and drop records whose ids are in `again`.
+        """Prepare the file for new records: keep only complete records, without those whose ids are in `again`.
 
-        Without `resume`, empty the file.
+        If the file was not opened with `resume`, this empties it.
         """
         self._started = True
         if self.regular:
@@ -276,8 +294,8 @@ class RecordFile:
         kept = [record for record in self.earlier_records if record.id not in again]
         size = sum(record.end - record.start for record in kept)
         try:
-            remove_unfinished(self.path)  # safe, because this program holds the lock
-            if kept and kept[-1].end != size:  # records in the middle are dropped
+            remove_unfinished(self.path)  # this is safe because this program holds the lock
+            if kept and kept[-1].end != size:  # not only records at the end are dropped
                 self._number = self._copied(kept)
             os.ftruncate(self._number, size)
             if kept and os.pread(self._number, 1, size - 1) != b"\n":
@@ -286,15 +304,15 @@ class RecordFile:
             raise self._cannot_write(problem) from problem
 
     def add(self, record: Line) -> None:
-        """Append a record and sync it to disk. Neither a signal nor a full disk can leave a torn line."""
+        """Append a record and sync it to disk. Neither a signal nor a full disk can leave an incomplete line."""
         try:
             line = record.to_json().encode()
-        except UnicodeEncodeError:  # a path is not valid Unicode
+        except UnicodeEncodeError:  # the record contains a path that is not valid Unicode
             line = record.to_json(ascii_only=True).encode()
         self._writer.submit(self._write, line + b"\n").result()
 
     def close(self) -> None:
-        """Wait until the current line is written, then close the file. Remove the file if this run created it and it is empty."""
+        """Finish writing the current line, and close the file. If this run created the file and it is still empty, delete it."""
         self._writer.shutdown()
         if self._created and not os.fstat(self._number).st_size:
             os.unlink(self.path)
@@ -310,7 +328,7 @@ class RecordFile:
         self.written += 1
 
     def _open(self) -> int:
-        """Return a file descriptor, which holds the lock if the file is regular."""
+        """Open the file, lock it if it is regular, and return its file descriptor."""
         if self.name == STDOUT:
             self._stdout.flush()
             return os.dup(self._stdout.fileno())
@@ -326,7 +344,7 @@ class RecordFile:
                 self._created = False
             try:
                 self._lock(number)
-                # Check that the previous holder of the lock did not replace or remove the file.
+                # Check that the program that held the lock before has not replaced or deleted the file.
                 if os.path.exists(self.path) and os.path.samestat(os.fstat(number), os.stat(self.path)):
                     return number
             except BaseException:
@@ -337,7 +355,7 @@ class RecordFile:
     def _lock(self, number: int) -> None:
         try:
             import fcntl
-        except ImportError:  # not available outside Unix
+        except ImportError:  # this module exists only on Unix
             return
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -345,11 +363,12 @@ class RecordFile:
             hint = "wait until it is done, or choose another -o"
             raise UsageError(f"another {self.noun} is writing {self.name}", hint) from problem
         except OSError as problem:
-            if problem.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # the file system has no locks
+            # These error numbers mean that the file system does not support locks.
+            if problem.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
 
     def _read(self) -> list[EarlierRecord]:
-        """Return all complete records. A torn record at the end is ignored.
+        """Return all complete records. If the last line is an incomplete record, it is ignored.
 
         Raises:
             UsageError: If the file contains anything else.
@@ -367,8 +386,8 @@ class RecordFile:
                     failed = record["error"] is not None
                     stated = {"seek": "exact"} | about[
                         "settings"
-                    ]  # records of earlier versions do not state the only mode they had
-                    if stated != settings:  # share one object, because all records usually have the same settings
+                    ]  # records from earlier versions do not contain `seek`, because there was only one mode
+                    if stated != settings:  # records usually have the same settings, so let them share one object
                         settings = stated
                     files = dict(about.get("files") or {})
                     commit = dict(record.get("model") or {}).get("revision")
@@ -390,7 +409,7 @@ class RecordFile:
         return records
 
     def _copied(self, kept: list[EarlierRecord]) -> int:
-        """Atomically replace the file with a copy that contains only these records. Return its locked file descriptor."""
+        """Atomically replace the file with a locked copy that contains only the given records. Return the copy's descriptor."""
         number, place = create_unfinished(self.path)
         try:
             self._lock(number)
@@ -414,10 +433,10 @@ class RecordFile:
 
 
 def _is_torn(line: bytes, head: bytes, follows: bool) -> bool:
-    """Return True if a line that is not a record is the beginning of a record.
+    """Return True if a line that is not a complete record is the beginning of one.
 
-    Every record begins with `head`. After a crash, the rest of the line may be zeros. If the line `follows` a record, the whole
-    line may be zeros.
+    Every record begins with `head`. After a crash, the remaining bytes of a line may be zeros. If the line follows a complete
+    record (`follows`), all of its bytes may be zeros.
     """
     content = line.rstrip(b"\0")
     if line.endswith(b"\n") or not (content or follows):
@@ -426,4 +445,4 @@ def _is_torn(line: bytes, head: bytes, follows: bool) -> bool:
         loads(line)
     except ValueError:
         return content.startswith(head) or head.startswith(content)
-    return False  # a complete JSON object, such as a record from `ask --json`
+    return False  # the line is a complete JSON object, such as a record written by `ask --json`

@@ -1,6 +1,7 @@
-"""A batch on a Ray cluster, with one worker per GPU, or per node without GPUs. The program that starts the batch writes the output.
+"""Run a batch on a Ray cluster, with one worker per GPU, or one per node if there are no GPUs.
 
-If a worker dies, it is replaced, and its span is retried up to three times.
+The program that starts the batch also writes the output. If a worker dies, it is replaced, and its span is retried up to three
+times.
 """
 
 import json
@@ -23,17 +24,17 @@ from evoprune.language import Turn
 from evoprune.report import Report
 
 INSTALL = "pip install 'evoprune[ray]'"
-TRIES = 3  # maximum number of attempts at a span
+TRIES = 3  # maximum number of times that a span is attempted
 
 
 class WorkerDied(EvopruneError):
-    """A worker has died in every attempt at a span."""
+    """A worker died in every attempt to answer a span."""
 
     type = "worker_died"
 
 
 class RemoteError(EvopruneError):
-    """An error from another process, rebuilt from its record."""
+    """An error that was raised in another process and rebuilt from its JSON record."""
 
     def __init__(self, error: dict[str, Any]):
         super().__init__(error["message"], error["hint"], stage=error["stage"])
@@ -49,15 +50,16 @@ def answers_on_ray(
     cache: bool = False,
     on_ready: Callable[[], None] = lambda: None,
 ) -> Iterator[Report]:
-    """Yield a record for every row, in order of completion. See `batch.run.answers`. Inputs are not prefetched.
+    """Yield a record for each row as soon as a worker has answered it. Inputs are not prefetched. See also `batch.run.answers`.
 
     Args:
-        address: Address of a cluster, such as "auto". None uses RAY_ADDRESS, or a new cluster on this machine if that is not set.
-        cache: Whether each node uses its local cache.
-        on_ready: Called after connecting to the cluster.
+        address: The address of a cluster, such as "auto". None means the address in RAY_ADDRESS, or a new cluster on this machine
+            if that variable is not set.
+        cache: Whether each node uses its own local cache.
+        on_ready: Called once the program is connected to the cluster.
 
     Raises:
-        UsageError: If Ray is not installed, or there is no cluster.
+        UsageError: If Ray is not installed, or no cluster can be reached.
         RemoteError: If the workers cannot load the model.
     """
     left = {row.id for span in spans for row in span.rows}
@@ -68,7 +70,7 @@ def answers_on_ray(
             if error := json.loads(line).get("broken"):
                 raise RemoteError(error)
             record = Report.from_json(line)
-            if record.id in left:  # a retried span yields its records again
+            if record.id in left:  # if a span is retried, its records arrive again
                 left.remove(record.id)
                 yield record
     if left:
@@ -76,9 +78,9 @@ def answers_on_ray(
 
 
 def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]) -> Iterator[str]:
-    """Yield the workers' output lines as they finish."""
+    """Yield the lines of output from the workers as they arrive."""
     workers, share = _workers(ray, settings.model.device)
-    # Use one block per span, so that a worker that dies loses at most its current span.
+    # Use one block per span, so that only the current span is lost if a worker dies.
     rows = [{"span": json.dumps([asdict(row) for row in span.rows])} for span in spans]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
@@ -93,13 +95,13 @@ def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]
 
 
 def _workers(ray, device: str) -> tuple[int, dict[str, float]]:
-    """Return the number of workers and the resources per worker: a GPU, or as many cores as the smallest node has."""
+    """Return the number of workers, and the resources of each: a GPU, or as many cores as the smallest node has."""
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return DeviceName(device).cluster_share(int(ray.cluster_resources().get("GPU", 0)), cores)
 
 
 class Tries:
-    """Counts the attempts at each span. It is a separate actor, so that it survives when workers die."""
+    """Counts how often each span has been attempted. This is a separate actor, so it stays alive when workers die."""
 
     def __init__(self):
         self._made = Counter()
@@ -110,7 +112,7 @@ class Tries:
 
 
 class Worker:
-    """Holds the model and answers spans. Runs in a separate process on any node."""
+    """Loads the model and answers spans. Each worker is a separate process on one of the nodes."""
 
     def __init__(self, settings: Settings, folder: str, cache: bool, tries):
         self._settings = settings
@@ -118,9 +120,9 @@ class Worker:
         self._cache = None
         self._broken = None
         try:
-            _enter(folder)  # paths of videos and models are relative to this folder
+            _enter(folder)  # the paths of videos and models are relative to this folder
             self._session = settings.load()
-        except EvopruneError as problem:  # if this raised the error, Ray would retry
+        except EvopruneError as problem:  # if the constructor raised an error, Ray would retry it
             self._broken = error_record(problem)
         if cache:
             from evoprune.session import Cache
@@ -145,7 +147,7 @@ class Worker:
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    """Rebuild a row from its fields. Its tuples were serialized as lists."""
+    """Rebuild a row from JSON, in which its tuples have become lists."""
     lists = {name: tuple(fields[name]) for name in ("inputs", "paths", "options", "groups")}
     return Row(**fields | lists | {"earlier": tuple(Turn(**turn) for turn in fields["earlier"])})
 
@@ -160,17 +162,17 @@ def _enter(folder: str) -> None:
 
 @contextmanager
 def _cluster(address: str | None):
-    """Connect to a Ray cluster and yield the Ray module, with Ray's own output turned off."""
+    """Connect to a Ray cluster without showing Ray's own output. Yields the Ray module."""
     try:
         import ray
         import ray.data
     except ImportError as problem:
         raise UsageError(f"--on ray needs Ray: {first_line(problem)}", INSTALL) from problem
-    # Ray reports dead workers on stdout, even during shutdown.
+    # Ray prints messages about dead workers to stdout, even while it shuts down.
     with redirect_stdout(sys.stderr):
         try:
             with _process_state_kept():
-                # Without an address, Ray would look for the latest cluster on this machine, and hang if that no longer exists.
+                # Without an address, Ray would look for the latest cluster on this machine. If that no longer exists, Ray hangs.
                 where = address or os.environ.get("RAY_ADDRESS") or "local"
                 ray.init(where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as problem:
@@ -186,9 +188,9 @@ def _cluster(address: str | None):
 
 @contextmanager
 def _process_state_kept():
-    """Preserve the SIGTERM handler, which Ray replaces.
+    """Restore this process's SIGTERM handler after Ray has replaced it.
 
-    Also turn off usage statistics of a new cluster, unless the environment configures them.
+    This also turns off the usage statistics of a new cluster, unless an environment variable configures them.
     """
     handler = signal.getsignal(signal.SIGTERM)
     variable = "RAY_USAGE_STATS_ENABLED"
@@ -196,7 +198,7 @@ def _process_state_kept():
     os.environ.setdefault(variable, "0")
     try:
         yield
-    except SystemExit:  # from Ray's own handler
+    except SystemExit:  # raised by Ray's own handler
         if callable(handler):
             handler(signal.SIGTERM, None)
         raise

@@ -1,4 +1,7 @@
-"""Rows: questions about videos and pictures, from a JSONL or CSV file, or all pairs of videos and questions. Imports no torch."""
+"""Rows, which are questions about videos and pictures. They come from a JSONL or CSV file, or pair each video with each question.
+
+Imports no torch.
+"""
 
 import csv
 import hashlib
@@ -35,7 +38,7 @@ from evoprune.util import (
 from evoprune.video import Folder, SamplingOptions
 
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)
-# The fields of a row. Only evaluations use `type` and `groups`, but a batch can read the same files.
+# The fields of a row. Only evaluations use `type` and `groups`, but a batch accepts files that contain them.
 FIELDS = (
     "id", "video", "inputs", "question", "start", "end", "fps", "frames", "frame_rate", "max_new_tokens", "options",
     "subtitles", "messages", "answer", "type", "groups",
@@ -44,52 +47,53 @@ ALIASES = {
     "video_start": "start",
     "video_end": "end",
     "nframes": "frames",
-}  # the names of these fields in qwen-vl-utils
+}  # the names that qwen-vl-utils uses, and the corresponding fields
 LONGEST_PATH = 4096  # characters
-LIST_COLUMNS = ("inputs", "options", "groups")  # columns whose cells are lists in CSV files, separated by |
+LIST_COLUMNS = ("inputs", "options", "groups")  # CSV columns whose cells contain lists, with entries separated by |
 ENDINGS_HINT = f"names of videos and images end in {', '.join((*Folder.VIDEOS, *Folder.IMAGES))}"
-# "line" or, in a JSON array, "row"; its one-based number; and its fields, or the reason why they are invalid.
+# The word "line", or "row" for an entry of a JSON array; its one-based number; and its fields, or an error if they are invalid.
 Line = tuple[str, int, dict[str, Any] | ValueError]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A question about one or several inputs, or about a time span of the videos among them."""
+    """A question about one or more inputs, or about a time span of the videos among them."""
 
-    LETTERS: ClassVar[str] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # labels of the options of a question
+    LETTERS: ClassVar[str] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the labels of a question's options
 
-    id: str  # name of the row in the results
-    inputs: tuple[str, ...]  # paths of videos and pictures as the user wrote them
-    paths: tuple[str, ...]  # `inputs` as paths that are ready to open
+    id: str  # identifies the row in the results
+    inputs: tuple[str, ...]  # the paths of the videos and pictures as the user wrote them
+    paths: tuple[str, ...]  # the same inputs as paths that can be opened
     question: str
-    start_s: float = 0.0  # start of the time span in seconds; negative values count from the end
-    end_s: float | None = None  # end of the time span in seconds; None for the end of the video
-    fps: float | None = None  # None uses the batch's value, also for the next three fields
+    start_s: float = 0.0  # start of the time span in seconds; a negative value counts from the end
+    end_s: float | None = None  # end of the time span in seconds; None means the end of the video
+    fps: float | None = None  # None means the batch's value, for this and the next three fields
     frames: int | None = None
-    frame_rate: float | None = None  # frames per second of folders of frames
+    frame_rate: float | None = None  # the frame rate at which folders of frames are read
     max_new_tokens: int | None = None
-    options: tuple[str, ...] = ()  # the answer options; empty for an open question
-    scored: bool = False  # whether the answer is the most probable option, without letters
-    subtitles: str | None = None  # subtitles of this row as the user wrote them; None uses the batch's subtitles
-    subtitles_path: str | None = None  # `subtitles` as a path that is ready to open
-    earlier: tuple[Turn, ...] = ()  # earlier turns of the conversation that the question continues
-    # The expected answer, one of the `options` if there are any. A batch copies it to the output, and an evaluation grades with it.
+    options: tuple[str, ...] = ()  # the possible answers; empty for an open question
+    scored: bool = False  # whether to choose the most probable option instead of asking for a letter
+    subtitles: str | None = None  # subtitles as the user wrote them; None means the batch's subtitles
+    subtitles_path: str | None = None  # the same subtitles as a path that can be opened
+    earlier: tuple[Turn, ...] = ()  # the earlier turns, if the question continues a conversation
+    # The expected answer. If there are `options`, it is one of them. A batch copies it to the output, and an evaluation compares
+    # the model's answer with it.
     answer: Any = None
-    type: str | None = None  # in an evaluation, the category of the row
-    groups: tuple[str, ...] = ()  # further categories
-    # The given fields as (name, value) strings, which output tables repeat.
+    type: str | None = None  # the row's category in an evaluation
+    groups: tuple[str, ...] = ()  # additional categories
+    # The fields as they were given, as pairs of a name and a value. An output table repeats them.
     cells: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def video(self) -> str:
-        """The inputs, separated by commas."""
+        """All inputs as one text, separated by commas."""
         return ", ".join(self.inputs)
 
     @property
     def prompt(self) -> str:
-        """The text for the model: the question, followed by lettered options in the wording of lmms-eval.
+        """The text for the model, which consists of the question and its lettered options in lmms-eval's wording.
 
-        Scored options are not included.
+        Options that are scored by probability are not included.
         """
         if not self.options or self.scored:
             return self.question
@@ -110,14 +114,14 @@ class Row:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The fields of `SamplingOptions` that the row sets."""
+        """The fields of `SamplingOptions` that this row sets."""
         numbers = {"fps": self.fps, "frames": self.frames, "frame_rate": self.frame_rate}
         own = numbers | {"subtitles": self.subtitles_path}
         span = {"start_s": self.start_s, "end_s": self.end_s}
         return span | {name: value for name, value in own.items() if value is not None}
 
     def generation(self, usual: GenerationOptions) -> GenerationOptions:
-        """Return a copy of `usual` with the values that the row sets."""
+        """Return a copy of `usual` with the values that this row sets."""
         own = {}
         if self.max_new_tokens is not None:
             own["max_new_tokens"] = self.max_new_tokens
@@ -126,10 +130,10 @@ class Row:
         return replace(usual, **own)
 
     def with_scored_options(self) -> Self:
-        """Return a copy of the row in which the answer is chosen among the options by probability.
+        """Return a copy of the row for which the model chooses the most probable option.
 
         Raises:
-            UsageError: If the row has no options, or the same option twice.
+            UsageError: If the row has no options, or two options are the same.
         """
         if not self.options:
             raise UsageError(f"row {shown(self.id)} has no options to choose from", "give each row a list of options")
@@ -141,18 +145,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Span:
-    """One or more `rows` with the same inputs, time span, frames and subtitles, which are encoded once for all of the rows."""
+    """One or more rows with the same inputs, time span, frames and subtitles. The inputs are encoded once for all of these rows."""
 
     rows: tuple[Row, ...]
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The fields of `SamplingOptions` that the rows set."""
+        """The fields of `SamplingOptions` that these rows set."""
         return self.rows[0].sampling
 
     @classmethod
     def group(cls, rows: Iterable[Row]) -> list[Self]:
-        """Group rows that can share an encoding. The groups are ordered by their first rows."""
+        """Group the rows that can share an encoding. The groups are in the order of their first rows."""
         inputs: dict[tuple[str, ...], dict[tuple, list[Row]]] = {}
         for row in rows:
             encoding = tuple(row.sampling.items())
@@ -165,15 +169,15 @@ class RowReader:
     """Reads rows from a file, or creates them from videos and questions.
 
     Attributes:
-        fields: Hint for errors in the fields of a row.
+        fields: Hint for errors in a row's fields.
         file: Hint for errors in the file.
         passes_on: Whether unknown fields are copied to the output.
-        numbered: Use the line number as the id of rows without an id, instead of a digest of the question.
-        complete: Called with each row and its fields. Returns the completed row, or raises ValueError to reject it.
-        start_s, end_s: Time span of rows that do not set one, in seconds.
+        numbered: If True, a row without an id gets its line number as the id. Otherwise, the id is a digest of the question.
+        complete: Called with each row and its fields. Returns the completed row, or raises ValueError to reject the row.
+        start_s, end_s: The time span, in seconds, of rows that do not set one themselves.
     """
 
-    # Optional fields, for hints.
+    # The optional fields, as listed in hints.
     MAY_HAVE: ClassVar[str] = "id, start, end, fps, frames, frame_rate, max_new_tokens, options"
 
     fields: str = (
@@ -188,7 +192,7 @@ class RowReader:
     end_s: float | None = None
 
     def load(self, path: str) -> list[Row]:
-        """Return the rows of a JSONL or CSV file. Paths in the file are relative to its folder.
+        """Read the rows of a JSONL or CSV file. Paths in the file are relative to the file's folder.
 
         Raises:
             UsageError: If the file cannot be read. See `read` for other errors.
@@ -201,11 +205,11 @@ class RowReader:
         return self._parsed(content, path, os.path.dirname(path))
 
     def read(self, file: BinaryIO, name: str, folder: str = "") -> list[Row]:
-        """Return the rows of an open file. Paths in the file are relative to `folder`.
+        """Read the rows of an open file. Paths in the file are relative to `folder`.
 
         Raises:
-            UsageError: If there are no rows, or rows are invalid or repeat an id. The message names the first bad rows and counts
-                the rest.
+            UsageError: If there are no rows, a row is invalid, or two rows have the same id. The message lists the first bad rows
+                and says how many more there are.
         """
         return self._parsed(read_all(file, name, self.file), name, folder)
 
@@ -218,14 +222,15 @@ class RowReader:
     def pairs(
         self, videos: Sequence[str], questions: Sequence[str], recursive: bool = False, pictures: bool = False
     ) -> list[Row]:
-        """Return a row for every pair of a video and a question. Folders of videos are expanded.
+        """Return a row for each pair of a video and a question. A folder of videos stands for all videos in it.
 
         Args:
-            recursive: Also search subfolders.
-            pictures: Also include the pictures in a folder of videos, except images with the same name as a video.
+            recursive: Whether to search subfolders too.
+            pictures: Whether to include the pictures in a folder of videos. An image with the same name as a video is always left
+                out.
 
         Raises:
-            UsageError: If anything is wrong. The message lists all problems.
+            UsageError: If any video, question or time span is invalid. The message lists all problems.
         """
         problems = Problems()
         videos = list(in_folders(videos, problems, recursive, pictures))
@@ -243,7 +248,7 @@ class RowReader:
 
 
 def _rows(lines: Iterable[Line], name: str, folder: str, reader: RowReader) -> list[Row]:
-    """Return the rows of all lines. `name` is the name of the file, or an empty string if there is no file.
+    """Parse all lines and return their rows. `name` is the name of the file, or an empty string if there is no file.
 
     Raises:
         UsageError: If any row is invalid.
@@ -279,7 +284,7 @@ def _rows(lines: Iterable[Line], name: str, folder: str, reader: RowReader) -> l
 
 
 def _describe_fields(unused: Counter) -> str:
-    """List unused fields with the number of rows that have them. For names that look like typos, suggest the intended field."""
+    """List the unused fields and how many rows have each. If a name looks like a typo, suggest a similar known field."""
     texts = []
     for name, count in unused.items():
         text = f"{shorten(name, 40)} in {counted(count, 'row')}"
@@ -331,7 +336,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
         answer=fields.get("answer"),
         **numbers,
     )
-    # Both lines raise an error for values that are out of range.
+    # Both of these lines raise an error if a value is out of range.
     row.generation(GenerationOptions())
     SamplingOptions(**row.sampling)
     row = reader.complete(row, fields)
@@ -345,7 +350,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
 
 
 def _turns_and_question(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
-    """Return the earlier turns of a row and its question, which is the `question` field or the last message."""
+    """Return a row's earlier turns and its question, which is either the `question` field or the last message."""
     if "messages" not in fields:
         return (), _text(fields.get("question"), "question")
     messages = fields["messages"]
@@ -362,7 +367,7 @@ def _turns_and_question(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
 
 
 def _cell(value: Any) -> str:
-    """Return the text of a table cell: strings unchanged, lists of strings in the CSV list format, and everything else as JSON."""
+    """Return the text for a table cell: strings unchanged, lists of strings in the CSV list format, and other values as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(each, str) and "|" not in each for each in value):
@@ -384,14 +389,14 @@ def _path(folder: str, text: str) -> str:
     path = os.path.join(folder, file)
     try:
         possible = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:  # a lone surrogate
+    except UnicodeEncodeError:  # the name contains a lone surrogate
         possible = False
     _must(possible, f"no file can have the name {shown(text)!r}")
     return path
 
 
 def _check_span(start_s: float, end_s: float | None) -> None:
-    # Negative times count from the end of the video.
+    # A negative time counts from the end of the video, so it cannot be compared with a positive one.
     if end_s is not None and end_s <= start_s and (end_s < 0) == (start_s < 0):
         raise ValueError(f"end {end_s:g} s is not after start {start_s:g} s")
 
@@ -402,7 +407,7 @@ def _must(condition: bool, problem: str) -> None:
 
 
 def _options(options: Any) -> tuple[str, ...]:
-    """Return the options of a question without their leading letters, because the prompt adds letters itself."""
+    """Return a question's options without the letters in front of them, because the prompt adds its own letters."""
     right = isinstance(options, list) and len(options) != 1 and len(options) <= len(Row.LETTERS)
     _must(right, f"options is not a list of 2 to {len(Row.LETTERS)} texts")
     options = tuple(_text(option, "option") for option in options)
@@ -440,13 +445,13 @@ def _text(value: Any, name: str) -> str:
 
 
 def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
-    """Return a number from a row (a string in CSV files), or None if the row does not have it."""
+    """Return a row's number, which is a string in a CSV file, or None if the row does not have it."""
     number = value
     if isinstance(value, str):
         for read in (float, kind):
             with suppress(ValueError):
                 number = read(value)
-    if kind is int and isinstance(number, float) and number.is_integer():  # spreadsheets write 8 as 8.0
+    if kind is int and isinstance(number, float) and number.is_integer():  # spreadsheets may write 8 as 8.0
         number = int(number)
     right = number is None or isinstance(number, (int, kind))
     noun = "whole number" if kind is int else "number"
@@ -455,7 +460,7 @@ def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
 
 
 def _seconds(value: Any, name: str) -> float | None:
-    if value is None:  # there is no end
+    if value is None:  # the row has no end time
         return None
     if isinstance(value, str):
         return parse_time(value)
@@ -465,7 +470,7 @@ def _seconds(value: Any, name: str) -> float | None:
 
 
 class Problems:
-    """Collects problems with the videos and rows of a batch, each with a hint, and reports them in a single error."""
+    """Collects problems with the videos and rows of a batch, each with a hint, in order to report all of them in a single error."""
 
     def __init__(self):
         self._found: list[tuple[str, str]] = []
@@ -475,18 +480,24 @@ class Problems:
 
     @contextmanager
     def noting(self, place: str, hint: str) -> Iterator[None]:
-        """Collect an exception from the block, prefixed with `place`. If the exception has no hint, `hint` is used."""
+        """Return a context manager that collects any exception from its block, with `place` in front of the message.
+
+        If the exception has no hint of its own, `hint` is used.
+        """
         try:
             yield
         except (ValueError, EvopruneError) as problem:
             self.add(f"{place}{getattr(problem, 'message', problem)}", getattr(problem, "hint", None) or hint)
 
     def check(self, videos: Mapping[str, str], name: str = "") -> None:
-        """If any problem was collected, raise a UsageError that lists all problems and all missing files.
+        """Raise an error that lists all collected problems and all missing files, if there are any.
 
         Args:
             videos: Maps each path to the place where it is named.
-            name: Name of the file with the rows. The message contains it only once.
+            name: The name of the file that contains the rows. The message names it only once.
+
+        Raises:
+            UsageError: If a problem was collected or a file is missing.
         """
         if not self._found:
             return
@@ -500,22 +511,22 @@ class Problems:
 
 
 def folders_below(folder: str) -> Iterator[str]:
-    """Yield a folder and all its subfolders in natural order of names, except hidden folders and symbolic links."""
+    """Yield a folder and all of its subfolders in natural order, except hidden folders and symbolic links."""
     yield folder
     try:
         with os.scandir(folder) as entries:
             inside = [e.name for e in entries if e.name[0] != "." and e.is_dir(follow_symlinks=False)]
-    except OSError:  # `in_folders` reports it
+    except OSError:  # `in_folders` reports the error
         return
     for name in in_natural_order(inside):
         yield from folders_below(os.path.join(folder, name))
 
 
 def in_folder(folder: str, pictures: bool = False) -> list[str]:
-    """Return the videos in a folder in natural order of names. With `pictures`, also return its pictures.
+    """Return the videos in a folder, and its pictures if `pictures` is True, in natural order of their names.
 
-    An image with the same name as a video, such as a thumbnail, is skipped. A HEIC or AVIF file is not skipped. In a Live Photo, it
-    is the photo, and the video next to it is a separate input.
+    An image with the same name as a video is skipped, because it is probably a thumbnail. A HEIC or AVIF file is not skipped,
+    because in a Live Photo it is the photo itself. The video next to it is then a separate input.
 
     Raises:
         OSError: If the folder cannot be read.
@@ -532,13 +543,14 @@ def in_folder(folder: str, pictures: bool = False) -> list[str]:
 def in_folders(
     videos: Iterable[str], problems: Problems, recursive: bool = False, pictures: bool = False
 ) -> Iterator[str]:
-    """Yield the videos, with each folder of videos replaced by its files in natural order. A folder of images counts as one video.
+    """Yield the given videos. Each folder of videos is replaced by its files in natural order, and a folder of images is one video.
 
-    If a folder has more videos than images, its images are skipped unless `pictures` includes them (see `in_folder`).
+    If a folder contains more videos than images, its images are skipped, unless `pictures` is True (see `in_folder`).
 
     Args:
-        problems: Collects folders that could be either kind, or neither.
-        recursive: Also search subfolders, and treat each like a given folder. Subfolders without videos and images are ignored.
+        problems: Collects the folders that could be of either kind, and those that are of neither kind.
+        recursive: Whether to search subfolders too, each of which is treated like a folder that was given. Subfolders without
+            videos and images are skipped.
     """
     for video in videos:
         if not os.path.isdir(video):
@@ -575,7 +587,7 @@ def in_folders(
 
 
 def has_inputs(folder: str, pictures: bool) -> bool:
-    """Return True if a folder directly contains inputs. Also return True if it cannot be read, so that the error is reported later.
+    """Return True if a folder directly contains inputs, or if it cannot be read, so that the error is reported later.
 
     Args:
         pictures: See `in_folder`.
@@ -588,13 +600,13 @@ def has_inputs(folder: str, pictures: bool) -> bool:
 
 
 def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
-    """Return a line that lists the unused entries of a folder of videos or images, or an empty string if everything is used.
+    """Return a line that says which entries of a folder are not used, or an empty string if all of them are used.
 
-    Hidden files are ignored. In a folder of images, all other files are ignored as well.
+    Hidden files are not mentioned. If the folder contains images, other files are not mentioned either.
 
     Args:
         pictures: See `RowReader.pairs`.
-        hint: How to search the subfolders of a folder of images.
+        hint: Text that says how to search the subfolders of a folder of images.
     """
     if not os.path.isdir(video):
         return ""
@@ -617,12 +629,12 @@ def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
 
 
 def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
-    """Yield the non-empty lines of a file. Its first character determines whether it has JSON lines, a JSON array, or CSV.
+    """Yield the non-empty lines of a file, whose first character shows whether it contains JSON lines, a JSON array or CSV.
 
-    In CSV, empty cells count as missing, and column names are case-insensitive.
+    In a CSV file, an empty cell counts as missing, and the case of column names does not matter.
 
     Raises:
-        UsageError: If the content is not UTF-8, an array is not valid JSON, or the header of a CSV file lacks a column.
+        UsageError: If the contents are not UTF-8, an array is not valid JSON, or the header of a CSV file lacks a required column.
     """
     if content.startswith(LFS):
         raise UsageError(f"{name} is a git-lfs pointer", LFS_HINT)
@@ -647,7 +659,7 @@ def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
 
 
 def _object_of(line: str) -> dict[str, Any] | ValueError:
-    """Return the JSON object on a line, or the problem as a ValueError."""
+    """Parse a line that should be a JSON object. If it is not, return the error instead of raising it."""
     try:
         return _object(loads(line, once=True))
     except json.JSONDecodeError as problem:
@@ -657,7 +669,6 @@ def _object_of(line: str) -> dict[str, Any] | ValueError:
 
 
 def _object(fields: Any) -> dict[str, Any] | ValueError:
-    """Return a parsed JSON value if it is an object, otherwise a ValueError."""
     return fields if isinstance(fields, dict) else ValueError("not a JSON object")
 
 
@@ -671,7 +682,8 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
             raise UsageError(f"{file}: the first line names the column {shorten(twice[0], 40)} twice", hint)
         if "messages" in names and "question" not in names:
             raise UsageError(f"{file}: a table cannot contain messages", "write the rows as JSON lines")
-        for required in (("video", "inputs"), ("question",)):  # at least one name from each tuple is required
+        # The header must contain at least one name from each tuple.
+        for required in (("video", "inputs"), ("question",)):
             if not set(required) & set(names):
                 needed = f"the first line must name the columns, unless the lines are JSON; `{required[0]}` is missing"
                 raise UsageError(f"{file}: {needed} (found: {shorten(', '.join(names), 80)})", hint)
@@ -684,4 +696,5 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
                 cells = ValueError("more cells than the header")
             yield "line", reader.line_num, cells
     except csv.Error as problem:
-        yield "line", reader.line_num + 1, ValueError(str(problem))  # line_num counts only completed lines
+        # `line_num` counts only the lines that were read completely.
+        yield "line", reader.line_num + 1, ValueError(str(problem))

@@ -1,4 +1,4 @@
-"""Answers many questions about many videos, while the next videos are prefetched (session/upcoming.py)."""
+"""Answer many questions about many videos, while the next videos are being prefetched (session/upcoming.py)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -27,13 +27,17 @@ def answers(
     progress: Callable[[str, int, int], None] | None = None,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Report]:
-    """Yield a record for each row as it is answered. A row that fails gets a record with an error, and the other rows continue.
+    """Yield a record for each row as soon as it is answered. If a row fails, its record contains the error.
 
     Args:
+        session: The loaded model with its pruning settings.
+        spans: The rows, in groups that share an encoding.
+        settings: The options of the batch.
+        cache: The disk cache for encoded inputs, or None.
         on_failure: Called with each exception.
         ahead: A prefetch that may already have read the first inputs, or None.
-        progress: See `session.encoding.OpenInputs.encode`. Called for one span after another.
-        on_wait: Called after each encoding with the time spent waiting for reading and preprocessing, in seconds.
+        progress: See `session.encoding.OpenInputs.encode`. Spans report their progress one after another.
+        on_wait: Called after each encoding with the time, in seconds, that it spent waiting for reading and preprocessing.
     """
 
     def opened(span: Span, cores: int | None) -> OpenInputs:
@@ -51,7 +55,7 @@ def answers(
 
 
 def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:
-    """Return the record of a row that failed."""
+    """Return the record for a row that has failed."""
     report = Report(question=row.prompt, finish_reason="error", error=error)
     name_inputs(report, [without_password(name) for name in row.inputs])
     return _with_row(report, row, settings)
@@ -87,7 +91,7 @@ def _answer_span(
         if row.earlier:
             asked = encoded.chat(generation.system, Turn.to_messages(row.earlier))
         answer = asked.ask(row.prompt, **vars(generation))
-        str(answer)  # generates the answer
+        str(answer)  # generates the whole answer
         return answer.report
 
     encoded, error = _attempt(encode, on_failure)
@@ -102,9 +106,9 @@ def _answer_span(
 
 
 def _attempt(work: Callable[[], T], on_failure: Callable[[Exception], None]) -> tuple[T | None, dict | None]:
-    """Return the result of `work`, or its error in the format of records.
+    """Return the result of `work`, or its error in the format that records use.
 
-    When this function returns, the exception and the memory that it references are freed.
+    By the time this function returns, the exception and all memory that it referenced have been freed.
     """
     try:
         return work(), None

@@ -1,4 +1,4 @@
-"""Batch output as a CSV table: each row as it was given, followed by its answer or error. Imports no torch."""
+"""Write the output of a batch as a CSV table, in which each row is followed by its answer or error. Imports no torch."""
 
 import csv
 import io
@@ -17,12 +17,14 @@ COLUMNS = ("answer", "error", "finish_reason", "visual_tokens", "new_tokens", "t
 
 
 class TableFile(RecordFile):
-    """A CSV file (RFC 4180, UTF-8, comma) that grows by one row at a time. Each row is on disk when `add` returns.
+    """A CSV file (RFC 4180, UTF-8, comma-separated) to which one row at a time is appended. `add` returns once the row is on disk.
 
-    The table contains the input columns in order of first appearance, followed by `COLUMNS`. If an input column has the same name
-    as one of `COLUMNS`, the prefix `row_` is added to it. A table does not contain the settings, so it cannot be resumed.
+    The table contains the input's columns in the order in which they first appear, followed by `COLUMNS`. If an input column has
+    the same name as one of `COLUMNS`, it gets the prefix `row_`. A table does not contain the settings of the batch, so it cannot
+    be resumed.
 
-    Raises the same errors as `RecordFile`, and UsageError if `resume` is True.
+    Raises:
+        UsageError: If `resume` is True. For other errors, see `RecordFile`.
     """
 
     def __init__(self, path: str, rows: Sequence[Row], *, stdout: TextIO | None = None, resume: bool, overwrite: bool):
@@ -35,7 +37,7 @@ class TableFile(RecordFile):
 
     @staticmethod
     def is_meant(path: str) -> bool:
-        """Return True if the output path stands for a CSV table. Stdout and open files never do, regardless of their names."""
+        """Return True if an output path means a CSV table. Stdout and open files never do, whatever their names are."""
         return path.lower().endswith(ENDING) and path != STDOUT and not path.startswith(OPEN_FILES)
 
     @property
@@ -43,7 +45,7 @@ class TableFile(RecordFile):
         return False
 
     def begin(self, again: Container[str] = ()) -> None:
-        """Truncate the file and write the header."""
+        """Empty the file and write the header."""
         super().begin(again)
         taken = {*self._names, *COLUMNS}
         titles = []
@@ -55,7 +57,7 @@ class TableFile(RecordFile):
         self._append([*titles, *COLUMNS])
 
     def add(self, record: Report) -> None:
-        """Append a row and sync it to disk. Neither a signal nor a full disk can leave a torn row."""
+        """Append a row and sync it to disk. Neither a signal nor a full disk can leave an incomplete row."""
         cells = self._rows[record.id]
         tokens = record.tokens
         total = record.time_ms.total
@@ -73,12 +75,12 @@ class TableFile(RecordFile):
     def _append(self, cells: Sequence) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerow(cells)
-        # A path that is not valid Unicode is written with escapes.
+        # If a path is not valid Unicode, write it with escapes.
         self._writer.submit(self._write, text.getvalue().encode("utf-8", "backslashreplace")).result()
-        self.written -= 1  # only `add` counts records
+        self.written -= 1  # undo the count, because only `add` counts records
 
     def _is_own(self) -> bool:
-        """Return True if the file begins with the header of such a table, even if it is cut off after the header."""
+        """Return True if the file begins with the header of such a table, even if it is cut off after that."""
         with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
             head = next(csv.reader(file), [])
         return tuple(head[-len(COLUMNS) :]) == COLUMNS
