@@ -1,4 +1,4 @@
-"""Stream the text of an answer in pieces, separate it from the model's thoughts, and end it at a stop string."""
+"""Stream an answer piece by piece, separate it from the model's thoughts, and cut it at the first stop string."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, islice, repeat, takewhile
@@ -14,16 +14,17 @@ from evoprune.language.settings import GenerationOptions
 
 
 class AnswerStream(Iterator[tuple[str, bool]]):
-    """Iterator over an answer's text in pieces, each paired with True if it belongs to the model's thoughts.
+    """Iterator over the pieces of an answer. Each piece is a pair: its text, and whether it belongs to the model's thoughts.
 
-    Each piece is generated only when it is requested (see `stream_answer`). The same `seed` gives the same answer.
+    Pieces are generated lazily. See `stream_answer` for what they contain. The same `seed` always produces the same answer.
 
     Args:
-        state: The state after the prompt. It can serve only one answer.
-        options: How to generate the answer. If they have `choices`, the answer is one of the choices.
+        state: The state after the prompt. It can be used for only one answer.
+        options: How to generate the answer. If `options.choices` is set, the answer is one of these choices.
         eos_ids: Tokens that end the answer.
-        constraint: Restricts the tokens of the answer, but not of the thoughts. None allows all tokens.
-        one_by_one: Score choices with one forward pass per token, as in decoding.
+        constraint: Restricts which tokens the answer may contain. It does not restrict the model's thoughts. None allows all
+            tokens.
+        one_by_one: Whether to score choices with one forward pass per token, as in decoding.
 
     Attributes:
         stop_reason: The stop string that ended the answer, or None.
@@ -60,12 +61,12 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
     @property
     def ids(self) -> list[int]:
-        """Token ids of the thoughts and the answer so far."""
+        """Token ids of the thoughts and the answer generated so far."""
         return self._tokens.ids
 
     @property
     def finish_reason(self) -> str | None:
-        """None until the answer is complete, then "stop" or "length"."""
+        """Why the answer ended, "stop" or "length". None until it is complete."""
         return self._tokens.finish_reason if self.stop_reason is None else "stop"
 
     @property
@@ -74,11 +75,11 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
     @property
     def choices(self) -> list[Choice]:
-        """The choices from the options with their probabilities. Empty until the choices are scored."""
+        """The choices and their probabilities. The list is empty until the choices have been scored."""
         return self._tokens.choices
 
     def logprobs_since(self, number: int) -> list[dict[str, Any]]:
-        """Return the log probabilities of the tokens from index `number` on, with their alternatives, in the format of reports."""
+        """Return the log probabilities of all tokens starting at index `number`, with alternatives, in the format of reports."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self._tokenizer.backend.decode([token], skip_special_tokens=False)
@@ -91,12 +92,12 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
 
 class AnswerConstraint:
-    """Apply a `TokenConstraint` to the answer, but not to the thoughts that precede it.
+    """A `TokenConstraint` that applies another constraint to the answer, but not to the thoughts that precede it.
 
     Args:
         constraint: The constraint for the answer.
-        in_thoughts: True if the prompt ends by opening the model's thoughts.
-        may_think: True if the first generated token may open the thoughts.
+        in_thoughts: Whether the prompt ends by opening the model's thoughts.
+        may_think: Whether the first generated token may open the model's thoughts.
     """
 
     def __init__(self, constraint: TokenConstraint, tokenizer: Tokenizer, in_thoughts: bool, may_think: bool):
@@ -112,7 +113,7 @@ class AnswerConstraint:
             return None
         mask = self._constraint.mask(size)
         if mask is not None and not self._ids and self._begin is not None:
-            mask[self._begin] = self._may_begin  # this token is never part of an answer's text
+            mask[self._begin] = self._may_begin  # the text of an answer never contains this token
         return mask
 
     def advance(self, token: int) -> None:
@@ -126,7 +127,7 @@ class AnswerConstraint:
             self._constraint.advance(token)
 
     def _think(self, token: int) -> None:
-        """Record a token that is generated before the thoughts end, including the tokens of `</think>`.
+        """Record a token that belongs to the thoughts or to the `</think>` that ends them.
 
         If `</think>` is not a single token, the token that completes it may also contain the beginning of the answer.
         """
@@ -135,7 +136,7 @@ class AnswerConstraint:
             return
         latest = self._tokenizer.decode(
             self._ids[-len(THOUGHTS[1]) :]
-        )  # enough, because each token has at least one byte
+        )  # enough tokens to check, because each has at least one byte
         _, ended, answer = latest.partition(THOUGHTS[1])
         if ended:
             self._thinks = False
@@ -148,10 +149,10 @@ class AnswerConstraint:
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Decode token ids as they arrive, and yield the text in pieces.
+    """Decode token ids as they arrive and yield their text in pieces.
 
-    Joined, the pieces equal the result of `tokenizer.decode` for all ids. A byte-level token may end in the middle of a character,
-    but a piece never does.
+    The joined pieces equal `tokenizer.decode` of all ids. Although a byte-level token may end in the middle of a character, a piece
+    never does.
     """
     stream = DecodeStream(skip_special_tokens=True)
     pending = []
@@ -170,12 +171,11 @@ def begins_with_thoughts(tokenizer: Tokenizer, prompt_ids: torch.Tensor) -> bool
 
 
 def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Tensor) -> Iterator[tuple[str, bool]]:
-    """Decode token ids and yield the text in pieces, each paired with True if it belongs to the model's thoughts.
+    """Decode token ids and yield pairs: a piece of text (see `stream_text`), and whether it belongs to the model's thoughts.
 
-    See `stream_text` for the pieces. Thoughts are opened either at the end of the prompt (`prompt_ids`, int64 `[L]`) or by the
-    first generated token. In both cases, the first piece yielded is an empty thought. Thoughts end at `</think>`, which is
-    recognized as a token if the tokenizer has such a token, and in the decoded text otherwise. `</think>` and the whitespace after
-    it are not yielded.
+    Thoughts are opened either at the end of the prompt (`prompt_ids`, int64 `[L]`) or by the first generated token. In both cases,
+    an empty thought is yielded first. The thoughts end at `</think>`. If the tokenizer has a token for it, only this token counts.
+    Otherwise, `</think>` is searched for in the decoded text. Neither `</think>` nor the whitespace after it is yielded.
     """
     ids = iter(ids)
     begin, end = map(tokenizer.backend.token_to_id, THOUGHTS)
@@ -200,7 +200,7 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
 
 
 def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
-    """Remove the first `end` from a text in pieces. Yield each piece with True if it comes before `end`, otherwise False."""
+    """Remove the first occurrence of `end` from a text in pieces. Yield each piece and whether it comes before `end`."""
     held_back = ""  # text that may be the beginning of `end`
     for piece in pieces:
         before, separator, after = (held_back + piece).partition(end)
@@ -218,10 +218,10 @@ def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
 
 
 class StopStrings:
-    """Cut an answer before the first stop string. Stop strings must not be empty.
+    """Cuts an answer off before the first stop string. Stop strings must not be empty.
 
-    If an answer contains several stop strings, it ends at the stop string that is completed first. If several are completed by the
-    same character, it ends at the longest. The result therefore does not depend on how the text is split into pieces.
+    If an answer contains more than one stop string, the string that is completed first counts. If more than one is completed by the
+    same character, the longest counts. The result therefore does not depend on how the text is split into pieces.
 
     Attributes:
         found: The stop string that ended the answer, or None.
@@ -232,9 +232,9 @@ class StopStrings:
         self._stops = stops
 
     def cut(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-        """Yield the pieces from `stream_answer` up to the first stop string. Thoughts are not searched.
+        """Yield the pieces from `stream_answer` up to the first stop string, which is searched for only in the answer.
 
-        Text that may be the beginning of a stop string is held back.
+        Text that may be the beginning of a stop string is held back until the next piece decides.
         """
         held_back = ""
         for piece, thought in pieces:
@@ -253,13 +253,13 @@ class StopStrings:
             yield held_back, False
 
     def _find_stop(self, text: str) -> bool:
-        """Return True if a text contains a stop string, and record it in `found`."""
+        """Return True if a text contains a stop string, and store that stop string in `found`."""
         ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if ends:
             *_, self.found = min(ends)
         return bool(ends)
 
     def _partial_stop_length(self, text: str) -> int:
-        """Return the length of the longest suffix of a text that may be the beginning of a stop string."""
+        """Return the length of the text's longest suffix that may be the beginning of a stop string."""
         longest = min(len(text), max(map(len, self._stops)) - 1)
         return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

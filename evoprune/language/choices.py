@@ -1,4 +1,4 @@
-"""Choose an answer from a fixed list: score each choice and return the most probable one."""
+"""Choose an answer from a fixed list by scoring every choice and returning the most probable one."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +22,9 @@ class Choice:
 
     Attributes:
         text: The answer.
-        logprob: Natural log probability of the answer's tokens and the end of the answer, computed from the raw logits.
-        tokens: Number of tokens that `logprob` covers, including the end of the answer.
-        probability: Probability relative to the other choices. The probabilities of all choices add up to 1.
+        logprob: Natural log probability of the answer's tokens and of the end of the answer, computed from the raw logits.
+        tokens: Number of tokens that `logprob` covers, including the token that ends the answer.
+        probability: The probability of this choice relative to the others. The probabilities of all choices add up to 1.
     """
 
     text: str
@@ -34,12 +34,13 @@ class Choice:
 
 
 class ChosenTokens(Iterator[int]):
-    """Iterator over the token ids of the most probable choice. If several choices tie, the first one wins.
+    """Iterator over the token ids of the most probable choice. If choices are tied, the first one wins.
 
-    It has the same attributes as a `TokenStream` and takes its place. All choices are scored when the first token is requested.
+    It has the same attributes as a `TokenStream`, so that it can replace one. All choices are scored when the first token is
+    requested.
 
     Attributes:
-        choices: The choices with their probabilities. Empty until the choices are scored.
+        choices: The choices and their probabilities. The list is empty until the choices have been scored.
 
     Raises:
         ModelError: During iteration, if a logit is NaN or infinite.
@@ -81,15 +82,17 @@ def score_choices(
     eos_ids: Collection[int],
     one_by_one: bool = False,
 ) -> list[Choice]:
-    """Score the choices of `options` and return them with their probabilities. `state` is left unchanged.
+    """Compute the probability of each choice in `options`. `state` is left unchanged.
 
-    Tokens that all choices share at the beginning are read only once. The score of a choice includes the end of the answer, so that
-    "red" does not also get the probability of "red car".
+    If all choices begin with the same tokens, these tokens are read only once. The score of a choice includes the end of the
+    answer. Otherwise, the probability of "red" would also include that of "red car".
 
     Args:
-        ids: The token ids of the choices, without the end of the answer.
+        state: The state after the prompt.
+        options: The options that contain the choices.
+        ids: The token ids of each choice, without a token that ends the answer.
         eos_ids: The tokens that may end the answer.
-        one_by_one: Run one forward pass per token, as in decoding, instead of one pass over several tokens.
+        one_by_one: Whether to run one forward pass per token, as in decoding, instead of one pass per choice.
 
     Raises:
         ModelError: If a logit is NaN or infinite.
@@ -116,7 +119,7 @@ def score_choices(
 
 @contextmanager
 def _branch(state: PrefillState) -> Iterator[PrefillState]:
-    """Context manager that yields a copy of `state` for reading more tokens. On exit, `state` itself is unchanged."""
+    """Yield a copy of `state` that can read more tokens without changing `state` itself."""
     if state.language.can_crop:
         length = state.cache.length
         try:
@@ -128,7 +131,7 @@ def _branch(state: PrefillState) -> Iterator[PrefillState]:
 
 
 def _read_tokens(state: PrefillState, ids: Sequence[int], one_by_one: bool) -> float:
-    """Read tokens (possibly none) and return the sum of their log probabilities, each given the tokens before it."""
+    """Read tokens, if any, and return the sum of their log probabilities. Each token is conditioned on the tokens before it."""
     given = torch.tensor(ids, dtype=torch.int64, device="cpu")
     total = 0.0
     if not ids:

@@ -1,9 +1,9 @@
-"""The forward pass of the language model (Qwen2, Qwen2.5 and Qwen3) over new columns of a prompt, or over one generated token.
+"""Run the language model (Qwen2, Qwen2.5 or Qwen3) on new columns of a prompt or on a generated token.
 
-It works on any module tree whose weights have Hugging Face's names: a `model.weights.QwenVL`, or a transformers model. A *column*
-is one token of the prompt or answer. Queries and keys are rotated by three positions at once (M-RoPE, arXiv 2409.12191, section
-2.1), and groups of query heads share keys and values (arXiv 2305.13245). Results are rounded at the same points as in Hugging
-Face's code. Torch's autocast has no effect here.
+This works with any module tree whose weights have Hugging Face's names, that is, with a `model.weights.QwenVL` or a transformers
+model. A *column* is one token of the prompt or answer. Queries and keys are rotated by three positions at once (M-RoPE, arXiv
+2409.12191, section 2.1), and groups of query heads share keys and values (arXiv 2305.13245). Results are rounded at the same points
+as in transformers. Torch's autocast has no effect here.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,21 +23,23 @@ from evoprune.backend import (
 from evoprune.methods import Dropping, LayerState, arange_on
 from evoprune.model import head_size, heads_of, norm, rotate, without_autocast
 
-STRIP = 1024  # number of query columns that share a mask
+STRIP = 1024  # number of query columns that are processed with the same mask
 
 
 @lru_cache
 def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotary frequencies of feature pairs and the position axis that each pair uses.
+    """Return the rotary frequency of each feature pair, and the axis whose position rotates the pair.
 
     Returns:
-        The frequencies in radians per position, float32 `[head_dim / 2]`; and the axes, int64 `[head_dim / 2]`, where 0 is time, 1
+        The frequencies in radians per position, float32 `[head_dim / 2]`, and the axes, int64 `[head_dim / 2]`. Axis 0 is time, 1
         is height and 2 is width.
     """
     dim = 2 * sum(sections)
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
-    if interleaved:  # height and width take every third pair until their sections are full, time takes all other pairs
+    if (
+        interleaved
+    ):  # height and width each get every third pair until their sections are full; time gets all other pairs
         axes = [0] * len(axes)
         for axis in (1, 2):
             axes[axis : 3 * sections[axis] : 3] = [axis] * len(axes[axis : 3 * sections[axis] : 3])
@@ -48,37 +50,37 @@ def rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch
     """Return the cosines and sines for M-RoPE positions.
 
     Args:
-        config: Configuration of the language model.
+        config: The language model's configuration.
         positions: int64 `[3, L]` on the CPU.
-        like: A tensor with the dtype and the device that the results should have.
+        like: A tensor whose dtype and device the results should have.
 
     Returns:
-        Two tensors `[L, 1, head_dim]`. The first half of the sines is negated.
+        Two tensors, `[L, 1, head_dim]` each. The first half of the sines is negated.
     """
     frequencies, axis = frequencies_of(config)
     return cos_sin_of(to_device(positions[axis].T * frequencies, like.device), like.dtype)
 
 
 def cos_sin_of(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cosines and sines of angles, float32 `[L, head_dim / 2]`, in the form that `rotation` returns."""
+    """Return the cosines and sines of `angles`, float32 `[L, head_dim / 2]`, in the same form as `rotation`."""
     cos = angles[:, None].cos()
     sin = angles[:, None].sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def frequencies_of(config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the result of `_frequencies` for a language model's configuration, on the CPU."""
+    """Return the rotary frequencies and axes (see `_frequencies`) for a language model's configuration, on the CPU."""
     rope = config.rope_parameters
     return _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]), bool(rope.get("mrope_interleaved")))
 
 
 def rows_at(x: torch.Tensor | None, rows: torch.Tensor | slice | None) -> torch.Tensor | None:
-    """Return the given rows of `x`, or all rows if `rows` is None."""
+    """Return the selected rows of `x`, or all rows if `rows` is None."""
     return x if x is None or rows is None else x[rows]
 
 
 def put_rows(x: torch.Tensor, rows: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """Return a copy of `x` with new values in the given rows, or `new` if `rows` is None."""
+    """Return a copy of `x` in which the selected rows are replaced with `new`. If `rows` is None, return `new`."""
     return new if rows is None else x.index_copy(0, rows, new)
 
 
@@ -97,19 +99,20 @@ def attend(
         queries: `[1, L, heads, head_dim]`. Bias features may follow at the end of each head (`Attention.bias_features`).
         keys, values: `[1, kv_heads, n, head_dim]`. Consecutive query heads share a key head and a value head. If L is 1, bias
             features may follow at the end of each head.
-        bias: `[n]`, added to the attention logits of each key. With the log of a cluster size, a key counts as that many identical
-            keys (arXiv 2210.09461, section 3).
-        visible_keys: int64 `[L]`, the number of keys that each query sees, in ascending order; the last number is n. None if the
-            queries are the last L columns.
-        wide: Buffer `[2, kv_heads, n, head_dim + e]` from `Attention.room_for_bias`, which holds keys and values with bias features
-            for kernels that accept no mask.
-        dim: `head_dim` without bias features; required if the queries have bias features.
+        bias: `[n]`, the bias to add to the attention scores of each key. If the bias is the logarithm of a cluster's size, the key
+            counts as that many identical keys (arXiv 2210.09461, section 3).
+        visible_keys: int64 `[L]`, the number of keys that each query can see, in ascending order. The last number must be n. None
+            means that the queries belong to the last L columns.
+        wide: A buffer from `Attention.room_for_bias`, `[2, kv_heads, n, head_dim + e]`, which holds keys and values with bias
+            features for kernels that accept no mask.
+        dim: The head size without bias features. It is required if the queries have bias features.
     """
     _, columns, heads, given = queries.shape
     kv_heads, n, whole = keys.shape[1:]
     dim = dim or given
     if columns == 1:
-        # Treat heads that share keys as columns of one head. Keys are then read only once, which is two to four times as fast.
+        # Treat query heads that share keys as columns of a single head. The keys are then read only once, which is two to four
+        # times as fast.
         queries = queries.view(1, kv_heads, -1, given)
         if whole > given:
             queries = F.pad(queries, (0, whole - given), value=1.0)
@@ -119,7 +122,7 @@ def attend(
         if bias is not None:
             bias = bias[None]
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias).reshape(1, -1)
-    # Make key/value heads the batch, so that keys are not repeated and the kernel needs no support for grouped heads.
+    # Use the key/value heads as the batch dimension, so that keys are not repeated and the kernel need not support grouped heads.
     group = heads // kv_heads
     queries = queries.view(columns, kv_heads, group, given).permute(1, 2, 0, 3)
     keys = keys.transpose(0, 1)
@@ -142,7 +145,7 @@ def attend(
             return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
     queries = queries[..., :dim]
     keys, values = (t.expand(-1, group, -1, -1) for t in (keys, values))
-    strips = []  # one mask per strip of queries, because a single mask would grow quadratically with the prompt
+    strips = []  # each strip of queries has its own mask, because a single mask would grow quadratically with the prompt
     for start in range(0, columns, STRIP):
         strip = queries[:, :, start : start + STRIP]
         rows = strip.shape[2]
@@ -161,7 +164,7 @@ def attend(
 
 
 def columns_of(wide: torch.Tensor | None, columns: torch.Tensor | slice | None) -> torch.Tensor | None:
-    """Return the given columns of a buffer made by `Attention.room_for_bias`, or all columns if `columns` is None."""
+    """Return the selected columns of a buffer from `Attention.room_for_bias`, or all columns if `columns` is None."""
     return wide if wide is None or columns is None else wide[:, :, columns]
 
 
@@ -174,10 +177,9 @@ def attend_blind(
     others: torch.Tensor,
     end: int,
 ) -> torch.Tensor:
-    """Return attention as in `attend`, except that columns from `end` on attend only to the columns `others` (int64).
+    """Compute attention as `attend` does, but let the columns from `end` on attend only to the columns in `others` (int64).
 
-    The keys must cover the whole prompt from its first column on. If there are fewer queries than keys, the queries belong to the
-    last columns.
+    There must be keys for all columns of the prompt. If there are fewer queries than keys, the queries belong to the last columns.
     """
     before = max(0, queries.shape[1] - (keys.shape[2] - end))  # number of queries before `end`
     extra = {"wide": columns_of(wide, others)}
@@ -190,21 +192,22 @@ def attend_blind(
 
 
 def all_sizes(sizes: torch.Tensor | None, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """Return cluster sizes as float32 `[columns]` on the device of `like`, or ones if `sizes` is None."""
+    """Return cluster sizes as float32 `[columns]` on the same device as `like`. If `sizes` is None, all of them are 1."""
     if sizes is None:
         return like.new_ones(columns, dtype=torch.float32)
     return sizes.to(like.device).float()
 
 
 class KVCache:
-    """Keys and values of each layer for the columns read so far. A layer has no entries for columns dropped before it.
+    """Keys and values of each layer for the columns read so far. Layers have no entries for columns that were dropped earlier.
 
     Args:
-        capacity: Number of columns to allocate (at least 1), either one number for all layers or one per layer. A layer that is
-            full grows by half.
+        model: The model whose keys and values are cached.
+        capacity: Number of columns to allocate (at least 1), either one number for all layers or one number per layer. When a layer
+            is full, it grows by half.
     """
 
-    column = None  # index inside `room` to write to, as a tensor on the device; None for 0
+    column = None  # index in the tensors from `room` at which to write, as a tensor on the device; None means 0
 
     def __init__(self, model, capacity: int | Sequence[int]):
         config = model.config.text_config
@@ -213,28 +216,27 @@ class KVCache:
         capacities = [capacity] * depth if isinstance(capacity, int) else capacity
         shapes = [(1, config.num_key_value_heads, columns, head_size(config)) for columns in capacities]
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
-        # Number of leading columns among which layers have dropped different columns. The cache cannot be cropped inside this
+        # Number of leading columns that some layers have dropped and others have not. The cache cannot be cropped within this
         # range.
         self._uneven_until = 0
-        # Number of columns read. It grows at the end of a forward pass, so a failed pass leaves the cache unchanged.
+        # Number of columns read. It grows only at the end of a forward pass, so a failed pass leaves the cache unchanged.
         self.length = 0
-        self.lengths = [0] * depth  # number of valid columns per layer
-        # Cluster sizes per layer, float32 `[lengths[i]]`: attention counts a column of size n as n columns. None if all sizes are
-        # 1. Layers with the same columns share a tensor.
+        self.lengths = [0] * depth  # number of valid columns in each layer
+        # Cluster sizes in each layer, float32 `[lengths[i]]`, or None if all sizes are 1. Attention counts a column of size n as n
+        # columns. Layers with the same columns share a tensor.
         self.sizes: list[torch.Tensor | None] = [None] * depth
 
     @property
     def capacity(self) -> int:
-        """Number of columns that are allocated in every layer."""
+        """Number of columns for which every layer has allocated memory."""
         return min(keys.shape[2] for keys, _ in self._layers)
 
     def crop(self, length: int) -> None:
         """Drop all columns except the first `length`.
 
         Raises:
-            ValueError: If the cache holds fewer columns, or `length` falls among columns that only some layers still have. Cropping
-            to
-                0 is always possible.
+            ValueError: If the cache holds fewer columns, or if `length` is within the range where layers have different columns.
+                Cropping to 0 is always possible.
         """
         if not (0 <= length <= self.length and (length >= self._uneven_until or not length)):
             raise ValueError(f"a cache of {self.length} columns cannot be cropped to {length}")
@@ -242,17 +244,17 @@ class KVCache:
         cropped = {id(sizes): sizes[:end] for sizes, end in zip(self.sizes, lengths, strict=True) if sizes is not None}
         sizes = [cropped.get(id(sizes)) for sizes in self.sizes]
         whole = self._uneven_until if length else 0
-        # Assign all in one statement, so that a signal (Ctrl-C) cannot leave some attributes updated and others not.
+        # Assign all attributes in one statement, so that a signal (Ctrl-C) cannot leave only some of them updated.
         self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
 
     def keep(self, columns: torch.Tensor) -> None:
-        """Drop all columns except the given ones, which move to the front and keep their M-RoPE positions.
+        """Drop all columns except `columns`, which move to the front but keep their M-RoPE positions.
 
         Args:
             columns: int64 `[n]` on the CPU, ascending.
 
         Raises:
-            ValueError: If the layers have dropped different columns.
+            ValueError: If different layers have dropped different columns.
         """
         if self._uneven_until:
             raise ValueError("the layers have dropped different columns, so none can be selected in all of them")
@@ -269,26 +271,27 @@ class KVCache:
         """Shift the M-RoPE positions of some columns by rotating their keys.
 
         Args:
-            config: Configuration of the language model.
+            config: The language model's configuration.
             columns: The columns to shift.
-            by: int64 `[3, 1]`, the offset in time, height and width.
+            by: int64 `[3, 1]`, the offsets in time, height and width.
         """
         like = self._layers[0][0].new_empty(0).float()
         cos, sin = rotation(config, by, like)
         first, end, _ = columns.indices(self.length)
         for keys, _ in self._layers:
-            for start in range(first, end, STRIP):  # a copy of all keys would raise a stream's peak memory
+            for start in range(first, end, STRIP):  # copying all keys at once would raise the peak memory of a stream
                 strip = keys[0, :, start : min(end, start + STRIP)]
                 strip.copy_(rotate(strip.transpose(0, 1).float(), cos, sin).transpose(0, 1))
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new columns after a layer's valid columns. The new columns become valid when `add` is called.
+        """Write the keys and values of new columns after a layer's valid columns. They become valid when `add` is called.
 
         Args:
+            layer: Index of the layer.
             keys, values: `[1, kv_heads, L, head_dim]`.
 
         Returns:
-            Views of the layer's keys and values including the new ones, `[1, kv_heads, lengths[layer] + L, head_dim]`.
+            Views of the layer's keys and values, including the new ones, `[1, kv_heads, lengths[layer] + L, head_dim]` each.
         """
         *room, known_keys, known_values = self.room(layer, keys.shape[2])
         for target, new in zip(room, (keys, values), strict=True):
@@ -299,14 +302,14 @@ class KVCache:
         """Reserve new columns in a layer.
 
         Returns:
-            Two views to write the new keys and values to, `[kv_heads, columns, head_dim]`, followed by all keys and all values, as
-            returned by `put`.
+            Two views for writing the new keys and values, `[kv_heads, columns, head_dim]` each, followed by views of all keys and
+            values, as returned by `put`.
         """
         before = self.lengths[layer]
         stored = self._layers[layer]
         end = before + columns
         if end > (full := stored[0].shape[2]):
-            # Layers grow one by one, so that only one layer at a time is in memory twice.
+            # Only one layer grows at a time, so that no more than one layer is in memory twice.
             more = (0, 0, 0, max(end, full * 3 // 2) - before)
             stored = self._layers[layer] = tuple(F.pad(tensor[:, :, :before], more) for tensor in stored)
         known = tuple(tensor[:, :, :end] for tensor in stored)
@@ -316,22 +319,22 @@ class KVCache:
         """Make new columns valid.
 
         Args:
-            read: Number of columns read.
-            columns: For each layer, how many of these columns it stored.
-            sizes: For each layer, the cluster sizes of its old and new columns.
+            read: Number of columns that were read.
+            columns: Number of these columns that each layer has stored.
+            sizes: The cluster sizes of the old and new columns in each layer.
         """
         length = self.length + read
         lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
         sizes = list(sizes)
         whole = length if len(set(columns)) > 1 else self._uneven_until
-        # In one statement, as in `crop`.
+        # Assigned in one statement for the same reason as in `crop`.
         self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
-        """Return the cluster sizes of the cached and the new columns together, one entry per layer.
+        """Return the cluster sizes of the cached and the new columns together, for each layer.
 
         Args:
-            sizes: float32 `[columns]`, cluster sizes of the new columns, which are the same in all layers; None if all are 1.
+            sizes: float32 `[columns]`, the cluster sizes of the new columns in all layers. None means that all of them are 1.
             columns: Number of new columns.
         """
         if sizes is None and self.sizes[0] is None:
@@ -359,18 +362,18 @@ def forward(
     deepstack: torch.Tensor | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Run the model on new columns and return the final hidden states of the last ones, `[last, hidden]`.
+    """Run the model on new columns and return the final hidden states of the last `last` columns, `[last, hidden]`.
 
     Args:
         model: A module tree whose weights have Hugging Face's names. Only its linear layers are called.
-        inputs_embeds: `[L, hidden]`, embeddings of the new columns, on the device of the weights. L is at least 1.
-        positions: int64 `[3, L]`, M-RoPE positions (time, height, width) on the CPU.
-        cache: Holds the preceding columns. It is extended by L columns in place, or left unchanged if an exception is raised.
-        sizes: float32 `[L]`, cluster sizes of the new columns; None if all are 1.
+        inputs_embeds: `[L, hidden]`, the embeddings of the new columns, on the same device as the weights. L is at least 1.
+        positions: int64 `[3, L]` on the CPU, the M-RoPE positions (time, height, width).
+        cache: The cache of the preceding columns. The L new columns are added in place, unless an exception is raised.
+        sizes: float32 `[L]`, the cluster sizes of the new columns. None means that all of them are 1.
         last: Number of columns to return, from 1 to L.
-        dropping: Decides which visual tokens to drop inside the language model; requires an empty cache.
-        deepstack: `[n, L, hidden]`, features to add to the columns after each of the first n layers.
-        pause: Called before every layer; it may wait or raise.
+        dropping: Decides which visual tokens to drop inside the language model. It requires an empty cache.
+        deepstack: `[n, L, hidden]`, the features to add to the columns after each of the first n layers.
+        pause: A function that is called before every layer. It may wait or raise an exception.
 
     Raises:
         ValueError: If there are no columns, `positions` does not match the columns, `last` is out of range, or `dropping` is given
@@ -406,7 +409,7 @@ def forward(
         entering = x
         x, *heads = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, wide)
         if len(deepstack):
-            # the last layer returns only the last columns
+            # the last layer returns only the last `last` columns
             x = x + deepstack[0, -len(x) :]
             deepstack = deepstack[1:]
         if dropping:
@@ -424,13 +427,13 @@ def forward(
 @torch.inference_mode()
 @without_autocast()
 def logits(model, *args, **kwargs) -> torch.Tensor:
-    """Return the next-token logits after each of the last columns, float32 `[last, vocabulary]`. Arguments: see `forward`."""
+    """Return the next-token logits after each of the last columns, float32 `[last, vocabulary]`. Same arguments as `forward`."""
     # The output layer is the largest layer, so it runs only on the last columns.
     return model.lm_head(forward(model, *args, **kwargs)).float()
 
 
 def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the `bias` and `wide` arguments of `attend` for cluster sizes, or None for both if `sizes` is None."""
+    """Return the `bias` and `wide` arguments with which `attend` applies cluster sizes. Both are None if `sizes` is None."""
     if sizes is None:
         return None, None
     bias = sizes.log()
@@ -454,16 +457,20 @@ def run_layer(
     """Run one layer.
 
     Args:
-        x: `[L, hidden]`, hidden states of the new columns.
-        places: Cosines and sines from `rotation`.
-        cache: A `KVCache`, or a `NativeStaticCache` for a single column.
+        layer: The layer's module.
+        x: `[L, hidden]`, the hidden states of the new columns.
+        places: The cosines and sines from `rotation`.
+        cache: A `KVCache`, or a `NativeStaticCache` if there is only one column.
         number: Index of the layer.
+        config: The language model's configuration.
         bias, wide: See `attend`.
         last: Number of columns to compute if this is the last layer.
-        blind, rows: Results of `Dropping.before`. Columns that skip the queries or the MLP keep their hidden states in that step.
+        blind, rows: The results of `Dropping.before`. If a column skips the attention or the MLP, that step does not change its
+            hidden state.
 
     Returns:
-        The output for the columns (in the last layer, only for the `last` ones), their queries, and all keys and values.
+        The output for the columns, their queries, and all keys and values. The last layer returns the output of only the last
+        columns.
     """
     attention = layer.self_attn
     mlp = layer.mlp
@@ -477,7 +484,7 @@ def run_layer(
     keys, values = (heads_of(attention, name, rows_at(h, kv_rows), config) for name in "kv")
     keys = rotate(keys, rows_at(cos, kv_rows), rows_at(sin, kv_rows))
     keys, values = cache.put(number, *(tensor[None].transpose(1, 2) for tensor in (keys, values)))
-    if number == config.num_hidden_layers - 1:  # only the output for the last columns is used
+    if number == config.num_hidden_layers - 1:  # only the output of the last columns is used
         x = x[-last:]
         h = h[-last:]
         cos = cos[-last:]
@@ -490,7 +497,7 @@ def run_layer(
         seen = attend_blind(*given, wide, *blind)
     elif q_rows is not None:
         seen = attend(*given, torch.searchsorted(kv_rows, q_rows, right=True))
-    elif rows:  # only the last columns, in the last layer
+    elif rows:  # the last layer, where the queries belong to the last columns
         seen = attend(*given)
     else:
         seen = attend(*given, wide=wide)
@@ -511,7 +518,10 @@ def _fused(
     bias: torch.Tensor | None,
     wide: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Run one layer on all columns with fused kernels and joined weights, or return None if that fails. See `run_layer`."""
+    """Run one layer on all columns with fused kernels and joined weights. Return None if this is not possible.
+
+    See `run_layer` for the arguments and results.
+    """
     attention = layer.self_attn
     mlp = layer.mlp
     eps = config.rms_norm_eps

@@ -1,9 +1,10 @@
-"""Decode with static tensors, so that one CUDA graph runs a whole decoding step.
+"""Decode with tensors of fixed shape, so that a whole decoding step can run as one CUDA graph.
 
-A step reads a token on the device, writes its keys and values into a cache of fixed size, and computes the next token. No shape
-depends on a value, and nothing is copied to the host. Attention reads the whole cache. Columns that are not filled yet have a bias
-that gives their keys no weight. A model has one such cache, which serves one answer at a time. When a new answer begins, it takes
-over the cache, and the previous answer has to read its latest tokens again into its own cache.
+A step reads a token that is already on the device, writes its keys and values into a cache of fixed size, and computes the next
+token. No shape depends on a value, and nothing is copied to the host. Attention always reads the whole cache. Columns that are not
+filled yet have an attention bias that hides them. Each model has one static cache, which serves one answer at a time. When a new
+answer begins, it takes over the static cache. If the previous answer continues, it has to read its latest tokens again into its own
+cache.
 """
 
 import threading
@@ -29,37 +30,40 @@ from evoprune.language.decoder import KVCache, cos_sin_of, frequencies_of, run_l
 from evoprune.language.hosted import HostedCache
 from evoprune.model import Cost, HostedVL, head_size, norm, without_autocast
 
-# A graph is captured once an answer has this many tokens and may still get at least as many. A capture takes as long as a few plain
-# steps, and an answer of one or two words should not wait for it.
+# A graph is captured once an answer has at least this many tokens and may still grow by as many. Capturing takes as long as a few
+# plain decoding steps, so an answer of one or two words should not have to wait for it.
 PLAIN_TOKENS = 4
-MIN_COLUMNS = 512  # number of columns that the smallest graph reads; larger graphs read a power of two times as many
-MAX_NEW = 1024  # maximum number of new tokens to reserve columns for
-SHARE = 0.25  # largest share of the free memory to use for a cache
+MIN_COLUMNS = 512  # number of columns that the smallest graph reads; each larger graph reads twice as many
+MAX_NEW = 1024  # maximum number of new tokens for which columns are reserved
+SHARE = 0.25  # the largest fraction of the available memory that a cache may take
 
 
 class StaticCache(ABC):
-    """A cache of up to `capacity` columns at fixed addresses, with the inputs, results and graphs of decoding steps.
+    """A KV cache for up to `capacity` columns at fixed addresses, with the inputs, outputs and CUDA graphs of decoding steps.
 
-    It serves one answer at a time. There is one graph for each number of columns that attention reads. A lock serializes threads.
+    It serves one answer at a time, and a lock allows only one thread at a time. Each graph is for a certain number of columns that
+    attention reads.
     """
 
     def __init__(self, model, capacity: int):
         like = model.model.language_model.norm.weight
-        self.capacity = self.read = capacity  # number of columns, and how many of them attention reads
-        # int64 `[1]` each: the token that a step reads, its column and its position. A step increments the column and the position.
+        self.capacity = self.read = capacity  # number of columns, and number of columns that attention reads
+        # The token that the next step reads, its column and its position, int64 `[1]` each. The step increments column and
+        # position.
         self.token, self.column, self.position = like.new_zeros(3, 1, dtype=torch.int64).unbind(0)
         self.logits = like.new_zeros(len(model.lm_head.weight), dtype=torch.float32)  # logits of the next token
         self.best = like.new_zeros(2, dtype=torch.int64)  # see `best_of`
-        self.graphs: dict[int, Callable[[], None]] = {}  # keyed by the number of columns that they read
+        self.graphs: dict[int, Callable[[], None]] = {}  # keyed by the number of columns that attention reads
         self._capture = Device(like.device).capture
         self._lock = threading.Lock()
         self._holder: object | None = None  # the answer that the cache serves, or None
-        self._room = 0  # number of tokens that still fit
+        self._room = 0  # number of tokens for which there is still room
 
     def fill(self, cache: KVCache | HostedCache, position: int, read: int) -> None:
-        """Copy the columns from a different cache, all of whose layers must have the same columns.
+        """Copy all columns from another cache.
 
         Args:
+            cache: The cache to copy from. All of its layers must have the same columns.
             position: M-RoPE position of the next token.
             read: Number of columns that attention reads.
         """
@@ -75,28 +79,34 @@ class StaticCache(ABC):
 
     @abstractmethod
     def _copy(self, cache: KVCache | HostedCache, bias: torch.Tensor) -> None:
-        """Copy the layers' states. `bias`: float32 `[read]`, the attention bias of each column, -inf if it is not filled yet."""
+        """Copy the state of every layer.
+
+        Args:
+            cache: The cache to copy from.
+            bias: float32 `[read]`, the attention bias of each column, or -inf for columns that are not filled yet.
+        """
 
     @abstractmethod
     def run(self, model, x: torch.Tensor) -> torch.Tensor:
-        """Return the final hidden state of the next column from its embedding `x`, both `[1, hidden]`."""
+        """Run the model on the next column, given its embedding `x`, and return its final hidden state (both `[1, hidden]`)."""
 
     def begin(self, holder: object, cache: KVCache | HostedCache, position: int, read: int) -> None:
-        """Hand the cache over to the answer that `holder` identifies. After an error, the cache serves no answer."""
+        """Hand the static cache over to the answer identified by `holder`. If this fails, it serves no answer at all."""
         with self._lock:
             self._holder = None
             self.fill(cache, position, read)
             self._holder, self._room = holder, read - cache.length
 
     def following(self, model, holder: object, token: int, pick: Callable[..., int]) -> int | None:
-        """Return the token after `token`, chosen by `pick(logits, best)`.
+        """Read a token and let `pick(logits, best)` choose the next one.
 
-        Returns None if the cache serves a different answer or is full.
+        Returns:
+            The next token, or None if the cache is full or now serves another answer.
         """
         with self._lock:
             if self._holder is not holder or not self._room:
                 return None
-            self._holder = None  # if an exception interrupts the step, the cache is invalid
+            self._holder = None  # an exception during the step would leave the cache invalid
             self.token.fill_(token)
             if replay := self.graphs.get(self.read):
                 replay()
@@ -108,7 +118,7 @@ class StaticCache(ABC):
 
 
 class NativeStaticCache(StaticCache):
-    """A static cache for the layers in language/decoder.py. It holds values, and keys that are extended by bias features."""
+    """A static cache for the layers in language/decoder.py. Its keys have additional features that apply the attention bias."""
 
     def __init__(self, model, capacity: int):
         super().__init__(model, capacity)
@@ -127,28 +137,31 @@ class NativeStaticCache(StaticCache):
         for number, keys_values in enumerate(self._keys_values):
             for to, given in zip(keys_values, cache.room(number, 0)[2:], strict=True):
                 to[:, :length, :dim] = given[0]
-        # An earlier answer may have left NaN in these columns, which a weight of 0 does not remove.
+        # An earlier answer may have left NaN in these columns, and multiplying NaN by a weight of 0 would not remove it.
         self._keys_values[:, :, :, length:read, :dim] = 0
         self._keys_values[:, 0, :, :read, dim:] = Attention.of(self._keys_values).bias_features(bias, dim)
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one new column. Returns all columns that attention reads, with bias features; see `KVCache.put`."""
+        """Write the keys and values of one new column, and return those of all columns that attention reads.
+
+        See `KVCache.put`. Here, the returned tensors include bias features.
+        """
         *room, known_keys, known_values = self.room(layer, 1)
         for to, new in zip(room, (keys, values), strict=True):
             to[..., : self._dim].index_copy_(1, self.column, new[0])
         return known_keys, known_values
 
     def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the tensors to write to and to read; see `KVCache.room`. The new column is written at index `column`."""
+        """Return the tensors to write to and the tensors to read, as `KVCache.room` does. Write at index `column`."""
         keys_values = self._keys_values[layer, :, :, : self.read]
         return *keys_values.unbind(0), keys_values[:1], keys_values[1:]
 
     def run(self, model, x: torch.Tensor) -> torch.Tensor:
         config = model.config.text_config
         text = model.model.language_model
-        # The three M-RoPE positions of a generated token are equal.
+        # All three M-RoPE positions of a generated token are equal.
         places = cos_sin_of(self.position[:, None] * self.frequencies, x.dtype)
-        # Remove the bias of -inf from the new column, so that attention sees it.
+        # Remove the bias of -inf from the new column, so that attention can see it.
         self._keys_values[:, 0, :, : self.read, self._dim :].index_fill_(2, self.column, 0)
         for number, layer in enumerate(text.layers):
             x = run_layer(layer, x, places, self, number, config)[0]
@@ -156,13 +169,13 @@ class NativeStaticCache(StaticCache):
 
 
 class HostedStaticCache(StaticCache):
-    """A static cache for transformers modules. Linear attention layers already keep their states at fixed addresses."""
+    """A static cache for transformers modules. Linear attention layers need no changes: their states have fixed addresses."""
 
     def __init__(self, model: HostedVL, capacity: int):
         super().__init__(model, capacity)
         config = model.config.text_config
         like = model.model.language_model.norm.weight
-        self._bias = like.new_zeros(capacity)  # attention bias of columns, the same in all attention layers
+        self._bias = like.new_zeros(capacity)  # the attention bias of each column, same for all attention layers
         self._states = HostedCache(model).states
         shape = (2, 1, config.num_key_value_heads, capacity, head_size(config))
         for number, layer in enumerate(self._states.layers):
@@ -188,11 +201,12 @@ class HostedStaticCache(StaticCache):
 
 
 class StaticLayer:
-    """An attention layer of a transformers cache, whose tensors stay at fixed addresses.
+    """A layer of a transformers cache that keeps the keys and values of an attention layer at fixed addresses.
 
     Args:
-        keys_values: `[2, 1, heads, capacity, dim]`. `update` returns the leading columns; the last call of `copy` sets how many.
-        column: int64 `[1]`, index of the column that `update` writes.
+        keys_values: The buffer for keys and values, `[2, 1, heads, capacity, dim]`. `update` returns its leading columns, whose
+            number is set by `copy`.
+        column: int64 `[1]`, the index of the column that `update` writes.
     """
 
     def __init__(self, keys_values: torch.Tensor, column: torch.Tensor):
@@ -213,14 +227,14 @@ class StaticLayer:
 
 
 def _is_linear(layer) -> bool:
-    """Return True if a layer of a transformers cache has recurrent states instead of keys and values."""
+    """Return True if a layer of a transformers cache holds recurrent states instead of keys and values."""
     return hasattr(layer, "recurrent_states")
 
 
 def best_of(logits: torch.Tensor) -> torch.Tensor:
-    """Return the most probable token, and 1 if the largest logit is finite, otherwise 0, as one int64 tensor `[2]`.
+    """Return the most probable token and whether the largest logit is finite (1 or 0), as an int64 tensor `[2]`.
 
-    A single tensor needs only one copy to the host. `logits`: float32 `[vocabulary]`.
+    Both are in the same tensor so that only one copy to the host is needed. `logits` is float32 `[vocabulary]`.
     """
     return torch.stack([logits.argmax(), logits.amax().isfinite().long()])  # the maximum is NaN if any logit is
 
@@ -229,7 +243,7 @@ def best_of(logits: torch.Tensor) -> torch.Tensor:
 @without_autocast()
 @without_cudnn()
 def step(model, cache: StaticCache) -> None:
-    """Read the cache's current token, store the logits after it in the cache and advance to the next column."""
+    """Read the token in `cache.token`, store the resulting logits in the cache, and advance to the next column."""
     text = model.model.language_model
     x = text.embed_tokens(cache.token).to(text.norm.weight.dtype)
     logits = model.lm_head(cache.run(model, x)).float()[0]
@@ -239,7 +253,7 @@ def step(model, cache: StaticCache) -> None:
     cache.position.add_(1)
 
 
-# Static caches by model; None if a capture has failed.
+# The static cache of each model, or None if capturing a graph has failed for this model.
 _caches: WeakKeyDictionary[nn.Module, StaticCache | None] = WeakKeyDictionary()
 _caches_lock = threading.Lock()
 
@@ -251,10 +265,10 @@ def new_cache(model, columns: int) -> StaticCache:
 
 
 def logits_along(model, cache: KVCache | HostedCache, position: int, ids: torch.Tensor) -> torch.Tensor:
-    """Return the logits after each token of a given answer, `[n, vocabulary]`, computed by steps with a new static cache.
+    """Return the logits after each token of a given answer, `[n, vocabulary]`, by running decoding steps in a new static cache.
 
     Args:
-        cache: Holds the columns before the answer.
+        cache: The cache that holds the columns before the answer.
         position: M-RoPE position of the first token.
         ids: int64 `[n]`, the tokens of the answer.
     """
@@ -270,14 +284,17 @@ def logits_along(model, cache: KVCache | HostedCache, position: int, ids: torch.
 def begin(
     model, holder: object, cache: KVCache | HostedCache, position: int, decoded: int, left: int
 ) -> StaticCache | None:
-    """Copy a cache into the model's static cache and return the latter, or None if plain decoding suits the next token better.
+    """Copy a KV cache into the model's static cache if the next tokens should be decoded with a CUDA graph.
 
     Args:
-        holder: Identifies the answer.
-        cache: The answer's cache so far.
+        holder: An object that identifies the answer.
+        cache: The answer's own KV cache.
         position: M-RoPE position of the token that is read next.
         decoded: Number of tokens in the answer so far.
-        left: Number of tokens that the answer may still get.
+        left: Maximum number of tokens by which the answer may still grow.
+
+    Returns:
+        The static cache, or None if graphs are unavailable or not yet worth capturing.
     """
     like = model.model.language_model.norm.weight
     if Device(like.device).capture is None or not _is_even(cache):
@@ -305,17 +322,17 @@ def begin(
 
 
 def _is_even(cache: KVCache | HostedCache) -> bool:
-    """Return True if all layers of a cache have the same columns and cluster sizes."""
+    """Return True if all layers of a KV cache have the same columns and cluster sizes."""
     if isinstance(cache, HostedCache):
         return True
     return {*cache.lengths} == {cache.length} and len({*map(id, cache.sizes)}) == 1
 
 
 def can_step(model) -> bool:
-    """Return True if decoding a column always runs the same operations, so that a graph can be captured.
+    """Return True if decoding a column always runs the same operations, so that they can be captured in a graph.
 
-    Hooked layers are excluded, because a hook may do anything. Experts are selected by values: two implementations read the
-    selection only on the device and are allowed, while all others read it on the host.
+    Models with hooks are rejected, because a hook may do anything. Models with experts are accepted only if their experts use one
+    of the two implementations that never copy the choice of experts to the host.
     """
     modules = [model.lm_head, *model.model.language_model.layers.modules()]
     if not all(is_unhooked_linear(layer) for layer in modules if isinstance(layer, nn.Linear)):
@@ -330,13 +347,13 @@ def can_step(model) -> bool:
     return (
         (experts is None or text.config._experts_implementation in (EXPERTS, "batched_mm"))
         and kinds <= {"full_attention", "linear_attention"}
-        # Exclude weights that a package has quantized: they have special classes or are integers, possibly in buffers.
+        # Reject weights that were quantized by a package. They have special classes or are integers, and may be buffers.
         and all(type(weight) in plain and weight.is_floating_point() for weight in weights)
     )
 
 
 def give_up(model, problem: Exception) -> None:
-    """Stop decoding with graphs for this model, and warn."""
+    """Stop using CUDA graphs to decode with this model, and warn about it."""
     _caches[model] = None
     message = f"tokens are decoded without a CUDA graph, which takes longer: {first_line(problem)}"
     warnings.warn(message, DeviceWarning, stacklevel=2)

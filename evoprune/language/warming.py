@@ -1,4 +1,4 @@
-"""Compile kernels and set up libraries for the language model before the first question."""
+"""Compile the language model's kernels and set up its libraries before the first question is asked."""
 
 from math import prod
 
@@ -20,8 +20,8 @@ def warm_up(model: QwenVL, encoded: Encoded, native: bool) -> None:
     Args:
         model: A small model with random weights and the same widths as the model that is being loaded.
         encoded: The encoded input that the question is about.
-        native: False if transformers runs the language model that is being loaded. In that case, only the norms and the DeltaNets'
-            solver run, because the solver is in a separate library.
+        native: Whether the language model that is being loaded runs in evoprune's own layers. If it runs in transformers, no
+            question is answered. Instead, the norms are run, and so is the solver for DeltaNets, because it has its own library.
     """
     if not native:
         _warm_up_hybrid(model)
@@ -48,4 +48,6 @@ def _warm_up_hybrid(model: QwenVL) -> None:
         hybrid.add_norm(rows, plus, rows[0].float(), text.rms_norm_eps)
     if text.delta_net:
         chunks = like.new_zeros(16, hybrid.CHUNK, hybrid.CHUNK, dtype=torch.float32)
-        torch.linalg.solve_triangular(chunks, chunks, upper=False, unitriangular=True)  # loads the solver's library
+        torch.linalg.solve_triangular(
+            chunks, chunks, upper=False, unitriangular=True
+        )  # loads the library that contains the solver
