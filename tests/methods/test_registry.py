@@ -322,7 +322,7 @@ def test_the_document_says_where_each_method_works():
     assert "\n".join(table()) in page, "docs/methods.md needs this table:\n" + "\n".join(table())
     names, context = methods.available(plugins=False), HEADER.index("`EvoPrune(...)(model)`, `apply`") - 1
     refused = sum(facts(name)[context] == "no" for name in names)
-    assert f"there, {refused} of the {len(names)} names are refused" in " ".join(page.split())
+    assert f"but {refused} of the {len(names)} methods are rejected there" in " ".join(page.split())
 
 
 @pytest.mark.parametrize(
