@@ -262,6 +262,8 @@ def _outcome() -> int:
     except terminal.Terminated:
         code = 143
     except (Exception, ParserError) as problem:
+        if code := _signal_code(problem):
+            return code
         try:
             code = _report(problem)
         except BrokenPipeError:
@@ -270,6 +272,18 @@ def _outcome() -> int:
             unwritten.reported = True
             code = _report(unwritten)
     return code
+
+
+def _signal_code(problem: BaseException) -> int | None:
+    """Return the exit code of a signal that an extension module turned into another error, or None if there was none.
+
+    While an extension module is imported, its initialization may turn a KeyboardInterrupt into an ImportError or a SystemError.
+    """
+    codes = {KeyboardInterrupt: 130, terminal.Terminated: 143}
+    cause = problem
+    while isinstance(cause, (ImportError, SystemError)):
+        cause = cause.__cause__ or cause.__context__
+    return codes.get(type(cause))
 
 
 def _discard_output(streams) -> int:

@@ -283,6 +283,17 @@ def test_a_traceback_only_where_it_is_asked_for(cli, monkeypatch, code):
     assert "Traceback" not in cli(*args).err
 
 
+@pytest.mark.parametrize("wrapped", [ImportError, SystemError])
+@pytest.mark.parametrize(("signal_", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_signal_that_an_extension_module_turned_into_another_error(cli, monkeypatch, wrapped, signal_, code):
+    problem = wrapped("initialization failed")
+    problem.__cause__ = ImportError("initialization failed")
+    problem.__cause__.__context__ = signal_()
+    monkeypatch.setattr("evoprune_cli.ask._check_inputs", _raiser(problem))
+    result = cli(*ASK)
+    assert (result.code, result.out, result.err) == (code, "", "")
+
+
 def test_what_ends_too_early_is_no_interruption(cli, monkeypatch):
     monkeypatch.setattr("evoprune_cli.ask._check_inputs", _raiser(EOFError("it ends")))
     result = cli(*ASK, "--json")

@@ -157,7 +157,8 @@ def test_ctrl_c_ends_it_before_it_serves(tmp_path, moment_s):
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as server:
         time.sleep(moment_s)
         server.send_signal(signal.SIGINT)
-        assert server.wait(30) == -signal.SIGINT and "Traceback" not in server.stdout.read()
+        output, _ = server.communicate(timeout=30)
+        assert server.returncode == -signal.SIGINT and "Traceback" not in output, output
     assert not list(tmp_path.glob("evoprune-*"))
 
 
