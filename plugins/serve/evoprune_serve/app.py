@@ -1,4 +1,4 @@
-"""The server application. Its routes are OpenAI's chat completions, responses, models and files, as well as health and metrics."""
+"""The server application, with routes for OpenAI's chat completions, responses, models and files, and for health and metrics."""
 
 import asyncio
 import time
@@ -42,7 +42,7 @@ from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 FILES = "/v1/files"
-MOST_COMMAS = 2**20  # maximum in a body; each comma may separate values that take a hundred times their size in memory
+MOST_COMMAS = 2**20  # maximum number in a body, because parsed values may take 100 times as much memory as their text
 SENDING_S = 60.0  # extra time for a slow client to receive the end of a stream
 AGEING_S = 60.0  # interval between checks for expired files
 CLOSED = 499  # status in logs and metrics when the client has disconnected
@@ -54,8 +54,8 @@ class Settings:
     """Settings of a server.
 
     Attributes:
-        folder: a private folder for files that clients send.
-        usual: default values of the options that a request does not set.
+        folder: a private folder for the files that clients send.
+        usual: values of the options that a request does not set.
         urls, folders: see `Sources`.
         files_bytes: maximum total size of the files that clients have sent.
         file_age_s: how long an uploaded file is kept, in seconds.
@@ -105,7 +105,7 @@ class Server:
         return await self.answer(request, read_response)
 
     async def answer(self, request: Request, read: Read) -> Response:
-        """Answer a question with a complete response or a stream. `read` parses the request body in its API format."""
+        """Answer a question with a complete or a streamed response. `read` parses the body of the request."""
         deadline_s = self.deadline_s()
         async with self.asking(request, read, deadline_s) as asked:
             self.work.submit(asked.job, asked.question)
@@ -131,12 +131,12 @@ class Server:
             return JSONResponse(event.facts)
 
     def deadline_s(self) -> float:
-        """Return the deadline of a request that arrives now, as a time of the event loop's clock."""
+        """Return the deadline of a request that arrives now, as a time on the event loop's clock."""
         return asyncio.get_running_loop().time() + self.settings.answer_s
 
     @asynccontextmanager
     async def asking(self, request: Request, read: Read, deadline_s: float) -> "AsyncIterator[Asked]":
-        """Read a request, fetch its files, and yield it. An exception inside the context cancels its job."""
+        """Read a request, fetch its files, and yield the request. An exception inside the context cancels the request's job."""
         job = None
         try:
             with self.bodies.room(client_of(request)) as room:
@@ -165,7 +165,7 @@ class Server:
         self.metrics.request(next(known, "other"), status)
 
     def counted(self, route: Handler, logged: bool = True) -> Handler:
-        """Wrap a route to count its responses and, with `logged`, to log them. Errors are counted by the error handlers."""
+        """Wrap a route so that its responses are counted and, if `logged` is True, logged. Error handlers count its errors."""
 
         async def counting(request: Request) -> Response:
             response = await route(request)
@@ -278,13 +278,13 @@ class Asked:
     request: Request
     job: Job
     question: Question
-    names: dict[str, str]  # the names that replace the paths of this machine in messages
+    names: dict[str, str]  # names that are shown to the client instead of paths on this machine
     reply: Reply
     deadline_s: float
     logged: bool = False
 
     def log(self, status: int, *more: str) -> None:
-        """Count and log the request. Called when its answer ends."""
+        """Count and log the request. Called when the answer ends."""
         self.logged = True
         self.server.log(self.request, status, *more)
 
@@ -397,7 +397,7 @@ def client_of(request: Request) -> str:
 
 
 async def in_time(waiting: Awaitable[T], deadline_s: float) -> T:
-    """Await a result until a deadline, which is a time of the event loop's clock.
+    """Await a result until a deadline, which is a time on the event loop's clock.
 
     Raises:
         ApiError: the deadline has passed.

@@ -22,7 +22,7 @@ from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
 
 END = b"data: [DONE]\n\n"
-# Options of this format that are accepted if they have one of these values, which have no effect, and are refused otherwise.
+# Options of this format that the server does not support. A request may set them only to a value that has no effect.
 OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "n": lambda value: value == 1,
     "frequency_penalty": lambda value: value == 0,

@@ -1,4 +1,4 @@
-"""The command `evoprune serve`. Its dependencies are imported only when it runs."""
+"""The `evoprune serve` command. Its dependencies are imported only when it runs."""
 
 import logging
 import os
@@ -130,7 +130,9 @@ def serve(
     origins = tuple(map(_origin, cors or ()))
     warm_up()  # warms up while this process imports its dependencies
     try:
-        in_a_thread(partial(import_module, "evoprune_serve.app"))  # while imported, torch swallows signals' exceptions
+        in_a_thread(
+            partial(import_module, "evoprune_serve.app")
+        )  # importing torch swallows exceptions of signal handlers
         import uvicorn
 
         from evoprune_serve.app import Settings, make_app
@@ -154,7 +156,7 @@ def serve(
             models = in_a_thread(partial(_loaded, name or (), pipeline, also or (), show, quiet))
         hosts = (*NAMES, _in_url(host).lower(), *(each.lower() for each in allow_host or ()))
         if host in ANY and key is not None and not allow_host:
-            hosts = ()  # the machine's names are unknown; other sites' pages do not know the key
+            hosts = ()  # this machine's names are unknown, and pages of other sites cannot know the key
         access = Access(
             key=key,
             hosts=hosts,
@@ -184,7 +186,7 @@ def serve(
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,  # otherwise a client could pretend to be a different one
+            proxy_headers=False,  # otherwise a client could pretend to be a different client
             timeout_graceful_shutdown=CLOSING_S,
         )
         for library in ("uvicorn.error", "python_multipart"):  # they would warn about every malformed request
@@ -197,10 +199,10 @@ def serve(
 
 
 def in_a_thread(function: Callable[[], T]) -> T:
-    """Run a function in a new thread and return its result. The OpenMP workers of the thread end when it ends.
+    """Run a function in a new thread and return its result. The thread's OpenMP workers exit together with the thread.
 
-    The main thread never computes anything, so only the model's thread has a group of OpenMP workers. With a second group, there
-    would be more threads than cores, and libgomp would let the workers sleep between operations instead of spinning.
+    The main thread must not compute anything itself, so that only the model's thread has a group of OpenMP workers. With a second
+    group, there would be more threads than cores, and libgomp would let the workers sleep between operations instead of spinning.
     """
     done: Future[T] = Future()
 
@@ -221,7 +223,7 @@ def _loaded(
 
     Raises:
         UsageError: two models have the same name, or there are more names than models.
-        OutOfMemory: the models do not fit into memory together.
+        OutOfMemory: the models together do not fit into memory.
 
     For the other exceptions, see `load`.
     """
@@ -241,10 +243,10 @@ def _loaded(
 
 
 def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
-    """Return descriptions of all models, and check that the models fit into memory.
+    """Return descriptions of all models, after checking that the models fit into memory together.
 
     Raises:
-        OutOfMemory: the weights of all models together do not fit into memory.
+        OutOfMemory: the weights of the models together do not fit into memory.
         ModelError: a model does not exist.
     """
     prepare()
@@ -267,7 +269,7 @@ def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
 
 
 def _key(given: str | None, path: str | None) -> str | None:
-    """Return the API key from the option, the file or the environment. None if no key is set.
+    """Return the API key from the option, the file or the environment, or None if no key is set.
 
     Raises:
         UsageError: the key is invalid, the file cannot be read, or both options are given.
@@ -290,7 +292,7 @@ def _key(given: str | None, path: str | None) -> str | None:
 
 
 def _name(model: str) -> str:
-    """Return the public name of a model. For a folder, this is only the last part of its path, so that the path stays private."""
+    """Return the public name of a model. For a folder, this is the last part of the path, so that the rest stays private."""
     if os.path.isdir(os.path.expanduser(model)):
         return Path(model).expanduser().resolve().name
     return model
@@ -332,7 +334,7 @@ def _listening(host: str, port: int) -> socket.socket:
     # Specify the protocol. Otherwise asyncio does not disable Nagle's algorithm, which delays parts of an answer.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        if os.name == "posix":  # on POSIX systems, this allows reusing the port of a server that has just ended
+        if os.name == "posix":  # on POSIX systems, this allows reusing the port of a server that has just exited
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # available on Linux; accepted connections inherit it
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNTAKEN_S)

@@ -6,7 +6,7 @@ from collections import Counter
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_S = 30.0  # time limit for receiving the head of a request
+HEAD_S = 30.0  # time limit for receiving the head of a request, in seconds
 MOST = 512  # maximum number of connections
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 19\r\n\r\nService Unavailable"
 
@@ -14,10 +14,10 @@ UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent
 class Connection(H11Protocol):
     """An HTTP connection. It is closed if the head of a request is not complete after `head_s` seconds.
 
-    There are at most `most` connections, and at most `share` from one address. A new connection beyond these limits closes the
-    oldest idle connection, which is one without a request in progress. If the new connection's address exceeds its share, this is
-    a connection from the same address, otherwise one from the address with the most connections. If there is no such idle
-    connection, the new one is refused.
+    There are at most `most` connections, and at most `share` connections from one address. If a new connection exceeds one of these
+    limits, another connection that has no request in progress is closed. If the address has more than its share, the longest idle
+    connection from this address is closed. Otherwise, it is the longest idle connection from the address with the most connections.
+    If there is no such connection, the new connection is rejected.
 
     For the first request, `head_s` starts when the connection opens. For later requests, it starts with their first byte. Between
     requests, uvicorn closes the connection after 5 s. Bodies are limited by guard.py, and answers by `--timeout`.

@@ -1,4 +1,4 @@
-"""Graceful shutdown. Waiting requests are refused, and the answer in progress gets a few seconds to finish."""
+"""Graceful shutdown. Waiting requests are rejected, and the answer in progress gets a few seconds to finish."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ CLOSING_S = 5  # time for all connections to close; must be longer than `GRACE_S
 
 
 class EndingServer(uvicorn.Server):
-    """A uvicorn server that refuses waiting requests when it shuts down."""
+    """A uvicorn server that rejects waiting requests when it shuts down."""
 
     def __init__(self, config: uvicorn.Config, work: Work):
         super().__init__(config)
@@ -28,6 +28,6 @@ class EndingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
-        del self._captured_signals[1:]  # uvicorn raises all captured signals again at the end, but one is enough
+        del self._captured_signals[1:]  # uvicorn raises all captured signals again when it exits, but one is enough
         if self.force_exit:  # a second Ctrl-C, which may arrive inside this method: do not list the open requests
             logging.getLogger("uvicorn.error").disabled = True

@@ -6,7 +6,7 @@ from typing import Any
 
 from evoprune.errors import DoesNotFit, EvopruneError, OutOfMemory, UsageError, VideoError
 
-MOST_CHARACTERS = 2000  # maximum length of a message, which may repeat text from the client
+MOST_CHARACTERS = 2000  # maximum length of a message, because messages may repeat text from the client
 TYPES = {429: "rate_limit_error"}  # by status; for all other statuses, see `ApiError.body`
 CODES = {
     400: "invalid_value",
@@ -50,7 +50,7 @@ class ApiError(Exception):
 
 
 def _text(said: str) -> str:
-    """Make a message safe to send. Text from clients, which it may repeat, can be long or contain lone surrogates."""
+    """Make a message safe to send. It may repeat text from the client, which can be long or contain lone surrogates."""
     if len(said) > MOST_CHARACTERS:
         half = MOST_CHARACTERS // 2
         said = f"{said[:half]}…{said[-half:]}"
@@ -85,7 +85,7 @@ def told(problem: BaseException, names: Mapping[str, str]) -> ApiError:
     Unexpected exceptions are not described to clients, because their messages may contain private data.
 
     Args:
-        names: the names that replace the paths of this machine in messages, by path.
+        names: for each path on this machine, the name that the client sees instead.
     """
     if isinstance(problem, ApiError):
         return problem

@@ -1,4 +1,4 @@
-"""Reads JSON fields from clients. Unknown fields are refused by name, because ignoring an option would mislead the client."""
+"""Reads JSON fields from clients. Unknown fields are rejected, because clients would not notice that an option is ignored."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -21,7 +21,10 @@ def json_text(value: Any) -> str:
 
 
 class Fields:
-    """The fields of a JSON object, to be taken one by one. Fields that are left at the end are refused. Null counts as missing."""
+    """The fields of a JSON object, which are taken one at a time.
+
+    Fields that have not been taken at the end are rejected. A field whose value is null counts as missing.
+    """
 
     def __init__(self, value: Any, place: str = ""):
         if not isinstance(value, dict):
@@ -69,7 +72,7 @@ class Fields:
         """Raise ApiError if any field has not been taken.
 
         Args:
-            neutral: functions by field that return True if the field's value has no effect. Such fields are accepted.
+            neutral: for each field that may be left, a function that returns True if the field's value has no effect.
         """
         for field, value in self._left.items():
             name = self.name_of(field[:60])

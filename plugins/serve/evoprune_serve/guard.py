@@ -18,8 +18,8 @@ from evoprune_serve.errors import ApiError, full, plain
 OPEN_PATHS = ("/", "/health")  # no key required
 UPLOAD_PATH = "/v1/files"
 FORM_BYTES = 2**16  # maximum size of an upload form without its file
-SLOW_BYTES_S = 2**15  # a body that arrives more slowly than this uses up `SLOW_S`
-SLOW_S = 30.0  # time budget for slow bodies
+SLOW_BYTES_S = 2**15  # bytes per second; a body that arrives more slowly uses up `SLOW_S`
+SLOW_S = 30.0  # time budget for a slow body, in seconds
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 BODIES_RETRY_S = 5
 
@@ -29,8 +29,8 @@ class Access:
     """Who may send requests, and how much they may send.
 
     Attributes:
-        key: the key that requests must send as `Authorization: Bearer`. None accepts requests without a key.
-        hosts: the host names of the server. If empty, any name is accepted.
+        key: the key that requests must send as `Authorization: Bearer`. None means that no key is needed.
+        hosts: the host names of the server. If there are none, any name is accepted.
         origins: origins of web pages that may send requests, in addition to the server's own pages.
         body_bytes: maximum size of a JSON body.
         bodies_bytes: maximum total size of all JSON bodies in memory.
@@ -50,7 +50,7 @@ class Bodies:
 
     Args:
         limit: maximum number of bytes for all clients together.
-        share: maximum number of bytes for one client, so that there is room for the others.
+        share: maximum number of bytes for one client, so that there is room for other clients.
     """
 
     def __init__(self, limit: int, share: int):
@@ -97,10 +97,11 @@ class BodyRoom:
 
 
 class Framing:
-    """Refuses requests that have both a Content-Length and a Transfer-Encoding, and closes their connections.
+    """Middleware that rejects requests with both a Content-Length and a Transfer-Encoding, and closes their connections.
 
-    A proxy may determine the end of the body from the Content-Length, but this server would not. The bytes between the two ends
-    would then be a request that only one of them sees (request smuggling; RFC 9112, 6.3).
+    A proxy may use the Content-Length to find the end of the body, but this server would use the Transfer-Encoding. The bytes
+    between the two ends could then contain a request that only the proxy or only the server sees. This attack is called request
+    smuggling; see RFC 9112, section 6.3.
     """
 
     def __init__(self, app: ASGIApp, refuse: Callable[[Request, Exception], Response]):
@@ -120,7 +121,7 @@ class Framing:
 
 
 class Guard:
-    """Passes allowed requests on to the application, and responds to all others with an error immediately."""
+    """Middleware that passes allowed requests on to the application, and responds to all others with an error."""
 
     def __init__(self, app: ASGIApp, access: Access, refuse: Callable[[Request, Exception], Response]):
         """`refuse` builds the response for an error."""
@@ -181,13 +182,13 @@ def too_large(limit: int) -> ApiError:
 
 
 class Body:
-    """Receives a request body of at most `limit` bytes.
+    """Receives the body of a request, which may have at most `limit` bytes.
 
-    Waiting for the body uses up a time budget of `SLOW_S` seconds, and received bytes refill it. The budget never exceeds `SLOW_S`,
-    no matter how large the body is or how much of it arrives at once.
+    Waiting for the body uses up a time budget of `SLOW_S` seconds, and every byte received refills the budget. The budget never
+    exceeds `SLOW_S`, no matter how large the body is or how much of it arrives at once.
 
-    If the response starts before the whole body has been received, the connection is closed after it. Otherwise the rest of the
-    body would be read as the next request.
+    If the response starts before the whole body has been received, the connection is closed after the response. Otherwise, the rest
+    of the body would be read as the next request.
     """
 
     def __init__(self, headers: Headers, limit: int, receive: Receive, send: Send):

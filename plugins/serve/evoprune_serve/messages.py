@@ -11,29 +11,30 @@ from evoprune_serve.fields import NUMBER, Fields, json_text
 from evoprune_serve.sources import Address, FrameList, Source, Uploaded
 
 MOST_MESSAGES = 1000
-MOST_PARTS = 1000  # in all messages together
-MOST_CHARACTERS = 2**22  # maximum total length of the text
+MOST_PARTS = 1000  # maximum number of parts in all messages together
+MOST_CHARACTERS = 2**22  # maximum length of all texts together
 MOST_SOURCES = 64
-MOST_FRAMES = 256  # in a list of frames
-# Fields of earlier answers that clients send back. They are not part of the conversation. Except for `UNREAD`, they must be empty.
+MOST_FRAMES = 256  # maximum length of a list of frames
+# Fields that clients may send back as part of earlier answers. They are not part of the conversation and must be empty, except for
+# those in `UNREAD`.
 UNREAD = ("reasoning_content", "parsed")
 OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls", *UNREAD)
-# Types of text parts, with the additional fields that are ignored.
+# Types of text parts. For each type, the additional fields that are ignored.
 TEXTS = {"text": (), "input_text": (), "output_text": ("annotations", "logprobs")}
 
 
 def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, list[dict[str, str]], list[Source]]:
     """Read the messages of a request.
 
-    If a message has text both before and after a video or image, all turns contain `Placed` texts, which record where the inputs
-    are. Otherwise the inputs come before the text.
+    If any message has text both before and after a video or image, all turns contain `Placed` texts, which record where the inputs
+    are. Otherwise, the inputs come before the text.
 
     Args:
-        messages: the messages by their place in the body, such as "messages[0]".
-        field: the field of the body that contains them.
+        messages: the messages, keyed by their place in the body, such as "messages[0]".
+        field: name of the field of the body that contains the messages.
 
     Returns:
-        The system prompt or None, the turns, of which the last is the question, and all videos and images in order.
+        The system prompt or None; the turns, the last of which is the question; and all videos and images, in order.
 
     Raises:
         ApiError: the messages are not a valid conversation, or contain no video or image.
@@ -96,7 +97,7 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
 def _content(content: str | list, place: str) -> tuple[list[str | None], list[Source]]:
     """Return the texts of a message, with None for each video or image, and a list of the videos and images.
 
-    Consecutive texts are joined by a newline. If there is only one text, it is moved to the end.
+    Consecutive texts are joined by a newline. If there is only one text, it is moved after the videos and images.
     """
     if isinstance(content, str):
         return [content], []

@@ -36,7 +36,7 @@ class Metrics:
         self._requests.labels(path, str(status)).inc()
 
     def answer(self, model: str, report: Report, queue_s: float, kept: bool) -> None:
-        """Record the metrics of a complete answer. `model` is the model's name. `kept` indicates that its encoding was reused."""
+        """Record the metrics of a complete answer. `model` is the model's name. `kept` is True if an encoding was reused."""
         self._tokens.labels(model, "prompt").inc(report.tokens.prompt or 0)
         self._tokens.labels(model, "completion").inc(report.tokens.new or 0)
         self._visual.labels(model, "before").inc(report.pruning.visual_tokens_in or 0)

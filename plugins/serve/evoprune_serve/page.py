@@ -1,7 +1,7 @@
 """The web page at `/`, which is a self-contained file, and the routes that it uses in addition to OpenAI's API.
 
-`/page/settings` returns the server's settings. The bodies of requests to `/page/units` and `/page/moments` are those of a chat
-completion about one video.
+`/page/settings` returns the server's settings. A request to `/page/units` or `/page/moments` has the same body as a request for a
+chat completion about one video.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ UNITS = "/page/units"
 MOMENTS = "/page/moments"
 PAGE_PATHS = (PAGE, SETTINGS, UNITS, MOMENTS)
 SHARES = (0.05, 0.15, 0.6, 0.8)  # budgets offered in addition to the presets
-# Warning texts that differ from the command line's, because visitors cannot set options and do not know this project's
-# documentation. Some of the other texts also contain times and numbers that the page does not have.
+# Warning texts for visitors. They differ from the command line's texts, because visitors cannot set options and may not know this
+# project's documentation, and because the page does not have some of the times and numbers in the command line's texts.
 PAGE_TEXTS = {
     "damaged_video": "the video is damaged: each frame that cannot be decoded was replaced by the previous one",
     "cut_short": "the video breaks off before the end that its file states",
@@ -140,7 +140,7 @@ class Page:
         encoded = work.encode(job)
         answer = encoded.ask(job.question.text, max_new_tokens=1)
         answer.text  # generates the answer, which measures the prefill time  # noqa: B018
-        last = traced[-1]  # the task may have been retried after running out of memory
+        last = traced[-1]  # earlier ones are from attempts that ran out of memory
         warnings = [name for name, _ in warned(encoded.report) if name != "demo_model"]
         if not qa.loaded.knows(last.plan.info):
             warnings.append("demo_overlay")
@@ -182,7 +182,7 @@ class Page:
 
 
 class TracedInput(OpenInput):
-    """An input that records what happens to its units while it is encoded."""
+    """An input that records what happens to each of its units during encoding."""
 
     def run_tower(self, *given: Any, **options: Any) -> EncodedRows:
         made = super().run_tower(*given, **options)
@@ -191,7 +191,7 @@ class TracedInput(OpenInput):
 
 
 def model_record(name: str, qa: VideoQA) -> dict[str, Any]:
-    """Return facts about a model for the page. `overlay` is True if the page can draw which units the model's method keeps."""
+    """Return facts about a model. `overlay` is True if the page can show which units the model's pruning method keeps."""
     return {"name": name, "demo": qa.loaded.demo is not None, "overlay": drawable(qa.session)}
 
 
@@ -214,9 +214,9 @@ def check_one_video(job: Job) -> None:
 def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
     """Return the fates of the units and the measured times as JSON data.
 
-    `units` contains a string for each frame pair, with one digit per unit in raster order. The digit is an index into `fates`.
-    `merged` contains a list for each frame pair, which describes the merges within the frame pair: each merged unit is followed by
-    the unit that it was merged into.
+    `units` contains a string for each frame pair. The string has one digit per unit, in raster order, which is an index into
+    `fates`. `merged` contains a list for each frame pair, which describes the merges inside the pair. In the list, each merged unit
+    is followed by the unit that it was merged into.
     """
     count, height, width = plan.grid
     numbers = torch.arange(units.owner.numel(), dtype=torch.int64, device="cpu").view(count, -1)
@@ -243,9 +243,9 @@ def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
 
 
 def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
-    """Return the available budgets in ascending order, with their shares for a video and for an image (`still`).
+    """Return the available budgets in ascending order. Each has a `share` for videos and one for images, `still`.
 
-    A budget that depends on the content has no fixed shares and comes first.
+    A budget that depends on the video's contents comes first and has no fixed shares.
     """
     own = usual.pruning.config().budget
     known = [*map(Budget.parse, SHARES), *Budget.PRESETS.values()]
@@ -266,10 +266,10 @@ def sentence(warning: str) -> str:
 
 
 def policy(html: str, urls: bool) -> str:
-    """Return the page's Content-Security-Policy. It allows the page's own script and style, this server, and files that the visitor
-    chooses.
+    """Return the page's Content-Security-Policy.
 
-    `urls` allows the page to play videos from the web as well.
+    It allows the page's own script and style, requests to this server, and files that the visitor chooses. If `urls` is True, the
+    page may also play videos from the web.
     """
     chosen = "blob: https: http:" if urls else "blob:"
     parts = {

@@ -14,15 +14,14 @@ PORTS = {"http": 80, "https": 443}
 
 
 class PublicTransport(httpx2.HTTPTransport):
-    """Connects only to the public internet.
+    """A transport that connects only to hosts on the public internet.
 
-    It connects to the IP addresses that it has checked, so a change in DNS has no effect.
-
-    Every request passes through here, including redirects.
+    It connects to exactly the IP addresses that it has checked, so a DNS change in the meantime has no effect. All requests pass
+    through the transport, including redirects.
 
     Args:
-        check: called before each connection and each read. It can abort the request by raising an exception. A timeout would not
-            be enough to stop a server that sends its headers byte by byte.
+        check: function that is called before each connection and each read. It can abort the request by raising an exception. A
+            timeout alone would not stop a server that sends its headers one byte at a time.
     """
 
     def __init__(self, check: Callable[[], None]):
@@ -52,7 +51,7 @@ class PublicTransport(httpx2.HTTPTransport):
         raise problem
 
     def _trace(self, event: str, info: dict[str, Any]) -> None:
-        """Call the check before each connection and each read. Called by httpcore2 for every event of a request."""
+        """Call the check before each connection and each read. httpcore2 calls this method for every event in a request."""
         if event == "connection.connect_tcp.started":
             self._check()
         stream = info.get("return_value")
@@ -80,15 +79,15 @@ def _public_addresses(host: str, port: int) -> list[str]:
     for address in found:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
-                probe.connect((address, port))  # sends nothing, but determines the local address
-            except OSError:  # no route
+                probe.connect((address, port))  # sends nothing, but determines which local address would be used
+            except OSError:  # there is no route to the address
                 continue
             if probe.getsockname()[0] == probe.getpeername()[0]:
                 raise refused
     return found
 
 
-# IPv6 addresses that are translated to IPv4 addresses, which may be in any network: NAT64, 6to4 and Teredo.
+# IPv6 networks whose addresses are translated to IPv4 addresses in any network, even a private one: NAT64, 6to4 and Teredo.
 TRANSLATED = tuple(ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
 
 

@@ -1,4 +1,4 @@
-"""A question in the form that the model's thread needs, and a reader for the options that all API formats share."""
+"""Represents a question in the form that the model's thread needs, and reads the options that all API formats share."""
 
 import json
 import re
@@ -23,8 +23,9 @@ MOST_STOPS = 16
 SPEECH = ("none", "auto", "tiny", "base", "small", "large-v3-turbo")  # values of `speech` in requests
 MOST_BYTES = 2**21  # maximum size of all options of a request as JSON; a schema alone may have up to 1 MiB
 JSON_OBJECT = {"type": "object"}
-SETTING = re.compile(r"true|false|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)  # allowed value of a method's setting
-# Options of all formats that are accepted if they have one of these values, which have no effect, and are refused otherwise.
+# Values that a request may give to a setting of a method.
+SETTING = re.compile(r"true|false|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)
+# Options of all formats that the server does not support. A request may set them only to a value that has no effect.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "tools": lambda value: value == [],
     "tool_choice": lambda value: value in ("none", "auto"),
@@ -36,7 +37,7 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "prompt_cache_retention": lambda value: isinstance(value, str),
     "metadata": lambda value: isinstance(value, dict),
 }
-# Names of the request fields, for options whose field has a different name in all formats.
+# Names of request fields, for options whose name differs from the name of the field.
 NAMES = {"start_s": "start", "end_s": "end", "logprobs": "top_logprobs"}
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ def read_options(body: Any, messages: str) -> Fields:
     `messages` is the name of the field that contains the messages.
 
     Raises:
-        ApiError: the body is not an object, or the fields other than `messages` are too large or not valid Unicode.
+        ApiError: the body is not an object, or fields other than the messages are too large or not valid Unicode.
     """
     fields = Fields(body)
     options = {name: value for name, value in body.items() if name != messages}
@@ -75,7 +76,7 @@ def read_options(body: Any, messages: str) -> Fields:
 
 
 def _model(fields: Fields, models: Sequence[str]) -> str:
-    """Return the model that a body names, or the first model.
+    """Return the name of the model that a body asks for, or of the first model by default.
 
     Raises:
         ApiError: there is no model with this name.
@@ -105,12 +106,12 @@ def read_question(
     """Read the fields that all API formats share.
 
     Args:
-        usual: default values of options that the body does not contain.
+        usual: values of the options that the body does not contain.
         models: names of the served models.
         messages, field: see `read_messages`.
-        generation: the `GenerationOptions` that are set by the format's own fields. System prompts from messages are appended to
-            its `system`.
-        names: names of request fields, for options whose field has a different name.
+        generation: the `GenerationOptions` from fields that only this format has. System prompts from messages are appended to its
+            `system`.
+        names: names of request fields, for options whose name differs from the name of the field.
 
     Returns:
         The question, and the videos and images that it is about.
@@ -142,7 +143,7 @@ def read_question(
 
 
 def stream_options(fields: Fields, stream: bool) -> Fields:
-    """Return the `stream_options` of a body, after taking those that all formats share.
+    """Return the `stream_options` of a body. The fields that all formats share have already been taken.
 
     Raises:
         ApiError: there are `stream_options`, but the request does not ask for a stream.
@@ -151,12 +152,12 @@ def stream_options(fields: Fields, stream: bool) -> Fields:
     if given is not None and not stream:
         fields.refuse("stream_options", "is only for streams")
     options = Fields(given or {}, "stream_options")
-    options.take("include_obfuscation", bool)  # accepted, but has no effect, because events are not padded
+    options.take("include_obfuscation", bool)  # has no effect, because this server never pads events
     return options
 
 
 def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
-    """Return options with the given overrides. If there are none, skip validation, which takes milliseconds.
+    """Return options with the given overrides. Without any, the options are not validated again, to save milliseconds.
 
     Raises:
         ApiError: a value is invalid. The error names its request field.
@@ -168,12 +169,14 @@ def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
             field = names.get(name, name)
             with _naming(field, name):
                 replace(options, **{name: value})
-        raise refused(f"{problem.message} ({problem.hint})") from problem  # only their combination is invalid
+        raise refused(
+            f"{problem.message} ({problem.hint})"
+        ) from problem  # each value is valid, but not their combination
 
 
 @contextmanager
 def _naming(field: str, option: str | None = None) -> Iterator[None]:
-    """Convert a UsageError to an ApiError about a request field. In the message, the name `option` is replaced with `field`."""
+    """Convert a UsageError to an ApiError about a request field. The message then contains the name `field` instead of `option`."""
     try:
         yield
     except UsageError as problem:
@@ -184,10 +187,11 @@ def _naming(field: str, option: str | None = None) -> Iterator[None]:
 
 
 def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | None:
-    """Return the JSON schema from a response format, or None if the answer is free text.
+    """Return the JSON schema that an answer must follow, or None if the answer is free text.
 
     Args:
-        inner: the field that contains the object with the schema in the `json_schema` format. None if the schema is next to `type`.
+        fields: the fields of a response format.
+        inner: name of the field with the object that contains the schema. None if the schema is next to `type`.
     """
     kind = fields.need("type", str)
     schema = None
@@ -197,7 +201,7 @@ def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | No
         stated = fields if inner is None else Fields(fields.need(inner, dict), fields.name_of(inner))
         for name in ("name", "description"):
             stated.take(name, str)
-        stated.take("strict", bool)  # an answer always follows its schema
+        stated.take("strict", bool)  # has no effect, because answers always follow their schema
         schema = stated.need("schema", dict)
         stated.end()
     elif kind != "text":
@@ -250,7 +254,7 @@ def _sampling(fields: Fields) -> dict[str, Any]:
         given["seek"] = fields.take("seek", str)
     if fields.has("speech"):
         given["speech"] = fields.take("speech", str)
-        if given["speech"] not in SPEECH:  # other values would name a folder on this machine
+        if given["speech"] not in SPEECH:  # any other value would name a folder on this machine
             fields.refuse("speech", f"is not one of {', '.join(SPEECH)}")
     for name in ("start", "end"):
         if fields.has(name):

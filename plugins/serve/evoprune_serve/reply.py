@@ -1,4 +1,4 @@
-"""Parts of answers that all of OpenAI's formats share."""
+"""The parts of an answer that all of OpenAI's formats share."""
 
 import json
 import time
@@ -29,8 +29,9 @@ TIMES = (
 class Reply(Protocol):
     """The answer to one request in one API format.
 
-    A stream consists of the bytes that `begin` returns, those that `piece` returns for each piece, and those of `end` or `failed`.
-    `identity` is the ID of the answer. `queue_s` is the time in seconds that the request waited in the queue.
+    A streamed answer starts with the bytes from `begin`, continues with the bytes from `piece` for each piece of text, and finishes
+    with the bytes from `end` or `failed`. `identity` is the ID of the answer. `queue_s` is the time in seconds that the request
+    waited in the queue.
     """
 
     identity: str
@@ -42,8 +43,9 @@ class Reply(Protocol):
     def failed(self, problem: ApiError) -> bytes: ...
 
 
-# Reads a request body, given the default options and the names of the models. Returns the question, the videos and images that it
-# is about, and a `Reply` for the answer. Raises ApiError if a value is unknown, has the wrong type, or is out of range.
+# A function that reads a request body, given the default options and the names of the models. It returns the question, the videos
+# and images that the question is about, and a `Reply` for the answer. It raises ApiError if a value is unknown, has the wrong type,
+# or is out of range.
 Read = Callable[[Any, PipelineOptions, Sequence[str]], tuple[Question, tuple[Source, ...], Reply]]
 
 
@@ -59,7 +61,7 @@ def stream_event(data: dict[str, Any], name: str | None = None) -> bytes:
 
 
 def pruned(done: Done, queue_s: float) -> dict[str, Any]:
-    """Return the `evoprune` object for the `usage` field of an answer. It contains pruning effects and stage times in ms."""
+    """Return the `evoprune` object for the `usage` field of an answer. It contains token counts, times in ms and warnings."""
     report = done.report
     pruning = report.pruning
     times = report.time_ms
@@ -78,7 +80,7 @@ def pruned(done: Done, queue_s: float) -> dict[str, Any]:
 
 
 def logprobs(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Convert the log probabilities in a report to OpenAI's format. Each token gets a list of likely alternatives."""
+    """Convert the log probabilities in a report to OpenAI's format. Each token has a list of likely alternatives."""
 
     def entry(each: dict[str, Any]) -> dict[str, Any]:
         return {name: each[name] for name in ("token", "logprob", "bytes")}

@@ -36,9 +36,9 @@ STATED = (
     "reasoning",
 )
 LOGPROBS = "message.output_text.logprobs"  # the only supported value of `include`
-# Fields of a message that are not part of the conversation.
+# Fields of a message that are ignored, because they are not part of the conversation.
 OF_MESSAGES = ("type", "id", "status", "phase")
-# Options of this format that are accepted if they have one of these values, which have no effect, and are refused otherwise.
+# Options of this format that the server does not support. A request may set them only to a value that has no effect.
 OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "background": lambda value: value is False,
     "store": lambda value: value is False,
@@ -50,7 +50,8 @@ OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
 class Item:
     """An output item: either thoughts or the text of an answer.
 
-    `logprobs` contains the log probabilities of its tokens so far. A text item starts with those of the preceding thoughts.
+    `logprobs` contains the log probabilities of the tokens so far. In a text item, it also includes the tokens of the thoughts
+    before the text.
     """
 
     thought: bool
@@ -65,7 +66,7 @@ class Item:
 
     @property
     def part(self) -> dict[str, Any]:
-        """The content part with the text so far."""
+        """Content part with the text so far."""
         if self.thought:
             return {"type": "reasoning_text", "text": self.text}
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": [*self.logprobs]}
@@ -80,7 +81,7 @@ class Item:
 
 
 class ResponseReply:
-    """An answer in the format of responses. It has an item with thoughts, if the model thinks, and an item with text.
+    """An answer in the format of responses. It has an item with the text and, if the model thinks, an item with the thoughts.
 
     Args:
         model: the model's name.
@@ -176,11 +177,11 @@ class ResponseReply:
 
     @property
     def _place(self) -> dict[str, Any]:
-        """The event fields that identify the content of the item in progress."""
+        """Event fields that identify the content of the item in progress."""
         return {"item_id": self._items[-1].id, "output_index": len(self._items) - 1, "content_index": 0}
 
     def _of_part(self, what: str, fields: dict[str, Any], entries: list[dict[str, Any]]) -> bytes:
-        """Return an event about the content of the item in progress. Its log probabilities, `entries`, are omitted for thoughts."""
+        """Return an event about the content of the item in progress. The log probabilities `entries` are omitted for thoughts."""
         item = self._items[-1]
         if not item.thought:
             fields = fields | {"logprobs": entries}

@@ -48,7 +48,7 @@ class Uploaded:
 
 @dataclass(frozen=True)
 class FrameList:
-    """A video as a list of frames, with either a timestamp in seconds for each frame or a rate in frames per second."""
+    """A video as a list of frames. It has either a timestamp in seconds for each frame, or a rate in frames per second."""
 
     frames: tuple[Address | Uploaded, ...]
     rate: float | None
@@ -77,7 +77,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class LocalFrames:
-    """A video made of image files on this machine."""
+    """A video that consists of image files on this machine."""
 
     files: tuple[LocalFile, ...]
     rate: float | None
@@ -115,7 +115,7 @@ Local = LocalFile | LocalFrames
 
 
 class Fetched:
-    """The inputs of a request, as files on this machine. `close` releases the files."""
+    """The inputs of a request as files on this machine, which `close` releases."""
 
     def __init__(self, inputs: Sequence[Local], files: ExitStack):
         self._inputs = inputs
@@ -127,12 +127,12 @@ class Fetched:
 
     @property
     def names(self) -> list[str]:
-        """The names of the inputs in reports and error messages."""
+        """Names of the inputs in reports and error messages."""
         return [each.name for each in self._inputs]
 
     @property
     def paths(self) -> dict[str, str]:
-        """The name that clients see instead of a path, by path."""
+        """For each path, the name that clients see instead."""
         files = [each for each in self._inputs if isinstance(each, LocalFile)]
         files += [file for each in self._inputs if isinstance(each, LocalFrames) for file in each.files]
         return {file.path: file.name for file in files}
@@ -146,10 +146,10 @@ class Fetched:
 
 
 class Sources:
-    """Fetches the sources of requests, if the server allows them. Thread-safe.
+    """Fetches the sources of requests, provided that the server allows them. Thread-safe.
 
     Args:
-        urls: whether URLs on the web are fetched. Addresses in private networks are never fetched.
+        urls: whether URLs on the web are fetched. URLs in private networks are never fetched.
         folders: folders whose files may be read, including their subfolders.
         limit_bytes: maximum size of a download.
     """
@@ -160,14 +160,14 @@ class Sources:
         self._urls = urls
         self._folders = [folder.resolve() for folder in folders]
         self._limit_bytes = limit_bytes
-        self._downloads: dict[str, tuple[Content, float]] = {}  # recent downloads by URL, with the time of the download
+        self._downloads: dict[str, tuple[Content, float]] = {}  # for each URL, a recent download and its time
         self._lock = Lock()
 
     def fetch(self, sources: Sequence[Source], check: Callable[[], None] = lambda: None) -> Fetched:
         """Fetch the sources as local files.
 
         Args:
-            check: called repeatedly. It can abort a download by raising an exception.
+            check: function that is called repeatedly. It can abort a download by raising an exception.
 
         Raises:
             ApiError: a source is not allowed or does not exist.
@@ -242,10 +242,10 @@ class Sources:
         self._downloads = {url: known for url, known in self._downloads.items() if now - known[1] < UNUSED_S}
 
     def _file(self, url: str, stack: ExitStack, copied: bool) -> LocalFile:
-        """Return a file below an allowed folder. All other paths raise the same error, so a client learns nothing about them.
+        """Return a file below an allowed folder. All other paths raise the same error, so that clients learn nothing about them.
 
-        The file is opened only once and read through this descriptor, so replacing the file later has no effect. With `copied`, the
-        file is copied to the store instead of being kept open, because a list of frames may have many files.
+        The file is opened only once and read through this descriptor, so that replacing the file later has no effect. If `copied`
+        is True, the file is copied to the store instead of being kept open, because a list of frames may consist of many files.
         """
         try:
             file = stack.enter_context(self._opened(url))
@@ -285,7 +285,7 @@ class Sources:
 
 
 def opened_below(folder: Path, path: Path) -> BinaryIO:
-    """Open a regular file below a folder. Symbolic links below the folder are not followed. The file's `name` is the path.
+    """Open a regular file below a folder. Symbolic links below the folder are not followed. The result's `name` is `path`.
 
     Raises:
         OSError: there is no such file, or its path contains a symbolic link.

@@ -1,4 +1,4 @@
-"""A private folder for files that clients have sent. Equal files are stored only once, and unused files are evicted over time."""
+"""Stores the files that clients send in a private folder. Identical files are stored once, and unused files are evicted."""
 
 import hashlib
 import os
@@ -28,9 +28,9 @@ class Content:
     """A stored file.
 
     Attributes:
-        users: number of current users. A file with users is "in use" and is not evicted.
-        used_s: time at which the last user released the file, on the clock `time.monotonic`.
-        stays: whether the file may stay on disk while it is unused, for later questions.
+        users: number of callers that are using the file. While there are any, the file is not evicted.
+        used_s: time at which the last user released the file, on the `time.monotonic` clock.
+        stays: whether the file may stay on disk for later questions while nobody uses it.
     """
 
     path: str
@@ -46,19 +46,19 @@ class Content:
 
 
 class Store:
-    """The files in a folder. Together with the files being received, they take at most `limit_bytes` on disk. Thread-safe."""
+    """The files in a folder. They and the files being received take at most `limit_bytes` on disk. Thread-safe."""
 
     def __init__(self, folder: Path, limit_bytes: int):
         self._folder = folder
         self._limit_bytes = limit_bytes
-        self._bytes = 0  # size of the stored files and the reservations
+        self._bytes = 0  # total size of all stored files and reservations
         self._contents: dict[str, Content] = {}  # by digest
-        self._unused: OrderedDict[str, Content] = OrderedDict()  # files without users, least recently used first
+        self._unused: OrderedDict[str, Content] = OrderedDict()  # files that nobody uses, least recently used first
         self._lock = threading.Lock()
 
     @contextmanager
     def room(self) -> "Iterator[Room]":
-        """Yield a `Room`, which reserves disk space for a file that is being received. It is released at the end of the context."""
+        """Yield a `Room` that reserves disk space for a file being received. The space is released when the context ends."""
         room = Room(self)
         try:
             yield room
@@ -83,10 +83,10 @@ class Store:
             return self._keep(digest, file.name, room)
 
     def add_file(self, path: str, room: "Room") -> Content:
-        """Store the file at `path`, which may be moved, and return the stored file. The caller becomes a user of the stored file.
+        """Store the file at `path`, which may move it, and return the stored file. The caller becomes a user of the stored file.
 
         Args:
-            room: the space that was reserved while the file was received. The stored file takes over this space.
+            room: the space that was reserved while the file was received, which now belongs to the stored file.
 
         Raises:
             ApiError: there is no room.
@@ -112,10 +112,10 @@ class Store:
 
     @contextmanager
     def link(self, file: BinaryIO) -> Iterator[str]:
-        """Yield a path through which other processes can open an open file, even after the file is renamed or deleted. Linux only.
+        """Yield a path by which other processes can open a file that may be renamed or deleted. Linux only.
 
-        The path is a symbolic link to the file's descriptor. The link is removed before the file is closed, because the descriptor
-        may then be reused for a different file.
+        The path is a symbolic link to the descriptor of the open file. The link must be removed before the file is closed, because
+        the descriptor could then be reused for a different file.
         """
         path = str(self._folder / f"open-{secrets.token_hex(8)}")
         with self._stored():
@@ -135,7 +135,7 @@ class Store:
             return True
 
     def release(self, content: Content, stays: bool = True) -> None:
-        """Remove a user from a file. With `stays=False`, the file is deleted when its last user releases it."""
+        """Remove a user from a file. If `stays` is False, the file is deleted once it has no more users."""
         with self._lock:
             content.users -= 1
             content.stays = content.stays and stays
@@ -194,7 +194,7 @@ class Store:
 
     @contextmanager
     def _new_file(self) -> Iterator[BinaryIO]:
-        """Yield a new file in the folder. Unless the file has been moved, it is deleted at the end of the context."""
+        """Yield a new file in the folder. If the file has not been moved when the context ends, it is deleted."""
         with self._stored(), tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
             try:
                 yield file
@@ -209,7 +209,7 @@ class Store:
         except OSError as problem:
             raise ApiError(507, "the server cannot store a file", code="storage_full") from problem
 
-    # Callers hold the lock.
+    # Callers of these methods hold the lock.
 
     def _known(self, digest: str) -> Content | None:
         """Return the stored file with this digest and add a user to it, or return None if it does not exist."""

@@ -52,7 +52,7 @@ class Uploads:
         self._lock = threading.Lock()
 
     def add(self, file: BinaryIO, name: str, purpose: str, room: Room) -> Upload:
-        """Store a file, for which space is reserved in `room`.
+        """Store a file. Its disk space has already been reserved in `room`.
 
         Raises:
             ApiError: there are too many files, there is no room, or the file is empty.

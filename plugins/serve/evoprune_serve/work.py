@@ -1,8 +1,9 @@
 """Answers requests. One thread computes one answer at a time, while other threads open and read the inputs of upcoming jobs.
 
-Each request is a `Job`. It is admitted to the queue, its files are fetched, and its inputs are opened, that is, probed and planned.
-Then the model encodes the inputs, unless an earlier question had the same encoding, and answers. Clients take turns: the next job
-is the oldest ready job of the client whose last turn was longest ago.
+Each request is a `Job`. First, the job is admitted to the queue, its files are fetched, and its inputs are opened, which means that
+they are probed and planned. Then the model encodes the inputs, unless it can reuse the encoding of an earlier question, and
+answers.
+Clients take turns: the next job is the oldest ready job of the client whose last turn was longest ago.
 """
 
 import asyncio
@@ -35,16 +36,16 @@ from evoprune_serve.errors import ApiError, ending, full
 from evoprune_serve.question import Question
 from evoprune_serve.sources import Fetched
 
-OPENERS = 2  # threads that open inputs
-AHEAD = 1  # number of jobs whose inputs are prefetched while another job is being answered
-SESSIONS = 32  # cached sessions, one per combination of model and pruning settings
+OPENERS = 2  # number of threads that open inputs
+AHEAD = 1  # maximum number of jobs whose inputs are prefetched while another job is being answered
+SESSIONS = 32  # maximum number of cached sessions; each combination of model and pruning settings has its own
 SHARE = 4  # cached encodings take at most 1/SHARE of the available memory
 LATEST = 20  # number of recent answer times from which Retry-After is estimated
 LONGEST_RETRY_S = 60
 
 
 class Gone(Exception):
-    """Raised inside the work on a job when its client is no longer waiting for the answer."""
+    """Raised while a job is being worked on if its client is no longer waiting for the answer."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The end of a request that failed. Its answer is missing or incomplete."""
+    """The end of a request that failed, so that its answer is missing or incomplete."""
 
     problem: BaseException
 
@@ -104,14 +105,14 @@ class Job:
         self.question: Question | None = None  # set by `Work.submit` and `Work.run`
         self.fetched: Fetched | None = None
         self.opened: OpenInputs | None = None
-        self.task: Task | None = None  # runs instead of answering the question
+        self.task: Task | None = None  # what the model's thread runs instead of answering the question
         self.kind: Callable[..., OpenInput] = OpenInput  # see `open_inputs`
         self.ready = False  # whether the model may start to work on the job
         self.begun = False  # whether the inputs are being prefetched
-        self.scope = Scope()  # stops the readers of inputs that are being opened
+        self.scope = Scope()  # used to stop the readers of inputs that are being opened
         self.admitted_s = time.perf_counter()
-        self.opening_s = 0.0  # time that it took to open the inputs
-        self.queue_s = 0.0  # remaining waiting time before the model started
+        self.opening_s = 0.0  # time spent opening the inputs
+        self.queue_s = 0.0  # time from admission to the start of the answer, excluding `opening_s`
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._cancelled = False
@@ -190,7 +191,7 @@ class Job:
             fetched.close()
 
 
-Task = Callable[[Job, Put], None]  # sends events with `Put`; a task that has not sent any may be retried
+Task = Callable[[Job, Put], None]  # sends events with `Put`; a task that has sent none may be retried
 
 
 class KeptEncodings:
@@ -213,7 +214,7 @@ class KeptEncodings:
             return self._kept[key][0]
 
     def put(self, key: str, encoded: EncodedInputs, size: int) -> None:
-        """Add an encoding that takes `size` bytes, and evict the least recently used ones if necessary."""
+        """Add an encoding that takes `size` bytes, and evict the least recently used encodings if necessary."""
         with self._lock:
             self._kept[key] = encoded, size
             self._kept.move_to_end(key)
@@ -239,20 +240,20 @@ class Work:
     """The queue of jobs and the threads that work on them.
 
     Args:
-        models: the models by name, with their default pruning settings.
+        models: the models by name. Each model has its default pruning settings.
         most: maximum number of waiting requests.
         keep: number of encodings to cache for further questions.
     """
 
     def __init__(self, models: Mapping[str, VideoQA], most: int = 32, keep: int = 8):
         self.models = models
-        self._threads_of: VideoQA | None = None  # the model whose number of CPU threads is currently set
+        self._threads_of: VideoQA | None = None  # the model for which the number of CPU threads is currently set
         self.kept = KeptEncodings(keep)
         self._most = most
         # The waiting jobs by client. The client whose turn is next comes first.
         self._turns: OrderedDict[str, deque[Job]] = OrderedDict()
         self._running: Job | None = None
-        self._ending = False  # whether new requests are refused
+        self._ending = False  # whether new requests are rejected
         self._closed = False
         self._changed = threading.Condition()
         self._sessions: OrderedDict[str, VideoQA] = OrderedDict()
@@ -274,15 +275,15 @@ class Work:
         return self._running is not None
 
     def retry_s(self) -> int:
-        """Return the number of seconds after which a refused request may be retried: the median of recent answer times."""
+        """Return the number of seconds after which a rejected request may be retried: the median of recent answer times."""
         usual = statistics.median(self._seconds) if self._seconds else 1.0
         return max(1, min(LONGEST_RETRY_S, ceil(usual)))
 
     def admit(self, client: str) -> Job:
         """Add a new job for a client to the queue.
 
-        If the queue is full, the newest job of the client with the most waiting jobs is evicted, provided that this client has more
-        waiting jobs than the requesting client would have with the new job.
+        If the queue is full, the newest job of the client with the most waiting jobs is evicted. However, if that client does not
+        have more waiting jobs than `client` would have with the new job, the new job is rejected instead.
 
         Raises:
             ApiError: the queue is full, or the server is shutting down.
@@ -339,7 +340,7 @@ class Work:
         return ending() if self._ending else full(self.retry_s())
 
     def refuse(self) -> None:
-        """Refuse all waiting jobs and all new jobs."""
+        """Reject all waiting jobs and all new jobs."""
         with self._changed:
             self._ending = True
             left = [job for jobs in self._turns.values() for job in jobs]
@@ -400,7 +401,7 @@ class Work:
     # Opening inputs, in the opener threads.
 
     def session(self, question: Question) -> VideoQA:
-        """Return the question's model with the question's pruning settings. The results are cached.
+        """Return the model that a question names, with the question's pruning settings. Results are cached.
 
         Raises:
             UsageError: the model does not support the settings.
@@ -601,12 +602,12 @@ class Work:
 
 
 def encoding_key(question: Question, fetched: Fetched) -> str:
-    """Return a cache key that covers everything an encoding depends on."""
+    """Return a cache key that contains everything that an encoding depends on."""
     return repr((question.model, fetched.identity, question.sampling, question.pruning))
 
 
 def begun(encoded: EncodedInputs, question: Question, on_thoughts: Callable[[str], None]) -> Answer:
-    """Start answering a question that may follow earlier turns of a conversation. Only this function handles conversations."""
+    """Start answering a question, which may follow earlier turns of a conversation."""
     how = vars(question.generation) | {"seed": question.seed, "on_thoughts": on_thoughts}
     if not question.earlier:
         return encoded.ask(question.text, **how)
