@@ -130,9 +130,8 @@ def serve(
     origins = tuple(map(_origin, cors or ()))
     warm_up()  # warms up while this process imports its dependencies
     try:
-        in_a_thread(
-            partial(import_module, "evoprune_serve.app")
-        )  # importing torch swallows exceptions of signal handlers
+        # Importing torch in the main thread would swallow exceptions from signal handlers.
+        in_a_thread(partial(import_module, "evoprune_serve.app"))
         import uvicorn
 
         from evoprune_serve.app import Settings, make_app
