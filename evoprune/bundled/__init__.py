@@ -1,4 +1,4 @@
-"""The bundled demo models: their files, their training, and the words they know. Imports no numpy."""
+"""Describes the bundled demo models: their files, their training, and the words they know. Does not import numpy."""
 
 import re
 from collections.abc import Mapping
@@ -12,19 +12,19 @@ _WEIGHTS = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Demo:
-    """A demo model: its folder, and the generator of the clips that it was trained on (docs/demo-model.md)."""
+    """A demo model. It has a folder with its files, and was trained on generated clips (see docs/demo-model.md)."""
 
     folder: Path
     world: str
-    tag: str  # comment in the metadata of the generated clips
+    tag: str  # comment that the clip generator writes into the metadata of each clip
     inputs: int  # maximum number of inputs in a training prompt
-    span: int  # temporal positions of the longest training clip, two per second
-    presence: str  # training question about the presence of a thing; {} stands for its name
+    span: int  # number of temporal positions in the longest training clip, two per second
+    presence: str  # the training question that asks whether a thing is present; {} stands for the thing's name
 
     def questions_of(self, query: str) -> tuple[tuple[str, bool], ...]:
         """Return the questions whose answers decide whether a query such as "a red star" or "a red star appears" is true.
 
-        The query may start with an article. Returns pairs of a question and a bool: whether the answer "yes" supports the query.
+        The query may start with an article. Each question is paired with the answer that supports the query (True for yes).
         """
         thing = ARTICLE.sub("", query.strip(), count=1)
         event: tuple[tuple[str, bool], ...] = ()
@@ -35,31 +35,31 @@ class Demo:
         return tuple((text.format(thing), yes) for text, yes in ((self.presence, True), *event))
 
     def unknown_words(self, question: str) -> list[str]:
-        """Return the words of a question that occur in no training question, in order and in lower case."""
+        """Return the words in a question that do not occur in any training question, in order and in lowercase."""
         signs = self.world == "scenes"
         words = (word for word in re.findall(r"\w+", question) if not (signs and SIGN.fullmatch(word)))
         return [word for word in map(str.lower, words) if word not in WORDS[self.world]]
 
     def made(self, tags: Mapping[str, str]) -> bool:
-        """Return True if a file's tags show that it was made by the generator that made this demo's training clips."""
+        """Return True if a file's tags show that the file comes from the generator of this demo's training clips."""
         return any(key.lower() == "comment" and text == self.tag for key, text in tags.items())
 
     @staticmethod
     def stores_tags(container: str) -> bool:
-        """Return True if a file format can store tags. Files in other formats may have been made by any generator."""
+        """Return True if a file format can store tags. A file in any other format does not show how it was made."""
         return _NO_COMMENTS.isdisjoint(container.split(","))
 
     @classmethod
     def of(cls, folder: Path | None) -> Self | None:
-        """Return the demo model in a folder, or None if it is a different folder or None."""
+        """Return the demo model that is stored in `folder`, or None if no demo model is, or if `folder` is None."""
         return next((demo for demo in DEMOS.values() if folder and demo.folder.resolve() == folder.resolve()), None)
 
 
 ARTICLE = re.compile(r"^(a|an|any|the)\s+", re.IGNORECASE)
 AT_START = "Is the {} there at the start?"
 AT_END = "Is the {} there at the end?"
-# Training questions for each event verb, with the answers (True for yes) that together show that the event happens. All demo
-# models were trained with these questions.
+# For each verb that describes an event, the training questions about it, each with an answer (True for yes). The event happens if
+# all questions get these answers. All demo models were trained with these questions.
 EVENTS = {
     " appears": ((AT_START, False), (AT_END, True)),
     " vanishes": ((AT_START, True), (AT_END, False)),
@@ -72,13 +72,13 @@ DEMOS = {
     ),
 }
 
-# Formats (FFmpeg's names) that cannot store a comment: transport formats, raw formats, and frames without a file.
+# Formats that cannot store a comment, by their names in FFmpeg: transport formats, raw formats, and frames without a file.
 _NO_COMMENTS = {
     "mpegts", "hls", "dash", "rtsp", "rtp", "sdp", "mpeg", "mpegvideo", "mjpeg", "mpjpeg", "h264", "hevc", "av1", "obu", "ivf",
     "yuv4mpegpipe", "apng", "stream",
 }  # fmt: skip
 
-WORDS = {  # by world; for scenes, this includes the words in answer options and in the request for a letter
+WORDS = {  # for scenes, this includes the words in answer options and in the sentence that asks for a letter
     world: frozenset(text.split())
     for world, text in {
         "shapes": """
@@ -98,5 +98,6 @@ WORDS = {  # by world; for scenes, this includes the words in answer options and
         """,
     }.items()
 }
-# The text of signs. The model reads signs letter by letter, so questions may contain any word in all caps and any number.
+# Text that may be written on signs. The model reads signs letter by letter, so questions may contain any uppercase word and any
+# number.
 SIGN = re.compile(r"[A-Z]{3,6}|\d+")

@@ -1,4 +1,4 @@
-"""Live video: time windows, the memory of a stream, and the threads that feed it."""
+"""Answers questions about live video: encodes it in time windows, keeps a stream's memory, and runs the threads that feed it."""
 
 from typing import TYPE_CHECKING
 

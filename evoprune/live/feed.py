@@ -1,4 +1,4 @@
-"""Feeds a stream from a live source: one thread reads frames, a second thread encodes them, and the caller asks from a third."""
+"""Feeds a stream from a live source. One thread reads frames and a second one encodes them, while the caller asks questions."""
 
 import threading
 import time
@@ -13,19 +13,20 @@ from evoprune.live.omp import release_omp_threads, use_one_omp_thread
 from evoprune.live.stream import VideoStream
 from evoprune.video import LiveSource
 
-HOLD_S = 0.05  # interval in seconds at which a frame that is held back is checked again
-TARGET_UTILIZATION = 0.97  # share of the time that the encoder should be busy while frames are skipped
+HOLD_S = 0.05  # interval in seconds between two checks whether a frame still has to be held back
+TARGET_UTILIZATION = 0.97  # share of the time that the encoder should be busy while frames are being skipped
 
 
 class Backlog:
-    """Queue of frames between the thread that reads them (`put`) and the thread that encodes them (`take`).
+    """A queue of frames between the thread that reads them (`put`) and the thread that encodes them (`take`).
 
-    If frames wait longer than one and a half windows, the encoder is too slow. In that case, every second queued frame is skipped,
-    and incoming frames are thinned evenly to the rate that the encoder achieved in its latest windows, but to no fewer than two
-    frames per window. If that is still too many, the oldest frames are dropped, so the encoder lags by at most two windows.
+    If frames wait in the queue for longer than one and a half windows, the encoder is too slow. In that case, every second queued
+    frame is skipped. Incoming frames are thinned evenly to the rate that the encoder achieved in its latest windows, but there are
+    always at least two frames per window. If these are still too many, the oldest frames are dropped, so that the encoder lags by
+    at most two windows.
 
-    Frames that arrive earlier than their timestamps, for example from a file that is read at full speed, are never skipped. `put`
-    blocks instead.
+    Frames that arrive before the time in their timestamps, for example from a file that is read at full speed, are never skipped.
+    Instead, `put` blocks.
 
     Args:
         window_s: Length of a window, in seconds.
@@ -38,12 +39,12 @@ class Backlog:
         self.step_s = step_s
         self.stride = 1.0  # one out of this many due frames is used; may be fractional
         self.skipped = 0  # number of due frames that were not used
-        self.lag_s = 0.0  # lag of the last taken frame relative to the source
+        self.lag_s = 0.0  # how many seconds the last frame returned by `take` lagged behind the source
         self.ended = False  # True once no more frames will arrive
         self._now = now
         self._changed = threading.Condition()
         self._waiting: deque[tuple[float, np.ndarray]] = deque()
-        self._late_s = -inf  # time on the clock `now` at which a frame with timestamp 0 would arrive without lag
+        self._late_s = -inf  # time on the clock `now` at which a frame with timestamp 0 arrives if there is no lag
         # Timestamp of the latest frame, and the time at which the next frame is due.
         self._last_s = -inf
         self._next_s = 0.0
@@ -53,21 +54,22 @@ class Backlog:
         self._idle = 0.0
         self._taken = 0
         self._busy_s = self._looked = (
-            0.0  # sums over the latest windows; a window's weight halves with each newer window
+            0.0  # weighted sums over the latest windows; each new window halves the weights of all earlier windows
         )
 
     def due(self) -> float:
-        """Return the time at which the next frame is due, in seconds of the source's clock."""
+        """Return the time at which the next frame is due, in seconds on the source's clock."""
         if self.stride == 1 and self._last_s >= 0:
             return (self._slot(self._last_s) + 1) * self.step_s
         return ceil(self._next_s / self.step_s - 1e-6) * self.step_s
 
     def put(self, time_s: float, frame: np.ndarray) -> None:
-        """Append a due frame. Blocks if the queue is full and the source is ahead of its timestamps."""
+        """Append a due frame to the queue. Blocks if the queue is full and the source is ahead of its timestamps."""
         with self._changed:
             if self._encoder_waits:  # the encoder is waiting for this frame, so it is not late
                 self._late_s = max(self._now() - time_s, self._late_s)
-            max_span_s = 1.5 * self.window_s  # almost a window of frames arrives while a window is encoded
+            # Almost a whole window of frames arrives while another window is being encoded.
+            max_span_s = 1.5 * self.window_s
             while self._span(time_s) >= max_span_s and not self.ended:
                 if self._now() - self._late_s - self._waiting[0][0] >= max_span_s - 1e-6:
                     self._skip(time_s)
@@ -98,9 +100,10 @@ class Backlog:
             return time_s, frame
 
     def encoded(self) -> None:
-        """Count an encoded window. If frames are being skipped, also update the stride.
+        """Record that a window has been encoded. If frames are being skipped, also update the stride.
 
-        The estimate averages over several windows, because frames of the next window may be taken while a window is encoded.
+        The encoder's rate is averaged over several windows, because frames of the next window may be taken from the queue while a
+        window is being encoded.
         """
         with self._changed:
             now = self._now()
@@ -114,11 +117,14 @@ class Backlog:
             self._since, self._idle, self._taken = now, 0.0, 0
 
     def early_s(self, time_s: float) -> float:
-        """Return how many seconds early a frame with the timestamp `time_s` is. The result is negative if the frame is late."""
+        """Return how many seconds early a frame with the timestamp `time_s` would be if it arrived now. Negative means late."""
         return self._late_s + time_s - self._now()
 
     def rest(self, seconds: float, source_waits: bool) -> None:
-        """Exclude time during which the encoder was held back from its busy time, and from its lag if the source waited as well."""
+        """Subtract time during which the encoder was held back from its busy time.
+
+        If the source waited as well (`source_waits`), the time does not count as lag either.
+        """
         with self._changed:
             self._idle += seconds
             if source_waits:
@@ -139,35 +145,35 @@ class Backlog:
         return time_s - self._waiting[0][0] if self._waiting else 0.0
 
     def _skip(self, time_s: float) -> None:
-        """Drop every second queued frame (at most once per window), then the oldest frames until the queue is short enough."""
+        """Drop every second queued frame (at most once per window), then drop the oldest frames until the queue is short enough."""
         before = len(self._waiting)
         if self._now() - self._last_thinned >= self.window_s:
             self._last_thinned = self._now()
             self._waiting = deque(list(self._waiting)[::2])
-            self.stride = max(self.stride, 1.0 + 1e-3)  # above 1, so that `encoded` starts to adapt it
+            self.stride = max(self.stride, 1.0 + 1e-3)  # greater than 1, so that `encoded` starts to update it
         while self._span(time_s) >= 2 * self.window_s:
             self._waiting.popleft()
         self.skipped += before - len(self._waiting)
 
 
 class LiveFeed:
-    """Feed frames from a source to a stream until the source ends or the feed is closed.
+    """Feeds frames from a source to a stream until the source ends or the feed is closed.
 
-    Use it as a context manager: on exit it closes both the source and the stream.
+    Use it as a context manager, which closes both the source and the stream on exit.
 
     Attributes:
         backlog: Queue of frames between the source and the stream.
-        begun: Set after the first frame was fed, or once it is certain that no frame will be fed.
-        ended: Set after the whole source was encoded, or after reading or encoding failed.
-        problem: The exception that ended reading or encoding, or None.
-        latest_s: Time of the latest frame that was fed or is being held back.
+        begun: Set after the first frame has been fed, or once it is certain that no frame will be fed.
+        ended: Set after the whole source has been encoded, or after reading or encoding has failed.
+        problem: The exception that stopped reading or encoding, or None.
+        latest_s: Timestamp of the latest frame that was fed or is being held back.
 
     Args:
-        ask_s: Time of the first question; see `ask_at`.
+        ask_s: Time of the first question. See `ask_at`.
     """
 
     def __init__(self, stream: VideoStream, source: LiveSource, window_s: float, ask_s: float = inf):
-        self.backlog = Backlog(window_s, 0.5)  # placeholder until the first frame sets the stream's step
+        self.backlog = Backlog(window_s, 0.5)  # 0.5 is a placeholder; the first frame sets the stream's step
         self.begun = threading.Event()
         self.ended = threading.Event()
         self.problem: BaseException | None = None
@@ -177,7 +183,7 @@ class LiveFeed:
         self._closing = False
         self._asking = threading.Condition()
         self._ask_s = ask_s
-        release_omp_threads()  # the current thread loaded the model, but another thread will encode
+        release_omp_threads()  # this thread loaded the model, but a different one will encode
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._read, self._encode)]
         for thread in self._threads:
             thread.start()
@@ -194,16 +200,16 @@ class LiveFeed:
             thread.join(3.0)
 
     def ask_at(self, time_s: float) -> None:
-        """Hold back frames from this time on until the next call, so that a question sees exactly the earlier frames.
+        """Hold back all frames from this time on until the next call, so that a question sees exactly the frames before that time.
 
-        If the source does not wait, a frame is held back only while it is early.
+        If the source does not wait for its frames to be read, a frame is held back only for as long as it is early.
         """
         with self._asking:
             self._ask_s = time_s
             self._asking.notify_all()
 
     def check(self) -> None:
-        """Raise the error that ended reading or encoding, if any."""
+        """Raise the error that stopped reading or encoding, if there was one."""
         if self.problem:
             raise self.problem
 
@@ -213,7 +219,7 @@ class LiveFeed:
             with closing(self._source.frames(self.backlog.due)) as frames:
                 for time_s, frame in frames:
                     self.backlog.put(time_s, self._stream.scaled(frame))
-        except BaseException as problem:  # `check` raises it in the asking thread
+        except BaseException as problem:  # `check` raises it in the thread that asks questions
             self.problem = self.problem or problem
         self.backlog.end()
 
@@ -244,7 +250,7 @@ class LiveFeed:
         self.ended.set()
 
     def _hold(self, time_s: float) -> None:
-        """Wait to feed a frame until all questions that are due before it have been asked."""
+        """Hold back a frame until all questions that are due before it have been asked."""
         self.latest_s = time_s
         with self._asking:
             while time_s >= self._ask_s - 1e-6 and not self._closing:

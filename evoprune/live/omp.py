@@ -1,4 +1,4 @@
-"""Controls the OpenMP threads of this process, which are shared by the threads of a live stream."""
+"""Controls how the threads of a live stream use this process's OpenMP threads."""
 
 import ctypes
 import functools
@@ -10,26 +10,28 @@ SOFT = 1  # omp_pause_soft: OpenMP keeps its settings while paused
 
 
 def release_omp_threads() -> None:
-    """End the idle OpenMP threads of the current thread, which will not compute for a while. They restart when it computes again.
+    """End the idle OpenMP threads that belong to the current thread. They are restarted when this thread computes again.
 
-    If there are more OpenMP threads than cores, threads that compute for another thread sleep between parallel steps instead of
-    spinning. That makes encoding 24 frames with a 3B model a sixth slower (results/machines.md). This is a no-op unless torch uses
-    GNU's OpenMP.
+    Call this in a thread that will not compute for a while. As long as its idle OpenMP threads exist, there are more OpenMP threads
+    than cores, so OpenMP threads that compute for another thread sleep between parallel steps instead of spinning. As a result,
+    encoding 24 frames with a 3B model takes a sixth longer (results/machines.md).
+
+    Does nothing unless torch uses GNU's OpenMP.
     """
     if library := _openmp():
         library.omp_pause_resource_all(SOFT)
 
 
 def use_one_omp_thread() -> None:
-    """Make the current thread run elementwise operations, such as scaling, on its own. Matrix products still use many threads."""
-    torch.get_num_threads()  # makes torch set this thread's number of threads now; otherwise torch would later overwrite the 1
+    """Use only one thread for the current thread's elementwise operations, such as scaling. Matrix products still use many."""
+    torch.get_num_threads()  # makes torch initialize this thread's number of threads now, or it would overwrite the 1 later
     if library := _openmp():
         library.omp_set_num_threads(1)
 
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """Return the GNU OpenMP library loaded by torch, or None if there is no such library or it cannot pause threads."""
+    """Return the GNU OpenMP library that torch has loaded, or None if there is none or if it cannot pause threads."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -37,4 +39,4 @@ def _openmp() -> ctypes.CDLL | None:
     paths = (line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line)
     path = next((path for path in paths if "torch" in path), None)
     library = path and ctypes.CDLL(path)
-    return library if hasattr(library, "omp_pause_resource_all") else None  # OpenMP 5.0, since GCC 9
+    return library if hasattr(library, "omp_pause_resource_all") else None  # added in OpenMP 5.0 (GCC 9)

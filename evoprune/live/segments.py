@@ -1,8 +1,8 @@
 """Encodes a segment of a longer video without encoding units that have not changed since the previous segment.
 
-An unchanged unit does not get a new row. Instead, it is represented by the row that represented the same place at the end of the
-previous segment. In every layer, attention also sees the keys and values of that row. After the tower, that row may become a token
-at its place in this segment.
+An unchanged unit does not get a new row. Instead, it is represented by the row that represented its place at the end of the
+previous segment. In every layer, the rows of the current segment also attend to that row's keys and values. After the tower, that
+row may become a token of the current segment.
 """
 
 from collections.abc import Iterable
@@ -26,28 +26,30 @@ class NothingNew(Exception):
 
 @dataclass(frozen=True)
 class Earlier:
-    """State carried from one segment to the next: for each of P places, the row that represents the last unit at this place."""
+    """State that is carried from one segment to the next. For each of P places, it describes the row of the last unit there."""
 
     references: ReferenceBlocks  # pixels of the last unit at each place
-    keys_values: dict[int, torch.Tensor]  # by layer: `[P, 2, 4, heads, d]`
-    features: torch.Tensor  # `[P, D]`, after the patch merger
-    deepstack: torch.Tensor  # `[P, n, D]`
+    keys_values: dict[int, torch.Tensor]  # `[P, 2, 4, heads, d]` for each layer
+    features: torch.Tensor  # `[P, D]`, the output of the patch merger
+    deepstack: torch.Tensor  # `[P, n, D]`, the DeepStack features
 
 
 def encode_segment(
     visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, earlier: Earlier | None, **options: Any
 ) -> tuple[EncodedRows, Earlier | None]:
-    """Encode a segment like `vision.encoder.encode_rows` encodes a video, and also return the state for the next segment.
+    """Encode a segment as `vision.encoder.encode_rows` encodes a video, and also return the state for the next segment.
 
     Args:
-        earlier: State returned for the previous segment, or None.
+        earlier: The state that was returned for the previous segment, or None.
 
     Returns:
-        The rows, and the state for the next segment. If the plan reuses nothing, or if its stages or its selector need more than
-        rows, `earlier` is ignored and the returned state is None.
+        The rows, and the state for the next segment. If the plan does not reuse units, or if its stages or its selector need more
+        than rows, `earlier` is ignored and the returned state is None.
 
     Raises:
-        NothingNew: No unit has changed since the previous segment. For other errors, see `encode_rows`.
+        NothingNew: No unit has changed since the previous segment.
+
+    For the other exceptions, see `encode_rows`.
     """
     stage = plan.token_stage
     whole = any(stage.whole_pairs for stage in plan.row_stages)
@@ -59,7 +61,7 @@ def encode_segment(
 
 
 class SegmentRun(EncoderRun):
-    """A single run of the tower, on one segment. `left` holds the state for the next segment."""
+    """A run of the tower on one segment. Afterwards, `left` holds the state for the next segment."""
 
     def __init__(self, visual, plan: EncoderPlan, earlier: Earlier | None, **options: Any):
         super().__init__(visual, plan, **options)
@@ -79,7 +81,7 @@ class SegmentRun(EncoderRun):
         return rows
 
     def select_rows(self, rows: Rows, stage: Stage) -> Rows:
-        """Select only among the rows of this segment. Units represented by rows of the previous segment keep those rows."""
+        """Select only among this segment's rows. Units that are represented by a row of the previous segment keep that row."""
         if self._outside is None:
             return super().select_rows(rows, stage)
         left = super().select_rows(self._inside(rows), stage)
@@ -88,11 +90,11 @@ class SegmentRun(EncoderRun):
         return replace(left, unit_to_row=unit_to_row, reach="clip", size_bias=True)
 
     def _inside(self, rows: Rows) -> Rows:
-        """Return the rows of this segment, with -1 for each unit that is represented by a row of the previous segment."""
+        """Return this segment's rows, with the row index -1 for each unit that a row of the previous segment represents."""
         return replace(rows, unit_to_row=torch.where(self._outside, -1, rows.unit_to_row))
 
     def visible(self, layer: int, k: torch.Tensor, v: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the previous segment's keys and values to those of a layer, and store the last pair's for the next segment."""
+        """Append the previous segment's keys and values to a layer's own, and store the last frame pair's for the next segment."""
         both = torch.stack([k, v], 1)
         if self._earlier:
             both = torch.cat([both, self._earlier.keys_values[layer]])
@@ -102,10 +104,10 @@ class SegmentRun(EncoderRun):
         return k, v
 
     def finish(self, rows: Rows) -> Rows:
-        """Return the rows of this segment, with each row carried over from the previous segment.
+        """Return this segment's rows together with the rows that were carried over from the previous segment.
 
         A carried-over row is placed at the first unit that it represents in this segment. If there are such rows, `selection`
-        becomes None: it covers only the rows that were computed here, so the language model cannot use it.
+        becomes None, because it covers only the rows that were computed in this segment, so the language model cannot use it.
         """
         if self._outside is not None:
             rows = self._with_earlier(super().finish(self._inside(rows)))
@@ -118,7 +120,7 @@ class SegmentRun(EncoderRun):
         return rows
 
     def _with_earlier(self, rows: Rows) -> Rows:
-        """Merge the rows of this segment with the carried-over rows, in unit order."""
+        """Merge this segment's rows with the carried-over rows, sorted by unit."""
         outside = self._outside.view(-1, self.geometry.units)
         place = outside.any(0).nonzero()[:, 0]
         rank = torch.zeros_like(outside[0], dtype=torch.int64)
@@ -134,7 +136,7 @@ class SegmentRun(EncoderRun):
 
 
 def check_carried(session: Session, plan: Plan) -> None:
-    """Check that the state carried from one window of a stream to the next fits into memory.
+    """Check that the state that is carried from one window of a stream to the next fits into memory.
 
     Raises:
         OutOfMemory: The state does not fit.

@@ -1,13 +1,13 @@
 """Live video: frames are fed as they arrive, and questions about the video so far can be asked at any time.
 
-Frames are collected in time windows. As soon as a window is finished, it is encoded like a short video and its tokens are
-prefilled into the KV cache. A question also covers the frames of the unfinished window, which are encoded just for the question.
+Frames are collected in time windows. As soon as a window is complete, it is encoded like a short video, and its tokens are
+prefilled into the KV cache. A question also covers the frames of the unfinished window, which are encoded just for this question.
 After the answer, everything that was prefilled for the question is cropped from the cache. The model sees all windows as a single
-video: each token has the position of its frame pair by Qwen's rule, counted from the first frame of the stream.
+video: by Qwen's rule, each token has the position of its frame pair, counted from the first frame of the stream.
 
-The newest half of the memory is kept whole, and older windows are thinned (see `kept_counts`). The remaining tokens keep their
-positions. Before positions would leave the range that the model supports, the cached keys are rotated back so that the video
-begins at the oldest remaining window.
+The windows in the newest half of the memory keep all their tokens, and older windows are thinned (see `kept_counts`). The remaining
+tokens keep their positions. If a position would exceed the range that the model supports, the cached keys are first rotated back so
+that the video starts at the oldest remaining window.
 
 Units that have not changed since the previous window are not encoded again, but they may still become tokens of each window (see
 segments.py).
@@ -54,37 +54,37 @@ from evoprune.util import brief, check_type
 from evoprune.video import FrameChunk, Plan, SamplingOptions, SamplingPlan, Video
 from evoprune.vision import Encoded, EncodedRows, resize
 
-CONTEXT = 32_768  # assumed context length of a model that states none
+CONTEXT = 32_768  # context length to assume for a model whose config does not state one
 ROOM = 0.75  # share of the context that the video may use; the rest is for questions and answers
 MAX_WAITING = 4  # windows that may queue up while an answer is being generated
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The part of a stream that is in memory or covered by a question. Times are frame timestamps in seconds."""
+    """The part of a stream that is in memory or that a question covers. Times are frame timestamps in seconds."""
 
     start_s: float  # start of the oldest window that still has tokens
     end_s: float
     windows: int
     tokens: int
-    frames: int  # frames used since the stream began, including frames that are no longer in memory
+    frames: int  # number of frames used since the stream began, including frames that are no longer in memory
     thinned: int  # number of windows that have lost tokens
-    skipped: int = 0  # due frames of a live source that were not used because the machine was too slow
+    skipped: int = 0  # number of due frames from a live source that were not used because the machine was too slow
     lag_s: float | None = None  # lag of the latest frame relative to its live source; None without a live source
 
 
 @dataclass
 class Window:
-    """A window of a stream that still has C columns."""
+    """A window of a stream, of which C columns are still in memory."""
 
     start_s: float
     end_s: float
-    time: int  # temporal position of its first column, counted from the start of the stream
+    time: int  # temporal position of the window's first column, counted from the start of the stream
     whole: int  # number of tokens before thinning
-    # int64 `[C]`: rank of each column. Rank 0 is dropped last. Text has the lowest rank of its frame pair.
+    # int64 `[C]`: rank of each column. Rank 0 is dropped last. Text has the lowest rank in its frame pair.
     order: torch.Tensor
-    visual: torch.Tensor  # bool `[C]`: which columns are visual tokens
-    ids: torch.Tensor  # int64: distinct token ids of its unpruned prompt, for the repetition penalty
+    visual: torch.Tensor  # bool `[C]`: True for columns that are visual tokens
+    ids: torch.Tensor  # int64: distinct token IDs in the window's unpruned prompt, for the repetition penalty
 
     @property
     def tokens(self) -> int:
@@ -93,12 +93,12 @@ class Window:
 
 @dataclass(frozen=True)
 class EncodedWindow:
-    """An encoded window and its columns.
+    """An encoded window and its prompt columns.
 
     Attributes:
         frames: Number of frames in the window.
         end: Slot at which the window ends (exclusive).
-        earlier: State for the next window, or None if there is no such state or if the window is waiting to be prefilled.
+        earlier: State for encoding the next window. None if there is no such state or if the window is waiting to be prefilled.
         prompt: Prompt columns, with positions counted from the start of the stream.
     """
 
@@ -111,14 +111,14 @@ class EncodedWindow:
 
 
 class PriorityLock:
-    """Lock that gives priority to answers: while an answer waits for the lock or holds it, `pause` blocks the other threads.
+    """A lock that gives priority to answers. While an answer waits for the lock or holds it, `pause` blocks the other threads.
 
-    As a result, answers come first, then the encoder, then windows that are waiting to be prefilled.
+    As a result, answers come first, the encoder second, and windows that are waiting to be prefilled last.
     """
 
     def __init__(self):
         self.lock = RLock()  # for work without priority
-        self.generating = False  # True once the question has been prefilled: the encoder may then run between tokens
+        self.generating = False  # True once the question has been prefilled, so that the encoder may run between tokens
         self._calm = Event()
         self._calm.set()
 
@@ -144,12 +144,15 @@ class PriorityLock:
 
 
 class _QuestionWaits(Exception):
-    """Raised to postpone prefilling a window because a question takes precedence."""
+    """Raised to postpone a window's prefill because a question takes precedence."""
 
 
 @dataclass(eq=False)
 class _WindowInput(OpenInput):
-    """Frames in memory that are encoded as a segment of a longer video. `left` holds the state for the next window."""
+    """An input whose frames are in memory and are encoded as a segment of a longer video.
+
+    After encoding, `left` holds the state for the next window.
+    """
 
     threaded: ClassVar[bool] = False
 
@@ -169,11 +172,11 @@ class _WindowInput(OpenInput):
 
 
 class VideoStream(Askable):
-    """Answer questions about a stream of frames. Created by `VideoQA.stream`; use it as a context manager.
+    """Answers questions about a stream of frames. Create it with `VideoQA.stream`, and use it as a context manager.
 
-    One thread feeds frames while other threads ask questions. A question waits until the window that is being encoded is finished.
-    While a question is prefilled, the encoder pauses; while the answer is generated, the encoder continues layer by layer. If a
-    window is finished during an answer, or a question interrupts its prefill, the window is prefilled after the answer.
+    One thread feeds frames while other threads ask questions. A question waits until the window that is being encoded is done.
+    The encoder pauses while a question is being prefilled, and continues layer by layer while the answer is being generated. If a
+    window is encoded during an answer, or if a question interrupts the window's prefill, the window is prefilled after the answer.
 
     Attributes:
         skipped, lag_s: Set by the code that feeds frames, and reported by `seen`.
@@ -196,7 +199,7 @@ class VideoStream(Askable):
         self._sampling = sampling
         self._system = system
         self._name = name
-        self._inputs_reported = True  # a question pays only for encoding the unfinished window
+        self._inputs_reported = True  # because a question is charged only for encoding the unfinished window
         self._gate = Lock()
         self._feeding = RLock()
         self.skipped = 0
@@ -206,14 +209,16 @@ class VideoStream(Askable):
         self._plan: Plan | None = None
         self._slots = []
         self._frames = []
-        self._changes_shape = False  # whether a frame had a different aspect ratio than the first frame
+        self._changes_shape = False  # True once a frame's aspect ratio has differed from the first frame's
         self._origin_s = self._last_s = 0.0
         self._memory: StreamMemory | None = None
         self._waiting: list[EncodedWindow] = []
         self._following = 0  # position after the latest window, counted from the start of the stream
         self._latest: EncodedInput | None = None  # encoding of the latest finished window
-        self._earlier: Earlier | None = None  # state for the next window
-        self._unfinished: EncodedWindow | None = None  # the unfinished window, as the latest question saw it
+        self._earlier: Earlier | None = None  # state for encoding the next window
+        self._unfinished: EncodedWindow | None = (
+            None  # the unfinished window with the frames that the latest question saw
+        )
         self._count = self._done = 0  # number of frames used so far; slot after the last finished window
         self._open: int | None = None  # turn number of the answer that is being generated
         self._problem: str | None = None
@@ -229,23 +234,24 @@ class VideoStream(Askable):
 
     @property
     def seen(self) -> Seen | None:
-        """Describes the finished windows in memory, or None before the first window is finished. Does not block."""
+        """Describes the finished windows that are in memory. None before the first window is finished. Does not block."""
         return self._memory and self._seen([])
 
     @property
     def until_s(self) -> float | None:
-        """Time up to which a question would see the video, including the unfinished window. Does not block."""
+        """Time up to which a question asked now would see the video, including the unfinished window. Does not block."""
         if slots := self._slots:
             return self._origin_s + (slots[-1] + 1) * self.step_s
         return self.seen and self.seen.end_s
 
     @property
     def report(self) -> Report:
-        """Report about the latest finished window, or about the unfinished window if no window is finished. Contains no answer."""
-        return self._report(self._latest or self._look() or self._latest)  # the window may have been finished meanwhile
+        """Report about the latest finished window or, if there is none, about the unfinished window. It has no answer."""
+        # Read `_latest` again at the end, because the unfinished window may have been finished in the meantime.
+        return self._report(self._latest or self._look() or self._latest)
 
     def add(self, frame: np.ndarray, time_s: float) -> bool:
-        """Feed a frame. If it is the first frame of a new window, the previous window is first encoded and prefilled.
+        """Feed a frame. If it starts a new window, the previous window is encoded and prefilled first.
 
         Args:
             frame: uint8 `[H, W, 3]`, RGB. The first frame determines the size that the model sees. Later frames are scaled to this
@@ -253,14 +259,14 @@ class VideoStream(Askable):
             time_s: Timestamp in seconds from an arbitrary origin. It must not be earlier than the previous frame's timestamp.
 
         Returns:
-            True if the frame is used. If frames arrive faster than the stream's rate, some of them are not used.
+            True if the frame is used. If frames arrive at a higher rate than the stream's, some of them are not used.
 
         Raises:
             UsageError: The array is not a frame, time goes backwards, or the stream is closed.
             OutOfMemory: There is not enough memory.
             ModelError: The model fails.
         """
-        with self._gate:  # lets a waiting question go first
+        with self._gate:  # let a waiting question go first
             pass
         with self._feeding:
             self._check_open()
@@ -292,9 +298,9 @@ class VideoStream(Askable):
             return True
 
     def scaled(self, frame: np.ndarray) -> np.ndarray:
-        """Return a frame scaled to the size that the encoder reads. `add` accepts frames of this size as well.
+        """Scale a frame to the size that the encoder reads, which `add` also accepts.
 
-        Before the first frame is added, this size is unknown, and the frame is returned unchanged.
+        Before the first frame has been added, this size is unknown, and the frame is returned unchanged.
         """
         if self._plan is None:
             return frame
@@ -319,14 +325,14 @@ class VideoStream(Askable):
         return bordered
 
     def flush(self) -> None:
-        """End the unfinished window now: encode and prefill its frames. Raises the same errors as `add`."""
+        """End the unfinished window now, and encode and prefill its frames. Raises the same errors as `add`."""
         with self._feeding:
             self._check_open()
             if self._slots:
                 self._finish(self._slots[-1] + 1)
 
     def catch_up(self) -> None:
-        """Prefill windows that were waiting for an answer to end. Call this occasionally while no frames arrive.
+        """Prefill windows that have been waiting for an answer to finish. Call this occasionally while no frames arrive.
 
         Raises the same errors as `add`.
         """
@@ -336,8 +342,8 @@ class VideoStream(Askable):
                     self._read_waiting(polite=True)
 
     def close(self) -> None:
-        """Free the memory. An answer that is being generated ends."""
-        self._problem = self._problem or "the stream is closed"  # stops a running encoder at its next layer
+        """Free the stream's memory. If an answer is being generated, it is stopped."""
+        self._problem = self._problem or "the stream is closed"  # stops the encoder at its next layer if it is running
         with self._feeding, self._lock.lock:
             self._turn += 1
             self._memory, self._latest, self._earlier, self._unfinished = None, None, None, None
@@ -345,11 +351,11 @@ class VideoStream(Askable):
 
     @property
     def step_s(self) -> float | None:
-        """Interval between two frames that are used, in seconds, or None before the first frame."""
+        """Interval in seconds between two frames that are used, or None before the first frame."""
         return self._plan and self._plan.sampling.seconds_per_frame
 
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
-        """Plan a window as a video of the same length, and prefill the prompt before the video, which also packs the weights."""
+        """Plan a window like a video of the same length, and prefill the prompt before the video, which also packs the weights."""
         height, width, _ = frame.shape
         window = Video(
             self._name, self._options.window_s, width, height, 0, "raw", None, "stream", None, None, None, 0.0
@@ -364,7 +370,7 @@ class VideoStream(Askable):
             window_tokens = self._plan.encoder.keep
             room = floor(ROOM * (loaded.model.config.text_config.max_position_embeddings or CONTEXT))
             wanted = options.memory_tokens or floor(options.memory_s / options.window_s * window_tokens)
-            limit = min(wanted, room)  # tokens in memory
+            limit = min(wanted, room)  # maximum number of tokens in memory
             if limit < 2 * window_tokens:
                 problem = f"a memory of {limit:,} tokens is smaller than two windows of {window_tokens:,}"
                 raise UsageError(problem, "use a longer memory, shorter windows (window_s, --window) or a lower budget")
@@ -378,7 +384,7 @@ class VideoStream(Askable):
             raise
 
     def _finish(self, end: int) -> None:
-        """Encode the frames of a window that ends before slot `end`. Also prefill it, unless an answer is being generated."""
+        """Encode the frames of a window that ends before slot `end`, and prefill them unless an answer is being generated."""
         slots = self._slots
         frames = self._frames
         done = self._done
@@ -397,10 +403,10 @@ class VideoStream(Askable):
                 self._read_waiting(polite=len(self._waiting) <= MAX_WAITING)
 
     def _look(self) -> EncodedInput | None:
-        """Encode the unfinished window for a question, unless the latest question saw the same frames. Return None without frames.
+        """Encode the unfinished window for a question, unless the latest question saw the same frames.
 
-        The time spent here, including the wait for a window that is being encoded, is charged to the next question that is
-        prefilled.
+        Returns None if the window has no frames. The time spent here, including the wait for another window to be encoded, is
+        charged to the next question that is prefilled.
         """
         clock = Clock(self._session.device)
         fresh = None
@@ -425,7 +431,7 @@ class VideoStream(Askable):
             return window and window.encoding
 
     def _charge_next_question(self, seconds: dict[str, float], wall: float) -> None:
-        """Add to the time that the next question is charged for."""
+        """Add to the time that is charged to the next question."""
         if self._inputs_reported:
             owed = dict.fromkeys(INPUT_STAGES, 0.0)
             owed_wall = 0.0
@@ -438,20 +444,20 @@ class VideoStream(Askable):
     def _encode(
         self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]
     ) -> EncodedWindow:
-        """Encode a window that ends before slot `end`, in the same way as a file of its length. Does not change the stream.
+        """Encode a window in the same way as a file of the same length. Does not change the stream.
 
         Args:
-            slots: Slot of each frame, in steps of the stream's rate.
+            slots: The slot of each frame. There is one slot per frame at the stream's rate.
             frames: The frames.
-            done: Slot after the previous window.
-            end: Slot after this window.
+            done: The first slot after the previous window.
+            end: The first slot after this window.
             pause: Called before each layer of the encoder.
         """
         session = self._session
         base = self._plan
         step_s = self.step_s
         count = len(frames)
-        if count % 2:  # repeat the last frame if the number is odd, like Hugging Face
+        if count % 2:  # if the number of frames is odd, repeat the last one, as Hugging Face does
             slots = [*slots, slots[-1]]
             frames = [*frames, frames[-1]]
         first = max(done, slots[0] // base.sampling.frames * base.sampling.frames)
@@ -475,7 +481,7 @@ class VideoStream(Askable):
         window = _WindowInput(session, plan, clock, pixels, self._earlier, pause)
         try:
             encoding = window.encode()
-        except NothingNew:  # encode the whole window without reuse
+        except NothingNew:  # then encode the whole window without reusing anything
             window = _WindowInput(session, plan, Clock(torch.device("cpu")), pixels, None, pause)
             encoding = window.encode()
         if self._changes_shape:
@@ -485,7 +491,7 @@ class VideoStream(Askable):
         return EncodedWindow(count, end, encoding, window.left, *columns)
 
     def _pause(self) -> None:
-        """Let answers go first, and raise an error if the stream was closed. Called before each layer of the encoder."""
+        """Let answers go first, and raise an error if the stream has been closed. Called before each layer of the encoder."""
         self._lock.pause()
         self._check_open()
 
@@ -493,8 +499,8 @@ class VideoStream(Askable):
         """Prefill the queued windows.
 
         Args:
-            polite: Stop as soon as a question is waiting.
-            after: Windows for which room is made afterwards.
+            polite: Whether to stop as soon as a question is waiting.
+            after: Windows to make room for after the queued windows have been prefilled.
         """
         self._memory.cache.crop(self._memory.columns)
         pause = self._give_way if polite else lambda: None
@@ -506,7 +512,7 @@ class VideoStream(Askable):
                 self._memory.make_room(window)
         except _QuestionWaits:
             return
-        except BaseException:  # including Ctrl-C, because the cache may be in an inconsistent state
+        except BaseException:  # including Ctrl-C, because the cache may now be inconsistent
             self._problem = "reading a window was interrupted"
             raise
 
@@ -521,9 +527,10 @@ class VideoStream(Askable):
     def _ids_around_video(
         self, question: str, thinking: bool = False, earlier: Sequence[Turn] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the prompt's token ids before the video and after it, both int64."""
+        """Return the prompt's token IDs before the video and those after it, both int64."""
         loaded = self._session.loaded
-        times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()  # markers go with the frame pairs
+        # The markers around the video belong to the frame pairs.
+        times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()
         kwargs = {"system": self._system, "times": times, "thinking": thinking, "earlier": earlier}
         prompt = Prompt.build(loaded.tokenizer, question, [("video", 1)], **kwargs)
         (video,) = prompt.places[0].around or prompt.places[0].runs
@@ -548,11 +555,11 @@ class VideoStream(Askable):
 
     @property
     def _unread(self) -> list[EncodedWindow]:
-        """A list with the unfinished window as the latest question saw it, or an empty list if there is none."""
+        """A list with the unfinished window as the latest question saw it. The list is empty if there is no such window."""
         return [self._unfinished] if self._unfinished else []
 
     def _seen(self, unread: Sequence[EncodedWindow]) -> Seen | None:
-        """Describe the windows in memory together with the windows `unread`, or return None if there are no windows."""
+        """Describe the windows in memory together with those in `unread`, or return None if there are no windows at all."""
         windows = [*self._memory.windows, *(encoded.window for encoded in unread)]
         if not windows:
             return None
@@ -597,7 +604,7 @@ class VideoStream(Askable):
         return state
 
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
-        """Check the prompt against the maximum size of the memory, which may fill up before the question is prefilled."""
+        """Check that the prompt fits even if the memory is full, because it may fill up before the question is prefilled."""
         self._session.loaded.check_texts(question, earlier=earlier)
         _, ids = self._ids_around_video(question, options.thinking, earlier)
         with self._lock:
@@ -613,10 +620,10 @@ class VideoStream(Askable):
 
 @torch.inference_mode()
 def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
-    """Rank the tokens of a window by when to drop them. Returns int64 `[K]` on the CPU; the token with rank 0 is dropped last.
+    """Rank the tokens of a window by how long they should stay. Returns int64 `[K]` on the CPU, with rank 0 for the last to go.
 
-    The pruning method selects half of the tokens again, then a quarter, and so on. The tokens that are selected most often stay
-    longest. If the tokens were not made by a selector, the selector of the method `evoprune` is used.
+    The pruning method selects half of the tokens again, then a quarter of them, and so on. The more often a token is selected, the
+    longer it stays. If the tokens were not chosen by a selector, the selector of the `evoprune` method is used.
     """
     if stage := rows.plan.token_stage:
         selector = stage.selector
@@ -647,8 +654,9 @@ def window_columns(
 
     Args:
         order: The result of `staying_order`.
-        slots: Slots of the frames, counted from the start of the stream in steps of `step_s` seconds.
-        following: First position after the previous window. It is used only if the prompt states the time of each frame pair.
+        slots: The slot of each frame, counted from the start of the stream.
+        step_s: Length of a slot, in seconds.
+        following: The first position after the previous window, which is used only if the prompt states each frame pair's time.
     """
     config = loaded.model.config.vision_config
     span = encoding.plan.sampling
@@ -669,7 +677,7 @@ def window_columns(
     prompt = prune_prompt(ids, [place], [encoding.encoded], positions, loaded.language.embed)
     stays = torch.full_like(ids, len(order))
     stays[prompt.columns[prompt.visual]] = order
-    # The text of a frame pair stays as long as the last of the pair's tokens.
+    # The text of a frame pair stays for as long as any of the pair's tokens does.
     for run, tokens in zip(place.around, place.runs, strict=False):
         first = stays[run.start : run.stop].min()
         stays[run.start : tokens.start] = stays[tokens.stop : run.stop] = first
@@ -682,7 +690,7 @@ class StreamMemory:
     """The windows in a KV cache, preceded by the part of the prompt that comes before the video.
 
     Args:
-        ids: int64 `[n]`, token ids of the prompt before the video.
+        ids: int64 `[n]`, token IDs of the prompt before the video.
         limit: Maximum number of tokens in memory.
         window_tokens: Number of tokens in a full window.
         room: Number of positions available to the video.
@@ -702,8 +710,8 @@ class StreamMemory:
         self._limit = limit
         self._window = window_tokens
         self._room = room
-        self._moved = 0  # number of positions by which the start of the video was moved
-        # If the text states times, the row and column positions of a frame pair also continue from the preceding text.
+        self._moved = 0  # number of positions by which the start of the video has been moved
+        # If the prompt states times, the row and column positions of a frame pair also continue from the text before it.
         alike = int(language.model.config.vision_config.traits.timestamps)
         self._axes = torch.tensor([[1], [alike], [alike]], dtype=torch.int64, device="cpu")
         language.forward(language.embed(ids), arange_on(len(ids), "cpu").expand(3, -1), self.cache)
@@ -720,9 +728,9 @@ class StreamMemory:
 
     @torch.inference_mode()
     def read(self, encoded: EncodedWindow, pause: Callable[[], None]) -> None:
-        """Prefill a window and thin earlier windows. If an error interrupts this, the cache is unusable.
+        """Prefill a window and thin earlier windows. If an error interrupts this, the cache is no longer usable.
 
-        `pause` is called before each layer of the language model. If `pause` raises an exception, the cache is left unchanged.
+        `pause` is called before each layer of the language model. If it raises an exception, the cache stays as it was.
         """
         self.make_room(encoded)
         self.following = self.look(encoded, pause)
@@ -731,7 +739,7 @@ class StreamMemory:
 
     @torch.inference_mode()
     def look(self, encoded: EncodedWindow, pause: Callable[[], None] = lambda: None) -> int:
-        """Prefill a window after the windows in memory, if there is room for it. Crop the cache to `columns` to undo this.
+        """Prefill a window after the windows in memory, if there is room for it. To undo this, crop the cache to `columns`.
 
         Returns:
             The position of the text after the window.
@@ -746,9 +754,9 @@ class StreamMemory:
     def make_room(self, encoded: EncodedWindow) -> None:
         """Move the start of the video to the oldest remaining window if `encoded` would exceed the position range.
 
-        Windows that do not fit even then are dropped; unless the range is short, they have few tokens left. An eighth of the range
-        is freed at a time, in whole windows. Otherwise, every new window of a long memory would move the cached keys, and each move
-        rounds them.
+        The oldest windows are dropped if there is still not enough room. Unless the range is short, they have few tokens left by
+        then. An eighth of the range is freed at a time, in whole windows. Otherwise, once the memory is long, every new window
+        would move the cached keys, and each move rounds them.
         """
         first = encoded.window.time
         last = int(encoded.prompt.last[0])
@@ -763,7 +771,7 @@ class StreamMemory:
         self._moved = beginning
 
     def _thin(self, counts: Sequence[int]) -> None:
-        """Keep the given number of tokens in each window, in the order of their ranks."""
+        """Keep the given number of tokens in each window, namely those with the lowest ranks."""
         stay = [window.order < count for window, count in zip(self.windows, counts, strict=True)]
         if all(bool(kept.all()) for kept in stay):
             return
@@ -777,21 +785,21 @@ class StreamMemory:
 def kept_counts(windows: Sequence[tuple[int, int]], limit: int) -> list[int]:
     """Return the number of tokens to keep in each window, oldest window first.
 
-    The newest windows, up to half of the limit, are kept whole. The same number of windows before them should keep half of their
-    tokens, the same number before those should keep a quarter, and so on. While the total exceeds `limit`, windows that have more
-    tokens than they should keep are halved, starting with the oldest.
+    The newest windows keep all their tokens, as long as these take up at most half of the limit. The same number of windows before
+    them should keep half of their tokens, the same number before those should keep a quarter, and so on. While the total exceeds
+    `limit`, windows that have more tokens than they should keep are halved, starting with the oldest.
 
     Args:
-        windows: For each window, the number of tokens that are left and the original number.
+        windows: For each window, the number of tokens that are left and the original number of tokens.
         limit: Maximum total. It must be at least twice the number of tokens in the largest window.
     """
     counts = [left for left, _ in windows]
     group = max(
         1, limit // (2 * max(whole for _, whole in windows))
-    )  # number of windows that should keep the same share
+    )  # number of windows that should keep the same share of their tokens
     due = [whole >> ((len(windows) - 1 - number) // group) for number, (_, whole) in enumerate(windows)]
     while (over := sum(counts) - limit) > 0:
-        for number, count in enumerate(counts):  # halve every window once before halving the oldest again
+        for number, count in enumerate(counts):  # halve every window once before halving the oldest window again
             if over > 0 and count > due[number]:
                 counts[number] = max(due[number], count // 2)
                 over -= count - counts[number]

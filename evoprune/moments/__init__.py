@@ -1,4 +1,4 @@
-"""Finds the moments of a long video that match a query: asks about every segment, then locates the borders of the moments."""
+"""Finds the moments in a long video that match a query, by asking about every segment and then locating the moments' borders."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,8 @@
-"""Finds moments: encodes each segment of a video once, asks every query about it, then locates the borders of the best moments.
+"""Finds moments. Encodes each segment of a video once, asks every query about it, and then locates the best moments' borders.
 
-The score of a segment comes from the first token of the answer: the probability of yes, assuming that only yes and no are possible.
-Segments are independent of each other. Each one is dropped before the next one is encoded, so memory use does not grow with the
-length of the video.
+A segment's score is computed from the first token of the answer. It is the probability of yes if yes and no are assumed to be the
+only possible answers. Segments are independent of each other. Each segment is dropped before the next one is encoded, so memory use
+does not grow with the length of the video.
 """
 
 import math
@@ -40,21 +40,22 @@ from evoprune.session import (
 from evoprune.util import brief, check_question
 from evoprune.video import GivenInput, Input, Plan, SamplingOptions, Subtitles, Video, probe, read_subtitles
 
-# Questions that together decide whether a segment matches a query, each with the answer (True for yes) that indicates a match.
+# The questions that decide together whether a segment matches a query, each with the answer (True for yes) that indicates a match.
 Questions = tuple[tuple[str, bool], ...]
-# Function that is called with a stage, the number done and the total. Stages: "segment"; then "piece" (a piece of one of the best
-# segments); then, for each query, "moment" (a moment whose borders are known).
+# Function that is called with a stage, the number of finished items and the total. The stages are "segment", then "piece" (a piece
+# of one of the best segments), and then, for each query, "moment" (a moment whose borders have been found).
 Progress = Callable[[str, int, int], None]
 
 QUESTION = "Does the video show the following? {}\nAnswer yes or no."
 ONE_TOKEN = GenerationOptions(max_new_tokens=1)
-PIECE_FRAMES = 4  # frames per piece; the scores of pieces locate the borders of a moment
+PIECE_FRAMES = 4  # number of frames per piece; the borders of a moment are located by scoring pieces
 PIECES = (
-    4  # number of pieces to cut a segment into, and to cut a piece into if it is sampled below the model's frame rate
+    4  # number of pieces into which a segment is cut, or a piece that is sampled at less than the model's frame rate
 )
-# The outermost piece that shows the moment usually shows only part of it, so the border lies this share of a piece inside it.
+# The outermost piece that shows a moment usually shows it only in part. The border is assumed to be inside the piece by this share
+# of the piece's length.
 REACH = 0.2
-CANDIDATES = 2  # initial number of segment runs to score by pieces, per wanted moment
+CANDIDATES = 2  # initial number of segment runs to score by pieces, for each moment that is wanted
 APART_S = SEGMENT_S  # a gap of at least this many seconds splits a moment into two
 
 
@@ -62,8 +63,8 @@ APART_S = SEGMENT_S  # a gap of at least this many seconds splits a moment into 
 class Moment:
     """A part of a video that matches a query. Times are in seconds from the video's first frame.
 
-    `score` is the probability (0 to 1) that the answer is yes rather than no. It combines the moment's best segment with the best
-    part of that segment. `best_s` is the middle of that part.
+    `score` is the probability (0 to 1) that the answer is yes rather than no. It combines the scores of the moment's best segment
+    and of the best piece of that segment. `best_s` is the middle of that piece.
     """
 
     query: str
@@ -76,7 +77,7 @@ class Moment:
 class Search:
     """A search for the moments in a video that match any of several queries. Use it in a `with` statement, or close it.
 
-    `run` does the work. `moments` returns the moments found so far, even if `run` was interrupted.
+    `run` does the work. `moments` returns the moments that have been found so far, even if `run` was interrupted.
 
     Args:
         source: The video.
@@ -86,9 +87,9 @@ class Search:
     Attributes:
         segments: All segments to ask about.
         tokens: Total number of visual tokens before pruning.
-        asked: Number of segments asked about so far.
-        unread: Number of segments, among those asked about, that could not be read.
-        warnings: Names of warnings, each with facts about the video that it concerns.
+        asked: Number of segments that have been asked about so far.
+        unread: Number of these segments that could not be read.
+        warnings: Names of warnings, each with facts about the video to which the warning applies.
 
     Raises:
         UsageError: A query is empty, repeated or too long; the input is a still image; or the words for yes and no begin with the
@@ -108,7 +109,7 @@ class Search:
     ):
         self._session = session
         self._cache = cache
-        self._input: dict[str, Any] = {}  # additional arguments for each `OpenInput`
+        self._input: dict[str, Any] = {}  # additional arguments for every `OpenInput`
         if cache and not session.pruning.method.reads_question:
             self._input = {"cache": cache}
         self._options = options
@@ -135,17 +136,17 @@ class Search:
         except BaseException:
             self._files.close()
             raise
-        # Log odds of each segment, by query.
+        # For each query, the log odds of each segment.
         self._scores: dict[str, list[float]] = {query: [] for query in self._questions}
-        # Log odds of each piece, by query and by the piece's middle and length in seconds.
+        # Log odds of each piece, by query and by the piece's middle and length, both in seconds.
         self._pieces: dict[tuple[str, float, float], float] = {}
-        # Runs that were also scored by pieces. Some of these scores are too low for a moment.
+        # Runs that have also been scored by pieces. Some of their scores are too low for a moment.
         self._scored: dict[tuple[str, Run], Moment] = {}
-        # Moments whose borders are known. A run has several moments if a gap splits it.
+        # Moments whose borders have been found. A run that is split by a gap has more than one moment.
         self._bordered: dict[tuple[str, Run], list[Moment]] = {}
         # Maximum number of runs to score by pieces.
         self._scored_runs = dict.fromkeys(self._questions, CANDIDATES * options.top)
-        self._complete: set[str] = set()  # queries for which the borders of the best moments are known
+        self._complete: set[str] = set()  # queries for which the best moments' borders have been found
         self.asked = 0
         self._spoken = Subtitles()  # transcribed speech of all segments
 
@@ -157,17 +158,17 @@ class Search:
 
     @property
     def info(self) -> Video:
-        """Facts about the video. The path is that of the local file, even if the video was downloaded."""
+        """Facts about the video. If the video was downloaded, their path is the path of the local copy."""
         return self._info
 
     def close(self) -> None:
-        """Delete downloaded files, and evict cache entries that exceed the cache's limit."""
+        """Delete downloaded files, and evict cache entries until the cache is within its limit."""
         self._files.close()
         if self._cache:
             self._cache.make_room()
 
     def run(self, progress: Progress | None = None) -> None:
-        """Ask every query about each segment, then find the borders of the best moments for each query.
+        """Ask every query about each segment, and then find the borders of each query's best moments.
 
         Raises:
             VideoError: No segment can be read.
@@ -203,16 +204,17 @@ class Search:
             self._complete.add(query)
 
     def moments(self) -> list[Moment]:
-        """Return the moments found so far, query by query in the given order, with the best moments of a query first.
+        """Return the moments found so far, query by query in the given order, and best first within each query.
 
-        A moment that has not been scored by pieces has the borders and the score of its segments.
+        A moment that has not been scored by pieces yet has the borders and the score of its segments.
         """
         return [moment for query in self.queries for moment in self._shown(query)]
 
     def more(self, query: str) -> int:
-        """Return approximately how many more moments of a query were found than the `top` moments that are returned.
+        """Return approximately how many moments of a query were found in addition to the `top` moments that are returned.
 
-        The number is approximate, because a candidate whose borders are unknown may turn out to be no moment or several moments.
+        The number is approximate because a candidate whose borders have not been found may turn out to be no moment at all, or more
+        than one moment.
         """
         every = self._moments(query, self._runs(query))
         return max(0, len(every) - len(self._shown(query)))
@@ -225,7 +227,7 @@ class Search:
         return sorted(self._moments(query, candidates), key=lambda moment: -moment.score)[: self._options.top]
 
     def _moments(self, query: str, among: Sequence[Run]) -> list[Moment]:
-        """Return the moments in some runs, using the best result available per run: borders, piece scores, or segment scores."""
+        """Return the moments in the runs `among`, with the borders or scores from the latest step that each run went through."""
         found: list[Moment] = []
         for run in among:
             found += self._bordered.get((query, run)) or [self._scored.get((query, run)) or self._coarse(query, run)]
@@ -233,7 +235,7 @@ class Search:
         return joined([moment for moment in found if moment.score >= least])
 
     def best(self, query: str) -> tuple[float, float]:
-        """Return the best score of a query, and the time of this score in seconds. Requires that a segment has been asked about."""
+        """Return a query's best score so far and its time in seconds. At least one segment must have been asked about."""
         scored = [moment for (asked, _), moment in self._scored.items() if asked == query]
         if scored:
             best = max(scored, key=lambda moment: moment.score)
@@ -265,7 +267,7 @@ class Search:
 
     @property
     def _shortest_s(self) -> float:
-        """Length in seconds of a piece that is sampled at the model's frame rate. No piece is shorter."""
+        """Length in seconds of a piece that is sampled at the model's frame rate. No piece is shorter than this."""
         return PIECE_FRAMES / self._fps
 
     @property
@@ -274,16 +276,16 @@ class Search:
         return max(self._shortest_s, self._segment_s / PIECES)
 
     def _middles(self, place: int) -> list[float]:
-        """Return the middles of the pieces of the segment with index `place`, in seconds."""
+        """Return the middle of each piece of the segment with index `place`, in seconds."""
         segment = self.segments[place]
         count = max(1, round(self._segment_s / self._piece_s))
         step_s = self._segment_s / count
         return [segment.start_s + (n + 0.5) * step_s for n in range(count)]
 
     def _score_candidates(self, queries: Sequence[str], progress: Progress | None) -> None:
-        """Score candidates again by pieces, which are short parts that are sampled densely.
+        """Score candidates again by pieces, which are short parts of a segment that are sampled densely.
 
-        The log odds of a candidate become the mean of two values: those of its best segment and those of the best piece of that
+        A candidate's log odds become the mean of two log odds: those of its best segment and those of the best piece of that
         segment.
         """
         wanted = [(query, run) for query in queries for run in self._candidates(query)]
@@ -305,7 +307,7 @@ class Search:
             self._scored[query, run] = moment
 
     def _find_borders(self, query: str, progress: Progress | None) -> bool:
-        """Find the borders of the best moments of a query. Returns False if there are fewer moments than `top`."""
+        """Find the borders of a query's best moments. Returns False if there are fewer moments than `top`."""
         least = probability(self._least(query))
         scored = [(run, self._scored[query, run]) for run in self._candidates(query)]
         scored = [(run, moment) for run, moment in scored if moment.score >= least]
@@ -322,11 +324,11 @@ class Search:
         return len(joined(found)) >= self._options.top
 
     def _with_borders(self, query: str, run: Run, moment: Moment) -> list[Moment]:
-        """Find the borders of a moment from the scores of pieces.
+        """Find the borders of a moment by scoring pieces.
 
-        If no piece shows the moment, it keeps the borders of its segments. If the pieces in between do not show the moment for at
-        least `APART_S`, several moments are returned. Long segments have long pieces, so their borders are refined with shorter
-        pieces.
+        If no piece shows the moment, it keeps the borders of its segments. If consecutive pieces within the moment do not show it
+        for at least `APART_S` seconds, it is split, and more than one moment is returned. Because long segments have long pieces,
+        their borders are refined with shorter pieces.
         """
         shown_from = self._least(query) - MARGIN
         begin_s = self.segments[0].start_s
@@ -340,7 +342,7 @@ class Search:
             return border(shown, outside_s, inside_s, precision_s=length_s / 8, reach_s=REACH * length_s)
 
         def edge(inside_s: float, step_s: float, end_s: float) -> float:
-            """Search for the border in steps of `step_s`, from a piece that shows the moment towards `end_s`, and return it."""
+            """Find the border by moving in steps of `step_s` from a piece that shows the moment towards `end_s`."""
             outside_s = inside_s + step_s
             while (end_s - outside_s) * step_s > 0 and shown(outside_s):
                 inside_s = outside_s
@@ -350,7 +352,7 @@ class Search:
             return between(outside_s, inside_s)
 
         def closer(border_s: float, outwards_s: float) -> float:
-            """Refine a border with shorter pieces. If the piece inside the border does not show the moment, keep the border."""
+            """Refine a border with shorter pieces. If the first one inside the border does not show the moment, keep the border."""
             outside_s = min(max(border_s + outwards_s, begin_s), stop_s)
             inside_s = min(max(border_s - outwards_s, begin_s), stop_s)
             return between(outside_s, inside_s) if shown(inside_s) else border_s
@@ -390,7 +392,7 @@ class Search:
             first_s, last_s: Middles of the two pieces.
             length_s: Length of the pieces.
             shown: Returns True if the piece around a time shows the moment.
-            between: Finds the border between a time at which the moment is not shown and a time at which it is shown.
+            between: Finds the border between a time at which the moment is not shown and a time at which it is.
         """
         if last_s - first_s < APART_S:
             return
@@ -410,7 +412,7 @@ class Search:
             away = []
 
     def _part(self, query: str, start_s: float, end_s: float) -> Moment:
-        """Return the moment between two times, scored by its best segment and its best piece."""
+        """Return the moment between two times, with a score from its best segment and its best piece."""
         reach_s = REACH * self._piece_s
         pieces = {
             middle_s: odds
@@ -424,7 +426,7 @@ class Search:
         return Moment(query, start_s, end_s, score, best_s)
 
     def _lasting(self, moment: Moment) -> Moment:
-        """Extend a moment without duration to the length of a frame, and move its best time inside the moment."""
+        """Extend a moment that has no duration to the length of a frame, and move the best time inside the moment."""
         start_s, end_s = moment.start_s, moment.end_s
         if start_s >= end_s:  # the moment is shorter than the interval between frames
             middle_s = (start_s + end_s) / 2
@@ -448,11 +450,11 @@ class Search:
         with closing(opened):
             try:
                 return self._ask(opened, [query])[query]
-            except VideoError:  # an unreadable piece shows nothing, although the segment around it was readable
+            except VideoError:  # a piece may be unreadable even if its segment was readable; it then shows nothing
                 return -math.inf
 
     def _cut(self) -> tuple[list[Segment], int]:
-        """Return the segments and their total number of visual tokens before pruning. Raises an error if a query is too long."""
+        """Return the segments and their total number of visual tokens before pruning. Raise an error if a query is too long."""
         sampling = self._sampling
         start_s, end_s = self._info.span(sampling.start_s, sampling.end_s)
         first_s = min(end_s, start_s + (self._options.segment_s or SEGMENT_S))
@@ -498,7 +500,7 @@ class Search:
         return found
 
     def _opened(self, segments: Sequence[Segment], seek: str) -> Iterator[OpenInput]:
-        """Yield an open input for each segment. The caller must close it. Meanwhile, the next segment is read in the background."""
+        """Yield an open input for each segment, reading the next one in the background. The caller must close each input."""
         following: OpenInput | None = None
         try:
             for number, segment in enumerate(segments):
@@ -513,7 +515,7 @@ class Search:
                 following.close()
 
     def _ask(self, opened: OpenInput, queries: Sequence[str]) -> dict[str, float]:
-        """Return the log odds that a segment matches each query. If a query has several questions, the lowest log odds count."""
+        """Return each query's log odds that a segment matches. If a query has several questions, the lowest log odds are used."""
         encoded = EncodedInputs(self._session, [opened.encode()])
         self._warn(encoded, queries)
         odds = {}
@@ -527,7 +529,7 @@ class Search:
         return odds
 
     def _warn(self, encoded: EncodedInputs, queries: Sequence[str]) -> None:
-        """Collect the warnings about a segment, except "limited", because the user does not choose the frames of segments."""
+        """Collect the warnings about a segment, except "limited", because users do not choose how many frames a segment has."""
         loaded = self._session.loaded
         for name, facts in warned(encoded.report):
             if name != "limited":
@@ -542,7 +544,7 @@ class Search:
 
 
 def joined(moments: Sequence[Moment]) -> list[Moment]:
-    """Merge moments of a query that overlap. A merged moment has the score of the best moment in it."""
+    """Merge overlapping moments of a query. A merged moment gets the score of the best moment that it contains."""
     made: list[Moment] = []
     for moment in sorted(moments, key=lambda each: each.start_s):
         if made and moment.start_s <= made[-1].end_s:
@@ -574,10 +576,10 @@ def checked(queries: Sequence[str]) -> list[str]:
 
 
 def questions_for(session: Session, options: FindOptions, query: str) -> Questions:
-    """Return the questions to ask about each segment for a query.
+    """Return the questions to ask about each segment to find out whether it matches a query.
 
     A query that ends with a question mark is asked unchanged. For any other query, the prompt from the options is used if there is
-    one. Otherwise a demo model uses the questions that it knows, and other models use `QUESTION`.
+    one. Otherwise, demo models are asked the questions that they know, and all other models are asked `QUESTION`.
     """
     demo = session.loaded.demo
     questions: Questions
@@ -595,7 +597,9 @@ def questions_for(session: Session, options: FindOptions, query: str) -> Questio
 
 
 def first_tokens(tokenizer: Tokenizer, yes: str, no: str) -> tuple[list[int], list[int]]:
-    """Return the token ids with which yes and no may begin in any spelling, without tokens with which both may begin.
+    """Return the IDs of the tokens with which the words for yes and for no may begin, in any spelling.
+
+    Tokens with which both words may begin are left out.
 
     Raises:
         UsageError: No token is left for one of the two words.

@@ -1,6 +1,6 @@
-"""Cuts a video into segments, and decides from scores which segments are moments. This is pure arithmetic: no files, no model.
+"""Cuts a video into segments, and decides from their scores which segments are moments. Uses only arithmetic, no files or models.
 
-The score of a segment is a probability. This module works with its log odds, which separate high and low scores more clearly.
+A segment's score is a probability. This module works with log odds instead, which separate high and low scores more clearly.
 """
 
 import math
@@ -10,19 +10,19 @@ from statistics import median
 
 SEGMENT_S = 8.0  # default length of a segment, in seconds
 LEAST_PAIRS = 4  # minimum number of frame pairs per segment if neither a segment length nor a frame rate is set
-# The log odds of a moment exceed the median of all segments by at least this many deviations. These constants were chosen on
-# validation clips of both demo models, whose log odds for "no" are 4 to 7 in most segments.
+# A moment's log odds exceed the median of all segments by at least this many deviations. This constant and the following ones were
+# chosen on validation clips for both demo models. In most segments of these clips, the log odds for "no" are 4 to 7.
 DEVIATIONS = 4.0
 NORMAL_DEVIATION = 1.4826  # standard deviation of a normal distribution divided by its median absolute deviation
-LEAST_SCORE = 0.96  # segments with a lower score are never moments, however much they stand out
+LEAST_SCORE = 0.96  # segments with a lower score are never moments, no matter how much they stand out
 SURE_SCORE = 0.98  # segments with a higher score are always moments, even if most segments score this high
-# Segments whose log odds fall short by at most this much are also scored by pieces, which may raise their score.
+# Segments whose log odds are too low by at most this much are also scored by pieces, because this may raise their score.
 MARGIN = 2.2
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a video, in seconds from the first frame."""
+    """A part of a video. Times are in seconds from the first frame."""
 
     start_s: float
     end_s: float
@@ -35,7 +35,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive segments that show the same thing, represented by the indices of the first, the best and the last segment."""
+    """Consecutive segments that show the same thing. The fields are the indices of the first, the best and the last segment."""
 
     first: int
     best: int
@@ -51,7 +51,7 @@ def cut(
         start_s, end_s: The span, in seconds.
         fps: Maximum number of frames per second.
         pair_tokens: Number of visual tokens per frame pair.
-        total_tokens: Maximum total number of tokens, or None for no limit. The frame rate is lowered to meet this limit.
+        total_tokens: Maximum total number of tokens, or None for no limit. If necessary, the frame rate is lowered to meet it.
         segment_s: Maximum length of a segment. If it is None, segments last `SEGMENT_S`, or longer if `total_tokens` would leave
             a segment fewer than `LEAST_PAIRS` frame pairs.
     """
@@ -69,7 +69,7 @@ def cut(
 
 
 def log_odds(probability: float) -> float:
-    """Return the log odds of a probability: -inf for 0, inf for 1."""
+    """Return the log odds of a probability, which are -inf for 0 and inf for 1."""
     if probability <= 0:
         return -math.inf
     if probability >= 1:
@@ -85,7 +85,7 @@ def probability(odds: float) -> float:
 
 
 def least_odds(scores: Sequence[float]) -> float:
-    """Return the minimum log odds at which a segment stands out from the other segments and counts as a moment."""
+    """Return the minimum log odds that a segment needs in order to stand out from the others and count as a moment."""
     known = [score for score in scores if math.isfinite(score)]
     if not known:
         return log_odds(LEAST_SCORE)
@@ -96,7 +96,7 @@ def least_odds(scores: Sequence[float]) -> float:
 
 
 def runs(scores: Sequence[float], least: float) -> list[Run]:
-    """Join neighboring segments that score at least `least` into runs. Sorts the runs by their best segments, best first."""
+    """Join neighboring segments that score at least `least` into runs, and sort the runs by their best segments, best first."""
     found: list[Run] = []
     for place, score in enumerate(scores):
         if score < least:
@@ -117,10 +117,11 @@ def border(
 
     Args:
         shown: Returns True if the frames around a time show the moment.
-        outside_s: Time at which the search begins. It is returned if the moment is shown at this time as well.
+        outside_s: Time at which the search starts. If the moment is already shown at this time, it is returned.
         inside_s: Time at which the moment is shown. It may be before or after `outside_s`.
         precision_s: Precision of the result, in seconds.
-        reach_s: Maximum distance of a frame from the time passed to `shown`. The border is moved inwards by this much.
+        reach_s: Maximum distance in seconds between a frame and the time passed to `shown`. The border is moved inward by this
+            much.
     """
     if shown(outside_s):
         return outside_s
