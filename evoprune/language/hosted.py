@@ -1,6 +1,6 @@
-"""Run the language model through its transformers module, for layers that language/decoder.py lacks and for quantized weights.
+"""Run language models through their transformers modules if they have quantized weights or layers that decoder.py does not support.
 
-This file mirrors the functions of language/decoder.py. Cluster sizes are passed to attention layers as an additive mask. Linear
+The functions here mirror those of language/decoder.py. Cluster sizes are passed to attention layers as an additive mask. Linear
 attention layers (Gated DeltaNet, arXiv 2412.06464) have no attention scores, so they ignore cluster sizes.
 """
 
@@ -22,14 +22,14 @@ from evoprune.language.decoder import all_sizes
 from evoprune.methods import arange_on
 from evoprune.model import HostedVL, without_autocast
 
-STRIP = 2048  # columns that share an additive mask; a multiple of the chunk size (64) of linear attention
+STRIP = 2048  # columns per additive mask; a multiple of 64, the chunk size of linear attention
 
 
 class HostedCache:
-    """Layer states and cluster sizes for the columns read so far. The states are kept in a transformers `DynamicCache`.
+    """The layers' states (in a transformers `DynamicCache`) and the cluster sizes of the columns read so far.
 
-    If a layer has a recurrent state, the cache cannot be cropped, so a later prompt with the same beginning continues from a copy
-    instead.
+    If any layer has a recurrent state, the cache cannot be cropped. To reuse it for a later prompt with the same beginning, callers
+    have to keep a copy.
     """
 
     def __init__(self, model: HostedVL):
@@ -38,14 +38,14 @@ class HostedCache:
         config = model.model.language_model.config
         self.states = DynamicCache(config=config)
         self.length = 0  # number of columns read
-        self.sizes: torch.Tensor | None = None  # float32 `[length]`; None if all are 1
+        self.sizes: torch.Tensor | None = None  # cluster sizes, float32 `[length]`, or None if all are 1
         self.can_crop = can_crop(model)
 
     def crop(self, length: int) -> None:
         """Drop all columns except the first `length`.
 
         Raises:
-            ValueError: If the cache holds fewer columns, or has recurrent states.
+            ValueError: If the cache holds fewer columns or has recurrent states.
         """
         if not (0 <= length <= self.length and self.can_crop):
             raise ValueError(f"a cache of {self.length} columns cannot be cropped to {length}")
@@ -67,18 +67,18 @@ def can_crop(model: HostedVL) -> bool:
 
 
 def reads_ids(model: HostedVL) -> bool:
-    """Return True if the model also reads token ids, because its layers add embeddings of n-grams (Qwen4-Exp)."""
+    """Return True if the model needs token ids as well as embeddings, because it adds n-gram embeddings (Qwen4-Exp)."""
     return bool(getattr(model.model.language_model.config, "ple_layer_ids", None))
 
 
 def run_modules(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None, **kwargs):
-    """Run the transformers module `text`. Arguments and result are the same as in `hybrid.run`."""
+    """Run the transformers module `text`, with the same arguments and results as `hybrid.run`."""
     kwargs |= {"attention_mask": mask, cache_name(): states, "use_cache": True}
     return text(inputs_embeds=x[None], position_ids=places, **kwargs).last_hidden_state[0]
 
 
 def run_for(model: HostedVL, device: torch.device) -> Callable[..., torch.Tensor]:
-    """Return the function that runs the layers: `run_modules`, or `hybrid.run`, whose results are rounded differently."""
+    """Return the function that runs the layers, either `run_modules` or `hybrid.run`. Their results differ in rounding."""
     only_modules = can_crop(model) or hasattr(model.model.language_model, "hyper_connection_mixer")
     return run_modules if only_modules else form_of_layers(device, hybrid.run, run_modules)
 
@@ -96,11 +96,13 @@ def forward(
     deepstack: torch.Tensor | None = None,
     ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the final hidden states of the last columns; see `decoder.forward`.
+    """Run the model on new columns and return the final hidden states of the last `last` columns, `[last, hidden]`.
 
-    A model that also reads token ids needs `ids`, int64 `[columns]`, which has placeholders for visual tokens.
+    If the pass fails, a cache that can be cropped stays usable, but a cache with recurrent states becomes invalid.
 
-    If a pass fails, a cache that can be cropped stays usable, while a cache with recurrent states becomes invalid.
+    Args:
+        ids: int64 `[columns]`, the token ids of the columns, with placeholders for visual tokens. Required by models for which
+            `reads_ids` is True. For the other arguments, see `decoder.forward`.
 
     Raises:
         ValueError: If there are no columns, `positions` does not match the columns, `last` is out of range, or an earlier pass has
@@ -114,7 +116,7 @@ def forward(
         raise ValueError(f"last is {last} for {columns} columns")
     if reads_ids(model) and (ids is None or len(ids) != columns):
         raise ValueError(f"the model needs the token ids of its {columns} columns")
-    if cache.can_crop:  # an earlier pass may have failed between two layers
+    if cache.can_crop:  # an earlier pass may have failed after some layers had already stored their columns
         cache.crop(before)
     elif before < 0:
         raise ValueError("the cache is invalid: an earlier pass failed after changing its recurrent states")
@@ -147,7 +149,10 @@ def _read(
     strip: slice,
     ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the final hidden states `[columns, hidden]` of a strip of columns, with `before` columns already in the cache."""
+    """Run the model on a strip of columns and return their final hidden states, `[columns, hidden]`.
+
+    `before` is the number of columns that are already in the cache.
+    """
     given = {}
     if sizes is not None or (before and len(embeds) > 1):
         end = before + len(embeds)
@@ -168,11 +173,12 @@ def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attentio
     """Return the final hidden states `[L, hidden]` of new columns.
 
     Args:
-        x: `[L, hidden]`, embeddings of the new columns.
-        places: int64 `[4, 1, L]`, each column's index and its three M-RoPE positions.
-        states: A transformers cache that holds the preceding columns and is extended in place.
-        attention_mask: See `hybrid.run`.
-        kwargs: Further arguments for the transformers module.
+        model: The model to run.
+        x: `[L, hidden]`, the embeddings of the new columns.
+        places: int64 `[4, 1, L]`, the index and the three M-RoPE positions of each column.
+        states: A transformers cache that holds the preceding columns. The new columns are added in place.
+        attention_mask: See the `mask` argument of `hybrid.run`.
+        kwargs: Additional arguments for the transformers module.
     """
     run_layers = run_for(model, x.device)
     return call(model.package, run_layers, model.model.language_model, x, places, states, attention_mask, **kwargs)
@@ -181,5 +187,5 @@ def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attentio
 @torch.inference_mode()
 @without_autocast()
 def logits(model: HostedVL, *args, **kwargs) -> torch.Tensor:
-    """Return the next-token logits after each of the last columns, float32 `[last, vocabulary]`. Arguments: see `forward`."""
+    """Return the next-token logits after each of the last columns, float32 `[last, vocabulary]`. Same arguments as `forward`."""
     return model.lm_head(forward(model, *args, **kwargs)).float()

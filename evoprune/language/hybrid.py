@@ -1,12 +1,12 @@
-"""Run language models that are mostly linear attention (Qwen3.5) with fewer operations than transformers' modules.
+"""Run language models that mostly use linear attention (Qwen3.5) with fewer operations than transformers' modules need.
 
-On a GPU, reading a pruned prompt is launch-bound. This file therefore computes norms, attention and Gated DeltaNets itself. It
-calls linear layers and experts as modules, because their weights come in many formats. On a CPU, where arithmetic dominates the run
-time, transformers' modules run instead. They also run a Gated DeltaNet on a single column.
+Reading a pruned prompt is launch-bound on a GPU, so norms, attention and Gated DeltaNets are implemented here. Linear layers and
+experts are still called as modules, because their weights come in many formats. On a CPU, where arithmetic dominates the run time,
+transformers' modules run instead. They also handle Gated DeltaNets that read a single column.
 
-A Gated DeltaNet (arXiv 2412.06464) reads columns in chunks, each in closed form (arXiv 2406.06484, section 3). If `S` is the state
-before a chunk, the state after it is `A S + B`. This file computes `A` and `B` for all chunks at once, so this product is the only
-operation that has to wait for the previous chunk. In transformers, nine operations have to wait.
+A Gated DeltaNet (arXiv 2412.06464) reads columns in chunks, and processes each chunk in closed form (arXiv 2406.06484, section 3).
+If `S` is the state before a chunk, the state after the chunk is `A S + B`. Because `A` and `B` are computed for all chunks at once,
+this product is the only operation that has to wait for the previous chunk. In transformers, nine operations have to wait for it.
 """
 
 from collections.abc import Iterable
@@ -17,32 +17,32 @@ import torch.nn.functional as F
 from evoprune.backend import kernels_for
 from evoprune.model import rotate
 
-CHUNK = 64  # columns per chunk, as in transformers
-STRIP = 32 * CHUNK  # columns that a DeltaNet reads at once, which takes 0.5 GiB in Qwen3.5-4B
-TINY = 1e-6  # epsilon for the normalization of queries and keys, added to their squared length
+CHUNK = 64  # columns per chunk, same as in transformers
+STRIP = 32 * CHUNK  # columns that a DeltaNet reads at a time; they take 0.5 GiB in Qwen3.5-4B
+TINY = 1e-6  # epsilon that is added to the squared length of queries and keys when they are normalized
 
 
 def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the hidden states of new columns after the final norm, `[L, hidden]`.
+    """Run the language model on new columns and return their hidden states after the final norm, `[L, hidden]`.
 
     Args:
-        text: The language model, a transformers module.
-        x: `[L, hidden]`, embeddings of the new columns.
-        places: int64 `[4, 1, L]`, each column's index and its three M-RoPE positions.
-        states: A transformers cache that holds the preceding columns. Each layer is updated in place.
-        mask: Attention mask `[1, 1, L, columns so far]`, or None for plain causal attention. None requires that `states` is empty
-            or L is 1.
+        text: The transformers module of the language model.
+        x: `[L, hidden]`, the embeddings of the new columns.
+        places: int64 `[4, 1, L]`, the index and the three M-RoPE positions of each column.
+        states: A transformers cache that holds the preceding columns. Every layer updates it in place.
+        mask: The attention mask, `[1, 1, L, n]`, where n is the number of all columns including the new ones. None means plain
+            causal attention. It is allowed only if `states` is empty or L is 1.
     """
     layers = text.layers
     eps = text.config.rms_norm_eps
-    # Convert the vectors of all layers together, which takes no more operations than converting one layer.
+    # Convert the vectors of all layers together, which takes no more operations than converting those of one layer.
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)] + [text.norm]
     gains = iter(_stacked(norm.weight for norm in norms) + 1)
     head_gains = iter(
         _stacked(norm.weight for at in _parts(layers, "self_attn") for norm in (at.q_norm, at.k_norm)) + 1
     )
     deltas = _parts(layers, "linear_attn")
-    rates = iter(-_stacked(delta.A_log for delta in deltas).exp())  # negative decay rates of the heads
+    rates = iter(-_stacked(delta.A_log for delta in deltas).exp())  # negated decay rates of the heads
     offsets = iter(_stacked(delta.dt_bias for delta in deltas))
     scales = iter(_stacked(delta.norm.weight for delta in deltas))
     dim = deltas[0].head_k_dim
@@ -74,10 +74,13 @@ def _stacked(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
 def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, gain: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum `x + plus` (`x` if `plus` is None) and its RMS norm, scaled by `gain` (float32) before rounding."""
+    """Return the sum `x + plus`, or `x` if `plus` is None, and its RMS norm.
+
+    The norm is multiplied by `gain`, which is float32, before it is rounded.
+    """
     if fast := kernels_for(x.device):
         try:
-            # Quantized layers may return tensors that are not contiguous.
+            # A quantized layer may return a tensor that is not contiguous.
             if plus is not None:
                 plus = plus.contiguous()
             return fast.add_norm(x.contiguous(), plus, gain, eps, rounds=False)
@@ -101,11 +104,11 @@ def attention(
     """Return the output `[L, hidden]` of a gated attention layer and update its keys and values in `states`.
 
     Args:
-        module: The layer, a transformers module.
-        x: `[L, hidden]`, the normed input.
-        cos_sin: Cosines and sines as returned by `decoder.rotation`, for the leading features of each head.
+        module: The transformers module of the layer.
+        x: `[L, hidden]`, the layer's input after the norm.
+        cos_sin: The cosines and sines from `decoder.rotation`, for the leading features of each head.
         states, mask: See `run`.
-        gains: Weights of the query norm and the key norm.
+        gains: The weights of the norm for queries and of the norm for keys.
     """
     length = len(x)
     dim = module.head_dim
@@ -121,7 +124,7 @@ def attention(
     both = torch.cat([rotate(both[..., :wide], *cos_sin), both[..., wide:]], -1)
     queries, keys = both.tensor_split([-heads], 1)
     known = states.update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None], module.layer_idx)
-    # Put the query heads that share keys into a separate dimension, so that keys are not repeated in memory.
+    # Put query heads that share keys into a separate dimension, so that the keys are not repeated in memory.
     queries = queries.view(length, heads, -1, dim).permute(1, 2, 0, 3)
     keys, values = (each.transpose(0, 1).expand(-1, queries.shape[1], -1, -1) for each in known)
     causal = mask is None and length > 1
@@ -140,17 +143,18 @@ def delta_net(
 ) -> torch.Tensor:
     """Return the output `[L, hidden]` of a Gated DeltaNet and update its states in `states`.
 
-    Everything between the weight products is computed in float32, as in transformers. Value heads that share queries and keys are
-    in a separate "group" dimension, [key heads, group, chunks, columns, features], over which queries and keys broadcast. The
-    padding of the last chunk has a `beta` of 0 and no decay, so it changes nothing.
+    As in transformers, everything between the products with weights is computed in float32. Tensors have the shape [key heads,
+    group, chunks, columns, features]. The group dimension contains the value heads that share queries and keys, which are broadcast
+    over it. The last chunk is padded with columns that have a `beta` of 0 and no decay, so the padding has no effect.
 
     Args:
-        delta: The layer, a transformers module.
-        x: `[L, hidden]`, the normed input.
-        rate: float32, the negated exponential of `A_log`.
-        offset: float32, `dt_bias`.
-        scale: float32, weight of the layer's norm.
-        unit: float32, the gain that makes an RMS norm scale the features of a head to length 1.
+        delta: The transformers module of the layer.
+        x: `[L, hidden]`, the layer's input after the norm.
+        states: See `run`.
+        rate: float32, the negated exponential of the layer's `A_log`.
+        offset: float32, the layer's `dt_bias`.
+        scale: float32, the weight of the layer's norm.
+        unit: float32, the gain with which an RMS norm scales the features of a head to a length of 1.
     """
     if len(x) > STRIP:
         return torch.cat([delta_net(delta, part, states, rate, offset, scale, unit) for part in x.split(STRIP)])
@@ -170,14 +174,15 @@ def delta_net(
     projected = delta.in_proj_qkv(x).T[None]
     seen = layer_state.update_conv_state(
         projected, conv_kernel_size=kernel
-    )  # may start with columns from earlier passes
+    )  # the first columns may come from earlier passes
     seen = F.pad(seen, (kernel - 1 - (seen.shape[-1] - length), padding))
     mixed = F.silu(F.conv1d(seen, delta.conv1d.weight, delta.conv1d.bias, groups=seen.shape[1]))[0]
     qk, v = mixed.split([2 * delta.key_dim, delta.value_dim])
     v = v.view(heads, group, value_dim, chunks, CHUNK).permute(0, 1, 3, 4, 2)
     qk = qk.view(2, heads, dim, chunks, CHUNK).permute(1, 3, 0, 4, 2)
     qk = qk.to(torch.float32, memory_format=torch.contiguous_format)
-    # Queries should also be divided by the square root of `dim`. The norm at the end cancels this factor, except in its epsilon.
+    # The queries should also be divided by the square root of `dim`, but the norm at the end cancels this factor, except in its
+    # epsilon.
     qk = F.rms_norm(qk, (dim,), unit, TINY / dim)
     q, k = (part[:, None] for part in qk.unbind(2))
 
@@ -185,17 +190,16 @@ def delta_net(
     log_decay = rate * F.softplus(delta.in_proj_a(x) + offset)
     log_decay_in_chunk = (
         F.pad(log_decay.T, (0, padding)).view(by_head).cumsum(3)
-    )  # logarithm of the decay since the chunk began
+    )  # logarithm of the decay since the beginning of the chunk
     decay = (
         (log_decay_in_chunk - log_decay_in_chunk.mT).exp().tril()
-    )  # decay between the write of column j and the read of column i, [..., i, j]
+    )  # decay between the time when column j writes and the time when column i reads, [..., i, j]
     decay_in_chunk = log_decay_in_chunk.exp()
 
     rows = qk.flatten(2, 3).flatten(0, 1)
     scores = torch.bmm(rows, rows[:, CHUNK:].mT).view(heads, 1, chunks, 2, CHUNK, CHUNK) * decay[:, :, :, None]
-    own = scores[:, :, :, 0].flatten(0, 2)  # products of queries with the keys of their own chunk
-    # The values that each column writes to the state, [..., values], and the part of the earlier state that the column overwrites,
-    # with shape [..., keys].
+    own = scores[:, :, :, 0].flatten(0, 2)  # products of the queries and keys within each chunk
+    # What each column writes to the state, [..., values], and which part of the earlier state it overwrites, [..., keys].
     solved = torch.linalg.solve_triangular(
         scores[:, :, :, 1] * beta, torch.cat([v, k * decay_in_chunk], -1) * beta, upper=False, unitriangular=True
     ).flatten(0, 2)
@@ -204,7 +208,7 @@ def delta_net(
     overwritten.diagonal(0, -2, -1).sub_(decay_in_chunk[:, :, :, -1].reshape(*by_chunk, 1))
 
     first = qk.new_zeros(heads * group, dim, value_dim) if state is None else state[0]
-    before = torch.cat([first[:, None], written], 1)  # the state before every chunk, and the state after the last one
+    before = torch.cat([first[:, None], written], 1)  # the state before each chunk, and the state after the last chunk
     for i in range(chunks):
         before[:, i + 1].baddbmm_(overwritten[:, i], before[:, i], alpha=-1)
     layer_state.update_recurrent_state(before[None, :, -1])

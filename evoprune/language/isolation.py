@@ -1,4 +1,4 @@
-"""Run work on untrusted input in a separate process with CPU, memory and time limits."""
+"""Process untrusted input in a separate process with limits on CPU time, memory and wall-clock time."""
 
 import json
 import os
@@ -12,32 +12,33 @@ from typing import Any
 
 import evoprune
 
-TIMEOUT_S = 60.0  # timeout of the whole process; the only limit on systems other than Unix
+TIMEOUT_S = 60.0  # timeout for the whole process, and the only limit on systems other than Unix
 MEMORY_BYTES = 2**29
-# False in a program that was frozen into one file, because its executable is not a Python interpreter.
+# False in programs that were frozen into a single file, because their executable is not a Python interpreter.
 POSSIBLE = bool(sys.executable) and not hasattr(sys, "frozen")
 
 
 def run_isolated(
     work: Callable[[str], Any], request: str, seconds: int, needs: str, stack_bytes: int | None = None
 ) -> Any:
-    """Return `work(request)`, computed in a separate process, or in this one if `POSSIBLE` is False.
+    """Call `work(request)` in a separate process, or in this process if `POSSIBLE` is False, and return its result.
 
     Args:
-        work: A module-level function. Its result must be serializable as JSON.
-        request: The string that is passed to `work`.
-        seconds: Limit on both CPU time and wall-clock time. The import of `needs` does not count.
-        needs: Comma-separated modules that `work` uses, imported before the limits are set.
-        stack_bytes: Limit on the stack size; None for the system's default.
+        work: A module-level function whose result can be serialized as JSON.
+        request: The string to pass to `work`.
+        seconds: Limit for both the CPU time and the wall-clock time of `work`, not counting the import of `needs`.
+        needs: Comma-separated names of modules that `work` uses. They are imported before the limits are set.
+        stack_bytes: Limit on the stack size. None means the system's default.
 
     Raises:
         ValueError: If the function exceeds the time or memory limit. The error message says so.
         RuntimeError: If the process failed for another reason.
-        OSError: If no process can be started.
+        OSError: If the process cannot be started.
     """
     if not POSSIBLE:
         return work(request)
-    # Pass all paths, as for the processes that read videos, because -S skips the import hook that finds an editable install.
+    # Pass all import paths, because -S disables the import hook that finds an editable install. The processes that read videos do
+    # the same.
     paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
     program = (
         f"import sys; sys.path[:] = {list(dict.fromkeys(paths))}; import {needs}; from evoprune.language import isolation; "
@@ -50,20 +51,23 @@ def run_isolated(
             capture_output=True,
             timeout=TIMEOUT_S,
             check=False,
-            start_new_session=True,  # Ctrl-C must reach only this process
+            start_new_session=True,  # so that Ctrl-C reaches only the parent process
         )
     except subprocess.TimeoutExpired as problem:
         raise ValueError("it does not finish") from problem
     with suppress(ValueError):
         return json.loads(done.stdout)
-    if done.returncode < 0:  # killed by a signal: CPU limit, stack limit, timer or the system
+    if done.returncode < 0:  # killed by a signal, because of a limit, the timer or the system
         raise ValueError(f"it does not finish within {seconds} s, or takes too much memory")
     said = done.stderr.decode(errors="replace")[-2000:]
     raise RuntimeError(f"the process of {work.__module__} failed: {said}")
 
 
 def main(work: Callable[[str], Any], seconds: int, stack_bytes: int | None) -> None:
-    """Run `work` in the separate process: set limits if the system has any, read a request from stdin, and write JSON to stdout."""
+    """Read a request from stdin, call `work` under limits, and write its result to stdout as JSON.
+
+    This is the main function of the separate process. Systems other than Unix have no limits to set.
+    """
     request = sys.stdin.read()
     with suppress(ImportError):  # not a Unix
         import resource
@@ -82,7 +86,7 @@ def main(work: Callable[[str], Any], seconds: int, stack_bytes: int | None) -> N
                 limit = min(limit, hard)
             with suppress(OSError, ValueError):
                 resource.setrlimit(kind, (limit, limit))
-        # The CPU limit alone is not enough: on a busy machine, a process gets less CPU time than wall-clock time.
+        # A CPU limit is not enough, because on a busy machine a process gets less CPU time than wall-clock time.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, seconds)
     print(json.dumps(work(request)), flush=True)

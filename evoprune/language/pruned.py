@@ -1,7 +1,7 @@
-"""Remove the columns of pruned visual tokens from a prompt, for sessions, users' own models, streams and the vLLM plugin.
+"""Remove the columns of pruned visual tokens from a prompt. Sessions, users' own models, streams and the vLLM plugin use this.
 
-The remaining columns keep their indices and M-RoPE positions from the whole prompt (`prompt.prompt_positions`), so pruned columns
-leave gaps in both.
+The remaining columns keep the indices and M-RoPE positions that they have in the whole prompt (see `prompt.prompt_positions`), so
+pruned columns leave gaps in both.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ from evoprune.vision import Encoded
 
 @dataclass(frozen=True, eq=False)
 class PrunedPrompt:
-    """The C columns of a prompt that remain after `prune_prompt`. Slicing returns a range of columns."""
+    """The C columns of a prompt that remain after `prune_prompt`. A slice is a `PrunedPrompt` with a range of these columns."""
 
     ids: torch.Tensor  # int64 `[C]` on the CPU, token ids
     columns: torch.Tensor  # int64 `[C]` on the CPU, ascending column indices in the whole prompt
     visual: torch.Tensor  # bool `[C]` on the CPU, True for visual tokens
-    sizes: torch.Tensor | None = None  # float32 `[C]`, attention adds log(size) to logits; None if all are 1
+    sizes: torch.Tensor | None = None  # float32 `[C]`, cluster sizes, or None if all are 1
     positions: torch.Tensor | None = None  # int64 `[3, C]` on the CPU, M-RoPE positions in the whole prompt
     last: torch.Tensor | None = None  # int64 `[3, 1]`, largest positions in the whole prompt
-    embeds: torch.Tensor | None = None  # `[C, hidden]`, input embeddings; None if text was not embedded
-    deepstack: torch.Tensor | None = None  # `[n, C, hidden]`, added after layers 0 to n - 1; None without DeepStack
+    embeds: torch.Tensor | None = None  # `[C, hidden]`, input embeddings, or None if the text was not embedded
+    deepstack: torch.Tensor | None = None  # `[n, C, hidden]`, features to add after layers 0 to n - 1, if any
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -48,7 +48,7 @@ class PrunedPrompt:
 
     @property
     def following(self) -> int:
-        """M-RoPE position of the first token after the prompt: the largest position of the whole prompt plus one."""
+        """M-RoPE position of the first token after the prompt, which is the largest position in the whole prompt plus one."""
         return int(self.last.max()) + 1
 
 
@@ -63,15 +63,15 @@ def prune_prompt(
 
     Args:
         ids: int64 `[L]` on the CPU, token ids of the whole prompt.
-        places: The places of the inputs in the prompt, in order. Inputs that are not listed stay unpruned.
+        places: The places of the inputs in the prompt, in order. Inputs that are not listed are not pruned.
         read: The encoded inputs, one for each entry of `places`.
-        positions: int64 `[3, L]` on the CPU, M-RoPE positions of the whole prompt; None if the caller computes positions for a
-            whole batch.
-        embed: Function that returns the embeddings `[n, hidden]` of text token ids, int64 `[n]`. It is not called with placeholders
-            of these inputs, so the model need not know their ids. None if the model embeds the prompt itself.
+        positions: int64 `[3, L]` on the CPU, the M-RoPE positions of the whole prompt. None means that the caller computes the
+            positions of a whole batch.
+        embed: A function that maps the ids of text tokens, int64 `[n]`, to their embeddings, `[n, hidden]`. It is never called with
+            placeholders of the inputs, so the model need not know their ids. None means that the model embeds the prompt itself.
 
     Raises:
-        ValueError: If the kept tokens of an input are not in ascending order, lie outside its place, or differ in number from its
+        ValueError: If an input's kept tokens are not in ascending order, are outside its place, or differ in number from its
             features. Exceptions raised by `embed` propagate unchanged.
     """
     stays = torch.ones(len(ids), dtype=torch.bool, device="cpu")
@@ -86,7 +86,7 @@ def prune_prompt(
     columns = (stays | visual).nonzero()[:, 0]
     visual = visual[columns]
     text = ~visual
-    # For each column, its index in a table with the text columns first and the visual tokens after them.
+    # The index of each column in a table that contains the text columns, followed by the visual tokens.
     row = torch.where(text, text.cumsum(0), text.sum() + visual.cumsum(0)) - 1
     given = {"sizes": _sizes(int(text.sum()), read, row)}
     if positions is not None:
@@ -116,8 +116,9 @@ def _sizes(text: int, read: Sequence[Encoded], row: torch.Tensor) -> torch.Tenso
     """Return the cluster sizes of the columns, or None if all are 1.
 
     Args:
-        text: Number of text columns, whose size is 1.
-        row: For each column, its index in the text columns followed by the visual tokens.
+        text: Number of text columns. Their size is 1.
+        read: The encoded inputs, which contain the sizes of the visual tokens.
+        row: The index of each column in a table that contains the text columns, followed by the visual tokens.
     """
     if all(tokens.size is None for tokens in read):
         return None

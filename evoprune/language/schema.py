@@ -1,4 +1,4 @@
-"""Read the JSON Schemas of answers from files or classes, and parse the answers. This file imports no torch."""
+"""Read the JSON Schema for an answer from a file or a class, and parse the answer. This module does not import torch."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,13 +10,13 @@ from evoprune.untrusted import loads
 from evoprune.util import brief, missing_hint, shorten
 
 MAX_BYTES = 2**20  # maximum size of a schema
-# Keywords whose objects map field names (not keywords) to schemas, and keywords that hold data, not schemas.
+# Keywords whose value is an object from field names to schemas, and keywords whose value is data rather than a schema.
 NAME_KEYWORDS = ("properties", "patternProperties", "$defs", "definitions")
 DATA_KEYWORDS = ("const", "enum", "default", "examples")
 
 
 class SchemaOfClass(dict[str, Any]):
-    """The JSON Schema of a dataclass or a pydantic model. `kind` is the class, and answers are converted to its instances."""
+    """The JSON Schema of a dataclass or a pydantic model. Answers are converted to instances of this class, `kind`."""
 
     def __init__(self, content: Any = (), kind: type | None = None):
         super().__init__(content)
@@ -27,7 +27,7 @@ def read_schema(path: str | None) -> dict[str, Any] | None:
     """Return the JSON Schema in a file, or None if `path` is None.
 
     Raises:
-        UsageError: If the file cannot be read or does not hold a JSON object.
+        UsageError: If the file cannot be read or does not contain a JSON object.
     """
     if path is None:
         return None
@@ -44,7 +44,7 @@ def schema_of(given: Mapping[str, Any] | type) -> dict[str, Any]:
     """Return a copy of a JSON Schema as plain data, or the `SchemaOfClass` of a dataclass or a pydantic model.
 
     Raises:
-        UsageError: `given` is neither a mapping nor a class, cannot be written as JSON, or is a class without a JSON Schema.
+        UsageError: If `given` is neither a mapping nor a class, cannot be written as JSON, or is a class that has no JSON Schema.
     """
     if isinstance(given, SchemaOfClass):
         return given
@@ -63,7 +63,7 @@ def schema_of(given: Mapping[str, Any] | type) -> dict[str, Any]:
 
 
 def _parsed(content: bytes, name: str) -> dict[str, Any]:
-    """Parse a JSON object, which error messages call `name`."""
+    """Parse a JSON object. Error messages refer to it as `name`."""
     if len(content) > MAX_BYTES:
         raise UsageError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", "use a smaller one")
     try:
@@ -79,7 +79,7 @@ def _schema_of_class(kind: type) -> dict[str, Any]:
     """Return the JSON Schema of a class.
 
     Raises:
-        UsageError: If pydantic cannot make a schema for the class, or is not installed.
+        UsageError: If pydantic is not installed or cannot create a schema for the class.
     """
     try:
         from pydantic import TypeAdapter
@@ -93,7 +93,7 @@ def _schema_of_class(kind: type) -> dict[str, Any]:
 
 
 def _without_extra_fields(schema: dict[str, Any]) -> dict[str, Any]:
-    """Forbid extra fields in every object of a schema, in place, unless the class allows them. Returns the schema."""
+    """Change a schema in place to forbid additional fields in every object whose class does not allow them, and return it."""
     for _, part in parts_of_schema(schema):
         if "properties" in part:
             part.setdefault("additionalProperties", False)
@@ -101,7 +101,7 @@ def _without_extra_fields(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Iterator[tuple[str, dict]]:
-    """Yield each subschema of a schema, including the schema itself, after its path as a JSON Pointer."""
+    """Yield the path (a JSON Pointer) and the contents of each subschema, including the schema itself."""
     if isinstance(value, dict):
         if is_schema:
             yield path, value
@@ -115,7 +115,7 @@ def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Itera
 
 
 def value_of(answer: str) -> Any:
-    """Parse a JSON answer. Returns None if Python cannot represent it, for example because a number is too large."""
+    """Parse a JSON answer. Return None if Python cannot represent it, for example because a number is too large."""
     try:
         return loads(answer)
     except ValueError:
@@ -126,7 +126,7 @@ def checked_value(answer: str, schema: dict[str, Any]) -> Any:
     """Parse a complete answer and check it against a schema.
 
     Returns:
-        The value, or None as in `value_of`.
+        The value, or None if Python cannot represent it.
 
     Raises:
         UsageError: If the answer does not follow the schema.

@@ -1,4 +1,4 @@
-"""Options that control how an answer is generated. This file imports no torch."""
+"""Options that control how an answer is generated. This module does not import torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,11 +16,11 @@ THINK = get_args(Think)
 ChoiceScore = Literal["sum", "mean"]
 CHOICE_SCORES = get_args(ChoiceScore)
 ROW_OPTIONS = "options"  # value of `choices` that makes each row of a batch use its own options
-MOST_LOGPROBS = 20  # the same limit as in other programs
+MOST_LOGPROBS = 20  # same limit as in other programs
 
 
 def listed_choices(typed: Sequence[str] | None) -> str | list[str] | None:
-    """Split choices from the command line at commas. Return `ROW_OPTIONS` if it is the only one, or None without choices."""
+    """Split choices from the command line at commas. Return `ROW_OPTIONS` if that is the only choice, or None for no choices."""
     if not typed:
         return None
     texts = [part.strip() for text in typed for part in text.split(",") if part.strip()]
@@ -164,7 +164,7 @@ class GenerationOptions:
 
     @property
     def grammar(self) -> str | None:
-        """Grammar of the answer in llguidance's format, or None without a schema or regular expression.
+        """The answer's grammar in llguidance's format, or None if there is neither a schema nor a regular expression.
 
         Raises:
             UsageError: If llguidance does not support the schema or regular expression.
@@ -179,15 +179,15 @@ class GenerationOptions:
 
     @property
     def choices_from_rows(self) -> bool:
-        """True if each row of a batch uses its own options as choices."""
+        """Whether each row of a batch uses its own options as choices."""
         return self.choices == ROW_OPTIONS
 
     def choice_ids(self, tokenizer: "Tokenizer") -> list[list[int]]:
-        """Return the token ids of each choice, without the end of the answer. Without choices, the list is empty.
+        """Return the token ids of each choice, without a token that ends the answer. If there are no choices, the list is empty.
 
         Raises:
-            UsageError: If the model cannot choose among the choices, because it always thinks, a choice has more tokens than
-                `max_new_tokens`, two choices have the same tokens, or each row of a batch has its own choices.
+            UsageError: If the model always thinks before it answers, a choice has more than `max_new_tokens` tokens, two choices
+                have the same tokens, or each row of a batch has its own choices.
         """
         if self.choices is None:
             return []
@@ -210,8 +210,8 @@ class GenerationOptions:
         """Parse a complete answer that follows `schema`.
 
         Returns:
-            The JSON value, or None if Python cannot represent it; and the value for the caller, which is an instance of `schema` if
-            that is a class, otherwise the same value.
+            The JSON value and the value for the caller. The JSON value is None if Python cannot represent it. If the schema was
+            made from a class, the value for the caller is an instance of that class. Otherwise, it is the JSON value.
 
         Raises:
             UsageError: If the answer does not follow the schema, or the class rejects the value.
@@ -222,7 +222,7 @@ class GenerationOptions:
         return value, value
 
     def record(self, seed: int) -> dict[str, Any]:
-        """Return the options that affect how tokens are chosen, and the random seed, in the format of reports."""
+        """Return the options that affect which tokens are chosen, together with the random seed, in the format of reports."""
         known = asdict(self) | {"seed": seed}
         known.pop("system")
         if self.choices is None:
@@ -249,7 +249,7 @@ def _checked_stops(given: Any) -> list[str] | None:
 
 
 def _checked_choices(given: Any) -> str | list[str] | None:
-    """Return choices as a list; `ROW_OPTIONS` and None are returned unchanged.
+    """Return choices as a list. `ROW_OPTIONS` and None are returned unchanged.
 
     Raises:
         UsageError: If the value is not a list of at least two different, non-empty strings of valid Unicode.

@@ -1,9 +1,9 @@
 """Render a chat template in a separate process.
 
-A template is a program from an untrusted source. Jinja's sandbox blocks access to files and to Python's internals, but a template
-can still run forever or fill the memory, and a single operation can do so without ever checking for a signal. Another process
-therefore renders the template under limits and is killed if it exceeds them. Starting this process takes little longer than
-importing Jinja here.
+A template is a program from an untrusted source. Jinja's sandbox prevents it from accessing files and Python's internals, but it
+can still run forever or use up all memory, even within a single operation that cannot be interrupted by a signal. Templates are
+therefore rendered in a separate process, which is killed if it exceeds its limits. Starting this process takes only a little longer
+than importing Jinja in this process would.
 """
 
 import json
@@ -13,21 +13,21 @@ from typing import Any
 
 from evoprune.language.isolation import run_isolated
 
-SECONDS = 5  # time limit; real templates render in milliseconds
-MAX_CHARACTERS = 2**20  # limit on the rendered text, which has placeholders for the user's words
+SECONDS = 5  # time limit for rendering, which takes milliseconds for real templates
+MAX_CHARACTERS = 2**20  # maximum length of the rendered text, which contains placeholders instead of the user's words
 
 
 def render(source: str, variables: dict[str, Any]) -> str:
     """Render a Jinja template.
 
     Args:
-        source: The template.
-        variables: The template's variables, which must be serializable as JSON.
+        source: The source of the template.
+        variables: The variables of the template, which must be serializable as JSON.
 
     Raises:
         ValueError: If the template is broken, rejects the variables, takes too much time or memory, or renders too much text. The
-            message says which.
-        OSError: If no process can be started.
+            message gives the reason.
+        OSError: If the process cannot be started.
     """
     return _cached(json.dumps({"source": source, "variables": variables}), SECONDS)
 
@@ -41,7 +41,7 @@ def _cached(request: str, seconds: int) -> str:
 
 
 def render_request(request: str) -> dict[str, str]:
-    """Render the template in a JSON request. Return a dict with the result as `text`, or with a message as `error`."""
+    """Render the template in a JSON request. The returned dict contains either the result, `text`, or a message, `error`."""
     request = json.loads(request)
     try:
         text = _compiled(request["source"]).render(**request["variables"])
@@ -49,7 +49,7 @@ def render_request(request: str) -> dict[str, str]:
         return {"error": "it takes too much memory"}
     except RecursionError:
         return {"error": "it is nested too deeply"}
-    except Exception as problem:  # a template is a program and may raise anything
+    except Exception as problem:  # a template is a program that may raise anything
         return {"error": (str(problem).strip() or type(problem).__name__).splitlines()[0][:200]}
     if len(text) > MAX_CHARACTERS:
         return {"error": f"its output has {len(text):,} characters, more than {MAX_CHARACTERS:,}"}
@@ -57,7 +57,7 @@ def render_request(request: str) -> dict[str, str]:
 
 
 def _compiled(source: str):
-    """Compile a template in an environment with the tags, filters, functions and whitespace rules that transformers provides."""
+    """Compile a template in an environment that has the same tags, filters, functions and whitespace rules as in transformers."""
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.nodes import Scope
@@ -74,9 +74,9 @@ def _compiled(source: str):
             return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     class SafeNamespace(Namespace):
-        """Jinja's `namespace`, except that it refuses names with a leading underscore."""
+        """Jinja's `namespace`, except that it rejects names with a leading underscore."""
 
-        def __init__(*args, **kwargs):  # a template may use `self` as a name
+        def __init__(*args, **kwargs):  # no `self`, because a template may use this name as a keyword
             self, *given = args
             Namespace.__init__(self)
             for name, value in dict(*given, **kwargs).items():
@@ -88,7 +88,7 @@ def _compiled(source: str):
             Namespace.__setitem__(self, name, value)
 
     class Dict:
-        """`dict` for templates, without access to the attributes of the class."""
+        """Lets templates call `dict` without giving them access to the attributes of that class."""
 
         def __call__(self, *args, **kwargs):
             return dict(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The turns of a conversation, and their conversion to and from messages with roles. This file imports no torch."""
+"""Represent the turns of a conversation, and convert them to and from messages with roles. This module does not import torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ ASSISTANT = "assistant"
 
 
 class Placed(str):
-    """A question with inputs between its strings, such as "Image 1:", an input, "Image 2:", an input, "Which is older?".
+    """A question in which inputs appear between pieces of text: "Image 1:", an input, "Image 2:", an input, "Which is older?".
 
-    As a `str`, the question consists of its strings joined by line breaks.
+    Used as a `str`, the question consists of its pieces of text, joined by line breaks.
 
     Attributes:
-        parts: The strings in order, with None for each input.
+        parts: The pieces of text in order, with None in the place of each input.
     """
 
     parts: tuple[str | None, ...]
@@ -52,10 +52,11 @@ class Turn:
         """Convert messages to turns.
 
         Args:
-            messages: List of dicts with `role`, which alternates between "user" and "assistant", and `content`, a string.
+            messages: A list of dictionaries with the keys `role` and `content`. The roles alternate between "user" and "assistant",
+                and the contents are strings.
 
         Raises:
-            UsageError: If the messages have a different form, a question is empty, or the last question has no answer.
+            UsageError: If the messages do not have this form, a question is empty, or the last question has no answer.
         """
         hint = '[{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "A man."}]'
         if not isinstance(messages, list | tuple):

@@ -1,8 +1,7 @@
-"""Check a finished answer against its JSON Schema with jsonschema, using exact numbers. This file imports no torch.
+"""Validate a finished answer against its JSON Schema with jsonschema, using exact numbers. This module does not import torch.
 
-The check is needed because llguidance computes bounds and large integers in floats: a guided answer can still violate an exclusive
-bound, or contain an integer of more than 53 bits that was rounded. Only this file imports jsonschema, and only when a schema is
-used.
+Because llguidance represents bounds and large integers as floats, a guided answer can violate an exclusive bound, or contain a
+rounded integer if it has more than 53 bits. No other module imports jsonschema, and this one imports it only when a schema is used.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,10 +11,10 @@ from typing import Any
 from evoprune.errors import first_line
 from evoprune.util import shorten
 
-DIGITS = 1500  # decimal precision; more digits than the quotient of any two floats has before its decimal point
-MAX_REFERENCES = 100_000  # limit per check, because alternatives that refer to one another multiply
-MAX_TEXT_LENGTH = 200  # maximum length of a jsonschema path or message that is shown, in characters
-# Keywords that only llguidance checks, because Python's `re` has a different syntax and can take forever.
+DIGITS = 1500  # decimal precision; the quotient of two floats never has as many digits before its decimal point
+MAX_REFERENCES = 100_000  # limit per check, because alternatives that refer to each other multiply
+MAX_TEXT_LENGTH = 200  # longer paths and messages from jsonschema are shortened to this many characters
+# Keywords that are left to llguidance, because Python's `re` has a different syntax and can take forever.
 ENGINE_KEYWORDS = ("pattern", "patternProperties", "format")
 SAMPLES: list[Any] = [None, False, 0, "", [], {}]
 ENDLESS_REFERENCES = "its references never end"
@@ -26,10 +25,10 @@ class _TooManyReferences(Exception):
 
 
 def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
-    """Return the first schema keyword that a value violates and the path in the value, or None if the value is valid.
+    """Return a description of the first violation of the schema (the path in the value and the keyword), or None if valid.
 
     Args:
-        value, schema: Objects as returned by `json.loads`. A float counts as the decimal number that Python prints for it.
+        value, schema: Objects as returned by `json.loads`. A float is treated as the decimal number that Python prints for it.
     """
     import referencing
     from referencing.exceptions import Unresolvable
@@ -38,7 +37,7 @@ def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
     try:
         with localcontext() as context:
             context.prec = DIGITS
-            # With an empty registry, no reference is fetched from the web.
+            # The empty registry keeps jsonschema from fetching references from the web.
             checker = validator(_exact(schema, without="$schema"), registry=referencing.Registry())
             error = next(checker.iter_errors(_exact(value)), None)
     except (_TooManyReferences, RecursionError):
@@ -51,7 +50,7 @@ def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
 
 
 def wrong_schema(schema: dict[str, Any]) -> str | None:
-    """Return the reason why answers cannot be checked against a schema, in one line, or None if they can be checked."""
+    """Return a one-line reason why answers cannot be validated against this schema, or None if they can."""
     from jsonschema.exceptions import SchemaError
 
     try:
@@ -65,7 +64,7 @@ def wrong_schema(schema: dict[str, Any]) -> str | None:
 
 
 def _validator_class(schema: dict[str, Any]) -> type:
-    """Return jsonschema's validator class for a schema's dialect, for one check, without the keywords in `ENGINE_KEYWORDS`."""
+    """Return a validator class for one check: jsonschema's class for the schema's dialect, without the `ENGINE_KEYWORDS`."""
     from jsonschema import Draft202012Validator
     from jsonschema.validators import extend, validator_for
 
@@ -82,14 +81,14 @@ def _pass(validator: Any, rule: Any, value: Any, schema: dict[str, Any]) -> Iter
 
 
 def _unless_patterns(rule: Callable) -> Callable:
-    """Wrap the rule for additionalProperties to skip schemas with patternProperties, which only llguidance checks."""
+    """Wrap the rule for additionalProperties so that it skips schemas with patternProperties, which llguidance checks."""
     return lambda validator, given, value, schema: (
         () if "patternProperties" in schema else rule(validator, given, value, schema)
     )
 
 
 def _counted(rule: Callable) -> Callable:
-    """Wrap the rule for $ref to raise _TooManyReferences after `MAX_REFERENCES` calls."""
+    """Wrap the rule for $ref so that it raises `_TooManyReferences` after `MAX_REFERENCES` calls."""
     count = 0
 
     def follow(validator: Any, given: Any, value: Any, schema: dict[str, Any]) -> Iterator[Any]:
@@ -103,11 +102,12 @@ def _counted(rule: Callable) -> Callable:
 
 
 def _exact(value: Any, without: str | None = None) -> Any:
-    """Return a JSON value with every float replaced by an int or a Decimal.
+    """Return a JSON value in which every float is replaced with an int or a Decimal.
 
     Args:
-        without: Name of the fields to drop if their value is a string. Pass "$schema" for schemas, because a "$schema" inside a
-            schema would make jsonschema replace the modified validator with one of jsonschema's validators.
+        value: The JSON value.
+        without: The name of fields to drop if their value is a string. Pass "$schema" for schemas, because a "$schema" would make
+            jsonschema replace the modified validator with one of its own.
     """
     if isinstance(value, dict):
         kept = {name: inner for name, inner in value.items() if name != without or not isinstance(inner, str)}
