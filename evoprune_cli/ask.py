@@ -197,7 +197,7 @@ def why_single_questions(history: str | None, session: "Session", compare: bool 
 def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
     """Split the words of the command line into the inputs and the question. The question is None if there is none.
 
-    If there are several words, the last one is the question unless it is an existing file or looks like a filename.
+    If there is more than one word, the last one is the question, unless it is an existing file or looks like a filename.
     """
     *before, last = words
     if before and not _exists(last) and not PATH.fullmatch(last):
@@ -507,7 +507,7 @@ class Conversation:
         return True
 
     def break_off(self, problem: BaseException, unanswered: list[str]) -> None:
-        """Print what is known after a failure: the stats and, with --json, a record for each unanswered question."""
+        """Print the stats after a failure and, if --json was given, a record for each question that was not answered."""
         if isinstance(problem, BrokenPipeError | SystemExit) or not unanswered:
             return
         interrupted = not isinstance(problem, Exception)
@@ -597,7 +597,10 @@ class Conversation:
 
 
 def _print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
-    """Print a report's warnings about each input, and then those about the model. If `names` is given, print only these."""
+    """Print a report's warnings about each input, and then those about the model.
+
+    If `names` is given, only the warnings with these names are printed.
+    """
     for name, video in warned(report):
         if name != "limited" and (names is None or name in names):  # a note has already described the limit
             print_warning(name, video)

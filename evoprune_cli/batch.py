@@ -277,7 +277,7 @@ def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool
 
 
 class Tally:
-    """Counts the records of a batch and reports its progress on stderr.
+    """Counts the records in a batch and reports the progress of the batch on stderr.
 
     As a context manager, it prints a summary at the end, even if the batch is interrupted.
 

@@ -278,7 +278,7 @@ def _preset_lines(title: str, presets: dict[str, dict]) -> list[str]:
     return output
 
 
-BLOCKS: dict[str, Callable[[str, Any], list[str]]] = {  # formatters of facts that take several lines
+BLOCKS: dict[str, Callable[[str, Any], list[str]]] = {  # formatters of facts that take up more than one line
     "overlay": _overlay_lines,
     "presets": _preset_lines,
 }

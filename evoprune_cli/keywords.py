@@ -10,7 +10,7 @@ from evoprune.signatures import meaning, type_code
 from evoprune.video import SamplingOptions
 
 KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, FindOptions, EvoPrune)
-# Typed dicts for functions that take the options of several classes.
+# Typed dicts for functions that take the options of more than one class.
 JOINED = {"LoadKeywords": (ModelOptions, PruneOptions), "ReadAheadKeywords": (ModelOptions, SamplingOptions)}
 # For each class, an additional typed dict without one option, for overloads whose return type depends on that option.
 WITHOUT = {GenerationOptions: ("UntypedKeywords", "schema")}

@@ -53,7 +53,7 @@ def _facts(name: str, plugin: str | None) -> dict[str, Any]:
     """Return the facts about a method.
 
     `plugin` is the name of the package that provides the method, or None for a built-in method. If a plug-in method cannot be used,
-    `plugin` also says why, and the facts other than the name are None.
+    the value of `plugin` also gives the reason, and the facts about what the method does are None.
     """
     method = None
     if plugin is None or name not in registry.available(plugins=False):

@@ -75,7 +75,7 @@ COMPLETED = {  # settings of pipeline options whose values cannot be derived fro
 
 
 def option(declared: Any, names: str, text: str, panel: str | None = None, **settings: Any) -> Any:
-    """Return the annotation of an option. `names` looks like "-o --output FILE". `panel` is its section in the full help."""
+    """Return the annotation of an option. `names` looks like "-o --output FILE". `panel` is its section of the full help text."""
     *flags, last = names.split()
     if last.startswith("-"):
         flags.append(last)
@@ -190,7 +190,7 @@ def _as_typed(message: str, declared: dict[str, Option]) -> str:
     )
 
 
-# Options shared by several commands.
+# Options that more than one command has.
 
 # Panel titles.
 SWEEP = "Sweep (separate values by commas, or repeat the option)"
@@ -301,7 +301,7 @@ COMMON_PARAMETERS = [
 
 
 class Command(TyperCommand):
-    """A command with a short and a full help."""
+    """A command that has a short and a full help text."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         """Parse the arguments, unless the command is only needed for shell completion or for generating the documentation.

@@ -1,4 +1,4 @@
-"""Functions that several commands share: they load models, check output paths, and deliver results to stdout and files.
+"""Functions that the commands share. They load models, check output paths, and deliver results to stdout and files.
 
 Results are delivered at the end of a run. If the run is interrupted, the results so far are delivered.
 """
@@ -237,7 +237,7 @@ def rescuing(ready: Callable[[], bool], deliver: Callable[[dict[str, Any]], Any]
 
 
 def deliver_results(results: "Results", form: str, output: str | None = None, chart: str | None = None) -> None:
-    """Print results in a format: "table", "json" or "csv". Then write the JSON file and the chart, even if printing fails."""
+    """Print results in the format `form`: "table", "json" or "csv". Even if this fails, write the JSON file and the chart."""
     try:
         print_text(results.text(form, page_width()))
     finally:

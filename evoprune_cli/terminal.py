@@ -148,8 +148,8 @@ def print_document(document: dict[str, Any]) -> None:
 def write_whole(text: str) -> None:
     """Write text to stdout. If stdout is a file and the disk is full, nothing is written.
 
-    A single write is used if possible, so that lines from several processes do not mix in a shared file. The stream's buffer is
-    bypassed, because it would keep unwritten text and write it later.
+    A single write is used if possible, so that lines from different processes are not mixed up in a shared file. The stream's
+    buffer is bypassed, because it would keep unwritten text and write it later.
 
     Raises:
         OSError: the text cannot be written.

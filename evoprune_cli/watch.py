@@ -181,7 +181,7 @@ class _Watching:
         quiet: bool,
         speak: Callable[[str], None],
     ):
-        """Store the parts of a command. Nothing is asked yet.
+        """Store what is needed to ask questions. No question is asked yet.
 
         Args:
             begin: function that is called when the first question is asked, so that the stream's window can fill before then.
@@ -355,7 +355,7 @@ def _write(text: str) -> None:
 def _lines(path: str) -> "queue.SimpleQueue[bytes | None]":
     """Return a queue that receives the non-empty lines of a pipe, followed by None at the end.
 
-    A thread reads the lines. It does not hold the locks of Python's streams while it waits.
+    The lines are read in a thread, which does not hold the locks of Python's streams while it waits.
     """
     if path != STDIN and not os.path.exists(path):
         raise UsageError(f"no such file: {path}", missing_hint(path, "to read stdin: --questions -"))

@@ -84,7 +84,7 @@ def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
 
 
 async def _result(context: Context, worker: Worker, work: Callable[[Report], Any]) -> Any:
-    """Run a function in a worker's thread, and report its progress to the client. If the request is cancelled, stop it.
+    """Run a function in a worker's thread, and report its progress to the client. If the request is cancelled, stop the function.
 
     Raises:
         ToolError: the function failed.

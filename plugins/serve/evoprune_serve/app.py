@@ -200,7 +200,7 @@ class Server:
     # Files.
 
     async def upload(self, request: Request) -> Response:
-        """Store the file of an upload form."""
+        """Store the file from an upload form."""
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ApiError(415, "a file is sent as multipart/form-data", code="unsupported_media_type")
         with self.store.room() as room:

@@ -244,8 +244,9 @@ class Sources:
     def _file(self, url: str, stack: ExitStack, copied: bool) -> LocalFile:
         """Return a file below an allowed folder. All other paths raise the same error, so that clients learn nothing about them.
 
-        The file is opened only once and read through this descriptor, so that replacing the file later has no effect. If `copied`
-        is True, the file is copied to the store instead of being kept open, because a list of frames may consist of many files.
+        The file is opened only once and always read through the same descriptor, so that replacing the file later has no effect. If
+        `copied` is True, the file is copied to the store instead of being kept open, because a list of frames may consist of many
+        files.
         """
         try:
             file = stack.enter_context(self._opened(url))

@@ -180,7 +180,7 @@ class Store:
             room.bytes += count
 
     def _keep(self, digest: str, path: str, room: "Room") -> Content:
-        """Add a user to the stored file with this digest and return it. If there is none, store the file at `path` first."""
+        """Add a user to the stored file with this digest and return the file. If it does not exist, store the file at `path`."""
         with self._lock:
             if known := self._known(digest):
                 return known

@@ -29,7 +29,7 @@ class Upload:
     expires: int
 
     def record(self) -> dict[str, Any]:
-        """Return the file in OpenAI's format."""
+        """Return a description of the file in OpenAI's format."""
         return {
             "id": self.id,
             "object": "file",

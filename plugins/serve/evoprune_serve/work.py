@@ -98,7 +98,7 @@ Put = Callable[[Event], None]
 
 
 class Job:
-    """A request in the queue. Its events are delivered to the given event loop."""
+    """A request in the queue. Its events are delivered to the event loop `loop`."""
 
     def __init__(self, client: str, loop: asyncio.AbstractEventLoop):
         self.client = client
