@@ -17,13 +17,13 @@ from evoprune.video.info import ANIMATIONS, Video
 from evoprune.video.readers import ffmpeg, picture, probing, pyav
 
 WEBP, AVIF = ANIMATIONS.values()
-SHORTEST_S = 0.01  # if the stated duration of a frame is at most this, browsers use `INSTEAD_S`
+SHORTEST_S = 0.01  # if a frame's stated duration is at most this, browsers use `INSTEAD_S` instead
 INSTEAD_S = 0.1
-CHUNK_BYTES = 8  # type and length of a chunk of a WebP
+CHUNK_BYTES = 8  # size of a WebP chunk's header, which contains the chunk's type and length
 
 
 def is_read_here(path: str) -> bool:
-    """Return True if this module reads the animation in a file. Still images must be excluded first (`picture.is_picture`)."""
+    """Return True if a file is an animation that this module reads. The caller must already know that it is not a still image."""
     name = ffmpeg.picture_format(path)
     if name not in ANIMATIONS:
         return False
@@ -37,7 +37,7 @@ def is_read_here(path: str) -> bool:
 
 
 def probe(path: str) -> Video:
-    """Read the metadata of an animation. A WebP is not decoded for this. Raises VideoError if the animation is unreadable."""
+    """Read an animation's metadata, without decoding it if it is a WebP. Raises VideoError if the animation cannot be read."""
     with picture.opened(path, animated=True) as image:
         width, height = image.size
         if width * height > ffmpeg.MAX_VIDEO_PIXELS:
@@ -67,18 +67,18 @@ def probe(path: str) -> Video:
 
 
 def frame_times(info: Video) -> list[float]:
-    """Return every frame's display time, in seconds from the first frame."""
+    """Return each frame's display time, in seconds from the first frame."""
     if info.container == AVIF:
         return pyav.frame_times(replace(info, container=ffmpeg.MOV)).times_s
     return list(accumulate(_lengths(info.path), initial=0.0))[:-1]
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the frame on screen at each time, as described in the docstring of the package `readers`."""
+    """Yield the frame on screen at each time, as described in the `readers` package docstring."""
     begins = frame_times(info)
     size = ffmpeg.turned_size((info.width, info.height), info.rotation_deg)
     with picture.opened(info.path, animated=True) as image:
-        done = shown = -1  # a damaged frame leaves the frame before it on screen
+        done = shown = -1  # if a frame is damaged, the frame before it stays on screen
         rgb = None
         for time in times_s:
             wanted = max(0, bisect_right(begins, time + ffmpeg.TOLERANCE_S) - 1)
@@ -97,7 +97,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all frames. Yields each frame's time and duration in seconds, and True for the first frame, the only keyframe."""
+    """Decode all frames. Yields each frame's time and duration in seconds, and whether it is the first frame, the only keyframe."""
     begins = frame_times(info)
     with picture.opened(info.path, animated=True) as image:
         for number, (begin, end) in enumerate(zip(begins, [*begins[1:], info.length_s], strict=True)):
@@ -106,7 +106,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def _decoded(image: Image.Image, number: int, damaged: ffmpeg.Damage) -> Image.Image | None:
-    """Return a copy of a frame, or None if the frame is damaged. Frames must be requested in order."""
+    """Return a copy of a frame, or None if it is damaged. The caller must request frames in order."""
     ffmpeg.alive()
     try:
         image.seek(number)
@@ -120,11 +120,11 @@ def _decoded(image: Image.Image, number: int, damaged: ffmpeg.Damage) -> Image.I
 
 
 def _lengths(path: str) -> list[float]:
-    """Return the frame durations of a WebP in seconds, from the chunk headers. Raises VideoError if there are no frames."""
+    """Read a WebP's frame durations in seconds from its chunk headers. Raises VideoError if there are no frames."""
     lengths = []
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        at = 12  # after "RIFF", a length, and "WEBP"
+        at = 12  # the first chunk follows "RIFF", a length, and "WEBP"
         while at + CHUNK_BYTES <= size and len(lengths) < probing.MAX_PACKETS:
             file.seek(at)
             head = file.read(CHUNK_BYTES + 16)

@@ -1,9 +1,10 @@
 """Converts decoded frames of any pixel format, range, matrix, primaries and transfer curve to 8-bit BT.709 RGB.
 
-libswscale performs the conversion, and this module rejects formats that libswscale rejects. Only HDR is mapped to SDR here. The
-mapping follows FFmpeg's filters `zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709`, for displays of
-1000 cd/m2. PyAV does not include zscale, and libswscale's own mapping needs many seconds to compute a table before the first frame.
-Matrices, primaries and curves are numbered as in ITU-T H.273, FFmpeg and PyAV.
+libswscale does most of the conversion, and this module rejects the formats that libswscale does not support. HDR is mapped to SDR
+by this module itself, in the same way as by FFmpeg's filters
+`zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709` for displays of 1000 cd/m2. Those filters cannot be
+used, because PyAV does not include zscale. libswscale's own mapping is too slow, because it spends many seconds computing a table
+before the first frame. Matrices, primaries and curves have the same numbers as in ITU-T H.273, FFmpeg and PyAV.
 """
 
 import re
@@ -27,33 +28,34 @@ from evoprune.errors import VideoError
 from evoprune.video.info import HLG, IPT, PQ
 
 CURVES = {ColorTrc.SMPTE2084: PQ, ColorTrc.ARIB_STD_B67: HLG}
-UNSTATED = (0, 2, 3)  # values that indicate that no curve is stated
+UNSTATED = (0, 2, 3)  # values that mean that the curve is not stated
 HDR_METADATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL", "DYNAMIC_HDR_PLUS")
-# FFmpeg's numbers of side data types that PyAV 18 has no name for: LCEVC, the view and the displays of 3D video, and EXIF.
+# FFmpeg's numbers for the side data types that PyAV 18 has no name for: LCEVC, the view and the displays of 3D video, and EXIF.
 NAMELESS_SIDE_DATA = (28, 29, 30, 31)
-# Dolby Vision consists of a base layer, which FFmpeg decodes, and metadata, which is not applied. The "compatibility id" in its
-# record describes the base layer: 2 is SDR; 0 is Dolby's own format in some profiles, and says nothing in other profiles.
+# Dolby Vision consists of a base layer, which FFmpeg decodes, and metadata, which is not applied here. The "compatibility id" in
+# the Dolby Vision record describes the base layer: 2 means SDR. In some profiles, 0 means Dolby's own format. In other profiles,
+# 0 says nothing about the format.
 DOLBY_RECORD = re.compile(r"DOVI configuration record:.* profile: (\d+),.* compatibility id: (\d+)")
 DOLBY_BASES = {1: PQ, 4: HLG, 6: PQ}
-DOLBY_OWN = (5, 10, 20)  # profiles in which compatibility id 0 indicates Dolby's own format
-# MP4 codec tags that indicate Dolby's own format if neither the record nor the curve provides more information.
+DOLBY_OWN = (5, 10, 20)  # profiles in which compatibility id 0 means Dolby's own format
+# MP4 codec tags that indicate Dolby's own format, unless the record or the curve says otherwise.
 DOLBY_TAGS = ("dvhe", "dvh1", "dvav", "dva1", "dav1")
 
-# Matrices from linear BT.2020 (BT.2087) or Display P3 to linear BT.709.
+# Matrices that convert linear BT.2020 (as in BT.2087) or linear Display P3 to linear BT.709.
 FROM_BT2020 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])
 FROM_P3 = np.array([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
 
-# Tone mapping, in units of 100 cd/m2: light below the knee is unchanged, and light at the peak becomes white.
+# Tone mapping parameters in units of 100 cd/m2. Light below the knee stays unchanged, and light at the peak becomes white.
 KNEE = 0.3
 PEAK = 10.0
 WHITE = 2**16 - 1  # white in 16-bit channels
-STRIP = 2**16  # number of pixels to compute at a time, small enough for the cache of a core
-# Pixel formats for which libswscale swaps bytes by mistake or aborts the process.
+STRIP = 2**16  # number of pixels to compute at a time, small enough to fit in a core's cache
+# Pixel formats that are rejected, because libswscale swaps their bytes by mistake or aborts the process.
 UNREAD = ("rgb565be", "bgr565be", "rgb555be", "bgr555be", "yaf32le", "yaf32be")
 
 
 class Matrix(IntEnum):
-    """Matrix coefficients by their H.273 numbers. The names in lower case are FFmpeg's names."""
+    """Matrix coefficients by their numbers in H.273. The names, in lower case, are FFmpeg's."""
 
     GBR = 0
     BT709 = 1
@@ -79,9 +81,9 @@ SUPPORTED_MATRICES = tuple(Matrix(number) for number in (0, 1, 2, 4, 5, 6, 7, 9)
 
 
 def stated(stream: VideoStream, log: str) -> str | None:
-    """Return `Video.hdr_format` according to the header of a stream.
+    """Return the value of `Video.hdr_format` according to a stream's header.
 
-    Call this before decoding the first frame, because decoders overwrite the curve.
+    Call this function before decoding the first frame, because decoders overwrite the curve that the header states.
 
     Args:
         log: FFmpeg's description of the stream (see `ffmpeg.stream_log`).
@@ -104,8 +106,8 @@ def stated(stream: VideoStream, log: str) -> str | None:
 
 
 def side_data(frame: VideoFrame) -> Mapping[str, SideData]:
-    """Return the side data of a frame by type name. Types that PyAV 18 has no name for are dropped, because PyAV fails on them."""
-    # `frame.side_data` would create a reference cycle that keeps the pixels until Python collects cycles.
+    """Return a frame's side data by type name, except for types that PyAV 18 has no name for, because PyAV fails on them."""
+    # `frame.side_data` would create a reference cycle that keeps the pixels in memory until the garbage collector runs.
     try:
         return SideDataContainer(frame)
     except ValueError:
@@ -114,7 +116,7 @@ def side_data(frame: VideoFrame) -> Mapping[str, SideData]:
 
 
 def filtered(frame: VideoFrame, *filters: tuple[str, str]) -> VideoFrame:
-    """Apply FFmpeg filters, given as (name, options), to a frame."""
+    """Apply FFmpeg filters to a frame. Each filter is given as (name, options)."""
     graph = Graph()
     graph.threads = 1
     source = graph.add_buffer(
@@ -126,10 +128,10 @@ def filtered(frame: VideoFrame, *filters: tuple[str, str]) -> VideoFrame:
 
 
 def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
-    """Return `Video.hdr_format` for a frame.
+    """Return a frame's HDR format, as in `Video.hdr_format`.
 
     Args:
-        header: The format according to the stream's header. It applies to frames that do not state their own format. If it is
+        header: The HDR format that the stream's header states. It applies to frames that do not state their own format. If it is
             Dolby's own format, it applies to all frames.
     """
     data = side_data(frame)
@@ -147,14 +149,14 @@ def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
 
 
 def _is_dolby_own(metadata: Buffer | None) -> bool:
-    """Return True if FFmpeg's `AVDOVIMetadata` describes a base layer in Dolby's own format."""
+    """Return True if the base layer is in Dolby's own format. `metadata` is FFmpeg's `AVDOVIMetadata`."""
     if metadata is None:
         return False
     metadata = bytes(metadata)
     start = int.from_bytes(metadata[:8], sys.byteorder)  # offset of `AVDOVIRpuDataHeader`
     profile = metadata[start + 4]
     full_range = metadata[start + 10]
-    return profile == 0 and full_range == 1  # FFmpeg guesses the profile with the same rule
+    return profile == 0 and full_range == 1  # FFmpeg uses the same rule to guess the profile
 
 
 def may_be_transparent(form: VideoFormat) -> bool:
@@ -162,10 +164,10 @@ def may_be_transparent(form: VideoFormat) -> bool:
 
 
 class Converter:
-    """Converts the frames of a single source to RGB.
+    """Converts the frames from a single source to RGB.
 
     Args:
-        name: Name of the source in error messages.
+        name: Name of the source for error messages.
         header: See `hdr_format`.
     """
 
@@ -175,10 +177,11 @@ class Converter:
         self._reformatter = VideoReformatter()
 
     def rgb(self, frame: VideoFrame, width: int, height: int) -> np.ndarray:
-        """Convert a frame to uint8 `[height, width, 3]`, scaled to this size. Transparent areas become white, as in still images.
+        """Convert a frame to RGB at the given size, as uint8 `[height, width, 3]`. Transparent areas become white.
 
         Raises:
             VideoError: The frame's pixel format, matrix or HDR format is not supported.
+            MemoryError: There is not enough memory for the conversion.
         """
         hdr = hdr_format(frame, self._header)
         if hdr == IPT:
@@ -186,7 +189,7 @@ class Converter:
             raise VideoError(problem, "export it as HDR10 or SDR first")
         try:
             return self._rgb(frame, width, height, hdr)
-        except MemoryError as error:  # FFmpeg's subclass would be treated as damage to the file
+        except MemoryError as error:  # FFmpeg's subclass of MemoryError would be mistaken for damage to the file
             raise MemoryError(str(error)) from error
         except (av.error.FFmpegError, ValueError) as error:
             hint = "export it as 8-bit 4:2:0 video in BT.709, as most programs do"
@@ -207,7 +210,7 @@ class Converter:
         return self._computed(frame, width, height, hdr)
 
     def _computed(self, frame: VideoFrame, width: int, height: int, hdr: str | None) -> np.ndarray:
-        """Convert HDR or limited-range gray frames like `_rgb`. Their levels are mapped here instead of in libswscale."""
+        """Convert an HDR frame or a limited-range gray frame like `_rgb`, but map its levels here instead of in libswscale."""
         stored = self._reformat(frame, "gbrp16", width, height)
         planes = [np.frombuffer(plane, np.uint16).reshape(height, -1)[:, :width] for plane in stored.planes]
         planes = [planes[2], *planes[:2]]  # red, green and blue
@@ -231,7 +234,7 @@ class Converter:
 
 
 def _over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Blend RGB, uint8 `[h, w, 3]`, over white. `alpha`, uint8 `[h, w, 1]`, is the opacity."""
+    """Blend RGB pixels over white. `rgb` is uint8 `[h, w, 3]`, and the opacity `alpha` is uint8 `[h, w, 1]`."""
     mixed = np.empty(rgb.shape, np.uint8)
     rows = max(1, STRIP // rgb.shape[1])
     for top in range(0, len(rgb), rows):
@@ -246,12 +249,12 @@ def _is_yuv(form: VideoFormat) -> bool:
 
 
 def _is_limited_grey(frame: VideoFrame) -> bool:
-    """Return True if a frame is gray with limited range. libswscale treats all gray frames as full range."""
+    """Return True if a frame is gray with limited range, which libswscale would mistake for full range."""
     return frame.format.name.startswith(("gray", "ya")) and frame.color_range == ColorRange.MPEG
 
 
 def _levels(frame: VideoFrame) -> tuple[int, int]:
-    """Return the black and white levels of libswscale's 16-bit channels. libswscale appends zero bits to shorter values."""
+    """Return the levels of black and white in libswscale's 16-bit channels. Shorter values are padded with zero bits."""
     if _is_limited_grey(frame):
         return 16 << 8, 235 << 8
     if _is_yuv(frame.format) and frame.color_range != ColorRange.JPEG:
@@ -261,15 +264,15 @@ def _levels(frame: VideoFrame) -> tuple[int, int]:
 
 
 def _to_bt709(frame: VideoFrame) -> np.ndarray:
-    """Return the matrix from an HDR frame's linear RGB to linear BT.709, float32 `[3, 3]`."""
+    """Return the matrix that converts an HDR frame's linear RGB to linear BT.709, as float32 `[3, 3]`."""
     known = {ColorPrimaries.BT709: np.eye(3), ColorPrimaries.SMPTE432: FROM_P3}
-    return known.get(frame.color_primaries, FROM_BT2020).astype(np.float32)  # nearly all HDR is BT.2020
+    return known.get(frame.color_primaries, FROM_BT2020).astype(np.float32)  # nearly all HDR video is BT.2020
 
 
 def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
-    """Map HDR channels, uint16 `[3, n]`, to SDR RGB, uint8 `[3, n]`."""
+    """Map HDR channels, given as uint16 `[3, n]`, to SDR RGB, returned as uint8 `[3, n]`."""
     light = to_bt709 @ _light(hdr)[channels]
-    # Apply FFmpeg's `tonemap=mobius` to the brightest channel. The other channels keep their ratio to this channel.
+    # Apply FFmpeg's `tonemap=mobius` to the brightest channel, and scale the other two channels by the same factor.
     square = KNEE * KNEE
     a = square * (1 - PEAK) / (square - 2 * KNEE + PEAK)
     b = (square - 2 * KNEE * PEAK + PEAK) / (PEAK - 1)
@@ -281,7 +284,7 @@ def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
 
 @cache
 def _light(hdr: str) -> np.ndarray:
-    """Return a display's light for each 16-bit signal (BT.2100), float32 `[65536]`, in units of 100 cd/m2.
+    """Return the light that a display emits for each 16-bit signal value (BT.2100), as float32 `[65536]` in units of 100 cd/m2.
 
     The display has a peak of 1000 cd/m2. HLG's system gamma of 1.2 is applied to each channel separately, as in zimg.
     """
@@ -297,7 +300,7 @@ def _light(hdr: str) -> np.ndarray:
 
 @cache
 def _gamma() -> np.ndarray:
-    """Return SDR levels (BT.1886) indexed by the square root of light, uint8 `[4096]`. The root gives dark levels finer steps."""
+    """Return a table of SDR levels (BT.1886) as uint8 `[4096]`, indexed by the square root of light for finer steps in the dark."""
     return np.round(255 * np.linspace(0, 1, 2**12) ** (2 / 2.4)).astype(np.uint8)
 
 

@@ -1,9 +1,10 @@
-"""Cuts a clip out of a video: copies packets from a keyframe on, or re-encodes frames, and keeps the sound.
+"""Cuts a clip out of a video, either by copying packets from a keyframe onward or by re-encoding frames. The sound is kept.
 
-Sound packets are copied as well. They are re-encoded only if the clip's file format cannot hold them.
+Sound packets are copied, too. They are re-encoded only if the clip's file format cannot hold them.
 
-FFmpeg writes to memory, and `ClipReader.fill` returns the bytes together with their offset in the file. Offsets are needed because
-FFmpeg returns to the beginning of an MP4 once the end is known. This way, the process that opens the video does not write files.
+FFmpeg writes the clip to memory, and `ClipReader.fill` returns the bytes together with their offset in the file, so that the
+process that opens the video does not have to write files. The offsets are needed because FFmpeg goes back to the beginning of an
+MP4 to complete it.
 """
 
 import math
@@ -41,31 +42,31 @@ from evoprune.video.readers.track import TimedFrame, Track, Unreachable
 
 MP4, MATROSKA = CLIP_ENDINGS
 FORMATS = {MP4: "mp4", MATROSKA: "matroska"}
-# Codecs that players expect in an MP4. A clip with any other codec becomes a Matroska file.
+# Codecs that players expect in an MP4. A clip with any other codec is written as a Matroska file.
 IN_MP4 = ("h264", "hevc", "av1", "mpeg4", "aac", "mp3", "ac3", "eac3", "alac")
-# Video encoders, preferred first, with settings that look nearly lossless. B-frames are disabled (bf), because an MP4 stores the
-# exact duration of the last frame only if frames are not reordered.
+# Video encoders in order of preference, with settings that look nearly lossless. B-frames are disabled (bf), because an MP4 stores
+# the last frame's exact duration only if frames are not reordered.
 ENCODERS = {"libx264": {"crf": "18", "preset": "veryfast", "bf": "0"}, "mpeg4": {"qmin": "2", "qmax": "4"}}
-SOUND_ENCODER = "aac"  # included in any FFmpeg build
-SOUND_BITS = 96_000  # bits per second and channel
-CLOCK = Fraction(1, 60_000)  # time base of re-encoded frames; the finest that MPEG-4 allows
+SOUND_ENCODER = "aac"  # every FFmpeg build includes it
+SOUND_BITS = 96_000  # bits per second for each channel
+CLOCK = Fraction(1, 60_000)  # time base for re-encoded frames; MPEG-4 does not allow a finer one
 BT709 = 1  # FFmpeg's number for the primaries, transfer curve and matrix of BT.709
 LIMITED_RANGE = 1  # FFmpeg's number for limited color range, the usual one
 REORDERED_S = 2.0  # a frame that is stored before a keyframe is displayed at most this long after it
 REENCODE_HINT = "re-encode the clip instead: --exact, in Python exact=True"
 
-# Packets with their decoding times, and frames (uint8 `[H, W, 3]`) with their display times. Times ascend and are in seconds from
-# the beginning of the clip.
+# Packets with their decoding times, and frames (uint8 `[H, W, 3]`) with their display times. Times are in ascending order and in
+# seconds from the beginning of the clip.
 TimedPackets = Iterator[tuple[float, Packet]]
 Pictures = Iterator[tuple[float, np.ndarray]]
 
 
 class ClipReader:
-    """Makes a clip and returns its bytes piece by piece. For the arguments, see `evoprune.video.clips.cut_clip`.
+    """Cuts a clip and returns its bytes piece by piece. For the arguments, see `evoprune.video.clips.cut_clip`.
 
     Attributes:
-        facts: "ending", the file extension; "start_s", the start of the clip in seconds from the video's first frame; and
-            "loses_sound", True if the video has sound but the clip does not.
+        facts: A dict with "ending", the clip's file extension; "start_s", the time at which the clip starts, in seconds from the
+            video's first frame; and "loses_sound", which is True if the video has sound but the clip does not.
 
     Raises:
         VideoError: The input is not a video file, or its packets cannot be copied. `fill` also raises this error if the file
@@ -89,8 +90,8 @@ class ClipReader:
             content: uint8 `[n]`.
 
         Returns:
-            "at", the offset of the bytes in the clip's file; "bytes", the number of bytes, at most n; and "done", True if these are
-            the last bytes.
+            A dict with "at", the offset of the bytes in the clip's file; "bytes", the number of bytes written, at most n; and
+            "done", which is True if these are the last bytes.
         """
         with ffmpeg.reading(self._path):
             while not self._ended and self._made.waiting < len(content):
@@ -104,7 +105,7 @@ class ClipReader:
 
 
 class _MemoryFile:
-    """File object that FFmpeg writes to. Keeps the pieces that have not been taken yet, together with their offsets."""
+    """A file object in memory that FFmpeg writes to. It keeps the bytes and their offsets until `take` removes them."""
 
     def __init__(self):
         self._pieces: deque[tuple[int, bytes]] = deque()
@@ -128,7 +129,7 @@ class _MemoryFile:
         return self._at
 
     def take(self, most: int) -> tuple[int, bytes]:
-        """Remove up to `most` contiguous bytes from the beginning, and return their offset and the bytes."""
+        """Remove up to `most` contiguous bytes, oldest first, and return their offset and the bytes."""
         at = self._pieces[0][0] if self._pieces else 0
         taken = bytearray()
         while self._pieces and len(taken) < most and self._pieces[0][0] == at + len(taken):
@@ -144,7 +145,7 @@ class _MemoryFile:
 def _cut(
     info: Video, start_s: float, end_s: float, exact: bool, title: str, file: _MemoryFile
 ) -> Iterator[dict[str, Any]]:
-    """Write a clip to `file`. Yields the facts of `ClipReader` first, then an empty dict after every packet."""
+    """Write a clip to `file`. Yields the facts for `ClipReader` first, then an empty dict after every packet."""
     joined = info.clock_restarts > 0
     if joined and not exact:
         raise VideoError(
@@ -183,7 +184,7 @@ def _cut(
 
 @contextmanager
 def _writing(info: Video, exact: bool) -> Iterator[None]:
-    """Convert FFmpeg's errors to VideoError. The errors come from writing, because reading raises none inside the block."""
+    """Convert FFmpeg errors to VideoError. They can come only from writing, because reading in this block raises no such errors."""
     try:
         yield
     except (av.error.FFmpegError, ValueError) as error:
@@ -192,21 +193,20 @@ def _writing(info: Video, exact: bool) -> Iterator[None]:
 
 
 def _codec(stream: Stream) -> str:
-    """Return FFmpeg's name of a stream's codec, or an empty string if FFmpeg has no decoder for it."""
+    """Return FFmpeg's name for a stream's codec, or an empty string if FFmpeg has no decoder for it."""
     context = stream.codec_context
     return context.codec.canonical_name if context else ""
 
 
 def _add_copied_stream(out: OutputContainer, stream: Stream) -> Stream:
-    """Add an output stream that receives copied packets of the given stream."""
-    return out.add_stream_from_template(stream, opaque=True)  # opaque: needs no encoder
+    return out.add_stream_from_template(stream, opaque=True)  # an opaque stream needs no encoder
 
 
 def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet | None]]:
     """Find the last keyframe at or before a time.
 
     Returns:
-        The keyframe's display time in seconds from the video's first frame, and the packets from the keyframe on.
+        The keyframe's display time in seconds from the video's first frame, and the packets from that keyframe onward.
 
     Raises:
         VideoError: The packets have no timestamps, or there is no such keyframe.
@@ -217,7 +217,6 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
         raise timeless
 
     def shown_s(packet: Packet) -> float:
-        """Return the display time of a packet in seconds from the video's first frame. Raises VideoError if it has none."""
         if packet.pts is None:
             raise timeless
         return packet.pts * float(packet.time_base) - track.info.start_s
@@ -233,7 +232,7 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
             first = next(packets)
             if shown_s(first) <= latest_s:  # checked again, because the index may hold decoding times
                 return shown_s(first), chain([first], packets)
-    place = None  # position of the keyframe among the packets; needed for files without an index
+    place = None  # index of the keyframe among all packets, for files that FFmpeg cannot seek
     begin_s = 0.0
     for number, packet in enumerate(track.packets(None)):
         if packet is None or not packet.size:
@@ -249,8 +248,8 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
 
 
 def _sound_packets(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
-    """Return the packets of a sound track from about `origin_s` on (in seconds of the file's clock), or from its beginning."""
-    with suppress(av.error.FFmpegError):  # the container cannot seek
+    """Return a sound track's packets from about `origin_s` onward. If the container cannot seek, return all of its packets."""
+    with suppress(av.error.FFmpegError):
         sound.container.seek(math.floor(origin_s / sound.time_base), stream=sound)
     return ffmpeg.packets(sound.container, sound)
 
@@ -258,10 +257,10 @@ def _sound_packets(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
 def _sound(
     out: OutputContainer, path: str, sound: AudioStream, copied: bool, origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Add a sound stream to a clip and return its packets. They are copied if `copied` and the format allows it, otherwise AAC."""
+    """Add a sound stream to a clip and return its packets, which are re-encoded as AAC if they should not or cannot be copied."""
     packets = _sound_packets(sound, origin_s)
     if copied:
-        with suppress(ValueError):  # the format cannot hold the codec, such as WMA
+        with suppress(ValueError):  # raised if the file format cannot hold the codec, such as WMA
             return _copied(_add_copied_stream(out, sound), path, packets, origin_s, length_s)
     rates = Codec(SOUND_ENCODER, "w").audio_rates or ()
     target = out.add_stream(SOUND_ENCODER, rate=sound.rate if sound.rate in rates else 48_000)
@@ -273,15 +272,14 @@ def _sound(
 def _encoded_sound(
     target: AudioStream, sound: AudioStream, packets: Iterator[Packet | None], origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Yield re-encoded sound packets from the beginning to the end of a clip. Damaged packets are skipped."""
+    """Re-encode the sound between the beginning and the end of a clip, and yield its packets. Damaged packets are skipped."""
     part = Graph()
     ends = part.add_abuffer(template=sound), part.add("atrim", f"0:{length_s}"), part.add("abuffersink")
     part.link_nodes(*ends).configure()
 
     def encoded(frame: AudioFrame | None) -> TimedPackets:
-        """Encode a frame (None flushes the encoder) and yield the packets that are complete."""
-        part.push(frame)
-        with suppress(BlockingIOError, EOFError):  # no more output yet
+        part.push(frame)  # None flushes the filter
+        with suppress(BlockingIOError, EOFError):  # raised if the filter has no more output yet
             while True:
                 yield from _ordered(target.encode(part.pull()))
 
@@ -314,19 +312,19 @@ def _copied(
 ) -> TimedPackets:
     """Yield the packets to copy, with times counted from the beginning of the clip.
 
-    These are the packets that are decoded before the end of the clip. Some of them are displayed after the end, because a frame may
-    depend on frames that are displayed later.
+    All packets that are decoded before the end of the clip are copied. Some of them may be displayed after the end, because a frame
+    can depend on frames that are displayed later.
 
     Args:
-        origin_s: Beginning of the clip in seconds of the file's clock.
+        origin_s: The time on the file's own clock at which the clip begins, in seconds.
         length_s: Length of the clip in seconds.
 
     Raises:
-        VideoError: The packets add up to more bytes than the file has.
+        VideoError: The file is damaged, because its packets have more bytes in total than the file.
     """
     left = os.path.getsize(path)
     latest = None  # decoding time of the previous packet
-    until_s = length_s  # end of the clip, or later if a frame that is decoded before the end is displayed after it
+    until_s = length_s  # end of the clip, or a later display time of a frame that is decoded before the end
     for packet in packets:
         if packet is None or not packet.size or packet.pts is None:
             continue
@@ -336,7 +334,7 @@ def _copied(
             packet.dts -= shift
         elif latest is None:
             packet.dts = packet.pts
-        else:  # later packets of a Matroska file, which stores no decoding times
+        else:  # Matroska files store no decoding times
             packet.dts = latest + 1
         if latest is not None:
             packet.dts = max(packet.dts, latest + 1)
@@ -346,7 +344,7 @@ def _copied(
             until_s = max(until_s, shown_s)
         elif decoded_s >= until_s - ffmpeg.TOLERANCE_S:
             return
-        # Frames displayed before the beginning depend on packets outside the clip.
+        # A frame that is displayed before the clip begins depends on packets outside the clip.
         if not -ffmpeg.TOLERANCE_S <= shown_s <= until_s:
             continue
         latest = packet.dts
@@ -358,7 +356,7 @@ def _copied(
 
 
 def _encoder(out: OutputContainer, info: Video) -> VideoStream:
-    """Add a stream that encodes frames of a video. If the height or width is odd, the last row or column is dropped."""
+    """Add a stream that encodes a video's frames. If the height or width is odd, the last row or column is dropped."""
     name = next(name for name in ENCODERS if name in av.codecs_available)
     rate = Fraction(info.fps or ffmpeg.FALLBACK_FPS).limit_denominator(1001)
     stream = out.add_stream(name, rate=rate, options=ENCODERS[name])
@@ -375,11 +373,10 @@ def _encoder(out: OutputContainer, info: Video) -> VideoStream:
 
 
 def _encoded(stream: VideoStream, pictures: Pictures, length_s: float) -> TimedPackets:
-    """Encode frames and yield their packets. Each frame is shown until the next one, and the last frame until `length_s`."""
+    """Encode frames and yield their packets. Each frame is shown until the next frame begins, and the last one until `length_s`."""
     colours = VideoReformatter()
-    lengths: dict[
-        int, int
-    ] = {}  # durations in ticks of the frames that are still in the encoder, by their display times
+    # Durations in ticks of the frames that are still in the encoder, keyed by display time.
+    lengths: dict[int, int] = {}
     for (time_s, rgb), (end_s, _) in pairwise(chain(pictures, [(length_s, None)])):
         whole = np.ascontiguousarray(rgb[: stream.height, : stream.width])
         frame = VideoFrame.from_ndarray(whole, format="rgb24")
@@ -400,7 +397,7 @@ def _timed(packets: list[Packet], lengths: dict[int, int]) -> TimedPackets:
 def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
     """Yield the frame on screen at `start_s`, then every frame that appears before `end_s`.
 
-    `start_s` and `end_s` are in seconds from the video's first frame. The yielded times are in seconds from `start_s`.
+    `start_s` and `end_s` are in seconds from the video's first frame, but the yielded times are in seconds from `start_s`.
 
     Raises:
         VideoError: No frame can be decoded.
@@ -413,7 +410,9 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
     shown_s = -math.inf
     picture = Picture(info)
     for time_s, frame in deinterlacing(_decoded(info, start_s)):
-        if time_s < shown_s + ffmpeg.TOLERANCE_S:  # not later than the previous frame, so the timestamp is wrong
+        if (
+            time_s < shown_s + ffmpeg.TOLERANCE_S
+        ):  # the timestamp is wrong, because it is not later than the previous one
             continue
         if shown is not None and time_s >= end_s - ffmpeg.TOLERANCE_S:
             break
@@ -427,7 +426,7 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
 
 
 def _decoded(info: Video, start_s: float) -> Iterator[TimedFrame]:
-    """Yield frames, starting at a keyframe at or before `start_s`, or at the beginning of the file if that fails."""
+    """Yield decoded frames from a keyframe at or before `start_s` onward. If that fails, start at the beginning of the file."""
     (run,) = planned(info, [max(0.0, start_s)], "exact", 0.0)
     with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         frames = None

@@ -1,8 +1,8 @@
-"""Reads frames with decord, only from front to back. Rejects files that decord is known to decode wrongly.
+"""Reads frames with decord, always sequentially. Rejects files that decord is known to decode incorrectly.
 
-decord addresses frames by number. After a seek (with `get_batch`, `seek_accurate` or `skip_frames`), its numbers are wrong for
-files with open groups of pictures (x265's default), gradual refresh, or frames stored out of order in AVI. Sequential reading is
-correct, so every frame up to the last requested frame is decoded and converted.
+decord addresses frames by number. After a seek (with `get_batch`, `seek_accurate` or `skip_frames`), its frame numbers are wrong
+for files with open groups of pictures (x265's default), gradual refresh, or frames stored out of order in AVI. Sequential reading
+gives the correct frames, so every frame up to the last requested frame is decoded and converted.
 """
 
 import os
@@ -18,26 +18,26 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg, pyav
 
-# Supported containers. decord cannot return to the beginning of MPEG-TS, and cannot open any other container.
+# The containers that decord can read. It cannot return to the beginning of an MPEG-TS file, and it cannot open other containers.
 CONTAINERS = (ffmpeg.MOV, "matroska,webm", "avi", "flv")
-# Mean difference between the first frames of decord and PyAV, in levels of 0 to 255, above which they count as different frames. In
-# 10-bit video and with odd sizes, equal frames differ by less than 2.
+# If decord's and PyAV's first frames differ by more than this on average, in levels from 0 to 255, they count as different frames.
+# The same frame may differ by up to 2, in 10-bit video and with odd sizes.
 OTHER_FRAME = 8
 
 
 def load() -> ModuleType:
     """Import decord and turn off its log output. Raises UsageError if decord is not installed or cannot be loaded."""
     try:
-        # PyAV must be imported before decord (see above). In the other order, PyAV would use decord's older libvpx.
+        # PyAV must be imported before decord (see above). Otherwise, PyAV would use decord's older version of libvpx.
         import decord
-    except (ImportError, OSError, RuntimeError) as error:  # the last two: its libraries are missing or do not load
+    except (ImportError, OSError, RuntimeError) as error:  # raised if decord or one of its libraries is missing
         raise UsageError(f"decord cannot be loaded: {error}", "use decoder pyav, or pip install decord") from error
     decord.logging.set_level(decord.logging.QUIET)
     return decord
 
 
 def check(info: Video) -> None:
-    """Raise VideoError if the metadata shows that decord cannot read the video or would decode it wrongly."""
+    """Raise VideoError if the metadata shows that decord cannot read the video, or would decode it incorrectly."""
     if info.codec == "av1":
         raise _refusal(info, "its FFmpeg has no decoder for AV1")
     if info.container not in CONTAINERS:
@@ -59,9 +59,10 @@ def check(info: Video) -> None:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the frame on screen at each time, as described in the docstring of the package `readers`.
+    """Yield the frame on screen at each time, as described in the `readers` package docstring.
 
-    `damaged` is never called. If decord stops at damaged data or starts with the wrong frame, VideoError is raised.
+    decord does not report damage, so `damaged` is never called. VideoError is raised if decord stops at damaged data or starts with
+    the wrong frame.
     """
     check(info)
     decord = load()
@@ -70,14 +71,14 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
             matrix = ffmpeg.video_stream(container, info.path).codec_context.colorspace
         if matrix not in colour.SUPPORTED_MATRICES:
             raise _refusal(info, "it uses the wrong color matrix")
-        # Open the file by its descriptor if the system supports this, because decord's FFmpeg interprets some names as patterns.
-        # Otherwise, use the absolute path, because in a relative path the part before a colon would be interpreted as a protocol.
+        # If possible, open the file through its descriptor, because decord's FFmpeg interprets some file names as patterns.
+        # Otherwise, use the absolute path, because FFmpeg would take the part of a relative path before a colon for a protocol.
         name = f"/dev/fd/{file.fileno()}"
         if not os.path.exists(name):
             name = os.path.abspath(info.path)
         reader = decord.VideoReader(name, num_threads=ffmpeg.thread_count(Host().available_cores()))
         stamps = _stamps(info, reader)
-        # One float32 step of additional tolerance, because decord rounds its times to float32.
+        # Allow an additional tolerance of one float32 step, because decord rounds its times to float32.
         begins = stamps - np.spacing(stamps) - ffmpeg.TOLERANCE_S
         at = -1
         rgb = None
@@ -107,30 +108,30 @@ def _refusing(info: Video) -> Iterator[None]:
         yield
     except (VideoError, MemoryError):
         raise
-    except Exception as error:  # decord raises its own errors, AssertionError, StopIteration, ...
+    except Exception as error:  # decord raises its own errors, AssertionError, StopIteration and others
         raise _refusal(info, "it cannot open the file, or stops at damaged data") from error
 
 
 def _stamps(info: Video, reader) -> np.ndarray:
-    """Return the times of all frames in seconds from the first frame, in display order, as float32 `[frames]`."""
+    """Return all frames' times in seconds from the first frame, in display order, as float32 `[frames]`."""
     stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
     if len(stamps) == 1:
         return np.zeros_like(stamps)
-    # decord's times start at 0 with the first displayed frame, unless they include frames that are never displayed. Missing times,
-    # as in AVI and in very short Matroska files, are huge numbers.
+    # decord's first displayed frame has the time 0, unless decord also lists frames that are never displayed. If decord does not
+    # know the times, as in AVI and in very short Matroska files, it reports huge numbers.
     if abs(stamps[0]) > ffmpeg.TOLERANCE_S or np.any(np.diff(stamps) < 0):
         raise _refusal(info, "it does not report the times of the frames")
     return stamps
 
 
 def _pixels(info: Video, frame) -> np.ndarray:
-    # The calling program may have set a tensor bridge.
+    # With a decord bridge, which the calling program may have set, a frame is a tensor instead of decord's own array.
     rows = frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
-    # decord has already rotated frames of MP4 and related containers.
+    # decord itself has already rotated the frames if the container is MP4 or MOV.
     turn = 0 if info.container == ffmpeg.MOV else info.rotation_deg
     width, height = ffmpeg.turned_size((info.width, info.height), turn)
     if rows.shape[:2] != (height, width):
         raise _refusal(info, "the frame size changes")
-    # Rows of narrow rotated frames are padded, as if a pixel had more than three bytes.
+    # In narrow rotated frames, decord pads each row, as if a pixel had more than three bytes.
     rgb = rows.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
     return ffmpeg.rotated(rgb, turn, info.mirrored)

@@ -1,8 +1,8 @@
-"""Deinterlaces frames with FFmpeg's filter `bwdif`, one requested frame at a time.
+"""Deinterlaces frames with FFmpeg's `bwdif` filter, one requested frame at a time.
 
-The filter uses the frame and both of its neighbors. The result depends only on these three frames, and not on where decoding
-started or on the number of threads. The first frame of a video, and a frame whose preceding neighbor is unknown, are interpolated
-from their own rows.
+The filter uses the frame and both of its neighbors. The result depends only on these three frames, and not on the number of threads
+or on where decoding started. If a frame is the first frame of its video, or if the frame before it is unknown, its missing rows are
+interpolated from its own rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,10 +17,11 @@ FILTER = "bwdif", "mode=send_frame:parity=auto:deint=interlaced"
 
 
 def deinterlaced(frame: VideoFrame, before: VideoFrame | None = None, after: VideoFrame | None = None) -> VideoFrame:
-    """Return a frame without combing artifacts. A progressive frame, or a frame of less than 3x4 pixels, is returned unchanged.
+    """Remove combing artifacts from an interlaced frame. Progressive frames and frames below 3x4 pixels are returned unchanged.
 
     Args:
-        before, after: The neighbors in display order. A neighbor is ignored if its size or pixel format differs.
+        before, after: The frames displayed before and after this frame, or None if unknown. A frame of a different size or pixel
+            format is ignored.
     """
     if not frame.interlaced_frame:
         return frame
@@ -32,13 +33,13 @@ def deinterlaced(frame: VideoFrame, before: VideoFrame | None = None, after: Vid
     )
     try:
         graph.link_nodes(source, graph.add(*FILTER), graph.add("buffersink")).configure()
-        # The first frame that the filter returns is interpolated from its own rows, if another frame follows.
+        # The filter interpolates its first frame from that frame's own rows, but only if another frame follows.
         for each in (frame, after or frame) if before is None else (before, frame, after):
-            graph.push(each)  # None ends the video
+            graph.push(each)  # None marks the end of the video
         if before is not None:
             graph.pull()
         return graph.pull()
-    except MemoryError as error:  # FFmpeg's subclass would be treated as damage to the file
+    except MemoryError as error:  # FFmpeg's subclass of MemoryError would be mistaken for damage to the file
         raise MemoryError(str(error)) from error
     except FFmpegError:
         return frame
@@ -49,9 +50,9 @@ def _shape(frame: VideoFrame) -> tuple[int, int, str]:
 
 
 def deinterlacing(frames: Iterator[tuple[float, VideoFrame]]) -> Iterator[tuple[float, Callable[[], VideoFrame]]]:
-    """Yield the time of each frame and a function that deinterlaces the frame, for readers that show only some of the frames.
+    """Yield each frame's time and a function that returns the deinterlaced frame, for readers that need only some of the frames.
 
-    An interlaced frame is yielded only after the next frame has arrived. A progressive frame is yielded at once.
+    An interlaced frame is yielded only after the next frame has arrived. A progressive frame is yielded immediately.
     """
     before = None
     waiting = None

@@ -1,6 +1,6 @@
-"""Functions shared by all readers: identify a file by its first bytes, open it, read packets, decode frames, convert them to RGB.
+"""Functions that all readers share: identifying and opening files, reading packets, decoding frames, and converting them to RGB.
 
-FFmpeg receives only the bytes of the file to read and cannot open any other file.
+FFmpeg receives only the bytes of the file to read, so it cannot open any other file.
 """
 
 import math
@@ -29,45 +29,47 @@ from evoprune.util import LONGEST, missing_hint, shorten, shown
 from evoprune.video.info import WIDEST_PIXEL, Video, fitted
 from evoprune.video.readers import colour
 
-# Function that is called with a mark for each damaged packet or image. The same damage always has the same mark.
+# A callback for damaged data. It is called with a mark for each damaged packet or image. The same damage always has the same mark.
 Damage = Callable[[object], None]
 Crop = Sequence[int]  # number of pixels to crop from a stored frame on the left, right, top and bottom
 Decode = Callable[[Packet | None], list[VideoFrame]]
 
-FALLBACK_FPS = 25.0  # frame rate assumed for a stream that states none; FFmpeg assumes the same rate
+FALLBACK_FPS = 25.0  # frame rate to assume for a stream that states none, the same as in FFmpeg
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 MATROSKA = "matroska,webm"
-# Containers whose files are often concatenated byte by byte (`cat a.ts b.ts`, or the parts of a DVD), so their clock restarts.
+# In these containers, files are often concatenated byte by byte (`cat a.ts b.ts`, or the parts of a DVD), so the clock may restart.
 PROGRAM_STREAM = "mpeg"
 AVI = "avi"
 JOINED = ("mpegts", PROGRAM_STREAM)
-# A larger step back indicates that the clock restarted. In the containers of `JOINED`, a gap above `LONGEST_GAP_S` does too.
+# If timestamps go back by more than this, the clock has restarted. In the containers in `JOINED`, a forward jump of more than
+# `LONGEST_GAP_S` also means that it has restarted.
 BACK_S = 0.1
 LONGEST_GAP_S = 600.0
-NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS, a flag of formats
-# A stated rate of at least this value is not a frame rate if it equals the clock's frequency (Matroska counts milliseconds).
+NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS, a format flag
+# A stated rate of at least this value is ignored if it equals the frequency of the file's clock, such as Matroska's 1000 Hz.
 LEAST_CLOCK_HZ = 1000
-TAG_CHARACTERS = 4000  # longer tags are dropped, because tags travel with every `Video`
-# Arguments for `av.open` that keep a file readable if its tags are not UTF-8. PyAV 19 needs no argument for this and accepts none.
+TAG_CHARACTERS = 4000  # longer tags are dropped, because each copy of a `Video` contains the tags
+# Arguments for `av.open` that let it read files whose tags are not UTF-8. PyAV 19 no longer has or needs this argument.
 ANY_TAGS = {"metadata_errors": "surrogateescape"} if int(av.__version__.split(".")[0]) < 19 else {}
-MAX_PIXELS = 2**27  # limit for still images; enough for photographs of 100 megapixels
-MAX_VIDEO_PIXELS = 2**26  # limit for video frames; enough for 8K video and for 360-degree video in 11K
-# Limits against decompression bombs: total pixels in all frames of a video, or pixels per byte of the file, whichever is higher.
-# Recordings of a static screen have up to 2**17 pixels per byte.
+MAX_PIXELS = 2**27  # limit for still images, enough for photographs of 100 megapixels
+MAX_VIDEO_PIXELS = 2**26  # limit for video frames, enough for 8K video and for 360-degree video in 11K
+# Limits against decompression bombs. A video is rejected if its frames exceed both the total number of pixels and the number of
+# pixels per byte of the file. Recordings of a static screen have up to 2**17 pixels per byte.
 MAX_DECODED_PIXELS = 2**33
 MAX_PIXELS_PER_BYTE = 2**18
 INCOMPLETE = (
     "is it a complete video file? An MP4 or MOV that is cut off before its index (usually at the end) cannot be read"
 )
-# Containers that have no gaps between packets. A gap reveals damage that FFmpeg skipped without reporting an error.
+# Containers without gaps between packets. If there is a gap, FFmpeg has skipped damaged bytes without reporting an error.
 DENSE = (MATROSKA, "flv")
-# Codecs whose multi-threaded decoder (FFmpeg 8) returned different pixels in one of four readings of a ten-second clip.
+# Codecs to decode with a single thread. With several threads, one of four readings of a clip had different pixels (FFmpeg 8).
 UNTHREADED = ("theora", "vp3", "vp4")
-STILLS = ("mjpeg", "png", "bmp", "webp")  # codecs of cover pictures that a container does not mark as such
-WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders for streams that declare transparency
+STILLS = ("mjpeg", "png", "bmp", "webp")  # codecs of cover images that are not marked as cover images
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders to use for streams that declare transparency
 CROPPING = re.compile(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)")  # left, right, top, bottom
-SAMPLE_AES = "/ 0x00DB)"  # in `stream_log`: type of an H.264 stream in MPEG-TS that HLS has encrypted
-TOLERANCE_S = 0.0006  # a frame may start this much after a requested time and still count as shown: Matroska rounds to milliseconds
+SAMPLE_AES = "/ 0x00DB)"  # the part of `stream_log` that shows that an H.264 stream in MPEG-TS was encrypted for HLS
+# A frame counts as on screen if it starts at most this long after the requested time, because Matroska rounds to milliseconds.
+TOLERANCE_S = 0.0006
 FORMATS = (
     "supported formats: MP4, MOV, MKV, WebM, AVI, GIF, most others that FFmpeg reads, pictures, and folders of images"
 )
@@ -79,8 +81,17 @@ OTHERS = {
     b"\xff\xfe": "a text file", b"\xfe\xff": "a text file",  # in UTF-16
 }  # fmt: skip
 MEDIA = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV", b"OggS", b"\0\0\1", b"\x30\x26\xb2\x75", b"GIF8", b"YUV4MPEG2")
-BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof")  # MP4 and MOV have one at byte 4
-# Names of picture formats that need no extra, as in Pillow.
+BOXES = (
+    b"ftyp",
+    b"moov",
+    b"mdat",
+    b"free",
+    b"skip",
+    b"wide",
+    b"styp",
+    b"moof",
+)  # every MP4 or MOV has one of these at byte 4
+# Pillow's names for the image formats that can be read without an optional package.
 PICTURES = ("JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF", "AVIF")
 PICTURE_HEADS = {
     b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG",
@@ -90,9 +101,9 @@ PICTURE_BRANDS = {
     b"avif": "AVIF", b"avis": "AVIF",
     b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC",
 }  # fmt: skip
-of_thread = threading.local()  # in threads other than the first, its attribute `alive` replaces `report_alive`
+of_thread = threading.local()  # in threads other than the first, its `alive` attribute replaces `report_alive`
 CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))  # control characters that do not occur in text
-# For each EXIF orientation: rotation in clockwise degrees, and whether a left-right flip precedes it (see `orientation`).
+# The clockwise rotation in degrees for each EXIF orientation, and whether a left-right flip precedes it (see `orientation`).
 ORIENTATION_TAG = 0x0112
 ORIENTATIONS = {
     1: (0, False), 2: (0, True), 3: (180, False), 4: (180, True),
@@ -103,7 +114,7 @@ ORIENTATIONS = {
 class Shown(NamedTuple):
     """The frame that a reader yields for a requested time."""
 
-    time_s: float  # the frame's own time, in seconds from the first frame
+    time_s: float  # the frame's own time in seconds from the first frame
     rgb: np.ndarray  # uint8 `[H, W, 3]`, as displayed
     other_size: bool = False  # whether the stored frame differed in size from the video and was scaled
     moved: bool = False  # whether this is a nearby keyframe instead of the frame on screen
@@ -113,23 +124,23 @@ Frames = Iterator[Shown]
 
 
 def alive() -> None:
-    """Report progress. Called after each frame or packet, because a worker process that is silent for too long counts as hung."""
+    """Report progress. Called after each frame or packet, because a worker process without progress is considered hung."""
     getattr(of_thread, "alive", report_alive)()
 
 
 def report_alive() -> None:
-    """Report progress from the first thread. This is a no-op until a worker process replaces it."""
+    """Report progress from the first thread. A worker process replaces this function, which does nothing by itself."""
 
 
 def picture_size(pixels: int, decoders: int = 1) -> None:
-    """Announce the number of pixels in an image before it is decoded, and the number of decoders that run in parallel.
+    """Announce the size of an image in pixels before it is decoded, and the number of decoders that run in parallel.
 
-    This is a no-op until a worker process replaces it with a function that raises the memory limit.
+    A worker process replaces this function, which does nothing by itself, with a function that raises the memory limit.
     """
 
 
 class Encrypted(ValueError):
-    """Raised when a packet is encrypted. `reading` turns it into a VideoError that names the file."""
+    """Raised when a packet is encrypted. `reading` converts it to a VideoError that names the file."""
 
 
 def encrypted(path: str) -> VideoError:
@@ -144,7 +155,7 @@ def reason(error: Exception) -> str:
 
 
 def picture_format(path: str) -> str | None:
-    """Return Pillow's name for the format of an image file, or None if the file does not begin like an image."""
+    """Return Pillow's name for an image file's format, or None if the file does not begin like an image."""
     head = _head(path)
     if head[4:8] == b"ftyp":
         brand = PICTURE_BRANDS.get(head[8:12])
@@ -154,7 +165,7 @@ def picture_format(path: str) -> str | None:
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WEBP"
     if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in (12, 40, 52, 56, 64, 108, 124):
-        return "BMP"  # the header size confirms the short signature
+        return "BMP"  # the header's size is checked too, because the signature is short
     return next((name for start, name in PICTURE_HEADS.items() if head.startswith(start)), None)
 
 
@@ -168,8 +179,8 @@ def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
     """Return the error to show for an unreadable file that is certainly not a video, or None if it may be a video.
 
     Args:
-        unrecognised: True if FFmpeg recognized no format. In that case, any file that does not begin like a video is reported
-            as not being one.
+        unrecognised: True if FFmpeg did not recognize the file's format. Every file that does not begin like a video is then
+            considered not to be a video.
     """
     head = _head(path)
     if not head or head.startswith(MEDIA) or head[4:8] in BOXES:
@@ -188,7 +199,7 @@ def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
 
 def _head(path: str) -> bytes:
     try:
-        # Reading a file of size 0 may block (/proc/kmsg).
+        # A file of size 0, such as /proc/kmsg, may block when it is read.
         if not os.path.isfile(path) or not os.path.getsize(path):
             return b""
         with open(path, "rb") as file:
@@ -199,10 +210,10 @@ def _head(path: str) -> bytes:
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Convert errors of PyAV and the file system to `VideoError`, with a specific message if the file is certainly not a video.
+    """Convert errors from PyAV and the file system to `VideoError`. If the file is clearly not a video, the message says so.
 
-    FFmpeg's out-of-memory error is converted as well, because a damaged file may request any amount of memory. Other instances of
-    `MemoryError`, such as numpy's, are not converted.
+    FFmpeg's out-of-memory error is converted too, because a damaged file may request any amount of memory. `MemoryError` from other
+    sources, such as numpy, is not converted.
     """
     try:
         yield
@@ -229,7 +240,7 @@ def check_file(path: str) -> None:
                 f"{path} is a link to a file that does not exist", "check the target of the link"
             ) from None
         raise VideoError(f"no such file: {shown(path) or repr(path)}", missing_hint(path, "check the path")) from None
-    except ValueError:  # such as a null byte
+    except ValueError:  # for example, the path contains a null byte
         raise VideoError(f"{shorten(repr(path), LONGEST)} is not a valid file name", "check the path") from None
     except OSError as error:
         hint = missing_hint(path, "check the path and its permissions")
@@ -243,10 +254,10 @@ def check_file(path: str) -> None:
 
 @contextmanager
 def open_video(path: str) -> Iterator[InputContainer]:
-    """Open a video file and yield its container. Raises the errors of `check_file`, and PyAV's own errors (see `reading`)."""
+    """Open a video file and yield its container. Raises the same errors as `check_file`, and PyAV's own errors (see `reading`)."""
     check_file(path)
     with open(path, "rb", buffering=0) as file, open_bytes(file) as container:
-        if container.format.name == "tty":  # FFmpeg renders text files like a terminal
+        if container.format.name == "tty":  # FFmpeg's format for text files, which it renders as a terminal would
             raise VideoError(f"{path} is not a video: it is a text file", FORMATS)
         yield container
 
@@ -255,18 +266,18 @@ def open_bytes(file: BinaryIO, format_name: str | None = None, max_pixels: int =
     """Open a container from a seekable binary file. Raises PyAV's own errors.
 
     Args:
-        format_name: FFmpeg's name of the format, or None to detect the format.
-        max_pixels: Frames with more pixels are not decoded.
+        format_name: FFmpeg's name for the file's format, or None to detect the format.
+        max_pixels: Maximum number of pixels in a frame. Larger frames are not decoded.
     """
-    # FFmpeg receives the bytes without a file name, because it would interpret the part before a colon as a protocol, and %d as a
-    # pattern. The whitelist allows no protocol, so a playlist in the file can open neither other files nor network connections.
+    # FFmpeg receives the bytes without a file name, because it would interpret the part of a name before a colon as a protocol, and
+    # %d as a pattern. The whitelist allows no protocol, so a playlist in the file can open neither files nor network connections.
     options = {"protocol_whitelist": "none", "max_pixels": str(max_pixels)}
     nameless = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
     return av.open(nameless, format=format_name, options=options, **ANY_TAGS)
 
 
 def moving(container: InputContainer) -> list[VideoStream]:
-    """Return the video tracks without cover images. Still images are also left out if other tracks remain (as in animated AVIF)."""
+    """Return the video tracks, except for cover images. Still images are also left out, unless there are no other video tracks."""
     tracks = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     return [track for track in tracks if track.frames != 1] or tracks
 
@@ -277,8 +288,8 @@ def video_stream(
     """Return the video stream to show, configured to decode with `threads` threads.
 
     Raises:
-        VideoError: The file has no video or only a cover image, this build of FFmpeg has no decoder for it, or its frames have
-            more than `max_pixels` pixels.
+        VideoError: The file has no video, or only a cover image; this build of FFmpeg has no decoder for the video; or its frames
+            have more than `max_pixels` pixels.
     """
     tracks = moving(container)
     if not tracks:
@@ -293,7 +304,7 @@ def video_stream(
     if width * height > max_pixels:
         hint = f"the limit is {max_pixels // 10**6} megapixels; is the file damaged?"
         raise VideoError(f"{path} states a frame size of {width:,} x {height:,} pixels", hint)
-    stream.codec_context.options = {"max_pixels": str(max_pixels)}  # a frame may state a larger size than the header
+    stream.codec_context.options = {"max_pixels": str(max_pixels)}  # a frame may be larger than the header states
     picture_size(width * height)
     if stream.codec_context.codec.canonical_name in UNTHREADED:
         threads = 1
@@ -303,7 +314,7 @@ def video_stream(
 
 
 def chosen(tracks: Sequence[VideoStream]) -> VideoStream:
-    """Choose the track that a player would show: the default track, or the largest track if there is no single default."""
+    """Choose the track that a player would show, which is the default track or, if that is ambiguous, the largest track."""
 
     def rank(track: VideoStream) -> tuple[bool, bool, bool, int]:
         if (context := track.codec_context) is None:
@@ -316,7 +327,7 @@ def chosen(tracks: Sequence[VideoStream]) -> VideoStream:
 
 
 def tags(container: InputContainer) -> dict[str, str]:
-    """Return up to 200 tags of a container, leaving out overlong tags. Bytes that are not valid UTF-8 become U+FFFD."""
+    """Return up to 200 of a container's tags, except very long ones. Bytes that are not valid UTF-8 become U+FFFD."""
     short = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS)
     return {_valid_text(key): _valid_text(text) for key, text in islice(short, 200)}
 
@@ -326,9 +337,10 @@ def _valid_text(tag: str) -> str:
 
 
 def thread_count(cores: int) -> int:
-    """Return the number of decoder threads to use on a number of cores: 1 on a single core, otherwise one more than the cores.
+    """Return the number of decoder threads to use on the given number of cores.
 
-    The maximum is 16, because each thread holds a frame in memory.
+    A single core gets one thread. Otherwise, there is one thread more than there are cores, but at most 16, because each thread
+    holds a frame in memory.
     """
     if cores <= 1:
         return 1
@@ -345,12 +357,13 @@ def nothing_decoded(path: str) -> VideoError:
 def packets(
     container: InputContainer, stream: Stream, damaged: Damage = ignore_damage, *, every_stream: bool = False
 ) -> Iterator[Packet | None]:
-    """Yield the packets of a stream. If the file breaks off, a final None is yielded, which flushes the decoder.
+    """Yield a stream's packets. If the file breaks off, None is yielded at the end, to flush the decoder.
 
     Args:
-        damaged: Called if FFmpeg skipped bytes. Only detected in the containers of `DENSE`.
-        every_stream: Read the packets of all streams, but yield only the packets of `stream`. This way, progress is reported even
-            if the packets of `stream` are far apart.
+        damaged: Callback for damaged data. It is called if FFmpeg skipped bytes, which can be detected only in the containers in
+            `DENSE`.
+        every_stream: If True, read the packets of all streams but yield only those of `stream`, so that progress is reported even
+            while no packets of `stream` arrive.
     """
     dense = container.format.name in DENSE
     end = None
@@ -359,17 +372,17 @@ def packets(
         read = container.demux() if dense or every_stream else container.demux(stream)
         for count, packet in enumerate(read):
             alive()
-            if count > container.size:  # more packets than bytes: the index is a loop
+            if count > container.size:  # more packets than bytes, so the index contains a loop
                 raise av.error.InvalidDataError(0, "endless")
             if dense and packet.pos is not None:
                 if end is not None and packet.pos - end > slack:
                     damaged(-packet.pos)
-                # Headers between packets and transparency data after the first packet are not damage.
+                # Allow for headers between packets, and for transparency data after the first packet.
                 end = max(end or 0, packet.pos) + packet.size
                 slack = 2**12 + 2 * packet.size
-            if packet.stream.index == stream.index:  # `packet.stream`, because the final packet has no index of its own
+            if packet.stream.index == stream.index:  # the final packet has no index of its own
                 yield packet
-    # PyAV 18 raises IndexError if damaged data looks like a new stream.
+    # PyAV 18 raises IndexError if damaged data looks like another stream.
     except (av.error.FFmpegError, IndexError):
         yield None
 
@@ -377,15 +390,15 @@ def packets(
 def shown_otherwise(
     stream: VideoStream, hdr: str | None, first: VideoFrame | None = None
 ) -> dict[str, bool | float | str | None]:
-    """Return the fields of `Video` that tell how players adapt the frames for display: HDR, interlacing and pixel aspect.
+    """Return the fields of `Video` that describe how to adapt frames for display: HDR, interlacing and pixel aspect ratio.
 
     Args:
-        hdr: Value of `Video.hdr_format`.
+        hdr: The value of `Video.hdr_format`.
         first: The first decoded frame, or None to use only the header.
     """
     context = stream.codec_context
     interlaced = bool(first.interlaced_frame) if first else context.field_order > 1  # 1 is progressive
-    # FFmpeg prefers the container's ratio. If neither the container nor the header states a ratio, the first frame may state it.
+    # FFmpeg prefers the container's ratio. If neither the container nor the header states a ratio, the first frame may do so.
     aspect = stream.sample_aspect_ratio or context.sample_aspect_ratio
     return {
         "hdr": hdr is not None,
@@ -396,7 +409,7 @@ def shown_otherwise(
 
 
 def stream_log(stream: Stream) -> str:
-    """Return FFmpeg's text description of a stream, which contains facts that PyAV does not expose as attributes."""
+    """Return FFmpeg's description of a stream as text. It contains facts that PyAV does not provide as attributes."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.INFO)
     try:
@@ -408,7 +421,7 @@ def stream_log(stream: Stream) -> str:
 
 
 def check_encryption(stream: VideoStream, log: str, path: str) -> None:
-    """Raise VideoError if the container marks the stream as encrypted. In MP4, individual packets are marked (see `decoder`).
+    """Raise VideoError if the container marks the stream as encrypted. An MP4 marks individual packets instead (see `decoder`).
 
     Args:
         log: The result of `stream_log`.
@@ -421,8 +434,8 @@ def check_encryption(stream: VideoStream, log: str, path: str) -> None:
 def cropping(log: str) -> Crop | None:
     """Return the number of pixels that the container crops on each side, or None if it crops nothing.
 
-    MP4 stores the cropping in a clap box, Matroska in PixelCrop. Cropping by the codec is not included, because the decoder applies
-    it.
+    An MP4 stores the cropping in a clap box, and a Matroska file stores it in PixelCrop. Cropping that the codec itself specifies
+    is not included, because the decoder applies it.
 
     Args:
         log: The result of `stream_log`.
@@ -432,21 +445,21 @@ def cropping(log: str) -> Crop | None:
 
 
 def cropped(frame: VideoFrame, crop: Crop | None) -> VideoFrame:
-    """Crop a stored frame. A frame that is too small for the crop is returned unchanged."""
+    """Crop a stored frame. A frame that is too small to be cropped is returned unchanged."""
     left, right, top, bottom = crop or (0, 0, 0, 0)
     width = frame.width - left - right
     height = frame.height - top - bottom
     if frame.interlaced_frame:
-        top -= top % 2  # crop an even number of rows, so that the upper field stays the upper field
+        top -= top % 2  # an even number of rows, so that the upper field stays the upper field
     if not crop or width <= 0 or height <= 0:
         return frame
     return colour.filtered(frame, ("crop", f"{width}:{height}:{left}:{top}:exact=1"))
 
 
 def decoder(stream: VideoStream, crop: Crop | None) -> Decode:
-    """Return a function that decodes a packet into cropped frames. It raises Encrypted if the packet is encrypted.
+    """Return a function that decodes a packet into cropped frames, and raises Encrypted if the packet is encrypted.
 
-    Streams with transparency are decoded by libvpx, because FFmpeg's own VP8 and VP9 decoders drop the transparency.
+    VP8 and VP9 streams with transparency are decoded with libvpx, because FFmpeg's own decoders drop the transparency.
     """
     context = stream.codec_context
     name = WITH_ALPHA.get(context.codec.canonical_name)
@@ -468,16 +481,17 @@ def decoded_frames(
 ) -> Iterator[VideoFrame]:
     """Decode packets and yield cropped frames in display order.
 
-    Packets that cannot be decoded are skipped. Frames that the decoder patched up are yielded.
+    Packets that cannot be decoded are skipped. If the decoder has patched up a damaged frame, the frame is yielded.
 
     Args:
         packets: The packets, as yielded by the function `packets`.
-        damaged: Called for each skipped packet and each patched-up frame, and if the file breaks off.
+        damaged: Callback for damaged data. It is called for each skipped packet and each patched-up frame, and if the file breaks
+            off.
     """
     decode = decoder(stream, crop)
     for packet in packets:
         if packet is not None and not packet.size and packet.dts is not None:
-            continue  # an empty packet repeats the previous frame, but FFmpeg's decoders interpret it as the end of the stream
+            continue  # an empty packet repeats the previous frame, but FFmpeg's decoders would take it for the end of the stream
         broken = packet is None or packet.is_corrupt
         frames = []
         try:
@@ -494,30 +508,30 @@ def decoded_frames(
 
 
 def _stamp(data: Packet | VideoFrame | None) -> int | None:
-    """Return the display time of a packet or frame in ticks. Falls back to its decoding time, and to None if it has neither."""
+    """Return a packet's or frame's display time in ticks. Falls back to the decoding time, or None if there is neither."""
     if data is None:
         return None
     return data.dts if data.pts is None else data.pts
 
 
 def incomplete_joints(info: Video) -> int:
-    """Return how many packets may be incomplete without being damaged: the last packet of every earlier part of a joined stream."""
+    """Return how many packets may be incomplete without being damaged, because each is the last packet before a joint."""
     if info.container not in JOINED:
         return 0
     return info.clock_restarts
 
 
 def restarts(passed_s: float, container: str) -> bool:
-    """Return True if a step of `passed_s` seconds from one frame to the next indicates that the file's clock restarted."""
+    """Return True if the file's clock must have restarted, because one frame is `passed_s` seconds after the previous one."""
     return passed_s < -BACK_S or (passed_s > LONGEST_GAP_S and container in JOINED)
 
 
 def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
     """Return the average frame rate in frames per second (None if it is unknown), and whether the rate is a guess.
 
-    Raw streams have no timestamps. FFmpeg uses the rate that such a stream states, or assumes `FALLBACK_FPS`; only the assumed rate
-    counts as a guess. If a container states no rate, FFmpeg may report the frequency of the clock as the average rate. Such a rate
-    is ignored.
+    The rate is a guess only if a raw stream, which has no timestamps, does not state its rate. FFmpeg then assumes `FALLBACK_FPS`.
+    If a container does not state the rate, FFmpeg may report the frequency of the file's clock as the average rate. Such a rate is
+    ignored.
     """
     if stream.container.format.flags & NO_TIMESTAMPS:
         stated = stream.codec_context.framerate
@@ -528,9 +542,10 @@ def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
 
 
 def stated_frames(container: InputContainer, stream: VideoStream) -> int:
-    """Return the number of frames that the header states.
+    """Return the number of frames according to the header.
 
-    Falls back to the stated duration times the frame rate, and to 0 if the header states neither.
+    If the header does not state it, the number is estimated from the duration and the frame rate. If these are not stated either,
+    the result is 0.
     """
     length_s = float((stream.duration or 0) * stream.time_base)
     if container.duration:
@@ -539,9 +554,9 @@ def stated_frames(container: InputContainer, stream: VideoStream) -> int:
 
 
 def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
-    """Return the time of a frame in seconds of the file's own clock, or None if the file has no timestamps (raw streams)."""
-    # AVI stores only decoding times. FFmpeg derives presentation times from them, but these are wrong if frames are stored out of
-    # order. The decoding times are correct except for a constant offset.
+    """Return a frame's time on the file's own clock in seconds, or None if the file has no timestamps, like a raw stream."""
+    # AVI stores only decoding times. FFmpeg derives display times from them, but the display times are wrong if frames are stored
+    # out of order. The decoding times are correct except for a constant offset.
     stamp = frame.dts if stream.container.format.name == AVI else frame.pts
     if stamp is None:
         return None
@@ -549,11 +564,11 @@ def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
 
 
 def orientation(frame: VideoFrame) -> tuple[int, bool]:
-    """Return the clockwise rotation of a frame in degrees (0, 90, 180 or 270), and whether a left-right flip precedes it."""
+    """Return a frame's clockwise rotation in degrees (0, 90, 180 or 270), and whether a left-right flip precedes it."""
     matrix = colour.side_data(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return 0, False
-    # Row vectors are multiplied by the matrix, with y pointing down: the image's x axis maps to (a, b) and its y axis to (c, d).
+    # Row vectors are multiplied by the matrix, and y points down, so the image's x axis maps to (a, b) and its y axis to (c, d).
     a, b, _, c, d = (int(x) for x in np.frombuffer(matrix, np.int32, count=5))
     mirrored = a * d < b * c
     if mirrored:
@@ -563,15 +578,15 @@ def orientation(frame: VideoFrame) -> tuple[int, bool]:
 
 
 def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
-    """Return the (width, height) of a frame after a rotation by a multiple of 90 degrees. The inverse is the same function."""
+    """Return a frame's (width, height) after rotation by a multiple of 90 degrees. The function is its own inverse."""
     return size if rotation_deg % 180 == 0 else size[::-1]
 
 
 def displayed_size(frame: VideoFrame, pixel_aspect: float | None, rotation_deg: int) -> tuple[int, int]:
-    """Return the (width, height) at which a stored frame is displayed: with square pixels, then rotated.
+    """Return the (width, height) at which a stored frame is displayed, after conversion to square pixels and then rotation.
 
-    As in most players, one side is enlarged to an even number of pixels. If the result would have more than `MAX_VIDEO_PIXELS`, the
-    other side is reduced instead. A `pixel_aspect` that is more extreme than `WIDEST_PIXEL` is ignored.
+    To make the pixels square, one side is enlarged to an even number of pixels, as in most players. If the frame would then have
+    more than `MAX_VIDEO_PIXELS`, the other side is reduced instead. A `pixel_aspect` beyond `WIDEST_PIXEL` is ignored.
     """
     sides = [frame.width, frame.height]
     if pixel_aspect and 1 / WIDEST_PIXEL <= pixel_aspect <= WIDEST_PIXEL:
@@ -595,9 +610,9 @@ def to_rgb(
     converter: colour.Converter,
     pixel_aspect: float | None = None,
 ) -> np.ndarray:
-    """Convert a frame to uint8 RGB `[height, width, 3]`, rotated and scaled. For the color conversion, see `Converter.rgb`.
+    """Convert a frame to RGB as uint8 `[height, width, 3]`, rotated and scaled. For the color conversion, see `Converter.rgb`.
 
-    If the frame's displayed aspect ratio differs from the target, the frame keeps its aspect ratio and gets black borders.
+    If the frame's displayed aspect ratio differs from that of `width` and `height`, the frame gets black borders.
     """
     inner = fitted(displayed_size(frame, pixel_aspect, rotation_deg), (width, height))
     rgb = rotated(converter.rgb(frame, *turned_size(inner, rotation_deg)), rotation_deg, mirrored)
@@ -611,10 +626,10 @@ def to_rgb(
 
 
 def rotated(rgb: np.ndarray, rotation_deg: int, mirrored: bool) -> np.ndarray:
-    """Return stored pixels `[h, w, 3]` as they are displayed: flipped left to right if `mirrored`, then rotated clockwise.
+    """Flip stored pixels `[h, w, 3]` left to right if `mirrored` is True, and then rotate them clockwise for display.
 
     The result is a view. `rotation_deg` must be a multiple of 90.
     """
     if mirrored:
         rgb = rgb[:, ::-1]
-    return np.rot90(rgb, -rotation_deg // 90)  # rot90 rotates anticlockwise
+    return np.rot90(rgb, -rotation_deg // 90)  # rot90 rotates counterclockwise

@@ -1,4 +1,4 @@
-"""Reads a folder of images as a video. Each image is a frame, in natural order of the file names (frame2 before frame10)."""
+"""Reads a folder of images as a video. Each image is a frame, and the frames are in natural order (frame2 before frame10)."""
 
 import io
 import math
@@ -16,15 +16,16 @@ from evoprune.video.readers import colour, ffmpeg
 
 CONTAINER = "folder"
 FRACTION = re.compile(r"[0-9]\.([0-9]+)")
-MAX_BYTES = 2**29  # larger files count as damaged
+MAX_BYTES = 2**29  # larger images are treated as damaged
 
 
 def list_images(folder: str) -> list[str]:
     """Return the paths of the images in a folder, in display order.
 
     Raises:
-        VideoError: The folder cannot be read, has no images, or has file names whose order is ambiguous. Fractions of different
-            lengths are ambiguous, because they may be decimals (0.25 before 0.5) or separate numbers (1.9 before 1.10).
+        VideoError: The folder cannot be read, contains no images, or contains file names whose order is ambiguous. Names with
+            fractions of different lengths are ambiguous, because they may contain decimals (0.25 before 0.5) or separate numbers
+            (1.9 before 1.10).
     """
     try:
         images = Folder(folder).images
@@ -43,14 +44,14 @@ def list_images(folder: str) -> list[str]:
 
 
 def probe(folder: str, fps: float) -> Video:
-    """Read the metadata of a folder. The first image that can be decoded determines the size.
+    """Return the metadata of a folder as a video. The first image that can be decoded determines the frame size.
 
     Args:
         fps: Number of images per second of video.
 
     Raises:
-        UsageError: `fps` is not a finite number above 0.
-        VideoError: No image can be decoded, or `list_images` raises it.
+        UsageError: `fps` is not finite and positive.
+        VideoError: No image can be decoded, or `list_images` raised VideoError.
     """
     if not 0 < fps < math.inf:
         raise UsageError(f"{fps} images per second is not a valid frame rate", "give a number above 0")
@@ -62,7 +63,9 @@ def probe(folder: str, fps: float) -> Video:
         with open(images[0], "rb") as image:
             if image.read(len(LFS)) == LFS:
                 raise VideoError(f"{images[0]} is a git-lfs pointer", LFS_HINT)
-        check_size(images[0])  # FFmpeg does not distinguish an oversized image from a damaged one
+        check_size(
+            images[0]
+        )  # must be checked, because FFmpeg does not distinguish an oversized image from a damaged one
         raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged or not images")
     codec, frame, (rotation, _) = decoded
     width, height = ffmpeg.turned_size((frame.width, frame.height), rotation)
@@ -72,7 +75,7 @@ def probe(folder: str, fps: float) -> Video:
         duration_s=len(images) / fps,
         width=width,
         height=height,
-        rotation_deg=0,  # each image is rotated by its own EXIF data
+        rotation_deg=0,  # each image is rotated according to its own EXIF data
         codec=codec,
         pix_fmt=frame.format.name,
         container=CONTAINER,
@@ -85,15 +88,15 @@ def probe(folder: str, fps: float) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the image on screen at each time, as described in the docstring of the package `readers`.
+    """Yield the image on screen at each time, as described in the `readers` package docstring.
 
-    Only the images that are needed are opened, one at a time. A damaged image is replaced by the previous image. At the beginning,
-    it is replaced by the first image that can be decoded. `damaged` is called with the index of each damaged image.
+    Only the images that are needed are opened, one at a time. A damaged image is replaced with the previous image or, if there is
+    none, with the first image that can be decoded. `damaged` is called with the index of each damaged image.
     """
     images = list_images(info.path)
     converter = colour.Converter(info.path)
     last = len(images) - 1
-    # Indices: `done` is the last image that was opened, `current` the image on screen.
+    # `done` is the index of the last image that was opened, and `current` is the index of the image on screen.
     done = -1
     current = -1
     rgb = None
@@ -106,7 +109,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
             if decoded := decode_image(images[i]):
                 _, frame, turn = decoded
                 width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
-                # An image with a different aspect ratio than the first image would get black borders.
+                # If an image had a different aspect ratio from the first image, it would get black borders.
                 if info.fitted(width, height) != (info.width, info.height):
                     shapes = f"{images[i]} is {width}x{height}, the first is {info.width}x{info.height}"
                     hint = (
@@ -124,7 +127,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Yield the time and duration of each image in seconds, and True, because each image counts as a keyframe."""
+    """Decode all images. Yields each image's time and duration in seconds, and True, because every image counts as a keyframe."""
     for i, image in enumerate(list_images(info.path)):
         if decode_image(image) is None:
             damaged(i)
@@ -133,7 +136,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
-    """Return the codec, pixels and orientation (`ffmpeg.orientation`) of an image, or None if it is damaged or too large."""
+    """Return an image's codec, pixels and orientation (see `ffmpeg.orientation`), or None if it is damaged or too large."""
     try:
         content = b""
         with open(path, "rb") as file:
@@ -141,7 +144,7 @@ def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
                 content = file.read()
         with ffmpeg.open_bytes(io.BytesIO(content), max_pixels=ffmpeg.MAX_PIXELS) as container:
             stream = ffmpeg.video_stream(container, path, max_pixels=ffmpeg.MAX_PIXELS)
-            # Without "explode", a truncated JPEG is decoded to an image with a gray bottom.
+            # Without "explode", FFmpeg would decode a truncated JPEG to an image whose lower part is gray.
             stream.codec_context.options = stream.codec_context.options | {"err_detect": "explode"}
             frame = next(ffmpeg.decoded_frames(stream, ffmpeg.packets(container, stream)), None)
             if frame is None:

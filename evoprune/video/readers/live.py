@@ -1,7 +1,8 @@
 """Reads frames from live sources as they arrive: stream URLs, cameras, pipes, growing files, and ordinary files.
 
-FFmpeg opens the URL that the user typed, but only with the protocols that this kind of URL needs. The protocol `file` is never
-allowed, so a playlist cannot reach files on this machine. Pipes, files, and udp and tcp URLs must not be playlists at all.
+FFmpeg opens the URL that the user typed, but it may use only the protocols that this kind of URL needs. The `file` protocol is
+never allowed, so a playlist cannot refer to files on this machine. Pipes, files, and udp and tcp URLs must not contain playlists at
+all.
 """
 
 import errno
@@ -24,7 +25,7 @@ from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.deinterlacing import deinterlacing
 from evoprune.video.readers.probing import another_follows
 
-# For each URL scheme: the protocols that it needs, and the formats that are allowed in addition to `FORMATS`.
+# The protocols that each URL scheme needs, and the formats that it allows in addition to `FORMATS`.
 WEB = "http,https,httpproxy,tcp,tls,crypto", ",hls,dash,aac,mp3,webvtt"
 RTSP = "rtsp,rtsps,rtp,udp,tcp,tls", ",rtsp,rtp,sdp"
 ALLOWED = {"http": WEB, "https": WEB, "rtsp": RTSP, "rtsps": RTSP, "udp": ("udp", ""), "tcp": ("tcp", "")}
@@ -32,23 +33,23 @@ FORMATS = (
     "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,flv,avi,nut,ogg,asf,mpeg,mpegvideo,mjpeg,mpjpeg,h264,hevc,av1,ivf,gif"
     ",apng,yuv4mpegpipe,mxf"
 )
-# A longer step between two frames of a stream indicates a new clock instead of a gap. For files, see `ffmpeg.restarts`.
+# If a stream's timestamps jump forward by more than this, the source's clock was reset. For files, see `ffmpeg.restarts`.
 JUMP_S = 10.0
-POLL_S = 0.05  # interval between checks whether a file has grown
+POLL_S = 0.05  # interval at which to check whether a file has grown
 
 
 class LiveReader:
     """Reads frames over a single connection to a source.
 
     Args:
-        source: A URL with a scheme from `ALLOWED`, a path, or a camera device. None reads the pipe `descriptor`.
-        name: Name of the source in error messages.
-        timeout_s: Number of seconds without data after which the source is considered failed.
-        follow: True if a file may grow. At the end of the file, the reader then waits `timeout_s` for more data.
+        source: A URL with a scheme from `ALLOWED`, a path, or a camera device. If it is None, the pipe `descriptor` is read.
+        name: Name of the source for error messages.
+        timeout_s: If the source sends nothing for this many seconds, it is considered failed.
+        follow: True if the source is a file that may grow. At end of file, the reader then waits up to `timeout_s` for more data.
         descriptor: File descriptor of a pipe. `close` closes it.
 
     Attributes:
-        facts: "finite", which is True if the source has a known end, and fields of `Video`.
+        facts: A dict with some fields of `Video` and "finite", which is True if the source has a known end.
 
     Raises:
         VideoError: The source does not exist, cannot be read, or requires a password.
@@ -67,7 +68,7 @@ class LiveReader:
         self._live = source is None or not os.path.isfile(source)  # True if frames arrive as they are recorded
         self._open = ExitStack()
         self._held = None
-        self._gap_s = 0.0  # largest forward jump that counted as a new clock
+        self._gap_s = 0.0  # largest forward jump that was taken for a reset of the source's clock
         if descriptor is not None:
             self._open.callback(os.close, descriptor)
         try:
@@ -93,17 +94,17 @@ class LiveReader:
         self._crop = ffmpeg.cropping(log)
         self.facts |= {"fps": rate, "rate_guessed": guessed, **ffmpeg.shown_otherwise(stream, hdr)}
         if container in ffmpeg.JOINED:
-            # MPEG-TS headers do not state HDR, so the format came from the first frames. Later frames may belong to another video.
+            # MPEG-TS headers do not state the HDR format, so it came from the first frames. Later frames may be from another video.
             hdr = None
         self._converter = colour.Converter(name, hdr)
         self._frames = deinterlacing(self._timed())
 
     def next(self, after_s: float) -> dict | None:
-        """Find the next frame at or after a time, in seconds from the first frame. Call `fill` for its pixels.
+        """Find the next frame at or after a time, in seconds from the first frame. Call `fill` to get its pixels.
 
         Returns:
             None at the end of the source. Otherwise, a dict with "time_s"; "height" and "width" in pixels; "hdr_format" as in
-            `Video`; and "clock_gap_s", the largest forward jump so far that counted as a new clock.
+            `Video`; and "clock_gap_s", the largest forward jump so far that was taken for a reset of the source's clock.
         """
         for time_s, shown in self._frames:
             if time_s >= after_s - ffmpeg.TOLERANCE_S:
@@ -122,14 +123,14 @@ class LiveReader:
         return None
 
     def fill(self, frames: np.ndarray) -> None:
-        """Write the frame that `next` found into `frames`, uint8 `[1, H, W, 3]`."""
+        """Write the frame that `next` found into `frames`, which must be uint8 `[1, H, W, 3]`."""
         frames[0] = ffmpeg.to_rgb(*self._held, self._converter, self.facts["pixel_aspect"])
 
     def close(self) -> None:
         self._open.close()
 
     def _opened(self, descriptor: int | None) -> InputContainer:
-        # analyzeduration: one second, in microseconds
+        # `analyzeduration` is one second, in microseconds.
         limits = {"max_pixels": str(ffmpeg.MAX_VIDEO_PIXELS), "analyzeduration": str(10**6)}
         path = self._source
         camera = None
@@ -147,7 +148,10 @@ class LiveReader:
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
         end = time.monotonic() + self._timeout_s
         while True:
-            if path and ffmpeg.picture_format(path) not in (None, "GIF"):  # a GIF is read as a video, even of one frame
+            if path and ffmpeg.picture_format(path) not in (
+                None,
+                "GIF",
+            ):  # a GIF is read as a video, even if it has only one frame
                 from evoprune.video.readers import picture  # imports Pillow
 
                 if picture.is_picture(path):
@@ -162,9 +166,11 @@ class LiveReader:
             self._open.callback(file.close)
             try:
                 container = av.open(file, options=limits, **ffmpeg.ANY_TAGS)
-                file.waits = self._follow and path is not None  # only now, because opening also reads the end of a file
+                file.waits = (
+                    self._follow and path is not None
+                )  # set only now, because opening may also read the end of the file
                 return container
-            except av.error.FFmpegError as problem:  # perhaps the beginning of the file is not written yet
+            except av.error.FFmpegError as problem:  # the beginning of the file may not have been written yet
                 file.close()
                 if not path:
                     raise
@@ -176,7 +182,7 @@ class LiveReader:
             time.sleep(POLL_S)
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
-        """Yield each frame with its time in seconds from the first frame. Times never go back, even if the source's clock does."""
+        """Yield each frame with its time in seconds from the first frame. If the source's clock is reset, times still increase."""
         time_s = 0.0
         before = None
         arrived = time.monotonic()
@@ -191,7 +197,7 @@ class LiveReader:
             if ahead and passed > 0:
                 self._gap_s = max(self._gap_s, passed)
             if number and (ahead or passed < 0):  # the clock restarted
-                waited = now - arrived if self._live else 0.0  # files are read faster than real time
+                waited = now - arrived if self._live else 0.0  # a file is read faster than real time
                 time_s += max(step, waited)
             elif number:
                 time_s += passed
@@ -200,13 +206,15 @@ class LiveReader:
             yield time_s, frame
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """Yield all frames, skipping packets that cannot be decoded. Raises VideoError if none can be decoded for `timeout_s`."""
-        since = None  # arrival time of the first packet after the latest frame; waiting for packets is not a failure
+        """Yield all frames, skipping damaged packets. Raises VideoError if no frame could be decoded for `timeout_s`."""
+        since = (
+            None  # when the first packet after the latest frame arrived; time spent waiting for packets does not count
+        )
         decode = ffmpeg.decoder(self._stream, self._crop)
         for packet in self._packets():
             ffmpeg.alive()
             if packet is not None and not packet.size and packet.dts is not None:
-                continue  # an empty packet repeats the frame before
+                continue  # an empty packet repeats the previous frame
             try:
                 frames = decode(packet)
             except ffmpeg.Encrypted as problem:
@@ -254,7 +262,7 @@ class LiveReader:
             raise VideoError(message, "join the videos with ffmpeg -f concat")
 
     def _error(self, problem: Exception) -> VideoError:
-        """Return the error to show for a failure. It never contains the URL as the user typed it, which may include a password."""
+        """Return the error to show to the user for a failure. It never contains the original URL, which may include a password."""
         name = self._name
         if isinstance(problem, av.error.HTTPUnauthorizedError):
             return VideoError(f"{name} requires a valid user name and password", "SCHEME://USER:PASSWORD@HOST/...")
@@ -275,10 +283,10 @@ UNREADABLE_HINT = "does it play elsewhere? The formats of files are supported, a
 
 
 class _Following:
-    """File object through which FFmpeg reads a pipe or a file as data arrives.
+    """A file object through which FFmpeg reads a pipe or a growing file as data arrives.
 
     Attributes:
-        waits: True if the file may grow, so that reaching its end is not final.
+        waits: True while the file may still grow. At end of file, `read` then waits for more data.
     """
 
     def __init__(self, descriptor: int, timeout_s: float):
@@ -293,13 +301,14 @@ class _Following:
             self.tell = self._file.tell
 
     def read(self, count: int) -> bytes:
-        """Return at most `count` bytes, or no bytes at the end.
+        """Return at most `count` bytes, or an empty result at end of file.
 
-        The end and a timeout are final, because FFmpeg continues to read after either of them, in some formats ten times. A file
-        stops waiting for more data. A pipe raises an error only once and then returns no bytes.
+        After a timeout, this method never waits again, because FFmpeg keeps reading after a timeout or at end of file, as many as
+        ten times in some formats. Once a file has not grown for `timeout_s`, its end is final. A pipe raises TimeoutError only
+        once, and all later calls return an empty result.
 
         Raises:
-            TimeoutError: The pipe was silent for `timeout_s`.
+            TimeoutError: No data arrived from the pipe for `timeout_s`.
         """
         end = time.monotonic() + self._timeout_s
         while not self._silent:

@@ -1,8 +1,8 @@
-"""Reads still images with Pillow. Returns the pixels and the size that Hugging Face's image processor would produce.
+"""Reads still images with Pillow, resized in the same way as by Hugging Face's image processors.
 
-An image is rotated by its EXIF data, as in `transformers.image_utils.load_image`. Transparent areas become white, as in
-`transformers.image_transforms.convert_to_rgb` since 5.21. 16-bit gray keeps its upper 8 bits, whereas transformers clips the
-values.
+An image is rotated according to its EXIF data, as in `transformers.image_utils.load_image`. Transparent areas become white, as in
+`transformers.image_transforms.convert_to_rgb` since 5.21. Unlike transformers, which clips 16-bit gray levels, this module keeps
+their upper 8 bits.
 """
 
 import os
@@ -17,15 +17,15 @@ from evoprune.errors import VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
 
-MAX_BYTES = 2**29  # larger files are refused before they are read
+MAX_BYTES = 2**29  # larger files are rejected before they are read
 CONVERT_HINT = "convert it to JPEG or PNG"
-ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # formats whose animations are videos
+ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # formats whose animations are read as videos
 
 
 def is_picture(path: str) -> bool:
     """Return True if a file with the signature of an image is a still image.
 
-    Animations and sequences of JPEGs are not still images. They are read as videos.
+    Animations and sequences of JPEGs do not count as still images, because they are read as videos.
     """
     name = ffmpeg.picture_format(path)
     if name == "AVIF" and not features.check("avif"):
@@ -36,11 +36,11 @@ def is_picture(path: str) -> bool:
         with _header(path, name) as image:
             if name in ANIMATIONS:
                 return not getattr(image, "is_animated", False)
-            if image.format != "JPEG":  # "MPO": a JPEG followed by smaller images or a brightness map
+            if image.format != "JPEG":  # Pillow calls a JPEG "MPO" if smaller images or a brightness map follow it
                 return True
         with ffmpeg.open_video(path) as container:
             return container.format.name != "mjpeg"
-    except Exception:  # the file is damaged; the reader of videos or of images will report it
+    except Exception:  # the file is damaged, which the reader will report
         return name != "GIF"
 
 
@@ -64,7 +64,7 @@ def _opened(path: str, name: str | None) -> Image.Image:
         raise VideoError(
             f"{path} is in HEIC, which needs pillow-heif", "pip install 'evoprune[heic]', or " + CONVERT_HINT
         ) from error
-    return HeifImageFile(path)  # not registered with Pillow, because the process may belong to another program
+    return HeifImageFile(path)  # not registered with Pillow, because evoprune may be running inside another program
 
 
 def check_size(path: str) -> None:
@@ -73,7 +73,7 @@ def check_size(path: str) -> None:
         with _header(path, ffmpeg.picture_format(path)):
             pass
     except Exception as problem:
-        if isinstance(problem, VideoError):  # other errors indicate that the file is not an image
+        if isinstance(problem, VideoError):  # any other error means that the file is not an image
             raise
 
 
@@ -83,11 +83,11 @@ def too_large(path: str) -> VideoError:
 
 
 def probe(path: str) -> Video:
-    """Read the metadata of a still image from its header. Raises VideoError if it cannot be read as a single image."""
+    """Read a still image's metadata from its header. Raises VideoError if the file cannot be read as a single image."""
     with opened(path) as image:
         rotation, mirrored = orientation(image)
         size = image.size
-        if isinstance(image, TiffImagePlugin.TiffImageFile):  # new versions of Pillow have already rotated `size`
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # recent versions of Pillow have already rotated `size`
             size = image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
         width, height = ffmpeg.turned_size(size, rotation)
         comment = image.info.get("comment", "")
@@ -113,12 +113,12 @@ def probe(path: str) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the image at each time, resized to the size in `info` as in Hugging Face. Raises the same errors as `probe`."""
+    """Yield the image for each time, resized to the size in `info` as transformers would. Raises the same errors as `probe`."""
     with opened(info.path) as image:
         image.load()
         if (
             image.width * image.height > ffmpeg.MAX_PIXELS
-        ):  # a HEIC may contain an image of a different size than its header states
+        ):  # the size of an image in a HEIC may differ from the size in the header
             raise too_large(info.path)
         upright = image if image.format == "HEIF" else ImageOps.exif_transpose(image)
         rgb = converted(upright, info.path)
@@ -130,8 +130,11 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def orientation(image: Image.Image) -> tuple[int, bool]:
-    """Return the rotation and flip by EXIF data, like `ffmpeg.orientation`. In a HEIC, EXIF data is ignored (ISO 23008-12)."""
-    if image.format == "HEIF":  # libheif has already rotated it by the file's own properties
+    """Return the rotation and flip that the EXIF data states, in the same form as `ffmpeg.orientation`.
+
+    A HEIC's EXIF data is ignored (ISO 23008-12).
+    """
+    if image.format == "HEIF":  # libheif has already rotated the image according to the file's own properties
         return 0, False
     return ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG), (0, False))
 
@@ -141,8 +144,8 @@ def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
     """Open an image, reading only its header.
 
     Raises:
-        VideoError: The file cannot be read, is too large, needs a package that is not installed, or has content that a single
-            image would not show, such as several pages, or an animation unless `animated` is True.
+        VideoError: The file cannot be read, is too large, needs a package that is not installed, has more than one page, or is an
+            animation although `animated` is False.
     """
     name = ffmpeg.picture_format(path)
     if name is None:
@@ -156,14 +159,13 @@ def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
             ffmpeg.alive()
             ffmpeg.picture_size(image.width * image.height)
             tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-            if 50706 in tags or tags.get(254, 0) & 1:  # a DNG, or a reduced preview that precedes the image itself
+            if 50706 in tags or tags.get(254, 0) & 1:  # the file is a DNG, or its first image is only a reduced preview
                 raise VideoError(f"{path} is a camera raw file, of which only the preview could be read", CONVERT_HINT)
-            several = getattr(
-                image, "is_animated", False
-            )  # counting the pages of a TIFF would require reading all of it
+            # Do not count the images, because counting a TIFF's pages would require reading the whole file.
+            several = getattr(image, "is_animated", False)
             if several and image.format == "TIFF":
                 raise VideoError(f"{path} has several pages", "save one page as a JPEG or PNG")
-            # For several images, Pillow opens the photograph: the first image of an MPO, or the primary image of a HEIC.
+            # If an MPO or a HEIC contains several images, Pillow opens the photograph, which is the first or primary image.
             if several and not animated and image.format not in ("MPO", "HEIF"):
                 raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one frame of it as a PNG")
             yield image
@@ -175,7 +177,7 @@ def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
 
 
 def converted(image: Image.Image, path: str) -> Image.Image:
-    """Convert an image to 8-bit RGB, with white behind transparent areas. Raises VideoError if its pixel type is unsupported."""
+    """Convert an image to 8-bit RGB. Transparent areas become white. Raises VideoError if the pixel type is not supported."""
     transparent = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image)

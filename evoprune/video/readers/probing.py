@@ -1,4 +1,4 @@
-"""Reads the metadata of a video file and measures its length. `probe` decodes only the first frame."""
+"""Reads a video file's metadata and measures its length. `probe` decodes only the first frame."""
 
 import math
 import os
@@ -18,32 +18,37 @@ from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg
 
 RATE_JITTER_S = (
-    0.0025  # frame intervals count as constant if they differ by less: Matroska rounds times to milliseconds
+    0.0025  # frame intervals that differ by less count as constant, because Matroska rounds times to milliseconds
 )
-# If finding a file's length requires reading all packets, files with more than `MAX_PACKETS` packets are rejected, unless they have
-# at least `BYTES_PER_PACKET` bytes per packet.
+# If all packets must be read to find a file's length, a file with more than `MAX_PACKETS` packets is rejected, unless its packets
+# have at least `BYTES_PER_PACKET` bytes on average.
 MAX_PACKETS = 2**18
 BYTES_PER_PACKET = 128
-MAX_BOXES = 2**20  # maximum number of MP4 boxes to examine, which takes a second; a fragment has two boxes
-ENCRYPTED_TRACK = b"encv" + bytes(6)  # start of an encrypted track's entry in an MP4's sample description table (stsd)
-AVI_ENTRY_BYTES = 16  # size of an entry of the index at the end of an AVI
-TRAILING_BYTES = 2**20  # bytes after the last packet that are searched for another file
-# Signatures of Matroska, FLV and ASF, and of MP4 and AVI after the leading length field.
+MAX_BOXES = 2**20  # maximum number of MP4 boxes to examine; this many take about a second, and each fragment has two
+ENCRYPTED_TRACK = b"encv" + bytes(
+    6
+)  # how an encrypted track's entry begins in an MP4's sample description table (stsd)
+AVI_ENTRY_BYTES = 16  # size of an entry in the index at the end of an AVI
+TRAILING_BYTES = 2**20  # number of bytes after the last packet in which to look for another file
+# Signatures of Matroska, FLV and ASF, and the signatures that follow the leading length field in MP4 and AVI.
 STARTS = (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"ftyp", b"AVI LIST")
-# Number of leading bytes that two files of any other container share. Fewer bytes would also match each partition of an MXF file.
+# In all other containers, two files begin with the same bytes. This is the number of bytes to compare. Fewer bytes would also match
+# the beginning of each partition in an MXF file.
 START_BYTES = 14
-RATE_PACKETS = 100  # number of packets from which the frame rate is measured if the file states no rate
+RATE_PACKETS = 100  # if the file does not state its frame rate, the rate is measured from this many packets
 
 
 def probe(path: str) -> Video:
-    """Read the metadata of a video file. See `evoprune.video.frames.probe`."""
+    """Read a video file's metadata. See `evoprune.video.frames.probe`."""
     with ffmpeg.open_video(path) as container:
         return _probe(path, container)
 
 
 def _probe(path: str, container: InputContainer) -> Video:
     stream = ffmpeg.video_stream(container, path)
-    if container.format.name.endswith("_pipe"):  # FFmpeg's names for single pictures: jpegxl_pipe and so on
+    if container.format.name.endswith(
+        "_pipe"
+    ):  # FFmpeg's names for single images end like this, for example jpegxl_pipe
         hint = f"convert it to JPEG or PNG; supported formats: {', '.join(ffmpeg.PICTURES)}"
         raise VideoError(f"{path} is a picture in an unsupported format ({stream.codec_context.codec.name})", hint)
     log = ffmpeg.stream_log(stream)
@@ -59,13 +64,13 @@ def _probe(path: str, container: InputContainer) -> Video:
     rate, guessed = ffmpeg.frame_rate(stream)
     rate = rate or _measured_rate(path)
     step = 1 / (rate or ffmpeg.FALLBACK_FPS)
-    # A header that counts more frames than the file has bytes is wrong.
+    # If the header states more frames than the file has bytes, it is wrong.
     total = stream.frames if stream.frames <= container.size else 0
     start = ffmpeg.frame_time(first, stream)
     lengths = _lengths(path, stream, start, step)
     variable_rate = None
-    # Only MP4 and related containers list all frames in advance. Frames that an edit list removes do not count. The frames of
-    # fragments were listed while the packets were read.
+    # Only MP4 and related containers list all frames in advance. Frames that an edit list removes do not count. Frames in fragments
+    # have been added to the list while the packets were read.
     shown = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
     if 3 <= stream.frames == len(stream.index_entries) or len(shown) < len(stream.index_entries):
         total = len(shown)
@@ -102,18 +107,18 @@ def _probe(path: str, container: InputContainer) -> Video:
 
 
 def _is_joined(path: str, container: str, lengths: "_Lengths") -> bool:
-    """Return True if the file contains a second file that FFmpeg ignores, or interprets with the header of the first file."""
+    """Return True if a second file was appended, which FFmpeg either ignores or reads as if the first file's header applied."""
     if container in ffmpeg.JOINED:
         return False
     return lengths.restarts > 0 or another_follows(path, container, lengths.end)
 
 
 def another_follows(path: str, container: str, end: int) -> bool:
-    """Return True if another file was appended to this file (`cat a.mkv b.mkv`). Examines only a few places in the file.
+    """Return True if another file was appended to this file (`cat a.mkv b.mkv`). Only a few places in the file are examined.
 
     Args:
-        end: Offset of the first byte after the last packet that FFmpeg reads, or 0 if packets have no timestamps. An index may
-            follow at this offset, and after it the other file.
+        end: Offset of the first byte after the last packet that FFmpeg reads, or 0 if packets have no timestamps. The appended file
+            may begin at this offset, or an index may come first.
     """
     with open(path, "rb", buffering=0) as file:
         if container == ffmpeg.MOV:
@@ -125,14 +130,14 @@ def another_follows(path: str, container: str, end: int) -> bool:
 
 
 def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the type, start and end (byte offsets) of each top-level box of an MP4 or MOV file."""
+    """Yield the type, start offset and end offset of each top-level box in an MP4 or MOV file."""
     at = 0
     for _ in range(MAX_BOXES):
         head = os.pread(file.fileno(), 16, at)
         size = int.from_bytes(head[:4], "big")
         if size == 1:
             size = int.from_bytes(head[8:], "big")
-        if size < 8:  # not a box, or a box that extends to the end of the file
+        if size < 8:  # this is not a box, or it extends to the end of the file
             size = os.fstat(file.fileno()).st_size - at
         if size <= 0:
             return
@@ -141,7 +146,7 @@ def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _has_encrypted_track(path: str) -> bool:
-    """Return True if the index of an MP4 lists an encrypted video track. FFmpeg does not report all such tracks (PIFF)."""
+    """Return True if an MP4's index lists an encrypted video track. FFmpeg does not report all of them, such as those in PIFF."""
     with open(path, "rb", buffering=0) as file:
         for kind, at, end in _boxes(file):
             if kind == b"moov":
@@ -150,7 +155,7 @@ def _has_encrypted_track(path: str) -> bool:
 
 
 def check_decodable(path: str, pixels: int, frames: int) -> None:
-    """Raise VideoError for a decompression bomb: a file whose frames have more pixels in total than its file size allows."""
+    """Raise VideoError for a decompression bomb, which is a file whose frames have too many pixels in total for its size."""
     size = os.stat(path).st_size
     decoded = pixels * min(frames, size)  # a frame takes at least one byte
     if decoded > max(ffmpeg.MAX_DECODED_PIXELS, ffmpeg.MAX_PIXELS_PER_BYTE * size):
@@ -160,44 +165,45 @@ def check_decodable(path: str, pixels: int, frames: int) -> None:
 
 @dataclass
 class _Times:
-    """Running summary of packet times, in seconds. Each restart of the clock begins a new part."""
+    """A running summary of packet times, in seconds. A new part begins whenever the file's clock restarts."""
 
     first_s: float  # display time of the earliest frame in the current part
     last_s: float  # display time of the latest frame in the current part
-    length_s: float  # duration of the packet that is stored last
-    decoded_s: float  # decoding time of the packet that is stored last
-    claimed_s: float  # latest end time stated by any packet
-    parts_s: float = 0.0  # total length of the earlier parts
+    length_s: float  # duration of the packet that was stored last
+    decoded_s: float  # decoding time of the packet that was stored last
+    claimed_s: float  # latest end time that any packet states
+    parts_s: float = 0.0  # total length of all earlier parts
     restarts: int = 0
-    gap_s: float = 0.0  # largest forward jump that counted as a restart
+    gap_s: float = 0.0  # largest forward jump that was taken for a restart
     end: int = 0  # offset of the first byte after the last packet
 
     def part_s(self, step: float) -> float:
-        """Return the length of the current part. The last frame of the part counts with the duration `step`."""
+        """Return the current part's length, assuming that its last frame lasts `step` seconds."""
         return self.last_s - self.first_s + step
 
 
 def _measured(packets: Iterable[Packet | None], container: str, step: float) -> _Times | None:
-    """Measure the times of packets. Returns None if no packet has a timestamp.
+    """Summarize the times of packets. Returns None if no packet has a timestamp.
 
-    In MP4, frames that are stored out of order have no duration of their own, and FFmpeg reports the difference of two decoding
-    times instead. Only the packet that is stored last has a real duration, so this duration is used for the frame displayed last.
+    If an MP4 stores frames out of order, its packets have no real durations, and FFmpeg reports the differences between decoding
+    times instead. Only the packet that is stored last has a real duration. The frame that is displayed last is assumed to have the
+    same duration.
 
     Args:
-        step: Duration in seconds of packets that state no duration.
+        step: Duration in seconds for packets that do not state their duration.
     """
     times = None
     for packet in packets:
         if packet is None or packet.pts is None or packet.is_discard:
             continue
         time_base = packet.time_base
-        tick, per = time_base.numerator, time_base.denominator  # Fraction would take several times as long
+        tick, per = time_base.numerator, time_base.denominator  # computing with Fraction would be several times slower
         shown = packet.pts * tick / per
         stamp = packet.pts if packet.dts is None else packet.dts
         decoded = stamp * tick / per
         length = (packet.duration or 0) * tick / per or step
-        # In other containers, FFmpeg guesses decoding times. Only keyframes are compared there, because a keyframe is displayed
-        # after all frames that are stored before it.
+        # In containers outside `JOINED`, FFmpeg guesses the decoding times, so display times are compared instead, but only those
+        # of keyframes, because a keyframe is displayed after all frames that are stored before it.
         stored = container in ffmpeg.JOINED
         key = packet.is_keyframe
         if times is None:
@@ -219,7 +225,7 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
 
 @dataclass
 class _Lengths:
-    """Measured and stated length of a video, and restarts of its clock. See `Video` and `_Times` for the fields."""
+    """A video's measured and stated length, and the restarts of its clock. For the fields, see `Video` and `_Times`."""
 
     duration_s: float | None
     stated_s: float | None = None
@@ -229,11 +235,11 @@ class _Lengths:
 
 
 def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
-    """Measure the length of a video, and read the length that its header states.
+    """Measure a video's length, and read the length that its header states.
 
-    If packets have timestamps, the length is measured from the packets instead of the header. The header includes the audio, may
-    count from zero instead of from the first frame, and does not reveal that the file was cut off. If FFmpeg estimates the duration
-    of a container from its content, the container counts as stating no length.
+    If packets have timestamps, the length is measured from the packets, because the header's length includes the audio, may count
+    from zero instead of from the first frame, and does not show whether the file was cut off. If FFmpeg only estimates a
+    container's duration from its contents, the stated length is None.
 
     Args:
         start: Timestamp of the first frame in seconds, or None if the file has no timestamps.
@@ -260,7 +266,7 @@ def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -
             stated += max(0.0, float(listed.timestamp * stream.time_base) - times.decoded_s)
     elif name in ffmpeg.DENSE and container.duration is not None and len(container.streams) == 1:
         stated = max(container.duration / av.time_base - start, duration)
-        # The stated length may include the wrong duration of a frame that was copied from an MP4 (see `_measured`).
+        # The stated length may be too long, because it may include a wrong frame duration copied from an MP4 (see `_measured`).
         if stated - duration > 0.5:
             every = _measured(_all_packets(path), name, step)
             if every and every.claimed_s - start >= stated - 1e-2:
@@ -269,11 +275,13 @@ def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -
 
 
 def _lengths_in_avi(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
-    frames = stream.frames if stream.frames <= stream.container.size else 0  # an AVI written to a pipe claims 2**30
+    frames = (
+        stream.frames if stream.frames <= stream.container.size else 0
+    )  # an AVI that was written to a pipe states 2**30 frames
     stated = step * frames or None
     if start is None:
         return _Lengths(step * sum(1 for _ in _all_packets(path)), stated)
-    # If the index lists fewer frames than the header states, the file was cut off. FFmpeg's index omits frames without data.
+    # If the index lists fewer frames than the header states, the file was cut off. FFmpeg's own index leaves out empty frames.
     if frames and frames in (len(stream.index_entries), _listed_in_avi(path, stream.index)):
         return _Lengths(stated, stated, end=_riff_end(path))
     decoded = [float(p.dts * p.time_base) for p in _all_packets(path) if p.dts is not None]
@@ -311,7 +319,7 @@ def _measured_rate(path: str) -> float | None:
 
 
 def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
-    """Return True if the clock of a file without an index restarts. Examines 64 places spread over the file."""
+    """Return True if the clock restarts in a file without an index. Timestamps are checked at 64 places spread over the file."""
     beginning = []
     places = []
     for place in range(64):
@@ -322,7 +330,7 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
         packets = (p for p in ffmpeg.packets(container, stream) if p is not None and p.dts is not None)
         count = 1 if place else 250
         times = [float(p.dts * p.time_base) for p in islice(packets, count)]
-        if not times:  # no packets at this place, so there are none at later places either
+        if not times:  # there are no packets at this place, and therefore none at later places
             break
         beginning = beginning or times
         places = places + times[:1]
@@ -333,7 +341,7 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
 
 
 def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:
-    """Yield the packets of the last 3 s: the frame displayed last may not be stored last. Yields nothing if FFmpeg cannot seek."""
+    """Yield the packets from the last 3 s, because the last frame may not be stored last. Yields nothing if FFmpeg cannot seek."""
     if container.duration is None:
         return
     end = ((container.start_time or 0) + container.duration) / av.time_base
@@ -345,7 +353,7 @@ def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> 
 
 
 def _all_packets(path: str) -> Iterator[Packet]:
-    """Yield all packets of the video stream, including empty packets that repeat a frame. Raises the same errors as `_bounded`."""
+    """Yield the video stream's packets, including empty packets that repeat a frame. Raises the same errors as `_bounded`."""
     with ffmpeg.open_video(path) as container:
         packets = _bounded(ffmpeg.packets(container, ffmpeg.video_stream(container, path)), path, container.size)
         yield from (packet for packet in packets if packet is not None and (packet.size or packet.dts is not None))

@@ -1,8 +1,8 @@
-"""Reads video files with PyAV, which opens everything that FFmpeg opens and continues after damaged data.
+"""Reads video files with PyAV, which can open every file that FFmpeg can open, and which keeps reading after damaged data.
 
-`planned` groups the requested times into runs. A run covers one group of pictures, which is decoded once. Threads decode runs in
-parallel, and each thread has its own decoder. The plan depends only on the file and the times, so the frames do not depend on the
-number of threads. `intervals` decodes all frames.
+`planned` groups the requested times into runs. A run covers one group of pictures, which is decoded only once. Several threads,
+each with its own decoder, decode the runs in parallel. The runs depend only on the file and the times, so the result does not
+depend on the number of threads. `intervals` decodes all frames.
 """
 
 from bisect import bisect_left, bisect_right
@@ -21,26 +21,28 @@ from evoprune.video.readers.deinterlacing import deinterlaced
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
 
-MAX_ENTRIES = 3  # keyframes to try as the start of decoding, because an index may list frames that are not keyframes
-BEGINNING_S = 1.0  # if the keyframe of a run comes earlier than this, the run is decoded from the beginning of the file
-MAX_NEAR = 3  # keyframes to try when a time is moved, nearest first
-# With seek "auto", times are moved to keyframes only if that avoids decoding this many pixels (two to three seconds on one core)
-# and the parts of the video last at least `LEAST_PART_S`.
+MAX_ENTRIES = (
+    3  # number of keyframes at which to try to start decoding, because an index may list frames that are not keyframes
+)
+BEGINNING_S = 1.0  # if a run's keyframe comes before this time, the run is decoded from the beginning of the file
+MAX_NEAR = 3  # number of keyframes to try when a time is moved, nearest first
+# With seek "auto", times are moved to keyframes only if the parts of the video last at least `LEAST_PART_S`, and if moving the
+# times avoids decoding at least this many pixels, which would take two to three seconds on one core.
 SAVED_PIXELS = 10**9
 LEAST_PART_S = 1.0
 DECODER_BYTES = (
-    64  # memory of a decoder per pixel: 16 reference frames and a few other frames, at up to 3 bytes per pixel
+    64  # memory for each decoder per pixel of a frame: 16 reference frames and a few others, at up to 3 bytes per pixel
 )
 ROOM_BYTES = 2**29  # memory for decoded frames that are waiting for their turn
 
 
 @dataclass(frozen=True)
 class Run:
-    """Times whose frames are decoded in a single pass."""
+    """A group of times whose frames are decoded in a single pass."""
 
     times_s: tuple[float, ...]
-    entries: tuple[Keyframe | None, ...]  # places to start decoding, best first; None is the beginning of the file
-    near: tuple[Keyframe, ...] = ()  # keyframes to which the only time of the run may be moved, nearest first
+    entries: tuple[Keyframe | None, ...]  # where to start decoding, best first; None means the beginning of the file
+    near: tuple[Keyframe, ...] = ()  # keyframes to which the run's only time may be moved, nearest first
 
 
 def read(
@@ -51,12 +53,12 @@ def read(
     part_s: float = 0.0,
     cores: int | None = None,
 ) -> ffmpeg.Frames:
-    """Yield the frame on screen at each time, as described in the docstring of the package `readers`.
+    """Yield the frame on screen at each time, as described in the `readers` package docstring.
 
     Args:
-        damaged: May be called more than once for the same damage.
+        damaged: Callback for damaged data. It may be called more than once for the same damage.
         seek, part_s: See `frames.read_chunks`.
-        cores: Number of CPU cores to use, or None for all cores available to this process.
+        cores: Number of CPU cores to use. None means all cores available to this process.
     """
     cores = cores or Host().available_cores()
     with ffmpeg.reading(info.path):
@@ -74,7 +76,7 @@ def read(
             return
         except Unreachable:
             rest = Run(tuple(times_s[done:]), (None,))
-        # A multi-threaded decoder reports damage some packets late, so the same damage would be counted twice.
+        # A multi-threaded decoder reports damage a few packets late, so the same damage would be counted twice.
         threads = 1 if damage else ffmpeg.thread_count(cores)
         with closing(Track(info, threads)) as track:
             picture = Picture(info)
@@ -83,7 +85,7 @@ def read(
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all frames. Yields the time and duration of each frame in seconds, and whether the frame is a keyframe."""
+    """Decode all frames. Yields each frame's time and duration in seconds, and whether the frame is a keyframe."""
     step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
     with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         for time_s, frame in track.from_beginning((), damaged):
@@ -106,7 +108,7 @@ def frame_times(info: Video) -> FrameTimes:
 def _in_parallel(
     info: Video, runs: Sequence[Run], part_s: float, cores: int
 ) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
-    """Yield the frames of all runs, each with the damage found since the previous frame. Raises Unreachable."""
+    """Decode runs in parallel. Yields each frame with the damage found since the previous frame. May raise Unreachable."""
     pixels = info.width * info.height
     threads = min(cores, len(runs), _most_decoders(pixels))
     ffmpeg.picture_size(pixels, threads)
@@ -128,7 +130,7 @@ def _in_parallel(
 
 
 def _most_decoders(pixels: int) -> int:
-    """Return the maximum number of decoders, for frames of `pixels` pixels, that fit into memory. At least 1."""
+    """Return how many decoders for frames of `pixels` pixels fit in memory, but at least 1."""
     available = Host().available_memory()
     if available is None:
         return 1
@@ -136,13 +138,13 @@ def _most_decoders(pixels: int) -> int:
 
 
 class Picture:
-    """Converts the decoded frames of a video to `ffmpeg.Shown`. A repeated frame is converted only once."""
+    """Converts a video's decoded frames to `ffmpeg.Shown`. A frame that is repeated is converted only once."""
 
     def __init__(self, info: Video):
         self._size = (info.width, info.height)
         self._turn = (info.rotation_deg, info.mirrored)
         self._aspect = info.pixel_aspect
-        # After a clock restart, frames that do not state their HDR format may come from a different file than the header.
+        # If the clock restarts, frames that do not state their HDR format may come from a different file than the header.
         header = None if info.clock_restarts else info.hdr_format
         self._converter = colour.Converter(info.path, header)
         self._frame = None
@@ -158,10 +160,10 @@ class Picture:
 
 
 def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:
-    """Group times into runs, and choose the keyframes from which to decode each run.
+    """Group times into runs, and choose the keyframes at which decoding of each run can start.
 
     Args:
-        times_s: At least one time, in seconds from the first frame, ascending.
+        times_s: At least one time. Times are in seconds from the first frame, in ascending order.
         seek, part_s: See `frames.read_chunks`.
     """
     with closing(Track(info)) as track:
@@ -173,7 +175,9 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
     if len(keyframes) < 2:
         return [Run(tuple(times_s), (None,))]
     ends = [bisect_right(keyframes, time + ffmpeg.TOLERANCE_S, key=_time_of) for time in times_s]
-    places = [max(0, end - 1) for end in ends]  # index of the last keyframe shown by each time
+    places = [
+        max(0, end - 1) for end in ends
+    ]  # for each time, the index of the last keyframe that is displayed by then
     moves = seek == "keyframes" or (seek == "auto" and part_s >= LEAST_PART_S)
     near = [()] * len(times_s)
     if moves:
@@ -190,10 +194,10 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
     for (place, found), same in groupby(zip(places, near, times_s, strict=True), key=itemgetter(0, 1)):
         entries = keyframes[max(0, place - MAX_ENTRIES + 1) : place + 1][::-1]
         group = tuple(time for _, _, time in same)
-        for times in [(time,) for time in group] if found else [group]:  # a time that may be moved is a run of its own
+        for times in [(time,) for time in group] if found else [group]:  # a time that may be moved gets its own run
             starts = entries
             if interlaced and entries[0].time_s > times[0] - 2 / (info.fps or ffmpeg.FALLBACK_FPS):
-                starts = [*entries[1:], entries[0]]  # deinterlacing also needs the frame before the wanted one
+                starts = [*entries[1:], entries[0]]  # deinterlacing also needs the frame before the requested frame
             runs.append(Run(times, tuple(key if key.time_s > BEGINNING_S else None for key in starts), found))
     return runs
 
@@ -203,9 +207,9 @@ def _time_of(keyframe: Keyframe) -> float:
 
 
 def _nearest_keyframes(keyframes: Sequence[Keyframe], time_s: float, reach_s: float) -> tuple[Keyframe, ...]:
-    """Return up to `MAX_NEAR` keyframes in the part around a time, nearest first.
+    """Return up to `MAX_NEAR` keyframes in the part of the video around a time, nearest first.
 
-    A keyframe at the beginning of the part belongs to this part, and a keyframe at its end belongs to the next part.
+    A keyframe exactly at the beginning of the part is included, and a keyframe exactly at its end belongs to the next part.
     """
     first = bisect_left(keyframes, time_s - reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
     last = bisect_left(keyframes, time_s + reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
@@ -213,7 +217,7 @@ def _nearest_keyframes(keyframes: Sequence[Keyframe], time_s: float, reach_s: fl
 
 
 def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> Iterator[tuple[float, VideoFrame, bool]]:
-    """Yield the frames of a run as (time in seconds, frame, True if the time was moved to a keyframe). Raises Unreachable."""
+    """Yield a run's frames as (time in seconds, frame, whether the time was moved to a keyframe). May raise Unreachable."""
     for keyframe in run.near:
         frame = track.alone(keyframe)
         # The index may hold decoding times, which are a few frames early, so check the frame's own time.
@@ -233,10 +237,11 @@ def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> It
 def start_decoding(
     track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool
 ) -> tuple[Keyframe | None, Iterator[TimedFrame] | None]:
-    """Start decoding a run at the first of its entries that works.
+    """Start decoding a run. The run's entries are tried in order until decoding can start at one of them.
 
     Returns:
-        The entry, and the frames from this entry on. The frames are None if no entry works.
+        The entry at which decoding starts, and the frames from that entry onward. If decoding cannot start at any entry, both are
+        None.
     """
     for entry in run.entries:
         if entry is None:
@@ -249,11 +254,11 @@ def start_decoding(
 
 
 def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool) -> Iterator[TimedFrame]:
-    """Yield the frame on screen at each time of a run, deinterlaced. Only this frame and its neighbors are kept in memory.
+    """Yield the deinterlaced frame on screen at each of a run's times. Only that frame and its neighbors are kept in memory.
 
-    If `sparing` is True, iteration stops early, without an error, when skipping frames is unsafe. That is the case at damage,
-    because the preceding frame stays on screen; at interlaced frames; and at frames that are out of order, because the needed
-    frames are found by their times.
+    If `sparing` is True, the decoder skips frames that are not needed. Iteration then stops early, without an error, as soon as
+    skipping frames is unsafe. That is the case if there is damage, because the preceding frame stays on screen; if a frame is
+    interlaced; or if frames are out of order, because the frames that are needed are identified by their times.
     """
     damage: list[object] = []
     note = damage.append if sparing else damaged
@@ -273,7 +278,7 @@ def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool)
             if sparing and (damage or current[1].interlaced_frame or (upcoming and upcoming[0] <= current[0])):
                 return
             if upcoming and upcoming[0] < current[0] and entry:
-                raise Unreachable  # the timestamps are wrong, so it is unknown which frames precede a keyframe
+                raise Unreachable  # the timestamps are wrong, so the order of frames and keyframes is unknown
         if shown is None:
             shown = current[0], deinterlaced(current[1], before and before[1], upcoming and upcoming[1])
         yield shown

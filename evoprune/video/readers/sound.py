@@ -1,4 +1,4 @@
-"""Decodes the sound of a video for speech recognition: mono, float32, 16 kHz, and only the requested part.
+"""Decodes a requested span of a video's sound for speech recognition, as mono float32 samples at 16 kHz.
 
 Memory use does not grow with the length of the sound, because `SoundReader.fill` returns one piece at a time.
 """
@@ -20,31 +20,34 @@ from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
 
 RATE = 16_000  # samples per second
-GAP_S = 0.1  # a larger step of the timestamps begins a new piece
-EARLIER_S = 0.5  # decoding begins this long before the start, because a decoder needs some packets to settle
-MOST_VALUES = 2 * 48_000 * 100 * 3600  # maximum number of decoded values in all channels: 100 hours of stereo at 48 kHz
+GAP_S = 0.1  # a larger jump in the timestamps starts a new piece
+EARLIER_S = 0.5  # decoding starts this long before the requested start, because a decoder needs a few packets to settle
+MOST_VALUES = (
+    2 * 48_000 * 100 * 3600
+)  # maximum number of decoded values in all channels, enough for 100 hours of stereo at 48 kHz
 
 Run = tuple[float, np.ndarray]  # start in seconds from the first video frame, and float32 `[n]`
 
 
 class SoundReader:
-    """Returns the sound of a span of a video piece by piece. For the arguments, see `evoprune.video.sound.read_audio`."""
+    """Decodes a span of a video's sound piece by piece. For the arguments, see `evoprune.video.sound.read_audio`."""
 
     def __init__(self, info: Video, start_s: float, end_s: float):
         self._path = info.path
         self._damaged = 0
         self._runs = self._read(info, start_s, end_s)
-        self._next: Run | None = None  # samples that are decoded but have not been returned yet
+        self._next: Run | None = None  # decoded samples that have not been returned yet
 
     def fill(self, content: np.ndarray) -> dict[str, float | int | bool]:
         """Write the next samples into `content`. Stops at a gap in the sound.
 
         Args:
-            content: uint8 `[4 n]`, room for n samples.
+            content: uint8 `[4 n]`, which has room for n float32 samples.
 
         Returns:
-            "start_s", the time of the first sample in seconds from the first video frame; "samples", the number of samples, at most
-            n; "damaged", the number of packets so far that could not be decoded; and "done", True if these are the last samples.
+            A dict with "start_s", the time of the first sample in seconds from the first video frame; "samples", the number of
+            samples written, at most n; "damaged", the number of packets so far that could not be decoded; and "done", which is True
+            if these are the last samples.
         """
         room = content.view(np.float32)
         start_s = 0.0
@@ -74,12 +77,12 @@ class SoundReader:
         return True
 
     def _read(self, info: Video, start_s: float, end_s: float) -> Iterator[Run]:
-        """Yield the sound between two times in order. Times never go back. A gap in the file appears as a gap in the times."""
+        """Yield the sound between two times as runs with ascending start times. A gap in the file leaves a gap between two runs."""
         with ffmpeg.open_video(info.path) as container:
             stream = container.streams.best("audio")
             if stream is None:
                 return
-            if stream.codec_context is None:  # FFmpeg has no decoder for it
+            if stream.codec_context is None:  # FFmpeg has no decoder for this sound
                 self._damaged += 1
                 return
             for at_s, samples in self._resampled(stream, info, start_s):
@@ -93,9 +96,9 @@ class SoundReader:
     def _resampled(self, stream: AudioStream, info: Video, start_s: float) -> Iterator[Run]:
         resampler = None
         begun_s = 0.0  # time of the first sample of the current run
-        made = 0  # samples of the current run
-        given_s = 0.0  # end of the frames that the resampler got
-        shift_s = 0.0  # correction after the file's clock restarted
+        made = 0  # number of samples in the current run so far
+        given_s = 0.0  # end time of the last frame that was passed to the resampler
+        shift_s = 0.0  # correction to add to times after the file's clock has restarted
         for frame, own_s in self._frames(stream, info, start_s):
             at_s = given_s if own_s is None else own_s + shift_s
             if resampler and ffmpeg.restarts(at_s - given_s, info.container):
@@ -110,10 +113,10 @@ class SoundReader:
                 resampler = AudioResampler(format="flt", layout="mono", rate=RATE)
                 begun_s = given_s = at_s
                 made = 0
-            frame.pts = None  # the times are kept here
+            frame.pts = None  # times are computed here, not by the resampler
             try:
                 pieces = resampler.resample(frame)
-            except ValueError:  # the format changes
+            except ValueError:  # raised if the sound's format changes
                 yield begun_s + made / RATE, _joined(resampler.resample(None))
                 resampler = AudioResampler(format="flt", layout="mono", rate=RATE)
                 begun_s = given_s
@@ -127,9 +130,11 @@ class SoundReader:
             yield begun_s + made / RATE, _joined(resampler.resample(None))
 
     def _frames(self, stream: AudioStream, info: Video, start_s: float) -> Iterator[tuple[AudioFrame, float | None]]:
-        """Yield each decoded frame with its time in seconds from the first video frame, or with None if it states no time."""
+        """Yield each decoded frame with its time in seconds from the first video frame, or None if the frame has no timestamp."""
         container = stream.container
-        if container.format.name == ffmpeg.MOV:  # its index lets FFmpeg jump over the packets of other tracks
+        if (
+            container.format.name == ffmpeg.MOV
+        ):  # the index of an MP4 or MOV lets FFmpeg skip the packets of other tracks
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all
@@ -138,7 +143,7 @@ class SoundReader:
                 at = math.floor((info.start_s + start_s - EARLIER_S) / stream.time_base)
                 container.seek(at, stream=stream)
         values = 0
-        settled = start_s <= EARLIER_S  # damage right after seeking does not count
+        settled = start_s <= EARLIER_S  # False right after seeking, when damage does not count
         for packet in ffmpeg.packets(container, stream):
             if packet is not None and not packet.size and packet.dts is not None:
                 continue

@@ -1,7 +1,7 @@
-"""Reads subtitles from files next to a video and from text tracks in it. FFmpeg parses both. Image subtitles are rejected.
+"""Reads subtitles from files next to a video and from a video's text tracks. Image subtitles are rejected.
 
-pysubs2 is not suitable. In YouTube's captions, it mistakes a line with word-level timestamps for a new cue and loses the words. In
-WebVTT, it mistakes comments and cue names for spoken text.
+FFmpeg parses the subtitles. pysubs2 is not suitable, because in YouTube's captions it mistakes a line with word-level timestamps
+for a new cue and loses the words. In WebVTT, it mistakes comments and cue names for spoken text.
 """
 
 import io
@@ -24,16 +24,17 @@ from evoprune.video.input_files import subtitles_beside
 from evoprune.video.readers import ffmpeg
 
 TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
-# Size limit in bytes of a subtitle file, and of all text in a track. A film has 0.1 MB; text grows up to six times as JSON.
+# Maximum size in bytes of a subtitle file, and of all text in a track. A film's subtitles have about 0.1 MB. Converting text to
+# JSON may make it six times as long.
 MAX_BYTES = 10 * 2**20
-LONGEST_LINE = 4000  # bytes; FFmpeg splits longer lines of an SRT file, even in the middle of a character
+LONGEST_LINE = 4000  # in bytes; FFmpeg splits longer lines of an SRT file, even in the middle of a character
 DAMAGED = "damaged_subtitles"
 HEAD_BYTES = 4096
-# Text in a different script, when decoded as cp1252, contains longer runs of accented letters than Western European words do.
+# If text in another script is decoded as cp1252, it contains longer runs of accented letters than Western European words do.
 NO_WESTERN_WORD = re.compile(r"[^\W\d_\x00-\x7f]{4}")
-# `TIMES` matches timing lines in any notation, `READ` only the timing lines that FFmpeg parses correctly. FFmpeg reads the digits
-# after the seconds as thousandths (in ASS, as hundredths), no matter how many there are. A timing line that FFmpeg does not
-# recognize becomes text, or ends the file in WebVTT.
+# `TIMES` matches timing lines in any notation, and `READ` matches only timing lines that FFmpeg parses correctly. FFmpeg reads the
+# digits after the seconds as thousandths (or as hundredths in ASS), no matter how many digits there are. If FFmpeg does not
+# recognize a timing line, it treats the line as text or, in WebVTT, stops reading.
 TIMES = {
     "ass": re.compile(r"^Dialogue:[^,\n]++,[^,\n]*+,[^,\n]*+", re.MULTILINE),
     "srt": re.compile(
@@ -57,7 +58,7 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
     """Read subtitles. See `evoprune.video.frames.read_subtitles`.
 
     Args:
-        origin_s: The file's own timestamp of the first video frame, in seconds.
+        origin_s: The time of the first video frame on the file's own clock, in seconds.
     """
     file = choice
     why = None
@@ -87,10 +88,11 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
 def _beside(path: str) -> tuple[str | None, str | None]:
     """Find the subtitle file next to a video.
 
-    Prefers a file with the video's own name. Falls back to the file with a language tag added to the name, if there is only one.
+    A file with the video's own name is preferred. Otherwise, if exactly one file has a language tag after the video's name, that
+    file is used.
 
     Returns:
-        The path (or None), and the reason if there are several languages (otherwise None).
+        The path and None, or None and the reason if there are files in several languages, or None twice if there are no files.
     """
     exact, others = subtitles_beside(path, os.listdir)
     if exact:
@@ -103,9 +105,9 @@ def _beside(path: str) -> tuple[str | None, str | None]:
 
 
 def _clock_start(path: str) -> float:
-    """Return the time at which players start a video, in seconds of the video's own clock.
+    """Return the time on the video's own clock at which players start the video, in seconds.
 
-    This is the start of the earliest stream, which may be the sound.
+    This is the start of the stream that starts first, which may be the sound.
     """
     if os.path.isdir(path):
         return 0.0
@@ -167,7 +169,7 @@ def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
 
 
 def _check_times(text: str, name: str, file: str) -> None:
-    """Raise VideoError if FFmpeg would misread a timing line. `name` is FFmpeg's name of the subtitle format."""
+    """Raise VideoError if FFmpeg would misread a timing line. `name` is FFmpeg's name for the subtitle format."""
     for line in TIMES[name].findall(text):
         if not READ[name].fullmatch(line):
             raise VideoError(
@@ -177,7 +179,7 @@ def _check_times(text: str, name: str, file: str) -> None:
 
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
-    """Return the subtitles of a container's default text track, or of its only text track, or else a note with the reason."""
+    """Read a container's default text track, or else its only text track. If there is neither, `note` in the result says why."""
     with ffmpeg.open_video(path) as container:
         tracks = list(enumerate(container.streams.subtitles, 1))
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
@@ -192,7 +194,9 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
                 note = f"{len(texts)} text tracks, none of them marked as default; extract one, e.g. with ffmpeg"
             return Subtitles(note=note)
         number, stream = (default or texts)[0]
-        if container.format.name == ffmpeg.MOV:  # its index lets FFmpeg jump over the packets of other tracks
+        if (
+            container.format.name == ffmpeg.MOV
+        ):  # the index of an MP4 or MOV lets FFmpeg skip the packets of other tracks
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all
@@ -213,22 +217,25 @@ def _cues(
 ) -> Iterator[tuple[float, float, list[str]]]:
     """Yield cues as (start, end, text lines), with times in seconds from the first frame.
 
-    Adds a warning to `warnings` if a packet cannot be decoded.
+    If a packet cannot be decoded, a warning is added to `warnings`.
     """
     hidden = _codec(stream) in ("ass", "ssa")
     size = 0
-    tick, per = stream.time_base.numerator, stream.time_base.denominator  # Fraction would take half of the run time
+    tick, per = (
+        stream.time_base.numerator,
+        stream.time_base.denominator,
+    )  # computing with Fraction would double the run time
     for packet in ffmpeg.packets(container, stream, every_stream=True):
         if packet is not None and (packet.pts is None or not packet.size):
             continue
         texts = None
-        with suppress(av.error.FFmpegError):  # FFmpeg returns every format as ASS
+        with suppress(av.error.FFmpegError):  # FFmpeg converts every format to ASS
             texts = packet and [cue.ass.split(b",", 8)[-1].decode("utf-8", "replace") for cue in packet.decode()]
         if texts is None:
             if DAMAGED not in warnings:
                 warnings.append(DAMAGED)
             continue
-        size += packet.size + 24  # overhead of a line in addition to its text
+        size += packet.size + 24  # a line's overhead in addition to its text
         if size > MAX_BYTES:
             hint = "give a file with only the subtitles you need"
             raise VideoError(f"the subtitles are larger than {MAX_BYTES // 2**20} MiB", hint)
@@ -238,31 +245,34 @@ def _cues(
 
 
 def _plain(text: str, hidden: bool) -> list[str]:
-    """Return the lines of a cue without markup. If `hidden`, everything in braces is dropped, not only override tags."""
+    """Remove the markup from a cue and return its lines. If `hidden` is True, everything in braces is removed, not only tags."""
     drawing = False
     pieces = []
-    # FFmpeg writes \{{} for a literal brace. Replace it with a null character, which text never contains, until markup is removed.
+    # FFmpeg writes \{{} for a literal brace. Until the markup is removed, replace it with a null character, which text never
+    # contains.
     for piece in re.split(r"(\{[^{}]*\})", text.replace("\\{{}", "\0")):
         if piece.startswith("{") and piece.endswith("}") and (hidden or piece.startswith("{\\")):
-            if mode := re.search(r"\\p(\d)", piece):  # switches to drawing commands, \p0 back to text
+            if mode := re.search(
+                r"\\p(\d)", piece
+            ):  # \p1 and higher switch to drawing commands, and \p0 switches back to text
                 drawing = mode[1] != "0"
         elif not drawing:
             pieces.append(piece)
     broken = re.sub(r"\\[Nn]", "\n", "".join(pieces)).replace("\\h", " ")
-    plain = broken.replace("\\\u2060", "\\").replace("\0", "{")  # FFmpeg's word joiner keeps a backslash literal
+    plain = broken.replace("\\\u2060", "\\").replace("\0", "{")  # FFmpeg puts a word joiner after a literal backslash
     return [line for line in (" ".join(line.split()) for line in plain.split("\n")) if line]
 
 
 def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]:
-    """Convert cues to lines, sorted by start. If rolling captions repeat a text, its line is kept once and lasts longer."""
+    """Convert cues to lines, sorted by start time. If rolling captions repeat a line, it is kept only once and lasts longer."""
     lines: list[list] = []
-    on_screen: dict[str, list] = {}  # the line that last held each text
+    on_screen: dict[str, list] = {}  # for each text, the last line that contained it
     for start, end, texts in sorted(cues, key=lambda cue: cue[:2]):
         ffmpeg.alive()
         new = []
         for text in texts:
             before = on_screen.get(text)
-            # The same text within 50 ms is the same line, because editors leave at least two frames between two lines.
+            # If the same text appears again within 50 ms, it is the same line. Editors leave at least two frames between lines.
             if before is None or before[1] + 0.05 < start:
                 new.append(text)
             else:

@@ -1,4 +1,4 @@
-"""An open video file with its own decoder. Lists keyframes, and decodes from the beginning or from a keyframe."""
+"""Provides `Track`, an open video file with its own decoder, which lists keyframes and decodes from the beginning or a keyframe."""
 
 import math
 from bisect import bisect_left, bisect_right, insort
@@ -16,33 +16,36 @@ from av.video.stream import VideoStream
 from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
 
-TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; and the pixels as decoded, before rotation
+TimedFrame = tuple[float, VideoFrame]  # time in seconds from the first frame, and the decoded frame before rotation
 
-# Containers that store a timestamp for every frame, so times stay correct after a seek. Other containers are read front to back.
+# Containers that store a timestamp for every frame, so that times are correct after a seek. Other containers are read sequentially.
 SEEKABLE = (ffmpeg.MOV, ffmpeg.MATROSKA, "mpegts")
-# Codecs whose frames state whether other frames depend on them. AV1's decoder can also skip frames, but not exactly these.
+# Codecs whose frames state whether other frames depend on them. The decoder for AV1 can skip frames too, but not exactly those on
+# which no other frame depends.
 SPARING = ("h264", "hevc")
-LOOK_AHEAD = 64  # packets to search for the next displayed frame; no codec here reorders more than 16
+LOOK_AHEAD = (
+    64  # number of packets in which to look for the frame displayed next; no codec in `SPARING` reorders more than 16
+)
 LOOK_AHEAD_BYTES = 2**25
-FIRST = 8  # number of leading frames that are never skipped; they show whether frames are ordered by their times
-# A seek may land after the keyframe, because MPEG-TS has no index. In that case, it is repeated this many seconds earlier.
+FIRST = 8  # this many frames are never skipped at the beginning, to check that frames come in the order of their times
+# A seek may land after the keyframe, because MPEG-TS has no index. Seeking is then tried again, this many seconds earlier.
 BACK_S = (0.0, 4.0, 16.0)
 
 
 class Unreachable(Exception):
-    """Raised when decoding cannot start at a keyframe, so the file has to be decoded from its beginning."""
+    """Raised if decoding cannot start at a keyframe, so that the file must be decoded from its beginning."""
 
 
 @dataclass(frozen=True, order=True)
 class Keyframe:
-    """A packet that is marked as a keyframe. If the index holds decoding times, `time_s` is off by a few frames."""
+    """A packet that is marked as a keyframe. If the file's index contains decoding times, `time_s` is off by a few frames."""
 
-    time_s: float  # from the first frame
+    time_s: float  # time in seconds from the first frame
     stamp: int  # timestamp that identifies the packet (see `Track._stamp`), in ticks of the stream's clock
 
 
 class Track:
-    """An open file and its decoder, for use by a single thread. Callers must close it.
+    """An open video file and its decoder, for use by a single thread. Callers must close it.
 
     Args:
         threads: Number of decoder threads.
@@ -67,16 +70,16 @@ class Track:
         self._files.close()
 
     def keyframes(self, start_s: float, end_s: float) -> list[Keyframe]:
-        """List the keyframes between two times, and at least one keyframe before them.
+        """List the keyframes between two times, and at least one keyframe before the first time.
 
-        Uses the index if it is complete. Otherwise, the packets themselves are read.
+        The keyframes are taken from the file's index if it is complete. Otherwise, the packets are read.
 
         Returns:
-            The keyframes, ascending. The list is empty if the container cannot seek, the file's clock restarts, packets have no
-            timestamps, or the timestamps in the index do not ascend.
+            The keyframes in ascending order. The list is empty if the container cannot seek, if the file's clock restarts, if
+            packets have no timestamps, or if the timestamps in the index are not in ascending order.
 
         Raises:
-            Unreachable: Seeking fails.
+            Unreachable: Seeking failed.
         """
         if not self._has_times:
             return []
@@ -87,7 +90,7 @@ class Track:
         listed = self.info.container == ffmpeg.MATROSKA and len(entries)
         if listed or (self.info.container == ffmpeg.MOV and len(entries) == self._stream.frames > 0):
             first = next((entry.timestamp for entry in entries if not entry.is_discard), entries[0].timestamp)
-            # In MP4, this is the decoding time of the first frame. Nearly all frames are displayed later, by the same delay.
+            # In an MP4, this is the first frame's decoding time. Nearly all frames are displayed after the same delay.
             begin_s = first * tick if self.info.container == ffmpeg.MOV else self.info.start_s
             stamps = [entry.timestamp for entry in entries]
             if any(later <= earlier for earlier, later in pairwise(stamps)):
@@ -106,7 +109,7 @@ class Track:
         return sorted(found)
 
     def times(self) -> list[float] | None:
-        """Return the time of every frame, ascending, without decoding. Returns None if timestamps are missing or repeated."""
+        """Return all frames' times in ascending order, without decoding. Returns None if timestamps are missing or repeated."""
         if not self._has_times:
             return None
         packets = self._packets()
@@ -115,7 +118,7 @@ class Track:
             return None
         tick = float(self._stream.time_base)
         times = sorted(stamp * tick - self.info.start_s for stamp in stamps)
-        # Frames before the first decodable frame cannot be decoded, because they were predicted from missing frames.
+        # Leave out frames before the first frame that can be decoded, because they depend on frames that are missing.
         return times[bisect_left(times, -ffmpeg.TOLERANCE_S) :]
 
     def from_beginning(
@@ -125,19 +128,20 @@ class Track:
         self._rewind()
         packets = self._packets(damaged)
         if sparing:
-            # Times before the video begins get the first frame.
+            # For a time before the video begins, the first frame is needed.
             packets = self._spared(packets, [max(0.0, time) for time in times_s])
         return self._decoded(packets, damaged)
 
     def from_keyframe(
         self, keyframe: Keyframe, times_s: Sequence[float], damaged: ffmpeg.Damage, *, sparing: bool
     ) -> Iterator[TimedFrame] | None:
-        """Return the frames from a keyframe on, or None if no intact keyframe is displayed by the first requested time.
+        """Return the frames from a keyframe onward, or None if no intact keyframe is displayed by the first requested time.
 
         Args:
-            times_s: Requested times in seconds from the first frame, ascending.
-            damaged: Called only for damage that is found after decoding has started at an intact keyframe.
-            sparing: Let the decoder skip each frame that is not on screen at a requested time and that no other frame depends on.
+            times_s: Requested times in seconds from the first frame, in ascending order.
+            damaged: Callback for damaged data, called only for damage after the intact keyframe at which decoding starts.
+            sparing: If True, the decoder may skip a frame if it is not on screen at any requested time and no other frame depends
+                on it.
 
         Raises:
             Unreachable: FFmpeg cannot seek to the keyframe.
@@ -156,7 +160,7 @@ class Track:
         for time, frame in frames:
             if time > times_s[0] + ffmpeg.TOLERANCE_S:
                 break
-            # Frames before the first true keyframe may have been predicted from missing frames.
+            # Frames before the first real keyframe may depend on frames that are missing.
             if _is_whole(frame):
                 landed = time > latest
                 if not landed:
@@ -166,20 +170,20 @@ class Track:
         return None
 
     def packets(self, keyframe: Keyframe | None) -> Iterator[Packet | None]:
-        """Return packets from a keyframe on (None: all packets), like `ffmpeg.packets`. Raises Unreachable if seeking fails."""
+        """Return the packets from a keyframe onward, or all packets if `keyframe` is None. Raises Unreachable if seeking fails."""
         if keyframe is not None:
             return self._from(keyframe, ffmpeg.ignore_damage)
         self._rewind()
         return self._packets()
 
     def alone(self, keyframe: Keyframe) -> TimedFrame | None:
-        """Decode a single keyframe without reading other packets. Returns None if that fails."""
+        """Decode a single keyframe without reading any other packets. Returns None if that fails."""
         decode = ffmpeg.decoder(self._stream, self.info.crop)
         frames: list[VideoFrame] = []
         try:
             for packet in self._from(keyframe, ffmpeg.ignore_damage):
                 frames = decode(packet)
-                if frames or not self.info.interlaced:  # an interlaced packet may hold half a frame
+                if frames or not self.info.interlaced:  # a packet of interlaced video may contain only half a frame
                     break
             frames = frames or decode(None)
         except (av.error.FFmpegError, Unreachable):
@@ -192,10 +196,11 @@ class Track:
         return stamp - self.info.start_s, frames[0]
 
     def can_spare(self) -> bool:
-        """Return True if the decoder can skip frames by their times without changing the remaining frames.
+        """Return True if the decoder can skip frames, selected by their times, without changing the remaining frames.
 
-        In HEVC, the mark that no other frame depends on a frame applies only within the frame's layer. Higher layers may still need
-        it, so the header must state a single layer. Interlaced video is excluded, because a frame may be stored in two packets.
+        An HEVC frame may be marked as a frame on which no other frame depends, but the mark applies only to the frame's own layer.
+        The header must therefore state that there is only one layer. Interlaced video is excluded, because a frame may be stored in
+        two packets.
         """
         context = self._stream.codec_context
         name = context.codec.canonical_name
@@ -224,7 +229,7 @@ class Track:
         return ffmpeg.packets(self._container, self._stream, damaged)
 
     def _stamp(self, packet: Packet) -> int | None:
-        """Return the timestamp that identifies a packet: its decoding time, or in Matroska its display time."""
+        """Return the timestamp that identifies a packet, which is its decoding time (or, in Matroska, its display time)."""
         return packet.pts if self.info.container == ffmpeg.MATROSKA else packet.dts
 
     def _seek(self, time_s: float) -> None:
@@ -236,7 +241,7 @@ class Track:
             raise Unreachable from error
 
     def _from(self, keyframe: Keyframe, damaged: ffmpeg.Damage) -> Iterator[Packet | None]:
-        """Seek to a keyframe and return the packets from there on. Raises Unreachable if that fails."""
+        """Seek to a keyframe and return the packets from that keyframe onward. Raises Unreachable if seeking fails."""
         for back_s in BACK_S:
             self._seek(keyframe.time_s + ffmpeg.TOLERANCE_S - back_s)
             packets = self._packets(damaged)
@@ -296,8 +301,8 @@ class Track:
     def _decoded(self, packets: Iterator[Packet | None], damaged: ffmpeg.Damage) -> Iterator[TimedFrame]:
         """Yield the decoded frames with their times in seconds from the first frame.
 
-        A frame without a timestamp is placed one frame interval after the previous frame. The same applies to the first frame after
-        a restart of the file's clock, and later times are counted from this frame.
+        If a frame has no timestamp, its time is one frame interval after the previous frame. The same applies to the first frame
+        after the file's clock has restarted, and the times of the following frames continue from that frame.
         """
         info = self.info
         step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
@@ -317,17 +322,17 @@ class Track:
 def _is_whole(frame: VideoFrame) -> bool:
     """Return True if a frame is undamaged and depends on no other frame.
 
-    The keyframe mark alone is not sufficient, because a marked frame may only begin a gradual refresh.
+    It is not enough for a frame to be marked as a keyframe, because it may only be the start of a gradual refresh.
     """
     return bool(frame.key_frame) and frame.pict_type == PictureType.I and not frame.is_corrupt
 
 
 def _is_wanted(time_s: float, shown_s: Sequence[float], times_s: Sequence[float]) -> bool:
-    """Return True if the frame displayed from `time_s` on is on screen at any of the requested times.
+    """Return True if the frame whose display starts at `time_s` is on screen at any of the requested times.
 
     Args:
-        shown_s: Display times of nearby frames, ascending.
-        times_s: Requested times, ascending.
+        shown_s: Display times of nearby frames, in ascending order.
+        times_s: Requested times, in ascending order.
     """
     following = bisect_right(shown_s, time_s)
     ends_s = shown_s[following] if following < len(shown_s) else math.inf

@@ -18,12 +18,13 @@ POLL_S = 0.5  # interval at which the progress of all threads is checked
 def in_order(jobs: Sequence[Job], tools: Tools, threads: int, room: int) -> Iterator[Item]:
     """Run jobs and yield their items in job order.
 
-    If a job raises an exception, the exception is raised after all preceding items, and the other jobs end. Closing the iterator
-    ends the threads.
+    If a job raises an exception, all items before it are yielded, the exception is raised, and the other jobs are stopped. Closing
+    the iterator stops the threads.
 
     Args:
-        tools: Context manager that sets up a thread. It yields a function that takes a job and returns the job's items.
-        threads: Maximum number of threads. With 1, the calling thread does the work as items are requested.
+        tools: A context manager that each thread enters before its first job. It yields a function that takes a job and returns the
+            job's items.
+        threads: Maximum number of threads. If it is 1, the calling thread itself does the work whenever an item is requested.
         room: Maximum number of finished items, over all jobs, that may wait for their turn.
     """
     if threads > 1 and len(jobs) > 1:
@@ -39,7 +40,7 @@ class _Stopped(BaseException):
 
 
 class _WorkerPool(Generic[Job, Item]):
-    """Threads that share a list of jobs. A single condition variable guards their shared state."""
+    """A pool of threads that share a list of jobs. A single condition variable guards the shared state."""
 
     def __init__(self, jobs: Sequence[Job], tools: Tools, room: int):
         self._jobs = jobs
@@ -48,14 +49,16 @@ class _WorkerPool(Generic[Job, Item]):
         self._changed = threading.Condition()
         self._taken = 0  # number of jobs that threads have taken
         self._head = 0  # index of the job whose items are yielded next
-        self._made: list[deque[Item]] = [deque() for _ in jobs]  # finished items per job that wait for their turn
+        self._made: list[deque[Item]] = [
+            deque() for _ in jobs
+        ]  # each job's finished items that are waiting for their turn
         self._ended: list[BaseException | bool] = [False] * len(
             jobs
-        )  # per job: True if complete, or the exception that ended it
+        )  # for each job, True if it is complete, or the exception that it raised
         self._waiting = 0  # total number of waiting items
         self._stopped = False
         self._busy: set[threading.Thread] = set()
-        self._silent: set[threading.Thread] = set()  # busy threads without progress since the last heartbeat
+        self._silent: set[threading.Thread] = set()  # busy threads that have made no progress since the last heartbeat
 
     def run(self, threads: int) -> Iterator[Item]:
         members = [threading.Thread(target=self._serve, name="evoprune-read", daemon=True) for _ in range(threads)]
@@ -70,7 +73,7 @@ class _WorkerPool(Generic[Job, Item]):
                 self._stopped = True
                 self._changed.notify_all()
             for member in members:
-                if member.ident is not None:  # the thread was started
+                if member.ident is not None:  # the thread has been started
                     member.join()
 
     def _next(self, job: int) -> tuple[Item] | None:
@@ -81,7 +84,9 @@ class _WorkerPool(Generic[Job, Item]):
                 self._changed.notify_all()
             while not self._made[job] and not self._ended[job]:
                 self._changed.wait(POLL_S)
-                if not self._silent:  # report progress only if every busy thread made some, so none can hang unnoticed
+                if (
+                    not self._silent
+                ):  # report progress only if every busy thread has made some, so that none can hang unnoticed
                     ffmpeg.alive()
                     self._silent = set(self._busy)
             if self._made[job]:
@@ -126,7 +131,7 @@ class _WorkerPool(Generic[Job, Item]):
             return self._taken - 1
 
     def _put(self, job: int, item: Item) -> None:
-        """Store a finished item. Blocks until there is room, unless the consumer needs this item next."""
+        """Store a finished item. If there is no room, block until there is, unless the consumer needs this item next."""
         me = threading.current_thread()
         with self._changed:
             self._busy.discard(me)

@@ -132,10 +132,8 @@ def _reader(info: Video) -> ModuleType:
     if info.container == folder.CONTAINER:
         return folder
     if info.is_picture or info.is_animation:
-        from evoprune.video.readers import (
-            animation,
-            picture,
-        )  # imported here, because importing Pillow would delay every video
+        # Imported here, because importing Pillow would delay every video.
+        from evoprune.video.readers import animation, picture
 
         return picture if info.is_picture else animation
     return pyav
