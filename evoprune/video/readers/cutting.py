@@ -410,9 +410,8 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
     shown_s = -math.inf
     picture = Picture(info)
     for time_s, frame in deinterlacing(_decoded(info, start_s)):
-        if (
-            time_s < shown_s + ffmpeg.TOLERANCE_S
-        ):  # the timestamp is wrong, because it is not later than the previous one
+        # If a frame's timestamp is not later than the previous frame's, it is wrong.
+        if time_s < shown_s + ffmpeg.TOLERANCE_S:
             continue
         if shown is not None and time_s >= end_s - ffmpeg.TOLERANCE_S:
             break

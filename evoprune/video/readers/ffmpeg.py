@@ -491,7 +491,8 @@ def decoded_frames(
     decode = decoder(stream, crop)
     for packet in packets:
         if packet is not None and not packet.size and packet.dts is not None:
-            continue  # an empty packet repeats the previous frame, but FFmpeg's decoders would take it for the end of the stream
+            # The packet is empty, so it repeats the previous frame. FFmpeg's decoders would take it for the end of the stream.
+            continue
         broken = packet is None or packet.is_corrupt
         frames = []
         try:

@@ -63,9 +63,8 @@ def probe(folder: str, fps: float) -> Video:
         with open(images[0], "rb") as image:
             if image.read(len(LFS)) == LFS:
                 raise VideoError(f"{images[0]} is a git-lfs pointer", LFS_HINT)
-        check_size(
-            images[0]
-        )  # must be checked, because FFmpeg does not distinguish an oversized image from a damaged one
+        # Check the size, because FFmpeg does not distinguish an oversized image from a damaged one.
+        check_size(images[0])
         raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged or not images")
     codec, frame, (rotation, _) = decoded
     width, height = ffmpeg.turned_size((frame.width, frame.height), rotation)

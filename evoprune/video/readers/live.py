@@ -166,9 +166,8 @@ class LiveReader:
             self._open.callback(file.close)
             try:
                 container = av.open(file, options=limits, **ffmpeg.ANY_TAGS)
-                file.waits = (
-                    self._follow and path is not None
-                )  # set only now, because opening may also read the end of the file
+                # Set this only after opening, which may also read the end of the file.
+                file.waits = self._follow and path is not None
                 return container
             except av.error.FFmpegError as problem:  # the beginning of the file may not have been written yet
                 file.close()
@@ -207,9 +206,8 @@ class LiveReader:
 
     def _decoded(self) -> Iterator[VideoFrame]:
         """Yield all frames, skipping damaged packets. Raises VideoError if no frame could be decoded for `timeout_s`."""
-        since = (
-            None  # when the first packet after the latest frame arrived; time spent waiting for packets does not count
-        )
+        # The time at which the first packet after the latest frame arrived. Time spent waiting for packets does not count.
+        since = None
         decode = ffmpeg.decoder(self._stream, self._crop)
         for packet in self._packets():
             ffmpeg.alive()

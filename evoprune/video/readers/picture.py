@@ -116,9 +116,8 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
     """Yield the image for each time, resized to the size in `info` as transformers would. Raises the same errors as `probe`."""
     with opened(info.path) as image:
         image.load()
-        if (
-            image.width * image.height > ffmpeg.MAX_PIXELS
-        ):  # the size of an image in a HEIC may differ from the size in the header
+        # An image in a HEIC may be larger than the header states.
+        if image.width * image.height > ffmpeg.MAX_PIXELS:
             raise too_large(info.path)
         upright = image if image.format == "HEIF" else ImageOps.exif_transpose(image)
         rgb = converted(upright, info.path)

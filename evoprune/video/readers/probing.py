@@ -17,17 +17,15 @@ from evoprune.errors import VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg
 
-RATE_JITTER_S = (
-    0.0025  # frame intervals that differ by less count as constant, because Matroska rounds times to milliseconds
-)
+# Frame intervals that differ by less count as constant, because Matroska rounds times to milliseconds.
+RATE_JITTER_S = 0.0025
 # If all packets must be read to find a file's length, a file with more than `MAX_PACKETS` packets is rejected, unless its packets
 # have at least `BYTES_PER_PACKET` bytes on average.
 MAX_PACKETS = 2**18
 BYTES_PER_PACKET = 128
 MAX_BOXES = 2**20  # maximum number of MP4 boxes to examine; this many take about a second, and each fragment has two
-ENCRYPTED_TRACK = b"encv" + bytes(
-    6
-)  # how an encrypted track's entry begins in an MP4's sample description table (stsd)
+# How an encrypted track's entry begins in an MP4's sample description table (stsd).
+ENCRYPTED_TRACK = b"encv" + bytes(6)
 AVI_ENTRY_BYTES = 16  # size of an entry in the index at the end of an AVI
 TRAILING_BYTES = 2**20  # number of bytes after the last packet in which to look for another file
 # Signatures of Matroska, FLV and ASF, and the signatures that follow the leading length field in MP4 and AVI.
@@ -46,9 +44,8 @@ def probe(path: str) -> Video:
 
 def _probe(path: str, container: InputContainer) -> Video:
     stream = ffmpeg.video_stream(container, path)
-    if container.format.name.endswith(
-        "_pipe"
-    ):  # FFmpeg's names for single images end like this, for example jpegxl_pipe
+    # FFmpeg's names for single images end like this, for example jpegxl_pipe.
+    if container.format.name.endswith("_pipe"):
         hint = f"convert it to JPEG or PNG; supported formats: {', '.join(ffmpeg.PICTURES)}"
         raise VideoError(f"{path} is a picture in an unsupported format ({stream.codec_context.codec.name})", hint)
     log = ffmpeg.stream_log(stream)
@@ -275,9 +272,8 @@ def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -
 
 
 def _lengths_in_avi(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
-    frames = (
-        stream.frames if stream.frames <= stream.container.size else 0
-    )  # an AVI that was written to a pipe states 2**30 frames
+    # An AVI that was written to a pipe states 2**30 frames.
+    frames = stream.frames if stream.frames <= stream.container.size else 0
     stated = step * frames or None
     if start is None:
         return _Lengths(step * sum(1 for _ in _all_packets(path)), stated)

@@ -21,18 +21,16 @@ from evoprune.video.readers.deinterlacing import deinterlaced
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
 
-MAX_ENTRIES = (
-    3  # number of keyframes at which to try to start decoding, because an index may list frames that are not keyframes
-)
+# Number of keyframes at which to try to start decoding, because an index may list frames that are not keyframes.
+MAX_ENTRIES = 3
 BEGINNING_S = 1.0  # if a run's keyframe comes before this time, the run is decoded from the beginning of the file
 MAX_NEAR = 3  # number of keyframes to try when a time is moved, nearest first
 # With seek "auto", times are moved to keyframes only if the parts of the video last at least `LEAST_PART_S`, and if moving the
 # times avoids decoding at least this many pixels, which would take two to three seconds on one core.
 SAVED_PIXELS = 10**9
 LEAST_PART_S = 1.0
-DECODER_BYTES = (
-    64  # memory for each decoder per pixel of a frame: 16 reference frames and a few others, at up to 3 bytes per pixel
-)
+# Memory for each decoder per pixel of a frame: 16 reference frames and a few others, at up to 3 bytes per pixel.
+DECODER_BYTES = 64
 ROOM_BYTES = 2**29  # memory for decoded frames that are waiting for their turn
 
 

@@ -22,9 +22,8 @@ from evoprune.video.readers import ffmpeg
 RATE = 16_000  # samples per second
 GAP_S = 0.1  # a larger jump in the timestamps starts a new piece
 EARLIER_S = 0.5  # decoding starts this long before the requested start, because a decoder needs a few packets to settle
-MOST_VALUES = (
-    2 * 48_000 * 100 * 3600
-)  # maximum number of decoded values in all channels, enough for 100 hours of stereo at 48 kHz
+# Maximum number of decoded values in all channels, enough for 100 hours of stereo at 48 kHz.
+MOST_VALUES = 2 * 48_000 * 100 * 3600
 
 Run = tuple[float, np.ndarray]  # start in seconds from the first video frame, and float32 `[n]`
 
@@ -132,9 +131,8 @@ class SoundReader:
     def _frames(self, stream: AudioStream, info: Video, start_s: float) -> Iterator[tuple[AudioFrame, float | None]]:
         """Yield each decoded frame with its time in seconds from the first video frame, or None if the frame has no timestamp."""
         container = stream.container
-        if (
-            container.format.name == ffmpeg.MOV
-        ):  # the index of an MP4 or MOV lets FFmpeg skip the packets of other tracks
+        # The index of an MP4 or MOV lets FFmpeg skip the packets of other tracks.
+        if container.format.name == ffmpeg.MOV:
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all

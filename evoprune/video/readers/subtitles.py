@@ -194,9 +194,8 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
                 note = f"{len(texts)} text tracks, none of them marked as default; extract one, e.g. with ffmpeg"
             return Subtitles(note=note)
         number, stream = (default or texts)[0]
-        if (
-            container.format.name == ffmpeg.MOV
-        ):  # the index of an MP4 or MOV lets FFmpeg skip the packets of other tracks
+        # The index of an MP4 or MOV lets FFmpeg skip the packets of other tracks.
+        if container.format.name == ffmpeg.MOV:
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all
@@ -252,9 +251,8 @@ def _plain(text: str, hidden: bool) -> list[str]:
     # contains.
     for piece in re.split(r"(\{[^{}]*\})", text.replace("\\{{}", "\0")):
         if piece.startswith("{") and piece.endswith("}") and (hidden or piece.startswith("{\\")):
-            if mode := re.search(
-                r"\\p(\d)", piece
-            ):  # \p1 and higher switch to drawing commands, and \p0 switches back to text
+            # \p1 and higher switch to drawing commands, and \p0 switches back to text.
+            if mode := re.search(r"\\p(\d)", piece):
                 drawing = mode[1] != "0"
         elif not drawing:
             pieces.append(piece)

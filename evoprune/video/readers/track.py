@@ -23,9 +23,8 @@ SEEKABLE = (ffmpeg.MOV, ffmpeg.MATROSKA, "mpegts")
 # Codecs whose frames state whether other frames depend on them. The decoder for AV1 can skip frames too, but not exactly those on
 # which no other frame depends.
 SPARING = ("h264", "hevc")
-LOOK_AHEAD = (
-    64  # number of packets in which to look for the frame displayed next; no codec in `SPARING` reorders more than 16
-)
+# Number of packets in which to look for the frame displayed next; no codec in `SPARING` reorders more than 16.
+LOOK_AHEAD = 64
 LOOK_AHEAD_BYTES = 2**25
 FIRST = 8  # this many frames are never skipped at the beginning, to check that frames come in the order of their times
 # A seek may land after the keyframe, because MPEG-TS has no index. Seeking is then tried again, this many seconds earlier.

@@ -52,9 +52,8 @@ class _WorkerPool(Generic[Job, Item]):
         self._made: list[deque[Item]] = [
             deque() for _ in jobs
         ]  # each job's finished items that are waiting for their turn
-        self._ended: list[BaseException | bool] = [False] * len(
-            jobs
-        )  # for each job, True if it is complete, or the exception that it raised
+        # For each job, True if it is complete, or the exception that it raised.
+        self._ended: list[BaseException | bool] = [False] * len(jobs)
         self._waiting = 0  # total number of waiting items
         self._stopped = False
         self._busy: set[threading.Thread] = set()
@@ -84,9 +83,8 @@ class _WorkerPool(Generic[Job, Item]):
                 self._changed.notify_all()
             while not self._made[job] and not self._ended[job]:
                 self._changed.wait(POLL_S)
-                if (
-                    not self._silent
-                ):  # report progress only if every busy thread has made some, so that none can hang unnoticed
+                # Report progress only if every busy thread has made some, so that none can hang unnoticed.
+                if not self._silent:
                     ffmpeg.alive()
                     self._silent = set(self._busy)
             if self._made[job]:
