@@ -39,7 +39,7 @@ class Measured(TokenCounts):
 
 
 class EvoPruneQwen25VL(lmms):
-    """A model that answers the questions of lmms-eval, which passes its `--model_args` as arguments.
+    """A model that answers the questions of lmms-eval, which passes its model_args as the arguments.
 
     Args:
         pretrained: hub ID, local folder, or `demo`.
