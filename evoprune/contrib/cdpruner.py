@@ -17,8 +17,8 @@ class CdPruner(Selector):
     """CDPruner (arXiv 2506.10967): a determinantal point process inside frame pairs, conditioned on the question.
 
     Tokens are selected greedily to maximize the determinant of the kernel cosine(i, j) * relevance(i) * relevance(j) over the kept
-    tokens. If tokens are scaled to the length of their relevance, the next token is always the one with the largest part outside
-    the span of the kept tokens. Relevance is the mean cosine to the question's tokens, scaled to (0, 1].
+    tokens. Imagine each token scaled so that its length is its relevance. The next token is then always the one with the largest
+    component outside the span of the kept tokens. Relevance is the mean cosine to the question's tokens, scaled to (0, 1].
 
     Differences from the paper: relevance is measured with the language model's embeddings, as in OpenVINO GenAI. The paper uses
     CLIP, and its code uses the negative mean (see `negative`).

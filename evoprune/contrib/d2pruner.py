@@ -18,15 +18,16 @@ class D2Pruner(LanguageMethod):
     `pivots` of the budget goes to the tokens with the highest scores. The rest goes, in order of score, to tokens whose cosine to
     each other is at most `alike`, and then to other tokens.
 
-    Differences from the paper: this method follows the abstract and two ports. The prior is the attention that the query would pay
-    if all visual tokens had their mean key. The authors measure the prior over many images instead.
+    Differences from the paper: this method follows the abstract and two ports. The prior is the attention that the token would
+    receive if all visual tokens had the same key, namely the mean of their keys. The authors measure the prior over many images
+    instead.
     """
 
     name = "d2pruner"
     source = "after arXiv 2512.19443"
 
     depth: Part = 2 / 32  # share of the layers that run before tokens are dropped
-    pivots: Share = 0.7  # share of the budget that is assigned by score only
+    pivots: Share = 0.7  # share of the budget that goes to the tokens with the highest scores
     alike: Annotated[float, "(-inf, inf)"] = 0.8  # the highest cosine at which two of the other tokens both stay
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:

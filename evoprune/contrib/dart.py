@@ -18,8 +18,9 @@ class Dart(Selector):
     rest of the budget is divided evenly among the pivots. One after another, each pivot keeps the tokens with the lowest cosine to
     it.
 
-    Differences from the paper: the paper compares states of the language model, while this method compares its input embeddings, as
-    TensorRT-Edge-LLM does. The authors' code processes pivots in the order of a Python set. Here, the longest pivot comes first.
+    Differences from the paper: the paper compares hidden states of the language model. This method compares the language model's
+    input embeddings, as TensorRT-Edge-LLM does. The authors' code processes the pivots in the order of a Python set. Here, the
+    longest pivot comes first.
     """
 
     name = "dart"

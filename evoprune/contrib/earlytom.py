@@ -122,9 +122,9 @@ class EarlyTom(Runs, EncoderMethod):
     """EarlyTom (arXiv 2605.30010): merges whole frame pairs after three layers. Each merge takes O(window N D) time.
 
     After `first`, `second` and `third` of the layers, runs of similar frame pairs (`Runs`) get shorter. The two ends of each run
-    stay. Two inner neighbors merge if they are more similar to each other than the ends of the run are, and than the next two
-    neighbors are. The remaining frame pairs share the budget evenly. The ends of runs keep their most attended tokens. Other frame
-    pairs keep the most attended token of each stretch of neighboring tokens.
+    stay. Two neighboring frame pairs between them merge if they are more similar to each other than the two ends are, and also more
+    similar than the next two neighbors are. The remaining frame pairs share the budget evenly. The ends of runs keep their most
+    attended tokens. All other frame pairs keep the most attended token of each stretch of neighboring tokens.
 
     Differences from the paper: the settings come from the authors' code for LLaVA-OneVision, and were fitted to SigLIP. Density
     peaks, whose share is 0 by default, and merging inside the language model are not implemented.
@@ -157,7 +157,7 @@ def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
-    """Return the mean cosine between the tokens of frames i and i + d as `[i][d]`, for d below `window`.
+    """Return lists in which entry `[i][d]` is the mean cosine between the tokens of frames i and i + d, for d below `window`.
 
     `x` is `[F, n, D]`, the tokens of F frames.
     """
@@ -175,7 +175,7 @@ def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
 def highest_of_stretches(score: torch.Tensor, count: int) -> torch.Tensor:
     """Return int64 `[count]`: the index of the highest `score` (`[n]`) in each of `count` stretches.
 
-    The stretches are nearly equal. If they cannot have the same length, the first ones are longer by one.
+    If the stretches cannot all have the same length, the first ones are longer by one.
     """
     if not count:
         return arange_on(0, score.device)

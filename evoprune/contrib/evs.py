@@ -16,7 +16,7 @@ class Evs(Selector):
     The score of a token is 1 minus its cosine to the token at the same place in the previous frame pair. The tokens with the
     highest scores in the whole video stay.
 
-    With `floor`, as in vLLM, the first frame pair is kept entirely, even if the budget is smaller.
+    If `floor` is True, the entire first frame pair is kept, as in vLLM, even if the budget is smaller.
     """
 
     name = "evs"

@@ -1,4 +1,4 @@
-"""FastV and the second stage of FlashVID, which keep the most attended tokens after one layer."""
+"""FastV and FlashVID's second stage. Both keep the most attended tokens after a certain layer of the language model."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class FastV(LanguageMethod):
     After a share `depth` of the layers, the method keeps the tokens that receive the most attention from the prompt's last token,
     averaged over heads.
 
-    Differences from the authors' code: positions do not change, while the authors renumber them.
+    Differences from the authors' code: the authors renumber the positions of the remaining tokens. Here, positions do not change.
     """
 
     name = "fastv"
@@ -27,7 +27,7 @@ class FastV(LanguageMethod):
 
 @dataclass(frozen=True)
 class FlashVidInner(FastV):
-    """The stage of FlashVID (arXiv 2602.08024) inside the language model, which is FastV at a later layer.
+    """FlashVID's stage inside the language model (arXiv 2602.08024): like FastV, but at a later layer.
 
     Differences from the authors' code: `-b` is the share of tokens that reach the language model. In the authors' code, more tokens
     reach it, and the budget is the mean over both stages.

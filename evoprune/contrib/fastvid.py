@@ -26,13 +26,14 @@ class FastVid(Selector):
     """FastVID (arXiv 2503.11187): keeps tokens by attention and density peaks, in segments of the video.
 
     The video is cut into at least `segments` segments. It is also cut wherever the mean tokens of neighboring frame pairs have a
-    cosine below `threshold`. Each segment gets the budget of its frame pairs. A share of `salient` goes to the most attended
-    tokens. The rest goes to density peaks in every `every`-th frame pair, counted backward from the last one. Other tokens join the
-    most similar peak, whose weight in the mean is at least `centre`. A frame pair keeps nothing if its cosine to the next one is at
-    least `ignore`.
+    cosine below `threshold`. In each segment, every frame pair contributes an equal share of the budget. A share `salient`
+    of the segment's budget goes to the most attended tokens. The rest goes to density peaks in every `every`-th frame pair, counted
+    backward from the last one. All other tokens join the most similar peak, whose weight in the mean is at least `centre`. A frame
+    pair keeps nothing if its cosine to the next one is at least `ignore`.
 
-    Differences from the authors' code: if too few tokens are left for peaks, attention selects more tokens, while the authors' code
-    keeps fewer tokens. A token joins one peak, while the authors' code averages it into one peak per frame pair.
+    Differences from the authors' code: if not enough tokens are left to serve as peaks, more tokens are selected by attention. The
+    authors' code keeps fewer tokens instead. Here, each token joins a single peak. The authors' code averages it into one peak in
+    each frame pair.
     """
 
     name = "fastvid"
@@ -68,7 +69,7 @@ class FastVid(Selector):
         keep: int,
         into: torch.Tensor,
     ) -> None:
-        """Select the units of a segment that stay, and write to `into` which unit each of the segment's units joins.
+        """Decide which units of a segment stay, and write the unit that each unit joins to `into`.
 
         Args:
             x: `[N, D]`, the features.

@@ -1,4 +1,4 @@
-"""FlashVID, first stage: keeps diverse attended tokens, and trees of tokens that are similar over time."""
+"""FlashVID's first stage: keeps diverse tokens that receive attention, and merges tokens that are similar over time."""
 
 import math
 from dataclasses import dataclass
@@ -24,17 +24,17 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, sprea
 
 @dataclass(frozen=True)
 class FlashVid(Selector):
-    """The stage of FlashVID (arXiv 2602.08024) before the language model, which keeps diverse tokens and trees of similar tokens.
+    """FlashVID's stage before the language model (arXiv 2602.08024): keeps diverse tokens, and merges trees of similar tokens.
 
     The video is cut into at least `segments` segments. It is also cut wherever neighboring frame pairs have a cosine below
     `threshold`. In each segment, a share `diverse` of the budget goes to tokens that are selected by max-min cosine distance times
-    attention. Any other token can be linked to the most similar token in the previous frame pair if their cosine is above `link`.
-    The strongest links are made first. Each tree of linked tokens is replaced by its mean. If there are more trees than the budget
-    allows, trees merge around density peaks.
+    attention. Every other token is linked to the most similar token in the previous frame pair if their cosine is above `link`, as
+    long as the budget requires more links. The strongest links are made first. Each tree of linked tokens is replaced by its mean.
+    If there are more trees than the budget allows, trees merge around density peaks.
 
-    Differences from the authors' code: their code divides a tree's sum by one more than the number of the root's direct links. The
-    paper describes means, which are used here. Their code also makes one link fewer than the budget needs, and rounds up per frame
-    pair.
+    Differences from the authors' code: this method averages each tree, as the paper describes. The authors' code divides the tree's
+    sum by one more than the number of links that lead directly to the root. It also makes one link fewer than the budget requires,
+    and rounds counts up in each frame pair.
     """
 
     name = "flashvid"
@@ -59,7 +59,7 @@ class FlashVid(Selector):
         return gathered(into.flatten(), weight.flatten())
 
     def condensed(self, attention: torch.Tensor, x: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the token of the segment that each token joins, and the weight of each token in the mean.
+        """Return the token that each token of a segment joins, and the weight of each token in the resulting mean.
 
         Args:
             attention: `[g, n]`.

@@ -1,4 +1,4 @@
-"""HoliTom, first stage: cuts the video into the segments that save the most tokens by merging over time."""
+"""HoliTom's first stage: cuts the video into segments so that merging over time saves as many tokens as possible."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,7 +11,7 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 
 @dataclass(frozen=True)
 class HoliTom(Selector):
-    """The stage of HoliTom (arXiv 2505.21334) before the language model, which merges tokens over time in segments of the video.
+    """HoliTom's stage before the language model (arXiv 2505.21334): merges tokens over time in segments of the video.
 
     A place is still between two frame pairs if its cosine is above `static`. Dynamic programming cuts the video into the segments
     that save the most tokens. A segment of L frame pairs saves L - 1 tokens for each place that is still during the whole segment.

@@ -1,4 +1,4 @@
-"""HoliTom, second stage: merges dropped tokens into kept tokens."""
+"""HoliTom's second stage: merges dropped tokens into kept tokens."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 
 @dataclass(frozen=True)
 class HoliTomInner(LanguageMethod):
-    """The stage of HoliTom (arXiv 2505.21334) inside the language model, which is FastV with merging of the dropped tokens.
+    """HoliTom's stage inside the language model (arXiv 2505.21334): like FastV, but merges the dropped tokens into kept ones.
 
     After a share `depth` of the layers, the method keeps the tokens that receive the most attention from the last token. Each
     dropped token joins the most similar kept token, measured by the cosine of hidden states. Tokens join one after another: each

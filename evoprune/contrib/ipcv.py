@@ -1,4 +1,4 @@
-"""IPCV: sets rows aside, lets them follow similar rows, and restores them at the end of the vision encoder."""
+"""IPCV: sets rows aside inside the vision encoder, updates them like similar rows, and restores them after the last layer."""
 
 from dataclasses import dataclass, replace
 from math import prod
@@ -14,12 +14,13 @@ from evoprune.vision import Hook, Rows
 
 @dataclass(frozen=True)
 class Ipcv(EncoderMethod):
-    """IPCV (arXiv 2512.18747): rows that are set aside follow similar rows, and return after the last layer.
+    """IPCV (arXiv 2512.18747): sets rows aside, updates them like similar rows, and restores them after the last layer.
 
-    After a share `first` of the layers, each frame pair keeps a share `keep` of its rows: those that the last layer changed most. A
-    dropped row moves by the average movement of its `neighbours` nearest kept rows. For a further share `follow` of the layers, it
-    still serves as a key and value. All rows return before the patch merger, so a selector must enforce the budget. This is DART as
-    in the paper, or NAME in `ipcv+NAME`. Finding the nearest of n rows takes O(N n D) time.
+    After a share `first` of the layers, each frame pair keeps a share `keep` of its rows: those that the latest layer changed most.
+    Each dropped row then changes by the mean change of its `neighbours` nearest kept rows. For an additional share `follow` of the
+    layers, it still serves as a key and value. All rows return before the patch merger, so a selector must enforce the budget. The
+    selector is DART, as in the paper, or NAME in `ipcv+NAME`. With n rows per frame pair, finding the nearest rows takes O(N n D)
+    time.
 
     Differences from the paper: DART acts after the encoder instead of inside the language model.
     """
@@ -46,7 +47,7 @@ class Ipcv(EncoderMethod):
 
 @dataclass(frozen=True)
 class Follow(SetAside):
-    """Sets rows aside. They follow the nearest kept rows."""
+    """Sets rows aside, and updates each of them like its nearest kept rows."""
 
     until: int  # the number of layers after which dropped rows no longer serve as keys and values
     neighbours: int  # the number of kept rows that each dropped row follows
@@ -56,12 +57,13 @@ class Follow(SetAside):
 
 
 class Followers(Hook):
-    """The rows of one video that are set aside. Every unit of the video must have a row.
+    """A hook that sets rows of one video aside and restores them. Every unit of the video must have a row.
 
-    After `Stage.first_layer` layers, each frame pair keeps the rows that the last layer changed most. Each dropped row remembers
-    its state and its nearest kept rows. Until `Follow.until`, it moves by the average movement of these kept rows. It remains a key
-    and value of attention, but no MLP computes it. After that, only the kept rows continue. After the last layer, all dropped rows
-    return, moved in the same way. All shapes are known from the plan, so nothing synchronizes.
+    After `Stage.first_layer` layers, each frame pair keeps the rows that the latest layer changed most. For each dropped row, the
+    hook stores its state and its nearest kept rows. Until `Follow.until`, a dropped row changes by the mean change of these kept
+    rows. It still serves as a key and value in attention, but no MLP computes it. After that, only the kept rows pass through the
+    layers. After the last layer, all dropped rows return, updated in the same way. All shapes are known from the plan, so nothing
+    synchronizes.
     """
 
     def __init__(self, plan: Follow, first: int):
@@ -95,7 +97,7 @@ class Followers(Hook):
         )
 
     def _divide(self, rows: Rows) -> None:
-        """Decide which rows stay, and which of these rows the others follow."""
+        """Decide which rows stay, and which of them each dropped row follows."""
         geo = rows.geometry
         pairs = rows.pairs
         keep = self._plan.left
@@ -115,7 +117,7 @@ class Followers(Hook):
         self._earlier = None
 
     def _kept_alone(self, rows: Rows) -> Rows:
-        """Return only the kept rows. Units of other rows then have no row."""
+        """Return only the kept rows. All other units then have no row."""
         unit = rows.unit[self._kept]
         unit_to_row = torch.full_like(rows.unit_to_row, -1)
         unit_to_row[unit] = arange_on(len(unit), unit.device)
@@ -130,7 +132,7 @@ class Followers(Hook):
         )
 
     def _moved(self, kept: torch.Tensor) -> torch.Tensor:
-        """Return all rows `[R, 4, hidden]`. Dropped rows are moved by the mean change of the kept rows that they follow."""
+        """Return all rows `[R, 4, hidden]`. Each dropped row has changed by the mean change of the kept rows that it follows."""
         saved = self._all.values
         moved = saved.index_copy(0, self._kept, kept)
         move = self._mean_of_near(kept.float() - saved[self._kept].float())

@@ -28,8 +28,8 @@ class Mmg(Selector):
     greatest cosine to a segment taken before. Each frame pair keeps its highest density peaks, after multiplying their scores by
     the distance to the tokens kept in the previous frame pair.
 
-    Differences from the paper: its formulas could not be read and its code is not public. This project filled in the formulas, so
-    results say little about MMG-Vid itself.
+    Differences from the paper: its formulas were not accessible and its code is not public. The formulas here are this project's
+    own, so results say little about MMG-Vid itself.
     """
 
     name = "mmg"
@@ -68,7 +68,7 @@ class Mmg(Selector):
 
 
 def joined(spans: list[range], like: list[float]) -> list[range]:
-    """Return the segments after merging every segment that has only one frame pair into its more similar neighbor.
+    """Merge each segment that has only one frame pair into its more similar neighbor. Returns the new segments.
 
     `like` contains the cosines from `transitions`.
     """

@@ -1,4 +1,4 @@
-"""Nüwa, first stage: keeps attended tokens from every cell, and replaces the weakest ones with means."""
+"""Nüwa's first stage: keeps the most attended tokens of each cell, and replaces the weakest of them by means."""
 
 from dataclasses import dataclass, replace
 from math import hypot
@@ -13,7 +13,7 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, sprea
 
 @dataclass(frozen=True)
 class Nuwa(Selector):
-    """The stage of Nüwa (arXiv 2602.02951) before the language model, which keeps attended tokens in every region.
+    """Nüwa's stage before the language model (arXiv 2602.02951): keeps the most attended tokens of each region.
 
     In each frame pair, the `cell` most attended tokens in each cell of 2x2 places are candidates. The most attended candidates are
     kept. Other tokens are kept only if there are too few candidates. A kept token whose attention is below the `weak` quantile is

@@ -1,4 +1,4 @@
-"""Nüwa, second stage: keeps tokens by the attention that they receive in their strongest head."""
+"""Nüwa's second stage: keeps the tokens that receive the most attention in any one head."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, one_drop
 
 @dataclass(frozen=True)
 class NuwaInner(LanguageMethod):
-    """The stage of Nüwa (arXiv 2602.02951) inside the language model, which keeps tokens that at least one head attends to.
+    """Nüwa's stage inside the language model (arXiv 2602.02951): keeps tokens to which at least one head attends.
 
     After a share `depth` of the layers, a token's score is the mean attention from the last three columns in the head that attends
     to this token most. The tokens with the highest scores stay.

@@ -1,7 +1,7 @@
-"""The search for a recipe of the method `operations` (docs/methods.md, operations), which determines the order of removal.
+"""Searches for a recipe for the `operations` method (see docs/methods.md): the order in which a model's operations are removed.
 
-The order depends on how much each operation affects the output distribution. The search first removes everything from the deepest
-layers that can be removed without a loss. Then it removes one operation at a time. The top layer never computes queries and MLP for
+The order depends on how much each operation affects the output distribution. The search first removes as many operations of the
+deepest layers as possible without a loss. Then it removes one operation at a time. The top layer never computes queries and MLP for
 visual tokens.
 """
 
@@ -16,7 +16,7 @@ from evoprune.errors import UsageError
 from evoprune.methods import LanguagePlan, MethodChain
 from evoprune.model import head_size
 
-STEP = 0.3 / 15  # how much the allowed loss grows per step, as a fraction of the loss with everything removed
+STEP = 0.3 / 15  # how much the allowed loss grows per step, as a fraction of the loss without any operations
 # The kinds of operations, in the order in which the authors' code tries them. If losses are equal, the last one is removed first.
 ORDER = ("queries", "mlp", "keys")
 
@@ -127,9 +127,9 @@ class _Trial(Operations):
 
 
 class RecipeSearch:
-    """Finds a recipe for a language model with this `TextConfig`.
+    """Searches for a language model's recipe. `config` is the model's `TextConfig`.
 
-    `found` is the order found so far. It is the full order if `complete` is True.
+    `found` is the order found so far. If `complete` is True, it is the full order.
 
     Raises:
         UsageError: If the language model has only one layer.
@@ -170,7 +170,7 @@ class RecipeSearch:
         return replace(self._blank, steps=tuple(step.operations for step in self.found))
 
     def document(self, budgets: Iterable[float]) -> dict[str, Any]:
-        """Return the results so far in a form suitable for JSON. If they are `complete`, `Recipe.read` can read them."""
+        """Return the results so far as a dict for JSON output. `Recipe.read` can read them once they are `complete`."""
         return {
             "complete": self.complete,
             "rows": self._rows(budgets) if self.complete else [],

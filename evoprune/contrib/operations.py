@@ -33,14 +33,14 @@ TUNE_HINT = "to create one: evoprune tune VIDEO... --operations -o FILE.json"
 
 @dataclass(frozen=True)
 class OperationPlan(LanguagePlan):
-    """A plan in which layers compute different operations for two groups of visual tokens."""
+    """A plan in which layers may compute different operations for each of two groups of visual tokens."""
 
     # The number of key tokens. The method selects them at its first look, and all layers before that compute everything.
     key: int = 0
     gone: Removed = frozenset()  # removed operations; an operation removed for all tokens is also listed for the rest
 
     def computed(self, layer: int, kind: str) -> tuple[bool, bool]:
-        """Return two values: whether a layer computes an operation for key tokens, and whether it computes it for the rest."""
+        """Return whether a layer computes an operation for key tokens, and whether it computes it for the rest."""
         return (layer, ALL, kind) not in self.gone, (layer, REST, kind) not in self.gone
 
     @property
@@ -111,7 +111,7 @@ class Recipe:
     def count(self, budget: float) -> int:
         """Return the smallest number of steps after which at most `budget` (in (0, 1]) of the work is left.
 
-        Returns the number of all steps if even they leave more.
+        If even all steps leave more work than that, returns the total number of steps.
         """
         fits = (count for count in range(len(self.steps)) if self.share(chain(*self.steps[:count])) <= budget)
         return next(fits, len(self.steps))
@@ -121,7 +121,7 @@ class Recipe:
         return frozenset(chain(*self.steps[: self.count(budget)]))
 
     def share(self, removed: Iterable[Operation]) -> float:
-        """Return the share of the work on visual tokens that is left in the layers after `after`, not counting attention."""
+        """Return the share of the work on visual tokens that is left, not counting attention and the first `after` layers."""
         weight = dict(zip(KINDS, self.weights, strict=True))
         sizes = {ALL: self.key, REST: 1 - self.key}
         work = {op: weight[op[2]] * sizes[op[1]] for op in self._every}
@@ -133,7 +133,7 @@ class Recipe:
         return round(left / sum(work.values()), 9)
 
     def plan(self, tokens: int, removed: Iterable[Operation]) -> OperationPlan:
-        """Return the plan for this number of visual tokens. A group whose keys no later layer reads is dropped permanently."""
+        """Return the plan for this number of visual tokens. If no later layer reads a group's keys, the group is dropped."""
         gone = self._gone(removed)
         key = Budget.count(self.key, tokens)
         if not gone:
@@ -148,10 +148,10 @@ class Recipe:
         return OperationPlan.of(self.depth, tokens, left, looks=looks, key=key, gone=gone)
 
     def _gone(self, removed: Iterable[Operation]) -> Removed:
-        """Return all operations that are not computed: `closed`, plus useless operations in the last layer that has a group's keys.
+        """Return all operations that are not computed. Besides those in `closed`, some in a group's last layer are useless.
 
-        In that layer, only keys are useful, unless it is the top layer. The top layer computes queries and MLP only for the last
-        position, but they count as computed, as with other methods.
+        This is the last layer that computes the group's keys. Only the keys are useful there, unless it is the top layer. The top
+        layer computes queries and the MLP only for the last position, but they count as computed, as with other methods.
         """
         gone = set(closed(removed, self.depth))
         for group in (ALL, REST):
@@ -165,10 +165,10 @@ class Recipe:
 
 
 def closed(removed: Iterable[Operation], depth: int) -> Removed:
-    """Return `removed` plus all operations that this makes useless.
+    """Return `removed` plus all operations that become useless without them.
 
-    An operation that is removed for all tokens is also removed for the rest. Operations after the last layer that has a group's
-    keys are removed, because nothing reads their results.
+    An operation that is removed for all tokens is also removed for the rest. After the last layer that computes a group's keys, all
+    of the group's operations are removed, because nothing reads their results.
     """
     gone = set(removed)
     gone |= {(layer, REST, kind) for layer, group, kind in gone if group == ALL}
@@ -215,7 +215,7 @@ class Operations(LanguageMethod):
 
 
 class _Grouped(Dropping):
-    """Reads a prompt like `Dropping`, but drops a group of tokens only if no later layer has its keys."""
+    """Reads a prompt like `Dropping`, but drops a group of tokens only if no later layer computes its keys."""
 
     _key: torch.Tensor | None = None  # bool, True for key tokens among the remaining visual tokens; None until known
 

@@ -16,8 +16,8 @@ class Par(Selector):
     most relevant token in a cluster is its relevance / j. The tokens with the highest scores stay. Relevance is the mean cosine to
     the question's tokens, scaled to (0, 1].
 
-    Differences from the paper: its formulas could not be read and its code is not public. This project used its own formulas, so
-    results say little about PAR itself.
+    Differences from the paper: its formulas were not accessible and its code is not public. The formulas here are this project's
+    own, so results say little about PAR itself.
     """
 
     name = "par"

@@ -12,13 +12,14 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 
 @dataclass(frozen=True)
 class PruneVid(Selector):
-    """The stage of PruneVid (arXiv 2412.16117) before the language model, which keeps one token per scene for still places.
+    """PruneVid's stage before the language model (arXiv 2412.16117): keeps a single token per scene for each still place.
 
-    Frame pairs are clustered around density peaks. The number of clusters is a share `scenes` of the number of frame pairs. Runs of
-    frame pairs in the same cluster are scenes, and shorter runs join a neighbor. A place is still in a scene if its tokens have a
-    mean cosine above `static`. If averaging still places over time saves enough tokens, places are averaged until the budget is
-    met, starting with the stillest. Otherwise, all still places are averaged, and tokens merge around density peaks. Still tokens
-    merge within a scene and other tokens within a frame pair, in proportion to their numbers.
+    Frame pairs are clustered around density peaks. The number of clusters is `scenes` times the number of frame pairs. The longest
+    run of consecutive frame pairs in each cluster becomes a scene if it has at least two frame pairs, and all other runs join a
+    neighboring scene. A place is still during a scene if the mean cosine between its tokens is above `static`. If averaging still
+    places over time saves enough tokens, places are averaged until the budget is met, starting with the stillest. Otherwise, all
+    still places are averaged, and the tokens then merge around density peaks. The tokens of still places merge within their scene,
+    and all other tokens within their frame pair. Each of these groups keeps tokens in proportion to its size.
 
     Differences from the paper: the budget determines the counts, while the paper keeps half of the tokens.
     """

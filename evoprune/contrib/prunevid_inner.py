@@ -1,4 +1,4 @@
-"""PruneVid, second stage: keeps tokens by the highest attention from any text token."""
+"""PruneVid's second stage: keeps the tokens that receive the most attention from any one text token."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 
 @dataclass(frozen=True)
 class PruneVidInner(LanguageMethod):
-    """The stage of PruneVid (arXiv 2412.16117, section 3.3) inside the language model, which keeps tokens that the text attends to.
+    """PruneVid's stage inside the language model (arXiv 2412.16117, section 3.3): keeps tokens to which the text attends.
 
     After a share `depth` of the layers, a token's score is the highest attention from any text token after the video, in any head.
     This attention is computed without rotary embedding and causal mask. Each frame pair keeps the tokens with the highest scores,

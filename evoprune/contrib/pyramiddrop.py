@@ -15,7 +15,7 @@ class PyramidDrop(LanguageMethod):
     in the next layer. Each drop leaves the same share of the tokens. The share is chosen so that the mean over the layers after the
     first drop is the budget.
 
-    Differences from the authors' code: positions do not change, while the authors renumber them.
+    Differences from the authors' code: the authors renumber the positions of the remaining tokens. Here, positions do not change.
     """
 
     name = "pyramiddrop"

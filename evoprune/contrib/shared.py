@@ -1,4 +1,4 @@
-"""Helpers shared by several methods: types of settings, ranks, shares, segments of a video, density peaks, means, relevance."""
+"""Helpers that several methods share: setting types, ranking, shares, segments of a video, density peaks, means, and relevance."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ Count = Annotated[int, "[1, inf)"]
 
 NEIGHBOURS = 7  # the number of neighbors for densities, as in the authors' code for PruneVid, FlashVID and HoliTom
 BLOCK = 512  # the number of rows of the pairwise matrix to hold at a time
-MAX_BLOCKS = 4  # the number of blocks of distances to cache; with more blocks, all of them are computed twice
+MAX_BLOCKS = 4  # the maximum number of distance blocks to cache; if there are more, each block is computed twice
 STEPS = 16384  # distances are whole steps; the tokens' root mean square length is this many steps
 MIN_RELEVANCE = 1 / 128  # the scaled relevance of the least relevant token
 
@@ -60,8 +60,8 @@ def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, tor
 def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
     """Divide `total` in proportion to nonnegative `weights`, using the largest remainder method. `most` limits each share.
 
-    What exceeds a limit goes to the other shares, again in proportion, or evenly if all remaining weights are zero. Ties go to the
-    lower index. The shares sum to `total`, or to the sum of `most` if that is less.
+    Any excess over a limit goes to the other shares, again in proportion to their weights, or evenly if all of these weights are
+    zero. Ties go to the lower index. The shares add up to `total`, or to the sum of `most` if that is less.
     """
     counts = [0] * len(most)
     quotas = {}
@@ -149,9 +149,9 @@ def join_groups(
     """Merge the tokens of each group around density peaks.
 
     Args:
-        into: int64 `[N]`, the unit that each unit joins, and -1 for the units of groups. Changed in place.
+        into: int64 `[N]`, the unit that each unit joins. The units of the groups must be -1. They are filled in place.
         features: float32 `[N, D]`.
-        groups: int64 `[m, g]` for each group, which has m tokens that are means of g units each.
+        groups: For each group, int64 `[m, g]`, the units of its m tokens. Each token is the mean of g units.
         counts: The number of tokens to keep in each group. With 0, the group is dropped.
         centre: The minimum weight of a peak, as in `centre_weights`. None for equal weights.
     """
@@ -169,7 +169,8 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
     """Return float64 `[n]`: the log of each row's density times its distance to the nearest denser row.
 
     The density is exp(-m), where m is the mean squared distance / D to the `neighbours` nearest rows, including the row itself. A
-    constant term is omitted. The densest row gets the greatest distance. Among equally dense rows, the first one counts as denser.
+    constant term is omitted. For the densest row, the distance is the maximum of all distances. Among equally dense rows, the first
+    one counts as denser.
     This takes O(n^2 D) time and O(n D) memory.
     """
     points, step = rounded_points(x)
@@ -196,7 +197,7 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
 
 
 def rounded_points(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows of `x` in steps, float64 `[n, D]`, and the length of a step."""
+    """Return the rows of `x` in units of steps (float64 `[n, D]`), and the length of a step."""
     x = x.double()
     step = x.square().sum(1).mean().sqrt().clamp(min=1e-30) / STEPS
     return x / step, step
@@ -223,8 +224,8 @@ def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selectio
 def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
     """Return float32 `[N]`: the weight of each unit in the mean that it joins. For `into`, see `gathered`.
 
-    A unit that n others join has a weight of max(1 / (n + 1), `least`), and the n others share the rest evenly. If no others join a
-    unit, its weight is 1.
+    If n other units join a unit, its weight is max(1 / (n + 1), `least`), and the n other units share the rest evenly. If no other
+    units join a unit, its weight is 1.
     """
     stays = into == arange_on(len(into), into.device)
     others = torch.bincount(into[(into >= 0) & ~stays], minlength=len(into))[into.clamp(min=0)]
@@ -250,8 +251,8 @@ def averaged(
 ) -> torch.Tensor | None:
     """Average places over time, starting with the stillest, until `keep` units are left. Returns the unit that each unit joins.
 
-    A place is averaged over its whole segment. The last place is averaged only over as many of the segment's first frame pairs as
-    necessary.
+    Each place is averaged over its whole segment. Only the last place to be averaged may stop early: it is averaged over no more of
+    the segment's first frame pairs than necessary.
 
     Args:
         index: int64 `[T, n]`, the indices of the units.

@@ -8,8 +8,8 @@ import torch
 from evoprune.contrib.shared import BLOCK, gathered, joined_peaks, ranked, relative
 from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selection, arange_on, several_drops
 
-# The number of tokens, out of 576, that are left after each drop. The first row leaves none and the last row leaves all. The other
-# rows are the authors' counts for means of 64, 96, 128 and 192 tokens.
+# The number of tokens, out of 576, that are left after each drop. The first row leaves no tokens, and the last row leaves all of
+# them. The rows between them are the authors' counts for averages of 64, 96, 128 and 192 tokens.
 COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110), (576, 576, 576))
 
 
@@ -21,9 +21,9 @@ class SparseVlm(LanguageMethod):
     16 of 32 layers, the method keeps the tokens that receive the most attention from the raters. The best 30% of the dropped tokens
     merge around density peaks into a tenth as many means.
 
-    Differences from the authors' code: counts at other budgets are interpolated between the authors' tables (`COUNTS`). The means
-    are part of the budget and take the places of their peaks. In the authors' code, they are added to the budget and come after the
-    other tokens.
+    Differences from the authors' code: for other budgets, the counts are interpolated between the authors' tables (`COUNTS`). The
+    means are part of the budget and have the positions of their peaks. In the authors' code, they are added on top of the budget
+    and follow all other tokens.
     """
 
     name = "sparsevlm"
@@ -67,7 +67,7 @@ def recycled(dropped: int) -> int:
 
 
 def selected(count: int, left: int) -> int:
-    """Return how many of `count` tokens stay unmerged, so that together with the means `left` tokens remain.
+    """Return how many of `count` tokens must stay unmerged so that, together with the means, `left` tokens remain.
 
     Returns `left` if no such number exists.
     """

@@ -11,11 +11,12 @@ class ToMe(EvoPrunePaper):
     """ToMe (arXiv 2210.09461, section 3): merges rows in every layer, starting with the most similar ones.
 
     In each window or frame pair, every second row is matched with the most similar of the other rows, by the cosine of keys. The
-    most similar pairs merge into their size-weighted means. The number of merges is the same in every layer, and attention weights
-    each row by its size. This is `EvoPrunePaper` without penalties, and the settings that are not fields here are fixed.
+    most similar pairs merge into means, weighted by cluster size. Every layer merges the same number of rows, and attention weights
+    each row by its cluster size. The implementation is `EvoPrunePaper` without the penalties. All settings that are not fields here
+    are fixed.
 
     Differences from the authors' code: rows are units instead of patches, groups are windows in layers with window attention, and
-    counts follow from the budget. Rows merge after a layer's MLP, while the authors merge them before it.
+    the budget determines how many rows merge. Here, rows merge after a layer's MLP. In the authors' code, they merge before it.
     """
 
     name = "tome"

@@ -21,7 +21,8 @@ class VidCom2(Selector):
     frame pairs, with temperature 0.01, of the negative mean affinity to the video's mean. A frame pair keeps the tokens with the
     lowest sum of affinities to the video's mean and to the frame pair's own mean.
 
-    Differences from the authors' code: counts add up to the budget, while the authors' code rounds them per frame pair.
+    Differences from the authors' code: here, the counts of all frame pairs add up to the budget. The authors' code rounds each of
+    them.
     """
 
     name = "vidcom2"

@@ -18,7 +18,7 @@ class VisionZip(Selector):
     a target is half itself and half the mean of the tokens that joined it.
 
     Differences from the authors' code: the attention that a token receives replaces the attention of a class token, which Qwen's
-    tower does not have. The authors' code adds the target and the mean, while here their sum is halved.
+    tower does not have. The authors' code adds the mean to the target. Here, the sum is also halved.
     """
 
     name = "visionzip"

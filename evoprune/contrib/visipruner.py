@@ -13,13 +13,14 @@ from evoprune.methods import Budget, LanguageMethod, LanguagePlan, LayerTokens, 
 class VisiPruner(LanguageMethod):
     """VisiPruner (arXiv 2510.17205, section 4): drops tokens after the layer that decides which of them matter.
 
-    In the first layers (`shallow`), text does not attend to visual tokens. Let c_i be the contribution of token i to o, the
-    attention output of the last token. A layer is decisive if cos(o - c_i, o) is below `layer` for some token. After the first
-    decisive layer, the tokens with |c_i| above `token` stay, but at most K. A later layer is an exit layer if the cosine is at
-    least `exit` for all tokens. After `exits` such layers, all visual tokens are dropped.
+    In a share `shallow` of the layers, starting with the first one, the text does not attend to visual tokens. Let o be the
+    attention output of the last token, and c_i the contribution of visual token i to it. A layer is decisive if cos(o - c_i, o) is
+    below `layer` for at least one token. After the first decisive layer, the tokens with |c_i| above `token` stay, but at most K of
+    them. A later layer is an exit layer if the cosine is at least `exit` for all tokens. After `exits` such layers, all visual
+    tokens are dropped.
 
-    Differences from the paper: there is a budget, and tokens are dropped to K at `latest` if no layer was decisive. The thresholds
-    come from LLaVA-1.5 and were not fitted to Qwen.
+    Differences from the paper: this method has a budget. If no layer is decisive, tokens are dropped to K at `latest`. The
+    thresholds come from LLaVA-1.5 and were not fitted to Qwen.
     """
 
     name = "visipruner"

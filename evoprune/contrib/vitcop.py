@@ -1,4 +1,4 @@
-"""The stage of ViTCoP inside the language model: clusters nearby tokens, then keeps the shortest keys."""
+"""ViTCoP's stage inside the language model: clusters nearby tokens, then keeps the tokens with the shortest keys."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -22,15 +22,15 @@ FAR = 1 << 30  # larger than any distance, in steps
 
 @dataclass(frozen=True)
 class ViTCoP(LanguageMethod):
-    """The stage of ViTCoP (arXiv 2601.17818) inside the language model, which clusters nearby tokens and keeps the shortest keys.
+    """ViTCoP's stage inside the language model (arXiv 2601.17818): clusters nearby tokens and keeps those with the shortest keys.
 
     At the first drop, the tokens of each frame pair form clusters around density peaks. Each token follows the nearest denser token
     that is at most `near` away. In every cluster, the tokens with the shortest keys stay, and the other tokens are replaced by
     their mean. At the second drop, the tokens with the shortest keys stay. The first drop takes O(n^2 D) time for the n tokens of a
     frame pair.
 
-    Differences from the authors' code: their means are twice as long. Here, positions do not change, while the authors renumber
-    them. `cutoff`, the scale of the density relative to the root mean square distance, was chosen by this project on validation
+    Differences from the authors' code: their means are twice as long. They also renumber the positions, which do not change here.
+    This project chose the value of `cutoff`, the scale of the density relative to the root mean square distance, on validation
     clips.
     """
 
@@ -60,10 +60,10 @@ class ViTCoP(LanguageMethod):
 
 
 def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
-    """Return a selection that keeps the shortest keys in every cluster and merges the cluster's other tokens into one token.
+    """Return a selection that keeps the tokens with the shortest keys in each cluster, and merges the cluster's other tokens.
 
-    The merged token takes the place of the token in the middle of those merged. If there are more than `left` clusters, the
-    clusters with long keys are merged into one.
+    The merged token has the position of the middle one of the tokens that it replaces. If there are more than `left` clusters, the
+    clusters with the longest keys are first combined into one cluster.
 
     Args:
         cluster: int64 `[n]`, the cluster of each token.

@@ -1,9 +1,9 @@
-"""Base classes of the pruning methods. Methods are small frozen dataclasses whose fields are their settings.
+"""Base classes for pruning methods. A method is a small frozen dataclass whose fields are its settings.
 
-There are four kinds. An `InputMethod` makes the video smaller. An `EncoderMethod` (such as a `Merger`) reduces the number of rows
-between layers of the tower. A `Selector` selects tokens after the tower. A `LanguageMethod` drops tokens inside the language model
-(methods/language.py). Methods do not need to know about windows, rotary positions, patch mergers, placeholders or prompts.
-methods/chain.py combines them.
+There are four kinds of methods. An `InputMethod` makes the video smaller. An `EncoderMethod` (such as a `Merger`) reduces the
+number of rows between layers of the tower. A `Selector` selects tokens after the tower. A `LanguageMethod` drops tokens inside the
+language model (methods/language.py). Methods do not need to know about windows, rotary positions, patch mergers, placeholders or
+prompts. methods/chain.py combines them.
 """
 
 from abc import ABC, abstractmethod
@@ -89,9 +89,9 @@ class Selector(Method, ABC):
     """A method that selects units: tokens after the encoder or, in a stage of an `EncoderMethod`, rows."""
 
     acts: ClassVar[Literal["after"]] = "after"
-    # The inputs that the selector needs besides the features. After the tower: "attention" or "keys" from the last full-attention
-    # layer, or "middle" for states from the middle of the tower. Between layers: none, or "hidden" for rows that have not yet
-    # passed the next layer's norm.
+    # The inputs that the selector needs besides the features. After the tower, a selector can request "attention" and "keys", which
+    # come from the last full-attention layer, and "middle", the states from the middle of the tower. Between layers, it can request
+    # only "hidden": instead of the rows after the next layer's norm, it then sees the rows before this norm.
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_question: ClassVar[bool] = False  # whether the selection depends on the question and is repeated for each one
     drops: ClassVar[bool] = True  # whether `unit_to_token` in a selection may be -1 for a unit that has a row
@@ -102,7 +102,7 @@ class Selector(Method, ABC):
 
     @abstractmethod
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        """Return the tokens that the language model reads. If the method is `exact`, there are `keep` of them."""
+        """Select the tokens that the language model reads. If the method is `exact`, it selects exactly `keep` of them."""
 
     def suffices(self, count: int, keep: int, units: int) -> bool:
         """Return True if a selection of `count` tokens is acceptable when `keep` of `units` were requested."""
@@ -116,7 +116,7 @@ class EncoderMethod(Method, ABC):
     acts: ClassVar[Literal["inside"]] = "inside"
     # A unit that changed by at least this many of 255 levels is encoded again. With 0, every unit is encoded.
     reuse: ClassVar[float] = 0.0
-    combines: ClassVar[bool] = False  # whether users may add a token selector to the method: NAME+SELECTOR
+    combines: ClassVar[bool] = False  # whether users may append a token selector, as in NAME+SELECTOR
     tokens: ClassVar[Selector | None] = None  # selects tokens after the tower; None if every row becomes a token
     # Whether launch-bound inputs (see `TowerShape.launch_bound`) skip stages and reuse, so that only `tokens` prunes them.
     small_after_tower: ClassVar[bool] = False
@@ -143,8 +143,8 @@ class Merger(EncoderMethod, ABC):
         """Return int64 `[B, n]`: the index of the row that each row merges into. A row that stays gets its own index.
 
         Indices are relative to the row's group. The encoder calls this method in rounds until every group has lost enough rows.
-        Each round removes at least one row and at most `remove` (int64 `[B]`) rows. On a GPU, the method must not read values back
-        to the host (no `item`, no `nonzero`, no masks as indices).
+        Each round must remove at least one row in total, and at most `remove` (int64 `[B]`) rows from each group. On a GPU, the
+        method must not read values back to the host, so it cannot use `item`, `nonzero` or boolean indexing.
         """
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:

@@ -51,7 +51,7 @@ class Subsample(InputMethod):
 class Downscale(InputMethod):
     """Keeps the number of frame pairs and makes the frames smaller.
 
-    The new height and width are whole numbers of units, at least one each, in nearly the same aspect ratio.
+    The new height and width are whole numbers of units (at least one), and the aspect ratio stays nearly the same.
     """
 
     name = "downscale"
@@ -66,7 +66,8 @@ class Downscale(InputMethod):
 class Pool(Selector):
     """Averages blocks of neighboring tokens.
 
-    Each block lies inside one frame pair. If there are fewer tokens to keep than frame pairs, blocks span whole frame pairs.
+    Each block lies inside one frame pair, unless there are fewer tokens to keep than frame pairs. In that case, each block consists
+    of one or more whole frame pairs.
     """
 
     name = "pool"

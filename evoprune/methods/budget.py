@@ -77,7 +77,7 @@ class Budget:
         return min(units, max(1, math.floor(share * units + 0.5)))
 
     def share_of_all(self, grids: Sequence[Grid]) -> float:
-        """Return the overall share of several inputs, for methods that support only a single share."""
+        """Return the share of tokens to keep over all inputs together, for methods that support only a single share."""
         if self.still == self.video:
             return self.video
         return sum(map(self.keep, grids)) / sum(map(prod, grids))
@@ -106,7 +106,7 @@ def _number(value: float | str) -> float:
 
 
 def _refused(given: float | str, known: dict[str, Budget]) -> UsageError:
-    """Return the error for a value that `parse` does not accept. The keys of `known` are the names it would accept."""
+    """Return the error for a value that `parse` does not accept. The keys of `known` are the names that it would accept."""
     if isinstance(given, str) and given in Budget.AUTOS:
         hint = f"give a share of tokens such as 0.25; {given} works only with VideoQA and with commands that ask or evaluate"
         return UsageError(f"budget {given!r} does not work here", hint)

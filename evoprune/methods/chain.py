@@ -1,6 +1,6 @@
-"""Chains of methods. The method that a user names is a chain of up to four parts.
+"""Chains of methods. Whatever a user passes as the method becomes a chain of up to four parts.
 
-The parts act on the input, inside the encoder, after the encoder, and inside the language model. A chain, a budget and a seed make
+The parts act on the input, inside the encoder, after the encoder, and inside the language model. A chain, a budget and a seed form
 a `PruneConfig`.
 """
 
@@ -126,7 +126,7 @@ class MethodChain:
 
     @property
     def refusals(self) -> tuple[str, str]:
-        """Two texts for refusing a method that reads the question: a description of the problem, and a method to use instead."""
+        """Two texts for the error that rejects a method because it reads the question: the problem, and a method to use instead."""
         if self.encoder is None:
             return f"method {self.token_selector.name} reads the question", "another method"
         name = self.encoder.name
@@ -170,7 +170,7 @@ class MethodChain:
         """Return the plan for encoding one video of size `grid` into `keep` tokens (K) for the language model.
 
         Args:
-            inflection: Let the curve of the selector's scores decide the number of tokens, up to K.
+            inflection: Whether the curve of the selector's scores determines the number of tokens, up to K.
         """
         if self.input:
             return EncoderPlan.full(tower, call(self.input.package, self.input.resize, grid, keep))
@@ -187,7 +187,7 @@ class MethodChain:
         return EncoderPlan(grid, keep, tower.depth, reuse, tuple(stages), below)
 
     def after_tower_below(self, launch_bound: int) -> int:
-        """Return the number of units below which an input is pruned only after the tower, or 0 if all sizes are treated alike.
+        """Return the number of units below which inputs are pruned only after the tower, or 0 if there is no such limit.
 
         Args:
             launch_bound: See `TowerShape`.
@@ -231,7 +231,7 @@ class PruneConfig:
 
     @classmethod
     def of(cls, budget: Budget, name: str, seed: int = 0) -> Self:
-        """Return the config for a budget and the method `name`, which is written as users write it, including any settings.
+        """Return the config for a budget and a method. `name` is the method as users write it, including any settings.
 
         Raises:
             UsageError: If there is no such method or setting, or if the method does not support the "auto" budget.
@@ -262,9 +262,9 @@ class PruneConfig:
         return self.method.plan(tower, grid, self.budget.keep(grid), inflection)
 
     def after_tower_below(self, device: torch.device) -> int:
-        """Return the number of units below which `device` prunes an input only after the tower.
+        """Return the number of units below which inputs on `device` are pruned only after the tower.
 
-        Returns 0 if all sizes are treated alike.
+        Returns 0 if there is no such limit.
         """
         if self.budget == Budget.FULL:
             return 0

@@ -3,12 +3,13 @@
 1. Reuse: a unit is not encoded again if its pixels have not changed since the same place was last encoded. Its earlier row stays
    visible to attention (vision/preprocess.py).
 2. Rows: farthest-point sampling over features and time (methods/farthest.py) selects the patch embeddings that enter the tower.
-   After the first eighth of the layers, it selects the rows that continue. Both counts are powers of the budget.
+   After the first eighth of the layers, it selects the rows that continue. Both selections keep a share that is a power of the
+   budget.
 3. Tokens: after the tower, tokens are selected from these rows in the same way. Each token becomes the mean of its cluster.
 4. Bias: the language model's attention adds half the log of the cluster size to each token's logits.
 
-On CUDA, inputs with few units skip the first two steps. The tower's time for them depends on kernel launches, so fewer rows would
-save nothing.
+On CUDA, inputs with few units skip the first two steps. The time that the tower takes for such inputs is determined by kernel
+launches, so computing fewer rows would not save any.
 
 No paper describes this method. docs/methods.md explains what it shares with other methods. results/frontier.md shows how much
 each stage contributes, and results/ablations.md lists the settings that were tried without benefit.
@@ -53,7 +54,7 @@ class Reuse(EncoderMethod):
         return []
 
 
-INNER = ("auto", "always")  # when the method prunes inside the tower
+INNER = ("auto", "always")  # the possible values of `EvoPruneMethod.inner`
 WITHIN = 0.01  # the value of `within` for `--budget auto`
 # Scales the powers `rows` and `first` for an input with a single frame pair, where no content repeats in other frame pairs.
 ONE_PAIR_POWER = 2 / 3
@@ -71,7 +72,8 @@ class FarthestPoints(Selector):
     average: bool = True
     count: float = 0.5
     within: float = 0.0
-    # Whether to compare rows as they are before the next layer's norm. After the norm, flat patches would differ as much as others.
+    # Whether to compare rows as they are before the next layer's norm. After the norm, flat patches would differ as much as all
+    # other patches.
     before_norm: bool = False
 
     @property

@@ -16,17 +16,17 @@ from evoprune.methods.ranking import alternate, match
 from evoprune.methods.types import Candidates, arange_on
 
 FEATURES = ("keys", "keys_rotary", "hidden")
-MAX_SCORES = 1 << 22  # the most scores to hold in memory at a time (16 MiB); one row per group may exceed it
+MAX_SCORES = 1 << 22  # the maximum number of scores to hold at a time (16 MiB), unless one row per group has more
 ALL = slice(None)
 
 
 @dataclass(frozen=True)
 class EvoPrunePaper(Merger):
-    """EvoPrune (arXiv 2603.03681). It takes O(n^2 D) time for a group of n rows."""
+    """Merges rows as in EvoPrune (arXiv 2603.03681). Takes O(n^2 D) time for a group of n rows."""
 
     name = "evoprune-paper"
     source = "arXiv 2603.03681"
-    absorbed = 1  # which row of every two may merge into another row: 0 for the first, 1 for the second
+    absorbed = 1  # which of every two rows may merge into another row: 0 for the first, 1 for the second
 
     allocation: str = "skip"  # how merging is spread over the layers from `first` to `last` (relative depths)
     first: float = 0.2
@@ -93,7 +93,7 @@ class EvoPrunePaper(Merger):
     def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
         """Return bool `[B, n]`, True for the most attended rows of each group.
 
-        A share of `critical` of the group, rounded up, is marked. Ties go to the lower index.
+        The number of these rows is `critical` times the size of the group, rounded up. Ties go to the lower index.
         """
         if not self.critical:
             return torch.zeros_like(valid)
@@ -120,7 +120,7 @@ def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
 def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
     """Return `[B, m]`: the mean similarity between each row in `rows` and its nearest other rows.
 
-    A row without other rows gets 1.
+    A row that is alone in its group gets 1.
 
     Args:
         cosine: `[B, m, n]`, from `similarity`.

@@ -80,8 +80,8 @@ def farthest_points(
 ) -> torch.Tensor:
     """Select `keep` units of one video, or fewer if `within` is set. Returns int64 `[K]`, ascending.
 
-    Ties between equal radii go to units that are spread evenly over time and over the frame. If all units of a video are equal, as
-    in a black video, the whole selection consists of such units.
+    If radii are equal, the selected units are spread evenly over time and over the frame. In a black video, where all units are
+    equal, this applies to the whole selection.
 
     Args:
         within: Stop before `keep` once at least `least` units are selected and no unit is farther than this from a selected unit. 0
@@ -140,7 +140,8 @@ def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, to
     Returns:
         float32 `[N]`, the time of each unit, from 0 to 1.
         int64 `[N]`, the turn of each unit, which breaks ties between equal radii. Turns are distinct numbers from 0 to N - 1, and
-        the highest comes first. int64 `[B, L]`, the units in each tube, ascending, padded with N.
+        the unit with the highest turn is selected first.
+        int64 `[B, L]`, the units in each tube, ascending, padded with N.
     """
     pairs = grid[0]
     places = grid[1] * grid[2]

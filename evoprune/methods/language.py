@@ -1,4 +1,4 @@
-"""Methods inside the language model: their plan, the tokens that they see, and how the decoder drops tokens.
+"""Methods that act inside the language model: their plans, the tokens that they see, and the code that drops tokens.
 
 A method is a `LanguageMethod` with two functions: `drops`, and either `score` or `select`. The shortest example is
 contrib/fastv.py.
@@ -22,7 +22,7 @@ from evoprune.methods.selecting import check_selection
 from evoprune.methods.types import Selection, arange_on, nonzero_fixed
 from evoprune.model import heads_of, norm, rotate
 
-MAX_WEIGHTS = 1 << 24  # the most attention weights to compute at a time
+MAX_WEIGHTS = 1 << 24  # the maximum number of attention weights to compute at a time
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class LanguagePlan:
 
     @property
     def work(self) -> tuple[tuple[int, int, int], ...] | None:
-        """For each layer, the numbers of visual tokens for keys and values, for queries and output, and for the MLP.
+        """For each layer, the number of visual tokens for which it computes keys and values, queries and output, and the MLP.
 
         None if every layer computes everything for all visual tokens. If the plan is not `exact`, the numbers are upper bounds. The
         cost estimate and the memory check use them before any frame is read.
@@ -121,7 +121,8 @@ def several_drops(
 
     Args:
         places: The relative depth of each drop.
-        shares: A function that maps a number from 0 to 1 to the shares left after each drop. The shares grow with the number.
+        shares: A function that takes a number from 0 to 1 and returns the share of tokens left after each drop. A larger number
+            must give larger shares.
     """
     layers = [LanguagePlan.layers_before(place, depth) for place in places]
     runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]  # layers up to the next drop
@@ -159,8 +160,8 @@ class LayerTokens:
     visual_embeds: torch.Tensor  # [N, hidden], all visual tokens as they entered the first layer
     text_embeds: torch.Tensor  # [Q, hidden], the text after the last visual token as it entered the first layer
     memory: dict = field(default_factory=dict)  # state that the method carries between layers; empty for a new prompt
-    # Functions that return these tokens with different queries and keys: `following` uses the next layer's projections,
-    # `unrotated` omits rotary, and `evened` gives all visual tokens the mean key.
+    # Functions that return these tokens with different queries and keys: `following` uses the next layer's projections, `unrotated`
+    # omits rotary, and `evened` replaces the key of every visual token by their mean key.
     following: Callable[[], "LayerTokens"] | None = None
     unrotated: Callable[[], "LayerTokens"] | None = None
     evened: Callable[[], "LayerTokens"] | None = None
@@ -177,8 +178,8 @@ class LayerTokens:
 
         Args:
             rows: int64 `[q]`, indices into `queries`. None uses the last token of the prompt.
-            most: Take the maximum over heads and queries instead of the mean.
-            causal: Let each query attend only to columns up to its own.
+            most: Whether to take the maximum over heads and queries instead of the mean.
+            causal: Whether each query attends only to columns up to its own.
         """
         if rows is None:
             rows = arange_on(len(self.queries), self.queries.device)[-1:]
@@ -242,7 +243,7 @@ class LanguageMethod(Method, ABC):
 
     @abstractmethod
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
-        """Return the plan for a model with `depth` layers and `tokens` visual tokens. `budget` is this method's own, in (0, 1]."""
+        """Return the plan for a model with `depth` layers and `tokens` visual tokens. `budget` is this method's own budget."""
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
         """Return float32 `[n]`: a nonnegative score per token. Tokens with the highest scores stay.
@@ -286,7 +287,7 @@ class Dropping:
     """Drops visual tokens of one prompt after some layers, while the language model reads the prompt.
 
     Args:
-        embeds: `[C, hidden]`, the prompt.
+        embeds: `[C, hidden]`, the embeddings of the prompt.
         visual: int64 `[n]`, the columns of the visual tokens, ascending. The prompt's last column is never among them.
         pair: int64 `[n]`, the frame pair of each visual token.
         place: float32 `[n, 2]`, row and column in the frame, as fractions of its height and width.

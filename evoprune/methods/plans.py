@@ -1,4 +1,4 @@
-"""Plans: the work that the encoder does on a video, and how tokens are spread over its frame pairs. Imports no torch.
+"""Plans: the work that the encoder does on a video, and how tokens are spread over its frame pairs. Does not import torch.
 
 A method makes its plan before the first frame is read. The encoder executes the plan. The memory check, the cost estimate and the
 cache key are also based on it.
@@ -51,7 +51,7 @@ class TowerShape:
 
     @classmethod
     def of_tower(cls, visual) -> Self:
-        """Return the shape of a tower in memory, which is either this project's weights or a transformers module."""
+        """Return the shape of a loaded tower, which may be this project's `Tower` or a transformers module."""
         return cls.of(VisionConfig.of(visual.config), str(visual.patch_embed.proj.weight.device))
 
     def scope(self, layer: int) -> Literal["window", "pair"]:
@@ -86,9 +86,11 @@ class SetAside(ABC):
 
 @dataclass(frozen=True)
 class Stage:
-    """A point in the tower after which there are fewer rows."""
+    """A point in the tower at which the number of rows is reduced."""
 
-    first_layer: int  # layers run before the stage: 0 for patch embeddings, the tower's depth after the last layer
+    # The number of layers that run before the stage. At 0, it acts on the patch embeddings, and at the tower's depth, on its
+    # output.
+    first_layer: int
     rows: int  # the number of rows in the whole video after the stage; an upper bound if not `exact`
     reduce: Any  # a `Selector` of rows (or of tokens, after the last layer), a `Merge` or a `SetAside`
     exact: bool = True  # whether `rows` is the same for any content
@@ -169,7 +171,7 @@ class EncoderPlan:
 
     @property
     def row_stages(self) -> list[Stage]:
-        """The stages between layers that select from all rows of the video."""
+        """The stages that sit between layers and select from all of the video's rows."""
         return [stage for stage in self.stages if not stage.inside_pairs and stage is not self.token_stage]
 
     @property
@@ -231,7 +233,7 @@ def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, we
     """Return the number of rows in one frame pair after each layer, from `units` down to `keep`.
 
     A layer that merges inside windows leaves at least one row in each of the `windows`. The next full-attention layer removes the
-    excess rows, even if it is outside the range. If the tower has no such layer, more than `keep` rows can remain.
+    excess rows, even if it is not in `weights`. If the tower has no full-attention layer, more than `keep` rows can remain.
 
     Args:
         weights: The result of `layer_weights`.
@@ -244,7 +246,7 @@ def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, we
         wish = units - math.floor((units - keep) * min(done, 1.0) + 0.5)
         if tower.scope(layer) == "window":
             wish = max(wish, windows)
-            if layer not in weights:  # outside the range, only full-attention layers reduce rows
+            if layer not in weights:  # of the layers that are not in `weights`, only full-attention layers reduce rows
                 wish = rows
         rows = min(rows, wish)
         counts.append(rows)

@@ -1,4 +1,4 @@
-"""The registry of methods by name: the core methods, and the entry points in the group `evoprune.methods`.
+"""The registry of methods by name: the core methods, and the entry points in the `evoprune.methods` group.
 
 The methods of evoprune.contrib are entry points as well. Only `MethodText.parts` parses the text that users write. Importing this
 module does not import torch.
@@ -39,7 +39,7 @@ PAPER_NAMES = {"idpruner": "mmr", "mmgvid": "mmg", "streamingassistant": "adjace
 RESIZING = ("downscale", "subsample")  # this project's input methods (class `InputMethod`)
 REUSE = "reuse"  # a prefix of selectors, as in reuse+divprune
 OWN = "evoprune"  # the distribution that provides this project's entry points
-_NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # a setting's value that is a number
+_NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # matches a numeric value of a setting
 
 
 class Named(NamedTuple):
@@ -152,7 +152,6 @@ def _is_list(text: str) -> bool:
 
 
 def _unknown(name: str) -> UsageError:
-    """Return the error for an unknown method name."""
     letters = _letters(name)
     known = (*available(), REUSE)
     same = [each for each in known if _letters(each) == letters]
@@ -165,7 +164,7 @@ def _unknown(name: str) -> UsageError:
 
 
 def _letters(name: str) -> str:
-    """Return the letters and digits of a name in lower case, without any other characters."""
+    """Return only the letters and digits of a name, in lower case."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
@@ -280,7 +279,7 @@ def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
 
 
 def plugins() -> dict[str, str]:
-    """Load the entry points of all other packages. Returns a description of each by name: its package, and whether it works."""
+    """Load the entry points of all other packages. Returns a description of each, keyed by name: its package and its state."""
     states = {}
     for entry in _entry_points():
         if _is_own(entry):

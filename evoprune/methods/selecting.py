@@ -21,7 +21,7 @@ def select(selector: Selector, tokens: Tokens, keep: int, inflection: bool = Fal
     """Run `selector` and return its selection.
 
     Args:
-        inflection: Let the curve of the selector's scores decide the number of tokens, up to `keep`.
+        inflection: Whether the curve of the selector's scores determines the number of tokens, up to `keep`.
 
     Raises:
         PluginError: If a selector from another package returns something that its base class does not allow.
@@ -109,7 +109,7 @@ def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, device
 def _unlike(
     name: str, value: torch.Tensor, dtype: torch.dtype, length: int | None, device: torch.device
 ) -> Iterator[str]:
-    """Yield how a tensor differs from a one-dimensional tensor with this `length` (None for any), dtype and device."""
+    """Yield how `value` differs from a one-dimensional tensor with this dtype, device and `length`. None allows any length."""
     if not isinstance(value, torch.Tensor):
         yield f"an object of class {type(value).__name__} as {name} instead of a tensor"
     shape = "[K]" if length is None else f"[{length}]"

@@ -1,7 +1,7 @@
 """Inputs and results of pruning methods: small frozen dataclasses of tensors, and helpers for counting and indexing rows.
 
-All shapes are known from the plan. `bincount`, `nonzero` and masks as indices would synchronize the GPU, because the shapes of
-their results depend on values.
+All shapes are known from the plan, so nothing here synchronizes the GPU. `bincount`, `nonzero` and boolean indexing would, because
+the shapes of their results depend on values.
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,7 +33,7 @@ def nonzero_fixed(mask: torch.Tensor, count: int) -> torch.Tensor:
 class Tokens:
     """A video as a selector sees it, either after the encoder or between two of its layers (see the contract in docs/methods.md).
 
-    Properties that the method did not declare in `needs` or `reads_question` raise TypeError.
+    Reading a property that the method did not declare in `needs` or `reads_question` raises TypeError.
     """
 
     rows: torch.Tensor  # [E, D], ordered by unit; there is one row per unit, unless some units were not encoded
@@ -47,7 +47,7 @@ class Tokens:
         object.__setattr__(self, "seed", generator_seed(self.seed))
 
     def copied(self) -> "Tokens":
-        """Return the same tokens with cloned tensors."""
+        """Return a copy with cloned tensors."""
         given = {name: value.clone() for name, value in self.given.items()}
         return replace(self, rows=self.rows.clone(), unit_to_row=self.unit_to_row.clone(), given=given)
 
@@ -84,7 +84,10 @@ class Tokens:
 
     @cached_property
     def middle(self) -> torch.Tensor:
-        """float32 `[N, D]`: each unit's mean state over the tower's layers from 7/32 to 23/32, with patches merged."""
+        """float32 `[N, D]`: each unit's state, averaged over the tower's middle layers, after merging patches.
+
+        The middle layers are those between 7/32 and 23/32 of the tower's depth.
+        """
         return self._of_units(self._given("middle"))
 
     @property
@@ -112,7 +115,7 @@ class Selection:
     # int64 [N]: for each unit, the index in `kept` of the token whose mean the unit joins, or -1. A kept unit joins its own token.
     # None if tokens are not means.
     unit_to_token: torch.Tensor | None = None
-    weight: torch.Tensor | None = None  # float32 [N]: each unit's weight in the mean, above 0 if kept; None: all equal
+    weight: torch.Tensor | None = None  # float32 [N]: each unit's weight in the mean, above 0 if kept; None if equal
     size: torch.Tensor | None = None  # float32 [K]: the language model's attention adds log(size); None means 1 for all
     # Replaces `unit_to_token` if a unit can join several tokens: int64 [m] indices into `kept`, int64 [m] units, and float32 [m]
     # weights. Each kept unit must join its own token.
@@ -122,7 +125,7 @@ class Selection:
 
     @classmethod
     def of_pairs(cls, kept: Iterable[torch.Tensor], per_pair: int) -> Self:
-        """Return the selection of the kept places in every frame pair.
+        """Return a selection that consists of the kept places of each frame pair.
 
         Args:
             kept: For each frame pair, the int64 indices of the kept places, ascending.
