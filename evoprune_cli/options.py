@@ -258,7 +258,7 @@ def listed(texts: Sequence[str] | None) -> list[str]:
 
 
 def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = False) -> dict:
-    """Return the `budgets` and `methods` that `profile` or `eval` sweeps, without duplicates.
+    """Return the `budgets` and `methods` that `profile` or `eval` sweeps over, without duplicates.
 
     If `named` is True, the budgets "auto" and "auto:inflection" are also allowed.
 

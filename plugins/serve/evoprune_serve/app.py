@@ -159,7 +159,7 @@ class Server:
             raise
 
     def count(self, request: Request, status: int) -> None:
-        """Count a request by its path. A request for a single file or model counts toward the path of the list."""
+        """Count a request by its path. Requests for a single file or model are counted under /v1/files or /v1/models."""
         path = request.url.path
         known = (each for each in PATHS if path == each or path.startswith(f"{each}/"))
         self.metrics.request(next(known, "other"), status)
