@@ -1,4 +1,4 @@
-"""A cache for the common beginning of several prompts, so that its keys and values are computed once."""
+"""Cache the keys and values of the beginning that prompts have in common, so that they are computed only once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ from evoprune.methods import Dropping
 
 @dataclass
 class CachedPrefix:
-    """A KV cache and the token ids that it holds."""
+    """A KV cache together with the token ids of its columns."""
 
     cache: KVCache | HostedCache
-    prompt: torch.Tensor  # int64 on the CPU, token ids of the cache's leading columns
-    answer: Sequence[int] = ()  # token ids of the columns after the prompt; may grow while an answer is decoded
+    prompt: torch.Tensor  # int64 on the CPU, the token ids of the columns that belong to a prompt
+    answer: Sequence[int] = ()  # the token ids of the columns after the prompt; may grow while an answer is decoded
 
     @property
     def ids(self) -> torch.Tensor:
         return torch.cat([self.prompt, torch.tensor(self.answer, dtype=torch.int64, device="cpu")])
 
     def common(self, ids: torch.Tensor) -> int:
-        """Return the number of leading columns that the cache shares with a prompt about the same inputs.
+        """Return the number of leading columns that the cache has in common with a prompt about the same inputs.
 
         Args:
-            ids: int64 on the CPU, token ids of the prompt.
+            ids: int64 on the CPU, the token ids of the prompt.
         """
         own = self.ids
         length = min(len(own), len(ids))
@@ -38,37 +38,38 @@ class CachedPrefix:
 
 
 class PrefixCache:
-    """Cached keys and values for the beginning of prompts about the same inputs.
+    """Caches the keys and values of the beginning that prompts about the same inputs have in common.
 
-    Attention is causal, so keys and values before the question do not depend on the question. A later question under the same
-    system prompt reuses them, and a later question of a conversation also reuses the earlier turns. If a method drops tokens inside
-    the language model, the choice of tokens depends on the question, so every prompt is read in full.
+    Because attention is causal, the keys and values before a question do not depend on the question. A later question with the same
+    system prompt can reuse them, and a later question in the same conversation can also reuse the earlier turns. If a method drops
+    tokens inside the language model, however, the question affects which tokens are dropped, so every prompt is read in full.
 
-    A recurrent state (Qwen3.5) is available only at the end of a pass. On models with recurrent layers, the part before the
-    question is therefore read in a separate pass. In a conversation, the part before the answer also gets a separate pass. These
-    extra passes are skipped if no other question is expected. If another question comes anyway, more columns have to be read again.
+    A model with recurrent layers (Qwen3.5) exposes their state only at the end of a forward pass. The part before the question is
+    therefore read in a separate pass and, in a conversation, so is the part before the answer. These additional passes are skipped
+    if no other question is expected. If another question is asked anyway, more columns have to be read again.
     """
 
     def __init__(self, language: LanguageModel):
         self._language = language
-        # A single entry if the cache can be cropped. Otherwise, copies of a recurrent cache taken after each pass, shortest first.
+        # If the cache can be cropped, there is at most one entry. Otherwise, the entries are copies of a recurrent cache, made
+        # after each pass, with the shortest first.
         self._cached: list[CachedPrefix] = []
 
     def forget(self) -> None:
-        """Drop all caches. Call this when the visual tokens of the inputs change."""
+        """Delete all cached keys and values. Call this when the visual tokens of the inputs change."""
         self._cached = []
 
     def read(
         self, pruned: PrunedPrompt, prompt: Prompt, last: bool, goes_on: bool, dropping: Dropping | None
     ) -> PrefillState:
-        """Read the part of a prompt that is not cached and return the state for decoding its answer.
+        """Read the part of a prompt that is not cached yet, and return the state from which its answer can be decoded.
 
         Args:
             pruned: The columns of `prompt` that are left after pruning.
             prompt: The whole prompt.
-            last: True if no other question is expected, so nothing needs to be kept in the cache.
-            goes_on: True if the next question may belong to the same conversation.
-            dropping: Drops tokens inside the language model; None if no tokens are dropped there.
+            last: Whether this is expected to be the last question, so that nothing needs to be kept for another one.
+            goes_on: Whether the next question may belong to the same conversation.
+            dropping: Decides which tokens to drop inside the language model. None means that no tokens are dropped there.
         """
         language = self._language
         if dropping is not None:
@@ -76,11 +77,11 @@ class PrefixCache:
                 pruned.embeds, pruned.positions, pruned.following, None, pruned.sizes, dropping, pruned.deepstack
             )
         crops = language.can_crop
-        # Numbers of leading columns that another prompt may share with this prompt.
+        # Numbers of leading columns that a later prompt may have in common with this one.
         ends = [prompt.prefix_length, prompt.turn_length] if goes_on else [prompt.prefix_length]
         ends = [int((pruned.columns < end).sum()) for end in ends]
         if goes_on and crops:
-            ends.append(len(pruned) - 1)  # always read the last column: its logits choose the answer's first token
+            ends.append(len(pruned) - 1)  # the last column is always read, because its logits predict the first token
         inputs = int(pruned.visual.nonzero()[-1]) + 1
         cache, known = self._take_cache(pruned.ids[: ends[-1]], inputs, last)
         if not (crops or last):
@@ -105,12 +106,12 @@ class PrefixCache:
         return state
 
     def _take_cache(self, ids: torch.Tensor, inputs: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
-        """Return a cache that holds the beginning of a prompt, and the number of columns in it. Return None and 0 without one.
+        """Return a cache that holds the beginning of a prompt and the number of its columns, or None and 0 if there is none.
 
         Args:
-            ids: int64 on the CPU, the leading token ids of the prompt, which an earlier prompt may share.
-            inputs: Number of columns up to the end of the inputs. A croppable cache that shares fewer columns is not used.
-            last: If True, a recurrent cache itself is returned instead of a copy.
+            ids: int64 on the CPU, the leading token ids of the prompt, which an earlier prompt may have in common with it.
+            inputs: Number of columns up to the end of the inputs. A croppable cache with fewer columns in common is not used.
+            last: Whether to return a recurrent cache itself instead of a copy.
         """
         cached = self._cached
         self._cached = []
@@ -121,7 +122,7 @@ class PrefixCache:
             cache.crop(known)
             self._cached = [
                 CachedPrefix(cache, ids[:known])
-            ]  # these columns stay valid even if reading the prompt fails
+            ]  # these columns stay valid even if the prompt cannot be read
             return cache, known
         cached = [each for each in cached if each.common(ids) == len(each.prompt)]
         if not cached:

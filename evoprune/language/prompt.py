@@ -1,10 +1,10 @@
-"""Turn a question about videos and images into token ids with the model's chat template, and compute M-RoPE positions.
+"""Convert a question about videos and images to token ids, using the model's chat template, and compute M-RoPE positions.
 
-This file uses the `tokenizers` library directly, because transformers' wrapper takes longer to import than a short answer takes to
-compute.
+This module uses the `tokenizers` library directly, because transformers' wrapper takes longer to import than a short answer takes
+to generate.
 
-The user's words are always plain text: `<|im_end|>` or `<|video_pad|>` inside a question becomes ordinary tokens, so a question can
-neither end its turn early nor fake a video. Only the template places special tokens.
+Whatever the user writes is treated as plain text. If a question contains `<|im_end|>` or `<|video_pad|>`, these words become
+ordinary tokens, so a question can neither end its turn early nor fake a video. Only the template can insert special tokens.
 """
 
 import os
@@ -26,28 +26,29 @@ from evoprune.methods import arange_on
 from evoprune.untrusted import TEXT, check_fetched, read_object
 from evoprune.util import check_text
 
-# For each kind of input, its name in chat templates and the placeholder that templates write for it.
+# The name of each kind of input in chat templates, and the placeholder that templates write for it.
 CONTENTS = {"video": ("video", "<|video_pad|>"), "picture": ("image", "<|image_pad|>")}
 _PLACEHOLDERS = tuple(token for _, token in CONTENTS.values())
 MARKERS = "<|vision_start|>", "<|vision_end|>"  # around placeholders
-THOUGHTS = "<think>", "</think>"  # around the model's thoughts before its answer; some prompts end with the opening tag
-# Placeholders for the user's words while the template is rendered. They contain private-use characters, which templates do not use.
+THOUGHTS = "<think>", "</think>"  # around the model's thoughts before an answer; some prompts end with the opening tag
+# Placeholders that replace the user's words while the template is rendered. They contain private-use characters, which templates do
+# not use.
 _QUESTION = "\ue000question\ue001"
 _SYSTEM = "\ue000system\ue001"
 _EARLIER = "\ue000question {0}\ue001", "\ue000answer {0}\ue001"  # for the earlier turns
 _PART = "\ue000part {0}\ue001"  # for the strings before an input in a `Placed`
 _TEXT_PLACEHOLDER = re.compile("\ue000[a-z0-9 ]+\ue001")
 _ANY_PLACEHOLDER = re.compile("|".join([*map(re.escape, _PLACEHOLDERS), _TEXT_PLACEHOLDER.pattern]))
-MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's files are 11 MB and 3 kB in size
-# The components of Qwen's tokenizers. Other components could turn a short text into gigabytes.
+MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's files have 11 MB and 3 kB
+# The only supported components, which Qwen's tokenizers use. Other components could expand a short text to gigabytes.
 COMPONENTS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """Return GPT-2's map from the characters in a byte-level tokenizer's vocabulary to bytes.
+    """Return GPT-2's mapping from the characters in a byte-level tokenizer's vocabulary to bytes.
 
-    Printable Latin-1 characters stand for their own codes. The remaining bytes are represented, in order, by characters from U+0100
-    on.
+    Printable Latin-1 characters represent their own codes. All other bytes are represented, in ascending order, by the characters
+    starting at U+0100.
     """
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in shown]
@@ -63,19 +64,19 @@ class Tokenizer:
 
     backend: Any  # a `tokenizers.Tokenizer`
     chat_template: str  # Jinja source
-    # Tokens by their names in the tokenizer's settings, such as "eos_token". Templates may refer to these names.
+    # The tokens that have names in the tokenizer's settings, such as "eos_token". Templates may refer to them by these names.
     named: dict[str, str] = field(default_factory=dict)
-    template_file: str = ""  # file of the template, for error messages
+    template_file: str = ""  # the file that contains the template, for error messages
 
     def __post_init__(self):
-        self.backend.encode_special_tokens = True  # encode special tokens in a user's text as ordinary words
-        # A tokenizer that was saved after training may still truncate and pad as it did for training batches.
+        self.backend.encode_special_tokens = True  # despite its name, this encodes special tokens as ordinary words
+        # A tokenizer that was saved after training may still truncate and pad text as it did for training batches.
         self.backend.no_truncation()
         self.backend.no_padding()
 
     @staticmethod
     def is_in(folder: Path) -> bool:
-        """Return True if a model's folder has tokenizer files."""
+        """Return True if a model's folder contains tokenizer files."""
         return any(
             all((folder / name).is_file() for name in names)
             for names in (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -86,7 +87,7 @@ class Tokenizer:
         """Load the tokenizer and the chat template from a model's folder.
 
         Raises:
-            ModelError: If the tokenizer is missing, damaged or not of a supported kind, or there is no chat template.
+            ModelError: If the tokenizer is missing, damaged or unsupported, or if there is no chat template.
         """
         if not cls.is_in(folder):
             hint = "copy tokenizer.json and tokenizer_config.json from the original model"
@@ -117,22 +118,22 @@ class Tokenizer:
         """Return the token ids of `text`. Special tokens in the text are encoded as ordinary words.
 
         Raises:
-            ModelError: If the tokenizer panics, for example because a pattern takes too many steps.
+            ModelError: If the tokenizer panics, for example because matching a pattern takes too many steps.
         """
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
-        except BaseException as problem:  # a panic in Rust is not an Exception
+        except BaseException as problem:  # panics in Rust are not subclasses of Exception
             if type(problem).__name__ != "PanicException":
                 raise
             message = f"the model's tokenizer crashed: {first_line(problem)}"
             raise ModelError(message, "use the tokenizer of the original model", stage="prefill") from problem
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of `ids` without special tokens. Incomplete characters become U+FFFD."""
+        """Return the text of `ids` without special tokens. Incomplete characters are replaced with U+FFFD."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def bytes_of(self, token: int) -> bytes:
-        """Return the UTF-8 bytes of a token, which may be only part of a character. Return no bytes if the id has no token."""
+        """Return a token's UTF-8 bytes, which may be only part of a character, or no bytes if there is no token with this id."""
         if token in (added := self._added):
             return added[token].encode()
         text = self.backend.id_to_token(token) or ""
@@ -140,44 +141,45 @@ class Tokenizer:
 
     @cached_property
     def _added(self) -> dict[int, str]:
-        """The content of each token that was added to the vocabulary, by id."""
+        """The text of each token that was added to the vocabulary, keyed by id."""
         return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
     def render(self, messages: list[dict], thinking: bool = False) -> str:
-        """Render a conversation with the chat template, up to the beginning of the model's answer or thoughts.
+        """Render a conversation with the chat template, up to the point where the model begins its answer or its thoughts.
 
         Args:
-            messages: The conversation in the format of chat templates.
-            thinking: Value for the template's variable `enable_thinking`; see `can_switch_thinking`.
+            messages: The conversation in the format that chat templates expect.
+            thinking: The value of the template's `enable_thinking` variable (see `can_switch_thinking`).
 
         Raises:
             ValueError: If the template is broken, rejects the messages, or exceeds its limits.
-            OSError: If no process can be started.
+            OSError: If the process that renders the template cannot be started.
         """
         context = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
         return render(self.chat_template, context | {"enable_thinking": thinking} | self.named)
 
     @property
     def can_switch_thinking(self) -> bool:
-        """True if the template reads `enable_thinking`, as Qwen3.5's does. Qwen3-VL-Thinking's does not: it always thinks."""
+        """Whether the template uses `enable_thinking`. Qwen3.5's template does, but Qwen3-VL-Thinking always thinks."""
         return "enable_thinking" in self.chat_template
 
     @cached_property
     def always_thinks(self) -> bool:
-        """True if the template opens thoughts even when `enable_thinking` is False."""
-        if THOUGHTS[0] not in self.chat_template:  # avoids starting a process to render
+        """Whether the template opens the model's thoughts even if `enable_thinking` is False."""
+        if THOUGHTS[0] not in self.chat_template:  # saves starting a process to render the template
             return False
         try:
             return opens_thoughts(self.render([{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]))
-        except (ValueError, OSError):  # building the prompt for a question reports the error
+        except (ValueError, OSError):  # the error is reported later, when a prompt is built
             return False
 
     def video_columns(self, grid: tuple[int, int, int], times: Sequence[str] = ()) -> tuple[torch.Tensor, "Place"]:
-        """Return the token ids of a video in a prompt, int64 `[L]`, and the video's place among these ids.
+        """Return the token ids that represent a video in a prompt, int64 `[L]`, and the video's place among these ids.
 
         Args:
-            grid: (T, H, W), number of frame pairs, and rows and columns of units.
-            times: The timestamps before the frame pairs, made by `timestamps`. If given, each frame pair has its own markers.
+            grid: (T, H, W), the number of frame pairs and the number of rows and columns of units.
+            times: The timestamp before each frame pair, as returned by `timestamps`. If there are timestamps, markers surround each
+                frame pair.
         """
         specials = self.specials()
         start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS["video"][1], MARKERS[1]))
@@ -198,7 +200,7 @@ def opens_thoughts(prompt: str) -> bool:
 
 
 def _named_tokens(settings: dict) -> dict[str, str]:
-    """Return the named tokens in a tokenizer's settings, which store them as strings or as {"content": string, ...}."""
+    """Return the named tokens from a tokenizer's settings, where each is either a string or an object with a `content` string."""
     named = {}
     for name, token in settings.items():
         if isinstance(token, dict):
@@ -214,7 +216,7 @@ def _backend(folder: Path):
 
         _check_size(folder / "tokenizer.json")
         return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    # With only vocab.json and merges.txt, transformers supplies the rest of Qwen's tokenizer.
+    # If there are only vocab.json and merges.txt, transformers supplies the rest of Qwen's tokenizer.
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
@@ -236,10 +238,10 @@ def _settings(path: Path) -> dict:
 
 
 def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
-    """Return the chat template, or None if it is missing, and the file that contains it.
+    """Return the chat template, or None if there is none, and the file that contains it.
 
-    The template's own file is read first, then the files that older repositories use. Among the latter, the processor's template
-    takes precedence over the tokenizer's, because it supports video.
+    If the template has its own file, that file takes precedence over the settings files in which older repositories store it. The
+    processor's settings take precedence over the tokenizer's, because only the processor's template supports video.
     """
     file = folder / "chat_template.jinja"
     if os.path.lexists(file):
@@ -250,7 +252,7 @@ def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
             template = _settings(file).get("chat_template")
         else:
             template = settings.get("chat_template")
-        if isinstance(template, list):  # several templates by name
+        if isinstance(template, list):  # a list of named templates
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if template:
             return TEXT.check(template, f"{file.name}: chat_template"), file
@@ -260,15 +262,15 @@ def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
 def video_positions(
     grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
 ) -> torch.Tensor:
-    """Return the M-RoPE positions of a video's units relative to its start, in raster order: int64 `[3, T*H*W]`.
+    """Return the M-RoPE positions of a video's units, int64 `[3, T*H*W]`, in raster order and relative to the video's start.
 
     Args:
-        grid: (T, H, W), number of frame pairs, and rows and columns of units. An image counts as one frame pair.
-        seconds_per_pair: Time from one frame pair to the next; ignored for a single frame pair.
+        grid: (T, H, W), the number of frame pairs and the number of rows and columns of units. An image counts as one frame pair.
+        seconds_per_pair: The time between consecutive frame pairs, which is ignored if there is only one frame pair.
         tokens_per_second: See `config.VisionConfig`.
     """
     t, h, w = grid
-    # Multiply in float64 and round down only at the end, because multiples of a rounded step would drift.
+    # Multiply in float64 and round down only at the end, because the positions would drift if the step were rounded.
     step = 1.0
     if tokens_per_second is not None:
         step = seconds_per_pair * tokens_per_second
@@ -279,13 +281,13 @@ def video_positions(
 def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
     """Return the M-RoPE positions of an unpruned prompt, int64 `[3, length]` (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
-    A text token has the same position in time, height and width. A video token has the time of its frame pair and the row and
-    column of its unit, relative to the position where the video starts. Text after a video continues at the largest position so far
-    plus one, and so does the first generated token.
+    The positions of a text token in time, height and width are the same. The positions of a video token are the time of its frame
+    pair and the row and column of its unit, added to the position where the video starts. The text after a video continues at the
+    largest position so far plus one. So does the first generated token after the prompt.
 
     Args:
-        length: Number of columns.
-        videos: For each video and image in order, its first column and the result of `video_positions`.
+        length: The number of columns in the prompt.
+        videos: The first column and the result of `video_positions` for each video and image, in order.
 
     Raises:
         ValueError: If a video overlaps another video or does not fit into the prompt.
@@ -311,20 +313,20 @@ def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) ->
 class Place:
     """The columns of one input in a prompt."""
 
-    runs: tuple[range, ...]  # columns of its placeholders: a single run, or runs of equal length, one per frame pair
-    # For each run, its columns together with its timestamp and markers. All of these columns are removed if no token of the run is
-    # kept, as if the frame pair had not been sampled. Empty if the text around the runs always stays.
+    runs: tuple[range, ...]  # columns of the placeholders: a single run, or one run per frame pair, all of equal length
+    # The columns of each run together with its timestamp and markers. If no token of the run is kept, all of these columns are
+    # removed, as if the frame pair had not been sampled. Empty if the text around runs is never removed.
     around: tuple[range, ...] = ()
 
     @classmethod
     def of_pairs(cls, before: Sequence[int], units: int, *, start: int = 0, after: int = 1) -> "Place":
-        """Return the place of a video that has a timestamp before each frame pair.
+        """Return the place of a video with a timestamp before each frame pair.
 
         Args:
-            before: For each frame pair, the number of text columns before its tokens.
+            before: Number of text columns before the tokens of each frame pair.
             units: Number of tokens per frame pair.
             start: First column of the video.
-            after: Number of text columns after the tokens of a frame pair.
+            after: Number of text columns after the tokens of each frame pair.
         """
         runs = []
         around = []
@@ -346,16 +348,19 @@ class Place:
     def positions(
         self, grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
     ) -> list[tuple[int, torch.Tensor]]:
-        """Return the first column and the positions of each run, for `prompt_positions`. Arguments: see `video_positions`."""
+        """Return the first column and the positions of each run, in the form that `prompt_positions` expects.
+
+        See `video_positions` for the arguments.
+        """
         pairs = grid[0] // len(self.runs)
         inside = video_positions((pairs, *grid[1:]), seconds_per_pair, tokens_per_second)
         return [(run.start, inside) for run in self.runs]
 
     def left_out(self, kept: torch.Tensor) -> list[range]:
-        """Return the entries of `around` to remove from the prompt, because their runs have no kept tokens.
+        """Return the ranges in `around` that should be removed from the prompt because no tokens of their runs are kept.
 
         Args:
-            kept: int64 on the CPU, indices of the placeholders to keep.
+            kept: int64 on the CPU, the indices of the placeholders to keep.
         """
         if not self.around:
             return []
@@ -364,10 +369,12 @@ class Place:
 
 
 def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
-    """Return the timestamps that Qwen3-VL and Qwen3.5 read before frame pairs: the mean time of a pair's first and last frame.
+    """Return the timestamps that precede the frame pairs in prompts for Qwen3-VL and Qwen3.5.
+
+    The timestamp of a frame pair is the mean of the times of its first and last frames.
 
     Args:
-        times_s: Times of the frames in seconds.
+        times_s: The times of the frames in seconds.
         frames: Number of frames per pair.
     """
     pairs = zip(*(times_s[first::frames] for first in (0, frames - 1)), strict=True)
@@ -380,10 +387,10 @@ class Prompt:
 
     input_ids: torch.Tensor  # int64 `[L]`
     places: tuple[Place, ...]  # one per input
-    # Number of leading ids that do not depend on the question: up to and including the last `<|vision_end|>`, and the subtitles if
-    # possible. Their keys and values can be reused for any question about the same inputs with the same system prompt.
+    # Number of leading ids that do not depend on the question. They include the last `<|vision_end|>` and, if possible, the
+    # subtitles. Their keys and values can be reused for any question about the same inputs with the same system prompt.
     prefix_length: int
-    # Number of leading ids up to the end of the question. Later prompts of the conversation begin with the same ids.
+    # Number of ids up to the end of the question. Later prompts of the same conversation begin with these ids.
     turn_length: int
 
     @classmethod
@@ -401,26 +408,29 @@ class Prompt:
     ) -> "Prompt":
         """Build the prompt for a question, up to the beginning of the answer.
 
-        The prompt consists of the inputs in order, the subtitles, the earlier turns and the question. A question that is a `Placed`
-        has inputs between its strings, which are the last entries of `inputs`.
+        The prompt consists of the inputs in order, the subtitles, the earlier turns and the question. If the question is a
+        `Placed`, some inputs appear between its pieces of text. These are the last entries of `inputs`.
 
         All strings are taken literally. The first question follows the subtitles without a space. If the strings contain no special
-        tokens, the ids are the same as when the rendered conversation is tokenized at once.
+        tokens, the resulting ids are the same as if the whole rendered conversation were tokenized at once.
 
         Args:
-            inputs: For each input, "video" or "picture" and the number of its visual tokens before pruning, at least 1.
-            system: A system prompt; None leaves it to the template.
-            times: For each input, the timestamps before its frame pairs, made by `timestamps`; each frame pair then has its own
-                markers. Empty, which is the default, for an input whose placeholders form a single run.
+            tokenizer: The model's tokenizer and chat template.
+            question: The question to answer.
+            inputs: A pair for each input, which consists of its kind ("video" or "picture") and the number of its visual tokens
+                before pruning (at least 1).
+            system: The system prompt. None leaves the choice to the template.
+            subtitles: Text that precedes the first question.
+            times: The timestamps before the frame pairs of each input, as returned by `timestamps`. Markers then surround each
+                frame pair. An input without timestamps has an empty sequence, and its placeholders form a single run.
             thinking: See `Tokenizer.render`.
-            earlier: The earlier turns of the conversation, in order. The inputs belong to the first question, except for inputs
-                inside a `Placed`.
+            earlier: The earlier turns of the conversation, in order. All inputs belong to the first question, except those inside a
+                `Placed`.
 
         Raises:
-            ModelError: If the chat template is broken, or does not write the inputs in order, followed by the conversation.
+            ModelError: If the chat template is broken, or if it does not write the inputs in order, followed by the conversation.
             UsageError: If a string is not valid Unicode (stray bytes from a shell), the template has no place for a system prompt,
-            or
-                it does not support thinking.
+                or it does not support thinking.
             ValueError: If there are no inputs, an input has no tokens, or there are more places than inputs.
         """
         if not inputs or min(count for _, count in inputs) < 1:
@@ -443,7 +453,7 @@ class Prompt:
         check_text(question, system, *_texts(earlier))
         words = texts | {after_inputs: subtitles + texts[after_inputs], _SYSTEM: system or ""}
         times_of = times or [()] * len(inputs)
-        # Number of placeholders per run. An input with timestamps has one run per timestamp.
+        # The number of placeholders in each run. An input with timestamps has one run per timestamp.
         lengths = (
             count // (len(own) or 1) for (_, count), own in zip(inputs, times_of, strict=True) for _ in own or [""]
         )
@@ -451,9 +461,9 @@ class Prompt:
         runs = []
         prefix_length = 0
         turn_length = 0
-        # Split only at the template's special tokens, where the tokenizer splits too. The text between two of them is encoded at
-        # once, so that merges across the edge of the user's text (such as with a newline before it) are the same as in the whole
-        # prompt.
+        # Split only at the template's special tokens, because the tokenizer splits there as well. The text between two special
+        # tokens is encoded at once, so that the user's text merges with the template's text around it (such as a newline) in the
+        # same way as if the whole prompt were encoded at once.
         for piece in re.split(f"({'|'.join(map(re.escape, specials))})", _with_times(rendered, times_of)):
             if piece in _PLACEHOLDERS:
                 runs.append(range(len(ids), len(ids) + next(lengths)))
@@ -461,7 +471,7 @@ class Prompt:
             elif piece in specials:
                 ids.append(specials[piece])
             else:
-                # Substitute in one pass, so that a placeholder inside the user's words is not replaced.
+                # Substitute in a single pass, so that a placeholder that the user wrote is not replaced.
                 text = _TEXT_PLACEHOLDER.sub(lambda match: words[match[0]], piece)
                 encoded = tokenizer.encode(text)
                 if after_inputs in piece:
@@ -470,7 +480,7 @@ class Prompt:
                         before = tokenizer.encode(piece.partition(after_inputs)[0] + subtitles)
                         if (
                             encoded[: len(before)] == before
-                        ):  # False if the question's beginning merges with the subtitles
+                        ):  # False if the beginning of the question merges with the subtitles into one token
                             prefix_length += len(before)
                 ids += encoded
                 if _QUESTION in piece:
@@ -485,22 +495,22 @@ class Prompt:
 
     @property
     def text_tokens(self) -> int:
-        """Number of ids that are not placeholders. A pruned prompt may have fewer (`Place.around`)."""
+        """Number of ids that are not placeholders. A pruned prompt may contain fewer of them (see `Place.around`)."""
         return len(self.input_ids) - self.visual_tokens
 
 
 def _texts(turns: Sequence[Turn]) -> list[str]:
-    """Return the questions and answers of turns in order."""
     return [text for turn in turns for text in (turn.question, turn.answer)]
 
 
 def _lay_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list[list[str | None]], dict[str, str]]:
-    """Lay out the messages of a conversation as lists of strings and inputs.
+    """Divide the messages of a conversation into strings and inputs.
 
-    Inputs that are not inside a `Placed` come first. Every message ends with a string, possibly an empty one.
+    Inputs that are not inside a `Placed` come first. Every message ends with a string, which may be empty.
 
     Returns:
-        One list of parts per message, with placeholders for strings and None for inputs; and the strings by placeholder.
+        A list for each message, which contains a placeholder for each string and None for each input, and a dictionary from
+        placeholders to strings.
     """
     names = [*(name.format(turn) for turn in range(len(earlier)) for name in _EARLIER), _QUESTION]
     messages = [text.parts if isinstance(text, Placed) else (text,) for text in (*_texts(earlier), question)]
@@ -523,7 +533,7 @@ def _lay_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list[
 
 
 def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
-    """For inputs with timestamps, replace the single placeholder by one after each timestamp, enclosed in markers."""
+    """Replace the placeholder of each input that has timestamps with its timestamps, each followed by a placeholder in markers."""
     remaining_times = iter(times)
     start, end = map(re.escape, MARKERS)
 
@@ -534,10 +544,10 @@ def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
 
 
 def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequence[Sequence[str]]) -> Iterator[Place]:
-    """Yield the place of each input. `runs` has the columns of the placeholders, in the order of the inputs."""
+    """Yield the place of each input. `runs` contains the columns of all placeholders, in the order of the inputs."""
 
     def around(run: range, time: str) -> range:
-        """Return the columns of a run and its markers, and of its timestamp unless that merged with the text before it."""
+        """Return the columns of a run, its markers and its timestamp (unless the timestamp merged with the text before it)."""
         own = tokenizer.encode(time)
         start = run.start - 1
         if ids[start - len(own) : start] == own:
@@ -558,14 +568,15 @@ def _render(
     thinking: bool,
     contents: Sequence[Sequence[str | None]],
 ) -> str:
-    """Render the conversation with placeholders for the user's words, and check the order of its parts.
+    """Render the conversation with placeholders for the user's words, and check that its parts are in the right order.
 
     Args:
-        kinds: "video" or "picture" for each input.
-        with_system: Whether to add a system prompt.
+        tokenizer: The tokenizer and its chat template.
+        kinds: The kind of each input, "video" or "picture".
+        with_system: Whether to include a system prompt.
         markers: Special tokens that the tokenizer must have.
         thinking: See `Tokenizer.render`.
-        contents: The messages from `_lay_out`.
+        contents: The messages as returned by `_lay_out`.
 
     Raises:
         ModelError: If the template cannot be used.
@@ -590,7 +601,7 @@ def _render(
         missing = {*inputs, *markers} - tokenizer.specials().keys()
         if missing or inputs != [token for token in written if token in _PLACEHOLDERS]:
             raise ValueError("it does not write the inputs in order")
-        # A template may repeat a single question that follows the inputs.
+        # If a single question follows the inputs, the template may repeat it.
         if written != expected and (len(expected) > len(inputs) + 1 or written[: len(expected)] != expected):
             raise ValueError("it does not write the messages in order after the inputs")
     except ValueError as problem:
