@@ -1,4 +1,4 @@
-import av  # noqa: F401  before decord, whose older codec libraries would replace PyAV's
+import av  # noqa: F401  imported before decord, whose older codec libraries would otherwise replace PyAV's
 import pytest
 
 from evoprune.video.readers.track import Track
@@ -12,13 +12,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Read videos in this process, so that a test can observe it."""
+    """Read videos in the test process instead of a worker process, so that tests can patch and observe the readers."""
     monkeypatch.setattr(isolation, "POSSIBLE", False)
 
 
 @pytest.fixture
 def decoded(in_process, monkeypatch):
-    """Counts decoded frames."""
+    """A list with one number, which counts the frames that have been decoded."""
     count, original = [0], Track._decoded
 
     def counting(*args):

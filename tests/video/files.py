@@ -1,7 +1,8 @@
-"""Test videos whose frames show their own number, each encoded in a separate process.
+"""Writes test videos in which each frame shows its own number. Each video is encoded in a separate process.
 
-An encoder may change its process: libsvtav1, run as root, switches to the real-time scheduling class. Child processes inherit that
-and starve all other programs, so a test process that encoded AV1 could freeze the machine.
+The separate process is needed because an encoder may change the process in which it runs. When libsvtav1 runs as root, it switches
+to the real-time scheduling class, which child processes inherit. If the test process itself encoded AV1, its children could starve
+all other programs and freeze the machine.
 """
 
 import multiprocessing
@@ -22,7 +23,7 @@ from evoprune.video.sandbox import isolation
 
 BITS = 8
 CLOCK = Fraction(1, 1000)
-# Children are forks of a server that already imported this file, so each one starts in milliseconds.
+# Child processes are forked from a server that has already imported this file, so each one starts within milliseconds.
 CONTEXT = multiprocessing.get_context(
     "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 )
@@ -31,7 +32,7 @@ if CONTEXT.get_start_method() == "forkserver":
 
 
 def apart(function: Callable, *arguments, **how):
-    """Run a function in another process, and return its result or raise its exception. Everything must be picklable."""
+    """Call a function in another process and return its result. The function, its arguments and its result must be picklable."""
     with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
         return pool.submit(partial(function, *arguments, **how)).result()
 
@@ -48,14 +49,14 @@ def in_this_process() -> Iterator[None]:
 
 
 def numbered_frame(number: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """Return uint8 `[height, width, 3]`: `number` (0..255) as vertical stripes, the highest bit on the left."""
+    """Return a frame, uint8 `[height, width, 3]`, that shows `number` (0..255) as vertical stripes, highest bit on the left."""
     bits = np.array([(number >> bit) & 1 for bit in reversed(range(BITS))], np.uint8)
     row = bits[np.arange(width) * BITS // width] * 180 + 40
     return np.broadcast_to(row[:, None], (height, width, 3)).astype(np.uint8)
 
 
 def number_of(rgb: np.ndarray) -> int:
-    """Return the number in a frame made by `numbered_frame`, after any lossy encoding."""
+    """Return the number that a frame from `numbered_frame` shows. It can be read even after lossy encoding."""
     middles = (2 * np.arange(BITS) + 1) * rgb.shape[1] // (2 * BITS)
     return int("".join("1" if rgb[:, x].mean() > 128 else "0" for x in middles), 2)
 
@@ -65,7 +66,7 @@ def numbered_frames(count: int, height: int = 48, width: int = 64) -> list[np.nd
 
 
 def write_video(path: Path | str, frames: Iterable[np.ndarray], **how) -> Path:
-    """Write a file of RGB frames with `encode_video` in another process."""
+    """Run `encode_video` in another process to write a file of RGB frames."""
     apart(encode_video, str(path), list(frames), **how)
     return Path(path)
 
@@ -87,15 +88,16 @@ def encode_video(
     audio_s: float = 0.0,
     container_options: dict[str, str] | None = None,
 ) -> None:
-    """Encode RGB frames into a file whose container follows from its extension.
+    """Encode RGB frames into a file. The file's extension determines the container.
 
     Args:
-        codec, options: FFmpeg's name of the encoder, and its options.
-        rotation, mirrored: how players turn the frames: first flipped left to right, then rotated clockwise by this many degrees.
-        pts: the time of each frame in seconds; evenly by `fps` from `start` by default.
-        gop: longest distance between keyframes.
-        audio_s: length of a silent audio track; 0 for no audio.
-        container_options: such as `{"movflags": "faststart"}`.
+        codec, options: FFmpeg's name for the encoder, and the encoder's options.
+        rotation, mirrored: How players turn the frames. They first flip the frames left to right if `mirrored` is True, and then
+            rotate them clockwise by `rotation` degrees.
+        pts: The time of each frame in seconds. By default, times are spaced evenly according to `fps`, beginning at `start`.
+        gop: Maximum number of frames from one keyframe to the next.
+        audio_s: Length of a silent audio track in seconds, or 0 for no audio.
+        container_options: Options for the container, such as `{"movflags": "faststart"}`.
     """
     times = [start + i / fps for i in range(len(frames))] if pts is None else pts
     with av.open(path, "w", container_options=container_options or {}) as out:
@@ -107,7 +109,7 @@ def encode_video(
         if pts is not None or start:
             stream.codec_context.time_base = CLOCK
         if rotation or mirrored:
-            # FFmpeg flips after its (anticlockwise) rotation, so the rotation must have the opposite direction.
+            # FFmpeg rotates counterclockwise and then flips, so the rotation must go in the opposite direction if there is a flip.
             stream.set_display_rotation(rotation if mirrored else -rotation, hflip=mirrored)
         sound = out.add_stream("aac", rate=8000, layout="mono") if audio_s else None
         converter = VideoReformatter()  # shared by all frames, because creating it takes longer than converting a frame
@@ -125,7 +127,7 @@ def encode_video(
 
 
 def write_sound(path: Path, cover: bool = False) -> Path:
-    """Write a second of silence, as MP3 or AAC by the extension, optionally with a cover picture."""
+    """Write one second of silence to an MP3 or AAC file, depending on the extension, with a cover image if `cover` is True."""
     apart(encode_sound, path, cover)
     return path
 
@@ -149,7 +151,7 @@ def encode_sound(path: Path, cover: bool) -> None:
 
 
 def add_beside(path: Path, out: Path, beside: str) -> Path:
-    """Copy the file with another stream before the video: `subtitles`, or a `cover` picture."""
+    """Copy a video file and put another stream before the video: "subtitles", or a "cover" image."""
     with av.open(str(path)) as source, av.open(str(out), "w") as target:
         other = target.add_stream({"subtitles": "ass", "cover": "mjpeg"}[beside], rate=1)
         if beside == "cover":
@@ -169,7 +171,7 @@ def add_beside(path: Path, out: Path, beside: str) -> Path:
 
 
 def quarters():
-    """Return a frame of four colors: red and green above, blue and white below."""
+    """Return a frame with four colors: red and green in the upper half, blue and white in the lower half."""
     rgb = np.zeros((48, 64, 3), np.uint8)
     rgb[:24, :32, 0] = rgb[:24, 32:, 1] = rgb[24:, :32, 2] = 255
     rgb[24:, 32:] = 255
@@ -177,7 +179,7 @@ def quarters():
 
 
 def spoil(path, out, packets):
-    """Copy the file with the contents of some packets overwritten."""
+    """Copy a file to `out` and overwrite the contents of the given packets."""
     content = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
         for i, packet in enumerate(container.demux(video=0)):
@@ -188,7 +190,7 @@ def spoil(path, out, packets):
 
 
 def crop_video(path: Path, out: Path, left: int, right: int, top: int, bottom: int) -> Path:
-    """Copy an H.264 MP4 with a clap box, which makes players crop these numbers of pixels from each frame."""
+    """Copy an H.264 MP4 and add a clap box that tells players how many pixels to crop from each side of the frames."""
     content = bytearray(path.read_bytes())
     at = 0
     boxes = []
@@ -208,7 +210,7 @@ def crop_video(path: Path, out: Path, left: int, right: int, top: int, bottom: i
 
 
 def write_image(path: Path | str, rgb: np.ndarray) -> Path:
-    """Encode a picture into a JPEG, PNG, WebP or BMP file, by its extension."""
+    """Write an image to a JPEG, PNG, WebP or BMP file, depending on the extension."""
     codec, pix_fmt = {
         ".jpg": ("mjpeg", "yuvj444p"),
         ".jpeg": ("mjpeg", "yuvj444p"),
@@ -227,16 +229,16 @@ def write_image(path: Path | str, rgb: np.ndarray) -> Path:
 
 
 def pixels(chunks):
-    """Return all frames of some chunks: uint8 `[n, H, W, 3]`."""
+    """Return the frames of all chunks as one array, uint8 `[n, H, W, 3]`."""
     return np.concatenate([chunk.pixels for chunk in chunks])
 
 
 def numbers(info, times, **how):
-    """Return the numbers in the frames that are read."""
+    """Read the frames at the given times and return the numbers that they show."""
     return [number_of(rgb) for chunk in read_chunks(info, times, **how) for rgb in chunk.pixels]
 
 
-SAID = {  # how a file is written, its facts, and the warning
+SAID = {  # for each file: how to write it, the facts that it states, and the expected warning
     "pq.mp4": ({"codec": "libx265", "pix_fmt": "yuv420p10le"}, {"color_trc": 16}, {"hdr": True}, "hdr_video"),
     "hlg.mkv": ({"codec": "libx265", "pix_fmt": "yuv420p10le"}, {"color_trc": 18}, {"hdr": True}, "hdr_video"),
     "fields.mp4": ({"options": {"x264-params": "interlaced=1"}}, {}, {"interlaced": True}, "interlaced_video"),
@@ -249,7 +251,7 @@ SAID = {  # how a file is written, its facts, and the warning
 
 
 def write_said(path: Path) -> tuple[dict, str | None]:
-    """Write the file of `SAID` with this name. Returns its facts and the warning."""
+    """Write the file that `SAID` describes under this file name. Returns the expected facts and the expected warning."""
     how, settings, facts, warning = SAID[path.name]
     how = {"codec": "libx264", "pix_fmt": "yuv420p", "options": {"x265-params": "log-level=none"}, "tracks": 1} | how
     with av.open(str(path), "w") as out:

@@ -1,7 +1,8 @@
-"""Two hundred valid files of many kinds: `python -m tests.video.good [--rounds 5]`.
+"""Measures the overhead of the worker process with 200 valid files: `python -m tests.video.good [--rounds 5]`.
 
-Asks the demo model about each file, alternately with the usual worker process and without it. Prints how many were answered and the
-overhead of the worker process, for reading alone and for the time to the first token, as the median of per-file ratios.
+The demo model is asked about each file, alternately with and without a worker process. The program prints how many files were
+answered, and the overhead of the worker process, both for reading only and for the time to first token. The overhead is the median
+over the files of the ratio between the times with and without the worker process.
 """
 
 import argparse
@@ -34,7 +35,7 @@ WAYS = [
 
 
 def some_file(folder: Path, number: int) -> Path:
-    """Write a valid file with random codec, container, size, length, frame rate, rotation, start time and audio."""
+    """Write a valid file whose codec, container, size, length, frame rate, rotation, start time and audio are random."""
     random = np.random.default_rng(number)
     how, endings = WAYS[number % len(WAYS)]
     ending = str(random.choice(endings))
@@ -49,7 +50,7 @@ def some_file(folder: Path, number: int) -> Path:
 
 
 def good_files(folder: Path) -> list[Path]:
-    """Write one file of each kind, and random ones."""
+    """Write one file of each kind in `KINDS`, and `MADE` random files."""
     (folder / "kinds").mkdir()
     return [write_kind(folder / "kinds", name) for name in KINDS] + [some_file(folder, i) for i in range(MADE)]
 

@@ -1,4 +1,4 @@
-"""The kinds of files that the tests use, and the expected result of each decoder."""
+"""The kinds of files that the tests use, and the result that is expected from each decoder."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +11,11 @@ from tests.video.files import add_beside, numbered_frames, write_video
 
 @dataclass(frozen=True)
 class Kind:
-    """How to write a file, and part of decord's error message for it, or None if decord reads it.
+    """How to write a kind of file, and what to expect from it.
 
-    `hidden`: number of frames that are stored but never displayed. `stored`: the file is in `data/`, because the encoders in
-    PyAV's wheels cannot write it. `beside`: another stream that comes first, see `add_beside`.
+    `decord_refuses` is part of decord's error message for the file, or None if decord can read it. `hidden` is the number of frames
+    that are stored but never displayed. `stored` is True if the file is in `data/`, because the encoders in PyAV's wheels cannot
+    write it. `beside` names another stream that comes before the video (see `add_beside`).
     """
 
     how: dict[str, Any] = field(default_factory=dict)
@@ -26,8 +27,8 @@ class Kind:
     beside: str | None = None
 
 
-# Written by vpxenc 1.12: --kf-max-dist=10 --end-usage=q --cq-level=30 --cpu-used=1, and for the 10-bit one
-# --profile=2 --bit-depth=10 --input-bit-depth=10 --auto-alt-ref=0.
+# The VP9 files were written by vpxenc 1.12 with --kf-max-dist=10 --end-usage=q --cq-level=30 --cpu-used=1. The 10-bit file was
+# written with these options and --profile=2 --bit-depth=10 --input-bit-depth=10 --auto-alt-ref=0.
 DATA = Path(__file__).parent / "data"
 HEVC = {"codec": "libx265", "options": {"x265-params": "log-level=none"}}
 VP9 = {"codec": "libvpx-vp9"}
@@ -50,7 +51,7 @@ KINDS = {
     "hevc.ts": Kind(HEVC, decord_refuses=UNRELIABLE),
     "vp8.webm": Kind({"codec": "libvpx"}),
     "vp9.webm": Kind(VP9),
-    # Hidden reference frames, as most VP9 files have.
+    # A file with hidden reference frames, as in most VP9 files.
     "vp9_hidden.webm": Kind(stored=True, decord_refuses="stops at damage"),
     "av1.mkv": Kind(AV1, decord_refuses="no decoder for AV1"),
     "av1.mp4": Kind(AV1, decord_refuses="no decoder for AV1"),
@@ -117,7 +118,7 @@ KINDS = {
 
 
 def write_kind(folder: Path, name: str) -> Path:
-    """Return the file of this kind, with frames numbered from 0. It is written on first use unless it is stored."""
+    """Return the path of a file of this kind, whose frames are numbered from 0. It is written on first use, unless it is stored."""
     path, kind = folder / f"kind_{name}", KINDS[name]
     if kind.stored:
         return DATA / name
@@ -129,7 +130,7 @@ def write_kind(folder: Path, name: str) -> Path:
 
 
 def _upright(kind: Kind) -> list[np.ndarray]:
-    """Return frames whose numbers are upright when displayed."""
+    """Return frames whose numbers are upright after a player has rotated and flipped the frames."""
     turns, mirrored = kind.how.get("rotation", 0) // 90, kind.how.get("mirrored", False)
     displayed = kind.size if turns % 2 == 0 else kind.size[::-1]
     frames = [np.rot90(rgb, turns) for rgb in numbered_frames(kind.frames, *displayed)]
@@ -137,7 +138,7 @@ def _upright(kind: Kind) -> list[np.ndarray]:
 
 
 def table() -> str:
-    """Return the table of kinds and results in `results/video.md`."""
+    """Return the table of kinds and results for `results/video.md`."""
     both = [name for name, kind in KINDS.items() if not kind.decord_refuses]
     pyav = [name for name, kind in KINDS.items() if kind.decord_refuses]
     lines = ["| answered with | kinds | files |", "|---|---|---|"]

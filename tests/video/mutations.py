@@ -1,8 +1,9 @@
-"""Broken videos: `python -m tests.video.mutations [--count 1000] [--seed 0]`.
+"""Reads randomly damaged videos: `python -m tests.video.mutations [--count 1000] [--seed 0]`.
 
-Small files of many kinds are mutated, deterministically by case number. Each one is probed, sampled and decoded as in `ask`,
-some by the command line itself. The result must be an answer or an error about the video, within `LONGEST_S`.
-Prints a summary of the results. The exit code is 1 if any result was wrong.
+Small files of many kinds are mutated. The case number and the seed determine the mutations. Each mutated file is probed, sampled
+and decoded as by `ask`, and some files are passed to the command line itself. The result must be an answer or an error about the
+video, and it must come within `LONGEST_S`. The program prints a summary of the results and exits with code 1 if any result was
+wrong.
 """
 
 import argparse
@@ -31,10 +32,10 @@ from tests.video.kinds import KINDS, write_kind
 
 ROOT = Path(__file__).parents[2]
 LONGEST_S = 30.0
-CHUNK_BYTES = 2**26  # as in the pipeline
-# For the reader process: the limit for a video, plus memory for libraries and stacks.
+CHUNK_BYTES = 2**26  # the same size as in the pipeline
+# Memory limit for the reader process: the limit for a video, plus memory for libraries and stacks.
 MOST_BYTES = 2**30 + 2**28
-# Every n-th case is read by decord, or run on the command line.
+# Every `DECORD_EVERY`-th case is read with decord, and every `COMMAND_EVERY`-th case is run on the command line.
 DECORD_EVERY, COMMAND_EVERY = 7, 50
 
 FASTSTART = "faststart.mp4"
@@ -61,7 +62,7 @@ def damage_the_header(random: np.random.Generator, content: bytearray) -> bytear
 
 
 def damage_the_end(random: np.random.Generator, content: bytearray) -> bytearray:
-    """Damage the end, because MP4 has its index there."""
+    """Overwrite bytes near the end of a file, where MP4 has its index."""
     for at in random.integers(min(len(content), 1000), size=random.integers(1, 12)):
         content[-1 - at] = random.integers(256)
     return content
@@ -91,7 +92,7 @@ def repeat_a_range(random: np.random.Generator, content: bytearray) -> bytearray
 
 
 def swap_boxes(random: np.random.Generator, content: bytearray) -> bytearray:
-    """Swap two pieces: boxes in MP4, arbitrary ones in other files."""
+    """Swap two boxes if the file is an MP4, or two arbitrary pieces of any other file."""
     edges, at = [0], 0
     while content[4:8] == b"ftyp" and at + 8 <= len(content):
         at += max(8, int.from_bytes(content[at : at + 4], "big"))
@@ -108,7 +109,7 @@ HUGE = (2**32 - 1, 2**31 - 1, 2**31, 10**9, 10**5, 65_535, 2**24, 0)
 
 
 def declare_huge_numbers(random: np.random.Generator, content: bytearray) -> bytearray:
-    """Write huge numbers into the first or last bytes, which contain sizes and counts."""
+    """Write huge numbers near the beginning or end of a file, where sizes and counts are stored."""
     for _ in range(random.integers(1, 6)):
         size, order = int(random.choice([2, 4, 4, 8])), str(random.choice(["big", "little"]))
         at = int(random.integers(min(len(content), 800)))
@@ -126,19 +127,19 @@ MUTATIONS: tuple[Mutation, ...] = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a case."""
+    """The result of reading one mutated file."""
 
     number: int
-    name: str  # source file and mutations
+    name: str  # the original file and its mutations
     code: int  # exit code of `ask`
-    what: str  # error message without paths and numbers
+    what: str  # the error message, with paths and numbers removed
     seconds: float
-    peak_bytes: int | None  # of the reader process; None if it has ended
-    bad: str  # why this result is wrong, or ""
+    peak_bytes: int | None  # peak memory of the reader process; None if it has exited
+    bad: str  # why this result is wrong, or an empty string
 
 
 def sources(folder: Path) -> dict[str, bytes]:
-    """Return the contents of the files to mutate, by name."""
+    """Write the files to mutate, and return a dict from file names to contents."""
     made = {}
     for name in SOURCES:
         if name in KINDS:
@@ -153,7 +154,7 @@ def sources(folder: Path) -> dict[str, bytes]:
 
 
 def mutant(number: int, seed: int, originals: dict[str, bytes]) -> tuple[str, bytes]:
-    """Return the name and the content of a case."""
+    """Return the name of a case and the contents of its mutated file."""
     random = np.random.default_rng((seed, number))
     name = SOURCES[number % len(SOURCES)]
     content, how = bytearray(originals[name]), []
@@ -165,7 +166,7 @@ def mutant(number: int, seed: int, originals: dict[str, bytes]) -> tuple[str, by
 
 
 def read(path: Path, decoder: str) -> tuple[int, str]:
-    """Return the exit code and the message, following the steps of `ask`."""
+    """Read a file with the same steps as `ask`. Returns the exit code and the error message."""
     try:
         info = probe(path)
         choose_decoder(decoder, info)
@@ -184,7 +185,7 @@ def read(path: Path, decoder: str) -> tuple[int, str]:
 
 
 def command(path: Path) -> tuple[int, str]:
-    """Return the exit code of `ask`, and a description of wrong output or ""."""
+    """Run `ask` on a file. Returns the exit code, and a description of what is wrong with the output, or an empty string."""
     words = ["ask", str(path), "What happens?", "-n", "1", "--quiet", "--json"]
     done = subprocess.run([sys.executable, "-m", "evoprune_cli", *words], capture_output=True, cwd=ROOT, timeout=300)
     if b"Traceback" in done.stderr or len(done.stdout.splitlines()) != 1:
@@ -196,7 +197,7 @@ def command(path: Path) -> tuple[int, str]:
 
 
 def run(number: int, seed: int, originals: dict[str, bytes], folder: Path, by_command: bool) -> Outcome:
-    """Run one case. Its file stays in `folder`."""
+    """Run one case. The mutated file is left in `folder`."""
     name, content = mutant(number, seed, originals)
     kind = name.partition(":")[0]
     path = folder / f"{number}_{kind}"
@@ -208,7 +209,7 @@ def run(number: int, seed: int, originals: dict[str, bytes], folder: Path, by_co
         path.rename(video / kind)
     decoder = "decord" if number % DECORD_EVERY == 0 and "decord" in DECODERS else "auto"
     code, what, seconds, most = timed(video, decoder)
-    if seconds > LONGEST_S:  # measured again, in case the machine was busy
+    if seconds > LONGEST_S:  # measure again, because the machine may have been busy
         code, what, seconds, most = timed(video, decoder)
     bad = ""
     if code not in (0, VideoError.exit_code):
@@ -225,9 +226,9 @@ def run(number: int, seed: int, originals: dict[str, bytes], folder: Path, by_co
 
 
 def timed(path: Path, decoder: str) -> tuple[int, str, float, int | None]:
-    """Return `code`, `what`, `seconds` and `peak_bytes` of an outcome."""
+    """Read a file and return the fields `code`, `what`, `seconds` and `peak_bytes` of its `Outcome`."""
     for worker in isolation._idle:
-        Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # resets the peak
+        Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # resets the peak memory
     begin, peaks = time.monotonic(), []
     code, what = read(path, decoder)
     seconds = time.monotonic() - begin
@@ -238,7 +239,7 @@ def timed(path: Path, decoder: str) -> tuple[int, str, float, int | None]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Return the number of cases per result as a Markdown table."""
+    """Return a Markdown table with the number of cases for each result."""
     lines = ["| exit code | what | cases | longest | most memory |", "|---|---|---|---|---|"]
     counts = Counter((o.code, o.what) for o in outcomes)
     for (code, what), count in sorted(counts.items(), key=lambda found: (found[0][0], -found[1])):
@@ -249,7 +250,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def run_all(numbers: Sequence[int], seed: int, folder: Path) -> Iterator[Outcome]:
-    """Yield outcomes one by one. Files of wrong outcomes stay in `folder`."""
+    """Run all cases and yield their outcomes. If an outcome is wrong, the mutated file is left in `folder`."""
     (folder / "sources").mkdir(exist_ok=True)
     originals = sources(folder / "sources")
     for i, number in enumerate(numbers):

@@ -1,4 +1,4 @@
-"""A local HTTP server of streams with various behaviors, each for a bounded time."""
+"""A local HTTP server with streams that behave in various ways. No stream lasts longer than `LONGEST_S`."""
 
 import http.server
 import socket
@@ -9,11 +9,11 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-LONGEST_S = 30.0  # maximum duration of a stream
+LONGEST_S = 30.0  # maximum duration of a stream in seconds
 
 
 class Streams(http.server.BaseHTTPRequestHandler):
-    """GET /NAME runs the behavior that `DEEDS` lists under NAME, with the bytes of a clip."""
+    """Serves a clip. A request for /NAME runs the method that `DEEDS` lists for NAME."""
 
     def __init__(self, clip: bytes, visits: list[str], *args):
         self.clip, self.visits = clip, visits
@@ -43,7 +43,7 @@ class Streams(http.server.BaseHTTPRequestHandler):
         self.wfile.write(self.clip)
 
     def _twice(self) -> None:
-        """Serve the stream twice, and 404 afterwards."""
+        """Send the stream to the first two requests, and answer all later requests with status 404."""
         if self.visits.count("twice") > 2:
             self._begin(404)
         else:
@@ -65,7 +65,7 @@ class Streams(http.server.BaseHTTPRequestHandler):
             self.wfile.write(bytes(range(256)) * 64)
 
     def _mixed(self) -> None:
-        """Send garbage between two halves of the clip."""
+        """Send the clip with garbage in the middle."""
         self._begin(Content_Type="video/mp2t")
         middle = len(self.clip) // 2 // 188 * 188
         self.wfile.write(self.clip[:middle] + b"\x13" * 20_000 + self.clip[middle:])
@@ -77,14 +77,14 @@ class Streams(http.server.BaseHTTPRequestHandler):
             self._begin(401, WWW_Authenticate='Basic realm="x"', Content_Length="0")
 
     def _playlist(self) -> None:
-        """Send a playlist whose segment is a local file."""
+        """Send a playlist whose only segment is the local file that the query string names."""
         path = self.path.partition("?")[2]
         text = f"#EXTM3U\n#EXT-X-TARGETDURATION:6\n#EXTINF:6,\n{path}\n#EXT-X-ENDLIST\n".encode()
         self._begin(Content_Length=str(len(text)), Content_Type="application/vnd.apple.mpegurl")
         self.wfile.write(text)
 
     def _loop(self) -> None:
-        """Send a playlist that names another playlist, whose name is this one reversed."""
+        """Send a playlist that refers to another playlist. The query string of its URL is this URL's query string, reversed."""
         there = self.path.partition("?")[2]
         text = f"#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1000\n/loop.m3u8?{there[::-1]}\n".encode()
         self._begin(Content_Length=str(len(text)), Content_Type="application/vnd.apple.mpegurl")
@@ -93,7 +93,7 @@ class Streams(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def streams(clip: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the base URL and the list of requested names, which grows."""
+    """Run the server. Yields its base URL, and a list to which the name in each request is appended."""
     visits: list[str] = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Streams, clip.read_bytes(), visits))
     server.daemon_threads = True
@@ -109,7 +109,7 @@ def streams(clip: Path) -> Iterator[tuple[str, list[str]]]:
 
 @contextmanager
 def connection(content: bytes, answers: bool = False) -> Iterator[int]:
-    """Yield the port of a server that sends some bytes to each client, immediately or (with `answers`) after each request."""
+    """Run a server that sends `content` to each client, and yield its port. If `answers` is True, it first waits for a request."""
     listening = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:

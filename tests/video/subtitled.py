@@ -1,4 +1,4 @@
-"""Test files with subtitles."""
+"""Writes test files with subtitles."""
 
 import io
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ SSA = ASS.replace("v4.00+", "v4.00").replace("V4+", "V4").replace("Layer", "Mark
 
 
 def srt(cues: Sequence[tuple[float, float, str]]) -> str:
-    """Return the text of an SRT file."""
+    """Return the text of an SRT file with the given cues."""
     return "\n".join(f"{n}\n{_time(a)} --> {_time(b)}\n{text}\n" for n, (a, b, text) in enumerate(cues, 1))
 
 
@@ -57,11 +57,13 @@ def write_subtitled(
     start_s: float = 0.0,
     encoding: str = "utf-8",
 ) -> Path:
-    """Write a video of 6 s with an English subtitle track per text, which is a file's content. Track `default` is the default.
+    """Write a video that lasts 6 s and has an English subtitle track for each text.
 
     Args:
-        start_s: the timestamp of the first frame; subtitles are shifted by the same time.
-        encoding: text encoding of the packets.
+        texts: The contents of a subtitle file for each track.
+        default: Index of the default track, or None for no default track.
+        start_s: Timestamp of the first frame. The subtitles are shifted by the same time.
+        encoding: Text encoding of the subtitle packets.
     """
     apart(encode_subtitled, path, texts, default, start_s, encoding)
     return path
@@ -102,7 +104,7 @@ def encode_subtitled(
 
 
 def pictures() -> bytes:
-    """Return a file of PGS subtitles, which are pictures. It has one that shows nothing."""
+    """Return the contents of a file with PGS subtitles, which are images. Its images show nothing."""
     composition = bytes([0, 64, 0, 48, 0x10, 0, 0, 0x80, 0, 0, 0])
     segments = [(0x16, composition), (0x80, b"")] * 3
     return b"".join(

@@ -1,4 +1,4 @@
-"""`evoprune.read_frames`: frames of any input in one array, with their times."""
+"""Tests of `evoprune.read_frames`, which reads frames from any input into one array and returns their times."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ from tests.video.kinds import KINDS, write_kind
 
 @pytest.fixture(scope="module")
 def clip(folder):
-    """25.6 s at 10 frames per second, a keyframe every second; each frame shows its number."""
+    """A video that lasts 25.6 s, with 10 numbered frames per second and a keyframe every second."""
     return write_video(folder / "arrays.mp4", numbered_frames(256), options={"sc_threshold": "0"})
 
 
@@ -44,7 +44,7 @@ def test_arrays_of_times_and_of_none(clip):
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
-        ({"frames": 4}, [32, 96, 160, 224]),  # the middles of parts of 6.4 s
+        ({"frames": 4}, [32, 96, 160, 224]),  # the middles of the four parts, which last 6.4 s each
         ({"frames": 1}, [128]),
         ({"frames": 3, "start_s": 10, "end_s": 13}, [105, 115, 125]),
         ({"fps": 1, "start_s": 10, "end_s": 13}, [105, 115, 125]),
@@ -165,7 +165,7 @@ def test_the_recipe_of_the_guide(clip, monkeypatch):
     assert names["frames"].shape == (64, 48, 64, 3) and len(names["times_s"]) == 64
 
 
-# When all frames are shown, and files in memory.
+# The times of all frames, and files in memory.
 
 
 @pytest.mark.few(20)

@@ -1,4 +1,4 @@
-"""Video is read as players show it: deinterlaced, with square pixels, and the right one of several tracks."""
+"""Videos are read as players show them: deinterlaced, with square pixels, and from the same track if there are several."""
 
 import warnings
 from contextlib import closing
@@ -30,7 +30,7 @@ FRAMES = 30
 
 
 def woven(count=FRAMES, height=48, width=64):
-    """Return frames of a moving pattern whose odd rows are half a frame later than the even ones."""
+    """Return interlaced frames of a moving pattern. Odd rows show the pattern half a frame later than even rows."""
     rows, columns = np.mgrid[:height, :width]
     moments = [
         np.stack(
@@ -50,7 +50,7 @@ def fields(request, folder):
 
 
 def filtered_by_ffmpeg(info):
-    """Return all frames of a file after FFmpeg's filter, which here sees the whole video in order."""
+    """Return all frames of a file, deinterlaced by FFmpeg's filter, which processes the whole video in order here."""
     graph = Graph()
     with closing(Track(info)) as track:
         source = graph.add_buffer(template=track.stream)
@@ -68,7 +68,7 @@ def test_frames_are_deinterlaced_as_by_ffmpeg(fields):
     assert fields.interlaced and fields.warnings == ["interlaced_video"] and len(expected) == FRAMES
     together = pixels(read_chunks(fields, middles))
     np.testing.assert_array_equal(together, expected)
-    # Whichever keyframe decoding starts at, and however many decoders there are.
+    # The result is the same whichever keyframe decoding starts at, and however many decoders there are.
     for i in range(FRAMES):
         np.testing.assert_array_equal(pixels(read_chunks(fields, [middles[i]])), expected[i : i + 1])
     for cores in (1, 2, 5):
@@ -76,7 +76,7 @@ def test_frames_are_deinterlaced_as_by_ffmpeg(fields):
 
 
 def combs(rgb):
-    """Return how much rows differ from the rows around them."""
+    """Return how much each row differs on average from the rows above and below it."""
     rows = rgb.astype(int)
     return np.abs(2 * rows[1:-1] - rows[:-2] - rows[2:]).mean()
 
@@ -97,7 +97,7 @@ def test_progressive_and_low_frames_stay():
     plain = av.VideoFrame.from_ndarray(quarters(), format="rgb24")
     assert deinterlaced(plain) is plain
     flat = colour.filtered(av.VideoFrame(64, 2, "yuv420p"), ("setfield", "tff"))
-    assert flat.interlaced_frame and deinterlaced(flat) is flat  # too low for the filter
+    assert flat.interlaced_frame and deinterlaced(flat) is flat  # the frame has too few rows for the filter
 
 
 def test_a_neighbour_of_another_size_is_ignored(folder):
@@ -187,7 +187,7 @@ def test_pixels_that_are_not_square(aspect, rotation, size, ending, tmp_path):
     apart(write_wide, path, aspect, rotation=rotation)
     info = probe(path)
     assert (info.width, info.height) == size
-    assert info.pixel_aspect == pytest.approx(float(aspect), rel=0.02)  # MP4 and Matroska round it
+    assert info.pixel_aspect == pytest.approx(float(aspect), rel=0.02)  # MP4 and Matroska round the aspect ratio
     assert info.warnings == ["stretched_video"] * (max(aspect, 1 / aspect) > 10)
     (chunk,) = read_chunks(info, [0.0, 0.15])
     assert chunk.pixels.shape[1:3] == size[::-1] and not chunk.other_size
@@ -199,7 +199,7 @@ def test_pixels_that_are_not_square(aspect, rotation, size, ending, tmp_path):
 
 
 def test_the_container_states_the_shape_as_in_ffmpeg(tmp_path):
-    """A remultiplexed file has another ratio than its stream, which players and ffmpeg's own filters follow."""
+    """After remuxing, the container and the stream state different ratios. Players and FFmpeg's filters use the container's."""
     apart(write_wide, tmp_path / "old.mp4", Fraction(16, 11))
     with av.open(str(tmp_path / "old.mp4")) as source, av.open(str(tmp_path / "new.mkv"), "w") as out:
         stream = out.add_stream_from_template(source.streams.video[0])
@@ -246,7 +246,7 @@ def test_decord_refuses_such_files(name, folder):
 
 
 def write_tracks(path, tracks):
-    """Write tracks of (width, disposition), each of its own gray."""
+    """Write one video track for each (width, disposition). Each track shows a different gray."""
     with av.open(str(path), "w") as out:
         streams = []
         for width, disposition in tracks:

@@ -1,4 +1,4 @@
-"""Clips: their content, that no file is overwritten, and that a failed clip leaves no files."""
+"""Tests of clips: their contents are right, no file is overwritten, and a failed clip leaves no files behind."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from tests.video.unruly import PROGRAM
 
 START_S = 2.35
 END_S = 4.05
-# Kinds whose packets are not copied: without timestamps, or in no container that clips have.
+# Kinds whose packets cannot be copied, because they have no timestamps or because no container for clips can hold them.
 NOT_COPIED = (
     "h264.avi", "h264.h264", "picture.gif", "wmv2.wmv", "sorenson.flv", "png16.mov", "raw.avi", "raw.y4m", "picture.apng",
 )  # fmt: skip
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def film(folder):
-    """Ten frames and one keyframe per second, with sound."""
+    """A video with sound, ten frames per second, and one keyframe per second."""
     frames = numbered_frames(60)
     return probe(write_video(folder / "film.mp4", frames, gop=10, audio_s=6.0, options=OUT_OF_ORDER))
 
@@ -52,7 +52,7 @@ def unruly(monkeypatch):
 
 
 def shown(info, start_s, end_s):
-    """Return the number on screen every 0.1 s, in the middle of the interval."""
+    """Return the frame number that is on screen in the middle of every 0.1 s."""
     return numbers(info, np.arange(start_s + 0.05, end_s, 0.1).round(3).tolist())
 
 
@@ -72,7 +72,7 @@ def test_packets_are_copied_from_the_keyframe_before(film, tmp_path):
     for kind in ("video", "audio"):
         copied = packets(clip.path, kind)
         assert copied and copied.items() <= packets(film.path, kind, 2.0).items()
-    assert min(copied) < 0.15 and max(copied) > 1.8  # a packet of this sound lasts 0.128 s
+    assert min(copied) < 0.15 and max(copied) > 1.8  # each packet of this sound lasts 0.128 s
 
 
 def test_exact_times(film, tmp_path):
@@ -131,7 +131,7 @@ def write_with_tone(path: str, codec: str, sound: str) -> None:
 
 
 def loud(path) -> tuple[str, float, float]:
-    """Return the codec of a file's sound, and the first and last second of its loud part."""
+    """Return the codec of a file's sound, and the times in seconds at which its loud part begins and ends."""
     with av.open(path) as container:
         sound = container.streams.audio[0]
         times = []
@@ -163,7 +163,7 @@ def test_sound_that_the_clip_cannot_hold_is_encoded_anew(name, codec, sound, exa
 
 
 def test_sound_that_is_left_out_is_a_warning(film, folder, in_process, monkeypatch, tmp_path):
-    """For a joined file, and for a codec without a decoder in FFmpeg."""
+    """Sound is left out if the file consists of joined files, or if FFmpeg has no decoder for the sound."""
     part = write_video(folder / "sound.ts", numbered_frames(20), audio_s=2.0)
     (folder / "joined_sound.ts").write_bytes(part.read_bytes() * 2)
     with pytest.warns(EvopruneWarning, match="joined_sound.ts: clips have no sound"):
@@ -180,7 +180,7 @@ def test_sound_that_is_left_out_is_a_warning(film, folder, in_process, monkeypat
 @pytest.mark.few(8)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind(name, exact, folder, tmp_path):
-    """At each time, the clip shows the same as the video, or an error says how it can be cut."""
+    """At each time, the clip shows the same frame as the video. Otherwise, an error says how to cut the clip instead."""
     info = probe(write_kind(folder, name))
     start_s = 0.45 * info.duration_s
     end_s = 0.8 * info.duration_s
@@ -201,7 +201,7 @@ def test_every_kind(name, exact, folder, tmp_path):
 @pytest.mark.parametrize("encoder", cutting.ENCODERS)
 def test_colours_stay(encoder, in_process, monkeypatch, tmp_path):
     monkeypatch.setattr(cutting, "ENCODERS", {encoder: cutting.ENCODERS[encoder]})
-    # 720 lines, for which players assume the colors of HD.
+    # The video has 720 lines, so players assume the colors of HD.
     wide = np.kron(quarters(), np.ones((15, 15, 1), np.uint8))
     info = probe(write_video(tmp_path / "quarters.mp4", [wide] * 4, options={"crf": "1"}))
     made = probe(cut_clip(info, 0.0, 0.3, str(tmp_path / "clips"), exact=True).path)
@@ -212,7 +212,7 @@ def test_colours_stay(encoder, in_process, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_what_players_show_in_another_way(exact, tmp_path):
-    """The pixel aspect ratio is kept, and HDR too, unless frames are encoded again."""
+    """The pixel aspect ratio and HDR are kept, unless frames are re-encoded."""
     found = {}
     for name in ("wide.mp4", "pq.mp4"):
         apart(write_said, tmp_path / name)
@@ -234,7 +234,7 @@ def test_a_file_that_was_joined(film, folder, tmp_path):
 
 
 def test_damage(film, folder, tmp_path):
-    """A frame before damaged ones stays on screen, as when reading frames."""
+    """The frame before damaged frames stays on screen, as it does when frames are read."""
     info = probe(spoil(Path(film.path), folder / "damaged.mp4", [25, 26]))
     clip = cut_clip(info, START_S, END_S, str(tmp_path), exact=True)
     assert shown(probe(clip.path), 0.05, END_S - START_S) == shown(info, START_S + 0.05, END_S)
@@ -325,7 +325,7 @@ def test_ctrl_c(film, monkeypatch, tmp_path):
 
 
 def test_a_clip_of_many_pieces(monkeypatch, folder, tmp_path):
-    """Both processes hold one piece at a time."""
+    """Neither process holds more than one piece at a time."""
     noise = np.random.default_rng(0).integers(0, 255, (20, 240, 320, 3), np.uint8)
     info = probe(write_video(folder / "noise.mkv", noise, codec="ffv1", pix_fmt="bgr0"))
     stream = isolation.stream_clip
@@ -350,7 +350,7 @@ needs_linux = pytest.mark.skipif(not isolation.POSSIBLE, reason="needs Linux")
 
 @needs_linux
 def test_a_process_that_crashes(film, unruly, tmp_path):
-    """A crash is retried once."""
+    """After a crash, the clip is cut once more in a new process."""
     for name in ("clip_once_crash", "clip_crash"):
         (tmp_path / f"{name}.mp4").write_bytes(Path(film.path).read_bytes())
     out = tmp_path / "out"
@@ -373,7 +373,7 @@ def test_a_process_that_hangs(film, unruly, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("answer", [{"at": 10**9}, {"at": -1}])
 def test_what_a_process_says_is_not_trusted(answer, film, in_process, monkeypatch, tmp_path):
-    """The worker process may be compromised."""
+    """The answers of a worker process are checked, because a malicious video may have taken control of it."""
     fill = cutting.ClipReader.fill
     monkeypatch.setattr(cutting.ClipReader, "fill", lambda self, content: fill(self, content) | answer)
     with pytest.raises(VideoError, match="its answer is invalid"):

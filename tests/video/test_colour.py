@@ -1,4 +1,4 @@
-"""HDR is detected however it is signaled and mapped to SDR; every format and matrix is converted, or refused by name."""
+"""HDR is detected, however the file states it, and mapped to SDR. Every format and matrix is converted or rejected by name."""
 
 import gc
 import shutil
@@ -23,7 +23,7 @@ from evoprune.video.readers.live import LiveReader
 from tests.video.files import numbered_frame, pixels, quarters, write_video
 
 SIDE = 16
-# 10-bit values of patches: Y and two differences, in limited range.
+# Patches of color, as 10-bit values of Y and the two color differences, in limited range.
 PATCHES = np.array(
     [
         *([level, 512, 512] for level in (64, 160, 256, 352, 448, 544, 640, 940)),
@@ -31,7 +31,7 @@ PATCHES = np.array(
         *([350, 450, 520], [550, 460, 560], [600, 540, 490], [280, 530, 540]),
     ]
 )
-# FFmpeg 5.1's result for them, with HDR mapped as in `colour`. `ffmpeg_maps` runs the command.
+# The result of FFmpeg 5.1 for these patches, with HDR mapped as in `colour`. `ffmpeg_maps` runs the command.
 MAPPED = {
     "PQ": [
         *((0, 0, 0), (26, 26, 26), (61, 61, 61), (113, 113, 113), (183, 183, 183), (227, 227, 227), (248, 248, 248)),
@@ -51,7 +51,7 @@ LIGHT_LEVELS = "master-display=G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,
 
 
 def frame_of(planes, pix_fmt, **facts):
-    """Return a frame from one array [h, w] per plane."""
+    """Build a frame from its planes, each an array `[h, w]`. `facts` are attributes to set on the frame."""
     frame = av.VideoFrame(planes[0].shape[1], planes[0].shape[0], pix_fmt)
     for plane, values in zip(frame.planes, planes, strict=True):
         rows = np.frombuffer(plane, values.dtype).reshape(len(values), -1)
@@ -62,7 +62,7 @@ def frame_of(planes, pix_fmt, **facts):
 
 
 def patches(bits=10, sampling="444", full=False):
-    """Return the patches as planes, and FFmpeg's name of their format."""
+    """Return the planes of a frame that shows `PATCHES`, and FFmpeg's name for the pixel format."""
     scale = 2.0 ** (bits - 10)
     values = PATCHES.astype(float)
     if full:
@@ -79,7 +79,7 @@ def middles(rgb):
 
 
 def write(path, *, codec="ffv1", options=None, frame=None, pix_fmt=None, count=4, rotation=0, **facts):
-    """Write a file that shows one frame several times. `facts`: attributes of the frame and the encoder."""
+    """Write a file that shows one frame several times. `facts` are attributes to set on the frame and on the encoder."""
     frame = frame or av.VideoFrame.from_ndarray(numbered_frame(7), format="rgb24").reformat(format=pix_fmt)
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=10, options=options or {})
@@ -97,7 +97,7 @@ def write(path, *, codec="ffv1", options=None, frame=None, pix_fmt=None, count=4
 
 
 def remux(path, out, **facts):
-    """Copy the packets into another file with these facts in its header."""
+    """Copy the packets to another file whose header states the given facts."""
     with av.open(str(path)) as source, av.open(str(out), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for name, value in facts.items():
@@ -110,14 +110,14 @@ def remux(path, out, **facts):
 
 
 def dolby_record(profile, base):
-    """Return the Dolby Vision configuration box: version 1.0, level 1, metadata and base layer present."""
+    """Return a Dolby Vision configuration box for version 1.0 and level 1, which says that there are metadata and a base layer."""
     bits = f"{profile:07b}{1:06b}101{base:04b}"
     content = bytes([1, 0]) + int(bits.ljust(22 * 8, "0"), 2).to_bytes(22, "big")
     return (8 + len(content)).to_bytes(4, "big") + b"dvcC" + content
 
 
 def with_record(path, out, profile, base):
-    """Copy an HEVC MP4 with a Dolby Vision configuration record."""
+    """Copy an HEVC MP4 and add a Dolby Vision configuration record."""
     content, box = bytearray(path.read_bytes()), dolby_record(profile, base)
     moov = content.rindex(b"moov")
     for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"hev1"):
@@ -130,7 +130,7 @@ def with_record(path, out, profile, base):
 
 
 def dolby_metadata(profile, full_range):
-    """Return an HEVC unit of Dolby Vision metadata that leaves the frame unchanged (ETSI GS CCM 001)."""
+    """Return an HEVC unit with Dolby Vision metadata that leaves frames unchanged (ETSI GS CCM 001)."""
 
     def ue(value):
         return f"{value + 1:b}".zfill(2 * (value + 1).bit_length() - 1)
@@ -153,7 +153,7 @@ def dolby_metadata(profile, full_range):
 
 
 def with_metadata(path, out, unit):
-    """Write a raw HEVC stream with this unit after each frame."""
+    """Copy a raw HEVC stream and insert `unit` after each frame."""
     units = path.read_bytes().replace(b"\0\0\0\1", b"\0\0\1").split(b"\0\0\1")[1:]
     out.write_bytes(b"".join(b"\0\0\0\1" + u + (unit if u[0] >> 1 < 32 else b"") for u in units))
     return out
@@ -161,7 +161,7 @@ def with_metadata(path, out, unit):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """10-bit HEVC without color information, in several containers."""
+    """Paths of 10-bit HEVC files without color information, by extension."""
     folder = tmp_path_factory.mktemp("plain")
     return {
         ending: write(folder / f"plain.{ending}", pix_fmt="yuv420p10le", **X265) for ending in ("mp4", "mkv", "hevc")
@@ -169,7 +169,7 @@ def plain(tmp_path_factory):
 
 
 def check_seen(path, hdr_format):
-    """Check that a file and a live source detect HDR and map it, or refuse Dolby Vision's own format."""
+    """Check that HDR is detected and mapped in a file and in a live source, or that Dolby Vision's own format is rejected."""
     info = probe(path)
     assert (info.hdr, info.hdr_format) == (hdr_format is not None, hdr_format)
     assert info.warnings == ["hdr_video"] * info.hdr
@@ -210,7 +210,7 @@ def test_hdr_by_curves_of_frames_and_headers(name, hdr_format, plain, tmp_path):
     check_seen(path, hdr_format)
 
 
-@pytest.mark.parametrize("trc", [1, 2, 6, 13, 14, 15])  # 14 and 15 are BT.2020 with 10 and 12 bits
+@pytest.mark.parametrize("trc", [1, 2, 6, 13, 14, 15])  # 14 and 15 mean BT.2020 with 10 and 12 bits
 def test_other_curves_are_sdr_to_the_bit(trc, tmp_path):
     check_seen(write(tmp_path / "sdr.mkv", pix_fmt="yuv420p10le", color_trc=trc, colorspace=9, color_primaries=9), None)
 
@@ -233,7 +233,7 @@ def test_dolby_vision_by_its_tag(tag, plain, tmp_path):
     path.write_bytes(plain["mp4"].read_bytes().replace(b"hev1", tag.encode()))
     check_seen(path, "IPTPQc2")
     base = write(tmp_path / "base.mp4", pix_fmt="yuv420p10le", color_trc=16, colorspace=9, color_primaries=9, **X265)
-    base.write_bytes(base.read_bytes().replace(b"hev1", tag.encode()))  # other players read it as HDR10
+    base.write_bytes(base.read_bytes().replace(b"hev1", tag.encode()))  # players without Dolby Vision read it as HDR10
     check_seen(base, "PQ")
 
 
@@ -293,7 +293,7 @@ def test_hdr_is_mapped_as_ffmpeg_maps_it(hdr_format, rotation, tmp_path):
 
 
 def ffmpeg_maps(planes, pix_fmt, hdr_format, full):
-    """Return uint8 `[h, w, 3]`, the FFmpeg program's conversion of a frame."""
+    """Convert a frame with the ffmpeg program, and return the result as uint8 `[h, w, 3]`."""
     curve = {"PQ": "smpte2084", "HLG": "arib-std-b67"}[hdr_format]
     filters = (
         f"setparams=color_primaries=bt2020:color_trc={curve}:colorspace=bt2020nc:range={'pc' if full else 'tv'},"
@@ -361,7 +361,7 @@ def test_a_frame_is_computed_in_strips(monkeypatch):
 
 
 def test_the_primaries_of_hdr():
-    """Display P3's red is within BT.2020 and outside of BT.709, so it is clipped. BT.709's red stays."""
+    """Display P3's red is inside BT.2020 but outside BT.709, so it is clipped. BT.709's red stays unchanged."""
     red = np.full((16, 16), 600, "<u2")
     none = np.zeros_like(red)
 
@@ -437,7 +437,7 @@ COARSE = {"bgr8", "rgb8", "bgr4", "rgb4", "bgr4_byte", "rgb4_byte", "monob", "mo
 @pytest.mark.few(40)
 @pytest.mark.parametrize("name", sorted(names))
 def test_every_format_is_converted_or_refused(name):
-    """Includes formats that libswscale would read wrongly or crash on."""
+    """The formats include some that libswscale would read incorrectly or crash on."""
     rgb, reformatter = quarters(), VideoReformatter()
     source = av.VideoFrame.from_ndarray(rgb, format="rgb24")
     known = True
@@ -445,12 +445,12 @@ def test_every_format_is_converted_or_refused(name):
         if name in colour.UNREAD:
             raise ValueError
         frame = reformatter.reformat(source, format=name)
-    except (av.error.FFmpegError, ValueError):  # it may be readable nevertheless
+    except (av.error.FFmpegError, ValueError):  # evoprune may still be able to read the format
         known = False
         try:
             frame = av.VideoFrame(64, 48, name)
         except (av.error.FFmpegError, ValueError):
-            return  # a graphics card's format
+            return  # the format is for frames on a graphics card
         for plane in frame.planes:
             np.frombuffer(plane, np.uint8)[:] = 0
     try:

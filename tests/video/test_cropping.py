@@ -1,4 +1,4 @@
-"""Frames cropped by the container (clap box in MP4, PixelCrop in Matroska): every reader crops them."""
+"""Every reader crops frames if the container says so (with a clap box in MP4, or with PixelCrop in Matroska)."""
 
 from contextlib import closing
 
@@ -18,7 +18,7 @@ EDGES = 6, 26, 20, 12  # left, right, top, bottom
 
 @pytest.fixture(scope="module")
 def cropped(tmp_path_factory):
-    """Paths of an MP4, of a Matroska file, and of an MP4 that is also rotated."""
+    """Paths of three cropped files: an MP4, a Matroska file, and an MP4 that is also rotated."""
     folder = tmp_path_factory.mktemp("cropped")
     left, right, top, bottom = EDGES
     frames = [np.full((80, 96, 3), 255, np.uint8) for _ in range(30)]
@@ -39,7 +39,7 @@ def cropped(tmp_path_factory):
 
 
 def check(rgb, number, turned=False):
-    """Check the number of a frame, and that its white edges are gone."""
+    """Check that a frame shows the right number, and that its white edges have been cropped."""
     upright = np.rot90(rgb) if turned else rgb
     assert upright.shape == (48, 64, 3) and number_of(upright) == number
     assert (upright < 240).all()

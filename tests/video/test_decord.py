@@ -24,7 +24,7 @@ def test_without_decord_pyav_is_offered(problem, tmp_path, in_process, monkeypat
         (tmp_path / "decord.py").write_text(problem)
         monkeypatch.syspath_prepend(tmp_path)
     else:
-        monkeypatch.setitem(sys.modules, "decord", None)  # Python's marker for a module that cannot be imported
+        monkeypatch.setitem(sys.modules, "decord", None)  # None makes Python's import of the module fail
     with pytest.raises(UsageError, match="decord cannot be loaded") as caught:
         choose_decoder("decord")
     assert "use decoder pyav" in caught.value.hint

@@ -1,4 +1,4 @@
-"""Encrypted videos are refused in every container, because a decoder would produce noise."""
+"""Encrypted videos are rejected in every container, because a decoder would produce noise."""
 
 import random
 from contextlib import closing
@@ -15,7 +15,7 @@ FRAMES = numbered_frames(20)
 
 
 def add_boxes(content, path, boxes):
-    """Return the content of an MP4 (index at the end) with boxes added at the end of the innermost box of `path`."""
+    """Return an MP4's contents with boxes added at the end of the innermost box in `path`. The index must be at the end."""
     content = bytearray(content)
     at = 0
     places = []
@@ -36,12 +36,16 @@ def box(kind, *contents):
 
 
 def write_cenc(path, told=True):
-    """Write an MP4 whose packets are noise. `told`: by CENC, otherwise only by the entry's type, as PIFF looks to FFmpeg."""
+    """Write an MP4 whose packets are encrypted, so that they contain only noise.
+
+    If `told` is True, the packets are marked as encrypted with CENC. Otherwise, only the type of the track's entry shows that they
+    are encrypted, which is all that FFmpeg recognizes in PIFF.
+    """
     content = bytearray(write_video(path, FRAMES).read_bytes())
     with av.open(str(path)) as container:
         for packet in container.demux(video=0):
             if packet.size:
-                noise = random.Random(packet.pos).randbytes(packet.size - 5)  # after the length and the type
+                noise = random.Random(packet.pos).randbytes(packet.size - 5)  # noise after the packet's length and type
                 content[packet.pos + 5 : packet.pos + packet.size] = noise
     kinds = b"moov", b"trak", b"mdia", b"minf", b"stbl"
     scheme = box(b"schm", bytes(4), b"cenc", bytes([0, 1, 0, 0]))
@@ -58,7 +62,7 @@ def write_cenc(path, told=True):
 
 
 def write_matroska(path):
-    """Write a Matroska file with ContentEncodings in place of the track name."""
+    """Write a Matroska file and replace the track's name with ContentEncodings."""
     plain = write_video(path.with_name("plain.mkv"), FRAMES)
     with av.open(str(plain)) as source, av.open(str(path), "w", container_options={"write_crc32": "0"}) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -77,7 +81,7 @@ def write_matroska(path):
 
 
 def write_sample_aes(path):
-    """Write MPEG-TS whose stream table has the type of H.264 that HLS encrypts."""
+    """Write an MPEG-TS file whose stream table states the type that HLS uses for encrypted H.264."""
     content = bytearray(write_video(path, FRAMES).read_bytes())
     for at in range(0, len(content), 188):
         if content[at + 1] & 0x40 and int.from_bytes(content[at + 1 : at + 3], "big") & 0x1FFF == 0x1000:

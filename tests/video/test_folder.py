@@ -76,7 +76,7 @@ def test_a_rate_of_ones_own(tmp_path):
     ],
 )
 def test_images_come_by_the_numbers_in_their_names(names, tmp_path):
-    """Independent of the order of the directory listing."""
+    """The order of the directory listing does not matter."""
     right = names.split()
     for name in random.Random(0).sample(right, len(right)):
         (tmp_path / f"{name}.png").touch()
@@ -112,14 +112,16 @@ def test_each_image_is_turned_by_its_own_exif_data(tag, ending, tmp_path):
     Image.fromarray(quarters()).save(path, exif=exif, quality=95, lossless=True)  # BMP has no EXIF data
     with Image.open(path) as image:
         right = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
-    for info in (probe(tmp_path), probe(path)):  # a single picture is a video of one frame
+    for info in (probe(tmp_path), probe(path)):  # even a folder with a single image is a video
         assert (info.height, info.width) == right.shape[:2] == ((48, 64) if tag < 5 or ending == "bmp" else (64, 48))
         got = next(read_chunks(info, [0.0])).pixels[0]
-        assert np.abs(got - right).mean() < 4  # hard color edges differ; with the wrong rotation, the mean is above 80
+        assert (
+            np.abs(got - right).mean() < 4
+        )  # sharp color edges differ a little; with the wrong rotation, the mean is above 80
 
 
 def test_images_that_are_turned_differently(tmp_path):
-    for i, (tag, turns) in enumerate([(1, 0), (3, 2), (6, 3), (8, 1)]):  # turns: quarters anticlockwise
+    for i, (tag, turns) in enumerate([(1, 0), (3, 2), (6, 3), (8, 1)]):  # turns: counterclockwise, by 90 degrees each
         exif = Image.Exif()
         exif[0x0112] = tag
         stored = np.ascontiguousarray(np.rot90(numbered_frame(70 + i), -turns))
@@ -136,7 +138,7 @@ def test_exif_of_either_byte_order(order, tmp_path):
     entries = struct.pack(order + "HHHII", 2, 0x010F, 2, 1, 0) + struct.pack(order + "HHIHH", 0x0112, 3, 1, 5, 0)
     tiff = mark + struct.pack(order + "I", 8) + entries
     picture = jpeg(1, b"Exif\0\0" + tiff)
-    before = b"\xff\xe1" + struct.pack(">H", 2 + 9) + b"http://ns"  # XMP comes as APP1 too
+    before = b"\xff\xe1" + struct.pack(">H", 2 + 9) + b"http://ns"  # XMP is stored in an APP1 segment too
     picture = picture[:2] + before + picture[2:]
 
     def orientation(content):
@@ -156,7 +158,7 @@ def test_other_sizes_are_scaled_to_the_first_and_other_sizes_refused(tmp_path):
         write_image(tmp_path / name, numbered_frame(number, *size))
     info = probe(tmp_path)
     assert (info.width, info.height) == (64, 48)
-    assert numbers(info, [0.0, 0.5, 1.0, 1.5]) == [0, 1, 2, 3]  # one pixel more is not a different shape
+    assert numbers(info, [0.0, 0.5, 1.0, 1.5]) == [0, 1, 2, 3]  # one more pixel does not count as a different shape
     with pytest.raises(VideoError, match=r"different shapes: .*4\.png is 48x64, the first is 64x48"):
         numbers(info, [0.0, 2.0])
 
@@ -207,7 +209,7 @@ def test_all_images_damaged_is_an_error(tmp_path):
 
 @pytest.fixture
 def opened(in_process, monkeypatch):
-    """Names of opened images, in order."""
+    """A list of the names of the images that have been opened, in order."""
     names, original = [], backend.decode_image
     monkeypatch.setattr(backend, "decode_image", lambda path: names.append(os.path.basename(path)) or original(path))
     return names

@@ -1,4 +1,4 @@
-"""The frame on screen at any time: every kind of file, both decoders, with or without a worker process; its pixels."""
+"""Tests that the right frame is read at any time, with the right pixels, from every kind of file and with every decoder."""
 
 import io
 import pickle
@@ -36,7 +36,7 @@ from tests.video.kinds import KINDS, table, write_kind
 WHOLE = [name for name, kind in KINDS.items() if kind.frames == 40 and not kind.hidden]
 
 
-# Every codec, and unusual times and sizes; the other containers run with -m full.
+# Files with every codec, and with unusual times and sizes. The other containers are tested only with -m full.
 FEW = (
     "h264.mp4", "hevc.ts", "vp9.webm", "av1.mkv", "h264_10.mp4", "mpeg4.avi", "late.ts", "vary.mkv", "open_gop.mp4", "odd.mp4",
     "turned.mp4", "mirrored.mkv", "interlaced.mp4", "picture.gif",
@@ -52,12 +52,12 @@ def info(request, folder):
 
 @pytest.fixture(scope="session")
 def long_file(folder):
-    """25.6 seconds, a keyframe every second."""
+    """A video that lasts 25.6 s and has a keyframe every second."""
     return write_video(folder / "long.mp4", numbered_frames(256))
 
 
 def everything(info):
-    """Decode the whole file: a list of (seconds from the first frame, RGB), in the order of display."""
+    """Decode a whole file. Returns a list of (seconds from the first frame, RGB) in display order."""
     with av.open(info.path) as container:
         stream = container.streams.best("video")
         rate = ffmpeg.frame_rate(stream)[0]
@@ -75,7 +75,7 @@ def turned(rgb, info):
 
 
 def expected(frames, wanted):
-    """Return the frame that a player displays at that time."""
+    """Return the frame that a player displays at the time `wanted`."""
     return max((f for f in frames if f[0] <= wanted + TOLERANCE_S), key=lambda f: f[0], default=frames[0])
 
 
@@ -86,11 +86,11 @@ def test_the_frame_on_screen_is_read(info):
     displayed = [expected(frames, wanted) for wanted in times]
     assert [t for chunk in chunks for t in chunk.times_s] == pytest.approx([t for t, _ in displayed])
     np.testing.assert_array_equal(pixels(chunks), np.stack([rgb for _, rgb in displayed]))
-    assert numbers(info, [t + 0.001 for t, _ in frames]) == list(range(40))  # in writing order
+    assert numbers(info, [t + 0.001 for t, _ in frames]) == list(range(40))  # in the order in which they were written
 
 
 GROUPS = {"x264-params": "open-gop=1:bframes=3:b-pyramid=normal:scenecut=0"}
-LONG_FILES = {  # how they are written, and whether frames between distant times can be skipped
+LONG_FILES = {  # how to write each file, and whether the frames between distant times can be skipped
     "long.mp4": ({}, True),
     "long.ts": ({"start": 3.0}, True),
     "long.mov": ({"start": 3.0}, True),
@@ -113,7 +113,6 @@ LONG_FILES = {  # how they are written, and whether frames between distant times
 @pytest.mark.few(4)
 @pytest.mark.parametrize("name", LONG_FILES)
 def test_jumps_change_nothing_but_how_much_is_decoded(name, folder, decoded, monkeypatch):
-    """Backward jumps are not repeated."""
     how, short = LONG_FILES[name]
     info = probe(write_video(folder / f"jump_{name}", numbered_frames(256), **how))
     for step in (0.7, 3.3, 6.1):
@@ -127,7 +126,9 @@ def test_jumps_change_nothing_but_how_much_is_decoded(name, folder, decoded, mon
         assert [number_of(rgb) for rgb in pixels(straight)] == [min(int(t * 10 + 0.01), 255) for t in times]
     decoded[0] = 0
     assert numbers(info, [0.0, 5.0, 10.0, 15.0, 20.0, 25.0]) == [0, 50, 100, 150, 200, 250]
-    assert decoded[0] < (200 if short else 3 * 256)  # including frames decoded by threads whose work is not needed
+    assert decoded[0] < (
+        200 if short else 3 * 256
+    )  # this includes frames that were decoded by threads whose work is not needed
 
 
 @pytest.mark.few(8)
@@ -172,7 +173,9 @@ def test_the_file_is_closed_on_early_exit(long_file, in_process, monkeypatch):
 
 
 def test_requests(long_file, folder):
-    info = pickle.loads(pickle.dumps(probe(long_file)))  # it and chunks can be sent to another process
+    info = pickle.loads(
+        pickle.dumps(probe(long_file))
+    )  # the metadata can be sent to another process, and so can chunks
     chunk = pickle.loads(pickle.dumps(next(read_chunks(info, (1.05, 2.05)))))
     assert [number_of(rgb) for rgb in chunk.pixels] == [10, 20] and list(read_chunks(info, [])) == []
     with pytest.raises(VideoError, match=r"no such file: .*gone.mp4"):
@@ -189,7 +192,7 @@ def test_requests(long_file, folder):
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_is_answered_or_refused(name, decoder, folder, capfd):
     kind, path = KINDS[name], write_kind(folder, name)
-    capfd.readouterr()  # discards the encoders' output
+    capfd.readouterr()  # discards what the encoders have written
     info = probe(path)
     times = sorted([-1.0, 0.0, *np.linspace(0, info.duration_s, 23), 99.0])
     reason = kind.decord_refuses if decoder == "decord" else None
@@ -205,7 +208,7 @@ def test_every_kind_is_answered_or_refused(name, decoder, folder, capfd):
         assert shown == expected == sorted(shown) and (shown[0], shown[-1]) == (kind.hidden, kind.frames - 1)
         assert got[0].times_s == pytest.approx(right[0].times_s, abs=1e-6)
         difference = np.abs(pixels(got).astype(int) - pixels(right))
-        # Half-covered chroma pixels at odd edges, and more than 8 bits, are rounded differently.
+        # The two readers round differently if there are more than 8 bits, and at odd edges, where chroma pixels are half covered.
         assert difference.max() <= 2 or (name == "odd.webm" or ("_10" in name and difference.mean() < 2))
     assert capfd.readouterr() == ("", "")
 
@@ -216,7 +219,7 @@ def test_the_results_hold_this_table():
 
 
 def read_everything(path, decoder, chunk_frames):
-    """Return metadata, the result of a scan, frames at some times and their own times; or the error."""
+    """Return a file's metadata, the result of a scan, and the times and pixels of some frames. An error takes their place."""
     info = probe(path)
     end = info.duration_s
     times = sorted([0.0, *np.linspace(0, end, 12), *np.random.default_rng(0).uniform(0, end, 5), end + 1])
@@ -251,7 +254,7 @@ def first_picture(path):
 
 
 def corners(picture):
-    """Return the size and the colors of the corners, above from left to right, then below."""
+    """Return an image's size and the colors of its corners: upper left, upper right, lower left, lower right."""
     height, width = picture.shape[:2]
     colours = {(1, 0, 0): "R", (0, 1, 0): "G", (0, 0, 1): "B", (1, 1, 1): "W"}
     places = [(y, x) for y in (8, height - 8) for x in (8, width - 8)]
@@ -265,7 +268,9 @@ def corners(picture):
 def test_the_matrix_of_a_phone_is_read_as_phones_mean_it(matrix, order, folder):
     path = write_video(folder / "phone.mp4", [quarters()] * 2)
     content = bytearray(path.read_bytes())
-    at = content.index(b"tkhd") + 44  # a phone held upright writes (0, 1, -1, 0) here, as 16.16 fixed-point numbers
+    at = (
+        content.index(b"tkhd") + 44
+    )  # if a phone is held upright, it writes (0, 1, -1, 0) here, as 16.16 fixed-point numbers
     a, b, c, d = (value << 16 for value in matrix)
     content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(content)
@@ -281,7 +286,7 @@ def test_full_range_is_honoured(folder):
 CLEAR = np.zeros((48, 64, 4), np.uint8)  # red, half-transparent black, and fully transparent, which is stored as black
 CLEAR[:, :24] = 200, 0, 0, 255
 CLEAR[:, 24:40] = 0, 0, 0, 128
-# Expected colors over white, from left to right.
+# The expected colors of these three parts over white, from left to right.
 OVER_WHITE = [(200, 0, 0), (127, 127, 127), (255, 255, 255)]
 TRANSPARENT = {
     "prores.mov": ("prores_ks", "yuva444p10le", {}),
@@ -317,7 +322,7 @@ def test_transparent_parts_of_videos_are_put_over_white(name, tmp_path):
 
 @pytest.mark.parametrize(("ending", "mode"), [("png", "RGBA"), ("webp", "RGBA"), ("png", "LA"), ("png", "P")])
 def test_transparent_frames_of_a_folder_are_put_over_white(ending, mode, tmp_path):
-    """Like pictures, which other tests compare with transformers."""
+    """The result is the same as for still images, which other tests compare with transformers."""
     image = Image.fromarray(CLEAR[..., 0]).convert("P") if mode == "P" else Image.fromarray(CLEAR).convert(mode)
     how = {"transparency": 0} if mode == "P" else {"lossless": True, "exact": True} if ending == "webp" else {}
     image.save(tmp_path / f"a.{ending}", **how)

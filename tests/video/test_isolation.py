@@ -1,4 +1,4 @@
-"""The worker process that reads videos: any failure becomes an error about the video, and no process or memory remains."""
+"""Any failure of the worker process becomes an error about the video, and no process or memory is left behind."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not isolation.POSSIBLE, reason="needs Linux")
 
 ROOT = Path(__file__).parents[2]
 TIMES = [0.05 + 0.1 * i for i in range(20)]
-SMALL = 4 * 64 * 48 * 3  # bytes of four frames
+SMALL = 4 * 64 * 48 * 3  # size of four frames in bytes
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def good(folder):
 
 @pytest.fixture
 def started(monkeypatch):
-    """Process ids of the unruly workers that are started."""
+    """Process ids of the unruly workers that have been started."""
     ids, start = [], isolation.WorkerProcess.__init__
 
     def noting(self):
@@ -53,7 +53,7 @@ def started(monkeypatch):
 
 @pytest.fixture
 def named(good, tmp_path):
-    """`named("crash")` returns a good video with that name."""
+    """A function that copies a good video to a file with the given name. The name tells the unruly worker what to do."""
 
     def call(name):
         path = tmp_path / f"{name}.mp4"
@@ -78,7 +78,7 @@ def gone(pid, seconds=5.0):
 
 
 def test_frames_are_counted_while_they_are_read(named, good, started):
-    """Progress comes about once per second, here more often: within an array, and up to the third one, which is slow."""
+    """Progress is reported about once a second, but more often in this test. It is reported even while an array is being filled."""
     seen, info = [], probe(named("later_slow"))
     frames = sum(len(chunk.pixels) for chunk in read_chunks(info, TIMES, chunk_bytes=SMALL, on_frames=seen.append))
     assert frames == 20 and seen == sorted(seen) and seen.count(8) > 10 and max(seen) <= 20
@@ -88,7 +88,7 @@ def test_frames_are_counted_while_they_are_read(named, good, started):
 
 @pytest.mark.parametrize("stopped", [True, False])
 def test_what_reads_is_stopped_from_another_thread(stopped, named, good, started):
-    """Immediately, whatever the process does. Reading is not retried, and no other read starts in that scope."""
+    """Reading stops immediately, whatever the process is doing. It is not retried, and no other reading can start in the scope."""
     info, scope, problems, waits = probe(named("later_hang")), isolation.Scope(), [], threading.Event()
 
     def read():
@@ -104,13 +104,13 @@ def test_what_reads_is_stopped_from_another_thread(stopped, named, good, started
     thread.start()
     assert waits.wait(20)
     time.sleep(0.2)
-    if stopped:  # simulates a process blocked by a disk
+    if stopped:  # simulates a process that is blocked by disk I/O
         os.kill(started[0], signal.SIGSTOP)
     begun = time.monotonic()
     scope.stop()
     thread.join(20)
     assert time.monotonic() - begun < 5 and [again for again, _ in problems] == [False, True]
-    assert gone(started[0]) and len(started) <= 2  # the second one was idle
+    assert gone(started[0]) and len(started) <= 2  # the second process was idle
     assert numbers(probe(good), TIMES) == list(range(20))
 
 
@@ -141,7 +141,7 @@ def test_a_crash_while_frames_are_read(name, named, good, started):
     with pytest.raises(VideoError, match=CRASHES[name]):
         for chunk in chunks:
             got += [number_of(rgb) for rgb in chunk.pixels]
-    # Two arrays. The second process reads them again, and crashes too.
+    # Two arrays were read. The second process read them again and crashed, too.
     assert got == list(range(8)) and len(started) == 2
     assert numbers(probe(good), TIMES) == list(range(20))
 
@@ -160,7 +160,7 @@ def test_those_that_died_while_idle_are_replaced(good, started, monkeypatch, for
     for pid in started:
         os.kill(pid, signal.SIGKILL)
     assert all(map(gone, started)) and len(started) == 2
-    if for_memory:  # simulates the system's counter
+    if for_memory:  # simulates the system's counter of out-of-memory kills
         monkeypatch.setattr("evoprune.backend.limits.Host.oom_kills", lambda _: 1e9)
     assert probe(good).frames_total == 20 and len(started) == 3
 
@@ -177,7 +177,9 @@ def test_silence_is_an_error(when, named, started, monkeypatch):
     assert len(started) == 1 and gone(started[0])
     if not when:
         monkeypatch.setattr(isolation, "SILENCE_S", 2.5)
-        assert probe(named("slow")).frames_total == 20  # it takes three seconds and reports that it is alive
+        assert (
+            probe(named("slow")).frames_total == 20
+        )  # this takes three seconds, but the worker reports that it is alive
 
 
 def test_memory_is_limited(named, good, started):
@@ -213,7 +215,7 @@ def test_a_process_that_cannot_start(named, started, monkeypatch):
     with pytest.raises(VideoError, match="exit code 1") as caught:
         probe(named("fine"))
     assert "No module named 'nonexistent" in caught.value.__notes__[-1]
-    monkeypatch.setattr(sys, "executable", "/bin/true")  # as in a program that embeds Python
+    monkeypatch.setattr(sys, "executable", "/bin/true")  # not Python, as in a program that embeds Python
     with pytest.raises(VideoError, match="exit code 0") as caught:
         probe(named("fine"))
     assert caught.value.hint.endswith("; or sys.executable, /bin/true, is not Python")
@@ -233,7 +235,7 @@ CANNOT = {
 
 @pytest.mark.parametrize("number", CANNOT)
 def test_what_the_system_refuses(named, good, started, monkeypatch, number):
-    """The system refuses a process, or memory for frames."""
+    """The system refuses to start a process or to provide memory for frames."""
 
     def refuses(*_, **__):
         raise OSError(number, os.strerror(number))
@@ -252,7 +254,7 @@ def test_what_the_system_refuses(named, good, started, monkeypatch, number):
 
 
 def test_one_process_serves_one_video_after_the_other(good, started):
-    """The process can be started before the first video, and outlives the thread that started it."""
+    """A process can be started before the first video, and it keeps running after the thread that started it has ended."""
     for _ in range(2):
         thread = threading.Thread(target=isolation.warm_up)
         thread.start()
@@ -272,14 +274,14 @@ def test_who_stops_early_leaves_nothing_behind(named, started):
     info = probe(named("later_hang"))
     chunks = read_chunks(info, TIMES, chunk_bytes=SMALL)
     next(chunks)
-    next(chunks)  # the third one hangs
+    next(chunks)  # the worker hangs in the third array
     chunks.close()
     assert gone(started[0])
 
 
 @pytest.fixture
 def pieces(monkeypatch):
-    """A list that collects the frame memory per video."""
+    """A list to which the `FrameMemory` of each video is appended."""
     made, start = [], channel.FrameMemory.__init__
     monkeypatch.setattr(channel.FrameMemory, "__init__", lambda self, size: start(self, size) or made.append(self))
     return made
@@ -291,7 +293,7 @@ def test_memory_is_used_again_once_nobody_holds_what_is_in_it(good, started, pie
         found += map(number_of, chunk.pixels)
     assert found == list(range(20))
     (of_video,) = pieces
-    assert len(of_video._pieces) <= 3  # the caller's, the previous one, and the one being filled
+    assert len(of_video._pieces) <= 3  # the array that the caller has, the one before it, and the one being filled
 
 
 VIEWS = (
@@ -305,7 +307,7 @@ VIEWS = (
 @pytest.mark.few(1)
 @pytest.mark.parametrize("hold", VIEWS)
 def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
-    """Views and torch tensors count as references. The memory survives the worker process and stays writable."""
+    """Memory is not reused while a view or a torch tensor refers to it. It stays writable after the worker process has exited."""
     info = probe(good)
     kept = [hold(chunk.pixels) for chunk in read_chunks(info, TIMES, chunk_bytes=SMALL // 2)]
     isolation.end_all()
@@ -318,22 +320,22 @@ def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
 
 @pytest.mark.full
 def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
-    """Memory stays shared after a fork, but each process only knows its own references."""
+    """After a fork, both processes share the memory, but each process knows only its own references to it."""
     children = []
     for chunk in read_chunks(probe(good), TIMES, chunk_bytes=SMALL // 2):
         before, (reads, writes) = chunk.pixels.tobytes(), os.pipe()
         child = os.fork()
         if not child:
             os.close(writes)
-            os.read(reads, 1)  # until all is read
+            os.read(reads, 1)  # waits until everything has been read
             os._exit(chunk.pixels.tobytes() != before)
         os.close(reads)
         children.append((child, writes))
-    for _, writes in children:  # later children have inherited each of them
+    for _, writes in children:  # each of them was inherited by the children that were forked later
         os.close(writes)
     for child, _ in children:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    child = os.fork()  # starts a worker process of its own
+    child = os.fork()  # the child starts its own worker process
     if not child:
         os._exit(numbers(probe(good), TIMES) != list(range(20)) or len(started) != 2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -341,14 +343,14 @@ def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
 
 
 def test_memory_for_frames_cannot_be_taken_away(good, started, tmp_path):
-    """Shrinking the memory would crash this process. The worker process keeps none of it afterwards."""
+    """The worker cannot shrink the memory, which would crash this process. It also does not keep any of it after reading."""
     shared, descriptor = channel.shared_memory(100)
     with pytest.raises(OSError):
         os.ftruncate(descriptor, 10)
     os.close(descriptor)
     assert shared[99] == 0
     list(read_chunks(probe(good), TIMES, chunk_bytes=SMALL))
-    with pytest.raises(VideoError):  # an end by an error
+    with pytest.raises(VideoError):  # reading ends with an error
         list(read_chunks(replace(probe(good), path=str(tmp_path / "gone.mp4")), TIMES, chunk_bytes=SMALL))
     (pid,) = started
     assert "evoprune-frames" not in Path(f"/proc/{pid}/maps").read_text()
@@ -369,7 +371,7 @@ run()
 
 
 def shielded():
-    """Prepare a process that handles Ctrl-C, but whose children have SIGIO ignored and blocked."""
+    """Make this process handle Ctrl-C, but ignore and block SIGIO, which its child processes inherit."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGIO, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
@@ -388,7 +390,7 @@ def test_it_ends_with_the_process_that_started_it(how, code, named, good):
         pid = int(parent.stdout.readline())
         while not os.path.exists(words[1] + ".begun"):
             time.sleep(0.05)
-        assert lives(pid)  # and hangs while holding the GIL
+        assert lives(pid)  # the process hangs while it holds the GIL
         parent.send_signal(how)
         assert parent.wait(60) == code
         assert b"Traceback" not in parent.stderr.read()

@@ -1,4 +1,4 @@
-"""Frames of nearby keyframes, and exact frames decoded in parallel."""
+"""Tests of reading nearby keyframes, and of decoding exact frames in parallel."""
 
 from bisect import bisect_right
 
@@ -13,7 +13,7 @@ from evoprune.video.readers.ffmpeg import TOLERANCE_S
 from evoprune.video.readers.track import Track
 from tests.video.files import number_of, numbered_frames, pixels, write_video
 
-SPARSE, GOP = 12, 25  # parts of the video, and frames between keyframes
+SPARSE, GOP = 12, 25  # number of parts of the video, and number of frames from one keyframe to the next
 FILES = {
     "plain.mp4": {"gop": GOP},
     "plain.mkv": {"gop": GOP},
@@ -40,7 +40,7 @@ def info(request, folder):
 
 
 def times_and_keyframes(info):
-    """Return all frame times in order, and the keyframe times."""
+    """Return the times of all frames in order, and the times of the keyframes."""
     with_keys = [(time, key) for time, _, key in pyav.intervals(info, lambda mark: None)]
     return [time for time, _ in with_keys], [time for time, key in with_keys if key]
 
@@ -64,7 +64,7 @@ def test_the_frames_are_those_of_the_times_that_are_reported(info):
             continue
         assert min(inside, key=lambda key: abs(key - wanted)) == pytest.approx(time, abs=1e-6)
     assert times == sorted(times)
-    # Requesting a frame's own time allows for rounding, as in a player.
+    # Requesting a frame's own time returns that frame, because rounding is allowed for, as in a player.
     again, same, _ = read(info, times)
     assert again == pytest.approx(times)
     np.testing.assert_array_equal(near, same)
@@ -100,10 +100,10 @@ def test_what_auto_does_depends_on_the_file_and_the_times_alone(folder, monkeypa
     asked = SamplingPlan.even(0.0, info.duration_s, SPARSE).times_s
     part_s = info.duration_s / SPARSE
     exact, _, never = read(info, asked)
-    assert read(info, asked, seek="auto", part_s=part_s)[0] == exact and not never  # it would save little
+    assert read(info, asked, seek="auto", part_s=part_s)[0] == exact and not never  # moving the times would save little
     monkeypatch.setattr(pyav, "SAVED_PIXELS", 100)
     assert any(run.near for run in pyav.planned(info, asked, "auto", part_s))
-    assert not any(run.near for run in pyav.planned(info, asked, "auto", 0.9))  # a part below a second
+    assert not any(run.near for run in pyav.planned(info, asked, "auto", 0.9))  # the parts are shorter than a second
     assert not any(run.near for run in pyav.planned(info, asked, "exact", part_s))
 
 

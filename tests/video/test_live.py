@@ -1,4 +1,4 @@
-"""Live sources that stall, end, return, change, send garbage or need a password. Nothing hangs."""
+"""Live sources may stall, end, come back, change, send garbage or require a password, but evoprune never hangs."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ UNAUTHORISED = b'RTSP/1.0 401 Unauthorized\r\nCSeq: NUMBER\r\nWWW-Authenticate: 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A clip of three seconds."""
+    """A clip that lasts three seconds."""
     return write_video(tmp_path_factory.mktemp("live") / "clip.ts", numbered_frames(30), fps=FPS)
 
 
@@ -34,7 +34,7 @@ def served(clip):
 
 
 def read(source, fps=FPS, **how):
-    """Return the frames as (time, number), the messages, and the error that ended the source (or None)."""
+    """Read a source. Returns the frames as (time, number), the messages, and the error with which reading ended, or None."""
     found, told, last = [], [], [-1.0]
     how = {"timeout_s": 1.0, "reconnects": 0} | how
     live = LiveSource(str(source), tell=told.append, **how)
@@ -65,7 +65,7 @@ def test_what_players_show_in_another_way_is_known(tmp_path, name):
 
 def test_a_file_a_url_and_a_connection_give_the_same_frames(clip, served):
     check_whole(read(clip, pace="file")[0])
-    check_whole(read(f"{served[0]}/whole.ts", reconnects=3)[0])  # it has an end, so there is no reconnect
+    check_whole(read(f"{served[0]}/whole.ts", reconnects=3)[0])  # the source has a known end, so there is no reconnect
     with connection(clip.read_bytes()) as port:
         check_whole(read(f"tcp://127.0.0.1:{port}")[0])
 
@@ -106,7 +106,7 @@ def test_a_file_that_grows(clip, tmp_path):
 
 @pytest.fixture
 def piped(monkeypatch):
-    """Return a function that reads standard input while `feed` writes to it."""
+    """A function that reads standard input while another function, `feed`, writes to it."""
 
     def reading(feed):
         there, here = os.pipe()
@@ -140,7 +140,7 @@ def test_a_source_that_ends_and_comes_back(served):
     found, told, problem = read(f"{url}/twice.ts", reconnects=2)
     assert [number for _, number in found] == [*range(30)] * 2 and visits.count("twice") == 4
     times = [time_s for time_s, _ in found]
-    assert times == sorted(times) and times[30] - times[29] > 0.9  # the lost time counts
+    assert times == sorted(times) and times[30] - times[29] > 0.9  # the time without a connection counts
     tries = [text.rpartition("; ")[2] for text in told]
     assert tries == [f"reconnecting ({number} of 2)" for number in (1, 1, 2)] and "has ended" in told[0]
     assert problem.exit_code == 3 and "404" in problem.message
@@ -149,7 +149,7 @@ def test_a_source_that_ends_and_comes_back(served):
 def test_a_source_that_stalls(served):
     found, _, problem = read(f"{served[0]}/stall.ts")
     assert found and "nothing came from" in problem.message and "--timeout" in problem.hint
-    # It never delivered anything, so there is no reconnect.
+    # The source has never sent a frame, so there is no reconnect.
     found, _, problem = read(f"{served[0]}/silent.ts", reconnects=5)
     assert not found and "nothing came from" in problem.message
 
@@ -185,7 +185,9 @@ def test_a_playlist_reaches_no_file_of_this_machine(served, clip, where):
     assert not found and problem.exit_code == 3
 
 
-@pytest.mark.parametrize("name", ["aa", "ab"])  # itself; two that name each other
+@pytest.mark.parametrize(
+    "name", ["aa", "ab"]
+)  # a playlist that refers to itself, and two playlists that refer to each other
 def test_a_playlist_that_names_itself(served, name):
     found, _, problem = read(f"{served[0]}/loop.m3u8?{name}")
     assert not found and problem.exit_code == 3
@@ -299,7 +301,7 @@ def test_what_is_no_source(source, how, code):
 
 
 class Clock:
-    """A clock that only advances while something sleeps."""
+    """A replacement for the `time` module whose clock advances only when something sleeps."""
 
     def __init__(self):
         self.now = 0.0
@@ -313,7 +315,7 @@ class Clock:
 
 @pytest.mark.parametrize("name", ["clip.gif", "clip.mjpeg", "clip.mpg", "clip.webm", "clip.h264"])
 def test_a_file_that_has_ended_is_waited_for_once(tmp_path, monkeypatch, name):
-    """Also for formats that FFmpeg rereads at the end, or whose last frames it buffers."""
+    """This includes formats in which FFmpeg reads repeatedly at end of file, or in which it buffers the last frames."""
     how = {"gif": {"codec": "gif", "pix_fmt": "rgb8"}, "mjpeg": {"codec": "mjpeg", "pix_fmt": "yuvj420p"}}
     how |= {"mpg": {"codec": "mpeg1video", "fps": 25}, "webm": {"codec": "libvpx"}}
     path = write_video(tmp_path / name, numbered_frames(30), **how.get(name.partition(".")[2], {}))
@@ -354,7 +356,7 @@ def test_what_is_no_video_yet_is_waited_for(tmp_path, monkeypatch, content, says
 
 @pytest.fixture(scope="module")
 def index_at_the_end(tmp_path_factory):
-    """An MP4 larger than FFmpeg's buffer."""
+    """An MP4 that has its index at the end and is larger than FFmpeg's buffer."""
     noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), dtype=np.uint8)
     return write_video(tmp_path_factory.mktemp("noise") / "clip.mp4", noise)
 

@@ -1,4 +1,4 @@
-"""Inputs in place of a path: odd names, links, devices, pipes, playlists, and standard input."""
+"""Tests of unusual inputs: odd file names, links, devices, pipes, playlists, and standard input."""
 
 import io
 import os
@@ -36,7 +36,7 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_nothing_but_a_name(name, decoder, here):
     video = write_video(here / "plain.mp4", numbered_frames(9)[3:6])
-    write_video(here / "f1.mp4", numbered_frames(2))  # a pattern would match this
+    write_video(here / "f1.mp4", numbered_frames(2))  # a pattern would match this file
     os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
     try:
         video.rename(here / name)
@@ -48,7 +48,7 @@ def test_a_name_is_nothing_but_a_name(name, decoder, here):
         assert numbers(info, [0.05, 0.25], decoder=decoder) == [3, 5]
 
 
-NO_FILES = {  # a name, and the error message
+NO_FILES = {  # from a name to the expected error message
     **dict.fromkeys(["https://example.org/a.mp4", "rtsp://a/b", "file:///a.mp4"], "URL"),
     **dict.fromkeys(["pipe:1", "http:/a.mp4", "concat:a|b", "a/../../nowhere.mp4"], "no such file"),
     **dict.fromkeys(["pipe.mp4", "socket.mp4", "/dev/zero", "/dev/null", "/dev/full", "/dev/tty"], "not a regular file"),
@@ -59,7 +59,7 @@ NO_FILES = {  # a name, and the error message
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """A folder of things that are not video files, with a subfolder of things that are not images."""
+    """A folder that contains things that are not video files, and a subfolder of things that are not images."""
     folder = tmp_path_factory.mktemp("odd")
     write_video(folder / "a.mp4", numbered_frames(3))
     for name, target in (("loop.mp4", "loop2.mp4"), ("loop2.mp4", "loop.mp4"), ("dangling.mp4", "missing.mp4")):
@@ -115,7 +115,7 @@ def test_what_may_not_be_read(here):
 
 @pytest.fixture
 def server():
-    """The port of a server, and a list that grows with each connection."""
+    """The port of a server, and a list that gets an entry for each connection."""
     calls = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -152,7 +152,7 @@ PLAYLISTS = {
 )
 @pytest.mark.parametrize("kind", PLAYLISTS)
 def test_playlists_are_not_followed(kind, target, ending, here, server):
-    """Also if a playlist replaces a video after it was probed."""
+    """A playlist is not followed even if it replaces a video that has already been probed."""
     port, calls = server
     write_video(here / "secret.ts", numbered_frames(3))
     path = here / f"list.{kind if ending == 'own' else ending}"
@@ -183,7 +183,7 @@ def test_paths_pass_unchanged_and_nothing_is_read(source, spool):
 
 
 class Endless(io.RawIOBase):
-    """A stream of megabytes of zeros that records the requested sizes. With `problem`, the third read raises it."""
+    """A stream of zeros that records the size of each read. If `problem` is given, the third read raises it."""
 
     def __init__(self, chunks, problem=None):
         self.left, self.problem, self.asked = chunks, problem, []
@@ -203,7 +203,7 @@ def test_standard_input_is_stored_in_pieces_and_deleted(spool):
     stdin = Endless(5)
     with local_file("-", stdin) as path:
         assert os.path.getsize(path) == 5 * CHUNK_BYTES and set(stdin.asked) == {CHUNK_BYTES}
-    for error in (RuntimeError, KeyboardInterrupt, OSError):  # errors of the caller
+    for error in (RuntimeError, KeyboardInterrupt, OSError):  # errors that the caller raises
         with pytest.raises(error), local_file("-", io.BytesIO(b"x")):
             raise error
 
@@ -221,7 +221,7 @@ UNREADABLE = {
     "empty": (io.BytesIO(b""), VideoError, "standard input is empty", ""),
     "terminal": (Terminal(), UsageError, "terminal", "pipe"),
     "closed": (CLOSED, VideoError, "closed", ""),
-    "none": (None, VideoError, "closed", ""),  # Python's value of `sys.stdin` after `<&-`
+    "none": (None, VideoError, "closed", ""),  # the value of `sys.stdin` if the shell closed it with `<&-`
 }
 
 

@@ -1,4 +1,4 @@
-"""Pictures and animations that phones and browsers make: HEIC, animated WebP and animated AVIF."""
+"""Tests of images and animations from phones and browsers: HEIC, animated WebP and animated AVIF."""
 
 import struct
 import sys
@@ -22,7 +22,7 @@ ANIMATED = ["webp", pytest.param("avif", marks=needs_avif)]
 
 
 def animation(path, alpha=False, **how):
-    """Write an animation of numbered frames, whose upper half is transparent if `alpha`."""
+    """Write an animation of numbered frames. If `alpha` is True, the upper half of each frame is transparent."""
     frames = [Image.fromarray(numbered_frame(i)) for i in range(len(DURATIONS_S))]
     if alpha:
         opaque = np.full((48, 64), 255, np.uint8)
@@ -126,7 +126,7 @@ def test_a_heic_is_a_picture(tmp_path):
 @needs_heic
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_heic_is_turned_once(orientation, tmp_path):
-    """Like phones, the encoder states the orientation twice: as a property of the picture, which counts, and in the EXIF data."""
+    """The encoder states the orientation twice, as phones do: as a property of the image, which counts, and in the EXIF data."""
     from PIL import ImageOps
 
     tags = Image.Exif()

@@ -1,4 +1,4 @@
-"""Pictures of every kind have the pixels that Hugging Face sees, or are refused."""
+"""Still images of every kind are read with the same pixels as by Hugging Face, or are rejected."""
 
 import io
 from inspect import signature
@@ -35,9 +35,9 @@ def exif(orientation):
     return tags
 
 
-# Before 5.21, transformers returns a Pillow picture without transparency.
+# Before 5.21, transformers returned a Pillow image without transparency instead of putting the image over white.
 OVER_WHITE = "return_numpy" in signature(convert_to_rgb).parameters
-# The table of formats: how a file is made, and the result.
+# How to make a file of each format, and the expected result.
 KINDS = {
     "rgb.jpg": (image(RGB), {}),
     "grey.jpg": (image(RGB, "L"), {}),
@@ -131,7 +131,7 @@ def test_animated_gif_and_png_and_what_only_ends_like_a_picture_are_videos(name,
 
 
 def raw(path):
-    """Save a file like a camera's raw format, with a small preview first."""
+    """Write a file that looks like a camera raw file, in which a small preview comes first."""
     image(RGB).save(path, tiffinfo={254: 1})
     return path
 

@@ -1,4 +1,4 @@
-"""Plans keep every limit for any video and caps; sampling times, and their format."""
+"""Tests that plans respect all limits for any video, and tests of the sampling times and of the formats for times."""
 
 import math
 import sys
@@ -32,7 +32,7 @@ def test_counts_by_fps_are_even_and_kept_within_the_limits(duration, fps, least,
     assert plan.frames >= min(least, most - most % 2)
     if max(2, least + least % 2) < plan.frames < most - 1:
         assert abs(plan.frames - duration * fps) <= 1 + 1e-6
-    # Only max_frames is a limit.
+    # If the number of frames is set, only max_frames limits it.
     exact = plan_sampling(duration, SamplingOptions(frames=least + 1), min_frames=64, max_frames=most)
     assert exact.frames == min(least + 1 + (least + 1) % 2, most - most % 2)
 
@@ -53,15 +53,21 @@ def test_times_are_the_middles_of_equal_shares(duration, start_share, length_sha
 
 
 def test_a_plan_by_hand():
-    assert plan_sampling(3.0, SamplingOptions(end_s=99)) == plan_sampling(3.0)  # an end after the video is clamped
-    assert plan_sampling(100.0, min_frames=8, max_frames=5).frames == 4  # contradicting limits
+    assert plan_sampling(3.0, SamplingOptions(end_s=99)) == plan_sampling(
+        3.0
+    )  # an end after the end of the video is clamped
+    assert plan_sampling(100.0, min_frames=8, max_frames=5).frames == 4  # the limits conflict
     plan = plan_sampling(10.0, SamplingOptions(fps=0.6, start_s=2.0, end_s=8.0))
     assert plan.times_s == (2.75, 4.25, 5.75, 7.25)  # 3.6 frames are rounded to 4
     assert (plan.frames, plan.seconds_per_frame) == (4, 1.5)
     assert (plan.seconds_per_pair(), plan.seconds_per_pair(4)) == (3.0, 6.0)
     plan = plan_sampling(60.0, SamplingOptions(fps=1e308), max_frames=64)
     assert (plan.wanted, plan.frames) == (pytest.approx(sys.maxsize), 64)
-    for start, end, span in ((-5.0, -2.0, (5, 8)), (-99.0, None, (0, 10)), (4.0, -1.0, (4, 9))):  # from the end
+    for start, end, span in (
+        (-5.0, -2.0, (5, 8)),
+        (-99.0, None, (0, 10)),
+        (4.0, -1.0, (4, 9)),
+    ):  # negative: from the end
         plan = plan_sampling(10.0, SamplingOptions(start_s=start, end_s=end))
         assert (plan.start_s, plan.end_s) == span and span[0] < plan.times_s[0] < plan.times_s[-1] < span[1]
 
@@ -122,7 +128,8 @@ def test_every_limit_holds(width, height, duration, limit, cap, frames):
     if not plan.capped:
         assert (plan.height, plan.width) == limit.resized(height, width)
     if plan.height * plan.width <= min(limit.min_pixels, limit.max_pixels) * 0.25:
-        # Rounding takes less than half a side. Frames fall below the model's minimum only if fewer frames would not be larger.
+        # Rounding reduces a side by less than half. Frames are smaller than the model's minimum only if sampling fewer frames would
+        # not make them larger.
         alone = Plan.of(video(width, height, duration), limit, SamplingOptions(frames=2, max_visual_tokens=cap))
         assert t == 1 or alone.height * alone.width <= plan.height * plan.width
 
@@ -177,7 +184,7 @@ def test_what_cannot_be_planned(changes, arguments, error):
 @pytest.mark.parametrize("size", [(480, 854), (1080, 1920), (96, 96), (333, 217), (64, 3000)])
 @pytest.mark.parametrize("frames", [4, 32, 200, 768])
 def test_frames_of_qwen3_have_the_size_that_its_processor_gives_them(size, frames):
-    """With the limit per frame, which is a setting of the processor."""
+    """The sizes are equal if the processor's limit for a single frame is set."""
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resized
 
     limits = InputLimits(**FAMILIES["qwen3_vl"].video, patch_size=16)

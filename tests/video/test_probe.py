@@ -1,4 +1,4 @@
-"""Metadata from `probe` and from a full `scan`; files that are joined, damaged, unusual, or have wrong headers."""
+"""Tests of the metadata from `probe` and `scan`, including files that are joined, damaged or unusual, or have wrong headers."""
 
 import struct
 import zlib
@@ -53,7 +53,7 @@ FILES = {
     "long_audio.mp4": ({"audio_s": 9.0}, {}),
     "long_audio.mkv": ({"audio_s": 9.0}, {}),
     "fragments.mp4": ({"container_options": {"movflags": "frag_keyframe+empty_moov"}}, {}),
-    "no_length.mkv": ({"container_options": {"live": "1"}}, {}),  # read to its end
+    "no_length.mkv": ({"container_options": {"live": "1"}}, {}),  # all packets are read to find the end
 }
 
 
@@ -70,7 +70,7 @@ def test_facts(name, tmp_path):
 def test_a_variable_rate_is_noticed_but_rounded_times_are_not(tmp_path):
     vary = [0.01 * i * i for i in range(30)]
     assert probe(write_video(tmp_path / "vary.mp4", FRAMES, pts=vary)).variable_rate is True
-    rounded = [i / 30 for i in range(30)]  # 33 or 34 milliseconds apart
+    rounded = [i / 30 for i in range(30)]  # after rounding, 33 or 34 milliseconds apart
     assert probe(write_video(tmp_path / "rounded.mp4", FRAMES, pts=rounded)).variable_rate is False
     assert not scan(write_video(tmp_path / "rounded.mkv", FRAMES, pts=rounded)).variable_rate
 
@@ -92,7 +92,7 @@ def refused(path, *words):
         (b"Good morning\n", "it is a text file"),
         ("Grüße\n".encode("latin-1") * 200, "it is a text file"),
         ("Grüße\n".encode("utf-16"), "it is a text file"),
-        (b"1\n00:00:01,000 --> 00:00:04,000\nHello\n", "it is a text file"),  # FFmpeg reads subtitles
+        (b"1\n00:00:01,000 --> 00:00:04,000\nHello\n", "it is a text file"),  # FFmpeg opens subtitle files, too
         (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>', "it is a text file"),
         (b"#EXTM3U\n#EXTINF:1,\na.ts\n", "it is a playlist"),
         (b"%PDF-1.7\n" + bytes(5000), "it is a PDF document"),
@@ -122,18 +122,18 @@ def test_a_video_that_breaks_off_or_holds_nothing_is_refused(tmp_path):
 
 
 def gap(first, then, step):
-    """Return times of `first` frames from 0 and `then` frames from 23 seconds, `step` apart."""
+    """Return the times of frames that are `step` apart: `first` frames from 0 s onward, then `then` frames from 23 s onward."""
     return [*(step * i for i in range(first)), *(23 + step * i for i in range(then))]
 
 
 SORTED, REORDERED = {"bf": "0"}, {"bf": "3"}
 ALWAYS = REORDERED | {"x264-params": "b-adapt=0:scenecut=0"}
-GAPS = {  # the file's name, the times of its frames, and encoder options
+GAPS = {  # for each file name: the times of the frames, and encoder options
     **{f"{options['bf']}{end}": (gap(36, 30, 1 / 12), options) for end in (".mp4", ".mov", ".mkv", ".ts", "_copy.mkv")
        for options in (SORTED, REORDERED)},
-    # The last is stored before the gap's end, which counts as its duration.
+    # The frame that is displayed last is stored before the end of the gap, and the gap would count as the frame's duration.
     "before the last.mp4": (gap(34, 5, 1 / 12), ALWAYS),
-    # An average rate is not the length of a frame.
+    # A frame's duration does not follow from the average frame rate.
     "slow.mp4": (gap(7, 5, 0.5), SORTED), "slides.mp4": (range(12), SORTED),
     "short_copy.mkv": ([*(i / 12 for i in range(22)), *(i / 12 + 2.5 for i in range(22, 32))], REORDERED),
     **{f"hours.{end}": ([0.0, 1234.567, 5000.003, 9999.987, 20000.017], SORTED) for end in ("mkv", "mp4")},
@@ -142,9 +142,9 @@ GAPS = {  # the file's name, the times of its frames, and encoder options
 
 @pytest.mark.parametrize("name", GAPS)
 def test_a_gap_in_time_does_not_make_a_video_longer(name, tmp_path):
-    """In MP4, the durations of reordered frames are differences of decoding times.
+    """In an MP4, the stated durations of reordered frames are only differences between decoding times.
 
-    The header of a copy has the wrong duration for a frame in the middle.
+    If such a file is copied to another container, the new header includes a wrong duration for a frame in the middle.
     """
     (times, options), path = GAPS[name], tmp_path / name
     written = tmp_path / name.replace("_copy.mkv", ".mp4")
@@ -180,7 +180,7 @@ def test_a_scan_of_whole_files(name, folder):
     found, info = scan(path), probe(path)
     assert (found.frames, found.damaged) == (kind.frames - kind.hidden, 0)
     assert found.duration_s == pytest.approx(info.duration_s, abs=1e-3)
-    # FFmpeg's program stream writer leaves one step out.
+    # When FFmpeg writes a program stream, it leaves out one interval.
     assert found.variable_rate == (name.startswith("vary") or name == "mpeg2.mpg")
     assert found.stated_s is None or found.stated_s == pytest.approx(found.duration_s, rel=0.25)
     assert found.largest_gap_s <= found.keyframe_max_s <= found.duration_s + 1e-4
@@ -220,7 +220,7 @@ JOINED = {
     "a.ts": ({}, {}),
     "b.ts": (MPEG2, MPEG2),
     "no_reordering.ts": ({"options": {"bf": "0"}},) * 2,
-    "hours_later.ts": ({}, {"start": 20_000.0}),  # a recording that began at another time of day
+    "hours_later.ts": ({}, {"start": 20_000.0}),  # timestamps as in a recording that began hours later
     "hours_earlier.ts": ({"start": 20_000.0}, {}),
     "a.vob": (MPEG2, MPEG2),
     "a.mpg": (MPEG2, MPEG2),
@@ -228,7 +228,7 @@ JOINED = {
 
 
 def joined(folder, name, cut):
-    """Write frames 0 to 239: the first `cut` from one file, the rest from another."""
+    """Write frames 0 to 239 to two files and concatenate the files. The first file has the first `cut` frames."""
     ending = name.rpartition(".")[2]
     frames, path = numbered_frames(240), folder / f"joined.{ending}"
     parts = zip((frames[:cut], frames[cut:]), JOINED[name], strict=True)
@@ -268,7 +268,7 @@ HOW = {
 
 
 def joined_three(folder, name, **how):
-    """Write frames 0 to 59, 20 each from three files."""
+    """Write frames 0 to 59 to three files, 20 frames each, and concatenate them. Returns the first file and the joined file."""
     ending = name.rpartition(".")[2]
     parts = [
         write_video(folder / f"{i}.{ending}", [numbered_frame(20 * i + j) for j in range(20)], **how) for i in range(3)
@@ -327,13 +327,15 @@ def test_decord_refuses_them(tmp_path):
 
 
 def test_a_damaged_packet_leaves_the_frame_before_it_on_screen(folder):
-    """At the beginning it is skipped. Damage is counted once, when it is met; a scan counts all of it."""
+    """A damaged packet at the beginning is skipped. Each is counted once, when it is read. A scan counts all damaged packets."""
     whole = write_video(folder / "intra.mp4", numbered_frames(100), gop=1)
     info = probe(spoil(whole, folder / "spoilt.mp4", {0, 1, 4, 13, 14, 70}))
     chunks = list(read_chunks(info, [0.05 + 0.1 * i for i in range(20)], chunk_bytes=10 * 64 * 48 * 3))
     assert [number_of(rgb) for rgb in pixels(chunks)] == [2, 3, 3, *range(5, 13), 12, 12, *range(15, 22)]
     assert [chunk.damaged for chunk in chunks] == [3, 2]
-    assert [chunk.damaged for chunk in read_chunks(info, [0.25, 9.05])] == [3]  # the jump passes over the others
+    assert [chunk.damaged for chunk in read_chunks(info, [0.25, 9.05])] == [
+        3
+    ]  # the other damaged packets are skipped by seeking
     found = scan(info.path)
     assert (found.frames, found.damaged, found.variable_rate, found.duration_s) == (94, 6, False, pytest.approx(9.8))
     assert found.largest_gap_s == pytest.approx(0.3)
@@ -341,13 +343,17 @@ def test_a_damaged_packet_leaves_the_frame_before_it_on_screen(folder):
         list(read_chunks(replace(info, path=str(spoil(whole, folder / "ruined.mp4", range(100)))), [0.5]))
 
 
-SPREAD = ("mpeg2.mpg", "mpeg1.mpg", "wmv2.wmv")  # packets are split, or share their bytes with other data
+SPREAD = (
+    "mpeg2.mpg",
+    "mpeg1.mpg",
+    "wmv2.wmv",
+)  # packets in these files are split, or their bytes are mixed with other data
 
 
-HIDDEN = ("picture.gif", "raw.avi", "raw.y4m", "h264.h264", "mpeg2.mxf")  # these formats cannot detect damage
+HIDDEN = ("picture.gif", "raw.avi", "raw.y4m", "h264.h264", "mpeg2.mxf")  # damage cannot be detected in these formats
 
 
-# See the next test.
+# Files so small that cutting them off leaves no trace in the next test.
 SMALL = ("no_length.mkv", "vp9_hidden.webm", "vp9_10.webm", "subtitles.mkv", "cover.mkv", "ffv1.mkv")
 
 
@@ -417,7 +423,7 @@ def test_a_recording_that_was_cut_off_in_a_fragment(behind, kind, tmp_path):
 
 @pytest.mark.parametrize("claimed", [0, 2**30])
 def test_an_avi_whose_header_was_never_completed(claimed, tmp_path):
-    """It was written to a pipe, so its header claims no frames or a billion, and there is no index."""
+    """An AVI that was written to a pipe has no index, and its header states either no frames or a billion frames."""
     content = bytearray(write_video(tmp_path / "whole.avi", numbered_frames(20), codec="mpeg4").read_bytes())
     at = content.index(b"avih") + 24
     content[at : at + 4] = struct.pack("<I", claimed)
@@ -456,7 +462,7 @@ def encode_repeats(path, repeated):
 
 
 def test_packets_without_data_are_no_damage(folder, monkeypatch):
-    """Theora files have such packets, but PyAV does not write them. FFmpeg's decoders take an empty packet for the end."""
+    """Theora files may have empty packets, which FFmpeg's decoders take for the end of the stream. PyAV cannot write them."""
     path = write_video(folder / "intra.mkv", numbered_frames(20), gop=1)
     original = ffmpeg.packets
 
@@ -475,7 +481,7 @@ def test_packets_without_data_are_no_damage(folder, monkeypatch):
 
 
 def read_whole(path):
-    """Return the facts, the number of every frame on screen, and the number of damaged packets."""
+    """Return a file's metadata, the numbers of the frames on screen at 40 times, and the number of damaged packets."""
     info = probe(path)
     rate = info.fps or 25
     chunks = list(read_chunks(info, [(i + 0.5) / rate for i in range(40)]))
@@ -491,7 +497,11 @@ def test_one_damaged_packet_in_every_kind(name, folder):
     assert got[:10] == list(range(10))
     if name not in (*SMALL, *HIDDEN):
         assert damaged or info.cut_short
-    if info.container in ("mov,mp4,m4a,3gp,3g2,mj2", "mpegts", "avi"):  # these state where the next packet is
+    if info.container in (
+        "mov,mp4,m4a,3gp,3g2,mj2",
+        "mpegts",
+        "avi",
+    ):  # these containers state where the next packet is
         assert got[35:] == list(range(35, 40))
 
 
@@ -505,10 +515,10 @@ def test_a_cut_file_of_every_kind(name, folder):
         info, got, _ = read_whole(cut)
     except VideoError as problem:
         assert problem.exit_code == 3 and str(cut) in problem.message and problem.hint
-        assert name.endswith((".mp4", ".mov"))  # the index comes last
+        assert name.endswith((".mp4", ".mov"))  # these files have their index at the end
         return
     assert got[0] == 0 and all(number <= i for i, number in enumerate(got)) and got == sorted(got)
-    # The facts of the complete file also work with the cut file.
+    # The complete file's metadata can be used to read the file that was cut off.
     assert number_of(next(read_chunks(replace(probe(whole), path=str(cut)), [0.01])).pixels[0]) == 0
     if name.endswith((".mkv", ".webm", ".flv", ".avi")) and name not in SMALL:
         found = scan(cut)
@@ -534,7 +544,7 @@ def test_a_hole_is_noticed(way, sound, ending, folder):
     chunks = list(read_chunks(probe(holed), times))
     got = [number_of(rgb) for rgb in pixels(chunks)]
     assert got[:20] == list(range(20)) and got[-5:] == list(range(75, 80)) and got[45] < 45
-    if way == "zeroed":  # missing data may leave no trace
+    if way == "zeroed":  # missing data may not be noticed
         assert sum(chunk.damaged for chunk in chunks)
 
 
@@ -543,9 +553,10 @@ TIMES = np.linspace(0.05, 3.95, 16)
 
 @pytest.fixture
 def lying(folder, tmp_path):
-    """`lying("h264.mp4", b"stsz", 8, ">I", 10**9)` returns a file of that kind with a value replaced 8 bytes after a mark.
+    """A function that writes a file of some kind with wrong values in its header.
 
-    Several changes can be given.
+    For example, `lying("h264.mp4", b"stsz", 8, ">I", 10**9)` replaces the value 8 bytes after `stsz` with 10**9. More than one
+    change can be given.
     """
 
     def call(name, *changes):
@@ -562,7 +573,7 @@ def lying(folder, tmp_path):
 
 @pytest.fixture
 def peak():
-    """A function that returns the reader process's peak memory since the test began, in bytes."""
+    """A function that returns the peak memory that the reader process has used during the test, in bytes."""
     isolation.end_all()
 
     def call():
@@ -588,7 +599,7 @@ HUGE = {
     "avi header": ("mpeg4.avi", b"avih", 24, "<I", [10**9]),
     "avi stream": ("mpeg4.avi", b"strh", 40, "<I", [10**9]),
     **{f"mp4 every count {n}": ("h264.mp4", b"stsz", 8, ">II", [1, n], b"stts", 12, ">I", [n], b"stsc", 16, ">I", [n])
-       for n in (10**7, 10**9)},  # all of them share the same bytes
+       for n in (10**7, 10**9)},  # all frames share the same bytes
 }  # fmt: skip
 
 
@@ -610,11 +621,11 @@ def test_a_thousand_million_frames(name, lying, peak):
 @pytest.mark.parametrize("name", ["vp9.webm", "ffv1.mkv", "h264.mkv"])
 def test_huge_pictures_in_matroska(name, size, tmp_path, peak):
     path = write_video(tmp_path / name, numbered_frames(40, 256, 320), **KINDS[name].how)
-    header = b"\xb0\x82%b\xba\x82%b"  # two bytes each
+    header = b"\xb0\x82%b\xba\x82%b"  # width and height, each stored in two bytes
     old, new = (header % (struct.pack(">H", width), struct.pack(">H", height)) for height, width in ((256, 320), size))
     assert old in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(old, new))
-    if name == "ffv1.mkv":  # its frames do not contain their size
+    if name == "ffv1.mkv":  # frames in FFV1 do not state their own size
         refused_to_read(path, *(["megapixels"] if size == (12_000, 12_000) else []))
     else:
         assert numbers(probe(path), [0.05, 3.95]) == [0, 39]
@@ -638,7 +649,7 @@ def test_huge_images(kind, size, tmp_path, lying, peak):
     content = path.read_bytes()
     header = b"IHDR" + struct.pack(">II", *size) + content[24:29]
     path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
-    # Not damaged.
+    # The file is reported as too large, not as damaged.
     refused_to_read(tmp_path if kind == "folder" else path, "a.png is too large: evoprune reads at most 134 megapixels")
     assert peak() < 2**28
 
@@ -666,7 +677,7 @@ def test_no_frames_at_all(folder, tmp_path):
 
 
 def test_no_times_in_a_transport_stream(folder, tmp_path):
-    """The PES headers are changed to state that they hold no times."""
+    """The test changes the PES headers so that they state that they contain no times."""
     content = bytearray(write_kind(folder, "h264.ts").read_bytes())
     at, count = content.find(b"\0\0\1\xe0"), 0
     while at >= 0:
@@ -681,7 +692,7 @@ def test_no_times_in_a_transport_stream(folder, tmp_path):
 
 
 def test_frames_that_change_their_size(tmp_path):
-    """Concatenated raw streams."""
+    """The file consists of three raw streams with different frame sizes."""
     pieces = [
         write_video(tmp_path / f"{size}.h264", numbered_frames(20, *size), options={"x264-params": "annexb=1"})
         for size in ((48, 64), (96, 128), (24, 32))
@@ -708,7 +719,7 @@ def test_broken_videos_are_answered_or_refused(seed, tmp_path, monkeypatch):
 def test_a_still_beside_the_video_is_no_other_track(tmp_path):
     path = write_video(tmp_path / "video.mp4", FRAMES)
     still = write_video(tmp_path / "still.mp4", FRAMES[:1])
-    both = tmp_path / "both.mp4"  # an animated AVIF also has a still of its first frame
+    both = tmp_path / "both.mp4"  # an animated AVIF also contains its first frame as a still image
     with av.open(str(still)) as first, av.open(str(path)) as second, av.open(str(both), "w") as out:
         streams = [out.add_stream_from_template(source.streams.video[0]) for source in (first, second)]
         for source, stream in zip((first, second), streams, strict=True):
@@ -721,7 +732,7 @@ def test_a_still_beside_the_video_is_no_other_track(tmp_path):
 
 
 def gif(path, count, width=16, height=16):
-    """Write a GIF of frames that each change one pixel, at 23 bytes per frame."""
+    """Write a GIF in which each frame changes only one pixel and takes 23 bytes."""
     head = b"GIF89a" + struct.pack("<HH", width, height) + b"\xf0\0\0" + b"\0\0\0\xff\xff\xff"
     frame = b"\x21\xf9\x04\0\x0a\0\0\0\x2c" + struct.pack("<HHHH", 0, 0, 1, 1) + b"\0\x02\x02\x44\x01\0"
     path.write_bytes(head + count * frame + b";")
@@ -738,7 +749,7 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path, monke
     assert probe(path).frames_total == 30
     monkeypatch.setattr(isolation, "POSSIBLE", False)
     monkeypatch.setattr(ffmpeg, "MAX_DECODED_PIXELS", 30 * 64 * 48 - 1)
-    assert probe(path).frames_total == 30  # larger files may have more
+    assert probe(path).frames_total == 30  # larger files may have more frames
     monkeypatch.setattr(ffmpeg, "MAX_PIXELS_PER_BYTE", 1)
     refused_to_read(path, "pixels in 30 frames")
 

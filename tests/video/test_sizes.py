@@ -1,4 +1,4 @@
-"""Videos whose frame size changes are read at the first size, letterboxed if the shape differs, with a warning."""
+"""If the frame size changes, all frames are scaled to the first size, letterboxed if necessary, and there is a warning."""
 
 import av
 import pytest
@@ -14,7 +14,7 @@ SIZES = {
     "there and back": ((96, 128), (192, 256), (96, 128)),
 }
 CODECS = {
-    "h264": ("ts", {"options": {"bf": "0"}}),  # MPEG-TS repeats the stream parameters in every keyframe
+    "h264": ("ts", {"options": {"bf": "0"}}),  # in MPEG-TS, every keyframe repeats the stream parameters
     "hevc": ("ts", {"codec": "libx265", "options": {"x265-params": "log-level=none:bframes=0"}}),
     "vp9": ("mkv", {"codec": "libvpx-vp9"}),
     "mjpeg": ("mkv", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}),
@@ -23,9 +23,9 @@ CODECS = {
 
 
 def changing(folder, heights_and_widths, codec="h264"):
-    """Write packets of videos of these sizes to one track, 10 frames each."""
+    """Encode videos of the given sizes, with 10 frames each, and write their packets to a single track."""
     ending, how = CODECS[codec]
-    # Matroska does not support Sorenson H.263
+    # Matroska does not support Sorenson H.263.
     path, track = folder / f"changing.{'flv' if ending == 'flv' else 'mkv'}", None
     with av.open(str(path), "w") as out:
         for i, size in enumerate(heights_and_widths):

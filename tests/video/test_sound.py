@@ -1,4 +1,4 @@
-"""Sound for speech recognition: its times, its span, gaps, damage, and files without sound."""
+"""Tests of reading sound for speech recognition: times, spans, gaps, damage, and files without sound."""
 
 import sys
 from types import ModuleType
@@ -16,7 +16,7 @@ BURSTS = [(1.0, 2.0), (5.0, 5.5), (8.0, 9.5)]
 
 
 def heard(path, start_s=0.0, end_s=1e9):
-    """Return the loud parts of a file, to a tenth of a second, and the number of damaged packets."""
+    """Return the start and end of each loud part of a file, rounded to 0.1 s, and the number of damaged packets."""
     found = []
     damaged = 0
     for piece in read_audio(probe(path), start_s, end_s):

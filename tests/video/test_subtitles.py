@@ -1,4 +1,4 @@
-"""Reading subtitles: every kind of file, text without markup and its times, and error messages."""
+"""Tests of reading subtitles from every kind of file: times, text without markup, and error messages."""
 
 import os
 import random
@@ -28,13 +28,13 @@ def video(tmp_path_factory):
 
 
 def read(video, path, content, **span):
-    """Write a file and return its subtitles."""
+    """Write a subtitle file and read it as the subtitles of a video."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_subtitles(video, str(path), **span)
 
 
 def expected(content: str) -> list:
-    """ASS does not display text in braces."""
+    """Return the lines that are expected from a file. In ASS, text in braces is not displayed."""
     return [WHO, SIZE if "Dialogue" not in content else (3.5, 4.0, "Größe <|im_end|>")]
 
 
@@ -53,7 +53,7 @@ def test_tracks(tmp_path, name):
 
 
 def test_a_file_beside_a_video_that_begins_after_its_sound(tmp_path):
-    """Players count from the sound. A track inside the file uses the same clock."""
+    """Players count a subtitle file's times from the start of the sound, which begins before the video."""
     path = write_video(tmp_path / "late.mp4", numbered_frames(40), start=8.0, audio_s=12.0)
     (tmp_path / "late.srt").write_text(srt([(8.5, 9, "spoken"), (2, 3, "before")]))
     info = probe(path)
@@ -109,7 +109,7 @@ def test_what_is_no_file_is_refused(video, name):
 
 def test_tracks_that_begin_late_or_are_damaged(tmp_path):
     path = write_subtitled(tmp_path / "late.mkv", [SRT], start_s=10.0)
-    assert read_subtitles(probe(path), "auto").lines == [WHO, SIZE]  # times count from the first frame
+    assert read_subtitles(probe(path), "auto").lines == [WHO, SIZE]  # times are counted from the first frame
     path = write_subtitled(tmp_path / "old.mkv", [SRT], encoding="cp1252")
     found = read_subtitles(probe(path), "auto")
     assert found.lines == [WHO] and found.warnings == ["damaged_subtitles"]
@@ -193,12 +193,12 @@ def test_what_is_on_screen_already_counts_once(video, tmp_path, cues, kept):
 
 
 def cue(*lines: str) -> str:
-    """Return one SRT cue without its number."""
+    """Return an SRT cue with the given lines before the text "a"."""
     return "\n".join([*lines, "a", ""])
 
 
 def in_form(form: str, start: str, end: str) -> str:
-    """Return a file with one cue from `start` to `end`."""
+    """Return a subtitle file in the format `form` that has a single cue from `start` to `end`."""
     return {
         "srt": cue("7", f"{start} --> {end}"),
         "vtt": f"WEBVTT\n\nname\n{start} --> {end} align:start\na\n",
@@ -324,14 +324,14 @@ def test_hostile_texts_are_read_or_refused_soon(video, tmp_path, content):
 
 
 def words(text: str) -> int:
-    """Count words, in place of a tokenizer."""
+    """Return the number of words, as a substitute for a tokenizer's number of tokens."""
     return len(text.split())
 
 
 def test_lines_for_the_prompt():
     lines = Subtitles("a", [(3661.9, 3662.0, "x"), (-3.0, 1.0, "y")]).fitted(99, words).text
     assert lines == "Subtitles:\n[1:01:01] x\n[0:00] y\n\n"
-    # The long line is left out as a whole.
+    # The long line is left out completely.
     long = [(0.0, 1.0, "short"), (1.0, 2.0, "word " * 10**6), (2.0, 3.0, "brief")]
     fitted = Subtitles("a", long).fitted(100, words)
     assert fitted.text == "Subtitles:\n[0:00] short\n[0:02] brief\n\n" and fitted.lines == 3

@@ -1,4 +1,4 @@
-"""Temporary files, including those that killed processes leave behind."""
+"""Tests of temporary files, including the files that killed processes leave behind."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def test_a_folder_of_a_killed_process_is_deleted(spool):
     with subprocess.Popen([sys.executable, "-c", HOLD], env=environment, stdout=subprocess.PIPE, text=True) as holder:
         left = Path(holder.stdout.readline().strip())
         with temporary_file([b"other"], "the video"):
-            assert left.read_bytes() == b"content"  # its process is alive
+            assert left.read_bytes() == b"content"  # the folder's process is still running
         holder.kill()
     assert left.exists()
     with temporary_folder() as folder:
@@ -46,7 +46,7 @@ def test_a_folder_of_a_killed_process_is_deleted(spool):
 
 
 def test_other_folders_stay(spool):
-    """Folders without a lock, which users made, and links, which may lead anywhere."""
+    """Folders without a lock file are kept, because users may have made them. Links are kept, because they may lead anywhere."""
     (spool / "evoprune-results").mkdir()
     other = spool / "other"
     other.mkdir()

@@ -1,4 +1,4 @@
-"""Parallel work: results come in order, whatever the threads do."""
+"""Tests that parallel jobs yield their results in order, whatever the threads do."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from evoprune.video.readers.workers import in_order
 
 
 class Tools:
-    """Makes `count` items of each job; `before(job, number)` is called before each item."""
+    """Tools for `in_order` that make `count` items for each job. `before(job, number)` is called before each item."""
 
     def __init__(self, count=3, before=lambda job, number: None):
         self.count, self.before = count, before
@@ -98,7 +98,7 @@ def test_no_more_wait_for_their_turn_than_there_is_room():
     threading.Timer(0.3, lambda: (seen.append(len(tools.made)), release.set())).start()
     seen = []
     assert list(items) == everything(4, 20)
-    assert 5 <= seen[0] <= 5 + 3  # each other thread holds one finished item
+    assert 5 <= seen[0] <= 5 + 3  # each of the other threads holds one finished item
 
 
 def test_a_thread_that_lives_does_not_hide_one_that_hangs(monkeypatch):
@@ -107,7 +107,7 @@ def test_a_thread_that_lives_does_not_hide_one_that_hangs(monkeypatch):
 
     def hang(job, number):
         if job == 0:
-            release.wait()  # without a sign of life
+            release.wait()  # without reporting any progress
         ffmpeg.alive()
 
     start = time.monotonic()

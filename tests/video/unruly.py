@@ -1,4 +1,4 @@
-"""A video reader process that misbehaves for certain names: `crash.mp4` crashes it, and so on."""
+"""A worker process that misbehaves when it reads files with certain names. For example, `crash.mp4` makes it crash."""
 
 import ctypes
 import os
@@ -11,7 +11,7 @@ from evoprune.errors import VideoError
 from evoprune.video.readers import ffmpeg
 from evoprune.video.sandbox import channel, worker
 
-C = ctypes.PyDLL(None)  # calls into C keep the GIL, as a decoder's callbacks may
+C = ctypes.PyDLL(None)  # calls into C do not release the GIL, as may happen in a decoder's callbacks
 PROGRAM = "import sys; sys.path[:] = {paths}; from tests.video.unruly import main; main({socket})"
 
 
@@ -67,7 +67,11 @@ DEEDS = {
 
 
 def behave(path: str) -> None:
-    """Run the deed that the file is named after. Folders next to it record that `once_` has run, or that a hang has begun."""
+    """Misbehave in the way that the file's name says (see `DEEDS`).
+
+    A name that begins with `once_` has an effect only the first time. Folders next to the file record that this has happened, or
+    that the process is about to hang.
+    """
     name = Path(path).stem
     if name.startswith("once_"):
         try:
@@ -81,7 +85,7 @@ def behave(path: str) -> None:
 
 
 class UnrulyReader(worker.FrameReader):
-    """Runs the deed before the third array of frames, or before the first one with the prefix `first_`. Ignores `later_`."""
+    """Misbehaves before the third array of frames, or before the first array if the file's name begins with `first_`."""
 
     def __init__(self, info, times_s, **how):
         super().__init__(info, times_s, **how)
@@ -95,7 +99,7 @@ class UnrulyReader(worker.FrameReader):
 
 
 class UnrulyClip(worker.ClipReader):
-    """Runs the deed after the prefix `clip_` before it returns bytes of a clip."""
+    """Misbehaves before it returns a clip's bytes, if the file's name begins with `clip_`."""
 
     def fill(self, content):
         if "clip_" in self._path:
