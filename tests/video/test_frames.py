@@ -126,9 +126,8 @@ def test_jumps_change_nothing_but_how_much_is_decoded(name, folder, decoded, mon
         assert [number_of(rgb) for rgb in pixels(straight)] == [min(int(t * 10 + 0.01), 255) for t in times]
     decoded[0] = 0
     assert numbers(info, [0.0, 5.0, 10.0, 15.0, 20.0, 25.0]) == [0, 50, 100, 150, 200, 250]
-    assert decoded[0] < (
-        200 if short else 3 * 256
-    )  # this includes frames that were decoded by threads whose work is not needed
+    # The number includes frames that were decoded by threads whose work is not needed.
+    assert decoded[0] < (200 if short else 3 * 256)
 
 
 @pytest.mark.few(8)
@@ -173,9 +172,8 @@ def test_the_file_is_closed_on_early_exit(long_file, in_process, monkeypatch):
 
 
 def test_requests(long_file, folder):
-    info = pickle.loads(
-        pickle.dumps(probe(long_file))
-    )  # the metadata can be sent to another process, and so can chunks
+    # The metadata can be sent to another process, and so can chunks.
+    info = pickle.loads(pickle.dumps(probe(long_file)))
     chunk = pickle.loads(pickle.dumps(next(read_chunks(info, (1.05, 2.05)))))
     assert [number_of(rgb) for rgb in chunk.pixels] == [10, 20] and list(read_chunks(info, [])) == []
     with pytest.raises(VideoError, match=r"no such file: .*gone.mp4"):
@@ -268,9 +266,8 @@ def corners(picture):
 def test_the_matrix_of_a_phone_is_read_as_phones_mean_it(matrix, order, folder):
     path = write_video(folder / "phone.mp4", [quarters()] * 2)
     content = bytearray(path.read_bytes())
-    at = (
-        content.index(b"tkhd") + 44
-    )  # if a phone is held upright, it writes (0, 1, -1, 0) here, as 16.16 fixed-point numbers
+    # If a phone is held upright, it writes (0, 1, -1, 0) here, as 16.16 fixed-point numbers.
+    at = content.index(b"tkhd") + 44
     a, b, c, d = (value << 16 for value in matrix)
     content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(content)

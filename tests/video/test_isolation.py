@@ -177,9 +177,8 @@ def test_silence_is_an_error(when, named, started, monkeypatch):
     assert len(started) == 1 and gone(started[0])
     if not when:
         monkeypatch.setattr(isolation, "SILENCE_S", 2.5)
-        assert (
-            probe(named("slow")).frames_total == 20
-        )  # this takes three seconds, but the worker reports that it is alive
+        # This takes three seconds, but the worker reports that it is alive.
+        assert probe(named("slow")).frames_total == 20
 
 
 def test_memory_is_limited(named, good, started):

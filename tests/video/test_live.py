@@ -185,9 +185,8 @@ def test_a_playlist_reaches_no_file_of_this_machine(served, clip, where):
     assert not found and problem.exit_code == 3
 
 
-@pytest.mark.parametrize(
-    "name", ["aa", "ab"]
-)  # a playlist that refers to itself, and two playlists that refer to each other
+# A playlist that refers to itself, and two playlists that refer to each other.
+@pytest.mark.parametrize("name", ["aa", "ab"])
 def test_a_playlist_that_names_itself(served, name):
     found, _, problem = read(f"{served[0]}/loop.m3u8?{name}")
     assert not found and problem.exit_code == 3

@@ -53,9 +53,8 @@ def test_times_are_the_middles_of_equal_shares(duration, start_share, length_sha
 
 
 def test_a_plan_by_hand():
-    assert plan_sampling(3.0, SamplingOptions(end_s=99)) == plan_sampling(
-        3.0
-    )  # an end after the end of the video is clamped
+    # An end after the end of the video is clamped.
+    assert plan_sampling(3.0, SamplingOptions(end_s=99)) == plan_sampling(3.0)
     assert plan_sampling(100.0, min_frames=8, max_frames=5).frames == 4  # the limits conflict
     plan = plan_sampling(10.0, SamplingOptions(fps=0.6, start_s=2.0, end_s=8.0))
     assert plan.times_s == (2.75, 4.25, 5.75, 7.25)  # 3.6 frames are rounded to 4

@@ -353,7 +353,7 @@ SPREAD = (
 HIDDEN = ("picture.gif", "raw.avi", "raw.y4m", "h264.h264", "mpeg2.mxf")  # damage cannot be detected in these formats
 
 
-# Files so small that cutting them off leaves no trace in the next test.
+# Files in which damage or a missing end may go unnoticed in the tests below.
 SMALL = ("no_length.mkv", "vp9_hidden.webm", "vp9_10.webm", "subtitles.mkv", "cover.mkv", "ffv1.mkv")
 
 
