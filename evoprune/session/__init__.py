@@ -1,7 +1,8 @@
-"""Answer questions from beginning to end: load a model, open, plan and encode inputs, and generate an answer.
+"""Everything between a question and its answer: load a model, open, plan and encode the inputs, and generate the answer.
 
-`encoding` and `asking` do the work. `memory` predicts how much memory it takes, `prompting` builds prompts and adds subtitles, and
-`session` holds the objects that all of them share. The command line and `evoprune.VideoQA` call them.
+`encoding` and `asking` do the main work. `memory` predicts how much memory they need, `prompting` builds prompts and adds
+subtitles, and `session` combines the loaded model with its pruning settings. The command line and `evoprune.VideoQA` are built on
+this package.
 """
 
 from typing import TYPE_CHECKING

@@ -1,10 +1,10 @@
-"""Probe and read inputs while torch is imported and a model is loaded. Imports no torch.
+"""Probe and read inputs while torch is being imported and a model is being loaded. Imports no torch.
 
-The plan of an input depends only on the model's description (session/loading/description.py), so it can be made before the model is
-loaded. Later, the session uses the prefetched frames if its own plan needs the same frames and the files have not changed.
-Otherwise the session reads the input again.
+An input can be planned before the model is loaded, because the plan depends only on the model's description
+(session/loading/description.py). Later, the session makes its own plan. If that plan needs the same frames and the files have not
+changed, the session uses the prefetched frames. Otherwise it reads the input again.
 
-Prefetched frames are kept at their decoded size, because resizing needs torch.
+Prefetched frames are kept at their decoded size, because resizing them would need torch.
 """
 
 import os
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 
 Path = str | os.PathLike[str]
 
-MAX_WAITING_BYTES = 512 * 2**20  # maximum bytes of waiting frames; less if memory is short
-MEMORY_SHARE = 16  # waiting frames take at most 1 / MEMORY_SHARE of the available memory
-MAX_GROUPS = 4  # maximum number of groups of inputs to prefetch
+MAX_WAITING_BYTES = 512 * 2**20  # maximum size of the waiting frames in bytes; less if little memory is available
+MEMORY_SHARE = 16  # the waiting frames take at most 1 / MEMORY_SHARE of the available memory
+MAX_GROUPS = 4  # maximum number of groups of inputs that are prefetched
 
 
 @dataclass(eq=False)
 class _Prefetch:
-    """An input that is being prefetched. Its thread sets `state` and `request`."""
+    """An input that is being prefetched. The thread that reads it sets `state` and `request`."""
 
     path: str
-    state: tuple | None = None  # state of the files, recorded before they were probed
-    request: tuple[Any, ...] | None = None  # see `_request`; set once the input is planned
+    state: tuple | None = None  # the state of the files, recorded before probing them
+    request: tuple[Any, ...] | None = None  # see `_request`; set once the input has been planned
     reading: Reading[FrameChunk] | None = None
 
     def answers(self, request: tuple[Any, ...]) -> bool:
-        """Return True if this prefetch answers the request: same frames, and the files have not changed since.
+        """Return True if a session that makes this request can use the prefetch.
 
-        A prefetch that ended with a `VideoError` also answers the request, because the session would get the same error. After any
-        other error the session tries again.
+        The request must need the same frames, and the files must not have changed since. A prefetch that failed with a `VideoError`
+        can be used too, because the session would get the same error. After any other error, the session should try again.
         """
         problem = self.reading.problem
         failed = problem is not None and not isinstance(problem, VideoError)
@@ -57,14 +57,15 @@ class _Prefetch:
 class ReadAhead(Readings):
     """Inputs that are prefetched one after another before their model is loaded. Close it after use.
 
-    `ReadAhead` raises no errors for bad inputs. The session that opens an input later raises them.
+    `ReadAhead` raises no errors for bad inputs. The session raises them later, when it opens the input.
 
     Args:
         model: The description of the model that will encode the inputs.
-        asked: Groups of inputs in the order in which they will be encoded. Each group is a list of paths that are opened together,
-            with its sampling options. At most `MAX_GROUPS` groups are read.
-        pruning: The pruning options, because a method may make inputs smaller. None for no pruning.
-        held_bytes: Upper bound on the bytes of waiting frames. Default: 512 MiB, less if memory is short.
+        asked: The groups of inputs in the order in which they will be encoded. A group consists of a list of paths that are opened
+            together, and their sampling options. At most `MAX_GROUPS` groups are read.
+        pruning: The pruning options. They are needed because a method may make inputs smaller. None means no pruning.
+        held_bytes: Upper bound on the size of the waiting frames, in bytes. The default is 512 MiB, or less if little memory is
+            available.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class ReadAhead(Readings):
                 prefetch = _Prefetch(path)
                 prefetch.reading = Reading(partial(self._begin, prefetch, names, place, sampling), self)
                 self._prefetches.append(prefetch)
-        self._remaining = [*self._prefetches]  # inputs that `take` has not returned or dropped
+        self._remaining = [*self._prefetches]  # the inputs that `take` has neither returned nor dropped yet
 
     def close(self) -> None:
         """Drop all frames and stop the threads."""
@@ -99,9 +100,9 @@ class ReadAhead(Readings):
             self._stop_speech.pop()()
 
     def take(self, plan: Plan) -> Reading[FrameChunk] | None:
-        """Return the `Reading` that has exactly the frames of a plan, or None if there is none. The caller closes it.
+        """Return the `Reading` that provides exactly the frames of a plan, or None if there is none. The caller must close it.
 
-        Take inputs in the same order as in `asked`, because all inputs before the returned one are dropped.
+        Take inputs in the order of `asked`, because this method drops all inputs that come before the one it returns.
         """
         request = _request(plan)
         while True:
@@ -118,9 +119,9 @@ class ReadAhead(Readings):
             prefetch.reading.close()
 
     def _has_started(self, reading: Reading) -> bool:
-        """Wait until a reading has started or ended, and return True. Return False if that takes longer than `PATIENCE_S`.
+        """Wait until a reading has started or ended, and return True. If that takes longer than `PATIENCE_S`, return False.
 
-        Also return False, without waiting, if the reading is queued after a reading that a consumer is taking chunks from, because
+        This returns False without waiting if a consumer is taking chunks from a reading that comes earlier in the queue, because
         that consumer may never finish.
         """
         if not reading.is_here:
@@ -131,7 +132,7 @@ class ReadAhead(Readings):
                 place = self.unfinished.index(reading)
             if any(earlier.taken for earlier in self.unfinished[:place]) and not reading.ended:
                 return False
-            # The session has already probed the input, so planning is quick unless the thread hangs.
+            # Planning is quick unless the thread hangs, because the session has already probed the input.
             return Scope.wait_for(self.changed, lambda: reading.begun or reading.ended, PATIENCE_S)
 
     def _begin(
@@ -152,7 +153,7 @@ class ReadAhead(Readings):
 
 
 def _request(plan: Plan) -> tuple[Any, ...]:
-    """Return the part of a plan that determines its frames."""
+    """Return the part of a plan that determines which frames it needs."""
     return plan.source, plan.sampling.times_s, plan.read_arguments
 
 
@@ -160,23 +161,23 @@ def _request(plan: Plan) -> tuple[Any, ...]:
 def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Unpack[ReadAheadKeywords]") -> ReadAhead:
     """Start reading videos and pictures before a model is loaded. Imports no torch.
 
-    Pass the result to `VideoQA.load(ahead=)`, which loads the model while the inputs are read:
+    Pass the result to `VideoQA.load(ahead=)`, which loads the model while the inputs are being read:
 
         with evoprune.read_ahead("clip.mp4", "Qwen/Qwen2.5-VL-3B-Instruct", fps=2) as ahead:
             qa = evoprune.VideoQA.load("Qwen/Qwen2.5-VL-3B-Instruct", ahead=ahead)
             video = qa.encode("clip.mp4", fps=2)
 
-    This helps only before a model is loaded. To read ahead with a model that is already loaded, use `in_flight`
-    (session/upcoming.py). If an input is missing or unreadable, the error is raised later, when the input is encoded.
+    This is useful only before a model is loaded. If a model is already loaded, use `in_flight` (session/upcoming.py) to read ahead.
+    If an input is missing or unreadable, the error is raised later, when the input is encoded.
 
     Args:
         path: A file or a folder of frames, or a list of them in the order in which they will be encoded.
-        model: See `VideoQA.load`. Missing small files of a hub model, such as config.json, are downloaded immediately.
+        model: See `VideoQA.load`. Small files of a hub model that are missing, such as config.json, are downloaded immediately.
         options: The options of `VideoQA.load` that choose the model and the device, and the options of `encode`.
 
     Raises:
-        ModelError: If the model is missing, unsupported, damaged, or cannot be reached.
-        UsageError: If an option is invalid, or there is no path.
+        ModelError: If the model is missing, unsupported or damaged, or cannot be reached.
+        UsageError: If an option is invalid, or no path is given.
         TypeError: If an option is unknown.
     """
     loading, sampling = from_keywords({"model": model, **options}, ModelOptions, SamplingOptions)

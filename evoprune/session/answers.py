@@ -1,4 +1,4 @@
-"""Conversations, and answers that are generated piece by piece while they are read."""
+"""Conversations, and answers that are generated piece by piece while the caller reads them."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Unpack, overload
 
-from typing_extensions import TypeVar  # torch requires it; typing.TypeVar supports defaults only since Python 3.13
+from typing_extensions import TypeVar  # a dependency of torch; typing.TypeVar has defaults only since Python 3.13
 
 from evoprune.errors import DoesNotFit, UsageError, error_record
 from evoprune.language import GenerationOptions, Turn
@@ -18,28 +18,28 @@ from evoprune.util import Uncopied, check_question, counted, from_keywords
 if TYPE_CHECKING:
     from evoprune.keywords import GenerationKeywords, UntypedKeywords
 
-Shape = TypeVar("Shape")  # the class passed as `schema`
+Shape = TypeVar("Shape")  # the class that the caller passed as `schema`
 Parsed = TypeVar("Parsed", default=Any)
 
 
 class Answer(Uncopied, Iterator[str], Generic[Parsed]):
-    """An answer that is generated piece by piece while it is read. Generation starts when the first piece is requested.
+    """An answer that is generated piece by piece while the caller reads it. Generation starts when the first piece is requested.
 
-    Iterating yields the pieces. A new iteration continues where the previous one stopped, or starts from the beginning if the
-    answer is complete. `str(answer)`, `answer == text` and `text in answer` use `answer.text`, which generates the rest of the
-    answer first. An answer is not hashable, so put `answer.text` into sets and dicts.
+    Iterating over an answer yields its pieces. A new iteration continues where the previous one stopped, or starts from the
+    beginning if the answer is complete. `str(answer)`, `answer == text` and `text in answer` first generate the rest of the answer
+    and then use `answer.text`. An answer is not hashable, so use `answer.text` in sets and dicts.
 
-    Several threads may read answers about the same video at the same time. Each `text` is generated completely before the next one
-    starts. An iteration fails if any thread starts another answer between two of its pieces.
+    Several threads may read answers about the same video at the same time. Each `text` is generated completely before another
+    thread's `text` starts. An iteration fails if any thread starts another answer between two of its pieces.
 
-    If the model thinks first, its thoughts are not part of the answer. They are generated before the first piece and stored in
-    `thoughts`.
+    If the model thinks before it answers, its thoughts are not part of the answer. They are generated before the first piece and
+    stored in `thoughts`.
 
-    After an error, reading the answer again raises the same error. The error is also recorded in `report.error`.
+    If reading the answer raises an error, reading it again raises the same error. The error is also recorded in `report.error`.
 
     Attributes:
-        report: The report, updated after each piece. `report.answer` is the text so far.
-        ids: Token ids generated so far, including thoughts but not the token that ends the answer.
+        report: The report, which is updated after each piece. `report.answer` is the text so far.
+        ids: Token ids generated so far, including the thoughts but not the token that ends the answer.
 
     Raises:
         UsageError: If the question and its answer do not fit into the model's context, or another question was asked in the
@@ -72,7 +72,8 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     def __next__(self) -> str:
         with self._lock:
-            if self._problem is not None:  # the failed generator is exhausted, so the answer would look complete
+            # Raise the error again. Otherwise the answer would look complete, because a generator that failed is exhausted.
+            if self._problem is not None:
                 raise _without_traceback(self._problem)
             try:
                 self._made.append(next(self._pieces))
@@ -90,7 +91,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     @property
     def text(self) -> str:
-        """The complete answer. Generates the rest of the answer first."""
+        """The complete answer. If necessary, the rest of the answer is generated first."""
         with self._lock:
             for _ in self:
                 pass
@@ -103,24 +104,24 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     @property
     def parsed(self) -> Parsed:
-        """The value of an answer that was generated with a `schema`, or None if the answer was cut short.
+        """The value of an answer that follows a `schema`, or None if the answer was cut short.
 
-        If `schema` is a class, this is an instance of it. Otherwise it is the value that `json.loads` returns. Generates the rest
-        of the answer first.
+        If `schema` is a class, this is an instance of the class. Otherwise it is the value that `json.loads` returns. If necessary,
+        the rest of the answer is generated first.
         """
         str(self)
         return self._instances[0] if self._instances else self.report.parsed
 
     @property
     def logprobs(self) -> list[dict[str, Any]] | None:
-        """Log probabilities of each token in `ids` and its alternatives (docs/json.md), or None without the `logprobs` option."""
+        """Log probabilities of each token in `ids` and of its alternatives (docs/json.md). None without the `logprobs` option."""
         return self.report.logprobs
 
     @property
     def choices(self) -> list[dict[str, Any]] | None:
-        """Each choice with its log probability and its probability among the choices, or None without the `choices` option.
+        """Each choice with its log probability, and its probability among the choices. None without the `choices` option.
 
-        Generates the rest of the answer first.
+        If necessary, the rest of the answer is generated first.
         """
         str(self)
         return self.report.choices
@@ -136,10 +137,10 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
             return True
         return isinstance(other, str | Answer) and self.text == str(other)
 
-    __hash__ = None  # an answer equals its text, but would hash differently
+    __hash__ = None  # an answer equals its text but would have a different hash
 
     def close(self) -> None:
-        """Stop generating. Unless the answer is complete, `report.finish_reason` becomes "interrupt"."""
+        """Stop generating. If the answer is not complete, `report.finish_reason` becomes "interrupt"."""
         with self._lock:
             self._pieces.close()
             self.report.finish_reason = self.report.finish_reason or "interrupt"
@@ -151,14 +152,14 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
 
 def _without_traceback(problem: Exception) -> Exception:
-    """Return a copy of an exception without its traceback, because the traceback's frames would keep memory alive."""
+    """Return a copy of an exception without its traceback, whose frames would keep memory alive."""
     again = type(problem).__new__(type(problem), *problem.args)
     vars(again).update(vars(problem))
     return again
 
 
 class Asked(Protocol):
-    """The subject of a conversation, such as an `asking.Askable`."""
+    """What a conversation is about, such as an `asking.Askable`."""
 
     OVERTAKEN: ClassVar[str]
     _session: Session
@@ -177,14 +178,14 @@ class Asked(Protocol):
 
 
 class Chat(Uncopied):
-    """A conversation, in which the model reads each question together with the previous turns. Created by `Askable.chat`.
+    """A conversation, in which the model reads each question together with all previous turns. `Askable.chat` creates one.
 
     The conversation is formatted with the model's chat template. The model reuses the keys and values of everything that it has
-    already read. Thoughts are not part of the conversation. An answer is added when it is complete. If it fails, is closed, or ends
-    while the model is still thinking, the conversation stays unchanged.
+    already read. Thoughts are not part of the conversation. An answer becomes part of the conversation once it is complete. If the
+    answer fails, is closed, or ends while the model is still thinking, the conversation does not change.
 
-    If the conversation no longer fits into the model's context, the oldest turns are dropped. In that case, `report.warnings` of
-    the next answer contains "history_cut" even before the answer is generated.
+    If the conversation no longer fits into the model's context, the oldest turns are dropped. The report of the next answer then
+    has the warning "history_cut", even before the answer is generated.
     """
 
     INSTEAD = "use chat.messages"
@@ -193,14 +194,14 @@ class Chat(Uncopied):
         self.system = system
         self._inputs = inputs
         self._turns = [*turns]
-        self._latest = object()  # identifies the latest question, the only one that may become a turn
+        self._latest = object()  # identifies the latest question, because only that one may become a turn
 
     def __repr__(self) -> str:
         return f"<Chat, {counted(len(self._turns), 'turn')}, about {self._inputs!r}>"
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """A copy of the conversation, in the format that `Askable.chat` accepts."""
+        """A copy of the conversation in the format that `Askable.chat` accepts."""
         return Turn.to_messages(self._turns)
 
     def clear(self) -> None:
@@ -246,11 +247,11 @@ class Chat(Uncopied):
         """Ask the next question.
 
         If another question is asked in this conversation before the answer is complete, reading the answer raises an error. For the
-        arguments, see `EncodedInputs.ask`. The system prompt is set once, by `chat`.
+        arguments, see `EncodedInputs.ask`. The system prompt can be set only once, by `chat`.
 
         Raises:
             UsageError: If `system` differs from the conversation's system prompt, the question does not fit into the model's
-                context, or an argument is invalid as described for `EncodedInputs.ask`.
+                context, or an argument is invalid (see `EncodedInputs.ask`).
             OutOfMemory: If the prompt does not fit into memory.
             ModelError: If the chat template is unusable.
             TypeError: If an option is unknown.
@@ -275,7 +276,7 @@ class Chat(Uncopied):
         return Answer(answer.report, pieces, self._inputs._lock, answer.ids, answer._instances)
 
     def _fitting(self, question: str, generation: GenerationOptions) -> list[Turn]:
-        """Return the latest turns that fit into the model's context together with the question.
+        """Return as many of the latest turns as fit into the model's context together with the question.
 
         Raises:
             DoesNotFit: If the question does not fit even without any turns.
@@ -290,7 +291,7 @@ class Chat(Uncopied):
 
         if fits(0):
             return [*self._turns]
-        # Bisect, because each attempt renders the chat template in a separate process.
+        # Use bisection, because every attempt has to render the chat template in a separate process.
         dropped = bisect_left(range(len(self._turns)), True, 1, key=fits)
         turns = self._turns[dropped:]
         if not turns:
@@ -298,7 +299,7 @@ class Chat(Uncopied):
         return turns
 
     def _remembered(self, answer: Answer, earlier: list[Turn], latest: object) -> Iterator[str]:
-        """Yield the pieces of an answer, then add the complete answer to the conversation."""
+        """Yield the pieces of an answer, and then add the complete answer to the conversation."""
         if latest is not self._latest:
             raise UsageError(self._inputs.OVERTAKEN, "finish one answer before asking the next question")
         yield from answer

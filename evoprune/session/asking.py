@@ -1,8 +1,8 @@
-"""Ask questions about encoded inputs: read the prompt and generate the answer.
+"""Ask questions about encoded inputs: read the prompt, and generate the answer.
 
-Answers about the same inputs share the keys and values of their prompts. A lock is held while one piece of an answer is generated.
-`Answer.text` holds it until the answer is complete. The lock is never held while the caller has control, so one iteration cannot
-block another.
+All answers about the same inputs share the keys and values of their common prompt. A lock is held while a piece of an answer is
+generated, and `Answer.text` holds it until the answer is complete. The lock is never held while the caller has control, so one
+iteration cannot block another.
 """
 
 import threading
@@ -33,32 +33,33 @@ if TYPE_CHECKING:
 
 
 class Askable(ABC, Uncopied):
-    """Base class of everything that answers questions, one question at a time.
+    """Base class of all objects that can be asked questions, one question at a time.
 
-    All questions share the keys and values of the inputs. Threads wait for each other.
+    All questions share the keys and values of the inputs. If several threads ask questions, they wait for each other.
     """
 
     INSTEAD = "threads may share it; another process must load a VideoQA and encode again"
-    OVERTAKEN = "another question was asked meanwhile"  # error when an old answer is read after a newer question
+    # Error message for an answer that is read after a newer question was asked.
+    OVERTAKEN = "another question was asked meanwhile"
 
     def __init__(self, session: Session):
         self._session = session
         self._lock = threading.RLock()
-        self._turn = 0  # number of questions asked so far
-        self._inputs_reported = False  # whether a report already includes the times of encoding the inputs
+        self._turn = 0  # number of questions that have been asked
+        self._inputs_reported = False  # whether a report already includes the times for encoding the inputs
 
     @property
     def ignores_sound(self) -> bool:
-        """True if a video has sound but no subtitles were read for it."""
+        """Whether there is a video that has sound but for which no subtitles were read."""
         return False
 
     def _report_of_inputs(self, encodings: Sequence[EncodedInput]) -> Report:
-        """Return the report of encoded inputs, without the stage times summed over inputs, which `fill_times` adds."""
+        """Return a report about the encoded inputs. It lacks the total time of each stage, which `fill_times` adds."""
         return inputs_report(self._session, encodings)
 
     @abstractmethod
     def _blank_report(self) -> Report:
-        """Return a new report for an answer, before the question has been read."""
+        """Return a new report for an answer whose question has not been read yet."""
 
     @abstractmethod
     def _read(
@@ -77,14 +78,14 @@ class Askable(ABC, Uncopied):
 
     @abstractmethod
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
-        """Check that a question of a conversation fits into the model's context.
+        """Check that a question fits into the model's context together with the earlier turns of the conversation.
 
         Raises:
             DoesNotFit: If the question does not fit.
         """
 
     def _ended(self, turn: int) -> None:
-        """Handle the end of the answer with this number. Called when the answer is complete, was closed, or has failed."""
+        """Called when the answer with this number is complete, was closed, or has failed."""
 
     @overload
     def ask(
@@ -116,13 +117,14 @@ class Askable(ABC, Uncopied):
         on_thoughts: Callable[[str], None] | None = None,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
-        """Ask a question. Only the report of the first answer includes the times of encoding the inputs.
+        """Ask a question. Only the first answer's report includes the times for encoding the inputs.
 
         Args:
-            question: The question. It is passed to the model unchanged.
-            seed: Seed for sampling tokens. With None, the seed of the `VideoQA` is used, so the same question gets the same answer.
-            on_thoughts: Called with each piece of the model's thoughts as it is generated.
-            options: How the answer is generated: the fields of `keywords.GenerationKeywords`.
+            question: The question, which is passed to the model unchanged.
+            seed: Seed for sampling tokens. None means the seed of the `VideoQA`, so that the same question always gets the same
+                answer.
+            on_thoughts: Called with each piece of the model's thoughts as soon as it is generated.
+            options: How to generate the answer: the fields of `keywords.GenerationKeywords`.
 
         Raises:
             UsageError: If an option is out of range, or the question is empty or not a string.
@@ -132,10 +134,10 @@ class Askable(ABC, Uncopied):
         return self._answer(question, generation, seed, on_thoughts)
 
     def chat(self, system: str | None = None, messages: Sequence[Mapping[str, str]] = ()) -> "Chat":
-        """Start a conversation, in which the model reads each question together with the previous turns.
+        """Start a conversation, in which the model reads each question together with all previous turns.
 
         Args:
-            system: A system prompt. None uses the model's default.
+            system: The system prompt. None means the model's default.
             messages: Earlier turns, as dicts with the keys `role` (alternately "user" and "assistant") and `content` (a string).
 
         Raises:
@@ -166,7 +168,8 @@ class Askable(ABC, Uncopied):
             )
         if seed is None:
             seed = self._session.pruning.seed
-        generation.choice_ids(self._session.loaded.tokenizer)  # checks that the model can choose between the answers
+        # Raise an error now if the model cannot choose between the answers.
+        generation.choice_ids(self._session.loaded.tokenizer)
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
         instances: list[Any] = []
@@ -202,11 +205,11 @@ class Askable(ABC, Uncopied):
         on_thoughts: Callable[[str], None],
         turns: Sequence[Turn] | None,
     ) -> Iterator[str]:
-        """Generate an answer piece by piece, keeping `report` and `ids` up to date.
+        """Generate an answer piece by piece, and keep `report` and `ids` up to date.
 
         Args:
-            ids: Updated with the token ids of the answer.
-            instances: If the schema is a class, its instance is appended when the answer is complete.
+            ids: The list to which the token ids of the answer are added.
+            instances: The list to which an instance of the schema is added, if the schema is a class and the answer is complete.
             on_thoughts: Called with each piece of the model's thoughts.
             turns: The conversation so far, or None for a single question.
 
@@ -221,7 +224,7 @@ class Askable(ABC, Uncopied):
             clock.seconds = dict.fromkeys(INPUT_STAGES, 0.0)
             earlier = 0.0
             report.time_ms.encode_prune = 0.0
-        else:  # only the first answer's report includes the encoding times
+        else:  # an earlier answer's report already includes the encoding times
             clock.seconds, earlier = self._spent
         fill_times(report, clock.seconds, earlier, loaded.device)
         start = clock.now()
@@ -229,7 +232,7 @@ class Askable(ABC, Uncopied):
         packed = packing.seconds
         constraint = None
         if options.grammar is not None:
-            with clock.stage("prefill"):  # the vocabulary is built once per model
+            with clock.stage("prefill"):  # the vocabulary is built only once per model
                 constraint = loaded.vocabulary.constraint(options.grammar)
         state = self._read(question, options, report, clock, turns)
         generated = AnswerStream(state, options, loaded.tokenizer, loaded.eos_ids, seed, constraint, loaded.one_by_one)
@@ -282,19 +285,20 @@ class Askable(ABC, Uncopied):
 
 
 class EncodedInputs(Askable):
-    """Inputs that are encoded once and can then be asked about together, one question at a time.
+    """Inputs that have been encoded once and can be asked about together, one question at a time.
 
-    Threads wait for each other (see `Answer`). Each new question reads only the part of its prompt that differs from earlier
-    prompts (`PrefixCache`). A method that reads the question selects tokens again for each question.
+    If several threads ask questions, they wait for each other (see `Answer`). For each new question, the model reads only the part
+    of the prompt that differs from earlier prompts (`PrefixCache`). A method that reads the question selects tokens again for each
+    question.
 
     Attributes:
-        report: Describes the encodings and never changes. Each answer has a separate report.
+        report: Describes how the inputs were encoded. It never changes, because each answer has its own report.
         plans: The plan of each input: its frames, sizes and encoding.
-        last_question: Set this to True before asking the last question about the inputs. A model with recurrent layers then reads
-            the prompt in one pass.
+        last_question: Set this to True before you ask the last question about the inputs. It lets a model with recurrent layers
+            read the prompt in a single pass.
     """
 
-    AS_INPUT = "pass it to ask directly: ask([encoded, ...], question)"  # hint if a path is required instead
+    AS_INPUT = "pass it to ask directly: ask([encoded, ...], question)"  # hint for functions that need a path instead
 
     def __init__(self, session: Session, encodings: Sequence[EncodedInput]):
         super().__init__(session)
@@ -318,7 +322,7 @@ class EncodedInputs(Askable):
 
     @classmethod
     def together(cls, session: Session, inputs: Sequence["EncodedInputs"]) -> "EncodedInputs":
-        """Combine inputs that were encoded separately, so that questions can refer to all of them.
+        """Combine inputs that were encoded separately, so that a question can refer to all of them.
 
         Raises:
             UsageError: If there are no inputs, or an input was encoded by a different session.
@@ -332,15 +336,15 @@ class EncodedInputs(Askable):
         return cls(session, [encoding for encoded in inputs for encoding in encoded._encodings])
 
     def with_session(self, session: Session) -> "EncodedInputs":
-        """Return the same tokens with a different session. The sessions may differ only in pruning inside the language model."""
+        """Return the same tokens with a different session, which may prune differently only inside the language model."""
         return EncodedInputs(session, self._encodings)
 
     @property
     def encoded(self) -> Encoded:
         """The tokens of the first input.
 
-        If the method reads the question, there are no tokens before the first question. If the input came from the cache, `rows`
-        holds no data.
+        If the method reads the question, there are no tokens until the first question is asked. If the input was loaded from the
+        cache, `rows` contains no data.
         """
         return self._encodings[0].encoded
 
@@ -355,14 +359,14 @@ class EncodedInputs(Askable):
     def read_along(
         self, question: str, ids: Sequence[int], system: str | None = None, think: str = "off"
     ) -> tuple[torch.Tensor, float]:
-        """Read a question and a given answer (teacher forcing). Raises the same errors as `Answer`.
+        """Read a question together with a given answer (teacher forcing). Raises the same errors as `Answer`.
 
         Args:
-            ids: Token ids of the answer, at least one.
+            ids: Token ids of the answer. There must be at least one.
 
         Returns:
-            The logits that predict each answer token from the question and the previous answer tokens, float32 `[len(ids),
-            vocabulary]`, and the time from the question to the first logits, in seconds.
+            A tuple of the logits and a time. The logits, float32 `[len(ids), vocabulary]`, predict each token of the answer from
+            the question and the tokens before it. The time from asking the question to the first logits is in seconds.
         """
         options = GenerationOptions(max_new_tokens=len(ids), system=system, think=think)
         with self._lock:
@@ -377,7 +381,7 @@ class EncodedInputs(Askable):
             return logits, seconds
 
     def bytes_with(self, new_tokens: int) -> int:
-        """Estimate the memory of these inputs and the KV cache for one question and `new_tokens` answer tokens, in bytes."""
+        """Estimate how many bytes these inputs and the KV cache take with a question and an answer of `new_tokens` tokens."""
         model = self._session.loaded.model
         each = model.dtype.itemsize
         kept = self.report.pruning.visual_tokens_kept
@@ -387,7 +391,7 @@ class EncodedInputs(Askable):
 
     @property
     def _spent(self) -> tuple[dict[str, float], float]:
-        """Time spent in each stage and wall-clock time, in seconds, summed over all inputs."""
+        """The time spent in each stage, and the wall-clock time, in seconds. Both are sums over all inputs."""
         every = self._encodings
         stages = {stage: sum(encoding.seconds[stage] for encoding in every) for stage in INPUT_STAGES}
         return stages, sum(encoding.wall_seconds for encoding in every)
@@ -397,14 +401,14 @@ class EncodedInputs(Askable):
 
     @torch.inference_mode()
     def _select_for(self, question: str, report: Report) -> None:
-        """Select tokens for this question, and discard the keys and values of earlier questions."""
+        """Select the tokens for a question, and discard the keys and values of earlier questions."""
         loaded = self._session.loaded
         before = 0.0
         if self._inputs_reported:
             before = self._prune_seconds
         self._prefix.forget()
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
-        words = loaded.language.embed(ids)  # embeds only the question, without the rest of the prompt
+        words = loaded.language.embed(ids)  # embed only the question and not the rest of the prompt
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
         fill_pruning(report, self._session, self._encodings)
         report.time_ms.encode_prune = (self._prune_seconds - before) * 1000
@@ -430,7 +434,7 @@ class EncodedInputs(Askable):
     ) -> PrefillState:
         """Read a question, and return the state from which the answer is decoded.
 
-        If the method reads the question, tokens are selected first.
+        If the method reads the question, its tokens are selected first.
         """
         with clock.stage("prefill"):
             prompt = self._fitting_prompt(question, options, earlier)
@@ -440,7 +444,7 @@ class EncodedInputs(Askable):
         with clock.stage("prefill"):
             last = (
                 self.last_question or selects
-            )  # tokens are selected again for each question, so prompts share no prefix
+            )  # prompts share no prefix, because tokens are selected again for each question
             state = self._prefill(prompt, last, goes_on=earlier is not None)
             state.prompt_ids = prompt.input_ids
             visual = sum(len(encoding.encoded.kept) for encoding in self._encodings)
@@ -450,7 +454,7 @@ class EncodedInputs(Askable):
         return state
 
     def _prefill(self, prompt: Prompt, last: bool, goes_on: bool) -> PrefillState:
-        """Read a prompt, and return the state for decoding the answer. For `last` and `goes_on`, see `PrefixCache.read`."""
+        """Read a prompt and return the state from which the answer is decoded. For `last` and `goes_on`, see `PrefixCache.read`."""
         loaded = self._session.loaded
         pruning = self._session.pruning
         read = [encoding.encoded for encoding in self._encodings]

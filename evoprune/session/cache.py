@@ -1,10 +1,10 @@
-"""Files kept between runs. Each file is named by a hash of everything that its content depends on.
+"""A cache of files on disk. The name of each file is a hash of everything that its contents depend on.
 
-Most entries are encoded videos, so the same file, sampled in the same way for the same model, is encoded only once. An encoded
-video is a safetensors file that also contains its key.
+Most of the files are encoded videos. The same video, sampled in the same way for the same model, is therefore encoded only once. An
+encoded video is stored as a safetensors file that also contains its cache key.
 
-The cache never makes a run fail. A damaged entry, or an entry with a different key, counts as a miss. If an entry cannot be
-written, it is skipped.
+The cache never causes a run to fail. An entry that is damaged or has a different key is treated as a miss. An entry that cannot be
+written is skipped.
 """
 
 import hashlib
@@ -27,33 +27,36 @@ from evoprune.untrusted import loads
 from evoprune.util import brief, check_type, file_stats, open_safetensors
 from evoprune.vision import Encoded
 
-# File name suffixes of finished entries, and of files that are still being written.
+# The suffixes of complete entries, and of files that are still being written.
 SUFFIX = ".safetensors"
 UNFINISHED = ".tmp"
 WEIGHTS_LIMIT_BYTES = 32 * 2**30
 SPEECH_LIMIT_BYTES = 64 * 2**20
-OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that may be missing from an entry
+OPTIONAL = ("size", "deepstack")  # the fields of `Encoded` that may be missing from an entry
 
 
 def cache_folder() -> Path:
-    """Return the folder EVOPRUNE_CACHE_DIR if it is set, or else `evoprune` in the user's cache folder."""
+    """Return the folder named by EVOPRUNE_CACHE_DIR. The default is the `evoprune` folder in the user's cache folder."""
     standard = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "evoprune")
     return Path(os.path.expanduser(os.environ.get("EVOPRUNE_CACHE_DIR") or standard))
 
 
 @cache
 def own_code() -> str:
-    """Return a hash of the paths, sizes and modification times of this package's files, which change without a new version."""
+    """Return a hash of the paths, sizes and modification times of this package's source files.
+
+    The files may change even though the version number stays the same.
+    """
     files = sorted(Path(evoprune.__file__).parent.rglob("*.py"))
     return hashlib.sha256(repr(file_stats(files)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Entries:
-    """A folder of cache entries. Several processes may use it at the same time."""
+    """A folder of cache entries. Several processes may use the same folder at the same time."""
 
-    folder: Path  # created when the first entry is stored
-    limit_bytes: int  # maximum total size; the least recently used entries are evicted
+    folder: Path  # created when the first entry is written
+    limit_bytes: int  # maximum total size, beyond which the least recently used entries are evicted
 
     def __post_init__(self):
         """Validate the fields, and convert `folder` to a `Path`.
@@ -71,14 +74,15 @@ class Entries:
         object.__setattr__(self, "limit_bytes", check_type("limit_bytes", self.limit_bytes, int))
 
     def write(self, key: str, content: Callable[[BinaryIO], None], make_room: bool = True) -> bool:
-        """Write an entry atomically, and evict old entries beyond the limit.
+        """Write an entry atomically, and evict the oldest entries if the limit is exceeded.
 
         Args:
-            content: Function that writes the entry to a file.
-            make_room: Whether to evict old entries. Pass False to write many entries, and then call `make_room` once.
+            content: A function that writes the contents of the entry to a file.
+            make_room: Whether to evict old entries. If you write many entries, pass False, and call the `make_room` method once at
+                the end.
 
         Returns:
-            True if the entry was written, False if the operating system refused.
+            True if the entry was written, False if the operating system reported an error.
 
         Raises:
             Exception: Any exception raised by `content`, except OSError.
@@ -120,13 +124,13 @@ class Entries:
         return entries
 
     def path(self, key: str) -> Path:
-        """Return the path for an entry, whether or not it exists."""
+        """Return the path of an entry, which may or may not exist."""
         return self.folder / f"{key}{SUFFIX}"
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Yield the cache's regular files, finished or unfinished, with their stat results.
+        """Yield the cache's regular files with their stat results, including files that are still being written.
 
-        Another process may delete them at any time.
+        Another process may delete any of them at any time.
         """
         for ending in (f"{'[0-9a-f]' * 64}{SUFFIX}", f"tmp*{UNFINISHED}"):
             for path in self.folder.glob(ending):
@@ -135,7 +139,10 @@ class Entries:
                         yield path, path.stat()
 
     def make_room(self) -> None:
-        """Evict the least recently used entries beyond the limit, and unfinished files of killed processes after an hour."""
+        """Evict the least recently used entries once the limit is exceeded.
+
+        This also deletes unfinished files that killed processes left behind more than an hour ago.
+        """
         total = 0
         for path, stat in sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True):
             total += stat.st_size
@@ -149,28 +156,28 @@ class Entries:
 
 @dataclass(frozen=True)
 class Entry:
-    """An encoded video and facts about its frames."""
+    """An encoded video, with facts about its frames."""
 
     encoded: Encoded
     read_s: tuple[float, ...]  # timestamps of the decoded frames, in seconds
-    moved: bool  # whether nearby keyframes replace some frames; see `FrameChunk`
+    moved: bool  # whether some frames were replaced with nearby keyframes; see `FrameChunk`
 
 
 @dataclass(frozen=True)
 class Cache(Entries):
-    """A folder of encoded videos. Several processes may use it at the same time."""
+    """A folder of encoded videos. Several processes may use the same folder at the same time."""
 
-    makes_room: ClassVar[bool] = True  # whether `store` evicts old entries beyond the limit
+    makes_room: ClassVar[bool] = True  # whether `store` evicts old entries when the limit is exceeded
 
-    folder: Path = field(default_factory=cache_folder)  # the default is the folder of `evoprune ask --cache`
+    folder: Path = field(default_factory=cache_folder)  # the default is the folder that `evoprune ask --cache` uses
     limit_bytes: int = 2 * 2**30  # maximum total size; the least recently used entries are evicted
 
-    if TYPE_CHECKING:  # accepts a string, although the field is a `Path`
+    if TYPE_CHECKING:  # the constructor also accepts a string, although the field is a `Path`
 
         def __init__(self, folder: str | os.PathLike[str] = ..., limit_bytes: int = ...) -> None: ...
 
     def content_hash(self, path: str | os.PathLike[str]) -> str:
-        """Return a hash of a file's bytes, or of the names and contents of the files in a folder.
+        """Return a hash of a file's contents. For a folder, return a hash of the names and contents of its files.
 
         Raises:
             OSError: If a file cannot be read.
@@ -180,7 +187,7 @@ class Cache(Entries):
     def load(self, key: str, device: torch.device) -> Entry | None:
         """Load an entry onto a device.
 
-        The `rows` of the result are on the device `meta`, because answers do not need their values.
+        The `rows` of the encoded video are on the device `meta`, because answering does not need their values.
 
         Returns:
             The entry, or None if it is missing or damaged.
@@ -188,19 +195,19 @@ class Cache(Entries):
         from safetensors import SafetensorError
 
         path = self.path(key)
-        if not path.is_file():  # also rules out pipes, because opening a pipe could block forever
+        if not path.is_file():  # also true for a pipe, which must not be opened because that could block forever
             return None
         try:
             with open_safetensors(path) as file:
                 about = file.metadata()["about"]
-                # Copy the tensors, because they are memory-mapped and become invalid if the file is deleted.
+                # Copy the tensors. They are memory-mapped, so they would become invalid if the file is deleted.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
                 if file.metadata()["digest"] != _digest(about, tensors):
                     return None
             facts = loads(about)
             if facts["key"] != key:
                 return None
-            with suppress(OSError):  # the folder may be read-only
+            with suppress(OSError):  # fails if the folder is read-only
                 os.utime(path)
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             features = tensors["features"]
@@ -222,21 +229,21 @@ class Cache(Entries):
 
     @property
     def of_segments(self) -> "SegmentCache":
-        """A cache for segments of long videos, in a subfolder and with a separate limit."""
+        """A cache for segments of long videos, in a subfolder with its own size limit."""
         return SegmentCache(self.folder / "segments")
 
     @property
     def of_speech(self) -> Entries:
-        """A subfolder for transcripts, with a separate limit."""
+        """A cache for transcripts, in a subfolder with its own size limit."""
         return Entries(self.folder / "speech", SPEECH_LIMIT_BYTES)
 
     @property
     def of_weights(self) -> Entries:
-        """A subfolder for quantized weights, with a separate limit."""
+        """A cache for quantized weights, in a subfolder with its own size limit."""
         return Entries(self.folder / "weights", WEIGHTS_LIMIT_BYTES)
 
     def store(self, key: str, entry: Entry) -> bool:
-        """Write an entry atomically, and evict old entries beyond the limit.
+        """Write an entry atomically, and evict old entries if the limit is exceeded.
 
         Returns:
             True if the entry was written, False if it is larger than the limit or cannot be written.
@@ -265,8 +272,8 @@ class Cache(Entries):
 class SegmentCache(Cache):
     """A folder of encoded video segments.
 
-    A video has hundreds of segments, so the caller stores all of them and then calls `make_room` once. For the same reason, a video
-    file is hashed only once, unless its size or modification time changes.
+    A video has hundreds of segments, so the caller stores all of them before it calls `make_room` once. For the same reason, a
+    video file is hashed only once, as long as its size and modification time stay the same.
     """
 
     makes_room: ClassVar[bool] = False
@@ -288,7 +295,7 @@ class SegmentCache(Cache):
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
-    """Return a hash of a file's bytes, or of the names and contents of the files in a folder.
+    """Return a hash of a file's contents. For a folder, return a hash of the names and contents of its files.
 
     Raises:
         OSError: If a file cannot be read.
@@ -304,7 +311,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
     """Return a hash of everything in an entry.
 
-    It detects flipped bits. safetensors itself detects only truncated files.
+    The hash detects flipped bits, whereas safetensors itself detects only truncated files.
     """
     digest = hashlib.blake2b(about.encode())
     for name, tensor in sorted(tensors.items()):

@@ -1,4 +1,4 @@
-"""The result of encoding one input."""
+"""The result of encoding a single input."""
 
 from dataclasses import dataclass, replace
 
@@ -10,26 +10,26 @@ from evoprune.vision import Encoded, EncodedRows
 
 @dataclass(frozen=True)
 class EncodedInput:
-    """An encoded input, with its timings and warnings."""
+    """An encoded input with its stage times and warnings."""
 
     plan: Plan
-    encoded: Encoded  # tokens for the language model; empty until a question selects them
-    unselected: EncodedRows | None  # rows to select from, if the method selects tokens per question
-    seconds: dict[str, float]  # time spent in each stage, by the names in `report.INPUT_STAGES`
-    wall_seconds: float  # wall-clock time from the start of planning to the end of encoding
-    cache: str  # "hit" (from disk), "miss" (encoded, then stored) or "off"
-    warnings: tuple[str, ...]  # names of warnings, as in reports
-    damaged: int  # number of packets that could not be decoded
+    encoded: Encoded  # the tokens for the language model; empty until they are selected for a question
+    unselected: EncodedRows | None  # the rows from which tokens are selected, if the method selects tokens per question
+    seconds: dict[str, float]  # the time spent in each of the stages in `report.INPUT_STAGES`
+    wall_seconds: float  # the wall-clock time from the start of planning to the end of encoding
+    cache: str  # "hit" (loaded from disk), "miss" (encoded and then stored) or "off"
+    warnings: tuple[str, ...]  # the names of warnings, as used in reports
+    damaged: int  # the number of packets that could not be decoded
 
     @property
     def kept(self) -> int:
-        """Number of visual tokens of this input that the language model will read."""
+        """Number of this input's visual tokens that the language model will read."""
         return self.plan.encoder.keep if self.unselected else len(self.encoded.kept)
 
     def own(self) -> "EncodedInput":
-        """Return a copy with nothing selected and with a separate timer.
+        """Return a copy in which no tokens are selected and which measures its time separately.
 
-        If the method does not read the question, return the same object.
+        If the method does not read the question, the same object is returned.
         """
         if not self.unselected:
             return self
@@ -37,11 +37,11 @@ class EncodedInput:
         return replace(self, unselected=rows, encoded=rows.nothing_selected())
 
     def selected(self, question: torch.Tensor) -> "EncodedInput":
-        """Return a copy of this input with the tokens selected for a question.
+        """Return a copy of this input in which the tokens for a question are selected.
 
-        If the method does not read the question, return the same object.
+        If the method does not read the question, the same object is returned.
 
         Args:
-            question: Embedded question, `[words, D]`.
+            question: The embeddings of the question's tokens, `[words, D]`.
         """
         return replace(self, encoded=self.unselected.select_tokens(question)) if self.unselected else self
