@@ -1,4 +1,7 @@
-"""From files to tokens: probe and plan inputs, then read, patchify and encode them, or load them from the disk cache."""
+"""From files to tokens: probe the inputs and plan how to read them, then read, patchify and encode them.
+
+If an input is already in the disk cache, it is loaded from there instead.
+"""
 
 import hashlib
 import json
@@ -34,28 +37,29 @@ from evoprune.video import FrameChunk, GivenInput, HeldVideo, Input, Plan, Sampl
 from evoprune.vision import Encoded, EncodedRows, encode_rows, patches_of
 
 Path = str | os.PathLike[str]
-# Progress callback: called with a stage ("read", "encode" or "layers"), the amount done, and the total.
+# A progress callback. It is called with a stage ("read", "encode" or "layers"), the amount that is done, and the total.
 Progress = Callable[[str, int, int], None]
 
 KINDS_HINT = "give a path or a URL, an array of frames, a Pillow image, the bytes of a file, or an open file"
-AHEAD_BYTES = 2**26  # maximum bytes of prefetched patches outside the patch store
-READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # package of each decoder
+AHEAD_BYTES = 2**26  # maximum size in bytes of prefetched patches that are not in the patch store
+READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder belongs to
 
 
 @dataclass(eq=False)
 class OpenInput:
-    """A video or picture that is being read. Encode it once, then close it.
+    """A video or picture that is being read. Encode it once, and then close it.
 
-    Subclasses provide frames or rows from other sources.
+    Subclasses get frames or rows from other sources.
 
     Attributes:
-        threaded: Whether a thread prepares the next chunks while the encoder works on the current chunk.
-        shares: Whether this input may share patches with other inputs. False in subclasses that change the frames or need all of
-            them.
+        threaded: Whether a thread prepares the next chunks while the encoder works on the current one.
+        shares: Whether this input may share its patches with other inputs. Subclasses that change the frames or need all of them
+            set this to False.
         ahead: A prefetch that may already have read the frames, or None.
-        cache: The disk cache, or None. A hit skips reading and encoding. A miss is stored after encoding.
-        temporary: Whether the files are removed when the input is closed, so that no later input can read them.
-        cores: Number of cores that reading may keep busy, or None for all cores available to this process.
+        cache: The disk cache, or None. If the input is in the cache, reading and encoding are skipped. Otherwise it is stored in
+            the cache after encoding.
+        temporary: Whether the files are deleted when the input is closed. If so, no later input can read them.
+        cores: Number of cores that reading may keep busy. None means all cores available to this process.
     """
 
     threaded: ClassVar[bool] = True
@@ -63,7 +67,7 @@ class OpenInput:
 
     session: Session
     plan: Plan
-    clock: Clock  # accumulates the times of "plan", "read" and "preprocess"
+    clock: Clock  # measures the stages "plan", "read" and "preprocess"
     _: KW_ONLY
     ahead: ReadAhead | None = None
     cache: Cache | None = None
@@ -72,13 +76,14 @@ class OpenInput:
     def __post_init__(self):
         self.cores = self.session.loaded.cores
         self.damaged = 0
-        self.read_early = False  # whether reading starts before encoding, in the background
-        self.waited_s = 0.0  # time that encoding waited for patches, in seconds
+        self.read_early = False  # whether reading has started in the background before encoding
+        self.waited_s = 0.0  # seconds that encoding has spent waiting for patches
         self.other_size = self.moved = False
-        self.read_s: tuple[float, ...] = ()  # timestamps of the decoded frames, in seconds
-        self._reported_frames = -1  # latest count passed to `progress`
+        self.read_s: tuple[float, ...] = ()  # the timestamps of the decoded frames, in seconds
+        self._reported_frames = -1  # the latest number of frames passed to `progress`
         self._progress: Progress | None = None
-        self._patch_key: Hashable | None = None  # key in the patch store, or None if the patches are not kept there
+        # The key of the patches in the patch store, or None if they are not kept there.
+        self._patch_key: Hashable | None = None
         self._reading: Reading[PatchChunk] | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -92,24 +97,24 @@ class OpenInput:
         return read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
 
     def _prefetched_frames(self, early: Reading[FrameChunk]) -> Iterator[FrameChunk]:
-        """Yield prefetched frames. The read time that the prefetch has hidden is added to the clock."""
+        """Yield prefetched frames, and add the time that prefetching has saved to the clock's "read" time."""
         with closing(early):
             hidden_s = 0.0
             for chunk in early.chunks():
                 self.clock.seconds["read"] += early.hidden_s - hidden_s
                 hidden_s = early.hidden_s
                 yield chunk
-                del chunk  # so that only the caller holds the frames
+                del chunk  # so that only the caller keeps the frames alive
 
     @cached_property
     def key(self) -> str | None:
-        """The key of the cache entry, or None if this input cannot be cached."""
+        """The input's key in the disk cache, or None if the input cannot be cached."""
         with self.clock.stage("read"):
             return self._current_key()
 
     @cached_property
     def stored(self) -> Entry | None:
-        """The cached entry, or None on a miss."""
+        """The input's entry in the disk cache, or None on a cache miss."""
         if self.key is None:
             return None
         with self.clock.stage("read"):
@@ -119,11 +124,11 @@ class OpenInput:
         return entry_key(self.session, self.plan, self.cache.content_hash) if self.cache else None
 
     def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
-        """Run the vision tower. For `options`, see `vision.encoder.encode_rows`."""
+        """Run the vision tower on the patches. For `options`, see `vision.encoder.encode_rows`."""
         return encode_rows(self.session.loaded.model.model.visual, patches, self.plan.encoder, **options)
 
     def begin(self) -> None:
-        """Start reading in a thread, unless the input is in the cache.
+        """Start reading in a separate thread, unless the input is in the disk cache.
 
         If the patches are kept in the patch store, the thread reads the whole input. Otherwise it reads only a few chunks ahead.
         """
@@ -132,9 +137,9 @@ class OpenInput:
             self._start_reading()
 
     def read(self) -> None:
-        """Start reading, and wait until the whole input is read or the memory for waiting chunks is full.
+        """Start reading, and wait until the whole input has been read or there is no room for more waiting chunks.
 
-        Call this from a different thread than the one that encodes.
+        Do not call this from the thread that encodes.
         """
         self.begin()
         if reading := self._reading:
@@ -149,15 +154,15 @@ class OpenInput:
         """Read, preprocess and encode the input.
 
         Args:
-            progress: Called in this thread with a stage, the amount done, and the total. The stage is "read" (frames read) while
-                waiting for frames, "encode" (frames embedded) after every chunk, and "layers" (layers of the tower finished) at the
-                end.
-            pieces: Piece sizes to try, that is, numbers of rows that go through a matrix product at a time. If memory runs out, the
-                next size is tried. Default: `Session.fitting_pieces`.
+            progress: Called in the current thread with a stage, the amount that is done, and the total. The stage is "read" (frames
+                read) while waiting for frames, "encode" (frames embedded) after every chunk, and "layers" (finished layers of the
+                tower) at the end.
+            pieces: The piece sizes to try in order, each of which is the number of rows that go through a matrix product at a time.
+                If memory runs out, the next size is tried. The default is the result of `Session.fitting_pieces`.
 
         Raises:
             VideoError: If the input is unreadable.
-            OutOfMemory: If memory runs out even at the last piece size.
+            OutOfMemory: If memory runs out even with the last piece size.
             ModelError: If the output contains NaN or infinity.
         """
         plan = self.plan
@@ -166,8 +171,8 @@ class OpenInput:
         self._progress = progress
         start = clock.now()
         before = dict.fromkeys(INPUT_STAGES, 0.0) | self.clock.seconds
-        heard_before = before[STAGE] - before[OVERLAP]  # transcription time that the caller waited for
-        read_before = 0.0 if self.read_early else before["read"]  # the part of the read time that the caller waited for
+        heard_before = before[STAGE] - before[OVERLAP]  # the transcription time during which the caller waited
+        read_before = 0.0 if self.read_early else before["read"]  # the read time during which the caller waited
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
         result, cache = self._result(clock, progress, pieces, warnings)
@@ -179,25 +184,25 @@ class OpenInput:
             tokens = rows.nothing_selected()
         wanted = pruning.prunes and pruning.budget.keep(plan.full.grid) < plan.units
         if plan.is_picture and rows is None and wanted and len(tokens.kept) == plan.units:
-            warnings.append("whole_picture")  # the method works on whole frame pairs and keeps at least one
+            warnings.append("whole_picture")  # the method keeps at least one whole frame pair
         plan = replace(plan, read_s=self.read_s, moved=self.moved)
         waited = read_before + self.waited_s
         seconds = dict.fromkeys(INPUT_STAGES, 0.0) | clock.seconds | self.clock.seconds
         ahead = seconds["read"] + seconds["preprocess"] - waited
         seconds[OVERLAP] += max(0.0, ahead)
-        # If waiting took longer than reading, the machine is busy, or the thread is reading a different input.
+        # If waiting took longer than reading, either the machine is busy or the thread was still reading another input.
         seconds["read"] += max(0.0, -ahead)
         return EncodedInput(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
     def _result(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
-        """Load the encoding from the cache, or compute and store it.
+        """Load the encoded input from the cache, or encode the input and store the result.
 
-        The time to store it is added to `clock` as "store". Names of warnings are appended to `warnings`.
+        The time for storing it is added to `clock` as "store", and the names of any warnings are added to `warnings`.
 
         Returns:
-            The tokens (or the rows if the method reads the question), and the cache state as in `EncodedInput.cache`.
+            The tokens (or the rows if the method reads the question), and the cache state, as in `EncodedInput.cache`.
         """
         if self.stored:
             self.read_s = self.stored.read_s
@@ -206,8 +211,8 @@ class OpenInput:
         result = self._compute(clock, progress, pieces, warnings)
         if self.key is None:
             return result, "off"
-        # Do not store a video that is damaged or whose frame size changes, because a cache hit would not repeat the warning.
-        # Compute the key again, because the file may have been replaced in the meantime.
+        # Do not store a video that is damaged or whose frame size changes, because the warning about it would be missing on a cache
+        # hit. Compute the key again before storing, because the file may have been replaced in the meantime.
         whole = not self.damaged and not self.other_size
         with clock.stage("store"):
             storable = whole and self._current_key() == self.key
@@ -218,7 +223,7 @@ class OpenInput:
     def _compute(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> Encoded | EncodedRows:
-        """Encode the input. Adds the times of "compile" and "encode" to `clock`, and appends to `warnings`.
+        """Encode the input, and add its times as "compile" and "encode" to `clock` and its warnings to `warnings`.
 
         Returns:
             The tokens, or the rows if the method reads the question.
@@ -277,10 +282,10 @@ class OpenInput:
                 progress("encode", chunk.end, self.plan.sampling.frames)
 
     def _start_reading(self) -> Reading[PatchChunk]:
-        """Return the reading of the patches, starting it unless it is already running.
+        """Return the `Reading` that produces the patches, which is started if necessary.
 
         Raises:
-            Stopped: If the input was closed.
+            Stopped: If the input has been closed.
         """
         with self._lock:
             if self._closed:
@@ -290,7 +295,7 @@ class OpenInput:
             return self._reading
 
     def _shared_reading(self) -> Reading[PatchChunk] | None:
-        """Return the shared reading from the model's patch store, or None if the patches cannot be kept there."""
+        """Return the `Reading` from the model's patch store, or None if the patches cannot be kept there."""
         if self.temporary or not self.shares:
             return None
         device = self.session.device
@@ -305,7 +310,7 @@ class OpenInput:
         return reading
 
     def _release_reading(self) -> None:
-        """Release the reading. A later pass starts a new one."""
+        """Release the reading. If the patches are needed again, a new reading starts."""
         with self._lock:
             reading = self._reading
             key = self._patch_key
@@ -316,16 +321,15 @@ class OpenInput:
             reading.close()
 
     def _report_frames(self) -> None:
-        """Report progress if more frames have been read since the last report."""
         if self._progress and self._reading and self._reading.frames > self._reported_frames:
             self._reported_frames = self._reading.frames
             self._progress("read", self._reported_frames, self.plan.sampling.frames)
 
     def _patch_chunks(self, reading: Reading[PatchChunk] | None = None) -> Iterator[PatchChunk]:
-        """Turn frames into patches, chunk by chunk. Adds the times of "read" and "preprocess" to the clock.
+        """Convert the frames to patches, one chunk at a time, and add the times of "read" and "preprocess" to the clock.
 
         Args:
-            reading: The reading whose thread runs this. Its frame count is updated.
+            reading: The reading whose thread runs this method. Its frame count is updated.
         """
         on_frames = reading.at_least if reading else lambda frames: None
         limits = self.session.loaded.limits[self.plan.kind]
@@ -338,10 +342,10 @@ class OpenInput:
 
 
 def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> str | None:
-    """Return a cache key for an input. Equal keys guarantee equal encodings.
+    """Return an input's cache key. Inputs with equal keys have equal encodings.
 
     Args:
-        hashed: Function that hashes the file, such as `Cache.content_hash`.
+        hashed: A function that hashes the file, such as `Cache.content_hash`.
 
     Returns:
         The key, or None if the model has no fingerprint, the input is an array, or the file cannot be read.
@@ -364,7 +368,7 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
         "encoder": asdict(plan.encoder),
         "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
         "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, Device(loaded.device).kind],
-        "method": [repr(pruning.method.before), pruning.seed],  # the repr includes the classes and all settings
+        "method": [repr(pruning.method.before), pruning.seed],  # the repr contains the classes and all settings
         "code": [evoprune.__version__, torch.__version__, own_code(), MethodText(pruning.name).plugin_code()],
         "reader": version(READERS[plan.decoder]),
     }
@@ -372,13 +376,13 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
 
 
 class OpenInputs:
-    """Videos and pictures that are asked about together. Encode them once, then close them, or use a `with` statement.
+    """Videos and pictures for questions about all of them together. Encode them once and close them, or use a `with` statement.
 
     Attributes:
         plans: The plan of each input.
 
     Args:
-        files: Temporary files, which are removed on close.
+        files: The temporary files of the inputs, which are deleted when the inputs are closed.
     """
 
     def __init__(self, session: Session, inputs: Sequence[OpenInput], files: ExitStack | None = None):
@@ -391,20 +395,23 @@ class OpenInputs:
     def begin(self) -> None:
         """Start reading the first input in the background.
 
-        All inputs are marked as read early, because no thread waits for them until encoding starts. Therefore, their read time does
-        not count as waiting.
+        All inputs are marked as read early, because until encoding starts nobody waits for them. Their read time therefore does not
+        count as waiting time.
         """
         for opened in self.inputs:
             opened.read_early = True
         self.inputs[0].begin()
 
     def read(self) -> None:
-        """Read the inputs one after another; see `OpenInput.read`. Another thread may encode at the same time."""
+        """Read the inputs one after another; see `OpenInput.read`. Another thread may encode them at the same time."""
         for opened in self.inputs:
             opened.read()
 
     def hear(self, sampling: SamplingOptions, cache: Cache | None = None, progress: Progress | None = None) -> None:
-        """Transcribe the speech of the inputs if requested, while frames are read. For the errors, see `speech.with_speech`."""
+        """Transcribe the speech in the inputs, if this was requested, while their frames are being read.
+
+        Raises the same errors as `speech.with_speech`.
+        """
         if sampling.speech == "none":
             return
         loaded = self.session.loaded
@@ -416,32 +423,32 @@ class OpenInputs:
         self.plans = [opened.plan for opened in self.inputs]
 
     def use_cores(self, cores: int | None) -> None:
-        """Set the number of cores that reading may keep busy. Applies to inputs whose reading has not started.
+        """Set the number of cores that reading may keep busy. This affects only inputs whose reading has not started.
 
         Args:
-            cores: Number of cores, or None for all cores available to this process.
+            cores: The number of cores. None means all cores available to this process.
         """
         for opened in self.inputs:
             opened.cores = cores
 
     @property
     def waited_s(self) -> float:
-        """Time that encoding has waited for reading and preprocessing, in seconds."""
+        """Time that encoding has spent waiting for reading and preprocessing, in seconds."""
         return sum(opened.waited_s for opened in self.inputs)
 
     def planning(self) -> AbstractContextManager[None]:
-        """Return a context manager that records its duration as "plan", for checks made before anything is read."""
+        """Return a context manager that adds its duration to the "plan" stage. Use it for checks that precede any reading."""
         return self.inputs[0].clock.stage("plan")
 
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
         """Read, preprocess and encode the inputs one after another.
 
         Args:
-            progress: See `OpenInput.encode`. With several inputs, also called with "input", the number of the input that starts,
-                and the number of inputs.
+            progress: See `OpenInput.encode`. If there is more than one input, this is also called with "input", the number of the
+                input that is next, and the number of inputs.
 
         Raises:
-            OutOfMemory: Before anything is read, if all inputs together need too much memory.
+            OutOfMemory: If all inputs together need too much memory. This is checked before anything is read.
             EvopruneError: See `OpenInput.encode` for other errors.
         """
         count = len(self.plans)
@@ -469,9 +476,9 @@ class OpenInputs:
         self.close()
 
     def close(self) -> None:
-        """Stop reading, release the frames, and remove temporary files. Closing twice is a no-op.
+        """Stop reading, release the frames, and delete the temporary files. Closing the inputs twice is a no-op.
 
-        The `EncodedInputs` returned by `encode` stay valid. They can still be asked about after the inputs are closed.
+        The `EncodedInputs` returned by `encode` stay valid, so questions can still be asked after the inputs are closed.
         """
         for opened in self.inputs:
             opened.close()
@@ -489,27 +496,28 @@ def open_inputs(
     kind: Callable[..., OpenInput] = OpenInput,
     ahead: ReadAhead | None = None,
 ) -> OpenInputs:
-    """Probe videos and pictures and plan how to read them. Reads no frames.
+    """Probe videos and pictures, and plan how to read them. No frames are read yet.
 
-    URLs, bytes, open files and Pillow images become temporary files, which are removed when the inputs are closed (video/given.py).
+    URLs, bytes, open files and Pillow images are first written to temporary files, which are deleted when the inputs are closed
+    (video/given.py).
 
     Args:
-        paths: The inputs, at least one, in the order in which the model reads them.
-        sampling: Options for every input. Options about time apply only to videos.
-        progress: Called with "download", the number of bytes so far, and the total.
-        names: Names for reports. Default: the paths.
+        paths: The inputs in the order in which the model should read them. There must be at least one.
+        sampling: Options that apply to every input. Options about time apply only to videos.
+        progress: Called with "download", the number of bytes received so far, and the total.
+        names: The names of the inputs in reports. The default is their paths.
         cache: The disk cache. It is not used if the method reads the question.
-        kind: Class or function that creates each open input.
+        kind: The class or function that creates each open input.
         ahead: A prefetch that may already have read the inputs.
 
     Raises:
         VideoError: If an input is missing, unreadable or empty.
-        UsageError: If an option is invalid, a time span is given but all inputs are pictures, one subtitle file is given for
-            several inputs, or a URL is given although the network is off.
+        UsageError: If an option is invalid, a time span is given but all inputs are pictures, one subtitle file is given for more
+            than one input, or a URL is given although the network is off.
     """
     sampling = sampling or SamplingOptions()
     sampling.check_one_file(len(paths))
-    # Use CPU clocks, which never synchronize with a GPU.
+    # Use CPU clocks, because they never synchronize with a GPU.
     clocks = [Clock(torch.device("cpu")) for _ in paths]
     given = [GivenInput(path) for path in paths]
     infos = []
@@ -542,11 +550,11 @@ def open_inputs(
 
 
 def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[float] | None = None) -> list[Input]:
-    """Return one or several given inputs as a list, with paths as strings and frame arrays as videos.
+    """Return one or more inputs as a list in which paths are strings and arrays of frames are videos.
 
     Args:
-        frame_rate: Frames per second of the arrays.
-        times_s: The time of each frame of an array, in seconds, instead of a frame rate.
+        frame_rate: The number of frames per second in the arrays.
+        times_s: The time of each frame in an array, in seconds. This replaces the frame rate.
 
     Raises:
         UsageError: If there are no inputs, or an input has an unsupported type. See also `HeldVideo.of`.

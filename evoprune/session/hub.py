@@ -1,4 +1,4 @@
-"""Hub models: hints based on model names, and downloads into the Hugging Face cache. Imports no torch."""
+"""Models on the Hugging Face hub: downloads into the Hugging Face cache, and hints based on model names. Imports no torch."""
 
 import re
 import threading
@@ -12,11 +12,11 @@ import evoprune
 from evoprune.errors import ModelError, first_line
 from evoprune.util import listed
 
-# Copies of published config.json files, so that benchmarks do not need the network.
+# Copies of published config.json files. Thanks to these, benchmarks do not need the network.
 BUNDLED_CONFIGS = {
     f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
 }
-# Ids of supported Qwen models, for "did you mean" hints.
+# The ids of supported Qwen models, which "did you mean" hints suggest.
 PUBLISHED = (
     *BUNDLED_CONFIGS,
     *(f"Qwen/Qwen2-VL-{size}-Instruct" for size in ("2B", "7B", "72B")),
@@ -25,7 +25,7 @@ PUBLISHED = (
     *(f"Qwen/Qwen3-VL-{size}-Thinking" for size in ("2B", "4B", "8B", "32B", "30B-A3B", "235B-A22B")),
     *(f"Qwen/Qwen3.5-{size}" for size in ("122B-A10B", "397B-A17B")),
 )
-SETTINGS = ("config.json", "*processor_config.json")  # files that `describe` reads
+SETTINGS = ("config.json", "*processor_config.json")  # the files that `describe` reads
 SMALL_FILES = ("*.json", "*.jinja", "merges.txt")  # settings, tokenizer and chat template
 MODEL_HINT = (
     "evoprune runs Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL, such as Qwen/Qwen2.5-VL-3B-Instruct, "
@@ -38,21 +38,21 @@ _ORIGINAL = re.compile(r"qwen((2|2\.5|3)-vl|3\.\d)-([\d.]+b(-a\d+b)?|flash-next)
 
 
 def is_id(name: str) -> bool:
-    """Return True if a name has the format of a hub id, `org/name`."""
+    """Return True if a name has the format of a hub id, which is `org/name`."""
     return bool(_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def nearest_id(name: str) -> str | None:
-    """Return the published Qwen id that is most similar to a misspelled id, or to an id without its organization.
+    """Return the published Qwen id that is most similar to a misspelled id, or to an id that lacks its organization.
 
-    Returns None if no published id is similar, for ids of other organizations, and for ids that begin with a published id, such as
-    `...-AWQ`.
+    Returns None if no published id is similar. Also returns None for ids from other organizations, and for ids that begin with a
+    published id, such as `...-AWQ`.
     """
     organization, _, word = name.lower().rpartition("/")
     if organization not in ("", "qwen") or not word:
         return None
     known = {each.lower().removeprefix("qwen/"): each for each in PUBLISHED}
-    if any(name.startswith(each) for each in PUBLISHED):  # also matches variants such as -AWQ
+    if any(name.startswith(each) for each in PUBLISHED):  # true for variants such as -AWQ too
         return None
 
     def likeness(each: str) -> tuple[float, int]:
@@ -72,15 +72,15 @@ def _size(word: str) -> str:
 
 
 def near_hint(name: str) -> str:
-    """Return the beginning of a hint that names the `nearest_id`, or an empty string if there is none."""
+    """Return the beginning of a hint that suggests the `nearest_id`, or an empty string if there is none."""
     near = nearest_id(name)
     return f"did you mean {near}? " if near else ""
 
 
 def kind_hint(name: str) -> str:
-    """Return the beginning of a hint: that GGUF and MLX weights are not supported, or which models are.
+    """Return the beginning of a hint which says that GGUF and MLX weights are not supported, or which models are supported.
 
-    Returns an empty string if the name looks like a supported model.
+    If the name looks like a supported model, this returns an empty string.
     """
     if _CONVERTED.search(name):
         instead = downloadable_id(name) or "the original checkpoint"
@@ -91,7 +91,7 @@ def kind_hint(name: str) -> str:
 
 
 def downloadable_id(name: str) -> str | None:
-    """Return the id to name in a download command: the `nearest_id`, or the original of converted weights, or `name`.
+    """Return the id that a download command should use: the `nearest_id`, or the original of converted weights, or `name` itself.
 
     Returns None for GGUF and MLX weights whose original is unknown, because evoprune cannot run them.
     """
@@ -102,24 +102,24 @@ def downloadable_id(name: str) -> str | None:
 
 
 def revision_flag(revision: str | None) -> str:
-    """Return the flag that selects a revision in `hf download`, or an empty string if there is no revision."""
+    """Return the flag with which `hf download` selects a revision, or an empty string if `revision` is None."""
     return "" if revision is None else f" --revision {revision}"
 
 
 def cached_folder(name: str, revision: str | None) -> Path | None:
-    """Return a hub model's folder in the local cache, or None if its config.json is not cached. Does not use the network."""
+    """Return a hub model's folder in the local cache, or None if its config.json is not there. Does not use the network."""
     import huggingface_hub as hub
     from huggingface_hub import constants
 
     try:
         path = hub.try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
-    except ValueError:  # the name is not a valid hub id, for example because it is too long
+    except ValueError:  # the name is not a valid hub id, perhaps because it is too long
         return None
     return Path(path).parent if isinstance(path, str) else None
 
 
 def cached_id(folder: Path) -> str:
-    """Return the model id for a folder in the local cache, which is named `models--org--name`."""
+    """Return the id of the model in a folder of the local cache, which is named `models--org--name`."""
     return folder.name.removeprefix("models--").replace("--", "/", 1)
 
 
@@ -127,23 +127,23 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
     """Check whether the hub can be reached and has a model.
 
     Returns:
-        None if the hub can be used, otherwise the reason in words.
+        None if the hub can be used. Otherwise, the reason why not, in words.
 
     Raises:
-        ModelError: If the hub has no such model or revision, or denies access.
+        ModelError: If the hub has no such model or revision, or denies access to it.
     """
     import huggingface_hub as hub
     from huggingface_hub import errors
 
     if offline:
         return "network access is disabled (offline)"
-    # Send a single request without retries, because the library's own calls retry for minutes.
+    # Send a single request and do not retry it, because the library's own functions would keep retrying for minutes.
     url = hub.hf_hub_url(name, "config.json", revision=revision)
     try:
         _within(HUB_SECONDS, lambda: hub.get_hf_file_metadata(url, timeout=HUB_SECONDS))
     except errors.RevisionNotFoundError as problem:
         raise ModelError(f"{name} has no revision {revision!r} on the hub", "leave the revision out") from problem
-    except errors.RepositoryNotFoundError as problem:  # the repository may also be private or gated
+    except errors.RepositoryNotFoundError as problem:  # the repository may exist but be private or gated
         hint = f"log in with `hf auth login` if it is private or gated; {MODEL_HINT}"
         hint = f"{near_hint(name) or 'check the spelling, or '}{hint}"
         raise ModelError(
@@ -153,7 +153,7 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
         which = near_hint(name) or kind_hint(name) or f"{MODEL_HINT}; "
         hint = f"{which}merge adapters first; GGUF files are not supported"
         raise ModelError(f"{name} has no config.json on the hub", hint) from problem
-    except Exception as problem:  # the exception types depend on the version of huggingface_hub
+    except Exception as problem:  # different versions of huggingface_hub raise different exceptions
         return f"the hub cannot be reached ({first_line(problem)})"
     return None
 
@@ -161,7 +161,7 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
     """Run `work()` in a thread with a time limit, and return its result.
 
-    The limit includes name resolution, which HTTP timeouts do not cover and which can take half a minute.
+    Unlike an HTTP timeout, the time limit also covers name resolution, which can take half a minute.
 
     Raises:
         TimeoutError: If there is no result within `seconds`.
@@ -181,10 +181,10 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
 
 
 def fetch(name: str, revision: str | None, patterns: tuple[str, ...], unreachable: str | None) -> Path:
-    """Download missing files of a hub model that match the patterns, and return the model's folder in the local cache.
+    """Download a hub model's files that match the patterns and are missing, and return the model's folder in the local cache.
 
     Args:
-        unreachable: The reason why the hub cannot be used (see `reach`), or None. If there is a reason, only the local cache is
+        unreachable: The reason why the hub cannot be used (see `reach`), or None. If a reason is given, only the local cache is
             used.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Options shared by the command line, batches, evaluations, lmms-eval and Python. Each is defined once. Imports no torch."""
+"""Options that the command line, batches, evaluations, lmms-eval and Python share. Imports no torch."""
 
 import math
 import os
@@ -32,7 +32,7 @@ DtypeName = Literal["bf16", "fp16", "fp32"]
 Quantize = Literal["none", "int8", "int4"]
 LoadFormat = Literal[
     "auto", "dummy"
-]  # "auto" loads the weights from files; "dummy" creates random weights of the same shapes
+]  # "auto" reads the weights from files; "dummy" creates random weights with the same shapes
 Engine = Literal["auto", "native", "transformers"]
 DTYPE_NAMES = "auto", *get_args(DtypeName)
 QUANTIZE = get_args(Quantize)
@@ -40,7 +40,7 @@ LOAD_FORMATS = get_args(LoadFormat)
 AUTO, NATIVE, TRANSFORMERS = ENGINES = get_args(Engine)
 AUTO_THREADS = "auto"
 MAX_THREADS = 256
-# The files in a model's folder that affect answers.
+# The files in a model's folder that affect its answers.
 MODEL_FILES = (
     "*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.*",
@@ -48,7 +48,7 @@ MODEL_FILES = (
 
 
 def _short_dtype(given: Any) -> Any:
-    """Return the short name ("bf16") of a torch dtype or a dtype name such as "torch.bfloat16". Return other values unchanged."""
+    """Return the short name ("bf16") of a torch dtype or of a name such as "torch.bfloat16". Return other values unchanged."""
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     text = str(given).removeprefix("torch.")
     if type(given).__name__ == "dtype":
@@ -57,7 +57,7 @@ def _short_dtype(given: Any) -> Any:
 
 
 def _parse_threads(given: int | str | None) -> int | str | None:
-    """Return the number of threads, "auto", or None.
+    """Return the number of threads, or "auto" or None.
 
     Raises:
         UsageError: If the value is invalid or out of range.
@@ -72,7 +72,7 @@ def _parse_threads(given: int | str | None) -> int | str | None:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model to load, and how. A torch dtype, a torch device or a path is converted to a string.
+    """Which model to load, and how. Torch dtypes, torch devices and paths are converted to strings.
 
     Raises:
         UsageError: If the dtype, quantization, load format or engine is unknown, or the number of threads is invalid.
@@ -156,11 +156,11 @@ class ModelOptions:
 
     @property
     def folder(self) -> Path:
-        """The folder of a bundled or local model. For a hub id, this path does not exist."""
+        """The folder of a bundled or local model. If the model is a hub id, this path does not exist."""
         return DEMOS[self.model].folder if self.model in DEMOS else Path(os.path.expanduser(self.model))
 
     def local_folder(self) -> Path | None:
-        """Return the folder of a local model, or None if the name is a hub id.
+        """Return a local model's folder, or None if the model is a hub id.
 
         Raises:
             ModelError: If the name is neither a usable folder nor a hub id.
@@ -174,10 +174,10 @@ class ModelOptions:
         if name in DEMOS and not (folder / "config.json").is_file():
             hint = "reinstall evoprune, or use another model"
             raise ModelError(f"the bundled {name} model is missing: {folder}", hint)
-        if os.path.isdir(folder):  # unlike Path.is_dir, it never raises
+        if os.path.isdir(folder):  # unlike Path.is_dir, this never raises an error
             if revision is not None:
                 raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
-            if not is_text(os.path.abspath(folder)):  # the libraries that read tokenizers and weights require it
+            if not is_text(os.path.abspath(folder)):  # required by the libraries that read tokenizers and weights
                 hint = "rename it, or set LC_ALL to a UTF-8 locale, such as C.UTF-8"
                 raise ModelError(f"the path {folder} is not valid text", hint)
             return folder
@@ -193,11 +193,11 @@ class ModelOptions:
 
     @property
     def cores(self) -> int | None:
-        """Number of cores that reading videos may keep busy, or None for all cores available to this process."""
+        """Number of cores that reading videos may keep busy. None means all cores available to this process."""
         return self.threads if isinstance(self.threads, int) else None
 
     def state(self) -> dict[str, Any] | None:
-        """Return the state (`file_state`) of a local model's files: weights, settings, tokenizer and adapters.
+        """Return the state (`file_state`) of a local model's weights, settings, tokenizer and adapters.
 
         Returns None if there are no such files.
         """
@@ -206,7 +206,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How visual tokens are pruned. A percentage is converted to a number.
+    """How visual tokens are pruned. Percentages are converted to numbers.
 
     Raises:
         UsageError: If the budget is invalid, or there is no such method.
@@ -214,8 +214,8 @@ class PruneOptions:
 
     PANEL: ClassVar[str] = "Pruning"
 
-    # The numbers in the help come from results/frontier.md: the accuracy that the worst of the demo models keeps, and the speedup
-    # of the first token over Hugging Face at 3B dimensions in fp32.
+    # The numbers in the help text come from results/frontier.md. They are the accuracy that the worst demo model keeps, and how much
+    # sooner the first token arrives than with Hugging Face, for a model with 3B dimensions in fp32.
     budget: Budget.Given = option(
         Budget.DEFAULT,
         "Share of visual tokens kept: 0.1, 10%, or high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x), "
@@ -243,7 +243,7 @@ class PruneOptions:
 
     def __post_init__(self):
         if self.budget is None:
-            Budget.parse(None)  # raises an error that lists the presets
+            Budget.parse(None)  # this raises an error that lists the presets
         check_types(self)
         object.__setattr__(self, "budget", self._parsed_budget.recorded)
         MethodText(self.method).check()
@@ -264,11 +264,11 @@ class PruneOptions:
 
     @property
     def resizes(self) -> bool:
-        """True if the method may make inputs smaller, so that the size of the frames depends on its plan. Imports no torch."""
+        """Whether the method may make inputs smaller. If so, its plan determines the size of the frames. Imports no torch."""
         return MethodText(self.method).may_resize
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
-        """Return the plan for an input, like `PruneConfig.plan`. Imports torch.
+        """Return the method's plan for an input, as `PruneConfig.plan` does. Imports torch.
 
         Raises:
             UsageError: See `PruneConfig.of`.
@@ -321,7 +321,7 @@ class FindOptions:
     """How the moments of a video are found.
 
     Raises:
-        UsageError: If a value is out of range, or a word is empty.
+        UsageError: If a value is out of range, or the word for yes or no is empty.
     """
 
     PANEL: ClassVar[str] = "Finding"
@@ -374,7 +374,7 @@ class FindOptions:
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """All options that an answer depends on. It also depends on the video, the question and the machine."""
+    """All options that affect an answer, which otherwise depends only on the video, the question and the machine."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     pruning: PruneOptions = field(default_factory=PruneOptions)
@@ -393,7 +393,7 @@ class PipelineOptions:
 
     @classmethod
     def of(cls, **options) -> Self:
-        """Build all six groups of options from keyword arguments.
+        """Create all six groups of options from keyword arguments.
 
         Raises:
             UsageError: If a value is invalid.

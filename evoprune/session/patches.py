@@ -1,7 +1,7 @@
-"""Keep the patches of inputs, so that an input can be encoded again with different settings without reading it again.
+"""Keep the patches of inputs, so that an input can be encoded again with other settings but does not have to be read again.
 
-Patches are uint8 and stay on the device where they were computed. The largest input at default settings has 24,576 units and takes
-116 MB (151 MB in Qwen3-VL).
+Patches are stored as uint8 on the device where they were computed. With the default settings, the largest input has 24,576 units,
+whose patches take 116 MB (151 MB for Qwen3-VL).
 """
 
 import threading
@@ -15,15 +15,15 @@ from evoprune.backend import Device, empty_cache
 from evoprune.session.reading import Reading, state_of
 from evoprune.video import InputLimits, Plan
 
-LIMIT_BYTES = 2**29  # maximum bytes per input, and for the unused inputs in total
-SHARE = 4  # patches in use take at most 1 / SHARE of the available memory
+LIMIT_BYTES = 2**29  # maximum size in bytes of a single input, and of all unused inputs together
+SHARE = 4  # the patches in use take at most 1 / SHARE of the available memory
 
 
 @dataclass(frozen=True)
 class PatchChunk:
     """The patches of consecutive frames. For the other fields, see `FrameChunk`."""
 
-    patches: torch.Tensor  # uint8 `[rows, values]`, on the device
+    patches: torch.Tensor  # uint8 `[rows, values]`, on the device that computed them
     end: int
     times_s: tuple[float, ...]
     damaged: int = 0
@@ -36,10 +36,10 @@ class PatchChunk:
 
 
 class PatchStore:
-    """The patches of a model's most recent inputs, by `content_key`. Several threads may share it.
+    """The patches of a model's most recent inputs, by `content_key`. A store can be used by several threads.
 
-    Unused patches take at most `limit_bytes`, and the least recently used are evicted first. Patches are not stored if they are
-    larger than the limit or memory is short. A limit of 0 turns the store off.
+    Unused patches take at most `limit_bytes`. Beyond that, the least recently used patches are evicted first. Patches are not
+    stored if they are larger than the limit or if little memory is available. A limit of 0 disables the store.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES):
@@ -50,10 +50,17 @@ class PatchStore:
     def open(
         self, key: Hashable, size: int, device: torch.device, source: Callable[[Reading], Iterator[PatchChunk]]
     ) -> Reading[PatchChunk] | None:
-        """Return the reading for a key. If there is none, start one with `source`. The caller releases the reading with `close`.
+        """Return the reading for a key, or start one with `source`. The caller must release the reading with `close`.
 
-        Returns None if the patches, which take `size` bytes, are larger than the limit or memory on `device` is short. Short memory
-        also evicts all unused patches.
+        Args:
+            key: The key of the input, from `content_key`.
+            size: Size of the patches in bytes.
+            device: The device that stores the patches.
+            source: A function that produces the patches; see `Reading`.
+
+        Returns:
+            The reading, or None if the patches are larger than the limit or if `device` is low on memory. When memory is low, all
+            unused patches are evicted too.
         """
         with self._lock:
             reading = self._entries.get(key)
@@ -72,7 +79,7 @@ class PatchStore:
     def close(self, key: Hashable) -> None:
         """Release the reading for a key.
 
-        When its last user releases it, a complete reading is kept, and an incomplete reading is stopped.
+        When the last user releases a reading, its patches are kept if it is complete. Otherwise it is stopped.
         """
         with self._lock:
             reading = self._entries[key]
@@ -95,7 +102,7 @@ class PatchStore:
         return freed
 
     def _drop_unused(self, limit_bytes: int) -> bool:
-        """Evict unused patches beyond a limit, the least recently used first. Return True if any were evicted."""
+        """Evict unused patches beyond the limit, starting with the least recently used. Return True if any were evicted."""
         unused = [(key, reading) for key, reading in self._entries.items() if not reading.users]
         total = sum(reading.size for _, reading in unused)
         dropped = False
@@ -108,15 +115,15 @@ class PatchStore:
 
 
 def patch_bytes(plan: Plan, limits: InputLimits) -> int:
-    """Return the size of an input's patches in bytes: three uint8 colors per pixel, at the resolution that the encoder reads."""
+    """Return the size of an input's patches in bytes. Each pixel that the encoder reads takes three bytes, one per color."""
     count, height, width = plan.grid
     return count * height * width * limits.unit**2 * limits.temporal_patch_size * 3
 
 
 def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashable | None:
-    """Return a key for the patches of an input. Equal keys guarantee equal patches.
+    """Return a key for an input's patches. Inputs with equal keys have equal patches.
 
-    The key covers the state of the files and every field of the plan that affects pixels.
+    The key contains the state of the files and every field of the plan that affects the pixels.
 
     Returns:
         The key, or None if the input has no file.
