@@ -214,8 +214,8 @@ class PruneOptions:
 
     PANEL: ClassVar[str] = "Pruning"
 
-    # The numbers in the help text come from results/frontier.md. They are the accuracy that the worst demo model keeps, and how much
-    # sooner the first token arrives than with Hugging Face, for a model with 3B dimensions in fp32.
+    # The numbers in the help text come from results/frontier.md. They are the accuracy that the worst demo model keeps, and the
+    # speedup of the first token over Hugging Face for a model with 3B dimensions in fp32.
     budget: Budget.Given = option(
         Budget.DEFAULT,
         "Share of visual tokens kept: 0.1, 10%, or high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x), "

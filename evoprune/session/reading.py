@@ -1,10 +1,10 @@
-"""Threads that read inputs ahead: before the model is loaded, while the encoder runs, and while another input is answered.
+"""Threads that read inputs ahead: before the model is loaded, while the encoder runs, and while another input is being answered.
 
-A `Reading` is one input. Its thread produces chunks of frames or patches, which wait until a consumer takes them. The members of a
-`Readings` group share the memory for waiting chunks and take turns. This file imports no torch, so reading can start before torch
-is imported.
+A `Reading` is one input that is being read. Its thread produces chunks of frames or patches, which wait until a consumer takes
+them. The readings in a `Readings` group take turns and share the memory for waiting chunks. This file imports no torch, so reading
+can start before torch is imported.
 
-The chunks do not depend on timing. A consumer gets the same chunks in the same order, no matter how far ahead the thread is.
+The chunks do not depend on timing. However far ahead the thread is, a consumer gets the same chunks in the same order.
 """
 
 import math
@@ -21,18 +21,18 @@ from evoprune.video import Folder, HeldVideo, Scope, Stopped, Video, probe
 
 T = TypeVar("T")
 
-TICK_S = 0.25  # interval between calls of a consumer's `waiting`
-PATIENCE_S = 3.0  # maximum time that closing waits for a thread
-MOST_PROBED = 256  # maximum number of inputs whose metadata is cached
+TICK_S = 0.25  # seconds between the calls of a consumer's `waiting` function
+PATIENCE_S = 3.0  # maximum time in seconds that closing waits for a thread
+MOST_PROBED = 256  # maximum number of inputs whose metadata is kept in memory
 
 
 class Readings:
     """A group of readings that share memory and take turns in the order in which they were created. Closing the group stops them.
 
     Args:
-        limit_bytes: Upper bound on the bytes of waiting chunks, over all readings. A consumer that waits for its next chunk gets it
-            even if there is no room.
-        at_once: Number of readings that read at the same time.
+        limit_bytes: Upper bound on the total size, in bytes, of the chunks that are waiting in all readings. If a consumer is
+            waiting for its next chunk, it gets that chunk even if there is no room.
+        at_once: Number of readings that may read at the same time.
     """
 
     def __init__(self, limit_bytes: float = math.inf, at_once: int = 1):
@@ -54,26 +54,26 @@ class Readings:
 
 
 class Reading(Generic[T]):
-    """An input read by its own thread, which starts now and reads when it is its turn. Close it after use.
+    """An input that is read by its own thread, which starts immediately and reads when it is its turn. Close it after use.
 
     Args:
-        source: Called by the thread when it is its turn. Returns the iterator that produces the chunks.
-        group: The readings that share memory and turns with this one. Default: a new group without a memory limit.
-        shared: Keep chunks after they are taken, so that several consumers can get all of them. If the thread that created the
-            reading is stopped, a shared reading continues, and any other reading stops.
-        size: Total bytes of the chunks, if known in advance.
-        drop: Called with each chunk that has not been taken when the reading is closed.
+        source: Called by the thread when it is its turn. Returns an iterator that produces the chunks.
+        group: The readings with which this one shares memory and takes turns. The default is a new group without a memory limit.
+        shared: Keep chunks after they are taken, so that more than one consumer can get all of them. If the thread that created the
+            reading is stopped, a shared reading continues, but any other reading stops too.
+        size: Total size of the chunks in bytes, if it is known in advance.
+        drop: Called with each chunk that nobody has taken when the reading is closed.
 
     Attributes:
-        frames: Lower bound on the number of frames read so far.
+        frames: Lower bound on the number of frames that have been read.
         chunk_bytes: Size of the largest chunk in bytes. `source` may set it in advance.
-        hidden_s: Read time during which the consumer did not wait, in seconds.
+        hidden_s: Read time during which the consumer did not have to wait, in seconds.
         begun: True once `source` has returned.
         ended: True once the thread has finished, even if it failed or was stopped.
         complete: True once the thread has produced all chunks.
         taken: True once a consumer has asked for a chunk.
-        users: Number of inputs that use a shared reading. The patch store updates it.
-        problem: The exception that ended the thread, or None.
+        users: Number of inputs that use a shared reading. The patch store updates this number.
+        problem: The exception with which the thread failed, or None.
     """
 
     def __init__(
@@ -97,41 +97,40 @@ class Reading(Generic[T]):
         self._changed = self._group.changed
         self._shared = shared
         self._drop = drop
-        self._chunks: list[T | None] = []  # taken chunks become None, unless the reading is shared
-        self._seconds: list[float] = []  # time to produce each chunk
-        self._next = 0  # index of the next chunk to take
+        # The chunks so far. Unless the reading is shared, a chunk is replaced with None once it is taken.
+        self._chunks: list[T | None] = []
+        self._seconds: list[float] = []  # the time that producing each chunk took
+        self._next = 0  # the index of the next chunk to take
         self._closed = False
         self._pid = os.getpid()
         self._scope = Scope()
-        context = (
-            Context() if shared else copy_context()
-        )  # with the copy, the current thread's scope can stop this thread
-        # A daemon thread cannot keep the program from exiting if it hangs.
+        context = Context() if shared else copy_context()  # the copy lets the current thread's scope stop this thread
+        # Use a daemon thread, because it cannot keep the program from exiting if it hangs.
         self._thread = threading.Thread(target=context.run, args=(self._work,), name="evoprune-reading", daemon=True)
         with self._changed:
             self._group.unfinished.append(self)
         try:
             self._thread.start()
-        except RuntimeError as problem:  # the operating system refuses to start another thread
+        except RuntimeError as problem:  # the operating system could not start another thread
             self._end(problem)
 
     @property
     def is_here(self) -> bool:
-        """False in a forked copy of the process, where the thread does not exist."""
+        """False in a forked copy of the process, in which the thread does not exist."""
         return self._pid == os.getpid()
 
     def at_least(self, frames: int) -> None:
-        """Raise `frames` to at least this number."""
+        """Set `frames` to this number, unless it is already larger."""
         self.frames = max(self.frames, frames)
 
     def chunks(self, waiting: Callable[[], None] = lambda: None) -> Iterator[T]:
-        """Yield all chunks in order, as soon as they are available. Then, if the thread failed, raise its exception.
+        """Yield all chunks in order as soon as they are available. If the thread has failed, raise its exception at the end.
 
         Args:
-            waiting: Called every `TICK_S` seconds while the consumer waits for a chunk.
+            waiting: Called every `TICK_S` seconds while the consumer is waiting for a chunk.
 
         Raises:
-            Stopped: If the reading was closed, or the consumer's own thread is stopped.
+            Stopped: If the reading was closed, or if the consumer's own thread is stopped.
         """
         for number in count():
             start = time.perf_counter()
@@ -144,10 +143,10 @@ class Reading(Generic[T]):
             waited_s = time.perf_counter() - start
             self.hidden_s += max(0.0, self._seconds[number] - waited_s)
             yield chunk
-            del chunk  # only the consumer may hold a reference, so that the memory can be reused
+            del chunk  # let only the consumer keep a reference, so that the memory can be reused
 
     def wait(self) -> None:
-        """Wait until the thread has finished or has no room for another chunk.
+        """Wait until the thread has finished, or has no room for another chunk.
 
         Raises:
             Stopped: If the calling thread is stopped.
@@ -156,9 +155,9 @@ class Reading(Generic[T]):
             Scope.wait_for(self._changed, lambda: self.ended or (self.begun and not self._has_room()))
 
     def close(self) -> None:
-        """Drop all chunks and stop the thread. A thread that waits for a worker process stops immediately.
+        """Drop all chunks and stop the thread. If the thread is waiting for a worker process, it stops immediately.
 
-        If the thread hangs elsewhere, this method returns after `PATIENCE_S` seconds without waiting for it any longer.
+        If the thread hangs in any other place, this method returns after `PATIENCE_S` seconds and leaves the thread running.
         """
         stop_all([self])
 
@@ -179,7 +178,7 @@ class Reading(Generic[T]):
     def join(self) -> None:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(PATIENCE_S)
-        self.problem = None  # breaks a reference cycle through the traceback
+        self.problem = None  # breaks a reference cycle that includes the traceback
 
     # Used by the thread.
 
@@ -237,7 +236,7 @@ class Reading(Generic[T]):
             self._drop(chunk)
 
     def _is_made(self, number: int) -> bool:
-        """Wait up to `TICK_S` for a chunk. Return True if the chunk exists or will never exist because the thread has ended."""
+        """Wait up to `TICK_S` seconds for a chunk. Return True if it exists, or if it never will because the thread has ended."""
         with self._changed:
             self.taken = True
             self._next = max(self._next, number)
@@ -245,11 +244,11 @@ class Reading(Generic[T]):
             return self._changed.wait_for(lambda: len(self._chunks) > number or self.ended or self._closed, TICK_S)
 
     def _take(self, number: int) -> T | None:
-        """Return a chunk, or None after the last chunk.
+        """Return the chunk with this number, or None after the last chunk.
 
         Raises:
             Stopped: If the reading was closed.
-            BaseException: The exception that ended the thread, after the last chunk.
+            BaseException: After the last chunk, the exception with which the thread failed, if any.
         """
         with self._changed:
             if self._closed:
@@ -268,7 +267,7 @@ class Reading(Generic[T]):
 
 
 def stop_all(readings: list[Reading]) -> None:
-    """Close several readings. In a forked copy of the process this is a no-op, because their threads do not exist there."""
+    """Close a list of readings. In a forked copy of the process this is a no-op, because their threads do not exist there."""
     readings = [reading for reading in readings if reading.is_here]
     for reading in readings:
         reading.stop()
@@ -277,13 +276,14 @@ def stop_all(readings: list[Reading]) -> None:
 
 
 def size_of(chunk: Any) -> int:
-    """Return the size of a chunk of frames or patches in bytes, or 0 for opened inputs."""
+    """Return the size of a chunk of frames or patches in bytes. Other objects, such as opened inputs, count as 0."""
     return getattr(chunk, "nbytes", 0)
 
 
 # Metadata and states of files.
 
-_probed: dict[tuple[str, float], tuple[tuple | None, Video]] = {}  # file state and metadata, by path and folder_fps
+# Maps a path and folder_fps to the file's state and metadata.
+_probed: dict[tuple[str, float], tuple[tuple | None, Video]] = {}
 _probed_lock = threading.Lock()
 
 
@@ -305,9 +305,9 @@ def probed(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float) -> Vi
 
 
 def state_of(path: str) -> tuple | None:
-    """Return a value that changes whenever a file, or an image in a folder, is replaced or modified. None if there is no such file.
+    """Return a value that changes whenever a file, or an image in a folder, is replaced or modified.
 
-    The value includes the ctime, which changes even if the size and the mtime of a file are restored.
+    Returns None if there is no such file. The value includes the ctime, which changes even if the size and mtime of a modified file are restored.
     """
     try:
         if not os.path.isdir(path):

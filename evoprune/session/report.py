@@ -1,4 +1,4 @@
-"""Fill reports with facts about the inputs and their pruning, and with the time of each stage.
+"""Fill in reports: the facts about the inputs and how they were pruned, and the time of each stage.
 
 `VideoQA` returns complete reports. `pruning_facts` is also used for models that are pruned through `evoprune.hf`.
 """
@@ -16,13 +16,12 @@ from evoprune.vision import Encoded
 
 
 def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], positions: str) -> Pruning:
-    """Return the pruning facts for one or several inputs combined.
+    """Return the facts about how one or more inputs were pruned, for all of them together.
 
     Args:
         units: Total number of units before pruning.
         read: The encoded tokens, one entry per input.
-        positions: Where the position ids come from: "qwen" (computed by this project) or "host" (computed by the Hugging Face
-            model).
+        positions: Who computes the positions: "qwen" (this project) or "host" (the Hugging Face model).
     """
     layers = zip(*(tokens.layers for tokens in read), strict=True)
     kept = sum(len(tokens.kept) for tokens in read)
@@ -48,7 +47,7 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
 
 
 def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report:
-    """Return the report for encoded inputs, without the stage times summed over inputs, which `fill_times` adds."""
+    """Return a report about encoded inputs. It lacks the total time of each stage, which `fill_times` adds."""
     loaded = session.loaded
     states = {encoding.cache for encoding in encodings}
     report = Report(
@@ -56,7 +55,8 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
         model=loaded.facts(),
         env=Device(loaded.device).environment(),
         inputs=[_input_facts(session, encoding) for encoding in encodings],
-        cache=next(state for state in ("miss", "off", "hit") if state in states),  # "hit" only if every input is
+        # "hit" only if every input was a cache hit.
+        cache=next(state for state in ("miss", "off", "hit") if state in states),
     )
     if len(report.inputs) == 1:
         only = report.inputs[0]
@@ -82,7 +82,7 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
 
 
 def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
-    """Return the facts about one input, except its pruning, which `fill_pruning` adds."""
+    """Return the facts about one input, except how it was pruned, which `fill_pruning` adds."""
     plan = encoding.plan
     tokens = encoding.encoded
     merge = session.loaded.video.merge_size
@@ -115,7 +115,7 @@ def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
 
 
 def fill_pruning(report: Report, session: Session, encodings: Sequence[EncodedInput]) -> None:
-    """Write the pruning facts into a report, both for all inputs combined and for each input."""
+    """Add the facts about pruning to a report, both for each input and for all inputs together."""
 
     def pruning(group: Sequence[EncodedInput]) -> Pruning:
         units = sum(member.plan.units for member in group)
@@ -127,20 +127,20 @@ def fill_pruning(report: Report, session: Session, encodings: Sequence[EncodedIn
 
 
 def fill_times(report: Report, seconds: dict[str, float], total: float, device: str, late_packing: float = 0.0) -> None:
-    """Write stage times, the total time, memory use and the generation rate into a report.
+    """Add the stage times, the total time, the memory use and the generation rate to a report.
 
     Args:
-        seconds: Time spent in each stage, in seconds.
-        total: Wall-clock time in seconds.
-        device: Device whose memory is reported.
-        late_packing: Time spent packing weights during generation, in seconds. The generation rate excludes it.
+        seconds: The time spent in each stage, in seconds.
+        total: The wall-clock time in seconds.
+        device: The device whose memory use is reported.
+        late_packing: The time spent packing weights during generation, in seconds. The generation rate does not count it.
     """
     times = report.time_ms
     for stage, spent in seconds.items():
         setattr(times, stage, spent * 1000)
     times.total = total * 1000
     times.ttft_model = None if times.prefill is None else times.encode + times.prefill
-    # The first token comes from prefill, so the rate counts only the passes after it.
+    # Prefill produces the first token, so the rate counts only the passes after it.
     passes = max(0, (report.tokens.new or 0) - 1)
     generating = seconds.get("generate", 0.0) - late_packing
     rate = Rate()
@@ -152,7 +152,7 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
 
 
 def fill_dropped(report: Report, dropping: Dropping | None) -> None:
-    """Write the token counts of each language layer into a report. This synchronizes the device.
+    """Add the number of visual tokens that each layer of the language model has read to a report. This synchronizes the device.
 
     If `dropping` is None, this is a no-op.
     """

@@ -1,11 +1,13 @@
-"""Transcribe the speech in a video with faster-whisper. The transcript takes the place of subtitles in the prompt.
+"""Transcribe the speech in a video with faster-whisper. In the prompt, the transcript takes the place of subtitles.
 
-Transcription runs on the CPU in its own thread, so it overlaps with loading the model and reading frames. A worker process decodes
-the sound (`read_audio`), and faster-whisper receives only arrays. The sound is split at its quietest points into windows of bounded
-length, so memory use does not grow with the length of the video. The lines depend only on the sound, the time span and the model:
-decoding does not sample, and the windows share only the language, which the first spoken words determine.
+Transcription runs on the CPU in its own thread, so that it overlaps with loading the model and reading frames. A worker process
+decodes the sound (`read_audio`), and faster-whisper only receives arrays. The sound is split at its quietest points into windows of
+limited length, so memory use does not grow with the length of the video.
 
-This file imports neither torch nor faster-whisper until something is transcribed.
+The transcript depends only on the sound, the time span and the speech model. Decoding does not sample at random. The windows are
+independent of each other, except that all of them use the language detected in the first spoken words.
+
+This file imports neither torch nor faster-whisper until something has to be transcribed.
 """
 
 import hashlib
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from evoprune.model import Clock
     from evoprune.session.cache import Cache
 
-# Ids on the hub. `FILES` are the files that faster-whisper downloads.
+# Maps the name of each speech model to its hub id. `FILES` are the files that faster-whisper downloads.
 MODELS = {
     "tiny": "Systran/faster-whisper-tiny",
     "base": "Systran/faster-whisper-base",
@@ -45,23 +47,24 @@ MODELS = {
     "large-v3-turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
 }
 FILES = ("config.json", "preprocessor_config.json", "model.bin", "tokenizer.json", "vocabulary.*")
-AUTO = "base"  # model used for "auto"
+AUTO = "base"  # the model that "auto" stands for
 RATE = 16_000  # sample rate in Hz
-WINDOW_S = 120.0  # maximum length of a window, which is transcribed at once
-LAST_S = 15.0  # a full window is cut at the quietest part of its last seconds
-QUIET_S = 0.2  # length of the parts whose loudness is compared
-BRIDGE_S = 1.0  # shorter gaps in the sound are filled with silence; a longer gap ends a window
-MIN_WINDOW_S = 0.1  # shorter windows are not transcribed
-# Whisper's own limit on the compression ratio. Text above it is a loop, as Whisper generates for music and noise.
+WINDOW_S = 120.0  # maximum length in seconds of a window, which is transcribed as a whole
+LAST_S = 15.0  # a window that is full is cut at the quietest part of this many seconds at its end
+QUIET_S = 0.2  # the length in seconds of the parts whose loudness is compared
+BRIDGE_S = 1.0  # gaps in the sound of up to this many seconds are filled with silence; a longer gap ends the window
+MIN_WINDOW_S = 0.1  # windows that are shorter, in seconds, are not transcribed
+# Whisper's own limit on the compression ratio. Text with a higher ratio repeats itself in a loop, as often happens with music and
+# noise.
 REPEATED = 2.4
-MAX_TRANSCRIPTS = 64  # maximum number of finished transcripts kept in memory
+MAX_TRANSCRIPTS = 64  # maximum number of finished transcripts that are kept in memory
 STAGE = "speech"
 NO_SOUND = "no_sound"
 DAMAGED = "damaged_sound"
 OPTIONS = {
     "beam_size": 5,
     "temperature": 0.0,
-    "condition_on_previous_text": False,  # if True, one wrong line leads to more wrong lines
+    "condition_on_previous_text": False,  # if this were True, a wrong line would lead to more wrong lines
 }
 
 Line = tuple[float, float, str]
@@ -69,7 +72,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class SpeechModelOptions(Protocol):
-    """The fields of `ModelOptions` that also apply to the speech model. A protocol avoids a circular import."""
+    """The fields of `ModelOptions` that also apply to the speech model. This is a protocol in order to avoid a circular import."""
 
     @property
     def offline(self) -> bool: ...
@@ -84,7 +87,7 @@ class Transcript:
 
     lines: list[Line] = field(default_factory=list)
     language: str | None = None
-    damaged: bool = False  # whether parts of the sound could not be decoded
+    damaged: bool = False  # whether some parts of the sound could not be decoded
 
 
 def with_speech(
@@ -97,9 +100,10 @@ def with_speech(
     cache: "Cache | None" = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Return a plan with the transcribed speech as its subtitles, unless it already has subtitles or `speech` is "none".
+    """Return a copy of the plan in which the transcribed speech serves as the subtitles.
 
-    For the other arguments and the errors, see `speech_of`.
+    If the plan already has subtitles, or if `speech` is "none", the plan itself is returned. For the other arguments and the
+    errors, see `speech_of`.
     """
     if sampling.speech == "none" or plan.subtitles.source is not None or plan.info.is_picture:
         return plan
@@ -120,20 +124,22 @@ def speech_of(
 ) -> Subtitles:
     """Transcribe the speech in a time span of a video.
 
-    If the video has no sound, there are no lines. Unless `speech` is "auto", a warning says so.
+    If the video has no sound, the result has no lines. Unless `speech` is "auto", it then has a warning.
 
     Args:
-        sampling: The sampling options. Its `speech` names the model and must not be "none".
-        span: Start and end in seconds from the first frame.
-        options: Options of the model that answers. They also apply to the speech model.
-        clock: Receives the transcription time as "speech", and the part that was hidden by other work as "overlap".
+        sampling: The sampling options. `speech` is the name of the speech model and must not be "none".
+        span: The start and the end, in seconds from the first frame.
+        options: The options of the model that answers, some of which also apply to the speech model.
+        clock: The transcription time is added to its stage "speech", and the part that was hidden behind other work is added to
+            "overlap".
         cache: The disk cache, which also stores transcripts.
-        progress: Called while waiting with "speech", the number of seconds transcribed and the total number of seconds.
+        progress: Called while waiting with "speech", the number of seconds that have been transcribed, and the total number of
+            seconds.
 
     Raises:
         ModelError: If the speech model is damaged or cannot be downloaded.
         VideoError: If the file can no longer be read.
-        OutOfMemory: If memory is short.
+        OutOfMemory: If there is not enough memory.
     """
     if not info.has_sound:
         return Subtitles(warnings=[] if sampling.speech == "auto" else [NO_SOUND])
@@ -145,9 +151,9 @@ def speech_of(
 
 
 def begin_speech(plan: Plan, sampling: SamplingOptions, options: SpeechModelOptions) -> Callable[[], None]:
-    """Start transcribing an input that will be opened later. Return a function that cancels this request.
+    """Start to transcribe an input that will be opened later. Return a function that withdraws this request.
 
-    Calling the function stops the transcription unless it is needed elsewhere.
+    That function stops the transcription, unless something else needs it too.
     """
     span = plan.full.sampling.start_s, plan.full.sampling.end_s
     info = plan.info
@@ -162,11 +168,11 @@ def begin_speech(plan: Plan, sampling: SamplingOptions, options: SpeechModelOpti
 
 @dataclass(frozen=True)
 class _SpeechRequest:
-    """A request for a transcript. Equal requests have equal transcripts."""
+    """A request for a transcript. Requests that are equal have equal transcripts."""
 
     info: Video = field(compare=False)
     path: str
-    state: tuple | None  # state of the file
+    state: tuple | None  # the state of the file; see `state_of`
     span: tuple[float, float]
     model: str
     offline: bool = field(compare=False)
@@ -181,7 +187,7 @@ class _SpeechRequest:
         return cls(info, path, state_of(path), span, model, bool(options.offline), options.cores)
 
     def begin(self) -> Reading["_Piece"]:
-        """Return the running or finished transcription, or start one. Call `release` when it is no longer needed."""
+        """Return the running or finished transcription, or start one. The caller must call `release` when it no longer needs it."""
         with _lock:
             reading = _readings.get(self)
             failed = reading is not None and reading.problem is not None
@@ -208,7 +214,7 @@ class _SpeechRequest:
     def wait_for_transcript(
         self, clock: "Clock | None", cache: "Cache | None", progress: Progress | None
     ) -> Transcript:
-        """Transcribe, or wait for a transcription that is already running."""
+        """Wait for the transcript, which is started unless it is already running."""
         reading = self.begin()
         start = time.perf_counter()
         total = max(1, round(self.span[1] - self.span[0]))
@@ -224,7 +230,7 @@ class _SpeechRequest:
             self.release()
         waited_s = time.perf_counter() - start
         if clock:
-            # Only the first consumer of a transcript receives its transcription time.
+            # If a transcript has more than one consumer, only the first one counts the transcription time.
             busy_s = max(waited_s, sum(piece.taken_seconds() for piece in pieces))
             clock.seconds[STAGE] = clock.seconds.get(STAGE, 0.0) + busy_s
             clock.seconds[OVERLAP] = clock.seconds.get(OVERLAP, 0.0) + busy_s - waited_s
@@ -238,7 +244,7 @@ class _SpeechRequest:
     # The disk cache.
 
     def cached(self, cache: "Cache | None") -> Transcript | None:
-        """Return the transcript from the disk cache, or None."""
+        """Return the transcript from the disk cache, or None if it is not there."""
         if cache is None:
             return None
         try:
@@ -284,7 +290,7 @@ class _SpeechRequest:
     # The thread.
 
     def _pieces(self, reading: Reading) -> Iterator["_Piece"]:
-        """Transcribe window by window. Each piece contains the lines of one window."""
+        """Transcribe one window at a time. Each piece contains the lines of one window."""
         start = time.perf_counter()
         model = _loaded(self.model, self.offline, self.cores)
         language = None
@@ -305,7 +311,7 @@ class _SpeechRequest:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The lines of a window, and the time to transcribe them in seconds, until the first consumer takes that time."""
+    """The lines of a window, and the number of seconds that transcribing it took, until the first consumer takes that number."""
 
     lines: list[Line]
     language: str | None
@@ -325,12 +331,12 @@ _readings: OrderedDict[_SpeechRequest, Reading[_Piece]] = OrderedDict()
 
 @lru_cache(maxsize=1)
 def _group() -> Readings:
-    """Return the group of all transcriptions, which run one after another."""
+    """Return the group that contains all transcriptions, so that they run one after another."""
     return Readings()
 
 
 def _forget() -> None:
-    """Discard all state in a forked child, where the threads do not exist."""
+    """Discard all state in a forked child process, where the threads do not exist."""
     global _lock
     _lock = threading.RLock()
     _readings.clear()
@@ -343,7 +349,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def _windows(info: Video, start_s: float, end_s: float) -> Iterator[tuple[float, "np.ndarray", int]]:
-    """Yield the sound of a time span in windows: start in seconds, float32 samples `[n]`, and number of damaged packets so far."""
+    """Yield the sound of a time span in windows.
+
+    Each window consists of its start in seconds, its samples, float32 `[n]`, and the number of packets so far that were damaged.
+    """
     import numpy as np
 
     most = round(WINDOW_S * RATE)
@@ -372,7 +381,7 @@ def _windows(info: Video, start_s: float, end_s: float) -> Iterator[tuple[float,
 
 
 def _quietest(samples: "np.ndarray") -> int:
-    """Return the index at the middle of the quietest part of the last seconds of a window."""
+    """Return the index of the middle of the quietest part of a window's last seconds."""
     import numpy as np
 
     size = round(QUIET_S * RATE)
@@ -382,10 +391,10 @@ def _quietest(samples: "np.ndarray") -> int:
 
 
 def _transcribed(model: "WhisperModel", samples: "np.ndarray", language: str | None) -> Iterator[tuple[Line, str]]:
-    """Yield the lines of a window, with times in seconds from its start, and the language.
+    """Yield the lines of a window, with their times in seconds from the start of the window, and the language.
 
-    Each stretch of speech between pauses is transcribed separately. Otherwise, Whisper may merge words before and after a pause
-    into one line, and invent words for silence and music.
+    Each stretch of speech between two pauses is transcribed separately. Otherwise, Whisper could merge the words before and after a
+    pause into one line, and could invent words for silence and music.
     """
     from faster_whisper.vad import get_speech_timestamps
 
@@ -426,7 +435,7 @@ def _whisper(folder: str, cores: int) -> "WhisperModel":
 
 
 def _folder(model: str, offline: bool) -> str:
-    """Return the folder of a speech model, which is downloaded if it is missing.
+    """Return the folder of a speech model. If the model is missing, it is downloaded first.
 
     Raises:
         ModelError: If the model is missing and cannot be downloaded, or the network may not be used.
@@ -442,7 +451,7 @@ def _folder(model: str, offline: bool) -> str:
 
 
 def _local_folder(model: str) -> str | None:
-    """Return the folder of a speech model, or None if it must be downloaded first."""
+    """Return the folder of a speech model, or None if the model has to be downloaded first."""
     if model not in MODELS:
         return os.path.abspath(model)
     folder = cached_folder(MODELS[model], None)
@@ -452,7 +461,11 @@ def _local_folder(model: str) -> str | None:
 
 
 def check_offline(speech: str, offline: bool) -> None:
-    """Raise ModelError if a speech model is missing and the network may not be used. Downloads nothing."""
+    """Check that a speech model is on this machine if the network may not be used. Downloads nothing.
+
+    Raises:
+        ModelError: If the model is missing.
+    """
     model = AUTO if speech == "auto" else speech
     if speech != "none" and offline:
         _folder(model, offline)

@@ -1,8 +1,8 @@
-"""Several inputs in flight: the next inputs are opened and read while the current one is answered.
+"""Keep several inputs in flight: open and read the next inputs while the current one is being answered.
 
-Readings start in order, several at a time if cores are idle. At most as many inputs wait as are read at a time. If the model
-computes on the CPU with all cores, only one input is read while the previous one is answered, so reading later inputs does not slow
-it down.
+The inputs are read in order, and more than one is read at a time if there are idle cores. The number of inputs that wait is at most
+the number that are read at a time. If the model computes on the CPU with all cores, only one input is read while the previous one
+is being answered, so that reading later inputs does not slow down the answer.
 """
 
 import time
@@ -20,12 +20,12 @@ from evoprune.video import keep_idle
 
 T = TypeVar("T")
 
-MAX_READERS = 8  # maximum number of inputs to read at a time
-READER_BYTES = 2**30  # memory per reader: a decoder, waiting frames, and patches
+MAX_READERS = 8  # maximum number of inputs that are read at a time
+READER_BYTES = 2**30  # memory that a reader may need for its decoder, waiting frames and patches
 
 
 def readers(loaded: LoadedModel) -> int:
-    """Return the number of inputs to read at a time: one per two idle cores, if memory allows.
+    """Return how many inputs to read at a time: one for every two idle cores, or fewer if little memory is available.
 
     The result is at least 1 and at most `MAX_READERS`.
     """
@@ -42,10 +42,11 @@ def in_flight(
     loaded: LoadedModel,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Generator[tuple[T, OpenInputs | Exception], None, None]:
-    """Yield items in order, each with its open inputs, or with the exception that opening them raised.
+    """Yield items in order, each with its open inputs, or with the exception that was raised when they were opened.
 
-    Background threads open the inputs of the next items and read them ahead: one item per two idle cores, at most eight at a time,
-    and fewer if memory is short. While the caller encodes an item and asks about it, the next items are read:
+    Background threads open the inputs of the next items and read them ahead. They read one item for every two idle cores, up to
+    eight items at a time, and fewer if little memory is available. This happens while the caller encodes an item and asks questions
+    about it:
 
         def opened(path, cores):
             inputs = open_inputs(session, [path])
@@ -61,23 +62,25 @@ def in_flight(
                     encoded = inputs.encode()
                 print(path, encoded.ask("What happens?"))
 
-    The caller closes each `OpenInputs` that it receives, and closes this generator when it is done. Closing the generator stops the
-    threads and closes all inputs that were not yielded.
+    The caller must close each `OpenInputs` that it receives, and must close this generator when it is done. Closing the generator
+    stops the threads and closes all inputs that were not yielded.
 
     Args:
-        items: The items, such as paths. Items are taken only as they are needed, so the iterable may be endless.
-        opened: Called in a background thread to open the inputs of an item. The second argument is the number of cores that reading
-            may keep busy, or None for all. Pass it to `OpenInputs.use_cores`, then call `OpenInputs.begin`, so that the time spent
-            reading ahead is not reported as waiting. `in_flight` itself calls `OpenInputs.read`.
+        items: The items, such as paths. The iterable may be infinite, because items are taken only as they are needed.
+        opened: Called in a background thread to open the inputs of an item. Its second argument is the number of cores that reading
+            may keep busy, or None for all cores. The function should pass this number to `OpenInputs.use_cores`. It should then
+            call `OpenInputs.begin`, so that the time spent reading ahead is not reported as waiting time. `in_flight` itself calls
+            `OpenInputs.read`.
         loaded: The model, which determines how many cores are idle.
-        on_wait: Called with the time that the caller waited for each item, in seconds.
+        on_wait: Called with the number of seconds that the caller had to wait for each item.
 
     Yields:
-        Each item with its inputs, or with any `Exception` that `opened` raised for the item, usually a `VideoError` or a
-        `UsageError`. Later items are not affected. Errors while frames are read are raised by `OpenInputs.encode` instead.
+        Each item with its inputs, or with the `Exception` that `opened` raised for it, which is usually a `VideoError` or a
+        `UsageError`. Other items are not affected by such an error. An error that occurs while frames are being read is raised
+        later, by `OpenInputs.encode`.
 
     Raises:
-        Exception: Any exception raised by iterating over `items`.
+        Exception: Any exception that is raised by iterating over `items`.
     """
     count = readers(loaded)
     share = max(1, loaded.idle_cores // count)
@@ -87,10 +90,11 @@ def in_flight(
     def opening(item: T, cores: int | None, reading: Reading) -> Iterator[OpenInputs]:
         inputs = opened(item, cores)
         yield inputs
-        with suppress(Exception):  # `OpenInputs.encode` raises the error again
+        with suppress(Exception):  # `OpenInputs.encode` will raise the error again
             inputs.read()
 
-    with keep_idle(count + 1), Readings(at_once=count) as group:  # one extra process for the item being answered
+    # Keep one more process than there are readers, for the item that is being answered.
+    with keep_idle(count + 1), Readings(at_once=count) as group:
         try:
             while True:
                 start = time.perf_counter()
@@ -112,6 +116,6 @@ def in_flight(
                     inputs = problem
                 on_wait(time.perf_counter() - start)
                 yield item, inputs
-                del inputs, reading  # so that the caller can free them before the next item is ready
+                del inputs, reading  # lets the caller free them before the next item is ready
         finally:
             stop_all([reading for _, reading in flying])
