@@ -307,7 +307,8 @@ def probed(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float) -> Vi
 def state_of(path: str) -> tuple | None:
     """Return a value that changes whenever a file, or an image in a folder, is replaced or modified.
 
-    Returns None if there is no such file. The value includes the ctime, which changes even if the size and mtime of a modified file are restored.
+    Returns None if there is no such file. The value includes the ctime, which changes even if the size and mtime of a modified
+    file are restored.
     """
     try:
         if not os.path.isdir(path):

@@ -1,7 +1,7 @@
 """Facts about a model before its weights are read: its folder, its small files, and the device that will run it.
 
-`describe` collects these facts once in a `ModelDescription`. The description plans inputs, and it is used to load the model. This
-file imports no torch.
+`describe` collects these facts in a `ModelDescription`, which is then used to plan inputs and to load the model. This file imports
+no torch.
 """
 
 import json
@@ -42,15 +42,15 @@ from evoprune.video import InputLimits, Plan, SamplingOptions, Video, choose_dec
 if TYPE_CHECKING:
     from evoprune.methods import MethodChain, PruneConfig
 
-# Number of weights per thread. The demo model has 4 million weights, and the smallest Qwen has 2 billion.
+# "auto" uses one thread per this many weights. The demo model has 4 million weights, and the smallest Qwen has 2 billion.
 WEIGHTS_PER_THREAD = 32_000_000
 ADAPTER = "adapter_config.json"
 MERGE_HINT = "merge it into its base model (PEFT: merge_and_unload) and save the result"
-# Like transformers, treat these settings as bitsandbytes even if config.json names a different method.
+# These settings mean bitsandbytes, as they do in transformers, even if config.json names a different method.
 BITSANDBYTES_SETTINGS = "load_in_8bit", "load_in_4bit"
-CONFIG_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # names of dtypes in config.json
+CONFIG_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # short names of the dtypes in config.json
 NORMALIZATION = ("image_mean", "image_std")
-# Preprocessing steps that evoprune always does this way. Other values in a processor's settings cause a warning, except null.
+# The settings with which evoprune always preprocesses inputs. If a processor has any other value (except null), there is a warning.
 FIXED_SETTINGS = {
     "do_sample_frames": True, "num_frames": None, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True, "do_convert_rgb": True, "do_center_crop": False, "do_pad": False, "resample": 3,
@@ -59,18 +59,18 @@ FIXED_SETTINGS = {
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model before its weights are read. Created by `describe`."""
+    """A model before its weights are read. `describe` creates it."""
 
-    options: ModelOptions  # which model to load, and how
+    options: ModelOptions  # which model to load, and how to load it
     device: str  # such as "cpu" or "cuda:1"; never "auto"
-    folder: Path | None  # folder with the model's files, or None for a bundled config
-    commit: str | None  # commit on the hub, or None for local models
-    unreachable: str | None  # why the hub cannot be used for more files, in words; None if it can
+    folder: Path | None  # the folder with the model's files, or None for a bundled config
+    commit: str | None  # the model's commit on the hub, or None for a local model
+    unreachable: str | None  # the reason why no more files can be downloaded from the hub, or None if they can
     config: Config
-    quantization: str | None  # quantization method of the checkpoint, such as "awq"
-    stored_dtype: str | None  # dtype of the published weights ("bf16", "fp16" or "fp32"), or None if unknown
-    limits: dict[str, InputLimits]  # limits of videos and of pictures, by kind
-    state: dict[str, Any] | None  # identifies the files: the commit, or `ModelOptions.state` for a folder
+    quantization: str | None  # the checkpoint's quantization method, such as "awq"
+    stored_dtype: str | None  # the dtype of the published weights ("bf16", "fp16" or "fp32"), or None if unknown
+    limits: dict[str, InputLimits]  # the limits for videos and for pictures, by kind of input
+    state: dict[str, Any] | None  # identifies the model's files: its commit, or `ModelOptions.state` for a folder
 
     @property
     def id(self) -> str:
@@ -78,20 +78,20 @@ class ModelDescription:
 
     @property
     def random(self) -> bool:
-        """Whether the weights are random instead of read from files."""
+        """Whether the weights are random numbers instead of being read from files."""
         return self.options.load_format == "dummy"
 
     @cached_property
     def demo(self) -> Demo | None:
-        """The bundled demo model if this is one with its trained weights, otherwise None."""
+        """The bundled demo model that this is, or None if it is another model or has random weights."""
         return None if self.random else Demo.of(self.folder)
 
     @cached_property
     def dtype(self) -> str:
-        """The dtype of the loaded weights.
+        """The dtype that the loaded weights will have.
 
-        "auto" means bf16 on hardware with bf16 matmul, otherwise fp32. Demo models always use fp32 by default. Imports torch unless
-        the options name the dtype.
+        "auto" means bf16 on hardware with bf16 matmul, and otherwise fp32. For the demo models, it always means fp32. Imports torch
+        unless the options name the dtype.
         """
         if self.options.dtype != "auto":
             return self.options.dtype
@@ -104,7 +104,10 @@ class ModelDescription:
 
     @property
     def max_visual_tokens(self) -> int:
-        """Default limit on visual tokens before pruning. The device's lower limit does not apply to the tiny demo models."""
+        """The default limit on the number of visual tokens before pruning.
+
+        Some devices have a lower limit, which does not apply to the tiny demo models.
+        """
         if self.demo:
             return SamplingOptions.MAX_VISUAL_TOKENS
         return min(SamplingOptions.MAX_VISUAL_TOKENS, DeviceName(self.device).visual_token_limit)
@@ -120,7 +123,7 @@ class ModelDescription:
 
     @property
     def to_be_native(self) -> str:
-        """Hint for models that evoprune does not run itself: how to get a model that it can run."""
+        """A hint for a model that evoprune does not run itself. It says how to get a model that evoprune can run."""
         if self.can_be_native:
             return "leave the engine out"
         return "use a checkpoint that evoprune runs itself, such as Qwen/Qwen3-VL-4B-Instruct"
@@ -132,11 +135,11 @@ class ModelDescription:
 
     @property
     def can_be_quantized(self) -> bool:
-        """Whether the weights can be quantized. Experts cannot, because they are not linear layers."""
+        """Whether the weights can be quantized. A model with experts cannot be, because its experts are not linear layers."""
         return self.quantization is None and self.config.text_config.experts is None
 
     def check_method(self, method: "MethodChain") -> None:
-        """Check that a method works with this model's language model.
+        """Check that a pruning method works with this model's language model.
 
         Raises:
             UsageError: If the method does not work, for example because it has no recipe for this number of layers.
@@ -148,7 +151,7 @@ class ModelDescription:
             raise UsageError(problem, f"use {works}, or {self.to_be_native}")
 
     def check_streams(self, method: "MethodChain") -> None:
-        """Check that this model can watch a stream with a method.
+        """Check that this model can watch a stream with a pruning method.
 
         Raises:
             UsageError: If the method cannot prune a stream, or the model cannot forget its oldest tokens.
@@ -167,15 +170,16 @@ class ModelDescription:
         pruning: "PruneConfig | PruneOptions | None" = None,
         name: str | None = None,
     ) -> Plan:
-        """Plan which frames of a video to sample, or at which size to read a picture, and how to encode them.
+        """Plan which frames of a video to sample, or the size at which to read a picture, and how to encode them.
 
         The plan is final even though the model is not loaded yet. This imports no torch unless the method may make inputs smaller.
 
         Args:
-            info: Metadata of the input.
+            info: The input's metadata.
             sampling: Options for choosing frames. If `max_visual_tokens` is None, the model's default applies.
-            pruning: The pruning settings, or None for no pruning. A method that may make inputs smaller is consulted immediately.
-            name: Name for reports. Default: the path.
+            pruning: The pruning settings, or None for no pruning. A method that may make inputs smaller is asked for the size
+                immediately.
+            name: The input's name in reports. The default is its path.
 
         Raises:
             VideoError: If the duration is unknown, the time span is empty, or the input cannot be resized to a valid shape.
@@ -198,9 +202,9 @@ class ModelDescription:
         return replace(plan.shrunk(plan.encoder.grid, limits), unshrunk=plan)
 
     def use_threads(self) -> None:
-        """Set the number of torch threads of this process if the options specify it. Imports torch.
+        """Set the number of threads that torch uses in this process, if the options specify it. Imports torch.
 
-        "auto" depends on the model's size and the available cores. OMP_NUM_THREADS takes precedence over "auto".
+        With "auto", the number depends on the size of the model and on the available cores, unless OMP_NUM_THREADS is set.
         """
         import torch
 
@@ -215,7 +219,7 @@ class ModelDescription:
             torch.set_num_threads(wanted)
 
     def download_small_files(self) -> None:
-        """Download the settings, the tokenizer and the chat template of a hub model.
+        """Download a hub model's settings, tokenizer and chat template.
 
         Raises:
             ModelError: See `hub.fetch`.
@@ -223,7 +227,7 @@ class ModelDescription:
         self.download(*SMALL_FILES)
 
     def download(self, *patterns: str) -> None:
-        """Download additional files of a hub model from the same commit. For local models this is a no-op.
+        """Download more of a hub model's files, from the same commit. For a local model, this is a no-op.
 
         Raises:
             ModelError: See `hub.fetch`.
@@ -234,16 +238,17 @@ class ModelDescription:
 
 
 def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
-    """Collect facts about a model before its weights are read. Imports no torch.
+    """Collect the facts about a model that are known before its weights are read. Imports no torch.
 
-    Missing small files are downloaded from the hub. A warning lists processor settings that evoprune ignores.
+    Small files that are missing are downloaded from the hub. If the model's processor has settings that evoprune ignores, a warning
+    lists them.
 
     Args:
-        local: Do not contact the hub. For a published model that is not on this machine, a bundled copy of its config.json is used.
-            The weights of such a model cannot be loaded.
+        local: Whether to work without the hub. If so, and a published model is not on this machine, a bundled copy of its
+            config.json is used. The weights of such a model cannot be loaded.
 
     Raises:
-        ModelError: If the model is missing, unsupported, damaged, or cannot be reached, or the requested engine cannot run it.
+        ModelError: If the model is missing, unsupported or damaged, or cannot be reached, or if the requested engine cannot run it.
         UsageError: If a revision is given for a model without revisions, or the weights cannot be quantized as requested.
     """
     folder, commit, unreachable = _locate(options, local)
@@ -252,7 +257,7 @@ def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
         raise _no_config(path.parent)
     content = read_json(path)
     config = _config(path, content)
-    texts = content, section(content, "text_config")  # some models state the dtype only for the language model
+    texts = content, section(content, "text_config")  # some models specify the dtype only for the language model
     dtype = next((name for text in texts if (name := text.get("dtype") or text.get("torch_dtype"))), None)
     description = ModelDescription(
         options=options,
@@ -276,8 +281,9 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
     """Locate a model. For the arguments and the errors, see `describe`.
 
     Returns:
-        The folder (None for a bundled config), the commit (None unless the model comes from the hub), and the reason why the hub
-        cannot be used for more files (None if it can be used or is not needed).
+        A tuple of three values. The first is the folder, or None for a bundled config. The second is the commit, or None unless the
+        model comes from the hub. The third is the reason why no more files can be downloaded from the hub, or None if they can be
+        or do not have to be.
     """
     name = options.model
     revision = options.revision
@@ -308,9 +314,9 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
 
 
 def _no_config(folder: Path) -> ModelError:
-    """Return the error for a folder without a config.json.
+    """Return the error for a folder that contains no config.json.
 
-    The error is more specific if the folder contains an adapter or belongs to the hub's cache.
+    The error is more specific if the folder contains an adapter or is part of the hub's cache.
     """
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
@@ -343,7 +349,7 @@ def _config(path: Path, content: dict) -> Config:
 
 
 def _quantization(path: Path, content: dict) -> str | None:
-    """Return the quantization method named in a config.json, or None if the checkpoint is not quantized."""
+    """Return the quantization method that a config.json names, or None if the checkpoint is not quantized."""
     with valid(f"{path} is damaged"):
         parts = content, section(content, "text_config")
         settings = next((given for part in parts if (given := section(part, "quantization_config"))), None)
@@ -358,7 +364,7 @@ def _quantization(path: Path, content: dict) -> str | None:
 
 
 def _check_engine(model: ModelDescription) -> None:
-    """Check that the requested engine can run the model, and that its weights can be quantized as requested.
+    """Check that the requested engine can run the model, and that the weights can be quantized as requested.
 
     Raises:
         ModelError: If the engine cannot run the language model.
@@ -377,7 +383,7 @@ def _check_engine(model: ModelDescription) -> None:
 
 @contextmanager
 def valid(problem: str) -> Iterator[None]:
-    """Raise a `ModelError` instead of the original exception for a violated rule, invalid JSON, or an unreadable file."""
+    """Return a context manager that converts errors about a broken rule, invalid JSON or an unreadable file to a `ModelError`."""
     try:
         yield
     except (OSError, ValueError) as reason:
@@ -385,8 +391,8 @@ def valid(problem: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
-    """Return the object in a JSON file from a model's folder, or an empty dict if the file does not exist."""
-    if not os.path.lexists(path):  # a dangling link is an error, not a missing file
+    """Return the JSON object in a file from a model's folder, or an empty dict if there is no such file."""
+    if not os.path.lexists(path):  # a dangling link does not count as missing, because it is an error
         return {}
     with valid(f"{path} cannot be read"):
         check_fetched(path)
@@ -394,11 +400,11 @@ def read_json(path: Path) -> dict:
 
 
 def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, InputLimits]:
-    """Return the limits of videos and of pictures, from the processor settings and the patch sizes in config.json.
+    """Return the limits for videos and for pictures, based on the processor's settings and the patch sizes in config.json.
 
-    `preprocessor_config.json` describes the image processor. For videos, only its mean and standard deviation are used. Its limit
-    of 12.8 million pixels applies to a single picture, and Qwen's own code limits video frames to far fewer pixels. Those lower
-    limits are the defaults for videos here.
+    `preprocessor_config.json` belongs to the image processor, so only its mean and standard deviation are used for videos. Its
+    limit of 12.8 million pixels is meant for a single picture. Qwen's own code limits video frames to far fewer pixels, and those
+    lower limits are the defaults for videos here.
     """
     traits = vision_config.traits
     limits = InputLimits(
@@ -410,7 +416,7 @@ def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str,
     if folder is None:
         return {"video": limits, "picture": replace(limits, **traits.picture)}
     picture_fields = (*NORMALIZATION, "min_pixels", "max_pixels")
-    joint = folder / "processor_config.json"  # transformers 5 saves both processors in this file
+    joint = folder / "processor_config.json"  # transformers 5 saves the settings of both processors in this file
     video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
     image = _limits(joint, "image_processor", picture_fields)
     image = image or _limits(folder / "preprocessor_config.json", only=picture_fields)
@@ -419,7 +425,7 @@ def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str,
 
 
 def _warn_of_unused(folder: Path) -> None:
-    """Warn once about processor settings that evoprune ignores."""
+    """Warn once about all processor settings that evoprune ignores."""
     joint = read_json(folder / "processor_config.json")
     unused = {}
     for inner, file in (
@@ -429,7 +435,7 @@ def _warn_of_unused(folder: Path) -> None:
         content = section(joint, inner) or read_json(folder / file)
         usual = FIXED_SETTINGS
         if content.get("video_processor_type") == "Qwen2VLVideoProcessor":
-            # The default of this class is False, because its callers sample the frames themselves.
+            # In this class the default is False, because its callers sample the frames themselves.
             usual = FIXED_SETTINGS | {"do_sample_frames": False}
         unused |= {
             name: content[name]
@@ -442,12 +448,12 @@ def _warn_of_unused(folder: Path) -> None:
 
 
 def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:
-    """Return the fields of `InputLimits` found in processor settings.
+    """Return the fields of `InputLimits` that a processor's settings contain.
 
     Args:
         path: The JSON file.
-        inner: Name of the object in the file that contains the settings, or None for the whole file.
-        only: Names of the fields to read, or None for all fields.
+        inner: Name of the object inside the file that contains the settings. None means that the whole file does.
+        only: Names of the fields to read. None means all fields.
     """
     content = read_json(path)
     with valid(f"{path} is damaged"):

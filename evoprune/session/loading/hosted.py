@@ -1,7 +1,7 @@
-"""Load models through transformers: families whose language model evoprune does not run itself, and quantized checkpoints.
+"""Load models through transformers: quantized checkpoints, and models whose language model evoprune does not run itself.
 
-transformers reads the safetensors files, runs no code that comes with them, and uses no network. It also knows how each
-quantization method packs its weights. Users install the packages that compute with packed weights.
+transformers reads only safetensors files, runs no code that comes with a model, and does not use the network here. It knows how
+each quantization method packs its weights. Users have to install the packages that compute with packed weights.
 """
 
 import logging
@@ -37,15 +37,15 @@ from evoprune.untrusted import read_object
 from evoprune.util import counted, listed
 from evoprune.video import temporary_folder
 
-# Config entries that list unquantized modules.
+# The config entries that list modules which are not quantized.
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
-# Config entries that do not belong only to the language model.
+# The config entries that do not belong to the language model alone.
 TOP_LEVEL_ENTRIES = (
     "model_type", "architectures", "vision_config", "text_config", "quantization_config", "tie_word_embeddings", "dtype",
     "torch_dtype",
 )  # fmt: skip
-# Repetitive log messages to suppress, by logger. The first recommends GPU packages (`backend.hosted.FUSED`) that would not be
-# called. The second repeats for every product that 8-bit layers compute in fp16.
+# Repetitive log messages to suppress, by logger. The first message recommends GPU packages (`backend.hosted.FUSED`) that would not
+# be used. The second message says that 8-bit layers compute in fp16, and is repeated for every matrix product.
 REPETITIVE_LOGS = {
     "transformers.integrations.hub_kernels": "falling back to its reference",
     "bitsandbytes.autograd._functions": "inputs will be cast",
@@ -55,10 +55,10 @@ REPETITIVE_LOGS = {
 def load_hosted(
     config: Config, folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None
 ) -> HostedVL:
-    """Load the model in a folder through transformers. Warns about tensors that are not used.
+    """Load the model in a folder through transformers. If some tensors are not used, warn about them.
 
     Args:
-        quantization: Quantization method of the checkpoint, or None.
+        quantization: The checkpoint's quantization method, or None.
 
     Raises:
         ModelError: If transformers cannot read the model, tensors are missing, or a tensor has the wrong shape or dtype.
@@ -72,9 +72,10 @@ def load_hosted(
                 kwargs = {"device_map": {"": device}, "config": _quantized_config(folder, quantization, device)}
             elif has_flat_config(folder):
                 kwargs = {"config": _read_config(folder)}
-            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are reported below
+            # Mismatches are reported further below.
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             host, info = read_whole(folder, dtype, device, **kwargs)
-    # For damaged files, transformers and quantization packages raise many kinds of exceptions.
+    # If files are damaged, transformers and the quantization packages may raise many kinds of exceptions.
     except Exception as problem:
         if is_out_of_memory(problem):
             raise
@@ -98,7 +99,7 @@ def load_hosted(
         are = "is" if len(unused) == 1 else "are"
         message = f"{counted(len(unused), 'tensor')} of the weights in {folder} {are} not used: {', '.join(unused[:3])}"
         warnings.warn(message, ModelWarning, stacklevel=2)
-    model = _hosted_model(config, host, experts=not quantization)  # quantized experts have their own implementations
+    model = _hosted_model(config, host, experts=not quantization)  # quantized experts have implementations of their own
     if quantization:
         model.package = f"a layer quantized by {listed(PACKAGES.get(quantization, [quantization]))}"
     return model
@@ -106,9 +107,9 @@ def load_hosted(
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Restore environment variables and `sys.path`, because some quantization packages change them when they are imported.
+    """Restore the environment variables and `sys.path` afterwards.
 
-    For example, gptqmodel moves the hub's cache.
+    Some quantization packages change them on import. For example, gptqmodel moves the hub's cache.
     """
     variables = dict(os.environ)
     path = list(sys.path)
@@ -122,12 +123,12 @@ def _environment_kept() -> Iterator[None]:
 
 
 def _check_experts(folder: Path, count: int) -> None:
-    """Check that all expert tensors exist and have the same shape.
+    """Check that the tensors of all experts exist and have the same shapes.
 
-    transformers merges these tensors. If it cannot merge some of them, it only logs a message.
+    transformers merges these tensors, but only logs a message if it cannot merge some of them.
 
     Raises:
-        ModelError: If a tensor of an expert is missing, or its shape differs from the other experts' tensors.
+        ModelError: If an expert's tensor is missing, or has a different shape than the same tensor of other experts.
     """
     alike: dict[str, dict[str, tuple[int, ...]]] = {}
     for _, content, stored in stored_tensors(weight_files(folder)):
@@ -152,15 +153,15 @@ def _missing_tensors(folder: Path, missing: list[str]) -> ModelError:
 
 
 def _quantized_config(folder: Path, quantization: str, device: torch.device):
-    """Return the transformers config of a quantized checkpoint, with corrected names of unquantized modules.
+    """Return the transformers config of a quantized checkpoint, in which the names of modules that are not quantized are corrected.
 
-    Published checkpoints call the tower `visual`, as older releases did. Unless the current name is listed as well, transformers
-    would treat the tower as quantized. If the CPU has no kernels for the weights, they are dequantized when they are loaded.
+    Published checkpoints list the tower under its old name, `visual`. Without the current name, transformers would treat the tower
+    as quantized. If the CPU has no kernels for the weights, the config also says to dequantize them while loading.
     """
     from transformers.quantizers import AutoQuantizationConfig
 
     config = _read_config(folder)
-    # Some programs write quantization_config into text_config, where older transformers releases find it for only a few families.
+    # Some programs write quantization_config into text_config, where older versions of transformers find it for few families.
     if not getattr(config, "quantization_config", None):
         config.quantization_config = config.text_config.quantization_config
     if Device(device).widens(quantization):
@@ -170,21 +171,21 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             renamed = [re.sub(r"^(re:)?\^?visual\b", r"\1model.visual", name_in_memory(name)) for name in names]
             config.quantization_config[field] = list(dict.fromkeys([*names, *renamed]))
-    # This raises an error for an unknown method. Otherwise, older releases only warn and read packed weights as plain numbers.
+    # Raise an error for an unknown method. Older versions of transformers only warn, and read packed weights as plain numbers.
     AutoQuantizationConfig.from_dict(deepcopy(config.quantization_config))
     return config
 
 
 def has_flat_config(folder: Path) -> bool:
-    """Return True if the language model's settings are at the top level of config.json instead of in `text_config`."""
+    """Return True if config.json contains the language model's settings at its top level and not in `text_config`."""
     return not read_object(folder / "config.json").get("text_config")
 
 
 def _read_config(folder: Path):
     """Return the transformers config for a folder.
 
-    If the language model's settings are at the top level, move them to `text_config`, because later families read only
-    `text_config` and would otherwise use defaults.
+    If the language model's settings are at the top level, they are moved to `text_config`. Later model families read only
+    `text_config`, so they would ignore the settings and use defaults.
     """
     from transformers import AutoConfig
 
@@ -199,10 +200,10 @@ def _read_config(folder: Path):
 
 
 def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs):
-    """Load the config and the weights in a folder with `from_pretrained`, using sdpa attention.
+    """Load the model in a folder with `from_pretrained`, using sdpa attention.
 
     Returns:
-        The result of `from_pretrained`: the model, or the model and the loading info if `kwargs` request it.
+        The result of `from_pretrained`, which is the model, or the model and the loading info if `kwargs` ask for it.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -212,7 +213,7 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
             plain, dtype=dtype, attn_implementation="sdpa", **safe, **kwargs
         )
     host = loaded[0] if isinstance(loaded, tuple) else loaded
-    if not kwargs.get("device_map"):  # quantized layers are created on their device
+    if not kwargs.get("device_map"):  # quantized layers are created directly on their device
         host.to(device)
     else:
         in_one_dtype(host, dtype)
@@ -221,23 +222,23 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
 
 
 def in_one_dtype(host, dtype: torch.dtype) -> None:
-    """Convert all layers whose weights are not quantized to this dtype.
+    """Convert all layers to one dtype, except those whose weights are quantized.
 
-    transformers leaves some layers of bitsandbytes checkpoints in their stored dtype.
+    This is needed because transformers leaves some layers of bitsandbytes checkpoints in the dtype in which they are stored.
     """
     for module in host.modules():
         weights = list(module.parameters(recurse=False))
-        # Skip 8-bit weights, which have separate scales, and other parameter classes, which are packed.
+        # Skip 8-bit weights, which have separate scales, and other classes of parameters, which are packed.
         if all(type(w) is torch.nn.Parameter and w.is_floating_point() and w.itemsize > 1 for w in weights):
             for weight in weights:
                 weight.data = weight.data.to(dtype)
 
 
 def widen(model: HostedVL, dtype: torch.dtype, skip: Collection[str]) -> None:
-    """Convert weights to a dtype, except for the input embeddings and the layers in `skip`.
+    """Convert a model's weights to a dtype, except the input embeddings and some layers.
 
     Args:
-        skip: Names of layers to leave unchanged, because they will be quantized.
+        skip: Names of the layers to leave unchanged because they will be quantized.
     """
     for name, weight in model.named_parameters():
         if name.removesuffix(".weight") not in skip and weight is not model.model.language_model.embed_tokens.weight:
@@ -246,9 +247,9 @@ def widen(model: HostedVL, dtype: torch.dtype, skip: Collection[str]) -> None:
 
 @contextmanager
 def _without_adapter(folder: Path) -> Iterator[Path]:
-    """Yield a folder with the model but without an adapter, because transformers would apply an adapter with PEFT.
+    """Yield a folder that contains the model but no adapter, because transformers would apply an adapter with PEFT.
 
-    If there is an adapter next to the weights, the result is a temporary folder with links to the other files.
+    If there is an adapter next to the weights, this is a temporary folder with links to all other files.
     """
     if not (folder / ADAPTER).exists():
         yield folder
@@ -261,7 +262,7 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
 
 
 def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> HostedVL:
-    """Return a model with seeded random weights, for benchmarks. Their speed does not depend on the values."""
+    """Return a model with seeded random weights for benchmarks, because the speed does not depend on the weights' values."""
     host = meta_model(config, dtype, device)
     model = _hosted_model(config, host, experts=True)
     model.fill_random(device)
@@ -275,7 +276,7 @@ def _hosted_model(config: Config, host, *, experts: bool) -> HostedVL:
     choose_functions(model, experts=experts)
     accept_biases(model)
     for logger in REPETITIVE_LOGS:
-        logging.getLogger(logger).addFilter(_is_not_repetitive)  # adding the same filter twice has no effect
+        logging.getLogger(logger).addFilter(_is_not_repetitive)  # adding a filter that is already there has no effect
     return model
 
 
@@ -284,9 +285,9 @@ def _is_not_repetitive(record: logging.LogRecord) -> bool:
 
 
 def meta_model(config: Config, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"):
-    """Return a transformers model with the dimensions of `config` and with weights on the meta device, which take no memory.
+    """Return a transformers model with the dimensions of `config`. Its weights are on the meta device, so they take no memory.
 
-    Its rotary frequencies are on `device`, because they are not weights but computed from the config.
+    The rotary frequencies are on `device`, because they are computed from the config and are not weights.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -302,7 +303,7 @@ def meta_model(config: Config, dtype: torch.dtype, device: torch.device, attenti
 
 
 def hugging_face_config(config: Config):
-    """Return the transformers config with the same dimensions, in the config class of this model family."""
+    """Return a transformers config with the same dimensions, in the config class of the model's family."""
     from transformers import AutoConfig
 
     content = config.as_written()
@@ -312,7 +313,7 @@ def hugging_face_config(config: Config):
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Within this context, make transformers log only errors and hide progress bars."""
+    """Return a context manager in which transformers logs only errors and shows no progress bars."""
     from transformers.utils import logging as log
 
     level = log.get_verbosity()

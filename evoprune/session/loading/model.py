@@ -1,4 +1,4 @@
-"""Load a model. Everything that can be checked is checked before the weights are read.
+"""Load a model. Everything that can be checked in advance is checked before the weights are read.
 
 Code that comes with a model is never run.
 """
@@ -71,7 +71,7 @@ from evoprune.vision import encode_rows
 if TYPE_CHECKING:
     from evoprune.language import Vocabulary
 
-# Settings of transformers' `generate` that affect answers but are ignored here, each with the value that turns it off.
+# Settings of transformers' `generate` that would affect answers but are ignored here, each with the value that turns it off.
 IGNORED_SETTINGS = dict.fromkeys(
     ("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length",
      "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_p", "penalty_alpha",
@@ -82,20 +82,21 @@ IGNORED_SETTINGS = dict.fromkeys(
 
 @dataclass
 class LoadedModel:
-    """A model that is ready to answer."""
+    """A model that is ready to answer questions."""
 
-    description: ModelDescription  # facts known before loading
-    model: Model  # the weights, on `device` in `dtype`, and their config
-    tokenizer: Tokenizer | None  # includes the chat template; None only for random weights without tokenizer files
-    eos_ids: tuple[int, ...]  # tokens that end an answer
-    generation: GenerationSettings  # from generation_config.json
+    description: ModelDescription  # the facts that were known before loading
+    model: Model  # the weights, on `device` and in `dtype`, together with the config
+    # Includes the chat template; None only if the weights are random and there are no tokenizer files.
+    tokenizer: Tokenizer | None
+    eos_ids: tuple[int, ...]  # the tokens that end an answer
+    generation: GenerationSettings  # the settings in generation_config.json
     quantize: str
-    weights_bytes: int  # total size of the weights in memory; tied weights count once
-    fingerprint: str | None  # changes when the weight files or their location change; None if unknown
-    load_seconds: dict[str, float]  # time of each step: "tokenizer", "weights" and "prepare"
-    packing: Packing  # schedules and times the packing of the remaining layers
-    ready: Callable[[], None] = lambda: None  # waits for `_warm_up`, which starts during loading
-    # Patches of the most recent inputs, so that other settings of the same model do not read them again.
+    weights_bytes: int  # the total size of the weights in memory; tied weights count only once
+    fingerprint: str | None  # changes if the weight files change or are moved; None if unknown
+    load_seconds: dict[str, float]  # the time of the steps "tokenizer", "weights" and "prepare"
+    packing: Packing  # schedules the packing of the remaining layers, and measures its time
+    ready: Callable[[], None] = lambda: None  # waits until `_warm_up`, which starts during loading, has finished
+    # The patches of the most recent inputs. They let the same model run with other settings without reading the inputs again.
     patches: PatchStore = field(default_factory=PatchStore)
 
     def __repr__(self) -> str:
@@ -103,7 +104,7 @@ class LoadedModel:
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
-        """The vocabulary for answers that follow a grammar.
+        """The vocabulary for answers that have to follow a grammar.
 
         Raises:
             UsageError: If llguidance is not installed.
@@ -118,12 +119,12 @@ class LoadedModel:
 
     @property
     def id(self) -> str:
-        """The name of a bundled demo, or the folder or hub id as given by the user."""
+        """The name of a bundled demo, or the folder or hub id that the user gave."""
         return self.description.id
 
     @property
     def dtype(self) -> str:
-        """The dtype of the weights: "bf16", "fp16" or "fp32"."""
+        """The dtype of the weights, which is "bf16", "fp16" or "fp32"."""
         return self.description.dtype
 
     @property
@@ -132,24 +133,24 @@ class LoadedModel:
 
     @property
     def limits(self) -> dict[str, InputLimits]:
-        """The limits of videos and of pictures, by kind."""
+        """The limits for videos and for pictures, by kind of input."""
         return self.description.limits
 
     @property
     def demo(self) -> Demo | None:
-        """The bundled demo model if this is one with its trained weights, otherwise None."""
+        """The bundled demo model that this is, or None if it is another model or has random weights."""
         return self.description.demo
 
     @property
     def cores(self) -> int | None:
-        """Number of cores that reading videos may keep busy, or None for all cores available to this process."""
+        """Number of cores that reading videos may keep busy. None means all cores available to this process."""
         return self.description.options.cores
 
     @property
     def idle_cores(self) -> int:
-        """Number of cores that the model leaves idle for reading, possibly 0.
+        """Number of cores that the model leaves idle and that can be used for reading. This may be 0.
 
-        The model keeps `busy_cores` busy. With `--threads N`, the total is N cores.
+        The model keeps `busy_cores` cores busy. With `--threads N`, there are N cores in total.
         """
         cores = Host().available_cores()
         if self.cores is not None:
@@ -158,15 +159,16 @@ class LoadedModel:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether tokens must be read one at a time to get the same logits as during generation.
+        """Whether tokens have to be read one at a time to get the same logits as during generation.
 
-        4-bit weights are used only for single rows. Several rows at once use 8-bit weights.
+        This is the case with 4-bit weights, which are used only for single rows. For more than one row at once, 8-bit weights are
+        used.
         """
         return self.quantize == "int4"
 
     @property
     def span(self) -> int | None:
-        """Temporal positions of the longest training clip, or None if only the context length limits them."""
+        """Number of temporal positions in the longest training clip, or None if only the context length limits them."""
         return self.demo.span if self.demo else None
 
     def knows(self, info: Video) -> bool:
@@ -174,14 +176,14 @@ class LoadedModel:
         return self.demo is None or self.demo.made(info.tags)
 
     def knows_words(self, question: str) -> bool:
-        """Return True if the model may know the words of a question. A demo model knows only the words in its training data."""
+        """Return True if the model may know all words in a question. A demo model knows only the words in its training data."""
         return self.demo is None or not self.demo.unknown_words(question)
 
     def doubt(self, inputs: Sequence[Video], subtitles: bool) -> str | None:
-        """Return the name of a warning if the inputs differ from the model's training data, otherwise None.
+        """Return the name of a warning if the inputs are unlike the model's training data, and otherwise None.
 
         Args:
-            subtitles: Whether any input has subtitles.
+            subtitles: Whether any of the inputs has subtitles.
         """
         foreign = [info for info in inputs if not self.knows(info)]
         if foreign:
@@ -190,7 +192,7 @@ class LoadedModel:
         return "demo_inputs" if unlike else None
 
     def check_answers(self) -> None:
-        """Check that the model can answer questions: it needs a tokenizer and a device that computes.
+        """Check that the model can answer questions, for which it needs a tokenizer and a device that can compute.
 
         Raises:
             ModelError: If the model has no tokenizer.
@@ -205,7 +207,7 @@ class LoadedModel:
         """Check that no part of a prompt is far too long, because tokenizing a huge text can take minutes.
 
         Raises:
-            DoesNotFit: If the beginning of a text already exceeds the model's context.
+            DoesNotFit: If even the beginning of a text does not fit into the model's context.
         """
         self._check_beginning(question, "a question", "ask a shorter question")
         self._check_beginning(system or "", "a system prompt", "give a shorter system prompt")
@@ -216,8 +218,8 @@ class LoadedModel:
         """Check that the beginning of a text fits into the model's context.
 
         Args:
-            what: Name of the text in the error.
-            hint: Hint in the error.
+            what: How to refer to the text in the error message.
+            hint: The hint of the error.
 
         Raises:
             DoesNotFit: If the beginning does not fit.
@@ -225,14 +227,14 @@ class LoadedModel:
         context = self.model.config.text_config.max_position_embeddings
         if not context:
             return
-        beginning = text[: 8 * context]  # allows 8 characters per token
-        # Cutting a word may add a few tokens. That is harmless, because the rest of the prompt and the answer need even more.
+        beginning = text[: 8 * context]  # a token may have 8 characters
+        # Cutting a word in two may add a few tokens. This is harmless, because the rest of the prompt and the answer need more.
         if len(beginning) < len(text) and len(self.tokenizer.encode(beginning)) > context:
             length = f"{what} of {len(text):,} characters"
             raise DoesNotFit(f"{length} does not fit into the {context:,} tokens of this model's context", hint)
 
     def check_context(self, text: int, visual: int, new: int) -> None:
-        """Check that a prompt and its answer fit into the model's context.
+        """Check that a prompt and its answer both fit into the model's context.
 
         Args:
             text: Number of text tokens in the prompt.
@@ -252,7 +254,7 @@ class LoadedModel:
             )
 
     def positions_of(self, prompt: Prompt, plans: Sequence[Plan]) -> torch.Tensor:
-        """Return the positions of a prompt according to Qwen's rule, int64 `[3, L]`."""
+        """Return the positions that Qwen's rule gives to a prompt's tokens, int64 `[3, L]`."""
         pair = self.video.temporal_patch_size
         per_second = self.model.config.vision_config.tokens_per_second
         videos = []
@@ -262,7 +264,7 @@ class LoadedModel:
 
     @property
     def video(self) -> InputLimits:
-        """The limits of videos. The patch sizes are the same for pictures."""
+        """The limits for videos. The patch sizes in it apply to pictures too."""
         return self.limits["video"]
 
     def facts(self) -> ModelFacts:
@@ -284,17 +286,18 @@ def load_model(
     """Load a Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL model.
 
     Args:
-        model: The name of the model, a `ModelOptions`, or the result of `describe`.
-        pack: On a CPU, rearrange the weights for speed if memory allows. Packed weights can no longer be read.
-        to_answer: Reject a model without a tokenizer before its weights are read.
-        progress: Called with the number of layers quantized so far and the total number of layers.
-        options: If `model` is a name, the other fields of `ModelOptions`.
+        model: The model's name, a `ModelOptions`, or the result of `describe`.
+        pack: Whether to rearrange the weights on a CPU for speed, if memory allows. The values of packed weights can no longer be
+            read.
+        to_answer: Whether to reject a model without a tokenizer before its weights are read.
+        progress: Called with the number of layers that have been quantized and the total number of layers.
+        options: The other fields of `ModelOptions`, if `model` is a name.
 
     Raises:
         UsageError: If an option is invalid.
-        OutOfMemory: If the weights do not fit.
+        OutOfMemory: If the weights do not fit into memory.
         TypeError: If a keyword is unknown.
-        ModelError: If the model is missing, unsupported, damaged, or cannot be reached.
+        ModelError: If the model is missing, unsupported or damaged, or cannot be reached.
     """
     if isinstance(model, str | os.PathLike):
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
@@ -339,10 +342,10 @@ def _loaded(
     """Load the weights and prepare them for use.
 
     Args:
-        seconds: Receives the times of the steps "weights" and "prepare".
+        seconds: The times of the steps "weights" and "prepare" are added to this dict.
 
     Raises:
-        OutOfMemory: If the weights do not fit.
+        OutOfMemory: If the weights do not fit into memory.
     """
     model = stored.description
     name = model.id
@@ -382,7 +385,7 @@ def _loaded(
 
 
 def read_generation(folder: Path | None) -> GenerationSettings:
-    """Return the settings in a model's generation_config.json. Warns about settings that evoprune ignores."""
+    """Return the settings in a model's generation_config.json. If evoprune ignores some of them, warn about these."""
     path = None
     content = {}
     if folder is not None:
@@ -399,12 +402,11 @@ def eos_ids(
 ) -> tuple[int, ...]:
     """Return the tokens that end an answer.
 
-    They come from generation_config.json, config.json or the tokenizer, whichever names any first.
-
-    Warns if some of them are not in the model's vocabulary.
+    They come from generation_config.json if it names any, otherwise from config.json, and otherwise from the tokenizer. Tokens that
+    are not in the model's vocabulary are left out, with a warning.
 
     Raises:
-        ModelError: If none of the tokens are in the vocabulary.
+        ModelError: If none of the tokens is in the vocabulary.
     """
     ids = generation.eos_token_id
     file = "generation_config.json"
@@ -433,11 +435,11 @@ def _no_tokenizer(name: str) -> ModelError:
 def load_weights(
     config: Config, files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none"
 ) -> QwenVL:
-    """Read the weights of a model that evoprune runs itself. Warns about tensors that are not used.
+    """Read the weights of a model that evoprune runs itself. If some tensors are not used, warn about them.
 
-    On the CPU, weights that are stored in `dtype` stay memory-mapped until they are packed. Weights to be quantized, and the
-    embeddings along with them, stay memory-mapped in any dtype. If the input and output embeddings are tied and the files contain
-    only the output layer, its tensor is used for both.
+    On the CPU, weights that are stored in `dtype` stay memory-mapped until they are packed. Weights that will be quantized stay
+    memory-mapped whatever their dtype is, and so do the embeddings in that case. If the input and output embeddings are tied and
+    the files contain only the output layer, the output layer's tensor is used for both.
 
     Raises:
         ModelError: If tensors are missing, have the wrong shape, or are stored twice with different values.
@@ -449,7 +451,7 @@ def load_weights(
         as_stored = ["lm_head", "model.language_model.embed_tokens", *Quantization(quantize).layers(model)]
     computed = re.compile(
         r"(^|\.)(inv_freq|position_ids)$"
-    )  # buffers in older files; they are recomputed from the config
+    )  # buffers that older files contain and that are recomputed from the config
     tensors = {}
     unused = []
     for file, content, stored in stored_tensors(files):
@@ -459,7 +461,7 @@ def load_weights(
                 unused.append(stored)
             continue
         weight = content.get_tensor(stored)
-        unscaled = weight.is_floating_point() and weight.itemsize > 1  # other dtypes have separate scales
+        unscaled = weight.is_floating_point() and weight.itemsize > 1  # weights of other dtypes have separate scales
         if weight.shape != wanted[name] or not unscaled:
             what = f"{weight.dtype} {list(weight.shape)}, but config.json expects {list(wanted[name])}"
             problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
@@ -470,7 +472,7 @@ def load_weights(
             problem = f"the weights in {file.parent} cannot be loaded: {name} is stored twice with different values"
             raise ModelError(problem, MISMATCH_HINT)
         tensors[name] = weight
-    if config.tie_word_embeddings:  # `separate_head` has already ruled out different embeddings
+    if config.tie_word_embeddings:  # `separate_head` has already ruled out that the two differ
         if HEAD in tensors:
             tensors.setdefault(EMBEDDINGS, tensors.pop(HEAD))
         del wanted[HEAD]
@@ -496,29 +498,29 @@ def make_ready(
     progress: Callable[[int, int], None] | None = None,
     store: str | None = None,
 ) -> Packing:
-    """Quantize the linear layers of a model in place, or prepare them for its device. For other arguments, see `load_model`.
+    """Quantize a model's linear layers in place, or prepare them for the device. For the other arguments, see `load_model`.
 
     Args:
-        store: Fingerprint for storing the quantized weights on disk, or None to store nothing.
+        store: The fingerprint under which the quantized weights are stored on disk. None means that they are not stored.
 
     Returns:
-        The shared state of layers that are packed later.
+        The state that is shared by all layers that will be packed later.
     """
     if quantize == "none":
         return prepare(model, pack)
     from evoprune.session.loading.stored import quantize_once
 
     quantize_once(model, quantize, store, progress)
-    empty_cache()  # frees the memory of the original weights
+    empty_cache()  # frees the memory that the original weights took
     return Packing()
 
 
 def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: bool) -> None:
     """Compile kernels and initialize libraries while the weights load, so that a GPU's first question does not wait for them.
 
-    A small model with the same widths answers a question about a few units. For models that transformers runs, its
-    `intermediate_size` is 1. It has at least two layers, because the top layer computes only a few columns and so uses different
-    kernels.
+    To do so, a small model with the same widths answers a question about a few units. For a model that transformers runs, the small
+    model's `intermediate_size` is 1. The small model has at least two layers, because the top layer computes only a few columns and
+    therefore uses other kernels.
     """
     vision = config.vision_config
     text = config.text_config
@@ -542,6 +544,6 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     units = 2 * 8 * 8
     values = visual.patch_embed.proj.weight[0].numel()
     pixels = torch.randint(256, (units * PATCHES, values), dtype=torch.uint8, device=device)
-    # Use the plan of a larger input, because reuse and selections inside the tower use more kernels.
+    # Use the plan of a larger input, because reuse and the selections inside the tower need additional kernels.
     plan = MethodChain.parse("evoprune:inner=always").plan(TowerShape.of_tower(visual), grid, units // 4)
     warm_up(model, encode_rows(visual, [pixels], plan).select_tokens(), native)

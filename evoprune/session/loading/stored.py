@@ -1,7 +1,7 @@
 """Quantize weights, and store them on disk for later runs.
 
-A single calibration run finds input channels with large values. Its input is always the same and is computed by a formula: a
-picture with flat, smooth, striped and noisy parts, and tokens from all over the vocabulary.
+A single calibration run finds the input channels that have large values. The input of this run is always the same and is computed
+by a formula. It consists of a picture with flat, smooth, striped and noisy parts, and of tokens from the whole vocabulary.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from evoprune.session.cache import Cache, own_code
 from evoprune.util import open_safetensors
 from evoprune.vision import encode_rows
 
-CALIBRATION_GRID = (1, 8, 8)  # number of frame pairs, and of rows and columns of units
-CALIBRATION_TOKENS = 64  # number of text tokens before the visual tokens, and again after them
-HEADER_BYTES = 2**21  # size of the header, padded with spaces; a tensor takes about 120 bytes
+CALIBRATION_GRID = (1, 8, 8)  # the number of frame pairs, and of rows and columns of units
+CALIBRATION_TOKENS = 64  # the number of text tokens before the visual tokens, and also after them
+HEADER_BYTES = 2**21  # the size to which the header is padded with spaces; a tensor takes about 120 bytes
 NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -40,10 +40,10 @@ NAMES = {
 def quantize_once(
     model: Model, kind: str, fingerprint: str | None, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Quantize a model in place. Use the weights stored by an earlier run if there are any, otherwise store them.
+    """Quantize a model in place. If an earlier run has stored the quantized weights, load them, and otherwise store them.
 
     Args:
-        fingerprint: Identifies the model's files and dtype. With None, nothing is loaded or stored.
+        fingerprint: Identifies the model's files and dtype. If this is None, nothing is loaded or stored.
     """
     quantization = Quantization(kind)
     if fingerprint is None:
@@ -61,14 +61,14 @@ def quantize_once(
         quantization.apply(model, calibrate, progress, stream.add)
         stream.end()
 
-    if not entries.write(key, write) and not stream.file:  # the cache folder could not be created
+    if not entries.write(key, write) and not stream.file:  # the folder of the cache could not be created
         quantization.apply(model, calibrate, progress)
 
 
 def _key(fingerprint: str, quantization: Quantization) -> str:
-    """Return a key for quantized weights. Equal keys guarantee equal weights.
+    """Return a key for quantized weights. Weights with equal keys are equal.
 
-    The key includes the CPU's capabilities, because kernels arrange weights accordingly.
+    The key depends on the CPU's capabilities, because these determine how kernels arrange weights.
     """
     cpu = [torch.backends.cpu.get_cpu_capability(), quantization.levels]
     facts = [fingerprint, quantization.kind, cpu, evoprune.__version__, torch.__version__, own_code()]
@@ -76,13 +76,13 @@ def _key(fingerprint: str, quantization: Quantization) -> str:
 
 
 def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], dict[str, torch.Tensor]] | None:
-    """Open an entry of stored weights, memory-mapped.
+    """Open a file of stored weights, which is memory-mapped.
 
     Args:
-        layers: The exact set of layers that the entry must contain.
+        layers: The layers that the file must contain. It must not contain any others.
 
     Returns:
-        A function that returns the weights of a layer, or None if the entry is missing or damaged or has a different key.
+        A function that returns the weights of a layer, or None if the file is missing or damaged or has a different key.
     """
     if not path.is_file():
         return None
@@ -96,15 +96,15 @@ def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], dic
         names.setdefault(layer, []).append(part)
     if names.keys() != set(layers) or (file.metadata() or {}).get("key") != key:
         return None
-    with suppress(OSError):  # the folder may be read-only
+    with suppress(OSError):  # fails if the folder is read-only
         os.utime(path)
     return lambda layer: {part: file.get_tensor(f"{layer}.{part}") for part in names[layer]}
 
 
 class _Stream:
-    """A safetensors file that is written tensor by tensor, with the header written last.
+    """A safetensors file that is written one tensor at a time. The header is written last.
 
-    After a write error, the remaining tensors are discarded, and `end` raises the error.
+    If writing fails, the remaining tensors are discarded, and `end` raises the error.
     """
 
     def __init__(self, key: str):
@@ -143,7 +143,7 @@ class _Stream:
 
 
 def calibrate(model: Model) -> None:
-    """Run every linear layer of a model once on the CPU, so that `Quantization.apply` sees the input of each layer."""
+    """Run all linear layers of a model once on the CPU, so that `Quantization.apply` can observe the input of each layer."""
     seen = calibrate_tower(model.model.visual)
     embed = model.model.language_model.embed_tokens
     ids = torch.linspace(0, embed.num_embeddings - 1, 2 * CALIBRATION_TOKENS, dtype=torch.float64, device="cpu").long()
@@ -155,13 +155,13 @@ def calibrate(model: Model) -> None:
 
 
 def calibrate_tower(visual) -> torch.Tensor:
-    """Run every linear layer of a tower once on the CPU, and return the features `[N, hidden]`."""
+    """Run all linear layers of a tower once on the CPU, and return the resulting features `[N, hidden]`."""
     plan = EncoderPlan.full(TowerShape.of_tower(visual), CALIBRATION_GRID)
     return encode_rows(visual, [_patches(visual)], plan).select_tokens().features
 
 
 def _patches(visual) -> torch.Tensor:
-    """Return the calibration picture as normalized patches in Hugging Face's order.
+    """Return the calibration picture as normalized patches in the order that Hugging Face uses.
 
     The patches are float32 `[patches, values]`, with values between about -2 and 2.
     """

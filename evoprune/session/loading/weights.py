@@ -1,4 +1,4 @@
-"""The weights of a described model: their files, and the memory that they take once loaded.
+"""The weights of a model that has been described but not loaded: their files, and the memory that they will take.
 
 Only safetensors files are read, and code that comes with a model is never run.
 """
@@ -26,7 +26,7 @@ from evoprune.util import file_stats, listed, open_safetensors, size
 from evoprune.video import Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PACKAGES = {  # packages that transformers needs for each quantization method, besides accelerate
+PACKAGES = {  # the packages that transformers needs for each quantization method, in addition to accelerate
     "awq": ["gptqmodel"],
     "gptq": ["gptqmodel", "optimum"],
     "bitsandbytes": ["bitsandbytes"],
@@ -35,11 +35,12 @@ PACKAGES = {  # packages that transformers needs for each quantization method, b
     "quanto": ["optimum-quanto"],
     "torchao": ["torchao"],
 }
-PLAIN = ("BF16", "F16", "F32", "F64")  # safetensors dtypes of plain numbers; other dtypes have separate scales
+# The safetensors dtypes of plain numbers; weights of other dtypes have separate scales.
+PLAIN = ("BF16", "F16", "F32", "F64")
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 MISMATCH_HINT = "config.json and the weights must match; download the model again"
-# Hints for weights saved by other programs, by the prefix of their tensor names.
+# Hints for weights that other programs have saved, by the prefix of the tensors' names.
 WRAPPER_HINTS = {
     "base_model.model.": f"the weights are wrapped in an adapter; {MERGE_HINT}",
     "module.": "the weights are wrapped in DistributedDataParallel or DataParallel; save the wrapper's `module`",
@@ -51,13 +52,13 @@ WRAPPER_HINTS = {
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """The weights of a model before they are loaded. Created by `weights_of`."""
+    """A model's weights before they are loaded. `weights_of` creates this object."""
 
     description: ModelDescription
     device: torch.device
 
     def download(self) -> None:
-        """Download the files of a hub model.
+        """Download a hub model's files.
 
         Raises:
             ModelError: If a package that the weights need is not installed. See also `hub.fetch`.
@@ -67,10 +68,10 @@ class ModelWeights:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The weight files, or an empty list for random weights. Warns about an adapter next to them, which is not applied.
+        """The weight files, or an empty list for random weights. If there is an adapter next to them, it is ignored with a warning.
 
         Raises:
-            ModelError: If files are missing or damaged, or do not contain the last layer according to config.json.
+            ModelError: If files are missing or damaged, or lack the last layer that config.json describes.
         """
         if self.description.random:
             return []
@@ -96,7 +97,7 @@ class ModelWeights:
 
     @cached_property
     def files_here(self) -> list[Path]:
-        """Weight files on this machine, or an empty list if they are missing or incomplete."""
+        """The weight files on this machine, or an empty list if they are missing or incomplete."""
         try:
             return weight_files(self.description.folder) if self.description.folder else []
         except ModelError:
@@ -104,7 +105,7 @@ class ModelWeights:
 
     @cached_property
     def config(self) -> Config:
-        """The config. If the files have an output layer that differs from the embeddings, the two are not tied."""
+        """The model's config. If the files contain an output layer that differs from the embeddings, the two are not tied."""
         config = self.description.config
         if not config.tie_word_embeddings or self.description.random or not separate_head(self.files_here):
             return config
@@ -112,23 +113,23 @@ class ModelWeights:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters. Shared parameters count once."""
+        """Number of parameters. Parameters that are shared count only once."""
         return Cost(self.config).parameters
 
     @cached_property
     def bytes(self) -> int:
-        """Memory that the loaded weights take, in bytes."""
+        """Memory that the weights will take once they are loaded, in bytes."""
         return self.bytes_as(self.description.dtype, self.description.options.quantize)
 
     def bytes_as(self, dtype: str, quantize: str) -> int:
-        """Return the memory that the weights would take in another dtype or quantization, in bytes.
+        """Return how many bytes the weights would take in another dtype or with another quantization.
 
         A quantized checkpoint takes as much memory as its files, unless its weights are converted to a wider dtype. If transformers
-        runs the model and `quantize` applies, the weights are first read in the dtype of the files.
+        runs the model and the weights are to be quantized, they are first read in the dtype of the files.
 
         Args:
-            dtype: A dtype such as "bf16".
-            quantize: A quantization such as "int8", or "none".
+            dtype: The name of a dtype, such as "bf16".
+            quantize: The name of a quantization, such as "int8", or "none".
         """
         model = self.description
         if model.native:
@@ -140,18 +141,18 @@ class ModelWeights:
     def read_dtype(self, dtype: str, quantize: str) -> torch.dtype:
         """Return the dtype in which transformers reads the weights.
 
-        For weights that are quantized after reading, this is the stored dtype, if known.
+        If the weights will be quantized after they are read, this is the dtype in which they are stored, if that is known.
         """
         if quantize != "none" and self.description.stored_dtype:
             return DTYPES[self.description.stored_dtype]
         return DTYPES[dtype]
 
     def what_fits(self, beside: int = 0, *, quantized: bool = True) -> str:
-        """Return a hint for a model that does not fit: the dtypes and quantizations that fit into this device's free memory.
+        """Return a hint for a model that does not fit into free memory. It lists the dtypes and quantizations that would fit.
 
         Args:
-            beside: Bytes needed in addition to the weights.
-            quantized: Whether to suggest quantization.
+            beside: Number of bytes that are needed in addition to the weights.
+            quantized: Whether the hint may suggest quantization.
         """
         forms = []
         if quantized and self.description.can_be_quantized:
@@ -168,7 +169,7 @@ class ModelWeights:
 
     @cached_property
     def packed_bytes(self) -> int:
-        """Bytes of the packed weight copies that a CPU makes if memory allows, in addition to the memory-mapped files."""
+        """Size in bytes of the packed copies that a CPU makes if memory allows, in addition to the memory-mapped files."""
         dtype = DTYPES[self.description.dtype]
         quantize = self.description.options.quantize
         if not (
@@ -181,7 +182,7 @@ class ModelWeights:
         return sum(layer.weight.nbytes for layer in layers)
 
     def _stays_mapped(self, dtype: str, quantize: str) -> bool:
-        """Return the result of `stay_mapped`, or a prediction for weights that are not on this machine."""
+        """Return the result of `stay_mapped`. If the weights are not on this machine, predict it."""
         if self.description.random:
             return False
         if self.files_here:
@@ -190,7 +191,7 @@ class ModelWeights:
 
     @property
     def download_bytes(self) -> int | None:
-        """Estimated size of the weights to download in bytes: 0 if they are on this machine, None if unknown."""
+        """Estimated number of bytes to download. This is 0 if the weights are on this machine, and None if it is unknown."""
         if self.files_here:
             return 0
         if self.description.stored_dtype and is_id(self.description.id):
@@ -198,7 +199,7 @@ class ModelWeights:
         return None
 
     def facts(self) -> dict[str, Any]:
-        """Return facts about a model that is not loaded, such as its layers, its memory, and whether it is on disk."""
+        """Return facts about the model, such as its layers, the memory that it will take, and whether it is on disk."""
         model = self.description
         vision = model.config.vision_config
         text = model.config.text_config
@@ -217,9 +218,9 @@ class ModelWeights:
         }
 
     def memory_facts(self, plan: Plan) -> dict[str, Any]:
-        """Return the memory that a question about an input needs, calculated like the check before a run.
+        """Return the memory that a question about an input needs, which is calculated in the same way as the check before a run.
 
-        The entry "enough" says whether that memory is available. It is None if the available memory is unknown.
+        The entry "enough" says whether that much memory is available, or is None if the available memory is unknown.
         """
         model = self.description
         pruning = plan.pruning.config()
@@ -229,7 +230,7 @@ class ModelWeights:
         prompt = pruning.method.prompt_columns(depth, encoder.keep, TEXT, share)
         available = Device(model.device).available_memory()
         bytes_each = DTYPES[model.dtype].itemsize
-        # If memory is short, try smaller pieces, as in a run.
+        # If there is not enough memory, try smaller pieces, just as a run does.
         for _, working in piece_needs(model.config, self.device, encoder, bytes_each, prompt):
             needed = self.bytes + working
             if available is None or needed <= available:
@@ -255,10 +256,11 @@ class ModelWeights:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A string that changes when the weights change.
+        """A string that changes whenever the weights change.
 
-        For a hub model, it consists of the id and the commit. For a folder, it is a hash of the config and of the paths, sizes and
-        times of the weight files (so moving them changes it), because hashing gigabytes would take too long.
+        For a hub model, it consists of the id and the commit. For a folder, it is a hash of the config and of the weight files'
+        paths, sizes and modification times, because hashing gigabytes would take too long. It therefore also changes if the files
+        are moved.
         """
         model = self.description
         if model.commit is not None and self.files:
@@ -269,10 +271,10 @@ class ModelWeights:
 
 
 def weights_of(model: ModelDescription) -> ModelWeights:
-    """Return the weights of a described model, without loading them.
+    """Return the weights of a model that has been described, without loading them.
 
     Raises:
-        UsageError: If the model's device cannot be used, or cannot run the requested quantization.
+        UsageError: If the model's device cannot be used, or does not support the requested quantization.
     """
     device = pick_device(model.device, auto=model.options.device == "auto")
     Quantization(model.options.quantize).check(device)
@@ -280,7 +282,7 @@ def weights_of(model: ModelDescription) -> ModelWeights:
 
 
 def check_packages(quantization: str | None, name: str) -> None:
-    """Check that the packages needed by a quantized checkpoint are installed.
+    """Check that the packages that a quantized checkpoint needs are installed.
 
     Raises:
         ModelError: If a package is missing.
@@ -302,12 +304,12 @@ def _is_installed(package: str) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return a model's safetensors files, after reading their headers to detect truncated files.
+    """Return a model's safetensors files. Their headers are read first, in order to detect truncated files.
 
     Raises:
         ModelError: If there are no such files, or a file is missing, damaged or incomplete.
     """
-    # Windows rules treat both kinds of slashes as separators. Links to other folders are fine, because the hub's cache uses them.
+    # The rules of Windows treat both kinds of slashes as separators. Links to other folders are fine, and the hub's cache has some.
     inside = Rule(
         "the name of a file in the same folder",
         lambda v: isinstance(v, str) and v and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
@@ -320,7 +322,7 @@ def weight_files(folder: Path) -> list[Path]:
             files = [folder / name for name in sorted({inside.check(v, f"weight_map.{k}") for k, v in named.items()})]
     elif not files[0].is_file():
         files = []
-    # The name of the download, the command that resumes it, and whether the download is known to be incomplete.
+    # The name of the download, the command that resumes it, and whether it is known to be incomplete.
     name = str(folder)
     again = "hf download ID --local-dir DIR"
     broken = any((folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
@@ -350,7 +352,7 @@ def _opened(file: Path) -> Any:
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
-    """Yield each tensor in safetensors files as a tuple: its file, the file opened by safetensors, and its stored name."""
+    """Yield a tuple for each tensor in safetensors files: its file, the file opened by safetensors, and its stored name."""
     for file in files:
         with _opened(file) as content:
             for stored in content.keys():  # noqa: SIM118 (not a dict)
@@ -358,9 +360,9 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
 
 
 def name_in_memory(name: str) -> str:
-    """Return the name of a checkpoint's tensor in the model's module tree (model/weights.py).
+    """Convert the name of a tensor in a checkpoint to its name in the model's module tree (model/weights.py).
 
-    Published checkpoints use older names for the tower and the language model.
+    The names differ because published checkpoints use older names for the tower and the language model.
     """
     if name.startswith("visual."):
         return "model." + name
@@ -370,9 +372,9 @@ def name_in_memory(name: str) -> str:
 
 
 def separate_head(files: Iterable[Path]) -> bool:
-    """Return True if the files have an output layer that differs from the embeddings.
+    """Return True if the files contain an output layer that differs from the embeddings.
 
-    In this case transformers does not tie the two, regardless of the config.
+    In this case, transformers does not tie the two, whatever the config says.
     """
     stored = ((name_in_memory(name), content, name) for _, content, name in stored_tensors(files))
     tensors = {known: content.get_tensor(name) for known, content, name in stored if known in (HEAD, EMBEDDINGS)}
@@ -383,13 +385,13 @@ def separate_head(files: Iterable[Path]) -> bool:
 
 
 def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:
-    """Return the memory that the weights need from the moment they are read, in bytes.
+    """Return how many bytes of memory the weights need from the moment they are read.
 
-    Memory-mapped weights count, because they are read for every token and dropped pages would have to be loaded again. Weights to
-    be quantized are read only once, so their unquantized form does not count.
+    Memory-mapped weights count, because they are read again for every token, and pages that were dropped would have to be loaded
+    again. Weights that will be quantized are read only once, so their original form does not count.
 
     Args:
-        mapped: Whether the weights `stay_mapped`.
+        mapped: Whether the weights stay memory-mapped (see `stay_mapped`).
     """
     model = QwenVL.empty(config).to(dtype)
     wide = sum(weight.nbytes for weight in model.parameters())
@@ -399,6 +401,6 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
 
 
 def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
-    """Return True if weights are used, or quantized, directly from their memory-mapped files."""
+    """Return True if the weights are used, or quantized, directly from their memory-mapped files."""
     stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(files[:1])}
     return bool(files) and Device(device).maps_weights(stored, dtype, quantize)
