@@ -1,4 +1,4 @@
-"""A method based on StreamingAssistant, which drops tokens that repeat their neighbors."""
+"""Based on StreamingAssistant: drops tokens that repeat their neighbors."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Adjacent(Selector):
     round.
 
     Differences from the paper: tokens whose cosine to the same place in the previous frame pair is above `still` are dropped first.
-    This step was added by this project.
+    This project added this step.
     """
 
     name = "adjacent"

@@ -1,4 +1,4 @@
-"""A method based on D2Pruner, which keeps tokens by attention without positional bias, and then dissimilar tokens."""
+"""Based on D2Pruner: keeps tokens with high attention, corrected for positional bias, and then dissimilar tokens."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,7 +12,7 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 
 @dataclass(frozen=True)
 class D2Pruner(LanguageMethod):
-    """Keeps tokens by debiased attention, then dissimilar tokens. Based on D2Pruner (arXiv 2512.19443), whose code was unavailable.
+    """Keeps tokens with high debiased attention, then dissimilar ones. Based on D2Pruner (arXiv 2512.19443), but not on its code.
 
     After a share `depth` of the layers, a token's score is the attention from the last token, divided by a prior. A share of
     `pivots` of the budget goes to the tokens with the highest scores. The rest goes, in order of score, to tokens whose cosine to

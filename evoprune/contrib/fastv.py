@@ -27,7 +27,7 @@ class FastV(LanguageMethod):
 
 @dataclass(frozen=True)
 class FlashVidInner(FastV):
-    """FlashVID's stage inside the language model (arXiv 2602.08024): like FastV, but at a later layer.
+    """FlashVID's second stage (arXiv 2602.08024), inside the language model: like FastV, but at a later layer.
 
     Differences from the authors' code: `-b` is the share of tokens that reach the language model. In the authors' code, more tokens
     reach it, and the budget is the mean over both stages.

@@ -1,4 +1,4 @@
-"""FastVID: keeps tokens by attention and density peaks, in segments of the video."""
+"""FastVID: in each segment of the video, keeps the most attended tokens and density peaks."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -23,7 +23,7 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 
 @dataclass(frozen=True)
 class FastVid(Selector):
-    """FastVID (arXiv 2503.11187): keeps tokens by attention and density peaks, in segments of the video.
+    """FastVID (arXiv 2503.11187): in each segment of the video, keeps the most attended tokens and density peaks.
 
     The video is cut into at least `segments` segments. It is also cut wherever the mean tokens of neighboring frame pairs have a
     cosine below `threshold`. In each segment, every frame pair contributes an equal share of the budget. A share `salient`

@@ -24,7 +24,7 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, sprea
 
 @dataclass(frozen=True)
 class FlashVid(Selector):
-    """FlashVID's stage before the language model (arXiv 2602.08024): keeps diverse tokens, and merges trees of similar tokens.
+    """FlashVID's first stage (arXiv 2602.08024), before the language model: keeps diverse tokens and merges similar tokens.
 
     The video is cut into at least `segments` segments. It is also cut wherever neighboring frame pairs have a cosine below
     `threshold`. In each segment, a share `diverse` of the budget goes to tokens that are selected by max-min cosine distance times

@@ -11,7 +11,7 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 
 @dataclass(frozen=True)
 class HoliTom(Selector):
-    """HoliTom's stage before the language model (arXiv 2505.21334): merges tokens over time in segments of the video.
+    """HoliTom's first stage (arXiv 2505.21334), before the language model: merges tokens over time in segments of the video.
 
     A place is still between two frame pairs if its cosine is above `static`. Dynamic programming cuts the video into the segments
     that save the most tokens. A segment of L frame pairs saves L - 1 tokens for each place that is still during the whole segment.
@@ -19,8 +19,8 @@ class HoliTom(Selector):
     stillest. Otherwise, all still places are averaged. Then, moving tokens are selected by attention, and still tokens merge around
     density peaks. A peak has a weight of at least `centre` in its mean.
 
-    Differences from the authors' code: the attention that a token receives replaces the attention of a class token. The authors'
-    code rounds counts up per frame pair.
+    Differences from the authors' code: this method uses the attention that each token receives instead of the class token's
+    attention, because Qwen's tower has no class token. The authors' code rounds counts up per frame pair.
     """
 
     name = "holitom"

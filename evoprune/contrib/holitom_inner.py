@@ -11,7 +11,7 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 
 @dataclass(frozen=True)
 class HoliTomInner(LanguageMethod):
-    """HoliTom's stage inside the language model (arXiv 2505.21334): like FastV, but merges the dropped tokens into kept ones.
+    """HoliTom's second stage (arXiv 2505.21334), inside the language model: FastV that merges dropped tokens into kept ones.
 
     After a share `depth` of the layers, the method keeps the tokens that receive the most attention from the last token. Each
     dropped token joins the most similar kept token, measured by the cosine of hidden states. Tokens join one after another: each

@@ -1,4 +1,4 @@
-"""A method based on MMG-Vid, which divides the budget among segments by marginal gain."""
+"""Based on MMG-Vid: divides the budget among segments of the video according to their marginal gains."""
 
 import math
 from dataclasses import dataclass

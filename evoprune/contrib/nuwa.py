@@ -13,15 +13,17 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, sprea
 
 @dataclass(frozen=True)
 class Nuwa(Selector):
-    """Nüwa's stage before the language model (arXiv 2602.02951): keeps the most attended tokens of each region.
+    """Nüwa's first stage (arXiv 2602.02951), before the language model: keeps the most attended tokens of each region.
 
     In each frame pair, the `cell` most attended tokens in each cell of 2x2 places are candidates. The most attended candidates are
     kept. Other tokens are kept only if there are too few candidates. A kept token whose attention is below the `weak` quantile is
-    replaced by a weighted mean of the frame pair. In this mean, the weight of a token is the cosine of states in the middle of the
-    tower, times 1 - distance / (`reach` * diagonal). Both factors are at least 0. The weight of the kept token itself is 1.
+    replaced by a weighted mean of the frame pair. In this mean, another token's weight is the product of two factors:
+    the cosine between the states of the two tokens in the middle of the tower, and 1 - distance / (`reach` * diagonal). Negative
+    factors count as 0. The weight of the kept token itself is 1.
 
-    Differences from the authors' code: the attention that a token receives replaces the attention of a class token. The authors'
-    code leaves the states in window order, so their weights are assigned to the wrong places. Here, states are in raster order.
+    Differences from the authors' code: this method uses the attention that each token receives instead of the class token's
+    attention, because Qwen's tower has no class token. The authors' code leaves the states in window order, so their weights are
+    assigned to the wrong places. Here, states are in raster order.
     """
 
     name = "nuwa"

@@ -10,7 +10,7 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, one_drop
 
 @dataclass(frozen=True)
 class NuwaInner(LanguageMethod):
-    """Nüwa's stage inside the language model (arXiv 2602.02951): keeps tokens to which at least one head attends.
+    """Nüwa's second stage (arXiv 2602.02951), inside the language model: keeps tokens to which at least one head attends.
 
     After a share `depth` of the layers, a token's score is the mean attention from the last three columns in the head that attends
     to this token most. The tokens with the highest scores stay.

@@ -58,7 +58,7 @@ class OperationPlan(LanguagePlan):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The operations in the order of their removal.
+    """A language model's operations, in the order in which they are removed.
 
     Raises:
         ValueError: If a value is impossible.

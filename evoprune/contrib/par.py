@@ -1,4 +1,4 @@
-"""A method based on PAR, which keeps tokens by relevance to the question, discounted inside clusters."""
+"""Based on PAR: keeps tokens that are relevant to the question, with a discount for tokens of the same cluster."""
 
 from dataclasses import dataclass
 
@@ -36,7 +36,7 @@ class Par(Selector):
 
 
 def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
-    """Return int64 `[N]`: the first token in each token's cluster.
+    """Return int64 `[N]`: for each token, the index of the first token in its cluster.
 
     Neighbors in `unit` (`[T, H, W, D]`) are in the same cluster if their cosine is above `link`.
     """

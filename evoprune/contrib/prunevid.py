@@ -12,7 +12,7 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 
 @dataclass(frozen=True)
 class PruneVid(Selector):
-    """PruneVid's stage before the language model (arXiv 2412.16117): keeps a single token per scene for each still place.
+    """PruneVid's first stage (arXiv 2412.16117), before the language model: keeps a single token per scene for each still place.
 
     Frame pairs are clustered around density peaks. The number of clusters is `scenes` times the number of frame pairs. The longest
     run of consecutive frame pairs in each cluster becomes a scene if it has at least two frame pairs, and all other runs join a

@@ -10,7 +10,7 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 
 @dataclass(frozen=True)
 class PruneVidInner(LanguageMethod):
-    """PruneVid's stage inside the language model (arXiv 2412.16117, section 3.3): keeps tokens to which the text attends.
+    """PruneVid's second stage (arXiv 2412.16117, section 3.3), inside the language model: keeps tokens to which text attends.
 
     After a share `depth` of the layers, a token's score is the highest attention from any text token after the video, in any head.
     This attention is computed without rotary embedding and causal mask. Each frame pair keeps the tokens with the highest scores,

@@ -1,4 +1,4 @@
-"""SCOPE: keeps tokens by saliency times added coverage."""
+"""SCOPE: keeps tokens that are salient and add coverage."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -17,7 +17,8 @@ class Scope(Selector):
     the power of `alpha`. The coverage of a token is its greatest cosine to a kept token, but at least 0. The added coverage of a
     candidate is the sum of the increases in the coverage of all tokens.
 
-    Differences from the paper: the attention that a token receives replaces the attention of a class token.
+    Differences from the paper: this method uses the attention that each token receives instead of the class token's attention,
+    because Qwen's tower has no class token.
     """
 
     name = "scope"

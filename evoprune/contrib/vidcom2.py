@@ -14,7 +14,7 @@ TEMPERATURE = 0.01
 
 @dataclass(frozen=True)
 class VidCom2(Selector):
-    """VidCom2 (arXiv 2505.14454): unusual frame pairs get more tokens, and each frame pair keeps its unusual tokens.
+    """VidCom2 (arXiv 2505.14454): unusual frame pairs get more tokens, and each frame pair keeps its most unusual tokens.
 
     A token's affinity to a mean is the sum of exp(-distance^2 / (2 scale)) over five scales. It is computed over the half of the
     channels with the lowest variance. Each of T frame pairs gets tokens in proportion to 1 - 1 / T + s. Here s is a softmax over

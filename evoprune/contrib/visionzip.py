@@ -17,8 +17,8 @@ class VisionZip(Selector):
     tokens among the rest become targets. Every other token joins the target with the most similar key (by cosine). The new value of
     a target is half itself and half the mean of the tokens that joined it.
 
-    Differences from the authors' code: the attention that a token receives replaces the attention of a class token, which Qwen's
-    tower does not have. The authors' code adds the mean to the target. Here, the sum is also halved.
+    Differences from the authors' code: this method uses the attention that each token receives instead of the class token's
+    attention, because Qwen's tower has no class token. The authors' code adds the mean to the target. Here, the sum is also halved.
     """
 
     name = "visionzip"

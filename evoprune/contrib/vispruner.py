@@ -17,8 +17,8 @@ class VisPruner(Selector):
     tokens at odd positions. Up to `step` of the tokens at even positions, those with the greatest cosine to any token at an odd
     position, are removed.
 
-    Differences from the authors' code: the attention that a token receives replaces the attention of a class token. The authors'
-    code fails on odd numbers of tokens.
+    Differences from the authors' code: this method uses the attention that each token receives instead of the class token's
+    attention, because Qwen's tower has no class token. The authors' code fails on odd numbers of tokens.
     """
 
     name = "vispruner"

@@ -105,7 +105,7 @@ class Selector(Method, ABC):
         """Select the tokens that the language model reads. If the method is `exact`, it selects exactly `keep` of them."""
 
     def suffices(self, count: int, keep: int, units: int) -> bool:
-        """Return True if a selection of `count` tokens is acceptable when `keep` of `units` were requested."""
+        """Return True if a selection may have `count` tokens when `keep` of the video's `units` were requested."""
         return count == keep
 
 

@@ -100,7 +100,7 @@ def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor
 
 @dataclass(frozen=True)
 class DivPrune(Selector):
-    """Keeps the most diverse tokens, chosen greedily by max-min distance."""
+    """Keeps diverse tokens, greedily maximizing the smallest cosine distance between any two of them."""
 
     name = "divprune"
     source = "arXiv 2503.02175"

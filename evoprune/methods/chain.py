@@ -167,7 +167,7 @@ class MethodChain:
             raise UsageError(f"method {self.name} prunes for a single question, so it cannot hold a conversation", hint)
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int, inflection: bool = False) -> EncoderPlan:
-        """Return the plan for encoding one video of size `grid` into `keep` tokens (K) for the language model.
+        """Return the plan for encoding a video of size `grid` so that `keep` tokens (K) reach the language model.
 
         Args:
             inflection: Whether the curve of the selector's scores determines the number of tokens, up to K.

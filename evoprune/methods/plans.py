@@ -41,7 +41,7 @@ class TowerShape:
     depth: int
     full_layers: tuple[int, ...]  # layers whose attention spans a whole frame pair; other layers attend inside windows
     window: int = 4  # side length of a window in units
-    launch_bound: int = 0  # inputs with fewer units are launch-bound: their time does not depend on the number of rows
+    launch_bound: int = 0  # inputs with fewer units are launch-bound: computing fewer rows saves no time
 
     @classmethod
     def of(cls, sizes: VisionConfig, device: str) -> Self:
@@ -64,10 +64,7 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class Merge:
-    """A merger, and the number of rows that it leaves in each frame pair (`left`, `[T]`).
-
-    Rows merge inside windows or frame pairs.
-    """
+    """A merger, together with the number of rows that it leaves in each of the T frame pairs (`left`)."""
 
     merger: Any
     left: tuple[int, ...]

@@ -106,7 +106,7 @@ class Encoded:
 
     @property
     def kept_per_pair(self) -> list[int]:
-        """The number of tokens in each frame pair, for all videos in order."""
+        """The number of tokens in each frame pair of all videos, in order."""
         kept = self.kept_here.tolist()
         ends = accumulate(h * w for t, h, w in self.grids for _ in range(t))
         return [after - before for before, after in pairwise([0, *(bisect_left(kept, end) for end in ends)])]

@@ -104,7 +104,7 @@ class Rows:
     def unit_order(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The order that sorts the rows by unit, and `unit_to_row` for the sorted rows: int64 `[R]` and `[N]`.
 
-        `take` sets both without sorting.
+        `take` fills in both values, so that nothing has to be sorted.
         """
         order = self.unit.argsort()
         return order, _append_none(order.argsort())[self.unit_to_row]
@@ -259,7 +259,7 @@ def reused_units(
     counts: Sequence[int],
     unit: torch.Tensor,
 ) -> Rows:
-    """Return the rows of a video with reuse.
+    """Return the rows of a video in which unchanged units reuse earlier rows.
 
     Only some units have their own row. Every other unit is represented by the row at the same place in an earlier frame pair.
 
