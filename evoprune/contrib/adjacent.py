@@ -13,7 +13,7 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 class Adjacent(Selector):
     """Drops tokens that repeat their neighbors. Based on StreamingAssistant (arXiv 2512.12560), which has no public code.
 
-    A token's redundancy is its greatest cosine to a neighbor in the frame, which is the nearest remaining token above, below, left
+    A token's redundancy is its highest cosine to a neighbor in the frame, which is the nearest remaining token above, below, left
     or right. The most redundant tokens are dropped in rounds until K tokens remain. Two neighbors are never dropped in the same
     round.
 
@@ -63,7 +63,7 @@ def neighbours(left: torch.Tensor) -> torch.Tensor:
 
 
 def redundancy(unit: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-    """Return float32 `[N]`: the greatest cosine of each token to its neighbors, or -2 for a token without neighbors.
+    """Return float32 `[N]`: the highest cosine of each token to its neighbors, or -2 for a token without neighbors.
 
     Args:
         unit: `[N, D]`, tokens of unit length.

@@ -52,7 +52,7 @@ class CdPruner(Selector):
 
 
 def widest(unit: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-    """Greedily select the rows with the greatest weighted volume in each of T groups. Returns int64 `[count]` per group, ascending.
+    """Greedily select the rows with the largest weighted volume in each of T groups. Returns int64 `[count]` per group, ascending.
 
     Args:
         unit: `[T, n, D]`.

@@ -18,9 +18,9 @@ class D2Pruner(LanguageMethod):
     `pivots` of the budget goes to the tokens with the highest scores. The rest goes, in order of score, to tokens whose cosine to
     each other is at most `alike`, and then to other tokens.
 
-    Differences from the paper: this method follows the abstract and two ports. The prior is the attention that the token would
-    receive if all visual tokens had the same key, namely the mean of their keys. The authors measure the prior over many images
-    instead.
+    Differences from the paper: this method follows the abstract and two ports of the code. The prior is the attention that the
+    token would receive if all visual tokens had the same key, namely the mean of their keys. The authors measure the prior over
+    many images instead.
     """
 
     name = "d2pruner"

@@ -14,7 +14,7 @@ from evoprune.methods import Selection, Selector, Tokens, snap
 class Dart(Selector):
     """DART (arXiv 2502.11494): keeps the tokens that duplicate the pivots least.
 
-    The pivots are the `visual` visual tokens and the `text` question tokens with the greatest L1 norms. Visual pivots are kept. The
+    The pivots are the `visual` visual tokens and the `text` question tokens with the largest L1 norms. Visual pivots are kept. The
     rest of the budget is divided evenly among the pivots. One after another, each pivot keeps the tokens with the lowest cosine to
     it.
 
@@ -55,7 +55,7 @@ class Dart(Selector):
 
 
 def longest(x: torch.Tensor, count: int) -> torch.Tensor:
-    """Return int64 `[min(count, n)]`: the rows of `x` (`[n, D]`) with the greatest L1 norms, longest first.
+    """Return int64 `[min(count, n)]`: the rows of `x` (`[n, D]`) with the largest L1 norms, longest first.
 
     Ties go to the lower index.
     """

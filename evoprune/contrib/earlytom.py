@@ -69,7 +69,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class MergedFrames(Runs, Selector):
-    """Merges frame pairs between two layers. The content decides how many remain. Takes O(window N D) time."""
+    """Merges frame pairs between two layers. How many remain depends on the content. Takes O(window N D) time."""
 
     source = "arXiv 2605.30010"
     exact = False

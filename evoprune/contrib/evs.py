@@ -44,7 +44,7 @@ class Evs(Selector):
 
 @dataclass(frozen=True)
 class EvsNoFloor(Evs):
-    """EVS without `floor`. The first frame pair is compared with the second one, and is not guaranteed to stay."""
+    """EVS without `floor`. The first frame pair is compared with the second one, and can lose tokens like any other frame pair."""
 
     name = "evs-nofloor"
 

@@ -32,7 +32,7 @@ class HoliTomInner(LanguageMethod):
 
 
 def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
-    """Return a selection of `kept` rows in which every other row joins its closest kept row, one after another.
+    """Return a selection of `kept` rows in which all other rows join their closest kept row, one after another.
 
     Each time, the kept row is replaced by the mean of itself and the joining row. The last row to join therefore has a weight of
     one half, and the row before it has a weight of one quarter.

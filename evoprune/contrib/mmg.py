@@ -25,7 +25,7 @@ class Mmg(Selector):
 
     The video is cut between neighboring frame pairs with a cosine below `threshold`. Each segment gets tokens in proportion to its
     length times exp(gain). The gain is the cosine between the means of the segment and of the video, minus `beta` times the
-    greatest cosine to a segment taken before. Each frame pair keeps its highest density peaks, after multiplying their scores by
+    highest cosine to a segment taken before. Each frame pair keeps its highest density peaks, after multiplying their scores by
     the distance to the tokens kept in the previous frame pair.
 
     Differences from the paper: its formulas were not accessible and its code is not public. The formulas here are this project's
@@ -84,7 +84,7 @@ def joined(spans: list[range], like: list[float]) -> list[range]:
 def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> list[float]:
     """Return the gains of the segments. Segments are taken one by one, always choosing the segment with the highest gain.
 
-    The gain is the cosine between the segment's mean and the video's mean, minus `beta` times the greatest cosine to a segment
+    The gain is the cosine between the segment's mean and the video's mean, minus `beta` times the highest cosine to a segment
     taken before.
 
     Args:

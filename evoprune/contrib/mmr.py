@@ -14,7 +14,7 @@ from evoprune.methods import Selection, Selector, Tokens, snap
 class Mmr(Selector):
     """Keeps tokens by maximal marginal relevance, as in the selection step of IDPruner (based on arXiv 2602.13315).
 
-    Repeatedly keeps the token of the whole video with the highest `lam` * importance - (1 - `lam`) * (greatest cosine to a kept
+    Repeatedly keeps the token of the whole video with the highest `lam` * importance - (1 - `lam`) * (highest cosine to a kept
     token). Importance is scaled to the range from 0 to 1.
 
     Differences from the paper: the paper trains a scorer, which is not available. Here, importance is the attention that a token

@@ -14,7 +14,7 @@ class Scope(Selector):
     """SCOPE (arXiv 2510.24214): keeps tokens that are salient and add coverage.
 
     Repeatedly keeps the token of the whole video with the highest product of saliency and added coverage. Saliency is attention to
-    the power of `alpha`. The coverage of a token is its greatest cosine to a kept token, but at least 0. The added coverage of a
+    the power of `alpha`. The coverage of a token is its highest cosine to a kept token, but at least 0. The added coverage of a
     candidate is the sum of the increases in the coverage of all tokens.
 
     Differences from the paper: this method uses the attention that each token receives instead of the class token's attention,

@@ -1,4 +1,4 @@
-"""Helpers that several methods share: setting types, ranking, shares, segments of a video, density peaks, means, and relevance."""
+"""Helpers that methods share: setting types, ranking, shares, segments of a video, density peaks, means, and relevance."""
 
 import math
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ class VisPruner(Selector):
 
     Each frame pair gets an equal share of the budget. A fraction `important` of it goes to the most attended tokens. The other
     tokens, ordered by attention, are thinned out in rounds. In each round, the tokens at even positions are compared with the
-    tokens at odd positions. Up to `step` of the tokens at even positions, those with the greatest cosine to any token at an odd
+    tokens at odd positions. Up to `step` of the tokens at even positions, those with the highest cosine to any token at an odd
     position, are removed.
 
     Differences from the authors' code: this method uses the attention that each token receives instead of the class token's

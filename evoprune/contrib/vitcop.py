@@ -97,7 +97,7 @@ def vicinity_clusters(x: torch.Tensor, place: torch.Tensor, count: int, cutoff: 
 
     Each row follows its nearest denser row among the rows whose `place` (`[n, 2]`) is at most `near` away. If there is no such row,
     it follows its nearest denser row anywhere. All rows that lead to the same center form a cluster. Centers are the rows with the
-    greatest product of density and distance to the row that they would follow. The density is the sum of exp(-d^2) over all rows,
+    highest product of density and distance to the row that they would follow. The density is the sum of exp(-d^2) over all rows,
     where d is the distance divided by `cutoff` times the root mean square distance between rows. Among equally dense rows, the
     first one counts as denser. This takes O(n^2 D) time and O(n D) memory.
     """

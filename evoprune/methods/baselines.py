@@ -92,7 +92,7 @@ def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor
     """Split `length` positions into `count` blocks of nearly equal length.
 
     Returns:
-        int64 `[length]`, the block index of every position, and int64 `[count]`, the middle position of every block.
+        int64 `[length]`, the block index of each position, and int64 `[count]`, the middle position of each block.
     """
     edges = arange_on(count + 1, device) * length // count
     return arange_on(count, device).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2

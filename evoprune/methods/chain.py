@@ -257,7 +257,7 @@ class PruneConfig:
         return self.method.input is not None
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
-        """Return the plan for encoding one input into K tokens for the language model."""
+        """Return the plan for encoding one input, after which K tokens reach the language model."""
         inflection = self.budget.name == AUTO_INFLECTION
         return self.method.plan(tower, grid, self.budget.keep(grid), inflection)
 

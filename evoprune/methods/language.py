@@ -53,7 +53,7 @@ class LanguagePlan:
     depth: int  # the number of layers of the language model
     tokens: int  # the number of visual tokens that reach the language model
     drops: tuple[Drop, ...]  # drops in order, each leaving fewer tokens; empty if nothing is dropped
-    exact: bool = True  # whether the counts are exact; otherwise they are upper bounds, and the content decides
+    exact: bool = True  # whether the counts are exact; otherwise they are upper bounds
     looks: tuple[int, ...] = ()  # the layer counts after which the method is called; same as in `drops` if `exact`
     blind: int = 0  # in this many initial layers, text after the visual tokens does not attend to them
 
@@ -117,7 +117,7 @@ def one_drop(depth: int, tokens: int, place: float, budget: float) -> LanguagePl
 def several_drops(
     depth: int, tokens: int, places: Sequence[float], shares: Callable[[float], Sequence[float]], budget: float
 ) -> LanguagePlan:
-    """Return a plan with several drops. Averaged over the layers after the first drop, they leave a share `budget` of the tokens.
+    """Return a plan with more than one drop. Averaged over the layers after the first drop, a share `budget` of the tokens is left.
 
     Args:
         places: The relative depth of each drop.
@@ -139,7 +139,7 @@ def several_drops(
     counts = [max(1, math.floor(round(share * tokens, 6) + 0.5)) for share in shares(high)]
     return LanguagePlan.of(
         depth, tokens, dict(zip(layers, counts, strict=True))
-    )  # if several drops follow the same layer, the last one applies
+    )  # if more than one drop follows the same layer, the last one applies
 
 
 @dataclass(frozen=True)

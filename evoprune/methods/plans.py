@@ -148,7 +148,7 @@ class EncoderPlan:
 
     @property
     def exact(self) -> bool:
-        """Whether `layers` and `rows` are exact. Otherwise they are upper bounds, and the content decides."""
+        """Whether `layers` and `rows` are exact. If not, the numbers depend on the content, and these are upper bounds."""
         return not self.reuse and all(stage.exact for stage in self.stages if stage is not self.token_stage)
 
     @property

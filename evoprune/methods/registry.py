@@ -140,7 +140,7 @@ def available(plugins: bool = True) -> list[str]:
     """Return the names of all methods: the core methods, then evoprune.contrib, then plug-ins.
 
     Args:
-        plugins: Include methods from other packages. They are not loaded, so they may be broken.
+        plugins: Whether to include methods from other packages. They are not loaded, so they may be broken.
     """
     return [*CORE, *(name for name, entry in _plugins().items() if plugins or _is_own(entry))]
 
@@ -212,7 +212,7 @@ def settings_hint(method: type, name: str | None = None) -> str:
 
 
 def _parsed(method: type, setting: Field, text: str) -> Any:
-    """Parse the value of a setting from `text`. The type is that of the default value.
+    """Parse the value of a setting from `text`. The value gets the same type as the setting's default.
 
     If the default is None, the type is the first one in the setting's annotation. If the type has a `read` function, `text` is the
     path of a file to read.
