@@ -28,9 +28,9 @@ class FlashVid(Selector):
 
     The video is cut into at least `segments` segments. It is also cut wherever neighboring frame pairs have a cosine below
     `threshold`. In each segment, a share `diverse` of the budget goes to tokens that are selected by max-min cosine distance times
-    attention. Every other token is linked to the most similar token in the previous frame pair if their cosine is above `link`, as
-    long as the budget requires more links. The strongest links are made first. Each tree of linked tokens is replaced by its mean.
-    If there are more trees than the budget allows, trees merge around density peaks.
+    attention. Each remaining token is linked to the most similar token in the previous frame pair if their cosine is above `link`,
+    as long as the budget requires more links. The strongest links are made first. Each tree of linked tokens is replaced by its
+    mean. If there are more trees than the budget allows, trees merge around density peaks.
 
     Differences from the authors' code: this method averages each tree, as the paper describes. The authors' code divides the tree's
     sum by one more than the number of links that lead directly to the root. It also makes one link fewer than the budget requires,

@@ -14,8 +14,8 @@ class VisionZip(Selector):
     """VisionZip (arXiv 2412.04467): keeps the most attended tokens, and means of the other tokens.
 
     Each frame pair gets an equal share of the budget. A fraction `dominant` of it goes to the most attended tokens. Evenly spaced
-    tokens among the rest become targets. Every other token joins the target with the most similar key (by cosine). The new value of
-    a target is half itself and half the mean of the tokens that joined it.
+    tokens among the rest become targets. Each of the others joins the target with the most similar key (by cosine). The new value
+    of a target is half itself and half the mean of the tokens that joined it.
 
     Differences from the authors' code: this method uses the attention that each token receives instead of the class token's
     attention, because Qwen's tower has no class token. The authors' code adds the mean to the target. Here, the sum is also halved.

@@ -261,7 +261,7 @@ def reused_units(
 ) -> Rows:
     """Return the rows of a video in which unchanged units reuse earlier rows.
 
-    Only some units have their own row. Every other unit is represented by the row at the same place in an earlier frame pair.
+    Only some units have their own row. All other units are represented by the row at the same place in an earlier frame pair.
 
     Args:
         values, deepstack, counts, unit: See `Rows`.
