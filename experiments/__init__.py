@@ -1,6 +1,7 @@
-"""Measure, compare, draw and train: scripts that a release needs and the installed package does not. Run from the repository root.
+"""Scripts that measure, compare, draw and train. They are needed for a release, but not by the installed package.
 
-Run `python -m experiments.FOLDER.NAME --help`. The folders: `speed` measures time, `accuracy` compares answers, `environments` runs
-tests in separate environments, `pictures` draws for README and docs, `demo` makes the clips and trains the demo models.
-`tables.py`, `timing.py` and `svg.py` are shared.
+To see how a script is used, run `python -m experiments.FOLDER.NAME --help` in the repository's root folder. The scripts in `speed`
+measure times, those in `accuracy` compare answers, `environments` runs tests in separate environments, `pictures` draws the
+pictures for README and docs, and `demo` generates the clips and trains the demo models. `tables.py`, `timing.py` and `svg.py` are
+shared.
 """

@@ -1,8 +1,8 @@
-"""Progress of an evaluation as lines of a log. Imported by the experiments; not run by itself."""
+"""Formats an evaluation's progress as log lines. Imported by experiments; not run by itself."""
 
 
 def progress_line(what: str, done: int = 0, total: int = 0, detail: str = "") -> str:
-    """Return the arguments that `Evaluation.run` gives its `progress` as a line for a log."""
+    """Return a log line for the arguments with which `Evaluation.run` calls its `progress`."""
     if not total:
         return what
     return f"{what} {done} of {total}: {detail}"

@@ -1,9 +1,9 @@
-"""Write tables in Markdown. Imported by experiments; not run by itself."""
+"""Write Markdown tables. Imported by experiments; not run by itself."""
 
 from collections.abc import Iterable, Sequence
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]], numbers: bool = False) -> list[str]:
-    """Return the lines of a table. With `numbers`, all columns except the first are right-aligned."""
+    """Return the lines of a Markdown table. If `numbers` is True, all columns except the first are right-aligned."""
     rule = "|---" + ("|--:" if numbers else "|---") * (len(heads) - 1) + "|"
     return [f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(map(str, row))} |" for row in rows)]

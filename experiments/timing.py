@@ -1,4 +1,4 @@
-"""Time several functions in turn. Imported by experiments that measure; not run by itself."""
+"""Measure the times of multiple functions in turn. Imported by experiments that measure; not run by itself."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,9 +6,9 @@ from statistics import median
 
 
 def medians(runs: Sequence[Callable[[], object]], repeat: int) -> list[float]:
-    """Return the median milliseconds per function.
+    """Return each function's median time in milliseconds.
 
-    The functions take turns, so that noise affects all of them alike. The first round is a warm-up.
+    The functions take turns, so that noise affects all of them equally. The first round is a warm-up.
     """
     spent = [[] for _ in runs]
     for _ in range(repeat + 1):

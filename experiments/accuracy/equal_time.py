@@ -1,11 +1,15 @@
-"""Compare all methods with `evoprune`: what each keeps and costs, and which is better at equal time.
+"""Compare all methods with `evoprune`: how much accuracy each one keeps, what it costs, and which is better in the same time.
 
     python -m experiments.accuracy.equal_time results/frontier.md --presets DIR --rivals DIR DIR -o tables.md --chart FILE.svg
 
-`experiments.accuracy.frontier` writes the folders: `--presets` has the presets on many clips, for the chart; `--rivals` the rows to
-compare, on the clips that all rows share. The page has times of `evoprune profile` in two kinds of tables: with budgets as columns
-(`| | -b 0.25 |`), and with rows `METHOD -b BUDGET`. If there are several runs, the slowest counts. A method that selects after the
-encoder gets the time of the bound, which does not include its selection. To draw only the chart, from existing tables:
+The folders are written by `experiments.accuracy.frontier`. The folder for `--presets` contains the presets on many clips and is
+used for the chart. The folders for `--rivals` contain the rows to compare, of which only the clips that all rows share are used.
+
+The page contains speeds from `evoprune profile` in two kinds of tables: those with budgets as columns (`| | -b 0.25 |`), and those
+with rows named `METHOD -b BUDGET`. If a row was measured more than once, the slowest run is used. A method that selects after the
+encoder gets the speed of the bound, which does not include the time for the method's selection.
+
+To draw only the chart, from existing tables:
 
     python -m experiments.accuracy.equal_time results/frontier.md --tables results/comparison.md --chart results/frontier.svg
 """
@@ -27,19 +31,19 @@ from experiments.accuracy.paired import in_points, paired_difference
 from experiments.svg import COLOURS, INK, SOFT
 
 OURS = "evoprune"
-ALIKE = 1.03  # smaller ratios count as equal time
-# names used in the page
+ALIKE = 1.03  # times count as equal if their ratio is at most this
+# Names that are used in the page.
 BOUND = "bound of all methods after the encoder"
 FULL_ROW = "budget 1.0"
 RATIO = "times as fast as Hugging Face"
 
 Key = tuple[str, float | str]  # method and budget
-Samples = dict[str, dict[Key, list[dict]]]  # set -> row -> samples; the unpruned row is NONE
+Samples = dict[str, dict[Key, list[dict]]]  # set -> row -> samples; NONE is the unpruned row
 NONE: Key = "none", 1.0
 
 
 def read(folders: Sequence[Path]) -> Samples:
-    """Return all folders' rows, restricted to the questions that every row of a set answered."""
+    """Return the rows in all folders, restricted to the questions that every row of a set has answered."""
     found: Samples = {}
     for name in SETS:
         rows: dict[Key, dict] = {}
@@ -56,7 +60,10 @@ def read(folders: Sequence[Path]) -> Samples:
 
 
 def speeds(page: str) -> dict[Key, float]:
-    """Return the speedup of the first token over Hugging Face, by method and video budget; the lowest if there are several."""
+    """Return how many times as fast as with Hugging Face the first token arrives, by method and video budget.
+
+    If the page has more than one value, the lowest one is used.
+    """
     found: dict[Key, float] = {}
 
     def add(method: str, share: str, cell: str) -> None:
@@ -78,7 +85,7 @@ def speeds(page: str) -> dict[Key, float]:
 
 
 def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
-    """Return the speed of a row, or None. Methods that select after the encoder have the speed of the bound."""
+    """Return a row's speed, or None if it is unknown. Methods that select after the encoder have the speed of the bound."""
     name, budget = key
     if MethodChain.parse(name).acts == "after":
         name = BOUND
@@ -86,17 +93,17 @@ def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
 
 
 def worst(samples: Samples, key: Key) -> float:
-    """Return the accuracy kept in the worst set, in percent."""
+    """Return the accuracy that a row keeps in its worst set, in percent."""
     return min(kept(rows[key], rows[NONE]) for rows in samples.values())
 
 
 def rows_of(samples: Samples) -> set[Key]:
-    """Return the rows that all sets have."""
+    """Return the rows that every set has."""
     return set.intersection(*(set(rows) for rows in samples.values()))
 
 
 def summary_table(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
-    """Return a table of accuracy kept per set of weights, share of operations and speed, for each method in a world."""
+    """Return a table of the accuracy that each method keeps in each set of a world, its share of operations and its speed."""
     sets = [rows for name, rows in samples.items() if name.split(",")[0] == world]
     budgets = [
         budget for budget in Budget.PRESETS if any(key[0] != OURS and key[1] == budget for key in rows_of(samples))
@@ -120,7 +127,7 @@ def summary_table(samples: Samples, world: str, fast: dict[Key, float]) -> list[
 
 
 def verdicts(samples: Samples, key: Key, ours: Key) -> list[str]:
-    """Return our row minus another one in each set, in percentage points, with a verdict."""
+    """Return, for each set, a verdict and how many percentage points the row `ours` is better than the row `key`."""
     made = []
     for rows in samples.values():
         mean, low, high = paired_difference(rows[ours], rows[key])
@@ -134,7 +141,7 @@ def verdicts(samples: Samples, key: Key, ours: Key) -> list[str]:
 
 
 def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
-    """Return a table with each rival next to the most accurate row of ours that is at least as fast, and their difference."""
+    """Return a table that compares each other method with the most accurate `evoprune` row that is at least as fast."""
     rows = rows_of(samples)
     ours = {key: speed_of(key, fast) for key in rows if key[0] == OURS} | {NONE: fast[NONE]}
     ours = {key: speed for key, speed in ours.items() if speed}
@@ -171,19 +178,26 @@ def worst_of(samples: Samples) -> dict[Key, float]:
 
 
 def worst_in_tables(page: str, compared: str) -> tuple[dict[Key, float], dict[Key, float]]:
-    """Return the accuracy kept by the presets (table of `page`) and by the other methods (equal-time table of `compared`)."""
+    """Read the accuracy that the presets keep from the tables in `page`, and that the other methods keep from those in `compared`.
+
+    Returns:
+        Two dicts with the accuracy in the worst set, in percent.
+    """
     presets = re.findall(r"^\| `-b (\w+)` \| ([\d.]+) \| [^|]*\(", page, re.M)
     others = re.findall(r"^\| `([\w-]+) -b (\w+)` \| [\d.]+ \| ([\d.]+) \|", compared, re.M)
-    ours = {(OURS, preset): float(kept) for preset, kept in reversed(presets)}  # the first of several tables counts
+    ours = {
+        (OURS, preset): float(kept) for preset, kept in reversed(presets)
+    }  # if there are several tables, the first one is used
     return ours, {(name, budget): float(kept) for name, budget, kept in others}
 
 
 def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, float]) -> str:
-    """Return an SVG of accuracy kept against speed.
+    """Return an SVG chart that plots the accuracy kept against the speed.
 
     Args:
-        presets: percent kept by the presets in the worst set.
-        others: percent kept by the other methods in the worst set.
+        presets: the accuracy that each preset keeps in its worst set, in percent.
+        others: the accuracy that each other method keeps in its worst set, in percent.
+        fast: the result of `speeds`.
     """
     inside = []
     after = []

@@ -1,7 +1,8 @@
 """Measure the accuracy that presets keep: `python -m experiments.accuracy.frontier OUT --split heldout --seed N --limit N`.
 
-Runs both worlds, each with both sets of weights. Every set has its own folder in OUT, and an existing run is resumed. For each row
-the table has the accuracy kept in percent, the 95% interval of the difference to the full model in points, and the worst set.
+Evaluates both worlds, each with two sets of weights. Every combination is a set with its own folder in OUT. If the folder already
+contains a run, the run is resumed. For each row, the table shows the percentage of accuracy that is kept, the 95% interval of the
+difference from the full model in percentage points, and the worst set.
 """
 
 import argparse
@@ -27,19 +28,19 @@ SETS = {
     "shapes": ("shapes", "demo"),
     "shapes, second": ("shapes", "tests/demo/second"),
 }
-# The field `row` of a sample: the unpruned model, and a method at a budget.
+# Values of a sample's `row` field: the unpruned model, and a method at a budget.
 FULL = "full"
 METHOD = "method"
-GROUPS = ("picture", "video", "text", "events")  # only in scenes
+GROUPS = ("picture", "video", "text", "events")  # only the world of scenes has these groups
 
 
 def folder_of(out: Path, name: str) -> Path:
-    """Return the folder for the run of a set."""
+    """Return the folder in `out` for a set's run."""
     return out / name.replace(", ", "-")
 
 
 def samples_of(out: Path, name: str) -> list[dict]:
-    """Return the samples that a run of a set has stored, without errors."""
+    """Return the samples that a set's run has stored, except those with errors."""
     with open(folder_of(out, name) / "samples.jsonl", encoding="utf-8") as file:
         return [sample for sample in map(json.loads, file) if "error" not in sample]
 
@@ -52,7 +53,7 @@ def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
         tuple(Budget.parse(text).recorded for text in args.budget.split(",")),
         tuple(args.method.split(",")),
         limit=args.limit,
-        # On the CPU, because only there evoprune prunes such small clips inside the tower.
+        # Run on the CPU, because evoprune prunes such small clips inside the tower only on CPUs.
         model=ModelOptions(model, device="cpu", dtype="fp32"),
     )
     with demo_videos(clips_asked(world, args.split, args.seed, args.limit)) as videos:
@@ -65,12 +66,12 @@ def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
 
 
 def kept(mine: Sequence[dict], full: Sequence[dict]) -> float:
-    """Return accuracy as a percentage of the full model's accuracy."""
+    """Return a row's accuracy as a percentage of the full model's accuracy."""
     return 100 * float(np.mean([s["right"] for s in mine]) / np.mean([s["right"] for s in full]))
 
 
 def table(samples: dict[str, list[dict]]) -> list[str]:
-    """Return a Markdown table: a row per method and budget, a column per set and group, and the worst set."""
+    """Return a Markdown table with a row for each method and budget, a column for each set and group, and one for the worst set."""
     columns = [(name, group) for name in samples for group in (None, *(GROUPS if "scenes" in name else ()))]
     heads = [name if group is None else f"{name}: {group}" for name, group in columns]
     lines = []
@@ -91,7 +92,10 @@ def table(samples: dict[str, list[dict]]) -> list[str]:
 
 
 def against(samples: dict[str, list[dict]], others: dict[str, list[dict]]) -> list[str]:
-    """Return a Markdown table of accuracy differences in points to the same rows of another run, on the clips they share."""
+    """Return a Markdown table of accuracy differences from the same rows of another run, on the clips that both runs share.
+
+    The differences are in percentage points.
+    """
     rows = dict.fromkeys((s["method"], s["budget"]) for each in samples.values() for s in each if s["row"] == METHOD)
     lines = []
     for method, budget in rows:

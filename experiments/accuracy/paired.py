@@ -1,18 +1,19 @@
-"""Compare two rows of an evaluation on the same questions. Imported by the experiments; not run by itself."""
+"""Compare two rows of an evaluation on the same questions. Imported by experiments; not run by itself."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-LEAST_VIDEOS = 10  # with fewer, a bootstrap over videos is far too narrow
+LEAST_VIDEOS = 10  # with fewer videos, a bootstrapped interval is far too narrow
 DRAWS = 4000
 
 
 def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[float, float, float]:
-    """Return the accuracy of one row minus another, and its 95% interval over videos, as shares.
+    """Return how much higher the first row's accuracy is, and the difference's 95% interval over videos, all as shares.
 
-    Both rows must have answered the same questions, in any order. With fewer than `LEAST_VIDEOS` videos the interval is infinite.
+    Both rows must have answered the same questions, in any order. If there are fewer than `LEAST_VIDEOS` videos, the interval is
+    infinite.
     """
     right = {(s["video"], s["id"]): s["right"] for s in others}
     videos = {name: i for i, name in enumerate(sorted({s["video"] for s in samples}))}
@@ -29,7 +30,7 @@ def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[
 
 
 def in_points(mean: float, low: float, high: float) -> str:
-    """Format a difference of shares and its interval in percentage points."""
+    """Format a difference between shares and its interval in percentage points."""
     if math.isinf(low):
         return f"{100 * mean:+.1f} (too few videos for an interval)"
     return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"

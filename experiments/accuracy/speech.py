@@ -2,8 +2,8 @@
 
     python -m experiments.accuracy.speech MODEL
 
-MODEL is as in `--speech`. espeak-ng reads sentences in several voices and at several speeds, and FFmpeg makes a video of them. The
-reference has no punctuation and no capital letters, nor has the transcript that it is compared with.
+MODEL is any model that `--speech` accepts. espeak-ng reads sentences aloud in different voices and at different speeds, and FFmpeg
+turns them into a video. Punctuation and capital letters are removed from both the reference and the transcript.
 """
 
 import re
@@ -20,7 +20,7 @@ from evoprune.video import SamplingOptions, probe
 
 VOICES = ("en-us", "en-gb", "en-us+f3", "en-gb+m3")
 SPEEDS = (130, 150, 170)  # words per minute
-PAUSE_S = 1.0  # after every sentence
+PAUSE_S = 1.0  # length of the pause after every sentence, in seconds
 # The first two lists of the Harvard sentences (IEEE, 1969).
 SENTENCES = (
     "The birch canoe slid on the smooth planks.",
@@ -51,7 +51,7 @@ def words(text: str) -> list[str]:
 
 
 def word_errors(said: Sequence[str], heard: Sequence[str]) -> int:
-    """Return the least number of words to replace, add or remove that turns one list into the other (Levenshtein)."""
+    """Return the minimum number of words to replace, add or remove to get from one list to the other (Levenshtein distance)."""
     before = list(range(len(heard) + 1))
     for row, word in enumerate(said, 1):
         now = [row]
@@ -62,7 +62,7 @@ def word_errors(said: Sequence[str], heard: Sequence[str]) -> int:
 
 
 def speak(folder: Path) -> tuple[Path, list[str]]:
-    """Write a video in which every voice says every sentence at every speed. Returns its path and the words."""
+    """Write a video in which every voice says every sentence at every speed. Returns the video's path and the spoken words."""
     said = []
     raw = folder / "said.raw"
     with raw.open("wb") as sound:

@@ -1,4 +1,4 @@
-"""Make the demo model's training data: endless seeded batches of clips with labels or questions. Imported by `train`."""
+"""Generate the demo model's training data: infinite, seeded batches of clips with labels or questions. Imported by `train`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from experiments.demo.lessons import ask_all
 from experiments.demo.questions import Question
 from experiments.demo.training_clips import dense_grid, through_codec
 
-# Classes that the auxiliary head predicts for the thing whose centre lies in a unit. The last shape class is "nothing here".
+# Number of classes per attribute that the auxiliary head predicts for the thing whose center is in a unit. The last class of
+# "shape" means that no thing is there.
 ATTRIBUTES = {
     "shape": len(SHAPES) + 1,  # digits count as one more shape
     "colour": len(COLOURS),
@@ -23,7 +24,7 @@ ATTRIBUTES = {
     "motion": len(MOTIONS),
     "digit": 10,
 }
-# largest grid whose rows and columns the head can name
+# Size of the largest grid whose rows and columns the head can predict.
 ROWS = 12
 COLUMNS = 16
 
@@ -35,32 +36,32 @@ class Recipe:
     seed: int = 0
     vision_steps: int = 1500
     steps: int = 3000
-    short_steps: int = 300  # of the second stage, on short clips and small frames
-    small_steps: int = 1700  # of the second stage, without the largest frames
-    vision_batch: int = 64  # grids of 4x6 units
+    short_steps: int = 300  # steps of the second stage that use only short clips and small frames
+    small_steps: int = 1700  # steps of the second stage that do not use the largest frames
+    vision_batch: int = 64  # number of grids in a batch if they have 4x6 units
     units: int = 2304  # approximate number of merge units in a batch of clips
-    questions: int = 10  # about a clip in one step; twice as many if few clips fill a batch
-    packs: int = 2  # training steps per batch of clips, each with different questions
+    questions: int = 10  # number of questions about a clip per step, doubled if a batch has only a few clips
+    packs: int = 2  # number of training steps per batch of clips, each with different questions
     muon_lr: float = 2.5e-3
     adam_lr: float = 1.5e-3
     warmup: int = 100
-    decay: float = 0.5  # share of a stage with cosine decay
+    decay: float = 0.5  # share of a stage during which the learning rate decays
 
 
-# ((height, width) in units, weight): for early training, and after the largest frames have been added.
+# Frame sizes as ((height, width) in units, weight): those for early training, and those after larger frames have been added.
 SMALL = (((4, 6), 4.0), ((6, 4), 1.0), ((4, 4), 0.7), ((5, 7), 1.5), ((6, 8), 2.0))
 LARGE = (((4, 6), 2.0), ((6, 4), 0.5), ((4, 4), 0.3), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 0.8))
-SHORT = 3  # most grids during `short_steps`, which also use only the first three frame sizes
+SHORT = 3  # maximum number of grids in a clip during `short_steps`, which also use only the first three frame sizes
 LENGTHS = ((1, 0.5), (2, 0.7), (3, 1.2), (4, 2.0), (6, 3.0), (8, 1.5), (12, 0.3))
-MOST = 800  # merge units of one clip
+MOST = 800  # maximum number of merge units in one clip
 PACES = (1.0, 1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0)  # seconds per grid
 
 
 def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> np.ndarray:
-    """Return labels for every unit in every grid: int64 `[T * height * width, attributes]`, -100 for no label."""
+    """Return the labels of every unit in every grid, int64 `[T * height * width, attributes]`. -100 means no label."""
     grids = len(times) // 2
     labels = np.full((grids, height, width, len(ATTRIBUTES)), -100)
-    labels[..., 0] = ATTRIBUTES["shape"]  # one past the shapes and the digit class: nothing here
+    labels[..., 0] = ATTRIBUTES["shape"]  # the class after all shapes and digits, which means that no thing is there
     for g in range(grids):
         middle = (times[2 * g] + times[2 * g + 1]) / 2
         for thing in clip.things:
@@ -78,12 +79,12 @@ def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> 
 
 
 def noisy(frames: np.ndarray, rng: np.random.Generator, gop: int) -> np.ndarray:
-    """Return the frames unchanged or, half of the time, after a video codec."""
+    """Return the frames unchanged or, half of the time, with the artifacts of a video codec."""
     return through_codec(frames, int(rng.integers(2, 6)), gop) if rng.random() < 0.5 else frames
 
 
 def vision_batches(recipe: Recipe, first: int):
-    """Yield the batches of stage 1 endlessly: crowded single grids.
+    """Yield an infinite sequence of batches for stage 1, which consist of crowded single grids.
 
     Each batch is `(frames uint8 [2 * G, H, W, 3], labels, (height, width))`.
     """
@@ -113,7 +114,10 @@ def draw(rng: np.random.Generator, choices):
 
 
 def question_batches(recipe: Recipe, tokenizer, first: int):
-    """Yield the batches of stage 2 endlessly: clips of one shape with several packs of questions, as a dict of tensors."""
+    """Yield an infinite sequence of batches for stage 2, as dicts of tensors.
+
+    All clips of a batch have the same shape. Each batch has several packs of questions.
+    """
     ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     step = first
     while True:
@@ -151,16 +155,16 @@ def question_batches(recipe: Recipe, tokenizer, first: int):
         step += 1
 
 
-ROW = 64  # tokens in a row of questions; longer if a single question needs more
+ROW = 64  # number of tokens in a row of questions, or more if a single question needs more
 
 
 def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Tensor]:
-    """Pack each prompt's questions and answers into rows, several in a row if they fit.
+    """Pack each prompt's questions and answers into rows. If they fit, several questions share a row.
 
     Returns:
-        Tensors int64 `[prompts, rows, L]`: `tokens`; `place`, positions that restart at `start` for every question; `segment`, the
-        number of the question from 1, or -1 for padding; `target`, the answer's tokens at the places that predict them, otherwise
-        -100.
+        Four int64 tensors `[prompts, rows, L]`. `tokens` contains the tokens. `place` contains their positions, which restart at
+        `start` for every question. `segment` is the one-based number of the question, or -1 for padding. `target` contains the
+        answer's tokens, each at the place that predicts it, and -100 everywhere else.
     """
     after = ids(AFTER_QUESTION)
     filled = []
@@ -176,7 +180,8 @@ def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Te
             )
             longest = max(longest, n)
         filled.append(parts)
-    longest = -(-longest // 16) * 16  # few different lengths, because matrix kernels are compiled for every shape
+    # Round up so that there are few different lengths, because matrix kernels are compiled for every shape.
+    longest = -(-longest // 16) * 16
     made = [_in_rows(parts, longest) for parts in filled]
     rows = max(map(len, made))
 
@@ -192,7 +197,7 @@ def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Te
 
 
 def _in_rows(parts: list[tuple], longest: int) -> list[list[tuple]]:
-    """Bin-pack the parts into rows of at most `longest` tokens: longest part first, each into the first row with room."""
+    """Pack the parts into rows of at most `longest` tokens: longest part first, each into the first row with enough room."""
     rows = []
     room = []
     for part in sorted(parts, key=lambda part: -len(part[0])):

@@ -1,4 +1,4 @@
-"""The untrained demo model: its architecture, tokenizer and initial weights. Imported by `train`."""
+"""Builds the untrained demo model: its architecture, tokenizer and initial weights. Imported by `train`."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -29,7 +29,7 @@ VOCABULARY = 1024
 
 
 def build_config():
-    """Return the exact Qwen2.5-VL architecture with tiny dimensions."""
+    """Return a config with exactly the architecture of Qwen2.5-VL, but with tiny dimensions."""
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
@@ -49,14 +49,17 @@ def build_config():
 
 
 def shapes_texts() -> Iterator[str]:
-    """Yield questions and answers about shapes, to train the tokenizer on."""
+    """Yield questions and answers about shapes on which to train the tokenizer."""
     for seed in range(1500):
         for q in ask_all(make_clip("train", seed), np.random.default_rng(seed), 20):
             yield from (q.question, q.answer)
 
 
 def build_tokenizer(texts: Iterable[str] | None = None):
-    """Return a byte-level BPE with Qwen's special tokens and pre-tokeniser, trained on the questions or on `texts`."""
+    """Return a byte-level BPE tokenizer with Qwen's special tokens and pre-tokenizer.
+
+    It is trained on `texts` or, if `texts` is None, on questions and answers about shapes.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
 
@@ -90,7 +93,7 @@ def build_tokenizer(texts: Iterable[str] | None = None):
 
 
 def init_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """Draw weights with std 1/sqrt(fan in), halved for layers that add to the residual stream."""
+    """Draw weights with standard deviation 1/sqrt(fan in), or half of that in layers that add to the residual stream."""
     for name, p in model.named_parameters():
         if p.ndim == 1:
             p.data.fill_(1.0 if "norm" in name or "ln_q" in name else 0.0)

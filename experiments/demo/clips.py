@@ -1,10 +1,12 @@
-"""Procedural clips: shapes and digits that move, appear, vanish and flash on a cluttered, perhaps moving background.
+"""Procedural clips: shapes and digits that move, appear, vanish and flash on a cluttered background, which may also move.
 
-A clip is a function of (split, seed, frame size, length) only, in continuous time, so it can be drawn at any frame rate.
+A clip is determined by its split, seed, frame size and length. It is defined in continuous time, so it can be drawn at any frame
+rate.
 
-Each feature exposes one weakness of a pruning method. Things of one or two merge units, digits of ten pixels and similar colours
-need detail; flashes and arrivals need time; counts and places need space. Clutter misleads methods that keep whatever stands out, a
-panning background misleads methods that keep whatever changes, and noise misleads methods that reuse only identical pixels.
+Each feature exposes a weakness that a pruning method may have. Things as small as one or two merge units, digits of ten pixels and
+similar colors require spatial detail. Flashes and arrivals require temporal detail. Counts and places require that the whole frame
+is covered. Clutter misleads methods that keep whatever stands out, a panning background misleads methods that keep whatever
+changes, and noise misleads methods that reuse only identical pixels.
 """
 
 from dataclasses import dataclass
@@ -17,19 +19,19 @@ COLOURS = {
     "purple": (155, 50, 200), "orange": (245, 140, 25), "cyan": (50, 215, 225), "white": (245, 245, 245),
 }  # fmt: skip
 SIZES = {"small": (6, 8), "large": (10, 13)}
-DIGITS = {"small": 5, "large": 7}  # half of their height
+DIGITS = {"small": 5, "large": 7}  # half of a digit's height, in pixels
 MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-# First part of the seed, different for every split, so no two splits share a clip.
-# "portrait" is a separate family of upright frames with a panning camera. Nothing is tuned on it.
+# First part of the seed, which is different for every split, so that no two splits share a clip.
+# "portrait" is a separate family of clips with upright frames and a panning camera. No settings are tuned on it.
 SPLITS = {"train": 0, "validation": 1, "heldout": 2, "samples": 3, "portrait": 4}
-# Frames (height x width in merge units of 28 pixels) and lengths (in grids of a second) of evaluation clips, with odds. The last
-# two entries of both lists are never used in training.
+# Frame sizes (height and width in merge units of 28 pixels) and lengths (in grids of one second) of evaluation clips, each with its
+# probability. The last two entries in both lists are never used in training.
 FRAMES = (((8, 12), 0.55), ((6, 8), 0.25), ((8, 10), 0.1), ((10, 14), 0.1))
 LENGTHS = ((4, 0.3), (6, 0.4), (8, 0.15), (7, 0.075), (10, 0.075))
 
 
 class Moving:
-    """A thing of either world. It starts at (x, y) and moves at `speed` pixels per second in the direction `motion`."""
+    """A thing in either world. It starts at (x, y) and moves at `speed` pixels per second in the direction `motion`."""
 
     def centre(self, t: float) -> tuple[float, float]:
         dx, dy = MOTIONS[self.motion]
@@ -37,7 +39,7 @@ class Moving:
 
 
 def event_of(start: float, end: float, seconds: float) -> str:
-    """Return what happens in a clip to a thing present in [start, end): it stays, appears, vanishes or flashes."""
+    """Return what a thing that is present in [start, end) does in a clip: it stays, appears, vanishes or flashes."""
     comes = start > 0
     goes = end < seconds
     if comes and goes:
@@ -49,13 +51,13 @@ def event_of(start: float, end: float, seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Thing(Moving):
-    """A shape or a digit: centre (x, y) in pixels at time 0, speed in pixels per second, on screen in [start, end)."""
+    """A shape or a digit that is visible in [start, end). Its center at time 0 is (x, y), in pixels."""
 
-    kind: str  # a name from SHAPES, or the digit itself
+    kind: str  # a name in SHAPES, or the digit
     colour: str
     rgb: tuple[int, int, int]
-    size: str  # small or large
-    radius: int  # half the height, for a digit
+    size: str  # "small" or "large"
+    radius: int  # for a digit, half of its height
     x: float
     y: float
     motion: str
@@ -75,7 +77,7 @@ class Thing(Moving):
         return self.start <= t < self.end
 
     def box(self, seconds: float) -> tuple[float, float, float, float]:
-        """Return the bounding box x0, y0, x1, y1 of the whole path."""
+        """Return the bounding box (x0, y0, x1, y1) of the thing's whole path."""
         (xa, ya), (xb, yb) = self.centre(0), self.centre(seconds)
         r = self.radius
         return min(xa, xb) - r, min(ya, yb) - r, max(xa, xb) + r, max(ya, yb) + r
@@ -86,7 +88,7 @@ class Thing(Moving):
 
 @dataclass(frozen=True)
 class Clip:
-    """A scene of `seconds` on a frame of height x width pixels. `seed` also determines background and noise."""
+    """A scene that lasts `seconds`, on a frame of height x width pixels. `seed` also determines the background and the noise."""
 
     seed: tuple[int, ...]
     height: int
@@ -94,8 +96,8 @@ class Clip:
     seconds: float
     things: tuple[Thing, ...]
     noise: float
-    pan: tuple[float, float] = (0.0, 0.0)  # of the camera, in pixels per second; things keep their places on the frame
-    clutter: float = 0.0  # grey blots and strokes per million pixels of background
+    pan: tuple[float, float] = (0.0, 0.0)  # speed of the camera in pixels per second; it does not move the things
+    clutter: float = 0.0  # number of grey blots and strokes per million pixels of background
 
     @property
     def shapes(self) -> tuple[Thing, ...]:
@@ -103,7 +105,7 @@ class Clip:
 
 
 def setting(split: str, seed: int) -> tuple[int, int, int]:
-    """Draw height and width in pixels and the number of grids, each of one second."""
+    """Choose a clip's height and width in pixels and its number of grids, which last one second each."""
     rng = np.random.default_rng((7, SPLITS[split], seed))
     height, width = FRAMES[rng.choice(len(FRAMES), p=[odds for _, odds in FRAMES])][0]
     grids = LENGTHS[rng.choice(len(LENGTHS), p=[odds for _, odds in LENGTHS])][0]
@@ -120,10 +122,10 @@ def make_clip(
     seconds: float | None = None,
     grids: int | None = None,
 ) -> Clip:
-    """Make clip number `seed` of a split; splits never share a clip.
+    """Make clip number `seed` of a split. No two splits share a clip.
 
-    Size (pixels) and length are drawn from the seed unless given. A grid (two sampled frames) lasts `seconds` / `grids`, which is a
-    lower bound for flashes.
+    The size in pixels and the length are determined by the seed unless they are given. A grid, which is two sampled frames, lasts
+    `seconds` / `grids`. No flash is shorter than that.
     """
     drawn = setting(split, seed)
     height = height or drawn[0]
@@ -137,7 +139,7 @@ def make_clip(
     most = 6
     if height * width < 30_000:
         most = 4
-    # Some clips have many arrivals or many departures, so that "which comes first?" can be asked often enough.
+    # In some clips, many things appear or many things vanish, so that "which comes first?" can be asked often enough.
     plots = (0.35, 0.22, 0.22, 0.21), (0.1, 0.8, 0.05, 0.05), (0.1, 0.05, 0.8, 0.05)
     fates = plots[rng.choice(3, p=[0.6, 0.2, 0.2])]
     names = set()
@@ -163,7 +165,7 @@ def make_clip(
 
 
 def place(things: list[Thing], rng, kind, colour, height, width, seconds, step, fates) -> None:
-    """Add a thing whose path stays on the frame and clear of other things, unless 30 attempts fail."""
+    """Add a thing whose path stays on the frame and does not meet other things. Add none if 30 attempts fail."""
     digit = kind.isdigit()
     size = "small" if rng.random() < 0.5 else "large"
     radius = DIGITS[size]

@@ -1,4 +1,4 @@
-"""Draw procedural clips: frames at any time, and video files."""
+"""Draw procedural clips, either as frames at given times or as video files."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,9 +11,9 @@ from experiments.demo.painting import add_noise, blend, glyph_mask, outline_mask
 
 
 def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
-    """Draw the clip at `times` (seconds) and return uint8 `[len(times), height, width, 3]`."""
+    """Draw the clip at the given times, in seconds. Return uint8 `[len(times), height, width, 3]`."""
     rng = np.random.default_rng((9, *clip.seed))
-    # Everything the camera will see. It starts in the corner opposite to its motion.
+    # The scenery covers everything that the camera will see. The camera starts in the corner opposite to its motion.
     reach = [abs(v) * clip.seconds for v in clip.pan]
     scenery = _background(rng, clip.height + int(reach[1]) + 1, clip.width + int(reach[0]) + 1)
     _litter(scenery, clip.clutter, rng)
@@ -44,7 +44,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _litter(scenery: np.ndarray, density: float, rng: np.random.Generator) -> None:
-    """Draw grey blots and strokes with the contrast of things, but without their colours and sharp edges."""
+    """Draw grey blots and strokes that have as much contrast as things, but not their colors and sharp edges."""
     height, width, _ = scenery.shape
     for _ in range(int(rng.poisson(density * height * width / 1e6))):
         long, thin = (rng.uniform(6, 16), rng.uniform(1.0, 2.5)) if rng.random() < 0.5 else rng.uniform(4, 12, 2)
@@ -64,17 +64,17 @@ def _litter(scenery: np.ndarray, density: float, rng: np.random.Generator) -> No
 
 @lru_cache(maxsize=64)
 def _stretch(length: int, cell: int) -> np.ndarray:
-    """Return weights `[length, knots]` of a linear interpolation with a knot every `cell` pixels."""
+    """Return the weights of a linear interpolation with a knot every `cell` pixels, `[length, knots]`."""
     at = np.arange(length) / cell
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(int(at[-1]) + 2))).astype(np.float32)
 
 
 def thing_mask(kind: str, radius: int) -> np.ndarray:
-    """Return the coverage per pixel of a shape or a digit. Digits are five sevenths as wide as high."""
+    """Return how much of each pixel a shape or a digit covers. The width of a digit is five sevenths of its height."""
     return glyph_mask(kind, 2 * radius) if kind.isdigit() else outline_mask(kind, radius, bar=0.33, hole=0.55)
 
 
 def write_video(clip: Clip, path: str | Path, fps: int = 12, **encoding) -> None:
-    """Encode the clip as a video file. `encoding`: see `painting.write_frames`."""
+    """Encode the clip as a video file. For the arguments in `encoding`, see `painting.write_frames`."""
     frames = render(clip, [i / fps for i in range(round(clip.seconds * fps))])
     write_frames(frames, path, (clip.height, clip.width), fps, **encoding)

@@ -1,7 +1,7 @@
-"""The vision tower's forward pass, rewritten for training on a CPU; same weights, same output as the Hugging Face class.
+"""The vision tower's forward pass, rewritten for training on a CPU. Weights and output are the same as in the Hugging Face class.
 
-All clips of a batch share one frame size, so windows are batched by a few reshapes instead of a loop. Attention is written out,
-because the backward pass of the fused kernel is slow on CPUs.
+All clips in a batch have the same frame size, so windows are batched by a few reshapes instead of a loop. Attention is implemented
+with basic operations, because the fused kernel's backward pass is slow on CPUs.
 """
 
 from functools import lru_cache
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 @lru_cache(maxsize=32)
 def window_buckets(height: int, width: int, side: int = 4) -> list[torch.Tensor]:
-    """Return the windows of a grid of height x width units, grouped by size: int64 `[windows, units]` of raster indices."""
+    """Return the windows of a grid of height x width units as raster indices, with one int64 `[windows, units]` per window size."""
     index = torch.arange(height * width).view(height, width)
     windows = [
         index[y : y + side, x : x + side].flatten() for y in range(0, height, side) for x in range(0, width, side)
@@ -30,7 +30,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
-    with torch.autocast("cpu", enabled=False):  # softmax sums in float32 internally; autocast would make float32 copies
+    with torch.autocast(
+        "cpu", enabled=False
+    ):  # softmax already sums in float32; autocast would make float32 copies of its inputs
         weights = scores.softmax(-1)
     return weights.to(v.dtype) @ v
 
@@ -41,11 +43,12 @@ def tower(visual, patches: torch.Tensor, height: int, width: int) -> tuple[torch
     Args:
         visual: `model.model.visual`.
         patches: `[G * height * width * 4, 1176]` in Hugging Face's order.
-        height: units in a column.
-        width: units in a row.
+        height: number of units in a column.
+        width: number of units in a row.
 
     Returns:
-        Merged features `[G, units, D]` and the last layer's patches `[G, units, 4 * hidden]`, both in raster order.
+        The merged features `[G, units, D]` and the patches' states in the last layer `[G, units, 4 * hidden]`, both in raster
+        order.
     """
     units = height * width
     x = F.linear(patches, visual.patch_embed.proj.weight.flatten(1)).float()  # the residual stream stays in float32
@@ -56,7 +59,7 @@ def tower(visual, patches: torch.Tensor, height: int, width: int) -> tuple[torch
     where = torch.stack(
         [(y.flatten()[:, None] * 2 + inner[0]).flatten(), (xs.flatten()[:, None] * 2 + inner[1]).flatten()]
     )
-    # Rows in window order, so that a window is a slice.
+    # Sort the rows by window, so that each window is a slice.
     buckets = window_buckets(height, width)
     order = torch.cat([b.flatten() for b in buckets])
     x = x.view(grids, units, 4, -1)[:, order].flatten(1, 2)

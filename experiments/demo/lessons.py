@@ -1,7 +1,8 @@
-"""Questions used only in training. Each asks for one step of a harder question type.
+"""Questions that are used only in training. Each one asks for one step of a harder question type.
 
-The position of one thing comes before the relation of two, and the time of an event before the order of events. Imported by
-`experiments.demo.batches` and `experiments.demo.build`; not run by itself.
+For example, lessons ask for the position of one thing, because other questions ask for the relation between two things, and for the
+time of one event, because other questions ask for the order of events. Imported by `experiments.demo.batches` and
+`experiments.demo.build`; not run by itself.
 """
 
 import numpy as np
@@ -77,5 +78,5 @@ LESSONS = {
 
 
 def ask_all(clip: Clip, rng: np.random.Generator, count: int) -> list[Question]:
-    """Ask questions like `ask`, including lessons."""
+    """Ask questions like `ask`, but include lessons."""
     return ask(clip, rng, count, MAKERS | LESSONS, WEIGHTS | {"when": 1.5})

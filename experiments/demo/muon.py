@@ -1,11 +1,12 @@
-"""Muon in float32, batched by matrix shape. PyTorch's Muon uses bfloat16, ten times slower on CPUs without bfloat16 matmul."""
+"""Muon in float32, batched by matrix shape. PyTorch's version uses bfloat16, which is ten times slower on CPUs without support."""
 
 from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 
-COEFFICIENTS = 3.4445, -4.7750, 2.0315  # as in PyTorch: steep at zero, so that singular values end between 0.5 and 1.5
+# As in PyTorch. The polynomial is steep at zero, so that singular values end up between 0.5 and 1.5.
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 
 
@@ -38,7 +39,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Bring the singular values of matrices `[N, rows, columns]` close to 1, with five Newton-Schulz iterations."""
+    """Bring the singular values of matrices `[N, rows, columns]` close to 1 with five Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT.contiguous() if tall else matrices

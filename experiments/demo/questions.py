@@ -1,4 +1,4 @@
-"""Questions about a clip of shapes. The answers follow from the scene, and only unambiguous questions are asked."""
+"""Questions about a clip of shapes. The answers are derived from the scene, and only unambiguous questions are asked."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -10,28 +10,30 @@ import numpy as np
 
 from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing
 
-# Relative frequency per type. Types that take longest to learn are asked most often.
+# Relative frequency of each question type. The types that take longest to learn are asked most often.
 WEIGHTS = {"relation": 3.0, "order": 5.0, "place": 2.0, "event": 1.5, "describe": 0.5}
-# The ability that a question type needs.
+# The ability that each question type tests.
 GROUPS = {
     "detail": ("digit", "digit_colour", "colour", "shape", "size"),
     "time": ("event", "which", "order", "count_end", "motion"),
     "space": ("relation", "place", "count"),
     "rest": ("exists", "describe"),
 }
-# Yields all questions of one type about a clip: question, answer, and the things they are about.
+# Function that yields all questions of one type about a clip: the question, the answer, and the things that the question is about.
 Maker = Callable[[Clip, np.random.Generator], Iterable[tuple]]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a clip of either world. If there are `options`, the answer is one of them."""
+    """A question about a clip in either world. If it has `options`, the answer is one of them."""
 
     type: str
     question: str
     answer: str
     options: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()  # shapes: its needs, flash, camera; scenes: the clip's family, then finer groups
+    groups: tuple[
+        str, ...
+    ] = ()  # for shapes: abilities, flash, camera; for scenes: the clip's family, then finer groups
 
 
 def ask(
@@ -44,8 +46,8 @@ def ask(
     """Ask up to `count` different questions about a clip.
 
     Args:
-        makers: question types, by default MAKERS.
-        weights: relative frequency of the types; 1 for a missing type.
+        makers: the question types, by default MAKERS.
+        weights: relative frequency of each type. Types that are missing have weight 1.
     """
     if makers is None:
         makers = MAKERS
@@ -96,7 +98,10 @@ def _digits(clip: Clip) -> list[Thing]:
 
 
 def _each(things: Callable[[Clip], Iterable[Thing]], part: str, *phrases: str, called=refer) -> Maker:
-    """Make questions about these things: the text is a phrase with the thing's name, the answer one of its attributes."""
+    """Return a maker that asks for an attribute of each thing. The question is one of the phrases, with the thing's name in it.
+
+    `part` is the name of the attribute.
+    """
 
     def make(clip, rng):
         for t in things(clip):
@@ -124,7 +129,7 @@ def _count(clip, rng):
 
 
 def _count_end(clip, rng):
-    # A thing that vanishes shortly before the end may not be sampled any more, so such clips get no question.
+    # If a thing vanishes shortly before the end, no sampled frame may show that it is gone. Such clips get no question.
     if not any(0 < clip.seconds - t.end < clip.seconds * 0.12 for t in clip.shapes):
         seen = sum(t.visible(clip.seconds * (1 - 1e-6)) for t in clip.shapes)
         yield pick(rng, "How many shapes are there at the end?", "How many shapes are left at the end?"), str(seen)
@@ -137,7 +142,7 @@ def _event(clip, rng):
         for t in clip.things
         for x in [refer(clip, t, rng)]
     ]
-    # Most things stay. Asking about them less often keeps "stays" from being the best guess.
+    # Most things stay. These are asked about less often, so that "stays" is not the best guess.
     return [m for m in made if m[1] != "stays" or rng.random() < 0.5]
 
 
@@ -198,7 +203,7 @@ def _exists(clip, rng):
     if names and rng.random() < 0.5:
         name = pick(rng, *sorted(names))
         answer = "yes"
-    else:  # a present shape and a present colour that do not occur together, if there are enough
+    else:  # a shape and a color that are both in the clip, but not in the same thing, if possible
         kinds = list(SHAPES)
         if rng.random() < 0.7:
             kinds = sorted({t.kind for t in clip.shapes})
@@ -214,7 +219,7 @@ def _exists(clip, rng):
 
 
 def _describe(clip, rng):
-    """Describe the clip in full sentences, with things from left to right."""
+    """Describe the clip in complete sentences that list the things from left to right."""
     said = []
     for t in sorted(clip.things, key=lambda t: t.centre(max(t.start, 0.0))[0]):
         event = t.event(clip.seconds)

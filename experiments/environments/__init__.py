@@ -1,1 +1,1 @@
-"""Run tests in environments that differ from the usual one."""
+"""Run tests in environments that differ from the usual development environment."""

@@ -1,21 +1,21 @@
-"""Create an environment for tests that the usual one cannot run, and run them there.
+"""Create an environment for tests that cannot run in the usual one, and run them there.
 
     python -m experiments.environments NAME [--into DIR] [-- OPTIONS OF PYTEST]
 
 | NAME | tests |
 |---|---|
-| vllm | the plugin for vLLM, on a CPU |
+| vllm | the vLLM plugin, on a CPU |
 | serve | the server, with real clients |
 | ray | batches on Ray, including the slow tests |
-| lmms-eval | the model for lmms-eval, in lmms-eval |
+| lmms-eval | the lmms-eval model, run by lmms-eval |
 | processor | the output of transformers' processors, which need torchvision |
-| transformers | transformers' own tests on models that prune; `--source DIR` is a checkout, which is installed |
+| transformers | transformers' own tests, on models that prune; `--source DIR` is a checkout of transformers, which is installed |
 | speech | speech in videos, with a real Whisper model; needs espeak-ng and ffmpeg |
-| device | on a second device other than the CPU (tests/second_device) |
+| device | the tests in tests/second_device, on a second device other than the CPU |
 | lowest | the default tests, with the lowest versions that pyproject.toml allows |
 
-torch has the same version as in the running environment: older builds are too large to try, and other packages would install newer
-ones.
+The environment gets the same version of torch as the running one, because older builds are too large to try, and because other
+packages would install a newer version.
 """
 
 import argparse
@@ -31,17 +31,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[2]
-OPERATORS = "plugins/vllm/evoprune_vllm/operators.py"  # makes PyPI's torchvision importable with a CPU build of torch
+OPERATORS = "plugins/vllm/evoprune_vllm/operators.py"  # lets PyPI's torchvision be imported with a CPU build of torch
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Arguments for the environment's Python. `main` fills in the words in braces.
+    """The commands for one environment, as arguments for its Python. `main` replaces the words in braces.
 
     Attributes:
-        make: the steps that install what the tests need.
-        test: runs the tests; options of pytest may follow.
-        block: a page, and a word that identifies its `sh` block; the block runs verbatim before the steps.
+        make: the commands that install what the tests need.
+        test: the command that runs the tests. Options for pytest may be appended.
+        block: a page, and a word that identifies one of its `sh` blocks. This block is run unchanged before `make`.
     """
 
     make: tuple[str, ...]
@@ -59,7 +59,7 @@ RECIPES = {
         make=(
             "-m pip install -q -c constraints.txt .[test]",
             "-m pip install -q ./plugins/serve httpx openai llm selenium",
-            "-m pip install -q --no-deps axe-playwright-python",  # includes axe-core, which checks the page's accessibility
+            "-m pip install -q --no-deps axe-playwright-python",  # includes axe-core, which checks the web page's accessibility
         ),
         test="-m pytest -q -m '' tests/plugins/serve",
     ),
@@ -75,7 +75,7 @@ RECIPES = {
     "processor": Recipe(
         make=(
             "-m pip install -q -c constraints.txt -e .[test]",
-            "-m pip install -q --no-deps torchvision==0.28.0",  # for torch 2.13; its dependencies would install torch for CUDA
+            "-m pip install -q --no-deps torchvision==0.28.0",  # for torch 2.13; its dependencies include torch for CUDA
             OPERATORS,
         ),
         test="-m pytest -q -m '' tests/hf/test_processor.py",
@@ -110,10 +110,10 @@ RECIPES = {
 
 
 def run(python: Path | str, arguments: Sequence[str], check: bool = True) -> int:
-    """Run Python in the checkout, with its output passed through, and return its exit status.
+    """Run Python in the checkout, without capturing its output, and return the exit status.
 
     Raises:
-        subprocess.CalledProcessError: it failed, and `check` is true.
+        subprocess.CalledProcessError: the command failed, and `check` is True.
     """
     command = [str(python), *arguments]
     print("$", shlex.join(command), flush=True)
@@ -121,26 +121,26 @@ def run(python: Path | str, arguments: Sequence[str], check: bool = True) -> int
 
 
 def block_of(page: str, word: str) -> str:
-    """Return the text of the only `sh` block of a page that contains a word."""
+    """Return the text of the only `sh` block in a page that contains the given word."""
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
     (found,) = (block for block in blocks if word in block)
     return found
 
 
 def run_block(text: str, python: Path) -> None:
-    """Run a block in a shell in the checkout, with the environment's `python` and `pip`. Raises like `run`."""
+    """Run a block of shell commands in the checkout with the environment's `python` and `pip`. For the exceptions, see `run`."""
     print(text, flush=True)
     own = os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     subprocess.run(["bash", "-e", "-c", text], check=True, cwd=ROOT, env=own)  # noqa: S603, S607
 
 
 def filled(arguments: str, words: dict) -> list[str]:
-    """Split the arguments and fill in the words in braces."""
+    """Split the arguments and replace the words in braces."""
     return [argument.format(**words) for argument in shlex.split(arguments)]
 
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return this script's options, and the pytest options after `--`."""
+    """Return this script's options, and the options for pytest that follow `--`."""
     own = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(
         prog="python -m experiments.environments",

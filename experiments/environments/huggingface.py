@@ -1,13 +1,14 @@
-"""Run transformers' own tests for all families on models that prune, and be the pytest plugin that makes them prune.
+"""Run transformers' own tests for all model families on models that prune. Also contains the pytest plugin that makes them prune.
 
     python -m experiments.environments.huggingface --source DIR
 
-DIR is a checkout of transformers of the installed version. The tests of these models, with the common and the generation tests, run
-on pictures and on videos, each three times: unpatched, with the method `none`, and with `evoprune` at budget 1.0. A test that fails
-unpatched is ignored. Every other test must pass, or be refused by evoprune with one of its own errors.
+DIR is a checkout of transformers at the installed version. The tests for these models, including the common and the generation
+tests, run on images and on videos. Each of them runs three times: unpatched, with the `none` method, and with `evoprune` at budget
+1.0. A test that fails unpatched is ignored. In every other test, the patched models must pass or evoprune must raise one of its own
+errors.
 
-The tests' towers have one patch per unit, which evoprune refuses. The plugin therefore gives them 2x2 identical patches per unit,
-which leaves the prompts unchanged. It can also turn the pictures of the common inputs into videos.
+In the tests, the towers have one patch per unit, which evoprune rejects. Therefore, the plugin gives them 2x2 identical patches per
+unit, which does not change the prompts. The plugin can also turn the images in the common inputs into videos.
 """
 
 import argparse
@@ -37,11 +38,11 @@ PATCHED = ("none", "evoprune")
 MEDIA = ("pictures", "videos")
 MERGE = 2
 
-Outcomes = dict[str, dict]  # test -> its last record from the plugin
+Outcomes = dict[str, dict]  # test -> the last record that the plugin made for it
 
 
 def outcomes(source: Path, families: Sequence[str], method: str, media: str, options: Sequence[str]) -> Outcomes:
-    """Run the tests in a separate process and return their outcomes. Exits if a test file did not run."""
+    """Run the tests in a separate process and return their outcomes. Exit this script if a test file did not run."""
     tests = [TESTS.format(family) for family in families]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with TemporaryDirectory() as folder:
@@ -63,10 +64,10 @@ def outcomes(source: Path, families: Sequence[str], method: str, media: str, opt
 
 
 def compare(before: Outcomes, after: Outcomes) -> tuple[Counter, list[dict]]:
-    """Compare the outcomes of the tests that passed before.
+    """Compare the outcomes of the tests that passed without the patch.
 
     Returns:
-        Counts of evoprune's refusals by message, and the records of all other failures.
+        How often evoprune raised each of its own errors, by message, and the records of all other failures.
     """
     passed = [name for name, record in before.items() if record["outcome"] == "passed"]
     missing = {"outcome": "failed", "refused": False, "message": "did not run"}
@@ -127,7 +128,7 @@ def pytest_collection_modifyitems(config, items) -> None:
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     problem = call.excinfo.value if call.excinfo else None
-    report.outcome_record = {  # an attribute, because reports travel to the main process with `-n`
+    report.outcome_record = {  # stored in the report, because `-n` sends reports to the main process
         "test": item.nodeid,
         "outcome": report.outcome,
         "refused": isinstance(problem, EvopruneError),
@@ -148,7 +149,7 @@ def pytest_sessionfinish(session) -> None:
 
 
 def _adapt_inputs(cls, videos: bool) -> None:
-    """Make the test class `cls` build its common inputs with this plugin's changes."""
+    """Patch the test class `cls` so that its common inputs have this plugin's changes."""
     set_up = cls.setUp
 
     @functools.wraps(set_up)
@@ -161,7 +162,7 @@ def _adapt_inputs(cls, videos: bool) -> None:
         make_inputs = tester.prepare_config_and_inputs_for_common
         rope = copy.deepcopy(getattr(tester, "rope_parameters", None))  # a copy, because the config may change it
         config = make_config()
-        if not hasattr(config, "vision_config"):  # a bare language model
+        if not hasattr(config, "vision_config"):  # a language model without a tower
             return
         before = config.vision_config.spatial_merge_size
         tester.get_config = functools.partial(_config, tester, make_config, rope)
@@ -170,7 +171,7 @@ def _adapt_inputs(cls, videos: bool) -> None:
             for_generate = self.prepare_config_and_inputs_for_generate
 
             def fewer(*args, **kwargs) -> tuple:
-                """Return inputs with fewer prompts. The tests slice their own tensors, so patches are added afterwards."""
+                """Return inputs with fewer prompts. Patches are added afterwards, because the tests slice their own tensors."""
                 adapted_inputs = tester.prepare_config_and_inputs_for_common
                 tester.prepare_config_and_inputs_for_common = make_inputs
                 try:
@@ -184,14 +185,14 @@ def _adapt_inputs(cls, videos: bool) -> None:
 
 
 def _config(tester, make_config, rope: dict | None):
-    """Return the tests' config. `rope` is shared by text and tower, and the tower's config modifies it, so it is copied."""
+    """Return the tests' config. `rope` is copied, because text and tower share it and the tower's config modifies it."""
     if rope is not None:
         tester.rope_parameters = copy.deepcopy(rope)
     return _with_units(make_config())
 
 
 def _with_units(config):
-    """Return the config with 2x2 patches per unit, published activation and rotation, and valid full-attention layers."""
+    """Return the config with 2x2 patches per unit, published models' activation and rotation, and valid full-attention layers."""
     vision = config.vision_config
     if getattr(vision, "rope_parameters", None):
         vision.rope_parameters["rope_theta"] = 10000.0
@@ -203,11 +204,11 @@ def _with_units(config):
 
 
 def with_patches(config, inputs: dict, before: int, videos: bool) -> tuple:
-    """Return config and inputs with 2x2 patches per unit.
+    """Return the config and the inputs with 2x2 patches per unit.
 
     Args:
-        before: patches along the side of a unit in the tests' own inputs.
-        videos: whether to turn pictures into videos, with the rows of a picture as successive time steps.
+        before: number of patches along the side of a unit in the tests' own inputs.
+        videos: whether to turn images into videos, so that the rows of an image become successive time steps.
     """
     config = _with_units(config)
     if "image_grid_thw" not in inputs:
@@ -230,7 +231,7 @@ def with_patches(config, inputs: dict, before: int, videos: bool) -> tuple:
 
 
 def _prune_all_models(method: str) -> None:
-    """Make every model of the supported classes prune from its first call on."""
+    """Make every model of a supported class prune, starting with its first call."""
     for cls in (getattr(transformers, f"{family.model}ForConditionalGeneration") for family in FAMILIES.values()):
         for name in ("forward", "generate"):
             setattr(cls, name, _from_now_on(getattr(cls, name), name, method))

@@ -1,7 +1,7 @@
-"""Regenerate the pictures and examples of README and docs: `python -m experiments.pictures.examples`.
+"""Regenerate the pictures and examples in README and docs: `python -m experiments.pictures.examples`.
 
-They are the figure of the method with its counts, the overlay, the transcript, and the JSON of docs/json.md and docs/cli.md. It
-takes a minute or two. The charts and tables of results/ have their own commands.
+These are the figure that explains the method with its counts, the overlay, the terminal transcript, and the JSON in docs/json.md
+and docs/cli.md. This takes a minute or two. The charts and tables in results/ are created by other commands.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MADE_BY = "make it anew: python -m experiments.pictures.examples"
 ROOT = Path(__file__).parents[2]
 ASKED = ("ask", "samples/square.mp4", "What colour is the square?")
 OVERLAY = ("inspect", "samples/scenes/crossing.mp4", "-m", "demo-scenes", "-b", "0.25", "--json", "--overlay")
-# The command for the example in each section of docs/json.md.
+# The command that produces the example in each section of docs/json.md.
 JSON = {
     "ask and batch": (*ASKED, "--json"),
     "find": ("find", "samples/vanish.webm", "a circle", "--json"),
@@ -38,13 +38,13 @@ JSON = {
     "methods": ("methods", "--json"),
     "Errors": ("ask", "gone.mp4", "What happens?", "--json"),
 }  # fmt: skip
-WIDTH = 128  # longest line of JSON
-# Starts of lines that differ from run to run, or appear only if something takes a millisecond.
+WIDTH = 128  # maximum length of a line of JSON
+# Beginnings of lines that differ between runs or that appear only if a step takes at least a millisecond.
 MEASURED = ("model", "compile", "store", "  overlap", "first token", "total", "memory", " " * 11)
 
 
 def run(*arguments: str) -> tuple[str, str]:
-    """Return what `evoprune` writes to stdout and stderr, run with a temporary cache folder."""
+    """Run `evoprune` with a temporary cache folder, and return what it writes to stdout and stderr."""
     with tempfile.TemporaryDirectory() as kept:
         own = os.environ | {"EVOPRUNE_CACHE_DIR": kept}
         command = [sys.executable, "-m", "evoprune_cli", *arguments]
@@ -55,7 +55,10 @@ def run(*arguments: str) -> tuple[str, str]:
 
 
 def filled(shape: Any, real: Any) -> Any:
-    """Return the fields of `shape`, in its order, with the values of `real`. Objects in lists match by name, else the first."""
+    """Return the fields of `shape`, in the same order, with the values from `real`.
+
+    An object in a list gets the values of the object in the other list that has the same name, or of the first object if none has.
+    """
     if isinstance(shape, dict):
         return {name: filled(each, real[name]) for name, each in shape.items()}
     if isinstance(shape, list) and shape and isinstance(shape[0], dict):
@@ -69,7 +72,7 @@ def _name(row: dict) -> tuple:
 
 
 def counts(text: str) -> list[list[str]]:
-    """Return the words of a transcript that are the same in every run, without times, bars, memory and processor."""
+    """Return the words of a transcript that are the same in every run, which excludes times, bars, memory and the processor."""
     lines = [line for line in text.splitlines() if line and not line.startswith(MEASURED)]
     return [re.sub(r"^(\S+|  pruning) +[\d.,]+ *#*", r"\1 ", line).split() for line in lines]
 
@@ -85,7 +88,7 @@ def examples(page: str) -> dict[str, str]:
 
 
 def wrapped(content: Any) -> str:
-    """Return JSON in lines of at most `WIDTH`, never broken inside a string."""
+    """Return JSON with lines of at most `WIDTH` characters. Lines are never broken inside a string."""
     words = re.sub(r'"(?:[^"\\]|\\.)*"(: )?', lambda text: text[0].replace(" ", "\0"), json.dumps(content)).split(" ")
     lines = [words[0]]
     for word in words[1:]:
@@ -97,12 +100,12 @@ def wrapped(content: Any) -> str:
 
 
 def overlay_facts(record: dict) -> str:
-    """Return the facts that the overlay's PNG stores: the counts of units, the method and the budget."""
+    """Return the facts that are stored in the overlay's PNG file: the numbers of units, the method and the budget."""
     return json.dumps({name: value for name, value in record["overlay"].items() if name != "file"}, sort_keys=True)
 
 
 def described(run: figure_method.Run) -> str:
-    """Return the alt text of the figure of the method."""
+    """Return the alt text for the figure that explains the method."""
     n = run.video.fates.counts()
     pairs = run.video.plan.grid[0]
     before = run.first_layers
@@ -130,7 +133,7 @@ def make_method() -> None:
 
 
 def make_overlay() -> None:
-    with tempfile.TemporaryDirectory() as folder:  # because evoprune replaces only files that it wrote
+    with tempfile.TemporaryDirectory() as folder:  # because evoprune replaces only files that it has written
         file = Path(folder, "overlay.png")
         record = json.loads(run(*OVERLAY, str(file))[0])
         facts = PngImagePlugin.PngInfo()
@@ -182,7 +185,7 @@ def main(args: Sequence[str] | None = None) -> None:
         prog="python -m experiments.pictures.examples", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--only", nargs="+", choices=MAKERS, default=MAKERS, help="make these alone")
-    os.chdir(ROOT)  # the transcript names its clip as README does
+    os.chdir(ROOT)  # so that the transcript shows the same path to its clip as README
     for name in parser.parse_args(args).only:
         print(name, flush=True)
         MAKERS[name]()

@@ -1,7 +1,7 @@
-"""Draw a real run of `evoprune` on one clip of at most eight frame pairs. Imported by `experiments.pictures.examples`.
+"""Draw a figure of a real `evoprune` run on one clip with at most eight frame pairs. Imported by `experiments.pictures.examples`.
 
-Three rows of frame pairs show the input units, the encoded units, and the selected units with their cluster sizes. Below are the
-rows that each layer of the tower computes, next to the rows of a method that prunes after the encoder.
+Three strips of frame pairs show the input units, the encoded units, and the selected units with the sizes of their clusters. Below
+these strips, bars show how many rows each layer of the tower computes, compared with a method that prunes after the encoder.
 """
 
 import base64
@@ -26,7 +26,7 @@ OURS = COLOURS[0]
 OTHERS = COLOURS[1]
 REUSED = "#CFE3F1"
 STRIPS, PITCH, GAP = 78, 138, 10  # in pixels: top of the first strip, distance between strips, gap between frames
-# baseline of the layer bars, and height of the bar for all units
+# Position of the baseline of the layers' bars, and height of a bar that stands for all units.
 BARS = 644
 TALL = 84
 GRID = "#E4E4E4"
@@ -37,11 +37,11 @@ class Run:
     """A run to draw.
 
     Attributes:
-        name: name of the clip.
-        budget: share of units that is kept.
-        video: frames, and the units' fates.
-        layers: rows that each layer of the tower computes; fewer after the second selection.
-        live_share: mean of `layers`, as a share of the units.
+        name: the clip's name.
+        budget: the share of units that are kept.
+        video: the frames and the fates of the units.
+        layers: number of rows that each layer of the tower computes. After the second selection, there are fewer rows.
+        live_share: mean of `layers`, as a share of the number of units.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def sizes(self) -> torch.Tensor:
-        """Cluster sizes, int64 `[N]`: units represented by a selected unit's row; 0 for all other units."""
+        """Cluster sizes, int64 `[N]`: for a selected unit, the number of units that its row represents; 0 for all other units."""
         fates = self.video.fates
         return torch.bincount(fates.owner[fates.owner >= 0], minlength=len(fates.owner)) * fates.chosen
 
@@ -76,7 +76,7 @@ def measure(clip: str, budget: float) -> Run:
 
 
 def figure(run: Run) -> str:
-    """Return the figure as SVG."""
+    """Return the figure as an SVG document."""
     n, (pairs, height, width) = run.video.fates.counts(), run.video.plan.grid
     changed = n["encoded"]
     before = run.first_layers
@@ -112,14 +112,14 @@ def figure(run: Run) -> str:
 
 
 def _panel(video: TracedVideo) -> tuple[float, float]:
-    """Return width and height of a drawn frame in pixels."""
+    """Return the width and height of a frame in the figure, in pixels."""
     pairs = video.plan.grid[0]
     width = (WIDTH - 2 * EDGE - GAP * (pairs - 1)) / pairs
     return width, width * video.plan.height / video.plan.width
 
 
 def _definitions(video: TracedVideo) -> Iterator[str]:
-    """Yield SVG definitions of every frame pair's first frame, stored once for the three strips."""
+    """Yield SVG definitions of each frame pair's first frame, so that it is stored only once for all three strips."""
     (width, height), step = _panel(video), len(video.frames) // video.plan.grid[0]
     yield "<defs>"
     for pair in range(video.plan.grid[0]):
@@ -132,7 +132,7 @@ def _definitions(video: TracedVideo) -> Iterator[str]:
 
 
 def _units(run: Run, strip: int) -> Iterator[str]:
-    """Yield a strip of frame pairs. `strip`: 0 shows all units, 1 the encoded ones, 2 the selected ones."""
+    """Yield a strip of frame pairs. Strip 0 shows all units, strip 1 the encoded units, and strip 2 the selected units."""
     (width, height), fates = _panel(run.video), run.video.fates
     pairs, rows, columns = run.video.plan.grid
     side = width / columns
@@ -169,7 +169,7 @@ def _marked(x: float, y: float, side: float, size: int) -> Iterator[str]:
 
 
 def _towers(run: Run) -> Iterator[str]:
-    """Yield the rows per layer and the language model, for this run and for a method that prunes after the encoder."""
+    """Yield the layers' bars and the language model's box, for this run and for a method that prunes after the encoder."""
     n = run.video.fates.counts()
     total = len(run.layers)
     before = run.first_layers
@@ -202,7 +202,10 @@ def _towers(run: Run) -> Iterator[str]:
 
 
 def _bars(left: float, wide: float, step: float, rows: Sequence[int], units: int, colour: str) -> Iterator[str]:
-    """Yield a bar per layer, as tall as its rows, over a pale bar for all units. Counts are written where they change."""
+    """Yield a bar for each layer in proportion to its number of rows, in front of a pale bar that stands for all units.
+
+    The number of rows is written next to the first layer and wherever it changes.
+    """
     for number, count in enumerate(rows):
         x = left + number * step
         tall = TALL * count / units
@@ -218,7 +221,7 @@ def _arrow(left: float, right: float) -> Iterator[str]:
 
 
 def _model(left: float, width: float, lines: Sequence[str]) -> Iterator[str]:
-    """Yield the box of the language model, with some lines of text."""
+    """Yield a box that stands for the language model and contains some lines of text."""
     tall = 26 + 17 * len(lines)
     top = BARS - TALL / 2 - tall / 2
     yield f'<rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{tall}" rx="6" fill="#F3F6F9" stroke="#B8C4CE"/>'
