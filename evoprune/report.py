@@ -425,7 +425,7 @@ def name_inputs(report: Report, names: Sequence[str]) -> None:
 
 
 def rounded(value):
-    """Return a copy of plain data in which all floats are rounded to six decimal places.
+    """Return a copy of plain data with all floats rounded to six decimal places.
 
     This rounds times in seconds to microseconds, and times in milliseconds to nanoseconds.
     """

@@ -69,7 +69,10 @@ def explained(doc: str | None, *kinds: type, without: Iterable[str] = (), **defa
 
 
 def meaning(kind: type, field: Field) -> str:
-    """Return an option's help text for Python users, in which command line flags are replaced with the names of Python keywords."""
+    """Return an option's help text for Python users.
+
+    Where the text names command line flags, they are replaced with the names of the Python keywords.
+    """
     option = field.metadata[OPTION]
     if option.in_python:
         return option.in_python

@@ -132,8 +132,8 @@ def loads(text: str, once: bool = False) -> Any:
 
     Args:
         text: The JSON text.
-        once: Whether to reject an object in which a name occurs more than once. If False, the last value is used, as in Python's
-            own parser.
+        once: Whether to reject an object that contains the same name more than once. If False, the last value is used, as in
+            Python's own parser.
 
     Raises:
         ValueError: If the text is not JSON, is nested more than `MAX_LEVELS` deep, or contains NaN, infinity or a number that is

@@ -128,7 +128,7 @@ def budget_text(budget: float | str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
-    """Return the start of a hint that suggests known words similar to a misspelled word, or an empty string if none is similar.
+    """Return the start of a hint that suggests known words similar to a misspelled word, or an empty string if there are none.
 
     Args:
         word: The misspelled word.
@@ -299,7 +299,7 @@ def generator_seed(seed: int) -> int:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Describe the entries in which two dicts differ, or return an empty string if the dicts are equal."""
+    """Describe the entries that differ between two dicts. If the dicts are equal, return an empty string."""
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return "; ".join(f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in names)
 
@@ -442,7 +442,7 @@ def check_type(name: str, value: Any, declared: Any) -> Any:
 
 
 def record_of(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
-    """Return options as a single flat dict, in the format in which outputs record them.
+    """Return options as a single flat dict, which is the format that outputs use to record them.
 
     The dict contains the options that affect answers and differ from their defaults. It also contains the options named in
     `always`, whatever their values. Do not add options from later versions to `always`, so that outputs written by earlier versions

@@ -231,9 +231,9 @@ class VideoQA(Uncopied):
         """Ask a question about one or more inputs. This combines `encode` and `EncodedInputs.ask`.
 
         Args:
-            inputs: An input in any form that `encode` accepts, or a result of this object's `encode` method. The former is encoded
-                with the default options, and the latter is reused. For several inputs, pass a list of these in the order in which
-                the model should read them.
+            inputs: An input in any form that `encode` accepts, which is encoded with the default options, or a result of this
+                object's `encode` method, which is reused. For several inputs, pass a list of these in the order in which the model
+                should read them.
             question: The question, which is passed to the model unchanged.
             seed, on_thoughts, options: See `EncodedInputs.ask`.
 

@@ -38,7 +38,7 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Settings(PipelineOptions):
-    """The options of a batch. The time span comes from each row and not from `start_s` and `end_s`."""
+    """The options of a batch. Each row has its own time span, which takes the place of `start_s` and `end_s`."""
 
     ALWAYS: ClassVar[tuple[str, ...]] = RECORDED  # names of the options that are always recorded
 
@@ -64,7 +64,7 @@ class Settings(PipelineOptions):
         return self.model, self.pruning, self.sampling, self.generation
 
     def record(self) -> dict[str, Any]:
-        """Return the options as flat JSON data, in the format in which records store them."""
+        """Return the options as flat JSON data, in the format that records use."""
         code = MethodText(self.pruning.method).plugin_code()
         facts = record_of(self.groups, self.ALWAYS) | {"method_args": {}}  # `method` already contains these settings
         if code:
@@ -213,7 +213,7 @@ def _size_limit(units: int) -> str:
 
 
 class RecordFile:
-    """An output file of records. The constructor opens and locks the file, but nothing is changed in it until `begin` is called.
+    """An output file of records. The constructor opens and locks the file, but does not change it. `begin` makes the first change.
 
     Stdout ("-"), pipes and files that are already open can only be written to. For these, `regular` is False.
 

@@ -147,7 +147,7 @@ class Worker:
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    """Rebuild a row from JSON, in which its tuples have become lists."""
+    """Rebuild a row from JSON, which has turned its tuples into lists."""
     lists = {name: tuple(fields[name]) for name in ("inputs", "paths", "options", "groups")}
     return Row(**fields | lists | {"earlier": tuple(Turn(**turn) for turn in fields["earlier"])})
 

@@ -470,7 +470,7 @@ def _seconds(value: Any, name: str) -> float | None:
 
 
 class Problems:
-    """Collects problems with the videos and rows of a batch, each with a hint, in order to report all of them in a single error."""
+    """Collects problems with the videos and rows of a batch, each with a hint, and reports them all in a single error."""
 
     def __init__(self):
         self._found: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""Write the output of a batch as a CSV table, in which each row is followed by its answer or error. Imports no torch."""
+"""Write the output of a batch as a CSV table that repeats every row and adds its answer or error. Imports no torch."""
 
 import csv
 import io
@@ -19,9 +19,8 @@ COLUMNS = ("answer", "error", "finish_reason", "visual_tokens", "new_tokens", "t
 class TableFile(RecordFile):
     """A CSV file (RFC 4180, UTF-8, comma-separated) to which one row at a time is appended. `add` returns once the row is on disk.
 
-    The table contains the input's columns in the order in which they first appear, followed by `COLUMNS`. If an input column has
-    the same name as one of `COLUMNS`, it gets the prefix `row_`. A table does not contain the settings of the batch, so it cannot
-    be resumed.
+    The table contains the input's columns in order of first appearance, followed by `COLUMNS`. If an input column has the same name
+    as one of `COLUMNS`, it gets the prefix `row_`. A table does not contain the settings of the batch, so it cannot be resumed.
 
     Raises:
         UsageError: If `resume` is True. For other errors, see `RecordFile`.
@@ -37,7 +36,7 @@ class TableFile(RecordFile):
 
     @staticmethod
     def is_meant(path: str) -> bool:
-        """Return True if an output path means a CSV table. Stdout and open files never do, whatever their names are."""
+        """Return True if an output path asks for a CSV table. Stdout and open files never do, whatever their names are."""
         return path.lower().endswith(ENDING) and path != STDOUT and not path.startswith(OPEN_FILES)
 
     @property

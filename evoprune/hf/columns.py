@@ -1,11 +1,10 @@
 """Remove the columns of pruned tokens from the arguments of a call to a Hugging Face model.
 
 A call is a dict that contains the arguments of `forward` or `generate` by name. M-RoPE positions still refer to the whole prompt,
-so there are gaps in them after pruning. There are no gaps in each token's index within its row, from which attention masks are
-built.
+so they have gaps after pruning. Attention masks are built from each token's index within its row, which has no gaps.
 
-The remaining columns of each row are aligned to the right, so that all rows still end where the answer begins. Rows in which fewer
-columns remain are padded on the left. If no row needs a column of left padding, that column is removed. Callbacks passed to
+The remaining columns are aligned to the right, so that all rows still end where the answer begins. If a row has fewer remaining
+columns than the longest row, it is padded on the left. Columns of left padding that no row needs are removed. Callbacks passed to
 `generate` still receive the ids of the whole prompt.
 """
 
@@ -42,13 +41,13 @@ class Columns:
 
     @classmethod
     def of(cls, left: Sequence[torch.Tensor], ids: torch.Tensor, mask: torch.Tensor | None = None) -> "Columns":
-        """Move the remaining columns of each row to the right, using only as many places as the longest row needs.
+        """Move each row's remaining columns to the right, using only as many places as the longest row needs.
 
         Args:
             left: The remaining columns of each row in ascending order, int64 `[n]`.
             ids: The token ids of the unpruned batch, int64 `[B, L]`.
             mask: The attention mask `[B, L]`, which is 0 at padding. None means that there is no padding. Padding before a row's
-                first token is removed where it would take more places than the longest row needs.
+                first token is removed if it would take more places than the longest row needs.
         """
         needed = left
         if mask is not None:
@@ -114,11 +113,11 @@ def _right_aligned(rows: Sequence[torch.Tensor], places: int, fill: float) -> to
 
 
 def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> torch.Tensor:
-    """Return `ids` with the pruned prompt at the beginning of each row replaced by the whole prompt.
+    """Return `ids` with the pruned prompt at the start of every row replaced by the whole prompt.
 
     Args:
         prompt: The whole prompts, int64 `[B, L]`.
-        places: Number of columns of the pruned prompts.
+        places: Number of columns in the pruned prompts.
         ids: The pruned prompts and the tokens generated after them, int64 `[B * n, places + new]`.
     """
     prompt = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
@@ -195,10 +194,10 @@ class Visuals:
     """The videos and images of a call that are pruned."""
 
     places: list[list[Place]]  # the places of the inputs in each row of the batch, as columns that count padding too
-    pixels: torch.Tensor  # the patches of all inputs in the order of their places, `[patches, values]`
-    grids: torch.Tensor  # the size of each input in patches, int64 `[n, 3]`
+    pixels: torch.Tensor  # all inputs' patches in the order of their places, `[patches, values]`
+    grids: torch.Tensor  # each input's size in patches, int64 `[n, 3]`
     videos: tuple[bool, ...]  # whether each input is a video
-    seconds: tuple[float, ...]  # seconds between the frame pairs of each input
+    seconds: tuple[float, ...]  # seconds between frame pairs, for each input
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ class Past:
     # int64 `[B, L]`, one value per column. If the prompt is cropped right after a column, the position of any later token is that
     # column's value plus the number of tokens before the later token.
     delta: torch.Tensor
-    sizes: torch.Tensor | None = None  # the cluster size of each remaining column, float32 `[B, C]`; None if all are 1
+    sizes: torch.Tensor | None = None  # the remaining columns' cluster sizes, float32 `[B, C]`; None if all are 1
 
     def cropped(self, length: int) -> "Past":
         """Return the `Past` that describes the same cache after it has been cropped to `length` columns.
@@ -436,7 +435,7 @@ def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
 
 
 def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | None:
-    """Return the cluster size of each remaining column, float32 `[B, C]`, or None if all are 1. There is one prompt per row."""
+    """Return the remaining columns' cluster sizes, float32 `[B, C]`, or None if all are 1. There is one prompt per row."""
     if all(prompt.sizes is None for prompt in prompts):
         return None
     rows = []
@@ -449,7 +448,7 @@ def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | 
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
-    """Return the positions of each column of the whole prompt, int64 `[3 or 4, B, L]`.
+    """Return the positions of every column of the whole prompt, int64 `[3 or 4, B, L]`.
 
     If there are four positions per column, the first one is the token's zero-based index in its row.
     """

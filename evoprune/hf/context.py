@@ -176,7 +176,7 @@ def remove(model: "nn.Module | PrunedModel") -> None:
 
 
 class PrunedModel:
-    """A model in which videos are pruned, either inside a with-block or between `apply` and `remove`.
+    """A model that prunes its videos, either inside a with-block or between `apply` and `remove`.
 
     `generate` and direct calls of the model work as before, but on shorter prompts. A direct call returns logits for the remaining
     columns only (see `columns`). The KV caches that calls return can be passed to later calls. The ids and masks of those calls
@@ -412,9 +412,9 @@ def call_report(
 
 @dataclass(frozen=True)
 class _InnerCall:
-    """Marks the `forward` calls that `generate` makes, in which the columns are already pruned."""
+    """Tells `forward` that `generate` is calling it, so the columns are already pruned."""
 
-    # The cluster size of each of the prompt's columns, float32 `[B, C]`. None means that all are 1.
+    # The cluster sizes of the prompt's columns, float32 `[B, C]`. None means that all are 1.
     sizes: torch.Tensor | None = None
 
     def __deepcopy__(self, _) -> None:

@@ -74,7 +74,7 @@ def encode_each(
     config: PruneConfig,
     question: torch.Tensor | None = None,
 ) -> list[Encoded]:
-    """Encode videos as `encode` does, but return a separate `Encoded` for each video.
+    """Encode videos in the same way as `encode`, but return a separate `Encoded` for each video.
 
     Args:
         visual: The tower.

@@ -44,7 +44,7 @@ def processor_inputs(
 
     Args:
         model: "demo", "demo-scenes", a local folder or a hub id. Only the tokenizer and the input limits are read, not the weights.
-        inputs: A video or an image, or a list of them in the order in which the model should read them; see `VideoQA.encode`.
+        inputs: A video or an image, or a list of them in the model's reading order; see `VideoQA.encode`.
         question: The question, which is taken literally.
         times_s: If the input is an array, the start time of each frame in seconds.
         system: The system prompt. None means the model's default.

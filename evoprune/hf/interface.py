@@ -228,7 +228,7 @@ def cache_of(values: Mapping) -> Any:
 
 
 def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
-    """Return a `forward` call in which log(cluster size) is added to the attention logits of each column.
+    """Return a `forward` call whose attention mask adds log(cluster size) to the attention logits of every column.
 
     In this project's own decoder, `language.decoder.forward` adds this bias. Here the model's own layers run, so the bias becomes
     part of the call's attention mask. Layers that are recomputed for the gradient (checkpointing) then see the bias, and calls in
@@ -256,7 +256,7 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
         of_keys = torch.nn.functional.pad(bias, (0, max(0, end - bias.shape[1])))[:, None, None, first:end]
         if mask.dtype == torch.bool:
             # Use minus infinity, as sdpa does for a bool mask, so that the output of a row that sees no keys becomes zero. With
-            # the lowest finite number, the output would be the mean of all values, including those of later columns.
+            # the lowest finite number, the output would be the mean of all values, including the values of later columns.
             weighted[kind] = torch.where(mask, of_keys.to(mask.device, dtype), -torch.inf)
         else:
             # Adding to a masked entry could overflow to minus infinity, and eager attention turns a row of such entries into NaN.
@@ -384,7 +384,7 @@ class PlacedInput:
 
 
 def placed_inputs(model, call: dict, mask: torch.Tensor | None) -> list[list[PlacedInput]]:
-    """Return the videos and images of each row of a prompt, in the order in which they occur.
+    """Return the videos and images of every row of a prompt, in order of occurrence.
 
     Raises:
         UsageError: If the grid of a video or an image is missing, or does not match its placeholders.
@@ -426,7 +426,7 @@ def seconds_per_pair(call: dict) -> Sequence[float]:
 def _placed(
     config, ids: torch.Tensor, grids: dict[bool, Iterator[list[int]]], seconds: Iterator[float]
 ) -> Iterator[PlacedInput]:
-    """Yield the videos and images of one row in the order in which they occur."""
+    """Yield the videos and images of one row in order of occurrence."""
     at = 0
     merge = config.vision_config.spatial_merge_size
     has_timestamps = VisionConfig.of(config.vision_config).traits.timestamps

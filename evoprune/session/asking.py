@@ -54,7 +54,7 @@ class Askable(ABC, Uncopied):
         return False
 
     def _report_of_inputs(self, encodings: Sequence[EncodedInput]) -> Report:
-        """Return a report about the encoded inputs. It lacks the total time of each stage, which `fill_times` adds."""
+        """Return a report about the encoded inputs. It does not contain total stage times, which `fill_times` adds."""
         return inputs_report(self._session, encodings)
 
     @abstractmethod

@@ -27,7 +27,7 @@ class EncodedInput:
         return self.plan.encoder.keep if self.unselected else len(self.encoded.kept)
 
     def own(self) -> "EncodedInput":
-        """Return a copy in which no tokens are selected and which measures its time separately.
+        """Return a copy that has no selected tokens yet and measures its time separately.
 
         If the method does not read the question, the same object is returned.
         """
@@ -37,7 +37,7 @@ class EncodedInput:
         return replace(self, unselected=rows, encoded=rows.nothing_selected())
 
     def selected(self, question: torch.Tensor) -> "EncodedInput":
-        """Return a copy of this input in which the tokens for a question are selected.
+        """Return a copy of this input with the tokens that the method selects for a question.
 
         If the method does not read the question, the same object is returned.
 

@@ -72,15 +72,15 @@ def _size(word: str) -> str:
 
 
 def near_hint(name: str) -> str:
-    """Return the beginning of a hint that suggests the `nearest_id`, or an empty string if there is none."""
+    """Return the start of a hint that suggests the `nearest_id`, or an empty string if there is none."""
     near = nearest_id(name)
     return f"did you mean {near}? " if near else ""
 
 
 def kind_hint(name: str) -> str:
-    """Return the beginning of a hint which says that GGUF and MLX weights are not supported, or which models are supported.
+    """Return the start of a hint for a model that does not look supported, or an empty string if it does.
 
-    If the name looks like a supported model, this returns an empty string.
+    The hint says that GGUF and MLX weights are not supported or, for other models, which models are supported.
     """
     if _CONVERTED.search(name):
         instead = downloadable_id(name) or "the original checkpoint"

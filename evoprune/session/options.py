@@ -281,7 +281,7 @@ class StreamOptions:
     """How a stream is remembered.
 
     Raises:
-        UsageError: If a time span or a number of tokens is not above 0.
+        UsageError: If a time span or a number of tokens is not greater than 0.
     """
 
     PANEL: ClassVar[str] = "Stream"
@@ -374,7 +374,7 @@ class FindOptions:
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """All options that affect an answer, which otherwise depends only on the video, the question and the machine."""
+    """All options that affect an answer. Apart from these, an answer depends only on the video, the question and the machine."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     pruning: PruneOptions = field(default_factory=PruneOptions)

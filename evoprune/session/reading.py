@@ -27,7 +27,7 @@ MOST_PROBED = 256  # maximum number of inputs whose metadata is kept in memory
 
 
 class Readings:
-    """A group of readings that share memory and take turns in the order in which they were created. Closing the group stops them.
+    """A group of readings that share memory and take turns in order of creation. Closing the group stops them.
 
     Args:
         limit_bytes: Upper bound on the total size, in bytes, of the chunks that are waiting in all readings. If a consumer is
@@ -116,7 +116,7 @@ class Reading(Generic[T]):
 
     @property
     def is_here(self) -> bool:
-        """False in a forked copy of the process, in which the thread does not exist."""
+        """False in a forked copy of the process, where the thread does not exist."""
         return self._pid == os.getpid()
 
     def at_least(self, frames: int) -> None:

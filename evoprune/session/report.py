@@ -16,7 +16,7 @@ from evoprune.vision import Encoded
 
 
 def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], positions: str) -> Pruning:
-    """Return the facts about how one or more inputs were pruned, for all of them together.
+    """Return facts about how one or more inputs were pruned, with counts that cover all of them together.
 
     Args:
         units: Total number of units before pruning.
@@ -47,7 +47,7 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
 
 
 def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report:
-    """Return a report about encoded inputs. It lacks the total time of each stage, which `fill_times` adds."""
+    """Return a report about encoded inputs. It does not contain total stage times, which `fill_times` adds."""
     loaded = session.loaded
     states = {encoding.cache for encoding in encodings}
     report = Report(

@@ -100,7 +100,7 @@ def with_speech(
     cache: "Cache | None" = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Return a copy of the plan in which the transcribed speech serves as the subtitles.
+    """Return a copy of the plan that uses the transcribed speech as its subtitles.
 
     If the plan already has subtitles, or if `speech` is "none", the plan itself is returned. For the other arguments and the
     errors, see `speech_of`.

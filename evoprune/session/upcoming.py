@@ -1,8 +1,8 @@
 """Keep several inputs in flight: open and read the next inputs while the current one is being answered.
 
-The inputs are read in order, and more than one is read at a time if there are idle cores. The number of inputs that wait is at most
-the number that are read at a time. If the model computes on the CPU with all cores, only one input is read while the previous one
-is being answered, so that reading later inputs does not slow down the answer.
+The inputs are read in order, and more than one is read at a time if there are idle cores. At most as many inputs wait in the queue
+as are read at a time. If the model computes on the CPU with all cores, only one input is read while the previous one is being
+answered, so that reading later inputs does not slow down the answer.
 """
 
 import time

@@ -452,7 +452,7 @@ def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None =
 
     Args:
         path: The JSON file.
-        inner: Name of the object inside the file that contains the settings. None means that the whole file does.
+        inner: Name of the object inside the file that contains the settings. None means that they are at the top level.
         only: Names of the fields to read. None means all fields.
     """
     content = read_json(path)

@@ -55,7 +55,7 @@ REPETITIVE_LOGS = {
 def load_hosted(
     config: Config, folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None
 ) -> HostedVL:
-    """Load the model in a folder through transformers. If some tensors are not used, warn about them.
+    """Load the model in a folder through transformers, and warn about tensors that are not used.
 
     Args:
         quantization: The checkpoint's quantization method, or None.
@@ -153,7 +153,7 @@ def _missing_tensors(folder: Path, missing: list[str]) -> ModelError:
 
 
 def _quantized_config(folder: Path, quantization: str, device: torch.device):
-    """Return the transformers config of a quantized checkpoint, in which the names of modules that are not quantized are corrected.
+    """Return the transformers config of a quantized checkpoint, with corrected names for the modules that are not quantized.
 
     Published checkpoints list the tower under its old name, `visual`. Without the current name, transformers would treat the tower
     as quantized. If the CPU has no kernels for the weights, the config also says to dequantize them while loading.
@@ -224,7 +224,7 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
 def in_one_dtype(host, dtype: torch.dtype) -> None:
     """Convert all layers to one dtype, except those whose weights are quantized.
 
-    This is needed because transformers leaves some layers of bitsandbytes checkpoints in the dtype in which they are stored.
+    This is needed because transformers leaves some layers of bitsandbytes checkpoints in their stored dtype.
     """
     for module in host.modules():
         weights = list(module.parameters(recurse=False))
@@ -313,7 +313,7 @@ def hugging_face_config(config: Config):
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Return a context manager in which transformers logs only errors and shows no progress bars."""
+    """Return a context manager that makes transformers log only errors and hides its progress bars."""
     from transformers.utils import logging as log
 
     level = log.get_verbosity()

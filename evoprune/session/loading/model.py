@@ -385,7 +385,7 @@ def _loaded(
 
 
 def read_generation(folder: Path | None) -> GenerationSettings:
-    """Return the settings in a model's generation_config.json. If evoprune ignores some of them, warn about these."""
+    """Read the settings in a model's generation_config.json, and warn about settings that evoprune ignores."""
     path = None
     content = {}
     if folder is not None:
@@ -435,7 +435,7 @@ def _no_tokenizer(name: str) -> ModelError:
 def load_weights(
     config: Config, files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none"
 ) -> QwenVL:
-    """Read the weights of a model that evoprune runs itself. If some tensors are not used, warn about them.
+    """Read the weights of a model that evoprune runs itself, and warn about tensors that are not used.
 
     On the CPU, weights that are stored in `dtype` stay memory-mapped until they are packed. Weights that will be quantized stay
     memory-mapped whatever their dtype is, and so do the embeddings in that case. If the input and output embeddings are tied and

@@ -139,9 +139,9 @@ class ModelWeights:
         return self.parameters * self.read_dtype(dtype, quantize).itemsize
 
     def read_dtype(self, dtype: str, quantize: str) -> torch.dtype:
-        """Return the dtype in which transformers reads the weights.
+        """Return the dtype that transformers reads the weights in.
 
-        If the weights will be quantized after they are read, this is the dtype in which they are stored, if that is known.
+        If the weights will be quantized after they are read, this is their stored dtype, if that is known.
         """
         if quantize != "none" and self.description.stored_dtype:
             return DTYPES[self.description.stored_dtype]
@@ -282,7 +282,7 @@ def weights_of(model: ModelDescription) -> ModelWeights:
 
 
 def check_packages(quantization: str | None, name: str) -> None:
-    """Check that the packages that a quantized checkpoint needs are installed.
+    """Check that all packages needed to load a quantized checkpoint are installed.
 
     Raises:
         ModelError: If a package is missing.
