@@ -1,4 +1,4 @@
-"""Points, clusters and frame pairs of whole numbers, so that all implementations of an operator agree to the last bit."""
+"""Test cases made of integers, so that all implementations of an operator agree to the last bit."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ import torch
 
 @dataclass(frozen=True)
 class Shape:
-    """A case of points in tubes.
+    """The size of a test case in which points are divided into tubes.
 
-    There are `rows` rows of `wide` numbers, and a share `same` of them are copies. `tubes` has the most points per tube. A share
-    `dropped` of the points has no row.
+    There are `rows` rows with `wide` numbers each. The fraction `same` of the rows are copies, and the fraction `dropped` of the
+    points have no row. `tubes` contains the maximum number of points in each tube.
     """
 
     points: int
@@ -65,7 +65,7 @@ def clusters(shape: Shape, seed: int, dtype: torch.dtype) -> tuple[torch.Tensor,
 
 
 def means(pairs: int, units: int, seed: int, kind: str) -> torch.Tensor:
-    """Return block means float32 `[pairs, units, 96]`, whole levels: noise, a still picture with noise in it, or a cut."""
+    """Return block means, float32 `[pairs, units, 96]`, in whole levels. They show noise, a noisy still picture, or a cut."""
     random = torch.Generator().manual_seed(seed)
     still = torch.randint(40, 200, (1, units, 96), generator=random).expand(pairs, -1, -1)
     noise = torch.randint(40, 200, (pairs, units, 96), generator=random)

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs on a machine without one. test_kernels.py runs this file in a separate process."""
+"""Compile the Triton kernels for GPUs on a machine that has no GPU. test_kernels.py runs this file in a separate process."""
 
 import pytest
 import triton

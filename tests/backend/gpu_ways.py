@@ -1,6 +1,6 @@
 """Make the CPU take the code paths of a GPU: Triton's interpreter runs the GPU kernels on CPU tensors.
 
-Needs a separate process with TRITON_INTERPRET=1, because Triton decides at import whether functions are interpreted.
+This needs a separate process with TRITON_INTERPRET=1, because Triton decides at import whether to interpret functions.
 """
 
 import sys
@@ -17,7 +17,7 @@ OPERATORS = ("standard_places", "tube_radii", "nearest_selected", "mean_rows", "
 
 
 def attend(q, k, v, query_ends, key_ends, longest, most, scale):
-    """Compute `attend_varlen` group by group."""
+    """Compute the result of `attend_varlen` group by group."""
     pieces = zip(
         q.split(query_ends.diff().tolist()),
         k.split(key_ends.diff().tolist()),
@@ -30,7 +30,7 @@ def attend(q, k, v, query_ends, key_ends, longest, most, scale):
 
 @contextmanager
 def gpu_ways() -> Iterator[None]:
-    """Patch the evoprune modules imported so far, so that they take the code paths of a GPU."""
+    """Patch all evoprune modules imported so far to take the code paths that they take on a GPU."""
     answers = {"uses_kernels": True, "is_host": False}
     library = torch.library.Library("evoprune", "IMPL")
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The Triton kernels, run by Triton's interpreter on a CPU. test_kernels.py runs this file in a separate process."""
+"""Test the Triton kernels in Triton's interpreter on a CPU. test_kernels.py runs this file in a separate process."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_the_nearest(name, step):
 
 
 def test_distances_are_rounded_to_even():
-    """Rounding matches torch: the times of the points give distances 0.5, 1.5 and 2.5."""
+    """The times of the points lead to distances of 0.5, 1.5 and 2.5, which must be rounded as in torch."""
     place, half, weight, row = torch.zeros(1, 16), torch.zeros(1), torch.ones(1), torch.zeros(4, dtype=torch.int64)
     args = place, half, weight, torch.zeros(1), row, torch.tensor([0.0, 0.5, 1.5, 2.5]), torch.arange(4)[None]
     assert torch.equal(kernels.tube_radii(*args, 4), operators._tube_radii(*args, 4))
@@ -55,7 +55,7 @@ def test_distances_are_rounded_to_even():
     ("dtype", "error"), [(torch.float32, 0), (torch.float16, 0), (torch.bfloat16, 2**-7)], ids=["32", "16", "b16"]
 )
 def test_means(name, dtype, error):
-    """The interpreter rounds to bf16 by truncating bits."""
+    """The interpreter truncates numbers when it converts them to bf16, so the tolerance depends on the dtype."""
     args = clusters(SHAPES[name], 4, dtype)
     torch.testing.assert_close(kernels.mean_rows(*args), operators._mean_rows(*args), rtol=error, atol=0)
 

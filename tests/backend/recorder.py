@@ -1,4 +1,4 @@
-"""A graph without a GPU: records the operations of a function and replays them on the same tensors."""
+"""Imitate CUDA graphs without a GPU, by recording a function's operations and replaying them on the same tensors."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ MAKES = ("lift_fresh", "_to_copy")  # only copies to another dtype may be captur
 
 
 class Recorder(TorchDispatchMode):
-    """Refuse the operations that a capture refuses: reading values, copies between devices, and tensors from host values."""
+    """Rejects what a capture rejects: reading values, copying between devices, and creating tensors from host values."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
             self._before[at] = whole, whole.clone()
 
     def undo(self) -> None:
-        """Restore the tensors, because a capture runs nothing."""
+        """Restore the tensors' values, because capturing a real graph runs nothing."""
         for whole, before in self._before.values():
             whole.copy_(before)
 
@@ -70,7 +70,7 @@ def _tensors(made) -> list[torch.Tensor]:
 
 
 def _values(x: torch.Tensor) -> torch.Tensor:
-    """Return the tensor in memory: for one on the second device (tests/second_device/far.py), the tensor it wraps."""
+    """Return the tensor itself, or the wrapped tensor if it is on the second device (tests/second_device/far.py)."""
     return getattr(x, "there", x)
 
 
@@ -79,7 +79,7 @@ def _storage(x: torch.Tensor) -> torch.UntypedStorage:
 
 
 class Graphs:
-    """Stands in for the graphs of `backend.Device`: records instead of capturing."""
+    """A stand-in for the CUDA graphs of `backend.Device`, which records functions instead of capturing them."""
 
     def __init__(self):
         self.captured = self.replayed = 0

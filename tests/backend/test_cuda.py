@@ -1,4 +1,4 @@
-"""A GPU gives the same results as the CPU: an encoding, answers, selection operators, decoding in a graph. Run with `-m cuda`."""
+"""Encodings, answers, selections and decoding in a CUDA graph give the same results as on the CPU. Run with `-m cuda`."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
 
 @pytest.fixture(scope="module")
 def devices():
-    """The demo model on the CPU, and on the device that `auto` selects."""
+    """Return the demo model on the CPU and on the device that `auto` selects."""
     return load_model("demo", device="cpu"), load_model("demo", dtype="fp32", pack=False)
 
 
@@ -35,7 +35,7 @@ def test_auto_takes_the_gpu(devices):
     [(1.0, "evoprune", "evoprune"), (0.25, INSIDE, INSIDE), (0.25, "evoprune:depth=1:reuse=0", "evoprune")],
 )
 def test_an_encoding_and_an_answer_are_those_of_the_cpu(devices, budget, on_cpu, on_gpu):
-    """The clip is small, so by default the GPU prunes it only after the tower."""
+    """By default, the GPU prunes this clip only after the tower, because it is small."""
     methods = on_cpu, on_gpu
     here, there = (
         VideoQA(loaded, budget=budget, method=name).encode(CLIP) for loaded, name in zip(devices, methods, strict=True)

@@ -1,4 +1,4 @@
-"""Device-dependent behaviour that no other test covers, checked by device names; the devices need not exist."""
+"""Test device-dependent behaviour that no other test covers. Only the names of the devices are used, so they need not exist."""
 
 import mmap
 import sys

@@ -1,4 +1,4 @@
-"""Indexers of Qwen4-Exp read masks with the biases of cluster sizes, and select the same keys as transformers."""
+"""Qwen4-Exp's indexers accept masks that contain biases for cluster sizes, and select the same keys as in transformers."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def text():
 
 
 def selected(text, masks, columns, **budget):
-    """Return, for each mask, the keys that the first indexer selects for random columns, and the state of its cache."""
+    """For each mask, return the keys that the first indexer selects for random columns, and the state of its cache."""
     from transformers import DynamicCache
 
     indexer = next(part for part in text.modules() if hasattr(part, "index_qk_proj"))

@@ -1,4 +1,4 @@
-"""Triton kernels give the same results as the other implementations; and what happens when a kernel fails."""
+"""Test that Triton kernels agree with the other implementations, and what happens when a kernel fails."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
     ],
 )
 def test_the_kernels_of_triton(file, interpreter, which, tmp_path):
-    """Runs in a separate process, because Triton decides at import whether functions are interpreted."""
+    """This runs in a separate process, because Triton decides at import whether to interpret functions."""
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", which, str(HERE / file)]
     variables = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     variables |= {"TRITON_INTERPRET": interpreter, "TRITON_CACHE_DIR": str(tmp_path)}
@@ -37,7 +37,7 @@ def test_the_kernels_of_triton(file, interpreter, which, tmp_path):
 
 @pytest.fixture
 def tried(monkeypatch):
-    """A list for the tests to fill with an entry per kernel start. No kernel has failed so far."""
+    """Reset the failed kernels, and return a list to which a test can add each kernel that it starts."""
     monkeypatch.setattr(devices, "has_triton", lambda: True)
     monkeypatch.setattr(devices, "_failed", set())
     monkeypatch.delenv("EVOPRUNE_PLAIN", raising=False)

@@ -1,7 +1,7 @@
-"""Fused kernels of a decoder layer against the plain operations, and layers that use them.
+"""Compare a decoder layer's fused kernels, and layers that use them, with the plain operations.
 
-Without a GPU they run under Triton's interpreter. It truncates when it rounds to bf16, so the tests use fp16, which shows just as
-well at which places a kernel rounds.
+Without a GPU, the kernels run in Triton's interpreter. It truncates numbers when it converts them to bf16, so the tests use fp16,
+which shows just as well at which points a kernel rounds.
 """
 
 import pytest
@@ -40,7 +40,7 @@ def random(*shape, seed=0, dtype=torch.float32):
 
 
 def assert_equal(made, expected):
-    """Equal up to summation order. In 16 bits, a few values may be rounded differently, by one step."""
+    """Check that values agree except for the summation order. In 16 bits, a few of them may differ by one rounding step."""
     near = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}[made.dtype]
     assert made.dtype == expected.dtype
     torch.testing.assert_close(made, expected, atol=near, rtol=near)

@@ -1,4 +1,4 @@
-"""Cores and memory under made-up control groups of both versions, and under real ones if this machine allows them."""
+"""Test the limits that control groups set, using made-up groups of both versions and, if this machine allows it, real groups."""
 
 import ctypes
 import json
@@ -33,7 +33,7 @@ def v1(controllers: str, top: str = "/", point: str | None = None) -> str:
 
 
 def stat(total: bool = False, **sizes: int) -> str:
-    """Return a memory.stat file. With `total`, the sizes of the group itself differ from the totals."""
+    """Return the contents of a memory.stat file. With `total`, the sizes of the group itself differ from the totals."""
     lines = [f"{name} {size}\n" for name, size in sizes.items()]
     return "anon 7\n" + "".join([line.replace(" ", " 9") + f"total_{line}" if total else line for line in lines])
 
@@ -80,7 +80,6 @@ MEMORY = {
 
 
 def made_up(root: Path, groups, mounts, files: dict[str, dict], prefix: str) -> Path:
-    """Create a root folder with these groups and mounts."""
     proc = root / "proc/self"
     proc.mkdir(parents=True)
     (root / "proc/meminfo").write_text(f"MemFree: 1 kB\nMemAvailable:   {16 * GIB // 1024} kB\n")
@@ -132,7 +131,7 @@ def test_a_system_without_proc(tmp_path, monkeypatch):
 
 @pytest.fixture
 def limited():
-    """`limited(controller, {file: content}, program)` runs a Python program in a new group inside this process's own."""
+    """Return a function that runs a Python program in a new control group, given a controller and its settings."""
     made = []
 
     def run(controller: str, limits: dict[str, object], *arguments: str) -> subprocess.CompletedProcess:
@@ -177,7 +176,7 @@ def memory_limit(size: int) -> dict[str, object]:
 
 
 def empty_checkpoint(folder: Path) -> None:
-    """Write a checkpoint of the 3B model's dimensions with zeros only: a sparse file of 7 GiB."""
+    """Write a checkpoint that has the dimensions of the 3B model but only zeros, as a sparse file of 7 GiB."""
     name = "Qwen/Qwen2.5-VL-3B-Instruct"
     config = BUNDLED_CONFIGS[name]
     for path in (config, *DEMOS["demo"].folder.glob("*token*.json"), DEMOS["demo"].folder / "chat_template.jinja"):
@@ -202,7 +201,7 @@ def empty_checkpoint(folder: Path) -> None:
     ids=["smaller than the weights", "smaller than the libraries"],
 )  # fmt: skip
 def test_a_container_that_is_too_small(limited, tmp_path, limit, found, hint):
-    """Exit code 5 and a hint, instead of a process that the system kills silently."""
+    """The command exits with code 5 and a hint, rather than being killed silently by the system."""
     empty_checkpoint(tmp_path)
     if Host().available_memory() < 9 * GIB:
         pytest.skip("this machine itself has too little memory free")
@@ -216,7 +215,7 @@ def test_a_container_that_is_too_small(limited, tmp_path, limit, found, hint):
 @pytest.mark.full
 @pytest.mark.parametrize("kind", parameters("int8"))
 def test_a_3b_model_answers_inside_5_and_a_half_gb(limited, tmp_path, kind):
-    """The weights take 15 GB in fp32. The file's pages count too, but the system can drop them."""
+    """The weights would take 15 GB in fp32. The file's mapped pages count as well, but the system can evict them."""
     empty_checkpoint(tmp_path)
     arguments = ("-m", str(tmp_path), "--dtype", "fp32", "--quantize", kind, "--frames", "2", "-n", "2", "--json")
     done = limited("memory", memory_limit(5_500_000_000), "-m", "evoprune_cli", "ask", CLIP, "What?", *arguments)
@@ -237,7 +236,7 @@ except OutOfMemory as problem:
 
 @pytest.mark.full
 def test_a_decoder_that_the_system_ends(limited, tmp_path):
-    """The picture needs 100 MiB in the decoder, too much for the group."""
+    """Decoding the picture takes 100 MiB, which is more than the control group allows."""
     path = tmp_path / "large.mkv"
     frame = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     write_video(path, [np.tile(frame, (64, 128, 1))], codec="mjpeg", pix_fmt="yuvj444p")
@@ -250,7 +249,7 @@ def test_a_decoder_that_the_system_ends(limited, tmp_path):
 )
 @pytest.mark.parametrize("kept", [False, True])
 def test_freed_memory_is_kept_where_that_was_asked_for(kept):
-    """Runs in a separate process, and in a thread other than the first."""
+    """The test runs in a separate process, and not in its first thread."""
     code = f"""
 import threading
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The operators of the selection: all implementations agree, and the radii are correct."""
+"""All implementations of the selection operators agree, and the radii are correct."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ KEEP = pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @KEEP
 @pytest.mark.parametrize("held", [1, 1 << 23])
 def test_radii_are_the_same_in_the_form_of_the_cpu(name, share, held, monkeypatch):
-    """Compares the points with the `keep` largest radii; the CPU may leave all others at 0."""
+    """Only the `keep` largest radii are compared, because the CPU may leave all others at 0."""
     monkeypatch.setattr(operators, "MAX_DISTANCES", held)
     args = points(SHAPES[name], 1)
     keep = max(1, round(share * int((args[4] >= 0).sum())))

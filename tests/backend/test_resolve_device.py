@@ -1,4 +1,4 @@
-"""The device is known before torch is imported, and matches torch's choice: here, without a driver, and with hidden GPUs."""
+"""The device is chosen before torch is imported, and matches torch's choice here, without a driver, and with hidden GPUs."""
 
 import os
 
@@ -12,7 +12,7 @@ from evoprune.backend.limits import VISIBLE_DEVICES, DeviceName
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Root folder of a machine with a CUDA build of torch and no driver."""
+    """Return the root folder of a machine that has a CUDA build of torch but no driver."""
     (tmp_path / "dev").mkdir()
     monkeypatch.setattr(limits, "_toolkits", lambda: ["cuda"])
     for variable in VISIBLE_DEVICES:

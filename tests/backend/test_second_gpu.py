@@ -1,6 +1,6 @@
-"""A model on `cuda:1` while `cuda:0` is current: launches, captures and queries must use `cuda:1`.
+"""If a model is on `cuda:1` while `cuda:0` is the current device, launches, captures and queries must use `cuda:1`.
 
-There is neither a GPU nor Triton. CPU tensors claim to be on `cuda:1`, and every launch records the current device.
+The tests need neither a GPU nor Triton. CPU tensors claim to be on `cuda:1`, and every launch records the current device.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ THERE = torch.device("cuda", 1)
 
 
 class OnTheSecond(TorchFunctionMode):
-    """Create tensors on the CPU that claim to be on the second GPU."""
+    """A mode in which new tensors are on the CPU but claim to be on the second GPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func == torch.Tensor.device.__get__:
@@ -33,13 +33,13 @@ class OnTheSecond(TorchFunctionMode):
 
 
 class Current(threading.local):
-    """The current device of a thread, initially the first."""
+    """The current device of each thread, which is initially the first GPU."""
 
     number = 0
 
 
 class Seen:
-    """Recorded events, each with the current device: `(name, number)`."""
+    """Records events as pairs of a name and the number of the current device."""
 
     def __init__(self):
         self.all: list[tuple[str, int]] = []
@@ -67,7 +67,7 @@ def seen(monkeypatch):
 
 
 class Kernel:
-    """Stands in for a function compiled by Triton."""
+    """A stand-in for a function compiled by Triton."""
 
     def __init__(self, function, seen: Seen):
         self._name, self._seen = function.__name__, seen
@@ -78,7 +78,7 @@ class Kernel:
 
 @pytest.fixture
 def kernels(seen, monkeypatch):
-    """backend/kernels.py with kernels that compute nothing."""
+    """Return the module backend/kernels.py with kernels that compute nothing."""
 
     def jit(function=None, **_):
         return jit if function is None else Kernel(function, seen)
@@ -133,7 +133,7 @@ def test_a_kernel_that_fails_leaves_the_current_device(seen):
 
 @pytest.fixture
 def streams(seen, monkeypatch):
-    """Streams and graphs that record the current device."""
+    """Replace streams and graphs with stand-ins that record the current device."""
 
     class Stream:
         def __init__(self, device):
@@ -172,7 +172,7 @@ def test_a_graph_is_captured_and_run_again_on_its_device(streams):
 
 @pytest.mark.parametrize(("name", "current"), [("cuda:1", 0), ("cuda", 1)])
 def test_what_runs_beside_runs_on_the_device_of_the_model(name, current, streams):
-    """A new thread starts with the first device as current, whatever the current device of the program."""
+    """The first GPU is the current device of a new thread, no matter which device is current in the main thread."""
     streams.current.number = current
     devices.Device(name).run_beside(lambda: streams.note("run"))()
     assert streams.all == [("run", 1)]

@@ -1,6 +1,6 @@
-"""Kernel variants that a question compiles on a GPU, and that loading did not compile. Run by test_kernels.py in its own process.
+"""Find kernel variants that a question would compile on a GPU because loading did not. test_kernels.py runs this file.
 
-Triton's interpreter runs the GPU kernels on CPU tensors, and each call records the variant it would compile.
+Triton's interpreter runs the GPU kernels on CPU tensors, and each call records the variant that it would compile.
 """
 
 import inspect
@@ -20,7 +20,7 @@ run_interpreted = InterpretedFunction.run
 
 
 def variant(kernel: InterpretedFunction, args: tuple, kwargs: dict) -> tuple:
-    """Return the key of a compilation (constants, dtypes, divisibility by 16). Calls with equal keys share one compilation."""
+    """Return a key made of constants, dtypes and divisibility by 16. Calls with the same key use the same compiled kernel."""
     given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     anyhow = {
         *(kernel.kwargs["do_not_specialize"] or ()),
@@ -43,7 +43,7 @@ def variant(kernel: InterpretedFunction, args: tuple, kwargs: dict) -> tuple:
 
 @pytest.fixture
 def noted(monkeypatch):
-    """Record the variant per call, while the CPU takes the code paths of a GPU."""
+    """Record the variant of each kernel call while the CPU takes the code paths of a GPU."""
     seen = set()
 
     def run(self, *args, grid, warmup, **kwargs):

@@ -24,7 +24,7 @@ def test_text_arrives_as_soon_as_it_is_certain():
 
 
 def said(text, special=False, prompt="<think>\n", n=None):
-    """Return the thoughts and the answer in a model's output after a prompt."""
+    """Split a model's output after a prompt into its thoughts and its answer."""
     own = thinking_tokenizer(special=special)
     prompt_ids = torch.tensor(ids_of(own, f"<|im_start|>assistant\n{prompt}"))
     pieces = list(stream_answer(own, iter(ids_of(own, text)[:n]), prompt_ids))
@@ -80,7 +80,6 @@ def test_pieces_join_to_the_text_of_all_tokens(ids):
 
 
 def cut(pieces, *stops) -> tuple[list[str], str | None]:
-    """Return the pieces of an answer up to the first stop string, and that stop string."""
     ends = StopStrings(stops)
     made = list(ends.cut((piece, False) for piece in pieces))
     assert all(piece and not thought for piece, thought in made)

@@ -1,4 +1,4 @@
-"""The decoder against Hugging Face's, against explicit arithmetic, and with the prompt split differently; dropped tokens."""
+"""Compare the decoder with transformers, with explicit arithmetic, and with itself when a prompt is split differently."""
 
 import itertools
 import sys
@@ -31,7 +31,7 @@ def model():
 
 
 def columns(length=LENGTH, seed=0):
-    """Return embeddings `[L, 64]` and positions `[3, L]` of a prompt that contains a pruned video."""
+    """Return the embeddings, `[L, 64]`, and positions, `[3, L]`, of a prompt that contains a pruned video."""
     positions = prompt_positions(90, [(5, video_positions((5, 3, 4), 1.5, 2))])
     random = torch.Generator().manual_seed(seed)
     kept = torch.randperm(90, generator=random)[:length].sort().values
@@ -43,7 +43,7 @@ def fresh(model, embeds, positions):
 
 
 def hugging_face(model, embeds, positions, mask=None):
-    """Return the final hidden state `[1, hidden]` and the logits `[1, vocabulary]` of the last column."""
+    """Return the last column's final hidden state, `[1, hidden]`, and logits, `[1, vocabulary]`, as computed by transformers."""
     with torch.no_grad():
         hidden = model.model.language_model(
             inputs_embeds=embeds[None],
@@ -82,7 +82,7 @@ def test_a_pass_is_hugging_faces(model, length):
 @pytest.mark.parametrize("cuts", [[], [20], [20, LENGTH - 1], [LENGTH - 1]])
 @pytest.mark.parametrize("strip", [1, 7, 1024])
 def test_columns_that_count_more_than_once(model, cuts, strip, monkeypatch):
-    """The reference is Hugging Face's model under a custom mask, which is added to the logits of attention."""
+    """The reference is transformers' model with a custom mask, which is added to the attention scores."""
     monkeypatch.setattr(decoder, "STRIP", strip)
     embeds, positions = columns()
     counts = torch.rand(LENGTH, generator=torch.Generator().manual_seed(1)) * 9 + 0.5
@@ -116,7 +116,7 @@ def test_a_bias_in_features_of_heads_is_that_in_a_mask(cuts, dtype, near, monkey
         return run_method(deep_model(), methods.get("visipruner"), *a_prompt(), 0.25, sizes_of())[0]
 
     def lower_right(_, queries, keys, values, scale):
-        """Apply a causal mask aligned to the lower right, as the CUDA kernels do."""
+        """Apply a causal mask that is aligned to the lower right corner, as the CUDA kernels do."""
         shapes.append((queries.shape[2:], keys.shape[2:], values.shape[2:]))
         mask = torch.ones(queries.shape[2], keys.shape[2]).tril(keys.shape[2] - queries.shape[2]).bool()
         return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
@@ -226,7 +226,7 @@ def test_a_pass_that_breaks_off_leaves_the_cache_as_it_was(model, capacity, laye
 
 
 def test_a_signal_leaves_every_layer_with_the_columns_that_the_cache_says(model):
-    """Raises KeyboardInterrupt between any two lines of the code that grows or shrinks a cache."""
+    """KeyboardInterrupt is raised between any two lines of the code that grows or shrinks a cache."""
 
     def interrupted(function, code, line):
         def trace(frame, event, _):
@@ -313,7 +313,7 @@ def sizes_of(length=COLUMNS):
 
 
 def more(count):
-    """Return embeddings and positions of columns after a prompt."""
+    """Return the embeddings and positions of `count` columns after a prompt."""
     embeds = torch.randn(count, 64, generator=torch.Generator().manual_seed(5))
     return embeds, (torch.arange(count) + 40).expand(3, -1)
 
@@ -322,7 +322,7 @@ def more(count):
 @pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm", "visipruner", "holitom-inner"])
 @pytest.mark.parametrize("sizes", [None, sizes_of()])
 def test_decoding_equals_reading_all_of_it_anew(name, sizes):
-    """Columns are decoded one at a time, in portions, or at once. The reference is a float64 model that masks dropped tokens."""
+    """Columns are decoded one by one, in portions, or all at once. The reference is a float64 model that masks dropped tokens."""
     model, method, (embeds, positions) = deep_model(), methods.get(name), a_prompt()
     after, places = more(5)
     plan = method.drops(8, len(VISUAL), 0.25)
@@ -397,7 +397,7 @@ def test_a_pass_that_breaks_off_between_drops_leaves_the_cache_as_it_was(layer):
 
 
 def test_a_method_sees_where_in_their_frames_tokens_are(monkeypatch):
-    """Holds after each drop, and for two inputs, each with its own grid and some units already pruned."""
+    """This is checked after each drop, for two inputs that have different grids and already lack some units."""
     grids, kept = [(2, 3, 4), (1, 2, 5)], [[0, 3, 5, 10, 13, 18, 23], [1, 4, 6, 9]]
     model, (embeds, positions) = deep_model(), a_prompt()
     places = [Place((range(5, 29),)), Place((range(31, 41),))]

@@ -59,7 +59,6 @@ class Clip:
         return pruned(model, self.prompt, [tokens], self.positions)
 
     def generate(self, model) -> list[int]:
-        """Return the tokens that transformers generates."""
         length = len(self.prompt.input_ids)
         made = model.generate(
             input_ids=self.prompt.input_ids[None],
@@ -207,7 +206,7 @@ def test_no_forward_pass_runs_for_a_token_nobody_asked_for(model):
 
 
 def test_sampling_depends_on_the_seed_alone_and_next_to_zero_is_greedy(model):
-    """A large seed does not draw the same as its low 32 bits."""
+    """A large seed leads to different random numbers than its low 32 bits."""
     clip = Clip(model, *CLIPS[0])
 
     def drawn(seed=0, **settings):
@@ -272,7 +271,7 @@ def test_an_end_token_has_no_log_probability(model):
 
 
 class Steps:
-    """A `TokenConstraint` that lists the allowed ids per token. Nothing may follow the last one."""
+    """A `TokenConstraint` with a list of allowed ids for each token. Nothing is allowed after the last token."""
 
     def __init__(self, *allowed: list[int]):
         self._allowed = list(allowed)

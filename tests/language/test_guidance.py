@@ -1,4 +1,4 @@
-"""Tokens that llguidance allows at each step, and refused schemas with the place of the error."""
+"""Test which tokens llguidance allows at each step, and the location of errors in rejected schemas."""
 
 import json
 import random
@@ -158,13 +158,12 @@ def test_numbers_that_are_followed_exactly_are_accepted(schema):
 
 
 def references(count: int) -> dict:
-    """Return a schema with a chain of `count` references, each inside a list."""
     inner = {f"d{n}": {"type": "array", "items": {"$ref": f"#/$defs/d{n + 1}"}} for n in range(count)}
     return {"$defs": {**inner, f"d{count}": {"type": "null"}}, "$ref": "#/$defs/d0"}
 
 
 def test_a_schema_whose_references_go_too_deep_is_refused():
-    """llguidance would crash the program, because its recursion has no limit."""
+    """llguidance does not limit its recursion, so it would crash the program."""
     assert GenerationOptions(schema=references(50)).grammar
     assert "too much" in refusal(GenerationOptions, schema=references(4000))
 

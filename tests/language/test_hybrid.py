@@ -1,4 +1,4 @@
-"""Linear-attention layers in few operations, against the modules of transformers on the same weights."""
+"""Compare evoprune's linear attention layers with transformers' modules that have the same weights."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ PARTS = [(1,), (63,), (64,), (65,), (200,), (130, 27), (5, 64, 1, 3), (2, 1, 1)]
 
 
 def load(family="qwen3_5") -> HostedVL:
-    """Return a small random model whose norms scale every feature differently."""
+    """Return a small random model whose norms multiply every feature by a different factor."""
     host, random = tiny_model(family=family), torch.Generator().manual_seed(1)
     for name, weight in host.named_parameters():
         if "norm" in name and name.endswith("weight"):
@@ -31,7 +31,6 @@ def model():
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """Make the code believe that the model is not on a CPU."""
     monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: False)
 
 
@@ -40,7 +39,7 @@ def columns(count, seed=0, scale=1.0):
 
 
 def read(model, parts, x, sizes=None):
-    """Return the hidden states of columns read in parts, and the cache afterwards."""
+    """Read columns in parts, and return their hidden states and the final state of the cache."""
     cache, hidden = hosted.HostedCache(model), []
     at = torch.arange(len(x)).expand(3, -1)
     start = 0
@@ -59,7 +58,7 @@ def as_transformers(*args):
 
 
 def assert_near(made, expected):
-    """Check agreement up to an error in the inputs' last bit: at most 6e-4, and 5e-6 on average."""
+    """Allow for rounding errors in the inputs' last bit: differences of at most 6e-4, and 5e-6 on average."""
     assert made.isfinite().all()
     assert (made - expected).abs().max() < 6e-4 and (made - expected).abs().mean() < 5e-6
 
@@ -110,7 +109,7 @@ def test_long_prompts_are_read_in_strips(model, elsewhere, monkeypatch):
 
 
 def test_decays_of_any_size(model, elsewhere):
-    """Some states are forgotten at once and some never, with columns of zeros in between."""
+    """Some states are forgotten immediately and others never, and there are columns of zeros in between."""
     x = columns(150)
     x[20:40] = 0
     for delta in (layer.linear_attn for layer in model.model.language_model.layers if hasattr(layer, "linear_attn")):
@@ -217,7 +216,7 @@ def test_fewer_operations_than_in_transformers(model, elsewhere):
 @pytest.mark.cuda
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
 def test_on_a_gpu(family):
-    """The reference is transformers' modules on the CPU."""
+    """The results on the GPU are compared with those of transformers' modules on the CPU."""
     model, x = load(family), columns(157)
     expected, theirs = read(model, (130, 27), x)
     made, ours = read(model.cuda(), (130, 27), x.cuda())

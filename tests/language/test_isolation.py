@@ -1,4 +1,4 @@
-"""Work in a separate process, under limits."""
+"""Test work that runs in a separate process with limits."""
 
 import time
 
@@ -8,7 +8,7 @@ from evoprune.language.isolation import run_isolated
 
 
 def asleep(request: str) -> str:
-    """Use wall-clock time without CPU time, like a process on a busy machine."""
+    """Use up wall-clock time but no CPU time, like a process on a busy machine."""
     time.sleep(30)
     return request
 

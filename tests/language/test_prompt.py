@@ -1,4 +1,4 @@
-"""Prompts: the tokenizer, the chat template, and positions by Qwen's rule."""
+"""Test prompts: the tokenizer, the chat template, and M-RoPE positions."""
 
 import copy
 import json
@@ -167,7 +167,7 @@ def about_video(tokenizer, question, visual_tokens, **more) -> Prompt:
 
 
 def whole(question, visual_tokens, system, template=None):
-    """Return the rendered conversation, tokenized at once by Hugging Face."""
+    """Render a conversation and tokenize all of it at once with transformers."""
     tokenizer = tiny_tokenizer()
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
     if system is not None:
@@ -181,7 +181,7 @@ def whole(question, visual_tokens, system, template=None):
 @pytest.mark.parametrize("system", [None, "", "Be brief.", "\n\nStart on a new line. "])
 @pytest.mark.parametrize("question", ORDINARY)
 def test_ids_are_those_of_the_conversation_as_a_whole(tokenizer, question, system, subtitles):
-    """Subtitles are between the video and the question."""
+    """The subtitles appear between the video and the question."""
     prompt = about_video(tokenizer, question, 7, system=system, subtitles=subtitles)
     assert prompt.input_ids.dtype == torch.int64
     assert prompt.input_ids.tolist() == whole(subtitles + question, 7, system)
@@ -203,7 +203,7 @@ PADS = (
     "tag", ["<video>", "<image>", "<video>\n", "<|vision_start|><|video_pad|><|vision_end|>", *PADS]
 )
 def test_placeholders_in_a_question_are_text(tokenizer, tag, times):
-    """At any place, and in the system prompt: the prompt has as many special tokens as without them."""
+    """Placeholders anywhere in a question or system prompt do not change the number of special tokens in the prompt."""
     specials = set(tokenizer.specials().values())
 
     def special(prompt: Prompt) -> list[int]:
@@ -250,7 +250,7 @@ PLACED = [
 
 @pytest.mark.parametrize(("question", "earlier"), PLACED)
 def test_inputs_keep_their_places_between_texts(tokenizer, question, earlier):
-    """The same parts as transformers writes. Inputs without a place come first."""
+    """The prompt has the same parts as in transformers. Inputs that are not placed between texts come first."""
     kinds = iter([{"type": "image"}, {"type": "video"}])
     texts = [*(turn.question for turn in earlier), question]
     places = sum(getattr(text, "parts", ()).count(None) for text in texts)
@@ -290,7 +290,7 @@ def test_a_system_prompt_that_the_template_leaves_out_is_refused(tokenizer, monk
 @pytest.mark.few(3)
 @pytest.mark.parametrize("token", [*SPECIAL_TOKENS, "\ue000system\ue001", "\ue000question\ue001", "\x1b[31m"])
 def test_special_tokens_in_the_users_words_are_plain_text(tokenizer, token):
-    """Text that resembles special tokens is unchanged."""
+    """Text that looks like a special token stays unchanged."""
     attack = f"a{token}b {token}{token}"
     plain = about_video(tokenizer, "a", 3, system="b", subtitles="c")
     attacked = about_video(tokenizer, attack, 3, system=attack, subtitles=attack)
@@ -304,7 +304,7 @@ def test_special_tokens_in_the_users_words_are_plain_text(tokenizer, token):
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, QUESTION_IS])
 @pytest.mark.parametrize("subtitles", ["", SAID])
 def test_the_prefix_does_not_depend_on_the_question(tokenizer, monkeypatch, template, subtitles):
-    """With subtitles, the text between video and question is part of the prefix, because no question merges with it."""
+    """If there are subtitles, the text between video and question is part of the prefix, because no question merges with it."""
     monkeypatch.setattr(tokenizer, "chat_template", template)
     ask = partial(about_video, tokenizer, visual_tokens=4, system="Be brief.", subtitles=subtitles)
     one, other = (ask(question) for question in ("\nWhy?", "How many?"))
@@ -390,7 +390,7 @@ def test_the_time_of_a_frame_pair_is_the_middle_of_its_frames():
 
 
 def by_hand(length, videos, tokens_per_second):
-    """Return positions by Qwen's rule, one token at a time."""
+    """Compute M-RoPE positions one token at a time."""
     starts = {start: video for start, *video in videos}
     positions, following, at = [], 0, 0
     while at < length:

@@ -1,4 +1,4 @@
-"""Schemas from files and classes, and schemas that are refused before a model is loaded."""
+"""Test schemas from files and classes, and schemas that are rejected before a model is loaded."""
 
 import json
 import sys

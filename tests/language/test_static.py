@@ -1,4 +1,4 @@
-"""Decoding steps whose tensors keep their addresses, in and out of a graph, against the plain decoder."""
+"""Compare decoding steps with static tensors, both with and without a graph, with the plain decoder."""
 
 import gc
 import weakref
@@ -28,7 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def hosted(tmp_path_factory):
-    """Models that transformers runs, by family: with recurrent states, without, and with experts."""
+    """Return models that run in transformers: one with recurrent states, one without, and one with experts."""
 
     def load(family: str):
         folder = save_tiny(tmp_path_factory.mktemp(family), family=family)
@@ -39,7 +39,7 @@ def hosted(tmp_path_factory):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Replay recorded graphs on the CPU, from the second token on."""
+    """Use recorded graphs on the CPU, starting with the second token."""
     made = Graphs()
     monkeypatch.setattr(Device, "capture", property(lambda self: made.capture))
     monkeypatch.setattr(static, "PLAIN_TOKENS", 1)
@@ -49,7 +49,7 @@ def graphs(monkeypatch):
 
 
 def state_of(model, columns=40, sizes=False, seed=0) -> PrefillState:
-    """Return the state after a prompt with a pruned video. With `sizes`, its tokens count several times."""
+    """Return the state after a prompt with a pruned video. If `sizes` is True, its tokens count more than once."""
     positions = prompt_positions(90, [(5, video_positions((5, 3, 4), 1.5, 2))])
     random = torch.Generator().manual_seed(seed)
     kept = torch.randperm(90, generator=random)[:columns].sort().values
@@ -123,7 +123,7 @@ def test_experts_that_are_chosen_on_the_host_have_no_graph(graphs, hosted, monke
 
 
 def test_quantised_weights_in_buffers_have_no_graph(hosted):
-    """GPTQ and AWQ layers, for example, are not torch linear layers."""
+    """Some quantized layers, such as those of GPTQ and AWQ, are not torch linear layers."""
     model = hosted("qwen3_5")
     layer = model.model.language_model.layers[0].mlp
     assert static.can_step(model)
@@ -327,9 +327,10 @@ DEVICE = "cuda"
 
 @contextmanager
 def decoding(how: str):
-    """Choose the decoder.
+    """Choose how tokens are decoded.
 
-    "graph"; "step", the same without a graph; "plain", the decoder of prompts; or "old", the plain decoder without fused kernels.
+    "graph" uses a graph, "step" runs the same steps without a graph, "plain" uses the decoder for prompts, and "old" uses the
+    latter without fused kernels.
     """
     with pytest.MonkeyPatch.context() as patch:
         if how == "old":
@@ -394,7 +395,7 @@ def test_a_graph_decodes_the_tokens_of_transformers_modules(family, dtype, tmp_p
 
 @pytest.mark.cuda
 def test_logits_at_3b():
-    """Compares the step with the plain decoder along one answer."""
+    """The logits of decoding steps are compared with those of the plain decoder along one answer."""
     model = load_model("Qwen/Qwen2.5-VL-3B-Instruct", load_format="dummy", device=DEVICE, dtype="bf16").model
     with torch.inference_mode():
         state, cache = prompt_state(model, 256), static.new_cache(model, 2048)

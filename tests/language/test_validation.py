@@ -1,4 +1,4 @@
-"""The exact check of a finished answer against its schema."""
+"""Test the exact validation of a finished answer against its schema."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""One method of each kind. Default tests run these; `-m full` runs all methods."""
+"""One method of each kind. By default, tests run only these methods, but `-m full` runs all methods."""
 
 from collections.abc import Iterable
 
@@ -17,9 +17,9 @@ INNER = tuple(name for name in methods.available(plugins=False) if methods.Metho
 
 
 def one_of_each(names: Iterable[str]) -> list:
-    """Return the names as test parameters. Names outside of `ONE_OF_EACH` are marked `full`.
+    """Return the names as test parameters. Names that are not in `ONE_OF_EACH` get the `full` mark.
 
-    `operations` is left out, because it needs the recipe of a model.
+    `operations` is left out, because it needs a recipe for a particular model.
     """
     runs = [name for name in names if "operations" not in name]
     return [name if name in ONE_OF_EACH else pytest.param(name, marks=pytest.mark.full) for name in runs]

@@ -1,4 +1,4 @@
-"""Small inputs on CUDA are pruned only after the tower. These tests make plans take the CPU for CUDA."""
+"""On CUDA, small inputs are pruned only after the tower. These tests make plans treat the CPU like a CUDA device."""
 
 from collections import Counter
 from dataclasses import replace
@@ -41,7 +41,7 @@ def plan(name: str, grid: tuple[int, int, int], device: torch.device = CUDA, bud
 
 
 class Counting(TorchDispatchMode):
-    """Counts the torch operations in its scope."""
+    """Counts the torch operations that run in its scope."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class Counting(TorchDispatchMode):
 
 
 def counted(how, patches: torch.Tensor):
-    """Return an encoding by the plan `how`, and its number of operations after a warm-up run."""
+    """Encode according to the plan `how`, and return the encoding and its number of operations after a warm-up run."""
     encode_rows(tiny_tower(), [patches], how).select_tokens()
     with Counting() as counting:
         made = encode_rows(tiny_tower(), [patches], how).select_tokens()

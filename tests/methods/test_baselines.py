@@ -1,4 +1,4 @@
-"""Baselines, each against a line-by-line implementation of its specification, on random and adversarial features."""
+"""Compare each baseline with a line-by-line implementation of its specification, on random and adversarial features."""
 
 from math import prod
 
@@ -158,7 +158,7 @@ def test_the_count_is_exact_and_spread_over_the_pairs(grid, data, seed):
 
 
 def test_a_seed_gives_one_draw_and_another_seed_another():
-    """torch's CPU generator would only use the low 32 bits of large seeds."""
+    """torch's CPU generator would use only the low 32 bits of a large seed."""
     seeds = [*range(20), 2**32, 2**33, 5 + 2**32, 2**63 - 1, 2**32 - 1, -1]
     assert torch.equal(select((3, 5, 6), 20, 7), select((3, 5, 6), 20, 7))
     assert len({tuple(select((3, 5, 6), 20, seed).tolist()) for seed in seeds}) == len(seeds)

@@ -1,4 +1,4 @@
-"""Budgets: accepted values, the kept share of an input, and the form in records."""
+"""Test which budgets are accepted, what fraction of an input they keep, and how they appear in records."""
 
 import math
 import pickle

@@ -1,4 +1,4 @@
-"""A budget and a method, parsed once into the objects that everything downstream uses; `-b auto:inflection`."""
+"""Budgets and methods are parsed once, into objects that all later code uses. Also tests `-b auto:inflection`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Invariants of every method: counts, ties, chunks, dtypes and devices of the host program, autocast."""
+"""Test invariants of every method: counts, ties, chunks, the host program's dtypes and devices, and autocast."""
 
 import os
 import subprocess
@@ -43,9 +43,9 @@ def test_the_result_does_not_depend_on_the_chunk_size(name):
 @pytest.mark.parametrize("name", AFTER)
 @pytest.mark.parametrize("kind", ["random", "constant", "duplicates"])
 def test_nothing_is_drawn_and_every_tensor_is_made_beside_the_tokens(name, kind):
-    """The method leaves the global generator alone, and makes no tensors on the default device.
+    """The method does not use the global random generator, and creates no tensors on the default device.
 
-    The default device here is meta, whose tensors cannot be mixed with the tokens.
+    The test makes meta the default device, whose tensors cannot be combined with the tokens.
     """
     tokens, made = tokens_of(kind, GRID), []
     for seed in (1, 2):
@@ -69,7 +69,7 @@ IN_EACH_PAIR = ["cdpruner", "vidcom2", "visionzip"]
 @pytest.mark.parametrize("name", INDEXED + IN_EACH_PAIR)
 @pytest.mark.parametrize("kind", ["constant", "zero"])
 def test_equal_tokens_go_by_index(name, kind):
-    """The first of the video, or of the frame pair. The papers of other methods spread equal tokens in their own ways."""
+    """The first tokens of the video, or of each frame pair, are selected. Other methods spread equal tokens as their papers say."""
     kept = selected(name, tokens_of(kind, (3, 4, 5)), 6)
     assert kept == ([0, 1, 2, 3, 4, 5] if name in INDEXED else [0, 1, 20, 21, 40, 41])
 
@@ -112,7 +112,7 @@ def test_counts_and_order(name, kind):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["random", "constant"])
 def test_no_matrix_of_all_pairs(kind):
-    """Random tokens are all different, and equal tokens are still in time."""
+    """Random tokens all differ from each other, and equal tokens do not change over time."""
     names = AFTER if kind == "random" else ["fastvid", "prunevid", "holitom", "flashvid", "visionzip"]
     tokens = tokens_of(kind, (16, 16, 16), width=8)
     n = len(tokens.unit_to_row)
@@ -145,7 +145,7 @@ BUDGETS = (1.0, 0.25)
 
 @contextmanager
 def host(name: str):
-    """A host program with another default dtype, or with a default device that holds no values."""
+    """Imitate a host program that uses another default dtype, or a default device that holds no values."""
     try:
         if name == "meta":
             torch.set_default_device("meta")
@@ -168,7 +168,7 @@ def model(family: str = "qwen2_5_vl"):
 
 @cache
 def load(folder, default: str | None):
-    """Return a model that was loaded under another default."""
+    """Load a model in a host program that uses another default."""
     return load_model(str(folder), dtype="fp32", quantize=SOME)
 
 

@@ -1,4 +1,4 @@
-"""Merging of rows: pairs are scored and matched in strips of rows; row indices have shapes known from the plan; ToMe."""
+"""Test merging: pairs are scored and matched in strips of rows, and the shapes of row indices are known from the plan."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,6 @@ from tests.methods.tokens import KINDS, Largest, cosine, features_of
 
 
 def padded(lengths):
-    """Return a mask of valid rows in groups of these lengths."""
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
@@ -169,7 +168,7 @@ def sizes_and_totals(draw):
 
 
 def one_by_one(sizes: list[int], total: int) -> list[int]:
-    """Return the shares of one frame pair, adjusted one row at a time."""
+    """Return the groups' shares of a frame pair, adjusted one row at a time."""
     whole = sum(sizes)
     counts = [max(1, total * size // whole) if size else 0 for size in sizes]
     excess = [count * whole - total * size for count, size in zip(counts, sizes, strict=True)]  # in whole numbers
@@ -205,7 +204,7 @@ def test_shares_are_those_by_turns_within_their_bounds_and_larger_groups_never_g
 
 
 def tome_line_by_line(keys: list[torch.Tensor], r: int) -> list[int]:
-    """Section 3 of the paper. Returns the destination of each token, itself if it stays; r is at most half of them."""
+    """Follow section 3 of the paper and return where each token is merged (r of them at most), or the token itself."""
     n = len(keys)
     a, b = list(range(0, n, 2)) if n > 1 else [], list(range(1, n, 2))  # partition them into two sets, by turns
     edge = {i: max(b, key=lambda j: (cosine(keys[i], keys[j]), -j)) for i in a}  # one edge from each in A
@@ -214,7 +213,7 @@ def tome_line_by_line(keys: list[torch.Tensor], r: int) -> list[int]:
 
 
 def group_of(kind: str, sizes: list[int], seed: int) -> Candidates:
-    """Return groups of these sizes side by side, with nonsense as padding."""
+    """Return groups of these sizes side by side, with meaningless values as padding."""
     longest = max(sizes)
     features = torch.stack([features_of(kind, longest, seed + i) for i in range(len(sizes))])
     valid = torch.arange(longest) < torch.tensor(sizes)[:, None]

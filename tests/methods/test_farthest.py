@@ -41,7 +41,7 @@ def video(seed, grid, share=0.4, wide=16, dropped=0.0, signs=False):
 
 @contextmanager
 def tubes_of(units: int):
-    """Limit tubes to about `units` units and at most two frame pairs."""
+    """Patch tubes to have about `units` units and at most two frame pairs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(farthest, "TUBE_UNITS", units)
         patch.setattr(farthest, "TUBE_PAIRS", 2)
@@ -55,7 +55,7 @@ def points(features, owner, grid, alpha=1.5):
 
 
 def exact(features, owner, grid, alpha=1.5):
-    """Return points of length 1 from features of plus or minus 1 in 16 channels, so products are exact and many are equal."""
+    """Return points of length 1 whose 16 features have equal magnitude, so that products are exact and many of them are equal."""
     made, salience = points(features, owner, grid, alpha), (features[:, :4].sum(1) + 4) / 8
     return replace(
         made,
@@ -67,19 +67,19 @@ def exact(features, owner, grid, alpha=1.5):
 
 
 def same(grid):
-    """Return points of a video with a single feature."""
+    """Return the points of a video in which all units have the same features."""
     return points(torch.ones(1, 8), torch.zeros(grid[0] * grid[1] * grid[2], dtype=torch.int64), grid)
 
 
 def distance(every, i, j):
-    """Return the distance in integer steps between a selected unit i and another unit j."""
+    """Return the distance between a selected unit i and another unit j, in whole steps."""
     a, b = every.row[i], every.row[j]
     space = (every.place[a] - every.place[b]).square().sum() / 2
     return (space + every.weight[b] * (every.time[i] - every.time[j]).abs()).round().item()
 
 
 def greedy(every, units) -> dict[int, float]:
-    """Return the units' radii in order of selection, computed one distance at a time."""
+    """Compute the units' radii one distance at a time, and return them in the order in which units are selected."""
     first = {u: round(every.salience[every.row[u]].item() * STEPS / 2) for u in units}
     left, found, latest = dict.fromkeys(units, math.inf), {}, max(units, key=lambda u: (first[u], -u))
     while True:
@@ -95,7 +95,7 @@ def greedy(every, units) -> dict[int, float]:
 
 
 def by_hand(every, keep, floor=0.0) -> list[int]:
-    """Return the `keep` units with the largest radii in their tubes. With `floor`, each frame pair's due units come first."""
+    """Return the `keep` units with the largest radii in their tubes. With `floor`, the units due to each frame pair come first."""
     _, turn, tubes = grid_tables(every.grid, "cpu")
     radius, count = {}, len(every.row)
     for tube in tubes.tolist():
@@ -126,7 +126,7 @@ def test_points_are_standardised_features():
 
 @pytest.mark.parametrize("wide", [16, 2048])
 def test_what_carries_no_information_changes_no_point(wide):
-    """A common offset, channels that are large in all rows, gains of channels, and the overall scale."""
+    """A common offset, channels that are large in all rows, gains per channel, and the overall scale carry no information."""
     features, owner = video(4, (20, 6, 8), 0.7, wide)
     random = torch.Generator().manual_seed(1)
     common, large = torch.randn(wide, generator=random), 1000 * (torch.arange(wide) == 3)

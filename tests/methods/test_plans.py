@@ -1,4 +1,4 @@
-"""Plans: the distribution of tokens over frame pairs, the encoder's plan, and the plans of language methods."""
+"""Test how plans distribute tokens over frame pairs, the encoder's plan, and the plans of methods in the language model."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Methods of other packages, from entry points of distributions made up for the tests, and the methods in the documents."""
+"""Test methods from entry points in other packages, which are made up for the tests, and the methods in the documentation."""
 
 import json
 import re
@@ -96,13 +96,13 @@ GRID = (4, 4, 6)
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Put a folder with an installed package that provides methods on the path."""
+    """Add a folder to the import path that contains an installed package with methods."""
     yield from installed(tmp_path, monkeypatch, "extra_methods", {"extra_methods": MODULE}, ENTRIES)
 
 
 @pytest.fixture
 def documented(tmp_path, monkeypatch):
-    """The same with the modules and entry points in the documents. Yields the modules by name."""
+    """Install the modules and entry points that the documentation shows, and yield these modules by name."""
     pages = "\n".join(Path(page).read_text(encoding="utf-8") for page in PAGES)
     modules = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", pages, re.S | re.M))
     blocks = map(tomllib.loads, re.findall(r"^```toml\n(.*?)^```", pages, re.S | re.M))
@@ -159,7 +159,7 @@ def test_a_broken_one_fails_only_when_it_is_selected(package, name, says):
 
 
 def one_more(folder, text):
-    """Add a method `mine` to the package."""
+    """Add a method called `mine` to the package."""
     (folder / "extra_methods.py").write_text(MODULE + text)
     with (folder / "extra_methods-1.2.dist-info/entry_points.txt").open("a") as entries:
         entries.write("mine = extra_methods:Mine\n")
@@ -186,7 +186,6 @@ def test_what_one_returns_is_checked(package, says):
 
 
 def fill(seen):
-    """Write into every tensor of an object."""
     for value in vars(seen).values():
         if isinstance(value, torch.Tensor):
             value.fill_(1)
@@ -195,7 +194,7 @@ def fill(seen):
 @pytest.mark.parametrize("name", ["longest", "neighbours", "loudest"])
 @pytest.mark.parametrize("more", [(), ("following", "unrotated", "evened")])
 def test_one_may_write_into_what_it_gets(documented, monkeypatch, name, more):
-    """An evaluation shares the encoder's rows among methods, so each method gets copies."""
+    """Because an evaluation uses the same encoder rows for all methods, each method gets copies."""
     method, call = methods.get(name), "match" if name == "neighbours" else "select"
     patches, sizes, prompt = clip(GRID, changes(GRID, 1.0)), torch.rand(COLUMNS) + 1, a_prompt()
     plan = method if name == "loudest" else plan_of(method, TowerShape.of_tower(tiny_tower()), GRID, 24)

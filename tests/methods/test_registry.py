@@ -1,4 +1,4 @@
-"""The built-in methods, their settings and combinations, and where each one works."""
+"""Test the built-in methods, their settings and combinations, and where each method works."""
 
 import json
 import sys
@@ -130,7 +130,7 @@ def made_of(name: str, setting: str, value: object) -> Method:
 
 
 def test_every_number_is_finite_or_has_a_text_in_json():
-    """Infinite numbers are refused unless they have a meaning."""
+    """Infinite numbers are rejected unless they have a meaning."""
     infinite = []
     for kind in (Reuse, *(type(methods.get(name)) for name in methods.available(plugins=False))):
         for setting in (f.name for f in fields(kind) if "float" in str(f.type)):
@@ -293,7 +293,7 @@ def works(call, *args, **more) -> str:
 
 
 def facts(name: str) -> tuple[str, ...]:
-    """Return the table cells of a method, in the order of `HEADER`. tests/cli/test_methods.py runs each one in every command."""
+    """Return a method's table cells in the order of `HEADER`. tests/cli/test_methods.py runs each method in every command."""
     method = methods.MethodChain.parse(name)
     encode = works(encoding.patch_config, Budget.PRESETS["fast"], name, has_question=True)
     return (
@@ -309,7 +309,7 @@ def facts(name: str) -> tuple[str, ...]:
 
 
 def table() -> list[str]:
-    """Return the lines of the table. Methods that work in the same places share a row."""
+    """Return the lines of the table, in which methods that work in the same places share a row."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for name in methods.available(plugins=False):
         rows.setdefault(facts(name), []).append(f"`{name}`")

@@ -1,4 +1,4 @@
-"""Random and adversarial tokens, and helpers shared by the line-by-line specifications."""
+"""Random and adversarial tokens, and helpers for tests that implement a specification line by line."""
 
 from math import prod
 
@@ -35,7 +35,7 @@ def features_of(kind: str, n: int, seed: int = 0, width: int = 8) -> torch.Tenso
 
 
 def given_of(kind: str, n: int, seed: int = 0, width: int = 8) -> dict[str, torch.Tensor]:
-    """Return every input that a method can ask for."""
+    """Return every input that a method can request."""
     attention = features_of(kind, n, seed + 1, 1)[:, 0].abs()
     if kind == "duplicates":
         attention = attention.round()
@@ -75,7 +75,7 @@ def first_of(values: list[float], best) -> int:
 
 
 def ranked(values: list[float]) -> list[int]:
-    """Return indices from the highest value to the lowest, ties by index."""
+    """Return indices sorted by descending value. Ties are sorted by index."""
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
@@ -88,7 +88,7 @@ def encoded(
     question: torch.Tensor | None = None,
     **how,
 ):
-    """Encode a video with the tiny tower. `how`: further arguments of `encode_rows`."""
+    """Encode a video with the tiny tower. `how` contains additional arguments for `encode_rows`."""
     visual = tiny_tower(full_layers)
     plan = plan_of(method, TowerShape.of_tower(visual), grid, keep)
     return encode_rows(visual, [patches], plan, **how).select_tokens(question)
@@ -99,7 +99,7 @@ def plan_of(method: Method | MethodChain, tower: TowerShape, grid: tuple[int, in
 
 
 class Largest(TorchDispatchMode):
-    """Records the largest number of elements of any tensor made in its scope."""
+    """Records the number of elements in the largest tensor that is created in its scope."""
 
     numbers = 0
 

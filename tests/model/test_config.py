@@ -1,4 +1,4 @@
-"""Configs as transformers reads them; validation rules."""
+"""Configs are read as transformers reads them, and invalid ones are rejected."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ NEW = json.loads(BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"].read_text())
 
 
 def flat(content):
-    """Return the same config as older checkpoints on the hub write it: flat, under older names."""
+    """Return the same config in the form of older checkpoints on the hub, which is flat and uses older names."""
     text, vision = dict(content["text_config"]), dict(content["vision_config"])
     rope = text.pop("rope_parameters")
     vision["in_chans"] = vision.pop("in_channels")
@@ -72,7 +72,7 @@ def test_both_ways_to_write_it_mean_the_same():
     [("Qwen3.6-27B", "27B"), ("Qwen3.8-27B", "27B"), ("Qwen3.6-35B-A3B", "35B-A3B")],
 )
 def test_later_versions_have_the_architecture_of_qwen3_5(name, same):
-    """Their files have more entries, and call the tower by the type of the whole model."""
+    """Their config files have additional entries, and use the whole model's type as the tower's type."""
     content = json.loads(BUNDLED_CONFIGS[f"Qwen/{name}"].read_text())
     content["vision_config"] |= {"model_type": content["model_type"], "deepstack_visual_indexes": []}
     more = {
@@ -99,7 +99,7 @@ PARTS = ("delta_net", "experts", "qwen4")
 
 
 def numbers(part):
-    """Yield all (name, number) pairs of a config part, including those in `PARTS`."""
+    """Yield the names and values of all numbers in a part of a config, including those in `PARTS`."""
     for field, value in vars(part).items():
         if field in PARTS and value is not None:
             yield from vars(value).items()
@@ -360,7 +360,7 @@ def test_the_end_of_answers_beside_the_language_model_counts_more(outer, inner, 
     ],
 )
 def test_a_size_beside_the_language_model_is_named(family, name):
-    """An entry that is in both places, or equals the default, is accepted."""
+    """A size that appears in both places, or that equals the default, is accepted."""
     content = copy.deepcopy(CONTENTS[family])
     content[TEXT].pop("num_local_experts", None)
     content[TEXT].setdefault(name, 4)
@@ -380,7 +380,6 @@ def outcome(content):
 
 
 def objects(content):
-    """Yield the config and all objects nested in it."""
     yield content
     for value in content.values():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Estimated cost of a run in every family, against the models of transformers."""
+"""Compare the estimated costs of every family with measurements of its model in transformers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Memory: estimates, fallbacks when memory is short, and out-of-memory errors that are always reported as such."""
+"""Test memory estimates, the fallbacks used when memory is low, and that running out of memory is always reported as such."""
 
 import os
 import re
@@ -80,7 +80,7 @@ def test_its_many_names(problem):
 
 
 def test_what_is_foretold_of_a_real_model():
-    """At 3B, one piece needs little working memory and a whole video much more, and a long prompt adds its own."""
+    """With the 3B model, one piece needs little memory, a whole video needs much more, and a long prompt adds to it."""
     config = describe(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct", load_format="dummy")).config
     few = Cost(config).working_memory(4096, 512, 1024, 2)
     assert 2**28 < few < GIB
@@ -96,7 +96,7 @@ def test_what_is_foretold_of_a_real_model():
 
 
 def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
-    """At 3B, 16,384 units, in bf16."""
+    """The estimates are for the 3B model in bf16 with 16,384 units."""
     config = describe(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct", load_format="dummy")).config
     tower, grid = TowerShape(32, (7, 15, 23, 31)), (64, 16, 16)
     row = 4 * 1280 * 2
@@ -217,7 +217,7 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
 @pytest.mark.parametrize("threaded", [True, False])
 @pytest.mark.parametrize(("room", "tried"), [(24, [96, 48, 24]), (23, [96, 48, 24])])
 def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, tmp_path, threaded, room, tried):
-    """One tower has room for a single frame pair, the other for none."""
+    """In one case, the tower has enough memory for a single frame pair. In the other, it does not even have that."""
     clip = spoil(Path(CLIP), tmp_path / "damaged.mp4", {40, 50})
     monkeypatch.setattr(encoding.OpenInput, "threaded", threaded)
     qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows

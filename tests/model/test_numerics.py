@@ -1,4 +1,4 @@
-"""Extreme input: NaN and infinity are reported with their stage; unusual shapes and contents work or are refused."""
+"""Test extreme inputs. NaN and infinity are reported with their stage, and unusual inputs either work or are rejected."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_one_number_is_enough(dtype):
 
 
 def spoil(loaded, where: str, bad: float) -> None:
-    """Put NaN or infinity into one feature of one patch, into a weight, or into the language model's output."""
+    """Put NaN or infinity into a feature of a patch, into a weight, or into the language model's output."""
     visual, language = loaded.model.model.visual, loaded.model.model.language_model
 
     def one(module, args):

@@ -1,4 +1,4 @@
-"""Reading ahead of the model: same answers and errors, bounded memory, and no threads left in any case."""
+"""Reading ahead of the model changes neither answers nor errors, takes bounded memory, and never leaves a thread behind."""
 
 import gc
 import json
@@ -41,7 +41,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
-    """200 numbered frames of 64x48, ten per second."""
+    """Return the path of a video with 200 numbered frames of 64x48 pixels, ten per second."""
     return str(write_video(tmp_path_factory.mktemp("long") / "long.mp4", numbered_frames(200), fps=10))
 
 
@@ -57,13 +57,13 @@ def nothing_is_left():
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept(demo, monkeypatch):
-    """Keep no patches for other settings, so each encoding asks for frames."""
+    """Disable the patch store, so that each encoding requests frames."""
     monkeypatch.setattr(demo.patches, "limit_bytes", 0)
 
 
 @pytest.fixture
 def read_anew(monkeypatch):
-    """A list with the path of each read that a session makes itself."""
+    """Return a list that grows with the path of each input that a session reads itself."""
     noted, real = [], read_chunks
 
     def read(info, *args, **how):
@@ -90,7 +90,6 @@ def all_read(ahead: ReadAhead) -> bool:
 
 
 def facts(encoded, answer) -> dict:
-    """Return the report without times and memory."""
     text = answer.text
     record = json.loads(answer.report.to_json())
     for timed in (record, *record["inputs"]):
@@ -105,7 +104,7 @@ def facts(encoded, answer) -> dict:
 
 
 def both(demo, paths, sampling, **pruning):
-    """Return the facts of encoding and asking, first without and then with reading ahead."""
+    """Encode and ask first without and then with reading ahead, and return both results of `facts`."""
     qa, made = VideoQA(demo, **pruning), []
     for ahead in (None, begun(*paths, sampling=sampling, pruning=PruneOptions(**pruning))):
         if ahead:
@@ -168,7 +167,7 @@ def test_answers_are_the_same_and_nothing_is_read_twice(demo, tmp_path, read_ane
 
 @pytest.mark.parametrize("method", ["subsample", "downscale"])
 def test_a_method_that_makes_an_input_smaller_reads_what_it_wants(demo, tmp_path, read_anew, method):
-    """Pictures are resized, and fewer frames of a video are read."""
+    """These methods resize pictures and read fewer frames of a video."""
     path = SQUARE if method == "subsample" else picture(tmp_path)
     without, with_it = both(demo, [path], SamplingOptions(), method=method, budget=0.25)
     assert without == with_it and read_anew == [path]  # by the session without reading ahead
@@ -198,7 +197,7 @@ def planned(path):
 
 
 def frame_numbers(ahead, path) -> list[int] | None:
-    """Return the numbers of the frames read ahead, or None if the session has to read again."""
+    """Return the numbers of the frames that were read ahead, or None if the session has to read the file again."""
     early = ahead.take(planned(path))
     if early is None:
         return None
@@ -295,7 +294,7 @@ def test_little_memory_leaves_little_to_frames(monkeypatch):
 
 
 def test_while_one_is_read_for_somebody_the_next_is_not_waited_for(long, monkeypatch):
-    """Inputs are read one at a time, so the next may never be read if the consumer of the first stops."""
+    """Inputs are read one at a time, so the next input may never be read if the consumer of the first input stops."""
     monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
     with begun(long, SQUARE, held_bytes=0) as ahead, closing(ahead.take(planned(long))) as first:
         next(first.chunks())
@@ -324,7 +323,7 @@ def test_an_error_of_a_video_comes_where_it_came_and_is_the_same(demo, tmp_path)
     "problem", [VideoError("it breaks off", "get it again", stage="read"), ZeroDivisionError("1/0")]
 )
 def test_what_breaks_off_ahead_ends_the_session_if_it_is_about_the_video(demo, monkeypatch, problem, read_anew):
-    """A video error ends the session after the frames before it. After other errors, the session reads again."""
+    """A video error ends the session after the frames that precede it. After any other error, the session reads the file again."""
 
     def breaks(*args, **how):
         for number, chunk in enumerate(read_chunks(*args, **how)):

@@ -1,4 +1,4 @@
-"""Encoded videos on disk: the same answers, no entries of other inputs, and no failures."""
+"""Videos from the disk cache lead to the same answers, are never confused with other inputs, and never make a command fail."""
 
 import multiprocessing
 import os
@@ -141,7 +141,7 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
 
 
 def test_other_bytes_under_the_same_name_size_and_time(loaded, cache, clip):
-    """A file that is replaced while it is read is not stored either."""
+    """A file that is replaced while it is being read is not stored either."""
     qa, before = VideoQA(loaded, budget=0.25), os.stat(clip)
     assert qa.encode(clip, cache=cache).report.cache == "miss"
     content = bytearray(Path(clip).read_bytes())
@@ -195,7 +195,7 @@ def test_who_leaves_the_cache_alone(loaded, cache, clip, monkeypatch):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("damage", ["empty", "flipped", "other", "cut", "text", "folder"])
 def test_a_damaged_entry_is_replaced(loaded, cache, clip, damage):
-    """So is an entry that was copied from another name."""
+    """An entry that was copied from another name is replaced as well."""
     qa = VideoQA(loaded, budget=0.25)
     fresh = answer(qa.encode(clip, cache=cache))
     (entry,) = cache.folder.iterdir()
@@ -227,7 +227,7 @@ def raising(problem):
 
 
 def test_what_cannot_be_written_is_a_warning(loaded, clip, tmp_path, monkeypatch):
-    """A read-only cache is still used."""
+    """A read-only cache can still be read."""
     (tmp_path / "file").touch()
     qa, cache = VideoQA(loaded, budget=0.25), Cache(tmp_path / "cache")
     video = qa.encode(clip, cache=Cache(tmp_path / "file" / "folder"))
@@ -274,7 +274,7 @@ def test_an_entry_that_is_deleted_while_it_is_opened_is_missing(cache, monkeypat
 
 
 def _storm(folder: str, worker: int) -> int:
-    """Store and load a few entries in a cache with room for two. Returns the number of correct loads; wrong ones fail."""
+    """Store and load a few entries in a cache that has room for two, and return how many were found. Wrong contents fail."""
     torch.set_num_threads(1)
     cache, right = Cache(Path(folder), limit_bytes=3000), 0
     for turn in range(40):

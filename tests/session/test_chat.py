@@ -1,4 +1,4 @@
-"""Conversations: equal to transformers' `generate` on the whole conversation, for any state of the cache."""
+"""Answers in conversations equal transformers' `generate` on the whole conversation, whatever the cache contains."""
 
 from copy import copy
 from dataclasses import replace
@@ -24,7 +24,7 @@ QUESTIONS = ["What happens?", "And then?", " How many red squares are there?\n",
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A tiny model of a family, or the demo model, with its folder."""
+    """Return a tiny model of a family, or the demo model, together with its folder."""
 
     @cache
     def load(name):
@@ -51,7 +51,7 @@ def messages(*turns):
 
 
 def conversation(loaded, folder, paths, chat, question, **limits):
-    """Return the processor's inputs for a conversation, for templates that only contain roles and texts."""
+    """Return the processor's inputs for a conversation, for templates that contain only roles and texts."""
     asked = [each["content"] for each in chat if each["role"] == "user"]
     inputs = evoprune.processor_inputs(folder, paths, [*asked, question][0], **limits)
     if not chat:
@@ -95,7 +95,7 @@ def test_a_conversation_at_full_budget_is_hugging_faces_generate(models, model, 
 @pytest.mark.parametrize("model", ["qwen2_5_vl", "qwen3_5", "qwen3_vl_moe", "qwen4_exp"])
 @pytest.mark.parametrize("budget", [1.0, 0.3])
 def test_an_answer_depends_on_nothing_but_what_was_said(models, model, budget):
-    """Earlier conversations, single questions, interrupted answers and retracted turns have no effect."""
+    """Earlier conversations, single questions, interrupted answers and retracted turns do not affect an answer."""
     qa = VideoQA(models(model)[0], budget=budget)
     video = qa.encode(CLIP)
     chat, other = video.chat(), video.chat("Be brief.")

@@ -1,4 +1,4 @@
-"""Answers from a given list of texts: probabilities agree with a token-by-token reading, for every kind of model."""
+"""For every kind of model, the probabilities of choices agree with those from reading them token by token."""
 
 import json
 from functools import cache
@@ -30,7 +30,7 @@ def loaded(tmp_path_factory):
 
 
 def logprob(video, loaded, question, text):
-    """Return the log probability of a text followed by an end token, from a separate pass, and its number of tokens."""
+    """Read a text and an end token in a separate pass, and return their log probability and number of tokens."""
     ends = list(loaded.eos_ids)
     ids = [*loaded.tokenizer.encode(text), ends[0]]
     logits, _ = video.read_along(question, ids)

@@ -1,4 +1,4 @@
-"""Inputs that a Python program holds: arrays of frames, Pillow pictures, bytes and open files."""
+"""Test inputs that a Python program has in memory: arrays of frames, Pillow pictures, bytes and open files."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def frames() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, frames) -> Path:
-    """The same frames as lossless files."""
+    """Return a folder with the same frames as lossless files."""
     made = tmp_path_factory.mktemp("frames")
     for number, frame in enumerate(frames):
         Image.fromarray(frame).save(made / f"{number}.png")

@@ -1,6 +1,6 @@
-"""Models whose language model is a transformers module: Qwen3.5 with recurrent states, mixtures of experts, quantized models.
+"""Test language models that run in transformers: Qwen3.5 with recurrent states, mixtures of experts, and quantized models.
 
-tests/session/test_qwen3.py compares their answers with `generate` at full budget, and below it with prompts written by hand.
+tests/session/test_qwen3.py compares their answers with transformers at full budget, and with hand-written prompts below it.
 """
 
 import functools
@@ -51,7 +51,7 @@ def hybrid(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["recurrent", "croppable"])
 def either(request, tmp_path_factory):
-    """A model whose cache cannot be cropped, and a DeepStack model whose cache can."""
+    """Return a model whose cache cannot be cropped, or a DeepStack model whose cache can."""
     if request.param == "recurrent":
         return request.getfixturevalue("hybrid")
     return loaded(tmp_path_factory, "qwen3_vl_moe")
@@ -60,7 +60,7 @@ def either(request, tmp_path_factory):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("inner", ["absent", "empty"])
 def test_settings_of_the_language_model_that_lie_flat(folder, tmp_path, inner):
-    """transformers would use its defaults, with billions of weights. Qwen2.5-VL's own config.json is flat."""
+    """transformers would ignore them and use its defaults, with billions of weights. Qwen2.5-VL's own config.json is flat."""
     for file in folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     content = json.loads((folder / "config.json").read_text())
@@ -90,7 +90,7 @@ def test_the_engines_give_the_same_answer(budget):
 
 
 def test_kernels_for_gpus_are_not_called_on_a_cpu(hybrid, tmp_path_factory, monkeypatch):
-    """Simulates installed fla and causal-conv1d, whose functions transformers would use and wrap."""
+    """The test imitates fla and causal-conv1d, whose functions transformers would use and wrap if they were installed."""
     expected = said(VideoQA(hybrid).encode(CLIP), "What happens?")
     layer = next(each for each in hybrid.model.model.language_model.modules() if hasattr(each, "in_proj_qkv"))
     module = sys.modules[type(layer).__module__]
@@ -162,7 +162,7 @@ with evoprune.EvoPrune(budget=1.0)(model), torch.inference_mode():
 
 @pytest.mark.full
 def test_kernels_that_are_installed_are_called_in_a_model_in_hand_alone(tmp_path):
-    """The first call of fla takes more than a minute, which no question should wait for."""
+    """The first call of fla takes more than a minute, and no question should have to wait for it."""
     for name, content in INSTALLED.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -180,7 +180,7 @@ def test_kernels_that_are_installed_are_called_in_a_model_in_hand_alone(tmp_path
 
 @pytest.mark.full
 def test_no_package_of_kernels_is_recommended(tmp_path):
-    """Neither by transformers nor by evoprune, if none is installed."""
+    """If no such package is installed, neither transformers nor evoprune recommends one."""
     (tmp_path / "ask.py").write_text(INSTALLED["ask.py"])
     save_tiny(tmp_path / "model", family="qwen3_5")
     ran = subprocess.run(
@@ -262,7 +262,6 @@ def test_a_last_question_is_read_in_one_pass(hybrid):
 
 
 def a_prompt(columns: int):
-    """Return embeddings, positions, cluster sizes, and DeepStack features."""
     random = torch.Generator().manual_seed(0)
     embeds, deepstack = (torch.randn(*shape, generator=random) for shape in ((columns, 64), (3, columns, 64)))
     return embeds, torch.arange(columns).expand(3, -1), 1 + 9 * torch.rand(columns, generator=random), deepstack
@@ -342,7 +341,6 @@ def test_fewer_bits_are_those_of_models_that_evoprune_runs(kind):
 
 
 def in_bf16(folder: Path) -> Path:
-    """Convert the files of a model to bf16."""
     from safetensors.torch import load_file, save_file
 
     weights = {name: weight.bfloat16() for name, weight in load_file(folder / "model.safetensors").items()}
@@ -356,7 +354,7 @@ def in_bf16(folder: Path) -> Path:
 @pytest.mark.parametrize("kind", parameters("int8", "int4"))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_hybrid_in_fewer_bits(tmp_path, monkeypatch, hybrid, kind, dtype):
-    """The weights are read in the file's dtype, and the model computes in the requested one."""
+    """The weights are read in the file's dtype, but the model computes in the requested dtype."""
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
     options = {"dtype": dtype, "quantize": kind, "store_quantized": True}
     folder = str(in_bf16(save_tiny(tmp_path / "model", family="qwen3_5")))
@@ -379,7 +377,7 @@ def test_a_hybrid_in_fewer_bits(tmp_path, monkeypatch, hybrid, kind, dtype):
 
 
 def test_the_dtype_of_files_is_read_beside_the_layers_too(hybrid, tmp_path):
-    """Published configs have it there, and none at the top level."""
+    """Published configs contain the dtype there, but not at the top level."""
     (tmp_path / "changed").mkdir()
     config = json.loads((hybrid.description.folder / "config.json").read_text())
     entries = {"dtype": None, "text_config": config["text_config"] | {"dtype": "bfloat16"}}
@@ -389,7 +387,6 @@ def test_the_dtype_of_files_is_read_beside_the_layers_too(hybrid, tmp_path):
 
 
 def damaged(folder: Path, tmp_path: Path, **entries) -> str:
-    """Return a copy of a model's folder with changed entries in config.json."""
     for file in folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     config = json.loads((folder / "config.json").read_text()) | entries
@@ -490,7 +487,7 @@ def test_layers_beside_quantised_ones_have_one_dtype():
         return torch.nn.Parameter(torch.ones(shape, dtype=dtype), requires_grad=False)
 
     class Packed(torch.nn.Parameter):
-        """A weight with attributes that describe its packing."""
+        """A weight that has attributes which describe its packing."""
 
     norm, scaled, packed = torch.nn.LayerNorm(4), torch.nn.Module(), torch.nn.Module()
     scaled.weight, scaled.scale = frozen(4, 4, dtype=torch.float8_e4m3fn), frozen(4)
@@ -586,7 +583,7 @@ HYBRID_FAULTS = {
 @pytest.mark.parametrize("fault", HYBRID_FAULTS.values(), ids=HYBRID_FAULTS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_verify_of_layers_in_few_operations(hybrid, monkeypatch, fault, dtype):
-    """These layers round differently from transformers, which is not a fault."""
+    """These layers do not round as transformers does, which must not count as a fault."""
     monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: False)
     loaded = load_model(str(hybrid.description.folder), dtype=dtype, pack=False)
     if fault is None:
@@ -609,13 +606,13 @@ def test_rounding_once_more_is_about_as_much_as_a_wider_dtype_shows(hybrid):
 
 
 def needs(package: str) -> None:
-    """Skip without this package. `pytest.importorskip` would import it, and importing gptqmodel changes the environment."""
+    """Skip the test if the package is missing. `pytest.importorskip` would import it, and gptqmodel changes the environment."""
     if not _is_installed(package) or not _is_installed("accelerate"):
         pytest.skip(f"needs {package} and accelerate")
 
 
 def quantised(kind: str, base: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Save a model whose language model a library has quantized, except for layers that are too small for the kernels."""
+    """Let a library quantize the language model, except for layers that are too small for the kernels, and save the model."""
     import transformers
     from transformers import AutoModelForImageTextToText
 
@@ -640,7 +637,7 @@ def quantised(kind: str, base: Path, folder: Path, dtype: torch.dtype = torch.fl
 
 
 def four_bits(kind: str, base: Path, folder: Path) -> None:
-    """Save the same in the layout of GPTQ or AWQ: eight columns or rows per int32, and a scale per 32 inputs."""
+    """Save the model in the layout of GPTQ or AWQ, with eight columns or rows per int32 and a scale for every 32 inputs."""
     from safetensors.torch import load_file, save_file
 
     def packed(numbers: torch.Tensor) -> torch.Tensor:

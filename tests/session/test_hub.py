@@ -1,4 +1,4 @@
-"""Facts that follow from the name of a model, before torch is imported."""
+"""Test what can be derived from a model's name before torch is imported."""
 
 import pytest
 

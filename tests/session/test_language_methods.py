@@ -1,4 +1,4 @@
-"""Methods inside the language model through `VideoQA`: consecutive questions, teacher forcing, reports, the cache."""
+"""Test methods inside the language model through `VideoQA`: consecutive questions, teacher forcing, reports and the cache."""
 
 import json
 
@@ -35,13 +35,13 @@ NAMES = (
 
 @pytest.fixture
 def load(tmp_path):
-    """A function that loads a demo model with a method. `operations` in the method is extended by a recipe file."""
+    """Return a function that loads the demo model with a method. The `operations` method gets a recipe file."""
     operations = write_recipe(tmp_path, DEMO)
     return lambda name, budget=0.5: VideoQA.load("demo", method=name.replace("operations", operations), budget=budget)
 
 
 def left_by(answer):
-    """Return the columns left in each layer, and the work done there."""
+    """Return the columns that were left in each layer, and how much work the layer did."""
     return answer.report.pruning.language_layers, answer.report.pruning.language_work
 
 
@@ -103,7 +103,7 @@ def test_the_content_may_decide_what_reaches_it():
 
 
 def test_a_preset_keeps_its_larger_share_of_a_picture(load, tmp_path):
-    """Also inside the language model, although no plan of an input states the number of tokens there."""
+    """This also applies inside the language model, although no input's plan contains the number of tokens there."""
     preset, picture = Budget.PRESETS["fast"], tmp_path / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 280, 3), dtype=np.uint8)).save(picture)
     for path, most in ((picture, preset.still), (CLIP, preset.video)):
@@ -117,7 +117,7 @@ def test_a_preset_keeps_its_larger_share_of_a_picture(load, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "plain"), [("operations", "none"), ("evoprune+operations:share=1", "evoprune")])
 def test_at_the_full_budget_nothing_changes(load, name, plain):
-    """The result is the same as without a method inside the language model."""
+    """The answer is the same as without a method inside the language model."""
     made, expected = (load(each, 1.0).encode(CLIP, frames=8).ask(QUESTIONS[0]) for each in (name, plain))
     assert made.text == expected.text and made.ids == expected.ids
     assert made.report.pruning.language_work is None and made.report.pruning.language_layers is None

@@ -1,4 +1,4 @@
-"""Answers do not depend on which layers of the language model are packed."""
+"""Answers do not depend on which of the language model's layers are packed."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,7 +27,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=MODELS)
 def load(request, folders):
-    """A function that loads the model again. All layers of its language model are packed from the third pass on."""
+    """Return a function that loads a new copy of the model, whose language model is completely packed by the third pass."""
     name, dtype = request.param.split()
     if not Packing.supports(torch.empty(1, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)):
         pytest.skip("this dtype is not packed here")
@@ -44,7 +44,7 @@ def waiting(loaded) -> int:
 
 
 def ids_of(video, question, n=12) -> list[int]:
-    """Return the tokens of a sampled answer, which change if any number changes."""
+    """Return the tokens of a sampled answer, which differ if any number differs."""
     made = video.ask(question, max_new_tokens=n, temperature=1.0, seed=1)
     assert made.text is not None
     return made.ids
@@ -52,7 +52,7 @@ def ids_of(video, question, n=12) -> list[int]:
 
 @pytest.fixture(scope="module")
 def want(load) -> list[list[int]]:
-    """The answers of a model that is packed from the beginning."""
+    """Return the answers of a model that is packed from the beginning."""
     loaded = load()
     loaded.packing.finish()
     video = VideoQA(loaded, budget=0.25).encode(CLIP)

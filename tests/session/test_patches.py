@@ -1,4 +1,4 @@
-"""The patch store: inputs with the same sampling are read once, whatever prunes them."""
+"""Thanks to the patch store, inputs with the same sampling are read only once, no matter which method prunes them."""
 
 import os
 import threading
@@ -30,7 +30,7 @@ def loaded(saved):
 
 @pytest.fixture
 def read(monkeypatch):
-    """The paths that are read, in order. Checks that no thread remains."""
+    """Return a list that grows with each path that is read, and check at the end that no thread is left."""
     paths, threads = [], set(threading.enumerate())
 
     def counted(info, times_s, **how):
@@ -86,7 +86,7 @@ def test_a_method_that_shrinks_the_input_reads_its_own(loaded, read):
 
 
 def test_another_file_in_its_place_is_read(loaded, read, clip):
-    """Also if length and time are the same. Another name of the same file is not read."""
+    """The new file is read even if its size and modification time are the same. Another name for the same file is not."""
     qa = VideoQA(loaded, budget=0.5)
     qa.encode(clip, frames=4)
     other = clip.with_name("other.mp4")
@@ -152,7 +152,7 @@ def test_a_failure_is_not_kept(loaded, read, monkeypatch):
 
 
 def test_smaller_chunks_read_nothing_again(loaded, read, monkeypatch):
-    """Also if memory runs out before the input is read completely."""
+    """This holds even if memory runs out before the whole input has been read."""
     real, tried = encoding.encode_rows, []
 
     def encode(visual, pieces, plan, *, piece_units, **how):
@@ -169,7 +169,7 @@ def test_smaller_chunks_read_nothing_again(loaded, read, monkeypatch):
 
 
 def source(count=3, gate=None):
-    """Return a source of `count` chunks. All except the first wait for the `gate`."""
+    """Return a source of `count` chunks. All chunks except the first wait for the `gate`."""
 
     def chunks(reading):
         for number in range(count):

@@ -1,4 +1,4 @@
-"""Pictures, and several inputs in one question: equal to Hugging Face at full budget, exact counts below."""
+"""Questions about pictures, or about multiple inputs, agree with transformers at full budget and have exact counts below it."""
 
 from dataclasses import replace
 
@@ -26,7 +26,6 @@ def loaded(saved):
 
 
 def save(path, width, height, seed=0):
-    """Save a picture of smooth noise."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
     small.resize((width, height), Image.Resampling.BICUBIC).save(path)
@@ -43,7 +42,7 @@ def test_a_picture_that_a_method_cannot_prune_stays_whole_and_says_so(loaded, me
 
 
 def test_a_picture_has_the_limits_of_pictures(loaded, tmp_path):
-    """Including its normalization; videos have other limits."""
+    """This includes its normalization. Videos have other limits."""
     picture, limits = save(tmp_path / "a.png", 300, 200), loaded.limits
     other = described(loaded, limits=limits | {"video": replace(limits["video"], image_std=(5.0, 5.0, 5.0))})
     alike = [VideoQA(model, budget=1.0).encode(picture).encoded.features for model in (loaded, other)]

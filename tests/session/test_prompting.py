@@ -1,4 +1,4 @@
-"""Prompts: whether they fit, subtitles in them, and answers that do not depend on earlier ones."""
+"""Test whether prompts fit, their subtitles, and that answers do not depend on earlier questions."""
 
 import shutil
 from dataclasses import replace
@@ -35,7 +35,7 @@ def said(tmp_path):
 
 
 def prompt_of(qa, video, question="Why?"):
-    """Return the text of a prompt, with special tokens, from the end of the video to the end of the turn, and its ids."""
+    """Return the part of a prompt between the end of the video and the end of the turn, as text and as ids."""
     ids = qa.session.fitting_prompt(video.plans, question, GenerationOptions(2), len(video.encoded.kept)).input_ids
     text = qa.loaded.tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False)
     return text.partition("<|vision_end|>")[2].rpartition("<|im_end|>")[0], ids
@@ -67,7 +67,7 @@ def test_answers_do_not_depend_on_earlier_questions(qa, said, budget):
 
 
 def about_said_wh(qa):
-    """Return a video with subtitles whose last token may merge with the question."""
+    """Return a video whose subtitles end with a token that may merge with the question."""
     video = qa.encode(CLIP)
     plan = video.plan
     video.plans = [replace(plan, subtitles=replace(plan.subtitles, text="said: Wh"))]
@@ -75,7 +75,7 @@ def about_said_wh(qa):
 
 
 def test_a_question_that_merges_with_the_subtitles(qa):
-    """Also after an interrupted question."""
+    """This also works after an interrupted question."""
     video, layer = about_said_wh(qa), qa.loaded.model.model.language_model.layers[0]
     for question in ["?", "at?", "?", "broken", "?"]:
         if question == "broken":
@@ -132,7 +132,7 @@ def plan(qa):
 
 @pytest.fixture
 def context(qa, monkeypatch):
-    """A function that sets the context length; None simulates a config without one."""
+    """Return a function that sets the context length. None imitates a config without a context length."""
     config = qa.loaded.model.config
 
     def set_to(length):
@@ -161,7 +161,7 @@ def test_prompt_and_answer_fill_the_context_to_the_last_token(qa, plan, context)
 
 
 def test_only_the_beginning_of_what_is_too_long_is_split(qa, plan, context, monkeypatch):
-    """A question, a system prompt, or earlier turns: tokenizing all of it might take minutes."""
+    """The long text is a question, a system prompt, or earlier turns. Tokenizing all of it might take minutes."""
     context(500)
     video = qa.encode(CLIP)
     lengths = []

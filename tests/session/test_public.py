@@ -1,4 +1,4 @@
-"""The names and options of `import evoprune`: complete, listed, validated when created, and cheap until used."""
+"""The public names are complete and listed, options are validated when created, and nothing is imported before it is used."""
 
 import copy
 import os
@@ -200,7 +200,7 @@ def test_a_question_is_a_text(demo):
     ids=["package", "options", "answer"],
 )
 def test_what_is_imported(code, modules):
-    """Importing any of these takes longer than a short answer."""
+    """Importing any of these modules takes longer than generating a short answer."""
     code += f"\nimport sys; print([m for m in {modules} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

@@ -1,4 +1,4 @@
-"""Qwen3-VL from a file to logits: equal to transformers at full budget; below it, to a hand-written prompt read by its layers."""
+"""Compare Qwen3-VL with transformers at full budget, and with a hand-written prompt at smaller budgets."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ def loaded(folder):
 
 @pytest.fixture(scope="module")
 def host(loaded):
-    """The same weights in transformers' class."""
+    """Return a transformers model with the same weights."""
     model, special = hugging_face_model(loaded.model), loaded.tokenizer.specials()
     for name in ("video", "image"):
         setattr(model.config, f"{name}_token_id", special[f"<|{name}_pad|>"])
@@ -87,7 +87,7 @@ def patches_of(plan) -> torch.Tensor:
 
 
 class Written:
-    """A prompt written by hand: ids, positions in time, height and width, and places of visual tokens."""
+    """A prompt written by hand: token ids, their positions in time, height and width, and the places of visual tokens."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.specials = tokenizer, tokenizer.specials()
@@ -127,7 +127,7 @@ def written(tokenizer, plan, kept) -> Written:
 
 @torch.no_grad()
 def logits_by_hand(host, tokenizer, plan, kept, features, sizes, answer) -> torch.Tensor:
-    """Return the logits of each token of an answer. `features`: `[1 + n, K, D]`."""
+    """Return the logits of each token in an answer. `features` is `[1 + n, K, D]`."""
     prompt = written(tokenizer, plan, kept)
     count = len(prompt.ids)
     for token in answer[:-1]:
@@ -244,7 +244,7 @@ def test_a_model_in_hand_is_pruned_alike(folder, loaded, host, name, budget, pat
 @pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in BUNDLED_CONFIGS if "Qwen3-VL" in name and "-A3B" not in name])
 def test_full_budget_at_true_dimensions(name):
-    """Uses the whole tower, one more language layer than DeepStack adds to, and frames of an odd shape."""
+    """The test uses the whole tower, one more language layer than DeepStack needs, and frames of an odd shape."""
     config = describe(ModelOptions(name, load_format="dummy")).config
     few = replace(config.text_config, num_hidden_layers=4, vocab_size=1000)
     model = QwenVL.random(replace(config, text_config=few), torch.float32, torch.device("cpu"))

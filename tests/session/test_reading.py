@@ -1,4 +1,4 @@
-"""The `Reading` class: chunks in order, shared memory and turns, and no thread remains after any end."""
+"""Test the `Reading` class: the order of chunks, shared memory, taking turns, and that no thread is ever left behind."""
 
 import os
 import threading
@@ -27,7 +27,7 @@ class Chunk:
 
 
 def numbers(count, closed=None, problem=None, made=None):
-    """Return a source of `count` chunks that records the chunks it makes and the thread that closes it."""
+    """Return a source of `count` chunks, which records the chunks that it makes and the thread that closes it."""
 
     def source(reading):
         try:
@@ -66,7 +66,7 @@ def test_all_of_it_in_order():
 
 @pytest.mark.parametrize("room", [2, 3, 5])
 def test_chunks_that_wait_are_bounded(room):
-    """One more chunk is made than waits, unless that would exceed the bound."""
+    """While chunks wait, the next one is already made, unless it would exceed the bound."""
     made = []
     with closing(Reading(numbers(20, made=made), Readings(room))) as reading:
         chunks = reading.chunks()

@@ -1,4 +1,4 @@
-"""Untrusted input runs no code, reaches no network and damages no files: models, names, networks, disks."""
+"""Untrusted input cannot run code, access the network or damage files."""
 
 import json
 import os
@@ -29,7 +29,7 @@ QUICK = ("-m", "demo", "-n", "2", "--frames", "4")
 
 
 def test_the_code_compiles_no_text_and_trusts_no_remote_code():
-    """Ruff forbids eval, exec, shells and pickles (pyproject.toml), but has no rule for these."""
+    """Ruff rejects eval, exec, shells and pickles (see pyproject.toml), but has no rules for what is tested here."""
     for path in SOURCES:
         source = path.read_text(encoding="utf-8")
         assert not re.search(r"(?<![.\w])(compile|__import__)\(", source), path
@@ -48,7 +48,7 @@ class Bomb:
 
 
 def mine(folder: Path, struck: Path) -> None:
-    """Add everything to a model's folder that some library would run: custom code, pickles."""
+    """Add everything to a model's folder that some library might run, such as custom code and pickles."""
     code = f"import os\nos.mkdir({str(struck)!r})\nclass Evil: pass\n"
     for name in ("modeling_evil.py", "tokenization_evil.py", "configuration_evil.py", "setup.py", "__init__.py"):
         (folder / name).write_text(code)
@@ -113,7 +113,7 @@ def test_a_chat_template_stays_in_its_sandbox(folder, template, tmp_path, monkey
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """A list of attempts to resolve a host or connect anywhere. Each attempt fails."""
+    """Make all attempts to resolve a host or to connect fail, and return a list of these attempts."""
     asked = []
 
     def refuse(*args, **_):
@@ -203,7 +203,7 @@ def test_links_are_followed_and_stay(cli, tmp_path):  # noqa: F811
 
 @contextmanager
 def room(path: Path, more: int):
-    """Let files grow to `more` bytes beyond the size of this one, to simulate a disk that fills up in the middle of a write."""
+    """Limit files to `more` bytes beyond the size of this one, to imitate a disk that fills up in the middle of a write."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more, before[1]))
     try:
@@ -251,7 +251,7 @@ def test_results_that_do_not_fit_leave_the_earlier_ones_and_other_files(tmp_path
 
 
 def test_stdout_onto_a_full_disk(cli, tmp_path):  # noqa: F811
-    """A redirected answer that does not fit is reported as an error about the output, not as a bug."""
+    """If a redirected answer does not fit, the error is about the output and is not reported as a bug."""
     with open("/dev/full", "wb") as full:
         saved = os.dup(1)
         os.dup2(full.fileno(), 1)

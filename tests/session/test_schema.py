@@ -1,4 +1,4 @@
-"""Answers that follow a schema or a regular expression, for every way of decoding."""
+"""Answers follow a schema or a regular expression, no matter how they are decoded."""
 
 import json
 import random
@@ -208,7 +208,7 @@ CLIPS = ["square", "three", "pan"]
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory):
-    """A function that asks one of `MODELS` about one of `CLIPS`. Models are loaded and clips encoded once."""
+    """Return a function that asks one of `MODELS` about one of `CLIPS`. Models are loaded and clips are encoded only once."""
 
     @cache
     def loaded(model):

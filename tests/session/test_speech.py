@@ -1,4 +1,4 @@
-"""Speech: transcribed lines in the prompt, in reports and in the cache, with a stand-in for faster-whisper."""
+"""Test transcribed lines in prompts, in reports and in the cache, using a stand-in for faster-whisper."""
 
 import numpy as np
 import pytest

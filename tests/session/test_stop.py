@@ -1,4 +1,4 @@
-"""Where an answer stops, and the probabilities of its tokens, in Python and on the command line."""
+"""Test where an answer stops and the probabilities of its tokens, both in Python and on the command line."""
 
 import json
 

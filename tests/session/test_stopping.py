@@ -1,4 +1,4 @@
-"""Reading ahead stops at once, even while a worker process is busy; work that others need continues."""
+"""Reading ahead stops immediately, even while a worker process is busy, but work that others need continues."""
 
 import threading
 import time
@@ -40,7 +40,7 @@ def nothing_stays(monkeypatch):
 
 @pytest.fixture
 def named(tmp_path):
-    """`named("hang")` returns the path of a good video with that name."""
+    """Return a function that copies a valid video to a file with the given name."""
 
     def call(name):
         path = tmp_path / f"{name}.mp4"
@@ -56,7 +56,7 @@ def qa(saved):
 
 
 def begun(path):
-    """Wait until the worker hangs and its consumer waits for it."""
+    """Wait until the worker hangs and its consumer is waiting for it."""
     until = time.monotonic() + 20
     while not Path(path.replace("first_", "") + ".begun").exists():
         assert time.monotonic() < until
@@ -81,7 +81,7 @@ def opener(qa):
 
 
 def test_patches_that_others_need_are_read_on(qa, named, monkeypatch):
-    """Also if the first consumer is stopped."""
+    """They are read to the end even if the first consumer is stopped."""
     monkeypatch.setattr(upcoming, "readers", lambda loaded: 2)
     path, waits = named("first_hang"), []
     with ExitStack() as stack:
@@ -127,7 +127,7 @@ def test_inputs_that_are_read_ahead(qa, named, monkeypatch, name, count, keeps):
 @pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("name", HANGS)
 def test_inputs_that_are_read_before_the_model_is_there(qa, saved, named, name, wanted):
-    """`wanted`: a session waits for the input in a thread that is stopped."""
+    """If `wanted` is True, a session is waiting for the input in a thread that is stopped."""
     path = named(name)
     scope = isolation.Scope()
 

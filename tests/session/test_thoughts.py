@@ -1,4 +1,4 @@
-"""Questions to a model that thinks before it answers: thoughts stay separate in every way of reading an answer."""
+"""If a model thinks before it answers, its thoughts stay separate, no matter how the answer is read."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def loaded(saved):
 
 @pytest.fixture
 def qa(loaded, request):
-    """A model with a template of a given kind that knows thoughts only as text."""
+    """Return a model with the requested kind of template. Its tokenizer has no special tokens for thoughts."""
     kind = getattr(request, "param", "unless off")
     return VideoQA(replace(loaded, tokenizer=thinking_tokenizer(kind, special=None)), budget=0.5)
 
@@ -112,7 +112,7 @@ def test_a_model_that_cannot_think_is_not_asked_to(video):
 
 
 def test_a_prompt_that_thinks_is_another_prompt(video):
-    """It shares neither keys and values nor distributions with the prompt that does not think."""
+    """It has neither keys and values nor distributions in common with the prompt that does not think."""
     off, on = (video.read_along(QUESTION, [5, 6], None, think)[0] for think in ("off", "on"))
     again, _ = video.read_along(QUESTION, [5, 6])
     assert not off.equal(on) and again.equal(off)

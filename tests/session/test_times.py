@@ -1,6 +1,6 @@
 """The reported stages add up to the time to the first token.
 
-The clock stands still except for the delays that a test adds, so the machine's speed does not matter and sums are exact.
+The clock advances only by the delays that a test adds, so the machine's speed does not matter and sums are exact.
 """
 
 import threading
@@ -48,7 +48,7 @@ SLOW = (
 
 
 class Hands:
-    """A clock that only advances when told to."""
+    """A clock that advances only when it is told to."""
 
     def __init__(self):
         self.now, self._lock = 0.0, threading.Lock()
@@ -75,7 +75,7 @@ def later(hands, seconds, function):
 
 @pytest.fixture
 def slow(hands, monkeypatch):
-    """Delay everything in `SLOW`. Returns the clock."""
+    """Delay all functions in `SLOW`, and return the clock."""
     for digit, name in enumerate(SLOW):
         monkeypatch.setattr(name, later(hands, 2.0**digit, resolve_name(name)))
     return hands
@@ -88,20 +88,20 @@ def loaded(saved):
 
 @pytest.fixture
 def kernels(loaded, hands):
-    """The model. Its first question waits for kernels that are being compiled."""
+    """Return the model, whose first question has to wait for kernels that are being compiled."""
     left = [2.0**30]
     return replace(loaded, ready=lambda: hands.move(left.pop() if left else 0.0))
 
 
 def covered(times) -> float:
-    """Return the milliseconds to the first token that the stages cover."""
+    """Return how much of the time to the first token the stages cover, in milliseconds."""
     stages = ("plan", "read", "preprocess", "compile", "encode", "store", "prefill")
     return sum(getattr(times, stage) for stage in stages) - times.overlap
 
 
 @contextmanager
 def timed(hands):
-    """Check the report that the block appends to the yielded list, and that nothing else was waited for."""
+    """Check the report that the block appends to the yielded list, and check that nothing else waited."""
     reports, start = [], hands.now
     yield reports
     (report,) = reports
@@ -199,7 +199,7 @@ def test_of_the_command_line(cli, slow, saved, tmp_path, monkeypatch, more):  # 
 
 @pytest.mark.parametrize("method", ["evoprune", "cdpruner"])
 def test_of_patches_that_are_kept(kernels, slow, method):
-    """Patches of an earlier encoding, and patches that another input of the question is reading."""
+    """The patches come from an earlier encoding, or another input of the same question is reading them."""
     kernels.patches.clear()
     for again in (False, True):
         with timed(slow) as reports:
@@ -213,7 +213,7 @@ def test_of_patches_that_are_kept(kernels, slow, method):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_of_inputs_that_are_read_ahead(kernels, slow, monkeypatch, kept):
-    """Work done before the encoding, or during the encoding of other inputs, does not count as waiting."""
+    """Reading before the encoding, or while other inputs are encoded, does not count as waiting."""
     monkeypatch.setattr("evoprune.session.upcoming.readers", lambda loaded: 2)
     monkeypatch.setattr(kernels.patches, "limit_bytes", kernels.patches.limit_bytes * kept)
     kernels.patches.clear()
@@ -235,7 +235,7 @@ def test_of_inputs_that_are_read_ahead(kernels, slow, monkeypatch, kept):
 
 
 def test_of_what_was_read_before_the_model_was_there(kernels, slow, saved, monkeypatch):
-    """Read time hidden by model loading does not count as waiting."""
+    """Read time that is hidden behind model loading does not count as waiting."""
     kernels.patches.clear()
     with read_ahead([CLIP, OTHER], str(saved)) as ahead:
         for early in ahead._prefetches:
@@ -249,7 +249,7 @@ def test_of_what_was_read_before_the_model_was_there(kernels, slow, saved, monke
 
 
 def test_of_a_batch(cli, slow, saved, tmp_path):  # noqa: F811
-    """Reading done during earlier answers does not count as waiting."""
+    """Reading while earlier answers are generated does not count as waiting."""
     out = tmp_path / "out.jsonl"
     said = cli(
         "batch", CLIP, OTHER, "samples/three.mp4", "-Q", QUESTION, "-Q", "And then?", "-m", saved, "-n", "2", "-o", out
@@ -260,7 +260,7 @@ def test_of_a_batch(cli, slow, saved, tmp_path):  # noqa: F811
 
 
 def test_of_a_stream(loaded, slow):
-    """The first question encodes the unfinished window; the second one reuses it."""
+    """The first question encodes the unfinished window, which the second question reuses."""
     random = np.random.default_rng(0)
     with VideoQA(loaded, budget=0.25).stream(window_s=2.0) as stream:
         for number in range(6):
@@ -273,7 +273,7 @@ def test_of_a_stream(loaded, slow):
 
 
 def test_by_a_clock_that_runs(loaded):
-    """With a real clock, the unreported time from the path to the first piece is small."""
+    """With a real clock, the time that no stage reports is short."""
     qa, missing = VideoQA(loaded, budget=0.25), []
     for _ in range(3):
         start = time.perf_counter()

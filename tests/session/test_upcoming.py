@@ -1,4 +1,4 @@
-"""Reading ahead of several inputs: in order, bounded, in parallel on idle cores, and nothing remains."""
+"""Multiple inputs are read ahead in order, within bounds, and in parallel on idle cores, and no threads are left behind."""
 
 import threading
 import time
@@ -23,7 +23,7 @@ def no_thread_stays():
 
 @pytest.fixture
 def ahead_of(monkeypatch):
-    """A function that calls `in_flight` with `count` readers. No thread starts before the first item is requested."""
+    """Return a function that calls `in_flight` with `count` readers. No thread starts before the first item is requested."""
 
     def made(items, opened, count, cores=0, on_wait=lambda seconds: None):
         monkeypatch.setattr(upcoming, "readers", lambda loaded: count)
@@ -33,7 +33,7 @@ def ahead_of(monkeypatch):
 
 
 class Inputs(OpenInputs):
-    """Records the calls it gets. With a `gate`, `read` waits for it or for the close."""
+    """Records the methods that are called. If there is a `gate`, `read` waits until it opens or until the inputs are closed."""
 
     def __init__(self, events, item, gate=None):
         self.events, self.item, self.gate = events, item, gate or threading.Event()
@@ -91,7 +91,7 @@ def test_no_more_are_opened_than_there_is_room_for(ahead_of, count):
 
 
 def test_one_reader_finishes_one_before_it_begins_the_next(ahead_of):
-    """So a later input never slows down the next one."""
+    """This way, an input that is needed later never slows down the one that is needed next."""
     events, gate = [], threading.Event()
     ahead = ahead_of(range(3), lambda item, cores: Inputs(events, item, gate if item == 0 else None), 1)
     next(ahead)
@@ -144,7 +144,7 @@ def test_what_ends_the_program_is_raised(ahead_of, problem):
 
 
 def test_reading_that_fails_stops_nothing(ahead_of):
-    """Encoding the inputs raises the error again."""
+    """The error is raised again when the inputs are encoded."""
 
     class Failing(Inputs):
         def read(self):

@@ -1,4 +1,4 @@
-"""The whole pipeline on sample clips: equal to Hugging Face at full budget, independent of earlier questions."""
+"""The whole pipeline agrees with transformers at full budget, and answers do not depend on earlier questions."""
 
 import signal
 import threading
@@ -43,7 +43,7 @@ def loaded(saved):
 
 @pytest.fixture(scope="module")
 def models(saved, tmp_path_factory):
-    """A tiny model of a family, or the demo model, with its folder."""
+    """Return a tiny model of a family, or the demo model, together with its folder."""
 
     @cache
     def load(name):
@@ -55,7 +55,7 @@ def models(saved, tmp_path_factory):
 
 
 def asked(video, question="What happens?", n=24, **settings):
-    """Return an answer that was read to its end."""
+    """Ask a question and read the whole answer."""
     made = video.ask(question, max_new_tokens=n, **settings)
     assert "".join(made) == made.text
     return made
@@ -66,14 +66,13 @@ def answer(video, question="What happens?", n=24, **settings):
 
 
 def picture(path, width, height):
-    """Save a picture of smooth noise."""
     small = Image.fromarray(np.random.default_rng(width).integers(0, 256, (5, 7, 3), dtype=np.uint8))
     small.resize((width, height), Image.Resampling.BICUBIC).save(path)
     return str(path)
 
 
 def hugging_faces(loaded, inputs, n) -> list[int]:
-    """Return the tokens of transformers' `generate`; Qwen2-VL and Qwen2.5-VL use positions by Qwen's rule."""
+    """Return the tokens that transformers generates. For models without timestamps, evoprune computes the M-RoPE positions."""
     model, special = hugging_face_model(loaded.model), loaded.tokenizer.specials()
     ids, pads, spans, how = inputs["input_ids"][0].tolist(), {}, [], {}
     for name in ("video", "image"):
@@ -147,7 +146,7 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(loaded, path, budget
 
 @contextmanager
 def broken(loaded, problem, layer=0):
-    """Make the language model raise `problem`, or call it if it is a function."""
+    """Make a layer of the language model raise `problem`, or call it if it is a function."""
 
     def fail(*_):
         if isinstance(problem, BaseException):
@@ -164,7 +163,7 @@ def broken(loaded, problem, layer=0):
 
 @pytest.mark.parametrize("way", ["begun", "read along", "answered in a thread", "broken off"])
 def test_an_answer_does_not_go_on_after_another_question(loaded, way):
-    """A pause between two of its pieces blocks no other thread."""
+    """While the first answer pauses between two pieces, no other thread is blocked."""
     video = VideoQA(loaded).encode(CLIP)
     first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
     next(first)
@@ -263,7 +262,7 @@ def test_an_interruption_does_not_spoil_the_next_answer(loaded, when):
 
 
 def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
-    """Resizing small frames up does not make a chunk too large."""
+    """Enlarging small frames does not make a chunk too large."""
     write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
     done = []
     monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 2**19)
@@ -310,7 +309,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
 @pytest.mark.few(2)
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, kept):
-    """Stored patches are all ready before the encoding; otherwise, as many as fit. Nothing is read twice or left out."""
+    """If patches are stored, all of them are ready before the encoding. Otherwise, only those that fit are. None is read twice."""
     monkeypatch.setattr("evoprune.session.encoding.AHEAD_BYTES", 0)
     monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
     monkeypatch.setattr(OpenInput, "shares", kept)
@@ -342,7 +341,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, kept
 
 @pytest.fixture
 def reading(monkeypatch):
-    """Counts how often the reading of a video ends. A test sets a callback per chunk. Checks that no thread remains."""
+    """Count how often reading a video ends, call a test's callback for each chunk, and check that no thread is left."""
     noted, threads = SimpleNamespace(closed=0, each=lambda: None), set(threading.enumerate())
 
     def read(*args, **settings):
@@ -398,7 +397,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
 
 
 def test_a_signal_while_a_frame_is_waited_for(loaded, reading):
-    """Ctrl-C reaches the main thread while the reader thread works."""
+    """Ctrl-C reaches the main thread while the reader thread is working."""
 
     def interrupt():
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -517,7 +516,7 @@ def test_what_is_not_shown_as_players_show_it_is_a_warning(loaded, tmp_path):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["downscale", "subsample"])
 def test_less_input_is_what_a_plan_for_less_would_give(loaded, method):
-    """Decoding, positions and everything else are as if the video had been sampled that way from the start."""
+    """Decoding, positions and everything else are the same as if the video had been sampled that way from the start."""
     less = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
     limits = replace(loaded.video, min_pixels=1, max_pixels=less.plan.height * less.plan.width)
     other = VideoQA(described(loaded, limits={"video": limits}), budget=1.0).encode(
@@ -534,7 +533,7 @@ ASKED = ["What happens?", "How many red squares are there in the video?", "What 
 
 
 def test_one_encoding_serves_every_question(loaded, monkeypatch):
-    """A method that reads the question selects again for each one, as if the video had been encoded for it alone."""
+    """A method that reads the question selects again for each question, as if the video had been encoded only for it."""
     qa = VideoQA(loaded, budget=0.25, method="cdpruner")
     fresh = []
     for question in ASKED:

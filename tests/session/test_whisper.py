@@ -1,4 +1,4 @@
-"""Speech with a real Whisper model: `python -m experiments.environments speech`. espeak-ng speaks, and ffmpeg makes the files."""
+"""Test speech with a real Whisper model (run `python -m experiments.environments speech`), espeak-ng and ffmpeg."""
 
 import re
 import shutil
@@ -55,7 +55,7 @@ def ffmpeg(*words) -> None:
 
 
 def clip(path: Path, spoken: Path, before_s: float = 0.0, length_s: float = 12.0, video_late_s: float = 0.0) -> Path:
-    """Write a video in which something is said after `before_s`, both by the file's clock."""
+    """Write a video in which something is said after `before_s`, as measured by the file's clock."""
     late = ["-itsoffset", video_late_s, "-f", "lavfi", "-t", length_s - video_late_s, "-i", PICTURES]
     delay = f"adelay={round(before_s * 1000)}:all=1,apad=whole_dur={length_s}"
     ffmpeg(*late, "-i", spoken, "-af", delay, "-c:v", "libx264", "-bf", "0", "-c:a", "aac", path)
@@ -69,7 +69,6 @@ def heard(qa, path, **how):
 
 
 def starts(text):
-    """Return the start of every line in seconds."""
     return [int(minutes) * 60 + int(seconds) for minutes, seconds in re.findall(r"^\[(\d+):(\d+)\]", text, re.M)]
 
 
@@ -115,7 +114,7 @@ def test_of_a_cut_file_the_beginning_is_heard(qa, spoken, tmp_path):
 
 @pytest.mark.slow
 def test_an_hour_takes_no_more_memory_than_minutes(spoken, tmp_path):
-    """Measured in processes of their own. The model and its buffers take most of the memory."""
+    """Each transcription runs in its own process. The model and its buffers take most of the memory."""
     clip(tmp_path / "part.mkv", spoken, before_s=5.0, length_s=60.0)
     peaks = {}
     for minutes in (6, 60):

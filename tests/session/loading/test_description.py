@@ -1,4 +1,4 @@
-"""Facts about a model that are known before torch is imported, and reused by plans and loading."""
+"""Test facts about a model that are determined before torch is imported, and reused by plans and when loading the model."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Models from a local imitation of the hub; folders that are damaged, incomplete or malicious; generation_config.json."""
+"""Test models from a local imitation of the hub, generation_config.json, and damaged, incomplete or malicious folders."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The part of the hub's HTTP interface that a download needs, serving one folder as org/tiny."""
+    """Implements the part of the hub's HTTP interface that downloads need, and serves a single folder as org/tiny."""
 
     protocol_version = "HTTP/1.1"
     folder = None
@@ -84,7 +84,6 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def move_hub(monkeypatch, port):
-    """Point the hub's client at a local port."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     template = f"http://127.0.0.1:{port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -93,7 +92,7 @@ def move_hub(monkeypatch, port):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty hub cache on this machine."""
+    """Set up an empty cache for models from the hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     return tmp_path / "cache" / "models--org--tiny"
@@ -365,7 +364,7 @@ HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"  # names that t
 
 
 def change(folder, edited):
-    """Rewrite the weights of a folder after `edited` changed their dict."""
+    """Let `edited` change the dictionary of weights in a folder, and write it back."""
     weights = load_file(folder / "model.safetensors")
     edited(weights)
     save_file(
@@ -448,7 +447,7 @@ def test_null_in_a_config_is_missing(folder, name, value):
 
 @pytest.fixture(autouse=True)
 def soon():
-    """Limit each case to half a minute, even on a busy machine; most take less than a second (`--durations=0`)."""
+    """Limit each test to half a minute, for busy machines. Most take less than a second (see `--durations=0`)."""
     start = time.monotonic()
     yield
     assert time.monotonic() - start < 30
@@ -684,7 +683,7 @@ def test_an_answer_must_be_able_to_end(folder, where):
     ("ends", "expected"), [(7, (7,)), ([7, 8], (7, 8)), ([7, 5000], (7,)), ([], (400,)), (None, (400,))]
 )
 def test_end_tokens(folder, ends, expected):
-    """Invalid ids are warned about if there are valid ones."""
+    """If some ids are valid, the invalid ones only cause a warning."""
     edit(folder / "generation_config.json", eos_token_id=ends)
     wrong = pytest.warns(ModelWarning, match="eos_token_id 5000 is not in the vocabulary")
     with wrong if ends == [7, 5000] else nullcontext():

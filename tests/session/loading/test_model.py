@@ -1,4 +1,4 @@
-"""Loading a model: weights, settings, device, dtype and threads; and error messages for models that do not load."""
+"""Test how a model is loaded (weights, settings, device, dtype and threads), and the errors if it cannot be loaded."""
 
 import json
 import os
@@ -147,7 +147,7 @@ def test_names_of_older_and_newer_checkpoints(folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_gpu_sets_up_beside_loading_runs_to_its_end(family):
-    """On a GPU, its errors would be lost."""
+    """The setup runs here because errors would go unnoticed on a GPU."""
     config = Config.parse(tiny_config(family).to_dict())
     model._warm_up(config, torch.float32, torch.device("cpu"), FAMILIES[family].native)
 
@@ -297,7 +297,7 @@ def test_running_out_of_memory_has_its_own_error(saved, monkeypatch):
 
 @pytest.fixture(scope="module")
 def dimensions_only(saved, tmp_path_factory):
-    """A folder with only config.json. Embeddings are tied, as in the 3B model."""
+    """Return a folder that contains only config.json. The embeddings are tied, as in the 3B model."""
     folder = tmp_path_factory.mktemp("dimensions")
     shutil.copy(saved / "config.json", folder)
     edit(folder / "config.json", tie_word_embeddings=True)
@@ -351,7 +351,7 @@ OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (
 
 
 def test_where_torch_finds_another_device_than_drivers_promise_loading_says_so(saved, monkeypatch):
-    """Tests without the `cuda` mark see no GPU. The device chosen before loading is final: nothing is planned again."""
+    """Tests without the `cuda` mark see no GPU. The device that was chosen before loading is final, so nothing is planned again."""
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -404,7 +404,7 @@ def test_the_dtype_of_a_device(device, demo, monkeypatch):
 
 
 def test_two_models_on_one_gpu(monkeypatch):
-    """Memory of other processes is not free; unused memory in this process's allocator is."""
+    """Memory used by other processes is not available, but unused memory in this process's allocator is."""
     gib = 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * gib, 16 * gib))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gib)
@@ -437,7 +437,7 @@ def test_running_out_of_memory_on_a_gpu_has_numbers(says):
 
 @pytest.fixture
 def three_threads(monkeypatch):
-    """A host program with three threads, on a machine with eight cores."""
+    """Imitate a host program that uses three threads on a machine with eight cores."""
     monkeypatch.setattr("evoprune.backend.limits.Host.available_cores", lambda _: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
@@ -462,14 +462,14 @@ def test_small_models_get_one_thread_and_large_ones_all_cores(weights, cores, co
     ("wanted", "environment", "count"), [(None, "", 3), ("auto", "", 1), ("auto", "5", 3), (2, "", 2), ("2", "5", 2)]
 )
 def test_threads_of_a_model(saved, monkeypatch, wanted, environment, count, three_threads):
-    """Without an option, torch keeps the number of threads that the host program set."""
+    """If there is no option, torch keeps the number of threads that the host program has set."""
     monkeypatch.setenv("OMP_NUM_THREADS", environment)
     load_model(str(saved), dtype="fp32", threads=wanted)
     assert torch.get_num_threads() == count
 
 
 def test_a_family_that_differs_in_values_is_one_entry(saved, tmp_path, monkeypatch):
-    """An entry of `FAMILIES` is enough, because no other file asks for a model's family (test_structure.py)."""
+    """An entry in `FAMILIES` is enough, because no other file depends on a model's family (see test_structure.py)."""
     unstated = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}
     monkeypatch.setitem(FAMILIES, "qwen2_9_vl", replace(FAMILIES["qwen2_5_vl"], unstated=unstated))
     folder = shutil.copytree(saved, tmp_path / "model")

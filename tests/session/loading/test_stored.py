@@ -1,4 +1,4 @@
-"""Quantized weights on disk."""
+"""Test the disk cache for quantized weights."""
 
 import copy
 import errno
@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def outputs(model):
-    """Return the outputs of each quantized layer, for several rows and for one."""
+    """Return the outputs of each quantized layer, both for multiple rows and for a single row."""
     made = {}
     for name, layer in model.named_modules():
         if hasattr(layer, "packed"):
@@ -46,7 +46,7 @@ def same(made, expected):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """A list that grows with each calibration."""
+    """Return a list that grows with each calibration."""
     seen = []
     monkeypatch.setattr(stored, "calibrate", lambda model: seen.append(1) or calibrate(model))
     return seen
@@ -68,7 +68,7 @@ def test_a_second_model_is_the_same_without_a_calibration(kind, folder, runs):
 @pytest.mark.parametrize("kind", parameters(SOME))
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "other"])
 def test_a_damaged_entry_is_written_again(damage, kind, folder, runs):
-    """So is an entry that was copied from another name."""
+    """An entry that was copied from another name is rewritten as well."""
     expected = quantised(kind)
     (entry,) = folder.iterdir()
     whole = entry.read_bytes()
