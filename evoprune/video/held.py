@@ -24,7 +24,7 @@ class HeldVideo(Video):
     """A video whose frames are an array in the calling program's memory. Instances compare by identity."""
 
     held: "np.ndarray" = field(kw_only=True, repr=False)  # the frames: uint8 `[T, H, W, 3]`, RGB as displayed
-    # Start of each frame in seconds from the first frame, ascending.
+    # The frames' start times in seconds from the first frame, ascending.
     frames_s: tuple[float, ...] = field(kw_only=True, repr=False)
 
     @classmethod
@@ -36,7 +36,7 @@ class HeldVideo(Video):
         Args:
             frames: An array, or anything else that `numpy.asarray` accepts. It must be uint8 `[T, H, W, 3]` and RGB.
             frame_rate: Frames per second, or None if `times_s` is given.
-            times_s: Start time of each frame in seconds, in ascending order, or None if `frame_rate` is given. The video begins at
+            times_s: The frames' start times in seconds, in ascending order, or None if `frame_rate` is given. The video begins at
                 the first of these times.
             several: True if the call has more than one input. This affects only the hints in error messages.
 
@@ -91,7 +91,7 @@ class HeldVideo(Video):
     __hash__ = object.__hash__
 
     def on_screen(self, times_s: Sequence[float]) -> "tuple[np.ndarray, tuple[float, ...]]":
-        """Return the frames on screen at n times, as C-contiguous uint8 `[n, H, W, 3]`, and the start time of each frame."""
+        """Return the frames on screen at n times, as C-contiguous uint8 `[n, H, W, 3]`, and each frame's own start time."""
         counts = [bisect_right(self.frames_s, time_s + TOLERANCE_S) for time_s in times_s]
         numbers = [max(count - 1, 0) for count in counts]
         frames = self.held[numbers]

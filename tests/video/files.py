@@ -39,7 +39,7 @@ def apart(function: Callable, *arguments, **how):
 
 @contextmanager
 def in_this_process() -> Iterator[None]:
-    """Read videos in this process instead of a worker process."""
+    """Make evoprune read videos in this process instead of in a worker process."""
     usual = isolation.POSSIBLE
     isolation.POSSIBLE = False
     try:
@@ -234,7 +234,7 @@ def pixels(chunks):
 
 
 def numbers(info, times, **how):
-    """Read the frames at the given times and return the numbers that they show."""
+    """Read the frames at the given times and return the numbers that the frames show."""
     return [number_of(rgb) for chunk in read_chunks(info, times, **how) for rgb in chunk.pixels]
 
 

@@ -138,7 +138,6 @@ def _upright(kind: Kind) -> list[np.ndarray]:
 
 
 def table() -> str:
-    """Return the table of kinds and results for `results/video.md`."""
     both = [name for name, kind in KINDS.items() if not kind.decord_refuses]
     pyav = [name for name, kind in KINDS.items() if kind.decord_refuses]
     lines = ["| answered with | kinds | files |", "|---|---|---|"]

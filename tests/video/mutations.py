@@ -239,7 +239,6 @@ def timed(path: Path, decoder: str) -> tuple[int, str, float, int | None]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Return a Markdown table with the number of cases for each result."""
     lines = ["| exit code | what | cases | longest | most memory |", "|---|---|---|---|---|"]
     counts = Counter((o.code, o.what) for o in outcomes)
     for (code, what), count in sorted(counts.items(), key=lambda found: (found[0][0], -found[1])):

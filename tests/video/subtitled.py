@@ -40,7 +40,6 @@ SSA = ASS.replace("v4.00+", "v4.00").replace("V4+", "V4").replace("Layer", "Mark
 
 
 def srt(cues: Sequence[tuple[float, float, str]]) -> str:
-    """Return the text of an SRT file with the given cues."""
     return "\n".join(f"{n}\n{_time(a)} --> {_time(b)}\n{text}\n" for n, (a, b, text) in enumerate(cues, 1))
 
 

@@ -110,14 +110,13 @@ def remux(path, out, **facts):
 
 
 def dolby_record(profile, base):
-    """Return a Dolby Vision configuration box for version 1.0 and level 1, which says that there are metadata and a base layer."""
+    """Return a Dolby Vision configuration box (version 1.0, level 1) that states that there are metadata and a base layer."""
     bits = f"{profile:07b}{1:06b}101{base:04b}"
     content = bytes([1, 0]) + int(bits.ljust(22 * 8, "0"), 2).to_bytes(22, "big")
     return (8 + len(content)).to_bytes(4, "big") + b"dvcC" + content
 
 
 def with_record(path, out, profile, base):
-    """Copy an HEVC MP4 and add a Dolby Vision configuration record."""
     content, box = bytearray(path.read_bytes()), dolby_record(profile, base)
     moov = content.rindex(b"moov")
     for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"hev1"):

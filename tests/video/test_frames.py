@@ -217,7 +217,7 @@ def test_the_results_hold_this_table():
 
 
 def read_everything(path, decoder, chunk_frames):
-    """Return a file's metadata, the result of a scan, and the times and pixels of some frames. An error takes their place."""
+    """Read a file and return its metadata, the result of a scan, and the times and pixels of some frames, or else the error."""
     info = probe(path)
     end = info.duration_s
     times = sorted([0.0, *np.linspace(0, end, 12), *np.random.default_rng(0).uniform(0, end, 5), end + 1])

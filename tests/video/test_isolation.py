@@ -36,7 +36,7 @@ def good(folder):
 
 @pytest.fixture
 def started(monkeypatch):
-    """Process ids of the unruly workers that have been started."""
+    """A list of the process IDs of the unruly workers that have been started."""
     ids, start = [], isolation.WorkerProcess.__init__
 
     def noting(self):

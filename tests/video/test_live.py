@@ -23,7 +23,6 @@ UNAUTHORISED = b'RTSP/1.0 401 Unauthorized\r\nCSeq: NUMBER\r\nWWW-Authenticate: 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A clip that lasts three seconds."""
     return write_video(tmp_path_factory.mktemp("live") / "clip.ts", numbered_frames(30), fps=FPS)
 
 
@@ -314,7 +313,7 @@ class Clock:
 
 @pytest.mark.parametrize("name", ["clip.gif", "clip.mjpeg", "clip.mpg", "clip.webm", "clip.h264"])
 def test_a_file_that_has_ended_is_waited_for_once(tmp_path, monkeypatch, name):
-    """This includes formats in which FFmpeg reads repeatedly at end of file, or in which it buffers the last frames."""
+    """This must hold even if FFmpeg reads a format repeatedly at end of file, or if it buffers the last frames."""
     how = {"gif": {"codec": "gif", "pix_fmt": "rgb8"}, "mjpeg": {"codec": "mjpeg", "pix_fmt": "yuvj420p"}}
     how |= {"mpg": {"codec": "mpeg1video", "fps": 25}, "webm": {"codec": "libvpx"}}
     path = write_video(tmp_path / name, numbered_frames(30), **how.get(name.partition(".")[2], {}))

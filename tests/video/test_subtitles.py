@@ -324,7 +324,7 @@ def test_hostile_texts_are_read_or_refused_soon(video, tmp_path, content):
 
 
 def words(text: str) -> int:
-    """Return the number of words, as a substitute for a tokenizer's number of tokens."""
+    """Count words. This function takes the place of a tokenizer that counts tokens."""
     return len(text.split())
 
 

@@ -257,7 +257,7 @@ def _sound_packets(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
 def _sound(
     out: OutputContainer, path: str, sound: AudioStream, copied: bool, origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Add a sound stream to a clip and return its packets, which are re-encoded as AAC if they should not or cannot be copied."""
+    """Add a sound stream to a clip and return its packets. If `copied` is False or copying fails, they are re-encoded as AAC."""
     packets = _sound_packets(sound, origin_s)
     if copied:
         with suppress(ValueError):  # raised if the file format cannot hold the codec, such as WMA

@@ -356,7 +356,7 @@ def _all_packets(path: str) -> Iterator[Packet]:
 
 
 def _bounded(packets: Iterator[Packet | None], path: str, size: int) -> Iterator[Packet | None]:
-    """Yield the packets unchanged. Raises VideoError if a file of `size` bytes has so many that reading them would take minutes."""
+    """Yield the packets unchanged. Raises VideoError if there are too many for a file of `size` bytes (see `MAX_PACKETS`)."""
     most = max(MAX_PACKETS, size // BYTES_PER_PACKET)
     for count, packet in enumerate(packets):
         if count > most:

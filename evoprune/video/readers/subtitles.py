@@ -92,7 +92,7 @@ def _beside(path: str) -> tuple[str | None, str | None]:
     file is used.
 
     Returns:
-        The path and None, or None and the reason if there are files in several languages, or None twice if there are no files.
+        (path, None) if a file was found, (None, reason) if it is unclear which file to use, or (None, None) if there is no file.
     """
     exact, others = subtitles_beside(path, os.listdir)
     if exact:

@@ -422,7 +422,7 @@ if hasattr(os, "register_at_fork"):
 def run_task(
     task: str, path: str, arguments: dict[str, Any], on_frames: OnFrames | None = None
 ) -> dict[str, Any] | None:
-    """Run one of `worker.TASKS` in a worker process and return its result as plain data.
+    """Run one of `worker.TASKS` in a worker process and return its result as a dict.
 
     Args:
         task: Name of the task.

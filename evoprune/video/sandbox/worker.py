@@ -171,7 +171,7 @@ TASKS = {
 
 
 def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """Run a task and return its result as plain data."""
+    """Run a task and return its result as a dict that can be sent as JSON."""
     result = TASKS[task](**arguments)
     return result and asdict(result)
 
@@ -340,7 +340,7 @@ def _enter(folder: str | None) -> None:
 
 
 def _begin(task: str, arguments: dict[str, Any]) -> tuple[Reader | None, dict | None]:
-    """Run a task. Returns the reader that the task opened, or None if it opened none, and the task's result."""
+    """Run a task. Returns the reader that the task opened (None if it did not open a reader) and the task's result."""
     if task == "frames":
         return FrameReader(Video(**arguments.pop("info")), **arguments), None
     if task == "sound":
