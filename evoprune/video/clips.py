@@ -52,9 +52,9 @@ def cut_clip(
         start_s, end_s: Start and end of the clip in seconds from the video's first frame. If `end_s` is later than the end of the
             video, the clip ends with the video.
         folder: Folder to write the clip to. The folder and its parents are created if they do not exist.
-        exact: If True, the clip begins and ends exactly at these times. Its frames are then re-encoded as a model sees them, which
-            is upright and in SDR. The codec is H.264, or MPEG-4 if PyAV has no H.264 encoder. The clip is an MP4, and sound whose
-            codec players do not expect in an MP4 is converted to AAC.
+        exact: If True, the clip begins and ends exactly at these times. Its frames are then re-encoded as a model sees them
+            (upright and in SDR). The codec is H.264, or MPEG-4 if PyAV has no H.264 encoder. The clip is an MP4. If players do not
+            expect the sound's codec in an MP4, the sound is converted to AAC.
         title: Title to store in the clip's metadata.
         named_after: The path or URL to use for the clip's name instead of the video's path.
 

@@ -438,7 +438,7 @@ class Plan:
         return math.prod(self.grid)
 
     def shrunk(self, grid: Grid, limits: InputLimits) -> "Plan":
-        """Return a plan for the same span with a (T, H, W) grid, which has T evenly spaced frame pairs resized to H x W units."""
+        """Return a plan for the same span with T evenly spaced frame pairs, resized to H x W units. `grid` is (T, H, W)."""
         pairs, height, width = grid
         sampling = self.sampling
         if pairs != self.grid[0]:

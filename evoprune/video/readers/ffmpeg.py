@@ -124,7 +124,7 @@ Frames = Iterator[Shown]
 
 
 def alive() -> None:
-    """Report progress. Called after each frame or packet, because a worker process without progress is considered hung."""
+    """Report progress. Called after each frame or packet, because a worker process that makes no progress is considered hung."""
     getattr(of_thread, "alive", report_alive)()
 
 

@@ -202,7 +202,7 @@ class WorkerProcess:
         self._process.kill()
 
     def stop(self) -> None:
-        """Kill the process and make `answer` raise Stopped at once in the thread that waits there, even if disk I/O is blocking."""
+        """Kill the process. If a thread is waiting in `answer`, Stopped is raised there at once, even during blocking disk I/O."""
         self.stopped = True
         self._channel.shut()
         self.kill()
