@@ -107,7 +107,7 @@ def _run(
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """The frames that were read for several consecutive requested times."""
+    """The frames that were read for consecutive requested times."""
 
     first: int  # index of the first frame among the requested times
     pixels: "np.ndarray"  # uint8 `[n, H, W, 3]`, RGB with the video's rotation applied, C-contiguous

@@ -62,7 +62,7 @@ INCOMPLETE = (
 )
 # Containers without gaps between packets. If there is a gap, FFmpeg has skipped damaged bytes without reporting an error.
 DENSE = (MATROSKA, "flv")
-# Codecs to decode with a single thread. With several threads, one of four readings of a clip had different pixels (FFmpeg 8).
+# Codecs to decode with a single thread. With multiple threads, one of four readings of a clip had different pixels (FFmpeg 8).
 UNTHREADED = ("theora", "vp3", "vp4")
 STILLS = ("mjpeg", "png", "bmp", "webp")  # codecs of cover images that are not marked as cover images
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders to use for streams that declare transparency

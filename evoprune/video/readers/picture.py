@@ -164,7 +164,7 @@ def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
             several = getattr(image, "is_animated", False)
             if several and image.format == "TIFF":
                 raise VideoError(f"{path} has several pages", "save one page as a JPEG or PNG")
-            # If an MPO or a HEIC contains several images, Pillow opens the photograph, which is the first or primary image.
+            # If an MPO or a HEIC contains more than one image, Pillow opens the photograph, which is the first or primary image.
             if several and not animated and image.format not in ("MPO", "HEIF"):
                 raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one frame of it as a PNG")
             yield image

@@ -194,7 +194,7 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
         if packet is None or packet.pts is None or packet.is_discard:
             continue
         time_base = packet.time_base
-        tick, per = time_base.numerator, time_base.denominator  # computing with Fraction would be several times slower
+        tick, per = time_base.numerator, time_base.denominator  # Fraction would be several times slower
         shown = packet.pts * tick / per
         stamp = packet.pts if packet.dts is None else packet.dts
         decoded = stamp * tick / per
