@@ -28,7 +28,8 @@ from evoprune.methods import (
 class Runs:
     """Finds runs of frame pairs that change little."""
 
-    threshold: Annotated[float, "(-inf, inf)"] = 0.6  # a run ends once the moving similarity to its start is lower
+    # A run ends when the moving average of the similarity to its start falls below this.
+    threshold: Annotated[float, "(-inf, inf)"] = 0.6
     window: Annotated[int, "[2, inf)"] = 8  # every run has fewer frame pairs than this
     momentum: Share = 0.9  # weight of the newest similarity in the moving average
 

@@ -37,7 +37,7 @@ class Budget:
         """Parse a number in (0, 1], a percentage or a name.
 
         Args:
-            auto: Also accept the names in `AUTOS`.
+            auto: Whether to accept the names in `AUTOS` as well.
 
         Raises:
             UsageError: If `given` is anything else.

@@ -357,11 +357,11 @@ class Dropping:
         """Drop tokens after a layer if the plan schedules a drop there.
 
         Args:
-            deepstack: `[n, C, hidden]`, features to add to the columns after the next n layers.
+            deepstack: `[n, C, hidden]`, the features to add to the columns after each of the next n layers.
 
         Returns:
-            The remaining columns, their `deepstack`, and their int64 indices among the C columns. The indices are None if all
-            columns remain.
+            The output of the layer for the remaining columns, their `deepstack`, and their int64 indices among the C columns. If
+            all columns remain, the indices are None.
         """
         if state.after not in self._plan.looks:
             return state.x, deepstack, None

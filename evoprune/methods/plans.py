@@ -90,7 +90,7 @@ class Stage:
     first_layer: int
     rows: int  # the number of rows in the whole video after the stage; an upper bound if not `exact`
     reduce: Any  # a `Selector` of rows (or of tokens, after the last layer), a `Merge` or a `SetAside`
-    exact: bool = True  # whether `rows` is the same for any content
+    exact: bool = True  # whether `rows` is exact, whatever the content
     whole_pairs: bool = False  # whether the selector keeps or drops whole frame pairs
     # Whether to keep only the tokens before the inflection point of the selector's sorted scores (methods/selecting.py).
     inflection: bool = False

@@ -43,11 +43,12 @@ def select(selector: Selector, tokens: Tokens, keep: int, inflection: bool = Fal
 
 
 def check_selection(name: str, selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> None:
-    """Raise PluginError if the selection returned by method `name` is invalid.
+    """Validate the selection that a method returned. Raises PluginError if it is invalid.
 
     Args:
         name: How the error message refers to the method.
-        enough: Whether the method may return this number of units when `keep` of `units` are requested.
+        enough: Whether the number of selected units is valid.
+        keep, units: The number of units that were requested, and the number of units in the video.
     """
     if wrong := next(_faults(selection, enough, keep, units, device), None):
         raise PluginError(

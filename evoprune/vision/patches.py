@@ -79,7 +79,8 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
 def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> torch.Tensor:
     """Return float32 `[T, units, 96]`: the mean colors of each unit's blocks, from 0 to 255.
 
-    Blocks are a quarter of a patch (7x7 or 8x8 pixels). With 16 blocks in each of two frames and three colors, a unit has 96 means.
+    Each patch is divided into four blocks of 7x7 or 8x8 pixels, so a unit has 16 blocks in each of its two frames. With three
+    colors, this makes 96 means.
 
     Args:
         patches: `[T * units * 4, values]`, the patches of T frame pairs, either uint8 or normalized.

@@ -36,7 +36,7 @@ class Rows:
     """R rows that represent the N units of a video."""
 
     values: torch.Tensor  # `[R, 4, hidden]`, or `[R, D]` after the patch merger
-    unit: torch.Tensor  # int64 `[R]`, the unit whose place each row has
+    unit: torch.Tensor  # int64 `[R]`, the unit that determines the place of each row
     # int64 `[N]`, the row that represents each unit, or -1 if the unit was dropped. If a video is encoded in segments, R + p means
     # the previous segment's row at place p, which exists only as keys and values (live/segments.py).
     unit_to_row: torch.Tensor
@@ -46,8 +46,8 @@ class Rows:
     # How far a unit may be from the row that represents it: at the same place, in the same window or frame pair, or anywhere in the
     # clip. If a group is at least this large, it contains the rows of all its units.
     reach: Reach = "place"
-    # Whether attention adds the log of the number of the group's units that a key represents to the key's logits (ToMe, arXiv
-    # 2210.09461, section 3).
+    # Whether attention weights each key by the number of units that it represents in the group, by adding the log of this number to
+    # the key's logits (ToMe, arXiv 2210.09461, section 3).
     size_bias: bool = False
     counts: tuple[int, ...] | None = None  # the number of rows per frame pair; None if only the device knows it
     complete: bool = False  # whether every unit is known to have a row
