@@ -16,7 +16,7 @@ _unjoined: list[bool] = []
 def join(model) -> None:
     """Join the language model's weight matrices that multiply the same input into one contiguous tensor.
 
-    The weight of each linear layer becomes a view of its part of the joined tensor.
+    Each linear layer's weight becomes a view of its part of the joined tensor.
     """
     for layer in model.model.language_model.layers:
         for part, names in SHARED_INPUT.items():
@@ -33,10 +33,10 @@ def join(model) -> None:
 
 
 def join_tower(visual) -> None:
-    """Join the first two matrices of each gated MLP in the tower, and pad its inner size to make matrix products fast.
+    """Join the first two matrices in every gated MLP of the tower, and pad its inner size to make matrix products fast.
 
     The MLPs of Qwen2.5-VL have an inner size of 3,420. Because this is not a multiple of 8, matrix products take twice as long as
-    they should. The padding consists of zeros, so it does not change the results. The weight of each linear layer becomes a view of
+    they should. The padding consists of zeros, so it does not change the results. Each linear layer's weight becomes a view of
     its part of the padded tensors.
     """
     for block in visual.blocks:

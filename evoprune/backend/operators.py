@@ -50,11 +50,11 @@ mean_rows = torch.ops.evoprune.mean_rows
 def _standard_places(
     rows: torch.Tensor, unit_to_row: torch.Tensor, projection: torch.Tensor | None, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the place of each row (the row after standardization) and the square of its length.
+    """Return each row's place (the row after standardization) and the square of its length.
 
     Args:
         rows: `[E, D]`.
-        unit_to_row: int64 `[N]`, the row of each unit, or -1 for a unit without a row. Each row counts once for each of its units
+        unit_to_row: int64 `[N]`, each unit's row, or -1 for a unit without a row. Each row counts once for each of its units
             in the mean and the standard deviation.
         projection: float32 `[D, d]`, the matrix that maps the standardized rows to `d` dimensions, or None.
         steps: The number of steps in a length of 1.
@@ -93,7 +93,7 @@ def unit_counts(unit_to_row: torch.Tensor, rows: int) -> torch.Tensor:
     """Return the number of units that belong to each row, float32 `[rows]`.
 
     Args:
-        unit_to_row: int64 `[N]`, the row of each unit, or -1 for a unit without a row.
+        unit_to_row: int64 `[N]`, each unit's row, or -1 for a unit without a row.
         rows: The number of rows.
     """
     count = torch.zeros(rows + 1, dtype=torch.float32, device=unit_to_row.device)
@@ -115,19 +115,19 @@ def _tube_radii(
     tubes: torch.Tensor,
     keep: int,
 ) -> torch.Tensor:
-    """Return the radius of each point in whole steps, float32 `[N]`, or -1 for points without a row.
+    """Return each point's radius in whole steps, float32 `[N]`, or -1 for points without a row.
 
-    The points of each tube are selected one by one. The first one is the point with the largest `first`. After that, the next point
+    In each tube, points are selected one by one. The first one is the point with the largest `first`. After that, the next point
     is always the one that is farthest from all points selected so far, and this distance is its radius. The radius of the first
     point is its `first`, or one step more than the second radius if that is larger. Radii therefore decrease in the order of
-    selection, so the K largest radii of all tubes belong to the points that were selected first in their tubes. If points are tied,
+    selection, so the K largest radii overall belong to the points that were selected first in their tubes. If points are tied,
     the one with the lowest index is selected.
 
     Args:
-        place: float32 `[E, d]`, the place of each row.
-        half, weight, first: float32 `[E]`, values of each row, in steps. `half` and `weight` are described in the module docstring.
-        row: int64 `[N]`, the row of each point, or -1 for a point without a row.
-        time: float32 `[N]`, the time of each point.
+        place: float32 `[E, d]`, each row's place.
+        half, weight, first: float32 `[E]`, per-row values in steps. `half` and `weight` are described in the module docstring.
+        row: int64 `[N]`, each point's row, or -1 for a point without a row.
+        time: float32 `[N]`, each point's time.
         tubes: int64 `[B, L]`, the points in each tube, ascending. N stands for padding.
         keep: The number of radii that the caller needs, starting from the largest. The CPU stops early once it has found them, so
             that smaller radii may be returned as 0.
@@ -166,9 +166,9 @@ def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torc
 def _distances(
     place: torch.Tensor, half: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, time: torch.Tensor
 ) -> torch.Tensor:
-    """Return the rounded distances between all points of each tube, float32 `[B, selected, candidate]`.
+    """Return the rounded distances between all points in the same tube, float32 `[B, selected, candidate]`.
 
-    `rows` and `time` contain the row (int64) and the time (float32) of each point, `[B, L]`.
+    `rows` and `time` contain each point's row (int64) and time (float32), `[B, L]`.
     """
     if rows.device.type == "cpu" and len(place) <= FEW_ROWS:
         product = (place @ place.T)[rows[:, :, None], rows[:, None, :]]
@@ -305,7 +305,7 @@ def _mean_rows(
     Args:
         rows: `[E, D]`.
         into, row: int64 `[m]` each. Row `row[k]` contributes to mean `into[k]`.
-        weight: float32 `[m]`, the weight of this contribution. The weights of each mean must have a positive sum.
+        weight: float32 `[m]`, the weight of this contribution. Every mean's weights must have a positive sum.
         count: The number of means.
     """
     total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
@@ -448,7 +448,7 @@ _LIBRARY.impl("greedy_cosine", _greedy_cosine, "CompositeExplicitAutograd")
 _LIBRARY.impl("greedy_cosine", _greedy_cosine_cuda, "CUDA")
 
 
-# Reuse. For each unit, the operator finds the frame pair in which its place was last encoded (see vision/preprocess.py).
+# Reuse. For each unit, the operator finds the last frame pair whose unit at this place was encoded (see vision/preprocess.py).
 
 # The number of blocks (7x7 or 8x8 pixels) in a unit, counting both frames, and the number of color channels.
 BLOCKS = 2 * 4**2
@@ -470,7 +470,7 @@ def _reuse_scan(
     Args:
         means: float32 `[T, units, 96]`, the block means of the next frame pairs.
         held: float32 `[units, 96]`, the block means that each place had when it was last encoded. Ignored if `known` is False.
-        pair: int64 `[units]`, the index of the frame pair in which each place was last encoded.
+        pair: int64 `[units]`, the index of the last frame pair that was encoded at each place.
         known: Whether earlier frame pairs have set `held` and `pair`.
         seen: The number of earlier frame pairs.
         threshold: The difference, in levels out of 255, from which a unit counts as changed.

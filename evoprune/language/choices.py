@@ -24,7 +24,7 @@ class Choice:
         text: The answer.
         logprob: Natural log probability of the answer's tokens and of the end of the answer, computed from the raw logits.
         tokens: Number of tokens that `logprob` covers, including the token that ends the answer.
-        probability: The probability of this choice relative to the others. The probabilities of all choices add up to 1.
+        probability: The probability of this choice relative to the others. These probabilities add up to 1.
     """
 
     text: str
@@ -82,15 +82,15 @@ def score_choices(
     eos_ids: Collection[int],
     one_by_one: bool = False,
 ) -> list[Choice]:
-    """Compute the probability of each choice in `options`. `state` is left unchanged.
+    """Compute how probable each choice in `options` is. `state` is left unchanged.
 
     If all choices begin with the same tokens, these tokens are read only once. The score of a choice includes the end of the
-    answer. Otherwise, the probability of "red" would also include that of "red car".
+    answer. Otherwise, the score of "red" would also include the probability of "red car".
 
     Args:
         state: The state after the prompt.
         options: The options that contain the choices.
-        ids: The token ids of each choice, without a token that ends the answer.
+        ids: Each choice's token ids, without a token that ends the answer.
         eos_ids: The tokens that may end the answer.
         one_by_one: Whether to run one forward pass per token, as in decoding, instead of one pass per choice.
 

@@ -12,7 +12,7 @@ ASSISTANT = "assistant"
 
 
 class Placed(str):
-    """A question in which inputs appear between pieces of text: "Image 1:", an input, "Image 2:", an input, "Which is older?".
+    """A question with inputs between its pieces of text, such as "Image 1:", an input, "Image 2:", an input, "Which is older?".
 
     Used as a `str`, the question consists of its pieces of text, joined by line breaks.
 

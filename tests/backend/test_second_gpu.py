@@ -21,7 +21,7 @@ THERE = torch.device("cuda", 1)
 
 
 class OnTheSecond(TorchFunctionMode):
-    """A mode in which new tensors are on the CPU but claim to be on the second GPU."""
+    """A mode that creates new tensors on the CPU but makes them claim to be on the second GPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func == torch.Tensor.device.__get__:
@@ -33,7 +33,7 @@ class OnTheSecond(TorchFunctionMode):
 
 
 class Current(threading.local):
-    """The current device of each thread, which is initially the first GPU."""
+    """Each thread's current device, which is initially the first GPU."""
 
     number = 0
 

@@ -69,7 +69,7 @@ IN_EACH_PAIR = ["cdpruner", "vidcom2", "visionzip"]
 @pytest.mark.parametrize("name", INDEXED + IN_EACH_PAIR)
 @pytest.mark.parametrize("kind", ["constant", "zero"])
 def test_equal_tokens_go_by_index(name, kind):
-    """The first tokens of the video, or of each frame pair, are selected. Other methods spread equal tokens as their papers say."""
+    """The first tokens in the video or in each frame pair are selected. Other methods spread equal tokens as their papers say."""
     kept = selected(name, tokens_of(kind, (3, 4, 5)), 6)
     assert kept == ([0, 1, 2, 3, 4, 5] if name in INDEXED else [0, 1, 20, 21, 40, 41])
 

@@ -67,7 +67,7 @@ def exact(features, owner, grid, alpha=1.5):
 
 
 def same(grid):
-    """Return the points of a video in which all units have the same features."""
+    """Return points for a video whose units all have the same features."""
     return points(torch.ones(1, 8), torch.zeros(grid[0] * grid[1] * grid[2], dtype=torch.int64), grid)
 
 
@@ -79,7 +79,7 @@ def distance(every, i, j):
 
 
 def greedy(every, units) -> dict[int, float]:
-    """Compute the units' radii one distance at a time, and return them in the order in which units are selected."""
+    """Compute the units' radii one distance at a time, and return them in the order of selection."""
     first = {u: round(every.salience[every.row[u]].item() * STEPS / 2) for u in units}
     left, found, latest = dict.fromkeys(units, math.inf), {}, max(units, key=lambda u: (first[u], -u))
     while True:
