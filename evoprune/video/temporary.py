@@ -38,7 +38,7 @@ def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
     """Create a temporary folder that only the current user can read, yield its path, and delete the folder on exit.
 
     The folder is locked while it is in use. If this process is killed, the operating system releases the lock, and the next process
-    that calls this function deletes the unlocked folder. On Windows, which has no such locks, the folder is left behind.
+    that calls this function deletes the unlocked folder. On Windows, which has no such locks, the folder remains.
 
     Args:
         prefix: Prefix for the folder's name. It must begin with `PREFIX`.
