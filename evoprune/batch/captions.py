@@ -1,4 +1,4 @@
-"""Write each video's answer to a text file, in the layout that programs for training on captioned videos expect. Imports no torch.
+"""Write each video's answer to a text file, in the layout that training on captioned videos requires. Imports no torch.
 
 Each caption is written after its record, and the record contains the caption's path. A later run can therefore tell which existing
 files are captions, and which captions are still missing.

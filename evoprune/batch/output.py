@@ -83,7 +83,7 @@ class EarlierRecord:
     """A record from an earlier run: its row and settings, whether the row failed, and its byte range [start, end) in the file.
 
     Attributes:
-        files: States of the model's and the input's files when the record was written (see `Sources`). Empty if they are unknown.
+        files: States of the model's and the inputs' files when the record was written (see `Sources`). Empty if they are unknown.
         revision: The commit of a hub model, or None if it is unknown.
         after_tower_below: The value of `pruning.after_tower_below` in the record, with null replaced by 0. None if the row failed.
     """
@@ -145,7 +145,7 @@ class Sources:
         return [row for row in rows if row.id not in done]
 
     def _check(self, earlier: EarlierRecord, row: Row | None) -> None:
-        """Raise UsageError if the model has changed since an earlier record was written, or an input of an answered row has."""
+        """Raise UsageError if the model has changed since an earlier record, or if an input of an answered row has changed."""
         if change := file_changes(earlier.files.get("model"), self._model):
             self._refuse(change)
         self.check_revision(earlier.revision)

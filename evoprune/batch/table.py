@@ -79,7 +79,7 @@ class TableFile(RecordFile):
         self.written -= 1  # undo the count, because only `add` counts records
 
     def _is_own(self) -> bool:
-        """Return True if the file begins with the header of such a table, even if it is cut off after that."""
+        """Return True if the file begins with the header of such a table. The file may be cut off after the header."""
         with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
             head = next(csv.reader(file), [])
         return tuple(head[-len(COLUMNS) :]) == COLUMNS

@@ -191,7 +191,7 @@ class _WholePromptStreamer:
 
 @dataclass(frozen=True)
 class Visuals:
-    """The videos and images of a call that are pruned."""
+    """The videos and images that are pruned in a call."""
 
     places: list[list[Place]]  # the places of the inputs in each row of the batch, as columns that count padding too
     pixels: torch.Tensor  # all inputs' patches in the order of their places, `[patches, values]`

@@ -36,7 +36,7 @@ OPTIONAL = ("size", "deepstack")  # the fields of `Encoded` that may be missing 
 
 
 def cache_folder() -> Path:
-    """Return the folder named by EVOPRUNE_CACHE_DIR. The default is the `evoprune` folder in the user's cache folder."""
+    """Return the folder named by EVOPRUNE_CACHE_DIR, or the `evoprune` folder in the user's cache folder if that is not set."""
     standard = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "evoprune")
     return Path(os.path.expanduser(os.environ.get("EVOPRUNE_CACHE_DIR") or standard))
 

@@ -97,7 +97,7 @@ class OpenInput:
         return read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
 
     def _prefetched_frames(self, early: Reading[FrameChunk]) -> Iterator[FrameChunk]:
-        """Yield prefetched frames, and add the time that prefetching has saved to the clock's "read" time."""
+        """Yield prefetched frames. Read time that was hidden by the prefetch counts as "read" on the clock."""
         with closing(early):
             hidden_s = 0.0
             for chunk in early.chunks():

@@ -1,6 +1,6 @@
-"""Estimate how much memory encoding an input and reading a prompt will take, in addition to the model's weights.
+"""Estimate the memory needed to encode an input and read a prompt, in addition to the model's weights.
 
-The memory is checked before any frames are read.
+This memory is checked before any frames are read.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ TEXT = 64  # the number of text tokens that a prompt is assumed to have
 def encoding_bytes(
     config: Config, encoder: EncoderPlan, piece_units: int, bytes_each: int, prompt: int | Sequence[int]
 ) -> int:
-    """Estimate how many bytes encoding a video and reading its prompt will take, in addition to the weights.
+    """Estimate the memory in bytes needed to encode a video and read its prompt, in addition to the weights.
 
     Args:
         piece_units: Number of rows that go through a matrix product at a time.
@@ -39,7 +39,7 @@ def encoding_bytes(
 def piece_needs(
     config: Config, device: torch.device, encoder: EncoderPlan, bytes_each: int, prompt: int | Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return the possible piece sizes, largest first, each with the number of bytes that encoding takes (`encoding_bytes`).
+    """Return the possible piece sizes, largest first, each with the memory in bytes that encoding needs (`encoding_bytes`).
 
     A piece size is the number of rows that go through a matrix product at a time. The first size is the device's default. The
     second is half of the default, or half of the number of units if that is smaller. Each further size is half of the previous one,

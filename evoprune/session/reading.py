@@ -62,7 +62,7 @@ class Reading(Generic[T]):
         shared: Keep chunks after they are taken, so that more than one consumer can get all of them. If the thread that created the
             reading is stopped, a shared reading continues, but any other reading stops too.
         size: Total size of the chunks in bytes, if it is known in advance.
-        drop: Called with each chunk that nobody has taken when the reading is closed.
+        drop: Called when the reading is closed, with each chunk that has not been taken.
 
     Attributes:
         frames: Lower bound on the number of frames that have been read.

@@ -219,7 +219,7 @@ class LoadedModel:
 
         Args:
             what: How to refer to the text in the error message.
-            hint: The hint of the error.
+            hint: Hint for the error.
 
         Raises:
             DoesNotFit: If the beginning does not fit.
