@@ -93,10 +93,10 @@ def read_patches(plan: Plan, limits: InputLimits, device: torch.device | str = "
     """Read the sampled frames of an input, and convert them to patches of the planned size.
 
     Args:
-        device: The device on which the frames are resized.
+        device: The device that resizes the frames.
 
     Returns:
-        The plan, to which the times of the frames that were read have been added, and the patches, float32 `[patches, values]`.
+        The plan, now with the timestamps of the frames that were read, and the patches, float32 `[patches, values]`.
 
     Raises:
         VideoError: If the input cannot be read.

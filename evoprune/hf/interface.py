@@ -173,7 +173,7 @@ def accept_features(model) -> None:
 
 
 def takes_encoded(model) -> bool:
-    """Return True if the model accepts encoded videos, which needs transformers 5.18 or later.
+    """Return True if the model accepts encoded videos. This requires transformers 5.18 or later.
 
     Only the inner model is checked, because it is the one that reads the encoded videos. An outer `forward` from other code, such
     as Liger or a subclass, may pass them on without naming the argument.

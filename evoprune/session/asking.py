@@ -381,7 +381,7 @@ class EncodedInputs(Askable):
             return logits, seconds
 
     def bytes_with(self, new_tokens: int) -> int:
-        """Estimate the memory in bytes that these inputs and the KV cache take, with a question and an answer of `new_tokens` tokens."""
+        """Estimate the memory in bytes for these inputs and the KV cache of one question and an answer of `new_tokens` tokens."""
         model = self._session.loaded.model
         each = model.dtype.itemsize
         kept = self.report.pruning.visual_tokens_kept

@@ -402,8 +402,8 @@ def eos_ids(
 ) -> tuple[int, ...]:
     """Return the tokens that end an answer.
 
-    They come from generation_config.json if it names any, otherwise from config.json, and otherwise from the tokenizer. Tokens that
-    are not in the model's vocabulary are left out, with a warning.
+    They are taken from the first of these sources that names any: generation_config.json, config.json, and the tokenizer. Tokens
+    that are not in the model's vocabulary are left out, with a warning.
 
     Raises:
         ModelError: If none of the tokens is in the vocabulary.
