@@ -137,6 +137,14 @@ class Device:
         return PIECE_UNITS if self._on_host else GPU_PIECE_UNITS
 
     @property
+    def reads_drafts(self) -> bool:
+        """Whether reading a few drafted tokens in one pass takes about as long as reading one token, as on the CPU.
+
+        On CUDA, single tokens are faster, because their passes run as CUDA graphs.
+        """
+        return self._on_host
+
+    @property
     def resizes_bytes(self) -> bool:
         """Whether torch can resize uint8 images on the device, as it can on the CPU."""
         return self._on_host

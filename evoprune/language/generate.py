@@ -6,11 +6,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from evoprune.backend import Packing, to_device
+from evoprune.backend import Device, Packing, to_device
 from evoprune.errors import EvopruneError, ModelError, call, not_a_number_error
 from evoprune.language import decoder, hosted, static
 from evoprune.language.decoder import KVCache
 from evoprune.language.hosted import HostedCache
+from evoprune.language.lookup import Lookup
 from evoprune.language.pruned import PrunedPrompt
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import StaticCache, best_of
@@ -35,6 +36,11 @@ class LanguageModel:
         self._layers = hosted if self._hosted else decoder
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the model computes. Its weights may be stored in a different one."""
+        return self.model.model.language_model.norm.weight.dtype
+
+    @property
     def can_crop(self) -> bool:
         """True if the KV cache can be cropped. Recurrent layers cannot crop, so callers keep a copy instead."""
         return not self._hosted or hosted.can_crop(self.model)
@@ -43,6 +49,11 @@ class LanguageModel:
     def can_capture(self) -> bool:
         """True if decoding steps can be captured in a CUDA graph, provided that the device supports graphs."""
         return static.can_step(self.model)
+
+    @property
+    def can_draft(self) -> bool:
+        """True if drafted tokens can be read in one pass with the latest token, and rejected ones dropped."""
+        return self.can_crop and Device(self.model.model.language_model.norm.weight.device).reads_drafts
 
     @property
     def runs_modules(self) -> bool:
@@ -164,7 +175,9 @@ class PrefillState:
     next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
     dropping: Dropping | None = None  # records the tokens that were dropped while the prompt was read
     prompt_ids: torch.Tensor | None = None  # int64 `[L]`, ids of the unpruned prompt, for a repetition penalty
-    answer: list[int] = field(default_factory=list)  # tokens of the answer that are in the cache
+    # Tokens of the answer that are in the cache. During decoding, the last of them may be drafted tokens that are not chosen later.
+    answer: list[int] = field(default_factory=list)
+    _drafted: torch.Tensor | None = None  # float32 `[n, vocabulary]`, the logits after the last n tokens of `answer`
     _steps: StaticCache | None = None  # holds the remaining answer tokens while a CUDA graph decodes
     # Identifies this answer to the static cache. It must not reference the model.
     _holder: object = field(default_factory=object)
@@ -179,7 +192,9 @@ class PrefillState:
         self.logits = logits[-1]
         return logits
 
-    def decode(self, ids: Sequence[int], left: int, pick: Callable[..., int]) -> int:
+    def decode(
+        self, ids: Sequence[int], left: int, pick: Callable[..., int | None], lookup: Lookup | None = None
+    ) -> int:
         """Return the next token of an answer whose tokens so far are `ids`. May be called again after an exception.
 
         On CUDA, the forward pass runs as a CUDA graph if possible (language/static.py).
@@ -188,7 +203,8 @@ class PrefillState:
             ids: The token ids of the answer so far, at least one.
             left: Number of tokens that the answer may still get.
             pick: Function that chooses a token from the logits. It also gets the result of `best_of` for them if that is already
-                known.
+                known. With `drafted=True`, it returns None if rounding could decide the choice.
+            lookup: Drafts tokens to read together with the latest one. This requires a cache that can be cropped.
         """
         token = None
         last = len(ids) - 1
@@ -205,10 +221,46 @@ class PrefillState:
             static.give_up(self.language.model, problem)
         if token is None:
             self._steps = None
+            if lookup is not None:
+                token = self._decode_drafted(ids, left, pick, lookup)
+        if token is None:
             if missing := ids[len(self.answer) :]:
-                self.read(torch.tensor(missing, dtype=torch.int64, device="cpu"))
+                self._read_ids(missing)
             token = pick(self.logits)
         return token
+
+    def _decode_drafted(
+        self, ids: Sequence[int], left: int, pick: Callable[..., int | None], lookup: Lookup
+    ) -> int | None:
+        """Return the next token from a pass over drafted tokens.
+
+        Returns:
+            The token. None if nothing is drafted or rounding could decide the choice. `answer` then has at most the tokens before
+            the latest one.
+        """
+        last = len(ids) - 1
+        if self._drafted is None or self.answer[last : last + 1] != [ids[-1]]:  # the latest token was not drafted
+            if self._drafted is not None:
+                lookup.reject(len(self._drafted) - 1 - (len(self.answer) - last))
+            self._drop_drafted(min(last, len(self.answer)))
+            draft = lookup.draft(ids, left - 1)
+            if not draft:
+                return None
+            missing = ids[len(self.answer) :]
+            self._drafted = self._read_ids([*missing, *draft])[len(missing) - 1 :]
+        token = pick(self._drafted[last - len(self.answer)], drafted=True)
+        if token is None:
+            self._drop_drafted(last)
+        return token
+
+    def _drop_drafted(self, length: int) -> None:
+        """Drop all columns after the first `length` tokens of the answer from the cache."""
+        self.cache.crop(self.cache.length - (len(self.answer) - length))
+        del self.answer[length:]
+        self._drafted = None
+
+    def _read_ids(self, ids: Sequence[int]) -> torch.Tensor:
+        return self.read(torch.tensor(ids, dtype=torch.int64, device="cpu"))
 
     @torch.inference_mode()
     def logits_along(self, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
@@ -306,10 +358,14 @@ class TokenStream(Iterator[int]):
         self._latest_logprobs: TokenLogprobs | None = None  # log probabilities of the latest token
         self._eos_ids = frozenset(eos_ids)
         self._constraint = constraint
-        penalized = settings.repetition_penalty not in (None, 1) and state.prompt_ids is not None
+        penalizes = settings.repetition_penalty not in (None, 1)
         self._seen: set[int] = set()  # tokens of the prompt and the answer
-        if penalized:
+        if penalizes and state.prompt_ids is not None:
             self._seen.update(state.prompt_ids.tolist())
+        self._greedy = settings.temperature == 0 and not penalizes
+        self._lookup: Lookup | None = None
+        if self._greedy and settings.logprobs is None and state.prompt_ids is not None and state.language.can_draft:
+            self._lookup = Lookup(state.prompt_ids, state.language.dtype)
         # The generator is on the CPU, so that a seed gives the same draws on every device.
         self._random = torch.Generator().manual_seed(generator_seed(seed))
 
@@ -323,7 +379,7 @@ class TokenStream(Iterator[int]):
         if self.finish_reason is not None:
             raise StopIteration
         if self.ids:  # run the pass over the latest token only now, when another token is requested
-            token = self._state.decode(self.ids, left, self._pick)
+            token = self._state.decode(self.ids, left, self._pick, self._lookup)
         else:
             token = self._pick(self._state.logits)
         if token in self._eos_ids:
@@ -337,30 +393,36 @@ class TokenStream(Iterator[int]):
             self._constraint.advance(token)
         return token
 
-    def _pick(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> int:
-        """Choose the next token from its logits, float32 `[vocabulary]`. `best`: the result of `best_of`, if already known."""
-        token = self._choose(logits, best)
+    def _pick(self, logits: torch.Tensor, best: torch.Tensor | None = None, drafted: bool = False) -> int | None:
+        """Choose the next token from its logits.
+
+        Args:
+            logits: float32 `[vocabulary]`.
+            best: The result of `best_of`, if already known.
+            drafted: Whether the logits come from a pass over drafted tokens. Returns None if rounding could decide the choice.
+        """
+        token = self._choose(logits, best, drafted)
         if self._settings.logprobs is not None:
             self._latest_logprobs = token_logprobs(logits, token, self._settings.logprobs)
         return token
 
-    def _choose(self, logits: torch.Tensor, best: torch.Tensor | None) -> int:
-        settings = self._settings
+    def _choose(self, logits: torch.Tensor, best: torch.Tensor | None, drafted: bool) -> int | None:
+        raw = logits
         if self._constraint is not None:
             mask = self._constraint.mask(len(logits))  # runs while a GPU still computes the logits
             if mask is not None:
                 best = None
                 # Subtract instead of overwriting, so that NaN and infinite logits are still detected.
                 logits = logits.where(to_device(mask, logits.device), logits - torch.inf)
-        if settings.temperature == 0 and settings.repetition_penalty in (None, 1):
+        if self._greedy:
             if best is None:
                 best = best_of(logits)
             token, finite = best.tolist()
             self._check(finite)
-            return token
+            return None if drafted and self._lookup.is_near_tie(raw, logits) else token
         logits = logits.cpu()
         self._check(logits.max().isfinite())  # the maximum is NaN if any logit is
-        return choose(logits, settings, self._random, self._seen)
+        return choose(logits, self._settings, self._random, self._seen)
 
     def _check(self, finite: bool | torch.Tensor) -> None:
         """Raise ModelError if the logits are not finite."""
