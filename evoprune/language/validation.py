@@ -81,7 +81,7 @@ def _pass(validator: Any, rule: Any, value: Any, schema: dict[str, Any]) -> Iter
 
 
 def _unless_patterns(rule: Callable) -> Callable:
-    """Wrap the rule for additionalProperties so that it skips schemas with patternProperties, which llguidance checks."""
+    """Wrap the rule for additionalProperties so that it skips schemas that have patternProperties. llguidance checks those."""
     return lambda validator, given, value, schema: (
         () if "patternProperties" in schema else rule(validator, given, value, schema)
     )

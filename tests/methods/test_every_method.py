@@ -1,4 +1,4 @@
-"""Test invariants of every method: counts, ties, chunks, the host program's dtypes and devices, and autocast."""
+"""Test what must hold for every method: counts, ties, chunks, the host program's dtypes and devices, and autocast."""
 
 import os
 import subprocess

@@ -113,7 +113,7 @@ def test_a_chat_template_stays_in_its_sandbox(folder, template, tmp_path, monkey
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Make all attempts to resolve a host or to connect fail, and return a list of these attempts."""
+    """Block all network access, and return a list that grows with each attempt to resolve a host or to connect."""
     asked = []
 
     def refuse(*args, **_):
