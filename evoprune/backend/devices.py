@@ -138,7 +138,7 @@ class Device:
 
     @property
     def reads_drafts(self) -> bool:
-        """Whether reading a few drafted tokens in one pass takes about as long as reading one token, as on the CPU.
+        """Whether reading a few drafted tokens in one pass takes about as long as reading a single token, as on the CPU.
 
         On CUDA, single tokens are faster, because their passes run as CUDA graphs.
         """
@@ -166,7 +166,7 @@ class Device:
 
     @property
     def capture(self) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
-        """A function like `run_and_capture` with the device filled in. None if CUDA graphs are unsupported or disabled."""
+        """A function that captures another function on this device (see `run_and_capture`), or None without CUDA graphs."""
         if not self.uses_kernels or torch.version.cuda is None:
             return None
         return lambda function: run_and_capture(function, self._device)

@@ -1,4 +1,4 @@
-"""Read a pruned prompt, and generate the tokens of an answer one by one."""
+"""Read a pruned prompt, then generate an answer token by token."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +22,9 @@ from evoprune.vision import Encoded
 
 
 class LanguageModel:
-    """The language model of a loaded model, which reads prompts and generated tokens.
+    """Runs the language model of a loaded model on prompts and generated tokens.
 
-    Its layers run in decoder.py, or as transformers modules in hosted.py.
+    Its layers run either in decoder.py or, as transformers modules, in hosted.py.
 
     Args:
         model: A module tree whose weights have Hugging Face's names, or a `HostedVL`.
@@ -42,22 +42,22 @@ class LanguageModel:
 
     @property
     def can_crop(self) -> bool:
-        """True if the KV cache can be cropped. Recurrent layers cannot crop, so callers keep a copy instead."""
+        """Whether the KV cache can be cropped. If the model has recurrent layers, it cannot, so callers keep a copy instead."""
         return not self._hosted or hosted.can_crop(self.model)
 
     @property
     def can_capture(self) -> bool:
-        """True if decoding steps can be captured in a CUDA graph, provided that the device supports graphs."""
+        """Whether decoding steps can be captured in a CUDA graph, if the device supports graphs."""
         return static.can_step(self.model)
 
     @property
     def can_draft(self) -> bool:
-        """True if drafted tokens can be read in one pass with the latest token, and rejected ones dropped."""
+        """Whether drafted tokens can be read in the same pass as the latest token, and dropped if they turn out wrong."""
         return self.can_crop and Device(self.model.model.language_model.norm.weight.device).reads_drafts
 
     @property
     def runs_modules(self) -> bool:
-        """True if transformers' own modules run the layers, so that results are rounded exactly as in transformers."""
+        """Whether transformers' own modules run the layers, so that results are rounded exactly as in transformers."""
         device = self.model.model.language_model.norm.weight.device
         return self._hosted and hosted.run_for(self.model, device) is hosted.run_modules
 
@@ -73,13 +73,15 @@ class LanguageModel:
             problem = f"the tokenizer produced token {int(ids.max())}, but the model has only {len(embed.weight):,}"
             raise ModelError(problem, "use the tokenizer and the weights of the same model", stage="prefill")
         embeds = embed(to_device(ids, embed.weight.device))
-        return embeds.to(norm.weight.dtype)  # embeddings may be kept in the dtype of their file
+        return embeds.to(
+            norm.weight.dtype
+        )  # the embedding matrix may still have the dtype that it has in the model's file
 
     def new_cache(self, columns: int | Sequence[int]) -> KVCache | HostedCache:
-        """Return an empty cache with room for a prompt and an answer of the usual length.
+        """Return an empty KV cache with room for a prompt and an answer of typical length.
 
         Args:
-            columns: Number of prompt columns, or one number per layer.
+            columns: Number of prompt columns, either one number for all layers or one number per layer.
         """
         if self._hosted:
             return HostedCache(self.model)
@@ -88,14 +90,19 @@ class LanguageModel:
         return KVCache(self.model, [n + ANSWER_COLUMNS for n in columns])
 
     def forward(self, *args, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """Read new columns and return the final hidden states of the last ones; see `decoder.forward`.
+        """Read new columns and return the final hidden states of the last columns.
 
-        `ids`, int64 `[columns]`, are the token ids of the new columns, which some models read in addition (`hosted.reads_ids`).
+        Args:
+            ids: int64 `[columns]`, the token ids of the new columns, which some models need as well as embeddings (see
+                `hosted.reads_ids`). For the other arguments, see `decoder.forward`.
         """
         return self._layers.forward(self.model, *args, **kwargs, **self._given(ids))
 
     def logits(self, *args, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """Read new columns and return the next-token logits after each of the last ones; see `decoder.logits` and `forward`."""
+        """Read new columns and return the next-token logits after each of the last columns (see `decoder.logits`).
+
+        The arguments are the same as those of `forward`.
+        """
         return self._layers.logits(self.model, *args, **kwargs, **self._given(ids))
 
     def _given(self, ids: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
@@ -117,10 +124,10 @@ class LanguageModel:
         For the other arguments and the exceptions, see `decoder.forward`.
 
         Args:
-            next_position: M-RoPE position of the first generated token. By Qwen's rule, it is the largest position of the
+            next_position: M-RoPE position of the first generated token. In Qwen models, it is the largest position in the
                 *unpruned* prompt plus one. Only decoding uses this value.
-            cache: Holds the preceding columns and is extended in place. None starts a new prompt.
-            ids: Token ids of the columns; see `forward`.
+            cache: A cache that holds the preceding columns. The new columns are added in place. None starts a new prompt.
+            ids: The token ids of the columns (see `forward`).
         """
         columns = len(inputs_embeds)
         given = {}
@@ -136,10 +143,11 @@ class LanguageModel:
     def dropping_for(
         self, method: MethodChain, budget: float, read: Sequence[Encoded], prompt: PrunedPrompt
     ) -> Dropping | None:
-        """Return the `Dropping` for reading a pruned prompt, or None if the method drops no tokens inside the language model.
+        """Return the `Dropping` to use with a pruned prompt, or None if the method drops no tokens inside the language model.
 
         Args:
-            method, budget: The method and the budget (a share of the units) as the user gave them.
+            method: The method that the user chose.
+            budget: The budget that the user chose, as a fraction of the units.
             read: The encoded inputs of the prompt, in order.
             prompt: The prompt after pruning.
         """
@@ -167,19 +175,19 @@ class LanguageModel:
 
 @dataclass
 class PrefillState:
-    """State of the language model after reading a prompt and part of an answer, made by `LanguageModel.prefill`."""
+    """The state of a language model that has read a prompt and part of an answer. Created by `LanguageModel.prefill`."""
 
     language: LanguageModel
     cache: KVCache | HostedCache  # keys and values of the prompt and of the answer tokens read so far
     logits: torch.Tensor  # float32 `[vocabulary]`, next-token logits after the cached columns
-    next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
-    dropping: Dropping | None = None  # records the tokens that were dropped while the prompt was read
-    prompt_ids: torch.Tensor | None = None  # int64 `[L]`, ids of the unpruned prompt, for a repetition penalty
-    # Tokens of the answer that are in the cache. During decoding, the last of them may be drafted tokens that are not chosen later.
+    next_position: int  # M-RoPE position of the first generated token (same in time, height and width)
+    dropping: Dropping | None = None  # records which tokens were dropped while the prompt was read
+    prompt_ids: torch.Tensor | None = None  # int64 `[L]`, ids of the unpruned prompt, for the repetition penalty
+    # Tokens of the answer that are in the cache. During decoding, the last of them may be drafted tokens that turn out wrong.
     answer: list[int] = field(default_factory=list)
     _drafted: torch.Tensor | None = None  # float32 `[n, vocabulary]`, the logits after the last n tokens of `answer`
-    _steps: StaticCache | None = None  # holds the remaining answer tokens while a CUDA graph decodes
-    # Identifies this answer to the static cache. It must not reference the model.
+    _steps: StaticCache | None = None  # holds the other answer tokens while a CUDA graph decodes
+    # Identifies this answer to the static cache. It must not hold a reference to the model.
     _holder: object = field(default_factory=object)
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
@@ -195,16 +203,16 @@ class PrefillState:
     def decode(
         self, ids: Sequence[int], left: int, pick: Callable[..., int | None], lookup: Lookup | None = None
     ) -> int:
-        """Return the next token of an answer whose tokens so far are `ids`. May be called again after an exception.
+        """Return the next token of an answer. This method can be called again after it raised an exception.
 
-        On CUDA, the forward pass runs as a CUDA graph if possible (language/static.py).
+        On CUDA, the forward pass runs as a CUDA graph if possible (see language/static.py).
 
         Args:
-            ids: The token ids of the answer so far, at least one.
-            left: Number of tokens that the answer may still get.
-            pick: Function that chooses a token from the logits. It also gets the result of `best_of` for them if that is already
-                known. With `drafted=True`, it returns None if rounding could decide the choice.
-            lookup: Drafts tokens to read together with the latest one. This requires a cache that can be cropped.
+            ids: The token ids of the answer so far (at least one).
+            left: Maximum number of tokens by which the answer may still grow.
+            pick: A function that chooses a token from the logits. It also receives the result of `best_of` for these logits if that
+                is already known. If it is called with `drafted=True`, it returns None if rounding could decide the choice.
+            lookup: Drafts tokens that are read together with the latest token. This requires a cache that can be cropped.
         """
         token = None
         last = len(ids) - 1
@@ -215,9 +223,9 @@ class PrefillState:
                 )
             if self._steps is not None:
                 token = self._steps.following(self.language.model, self._holder, ids[-1], pick)
-        except EvopruneError:  # raised by `pick`
+        except EvopruneError:  # an error raised by `pick`, not by the graph
             raise
-        except Exception as problem:  # a capture and the modules inside it can raise anything
+        except Exception as problem:  # the capture and the modules inside it can raise anything
             static.give_up(self.language.model, problem)
         if token is None:
             self._steps = None
@@ -264,13 +272,13 @@ class PrefillState:
 
     @torch.inference_mode()
     def logits_along(self, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
-        """Return the logits for each token of a given answer, computed after the answer's preceding tokens (teacher forcing).
+        """Return the logits from which each token of a given answer would be chosen (teacher forcing).
 
-        The cache is extended by all tokens of the answer except the last.
+        All tokens of the answer except the last one are added to the cache.
 
         Args:
             ids: int64 `[n]`, the tokens of the answer.
-            one_by_one: Run one forward pass per token, as in decoding, instead of one pass over all tokens.
+            one_by_one: Whether to run one forward pass per token, as in decoding, instead of one pass over all tokens.
 
         Returns:
             float32 `[n, vocabulary]`.
@@ -288,9 +296,9 @@ class PrefillState:
         return logits
 
     def graph_logits_along(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits after each token of a given answer, `[n, vocabulary]`, computed by decoding steps in a CUDA graph.
+        """Return the logits after each token of a given answer, `[n, vocabulary]`, by running decoding steps as a CUDA graph.
 
-        This requires `LanguageModel.can_capture`. Exceptions raised by the capture propagate unchanged.
+        This requires that `LanguageModel.can_capture` is True. Exceptions raised while capturing propagate unchanged.
 
         Args:
             ids: int64 `[n]`, the tokens of the answer.
@@ -299,14 +307,14 @@ class PrefillState:
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural log probabilities from the raw logits, before temperature, penalties, top-k and top-p."""
+    """Natural log probabilities, computed from the raw logits before temperature, penalties, top-k and top-p are applied."""
 
     chosen: float  # log probability of the chosen token
     top: list[tuple[int, float]]  # the most probable tokens and their log probabilities, in descending order
 
 
 def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs:
-    """Return the log probabilities of `token` and of the `most` most probable tokens. `logits`: float32 `[vocabulary]`."""
+    """Return the log probability of a token and of the `most` most probable tokens. `logits` is float32 `[vocabulary]`."""
     logprobs = logits.log_softmax(0)
     top = logprobs.topk(min(most, len(logprobs)))
     chosen, *values = torch.cat([logprobs[token][None], top.values]).tolist()
@@ -314,28 +322,28 @@ def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs
 
 
 class TokenConstraint(Protocol):
-    """Restricts the tokens of one answer. `mask` is called before each token, and `advance` after it."""
+    """Restricts the tokens of a single answer. `mask` is called before each token is chosen, and `advance` afterwards."""
 
     def mask(self, size: int) -> torch.Tensor | None:
-        """Return a mask of the allowed token ids, bool `[size]` on the CPU with at least one True, or None to allow all."""
+        """Return a mask of the allowed token ids, or None to allow all. The mask is bool `[size]` on the CPU, never all False."""
 
     def advance(self, token: int) -> None:
-        """Record the chosen token. This method is not called for tokens that end the answer."""
+        """Record the token that was chosen. This method is not called for a token that ends the answer."""
 
     @property
     def complete(self) -> bool:
-        """True if only the end of the answer can follow."""
+        """Whether the answer is complete, so that only its end can follow."""
 
 
 class TokenStream(Iterator[int]):
-    """Iterator over generated token ids. Each token is computed only when it is requested.
+    """Iterator that generates the token ids of an answer lazily.
 
-    The same `seed` gives the same answer.
+    The same `seed` always produces the same answer.
 
     Args:
-        state: The state after the prompt. It can serve only one answer.
-        eos_ids: Tokens that end the answer; they are not yielded.
-        constraint: Restricts the tokens; it can serve only one answer. None allows all tokens.
+        state: The state after the prompt. It can be used for only one answer.
+        eos_ids: Tokens that end the answer. They are not yielded.
+        constraint: Restricts which tokens are allowed. It can be used for only one answer. None allows all tokens.
 
     Raises:
         ModelError: During iteration, if a logit is NaN or infinite. Exceptions raised by the constraint propagate unchanged.
@@ -349,10 +357,10 @@ class TokenStream(Iterator[int]):
         seed: int = 0,
         constraint: TokenConstraint | None = None,
     ):
-        # None until the answer ends, then "stop" (the model ended its turn, or the constraint allows nothing more) or "length".
+        # "stop" if the model ended its turn or the constraint allows no more tokens, or "length". None until the answer ends.
         self.finish_reason: str | None = None
         self.ids: list[int] = []  # tokens yielded so far
-        self.logprobs: list[TokenLogprobs] = []  # one entry per token in `ids`, if the settings ask for them
+        self.logprobs: list[TokenLogprobs] = []  # one entry for each token in `ids` if log probabilities were requested
         self._state = state
         self._settings = settings
         self._latest_logprobs: TokenLogprobs | None = None  # log probabilities of the latest token
@@ -366,7 +374,7 @@ class TokenStream(Iterator[int]):
         self._lookup: Lookup | None = None
         if self._greedy and settings.logprobs is None and state.prompt_ids is not None and state.language.can_draft:
             self._lookup = Lookup(state.prompt_ids, state.language.dtype)
-        # The generator is on the CPU, so that a seed gives the same draws on every device.
+        # The generator is on the CPU, so that a seed produces the same random numbers on every device.
         self._random = torch.Generator().manual_seed(generator_seed(seed))
 
     @torch.inference_mode()
@@ -378,7 +386,7 @@ class TokenStream(Iterator[int]):
             self.finish_reason = "length"
         if self.finish_reason is not None:
             raise StopIteration
-        if self.ids:  # run the pass over the latest token only now, when another token is requested
+        if self.ids:  # the model reads the latest token only now that another token has been requested
             token = self._state.decode(self.ids, left, self._pick, self._lookup)
         else:
             token = self._pick(self._state.logits)
@@ -409,7 +417,7 @@ class TokenStream(Iterator[int]):
     def _choose(self, logits: torch.Tensor, best: torch.Tensor | None, drafted: bool) -> int | None:
         raw = logits
         if self._constraint is not None:
-            mask = self._constraint.mask(len(logits))  # runs while a GPU still computes the logits
+            mask = self._constraint.mask(len(logits))  # computed while a GPU is still computing the logits
             if mask is not None:
                 best = None
                 # Subtract instead of overwriting, so that NaN and infinite logits are still detected.
@@ -425,7 +433,6 @@ class TokenStream(Iterator[int]):
         return choose(logits, self._settings, self._random, self._seen)
 
     def _check(self, finite: bool | torch.Tensor) -> None:
-        """Raise ModelError if the logits are not finite."""
         if not finite:
             raise not_a_number_error("generate" if self.ids else "prefill")
 
@@ -433,12 +440,13 @@ class TokenStream(Iterator[int]):
 def choose(
     logits: torch.Tensor, settings: GenerationOptions, random: torch.Generator, seen: Collection[int] = ()
 ) -> int:
-    """Choose the next token id: the most probable token if the temperature is 0, otherwise a random draw.
+    """Choose the next token id. If the temperature is 0, this is the most probable token. Otherwise, it is sampled.
 
     Args:
         logits: float32 `[vocabulary]`.
-        random: A CPU generator.
-        seen: Token ids in the prompt and the answer, for the repetition penalty.
+        settings: The sampling options.
+        random: A random generator on the CPU.
+        seen: The token ids of the prompt and the answer, to which the repetition penalty applies.
     """
     if settings.repetition_penalty not in (None, 1):
         logits = penalized(logits, settings.repetition_penalty, seen)
@@ -448,19 +456,19 @@ def choose(
 
 
 def penalized(logits: torch.Tensor, penalty: float, seen: Collection[int]) -> torch.Tensor:
-    """Apply a repetition penalty (arXiv 1909.05858) as in transformers: a penalty above 1 lowers the logits of seen tokens."""
+    """Apply a repetition penalty (arXiv 1909.05858) as transformers does. Penalties above 1 lower the logits of seen tokens."""
     ids = to_device(torch.tensor([*seen], dtype=torch.int64, device="cpu"), logits.device)
     scores = logits[ids]
     return logits.index_put((ids,), torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
 def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Tensor:
-    """Apply the temperature, top-k and nucleus sampling (arXiv 1904.09751) to logits.
+    """Convert logits to sampling probabilities by applying temperature, top-k and nucleus sampling (arXiv 1904.09751).
 
     Returns:
-        Unnormalized sampling probabilities, float64 `[vocabulary]`.
+        The unnormalized probabilities, float64 `[vocabulary]`.
     """
-    # Subtract the largest logit first, so that a tiny temperature cannot overflow.
+    # Subtract the largest logit first, so that dividing by a tiny temperature cannot overflow.
     logits = logits.double()
     logits = (logits - logits.max()) / settings.temperature
     if 0 < settings.top_k < len(logits):
@@ -468,7 +476,7 @@ def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Te
     shares = logits.softmax(-1)
     if settings.top_p < 1:
         ordered, order = shares.sort(descending=True, stable=True)
-        # A token is kept if the more probable tokens add up to less than top_p, so the first token is always kept.
+        # Keep a token if the probabilities of all more probable tokens add up to less than top_p. The first token is always kept.
         ordered[ordered.cumsum(-1) - ordered >= settings.top_p] = 0
         shares = torch.zeros_like(shares).scatter_(0, order, ordered)
     return shares
