@@ -1,10 +1,11 @@
 """Render the clips in `samples/` and their questions: `python -m experiments.demo.samples samples`.
 
-The clips have their own seeds (split "samples"). They were chosen for variety, and so that the demo model answers their questions
-correctly unpruned and with the defaults; its answers about them are no measurement.
+The clips have their own split, "samples". They were chosen so that they are varied, and so that the demo model answers their
+questions correctly both without pruning and with the default settings. Its answers about these clips are therefore not a
+measurement.
 
-The clip of the second world, in `samples/scenes/`, has no questions. It was chosen by its frames and its overlay, for things that
-move at different times in front of a static camera.
+The clip from the second world, in `samples/scenes/`, has no questions. It was chosen by looking at its frames and its overlay,
+because its things move at different times in front of a static camera.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from experiments.demo.scenes.clip import Clip
 from experiments.demo.scenes.compose import SPLITS, compose
 from experiments.demo.worlds import SCENES
 
-# name: seed, height, width, seconds, codec, question types and the words that each question must contain
+# name -> seed, height, width, seconds, codec, and question types with the words that each question must contain
 CLIPS = {
     "square.mp4": (
         198,
@@ -65,7 +66,7 @@ CLIPS = {
     ),
     "pan.mp4": (98, 224, 336, 6, "libx264", [("digit", "Which digit is shown?"), ("exists", "blue cross")]),
 }
-SCENE_CLIPS = {"crossing.mp4": (2719, 8, 12, 6)}  # name: seed, height and width in units, seconds
+SCENE_CLIPS = {"crossing.mp4": (2719, 8, 12, 6)}  # name -> seed, height and width in units, seconds
 
 
 def render(folder: Path) -> None:
@@ -91,7 +92,7 @@ def questions() -> list[dict[str, str]]:
 
 
 def drawn(name: str, seed: int) -> Shapes:
-    """Return the clip drawn by a seed for a file in `samples/`."""
+    """Return the clip with the given seed for a file in `samples/`."""
     _, height, width, seconds, *_ = CLIPS[name]
     return make_clip("samples", seed, height, width, float(seconds), seconds)
 

@@ -1,4 +1,4 @@
-"""Training data of the second world: endless seeded batches of clips with labels and questions. Imported by `train_scenes`."""
+"""Training data for the second world: infinite, seeded batches of clips with labels and questions. Imported by `train_scenes`."""
 
 from dataclasses import dataclass
 
@@ -21,39 +21,41 @@ from experiments.demo.scenes_model import prompt
 from experiments.demo.training_clips import through_codec
 
 GROUPS = ("text", "look", "place", "count", "gist", "events", "motion", "moment", "choice", "open", "lesson")
-# ids of <|image_pad|> and <|video_pad|>
+# IDs of the tokens <|image_pad|> and <|video_pad|>.
 IMAGE = 6
 VIDEO = 7
 
 
 @dataclass(frozen=True)
 class ScenesRecipe:
-    """Training settings. Together with the code, they determine the result. Steps of stage 2 are counted from its start."""
+    """Training settings. Together with the code, they determine the result. Steps of stage 2 are counted from the stage's start."""
 
     seed: int = 0
-    reader: str = ""  # folder of a finished model whose language model is the starting point; empty: a new one
-    processes: int = 4  # each with its own batches
+    reader: str = ""  # folder of a trained model whose language model is used as the starting point; "" means a new one
+    processes: int = 4  # number of processes, each of which has its own batches
     vision_steps: int = 1600
-    match_steps: int = 400  # training only the merger towards the visual tokens of `reader`, if there is one
+    match_steps: int = 400  # steps that train only the merger to produce the visual tokens of `reader`, if there is one
     steps: int = 7000
-    open_steps: int = 600  # on questions without options about small pictures, with the tower frozen
-    still_steps: int = 1200  # on small pictures only
-    small_steps: int = 5600  # without the largest frames and lengths
-    vision_units: int = 768  # units in a batch of the first stage
+    open_steps: int = 600  # steps on questions without options about small pictures, with the tower frozen
+    still_steps: int = 1200  # steps on small pictures only
+    small_steps: int = 5600  # steps without the largest frames and lengths
+    vision_units: int = 768  # number of units in a batch of the first stage
     units: int = 768  # approximate number of units in a batch of the second stage
-    tower_rate: float = 0.4  # learning rate factor of the merger in the second stage; the rest of the tower is frozen
-    thawed: float = 0.5  # factor on top of `tower_rate`, for the whole tower afterwards
-    thaw_steps: int = 300  # steps until the rate reaches that
-    reader_rate: float = 0.4  # learning rate factor of a language model that was trained before
+    tower_rate: float = (
+        0.4  # learning rate factor for the merger in the second stage, while the rest of the tower is frozen
+    )
+    thawed: float = 0.5  # additional factor for the whole tower after that
+    thaw_steps: int = 300  # number of steps until the learning rate reaches its value with `thawed`
+    reader_rate: float = 0.4  # learning rate factor for a language model that has already been trained
     labels: float = 0.3  # weight of the auxiliary loss in the second stage
-    lessons: float = 0.4  # share of lessons among the questions of the second stage, once some have options
+    lessons: float = 0.4  # share of lessons among the questions in the second stage, once some questions have options
     muon_lr: float = 3e-3
     adam_lr: float = 1.5e-3
     warmup: int = 100
-    decay: float = 0.4  # share of a stage with cosine decay
+    decay: float = 0.4  # share of a stage during which the learning rate decays
 
 
-# ((height, width) in units, weight).
+# Frame sizes as ((height, width) in units, weight).
 TINY = (((4, 6), 4.0), ((6, 4), 1.0), ((4, 4), 0.7), ((5, 7), 1.5))
 SMALL = (*TINY, ((6, 8), 2.0))
 STILLS = (
@@ -65,18 +67,18 @@ STILLS = (
 )  # additional sizes of pictures, while videos are still small
 LARGE = (((4, 6), 1.0), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 0.6), ((9, 16), 0.8), ((12, 18), 0.4))
 PAIRS = ((1, 1.5), (2, 0.5), (3, 0.7), (4, 2.0), (6, 1.5), (8, 1.5), (12, 0.6), (16, 0.3))
-MOST = 1200  # units of one clip
+MOST = 1200  # maximum number of units in one clip
 PACES = (1.0, 1.0, 1.0, 0.5, 0.8, 1.25, 2.0)  # seconds per frame pair
-UNITS_PER_QUESTION = 6  # approximate cost of a question's text, in units
+UNITS_PER_QUESTION = 6  # a question's text costs about as much as this many units
 NEVER_OPEN = ("extreme", "there", "missing")
-OFFSET = 16_000  # largest offset added to the positions of a prompt's inputs
+OFFSET = 16_000  # maximum offset that is added to the positions of a prompt's inputs
 
 
 def drawn(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Draw a clip, and after a video codec one time in five.
+    """Draw a clip. One time in five, the frames have the artifacts of a video codec.
 
     Returns:
-        The frames, the labels of patches and units (`dense_labels`), and the labels of units over time (`story_labels`).
+        The frames, the labels of patches and units (see `dense_labels`), and the labels of units over time (see `story_labels`).
     """
     times = SamplingPlan.even(0.0, clip.seconds, 2 * clip.pairs).times_s
     frames, maps = render_with_map(clip, times)
@@ -86,10 +88,10 @@ def drawn(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 
 
 def vision_batches(recipe: ScenesRecipe, first: int, rank: int = 0):
-    """Yield the batches of stage 1 endlessly: crowded frame pairs.
+    """Yield an infinite sequence of batches for stage 1, which consist of crowded frame pairs.
 
     Each batch is `(frames uint8 [2 * G, H, W, 3], labels of patches, labels of units, (height, width))`. Every second batch has
-    clips of two frame pairs, with moving things and cameras.
+    clips of two frame pairs in which things and cameras move.
     """
     step = first
     while True:
@@ -114,9 +116,9 @@ def _key(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0):
-    """Yield the batches of stage 2 endlessly, as dicts of tensors.
+    """Yield an infinite sequence of batches for stage 2, as dicts of tensors.
 
-    All prompts of a batch have one shape, with one or two clips and several questions each.
+    All prompts in a batch have the same shape. Each prompt has one or two clips and several questions.
     """
     ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     step = first
@@ -172,7 +174,7 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0)
 
 
 def _shape(recipe: ScenesRecipe, step: int, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Draw height and width in units, and the number of frame pairs."""
+    """Choose the height and the width in units, and the number of frame pairs."""
     if step < recipe.still_steps:
         return *draw(rng, TINY), 1
     while True:
@@ -190,7 +192,7 @@ def _shape(recipe: ScenesRecipe, step: int, rng: np.random.Generator) -> tuple[i
 
 
 def _questions(units: int, plain: bool) -> int:
-    """Return the number of questions per prompt: more if the shared clips cost more than they do, or if questions are short."""
+    """Return the number of questions per prompt, which is higher for large clips and for short (`plain`) questions."""
     if not plain and units < 60:
         return 8
     if not plain and units < 200:
@@ -201,14 +203,14 @@ def _questions(units: int, plain: bool) -> int:
 def _asked(
     clips: list[Clip], noun: str, rng: np.random.Generator, count: int, plain: bool, taught: float
 ) -> list[Question]:
-    """Ask about the clips of one prompt. Texts and answers are as the model gets them, in packing order.
+    """Ask questions about the clips in one prompt. They have the texts that the model gets, and are in packing order.
 
     Args:
         clips: one or two clips.
-        noun: the word for a clip in questions about two of them.
+        noun: the word for a clip in questions about two clips.
         count: number of questions.
-        plain: whether to ask without options.
-        taught: share of lessons.
+        plain: whether to ask questions without options.
+        taught: share of lessons among the questions.
     """
     questions = []
     for number, clip in enumerate(clips):
@@ -230,7 +232,7 @@ def _asked(
 def _prefix(
     ids, grid, pace: float, inputs: int, pad: int, rng: np.random.Generator
 ) -> tuple[list[int], torch.Tensor, int]:
-    """Return the ids before a question, their positions, and the position that follows."""
+    """Return the token IDs before a question, their positions, and the position after them."""
     before = ids(BEFORE_VIDEO)
     n = int(np.prod(grid))
     prefix = before[:-1]
@@ -246,7 +248,7 @@ def _prefix(
 
 
 def _numbered_groups(asked: list[list[Question]]) -> torch.Tensor:
-    """Return the groups per question, indexed by its number `64 * prompt + segment`: bool `[64 * (prompts + 1), groups]`."""
+    """Return each question's groups: bool `[64 * (prompts + 1), groups]`, indexed by the number `64 * prompt + segment`."""
     member = torch.zeros(64 * (len(asked) + 1), len(GROUPS), dtype=torch.bool)
     for row, questions in enumerate(asked):
         for segment, q in enumerate(questions, 1):

@@ -1,4 +1,4 @@
-"""Labels for the auxiliary head: the content of patches and units in a clip of scenes. Imported by `scenes_batches`."""
+"""Labels for the auxiliary head, which describe what patches and units show in a clip of scenes. Imported by `scenes_batches`."""
 
 from collections.abc import Sequence
 
@@ -16,8 +16,9 @@ NOTHING = len(LOOKS)
 BLANK = len(CHARACTERS)
 PATCH = 14
 SLOT = 7
-# Change of a unit since the previous frame pair. Its thing is still there, arrived by one of MOTIONS, is new or has changed; or the
-# thing it showed has disappeared or moved away; or the unit shows no thing, now and before.
+# How a unit has changed since the previous frame pair. The thing that it shows was already there, has arrived in one of the
+# MOTIONS, is new, or has changed. If it shows no thing, its previous thing has disappeared or moved away, or it did not show one
+# before.
 STILL = 0
 CAME = 1
 NEW = 5
@@ -26,8 +27,8 @@ GONE = 7
 LEFT = 8
 EMPTY = 9
 STORY_WEIGHT = torch.tensor([0.2, 1, 1, 1, 1, 1, 1, 1, 1, 0.05])
-# Labels of a patch: outline of the thing at its centre, texture, colour, the characters in its left and right half, and the motion
-# of the thing between the two frames of the pair. Label of a unit: whether the centre of a thing lies in it.
+# The labels of a patch are the outline, the texture and the color of the thing at its center, the characters in its left and right
+# half, and the thing's motion between the two frames of the pair. The label of a unit is whether it contains the center of a thing.
 PATCH_CLASSES = {
     "outline": NOTHING + 1, "texture": len(TEXTURES), "colour": len(COLOURS), "left": BLANK + 1, "right": BLANK + 1,
     "motion": 1 + len(MOTIONS),
@@ -36,14 +37,14 @@ ROWS = COLUMNS = 24
 
 
 def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels of patches and units in Hugging Face's order, with IGNORED for no label.
+    """Return the labels of patches and units in Hugging Face's order. IGNORED means that there is no label.
 
     Args:
-        times: two for each frame pair.
-        maps: the thing that each pixel shows, `[len(times), height, width]`.
+        times: two times for each frame pair, in seconds.
+        maps: index of the thing that each pixel shows, `[len(times), height, width]`.
 
     Returns:
-        int64 `[pairs, units, 4, 6]` for patches and `[pairs, units]` for units.
+        int64 `[pairs, units, 4, 6]` for patches, and int64 `[pairs, units]` for units.
     """
     pairs = len(times) // 2
     height = clip.height // PATCH
@@ -72,14 +73,15 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
 
 
 def story_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> np.ndarray:
-    """Return how each unit changed since the previous frame pair, int64 `[pairs, units]`; IGNORED in the first pair.
+    """Return how each unit has changed since the previous frame pair, int64 `[pairs, units]`. In the first pair, it is IGNORED.
 
-    Arguments as in `dense_labels`.
+    For the arguments, see `dense_labels`.
     """
     pairs = len(times) // 2
     height = clip.height // 28
     width = clip.width // 28
-    # The thing that a unit shows: the highest number among the centres of its patches, so things win over the background.
+    # A unit shows the thing with the highest number among the centers of its patches, so things take precedence over the
+    # background.
     shown = maps[::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].reshape(pairs, height, 2, width, 2).astype(np.int64)
     shown = shown.transpose(0, 1, 3, 2, 4).reshape(pairs, height * width, 4).max(-1)
     labels = np.full((pairs, height * width), IGNORED)
@@ -106,7 +108,7 @@ def _story(clip: Clip, thing, before: float, now: float) -> int:
 
 
 def _looks(thing, t: float) -> tuple[int, int, int]:
-    """Return the labels of outline, texture and colour at time t."""
+    """Return the labels of a thing's outline, texture and color at time t."""
     outline = LOOKS.index(thing.outline)
     colours = list(COLOURS)
     if thing.is_sign:
@@ -116,9 +118,10 @@ def _looks(thing, t: float) -> tuple[int, int, int]:
 
 
 def _motion(clip: Clip, thing, t: float, then: float, least: float = 2.0) -> int:
-    """Return the label of the motion of a thing on the frame from time `t` to `then`, including camera motion.
+    """Return the label of a thing's motion on the frame between the times `t` and `then`, including the motion of the camera.
 
-    0 means a motion below half of `least` pixels, IGNORED an unclear one, and 1 + i the direction i of MOTIONS.
+    0 means that the thing moves by less than half of `least` pixels, 1 + i means the direction i of MOTIONS, and IGNORED means that
+    the motion is unclear.
     """
     dx, dy = (b - a for a, b in zip(_on_frame(clip, thing, t), _on_frame(clip, thing, then), strict=True))
     far, less = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
@@ -146,7 +149,7 @@ def _write(slots: np.ndarray, clip: Clip, number: int, t: float, seen: np.ndarra
 
 
 class Head(nn.Module):
-    """Predict each unit's labels, row and column from the tower's last layer. Discarded after training."""
+    """Predicts each unit's labels, row and column from the tower's last layer. The head is discarded after training."""
 
     def __init__(self, hidden: int, text_hidden: int):
         super().__init__()
@@ -155,14 +158,14 @@ class Head(nn.Module):
         self.story = nn.Linear(text_hidden, len(STORY_WEIGHT))
 
     def forward(self, flat: torch.Tensor, patches: torch.Tensor, units: torch.Tensor, height: int, width: int):
-        """Return the loss, and accuracies for the log.
+        """Return the loss, and the accuracies for the log.
 
         Args:
-            flat: states of the last layer, `[G, units, 4 * hidden]`.
-            patches: patch labels of `dense_labels`.
-            units: unit labels of `dense_labels`.
-            height: units in a column.
-            width: units in a row.
+            flat: states in the last layer, `[G, units, 4 * hidden]`.
+            patches: labels of patches from `dense_labels`.
+            units: labels of units from `dense_labels`.
+            height: number of units in a column.
+            width: number of units in a row.
         """
         outs = self.patch(flat.unflatten(-1, (4, -1))).float().split(list(PATCH_CLASSES.values()), -1)
         middle, row, column = self.unit(flat).float().split([2, ROWS, COLUMNS], -1)
@@ -192,7 +195,12 @@ class Head(nn.Module):
         return loss, right
 
     def told(self, states: torch.Tensor, story: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """Return the same for visual tokens inside the language model: states `[..., D]`, labels of `story_labels` `[...]`."""
+        """Return the loss and the accuracies for visual tokens inside the language model.
+
+        Args:
+            states: states of the visual tokens, `[..., D]`.
+            story: labels from `story_labels`, `[...]`.
+        """
         if not (story != IGNORED).any():
             return states.new_zeros(()), {}
         out = self.story(F.rms_norm(states, states.shape[-1:])).float()

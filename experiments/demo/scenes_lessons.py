@@ -1,7 +1,7 @@
-"""Questions about scenes used only in training. Each asks for one step of a harder question type.
+"""Questions about scenes that are used only in training. Each one asks for one step of a harder question type.
 
-The position of one thing comes before "furthest to the left", and the time of an event before "which happens first". Imported by
-`scenes_batches`.
+For example, lessons ask for the position of one thing, because other questions ask what is "furthest to the left", and for the time
+of one event, because other questions ask "which happens first". Imported by `scenes_batches`.
 """
 
 from experiments.demo.questions import pick
@@ -9,8 +9,8 @@ from experiments.demo.scenes.asking import Draft, QuestionType, name, refer
 from experiments.demo.scenes.clip import Clip
 from experiments.demo.scenes.looking import placed, times_asked, yes
 
-UNIT = 28  # pixels
-APART = 20  # pixels
+UNIT = 28  # side length of a unit, in pixels
+APART = 20  # minimum distance, in pixels
 LISTED = 6
 VERBS = {"appears": "appear", "vanishes": "vanish", "flashes": "flash"}
 
@@ -87,7 +87,7 @@ HAPPENING = {"when": QuestionType(_when, "lesson", 1.5)}
 
 
 def lessons(clip: Clip, share: float, of: dict[str, QuestionType]) -> dict[str, QuestionType]:
-    """Return the lessons that fit a clip, weighted to make up about `share` of the questions together with `of`."""
+    """Return the lessons that fit a clip, weighted to make up about `share` of all questions, including those in `of`."""
     fitting = LOOKING if clip.is_still else LOOKING | HAPPENING
     weight = sum(kind.weight for kind in of.values()) * share / (1 - share) / sum(k.weight for k in fitting.values())
     return {key: QuestionType(kind.make, kind.group, kind.weight * weight) for key, kind in fitting.items()}

@@ -1,4 +1,4 @@
-"""The untrained model of the second world: architecture, tokenizer, initial weights. Imported by `train_scenes`."""
+"""Builds the untrained model for the second world: architecture, tokenizer and initial weights. Imported by `train_scenes`."""
 
 from collections.abc import Iterator
 
@@ -14,13 +14,16 @@ from experiments.demo.scenes.compose import make_clip
 from experiments.demo.scenes.happening import types_for
 
 HIDDEN = 128
-# Residual-stream channels with large values in all rows, as every trained vision tower has a few, and their values. They are a bias
-# of the first layer, because Qwen's patch embedding has no bias.
+# Every trained vision tower has a few channels in the residual stream that have large values in all rows. These are the indices and
+# the values of such channels in this tower. They are a bias of the first layer, because Qwen's patch embedding has no bias.
 LARGE = {5: 9.0, 37: -14.0, 90: 7.0}
 
 
 def scenes_config():
-    """Return the exact Qwen2.5-VL architecture. As in the real tower, the first full attention is a quarter of the way in."""
+    """Return a config with exactly the architecture of Qwen2.5-VL.
+
+    As in the real tower, the first layer with full attention comes after a quarter of the layers.
+    """
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
@@ -48,14 +51,14 @@ def keep_large(visual) -> None:
 
 
 def prompt(question: Question) -> str:
-    """Return the text of a question as the model gets it: the same as in `evoprune eval`, with lettered options."""
+    """Return the text of a question as the model gets it. It is the same as in `evoprune eval`, with a letter for each option."""
     return Row("", (), (), question.question, options=question.options).prompt
 
 
 def scenes_tokenizer(clips: int = 1200):
-    """Return a tokenizer as for shapes, trained on the questions about `clips` clips of scenes.
+    """Return a tokenizer like the one for shapes, but trained on the questions about `clips` clips of scenes.
 
-    The texts of signs are left out, so the model reads signs letter by letter.
+    The texts on signs are left out, so that the model reads signs letter by letter.
     """
 
     def texts() -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""The language model's forward pass for training on a CPU: many questions share a prompt; same logits as Hugging Face.
+"""The language model's forward pass for training on a CPU, in which many questions share a prompt. Logits equal Hugging Face's.
 
-A prompt is read once, and each row of questions attends to the prompt and to itself. This avoids most of the attention of one long
-sequence with masked-out questions.
+A prompt is read once, and each row of questions attends to the prompt and to itself. This needs far less attention than one long
+sequence in which the questions are masked from each other.
 """
 
 from dataclasses import dataclass
@@ -10,33 +10,33 @@ import torch
 
 from experiments.demo.forward import attend, rotate
 
-CHUNK = 256  # queries of a prompt per step, so that most of the causally masked scores are never computed
+CHUNK = 256  # number of a prompt's queries per step; most of the causally masked scores are thus never computed
 BARRED = -1e4
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a batch: prompts, tokens per prompt, rows per prompt, tokens per row; and the heads of attention."""
+    """The sizes of a batch (prompts, tokens per prompt, rows per prompt, tokens per row) and the numbers of attention heads."""
 
     prompts: int
     length: int
     rows: int
     tokens: int
-    heads: int  # heads of keys and values
-    groups: int  # query heads per key head
+    heads: int  # number of key-value heads
+    groups: int  # number of query heads per key-value head
     dim: int
 
     @property
     def before(self) -> int:
-        """Total number of prompt tokens, which come first in a flat list."""
+        """Total number of prompt tokens, which precede the tokens of the rows in a flat list."""
         return self.prompts * self.length
 
     def of_prompts(self, x: torch.Tensor) -> torch.Tensor:
-        """Return keys or values of the prompts from a flat list: `[prompts, heads, length, dim]`."""
+        """Return the prompts' keys or values from a flat list, as `[prompts, heads, length, dim]`."""
         return x[: self.before].view(self.prompts, self.length, self.heads, self.dim).transpose(1, 2)
 
     def of_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Return keys or values of the rows from a flat list: `[prompts, rows, heads, tokens, dim]`."""
+        """Return the rows' keys or values from a flat list, as `[prompts, rows, heads, tokens, dim]`."""
         return x[self.before :].view(self.prompts, self.rows, self.tokens, self.heads, self.dim).transpose(2, 3)
 
 
@@ -49,7 +49,7 @@ def hidden_of_rows(
     own: torch.Tensor,
     section: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the language model on prompts followed by rows. A row attends to its prompt and itself, not to other rows.
+    """Run the language model on prompts followed by rows. A row attends to its prompt and to itself, but not to other rows.
 
     Args:
         text: `model.model.language_model`.
@@ -61,7 +61,7 @@ def hidden_of_rows(
         section: `mrope_section` of the configuration.
 
     Returns:
-        Normalised hidden states of the rows, `[B, S, Q, D]`, and the states of the prompts after half of the layers, `[B, P, D]`.
+        The rows' normalized hidden states, `[B, S, Q, D]`, and the prompts' states after half of the layers, `[B, P, D]`.
     """
     att = text.layers[0].self_attn
     groups = att.num_key_value_groups
@@ -93,7 +93,7 @@ def hidden_of_rows(
 def _angles(
     inv_freq: torch.Tensor, prompts: int, where: torch.Tensor, place: torch.Tensor, section: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine of the tokens' rotary angles, in flat order: `[tokens, 1, dim]` each."""
+    """Return the cosine and the sine of the tokens' rotary angles in flat order, both `[tokens, 1, dim]`."""
     freqs = where[..., None] * inv_freq
     freqs = torch.cat([part[i % 3] for i, part in enumerate(freqs.split(section, dim=-1))], dim=-1)
     freqs = torch.cat([freqs.repeat(prompts, 1), (place[..., None] * inv_freq).flatten(0, 2)])
@@ -101,7 +101,7 @@ def _angles(
 
 
 def _of_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Return causal attention of the prompts' queries `[prompts * length, heads * groups, dim]`, with heads joined."""
+    """Return the causal attention output for the prompts' queries `[prompts * length, heads * groups, dim]`, with heads joined."""
     k = shape.of_prompts(k)
     v = shape.of_prompts(v)
     length = shape.length
@@ -116,7 +116,10 @@ def _of_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape)
 
 
 def _of_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Return attention of the rows' queries `[prompts * rows * tokens, heads * groups, dim]` to prompt and row, heads joined."""
+    """Return the attention output for the rows' queries, which attend to their prompt and their row, with heads joined.
+
+    The queries are `[prompts * rows * tokens, heads * groups, dim]`.
+    """
     keys, values = (
         torch.cat([shape.of_prompts(t)[:, None].expand(-1, shape.rows, -1, -1, -1), shape.of_rows(t)], 3)
         for t in (k, v)

@@ -1,7 +1,7 @@
-"""Data-parallel training: each process computes gradients on its own batches, and all apply the mean gradient.
+"""Data-parallel training. Each process computes gradients on its own batches, and all processes apply the mean gradient.
 
-On a CPU, two processes with one thread each are faster than one with two threads, because most operations of a small model are too
-small to parallelise.
+On a CPU, two processes with one thread each are faster than one process with two threads, because most operations in a small model
+are too small to parallelize.
 """
 
 import tempfile
@@ -15,7 +15,7 @@ from torch import multiprocessing
 
 
 class Team:
-    """The processes of a run, seen from one of them. Rank 0 writes log and checkpoints."""
+    """The processes of a run, seen from one of them. Rank 0 writes the log and the checkpoints."""
 
     def __init__(self, rank: int, size: int):
         self.rank = rank
@@ -52,7 +52,7 @@ class Team:
 
 
 def run_team(work: Callable[..., None], size: int, *args) -> None:
-    """Run `work(team, *args)` in `size` processes of one thread each; in this process if `size` is 1."""
+    """Run `work(team, *args)` in `size` processes with one thread each, or in this process if `size` is 1."""
     if size == 1:
         torch.set_num_threads(1)
         work(Team(0, 1), *args)

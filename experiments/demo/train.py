@@ -1,11 +1,12 @@
 """Train the bundled demo model from scratch on procedural clips: `python -m experiments.demo.train OUT`.
 
-Training has two stages. First the vision tower learns, on its own, to name the content of its merge units on crowded single grids.
-Then the tower is frozen, so that the language model's input does not change, and the language model learns to answer questions,
-many of them per clip: first about short clips, finally on frames as large as in the evaluation.
+Training has two stages. In the first stage, the vision tower learns on its own to name what its merge units show, using crowded
+single grids. In the second stage, the tower is frozen, so that the language model's input does not change, and the language model
+learns to answer many questions about each clip. The clips are short at first. In the end, the frames are as large as in the
+evaluation.
 
-Training is seeded. It writes a checkpoint every few minutes and resumes from it when run again. `OUT/log.jsonl` holds the curve. In
-the end OUT has the layout of a model on the hub.
+Training is seeded. It writes a checkpoint every few minutes and resumes from it if it is run again. The training curve is written
+to `OUT/log.jsonl`. The finished model in OUT has the hub's file layout.
 """
 
 import argparse
@@ -35,16 +36,23 @@ from experiments.demo.training import (
 
 
 class Head(nn.Module):
-    """The auxiliary head, which predicts content and position for every merge unit. Discarded after training."""
+    """The auxiliary head, which predicts the content and the position of every merge unit. It is discarded after training."""
 
     def __init__(self, features: int):
         super().__init__()
         self.sizes = [*ATTRIBUTES.values(), ROWS, COLUMNS]
-        self.sizes[0] += 1  # one class for nothing here
+        self.sizes[0] += 1  # one more class, for units without a thing
         self.linear = nn.Linear(features, sum(self.sizes))
 
     def forward(self, flat: torch.Tensor, labels: torch.Tensor, height: int, width: int):
-        """Return the loss and, for the log, the accuracy per attribute; flat `[G, units, F]`, labels `[G, units, A]`."""
+        """Return the loss and, for the log, the accuracy of each attribute.
+
+        Args:
+            flat: states of the units, `[G, units, F]`.
+            labels: labels of the units, `[G, units, A]`.
+            height: number of units in a column.
+            width: number of units in a row.
+        """
         outs = self.linear(flat).float().split(self.sizes, -1)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = [p.flatten().expand(flat.shape[:2]) for p in (y, x)]
@@ -52,7 +60,7 @@ class Head(nn.Module):
         right = {}
         for name, out, label in zip([*ATTRIBUTES, "row", "column"], outs, [*labels.unbind(-1), *places], strict=True):
             weight = None
-            if name == "shape":  # most units hold nothing
+            if name == "shape":  # most units show nothing
                 weight = torch.ones(out.shape[-1])
                 weight[-1] = 0.2
             if not (label >= 0).any():
@@ -70,13 +78,13 @@ class Head(nn.Module):
 
 @torch.no_grad()
 def look(visual, batch: dict) -> torch.Tensor:
-    """Return the frozen tower's output for a batch of clips: `[G, units, 4 * hidden]`, before the merger's projection."""
+    """Return the frozen tower's output for a batch of clips, before the merger's projection: `[G, units, 4 * hidden]`."""
     _, height, width = batch["grid"]
     return tower(visual, normalised(pixel_patches(batch["frames"])), height, width)[1]
 
 
 def train(folder: Path, recipe: Recipe) -> None:
-    """Run both stages, from the checkpoint in `folder` if there is one."""
+    """Run both stages, resuming from the checkpoint in `folder` if there is one."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     run = Run(folder, recipe)
@@ -98,7 +106,7 @@ def train(folder: Path, recipe: Recipe) -> None:
 
 
 def train_stage(run: Run, stage: int, model, head: Head, tokenizer, state: dict | None) -> None:
-    """Run one stage, from `state` if there is a checkpoint of it."""
+    """Run one stage, resuming from the checkpoint `state` if there is one."""
     recipe = run.recipe
     visual = model.model.visual
     if stage == 1:
@@ -126,7 +134,7 @@ def vision_step(visual, head: Head, batch: tuple, learn: Learn, log: Log) -> Non
 
 
 def question_steps(model, batch: dict, learn: Learn, log: Log) -> None:
-    """Train the steps of stage 2 on one batch, one step per pack of questions."""
+    """Train stage 2 on one batch, with one step for each pack of questions."""
     with half_precision():
         flat = look(model.model.visual, batch)
     for pack in batch["packs"]:

@@ -1,22 +1,25 @@
 """Train the model of the second world from scratch on a CPU: `python -m experiments.demo.train_scenes OUT`.
 
-Training has two stages. First the tower alone learns to name the content of each patch, including the characters of signs. Then it
-answers questions with the language model, many of them per clip: at first without options, about small pictures, and with the tower
-frozen, because the gradients of an untrained language model destroy what the tower has learned. After that the tower keeps
-learning, so that its attention becomes meaningful. Short and small videos are added, and finally frames as large as in the
-evaluation. Two of five questions are lessons (`scenes_lessons`), because hard questions alone stayed at chance for thousands of
-steps. Most questions about time stayed at chance too, until the tower had to name motion, and the language model the change of each
-unit since the previous frame pair.
+Training has two stages. In the first stage, the tower learns on its own to name what each patch shows, including the characters on
+signs. In the second stage, the tower and the language model together learn to answer many questions about each clip. At first,
+these are questions without options about small pictures, and the tower is frozen, because the gradients of an untrained language
+model would destroy what the tower has learned. After that, the tower is trained as well, so that its attention becomes meaningful.
+Short and small videos are added later, and finally frames as large as in the evaluation.
 
-With `--reader` the language model comes from a trained model. The merger alone is then trained between the stages to produce that
-model's visual tokens, because answers train the merger of a new tower only slowly.
+Two out of five questions are lessons (`scenes_lessons`), because with hard questions alone, the accuracy stayed at chance level for
+thousands of steps. The accuracy of most questions about time also stayed at chance level, until the tower was trained to name
+motion, and the language model to name how each unit has changed since the previous frame pair.
 
-A question with options is answered with the text of an option. Answering with its letter was tried: after thousands of questions
-the answers were still random, with or without teaching the letters from text first, and with or without a head that scores each
-option.
+With `--reader`, the language model is taken from a trained model. In this case, the merger is trained alone between the two stages
+to produce that model's visual tokens, because a new tower's merger learns only slowly from answers.
 
-Training is seeded. It writes a checkpoint with the optimizers' state every few minutes and resumes from it when run again, so it
-can be run in phases (`--minutes`). `OUT/log.jsonl` holds the curve. In the end OUT has the layout of a model on the hub.
+A question with options is answered with the text of an option. Answers that consist of the option's letter were tried, but after
+thousands of questions they were still random. It made no difference whether the letters were first taught from text, or whether a
+head scored each option.
+
+Training is seeded. It writes a checkpoint with the optimizers' state every few minutes and resumes from it if it is run again, so
+it can be run in phases (`--minutes`). The training curve is written to `OUT/log.jsonl`. The finished model in OUT has the hub's
+file layout.
 """
 
 import argparse
@@ -47,12 +50,12 @@ from experiments.demo.training import (
     run_stage,
 )
 
-SIZE = 16 * 24, 32  # limits of the finished model: units per frame, and frames
-MATCH = "match"  # the stage between 1 and 2 that trains the merger
+SIZE = 16 * 24, 32  # limits of the finished model: number of units per frame, and number of frames
+MATCH = "match"  # the stage between stages 1 and 2, which trains the merger
 
 
 def build(folder: Path, recipe: ScenesRecipe):
-    """Return the untrained model, auxiliary head and tokenizer. An existing tokenizer in `folder` is reused."""
+    """Return the untrained model, the auxiliary head and the tokenizer. If `folder` already contains a tokenizer, it is reused."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     seed = recipe.seed
@@ -80,7 +83,7 @@ def trained(folder: str):
 
 
 def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> None:
-    """Run all stages, from the checkpoint in `folder` if there is one. Stops after `minutes` with a checkpoint."""
+    """Run all stages, resuming from the checkpoint in `folder` if there is one. After `minutes`, write a checkpoint and stop."""
     run = Run(folder, recipe)
     end = time.monotonic() + 60 * minutes
     model, head, tokenizer = build(folder, recipe)
@@ -101,7 +104,7 @@ def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> Non
 def train_stage(
     team: Team, run: Run, stage: int | str, model, head: Head, tokenizer, state: dict | None, end: float
 ) -> bool:
-    """Run one stage, from `state` if it is a checkpoint of this stage. Returns True if the stage is finished."""
+    """Run one stage, resuming from `state` if it is a checkpoint of this stage. Return True if the stage is finished."""
     recipe = run.recipe
     visual = model.model.visual
     steps = {1: recipe.vision_steps, MATCH: recipe.match_steps, 2: recipe.steps}[stage]
@@ -120,7 +123,7 @@ def train_stage(
     first = resumed(opts, state)
     if stage == 2:
         batches = in_worker(question_batches, recipe, tokenizer, first, team.rank)
-    else:  # the merger continues with the batches of the first stage
+    else:  # the merger is trained on the same kind of batches as the first stage
         start = first + (recipe.vision_steps if stage == MATCH else 0)
         batches = in_worker(vision_batches, recipe, start, team.rank)
 
@@ -135,13 +138,17 @@ def train_stage(
         keep_large(visual)
 
     def share(step: int, module: int) -> float:
-        return tower_share(step, recipe) if stage == 2 and module < 2 else 1.0  # for tower and head
+        # Modules 0 and 1 are the tower and the head.
+        return tower_share(step, recipe) if stage == 2 and module < 2 else 1.0
 
     return run_stage(run, stage, range(first, steps), (model, head), opts, one_step, team, end, share)
 
 
 def tower_share(step: int, recipe: ScenesRecipe) -> float:
-    """Return the factor of `tower_rate` at a step of stage 2: first 1, for the merger only, then small, to prevent forgetting."""
+    """Return the factor by which `tower_rate` is multiplied at a step of stage 2.
+
+    The factor is 1 as long as only the merger is trained. After that, it is small, so that the tower does not forget.
+    """
     if step < recipe.open_steps:
         return 1.0
     return recipe.thawed * min(1.0, (step - recipe.open_steps + 1) / recipe.thaw_steps)
@@ -160,7 +167,7 @@ def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None
 
 
 def match_step(visual, aim, batch: tuple, learn: Learn, log: Log) -> None:
-    """Train the merger of `visual` for one step towards the visual tokens of the tower `aim`."""
+    """Train the merger of `visual` for one step to produce the same visual tokens as the tower `aim`."""
     frames, _, _, (height, width) = batch
     patches = normalised(pixel_patches(frames))
     with half_precision():
@@ -174,7 +181,7 @@ def match_step(visual, aim, batch: tuple, learn: Learn, log: Log) -> None:
 
 
 def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels: float) -> None:
-    """Train one step of stage 2. `labels` is the weight of the auxiliary loss; 0 freezes the tower."""
+    """Train one step of stage 2. `labels` is the weight of the auxiliary loss. If it is 0, the tower is frozen."""
     _, height, width = batch["grid"]
     with half_precision():
         with torch.set_grad_enabled(labels > 0):
@@ -210,7 +217,7 @@ def main() -> None:
     out = args.pop("out")
     minutes = args.pop("minutes")
     recipe = ScenesRecipe(**args)
-    build(out, recipe)  # creates the tokenizer before several processes look for it
+    build(out, recipe)  # create the tokenizer before the processes need it
     run_team(train, recipe.processes, out, recipe, minutes)
 
 

@@ -1,4 +1,4 @@
-"""Shared parts of both trainings: optimizers, checkpoints, the loss on answers, and the files of a finished model."""
+"""Code shared by both training scripts: optimizers, checkpoints, the loss on answers, and the files of a finished model."""
 
 import json
 import math
@@ -18,21 +18,21 @@ from experiments.demo.muon import Muon
 from experiments.demo.shared_prompts import hidden_of_rows
 from experiments.demo.team import Team
 
-LOG_EVERY = 30.0  # seconds
+LOG_EVERY = 30.0  # interval between log lines, in seconds
 SAVE_EVERY = 180.0
-Learn = Callable[[torch.Tensor], None]  # steps all optimizers on a loss
+Learn = Callable[[torch.Tensor], None]  # function that takes a loss and runs one step of all optimizers
 
-# Read by torch at its first operation. The default is too small, so kernels would be rebuilt.
+# torch reads this variable at its first operation. With the default, which is too small, kernels would be rebuilt.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 
 def half_precision() -> torch.autocast:
-    """Autocast to bfloat16 on CPUs with bfloat16 matmul. Disabled elsewhere, where it is several times slower than float32."""
+    """Autocast to bfloat16 on CPUs with bfloat16 matmul. Do nothing on other CPUs, where float32 is several times as fast."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[torch.Tensor, ...]:
-    """Return the loss on the answers of one pack of questions.
+    """Return the loss on the answers to one pack of questions.
 
     Args:
         video: the merger's output, `[prompts, units of a prompt, D]`.
@@ -58,7 +58,7 @@ def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[to
     logits = F.linear(hidden[held], text.embed_tokens.weight).float()
     target = pack["target"][held]
     each = F.cross_entropy(logits, target, reduction="none")
-    # One number per answer. Long answers weigh more than short ones, but not in proportion to their length.
+    # Each answer has a number. Long answers have a higher weight than short ones, but not in proportion to their length.
     number = (torch.arange(prompts)[:, None, None] * 64 + pack["segment"])[held]
     numbers, answer = number.unique(return_inverse=True)
     length = torch.bincount(answer)
@@ -73,7 +73,7 @@ def optimizers(recipe, modules: list[nn.Module], share: Sequence[float] = ()) ->
     Each parameter group records its peak learning rate (`peak`) and the index of its module (`module`).
 
     Args:
-        share: factors of the learning rate, one per module; missing ones are 1.
+        share: a learning rate factor for each module. Missing factors are 1.
     """
     made = []
     for matrix, rate in ((True, recipe.muon_lr), (False, recipe.adam_lr)):
@@ -95,7 +95,7 @@ def optimizers(recipe, modules: list[nn.Module], share: Sequence[float] = ()) ->
 
 
 def rate(step: int, steps: int, recipe) -> float:
-    """Return the learning rate factor of a step: warm-up, constant, then cosine decay to a fiftieth."""
+    """Return the learning rate factor at a step. It warms up, stays constant, and then follows a cosine decay to a fiftieth."""
     start = steps * (1 - recipe.decay)
     if step < start:
         return min(1.0, (step + 1) / recipe.warmup)
@@ -105,7 +105,7 @@ def rate(step: int, steps: int, recipe) -> float:
 def learn_from(
     loss: torch.Tensor, opts: list[torch.optim.Optimizer], parameters: list[nn.Parameter], team: Team
 ) -> None:
-    """Step all optimizers, with the mean gradients of the `team`."""
+    """Run one step of all optimizers with the mean gradients of the `team`."""
     for optimizer in opts:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -118,7 +118,7 @@ def learn_from(
 
 
 class Run:
-    """A training run in a folder: checkpoints, log, clock."""
+    """A training run in a folder, with its checkpoints, log and clock."""
 
     def __init__(self, folder: Path, recipe):
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ class Run:
 
 
 class Log:
-    """Means of losses and accuracies since the last log line."""
+    """The means of the losses and accuracies since the last log line."""
 
     def __init__(self, run: Run, stage: int | str):
         self.run = run
@@ -175,7 +175,7 @@ class Log:
         self.sums[name] = old[0] + total, old[1] + count
 
     def write(self, step: int, last: bool = False) -> None:
-        """Write a line if it is time for one. `step` is the number of finished steps."""
+        """Write a log line if it is time for one. `step` is the number of finished steps."""
         self.steps += 1
         passed = time.monotonic() - self.clock
         if passed < LOG_EVERY and not last:
@@ -186,7 +186,7 @@ class Log:
 
 
 def resumed(opts: list[torch.optim.Optimizer], state: dict | None) -> int:
-    """Load the optimizers' state from a checkpoint, if there is one, and return the next step."""
+    """Load the optimizers' state from a checkpoint if there is one, and return the next step."""
     if state is None:
         return 0
     for optimizer, saved in zip(opts, state["optimizers"], strict=True):
@@ -205,14 +205,14 @@ def run_stage(
     end: float = math.inf,
     share: Callable[[int, int], float] = lambda step, module: 1.0,
 ) -> bool:
-    """Run the steps of a stage, with log and checkpoints. Returns True if the stage is finished.
+    """Run the steps of a stage, writing the log and checkpoints. Return True if the stage is finished.
 
     Args:
-        saved: modules whose weights are in the checkpoint.
-        one_step: learns from the next batch.
+        saved: the modules whose weights are stored in the checkpoint.
+        one_step: a function that trains on the next batch.
         team: the processes of the run, by default only this one.
-        end: when to stop with a checkpoint, on the clock of `time.monotonic`.
-        share: learning rate factor, by step and module index in `optimizers`.
+        end: time at which to write a checkpoint and stop, on the clock `time.monotonic`.
+        share: a function that returns the learning rate factor for a step and a module's index in `optimizers`.
     """
     team = team or Team(0, 1)
     parameters = [p for optimizer in opts for group in optimizer.param_groups for p in group["params"]]
@@ -249,7 +249,7 @@ def in_worker(make, *args) -> Iterator:
 
 
 def export(folder: Path, model, tokenizer, most: int = 10 * 14, frames: int = 24) -> None:
-    """Write the model in the hub's file layout with bfloat16 weights, limited to `most` units per frame and `frames` frames."""
+    """Write the model with bfloat16 weights in the hub's file layout, limited to `most` units per frame and `frames` frames."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     limits = {"size": {"shortest_edge": 4 * 4 * 784, "longest_edge": most * 784}}

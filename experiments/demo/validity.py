@@ -1,8 +1,8 @@
 """Measure how well a world reproduces the published ranking of methods: `python -m experiments.demo.validity -m FOLDER`.
 
-Runs only methods by others, on pictures and videos of scenes. The table compares the share of the full accuracy that each keeps
-with its published figure for Qwen2.5-VL (docs/methods.md). This table decides the mix of clips and questions. None of this
-project's own methods is run, so that the mix cannot be tuned in their favour.
+Only methods by other authors are run, on pictures and videos of scenes. The table compares the share of the full accuracy that each
+method keeps with its published figure for Qwen2.5-VL (docs/methods.md). The mix of clips and questions is chosen based on this
+table. This project's own methods are not run, so that the mix cannot be tuned in their favor.
 """
 
 import argparse
@@ -26,16 +26,18 @@ from experiments.progress import progress_line
 PICTURE = "picture"
 VIDEO = "video"
 SIXTH = 1 / 6
-LONGEST = 12  # tokens of an answer; no answer about scenes is longer
-NEAR, ENOUGH, AGREED = 6.0, 8, 0.7  # points of accuracy kept; cells; rank correlation
+LONGEST = 12  # maximum number of tokens in an answer; no answer about scenes is longer
+# A cell is near its figure within this many points of accuracy kept. The world is close enough with this many near cells and this
+# rank correlation.
+NEAR, ENOUGH, AGREED = 6.0, 8, 0.7
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A published figure: percent of the full accuracy that a method keeps in a group at a budget.
+    """A published figure: the percentage of the full accuracy that a method keeps in a group of questions at a budget.
 
-    `counted`: whether it is one of the twelve counted cells. `ranked`: whether it counts in the rank correlation of its group and
-    budget. `within`: restricts the questions to a finer group.
+    `counted` is True for the twelve cells that are counted. `ranked` is True if the cell is part of the rank correlation for its
+    group and budget. `within` restricts the questions to a finer group.
     """
 
     group: str
@@ -73,9 +75,9 @@ CELLS = (
 def kept(
     model: str, limit: int, seed: int, split: str, processes: int
 ) -> tuple[dict[Cell, float], list[str], list[dict]]:
-    """Return what each cell's method keeps, in percent of the full accuracy.
+    """Return how much accuracy the method of each cell keeps, as a percentage of the full accuracy.
 
-    Also returns a line about each group with its full and blind accuracy, and all answers.
+    Also return a line about each group, with its full and blind accuracy, and all answers.
     """
     found = {}
     facts = []
@@ -85,7 +87,7 @@ def kept(
             for budget in dict.fromkeys(cell.budget for cell in CELLS if cell.group == group):
                 cells = [cell for cell in CELLS if (cell.group, cell.budget) == (group, budget)]
                 first = budget == next(cell.budget for cell in CELLS if cell.group == group)
-                settings = EvalSettings(  # on the CPU, because only there evoprune prunes such small clips inside the tower
+                settings = EvalSettings(  # on the CPU, because evoprune prunes such small clips inside the tower only on CPUs
                     data_text(SCENES.name, split, seed), (budget,), tuple(dict.fromkeys(cell.method for cell in cells)),
                     blind=first, groups=(group,), limit=limit, model=ModelOptions(model, device="cpu", dtype="fp32"),
                     generation=GenerationOptions(max_new_tokens=LONGEST),
@@ -117,20 +119,20 @@ def _progress(what: str) -> None:
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
-    """Return ranks from 1; equal values get their mean rank."""
+    """Return the one-based ranks of the values. Equal values get their mean rank."""
     array = np.asarray(values, float)
     return np.array([((array < v).sum() + (array <= v).sum() + 1) / 2 for v in array])
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return Spearman's rank correlation; NaN if one side is constant."""
+    """Return Spearman's rank correlation, or NaN if one side is constant."""
     x, y = (r - r.mean() for r in (ranks(a), ranks(b)))
     scale = math.sqrt((x @ x) * (y @ y))
     return float(x @ y / scale) if scale else math.nan
 
 
 def table(found: dict[Cell, float], facts: list[str]) -> str:
-    """Return the cells, published and ours, the rank correlations, and whether the world is close enough."""
+    """Return a table of published and measured figures, the rank correlations, and whether the world is close enough."""
     rows = []
     for counted in (True, False):
         for cell in (cell for cell in CELLS if cell.counted == counted):

@@ -1,4 +1,4 @@
-"""The worlds with a common interface: the clip of a split and a seed, the questions about it, and its file."""
+"""Gives the worlds a common interface for making a clip from a split and a seed, asking about it, and writing it to a file."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from experiments.demo.scenes import asking, compose
 from experiments.demo.scenes import drawing as scenes_drawing
 from experiments.demo.scenes.happening import types_for
 
-QUESTIONS = 6  # per clip
-# Scenes: the groups that occur in one family of clips; all other groups are in both.
+QUESTIONS = 6  # number of questions per clip
+# In scenes, the groups that occur in only one family of clips. All other groups occur in both families.
 FAMILIES = {
     "picture": ("picture", "text", "look", "place", "count"),
     "video": ("video", "gist", "events", "motion", "moment"),
@@ -27,13 +27,13 @@ class World:
     """A generator of clips and questions."""
 
     name: str
-    splits: tuple[str, ...]  # one to report on, one to tune on, and perhaps a family that is never tuned on
+    splits: tuple[str, ...]  # a split to report on, a split to tune on, and possibly a family that is never tuned on
     crf: tuple[int, int]  # lowest and highest x264 rate factor; the seed determines which one is used
-    make: Callable[[str, int], Any]  # the clip of a split and a seed
-    ask: Callable[[Any, int], list[Question]]  # the questions about a clip, given its seed
-    suffix: Callable[[Any, int], str]  # of a clip's file at a rate factor
-    write: Callable[[Any, Path, int], None]  # writes the file of a clip at a rate factor; 0 is lossless
-    may_hold: Callable[[int, Collection[str]], bool]  # whether the clip of a seed can have questions of these groups
+    make: Callable[[str, int], Any]  # makes a clip from a split and a seed
+    ask: Callable[[Any, int], list[Question]]  # returns the questions about a clip, given its seed
+    suffix: Callable[[Any, int], str]  # returns the suffix of a clip's file at a rate factor
+    write: Callable[[Any, Path, int], None]  # writes a clip's file at a rate factor, where 0 is lossless
+    may_hold: Callable[[int, Collection[str]], bool]  # returns whether a seed's clip can have questions in these groups
 
 
 SHAPES = World(

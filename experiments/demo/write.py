@@ -1,8 +1,9 @@
-"""Write clips of a demo model's world, and questions about them: `python -m experiments.demo.write FOLDER --clips 60`.
+"""Write clips from a demo model's world, and questions about them: `python -m experiments.demo.write FOLDER --clips 60`.
 
-`evoprune eval --data FOLDER/questions.jsonl` asks them; clips of scenes are for `-m demo-scenes`. A clip is determined by split,
-block and number, and its file is the same every time. By default files are lossless. The figures in results/ use compressed files
-(`--compressed`), whose rate factors depend on the clip's number; `frontier.py` and others make them on their own.
+To ask the questions, run `evoprune eval --data FOLDER/questions.jsonl`; for clips of scenes, add `-m demo-scenes`. A clip is
+determined by its split, block and number, and its file is the same every time. By default, the files are lossless. The figures in
+results/ are measured on compressed files (`--compressed`), whose rate factors depend on the clip's number. `frontier.py` and other
+scripts create these files themselves.
 """
 
 import argparse
@@ -22,12 +23,12 @@ from evoprune.errors import UsageError
 from experiments.demo.painting import LOSSLESS
 from experiments.demo.worlds import SHAPES, WORLDS
 
-BLOCK = 100_000  # seeds in one block; a block with reported results is not used again
+BLOCK = 100_000  # number of seeds in a block; once results on a block have been reported, it is not used again
 
 
 @dataclass(frozen=True)
 class ClipName:
-    """A clip of a world. As a string, its name in results."""
+    """Identifies a clip in a world. Its string is the clip's name in results."""
 
     split: str
     seed: int
@@ -42,10 +43,10 @@ def seeds(block: int, limit: int) -> range:
 
 
 def clips_asked(world: str, split: str, block: int, limit: int, groups: Collection[str] = ()) -> list[ClipName]:
-    """Return the first `limit` clips of a block that can have a question of one of the groups.
+    """Return the first `limit` clips in a block that can have a question in one of the groups.
 
     Raises:
-        UsageError: the world has no such split, or the block has fewer clips.
+        UsageError: the world has no such split, or the block has too few clips.
     """
     if split not in WORLDS[world].splits:
         raise UsageError(f"{world} has no split {split!r}", f"one of {', '.join(WORLDS[world].splits)}")
@@ -57,15 +58,16 @@ def clips_asked(world: str, split: str, block: int, limit: int, groups: Collecti
 
 
 def data_text(world: str, split: str, block: int) -> str:
-    """Return the name of the clips in the results of an evaluation."""
+    """Return the name of a set of clips in the results of an evaluation."""
     return f"{world} ({split}, block {block})"
 
 
 def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()) -> VideoQuestions:
-    """Write a clip as a file in `folder`, and return it with its questions, restricted to `groups` if given.
+    """Write a clip to a file in `folder`, and return it with its questions.
 
     Args:
-        crf: x264's constant rate factor; 0 keeps every pixel, None takes it from the seed.
+        crf: x264's constant rate factor. 0 keeps every pixel exactly, and None means that the seed determines the factor.
+        groups: if this is not empty, only questions in these groups are returned.
 
     Raises:
         UsageError: the file cannot be written.
@@ -85,7 +87,7 @@ def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Col
     )  # fmt: skip
     try:
         world.write(clip, path, crf)
-        os.utime(path, (0, 0))  # a fixed time, so that a resumed run recognises the file
+        os.utime(path, (0, 0))  # use a fixed time, so that a resumed run recognizes the file
     except OSError as problem:
         reason = problem.strerror or problem
         raise UsageError(
@@ -98,7 +100,7 @@ def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Col
 def demo_video(
     name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()
 ) -> Iterator[VideoQuestions]:
-    """Write a clip like `write_clip`, and remove the file at the end."""
+    """Write a clip like `write_clip`, but remove the file when the context ends."""
     video = write_clip(name, folder, crf, groups)
     try:
         yield video
@@ -108,13 +110,13 @@ def demo_video(
 
 @contextmanager
 def demo_videos(clips: Iterable[ClipName], groups: Collection[str] = ()) -> Iterator[list[VideoQuestions]]:
-    """Yield those clips that have questions, compressed, as files that are removed at the end."""
+    """Yield the clips that have questions, as compressed files that are removed when the context ends."""
     with TemporaryDirectory(prefix="evoprune-clips-") as folder:
         yield [video for clip in clips if (video := write_clip(clip, Path(folder), groups=groups)).rows]
 
 
 def write(clips: Iterable[ClipName], folder: Path, crf: int | None = LOSSLESS, groups: Collection[str] = ()) -> Path:
-    """Write clips and their `questions.jsonl`, and return its path. Arguments and errors as in `write_clip`."""
+    """Write clips and their `questions.jsonl`, and return that file's path. For the arguments and exceptions, see `write_clip`."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for clip in clips:

@@ -1,1 +1,1 @@
-"""Time evoprune and its parts against other programs. Produces the timings and token rates in `results/`."""
+"""Measure how fast evoprune and its parts are, compared with other programs. Produces the times and token rates in `results/`."""

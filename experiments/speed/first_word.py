@@ -1,21 +1,21 @@
-"""Measure the time from a video's path to the first word: `python -m experiments.speed.first_word -o DIR`, with all cores free.
+"""Measure the time from a video's path to the first word of an answer. All cores should be idle when this starts.
 
+    python -m experiments.speed.first_word -o DIR                    # all parts
     python -m experiments.speed.first_word -o DIR -m CKPT            # a model folder; default: DIR/checkpoint, created if missing
     python -m experiments.speed.first_word -o DIR --parts loaded     # one part; the others keep their results
     python -m experiments.speed.first_word -o DIR --device cuda      # at most eight minutes
     python -m experiments.speed.first_word -o DIR --readme --also GPU    # measures nothing, writes the results into the documents
     python -m experiments.speed.first_word -o DIR --tiny             # trial run with small clips and the demo model
 
-| part | measures |
-|---|---|
-| reading | read time for each kind of clip, with sparse and dense frames: evoprune, torchcodec, decord, OpenCV, PyAV |
-| loaded | time from the path to the first and the last word with a loaded model: evoprune at each budget, and transformers |
-| start | the same from the start of a process; also CPU time, memory, and the stats that `evoprune ask` prints |
+| part | measures | |---|---| | reading | time to read each kind of clip, with sparse and dense frames: evoprune, torchcodec,
+decord, OpenCV, PyAV | | loaded | time from the path to the first and the last word if the model is already loaded: evoprune at each
+budget, and transformers | | start | the same times from the start of a process, as well as CPU time, memory, and the stats that
+`evoprune ask` prints |
 
-The script first makes the clips (10 and 60 minutes; 3 GB), a checkpoint of 3B dimensions with random weights (7 GB), and an
-environment with the other readers. All of them are kept in DIR. Each side runs in its own process. The sides take turns, round
-after round, and each part ends when its time is up; on a CPU the whole run takes some hours. DIR/first_word.json is updated after
-every turn, and the tables in DIR/first_word.md after every part.
+First, the script creates the clips (10 and 60 minutes; 3 GB), a checkpoint with 3B dimensions and random weights (7 GB), and an
+environment with the other readers. It keeps all of them in DIR. Each side (evoprune, transformers or a reader) runs in its own
+process. The sides take turns, round after round, and each part ends when its time is up. On a CPU, the whole run takes a few hours.
+DIR/first_word.json is updated after every turn, and the tables in DIR/first_word.md are updated after every part.
 """
 
 import argparse
@@ -39,24 +39,25 @@ from experiments.speed.first_word_readers import OURS, READERS, make_environment
 from experiments.speed.processes import ROOT, Side, end_group, last_line, limits_of, run_process
 
 PREPARE, READING, LOADED, START = PARTS = ("prepare", "reading", "loaded", "start")
-# Time limits in seconds for a part, and below for one turn. On a GPU all parts together take eight minutes.
+# Time limits in seconds, first for each part and then for a single turn. On a GPU, all parts together take eight minutes.
 SECONDS = {
     "cpu": {PREPARE: 1800, READING: 7200, LOADED: 3600, START: 2400},
     "cuda": {PREPARE: 150, READING: 70, LOADED: 180, START: 80},
 }
 TURN_S = {"cpu": {READING: 60, LOADED: 400, START: 400}, "cuda": {READING: 20, LOADED: 60, START: 40}}
-TINY_S = 120  # for each part of a trial run
+TINY_S = 120  # time limit for each part of a trial run, in seconds
 BUDGETS = ("full", "balanced", "fast")
-SPARSE, DENSE_S, DENSE_FPS = 64, 60, 2  # frames of a whole clip; seconds and frame rate of the dense case
-BEGIN_S = 1.0137  # start of the dense case; chosen so that no requested time equals a frame's timestamp
+# Number of frames for a whole clip; length in seconds and frame rate of the dense case.
+SPARSE, DENSE_S, DENSE_FPS = 64, 60, 2
+BEGIN_S = 1.0137  # start of the dense case, chosen so that no requested time equals a frame's timestamp
 NEW_TOKENS = 32
-BEGIN_LIMIT_S = 60  # for a reader's process to start and read two frames
-AGAIN = 1.5  # a turn starts only if the time left is at least this many times its last duration
+BEGIN_LIMIT_S = 60  # time limit for a reader's process to start and to read two frames, in seconds
+AGAIN = 1.5  # a turn starts only if the remaining time is at least this many times as long as the previous turn took
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip file. `kind` is a key of `KINDS`."""
+    """A clip file. `kind` is a key in `KINDS`."""
 
     kind: str
     minutes: float
@@ -73,7 +74,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Frames:
-    """The frames to read from a clip: the midpoints of `count` consecutive parts of `part_s` seconds each."""
+    """The frames to read from a clip, which are in the middle of `count` consecutive parts that last `part_s` seconds each."""
 
     clip: Clip
     count: int
@@ -86,7 +87,7 @@ class Frames:
 
 
 class Run:
-    """A measurement. `record` holds all results and is written into the folder after each turn."""
+    """A run of the measurements. `record` holds all results and is written to the folder after each turn."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -114,7 +115,7 @@ class Run:
 
     @property
     def questions(self) -> list[tuple[Clip, int | None]]:
-        """Clips to ask about, each with its number of frames (None: set by the model's frame rate and limits)."""
+        """Clips to ask about, each with its number of frames. None means that the model's frame rate and limits determine it."""
         hd = [clip for clip in self.clips if clip.kind == "hd"]
         return [(hd[-1], SPARSE), (hd[0], None)] if self.on_gpu else [(hd[0], None)]
 
@@ -124,10 +125,10 @@ class Run:
     def save(self) -> None:
         writing = self.file.with_suffix(".writing")
         writing.write_text(json.dumps(self.record, indent=1), encoding="utf-8")
-        writing.replace(self.file)  # atomic, so a killed process leaves a complete file
+        writing.replace(self.file)  # atomic, so that the file is complete even if the process is killed
 
     def add(self, part: str, row: dict[str, Any]) -> None:
-        """Record and print the result of a turn."""
+        """Record the result of a turn and print it."""
         self.record[part].append(row)
         outcome = row.get("error") or f"{row.get('seconds', row.get('first_word')):.2f} s"
         say(f"{part}: {row['clip']} {row.get('part_s', '')} {row['side']}, round {row['round'] + 1}: {outcome}")
@@ -158,7 +159,7 @@ def say(words: str) -> None:
 
 
 def cached(path: Path) -> None:
-    """Read a file once, so that it is in the page cache for all sides."""
+    """Read a file once, so that all sides find it in the page cache."""
     if path.exists():
         with path.open("rb") as file:
             while file.read(2**24):
@@ -169,7 +170,7 @@ def cached(path: Path) -> None:
 
 
 def prepare(run: Run, until: float) -> None:
-    """Make the clips, the checkpoint and the environment of the other readers, unless they exist."""
+    """Create the clips, the checkpoint and the environment for the other readers, unless they already exist."""
     args = run.args
     wanted = run.clips if READING in args.parts else [clip for clip, _ in run.questions]
     (run.folder / "clips").mkdir(exist_ok=True)
@@ -185,7 +186,10 @@ def prepare(run: Run, until: float) -> None:
 
 
 def make(run: Run, path: Path, module: Sequence[str], until: float) -> None:
-    """Run a module that makes a file or folder, unless it exists. Failures are only logged; parts that need it report them."""
+    """Run a module that creates the file or folder `path`, unless it exists. A failure is only logged.
+
+    The parts that need the file or folder then report that it is missing.
+    """
     if not path.exists():
         log = run.folder / "logs" / f"{path.stem}.txt"
         state = run_process(("-m", *module), log, until - time.monotonic())
@@ -193,7 +197,7 @@ def make(run: Run, path: Path, module: Sequence[str], until: float) -> None:
 
 
 def about(run: Run) -> dict[str, Any]:
-    """Return the machine, package versions and settings of this run."""
+    """Return the machine, the package versions and the settings of this run."""
     from evoprune import __version__
     from evoprune.backend import Device, Host
 
@@ -224,11 +228,12 @@ def about(run: Run) -> dict[str, Any]:
     }
 
 
-# The parts. In the first round each side has a turn or records an error; later rounds start only turns that fit the time left.
+# The parts. In the first round, each side either has a turn or records an error. In later rounds, a turn starts only if it fits
+# within the remaining time.
 
 
 def reading(run: Run, until: float) -> None:
-    """Time all readers on all clips, with sparse and dense frames."""
+    """Measure how long each reader takes to read sparse and dense frames from each clip."""
     cases = []
     for clip in run.clips:
         cases.append(Frames(clip, SPARSE, clip.seconds / SPARSE))
@@ -239,7 +244,7 @@ def reading(run: Run, until: float) -> None:
 
 
 def read_in_turn(run: Run, cases: Sequence[Frames], names: Sequence[str], until: float) -> None:
-    """Run rounds over all cases; in each round every reader has one turn per case."""
+    """Run rounds in which every reader has one turn for each case."""
     module = "experiments.speed.first_word_readers"
     sides = {name: run.side(sys.executable if name in OURS else run.peers, module, name) for name in names}
     done: dict[tuple, dict] = {}
@@ -253,7 +258,7 @@ def read_in_turn(run: Run, cases: Sequence[Frames], names: Sequence[str], until:
                     before = done.get((case, name))
                     if round_ and ("error" in before or left < AGAIN * before["seconds"]):
                         continue
-                    if not side.running:  # starts the process, so that imports are not timed
+                    if not side.running:  # start the process first, so that its imports are not timed
                         side.ask(facts | {"times_s": case.times_s[:2]}, min(BEGIN_LIMIT_S, left))
                     limit_s = run.turn_s(READING)
                     if round_ == 0:
@@ -267,10 +272,10 @@ def read_in_turn(run: Run, cases: Sequence[Frames], names: Sequence[str], until:
 
 
 def loaded(run: Run, until: float) -> None:
-    """Time questions to a loaded model.
+    """Measure how long a model that is already loaded takes to answer questions.
 
-    On a CPU, where memory may be short, only one process runs at a time and is asked twice. On a GPU the processes stay loaded
-    while they wait for their turns, and are asked once.
+    On a CPU, there may not be enough memory for more than one process, so only one runs at a time and gets each question twice. On
+    a GPU, the processes keep their models while they wait for their turns, and get each question once per turn.
     """
     warm_files(run)
     module = "experiments.speed.first_word_asks"
@@ -294,7 +299,7 @@ def loaded(run: Run, until: float) -> None:
                         break
                 lasted[name] = time.monotonic() - start_s
                 if "error" in answer:
-                    lasted[name] = float("inf")  # never ask it again
+                    lasted[name] = float("inf")  # never start another turn
                 if not run.on_gpu:
                     side.end()
     finally:
@@ -303,7 +308,7 @@ def loaded(run: Run, until: float) -> None:
 
 
 def start(run: Run, until: float) -> None:
-    """Time whole processes, from their start."""
+    """Measure the times of whole processes, from their start."""
     warm_files(run)
     clip, frames = run.questions[0]
     video = str(clip.path.absolute())
@@ -330,17 +335,17 @@ def model_options(run: Run) -> tuple[str, ...]:
 
 
 def warm_files(run: Run) -> None:
-    """Bring the clips and the model's files into the page cache."""
+    """Read the clips and the model's files into the page cache."""
     for path in [*(clip.path for clip, _ in run.questions), *run.model.glob("*")]:
         cached(path)
 
 
 def run_once(command: Sequence[str], seconds: float, log: Path) -> dict[str, Any]:
-    """Run a process and time its output.
+    """Run a process and measure when its output arrives.
 
     Returns:
-        Seconds from the start to the first and the last words, CPU time and memory; or `"error"` with the reason if there is no
-        answer.
+        The seconds from the start of the process to the first and the last words, its CPU time and its memory. If there is no
+        answer, `"error"` with the reason instead.
     """
     if seconds <= 0:
         return {"error": "not started: no time was left"}
@@ -419,7 +424,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the measurements, or with `--readme` write earlier results into the documents."""
+    """Run the measurements or, with `--readme`, write the results of an earlier run into the documents."""
     from experiments.speed.first_word_tables import document, write_documents
 
     args = parsed(argv)
@@ -427,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = [folder / "first_word.json" for folder in (args.output, *args.also)]
         write_documents([json.loads(file.read_text(encoding="utf-8")) for file in files], ROOT)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running side is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running side is terminated
     run = Run(args)
     for part, measure in MEASURES.items():
         if part == PREPARE or part in args.parts:

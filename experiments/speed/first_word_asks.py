@@ -1,10 +1,11 @@
 """Answer questions for `experiments.speed.first_word` with one loaded model: evoprune at a budget, or plain transformers.
 
-`python -m experiments.speed.first_word_asks SIDE -m CKPT` answers requests until its input ends (`serve`). With `--once FILE` it
-asks one question and prints the words as they come.
+`python -m experiments.speed.first_word_asks SIDE -m CKPT` answers requests from stdin until end of file (see `serve`). With
+`--once FILE`, it asks one question and prints each word of the answer as it arrives.
 
-transformers gets its inputs the fastest way available here: frames from the fastest reader that can be imported, resized by torch
-and cut into patches like its processor, which would need torchvision. It is given the same frame times and size as evoprune.
+transformers gets its inputs in the fastest way that is available here. The frames come from the fastest reader that can be
+imported, and are resized by torch and cut into patches. The patches are the same as those from transformers' processor, which would
+need torchvision. The times and the size of the frames are the same as for evoprune.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from experiments.speed.processes import serve
 
 QUESTION = "What happens in the video?"
 TRANSFORMERS = "transformers"
-# Modules and the readers that need them, fastest first.
+# Modules, each with the name of the reader that needs it, fastest first.
 FEEDS = {"torchcodec": "torchcodec", "decord": "decord", "av": "PyAV, seeking"}
 Word = Callable[[str], None]  # called with each piece of the answer
 
@@ -37,7 +38,7 @@ class Ours:
         self.facts = {"load": time.perf_counter() - begun}
 
     def ask(self, video: str, frames: int | None, new_tokens: int, word: Word) -> dict[str, Any]:
-        os.utime(video)  # a new mtime invalidates the patches kept from an earlier question
+        os.utime(video)  # a new mtime invalidates the patches that an earlier question left in the cache
         begun = time.perf_counter()
         if frames is None:
             answer = self._qa.ask(video, QUESTION, max_new_tokens=new_tokens)
@@ -66,7 +67,7 @@ class Ours:
 
 
 class Transformers:
-    """transformers' `generate`, with the same weights and dtype and a KV cache."""
+    """The `generate` method of transformers, with the same weights and dtype and a KV cache."""
 
     def __init__(self, args: argparse.Namespace):
         begun = time.perf_counter()
@@ -90,7 +91,7 @@ class Transformers:
         how = {"dtype": self._dtype, "attn_implementation": "flash_attention_2" if flash else "sdpa"}
         self._model = AutoModelForImageTextToText.from_pretrained(found.folder, **how).to(found.device).eval()
         self._feed = first_feed()
-        self._passed: dict[str, float] = {}  # start and end times of the tower
+        self._passed: dict[str, float] = {}  # times at which the tower started and finished
         tower = self._model.model.visual
         tower.register_forward_pre_hook(lambda *_: self._note("encode begins"))
         tower.register_forward_hook(lambda *_: self._note("encode ends"))
@@ -136,7 +137,7 @@ class Transformers:
         }
 
     def _plan(self, video: str, frames: int | None):
-        """Return the plan that evoprune would use, with the same frame times and size."""
+        """Return the plan that evoprune would use, so that the frame times and the frame size are the same."""
         from evoprune.video import Plan, SamplingOptions, probe
 
         info = probe(video)
@@ -144,7 +145,7 @@ class Transformers:
         return Plan.of(info, self._found.limits[info.kind], sampling)
 
     def _inputs(self, plan) -> dict[str, Any]:
-        """Return the inputs of transformers' model for a video and the question, as its processor would make them."""
+        """Return the inputs for the transformers model, the same as its processor would create from the video and the question."""
         import torch
 
         from evoprune.session import prompt_about
@@ -174,7 +175,7 @@ class Transformers:
         return inputs
 
     def _frames(self, plan, pair: int) -> Iterator[Any]:
-        """Yield blocks of whole frame pairs, uint8 `[n, height, width, 3]`."""
+        """Yield blocks that consist of whole frame pairs, uint8 `[n, height, width, 3]`."""
         import numpy as np
 
         from experiments.speed.first_word_readers import BLOCK, READERS
@@ -191,7 +192,7 @@ class Transformers:
 
 
 def first_feed() -> str:
-    """Import and return the first reader of `FEEDS` that is available. Raises ImportError without one."""
+    """Import the first reader in `FEEDS` that is available, and return its name. Raises ImportError if none is available."""
     for module, reader in FEEDS.items():
         try:
             import_module(module)
@@ -202,7 +203,7 @@ def first_feed() -> str:
 
 
 class _Words:
-    """A streamer for `generate`. `moments` holds a time per generated token; the prompt is skipped."""
+    """A streamer for `generate`. `moments` holds the time at which each token was generated, not counting the prompt."""
 
     def __init__(self, clock: Callable[[], float], tokenizer, word: Word):
         self.moments: list[float] = []
@@ -223,7 +224,7 @@ class _Words:
 
 
 def _clock(device) -> Callable[[], float]:
-    """Return a function that waits for the device and returns the time in seconds."""
+    """Return a function that waits until the device is idle and returns the time in seconds."""
     from evoprune.backend import Device
 
     return Device(device).now

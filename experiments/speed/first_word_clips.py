@@ -1,8 +1,8 @@
-"""Make the clips of `first_word`: `python -m experiments.speed.first_word_clips KIND FILE --seconds N`.
+"""Create the clips for `first_word`: `python -m experiments.speed.first_word_clips KIND FILE --seconds N`.
 
-A piece of some seconds is encoded once, and the clip repeats it without re-encoding. Each frame shows its number within the piece,
-so that the frames a reader returns can be checked. The pictures resemble a recording: sliding backgrounds with the spectrum of
-natural images, moving objects in front, grain, and cuts.
+A piece that lasts a few seconds is encoded once, and the clip repeats the encoded piece. Each frame shows its number within the
+piece, so that it is possible to check which frames a reader returns. The clips resemble real recordings: they have sliding
+backgrounds with the spectrum of natural images, moving objects in the foreground, grain, and cuts.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-BITS = 12  # for the frame number
-STRIPE = 20  # the stripes that show the number take 1/20 of the height
+BITS = 12  # number of bits in the frame number
+STRIPE = 20  # the stripes that show the frame number take up 1/20 of the height
 CLOCK = Fraction(1, 1000)  # time base of files with a variable frame rate
-MAX_BYTES = 4 * 2**30  # largest clip
-SCREEN_CYCLE = 8  # seconds after which the activity on the screen repeats
-TINY = 8  # divisor of height and width for a trial run
+MAX_BYTES = 4 * 2**30  # maximum size of a clip
+SCREEN_CYCLE = 8  # number of seconds after which the activity on the screen repeats
+TINY = 8  # in a trial run, height and width are divided by this
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Kind:
 
     Attributes:
         size: height and width in pixels.
-        piece_s: seconds that are encoded, then repeated.
-        gop: longest distance between keyframes in frames; 0 for the encoder's default.
-        cuts: seconds in the piece at which another scene begins.
-        screen: whether it is a screen recording, with a frame only when something changes.
+        piece_s: length in seconds of the piece that is encoded and then repeated.
+        gop: maximum number of frames between two keyframes. 0 means the encoder's default.
+        cuts: times in the piece at which a new scene begins, in seconds.
+        screen: whether the clip is a screen recording, which has a new frame only when something changes.
     """
 
     title: str
@@ -54,17 +54,17 @@ class Kind:
         return [time_s for second in range(self.piece_s) for time_s in _screen_times(second, self.fps)]
 
     def seconds(self, asked: float) -> int:
-        """Return the length in seconds of the shortest clip that lasts at least `asked` seconds."""
+        """Return the length in seconds of the shortest clip of whole pieces that lasts at least `asked` seconds."""
         return max(1, math.ceil(asked / self.piece_s - 1e-9)) * self.piece_s
 
     def number_at(self, time_s: float) -> int:
-        """Return the number of the frame on screen at a time of the clip."""
+        """Return the number of the frame that is on screen at the given time in the clip."""
         return bisect_right(self.times_s, time_s % self.piece_s + 1e-6) - 1
 
 
 QUIET = "log-level=none"
 KINDS = {
-    # x264's defaults: a keyframe at a cut, or after 250 frames.
+    # By default, x264 inserts a keyframe at a cut or after 250 frames.
     "hd": Kind("1080p H.264, x264's defaults", "mp4", "libx264", (1080, 1920), 30, cuts=(4.1, 6.0, 15.2, 17.9, 22.0)),
     "uhd": Kind("4K HEVC, a keyframe a second", "mp4", "libx265", (2160, 3840), 4, gop=30,
         options={"preset": "ultrafast", "x265-params": QUIET}),
@@ -78,17 +78,17 @@ KINDS = {
 
 
 def _screen_times(second: int, fps: int) -> list[float]:
-    """Return the frame times in one second of the screen cycle: the page scrolls, then is typed on, then stays unchanged."""
+    """Return the times of the frames in one second of the screen cycle. The page scrolls, is typed on, and then stays still."""
     moment = second % SCREEN_CYCLE
     if moment == 0:
         return [second + number / fps for number in range(fps)]
     if moment < SCREEN_CYCLE / 2:
         return [float(second), second + 0.4, second + 0.7]
-    return [second + 1 - 1 / fps] if moment == SCREEN_CYCLE - 1 else []  # makes the clip last as long as its piece
+    return [second + 1 - 1 / fps] if moment == SCREEN_CYCLE - 1 else []  # so that the file lasts as long as the piece
 
 
 def even(side: int) -> int:
-    """Return half of `side`, rounded down to an even number as encoders require, and at least 2."""
+    """Return half of `side`, rounded down to an even number, as encoders require. The result is at least 2."""
     return max(2, side // 2 * 2)
 
 
@@ -104,7 +104,7 @@ def pictures(kind: Kind, size: tuple[int, int]) -> Iterator[np.ndarray]:
 def _scenes(kind: Kind, height: int, width: int) -> Iterator[np.ndarray]:
     draw = np.random.default_rng(0)
     grain = [draw.integers(-3, 4, (height, width, 1), np.int16) for _ in range(4)]
-    reach = max(2, height // 8)  # how far the picture slides, in pixels
+    reach = max(2, height // 8)  # how far the background slides, in pixels
     side = height // 5
     begins = (0.0, *(cut for cut in kind.cuts if cut < kind.piece_s), math.inf)
     scene = -1
@@ -124,7 +124,7 @@ def _scenes(kind: Kind, height: int, width: int) -> Iterator[np.ndarray]:
 
 
 def _scenery(draw: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Return uint8 `[height, width, 3]`: noise whose amplitude falls with frequency, in two colours."""
+    """Return an image of two-color noise whose amplitude falls with frequency, uint8 `[height, width, 3]`."""
     rows = np.fft.fftfreq(height)[:, None]
     columns = np.fft.rfftfreq(width)[None, :]
     fall = 1 / np.maximum(np.hypot(rows, columns), 1 / max(height, width))
@@ -137,7 +137,7 @@ def _scenery(draw: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _screen(kind: Kind, height: int, width: int) -> Iterator[np.ndarray]:
-    """Yield a white page with lines of words that scrolls and is typed on."""
+    """Yield frames that show a white page with lines of words, which scrolls and is then typed on."""
     draw = np.random.default_rng(1)
     line = max(4, height // 45)
     page = np.full((2 * height, width, 3), 250, np.uint8)
@@ -160,14 +160,14 @@ def _screen(kind: Kind, height: int, width: int) -> Iterator[np.ndarray]:
 
 
 def _write_number(frame: np.ndarray, number: int) -> None:
-    """Draw the number of a frame into it, in place: stripes at the bottom, the highest bit on the left."""
+    """Draw a frame's number into the frame, in place, as stripes at the bottom. The stripe on the left is the highest bit."""
     bits = np.array([(number >> bit) & 1 for bit in reversed(range(BITS))], np.uint8)
     width = frame.shape[1]
     frame[-_stripe(frame) :] = (bits[np.arange(width) * BITS // width] * 180 + 40)[None, :, None]
 
 
 def number_of(frame: np.ndarray) -> int:
-    """Return the number drawn into a decoded frame."""
+    """Read the number that was drawn into a decoded frame."""
     stripes = frame[-_stripe(frame) // 2 :]
     width = frame.shape[1]
     number = 0
@@ -205,7 +205,7 @@ def write_piece(path: Path, kind: Kind, shrink: int = 1) -> None:
 
 
 def join(piece: Path, clip: Path, kind: Kind, seconds: float) -> None:
-    """Repeat the encoded piece, without re-encoding, until the clip lasts at least `seconds`.
+    """Write a clip that repeats the encoded piece, without re-encoding it, until the clip lasts at least `seconds`.
 
     Raises:
         ValueError: the clip would be larger than `MAX_BYTES`.
@@ -232,7 +232,7 @@ def join(piece: Path, clip: Path, kind: Kind, seconds: float) -> None:
 
 
 def make_clip(path: Path, name: str, seconds: float, shrink: int = 1) -> None:
-    """Write a clip of a kind, unless it exists, and keep the piece next to it. Raises ValueError like `join`."""
+    """Write a clip of a kind, unless it exists, and keep its piece next to it. For the exceptions, see `join`."""
     kind = KINDS[name]
     if path.exists():
         return

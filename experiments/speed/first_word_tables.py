@@ -16,26 +16,26 @@ END = "<!-- end of first word -->"
 PAGE = "first_word.md"
 CHART = "first_word.svg"
 STAGES = {"reading and preparing": "#E69F00", "encode": "#0072B2", "prefill": "#56B4E9"}
-RIGHT_S = 0.02  # a frame farther from its time counts as another frame
+RIGHT_S = 0.02  # a frame that is more than this many seconds away counts as a wrong frame
 Row = dict[str, Any]
 
 
 def seconds(value: float | None) -> str:
-    """Format seconds with two or three digits; empty for None."""
+    """Format seconds with two or three digits. None becomes an empty string."""
     if value is None:
         return ""
     return f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
 
 
 def times_as_fast(value: float | None) -> str:
-    """Format a ratio with two digits; empty for None."""
+    """Format a ratio with two digits. None becomes an empty string."""
     if value is None:
         return ""
     return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
 def machine(record: Row) -> str:
-    """Return the name of the machine of a run."""
+    """Return the name of the machine on which a run was measured."""
     about = record["about"]
     cores = "1 core" if about["cores"] == 1 else f"{about['cores']} cores"
     name = f"{cores} of {about['cpu']}"
@@ -45,7 +45,7 @@ def machine(record: Row) -> str:
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """Group rows by a key, with the groups in order of first appearance."""
+    """Group rows by a key. The groups are in the order in which they first appear."""
     found: dict[Any, list[Row]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)
@@ -53,19 +53,22 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 def middle(rows: Sequence[Row], name: str) -> float | None:
-    """Return the median of a value over the rows that have it, or None."""
+    """Return the median of a value over the rows that have it, or None if no row has it."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return median(values) if values else None
 
 
 def middle_row(rows: Sequence[Row]) -> Row | None:
-    """Return the successful turn with the median time to the first word, so that its stages add up to the time shown."""
+    """Return the successful turn with the median time to the first word, or None if all turns failed.
+
+    The stages of a single turn add up to the time that the table shows, unlike the medians of the stages.
+    """
     ordered = sorted((row for row in rows if "error" not in row), key=lambda row: row["first_word"])
     return ordered[(len(ordered) - 1) // 2] if ordered else None
 
 
 def ratio(others: Sequence[Row], rows: Sequence[Row], name: str) -> float | None:
-    """Return how many times as long the others take: the median of the ratio over the rounds that both have."""
+    """Return how many times as long the others take, as the median ratio over the rounds that both sides have."""
     theirs = {row["round"]: row[name] for row in others if name in row}
     found = [theirs[row["round"]] / row[name] for row in rows if name in row and row["round"] in theirs]
     return median(found) if found else None
@@ -80,7 +83,7 @@ def error_of(rows: Sequence[Row]) -> str:
 
 
 def title_of(side: str, rows: Sequence[Row] = ()) -> str:
-    """Return the name of a side for the tables."""
+    """Return the name of a side as shown in the tables."""
     if not side.startswith(TRANSFORMERS):
         return f"evoprune `-b {side}`"
     reader = next((row["reader"] for row in rows if "reader" in row), None)
@@ -90,9 +93,9 @@ def title_of(side: str, rows: Sequence[Row] = ()) -> str:
 
 
 def waits(record: Row) -> dict[tuple, dict[str, list[Row]]]:
-    """Return the turns of the part `loaded`, by case and side.
+    """Return the turns of the `loaded` part, by case and side.
 
-    Uses later questions of a process if any succeeded, otherwise first questions.
+    If any question after the first one in a process succeeded, only such questions are used, and otherwise only first questions.
     """
     found = {}
     for case, rows in grouped(record.get("loaded", []), lambda row: (row["clip"], row["asked_frames"])).items():
@@ -106,12 +109,15 @@ def waits(record: Row) -> dict[tuple, dict[str, list[Row]]]:
 
 
 def stages(row: Row) -> list[float]:
-    """Return the seconds for each of `STAGES`. Reading is the remainder, so reading that overlaps encoding is not counted in it."""
+    """Return the time in each of `STAGES`, in seconds.
+
+    The time for reading is what remains after encoding and prefill, so it does not include reading that overlaps with encoding.
+    """
     return [max(0.0, row["first_word"] - row["encode"] - row["prefill"]), row["encode"], row["prefill"]]
 
 
 def case_title(clip: str, sides: dict[str, list[Row]]) -> str:
-    """Return the clip with the number and size of its frames."""
+    """Return the clip's name with the number and size of the frames."""
     row = next((row for rows in sides.values() for row in rows if row.get("size")), None)
     if row is None:
         return clip
@@ -120,7 +126,7 @@ def case_title(clip: str, sides: dict[str, list[Row]]) -> str:
 
 
 def loaded_tables(record: Row) -> list[str]:
-    """Return a table for each question: stages, first word and last word."""
+    """Return a table for each question that shows the times of the stages, the first word and the last word."""
     lines = []
     all_first = [row for row in record.get("loaded", []) if row["first"]]
     for (clip, asked), sides in waits(record).items():
@@ -157,7 +163,7 @@ def loaded_tables(record: Row) -> list[str]:
 
 
 def start_table(record: Row) -> list[str]:
-    """Return the table of whole processes."""
+    """Return the table with the times of whole processes."""
     rows = record.get("start", [])
     if not rows:
         return []
@@ -188,7 +194,7 @@ def start_table(record: Row) -> list[str]:
 
 
 def reading_cell(turns: Sequence[Row]) -> str:
-    """Return the median time with the number of wrong frames and their largest distance, or the failure."""
+    """Return the median time, with the number of wrong frames and their largest distance, or the reason why the reader failed."""
     value = middle(turns, "seconds")
     if value is None:
         over = next((row["over_s"] for row in turns if "over_s" in row), None)
@@ -201,7 +207,7 @@ def reading_cell(turns: Sequence[Row]) -> str:
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """Return the reasons why readers failed, each reason once."""
+    """Return the distinct reasons why readers failed."""
     failed = [row for row in rows if "error" in row and "over_s" not in row]
     said = grouped(failed, lambda row: (row["side"], row["error"]))
     return [
@@ -230,7 +236,7 @@ def reading_table(record: Row) -> list[str]:
 
 
 def settings(record: Row) -> list[str]:
-    """Return the machine, versions and settings as a list."""
+    """Return the machine, the versions and the settings as a Markdown list."""
     about = record["about"]
     versions = ", ".join(f"{name} {version or 'missing'}" for name, version in about["versions"].items())
     threads = about["omp_num_threads"]
@@ -277,7 +283,7 @@ def document(records: Sequence[Row]) -> str:
 
 
 def chart_title(records: Sequence[Row]) -> str:
-    """Return the chart's results as text, for its title and alt text."""
+    """Return a sentence with the chart's results, which is used as its title and as its alt text."""
     said = []
     for record in records:
         for (clip, _), sides in waits(record).items():
@@ -288,15 +294,15 @@ def chart_title(records: Sequence[Row]) -> str:
     return f"From the path to the first word. {'; '.join(said)}"
 
 
-WIDTH = 830  # of the chart, in pixels
-LEFT = 196  # left edge of the bars
-RIGHT = 150  # room for the text after a bar
-PITCH = 25  # distance from one bar to the next
+WIDTH = 830  # width of the chart, in pixels
+LEFT = 196  # left edge of the bars, in pixels
+RIGHT = 150  # room for the text after a bar, in pixels
+PITCH = 25  # distance between two bars, in pixels
 TALL = 17
 
 
 def chart(records: Sequence[Row]) -> str:
-    """Return an SVG with a stacked bar per side and question, split into stages."""
+    """Return an SVG chart with a bar for each side and question, which is divided into stages."""
     elements = [svg.text(svg.EDGE, 34, "From the path to the first word, with the model loaded", size=17, weight=600)]
     x = svg.EDGE
     for name, colour in STAGES.items():
@@ -332,7 +338,7 @@ def chart(records: Sequence[Row]) -> str:
 
 
 def _bar(y: float, row: Row, longest: float, said: str) -> list[str]:
-    """Draw the stages of a turn as one stacked bar, followed by a label."""
+    """Draw a turn as a bar that is divided into stages and followed by a label."""
     made = []
     x = float(LEFT)
     for length, colour in zip(stages(row), STAGES.values(), strict=True):
@@ -343,7 +349,7 @@ def _bar(y: float, row: Row, longest: float, said: str) -> list[str]:
 
 
 def write_tables(records: Sequence[Row], folder: Path) -> None:
-    """Write the page and the chart into a folder, once every record has its "about"."""
+    """Write the page and the chart to a folder, if every record already has its "about"."""
     if not all("about" in record for record in records):
         return
     (folder / PAGE).write_text(document(records), encoding="utf-8")
@@ -352,14 +358,17 @@ def write_tables(records: Sequence[Row], folder: Path) -> None:
 
 
 def write_documents(records: Sequence[Row], root: Path) -> None:
-    """Fill the marked places of README.md and results/first_word.md, and draw the chart. Raises ValueError if a mark is missing."""
+    """Write the results between the marks in README.md and results/first_word.md, and draw the chart.
+
+    Raises ValueError if a mark is missing.
+    """
     fill(root / "README.md", f"![{chart_title(records)}](results/{CHART})")
     fill(root / "results" / PAGE, f"![{chart_title(records)}]({CHART})\n\n{document(records)}")
     (root / "results" / CHART).write_text(chart(records), encoding="utf-8")
 
 
 def fill(page: Path, words: str) -> None:
-    """Replace the text between the marks of a page. Raises ValueError if the page has no marks."""
+    """Replace the text between the marks in a page. Raises ValueError if the page has no marks."""
     text = page.read_text(encoding="utf-8")
     begin = text.find(BEGIN)
     end = text.find(END)

@@ -1,17 +1,16 @@
-"""Measure evoprune on one GPU in at most six minutes, without network or checkpoint: `python -m experiments.speed.gpu -o DIR`.
+"""Measure evoprune on one GPU. This takes at most six minutes, and requires neither network access nor a checkpoint.
 
+    python -m experiments.speed.gpu -o DIR                            # all parts
     python -m experiments.speed.gpu -o DIR --parts table,first        # some parts
-    python -m experiments.speed.gpu -o DIR --seconds table=300        # more time for one
-    python -m experiments.speed.gpu -o DIR --dry                      # everything at the size of the demo, on a CPU: does it run?
+    python -m experiments.speed.gpu -o DIR --seconds table=300        # more time for one part
+    python -m experiments.speed.gpu -o DIR --dry                      # check that everything runs, with the demo's size on a CPU
 
-| part | measures |
-|---|---|
-| table | first token, time per token, memory: transformers (HF), the same with a varlen kernel in its tower (HF+), evoprune |
-| decoding | milliseconds per token, optimized and with EVOPRUNE_PLAIN=1, compared to transformers' `generate` |
-| first | the first question of a process after loading, and the same question again |
+| part | measures | |---|---| | table | first token, time per token and memory: transformers (HF), transformers with a varlen kernel
+in its tower (HF+), evoprune | | decoding | milliseconds per token, optimized and with EVOPRUNE_PLAIN=1, compared to transformers'
+`generate` | | first | the first question of a process after loading, and the same question again |
 
-Each step runs in its own process with a time limit. DIR gets each step's results (JSON) and output, and the tables after
-each part.
+Each step runs in its own process with a time limit. Its results (JSON) and its output are written to DIR. The tables are written
+after each part.
 """
 
 import argparse
@@ -27,9 +26,9 @@ from typing import Any
 from experiments.speed.processes import last_line, limits_of, run_process
 from experiments.tables import table
 
-SECONDS = {"table": 190, "decoding": 55, "first": 85}  # time limit of a part, for all its steps together
+SECONDS = {"table": 190, "decoding": 55, "first": 85}  # time limit for all steps of a part together
 DRY_SECONDS = 120
-SPARE = 6.0  # seconds between the start of the last possible turn of a step and its time limit
+SPARE = 6.0  # a step starts no turn in the last seconds before its time limit
 QWEN = "Qwen/Qwen{}-Instruct"
 M3, M7, Q4, Q35 = *(QWEN.format(name) for name in ("2.5-VL-3B", "2.5-VL-7B", "3-VL-4B")), "Qwen/Qwen3.5-4B"
 SMALL = "8x224x336"
@@ -42,7 +41,7 @@ PLAIN = {"EVOPRUNE_PLAIN": "1"}
 
 @dataclass(frozen=True)
 class Step:
-    """A process to run. It is stopped once `until`, a share of its part's time limit, has passed."""
+    """A process to run. It is stopped at the time `until`, which is given as a share of the part's time limit."""
 
     part: str
     name: str
@@ -52,7 +51,10 @@ class Step:
 
 
 def steps(settings: str) -> list[Step]:
-    """Return all steps in order. `settings` is a folder with the 3B model's settings, without weights, for the part `first`."""
+    """Return all steps in order.
+
+    `settings` is a folder with the 3B model's settings but without weights, which the `first` part uses.
+    """
     bf16 = ("--dtype", "bf16")
     first = ("-m", settings, "--load-format", "dummy", *bf16, "--tokens", "32")
     both = (*bf16, "-b", "0.25", "0.1", "--cases")
@@ -70,7 +72,7 @@ def steps(settings: str) -> list[Step]:
 
 
 def dry_steps() -> list[Step]:
-    """Return one step per kind at the size of the demo, on a CPU."""
+    """Return one step of each kind that runs at the demo's size on a CPU."""
     small = ("-m", "demo", "--device", "cpu", "--rounds", "1", "--tokens", "6", "--cases", "4x56x84")
     return [
         Step("table", "demo", (*small, "8x84x84", "-b", "0.25", "0.1")),
@@ -82,7 +84,7 @@ def dry_steps() -> list[Step]:
 
 
 def run_part(todo: Sequence[Step], seconds: float, folder: Path) -> list[dict[str, Any]]:
-    """Run the steps of one part and return their records. Time that a step leaves over goes to the next ones."""
+    """Run the steps of one part and return their records. Time that a step does not use is available to the next steps."""
     begun = time.monotonic()
     done = []
     for step in todo:
@@ -201,7 +203,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running step is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running step is terminated
     if args.dry:
         todo = dry_steps()
     else:

@@ -1,7 +1,7 @@
-"""Measure one step of `experiments.speed.gpu`, which starts these: `python -m experiments.speed.gpu_steps STEP -o FILE`.
+"""Run one step of `experiments.speed.gpu`, which starts this script as `python -m experiments.speed.gpu_steps STEP -o FILE`.
 
-A step updates its results in FILE (JSON) after each turn, and starts no turn after `--seconds`. The weights are random and have the
-true dimensions, because speed does not depend on their values.
+A step writes its results to FILE (JSON) after each turn, and starts no turn after `--seconds`. The weights have the dimensions of
+the published model but are random, because the speed does not depend on their values.
 """
 
 import argparse
@@ -25,7 +25,7 @@ INSIDE = "evoprune:inner=always"  # the setting that a GPU uses for larger input
 
 
 class Record:
-    """Results of a step so far (`found`), written to its file by `save`. No turn starts after `left` seconds."""
+    """The results of a step so far, in `found`. `save` writes them to the step's file. `left` is the remaining time in seconds."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -39,11 +39,11 @@ class Record:
         self.found |= {"env": self.found.get("env") or environment(self.args.device)} | found
         written = self.args.output.with_suffix(".writing")
         written.write_text(json.dumps(self.found), encoding="utf-8")
-        written.replace(self.args.output)  # atomic, so a killed process leaves a complete file
+        written.replace(self.args.output)  # atomic, so that the file is complete even if the process is killed
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Return the GPU and the versions of the packages that compute on it."""
+    """Return the name of the GPU and the versions of the packages that use it."""
     import torch
 
     found = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
@@ -63,7 +63,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] = ("evoprune",)):
-    """Return a benchmark of `evoprune profile` with its rows. `bench.run(row)` measures one turn of a row."""
+    """Return the `Bench` that `evoprune profile` would use, and its rows. `bench.run(row)` measures one turn of a row."""
     from evoprune.backend import DeviceName
     from evoprune.bench import Case, Profile, ProfileSettings
     from evoprune.session import ModelOptions
@@ -71,12 +71,13 @@ def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] =
     options = ModelOptions(model=args.model, device=args.device, dtype=args.dtype)
     cases = [Case(*map(int, case.split("x"))) for case in args.cases]
     settings = ProfileSettings(budgets=tuple(args.budgets), methods=tuple(methods), new_tokens=new_tokens)
-    profile = Profile(settings, options, cases, exact=False)  # the same number of units for every unit size
+    profile = Profile(settings, options, cases, exact=False)  # so that every model has the same number of units
     unit = profile.model.limits["video"].unit
     bench, rows = profile.bench()
 
     def measured(row) -> bool:
-        # DivPrune, which selects after the tower, runs only at the first budget. `INSIDE` runs only if it differs from `evoprune`.
+        # DivPrune, which selects after the tower, runs only at the first budget. `INSIDE` runs only where it differs from
+        # `evoprune`.
         if row.method == INSIDE:
             units = row.case.frames // 2 * (row.case.height // unit) * (row.case.width // unit)
             return units < DeviceName("cuda").launch_bound_units
@@ -93,10 +94,13 @@ def label(row) -> str:
 
 
 def varlen_attention(q, k, v, ends, longest: int):
-    """Compute attention of rows `[n, heads, d]` within groups, in one call on a GPU. `ends`: int32 group boundaries, from 0."""
+    """Compute attention within groups of rows `[n, heads, d]`, using a single kernel call on a GPU.
+
+    `ends` contains the boundaries of the groups as int32, starting with 0. `longest` is the size of the largest group.
+    """
     import torch
 
-    if q.device.type != "cuda":  # group by group, so that this runs everywhere
+    if q.device.type != "cuda":  # compute one group at a time, which works on any device
         import torch.nn.functional as F
 
         pieces = zip(*(x.transpose(0, 1).split(ends.diff().tolist(), 1) for x in (q, k, v)), strict=True)
@@ -110,11 +114,11 @@ def varlen_attention(q, k, v, ends, longest: int):
 
 @contextmanager
 def varlen_tower(bench) -> Iterator[None]:
-    """Replace the loop over windows in transformers' tower by one varlen kernel call per layer, as FlashAttention does."""
+    """Make transformers' tower call a varlen kernel once per layer instead of looping over windows, as FlashAttention does."""
     attention = type(bench._reference.model.visual.blocks[0].attn)
     rotate = sys.modules[attention.__module__].apply_rotary_pos_emb_vision
     plain = attention.forward
-    groups = {}  # the longest group, read once for all layers
+    groups = {}  # size of the longest group, which is read once for all layers
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **_):
         if id(cu_seqlens) not in groups:
@@ -136,7 +140,7 @@ def varlen_tower(bench) -> Iterator[None]:
 
 
 def table(record: Record) -> None:
-    """Measure rows in turns: transformers, the same with a varlen kernel, and evoprune. A row's first turn is a warm-up."""
+    """Measure transformers, transformers with a varlen kernel, and evoprune in turn. The first turn of each row is a warm-up."""
     bench, rows = bench_of(record.args, 8, ("evoprune", INSIDE, "divprune"))
     record.save(ready_s=time.perf_counter() - BEGUN)
     turns: dict[tuple[str, str], list] = {}
@@ -157,7 +161,7 @@ def table(record: Record) -> None:
                     turn = bench.run(row)
             if isinstance(turn, str):
                 errors[key] = turn
-            elif number >= 0 or record.left < 0:  # the warm-up counts if there is no time for another turn
+            elif number >= 0 or record.left < 0:  # the warm-up is counted if there is no time for another turn
                 turns.setdefault(key, []).append(turn)
         record.save(rows=rows_of(turns, errors), seconds_left=record.left)
 
@@ -167,7 +171,7 @@ def case_text(case) -> str:
 
 
 def rows_of(turns: dict[tuple[str, str], list], errors: dict[tuple[str, str], str]) -> list[dict[str, Any]]:
-    """Return the medians of the turns, and the speedup of the first token over transformers and over evoprune at 1.0."""
+    """Return the medians of each row's turns, and the speedups of the first token over transformers and over evoprune at 1.0."""
     made = []
     for (case, name), own in turns.items():
         ms = {stage: 1000 * median(getattr(t.sample, stage) for t in own) for stage in ("encode", "prune", "prefill")}
@@ -193,7 +197,10 @@ def rows_of(turns: dict[tuple[str, str], list], errors: dict[tuple[str, str], st
 
 
 def decoding(record: Record) -> None:
-    """Measure time per token, the process's first turn separately. `--hf` adds transformers' loop and its `generate`."""
+    """Measure the time per token, and record the process's first turn separately.
+
+    With `--hf`, transformers' forward pass in a loop and its `generate` are measured as well.
+    """
     args = record.args
     bench, rows = bench_of(args, args.tokens)
     rows = [row for row in rows if label(row) != HF or args.hf]
@@ -216,7 +223,7 @@ def decoding(record: Record) -> None:
 
 
 def forced(bench, row) -> tuple[float, list[int]]:
-    """Run a turn and return its milliseconds per token and its tokens."""
+    """Run a turn, and return the milliseconds per token and the tokens."""
     turn = bench.run(row)
     if isinstance(turn, str):
         raise RuntimeError(turn)
@@ -224,9 +231,9 @@ def forced(bench, row) -> tuple[float, list[int]]:
 
 
 def generated(bench, count: int) -> tuple[float, list[int]]:
-    """Return the same for transformers' `generate` on text as long as the smallest prompt.
+    """Run transformers' `generate` on a text as long as the smallest prompt. Return the milliseconds per token and the tokens.
 
-    The time of a one-token run is subtracted from the time of a run of `count` tokens.
+    The time to generate one token is subtracted from the time to generate `count` tokens.
     """
     import torch
 
@@ -247,7 +254,7 @@ def generated(bench, count: int) -> tuple[float, list[int]]:
 
 
 def first(record: Record) -> None:
-    """Measure the first question of a process after loading, then the same question again."""
+    """Measure the first question that a process answers after loading, and then the same question again."""
     args = record.args
     import torch
 
@@ -284,7 +291,7 @@ def first(record: Record) -> None:
 
 
 def sample(folder: Path) -> Path:
-    """Return the sample clip `pan.mp4`, or a folder of frames of similar size if PyAV is missing."""
+    """Return the sample clip `pan.mp4` or, if PyAV is not installed, a folder with frames of a similar size."""
     from importlib.util import find_spec
 
     if find_spec("av"):

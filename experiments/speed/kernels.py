@@ -1,7 +1,7 @@
-"""Time single kernels and steps, as Markdown tables: `python -m experiments.speed.kernels`.
+"""Measure single kernels and steps, and print the times as Markdown tables: `python -m experiments.speed.kernels`.
 
-Measures matrix products of single rows (the work of decoding), memory bandwidth, and packing and quantising of weights. The weights
-are random, with the dimensions of the 3B model, on the CPU, in bf16.
+The measurements are matrix products of single rows (which is the work of decoding), memory bandwidth, and packing and quantizing
+weights. The weights are random, are in bf16 on the CPU, and have the dimensions of the 3B model.
 """
 
 import argparse
@@ -35,9 +35,9 @@ class Sizes:
     """Sizes of the measurements.
 
     Attributes:
-        config: the model whose dimensions are used.
-        product: (in, out) features of the single-row products.
-        copies: number of copies per weight, too many for any cache.
+        config: config of the model whose dimensions are used.
+        product: number of input and output features of the single-row products.
+        copies: number of copies of each weight, which together are too large for any CPU cache.
         read_bytes: size of the tensor that is read to measure memory bandwidth.
     """
 
@@ -48,12 +48,11 @@ class Sizes:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table."""
     print("\n".join([f"\n{title}\n", *table(columns, rows)]), flush=True)
 
 
 def times(ms: Sequence[float]) -> list[tuple[str, str]]:
-    """Format milliseconds as text, each with its ratio to the first."""
+    """Format each number of milliseconds, and its ratio to the first one."""
     return [(f"{each:,.0f}" if each >= 100 else f"{each:.3g}", f"{each / ms[0]:.2f}x") for each in ms]
 
 
@@ -61,7 +60,7 @@ def times(ms: Sequence[float]) -> list[tuple[str, str]]:
 
 
 def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, list[Callable]]]:
-    """Yield each kernel for x `[1, inner]` to `[1, outer]`: name, bytes read, and one function per weight copy."""
+    """Yield each kernel that maps `[1, inner]` to `[1, outer]`: its name, the bytes it reads, and one function per weight copy."""
     layers = []
     for _ in range(copies):
         layers.append(nn.Linear(inner, outer, bias=False, device="meta"))
@@ -78,7 +77,7 @@ def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, lis
     yield "int8, integer products (as built)", int8[0].nbytes, int8
     int4 = converted(layers, lambda module: Quantization("int4").apply(module, call_layers))
     yield "int4, groups of 32 (as built)", int4[0].nbytes, int4
-    # The quantised layer supports only groups of 32. The time does not depend on the values.
+    # The quantized layer supports only groups of 32. The values may be arbitrary, because the time does not depend on them.
     group = 128
     numbers = torch.randint(16, (outer, inner), dtype=torch.int32)
     scales = torch.ones(inner // group, outer, 2, dtype=DTYPE)
@@ -88,7 +87,10 @@ def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, lis
 
 
 def converted(layers: Sequence[nn.Linear], convert: Callable[[nn.Module], None]) -> list[nn.Module]:
-    """Return what `convert` makes of copies of layers. It changes a module in place, here one named like a language model."""
+    """Return copies of the layers after applying `convert`, which changes a module in place.
+
+    The module that is passed to `convert` contains the copies and has the same structure as a language model.
+    """
     copies = nn.ModuleList(map(shared_copy, layers))
     module = tree(model=tree(language_model=copies))
     module.dtype = DTYPE  # a whole model takes it from its norms
@@ -101,10 +103,10 @@ def _int4_product(x: torch.Tensor, packed: torch.Tensor, group: int, scales: tor
 
 
 def single_rows(sizes: Sizes, repeat: int) -> None:
-    """Print how long a single-row product takes with each kernel, and how fast it reads its weights."""
+    """Print how long a single-row product takes with each kernel, and how fast the kernel reads its weights."""
     x = torch.randn(1, sizes.product[0]).to(DTYPE)
     names, sizes_bytes, weights = zip(*kernels(*sizes.product, sizes.copies), strict=True)
-    # A new view each time, because layers share the conversion of the same activations.
+    # Pass a new view each time, because layers would otherwise share the conversion of the activations.
     ms = medians([lambda products=products: [product(x[:]) for product in products] for products in weights], repeat)
     ms = [each / sizes.copies for each in ms]
     rows = [
@@ -116,7 +118,7 @@ def single_rows(sizes: Sizes, repeat: int) -> None:
 
 
 def memory(sizes: Sizes, repeat: int) -> None:
-    """Print how fast all threads together read memory."""
+    """Print how fast all threads together can read memory."""
     numbers = torch.ones(sizes.read_bytes // 4)
     (ms,) = medians([numbers.sum], repeat)
     print(f"\nMemory: {sizes.read_bytes / 2**20:,.0f} MiB summed at {numbers.nbytes / ms / 1e6:.1f} GB/s")
@@ -140,12 +142,12 @@ def tree(**children: nn.Module) -> nn.Module:
 
 
 def conversions(model: QwenVL, sizes: Sizes) -> None:
-    """Print how long packing and quantising take per layer and for the whole model. `model` has one decoder layer."""
+    """Print how long it takes to pack and quantize one layer and the whole model. `model` has only one decoder layer."""
     text = sizes.config.text_config
     vision = sizes.config.vision_config
     rows = []
     for kind in ("packed", "int8", "int4"):
-        fresh = model.shared()  # new layers sharing the same weights
+        fresh = model.shared()  # new layers that share the same weights
         pieces = {
             "a decoder layer": (text.num_hidden_layers, tree(model=tree(language_model=fresh.model.language_model))),
             "the output layer": (1, tree(lm_head=fresh.lm_head)),

@@ -1,7 +1,7 @@
-"""Processes that measure. Each is killed with its children when its time is up, and reports why it failed.
+"""Run measurements in separate processes. When its time is up, a process is killed together with its children.
 
-`Side` and `serve` are the two ends of a process that takes turns with others: it waits while another process works, reads a request
-as a line of JSON, and answers with another line.
+`Side` and `serve` are the two ends of a process that takes turns with other processes. It waits while another process works, reads
+each request as a line of JSON, and answers with a line of JSON.
 """
 
 import json
@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 
 class Side:
-    """A process that starts at its first request, and again after it has ended. Its stderr goes into a file."""
+    """A process that is started by its first request, and restarted by the next request if it has exited.
+
+    Its stderr is written to a file.
+    """
 
     def __init__(self, command: Sequence[str], log: Path):
         self._command = [*command]
@@ -32,7 +35,7 @@ class Side:
         return self._process is not None
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Return the answer to a request, or `{"error": text}` if the process ends or `seconds` pass without an answer."""
+        """Return the answer to a request, or `{"error": text}` if the process exits or does not answer within `seconds`."""
         if seconds <= 0:
             return {"error": "not started: no time was left"}
         if self._process is None:
@@ -52,7 +55,7 @@ class Side:
         return json.loads(line)
 
     def end(self, kill: bool = False) -> int | None:
-        """End the process and its children. Returns its exit code, or None if it is not running."""
+        """Terminate the process and its children. Return its exit code, or None if it is not running."""
         if self._process is None:
             return None
         process = self._process
@@ -83,19 +86,20 @@ class Side:
 
 
 def _forward(lines, into: queue.Queue) -> None:
-    """Put lines into a queue as they arrive, and None at their end."""
+    """Put lines into a queue as they arrive, followed by None at end of file."""
     for line in lines:
         into.put(line)
     into.put(None)
 
 
 def serve(make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
-    """Answer lines of stdin until it ends.
+    """Answer the requests on stdin, one per line, until end of file.
 
-    Whatever libraries print to stdout is sent to stderr.
+    Anything that libraries print to stdout is redirected to stderr.
 
     Args:
-        make: makes the function that answers requests, at the first request. Exceptions of either become error answers.
+        make: a function that is called at the first request and returns the function that answers requests. If either function
+            raises an exception, the answer is an error.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -104,13 +108,17 @@ def serve(make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> Non
         try:
             answer = answer or make()
             said = answer(json.loads(line))
-        except Exception as problem:  # any exception of a library is reported as its result
+        except Exception as problem:  # libraries may raise any exception, which is reported as the result
             said = {"error": f"{type(problem).__name__}: {problem}".strip()[:300]}
         print(json.dumps(said), file=answers, flush=True)
 
 
 def run_process(arguments: Sequence[str], log: Path, seconds: float, environment: dict[str, str] | None = None) -> str:
-    """Run Python with its output in a file. Returns "done", "stopped" (time limit) or "exit code N"."""
+    """Run Python and write its output to a file.
+
+    Returns:
+        "done", "stopped" if the time limit was exceeded, or "exit code N".
+    """
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(  # noqa: S603 (this Python)
             [sys.executable, *arguments],
@@ -131,7 +139,7 @@ def run_process(arguments: Sequence[str], log: Path, seconds: float, environment
 
 
 def end_group(number: int) -> None:
-    """Kill a session leader together with the processes it started."""
+    """Kill a session leader together with the processes that it started."""
     try:
         os.killpg(number, signal.SIGKILL)
     except ProcessLookupError:
@@ -139,16 +147,16 @@ def end_group(number: int) -> None:
 
 
 def last_line(log: Path) -> str:
-    """Return the last non-empty line of a file (the error, if it ends with a traceback)."""
+    """Return the last non-empty line of a file, which is the error message if the file ends with a traceback."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip()[:200] if lines else "it said nothing"
 
 
 def limits_of(text: str, usual: dict[str, float]) -> dict[str, float]:
-    """Return the seconds per part: the defaults, with overrides from `text`, such as "table=300,first=60".
+    """Return the time limit of each part in seconds: the defaults in `usual`, overridden by `text`, such as "table=300,first=60".
 
     Raises:
-        ValueError: a part does not exist, or its time is not a number.
+        ValueError: there is no such part, or the time is not a number.
     """
     made = dict(usual)
     for each in filter(None, text.split(",")):
