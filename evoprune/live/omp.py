@@ -12,9 +12,9 @@ SOFT = 1  # omp_pause_soft: OpenMP keeps its settings while paused
 def release_omp_threads() -> None:
     """End the idle OpenMP threads that belong to the current thread. They are restarted when this thread computes again.
 
-    Call this in a thread that will not compute for a while. As long as its idle OpenMP threads exist, there are more OpenMP threads
-    than cores, so OpenMP threads that compute for another thread sleep between parallel steps instead of spinning. As a result,
-    encoding 24 frames with a 3B model takes a sixth longer (results/machines.md).
+    Call this in a thread that will not compute for a while. If its idle OpenMP threads were kept, there could be more OpenMP
+    threads than cores. The OpenMP threads that compute for another thread would then sleep between parallel steps instead of
+    spinning, which makes encoding 24 frames with a 3B model take a sixth longer (results/machines.md).
 
     Does nothing unless torch uses GNU's OpenMP.
     """

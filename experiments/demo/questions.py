@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing
 
-# Relative frequency of each question type. The types that take longest to learn are asked most often.
+# Relative frequency per question type. The types that take longest to learn are asked most often.
 WEIGHTS = {"relation": 3.0, "order": 5.0, "place": 2.0, "event": 1.5, "describe": 0.5}
 # The ability that each question type tests.
 GROUPS = {
@@ -47,7 +47,7 @@ def ask(
 
     Args:
         makers: the question types, by default MAKERS.
-        weights: relative frequency of each type. Types that are missing have weight 1.
+        weights: relative frequency per type. Types that are missing have weight 1.
     """
     if makers is None:
         makers = MAKERS
@@ -98,7 +98,7 @@ def _digits(clip: Clip) -> list[Thing]:
 
 
 def _each(things: Callable[[Clip], Iterable[Thing]], part: str, *phrases: str, called=refer) -> Maker:
-    """Return a maker that asks for an attribute of each thing. The question is one of the phrases, with the thing's name in it.
+    """Return a maker that asks for an attribute of every thing. The question is one of the phrases, with the thing's name in it.
 
     `part` is the name of the attribute.
     """

@@ -1,7 +1,7 @@
 """Questions about scenes that are used only in training. Each one asks for one step of a harder question type.
 
-For example, lessons ask for the position of one thing, because other questions ask what is "furthest to the left", and for the time
-of one event, because other questions ask "which happens first". Imported by `scenes_batches`.
+For example, a lesson asks for the position of one thing, because another question asks which thing is "furthest to the left".
+Another lesson asks for the time of one event, because another question asks "which happens first". Imported by `scenes_batches`.
 """
 
 from experiments.demo.questions import pick
@@ -87,7 +87,7 @@ HAPPENING = {"when": QuestionType(_when, "lesson", 1.5)}
 
 
 def lessons(clip: Clip, share: float, of: dict[str, QuestionType]) -> dict[str, QuestionType]:
-    """Return the lessons that fit a clip, weighted to make up about `share` of all questions, including those in `of`."""
+    """Return the lessons that fit a clip, weighted to make up about `share` of the questions, including the types in `of`."""
     fitting = LOOKING if clip.is_still else LOOKING | HAPPENING
     weight = sum(kind.weight for kind in of.values()) * share / (1 - share) / sum(k.weight for k in fitting.values())
     return {key: QuestionType(kind.make, kind.group, kind.weight * weight) for key, kind in fitting.items()}
