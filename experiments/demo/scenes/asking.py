@@ -1,4 +1,4 @@
-"""Questions about a clip of scenes: drawn from all possible ones, open or with four options, each with one answer."""
+"""Questions about a clip of scenes. They are drawn from all possible questions, have four options or none, and have one answer."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ class Draft:
 
     text: str
     answer: str
-    wrong: tuple[str, ...] = ()  # the first three become options; with fewer than three the question is open
+    wrong: tuple[str, ...] = ()  # the first three become options; if there are fewer, the question is open
     about: tuple[Thing, ...] = ()
     open: bool = True  # whether it can be answered without options
 
@@ -38,7 +38,7 @@ class QuestionType:
 def ask(
     clip: Clip, rng: np.random.Generator, count: int, types: Mapping[str, QuestionType], choice: float = CHOICE
 ) -> list[Question]:
-    """Ask up to `count` different questions about the clip, drawn by weight. `choice`: see CHOICE."""
+    """Ask up to `count` different questions about the clip, which are drawn by weight. For `choice`, see CHOICE."""
     pool = [(name, draft) for name, type in types.items() for draft in type.make(clip, rng)]
     flash = np.array([any(t.event(clip.seconds) == "flashes" for t in draft.about) for _, draft in pool])
     per_type = Counter((name, b) for (name, _), b in zip(pool, flash, strict=True))
@@ -99,7 +99,7 @@ def refer(clip: Clip, thing: Thing, rng, hide: str = "") -> str | None:
 
 
 def referred(clip: Clip, rng, things: Iterable[Thing] | None = None, hide: str = "") -> Iterator[tuple[Thing, str]]:
-    """Yield things (by default all of the clip) with their names by `refer`, except those without a name."""
+    """Yield each thing (by default all things in the clip) with its name from `refer`, skipping things without such a name."""
     if things is None:
         things = clip.things
     for thing in things:
@@ -132,9 +132,9 @@ def absent(clip: Clip, rng, count: int) -> list[str]:
 
 
 def one_of_four(clip: Clip, rng, text: str, ones: Sequence[Thing], others, fill: bool = False) -> Iterator[Draft]:
-    """Ask which of four things is one of `ones`, if there are three `others`.
+    """Ask which of four things is in `ones`, if there are three things in `others`.
 
-    With `fill`, one of the `others` is enough, and absent things make up for the rest.
+    If `fill` is True, one thing in `others` is enough, and things that are not in the clip are used instead of the missing ones.
     """
     least = 3
     if fill:

@@ -1,4 +1,4 @@
-"""The content of a clip of scenes: things and signs on the ground, and the camera that films them. Plain data."""
+"""Dataclasses that describe a clip of scenes: things and signs on the ground, and the camera that films them."""
 
 import math
 from dataclasses import dataclass
@@ -71,8 +71,8 @@ class Thing(clips.Moving):
 class Camera:
     """The camera: `still`, `shake`, `pan` or `zoom`.
 
-    A pan moves by (dx, dy) ground pixels per second, nearer layers faster than farther ones. A zoom is centred and goes from one
-    factor to another.
+    A pan moves by (dx, dy) ground pixels per second, and closer layers move faster than distant ones. A zoom is centered and goes
+    from one factor to another.
     """
 
     motion: str = "still"

@@ -1,7 +1,7 @@
 """Choose the content of a clip of scenes from a seed: size, length, things, and what happens to them.
 
-Even seeds are pictures, one frame pair without events; odd seeds are videos. A video has a plot, its most frequent kind of event,
-so that questions that need several such events can be asked often enough.
+Even seeds give pictures, which are one frame pair without events. Odd seeds give videos. Each video has a plot, which is its most
+frequent kind of event, so that questions that need more than one such event can be asked often enough.
 """
 
 import math
@@ -40,7 +40,7 @@ def family(seed: int) -> str:
 
 
 def make_clip(split: str, seed: int) -> Clip:
-    """Make clip number `seed` of a split; splits never share a clip."""
+    """Make clip number `seed` of a split. No two splits share a clip."""
     key = (SPLITS[split], seed)
     rng = np.random.default_rng((7, *key))
     still = family(seed) == "picture"
@@ -60,7 +60,7 @@ def draw(rng: np.random.Generator, choices):
 
 
 def compose(key: tuple[int, ...], height: int, width: int, pairs: int, seconds: float, crowd: float = 1.0) -> Clip:
-    """Make a clip of `pairs` frame pairs on height x width units, with `crowd` times the usual number of things."""
+    """Make a clip with `pairs` frame pairs of height x width units, and with `crowd` times the usual number of things."""
     rng = np.random.default_rng(key)
     camera = Camera()
     if pairs > 1:
@@ -115,7 +115,7 @@ def _camera(rng: np.random.Generator, width: int, seconds: float) -> Camera:
 
 
 class _Placer:
-    """Place things so that they can be identified: unique names, paths on the frame, and at most partly hidden."""
+    """Places things so that they can be identified: they have unique names, stay on the frame, and are never completely hidden."""
 
     def __init__(self, rng, clip: Clip):
         self.rng = rng

@@ -1,4 +1,4 @@
-"""Draw frames of a clip of scenes at any time, with a map of the thing at each pixel."""
+"""Draw frames of a clip of scenes at given times, with maps that tell which thing each pixel shows."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -23,11 +23,11 @@ def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
 
 
 def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> None:
-    """Write a still as a JPEG file, any other clip as a video, tagged as a clip of scenes.
+    """Write a still clip as a JPEG file or any other clip as a video, and tag the file as a clip of scenes.
 
     Args:
-        crf: x264's constant rate factor. Stills map the world's finest to JPEG quality 95 and its coarsest to 65; with `LOSSLESS`
-            they are PNG files.
+        crf: x264's constant rate factor. For stills, the world's finest factor is mapped to JPEG quality 95 and its coarsest factor
+            to 65. If it is `LOSSLESS`, stills are written as PNG files.
 
     Raises:
         OSError: the file cannot be written.

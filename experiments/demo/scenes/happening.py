@@ -1,4 +1,4 @@
-"""Questions that need several moments: events and their order, direction, number, changes, and what stays."""
+"""Questions that need more than one moment: events and their order, directions, numbers, changes, and things that stay."""
 
 from experiments.demo.questions import pick
 from experiments.demo.scenes.asking import Draft, QuestionType, distinct, one_of_four, referred, shuffled
@@ -143,7 +143,7 @@ HAPPENING = {
     "camera": QuestionType(_camera, "motion", 0.9),
 }  # fmt: skip
 CHECKED_OVER_TIME = {"then": QuestionType(_at, "events", 0.8), "does_move": QuestionType(_does_move, "motion", 3.0)}
-# Videos get the questions of pictures too. They count as the gist of a clip: mostly what can be seen at a glance.
+# Videos also get the questions for pictures. These mostly ask about things that can be seen at a glance.
 GLANCE = 1.8
 CLOSER = 0.6
 GIST = {name: QuestionType(found.make, "gist", CLOSER * found.weight) for name, found in LOOKING.items()}

@@ -1,4 +1,4 @@
-"""Questions that a single moment answers: texts of signs, looks, positions and counts."""
+"""Questions that can be answered from a single moment: texts on signs, looks, positions and counts."""
 
 from experiments.demo.questions import pick
 from experiments.demo.scenes.asking import (
@@ -27,7 +27,7 @@ def times_asked(clip: Clip) -> dict[str, float]:
 
 
 def placed(clip: Clip, t: float) -> list[tuple[Thing, float, float]]:
-    """Return the things on the frame at a time, with the pixel of their centres."""
+    """Return the things that are on the frame at a time, each with the pixel at its center."""
     found = [(thing, *clip.on_frame(*thing.centre(t), t)) for thing in clip.things if thing.visible(t)]
     return [(thing, x, y) for thing, x, y in found if 0 <= x < clip.width and 0 <= y < clip.height]
 

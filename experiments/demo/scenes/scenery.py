@@ -1,6 +1,7 @@
 """The parts of a frame of scenes: sprites of things and signs, and the layers in the background and foreground.
 
-A layer is 1/f noise and dead leaves: discs and polygons of power-law sizes, from a bank drawn once per process.
+A layer consists of 1/f noise and of dead leaves, which are discs and polygons whose sizes follow a power law. The leaves are taken
+from a bank that is drawn once per process.
 """
 
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ Sprite = tuple[np.ndarray, np.ndarray]  # colours float32 [h, w, 3] and coverage
 
 @lru_cache(maxsize=1024)
 def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.ndarray:
-    """Return the mix of the first and second colour at each pixel of a `size` square: float32 in [0, 1].
+    """Return how the first and the second color are mixed at each pixel of a `size` square: float32 in [0, 1].
 
-    `period`: pixels until the texture repeats. `turn`: rotation in eighths of a half circle.
+    Args:
+        period: number of pixels after which the texture repeats.
+        turn: rotation in eighths of a half circle.
     """
     axis = np.arange(size) - (size - 1) / 2
     cos = np.cos(turn * np.pi / 8)

@@ -1,4 +1,4 @@
-"""Texts of signs."""
+"""Random texts for signs."""
 
 import numpy as np
 
