@@ -22,11 +22,13 @@ class ModelKeywords(TypedDict, total=False):
     """auto: CUDA if available, otherwise the CPU."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] | torch.dtype
     """auto: bf16 if the hardware supports it; demo models use fp32."""
-    quantize: Literal["none", "int8", "int4"]
-    """Quantize the model on a CPU: faster, smaller and less exact. int8: 8-bit weights and products in the tower and
-    the language model. int4: the same, with 4-bit weights while the language model generates."""
-    store_quantized: bool
-    """Keep the quantized weights on disk (at most 32 GiB) for later runs."""
+    quantize: Literal["auto", "none", "int8", "int4"]
+    """Quantize the model on a CPU: faster, smaller and less exact. auto: int8 for a large model on a CPU without bf16,
+    if no dtype is given; otherwise none. int8: 8-bit weights and products in the tower and the language model. int4:
+    the same, with 4-bit weights while the language model generates."""
+    store_quantized: bool | None
+    """Keep the quantized weights on disk (at most 32 GiB) for later runs. None: if the model is large and the disk has
+    room."""
     load_format: Literal["auto", "dummy"]
     """auto loads the weights. dummy makes random weights: times and counts are valid, answers are meaningless. dummy
     needs a folder with config.json and a tokenizer."""

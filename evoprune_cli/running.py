@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 SOME_FAILED = 6  # an exit code
 # Memory that importing torch and this package takes, in bytes. If less is available, no model can run.
 LIBRARIES = 2**28
-LARGE_MODEL = 2**30  # bytes of weights
 GREEDY = 1e-3  # sampling below this temperature is as good as greedy
 # How each kind of file written by evoprune begins. Only the beginning identifies a file, because the same words may also appear
 # elsewhere in a file that evoprune did not write.
@@ -100,13 +99,15 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
     if files.do_sample and others and not greedy:
         flags = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in others.items())
         tell(f"note: the model's generation_config.json has other sampling settings; to use them: {flags}")
-    usual = (loaded.dtype, loaded.quantize) == ("fp32", "none") and loaded.description.can_be_quantized
-    if usual and loaded.weights_bytes >= LARGE_MODEL:
-        from evoprune.backend import Quantization
-
-        if "int8" in Quantization.kinds(loaded.model.device):  # a CPU that supports 8-bit matrix products but not bf16
-            gain = "about twice as fast and needs a third of the memory, but is less exact"
-            tell(f"note: fp32 on this CPU; --quantize int8 is {gain}")
+    if loaded.description.options.quantize == "auto" and loaded.quantize != "none":
+        tell(
+            f"note: {loaded.quantize}, because this CPU has no bf16; --quantize none is exact, but takes about twice as long"
+        )
+    if loaded.quantized_file is not None:
+        tell(
+            f"note: the quantized weights are kept in {loaded.quantized_file.parent} for later runs; to avoid this: "
+            "--no-store-quantized"
+        )
 
 
 def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:

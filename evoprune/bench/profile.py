@@ -106,7 +106,8 @@ class Profile:
         methods = [settings.config(name, 1.0).method for name in settings.methods]
         self.settings = settings
         self.limit = TimeLimit(settings.time_limit_s, begun=begun)
-        self.model = describe(replace(model, load_format=load_format or default_load_format(model.model)))
+        model = replace(model, load_format=load_format or default_load_format(model.model), quantize="none")
+        self.model = describe(model)
         for method in methods:
             self.model.check_method(method)
         unit = self.model.limits["video"].unit

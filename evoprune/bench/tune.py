@@ -631,7 +631,7 @@ class Tuning(Run):
         self.known: Known = {candidate: [] for candidate in candidates(settings.budgets, settings.methods)}
         if not self.known:
             raise UsageError("no candidate prunes anything", "use budgets below 1 (-b 0.25,0.1)")
-        self._quantizes = settings.model.quantize != "none"
+        self._quantizes = settings.model.quantize in ("int8", "int4")
         self._problem = None
         if self._quantizes:
             self.known = {Candidate("none", 1.0): []} | self.known

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from evoprune.methods import PruneConfig
 
 DtypeName = Literal["bf16", "fp16", "fp32"]
-Quantize = Literal["none", "int8", "int4"]
+Quantize = Literal["auto", "none", "int8", "int4"]
 LoadFormat = Literal[
     "auto", "dummy"
 ]  # "auto" reads the weights from files; "dummy" creates random weights with the same shapes
@@ -101,13 +101,17 @@ class ModelOptions:
         also="torch.dtype",
     )
     quantize: Quantize = option(
-        "none",
-        "Quantize the model on a CPU: faster, smaller and less exact. int8: 8-bit weights and products in the tower and the "
-        "language model. int4: the same, with 4-bit weights while the language model generates.",
+        "auto",
+        "Quantize the model on a CPU: faster, smaller and less exact. auto: int8 for a large model on a CPU without bf16, if no "
+        "dtype is given; otherwise none. int8: 8-bit weights and products in the tower and the language model. int4: the same, "
+        "with 4-bit weights while the language model generates.",
     )
-    store_quantized: bool = option(
-        False,
-        "Keep the quantized weights on disk (at most 32 GiB) for later runs.",
+    store_quantized: bool | None = option(
+        None,
+        "Keep the quantized weights on disk (at most 32 GiB) for later runs; default: if the model is large and the disk has room.",
+        "--store-quantized/--no-store-quantized",
+        in_python="Keep the quantized weights on disk (at most 32 GiB) for later runs. None: if the model is large and the disk "
+        "has room.",
         changes_answers=False,
     )
     load_format: LoadFormat = option(
@@ -151,7 +155,7 @@ class ModelOptions:
             raise UsageError(f"unknown dtype {self.dtype!r}", f"use {', '.join(DTYPE_NAMES)}")
         if self.quantize not in QUANTIZE:
             raise UsageError(f"unknown quantization {self.quantize!r}", f"use {', '.join(QUANTIZE)}")
-        if self.store_quantized and self.quantize == "none":
+        if self.store_quantized and self.quantize not in ("int8", "int4"):
             raise UsageError("store_quantized needs quantize", "add --quantize int8 or int4")
 
     @property

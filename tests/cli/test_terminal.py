@@ -3,15 +3,14 @@
 import io
 import os
 import re
-from dataclasses import replace
 
 import pytest
+import torch
 
 from evoprune import VideoQA
 from evoprune.backend import Quantization
 from evoprune.language import GenerationOptions
 from evoprune.report import Report, VideoFacts, stats_block
-from evoprune.session import ModelOptions, describe
 from evoprune_cli.running import note_model
 from evoprune_cli.terminal import (
     Line,
@@ -83,21 +82,24 @@ def test_a_warning_says_which_video_it_is_about(capsys, name, path, more, says):
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({}, True),
-        ({"quantize": "int8"}, False),
-        ({"description": describe(ModelOptions(dtype="bf16"))}, False),
-        ({"weights_bytes": 10}, False),
-    ],
-)
-def test_a_large_model_in_fp32_is_told_of_8_bits(saved, capsys, changes, said, monkeypatch):
-    monkeypatch.setattr(Quantization, "kinds", staticmethod(lambda device: ["int8"]))
-    loaded = replace(load_model(str(saved), dtype="fp32"), weights_bytes=2**32)
-    session = VideoQA(loaded).session
-    note_model(replace(session, loaded=replace(loaded, **changes)), GenerationOptions(), False)
-    assert ("--quantize int8 is about twice as fast" in capsys.readouterr().err) == said
+def test_a_model_in_8_bits_that_nobody_asked_for_is_noted(saved, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("evoprune.backend.devices._has_bf16", lambda device: False)
+    monkeypatch.setattr("evoprune.session.loading.description.LARGE_MODEL", 1)
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
+
+    def noted(**options) -> str:
+        session = VideoQA(load_model(str(saved), **options)).session
+        note_model(session, GenerationOptions(), False)
+        return capsys.readouterr().err
+
+    if "int8" not in Quantization.kinds(torch.device("cpu")):
+        assert noted() == ""
+        return
+    first, second = noted(), noted()
+    assert "note: int8, because this CPU has no bf16; --quantize none is exact" in first and first.startswith(second)
+    assert f"the quantized weights are kept in {tmp_path / 'weights'} for later runs" in first.replace("\n", " ")
+    assert noted(quantize="int8") == noted(quantize="none") == noted(dtype="fp32") == ""
+    assert noted(store_quantized=False) == second
 
 
 @pytest.mark.parametrize("stated", ["", "0", "-5", "\u00b2", "wide"])

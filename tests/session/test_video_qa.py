@@ -25,7 +25,7 @@ from evoprune.model import FAMILIES
 from evoprune.report import Report, warning_lines
 from evoprune.session.answers import Answer
 from evoprune.session.encoding import OpenInput, open_inputs
-from evoprune.session.loading.model import load_model, make_ready
+from evoprune.session.loading.model import load_model, prepare
 from evoprune.video import read_chunks
 from evoprune.video_qa import VideoQA
 from evoprune.vision import pixel_patches
@@ -107,7 +107,7 @@ SIZES = [(101, 67), (997, 13), (3, 400), (1, 1), (27, 29), (140, 112)]
 def test_full_budget_is_hugging_faces_generate(models, model, kinds, pack, tmp_path):
     loaded, folder = models(model)
     ours, sizes = replace(loaded, model=loaded.model.shared()), iter(SIZES[pack::2])
-    make_ready(ours.model, "none", pack=pack)
+    prepare(ours.model, pack)
     paths = [
         picture(tmp_path / f"{i}.png", *next(sizes)) if kind == "p" else {"v": CLIP, "l": LONG}[kind]
         for i, kind in enumerate(kinds)

@@ -4,7 +4,7 @@ import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -192,7 +192,7 @@ def run_checks(
     """
     limit = TimeLimit(UNLIMITED_S if time_limit_s is None else time_limit_s, begun=begun)
     progress("loading model", 0, 0, "")
-    loaded = load_model(model, pack=False, to_answer=True)
+    loaded = load_model(replace(model, quantize="none"), pack=False, to_answer=True)
     with subject_of(loaded, path) as subject:
         yield from verify(subject, limit, quick=quick, progress=progress, failed=failed)
 

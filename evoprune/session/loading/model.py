@@ -95,6 +95,7 @@ class LoadedModel:
     fingerprint: str | None  # changes if the weight files change or are moved; None if unknown
     load_seconds: dict[str, float]  # the time of the steps "tokenizer", "weights" and "prepare"
     packing: Packing  # schedules the packing of the remaining layers, and measures its time
+    quantized_file: Path | None = None  # where this load stored the quantized weights, or None if it stored nothing
     ready: Callable[[], None] = lambda: None  # waits until `_warm_up`, which starts during loading, has finished
     # The patches of the most recent inputs. They let the same model run with other settings without reading the inputs again.
     patches: PatchStore = field(default_factory=PatchStore)
@@ -320,29 +321,33 @@ def load_model(
     seconds = {"tokenizer": time.perf_counter() - start}
     work = partial(_warm_up, stored.config, DTYPES[model.dtype], stored.device, model.native)
     ready = Device(stored.device).run_beside(work)
-    weights, packing = _loaded(stored, pack, progress, seconds)
+    weights, packing, quantized_file = _loaded(stored, pack, progress, seconds)
     return LoadedModel(
         description=model,
         model=weights,
         tokenizer=tokenizer,
         eos_ids=ends,
         generation=generation,
-        quantize=settings.quantize,
+        quantize=model.quantize,
         weights_bytes=weights_bytes(weights),
         fingerprint=stored.fingerprint,
         load_seconds=seconds,
         packing=packing,
+        quantized_file=quantized_file,
         ready=ready,
     )
 
 
 def _loaded(
     stored: ModelWeights, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
-) -> tuple[Model, Packing]:
+) -> tuple[Model, Packing, Path | None]:
     """Load the weights and prepare them for use.
 
     Args:
         seconds: The times of the steps "weights" and "prepare" are added to this dict.
+
+    Returns:
+        The model, the schedule for packing its layers, and the file in which the quantized weights were stored, if any.
 
     Raises:
         OutOfMemory: If the weights do not fit into memory.
@@ -350,7 +355,7 @@ def _loaded(
     model = stored.description
     name = model.id
     device = stored.device
-    quantize = model.options.quantize
+    quantize = model.quantize
     if not model.native:
         from evoprune.session.loading import hosted
     form = DTYPES[model.dtype], device
@@ -371,17 +376,35 @@ def _loaded(
         else:
             weights = QwenVL.random(stored.config, *form)
         read = time.perf_counter()
-        store = None
-        if model.options.store_quantized and stored.files:
-            store = f"{stored.fingerprint} {model.dtype}"
-        packing = make_ready(weights, quantize, pack=pack, progress=progress, store=store)
+        quantized_file = None
+        packing = Packing()
+        if quantize == "none":
+            packing = prepare(weights, pack)
+        else:
+            quantized_file = _quantize(weights, stored, progress)
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
         message = f"the weights of {name} do not fit into memory ({device})"
         raise OutOfMemory(message, stored.what_fits(), stage="load") from problem
     seconds |= {"weights": read - start, "prepare": time.perf_counter() - read}
-    return weights, packing
+    return weights, packing, quantized_file
+
+
+def _quantize(weights: Model, stored: ModelWeights, progress: Callable[[int, int], None] | None) -> Path | None:
+    """Quantize the linear layers in place. Return the file in which their weights were stored, or None."""
+    from evoprune.session.loading.stored import has_room, quantize_once
+
+    model = stored.description
+    store = model.options.store_quantized
+    if store is None:
+        store = model.large and has_room(stored.bytes)
+    fingerprint = None
+    if store and stored.files:
+        fingerprint = f"{stored.fingerprint} {model.dtype}"
+    file = quantize_once(weights, model.quantize, fingerprint, progress)
+    empty_cache()  # frees the memory that the original weights took
+    return file
 
 
 def read_generation(folder: Path | None) -> GenerationSettings:
@@ -488,31 +511,6 @@ def load_weights(
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie()
     return model.requires_grad_(False)
-
-
-def make_ready(
-    model: Model,
-    quantize: str,
-    *,
-    pack: bool = True,
-    progress: Callable[[int, int], None] | None = None,
-    store: str | None = None,
-) -> Packing:
-    """Quantize a model's linear layers in place, or prepare them for the device. For the other arguments, see `load_model`.
-
-    Args:
-        store: The fingerprint under which the quantized weights are stored on disk. None means that they are not stored.
-
-    Returns:
-        The state that is shared by all layers that will be packed later.
-    """
-    if quantize == "none":
-        return prepare(model, pack)
-    from evoprune.session.loading.stored import quantize_once
-
-    quantize_once(model, quantize, store, progress)
-    empty_cache()  # frees the memory that the original weights took
-    return Packing()
 
 
 def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: bool) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from evoprune.vision import encode_rows
 
 CALIBRATION_GRID = (1, 8, 8)  # the number of frame pairs, and of rows and columns of units
 CALIBRATION_TOKENS = 64  # the number of text tokens before the visual tokens, and also after them
+SPARE_BYTES = 8 * 2**30  # free disk space to leave if weights are stored without being asked for
 HEADER_BYTES = 2**21  # the size to which the header is padded with spaces; a tensor takes about 120 bytes
 NAMES = {
     torch.int8: "I8",
@@ -37,23 +39,37 @@ NAMES = {
 }
 
 
+def has_room(size: int) -> bool:
+    """Return True if the disk of the cache folder has room for `size` bytes of quantized weights, and as much again and more."""
+    folder = Cache().of_weights.folder
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free > 2 * size + SPARE_BYTES
+    except OSError:
+        return False
+
+
 def quantize_once(
     model: Model, kind: str, fingerprint: str | None, progress: Callable[[int, int], None] | None = None
-) -> None:
+) -> Path | None:
     """Quantize a model in place. If an earlier run has stored the quantized weights, load them, and otherwise store them.
 
     Args:
         fingerprint: Identifies the model's files and dtype. If this is None, nothing is loaded or stored.
+
+    Returns:
+        The file in which the weights have been stored, or None if they were loaded or not stored.
     """
     quantization = Quantization(kind)
     if fingerprint is None:
         quantization.apply(model, calibrate, progress)
-        return
+        return None
     entries = Cache().of_weights
     key = _key(fingerprint, quantization)
     if read := _entry(entries.path(key), key, quantization.layers(model)):
         quantization.restore(model, read, progress)
-        return
+        return None
     stream = _Stream(key)
 
     def write(file: BinaryIO) -> None:
@@ -61,8 +77,11 @@ def quantize_once(
         quantization.apply(model, calibrate, progress, stream.add)
         stream.end()
 
-    if not entries.write(key, write) and not stream.file:  # the folder of the cache could not be created
+    if entries.write(key, write):
+        return entries.path(key)
+    if not stream.file:  # the folder of the cache could not be created
         quantization.apply(model, calibrate, progress)
+    return None
 
 
 def _key(fingerprint: str, quantization: Quantization) -> str:

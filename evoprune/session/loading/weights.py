@@ -119,7 +119,7 @@ class ModelWeights:
     @cached_property
     def bytes(self) -> int:
         """Memory that the weights will take once they are loaded, in bytes."""
-        return self.bytes_as(self.description.dtype, self.description.options.quantize)
+        return self.bytes_as(self.description.dtype, self.description.quantize)
 
     def bytes_as(self, dtype: str, quantize: str) -> int:
         """Return how many bytes the weights would take in another dtype or with another quantization.
@@ -171,7 +171,7 @@ class ModelWeights:
     def packed_bytes(self) -> int:
         """Size in bytes of the packed copies that a CPU makes if memory allows, in addition to the memory-mapped files."""
         dtype = DTYPES[self.description.dtype]
-        quantize = self.description.options.quantize
+        quantize = self.description.quantize
         if not (
             self.description.native and quantize == "none" and self._stays_mapped(self.description.dtype, quantize)
         ):
@@ -277,7 +277,7 @@ def weights_of(model: ModelDescription) -> ModelWeights:
         UsageError: If the model's device cannot be used, or does not support the requested quantization.
     """
     device = pick_device(model.device, auto=model.options.device == "auto")
-    Quantization(model.options.quantize).check(device)
+    Quantization(model.quantize).check(device)
     return ModelWeights(model, device)
 
 

@@ -3,6 +3,7 @@
 import copy
 import errno
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from evoprune.errors import UsageError
 from evoprune.session.cache import Cache, Entries
 from evoprune.session.loading import stored
 from evoprune.session.loading.stored import calibrate
-from tests.loading import delete_when_mapped
+from tests.loading import delete_when_mapped, load_model
 from tests.quantized import SOME, parameters
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -131,3 +132,21 @@ def test_answers_are_the_same_from_disk(kind, folder):
 def test_only_what_is_quantised_is_stored():
     with pytest.raises(UsageError, match="needs quantize"):
         VideoQA.load("demo", store_quantized=True)
+
+
+@pytest.mark.parametrize(("free", "kept"), [(2**40, True), (2**30, False)])
+def test_weights_of_large_models_are_stored_if_the_disk_has_room(tmp_path, monkeypatch, free, kept):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    folder = str(save_tiny(tmp_path / "model"))
+
+    def stored(**options) -> bool:
+        loaded = load_model(folder, quantize="int8", **options)
+        return loaded.quantized_file is not None and loaded.quantized_file.is_file()
+
+    if parameters("int8"):
+        assert not stored()  # the model is small
+        monkeypatch.setattr("evoprune.session.loading.description.LARGE_MODEL", 1)
+        assert not stored(store_quantized=False)
+        assert stored() == kept
+        assert not stored() and stored(store_quantized=True) != kept  # it is there already
