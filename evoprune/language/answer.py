@@ -24,7 +24,6 @@ class AnswerStream(Iterator[tuple[str, bool]]):
         eos_ids: Tokens that end the answer.
         constraint: Restricts which tokens the answer may contain. It does not restrict the model's thoughts. None allows all
             tokens.
-        one_by_one: Whether to score choices with one forward pass per token, as in decoding.
 
     Attributes:
         stop_reason: The stop string that ended the answer, or None.
@@ -41,7 +40,6 @@ class AnswerStream(Iterator[tuple[str, bool]]):
         eos_ids: Collection[int],
         seed: int = 0,
         constraint: TokenConstraint | None = None,
-        one_by_one: bool = False,
     ):
         self._tokenizer = tokenizer
         if constraint is not None:
@@ -50,7 +48,7 @@ class AnswerStream(Iterator[tuple[str, bool]]):
         if options.choices is None:
             self._tokens = TokenStream(state, options, eos_ids, seed, constraint)
         else:
-            self._tokens = ChosenTokens(state, options, tokenizer, eos_ids, one_by_one)
+            self._tokens = ChosenTokens(state, options, tokenizer, eos_ids)
         self._stops = StopStrings(options.stop or ())
         self._pieces = stream_answer(tokenizer, self._tokens, state.prompt_ids)
         if options.stop:

@@ -52,14 +52,13 @@ class ChosenTokens(Iterator[int]):
         options: GenerationOptions,
         tokenizer: Tokenizer,
         eos_ids: Collection[int],
-        one_by_one: bool = False,
     ):
         self.choices: list[Choice] = []
         self.finish_reason: str | None = None
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self._tokens = options.choice_ids(tokenizer)
-        self._score = partial(score_choices, state, options, self._tokens, eos_ids, one_by_one)
+        self._score = partial(score_choices, state, options, self._tokens, eos_ids)
         self._remaining: list[int] = []
 
     def __next__(self) -> int:
@@ -80,7 +79,6 @@ def score_choices(
     options: GenerationOptions,
     ids: Sequence[Sequence[int]],
     eos_ids: Collection[int],
-    one_by_one: bool = False,
 ) -> list[Choice]:
     """Compute how probable each choice in `options` is. `state` is left unchanged.
 
@@ -92,7 +90,6 @@ def score_choices(
         options: The options that contain the choices.
         ids: Each choice's token ids, without a token that ends the answer.
         eos_ids: The tokens that may end the answer.
-        one_by_one: Whether to run one forward pass per token, as in decoding, instead of one pass per choice.
 
     Raises:
         ModelError: If a logit is NaN or infinite.
@@ -101,10 +98,10 @@ def score_choices(
     ends = list(eos_ids)
     logprobs = []
     with _branch(state) as after_shared:
-        shared_logprob = _read_tokens(after_shared, shared, one_by_one)
+        shared_logprob = _read_tokens(after_shared, shared)
         for own in ids:
             with _branch(after_shared) as branch:
-                logprob = shared_logprob + _read_tokens(branch, own[len(shared) :], one_by_one)
+                logprob = shared_logprob + _read_tokens(branch, own[len(shared) :])
                 logprob += float(branch.logits.log_softmax(0)[ends].logsumexp(0))
             if not isfinite(logprob):
                 raise not_a_number_error("generate")
@@ -130,15 +127,10 @@ def _branch(state: PrefillState) -> Iterator[PrefillState]:
         yield replace(state, cache=state.cache.copy(), answer=list(state.answer))
 
 
-def _read_tokens(state: PrefillState, ids: Sequence[int], one_by_one: bool) -> float:
+def _read_tokens(state: PrefillState, ids: Sequence[int]) -> float:
     """Read tokens, if any, and return the sum of their log probabilities. Each token is conditioned on the tokens before it."""
-    given = torch.tensor(ids, dtype=torch.int64, device="cpu")
-    total = 0.0
     if not ids:
-        return total
-    for piece in given.split(1 if one_by_one else len(ids)):
-        before = state.logits[None]
-        logits = torch.cat([before, state.read(piece)[:-1]])
-        places = to_device(piece, logits.device)[:, None]
-        total += float(logits.log_softmax(1).gather(1, places).sum())
-    return total
+        return 0.0
+    given = torch.tensor(ids, dtype=torch.int64, device="cpu")
+    logits = torch.cat([state.logits[None], state.read(given)[:-1]])
+    return float(logits.log_softmax(1).gather(1, to_device(given, logits.device)[:, None]).sum())

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from evoprune.backend import Device, Packing, to_device
+from evoprune.backend import Device, Packing, Quantization, to_device
 from evoprune.errors import EvopruneError, ModelError, call, not_a_number_error
 from evoprune.language import decoder, hosted, static
 from evoprune.language.decoder import KVCache
@@ -195,7 +195,8 @@ class PrefillState:
         positions = (arange_on(len(ids), "cpu") + self.next_position + len(self.answer)).expand(3, -1)
         embeds = self.language.embed(ids)
         Packing.of(self.language.model).begin_pass()
-        logits = self.language.logits(embeds, positions, self.cache, last=len(ids), ids=ids)
+        with Quantization.decoding():
+            logits = self.language.logits(embeds, positions, self.cache, last=len(ids), ids=ids)
         self.answer += ids.tolist()
         self.logits = logits[-1]
         return logits

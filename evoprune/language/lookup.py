@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 NGRAM = 3  # number of tokens that must occur earlier in the same order
-DRAFT = 5  # maximum number of tokens in a draft
+DRAFT = 3  # maximum number of tokens in a draft; kernels for a few rows take at most 1.6 times as long for 4 rows as for one
 REST = 16  # number of tokens after a useless draft for which nothing is drafted
 MIN_TIE, TIE_STEPS = 0.005, 8  # see `Lookup.is_near_tie`
 

@@ -235,7 +235,7 @@ class Askable(ABC, Uncopied):
             with clock.stage("prefill"):  # the vocabulary is built only once per model
                 constraint = loaded.vocabulary.constraint(options.grammar)
         state = self._read(question, options, report, clock, turns)
-        generated = AnswerStream(state, options, loaded.tokenizer, loaded.eos_ids, seed, constraint, loaded.one_by_one)
+        generated = AnswerStream(state, options, loaded.tokenizer, loaded.eos_ids, seed, constraint)
         self._inputs_reported = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
         report.answer = ""
@@ -375,9 +375,8 @@ class EncodedInputs(Askable):
             state = self._read(question, options, self._report_of(question, options), clock)
             seconds = sum(clock.seconds.values())
             given = torch.tensor(ids, dtype=torch.int64, device="cpu")
-            loaded = self._session.loaded
             with clock.stage("generate"):
-                logits = state.logits_along(given, one_by_one=loaded.one_by_one)
+                logits = state.logits_along(given)
             return logits, seconds
 
     def bytes_with(self, new_tokens: int) -> int:

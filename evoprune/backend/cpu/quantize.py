@@ -5,12 +5,16 @@ a row does not depend on the other rows in a batch. Products use integers and ar
 than the others, they would cost the other channels their precision. These large channels are therefore computed in float32
 (LLM.int8(), arXiv 2208.07339, section 3). `Unquantized` detects them once.
 
+On CPUs without VNNI, the language model decodes with a different product, which rounds only the weights (`RowMajorInt8Linear`).
+
 int4 weights have a scale and a zero for every 32 weights, and use PyTorch's own kernel. They are used when the language model
 decodes. Everything else, including the tower, uses int8. The kernel is vectorized only for bf16, on AVX2 as well as on AVX512: with
 float32 it takes 20 times as long. Inputs are therefore converted to bf16, even on CPUs without bf16 instructions.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 
 import torch
@@ -23,12 +27,15 @@ from evoprune.errors import UsageError
 
 GROUP = 32  # the number of int4 weights that share a scale
 PIECE_WEIGHTS = 2**20  # approximate number of weights to quantize at a time, so that they fit into a cache
+ROW_STEP = 32  # PyTorch's kernel for row-major 8-bit weights works only with multiples of this size
+PIECE_ROWS = 512  # the number of rows to multiply by row-major weights at a time
 STEP_ROWS = 64  # pieces have a multiple of this number of rows, because kernels arrange rows in steps that divide it
 LARGE = 4.0  # a channel is large if it exceeds the median channel by this factor
 MAX_LARGE = 1 / 32  # the largest share of channels that can be treated as large
 # Layers that are not quantized, as in published checkpoints. These are the decay and write gates of a Gated DeltaNet, which have
 # one number per head.
 GATES = "in_proj_a", "in_proj_b"
+LANGUAGE = "model.language_model.", "lm_head"  # the beginnings of the names of the language model's layers
 
 SCRATCH_BYTES = 2**25  # the allocator returns larger blocks to the system when they are freed
 Weights = dict[str, torch.Tensor]  # the tensors of a quantized layer on the CPU, by name
@@ -100,6 +107,13 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
     return {"whole": whole, "scale": torch.cat(scales), "sum": torch.cat(sums), "large": large, "wide": wide}
 
 
+class _Role(threading.local):
+    decodes = False
+
+
+_role = _Role()
+
+
 class Int8Linear(nn.Module):
     """Computes `x @ W.T + bias` in 8-bit integers, with `int8_weights`. Layers that read the same input share `to_bytes`."""
 
@@ -111,7 +125,7 @@ class Int8Linear(nn.Module):
         self.large = weights["large"]
         self.wide = weights["wide"]
         self.scale = weights["scale"]
-        self.packed = torch.ops.onednn.qlinear_prepack(weights["whole"], None)
+        self.packed = self._arranged(weights["whole"])
         self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
         # Bytes are offset by `levels() + 1`. This term subtracts the offset's contribution to the product.
         self.offset = (weights["sum"].double() * self.scale.double() * -(levels() + 1)).float()
@@ -123,7 +137,22 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         whole, step, wide = self.to_bytes(x, self.large)
-        y = _product(whole, self.packed, self.scale, self.zero, self.offset)
+        return self._finished(x, self._product(whole), step, wide)
+
+    def _arranged(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return the weights in the layout that the product reads."""
+        return torch.ops.onednn.qlinear_prepack(whole, None)
+
+    def _product(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return the product of rounded rows with the weights, without the rows' step sizes, float32 `[R, out]`."""
+        return _product(whole, self.packed, self.scale, self.zero, self.offset)
+
+    def _finished(
+        self, x: torch.Tensor, y: torch.Tensor, step: torch.Tensor | None, wide: torch.Tensor
+    ) -> torch.Tensor:
+        """Scale a product, and add the bias and the large channels. Returns `[..., out]` in the dtype of `x`."""
+        if step is None:
+            step = torch.ones(1, 1, dtype=torch.float32, device="cpu")
         if self.bias is None:
             y.mul_(step)
         else:
@@ -131,6 +160,48 @@ class Int8Linear(nn.Module):
         if len(self.wide):
             y.addmm_(wide, self.wide)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class RowMajorInt8Linear(Int8Linear):
+    """An `Int8Linear` of the language model for CPUs without VNNI, where oneDNN needs three times as long for a single row.
+
+    The weights stay as they are, which also saves the time to pack them. While the model decodes, PyTorch's product for 8-bit
+    weights reads them, and only the weights are rounded. That product is vectorized for bf16 inputs. While the model reads a
+    prompt, the product is the same as in `Int8Linear`.
+    """
+
+    @staticmethod
+    def suits(shape: Sequence[int]) -> bool:
+        """Return True if this class is faster than `Int8Linear` here, and can compute a layer with weights of this shape."""
+        return levels() < 127 and all(size % ROW_STEP == 0 for size in shape) and _has_row_major_products()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not _role.decodes:
+            return super().forward(x)
+        rows = x.reshape(-1, self.in_features)
+        ones = torch.ones(self.out_features, dtype=torch.bfloat16, device="cpu")
+        y = torch._weight_int8pack_mm(rows.bfloat16().contiguous(), self.packed, ones).float().mul_(self.scale)
+        return self._finished(x, y, None, rows[:, self.large].float())
+
+    def _arranged(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.clone()
+
+    def _product(self, whole: torch.Tensor) -> torch.Tensor:
+        y = torch.empty(len(whole), self.out_features, dtype=torch.float32, device="cpu")
+        middle = levels() + 1
+        for rows, place in zip(whole.split(PIECE_ROWS), y.split(PIECE_ROWS), strict=True):
+            place.copy_(torch._int_mm(self.packed, (rows.view(torch.int8) - middle).T.contiguous()).T)
+        return y.mul_(self.scale)
+
+
+@lru_cache
+def _has_row_major_products() -> bool:
+    """Return True if both products of `RowMajorInt8Linear` exist, and the integer product is exact."""
+    if not hasattr(torch, "_weight_int8pack_mm") or not hasattr(torch, "_int_mm"):
+        return False
+    weights = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
+    rows = torch.full((64, 33), levels(), dtype=torch.int8, device="cpu")
+    return all(bool((torch._int_mm(w, rows) == 64 * levels() * w[0, 0].int()).all()) for w in (weights, -weights))
 
 
 def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, offset) -> torch.Tensor:
@@ -208,7 +279,7 @@ class Int4Linear(nn.Module):
         weights: The result of `int4_weights`.
         shape: The numbers of output and input features.
         bias: `[out]`, or None.
-        full: A layer that computes inputs with more than one row instead, or None.
+        full: A layer that computes the prompt instead, or None.
     """
 
     def __init__(self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full=None):
@@ -225,9 +296,9 @@ class Int4Linear(nn.Module):
         return self.packed.nbytes + self.scales.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
-        if self.full is not None and len(rows) > 1:
+        if self.full is not None and not _role.decodes:
             return self.full(x)
+        rows = x.reshape(-1, self.in_features)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16().contiguous(), self.packed, GROUP, self.scales)
         y = y[:, : self.out_features].to(x.dtype)
         if self.bias is not None:
@@ -270,6 +341,21 @@ class Quantization:
         self.kind = kind
 
     @staticmethod
+    @contextmanager
+    def decoding() -> Iterator[None]:
+        """Mark the passes in this context and thread as passes over the tokens of an answer.
+
+        Some quantized layers read the tokens of an answer in a different form from a prompt. The form must not depend on the number
+        of rows. Otherwise, an answer would depend on how many of its tokens are read together.
+        """
+        before = _role.decodes
+        _role.decodes = True
+        try:
+            yield
+        finally:
+            _role.decodes = before
+
+    @staticmethod
     def kinds(device: torch.device) -> list[str]:
         """Return the kinds of quantization, except "none", that work on a device with this PyTorch version and CPU."""
         if not is_host(device) or not has_exact_products(127):
@@ -297,7 +383,7 @@ class Quantization:
         kinds = {}
         for path, layer in model.named_modules():
             if is_unhooked_linear(layer) and not path.endswith(GATES):
-                decodes = path.startswith(("model.language_model.", "lm_head")) and layer.in_features % GROUP == 0
+                decodes = path.startswith(LANGUAGE) and layer.in_features % GROUP == 0
                 kinds[path] = self.kind if decodes else "int8"
         return kinds
 
@@ -400,7 +486,9 @@ class _Layers:
             # Layers of a module that have the same large channels have the same input. `to_bytes` recognizes both by identity.
             key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
             large = self._large_channels.setdefault(key, weights["large"])
-            full = Int8Linear(weights | {"large": large}, layer.bias, self._to_bytes)
+            decodes = kind == "int8" and path.startswith(LANGUAGE)
+            form = RowMajorInt8Linear if decodes and RowMajorInt8Linear.suits(layer.weight.shape) else Int8Linear
+            full = form(weights | {"large": large}, layer.bias, self._to_bytes)
         quantized = full
         if kind == "int4":
             quantized = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)

@@ -159,15 +159,6 @@ class LoadedModel:
         return max(0, cores - Device(self.device).busy_cores)
 
     @property
-    def one_by_one(self) -> bool:
-        """Whether tokens have to be read one at a time to get the same logits as during generation.
-
-        This is the case with 4-bit weights, which are used only for single rows. For more than one row at once, 8-bit weights are
-        used.
-        """
-        return self.quantize == "int4"
-
-    @property
     def span(self) -> int | None:
         """Number of temporal positions in the longest training clip, or None if only the context length limits them."""
         return self.demo.span if self.demo else None
