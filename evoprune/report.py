@@ -466,7 +466,7 @@ def warning_lines(report: Report) -> list[str]:
 
 
 def warned(report: Report) -> list[tuple[str, VideoFacts]]:
-    """Return the names of a report's warnings, each together with the `VideoFacts` of the video that it is about.
+    """Return the names of a report's warnings, each paired with the `VideoFacts` of the video it refers to.
 
     The warnings about the inputs come first, followed by the warnings about the model.
     """

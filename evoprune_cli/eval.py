@@ -95,9 +95,9 @@ def evaluate(
 ) -> int:
     """Measure accuracy at each budget, on questions with known answers.
 
-    Every setting answers the same questions, starting with the full budget. Each setting is compared with the full budget, and with
-    the first method at the same budget. Intervals are 95% confidence intervals over videos. The cost is the number of operations in
-    a model with the 3B model's dimensions. Exit code 6: finished, but some videos failed.
+    The model answers the same questions with every setting, starting with the full budget. Each setting is compared with the full
+    budget, and with the first method at the same budget. Intervals are 95% confidence intervals over videos. The cost is the number
+    of operations in a model with the 3B model's dimensions. Exit code 6: the run finished, but some videos failed.
 
     \b
     evoprune eval --data samples/questions.jsonl

@@ -183,7 +183,7 @@ def _as_typed(message: str, declared: dict[str, Option]) -> str:
 
     def typed(found: re.Match) -> str:
         name = found[0]
-        return _flags(name, declared[name]).split()[-1] if name in declared else name
+        return _flags(name, declared[name]).split()[-1].partition("/")[0] if name in declared else name
 
     return re.sub(
         r"^\w+(?= (is|and|needs)\b)|(?<= and )\w+(?= (exclude|cannot be combined)\b)|(?<= needs )\w+$", typed, message
@@ -249,7 +249,7 @@ def listed(texts: Sequence[str] | None) -> list[str]:
     """Return the values of a list option, which may be separated by commas or given by repeating the option.
 
     Raises:
-        UsageError: the option was given without any value.
+        UsageError: the option was given without a value.
     """
     parts = [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
     if texts and not parts:

@@ -25,6 +25,7 @@ FORMATS = ("table", "md", "csv", "json")
 NOTED_S = 2.0  # if a run is expected to take longer, the expected duration is announced
 ROUNDS = "Rounds"  # a panel title
 WORDS = {field.name: words_of(field.type) for field in fields(ModelOptions)}  # the allowed values of each model option
+QUANTIZE = [word for word in WORDS["quantize"] if word != "auto"]
 
 
 @opt.command(
@@ -81,7 +82,7 @@ def profile(
         "--quantize",
         "How to quantize the weights: none, int8, int4 (CPU only); default: none.",
         opt.SWEEP,
-        **opt.list_of(*WORDS["quantize"]),
+        **opt.list_of(*QUANTIZE),
     ) = None,
     new_tokens: opt.option(
         int,
@@ -114,8 +115,8 @@ def profile(
 
     Every run also measures plain Hugging Face transformers, budget 1.0 and the bound, which is the best time of any method that
     prunes after the encoder. All of them are measured in turn with the same weights. By default, the weights are random and have
-    the dimensions of Qwen2.5-VL-3B, because the speed does not depend on their values. Exit code 6: finished, but some rows ran out
-    of memory.
+    the dimensions of Qwen2.5-VL-3B, because the speed does not depend on their values. Exit code 6: the run finished, but some rows
+    ran out of memory.
 
     \b
     evoprune profile
@@ -132,7 +133,7 @@ def profile(
     }  # fmt: skip
     counts = _frames(opt.listed(frames))
     sizes = _sizes(opt.listed(size))
-    choices = [("--quantize", width, WORDS["quantize"]) for width in bits]
+    choices = [("--quantize", width, QUANTIZE) for width in bits]
     choices += [("--format", form, FORMATS), ("--load-format", load_format, (None, *WORDS["load_format"]))]
     for name, value, known in (*choices, ("--synthetic", synthetic, (None, *ProfileSettings.SYNTHETIC))):
         if value not in known:

@@ -106,7 +106,7 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
     if loaded.quantized_file is not None:
         tell(
             f"note: the quantized weights are kept in {loaded.quantized_file.parent} for later runs; to avoid this: "
-            "--no-store-quantized"
+            "--no-store"
         )
 
 

@@ -190,7 +190,7 @@ def _cluster(address: str | None):
 def _process_state_kept():
     """Restore this process's SIGTERM handler after Ray has replaced it.
 
-    This also turns off the usage statistics of a new cluster, unless an environment variable configures them.
+    This also disables usage reporting for new clusters, unless an environment variable says otherwise.
     """
     handler = signal.getsignal(signal.SIGTERM)
     variable = "RAY_USAGE_STATS_ENABLED"

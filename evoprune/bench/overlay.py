@@ -489,7 +489,7 @@ def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] 
 
 
 def wrap(text: str, width: int, size: int) -> list[str]:
-    """Split a string into lines that are at most `width` pixels wide. A word that is wider than a line is broken."""
+    """Split a string into lines that are at most `width` pixels wide. A word that is wider than a line is split across lines."""
     rows = [""]
     long = _font(size).getlength
     for word in text.split():

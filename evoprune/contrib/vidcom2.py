@@ -17,12 +17,12 @@ class VidCom2(Selector):
     """VidCom2 (arXiv 2505.14454): unusual frame pairs get more tokens, and each frame pair keeps its most unusual tokens.
 
     A token's affinity to a mean is the sum of exp(-distance^2 / (2 scale)) over five scales. It is computed over the half of the
-    channels with the lowest variance. Each of T frame pairs gets tokens in proportion to 1 - 1 / T + s. Here s is a softmax over
-    frame pairs, with temperature 0.01, of the negative mean affinity to the video's mean. A frame pair keeps the tokens with the
-    lowest sum of affinities to the video's mean and to the frame pair's own mean.
+    channels with the lowest variance. Each of T frame pairs gets tokens in proportion to 1 - 1 / T + s, where s is the softmax,
+    over frame pairs and with temperature 0.01, of the negative mean affinity to the video's mean. A frame pair keeps the tokens
+    with the lowest sum of affinities to the video's mean and to the frame pair's own mean.
 
-    Differences from the authors' code: here, the counts of all frame pairs add up to the budget. The authors' code rounds each of
-    them.
+    Unlike the authors' code, which rounds each frame pair's count independently, this version makes the counts add up to the
+    budget.
     """
 
     name = "vidcom2"

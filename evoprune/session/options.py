@@ -109,7 +109,7 @@ class ModelOptions:
     store_quantized: bool | None = option(
         None,
         "Keep the quantized weights on disk (at most 32 GiB) for later runs; default: if the model is large and the disk has room.",
-        "--store-quantized/--no-store-quantized",
+        "--store-quantized/--no-store",
         in_python="Keep the quantized weights on disk (at most 32 GiB) for later runs. None: if the model is large and the disk "
         "has room.",
         changes_answers=False,

@@ -86,7 +86,7 @@ def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two int64 `[T * H*W]` tensors: the units in window order, and the rank of each unit in this order."""
+    """Return two int64 `[T * H*W]` tensors: the units in window order, and the rank of each unit in that order."""
     order = (arange_on(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
     return order, order.argsort()
 

@@ -102,9 +102,9 @@ class Rows:
 
     @cached_property
     def unit_order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The order that sorts the rows by unit, and `unit_to_row` for the sorted rows: int64 `[R]` and `[N]`.
+        """The permutation that sorts the rows by unit, and the matching `unit_to_row`: int64 `[R]` and `[N]`.
 
-        `take` fills in both values, so that nothing has to be sorted.
+        `take` sets both in advance, which avoids a sort.
         """
         order = self.unit.argsort()
         return order, _append_none(order.argsort())[self.unit_to_row]

@@ -169,7 +169,7 @@ class Layer:
 
 
 def rotation_of(visual, rows: Rows) -> list[torch.Tensor]:
-    """Return the rotary cosines and sines of the rows, each float32 `[R, 4, 1, 1, d]`."""
+    """Return the rotary cosines and sines for each row, each float32 `[R, 4, 1, 1, d]`."""
     return [of_place[rows.place] for of_place in rotary(VisionConfig.of(visual.config), rows.geometry)]
 
 

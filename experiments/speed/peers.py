@@ -3,14 +3,13 @@
     python -m experiments.speed.checkpoint CKPT                       # 3B dimensions, random weights
     python -m experiments.speed.peers CKPT -o DIR --llama ENV/bin/python --gguf model-q8.gguf,model-q4.gguf --mmproj mmproj.gguf
 
-All sides get the same weights, frames, question and number of threads. Each side runs in its own process. The sides take turns, and the
-first round is a warm-up. Frames are read and resized before the clock starts. An answer of 128 tokens is the time to the first token
-plus 127 times the time per token. How to make the files for llama.cpp is described on results/peers.md.
+All sides get the same weights, frames, question and number of threads. Each side runs in its own process, and the sides take turns.
+The first round is a warm-up. Frames are read and resized before the clock starts. The time of an answer of 128 tokens is computed:
+the time to the first token plus 127 times the time per token. results/peers.md says how to make the files for llama.cpp.
 """
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -40,7 +39,7 @@ def main() -> None:
     parser.add_argument("--gguf", default="", help="model files for llama.cpp")
     parser.add_argument("--mmproj", help="projector file for llama.cpp")
     parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--size", default="224x336")
+    parser.add_argument("--size", default="280x420")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -121,7 +120,7 @@ def _conditions(args: argparse.Namespace) -> str:
 
     facts = Device("cpu").environment()
     return (
-        f"{time.strftime('%Y-%m-%d')}, {facts.device_name}, {args.threads} threads, {platform.machine()}, evoprune {facts.evoprune}, "
+        f"{time.strftime('%Y-%m-%d')}, {facts.device_name}, {args.threads} threads, evoprune {facts.evoprune}, "
         f"PyTorch {facts.torch}, {args.frames} frames of {args.size}, {args.rounds} rounds, medians"
     )
 

@@ -14,7 +14,6 @@ import llama_cpp
 import numpy as np
 from llama_cpp import mtmd_cpp
 
-
 BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 AFTER = "What happens in this video?<|im_end|>\n<|im_start|>assistant\n"
 

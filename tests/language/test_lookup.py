@@ -1,10 +1,12 @@
 import pytest
 import torch
 
+from evoprune import VideoQA
 from evoprune.language import generate, lookup
 from evoprune.language.generate import GenerationOptions, LanguageModel, TokenStream
 from evoprune.language.lookup import DRAFT, NGRAM, REST, Lookup
 from tests.language.test_generate import CLIPS, TOKENS, Clip, Steps
+from tests.quantized import parameters
 from tests.tiny import tiny_model
 
 
@@ -130,3 +132,29 @@ def test_nothing_is_drafted_for_a_while_after_a_useless_draft():
     assert made.draft(answer, 9)
     made.reject(1)
     assert made.draft([*answer, 7], 9)
+
+
+QUESTIONS = [
+    {"question": "Describe the video."},
+    {"question": "The square is green. The square is green. What colour is the square? The square is"},
+    {"question": "List the colours.", "regex": "(green|red|blue)(, (green|red|blue)){9}"},
+]
+
+
+@pytest.mark.parametrize("quantize", parameters("none", "int8", "int4"))
+@pytest.mark.parametrize("given", QUESTIONS, ids=["plain", "repeated", "regex"])
+def test_a_model_answers_as_without_drafts(monkeypatch, quantize, given):
+    qa = VideoQA.load("demo", quantize=quantize)
+    given = given | {"max_new_tokens": 40}
+
+    def answer() -> list[int]:
+        encoded = qa.encode("samples/square.mp4")
+        # Without an end, the demo model repeats itself.
+        monkeypatch.setattr(qa.loaded, "eos_ids", ())
+        found = encoded.ask(**given)
+        list(found)
+        return found.ids
+
+    drafted = answer()
+    monkeypatch.setattr(LanguageModel, "can_draft", False)
+    assert answer() == drafted and len(drafted) > 20

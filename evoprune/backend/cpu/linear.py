@@ -211,7 +211,7 @@ class PackedLinear(nn.Module):
 
     @property
     def waits(self) -> bool:
-        """Whether the weights are still plain and will be packed later."""
+        """Whether the weights are not packed yet but will be later."""
         return not self._weights_and_final[1]
 
     def weights_for(self, x: torch.Tensor) -> torch.Tensor:

@@ -219,7 +219,7 @@ SAME = 0.99  # share of units that must be equal; the rest may differ, because s
 def accelerated(subject: Subject) -> Outcome:
     """Compare kernels and CUDA graphs with plain PyTorch.
 
-    If decoding cannot use a CUDA graph and everything else holds, the outcome is `SKIPPED`.
+    If decoding cannot use a CUDA graph but all other comparisons pass, the outcome is `SKIPPED`.
     """
     if not Device(subject.device).uses_kernels:
         return skipped("kernels and graphs need CUDA and are off with EVOPRUNE_PLAIN")

@@ -1,4 +1,4 @@
-"""Provides `Track`, an open video file with its own decoder, which lists keyframes and decodes from the beginning or a keyframe."""
+"""Provides `Track`, an open video file with its own decoder. It lists keyframes, and can decode from the start or a keyframe."""
 
 import math
 from bisect import bisect_left, bisect_right, insort

@@ -48,10 +48,10 @@ OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
 
 @dataclass
 class Item:
-    """An output item: either thoughts or the text of an answer.
+    """An output item: either the model's thoughts or the text of its answer.
 
-    `logprobs` contains the log probabilities of the tokens so far. In a text item, it also includes the tokens of the thoughts
-    before the text.
+    `logprobs` contains the log probabilities of the tokens so far. In a text item, this includes the tokens of the thoughts that
+    came before the text.
     """
 
     thought: bool
