@@ -504,7 +504,7 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
 
 
 def summary(report: Report) -> str:
-    """Return one line with the token counts, the time to first token, the total time, and the probability of each choice."""
+    """Return one line with the token counts, the time to first token, the total time, and each choice's probability."""
     tokens = report.tokens
     times = report.time_ms
     read = f"{counted(tokens.prompt or 0, 'token')} read ({tokens.visual or 0:,} visual), {tokens.new or 0:,} written"

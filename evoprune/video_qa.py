@@ -316,7 +316,7 @@ class VideoQA(Uncopied):
     ) -> "list[Moment]":
         """Find the moments of a video that match a query, best first. With more than one query, the moments are grouped by query.
 
-        The video is cut into segments. The keyframes of each segment are read and encoded once, and the model is then asked every
+        The video is cut into segments. Each segment's keyframes are read and encoded once, and the model is then asked every
         query about them. If it finds "yes" much more probable for one segment than for most others, densely sampled frames are used
         to determine when the moment begins and ends. Memory use does not grow with the length of the video.
 

@@ -158,7 +158,7 @@ class Attention:
         stored as the sum of two numbers, because a single bf16 number could be off by 2^-9 of its value.
 
         Args:
-            bias: float32 `[n]`, the bias to add to the scores of each key.
+            bias: float32 `[n]`, the bias to add to each key's scores.
             dim: The number of features in a head, not counting the additional ones.
             least: A lower bound for the multiplied bias. Values below it are raised to it.
         """
@@ -174,7 +174,7 @@ class Attention:
         this buffer, attention needs no mask, which would be slow on a GPU.
 
         Args:
-            bias: float32 `[n]`, the bias to add to the scores of each key.
+            bias: float32 `[n]`, the bias to add to each key's scores.
             columns: The number of columns that have queries.
             kv_heads: The number of key/value heads.
             dim: The number of features in a head, not counting the additional ones.

@@ -654,9 +654,9 @@ def rotate_into_groups(
     Args:
         qkv: The queries, keys and values, `[R, 4, 3 * heads * d]`.
         cos, sin: The rotary embedding, float32 `[places, 4, d]`, with the first half of the sines negated.
-        place: int64 `[R]`, the place of each row.
+        place: int64 `[R]`, each row's place.
         heads: The number of heads.
-        keys: int64 `[K]`, the row of each key. None means that the keys are all rows in their original order.
+        keys: int64 `[K]`, each key's row. None means that the keys are all rows in their original order.
         weight: int64 `[K]` or None. The logarithm of each key's weight is added to its attention scores by means of additional
             features (see `vision.attention.with_bias`).
 

@@ -61,7 +61,7 @@ def lines(
     """Return a series for each name in `points`.
 
     Args:
-        points: the points of each series, by name.
+        points: each series's points, by name.
         colours: colors by name. Other names are assigned the default colors in turn. Once all six colors have been used, they are
             used again with hollow marks.
         dashed: the names of series that show derived values.

@@ -229,7 +229,7 @@ class Evaluation:
                 self.samples += samples
 
     def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
-        """Evaluate the videos one after another while the next videos are prefetched. Yields the samples of each video."""
+        """Evaluate the videos one after another while the next videos are prefetched. Yields each video's samples."""
         done = self.total - len(videos)
         with closing(in_flight(videos, self._opened, self.loaded)) as ahead:
             for number, (video, opened) in enumerate(ahead, done):

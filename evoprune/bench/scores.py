@@ -56,7 +56,7 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     first = next(iter(rows.values()))
     videos, cluster = np.unique([s["video"] for s in first], return_inverse=True)
     groups = _groups(first)
-    # The first columns mark the questions of each group. The other columns mark each row's right answers in each group.
+    # The first columns mark each group's questions. The other columns mark each row's right answers in each group.
     masks = np.array(list(groups.values())).T
     right = {key: np.array([s["right"] for s in answers]) for key, answers in rows.items()}
     columns = np.hstack([masks, *(masks & r[:, None] for r in right.values())]).astype(float)

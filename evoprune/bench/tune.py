@@ -132,7 +132,7 @@ def affordable(order: Sequence[Candidate], known: Known, new: int, rest: int, ro
 
     Args:
         order: the candidates, most promising first.
-        known: the trials of each candidate so far.
+        known: each candidate's trials so far.
         new: number of videos in the next round.
         rest: number of videos in the next round and all later rounds.
         rounds: number of remaining rounds. Each of them gets an equal share of the remaining time.
@@ -614,7 +614,7 @@ class Run:
 
 
 class Tuning(Run):
-    """Finds the fastest setting that agrees well enough. `known` contains the trials of each candidate.
+    """Finds the fastest setting that agrees well enough. `known` contains each candidate's trials.
 
     If the weights are quantized, the full answers are generated with the original weights, provided that they fit into memory. In
     this case, quantization without pruning is an additional candidate.

@@ -59,7 +59,7 @@ class FlashVid(Selector):
         return gathered(into.flatten(), weight.flatten())
 
     def condensed(self, attention: torch.Tensor, x: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the token that each token of a segment joins, and the weight of each token in the resulting mean.
+        """Return the token that each token of a segment joins, and each token's weight in the resulting mean.
 
         Args:
             attention: `[g, n]`.

@@ -79,7 +79,7 @@ def _runs(labels: list[int]) -> list[tuple[int, int]]:
 
 
 def steadiness(unit: torch.Tensor) -> torch.Tensor:
-    """Return float32 `[n]`: the mean cosine between the tokens of each place, over all pairs of tokens.
+    """Return float32 `[n]`: the mean cosine between each place's tokens, over all pairs of tokens.
 
     Returns -inf if each place has only one token. `unit` is `[g, n, D]`, with tokens of length one or zero.
     """

@@ -214,7 +214,7 @@ def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selectio
     A unit that joins itself stays, and a unit with -1 is dropped.
 
     Args:
-        weight: float32 `[N]`, the weight of each unit in its mean. None for equal weights.
+        weight: float32 `[N]`, each unit's weight in its mean. None for equal weights.
     """
     stays = into == arange_on(len(into), into.device)
     number = stays.cumsum(0) - 1
@@ -222,7 +222,7 @@ def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selectio
 
 
 def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
-    """Return float32 `[N]`: the weight of each unit in the mean that it joins. For `into`, see `gathered`.
+    """Return float32 `[N]`: each unit's weight in the mean that it joins. For `into`, see `gathered`.
 
     If n other units join a unit, its weight is max(1 / (n + 1), `least`), and the n other units share the rest evenly. If no other
     units join a unit, its weight is 1.
@@ -257,7 +257,7 @@ def averaged(
     Args:
         index: int64 `[T, n]`, the indices of the units.
         spans: The segments.
-        still: For each segment, `[n]`, the stillness of each place. Ties go to the lower index. Only places above `limit` are
+        still: For each segment, `[n]`, each place's stillness. Ties go to the lower index. Only places above `limit` are
             averaged.
 
     Returns:

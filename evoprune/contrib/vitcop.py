@@ -66,7 +66,7 @@ def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
     clusters with the longest keys are first combined into one cluster.
 
     Args:
-        cluster: int64 `[n]`, the cluster of each token.
+        cluster: int64 `[n]`, each token's cluster.
         length: float64 `[n]`, the lengths of the keys.
         left: The number of tokens in the selection.
     """

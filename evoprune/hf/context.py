@@ -440,7 +440,7 @@ class Patches:
     model at the same time.
 
     Args:
-        runs: Maps the name of each method to the function that runs in its place.
+        runs: Maps each method's name to the function that runs in its place.
         end: The function that `remover_of` returns. It must call `remove` and free the owner's other resources.
     """
 

@@ -98,7 +98,7 @@ def attend(
     Args:
         queries: `[1, L, heads, head_dim]`. Bias features may follow at the end of each head (`Attention.bias_features`).
         keys, values: `[1, kv_heads, n, head_dim]`. Consecutive query heads share a key head and a value head. If L is 1, bias
-            features may follow at the end of each head.
+            features may follow at each head's end.
         bias: `[n]`, the bias to add to the attention scores of each key. If the bias is the logarithm of a cluster's size, the key
             counts as that many identical keys (arXiv 2210.09461, section 3).
         visible_keys: int64 `[L]`, the number of keys that each query can see, in ascending order. The last number must be n. None

@@ -348,7 +348,7 @@ class Place:
     def positions(
         self, grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
     ) -> list[tuple[int, torch.Tensor]]:
-        """Return the first column and the positions of each run, in the form that `prompt_positions` expects.
+        """Return the first column and each run's positions, in the form that `prompt_positions` expects.
 
         See `video_positions` for the arguments.
         """
@@ -544,7 +544,7 @@ def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
 
 
 def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequence[Sequence[str]]) -> Iterator[Place]:
-    """Yield the place of each input. `runs` contains the columns of all placeholders, in the order of the inputs."""
+    """Yield each input's place. `runs` contains the columns of all placeholders, in the order of the inputs."""
 
     def around(run: range, time: str) -> range:
         """Return the columns of a run, its markers and its timestamp (unless the timestamp merged with the text before it)."""
@@ -572,7 +572,7 @@ def _render(
 
     Args:
         tokenizer: The tokenizer and its chat template.
-        kinds: The kind of each input, "video" or "picture".
+        kinds: Each input's kind, "video" or "picture".
         with_system: Whether to include a system prompt.
         markers: Special tokens that the tokenizer must have.
         thinking: See `Tokenizer.render`.

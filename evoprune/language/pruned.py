@@ -86,7 +86,7 @@ def prune_prompt(
     columns = (stays | visual).nonzero()[:, 0]
     visual = visual[columns]
     text = ~visual
-    # The index of each column in a table that contains the text columns, followed by the visual tokens.
+    # Each column's index in a table that contains the text columns, followed by the visual tokens.
     row = torch.where(text, text.cumsum(0), text.sum() + visual.cumsum(0)) - 1
     given = {"sizes": _sizes(int(text.sum()), read, row)}
     if positions is not None:
@@ -118,7 +118,7 @@ def _sizes(text: int, read: Sequence[Encoded], row: torch.Tensor) -> torch.Tenso
     Args:
         text: Number of text columns. Their size is 1.
         read: The encoded inputs, which contain the sizes of the visual tokens.
-        row: The index of each column in a table that contains the text columns, followed by the visual tokens.
+        row: Each column's index in a table that contains the text columns, followed by the visual tokens.
     """
     if all(tokens.size is None for tokens in read):
         return None

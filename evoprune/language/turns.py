@@ -17,7 +17,7 @@ class Placed(str):
     Used as a `str`, the question consists of its pieces of text, joined by line breaks.
 
     Attributes:
-        parts: The pieces of text in order, with None in the place of each input.
+        parts: The pieces of text in order, with None in each input's place.
     """
 
     parts: tuple[str | None, ...]

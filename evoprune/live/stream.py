@@ -447,7 +447,7 @@ class VideoStream(Askable):
         """Encode a window in the same way as a file of the same length. Does not change the stream.
 
         Args:
-            slots: The slot of each frame. There is one slot per frame at the stream's rate.
+            slots: Each frame's slot. There is one slot per frame at the stream's rate.
             frames: The frames.
             done: The first slot after the previous window.
             end: The first slot after this window.
@@ -654,7 +654,7 @@ def window_columns(
 
     Args:
         order: The result of `staying_order`.
-        slots: The slot of each frame, counted from the start of the stream.
+        slots: Each frame's slot, counted from the start of the stream.
         step_s: Length of a slot, in seconds.
         following: The first position after the previous window, which is used only if the prompt states each frame pair's time.
     """

@@ -138,8 +138,8 @@ def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, to
     """Return the tables that depend only on the grid: times, turns and tubes.
 
     Returns:
-        float32 `[N]`, the time of each unit, from 0 to 1.
-        int64 `[N]`, the turn of each unit, which breaks ties between equal radii. Turns are distinct numbers from 0 to N - 1, and
+        float32 `[N]`, each unit's time, from 0 to 1.
+        int64 `[N]`, each unit's turn, which breaks ties between equal radii. Turns are distinct numbers from 0 to N - 1, and
         the unit with the highest turn is selected first.
         int64 `[B, L]`, the units in each tube, ascending, padded with N.
     """

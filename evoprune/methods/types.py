@@ -137,7 +137,7 @@ class Selection:
         """Return the tokens `[K, D]`, computed from `rows` `[E, D]`.
 
         Args:
-            row_of: int64 `[N]`, the row of each unit. None if every unit has its own row.
+            row_of: int64 `[N]`, each unit's row. None if every unit has its own row.
         """
         if not self.averages or (self.unit_to_token is None and self.means is None):
             if row_of is None:

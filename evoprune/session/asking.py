@@ -293,7 +293,7 @@ class EncodedInputs(Askable):
 
     Attributes:
         report: Describes how the inputs were encoded. It never changes, because each answer has its own report.
-        plans: The plan of each input: its frames, sizes and encoding.
+        plans: Each input's plan: its frames, sizes and encoding.
         last_question: Set this to True before you ask the last question about the inputs. It lets a model with recurrent layers
             read the prompt in a single pass.
     """

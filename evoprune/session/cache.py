@@ -1,4 +1,4 @@
-"""A cache of files on disk. The name of each file is a hash of everything that its contents depend on.
+"""A cache of files on disk. Each file's name is a hash of everything that its contents depend on.
 
 Most of the files are encoded videos. The same video, sampled in the same way for the same model, is therefore encoded only once. An
 encoded video is stored as a safetensors file that also contains its cache key.

@@ -266,7 +266,7 @@ class OpenInput:
         return result
 
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
-        """Yield the patches of each chunk. Every call starts again from the first frame."""
+        """Yield each chunk's patches. Every call starts again from the first frame."""
         self.damaged = 0
         self.other_size = self.moved = False
         self.read_s = ()
@@ -379,7 +379,7 @@ class OpenInputs:
     """Videos and pictures for questions about all of them together. Encode them once and close them, or use a `with` statement.
 
     Attributes:
-        plans: The plan of each input.
+        plans: Each input's plan.
 
     Args:
         files: The temporary files of the inputs, which are deleted when the inputs are closed.
@@ -554,7 +554,7 @@ def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[flo
 
     Args:
         frame_rate: The number of frames per second in the arrays.
-        times_s: The time of each frame in an array, in seconds. This replaces the frame rate.
+        times_s: Each frame's time in an array, in seconds. This replaces the frame rate.
 
     Raises:
         UsageError: If there are no inputs, or an input has an unsupported type. See also `HeldVideo.of`.

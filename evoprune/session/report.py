@@ -1,4 +1,4 @@
-"""Fill in reports: the facts about the inputs and how they were pruned, and the time of each stage.
+"""Fill in reports: the facts about the inputs and how they were pruned, and each stage's time.
 
 `VideoQA` returns complete reports. `pruning_facts` is also used for models that are pruned through `evoprune.hf`.
 """

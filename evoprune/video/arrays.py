@@ -40,7 +40,7 @@ def read_frames(
     Args:
         times_s: Times in seconds from the first frame, in ascending order. The same time may appear more than once.
         frames, fps: Number of frames or frames per second, to be given instead of `times_s`. The span from `start_s` to `end_s` is
-            divided into equal parts, one per frame, and the frame in the middle of each part is read. At least one frame is read. A
+            divided into equal parts, one per frame, and the frame in each part's middle is read. At least one frame is read. A
             still image always yields one frame.
         start_s, end_s: Start and end of the span in seconds. Negative values count from the end of the video.
         seek: How to choose the frame for each part: "exact", "keyframes" or "auto". See `--seek` in docs/video.md.
@@ -117,7 +117,7 @@ def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
 
 
 def _parts(info: Video, sampling: SamplingOptions) -> tuple[tuple[float, ...], float]:
-    """Divide the span into equal parts. Returns the time in the middle of each part, and the length of a part, both in seconds."""
+    """Divide the span into equal parts. Returns the time in each part's middle, and the length of a part, both in seconds."""
     if info.is_picture:
         check_no_span(info, sampling.start_s, sampling.end_s)
         return (0.0,), 0.0

@@ -186,7 +186,7 @@ DEFAULT_SAMPLING = SamplingOptions()
 class SamplingPlan:
     """The times at which frames are sampled from a span of a video.
 
-    The span is divided into equal parts. `times_s` holds the time in the middle of each part, in ascending order. `wanted` is the
+    The span is divided into equal parts. `times_s` holds the time in each part's middle, in ascending order. `wanted` is the
     number of frames that would have been sampled without the limit `max_frames`.
     """
 

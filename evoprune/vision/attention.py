@@ -34,7 +34,7 @@ class PaddedGroups:
     weight: torch.Tensor | None = None
     # bool `[B, Q]`, False for padding. None if there is no padding or if `back` is set.
     inside: torch.Tensor | None = None
-    # Two int64 `[R]` tensors: the group of each row, and the row's index in this group. None if `query` and `inside` are
+    # Two int64 `[R]` tensors: each row's group, and the row's index in this group. None if `query` and `inside` are
     # sufficient.
     back: tuple[torch.Tensor, torch.Tensor] | None = None
     rows: Rows | None = None  # the rows of the video; None if the groups contain all rows in order
@@ -157,13 +157,13 @@ def _index(x: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor 
 
 
 def first_rows(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int64 `[R]`, the group of each row, and int64 `[G + 1]`, the offsets of the groups, counted in rows."""
+    """Return int64 `[R]`, each row's group, and int64 `[G + 1]`, the offsets of the groups, counted in rows."""
     group = rows.group(scope)
     return group, torch.searchsorted(group, arange_on(rows.group_count(scope) + 1, group.device))
 
 
 def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the keys of each group, with one key for each of the group's units, without synchronizing the device.
+    """Return each group's keys, with one key for each of the group's units, without synchronizing the device.
 
     If a row represents more than one unit of a group, it appears as a key more than once. With size bias, all of these keys count,
     so the row is weighted by the number of units. Without size bias, only one of them counts.
@@ -187,7 +187,7 @@ def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
 
 
 def weight_of(weight: torch.Tensor | None, key: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the weight of each key: int64 or bool `[B, K]`, with 0 for padding. Returns None if all weights are equal.
+    """Return each key's weight: int64 or bool `[B, K]`, with 0 for padding. Returns None if all weights are equal.
 
     Args:
         weight: int64, the weights to which `key` refers. None if they are equal.
@@ -397,7 +397,7 @@ def attend_by_products(
         q: `[B, heads, Q, d]`.
         k, v: `[B, heads, K, d]`.
         bias: `[B, 1, 1, K]`, which is added to the scores. None adds nothing.
-        weight: float32 `[B, Q]`, the weight of each query in the received attention. If None, the received attention is not
+        weight: float32 `[B, Q]`, each query's weight in the received attention. If None, the received attention is not
             computed.
         timer: Measures the time spent on the received attention.
 

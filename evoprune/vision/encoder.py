@@ -68,7 +68,7 @@ class Encoded:
     layers: list[tuple[int, int]]  # pairs of a layer and the number of rows that it computed for all videos
     prune_seconds: float  # the part of the encoding time that was spent on scoring, merging and selecting
     flat: bool = False  # whether every frame pair has a single color, which makes all its units alike
-    # float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to the logits. The method
+    # float32 `[K]`, each token's weight in the language model's attention, which adds log(size) to the logits. The method
     # `evoprune` uses (cluster size) ** count, which is the square root by default. None means 1 for all.
     size: torch.Tensor | None = None
     # `[n, K, D]`, the features to add to the tokens after each of the first n layers of the language model

@@ -75,7 +75,7 @@ def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geo
 
 @lru_cache(maxsize=64)
 def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
-    """Return int64 `[T * H*W + 1]`: the group of each unit. The last entry is a separate group for padding."""
+    """Return int64 `[T * H*W + 1]`: each unit's group. The last entry is a separate group for padding."""
     pair = arange_on(pairs + 1, geo.device)
     place = torch.zeros_like(geo.window)
     if scope == "window":
@@ -86,7 +86,7 @@ def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two int64 `[T * H*W]` tensors: the units in window order, and the rank of each unit in that order."""
+    """Return two int64 `[T * H*W]` tensors: the units in window order, and each unit's rank in that order."""
     order = (arange_on(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
     return order, order.argsort()
 
@@ -112,7 +112,7 @@ def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, 
 
     Returns:
         int64 `[G, widest]`, the units in each group, padded with the total number of units.
-        int64 `[T * H*W]`, the position of each unit in the flattened table. Units are in window order.
+        int64 `[T * H*W]`, each unit's position in the flattened table. Units are in window order.
         int32 `[G + 1]`, the offsets of the groups, counted in patches. The first offset is 0.
     """
     order, _ = order_tables(geo, pairs)

@@ -420,7 +420,7 @@ class Quantization:
             model: The model, which is changed in place.
             run: Runs the model on an input that must be the same in every run. It must call every linear layer.
             progress: Called with the number of finished layers and the total.
-            store: Called with the name of each layer and the tensors that `restore` needs for it.
+            store: Called with each layer's name and the tensors that `restore` needs for it.
 
         Raises:
             RuntimeError: If a layer was not called.

@@ -162,7 +162,7 @@ class _Stream:
 
 
 def calibrate(model: Model) -> None:
-    """Run all linear layers of a model once on the CPU, so that `Quantization.apply` can observe the input of each layer."""
+    """Run all linear layers of a model once on the CPU, so that `Quantization.apply` can observe each layer's input."""
     seen = calibrate_tower(model.model.visual)
     embed = model.model.language_model.embed_tokens
     ids = torch.linspace(0, embed.num_embeddings - 1, 2 * CALIBRATION_TOKENS, dtype=torch.float64, device="cpu").long()

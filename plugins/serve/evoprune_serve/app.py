@@ -369,7 +369,7 @@ class JobStream(StreamingResponse):
 
 
 async def read_json(request: Request, count: Callable[[int], None]) -> Any:
-    """Read the JSON body of a request. `count` is called with the size of each chunk.
+    """Read the JSON body of a request. `count` is called with each chunk's size.
 
     Raises:
         ApiError: the body is not valid JSON, or it has an unsupported content type or encoding.

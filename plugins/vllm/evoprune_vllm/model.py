@@ -139,7 +139,7 @@ class _Pruned(SupportsMultiModalPruning):
         return loaded
 
     def embed_multimodal(self, **inputs) -> tuple[torch.Tensor, ...]:
-        """Return the features of each picture and video, `[tokens, hidden]`.
+        """Return each picture's features and video, `[tokens, hidden]`.
 
         The features of pruned videos have `positions.COLUMNS` additional columns.
         """
