@@ -144,7 +144,7 @@ def test_the_prompt(cli):
     result = cli("watch", CLIP, stdin=f"{QUESTION}\n/help\n{MORE}\nq\n", terminal=True, columns=100)
     assert result.code == 0 and result.out.splitlines()[0] and len(result.out.splitlines()) == 2
     assert "Ask about the video so far" in result.err and result.err.count("> ") >= 4
-    assert (" seen, " in result.err and " tokens, " in result.err and "lag" in result.err) or "ended" in result.err
+    assert (" seen" in result.err and "lag" in result.err) or "ended" in result.err
 
 
 def test_the_prompt_remembers(cli, tiny_folder):
