@@ -51,7 +51,7 @@ OTHERS = {
     "sh", "proc", "nohup", "site", "TMPDIR", "https_proxy", "no_proxy", "x1b", "frame2", "frame10", "img",
     "white-space",
     # browsers, Docker and systemd
-    "docker", "--cap-drop", "--security-opt", "--read-only", "--tmpfs",
+    "docker", "--no-store", "--cap-drop", "--security-opt", "--read-only", "--tmpfs",
     "sessionStorage", "systemd-analyze", "PrivateDevices", "ProtectHome", "MemoryDenyWriteExecute",
     # pip
     "--extra-index-url", "-i", "--no-build-isolation", "--from", "BUILD_CUDA_EXT",

@@ -62,7 +62,7 @@ class OperationResults(Results):
         if found["error"]:
             lines += folded([f"{found['error']['message']}: not everything was measured"], width)
         if found["complete"]:
-            lines += ["", "the file written by -o is the recipe; use it with --method operations:recipe=FILE"]
+            lines += ["", "the -o file is the recipe; use it with --method operations:recipe=FILE"]
         return "\n".join(lines) + "\n"
 
 

@@ -51,6 +51,11 @@ class LanguageModel:
         return static.can_step(self.model)
 
     @property
+    def reads_ids(self) -> bool:
+        """True if some layers read the token ids as well, as in Qwen4-Exp."""
+        return self._hosted and hosted.reads_ids(self.model)
+
+    @property
     def can_draft(self) -> bool:
         """Whether drafted tokens can be read in the same pass as the latest token, and dropped if they turn out wrong."""
         return self.can_crop and Device(self.model.model.language_model.norm.weight.device).reads_drafts
@@ -106,7 +111,7 @@ class LanguageModel:
         return self._layers.logits(self.model, *args, **kwargs, **self._given(ids))
 
     def _given(self, ids: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
-        return {"ids": ids} if self._hosted and hosted.reads_ids(self.model) else {}
+        return {"ids": ids} if self.reads_ids else {}
 
     def prefill(
         self,

@@ -1,6 +1,7 @@
 """Many questions about many videos: which rows remain, and that every row gets a record, whatever happens to the others."""
 
 import json
+import pkgutil
 import threading
 import time
 from contextlib import closing
@@ -226,8 +227,7 @@ def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, 
     settings = changed(max_new_tokens=1)
     whole = [report.answer for report in answers(qa.session, Span.group(ROWS), settings)]
     qa.loaded.patches.clear()  # otherwise nothing would be read again
-    module, _, name = where.rpartition(".")
-    real, calls, problems = getattr(__import__(module, fromlist=[name]), name), [], []
+    real, calls, problems = pkgutil.resolve_name(where), [], []
 
     def breaks(*args, **how):
         at_once = how.get("piece_units", 0)

@@ -25,11 +25,13 @@ from tests.tiny import save_tiny
 
 CASES = [*product(("qwen2_5_vl", "qwen3_vl", "demo"), FAULTS), *product(("qwen3_vl",), QWEN3_FAULTS)]
 
+COMPARED = [family for family in FAMILIES if family != "qwen4_exp"]  # its layers also read token ids
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     at = tmp_path_factory.mktemp("tiny")
-    return {family: save_tiny(at / family, family=family) for family in FAMILIES}
+    return {family: save_tiny(at / family, family=family) for family in COMPARED}
 
 
 def verified(name, *, path=None, limit=1e6, dtype="fp32", **how):
@@ -48,7 +50,7 @@ def assert_held(results) -> None:
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("name", ["demo", *FAMILIES])
+@pytest.mark.parametrize("name", ["demo", *COMPARED])
 def test_everything_holds(folders, name):
     assert_held(results := verified(folders.get(name, name), quick=True))
     assert {n for n, s in states(results).items() if s == SKIPPED} == {"plain", "speed"}
@@ -101,7 +103,7 @@ def test_a_capture_that_fails_differs_in_nothing(folders, graphs, monkeypatch):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "name, dtype", [("demo-scenes", "fp32"), *product(["demo", *FAMILIES], ["fp32", "bf16", "fp16"])]
+    "name, dtype", [("demo-scenes", "fp32"), *product(["demo", *COMPARED], ["fp32", "bf16", "fp16"])]
 )
 def test_all_of_it_holds_in_every_dtype(folders, name, dtype):
     results = verified(folders.get(name, name), dtype=dtype)

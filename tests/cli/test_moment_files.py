@@ -64,7 +64,7 @@ def test_a_contact_sheet_is_drawn_anew_and_no_other_file_is_replaced(cli, there)
     (there / "a.srt").write_text("mine")
     for words in (("--contact-sheet", "b.png"), ("--srt", "a.srt"), ("--chapters", "a.srt")):
         result = cli("find", SQUARE, GREEN, *words)
-        assert (result.code, result.out) == (2, "") and "is there" in result.err
+        assert (result.code, result.out) == (2, "") and "already exists" in result.err
     assert (there / "a.srt").read_text() == "mine" and (there / "b.png").read_bytes() == b"\x89PNG of mine"
 
 

@@ -46,8 +46,8 @@ def test_a_table_a_chart_and_options_that_are_used(tune, cli, tiny_folder, tmp_p
 def test_a_recipe_of_operations_that_is_used(tune, cli, tiny_folder, tmp_path):
     recipe = f"operations:recipe={tmp_path / 't.json'}"
     ask = ("ask", CLIPS[0], "What?", "-m", str(tiny_folder), "--frames", "4", "-n", "2", "--method")
-    assert "has no recipe" in cli(*ask, "operations", "-b", "0.3").err
-    assert "has no recipe" in tune("--method", "evoprune+operations").err
+    assert "needs a recipe" in cli(*ask, "operations", "-b", "0.3").err
+    assert "needs a recipe" in tune("--method", "evoprune+operations").err
     assert "there is no file for it" in tune("--operations").err
     result = tune("--operations", "-o", tmp_path / "t.json")
     assert result.code == 0 and result.err == "" and all(len(line) <= 80 for line in result.out.splitlines())

@@ -23,7 +23,7 @@ def test_a_line_for_each_check_and_a_verdict(cli):
     for name in NAMES:
         assert [line for line in lines if line.startswith(f"held     {name} ")]
     assert "held, 0 differs, " in lines[-2] + lines[-1] or "held, 0 differs" in result.out
-    assert "computes with this model what transformers computes" in " ".join(result.out.split())
+    assert "with this model, this machine computes the same results as transformers" in " ".join(result.out.split())
 
 
 def test_one_thread_is_one():

@@ -96,7 +96,7 @@ def test_frames_that_come_late_are_no_slow_answers(cli, tmp_path):
     clip = write_video(tmp_path / "rare.mkv", numbered_frames(4), pts=[0.0, 0.5, 3.5, 4.0])
     result = cli("watch", clip, "--pace", "file", *ASKED, "--every", "1s", "--window", "2s", "-q")
     assert result.code == 0 and "meanwhile" not in result.err
-    assert "warning: 2 answers left out, from 0:02.0 to 0:03.0: no frame " in result.err
+    assert "warning: 2 answers skipped, from 0:02.0 to 0:03.0: no frame " in result.err
 
 
 @pytest.mark.full

@@ -158,6 +158,8 @@ def logits_by_hand(host, tokenizer, plan, kept, features, sizes, answer) -> torc
 )
 @pytest.mark.parametrize("budget", [0.4, 0.06])
 def test_pruned_logits_against_a_prompt_by_hand(loaded, host, name, budget):
+    if loaded.language.reads_ids:
+        pytest.skip("transformers cannot read a pruned prompt, because it derives the token ids from the embeddings")
     budget = max(budget, 0.2) if name == "tome" else budget  # leaves one row per frame pair
     video = VideoQA(loaded, budget=budget, method=name).encode(LONG, max_visual_tokens=60)
     plan, answer = video.plan, [5, 300, 7]

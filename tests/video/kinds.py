@@ -99,7 +99,7 @@ KINDS = {
     "refresh.mp4": Kind({"options": {"x264-params": "intra-refresh=1"}}),
     "one_group.mp4": Kind({"gop": 1000}),
     "fragments.mp4": Kind({"container_options": {"movflags": "frag_keyframe+empty_moov"}}),
-    "no_length.mkv": Kind({"container_options": {"live": "1"}}, decord_refuses="does not open"),
+    "no_length.mkv": Kind({"container_options": {"live": "1"}}, decord_refuses="cannot open the file"),
     "odd.mp4": Kind({"pix_fmt": "yuv444p"}, size=(47, 63)),
     "odd.webm": Kind(VP9, size=(47, 63)),
     "turned.mp4": Kind({"rotation": 90}),

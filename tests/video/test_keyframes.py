@@ -67,7 +67,10 @@ def test_the_frames_are_those_of_the_times_that_are_reported(info):
     # Requesting a frame's own time returns that frame, because rounding is allowed for, as in a player.
     again, same, _ = read(info, times)
     assert again == pytest.approx(times)
-    np.testing.assert_array_equal(near, same)
+    if info.interlaced:  # a keyframe that is decoded alone is deinterlaced without the frame before it
+        assert np.abs(near.astype(int) - same).mean() < 1
+    else:
+        np.testing.assert_array_equal(near, same)
     numbers = [bisect_right(all_times, time + 1e-6) - 1 for time in times]
     assert [number_of(rgb) for rgb in near] == numbers
 

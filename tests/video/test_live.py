@@ -160,7 +160,7 @@ def test_garbage(served):
     found, _, problem = read(f"{served[0]}/mixed.ts", pace="file")
     assert problem is None and len(found) >= 10 and found[-1][1] == 29
     with connection(b"nothing that is a video\n" * 9999) as port:
-        assert "no video" in read(f"tcp://127.0.0.1:{port}")[2].message
+        assert "does not send readable video" in read(f"tcp://127.0.0.1:{port}")[2].message
     with connection(b"") as port:
         assert not read(f"tcp://127.0.0.1:{port}")[0]
 

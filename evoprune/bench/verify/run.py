@@ -19,7 +19,7 @@ from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify import checks
 from evoprune.bench.verify.subject import DIFFERS, HELD, SKIPPED, Check, Outcome, Subject, skipped
 from evoprune.bundled import DEMOS
-from evoprune.errors import EvopruneError, first_line, is_out_of_memory
+from evoprune.errors import EvopruneError, UsageError, first_line, is_out_of_memory
 from evoprune.session import BUNDLED_CONFIGS, LoadedModel, ModelOptions, load_model
 from evoprune.util import counted
 from evoprune.video import probe, temporary_folder
@@ -193,6 +193,10 @@ def run_checks(
     limit = TimeLimit(UNLIMITED_S if time_limit_s is None else time_limit_s, begun=begun)
     progress("loading model", 0, 0, "")
     loaded = load_model(replace(model, quantize="none"), pack=False, to_answer=True)
+    if loaded.language.reads_ids:
+        raise UsageError(
+            f"verify cannot compare {loaded.id}, because its layers also read token ids", "use another model"
+        )
     with subject_of(loaded, path) as subject:
         yield from verify(subject, limit, quick=quick, progress=progress, failed=failed)
 

@@ -87,5 +87,5 @@ def test_clips_of_scenes_are_chosen_by_family(tmp_path):
 def test_a_split_that_a_world_does_not_have_and_a_block_too_small_are_refused():
     with pytest.raises(UsageError, match="scenes has no split 'portrait'"):
         clips_asked("scenes", "portrait", 0, 1)
-    with pytest.raises(UsageError, match="holds 50,000"):
+    with pytest.raises(UsageError, match="a block contains 50,000 such clips"):
         clips_asked("scenes", "heldout", 0, 60_000, ["video"])

@@ -231,7 +231,7 @@ def test_a_gpu_takes_eight_minutes_at_most(tmp_path):
 
 @pytest.mark.parametrize(
     ("more", "says"),
-    [(("--parts", "reading,talking"), "no part talking"), (("--seconds", "reading=soon"), "--seconds")],
+    [(("--parts", "reading,talking"), "unknown part talking"), (("--seconds", "reading=soon"), "--seconds")],
 )
 def test_what_cannot_be_run_is_refused(more, says, capsys):
     with pytest.raises(SystemExit):
