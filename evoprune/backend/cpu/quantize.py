@@ -192,7 +192,8 @@ class RowMajorInt8Linear(Int8Linear):
             whole = whole.expand(2, -1)
         y = torch.empty(len(whole), self.out_features, dtype=torch.float32, device="cpu")
         middle = levels() + 1
-        for rows, place in zip(whole.split(PIECE_ROWS), y.split(PIECE_ROWS), strict=True):
+        pieces = -(-len(whole) // PIECE_ROWS)
+        for rows, place in zip(whole.tensor_split(pieces), y.tensor_split(pieces), strict=True):
             place.copy_(torch._int_mm(self.packed, (rows.view(torch.int8) - middle).T.contiguous()).T)
         return y[:count].mul_(self.scale)
 
@@ -203,11 +204,11 @@ def _has_row_major_products() -> bool:
     if not hasattr(torch, "_weight_int8pack_mm") or not hasattr(torch, "_int_mm"):
         return False
     random = torch.Generator().manual_seed(0)
-    how = {"dtype": torch.int8, "generator": random, "device": "cpu"}
     largest = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
-    for weights in (largest, -largest, torch.randint(-127, 128, (64, 64), **how)):
+    mixed = torch.randint(-127, 128, (64, 64), generator=random, dtype=torch.int8, device="cpu")
+    for weights in (largest, -largest, mixed):
         for rows in (2, 33):
-            x = torch.randint(-levels(), levels() + 1, (64, rows), **how)
+            x = torch.randint(-levels(), levels() + 1, (64, rows), generator=random, dtype=torch.int8, device="cpu")
             x[:, 0] = levels()
             if not torch.equal(torch._int_mm(weights, x).double(), weights.double() @ x.double()):
                 return False

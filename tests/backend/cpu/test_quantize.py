@@ -248,7 +248,7 @@ def in_rows(layer, large=None) -> RowMajorInt8Linear:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_row_major_weights_give_the_same_prompt(large, bias, dtype):
     layer = layer_of(bias=bias)
-    for shape in ((1,), (3,), (2, 300)):
+    for shape in ((1,), (3,), (2, 300), (513,)):
         x = torch.randn(*shape, 96).to(dtype)
         torch.testing.assert_close(in_rows(layer, large)(x), int8(layer, large)(x), rtol=1e-2, atol=1e-4)
 
