@@ -57,9 +57,9 @@ def both(inputs, model="demo", frames=FRAMES, budget=0.25, **pruning):
 def assert_same(cpu, device, near=2e-4) -> None:
     """Check that encodings, logits and answers match. `near`: feature tolerance; resizing may change values by one level."""
     for ours, theirs in zip(device._encodings, cpu._encodings, strict=True):
-        assert ours.tokens.features.device.type == NAME and ours.tokens.layers == theirs.tokens.layers
-        assert ours.tokens.kept.tolist() == theirs.tokens.kept.tolist()
-        torch.testing.assert_close(ours.tokens.features.cpu(), theirs.tokens.features, atol=near, rtol=1e-4)
+        assert ours.encoded.features.device.type == NAME and ours.encoded.layers == theirs.encoded.layers
+        assert ours.encoded.kept.tolist() == theirs.encoded.kept.tolist()
+        torch.testing.assert_close(ours.encoded.features.cpu(), theirs.encoded.features, atol=near, rtol=1e-4)
     made, expected = (each.read_along(QUESTION, [5, 6])[0].cpu() for each in (device, cpu))
     torch.testing.assert_close(made, expected, atol=max(2e-3, near / 5), rtol=1e-3)
     assert device.ask(QUESTION).text == cpu.ask(QUESTION).text
