@@ -51,7 +51,7 @@ OTHERS = {
     "sh", "proc", "nohup", "site", "TMPDIR", "https_proxy", "no_proxy", "x1b", "frame2", "frame10", "img",
     "white-space",
     # browsers, Docker and systemd
-    "docker", "--no-store", "--cap-drop", "--security-opt", "--read-only", "--tmpfs",
+    "docker", "--cap-drop", "--security-opt", "--read-only", "--tmpfs",
     "sessionStorage", "systemd-analyze", "PrivateDevices", "ProtectHome", "MemoryDenyWriteExecute",
     # pip
     "--extra-index-url", "-i", "--no-build-isolation", "--from", "BUILD_CUDA_EXT",
@@ -131,6 +131,9 @@ def used() -> set[str]:
     found: set[str] = set()
     for path in sources():
         found |= strings(code(path))
+        found |= {
+            flag for text in strings(code(path)) if text.startswith("--") for flag in text.split("/")
+        }  # --x/--no-x
         found |= {part for part in re.split(r"[/.]", path) if part != "py"}
         for node in code(path):
             for field in ("name", "id", "attr", "arg", "asname", "module"):

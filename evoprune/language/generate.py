@@ -73,14 +73,11 @@ class LanguageModel:
             ModelError: If the model has no embedding for an id.
         """
         embed = self.model.model.language_model.embed_tokens
-        norm = self.model.model.language_model.norm
         if len(ids) and ids.max() >= len(embed.weight):
             problem = f"the tokenizer produced token {int(ids.max())}, but the model has only {len(embed.weight):,}"
             raise ModelError(problem, "use the tokenizer and the weights of the same model", stage="prefill")
         embeds = embed(to_device(ids, embed.weight.device))
-        return embeds.to(
-            norm.weight.dtype
-        )  # the embedding matrix may still have the dtype that it has in the model's file
+        return embeds.to(self.dtype)  # the embedding matrix may still have the dtype that it has in the model's file
 
     def new_cache(self, columns: int | Sequence[int]) -> KVCache | HostedCache:
         """Return an empty KV cache with room for a prompt and an answer of typical length.

@@ -34,9 +34,14 @@ class Lookup:
 
     def draft(self, answer: Sequence[int], most: int) -> list[int]:
         """Return up to `most` tokens that may follow the tokens of the answer so far, or an empty list."""
-        key = tuple([*self._tokens, *answer[self._answer_length :]][-NGRAM:])
-        place = self._places.get(key)
-        self._extend(answer[self._answer_length :])
+        if len(answer) == self._answer_length:  # called again after an exception
+            return []
+        *new, latest = answer[self._answer_length :]
+        self._extend(new)
+        place = self._places.get(
+            (*self._tokens[1 - NGRAM :], latest)
+        )  # looked up before the latest n-gram itself is added
+        self._extend([latest])
         self._answer_length = len(answer)
         if place is None or len(answer) < self._resting:
             return []
