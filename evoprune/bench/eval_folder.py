@@ -122,9 +122,8 @@ def stored_settings(path: Path) -> dict[str, Any]:
         UsageError: the folder contains no run.
     """
     try:
-        return {"seek": "exact"} | read_object(
-            path / SETTINGS
-        )  # earlier versions did not record the mode, because there was only this one
+        # Earlier versions did not record the mode, because there was only this one
+        return {"seek": "exact"} | read_object(path / SETTINGS)
     except (OSError, ValueError) as problem:
         raise no_folder(path) from problem
 

@@ -57,12 +57,13 @@ class Fates:
         rows: number of rows that the encoder returns.
     """
 
+    # In order of precedence
     NAMES: ClassVar[tuple[str, ...]] = (
         "read",
         "reused",
         "merged",
         "dropped",
-    )  # in order of precedence
+    )
 
     grid: tuple[int, int, int]
     chosen: torch.Tensor

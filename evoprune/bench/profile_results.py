@@ -79,9 +79,8 @@ class ProfileResults(Results):
     settings: dict[str, Any]
     # For each case: Hugging Face and budget 1.0, followed by the bound and the methods at each budget.
     rows: list[ProfileRow] = field(default_factory=list)
-    matmul_rates: list[float] = field(
-        default_factory=list
-    )  # operations per second of plain matrix products, one value per measured round
+    # Operations per second of plain matrix products, one value per measured round
+    matmul_rates: list[float] = field(default_factory=list)
     warmups: int = 0  # number of warm-up rounds that ran
     rounds: int = 0  # number of measured rounds that ran
     warmup_seconds: float = 0.0

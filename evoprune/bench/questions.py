@@ -68,9 +68,8 @@ class Word:
     # "name" (of an option), "states", "denies", "denies_before", "aside", "clause" (the start of one), "stop", "line" or "plain"
     kind: str
     text: str
-    options: frozenset[int] = (
-        frozenset()
-    )  # indices of the options that the word names; -1 for a letter without an option
+    # Indices of the options that the word names; -1 for a letter without an option
+    options: frozenset[int] = frozenset()
     letter: bool = False  # True if the word is a single letter
     marked: bool = (
         False  # True if the letter is in brackets, or starts a clause and precedes a bracket, a period or a colon
@@ -182,9 +181,8 @@ def _last_letter(words: list[Word]) -> frozenset[int]:
     earlier = [letters[number] for number in before]
     if all(option == chosen for option in earlier):
         return chosen
-    listed = (
-        last - 1 in letters and chosen not in earlier
-    )  # the line is another item of a list with one letter per line
+    # The line is another item of a list with one letter per line
+    listed = last - 1 in letters and chosen not in earlier
     ends = last + 1 == len(lines)  # otherwise each letter may be followed by an explanation
     if listed or not ends:
         return frozenset()

@@ -141,9 +141,8 @@ def precision(rows: Sequence[dict]) -> str | None:
         return f"{asked}: too few videos for intervals of differences, which need at least {LEAST_VIDEOS}"
     intervals = [(row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in compared for name in DIFFERENCES]
     reach = max(max(value - low, high - value) for value, low, high in intervals if value is not None)
-    unseen = 1 - 0.05 ** (
-        1 / videos
-    )  # share of differing videos that this sample misses entirely with a probability of 5%
+    # Share of differing videos that this sample misses entirely with a probability of 5%
+    unseen = 1 - 0.05 ** (1 / videos)
     points = math.ceil(1000 * (reach or unseen) - 1e-6) / 10
     return f"{asked}: differences are accurate to about ±{points:.1f} points"
 

@@ -132,9 +132,8 @@ class AnswerConstraint:
         if self._end is not None:
             self._thinks = token != self._end
             return
-        latest = self._tokenizer.decode(
-            self._ids[-len(THOUGHTS[1]) :]
-        )  # enough tokens to check, because each has at least one byte
+        # Enough tokens to check, because each has at least one byte
+        latest = self._tokenizer.decode(self._ids[-len(THOUGHTS[1]) :])
         _, ended, answer = latest.partition(THOUGHTS[1])
         if ended:
             self._thinks = False

@@ -172,9 +172,8 @@ def delta_net(
     kernel = delta.conv_kernel_size
     state = layer_state.recurrent_states[0]
     projected = delta.in_proj_qkv(x).T[None]
-    seen = layer_state.update_conv_state(
-        projected, conv_kernel_size=kernel
-    )  # the first columns may come from earlier passes
+    # The first columns may come from earlier passes
+    seen = layer_state.update_conv_state(projected, conv_kernel_size=kernel)
     seen = F.pad(seen, (kernel - 1 - (seen.shape[-1] - length), padding))
     mixed = F.silu(F.conv1d(seen, delta.conv1d.weight, delta.conv1d.bias, groups=seen.shape[1]))[0]
     qk, v = mixed.split([2 * delta.key_dim, delta.value_dim])
@@ -188,12 +187,10 @@ def delta_net(
 
     beta = F.pad(delta.in_proj_b(x).sigmoid().T, (0, padding)).view(by_head)
     log_decay = rate * F.softplus(delta.in_proj_a(x) + offset)
-    log_decay_in_chunk = (
-        F.pad(log_decay.T, (0, padding)).view(by_head).cumsum(3)
-    )  # logarithm of the decay since the beginning of the chunk
-    decay = (
-        (log_decay_in_chunk - log_decay_in_chunk.mT).exp().tril()
-    )  # decay between the time when column j writes and the time when column i reads, [..., i, j]
+    # Logarithm of the decay since the beginning of the chunk
+    log_decay_in_chunk = F.pad(log_decay.T, (0, padding)).view(by_head).cumsum(3)
+    # Decay between the time when column j writes and the time when column i reads, [..., i, j]
+    decay = (log_decay_in_chunk - log_decay_in_chunk.mT).exp().tril()
     decay_in_chunk = log_decay_in_chunk.exp()
 
     rows = qk.flatten(2, 3).flatten(0, 1)

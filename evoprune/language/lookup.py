@@ -38,9 +38,8 @@ class Lookup:
             return []
         *new, latest = answer[self._answer_length :]
         self._extend(new)
-        place = self._places.get(
-            (*self._tokens[1 - NGRAM :], latest)
-        )  # looked up before the latest n-gram itself is added
+        # Looked up before the latest n-gram itself is added
+        place = self._places.get((*self._tokens[1 - NGRAM :], latest))
         self._extend([latest])
         self._answer_length = len(answer)
         if place is None or len(answer) < self._resting:

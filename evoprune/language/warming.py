@@ -48,6 +48,5 @@ def _warm_up_hybrid(model: QwenVL) -> None:
         hybrid.add_norm(rows, plus, rows[0].float(), text.rms_norm_eps)
     if text.delta_net:
         chunks = like.new_zeros(16, hybrid.CHUNK, hybrid.CHUNK, dtype=torch.float32)
-        torch.linalg.solve_triangular(
-            chunks, chunks, upper=False, unitriangular=True
-        )  # loads the library that contains the solver
+        # Loads the library that contains the solver
+        torch.linalg.solve_triangular(chunks, chunks, upper=False, unitriangular=True)

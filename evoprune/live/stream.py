@@ -794,9 +794,8 @@ def kept_counts(windows: Sequence[tuple[int, int]], limit: int) -> list[int]:
         limit: Maximum total. It must be at least twice the number of tokens in the largest window.
     """
     counts = [left for left, _ in windows]
-    group = max(
-        1, limit // (2 * max(whole for _, whole in windows))
-    )  # number of windows that should keep the same share of their tokens
+    # Number of windows that should keep the same share of their tokens
+    group = max(1, limit // (2 * max(whole for _, whole in windows)))
     due = [whole >> ((len(windows) - 1 - number) // group) for number, (_, whole) in enumerate(windows)]
     while (over := sum(counts) - limit) > 0:
         for number, count in enumerate(counts):  # halve every window once before halving the oldest window again

@@ -137,9 +137,8 @@ def several_drops(
             high = middle
     # Round to 6 places before rounding down, because the search may stop slightly below an exact half.
     counts = [max(1, math.floor(round(share * tokens, 6) + 0.5)) for share in shares(high)]
-    return LanguagePlan.of(
-        depth, tokens, dict(zip(layers, counts, strict=True))
-    )  # if more than one drop follows the same layer, the last one applies
+    # If more than one drop follows the same layer, the last one applies
+    return LanguagePlan.of(depth, tokens, dict(zip(layers, counts, strict=True)))
 
 
 @dataclass(frozen=True)

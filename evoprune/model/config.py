@@ -554,9 +554,8 @@ def _parse_vision(content: dict, family: str) -> VisionConfig:
     speed = section(given, "rope_parameters").get("rope_theta") or 10_000
     _check(speed == 10_000, f"rope_theta {speed} of the tower is not supported, only 10000", Unsupported)
     picked = pick(VisionConfig, given | {"fullatt_block_indexes": [], "window_size": None}, "vision_config")
-    window = (
-        4 * picked.patch_size * picked.spatial_merge_size
-    )  # any value works, because no layer attends within windows
+    # Any value works, because no layer attends within windows
+    window = 4 * picked.patch_size * picked.spatial_merge_size
     every = tuple(range(picked.depth))
     return replace(picked, fullatt_block_indexes=every, window_size=window, tokens_per_second=None, family=family)
 

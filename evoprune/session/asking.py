@@ -441,9 +441,8 @@ class EncodedInputs(Askable):
             with clock.stage("encode"):
                 self._select_for(question, report)
         with clock.stage("prefill"):
-            last = (
-                self.last_question or selects
-            )  # prompts share no prefix, because tokens are selected again for each question
+            # Prompts share no prefix, because tokens are selected again for each question
+            last = self.last_question or selects
             state = self._prefill(prompt, last, goes_on=earlier is not None)
             state.prompt_ids = prompt.input_ids
             visual = sum(len(encoding.encoded.kept) for encoding in self._encodings)

@@ -463,9 +463,8 @@ def load_weights(
     as_stored = []
     if quantize != "none":
         as_stored = ["lm_head", "model.language_model.embed_tokens", *Quantization(quantize).layers(model)]
-    computed = re.compile(
-        r"(^|\.)(inv_freq|position_ids)$"
-    )  # buffers that older files contain and that are recomputed from the config
+    # Buffers that older files contain and that are recomputed from the config
+    computed = re.compile(r"(^|\.)(inv_freq|position_ids)$")
     tensors = {}
     unused = []
     for file, content, stored in stored_tensors(files):

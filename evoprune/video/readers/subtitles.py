@@ -220,10 +220,11 @@ def _cues(
     """
     hidden = _codec(stream) in ("ass", "ssa")
     size = 0
+    # Computing with Fraction would double the run time
     tick, per = (
         stream.time_base.numerator,
         stream.time_base.denominator,
-    )  # computing with Fraction would double the run time
+    )
     for packet in ffmpeg.packets(container, stream, every_stream=True):
         if packet is not None and (packet.pts is None or not packet.size):
             continue
