@@ -65,6 +65,11 @@ class Far(torch.Tensor):
     def tolist(self) -> list:
         return self.cpu().tolist()
 
+    def __deepcopy__(self, memo: dict) -> "Far":
+        # `torch.Tensor.__deepcopy__` would clone the storage of the wrapper, which has none, and crash.
+        memo[id(self)] = made = Far(self.there.clone())
+        return made
+
     def __repr__(self) -> str:
         return f"Far({self.there})"
 
