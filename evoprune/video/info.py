@@ -1,7 +1,7 @@
-"""Data classes that describe an input.
+"""Data classes that describe an input video or image.
 
-`Video` holds the metadata of a video or still image. `ScanResult` holds the results of decoding the whole video. `Subtitles` holds
-subtitles, which come from one of the video's tracks or from a file next to the video.
+`Video` contains the metadata of a video or still image, `ScanResult` contains the results of decoding a whole video, and
+`Subtitles` contains subtitles from one of the video's tracks or from a file next to the video.
 """
 
 import math
@@ -15,9 +15,10 @@ from evoprune.util import clock
 if TYPE_CHECKING:
     pass
 
-# A stated pixel aspect ratio above this, or below its inverse, is ignored, and the pixels are treated as square.
+# If a file states a pixel aspect ratio above this value or below its inverse, the ratio is ignored, and the pixels are treated as
+# square.
 WIDEST_PIXEL = 10.0
-SAME_SHAPE = 0.02  # two aspect ratios count as equal if their relative difference is at most this
+SAME_SHAPE = 0.02  # two aspect ratios are treated as equal if their relative difference is at most this
 # Animations that are read with Pillow (readers/animation.py): Pillow's format name, and the value of `Video.container`.
 ANIMATIONS = {"WEBP": "webp", "AVIF": "avif"}
 Kind = Literal["video", "picture"]  # kinds of input that a model distinguishes
@@ -27,10 +28,11 @@ FOLDER_FPS = 2.0
 PQ = "PQ"
 HLG = "HLG"
 IPT = "IPTPQc2"
-# When to read the nearest keyframe instead of the exact frame: if that saves a lot of time, never, or whenever possible.
+# When to read the nearest keyframe instead of the exact frame: only if that saves a lot of time ("auto"), never ("exact"), or
+# whenever possible ("keyframes").
 Seek = Literal["auto", "exact", "keyframes"]
 SEEKS = get_args(Seek)
-# Libraries that read videos; "auto" lets evoprune choose.
+# Libraries that can decode videos. With "auto", evoprune chooses one.
 Decoder = Literal["auto", "pyav", "decord"]
 # File extensions of clips. Matroska is used if players do not expect the clip's codecs in an MP4.
 CLIP_ENDINGS = (".mp4", ".mkv")
@@ -42,8 +44,8 @@ SubtitleLine = tuple[float, float, str]  # start and end in seconds from the fir
 class Video:
     """Metadata of a video file, a folder of images that is read as a video, or a still image.
 
-    A field is None if the file does not state the value, if only a scan could find it, or if it does not apply to still images.
-    Times are in seconds from the first frame.
+    A field is None if the file does not specify its value and finding it would require decoding the whole video, or if the field
+    does not apply to still images. Times are in seconds from the first frame.
     """
 
     path: str
@@ -60,14 +62,15 @@ class Video:
     frames_total: int | None = None
     start_s: float = 0.0  # the file's own timestamp of the first frame
     tags: dict[str, str] = field(default_factory=dict)  # the container's tags, or a still image's comment
-    # Number of pixels to crop from the left, right, top and bottom of a stored frame, before rotation.
+    # Number of pixels to crop from the left, right, top and bottom of a stored frame, before it is rotated.
     crop: Sequence[int] | None = None
     mirrored: bool = False  # whether to flip stored frames left to right, before rotation
     # The video track's duration as stated in the file; longer than `duration_s` if the file was cut off.
     stated_s: float | None = None
     # Whether `fps` is a guess, because the file (a raw stream) does not state its frame rate.
     rate_guessed: bool = False
-    # How often the file's clock restarts, as it does in concatenated files; evoprune's times continue across restarts.
+    # Number of times that the file's clock restarts, which happens in concatenated files. Times in evoprune continue across
+    # restarts.
     clock_restarts: int = 0
     # Whether another file was appended to this one (`cat a.mp4 b.mp4`); the appended file may not be read.
     joined: bool = False
@@ -83,7 +86,7 @@ class Video:
 
     @property
     def warnings(self) -> list[str]:
-        """Names of the warnings for this video. Each is about a difference between what the model sees and what players show."""
+        """Names of warnings about ways in which the model may see this video differently from a media player."""
         flags = {
             "hdr_video": self.hdr,
             "interlaced_video": self.interlaced,
@@ -121,10 +124,11 @@ class Video:
         return self.duration_s
 
     def span(self, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-        """Convert the start and end of a span to seconds from the first frame.
+        """Resolve a time span specified by the user to start and end times in seconds from the first frame.
 
         Args:
-            start_s, end_s: Start and end as the user gave them. For negative values and None, see `SamplingOptions`.
+            start_s, end_s: Start and end as specified by the user. See `SamplingOptions` for the meaning of negative values and
+                None.
 
         Raises:
             VideoError: The span is empty, or the video's duration is unknown.
@@ -136,7 +140,7 @@ class Video:
         return max(2, chunk_bytes // (self.width * self.height * 3) // 2 * 2)
 
     def fitted(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (width, height) to which a frame of a different size is scaled to fit inside this video's frames."""
+        """Return the (width, height) to which a frame of another size must be scaled to fit inside this video's frames."""
         return fitted((width, height), (self.width, self.height))
 
     @property
@@ -148,11 +152,11 @@ class Video:
 
 
 def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-    """Convert the start and end of a span to seconds from the first frame.
+    """Resolve a time span specified by the user to start and end times in seconds from the first frame.
 
     Args:
         duration_s: Length of the video in seconds.
-        start_s, end_s: Start and end as the user gave them. For negative values and None, see `SamplingOptions`.
+        start_s, end_s: Start and end as specified by the user. See `SamplingOptions` for the meaning of negative values and None.
 
     Raises:
         VideoError: The span is empty, or the duration is not finite and positive.
@@ -191,15 +195,15 @@ def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
 class ScanResult:
     """Results of decoding a whole video. `duration_s` and `stated_s` have the same meaning as in `Video`.
 
-    In some containers, such as Matroska, damaged packets cannot be detected. The only sign of damage is then that `duration_s` is
-    shorter than `stated_s`.
+    Some containers, such as Matroska, give no indication that packets are damaged. In that case, the only sign of damage is that
+    `duration_s` is shorter than `stated_s`.
     """
 
     frames: int
     damaged: int  # number of packets (or images, in a folder) that were skipped or patched up
     duration_s: float
     stated_s: float | None
-    variable_rate: bool  # whether there are more irregular frame intervals than the damage can explain
+    variable_rate: bool  # whether more frame intervals are irregular than the damage can explain
     largest_gap_s: float  # longest interval between two frames; 0 if there is only one frame
     # Median interval between keyframes, including the interval from the last keyframe to the end.
     keyframe_median_s: float
@@ -217,10 +221,10 @@ class FrameTimes:
 
 @dataclass(frozen=True)
 class Subtitles:
-    """Subtitles of a video.
+    """Subtitles of a video, or its transcribed speech.
 
-    The warning "subtitles_encoding" means that the file's encoding is unknown and was assumed to be cp1252. The warning
-    "damaged_subtitles" means that lines may be missing.
+    `warnings` may contain "subtitles_encoding" if the file's encoding is unknown and was assumed to be cp1252, and
+    "damaged_subtitles" if lines may be missing.
     """
 
     source: str | None = None  # name of the subtitle file or of the video's track; None if there are no subtitles
@@ -231,9 +235,9 @@ class Subtitles:
     language: str | None = None  # code of the spoken language, such as `en`; None if nothing was transcribed
 
     def fitted(self, max_tokens: int, count_tokens: Callable[[str], int]) -> "PromptSubtitles":
-        """Choose as many lines for the prompt as fit in `max_tokens`, spread evenly over all lines.
+        """Select as many lines for the prompt as fit in `max_tokens`, spread evenly over all lines.
 
-        Lines are never shortened. A line that is too long to fit even by itself is left out.
+        Lines are never truncated, so a line that exceeds the limit by itself is left out.
 
         Args:
             max_tokens: Maximum number of tokens for all chosen lines together.
@@ -284,7 +288,7 @@ class PromptSubtitles:
         return {name: getattr(self, name) for name in RECORDED}
 
 
-# fields of `PromptSubtitles` that are included in records
+# Fields of `PromptSubtitles` that are included in records.
 RECORDED = ("source", "lines", "lines_in_prompt", "tokens", "speech", "language")
 
 

@@ -1,6 +1,6 @@
-"""Plans which frames a model sees and at what size, within the limits of the model and the options.
+"""Plans which frames of a video the model sees and at what size, within the limits set by the model and the options.
 
-Planning is pure arithmetic, and no file is opened. All times are in seconds from the video's first frame.
+Planning only does arithmetic and never opens a file. All times are in seconds from the video's first frame.
 """
 
 import math
@@ -126,12 +126,15 @@ class SamplingOptions:
 
     @property
     def subtitle_file(self) -> str | None:
-        """Path of the subtitle file that `subtitles` names, or None if `subtitles` is "none" or "auto"."""
+        """Path of the subtitle file to use, or None if `subtitles` is "none" or "auto" and therefore does not specify a file."""
         return None if self.subtitles in ("none", "auto") else self.subtitles
 
     @property
     def subtitles_wanted(self) -> str:
-        """The value of `subtitles`, except that `speech="auto"` turns "none" into "auto", to skip videos that have subtitles."""
+        """The value of `subtitles` to use when looking for subtitles.
+
+        If `speech` is "auto", "none" is replaced with "auto", because speech is transcribed only if the video has no subtitles.
+        """
         return "auto" if (self.subtitles, self.speech) == ("none", "auto") else self.subtitles
 
     def check_one_file(self, inputs: int) -> None:
@@ -166,13 +169,14 @@ class SamplingOptions:
 
     @property
     def timeless(self) -> "SamplingOptions":
-        """A copy of the options without a time span."""
+        """A copy of the options that covers the whole video instead of a time span."""
         return replace(self, start_s=0.0, end_s=None)
 
     def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
-        """Return the options for each input. If a video is among the inputs, still images get the options without the time span.
+        """Return the options to use for each input, in the same order.
 
-        Otherwise, still images keep the time span, so that it is reported as an error.
+        If the inputs include both videos and still images, the time span applies only to the videos. If all inputs are still
+        images, they keep the time span, so that it is reported as an error.
         """
         if all(info.is_picture for info in inputs):
             return [self] * len(inputs)
@@ -186,7 +190,7 @@ DEFAULT_SAMPLING = SamplingOptions()
 class SamplingPlan:
     """The times at which frames are sampled from a span of a video.
 
-    The span is divided into equal parts. `times_s` holds the time in each part's middle, in ascending order. `wanted` is the
+    The span is divided into equal parts, and `times_s` contains the midpoints of these parts in ascending order. `wanted` is the
     number of frames that would have been sampled without the limit `max_frames`.
     """
 
@@ -197,7 +201,7 @@ class SamplingPlan:
 
     @classmethod
     def even(cls, start_s: float, end_s: float, frames: int, wanted: int | None = None) -> "SamplingPlan":
-        """Return a plan that samples the middle of each of `frames` equal parts of a span. `wanted` defaults to `frames`."""
+        """Plan to sample `frames` evenly spaced frames, one in the middle of each part of a span. `wanted` defaults to `frames`."""
         times_s = tuple(start_s + (i + 0.5) * (end_s - start_s) / frames for i in range(frames))
         return cls(start_s, end_s, times_s, frames if wanted is None else wanted)
 
@@ -211,11 +215,11 @@ class SamplingPlan:
         return (self.end_s - self.start_s) / self.frames
 
     def seconds_per_pair(self, temporal_patch: int = 2) -> float:
-        """Return the time in seconds from one frame pair, which is a group of `temporal_patch` frames, to the next."""
+        """Return the interval in seconds between consecutive frame pairs, which are groups of `temporal_patch` frames."""
         return temporal_patch * self.seconds_per_frame
 
 
-# The plan for a still image, which has one frame. It lasts 0.5 s, because models expect a frame pair to last one second.
+# The sampling plan for a still image. Its only frame lasts 0.5 s, because models expect a pair of frames to last one second.
 ONE_FRAME = SamplingPlan(0.0, 0.5, (0.0,), 1)
 
 
@@ -223,7 +227,7 @@ ONE_FRAME = SamplingPlan(0.0, 0.5, (0.0,), 1)
 class InputLimits:
     """A model's requirements for the size, normalization and frame rate of videos or of still images.
 
-    The defaults are Qwen2.5-VL's values for video. The fields that are annotated with a rule can be set by a model's files.
+    The defaults are Qwen2.5-VL's values for video. Fields that are annotated with a rule can be overridden by a model's files.
     `min_pixels` and `max_pixels` limit the area of a single frame after resizing or, if `of_all_frames` is True, the total area of
     all of a video's frames. `merge_size` is the side length of a unit, measured in patches. `image_mean` and `image_std` contain a
     value for each of the red, green and blue channels, and apply to pixel values between 0 and 1.
@@ -276,7 +280,7 @@ class InputLimits:
         return rows * unit, cols * unit
 
     def of_each(self, frames: int) -> "InputLimits":
-        """Return the limits for a single frame of a video with `frames` frames."""
+        """Return the limits that apply to a single frame of a video from which `frames` frames are sampled."""
         if not self.of_all_frames:
             return self
         max_pixels = min(MAX_FRAME_TOKENS * self.unit**2, self.max_pixels / frames)
@@ -285,14 +289,14 @@ class InputLimits:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan of which frames to read from a video and how to encode them. A still image counts as one frame.
+    """A plan that determines which frames to read from a video and how to encode them. A still image is treated as a single frame.
 
     `Plan.of` chooses the frames. `ModelDescription.plan` (session/loading/description.py) adds `tower` and `pruning`, which
     determine `encoder`.
 
-    `limited` is True if the options ask for more frames or a higher frame rate than a limit allows, or if frames were made smaller
-    so that the requested number of frames fits. A frame limit that was set in the options does not count as a limit here. `limited`
-    is also False if only the model's default frame rate had to be reduced.
+    `limited` is True if the options request more frames or a higher frame rate than a limit allows, or if frames were made smaller
+    so that the requested number of frames fits. It remains False if the frames exceed only a frame limit that was set in the
+    options, or if only the model's default frame rate had to be reduced.
     """
 
     info: Video
@@ -360,7 +364,7 @@ class Plan:
 
     @cached_property
     def encoder(self) -> EncoderPlan:
-        """The encoder's plan. It is computed lazily, because loading a pruning method imports torch."""
+        """The plan for the vision encoder. It is computed on first use, because loading a pruning method imports torch."""
         if self.pruning is None:
             return EncoderPlan.full(self.tower, self.grid)
         return self.pruning.plan(self.tower, self.full.grid)
@@ -382,12 +386,12 @@ class Plan:
 
     @property
     def read_arguments(self) -> dict[str, Any]:
-        """The arguments for `frames.read_chunks` that determine which frames are read."""
+        """Keyword arguments for `frames.read_chunks` that determine which frames are read."""
         return {"decoder": self.decoder, "seek": self.seek, "part_s": self.sampling.seconds_per_frame}
 
     @property
     def chunk_bytes(self) -> int:
-        """Maximum size of a chunk of decoded frames in bytes. It ensures that the resized frames also fit in `CHUNK_BYTES`."""
+        """Maximum size of a chunk of decoded frames in bytes, chosen so that its resized frames fit in `CHUNK_BYTES` as well."""
         pixels = self.source.width * self.source.height
         return CHUNK_BYTES * pixels // max(pixels, self.width * self.height)
 
@@ -415,7 +419,10 @@ class Plan:
 
     @property
     def shown_s(self) -> tuple[float, ...]:
-        """The frame times to tell the model: the requested times, or the frames' own times if some frames are nearby keyframes."""
+        """Frame times to tell the model.
+
+        These are the requested times, or the frames' own times if some frames were replaced with nearby keyframes.
+        """
         return self.read_s if self.moved else self.sampling.times_s
 
     @property
@@ -425,12 +432,12 @@ class Plan:
 
     @property
     def cut_short(self) -> bool:
-        """True if the end of the file is missing and the sampled span extends to the last frame that is left."""
+        """True if the file is truncated and the sampled span extends to the last frame that is left."""
         return self.info.cut_short and self.sampling.end_s == self.info.duration_s
 
     @property
     def capped(self) -> bool:
-        """True if the token limit or the frame limit made the frames smaller, or fewer than requested."""
+        """True if the token limit or the frame limit resulted in smaller frames, or in fewer frames than requested."""
         return self.token_capped or self.sampling.wanted > self.frame_limit
 
     @property
@@ -438,7 +445,7 @@ class Plan:
         return math.prod(self.grid)
 
     def shrunk(self, grid: Grid, limits: InputLimits) -> "Plan":
-        """Return a plan for the same span with T evenly spaced frame pairs, resized to H x W units. `grid` is (T, H, W)."""
+        """Return a plan that samples T frame pairs from the same span and resizes frames to H x W units. `grid` is (T, H, W)."""
         pairs, height, width = grid
         sampling = self.sampling
         if pairs != self.grid[0]:
