@@ -40,7 +40,7 @@ class GivenInput:
 
     @property
     def has_content(self) -> bool:
-        """True if the input contains its data (an image, bytes, an open file or a `HeldVideo`), False for a path or a URL."""
+        """True if the input contains the data itself (an image, bytes, an open file or a `HeldVideo`) instead of a path or URL."""
         return isinstance(self._value, Bytes | HeldVideo) or is_picture(self._value) or hasattr(self._value, "read")
 
     @property

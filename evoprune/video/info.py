@@ -44,7 +44,7 @@ SubtitleLine = tuple[float, float, str]  # start and end in seconds from the fir
 class Video:
     """Metadata of a video file, a folder of images that is read as a video, or a still image.
 
-    A field is None if the file does not specify its value and finding it would require decoding the whole video, or if the field
+    A field is None if the file does not specify its value, if only a scan of the whole video could determine it, or if the field
     does not apply to still images. Times are in seconds from the first frame.
     """
 
@@ -108,7 +108,7 @@ class Video:
 
     @property
     def is_animation(self) -> bool:
-        """True for an animation that is read with Pillow. All other animations are read with FFmpeg, as videos."""
+        """True for an animation that has to be read with Pillow. FFmpeg reads all other animations as ordinary videos."""
         return self.container in ANIMATIONS.values()
 
     @property
@@ -118,7 +118,7 @@ class Video:
 
     @property
     def length_s(self) -> float:
-        """`duration_s` if it is known. Otherwise raises VideoError."""
+        """Duration in seconds. Unlike `duration_s`, this property raises VideoError if the duration is unknown."""
         if self.duration_s is None:
             raise VideoError(f"the duration of {self.path} is unknown", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
         return self.duration_s
@@ -136,7 +136,7 @@ class Video:
         return span_of(self.length_s, start_s, end_s)
 
     def frames_at_once(self, chunk_bytes: int) -> int:
-        """Return how many frames fit in a chunk of `chunk_bytes`, rounded down to an even number, but at least 2."""
+        """Return the number of frames that fit in a chunk of `chunk_bytes`, rounded down to an even number, but at least 2."""
         return max(2, chunk_bytes // (self.width * self.height * 3) // 2 * 2)
 
     def fitted(self, width: int, height: int) -> tuple[int, int]:
@@ -145,7 +145,10 @@ class Video:
 
     @property
     def cut_short(self) -> bool:
-        """True if the end of the video is missing, so that the stated duration is too long by more than 0.5 s and more than 2%."""
+        """True if the file appears to be truncated.
+
+        That is the case if the duration stated in the file exceeds the actual duration by more than 0.5 s and by more than 2%.
+        """
         if self.stated_s is None or self.duration_s is None:
             return False
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)

@@ -158,7 +158,7 @@ class SamplingOptions:
         return self.fps is not None or self.frames is not None
 
     def rate(self, usual: float) -> float:
-        """Return `fps`, or `usual` if no frame rate is set. Callers ignore the result if a number of frames is set."""
+        """Return the requested frame rate, or `usual` if none is set. Callers ignore it if a number of frames is set instead."""
         return usual if self.fps is None else self.fps
 
     def with_overrides(self, **own) -> "SamplingOptions":
@@ -379,7 +379,7 @@ class Plan:
 
     @property
     def source(self) -> Video:
-        """The input with the size at which to read it: a video's own size, or the size that the model needs for a still image."""
+        """Metadata of the input, with the frame size to read, which is a video's own size or the model's size for a still image."""
         if self.is_picture:
             return replace(self.info, width=self.width, height=self.height)
         return self.info
@@ -397,7 +397,7 @@ class Plan:
 
     @property
     def of_pixels(self) -> "Plan":
-        """A copy in which the path and all other fields that do not affect the input's patches are cleared."""
+        """A copy for use in cache keys, without the path and all other fields that do not affect the input's patches."""
         return replace(
             self,
             info=replace(self.info, path=""),
