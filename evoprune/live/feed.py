@@ -83,7 +83,11 @@ class Backlog:
             self._changed.notify_all()
 
     def take(self, patience_s: float) -> tuple[float, np.ndarray] | None:
-        """Return the oldest queued frame. Returns None if the source has ended or no frame arrives within `patience_s` seconds."""
+        """Remove and return the oldest queued frame.
+
+        Returns:
+            The frame's timestamp and pixels, or None if the source has ended or no frame arrives within `patience_s` seconds.
+        """
         with self._changed:
             begun = self._now()
             if not self._waiting:

@@ -112,7 +112,7 @@ class EncodedWindow:
 
 
 class PriorityLock:
-    """A lock that gives priority to answers. While an answer waits for the lock or holds it, `pause` blocks the other threads.
+    """A lock that gives answers priority. While an answer waits for the lock or holds it, `pause` blocks the other threads.
 
     As a result, answers come first, the encoder second, and windows that are waiting to be prefilled last.
     """
@@ -357,7 +357,7 @@ class VideoStream(Askable):
         return self._plan and self._plan.sampling.seconds_per_frame
 
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
-        """Plan a window like a video of the same length, and prefill the prompt before the video, which also packs the weights."""
+        """Plan windows like videos of the same length, and prefill the prompt before the video, which also packs the weights."""
         height, width, _ = frame.shape
         window = Video(
             self._name, self._options.window_s, width, height, 0, "raw", None, "stream", None, None, None, 0.0
@@ -495,7 +495,7 @@ class VideoStream(Askable):
         return EncodedWindow(count, end, encoding, window.left, *columns)
 
     def _pause(self) -> None:
-        """Let answers go first, and raise an error if the stream has been closed. Called before each layer of the encoder."""
+        """Let answers go first, and raise UsageError if the stream has been closed. Called before each layer of the encoder."""
         self._lock.pause()
         self._check_open()
 
@@ -559,7 +559,7 @@ class VideoStream(Askable):
 
     @property
     def _unread(self) -> list[EncodedWindow]:
-        """A list with the unfinished window as the latest question saw it. The list is empty if there is no such window."""
+        """A list with the unfinished window as the latest question saw it, or an empty list if there is no such window."""
         return [self._unfinished] if self._unfinished else []
 
     def _seen(self, unread: Sequence[EncodedWindow]) -> Seen | None:
