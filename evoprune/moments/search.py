@@ -448,7 +448,7 @@ class Search:
         return self._pieces[query, middle_s, length_s]
 
     def _odds(self, query: str, opened: OpenInput) -> float:
-        """Return the log odds that a piece matches a query, and close the piece."""
+        """Return the log odds that a piece matches a query, or -inf if the piece cannot be read. The input is closed."""
         with closing(opened):
             try:
                 return self._ask(opened, [query])[query]
@@ -505,7 +505,7 @@ class Search:
         return found
 
     def _opened(self, segments: Sequence[Segment], seek: str) -> Iterator[OpenInput]:
-        """Yield an open input for each segment, reading the next one in the background. The caller must close each input."""
+        """Yield an open input for each segment, reading the next segment in the background. The caller must close the inputs."""
         following: OpenInput | None = None
         try:
             for number, segment in enumerate(segments):
@@ -520,7 +520,7 @@ class Search:
                 following.close()
 
     def _ask(self, opened: OpenInput, queries: Sequence[str]) -> dict[str, float]:
-        """Return each query's log odds that a segment matches. If a query has several questions, the lowest log odds are used."""
+        """Return each query's log odds that a segment matches. If a query has several questions, the lowest result is used."""
         encoded = EncodedInputs(self._session, [opened.encode()])
         self._warn(encoded, queries)
         odds = {}
@@ -534,7 +534,7 @@ class Search:
         return odds
 
     def _warn(self, encoded: EncodedInputs, queries: Sequence[str]) -> None:
-        """Collect the warnings about a segment, except "limited", because users do not choose how many frames a segment has."""
+        """Collect a segment's warnings, except for "limited", because users do not choose the number of frames per segment."""
         loaded = self._session.loaded
         for name, facts in warned(encoded.report):
             if name != "limited":

@@ -10,7 +10,7 @@ from statistics import median
 
 SEGMENT_S = 8.0  # default length of a segment, in seconds
 LEAST_PAIRS = 4  # minimum number of frame pairs per segment if neither a segment length nor a frame rate is set
-# A segment counts as a moment only if its log odds exceed the median over all segments by at least this many deviations. This
+# A segment is considered a moment only if its log odds exceed the median over all segments by at least this many deviations. This
 # constant and the following constants were tuned on validation clips for both demo models. In most segments of these clips, the log
 # odds for "no" are 4 to 7.
 DEVIATIONS = 4.0
@@ -86,7 +86,7 @@ def probability(odds: float) -> float:
 
 
 def least_odds(scores: Sequence[float]) -> float:
-    """Return the minimum log odds at which a segment stands out from the other segments enough to count as a moment."""
+    """Return the minimum log odds at which a segment stands out enough from the others to be considered a moment."""
     known = [score for score in scores if math.isfinite(score)]
     if not known:
         return log_odds(LEAST_SCORE)

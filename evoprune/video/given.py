@@ -35,7 +35,7 @@ class GivenInput:
 
     @property
     def is_frames(self) -> bool:
-        """True if the input is an array or tensor of frames. A Pillow image does not count as one."""
+        """True if the input is an array or tensor of frames, False for everything else, including Pillow images."""
         return hasattr(self._value, "__array__") and not is_picture(self._value)
 
     @property

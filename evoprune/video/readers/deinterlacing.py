@@ -1,8 +1,8 @@
 """Deinterlaces frames with FFmpeg's `bwdif` filter, one requested frame at a time.
 
-The filter uses the frame and both of its neighbors. The result depends only on these three frames, and not on the number of threads
-or on where decoding started. If a frame is the first frame of its video, or if the frame before it is unknown, its missing rows are
-interpolated from its own rows.
+The filter uses the frame and both of its neighbors. The result depends only on these three frames, but not on the number of threads
+or on the position at which decoding started. For the first frame of a video, or if the frame before it is unknown, missing rows are
+interpolated from the frame's own rows.
 """
 
 from collections.abc import Callable, Iterator
