@@ -72,7 +72,7 @@ def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece
     from evoprune.video.sandbox.isolation import HINT, borrow
 
     size = 4 * round(PIECE_S * RATE)
-    # Because twice the actual size is declared, every piece gets its own memory, which the worker releases after use.
+    # Declare twice the actual size, so that every piece gets its own memory, which the worker releases after use.
     memory = FrameMemory(2 * size)
     with borrow(info.path) as worker:
         message = worker.request("sound", {"info": asdict(info), "start_s": start_s, "end_s": end_s})

@@ -259,7 +259,7 @@ def check_file(path: str) -> None:
 
 @contextmanager
 def open_video(path: str) -> Iterator[InputContainer]:
-    """Open a video file and yield its container. Raises the same errors as `check_file`, and PyAV's own errors (see `reading`)."""
+    """Open a video file and yield its container. Raises the errors of `check_file` and PyAV's own errors (see `reading`)."""
     check_file(path)
     with open(path, "rb", buffering=0) as file, open_bytes(file) as container:
         if container.format.name == "tty":  # FFmpeg's format for text files, which it renders as a terminal would
@@ -319,7 +319,7 @@ def video_stream(
 
 
 def chosen(tracks: Sequence[VideoStream]) -> VideoStream:
-    """Choose the track that a player would show, which is the default track or, if that is ambiguous, the largest track."""
+    """Choose the track that a player would show. This is the default track, or the largest one if that is ambiguous."""
 
     def rank(track: VideoStream) -> tuple[bool, bool, bool, int]:
         if (context := track.codec_context) is None:

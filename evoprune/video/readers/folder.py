@@ -135,7 +135,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
-    """Return an image's codec, pixels and orientation (see `ffmpeg.orientation`), or None if it is damaged or too large."""
+    """Decode an image. Returns codec, pixels and orientation (see `ffmpeg.orientation`), or None if it is damaged or too large."""
     try:
         content = b""
         with open(path, "rb") as file:

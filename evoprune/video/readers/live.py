@@ -181,7 +181,7 @@ class LiveReader:
             time.sleep(POLL_S)
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
-        """Yield each frame with its time in seconds from the first frame. If the source's clock is reset, times still increase."""
+        """Yield each frame with its time in seconds from the first frame. Times keep increasing if the source's clock is reset."""
         time_s = 0.0
         before = None
         arrived = time.monotonic()
@@ -260,7 +260,7 @@ class LiveReader:
             raise VideoError(message, "join the videos with ffmpeg -f concat")
 
     def _error(self, problem: Exception) -> VideoError:
-        """Return the error to show to the user for a failure. It never contains the original URL, which may include a password."""
+        """Return the error message for an exception. It never contains the original URL, which may include a password."""
         name = self._name
         if isinstance(problem, av.error.HTTPUnauthorizedError):
             return VideoError(f"{name} requires a valid user name and password", "SCHEME://USER:PASSWORD@HOST/...")
