@@ -39,12 +39,12 @@ class Backlog:
         self.step_s = step_s
         self.stride = 1.0  # use one out of this many due frames; may be fractional
         self.skipped = 0  # number of due frames that were not used
-        self.lag_s = 0.0  # how many seconds the last frame returned by `take` lagged behind the source
+        self.lag_s = 0.0  # lag of the last frame returned by `take` relative to the source, in seconds
         self.ended = False  # True once no more frames will arrive
         self._now = now
         self._changed = threading.Condition()
         self._waiting: deque[tuple[float, np.ndarray]] = deque()
-        self._late_s = -inf  # time on the clock `now` at which a frame with timestamp 0 arrives if there is no lag
+        self._late_s = -inf  # time according to `now` at which a frame with timestamp 0 would arrive without lag
         # Timestamp of the latest frame, and the time at which the next frame is due.
         self._last_s = -inf
         self._next_s = 0.0

@@ -31,7 +31,7 @@ def use_one_omp_thread() -> None:
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """Return the GNU OpenMP library that torch has loaded, or None if there is none or if it cannot pause threads."""
+    """Return the GNU OpenMP library that torch has loaded. Returns None if there is no such library or it cannot pause threads."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

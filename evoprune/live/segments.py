@@ -124,7 +124,7 @@ class SegmentRun(EncoderRun):
         return rows
 
     def _with_earlier(self, rows: Rows) -> Rows:
-        """Merge this segment's rows with the carried-over rows, sorted by unit."""
+        """Merge this segment's rows with the rows carried over from the previous segment, and sort them by unit."""
         outside = self._outside.view(-1, self.geometry.units)
         place = outside.any(0).nonzero()[:, 0]
         rank = torch.zeros_like(outside[0], dtype=torch.int64)

@@ -55,8 +55,8 @@ from evoprune.video import FrameChunk, Plan, SamplingOptions, SamplingPlan, Vide
 from evoprune.vision import Encoded, EncodedRows, resize
 
 CONTEXT = 32_768  # context length to assume if a model's config does not specify one
-ROOM = 0.75  # share of the context that the video may use; the rest is for questions and answers
-MAX_WAITING = 4  # windows that may queue up while an answer is being generated
+ROOM = 0.75  # share of the context that the video may use, leaving room for questions and answers
+MAX_WAITING = 4  # maximum number of windows that may queue up while an answer is being generated
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class VideoStream(Askable):
         self._unfinished: EncodedWindow | None = (
             None  # the unfinished window with the frames that the latest question saw
         )
-        self._count = self._done = 0  # number of frames used so far; slot after the last finished window
+        self._count = self._done = 0  # number of frames used so far, and slot after the last finished window
         self._open: int | None = None  # turn number of the answer that is being generated
         self._problem: str | None = None
 

@@ -140,13 +140,13 @@ class Search:
             raise
         # The log odds of all segments, by query.
         self._scores: dict[str, list[float]] = {query: [] for query in self._questions}
-        # Log odds of each piece, by query and by the piece's middle and length, both in seconds.
+        # Log odds of the pieces scored so far, by query and by the piece's midpoint and length, both in seconds.
         self._pieces: dict[tuple[str, float, float], float] = {}
         # Runs that have also been scored by pieces, including runs whose scores turned out to be too low for a moment.
         self._scored: dict[tuple[str, Run], Moment] = {}
         # Moments whose borders have been found. A run has more than one moment if it is split by a gap.
         self._bordered: dict[tuple[str, Run], list[Moment]] = {}
-        # Maximum number of runs to score by pieces.
+        # Maximum number of runs to score by pieces, by query.
         self._scored_runs = dict.fromkeys(self._questions, CANDIDATES * options.top)
         self._complete: set[str] = set()  # queries for which the best moments' borders have been found
         self.asked = 0

@@ -17,7 +17,7 @@ from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
 
 UNFINISHED = ".part"  # extension of a clip that is still being written, added after eight hexadecimal digits
 NO_SOUND_REASON = "the file consists of several joined files, or FFmpeg has no decoder for its sound"
-# A clip's name starts with at most this many characters of the video's name; each may take up to four bytes.
+# Maximum number of characters of the video's name in a clip's name. A character may take up to four bytes.
 LONGEST_STEM = 50
 
 
@@ -68,7 +68,7 @@ def cut_clip(
     if not 0 <= start_s < end_s:
         hint = "start at 0 s (the first frame) or later, and end after the start"
         raise UsageError(f"a clip cannot go from {start_s:g} s to {end_s:g} s", hint)
-    if not info.is_picture:  # a picture has no length; the reader rejects it
+    if not info.is_picture:  # a picture has no length, and the reader will reject it
         start_s, end_s = info.span(start_s, end_s)
     how = {"start_s": start_s, "end_s": end_s, "exact": exact, "title": title}
     name = clip_name(named_after or info.path, start_s)

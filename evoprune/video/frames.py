@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DECODERS = get_args(Decoder)
 STDIN = "-"
-OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/")  # paths under which this process finds its own open files
+OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/")  # paths that refer to files that this process has open
 CHUNK_BYTES = 2**20  # chunk size for copying standard input
 
 

@@ -21,7 +21,7 @@ WIDEST_PIXEL = 10.0
 SAME_SHAPE = 0.02  # two aspect ratios are treated as equal if their relative difference is at most this
 # Animations that are read with Pillow (readers/animation.py): Pillow's format name, and the value of `Video.container`.
 ANIMATIONS = {"WEBP": "webp", "AVIF": "avif"}
-Kind = Literal["video", "picture"]  # kinds of input that a model distinguishes
+Kind = Literal["video", "picture"]  # kinds of input, which models treat differently
 # Default frame rate for a folder of images, because frames for Qwen2.5-VL are usually extracted at this rate.
 FOLDER_FPS = 2.0
 # HDR formats: two transfer curves, and Dolby Vision's own format (profile 5), which is not supported.
@@ -53,12 +53,12 @@ class Video:
     width: int  # in pixels, as displayed: after rotation, and with square pixels
     height: int
     rotation_deg: int  # clockwise rotation from stored to displayed frames: 0, 90, 180 or 270
-    codec: str  # such as `h264`; for a folder, the codec of its first image
-    pix_fmt: str | None  # such as `yuv420p`
+    codec: str  # codec name, such as `h264`; for a folder, the codec of its first image
+    pix_fmt: str | None  # pixel format, such as `yuv420p`
     # FFmpeg's name for the file format, such as `matroska,webm`; otherwise `folder`, `picture` or `array`.
     container: str
     fps: float | None = None  # average frame rate
-    variable_rate: bool | None = None  # whether the intervals between frames vary
+    variable_rate: bool | None = None  # whether the time between consecutive frames varies
     frames_total: int | None = None
     start_s: float = 0.0  # the file's own timestamp of the first frame
     tags: dict[str, str] = field(default_factory=dict)  # the container's tags, or a still image's comment
@@ -74,7 +74,7 @@ class Video:
     clock_restarts: int = 0
     # Whether another file was appended to this one (`cat a.mp4 b.mp4`); the appended file may not be read.
     joined: bool = False
-    clock_gap_s: float = 0.0  # largest forward jump in the timestamps that was taken for a restart of the clock
+    clock_gap_s: float = 0.0  # largest forward jump in the timestamps that was interpreted as a restart of the clock
     hdr: bool = False  # whether frames are mapped from HDR to SDR when they are read
     hdr_format: str | None = None  # `PQ`, `HLG` or `IPTPQc2`; None for SDR
     # Whether the first frame is interlaced; every interlaced frame is deinterlaced when it is read.
@@ -219,7 +219,7 @@ class FrameTimes:
     """Display times of all frames in a video."""
 
     times_s: list[float]  # seconds from the first frame, ascending
-    stated: int  # number of frames according to the header, or 0 if the header does not say
+    stated: int  # number of frames according to the header, or 0 if the header does not specify it
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class Subtitles:
 
 @dataclass(frozen=True)
 class PromptSubtitles:
-    """The part of a video's `Subtitles` that is included in the prompt."""
+    """The subtitles of a video that were selected for the prompt, along with facts about the selection."""
 
     text: str = ""  # placed before the question; empty if there are no subtitles
     source: str | None = None
@@ -296,9 +296,9 @@ RECORDED = ("source", "lines", "lines_in_prompt", "tokens", "speech", "language"
 
 
 def as_text(lines: Sequence[SubtitleLine]) -> str:
-    """Join subtitle lines into a block of text that begins with the heading "Subtitles:" and ends with an empty line.
+    """Format subtitle lines as a block of text with the heading "Subtitles:" and an empty line at the end.
 
-    Each line is preceded by its start time, rounded down to a whole second.
+    Every line is preceded by its start time, rounded down to a whole second.
     """
     times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
     return "\n".join(
@@ -307,6 +307,6 @@ def as_text(lines: Sequence[SubtitleLine]) -> str:
 
 
 def check_seek(seek: str) -> None:
-    """Raise UsageError if `seek` is not one of `SEEKS`."""
+    """Raise UsageError if `seek` is not a valid seek option (see `SEEKS`)."""
     if seek not in SEEKS:
         raise UsageError(f"unknown seek {seek!r}", f"use {', '.join(SEEKS)}")

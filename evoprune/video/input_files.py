@@ -9,7 +9,7 @@ from evoprune.files import in_natural_order
 from evoprune.util import file_state
 
 SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")  # extensions of subtitle files, in order of preference
-# Language tag before the extension, such as .en or .pt-BR.
+# Matches a language tag before the extension of a subtitle file, such as .en or .pt-BR.
 LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 

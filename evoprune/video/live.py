@@ -135,7 +135,7 @@ class LiveSource:
             base = last[0] + time.monotonic() - last[1]
 
     def close(self) -> None:
-        """Stop reading. This method may be called from any thread."""
+        """Stop reading from the source. This method may be called from any thread."""
         self._closing.set()
         if worker := self._worker:
             worker.kill()

@@ -19,8 +19,8 @@ from evoprune.util import check_types, option, parse_time
 from evoprune.video.info import FOLDER_FPS, Decoder, Kind, PromptSubtitles, Seek, Video, check_seek, span_of
 from evoprune.video.sound import check_speech
 
-# Maximum number of units in a single frame, for models that limit only the total over all frames. Without it, a four-frame video
-# could use up the whole total with four huge frames. Qwen's own processor has the same limit.
+# Maximum number of units in a single frame, for models that limit only the total over all frames. Without this limit, a video with
+# only four frames could use up the whole total with huge frames. Qwen's own processor has the same limit.
 MAX_FRAME_TOKENS = 768
 # Maximum size of a chunk of decoded or resized frames; a chunk is larger only if it holds two very large frames.
 CHUNK_BYTES = 8 * 2**20
@@ -154,7 +154,7 @@ class SamplingOptions:
 
     @property
     def sets_frames(self) -> bool:
-        """True if a frame rate or a number of frames is set."""
+        """True if the options specify a frame rate or a number of frames."""
         return self.fps is not None or self.frames is not None
 
     def rate(self, usual: float) -> float:
@@ -162,7 +162,7 @@ class SamplingOptions:
         return usual if self.fps is None else self.fps
 
     def with_overrides(self, **own) -> "SamplingOptions":
-        """Return a copy with some fields replaced. Setting `fps` clears `frames`, and vice versa."""
+        """Return a copy of the options with some fields replaced. Setting `fps` clears `frames`, and vice versa."""
         if own.keys() & {"fps", "frames"}:
             own = {"fps": None, "frames": None} | own
         return replace(self, **own)
@@ -207,7 +207,7 @@ class SamplingPlan:
 
     @property
     def frames(self) -> int:
-        """Number of frames, which is an even number for a video and 1 for a still image."""
+        """Number of frames to sample, which is even for a video and 1 for a still image."""
         return len(self.times_s)
 
     @property
@@ -251,7 +251,7 @@ class InputLimits:
 
     @property
     def unit(self) -> int:
-        """Side length of a unit in pixels."""
+        """Side length in pixels of a unit, which is a square of patches that are merged into one visual token."""
         return self.patch_size * self.merge_size
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
@@ -259,7 +259,7 @@ class InputLimits:
 
         Both sides are multiples of `unit`, the area is within the limits, and the aspect ratio is kept as closely as possible. If
         the aspect ratio cannot be kept within the area limits, the limits take precedence. This is the "naive dynamic resolution"
-        of Qwen2-VL (arXiv 2409.12191). The limits must be those for a single frame (see `of_each`).
+        of Qwen2-VL (arXiv 2409.12191). The limits must apply to a single frame (see `of_each`).
 
         Raises:
             ValueError: A side is not positive, or one side is more than 200 times the other.
@@ -320,7 +320,7 @@ class Plan:
 
     @classmethod
     def of(cls, info: Video, limits: InputLimits, options: SamplingOptions = DEFAULT_SAMPLING) -> "Plan":
-        """Plan a video's sampling times and frame size, or a still image's size.
+        """Plan the sampling times and frame size for a video, or the size of a still image.
 
         If the input would exceed `max_visual_tokens`, frames are first made smaller, down to the model's minimum size. If that is
         not enough, fewer frames are sampled. If even a single frame pair is too large, its frames are made smaller than the model's
@@ -328,8 +328,8 @@ class Plan:
 
         Args:
             limits: The model's limits for this kind of input (video or still image).
-            options: For a limit that is None, the model's value is used. The exception is `max_visual_tokens`, for which None means
-                24,576.
+            options: Sampling options. If a limit is None, the model's value is used, except that None means 24,576 for
+                `max_visual_tokens`.
 
         Raises:
             VideoError: The duration is unknown, the span is empty, or frames of this shape cannot be resized.
@@ -427,7 +427,7 @@ class Plan:
 
     @property
     def units(self) -> int:
-        """Number of visual tokens without pruning."""
+        """Number of visual tokens that the input would have without pruning."""
         return self.full.visual_tokens
 
     @property
@@ -462,13 +462,15 @@ def plan_sampling(
     min_frames: int = 4,
     max_frames: int = 768,
 ) -> SamplingPlan:
-    """Spread an even number of frames over a video, or over a span of the video: t_i = start + (i + 0.5) * span / n.
+    """Plan to sample an even number of evenly spaced frames from a video, or from a span of the video.
+
+    Frame i of n is sampled at t_i = start + (i + 0.5) * span / n.
 
     Args:
-        options: The span, and the frame rate or the number of frames. The number of frames is rounded up to an even number, and
-            only `max_frames` limits it.
-        fps: Frame rate to use if the options set neither a rate nor a number of frames. A frame rate is converted to the nearest
-            even number of frames, at least 2. That number is then adjusted to both `min_frames` and `max_frames`.
+        options: The span, and the frame rate or the number of frames. The number of frames is rounded up to an even number and is
+            limited only by `max_frames`.
+        fps: Frame rate to use if the options specify neither a frame rate nor a number of frames. A frame rate is converted to the
+            nearest even number of frames, at least 2, which is then adjusted to both `min_frames` and `max_frames`.
         min_frames, max_frames: Limits on the number of frames. An odd `min_frames` is rounded up, and an odd `max_frames` is
             rounded down. If the two limits conflict, `max_frames` takes precedence.
 
@@ -494,8 +496,8 @@ def check_no_span(picture: Video, start_s: float, end_s: float | None) -> None:
 def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:
     """Return the model's preferred frame size (H, W) in units, and the largest (T, H, W) grid within the limits.
 
-    If the grid is too large, frames are first made smaller, down to the model's minimum size. Then the number of frame pairs is
-    reduced, down to one. As a last resort, frames are made smaller than the minimum.
+    If the grid exceeds the limits, frames are first made smaller, down to the model's minimum size. If that is not enough, the
+    number of frame pairs is reduced, down to one. As a last resort, frames are made smaller than the minimum.
 
     Args:
         pairs: Maximum number of frame pairs (T).

@@ -57,7 +57,7 @@ def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
 
 
 def _delete_abandoned(parent: Path) -> None:
-    """Delete this user's temporary folders left behind by processes that have exited."""
+    """Delete temporary folders of the current user that were left behind by processes that have exited."""
     for folder in parent.glob(f"{PREFIX}*"):
         # Skip the folder if it has no lock file, is in use by another process, or has just been deleted.
         with suppress(ImportError, OSError):

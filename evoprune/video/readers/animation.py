@@ -67,7 +67,7 @@ def probe(path: str) -> Video:
 
 
 def frame_times(info: Video) -> list[float]:
-    """Return each frame's display time, in seconds from the first frame."""
+    """Return the display times of all frames in an animation, in seconds from the first frame."""
     if info.container == AVIF:
         return pyav.frame_times(replace(info, container=ffmpeg.MOV)).times_s
     return list(accumulate(_lengths(info.path), initial=0.0))[:-1]
@@ -120,7 +120,7 @@ def _decoded(image: Image.Image, number: int, damaged: ffmpeg.Damage) -> Image.I
 
 
 def _lengths(path: str) -> list[float]:
-    """Read a WebP's frame durations in seconds from its chunk headers. Raises VideoError if there are no frames."""
+    """Read the frame durations of an animated WebP in seconds from its chunk headers. Raises VideoError if it has no frames."""
     lengths = []
     size = os.path.getsize(path)
     with open(path, "rb") as file:

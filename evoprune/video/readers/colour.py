@@ -270,7 +270,7 @@ def _to_bt709(frame: VideoFrame) -> np.ndarray:
 
 
 def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
-    """Map HDR channels, given as uint16 `[3, n]`, to SDR RGB, returned as uint8 `[3, n]`."""
+    """Tone-map the channels of n HDR pixels, given as uint16 `[3, n]`, to SDR RGB, returned as uint8 `[3, n]`."""
     light = to_bt709 @ _light(hdr)[channels]
     # Apply FFmpeg's `tonemap=mobius` to the brightest channel, and scale the other two channels by the same factor.
     square = KNEE * KNEE

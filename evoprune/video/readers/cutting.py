@@ -62,15 +62,15 @@ Pictures = Iterator[tuple[float, np.ndarray]]
 
 
 class ClipReader:
-    """Cuts a clip and returns its bytes piece by piece. For the arguments, see `evoprune.video.clips.cut_clip`.
+    """Cuts a clip out of a video and returns its bytes piece by piece. For the arguments, see `evoprune.video.clips.cut_clip`.
 
     Attributes:
         facts: A dict with "ending", the clip's file extension; "start_s", the time at which the clip starts, in seconds from the
             video's first frame; and "loses_sound", which is True if the video has sound but the clip does not.
 
     Raises:
-        VideoError: The input is not a video file, or its packets cannot be copied. `fill` also raises this error if the file
-            turns out to be damaged.
+        VideoError: The input is not a video file, or its packets cannot be copied. `fill` also raises this error if the file turns
+            out to be damaged.
     """
 
     def __init__(self, info: Video, start_s: float, end_s: float, exact: bool, title: str):
@@ -111,7 +111,7 @@ class _MemoryFile:
         self._pieces: deque[tuple[int, bytes]] = deque()
         self._at = 0
         self._size = 0
-        self.waiting = 0  # number of bytes that have not been taken yet
+        self.waiting = 0  # number of bytes that have not been removed yet
 
     def write(self, content: bytes) -> int:
         content = bytes(content)
@@ -203,7 +203,7 @@ def _add_copied_stream(out: OutputContainer, stream: Stream) -> Stream:
 
 
 def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet | None]]:
-    """Find the last keyframe at or before a time.
+    """Find the last keyframe that is displayed at or before a time.
 
     Returns:
         The keyframe's display time in seconds from the video's first frame, and the packets from that keyframe onward.
@@ -425,7 +425,7 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
 
 
 def _decoded(info: Video, start_s: float) -> Iterator[TimedFrame]:
-    """Yield decoded frames from a keyframe at or before `start_s` onward. If that fails, start at the beginning of the file."""
+    """Yield decoded frames, starting at a keyframe at or before `start_s` if possible, or else at the beginning of the file."""
     (run,) = planned(info, [max(0.0, start_s)], "exact", 0.0)
     with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         frames = None

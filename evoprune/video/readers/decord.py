@@ -37,7 +37,7 @@ def load() -> ModuleType:
 
 
 def check(info: Video) -> None:
-    """Raise VideoError if the metadata shows that decord cannot read the video, or would decode it incorrectly."""
+    """Raise VideoError if a video's metadata shows that decord cannot read it or would decode it incorrectly."""
     if info.codec == "av1":
         raise _refusal(info, "its FFmpeg has no decoder for AV1")
     if info.container not in CONTAINERS:
@@ -113,7 +113,7 @@ def _refusing(info: Video) -> Iterator[None]:
 
 
 def _stamps(info: Video, reader) -> np.ndarray:
-    """Return all frames' times in seconds from the first frame, in display order, as float32 `[frames]`."""
+    """Return the times of all frames in seconds from the first frame, in display order, as float32 `[frames]`."""
     stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
     if len(stamps) == 1:
         return np.zeros_like(stamps)

@@ -1,6 +1,6 @@
-"""Functions that all readers share: identifying and opening files, reading packets, decoding frames, and converting them to RGB.
+"""Functions shared by all readers for identifying and opening files, reading packets, decoding frames, and converting them to RGB.
 
-FFmpeg receives only the bytes of the file to read, so it cannot open any other file.
+FFmpeg receives only the bytes of the file that is being read, so it cannot open any other files.
 """
 
 import math
@@ -35,7 +35,7 @@ Damage = Callable[[object], None]
 Crop = Sequence[int]  # number of pixels to crop from a stored frame on the left, right, top and bottom
 Decode = Callable[[Packet | None], list[VideoFrame]]
 
-FALLBACK_FPS = 25.0  # frame rate to assume for a stream that states none, the same as in FFmpeg
+FALLBACK_FPS = 25.0  # frame rate to assume for a stream that does not state its rate, as in FFmpeg
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 MATROSKA = "matroska,webm"
 # Files in these containers are often concatenated byte by byte (`cat a.ts b.ts`, or the parts of a DVD), so their clock may
@@ -450,7 +450,7 @@ def cropping(log: str) -> Crop | None:
 
 
 def cropped(frame: VideoFrame, crop: Crop | None) -> VideoFrame:
-    """Crop a stored frame. A frame that is too small to be cropped is returned unchanged."""
+    """Crop a frame before rotation. A frame that is too small to be cropped is returned unchanged."""
     left, right, top, bottom = crop or (0, 0, 0, 0)
     width = frame.width - left - right
     height = frame.height - top - bottom
@@ -571,7 +571,7 @@ def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
 
 
 def orientation(frame: VideoFrame) -> tuple[int, bool]:
-    """Return a frame's clockwise rotation in degrees (0, 90, 180 or 270), and whether a left-right flip precedes it."""
+    """Return a frame's clockwise rotation in degrees (0, 90, 180 or 270), and whether to flip it left to right before that."""
     matrix = colour.side_data(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return 0, False
@@ -590,7 +590,7 @@ def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
 
 
 def displayed_size(frame: VideoFrame, pixel_aspect: float | None, rotation_deg: int) -> tuple[int, int]:
-    """Return the (width, height) at which a stored frame is displayed, after conversion to square pixels and then rotation.
+    """Return the (width, height) at which a frame is displayed, after conversion to square pixels and rotation.
 
     To make the pixels square, one side is enlarged to an even number of pixels, as in most players. If the frame would then have
     more than `MAX_VIDEO_PIXELS`, the other side is reduced instead. A `pixel_aspect` beyond `WIDEST_PIXEL` is ignored.
@@ -617,9 +617,9 @@ def to_rgb(
     converter: colour.Converter,
     pixel_aspect: float | None = None,
 ) -> np.ndarray:
-    """Convert a frame to RGB as uint8 `[height, width, 3]`, rotated and scaled. For the color conversion, see `Converter.rgb`.
+    """Convert a frame to rotated and scaled RGB, as uint8 `[height, width, 3]`. For the color conversion, see `Converter.rgb`.
 
-    If the frame's displayed aspect ratio differs from that of `width` and `height`, the frame gets black borders.
+    If the frame's aspect ratio as displayed differs from the ratio of `width` to `height`, black borders are added.
     """
     inner = fitted(displayed_size(frame, pixel_aspect, rotation_deg), (width, height))
     rgb = rotated(converter.rgb(frame, *turned_size(inner, rotation_deg)), rotation_deg, mirrored)

@@ -1,4 +1,4 @@
-"""Reads a folder of images as a video. Each image is a frame, and the frames are in natural order (frame2 before frame10)."""
+"""Reads a folder of images as a video. The images are the frames of the video, in natural order (frame2 before frame10)."""
 
 import io
 import math

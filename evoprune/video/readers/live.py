@@ -123,7 +123,7 @@ class LiveReader:
         return None
 
     def fill(self, frames: np.ndarray) -> None:
-        """Write the frame that `next` found into `frames`, which must be uint8 `[1, H, W, 3]`."""
+        """Fill `frames`, which must be uint8 `[1, H, W, 3]`, with the frame that `next` has found."""
         frames[0] = ffmpeg.to_rgb(*self._held, self._converter, self.facts["pixel_aspect"])
 
     def close(self) -> None:
@@ -205,7 +205,7 @@ class LiveReader:
             yield time_s, frame
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """Yield all frames, skipping damaged packets. Raises VideoError if no frame could be decoded for `timeout_s`."""
+        """Yield decoded frames, skipping damaged packets. Raises VideoError if no frame can be decoded for `timeout_s` seconds."""
         # The time at which the first packet after the latest frame arrived. Time spent waiting for packets does not count.
         since = None
         decode = ffmpeg.decoder(self._stream, self._crop)

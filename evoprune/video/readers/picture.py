@@ -68,7 +68,7 @@ def _opened(path: str, name: str | None) -> Image.Image:
 
 
 def check_size(path: str) -> None:
-    """Raise VideoError if the file is an image with more than `MAX_PIXELS` pixels."""
+    """Raise VideoError if a file is an image with more than `MAX_PIXELS` pixels. Files that are not images pass the check."""
     try:
         with _header(path, ffmpeg.picture_format(path)):
             pass

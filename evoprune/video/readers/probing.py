@@ -37,7 +37,7 @@ RATE_PACKETS = 100  # if a file does not state its frame rate, the rate is measu
 
 
 def probe(path: str) -> Video:
-    """Read a video file's metadata. See `evoprune.video.frames.probe`."""
+    """Read a video file's metadata, as described at `evoprune.video.frames.probe`."""
     with ffmpeg.open_video(path) as container:
         return _probe(path, container)
 
@@ -349,14 +349,14 @@ def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> 
 
 
 def _all_packets(path: str) -> Iterator[Packet]:
-    """Yield the video stream's packets, including empty packets that repeat a frame. Raises the same errors as `_bounded`."""
+    """Yield the packets of a file's video stream, including empty packets that repeat a frame. Raises the errors of `_bounded`."""
     with ffmpeg.open_video(path) as container:
         packets = _bounded(ffmpeg.packets(container, ffmpeg.video_stream(container, path)), path, container.size)
         yield from (packet for packet in packets if packet is not None and (packet.size or packet.dts is not None))
 
 
 def _bounded(packets: Iterator[Packet | None], path: str, size: int) -> Iterator[Packet | None]:
-    """Yield the packets unchanged. Raises VideoError if there are too many for a file of `size` bytes (see `MAX_PACKETS`)."""
+    """Yield packets unchanged. Raises VideoError if there are too many of them for a file of `size` bytes (see `MAX_PACKETS`)."""
     most = max(MAX_PACKETS, size // BYTES_PER_PACKET)
     for count, packet in enumerate(packets):
         if count > most:

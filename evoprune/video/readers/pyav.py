@@ -161,7 +161,7 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
     """Group times into runs, and choose the keyframes at which decoding of each run can start.
 
     Args:
-        times_s: At least one time. Times are in seconds from the first frame, in ascending order.
+        times_s: Requested times in seconds from the first frame, in ascending order. There must be at least one.
         seek, part_s: See `frames.read_chunks`.
     """
     with closing(Track(info)) as track:
@@ -205,9 +205,9 @@ def _time_of(keyframe: Keyframe) -> float:
 
 
 def _nearest_keyframes(keyframes: Sequence[Keyframe], time_s: float, reach_s: float) -> tuple[Keyframe, ...]:
-    """Return up to `MAX_NEAR` keyframes in the part of the video around a time, nearest first.
+    """Return up to `MAX_NEAR` keyframes within `reach_s` seconds of a time, nearest first.
 
-    A keyframe exactly at the beginning of the part is included, and a keyframe exactly at its end belongs to the next part.
+    A keyframe exactly at the start of this interval is included, but a keyframe exactly at its end belongs to the next interval.
     """
     first = bisect_left(keyframes, time_s - reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
     last = bisect_left(keyframes, time_s + reach_s - ffmpeg.TOLERANCE_S, key=_time_of)

@@ -129,7 +129,7 @@ class SoundReader:
             yield begun_s + made / RATE, _joined(resampler.resample(None))
 
     def _frames(self, stream: AudioStream, info: Video, start_s: float) -> Iterator[tuple[AudioFrame, float | None]]:
-        """Yield each decoded frame with its time in seconds from the first video frame, or None if the frame has no timestamp."""
+        """Yield decoded audio frames with their times in seconds from the first video frame (None if there is no timestamp)."""
         container = stream.container
         # The index of an MP4 or MOV lets FFmpeg skip the packets of other tracks.
         if container.format.name == ffmpeg.MOV:
@@ -141,7 +141,7 @@ class SoundReader:
                 at = math.floor((info.start_s + start_s - EARLIER_S) / stream.time_base)
                 container.seek(at, stream=stream)
         values = 0
-        settled = start_s <= EARLIER_S  # False right after seeking, when damage does not count
+        settled = start_s <= EARLIER_S  # False right after seeking, when damage is ignored
         for packet in ffmpeg.packets(container, stream):
             if packet is not None and not packet.size and packet.dts is not None:
                 continue

@@ -24,7 +24,7 @@ SEEKABLE = (ffmpeg.MOV, ffmpeg.MATROSKA, "mpegts")
 # Codecs whose frames indicate whether other frames depend on them. AV1 is not included: its decoder can skip frames, but not
 # exactly the frames that no other frame depends on.
 SPARING = ("h264", "hevc")
-# Number of packets in which to look for the frame displayed next; no codec in `SPARING` reorders more than 16.
+# Number of packets to search for the frame that is displayed next. The codecs in `SPARING` reorder at most 16 frames.
 LOOK_AHEAD = 64
 LOOK_AHEAD_BYTES = 2**25
 FIRST = 8  # never skip this many frames at the beginning, to check that frames come in the order of their times
@@ -328,7 +328,7 @@ def _is_whole(frame: VideoFrame) -> bool:
 
 
 def _is_wanted(time_s: float, shown_s: Sequence[float], times_s: Sequence[float]) -> bool:
-    """Return True if the frame whose display starts at `time_s` is on screen at any of the requested times.
+    """Return True if the frame that appears at `time_s` is on screen at any of the requested times.
 
     Args:
         shown_s: Display times of nearby frames, in ascending order.

@@ -76,7 +76,7 @@ class _WorkerPool(Generic[Job, Item]):
                     member.join()
 
     def _next(self, job: int) -> tuple[Item] | None:
-        """Wait for a job's next item. Returns the item in a tuple, or None if the job has no more items."""
+        """Wait for the next item of a job. Returns the item as a tuple of one element, or None if the job has no more items."""
         with self._changed:
             if job != self._head:
                 self._head = job

@@ -212,7 +212,7 @@ class WorkerProcess:
         self.kill()
 
     def end(self) -> None:
-        """Kill the process, and release the resources used to communicate with it."""
+        """Kill the process and release the resources that were used to communicate with it."""
         self.kill()
         self._process.stdin.close()
         self._channel.close()
@@ -251,7 +251,7 @@ class InProcess:
         return self._pending()
 
     def kill(self) -> None:
-        """Do nothing, because a request in this process cannot be killed."""
+        """Do nothing, because a request that runs in the current process cannot be killed."""
 
     def close(self) -> None:
         self._server.close()
@@ -287,7 +287,7 @@ class Scope:
     """
 
     def __init__(self):
-        self._outer: Scope | None = None  # scope that the current thread had inherited when it entered this scope
+        self._outer: Scope | None = None  # enclosing scope, which the current thread had inherited before
         self._stopped = False
         self._workers: set[WorkerProcess] = set()
 
@@ -298,7 +298,7 @@ class Scope:
 
     @property
     def stopped(self) -> bool:
-        """True if this scope or a scope around it was stopped."""
+        """True if this scope or an enclosing scope has been stopped."""
         return self._stopped or (self._outer is not None and self._outer.stopped)
 
     def stop(self) -> None:
@@ -500,7 +500,7 @@ def _stream_once(
         for number, shape in enumerate(shapes[1:], 2):
             filled = next_array, worker.answer(count)
             frames_filled += len(next_array)
-            del next_array  # keeps no reference here, so the memory can be reused as soon as the caller drops the array
+            del next_array  # keep no reference here, so that the memory is reused as soon as the caller drops the array
             next_array = worker.ask_to_fill(memory, shape, {"last": number == len(shapes)})
             yield filled
             del filled

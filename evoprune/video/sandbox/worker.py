@@ -254,7 +254,7 @@ def _end_with(pipe: int) -> None:
 
 
 def _allow(pixels: int, decoders: int = 1) -> None:
-    """Raise the memory limit so that `decoders` decoders can each process frames with `pixels` pixels."""
+    """Raise the memory limit of this process so that it is sufficient for `decoders` decoders of frames with `pixels` pixels."""
     needed = BASE_BYTES + BYTES_PER_PIXEL * pixels
     if decoders > 1:
         needed += pyav.ROOM_BYTES + (decoders - 1) * pyav.DECODER_BYTES * pixels
@@ -262,7 +262,7 @@ def _allow(pixels: int, decoders: int = 1) -> None:
 
 
 def _limit(memory: int) -> None:
-    """Set the memory limit in bytes, but not above the hard limit."""
+    """Set the memory limit of this process to `memory` bytes, or to the hard limit if that is lower."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:
         memory = min(memory, hard)
