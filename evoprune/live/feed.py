@@ -64,7 +64,7 @@ class Backlog:
         return ceil(self._next_s / self.step_s - 1e-6) * self.step_s
 
     def put(self, time_s: float, frame: np.ndarray) -> None:
-        """Add a due frame to the queue. Blocks while the queue is full, if the source delivers frames ahead of their timestamps."""
+        """Add a frame to the queue. Blocks while the queue is full if the source delivers frames ahead of their timestamps."""
         with self._changed:
             if self._encoder_waits:  # the encoder is waiting for this frame, so it is not late
                 self._late_s = max(self._now() - time_s, self._late_s)
@@ -104,7 +104,7 @@ class Backlog:
             return time_s, frame
 
     def encoded(self) -> None:
-        """Record that a window has been encoded, and update the stride if frames are being skipped.
+        """Record that a window has been encoded. If frames are being skipped, adapt the stride to the encoder's speed.
 
         The encoder's rate is averaged over several windows, because frames of the next window may already be taken from the queue
         while a window is being encoded.
@@ -125,7 +125,7 @@ class Backlog:
         return self._late_s + time_s - self._now()
 
     def rest(self, seconds: float, source_waits: bool) -> None:
-        """Exclude time during which the encoder was held back from the encoder's busy time.
+        """Record that the encoder was held back for some time, which is not included in its busy time.
 
         If the source was waiting as well (`source_waits`), the time is also excluded from the lag.
         """
@@ -135,7 +135,7 @@ class Backlog:
                 self._late_s += seconds
 
     def end(self, drop: bool = False) -> None:
-        """Mark the end of the source. Queued frames can still be taken unless `drop` is True."""
+        """Mark the source as ended. Frames that are still in the queue can be taken unless `drop` is True."""
         with self._changed:
             self.ended = True
             if drop:

@@ -241,7 +241,7 @@ class VideoStream(Askable):
 
     @property
     def until_s(self) -> float | None:
-        """End time of the video that a question asked now would see, including the unfinished window. Does not block."""
+        """Time in seconds up to which a question asked now would see the video, including the unfinished window. Does not block."""
         if slots := self._slots:
             return self._origin_s + (slots[-1] + 1) * self.step_s
         return self.seen and self.seen.end_s
@@ -500,7 +500,7 @@ class VideoStream(Askable):
         self._check_open()
 
     def _read_waiting(self, polite: bool = False, after: Sequence[EncodedWindow] = ()) -> None:
-        """Prefill the windows that are queued.
+        """Prefill the windows that are waiting in the queue.
 
         Args:
             polite: Whether to stop as soon as a question is waiting.
@@ -608,7 +608,7 @@ class VideoStream(Askable):
         return state
 
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
-        """Check that the prompt would fit even if the memory were full, because it may fill up before the question is prefilled."""
+        """Check that a question would fit even if the memory were full, because it may fill up before the question is prefilled."""
         self._session.loaded.check_texts(question, earlier=earlier)
         _, ids = self._ids_around_video(question, options.thinking, earlier)
         with self._lock:
@@ -726,12 +726,12 @@ class StreamMemory:
 
     @property
     def columns(self) -> int:
-        """Number of columns in the cache up to the end of the video."""
+        """Number of columns in the KV cache up to the end of the video."""
         return self._head + sum(len(window.order) for window in self.windows)
 
     @property
     def most_columns(self) -> int:
-        """Maximum number of columns up to the end of the video, for a full memory plus an unfinished window."""
+        """Maximum number of columns in the KV cache up to the end of the video, with a full memory plus an unfinished window."""
         return max(self.columns, self._head + self._limit) + self._window
 
     @torch.inference_mode()

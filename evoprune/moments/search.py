@@ -222,14 +222,14 @@ class Search:
         return max(0, len(every) - len(self._shown(query)))
 
     def _shown(self, query: str) -> list[Moment]:
-        """Return the best moments of a query, best first. There are at most `top` of them."""
+        """Return up to `top` moments of a query, best first."""
         candidates = self._candidates(query)
         if query in self._complete:
             candidates = [run for run in candidates if (query, run) in self._bordered]
         return sorted(self._moments(query, candidates), key=lambda moment: -moment.score)[: self._options.top]
 
     def _moments(self, query: str, among: Sequence[Run]) -> list[Moment]:
-        """Return the moments in the runs `among`, with the most precise borders and scores that are known for each run so far."""
+        """Return the moments in the given runs of segments, with the most precise borders and scores that are known so far."""
         found: list[Moment] = []
         for run in among:
             found += self._bordered.get((query, run)) or [self._scored.get((query, run)) or self._coarse(query, run)]
@@ -414,7 +414,7 @@ class Search:
             away = []
 
     def _part(self, query: str, start_s: float, end_s: float) -> Moment:
-        """Return a moment between two times, with a score that is computed from its best segment and its best piece."""
+        """Create a moment that lasts from `start_s` to `end_s`, with a score based on its best segment and its best piece."""
         reach_s = REACH * self._piece_s
         pieces = {
             middle_s: odds
@@ -456,7 +456,7 @@ class Search:
                 return -math.inf
 
     def _cut(self) -> tuple[list[Segment], int]:
-        """Cut the video into segments. Returns them along with their total number of visual tokens before pruning.
+        """Cut the video into segments. Returns the segments and their total number of visual tokens before pruning.
 
         Raises UsageError if a query is too long.
         """

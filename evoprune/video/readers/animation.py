@@ -37,7 +37,7 @@ def is_read_here(path: str) -> bool:
 
 
 def probe(path: str) -> Video:
-    """Read an animation's metadata. A WebP is not decoded for this. Raises VideoError if the animation cannot be read."""
+    """Read an animation's metadata. WebP files are not decoded for this. Raises VideoError if the animation cannot be read."""
     with picture.opened(path, animated=True) as image:
         width, height = image.size
         if width * height > ffmpeg.MAX_VIDEO_PIXELS:
@@ -97,7 +97,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all frames. Yields their times and durations in seconds, and True for the first frame, which is the only keyframe."""
+    """Decode all frames and yield their time, duration and keyframe flag. Only the first frame is treated as a keyframe."""
     begins = frame_times(info)
     with picture.opened(info.path, animated=True) as image:
         for number, (begin, end) in enumerate(zip(begins, [*begins[1:], info.length_s], strict=True)):

@@ -320,7 +320,7 @@ def _copied(
         length_s: Length of the clip in seconds.
 
     Raises:
-        VideoError: The file is damaged. This is detected if its packets contain more bytes in total than the file.
+        VideoError: The file is damaged, because its packets add up to more bytes than the file itself.
     """
     left = os.path.getsize(path)
     latest = None  # decoding time of the previous packet

@@ -126,7 +126,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all images. Yields their times and durations in seconds, and True, because every image is treated as a keyframe."""
+    """Decode all images. Yields time and duration in seconds, and True, because every image is treated as a keyframe."""
     for i, image in enumerate(list_images(info.path)):
         if decode_image(image) is None:
             damaged(i)

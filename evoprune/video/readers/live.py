@@ -260,7 +260,7 @@ class LiveReader:
             raise VideoError(message, "join the videos with ffmpeg -f concat")
 
     def _error(self, problem: Exception) -> VideoError:
-        """Return the error message for an exception. It never contains the original URL, which may include a password."""
+        """Return the VideoError to raise for an exception. It never contains the original URL, which may include a password."""
         name = self._name
         if isinstance(problem, av.error.HTTPUnauthorizedError):
             return VideoError(f"{name} requires a valid user name and password", "SCHEME://USER:PASSWORD@HOST/...")

@@ -113,7 +113,7 @@ def probe(path: str) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the image for each time, resized to the size in `info` as in transformers. Raises the same errors as `probe`."""
+    """Yield a still image once for each requested time, resized to the size in `info`. Raises the same errors as `probe`."""
     with opened(info.path) as image:
         image.load()
         # An image in a HEIC may be larger than the header states.

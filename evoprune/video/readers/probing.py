@@ -232,7 +232,7 @@ class _Lengths:
 
 
 def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
-    """Measure a video's length, and read the length that its header states.
+    """Measure a video's length, and read the length stated in its header.
 
     If the packets have timestamps, the length is measured from them, because the length in the header includes the audio, may count
     from zero instead of from the first frame, and does not show whether the file was cut off. If FFmpeg only estimates a

@@ -83,7 +83,7 @@ def read(
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all frames. Yields their times and durations in seconds, and whether they are keyframes."""
+    """Decode all frames of a video. Yields time and duration in seconds, and True for keyframes."""
     step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
     with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         for time_s, frame in track.from_beginning((), damaged):

@@ -74,7 +74,7 @@ class Channel:
             on_alive: Called at every heartbeat with the number of finished frames.
 
         Returns:
-            The message, and the file descriptor that came with it or None. The caller must close the descriptor.
+            The message, and the file descriptor that came with it (or None), which the caller must close.
 
         Raises:
             EOFError: The other end was closed.

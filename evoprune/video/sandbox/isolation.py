@@ -62,7 +62,7 @@ class WorkerProcess:
 
     Attributes:
         path: Path of the current video, used in error messages.
-        busy: True while the process is working on a request, and after it has read only part of a video.
+        busy: True while the process is working on a request, or if it has read only part of a video.
         stopped: True after `stop` has been called.
     """
 
@@ -155,7 +155,7 @@ class WorkerProcess:
             on_frames: Called about once a second with the number of frames read so far.
 
         Raises:
-            Crash: The process crashed or exceeded its memory limit. `run_task` catches this error and retries the request.
+            Crash: The process crashed or exceeded its memory limit. `run_task` catches this error and retries the request once.
             Stopped: Another thread called `stop`.
             VideoError, OutOfMemory, UsageError: See `run_task`.
         """
@@ -317,7 +317,7 @@ class Scope:
 
     @staticmethod
     def wait_for(changed: threading.Condition, condition: Callable[[], Any], patience_s: float = math.inf) -> bool:
-        """Wait until another thread makes a condition true. The caller must hold the lock of `changed`, a condition variable.
+        """Wait until another thread makes a condition true. The caller must hold the lock of `changed`.
 
         Args:
             changed: Condition variable that other threads notify when the condition may have become true.
