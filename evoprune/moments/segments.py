@@ -1,4 +1,4 @@
-"""Arithmetic for `moments.search`: cuts a video into segments, and decides from their scores which segments are moments.
+"""Arithmetic for search.py: cuts a video into segments, and decides from their scores which segments are moments.
 
 A segment's score is a probability. This module works with log odds instead, because they separate high and low scores more clearly.
 """
