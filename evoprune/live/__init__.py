@@ -1,4 +1,4 @@
-"""Answers questions about live video: encodes it in time windows, keeps a stream's memory, and runs the threads that feed it."""
+"""Answers questions about live video, which is encoded in time windows and kept in a memory of bounded size."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Feeds a stream from a live source. One thread reads frames and a second one encodes them, while the caller asks questions."""
+"""Feeds a stream from a live source. One thread reads frames and another thread encodes them while the caller asks questions."""
 
 import threading
 import time
@@ -13,38 +13,38 @@ from evoprune.live.omp import release_omp_threads, use_one_omp_thread
 from evoprune.live.stream import VideoStream
 from evoprune.video import LiveSource
 
-HOLD_S = 0.05  # interval in seconds between two checks whether a frame still has to be held back
+HOLD_S = 0.05  # interval in seconds at which to check whether a frame still has to be held back
 TARGET_UTILIZATION = 0.97  # share of the time that the encoder should be busy while frames are being skipped
 
 
 class Backlog:
     """A queue of frames between the thread that reads them (`put`) and the thread that encodes them (`take`).
 
-    If frames wait in the queue for longer than one and a half windows, the encoder is too slow. In that case, every second queued
-    frame is skipped. Incoming frames are thinned evenly to the rate that the encoder achieved in its latest windows, but there are
-    always at least two frames per window. If these are still too many, the oldest frames are dropped, so that the encoder lags by
-    at most two windows.
+    If frames wait in the queue for longer than one and a half windows, the encoder is too slow, so every second queued frame is
+    skipped. Incoming frames are then thinned evenly to the rate that the encoder achieved in its latest windows, but to no fewer
+    than two frames per window. If that is still too many, the oldest frames are dropped, so that the encoder lags by at most two
+    windows.
 
-    Frames that arrive before the time in their timestamps, for example from a file that is read at full speed, are never skipped.
-    Instead, `put` blocks.
+    Frames that arrive ahead of their timestamps, for example from a file that is read at full speed, are never skipped. In this
+    case, `put` blocks until there is room.
 
     Args:
         window_s: Length of a window, in seconds.
-        step_s: Interval between two due frames, in seconds. It may change later.
+        step_s: Interval in seconds at which frames are due. It may be changed later.
         now: Function that returns the current time in seconds.
     """
 
     def __init__(self, window_s: float, step_s: float, now: Callable[[], float] = time.monotonic):
         self.window_s = window_s
         self.step_s = step_s
-        self.stride = 1.0  # one out of this many due frames is used; may be fractional
+        self.stride = 1.0  # use one out of this many due frames; may be fractional
         self.skipped = 0  # number of due frames that were not used
-        self.lag_s = 0.0  # how many seconds the last frame returned by `take` lagged behind the source
+        self.lag_s = 0.0  # lag of the last frame returned by `take` relative to the source, in seconds
         self.ended = False  # True once no more frames will arrive
         self._now = now
         self._changed = threading.Condition()
         self._waiting: deque[tuple[float, np.ndarray]] = deque()
-        self._late_s = -inf  # time on the clock `now` at which a frame with timestamp 0 arrives if there is no lag
+        self._late_s = -inf  # time according to `now` at which a frame with timestamp 0 would arrive without lag
         # Timestamp of the latest frame, and the time at which the next frame is due.
         self._last_s = -inf
         self._next_s = 0.0
@@ -54,17 +54,17 @@ class Backlog:
         self._idle = 0.0
         self._taken = 0
         self._busy_s = self._looked = (
-            0.0  # weighted sums over the latest windows; each new window halves the weights of all earlier windows
+            0.0  # weighted sums over the latest windows; every new window halves the weights of all earlier windows
         )
 
     def due(self) -> float:
-        """Return the time at which the next frame is due, in seconds on the source's clock."""
+        """Return the time in seconds on the source's clock at which the next frame should be read."""
         if self.stride == 1 and self._last_s >= 0:
             return (self._slot(self._last_s) + 1) * self.step_s
         return ceil(self._next_s / self.step_s - 1e-6) * self.step_s
 
     def put(self, time_s: float, frame: np.ndarray) -> None:
-        """Append a due frame to the queue. Blocks if the queue is full and the source is ahead of its timestamps."""
+        """Add a frame to the queue. Blocks while the queue is full if the source delivers frames ahead of their timestamps."""
         with self._changed:
             if self._encoder_waits:  # the encoder is waiting for this frame, so it is not late
                 self._late_s = max(self._now() - time_s, self._late_s)
@@ -83,7 +83,11 @@ class Backlog:
             self._changed.notify_all()
 
     def take(self, patience_s: float) -> tuple[float, np.ndarray] | None:
-        """Return the oldest queued frame. Returns None if the source has ended or no frame arrives within `patience_s` seconds."""
+        """Remove and return the oldest queued frame.
+
+        Returns:
+            The frame's timestamp and pixels, or None if the source has ended or no frame arrives within `patience_s` seconds.
+        """
         with self._changed:
             begun = self._now()
             if not self._waiting:
@@ -100,10 +104,10 @@ class Backlog:
             return time_s, frame
 
     def encoded(self) -> None:
-        """Record that a window has been encoded. If frames are being skipped, also update the stride.
+        """Record that a window has been encoded. If frames are being skipped, adapt the stride to the encoder's speed.
 
-        The encoder's rate is averaged over several windows, because frames of the next window may be taken from the queue while a
-        window is being encoded.
+        The encoder's rate is averaged over several windows, because frames of the next window may already be taken from the queue
+        while a window is being encoded.
         """
         with self._changed:
             now = self._now()
@@ -117,13 +121,13 @@ class Backlog:
             self._since, self._idle, self._taken = now, 0.0, 0
 
     def early_s(self, time_s: float) -> float:
-        """Return how many seconds early a frame with the timestamp `time_s` would be if it arrived now. Negative means late."""
+        """Return by how many seconds a frame with timestamp `time_s` would be early if it arrived now. Negative means late."""
         return self._late_s + time_s - self._now()
 
     def rest(self, seconds: float, source_waits: bool) -> None:
-        """Subtract time during which the encoder was held back from its busy time.
+        """Record that the encoder was held back for some time, which is not included in its busy time.
 
-        If the source waited as well (`source_waits`), the time does not count as lag either.
+        If the source was waiting as well (`source_waits`), the time is also excluded from the lag.
         """
         with self._changed:
             self._idle += seconds
@@ -131,7 +135,7 @@ class Backlog:
                 self._late_s += seconds
 
     def end(self, drop: bool = False) -> None:
-        """Mark the end of the source. Queued frames can still be taken unless `drop` is True."""
+        """Mark the source as ended. Frames that are still in the queue can be taken unless `drop` is True."""
         with self._changed:
             self.ended = True
             if drop:
@@ -145,7 +149,7 @@ class Backlog:
         return time_s - self._waiting[0][0] if self._waiting else 0.0
 
     def _skip(self, time_s: float) -> None:
-        """Drop every second queued frame (at most once per window), then drop the oldest frames until the queue is short enough."""
+        """Drop every second queued frame, at most once per window, and then the oldest frames until the queue is short enough."""
         before = len(self._waiting)
         if self._now() - self._last_thinned >= self.window_s:
             self._last_thinned = self._now()
@@ -162,14 +166,14 @@ class LiveFeed:
     Use it as a context manager, which closes both the source and the stream on exit.
 
     Attributes:
-        backlog: Queue of frames between the source and the stream.
-        begun: Set after the first frame has been fed, or once it is certain that no frame will be fed.
-        ended: Set after the whole source has been encoded, or after reading or encoding has failed.
+        backlog: The queue of frames between the source and the stream.
+        begun: Event that is set after the first frame has been fed, or once it is certain that no frames will follow.
+        ended: Event that is set after the whole source has been encoded, or after reading or encoding has failed.
         problem: The exception that stopped reading or encoding, or None.
-        latest_s: Timestamp of the latest frame that was fed or is being held back.
+        latest_s: Timestamp in seconds of the latest frame that has been fed or is being held back.
 
     Args:
-        ask_s: Time of the first question. See `ask_at`.
+        ask_s: Time of the first question, in seconds on the source's clock. See `ask_at`.
     """
 
     def __init__(self, stream: VideoStream, source: LiveSource, window_s: float, ask_s: float = inf):
@@ -200,16 +204,17 @@ class LiveFeed:
             thread.join(3.0)
 
     def ask_at(self, time_s: float) -> None:
-        """Hold back all frames from this time on until the next call, so that a question sees exactly the frames before that time.
+        """Hold back all frames from a given time onward, so that a question sees only the frames before that time.
 
-        If the source does not wait for its frames to be read, a frame is held back only for as long as it is early.
+        The frames are held back until the next call. If the source does not wait for its frames to be read, however, a frame is
+        held back only for as long as it is early.
         """
         with self._asking:
             self._ask_s = time_s
             self._asking.notify_all()
 
     def check(self) -> None:
-        """Raise the error that stopped reading or encoding, if there was one."""
+        """Raise the exception that stopped reading or encoding, if there was one."""
         if self.problem:
             raise self.problem
 
@@ -250,7 +255,7 @@ class LiveFeed:
         self.ended.set()
 
     def _hold(self, time_s: float) -> None:
-        """Hold back a frame until all questions that are due before it have been asked."""
+        """Block until all questions that should be asked before this frame have been asked."""
         self.latest_s = time_s
         with self._asking:
             while time_s >= self._ask_s - 1e-6 and not self._closing:

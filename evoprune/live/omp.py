@@ -1,4 +1,4 @@
-"""Controls how the threads of a live stream use this process's OpenMP threads."""
+"""Controls how many OpenMP threads the threads of a live stream use."""
 
 import ctypes
 import functools
@@ -10,11 +10,11 @@ SOFT = 1  # omp_pause_soft: OpenMP keeps its settings while paused
 
 
 def release_omp_threads() -> None:
-    """End the idle OpenMP threads that belong to the current thread. They are restarted when this thread computes again.
+    """Stop the idle OpenMP threads that belong to the current thread. They are restarted when this thread computes again.
 
-    Call this in a thread that will not compute for a while. If its idle OpenMP threads were kept, there could be more OpenMP
-    threads than cores. The OpenMP threads that compute for another thread would then sleep between parallel steps instead of
-    spinning, which makes encoding 24 frames with a 3B model take a sixth longer (results/machines.md).
+    Call this function in a thread that will not compute for a while. If its idle OpenMP threads were kept, the process could have
+    more OpenMP threads than there are cores. In that case, the OpenMP threads that compute for another thread sleep between
+    parallel steps instead of spinning, and encoding 24 frames with a 3B model takes a sixth longer (results/machines.md).
 
     Does nothing unless torch uses GNU's OpenMP.
     """
@@ -23,15 +23,15 @@ def release_omp_threads() -> None:
 
 
 def use_one_omp_thread() -> None:
-    """Use only one thread for the current thread's elementwise operations, such as scaling. Matrix products still use many."""
-    torch.get_num_threads()  # makes torch initialize this thread's number of threads now, or it would overwrite the 1 later
+    """Limit elementwise operations in the current thread, such as scaling, to one OpenMP thread. Matrix products still use many."""
+    torch.get_num_threads()  # initializes torch's number of threads for this thread, which would overwrite the 1 later
     if library := _openmp():
         library.omp_set_num_threads(1)
 
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """Return the GNU OpenMP library that torch has loaded, or None if there is none or if it cannot pause threads."""
+    """Return the GNU OpenMP library that torch has loaded. Returns None if there is no such library or it cannot pause threads."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

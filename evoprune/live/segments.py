@@ -1,8 +1,8 @@
-"""Encodes a segment of a longer video without encoding units that have not changed since the previous segment.
+"""Encodes a segment of a longer video, skipping units that have not changed since the previous segment.
 
-An unchanged unit does not get a new row. Instead, it is represented by the row that represented its place at the end of the
-previous segment. In every layer, the rows of the current segment also attend to that row's keys and values. After the tower, that
-row may become a token of the current segment.
+An unchanged unit does not get a new row. Instead, it is represented by the row that represented the same position in the frame at
+the end of the previous segment. In every layer, the rows of the current segment also attend to the keys and values of such earlier
+rows. After the vision tower, an earlier row may become a token of the current segment.
 """
 
 from collections.abc import Iterable
@@ -21,14 +21,14 @@ from evoprune.vision import EncodedRows, EncoderRun, ReferenceBlocks, Rows, enco
 
 
 class NothingNew(Exception):
-    """Raised if a segment has no rows to encode."""
+    """Raised if no unit of a segment has changed, so that there are no rows to encode."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """State that is carried from one segment to the next. For each of P places, it describes the row of the last unit there."""
+    """State that is carried over to the next segment: for each of P positions in the frame, the row of the latest unit there."""
 
-    references: ReferenceBlocks  # pixels of the last unit at each place
+    references: ReferenceBlocks  # pixels of the latest unit at each position
     keys_values: dict[int, torch.Tensor]  # `[P, 2, 4, heads, d]` for each layer
     features: torch.Tensor  # `[P, D]`, the output of the patch merger
     deepstack: torch.Tensor  # `[P, n, D]`, the DeepStack features
@@ -37,14 +37,14 @@ class Earlier:
 def encode_segment(
     visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, earlier: Earlier | None, **options: Any
 ) -> tuple[EncodedRows, Earlier | None]:
-    """Encode a segment as `vision.encoder.encode_rows` encodes a video, and also return the state for the next segment.
+    """Encode a segment in the same way as `vision.encoder.encode_rows`, and also return the state for the next segment.
 
     Args:
-        earlier: The state that was returned for the previous segment, or None.
+        earlier: State that was returned for the previous segment, or None if this is the first segment.
 
     Returns:
-        The rows, and the state for the next segment. If the plan does not reuse units, or if its stages or its selector need more
-        than rows, `earlier` is ignored and the returned state is None.
+        The encoded rows, and the state for the next segment. If the plan does not reuse units, or if its stages or its selector
+        need more than rows, `earlier` is ignored, and the returned state is None.
 
     Raises:
         NothingNew: No unit has changed since the previous segment.
@@ -61,7 +61,7 @@ def encode_segment(
 
 
 class SegmentRun(EncoderRun):
-    """A run of the tower on one segment. Afterwards, `left` holds the state for the next segment."""
+    """A run of the vision tower on one segment. Afterwards, `left` contains the state for the next segment."""
 
     def __init__(self, visual, plan: EncoderPlan, earlier: Earlier | None, **options: Any):
         super().__init__(visual, plan, **options)
@@ -81,7 +81,7 @@ class SegmentRun(EncoderRun):
         return rows
 
     def select_rows(self, rows: Rows, stage: Stage) -> Rows:
-        """Select only among this segment's rows. Units that are represented by a row of the previous segment keep that row."""
+        """Select only among this segment's rows. Units that are represented by a row from the previous segment keep that row."""
         if self._outside is None:
             return super().select_rows(rows, stage)
         left = super().select_rows(self._inside(rows), stage)
@@ -90,11 +90,14 @@ class SegmentRun(EncoderRun):
         return replace(left, unit_to_row=unit_to_row, reach="clip", size_bias=True)
 
     def _inside(self, rows: Rows) -> Rows:
-        """Return this segment's rows, with the row index -1 for each unit that a row of the previous segment represents."""
+        """Return this segment's rows, with row index -1 for units that are represented by a row from the previous segment."""
         return replace(rows, unit_to_row=torch.where(self._outside, -1, rows.unit_to_row))
 
     def visible(self, layer: int, k: torch.Tensor, v: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the previous segment's keys and values to a layer's own, and store the last frame pair's for the next segment."""
+        """Append the previous segment's keys and values to a layer's own.
+
+        The keys and values of the last frame pair are stored for the next segment.
+        """
         both = torch.stack([k, v], 1)
         if self._earlier:
             both = torch.cat([both, self._earlier.keys_values[layer]])
@@ -106,8 +109,9 @@ class SegmentRun(EncoderRun):
     def finish(self, rows: Rows) -> Rows:
         """Return this segment's rows together with the rows that were carried over from the previous segment.
 
-        A carried-over row is placed at the first unit that it represents in this segment. If there are such rows, `selection`
-        becomes None, because it covers only the rows that were computed in this segment, so the language model cannot use it.
+        A carried-over row is placed at the first unit that it represents in this segment. If there is any state from an earlier
+        segment, `selection` is set to None, because it covers only the rows computed in this segment and is of no use to the
+        language model.
         """
         if self._outside is not None:
             rows = self._with_earlier(super().finish(self._inside(rows)))
@@ -120,7 +124,7 @@ class SegmentRun(EncoderRun):
         return rows
 
     def _with_earlier(self, rows: Rows) -> Rows:
-        """Merge this segment's rows with the carried-over rows, sorted by unit."""
+        """Merge this segment's rows with the rows carried over from the previous segment, and sort them by unit."""
         outside = self._outside.view(-1, self.geometry.units)
         place = outside.any(0).nonzero()[:, 0]
         rank = torch.zeros_like(outside[0], dtype=torch.int64)
@@ -136,14 +140,14 @@ class SegmentRun(EncoderRun):
 
 
 def check_carried(session: Session, plan: Plan) -> None:
-    """Check that the state that is carried from one window of a stream to the next fits into memory.
+    """Check that the state carried over between the windows of a stream fits in memory.
 
     Raises:
         OutOfMemory: The state does not fit.
     """
     model = session.loaded.model
     _, height, width = plan.encoder.grid
-    # The states of two windows exist at the same time.
+    # The states of two windows are in memory at the same time.
     needed = 2 * Cost(model.config).carried_bytes(height * width, model.dtype.itemsize)
     if plan.encoder.reuse and (short := Device(model.device).shortage(needed)):
         raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", USE_LESS, stage="encode")

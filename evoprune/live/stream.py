@@ -1,19 +1,19 @@
-"""Live video: frames are fed as they arrive, and questions about the video so far can be asked at any time.
+"""Answers questions about live video. Frames are fed as they arrive, and questions about the video so far can be asked at any time.
 
 Frames are collected in time windows. As soon as a window is complete, it is encoded like a short video, and its tokens are
 prefilled into the KV cache. A question also covers the frames of the unfinished window, which are encoded just for this question.
-After the answer, everything that was prefilled for the question is cropped from the cache. The model sees all windows as a single
-video: by Qwen's rule, each token has the position of its frame pair, counted from the first frame of the stream.
+After the answer, everything that was prefilled for the question is cropped from the cache. To the model, all windows look like a
+single video, because tokens get the positions that Qwen assigns to their frame pairs, counted from the first frame of the stream.
 
-The windows in the newest half of the memory keep all their tokens, and older windows are thinned (see `kept_counts`). The remaining
-tokens keep their positions. If a position would exceed the range that the model supports, the cached keys are first rotated back so
-that the video starts at the oldest remaining window.
+The windows in the newest half of the memory keep all their tokens, whereas older windows are thinned (see `kept_counts`). Tokens
+that remain keep their positions. If a new position would exceed the range that the model supports, the cached keys are rotated back
+first, so that the video starts at the oldest remaining window.
 
-Units that have not changed since the previous window are not encoded again, but they may still become tokens of each window (see
+Units that have not changed since the previous window are not encoded again, but they may still become tokens of the new window (see
 segments.py).
 
-A frame passes through four steps: `VideoStream.add` collects it, `_encode` encodes its window, `window_columns` turns the tokens of
-the window into prompt columns, and `StreamMemory.read` prefills these columns into the KV cache.
+A frame is processed in four steps: `VideoStream.add` collects it, `_encode` encodes its window, `window_columns` turns the window's
+tokens into prompt columns, and `StreamMemory.read` prefills these columns into the KV cache.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,14 +54,14 @@ from evoprune.util import brief, check_type
 from evoprune.video import FrameChunk, Plan, SamplingOptions, SamplingPlan, Video
 from evoprune.vision import Encoded, EncodedRows, resize
 
-CONTEXT = 32_768  # context length to assume for a model whose config does not state one
-ROOM = 0.75  # share of the context that the video may use; the rest is for questions and answers
-MAX_WAITING = 4  # windows that may queue up while an answer is being generated
+CONTEXT = 32_768  # context length to assume if a model's config does not specify one
+ROOM = 0.75  # share of the context that the video may use, leaving room for questions and answers
+MAX_WAITING = 4  # maximum number of windows that may queue up while an answer is being generated
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The part of a stream that is in memory or that a question covers. Times are frame timestamps in seconds."""
+    """Describes the part of a stream that is in memory or that a question covers. Times are frame timestamps in seconds."""
 
     start_s: float  # start of the oldest window that still has tokens
     end_s: float
@@ -75,13 +75,14 @@ class Seen:
 
 @dataclass
 class Window:
-    """A window of a stream, of which C columns are still in memory."""
+    """A time window of a stream, with C prompt columns that are still in memory."""
 
     start_s: float
     end_s: float
-    time: int  # temporal position of the window's first column, counted from the start of the stream
+    time: int  # temporal position of the window's first column, counting from the start of the stream
     whole: int  # number of tokens before thinning
-    # int64 `[C]`: rank of each column. Rank 0 is dropped last. Text has the lowest rank in its frame pair.
+    # int64 `[C]`: ranks of the columns. Columns with rank 0 are dropped last. Text has the lowest rank among the columns of its
+    # frame pair.
     order: torch.Tensor
     visual: torch.Tensor  # bool `[C]`: True for columns that are visual tokens
     ids: torch.Tensor  # int64: distinct token IDs in the window's unpruned prompt, for the repetition penalty
@@ -93,7 +94,7 @@ class Window:
 
 @dataclass(frozen=True)
 class EncodedWindow:
-    """An encoded window and its prompt columns.
+    """An encoded window of a stream, with its prompt columns.
 
     Attributes:
         frames: Number of frames in the window.
@@ -111,7 +112,7 @@ class EncodedWindow:
 
 
 class PriorityLock:
-    """A lock that gives priority to answers. While an answer waits for the lock or holds it, `pause` blocks the other threads.
+    """A lock that gives answers priority. While an answer waits for the lock or holds it, `pause` blocks the other threads.
 
     As a result, answers come first, the encoder second, and windows that are waiting to be prefilled last.
     """
@@ -136,7 +137,7 @@ class PriorityLock:
         return not self._calm.is_set()
 
     def pause(self) -> None:
-        """Block until a question has been prefilled. While its answer is being generated, block only briefly."""
+        """Block while a question is being prefilled. While an answer is being generated, block only for a moment."""
         if self.generating:
             self._calm.wait(0.02)
         else:
@@ -144,14 +145,14 @@ class PriorityLock:
 
 
 class _QuestionWaits(Exception):
-    """Raised to postpone a window's prefill because a question takes precedence."""
+    """Raised to postpone the prefill of a window, because a question takes precedence."""
 
 
 @dataclass(eq=False)
 class _WindowInput(OpenInput):
-    """An input whose frames are in memory and are encoded as a segment of a longer video.
+    """An input whose frames are already in memory and which is encoded as a segment of a longer video.
 
-    After encoding, `left` holds the state for the next window.
+    After encoding, `left` contains the state for the next window.
     """
 
     threaded: ClassVar[bool] = False
@@ -174,13 +175,14 @@ class _WindowInput(OpenInput):
 class VideoStream(Askable):
     """Answers questions about a stream of frames. Create it with `VideoQA.stream`, and use it as a context manager.
 
-    One thread feeds frames while other threads ask questions. A question waits until the window that is being encoded is done.
-    The encoder pauses while a question is being prefilled, and continues layer by layer while the answer is being generated. If a
-    window is encoded during an answer, or if a question interrupts the window's prefill, the window is prefilled after the answer.
+    One thread feeds frames while other threads ask questions. If a window is being encoded, a question waits until it is done. The
+    encoder pauses while a question is being prefilled, and continues layer by layer while the answer is being generated. If a
+    window is encoded during an answer, or if its prefill is interrupted by a question, the window is prefilled after the answer.
 
     Attributes:
-        skipped, lag_s: Set by the code that feeds frames, and reported by `seen`.
-        facts: Fields of the source's `Video`, set by the code that feeds frames.
+        skipped, lag_s: Number of skipped frames and current lag in seconds, as reported by `seen`. Both are set by the code that
+            feeds frames.
+        facts: A dict with fields of the source's `Video`, set by the code that feeds frames.
         encoded: Number of windows encoded so far.
 
     Raises:
@@ -209,7 +211,7 @@ class VideoStream(Askable):
         self._plan: Plan | None = None
         self._slots = []
         self._frames = []
-        self._changes_shape = False  # True once a frame's aspect ratio has differed from the first frame's
+        self._changes_shape = False  # True once any frame had a different aspect ratio from the first frame
         self._origin_s = self._last_s = 0.0
         self._memory: StreamMemory | None = None
         self._waiting: list[EncodedWindow] = []
@@ -219,7 +221,7 @@ class VideoStream(Askable):
         self._unfinished: EncodedWindow | None = (
             None  # the unfinished window with the frames that the latest question saw
         )
-        self._count = self._done = 0  # number of frames used so far; slot after the last finished window
+        self._count = self._done = 0  # number of frames used so far, and slot after the last finished window
         self._open: int | None = None  # turn number of the answer that is being generated
         self._problem: str | None = None
 
@@ -234,24 +236,24 @@ class VideoStream(Askable):
 
     @property
     def seen(self) -> Seen | None:
-        """Describes the finished windows that are in memory. None before the first window is finished. Does not block."""
+        """A description of the finished windows in memory, or None before the first window is finished. Does not block."""
         return self._memory and self._seen([])
 
     @property
     def until_s(self) -> float | None:
-        """Time up to which a question asked now would see the video, including the unfinished window. Does not block."""
+        """Time in seconds up to which a question asked now would see the video, including the unfinished window. Does not block."""
         if slots := self._slots:
             return self._origin_s + (slots[-1] + 1) * self.step_s
         return self.seen and self.seen.end_s
 
     @property
     def report(self) -> Report:
-        """Report about the latest finished window or, if there is none, about the unfinished window. It has no answer."""
+        """Report on the latest finished window, or on the unfinished window if none is finished yet. It contains no answer."""
         # Read `_latest` again at the end, because the unfinished window may have been finished in the meantime.
         return self._report(self._latest or self._look() or self._latest)
 
     def add(self, frame: np.ndarray, time_s: float) -> bool:
-        """Feed a frame. If it starts a new window, the previous window is encoded and prefilled first.
+        """Feed a frame to the stream. If the frame starts a new window, the previous window is encoded and prefilled first.
 
         Args:
             frame: uint8 `[H, W, 3]`, RGB. The first frame determines the size that the model sees. Later frames are scaled to this
@@ -259,7 +261,7 @@ class VideoStream(Askable):
             time_s: Timestamp in seconds from an arbitrary origin. It must not be earlier than the previous frame's timestamp.
 
         Returns:
-            True if the frame is used. If frames arrive at a higher rate than the stream's, some of them are not used.
+            True if the frame is used. If frames arrive at a higher rate than the stream's frame rate, some of them are not used.
 
         Raises:
             UsageError: The array is not a frame, time goes backwards, or the stream is closed.
@@ -298,9 +300,9 @@ class VideoStream(Askable):
             return True
 
     def scaled(self, frame: np.ndarray) -> np.ndarray:
-        """Scale a frame to the size that the encoder reads, which `add` also accepts.
+        """Scale a frame to the size that the encoder needs. Scaled frames can also be passed to `add`.
 
-        Before the first frame has been added, this size is unknown, and the frame is returned unchanged.
+        Before the first frame has been added, the size is unknown, so the frame is returned unchanged.
         """
         if self._plan is None:
             return frame
@@ -325,14 +327,14 @@ class VideoStream(Askable):
         return bordered
 
     def flush(self) -> None:
-        """End the unfinished window now, and encode and prefill its frames. Raises the same errors as `add`."""
+        """End the unfinished window early, then encode and prefill its frames. Raises the same errors as `add`."""
         with self._feeding:
             self._check_open()
             if self._slots:
                 self._finish(self._slots[-1] + 1)
 
     def catch_up(self) -> None:
-        """Prefill windows that have been waiting for an answer to finish. Call this occasionally while no frames arrive.
+        """Prefill windows that have been waiting for an answer to finish. Call this method occasionally while no frames arrive.
 
         Raises the same errors as `add`.
         """
@@ -342,7 +344,7 @@ class VideoStream(Askable):
                     self._read_waiting(polite=True)
 
     def close(self) -> None:
-        """Free the stream's memory. If an answer is being generated, it is stopped."""
+        """Free the stream's memory and stop any answer that is being generated."""
         self._problem = self._problem or "the stream is closed"  # stops the encoder at its next layer if it is running
         with self._feeding, self._lock.lock:
             self._turn += 1
@@ -351,11 +353,11 @@ class VideoStream(Askable):
 
     @property
     def step_s(self) -> float | None:
-        """Interval in seconds between two frames that are used, or None before the first frame."""
+        """Interval in seconds at which the stream uses frames, or None before the first frame."""
         return self._plan and self._plan.sampling.seconds_per_frame
 
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
-        """Plan a window like a video of the same length, and prefill the prompt before the video, which also packs the weights."""
+        """Plan windows like videos of the same length, and prefill the prompt before the video, which also packs the weights."""
         height, width, _ = frame.shape
         window = Video(
             self._name, self._options.window_s, width, height, 0, "raw", None, "stream", None, None, None, 0.0
@@ -384,7 +386,7 @@ class VideoStream(Askable):
             raise
 
     def _finish(self, end: int) -> None:
-        """Encode the frames of a window that ends before slot `end`, and prefill them unless an answer is being generated."""
+        """Encode the window that ends before slot `end`, and prefill it unless an answer is being generated."""
         slots = self._slots
         frames = self._frames
         done = self._done
@@ -405,8 +407,10 @@ class VideoStream(Askable):
     def _look(self) -> EncodedInput | None:
         """Encode the unfinished window for a question, unless the latest question saw the same frames.
 
-        Returns None if the window has no frames. The time spent here, including the wait for another window to be encoded, is
-        charged to the next question that is prefilled.
+        The time this takes, including any wait for another window to be encoded, is charged to the next question that is prefilled.
+
+        Returns:
+            The encoded window, or None if it has no frames.
         """
         clock = Clock(self._session.device)
         fresh = None
@@ -431,7 +435,7 @@ class VideoStream(Askable):
             return window and window.encoding
 
     def _charge_next_question(self, seconds: dict[str, float], wall: float) -> None:
-        """Add to the time that is charged to the next question."""
+        """Add the given times, in seconds per stage and in wall time, to the time charged to the next question."""
         if self._inputs_reported:
             owed = dict.fromkeys(INPUT_STAGES, 0.0)
             owed_wall = 0.0
@@ -444,10 +448,10 @@ class VideoStream(Askable):
     def _encode(
         self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]
     ) -> EncodedWindow:
-        """Encode a window in the same way as a file of the same length. Does not change the stream.
+        """Encode a window in the same way as a file of the same length. This does not change the stream's state.
 
         Args:
-            slots: Each frame's slot. There is one slot per frame at the stream's rate.
+            slots: Slots of the frames. Time is divided into slots, with one slot per frame at the stream's frame rate.
             frames: The frames.
             done: The first slot after the previous window.
             end: The first slot after this window.
@@ -457,7 +461,7 @@ class VideoStream(Askable):
         base = self._plan
         step_s = self.step_s
         count = len(frames)
-        if count % 2:  # if the number of frames is odd, repeat the last one, as Hugging Face does
+        if count % 2:  # if the number of frames is odd, repeat the last frame, as Hugging Face does
             slots = [*slots, slots[-1]]
             frames = [*frames, frames[-1]]
         first = max(done, slots[0] // base.sampling.frames * base.sampling.frames)
@@ -481,7 +485,7 @@ class VideoStream(Askable):
         window = _WindowInput(session, plan, clock, pixels, self._earlier, pause)
         try:
             encoding = window.encode()
-        except NothingNew:  # then encode the whole window without reusing anything
+        except NothingNew:  # encode the whole window without reusing earlier units
             window = _WindowInput(session, plan, Clock(torch.device("cpu")), pixels, None, pause)
             encoding = window.encode()
         if self._changes_shape:
@@ -491,16 +495,16 @@ class VideoStream(Askable):
         return EncodedWindow(count, end, encoding, window.left, *columns)
 
     def _pause(self) -> None:
-        """Let answers go first, and raise an error if the stream has been closed. Called before each layer of the encoder."""
+        """Let answers go first, and raise UsageError if the stream has been closed. Called before each layer of the encoder."""
         self._lock.pause()
         self._check_open()
 
     def _read_waiting(self, polite: bool = False, after: Sequence[EncodedWindow] = ()) -> None:
-        """Prefill the queued windows.
+        """Prefill the windows that are waiting in the queue.
 
         Args:
             polite: Whether to stop as soon as a question is waiting.
-            after: Windows to make room for after the queued windows have been prefilled.
+            after: Windows for which to make room in the cache after the queued windows have been prefilled.
         """
         self._memory.cache.crop(self._memory.columns)
         pause = self._give_way if polite else lambda: None
@@ -527,7 +531,7 @@ class VideoStream(Askable):
     def _ids_around_video(
         self, question: str, thinking: bool = False, earlier: Sequence[Turn] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the prompt's token IDs before the video and those after it, both int64."""
+        """Return the token IDs of the prompt before the video and after the video, both as int64 tensors."""
         loaded = self._session.loaded
         # The markers around the video belong to the frame pairs.
         times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()
@@ -555,11 +559,11 @@ class VideoStream(Askable):
 
     @property
     def _unread(self) -> list[EncodedWindow]:
-        """A list with the unfinished window as the latest question saw it. The list is empty if there is no such window."""
+        """A list with the unfinished window as the latest question saw it, or an empty list if there is no such window."""
         return [self._unfinished] if self._unfinished else []
 
     def _seen(self, unread: Sequence[EncodedWindow]) -> Seen | None:
-        """Describe the windows in memory together with those in `unread`, or return None if there are no windows at all."""
+        """Describe the windows in memory together with the windows in `unread`. Returns None if there are no windows at all."""
         windows = [*self._memory.windows, *(encoded.window for encoded in unread)]
         if not windows:
             return None
@@ -604,7 +608,7 @@ class VideoStream(Askable):
         return state
 
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
-        """Check that the prompt fits even if the memory is full, because it may fill up before the question is prefilled."""
+        """Check that a question would fit even if the memory were full, because it may fill up before the question is prefilled."""
         self._session.loaded.check_texts(question, earlier=earlier)
         _, ids = self._ids_around_video(question, options.thinking, earlier)
         with self._lock:
@@ -620,10 +624,13 @@ class VideoStream(Askable):
 
 @torch.inference_mode()
 def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
-    """Rank the tokens of a window by how long they should stay. Returns int64 `[K]` on the CPU, with rank 0 for the last to go.
+    """Rank the tokens of a window by how long they should stay in memory.
 
-    The pruning method selects half of the tokens again, then a quarter of them, and so on. The more often a token is selected, the
-    longer it stays. If the tokens were not chosen by a selector, the selector of the `evoprune` method is used.
+    The pruning method is asked to select half of the tokens, then a quarter of them, and so on. The more often a token is selected,
+    the longer it stays. If the tokens were not chosen by a selector, the selector of the `evoprune` method is used.
+
+    Returns:
+        The ranks as int64 `[K]` on the CPU. The token with rank 0 is dropped last.
     """
     if stage := rows.plan.token_stage:
         selector = stage.selector
@@ -654,9 +661,10 @@ def window_columns(
 
     Args:
         order: The result of `staying_order`.
-        slots: Each frame's slot, counted from the start of the stream.
+        slots: Slots of the frames, counted from the start of the stream.
         step_s: Length of a slot, in seconds.
-        following: The first position after the previous window, which is used only if the prompt states each frame pair's time.
+        following: The first position after the previous window. It is used only if the prompt contains timestamps for the frame
+            pairs.
     """
     config = loaded.model.config.vision_config
     span = encoding.plan.sampling
@@ -677,7 +685,7 @@ def window_columns(
     prompt = prune_prompt(ids, [place], [encoding.encoded], positions, loaded.language.embed)
     stays = torch.full_like(ids, len(order))
     stays[prompt.columns[prompt.visual]] = order
-    # The text of a frame pair stays for as long as any of the pair's tokens does.
+    # The text of a frame pair stays in memory for as long as any of the pair's tokens.
     for run, tokens in zip(place.around, place.runs, strict=False):
         first = stays[run.start : run.stop].min()
         stays[run.start : tokens.start] = stays[tokens.stop : run.stop] = first
@@ -687,7 +695,7 @@ def window_columns(
 
 
 class StreamMemory:
-    """The windows in a KV cache, preceded by the part of the prompt that comes before the video.
+    """A stream's memory: a KV cache with the prompt before the video, followed by the windows of the video.
 
     Args:
         ids: int64 `[n]`, token IDs of the prompt before the video.
@@ -697,7 +705,7 @@ class StreamMemory:
 
     Attributes:
         windows: Windows that still have tokens, oldest first.
-        following: Position of the text that follows the video.
+        following: Position of the first text token after the video.
     """
 
     @torch.inference_mode()
@@ -711,26 +719,26 @@ class StreamMemory:
         self._window = window_tokens
         self._room = room
         self._moved = 0  # number of positions by which the start of the video has been moved
-        # If the prompt states times, the row and column positions of a frame pair also continue from the text before it.
+        # If the prompt contains timestamps, the row and column positions of a frame pair also continue from the text before it.
         alike = int(language.model.config.vision_config.traits.timestamps)
         self._axes = torch.tensor([[1], [alike], [alike]], dtype=torch.int64, device="cpu")
         language.forward(language.embed(ids), arange_on(len(ids), "cpu").expand(3, -1), self.cache)
 
     @property
     def columns(self) -> int:
-        """Number of columns up to the end of the video."""
+        """Number of columns in the KV cache up to the end of the video."""
         return self._head + sum(len(window.order) for window in self.windows)
 
     @property
     def most_columns(self) -> int:
-        """Maximum number of columns up to the end of the video: a full memory plus an unfinished window."""
+        """Maximum number of columns in the KV cache up to the end of the video, with a full memory plus an unfinished window."""
         return max(self.columns, self._head + self._limit) + self._window
 
     @torch.inference_mode()
     def read(self, encoded: EncodedWindow, pause: Callable[[], None]) -> None:
-        """Prefill a window and thin earlier windows. If an error interrupts this, the cache is no longer usable.
+        """Prefill a window and thin earlier windows. If an error occurs in the process, the cache is no longer usable.
 
-        `pause` is called before each layer of the language model. If it raises an exception, the cache stays as it was.
+        `pause` is called before each layer of the language model. An exception that it raises leaves the cache unchanged.
         """
         self.make_room(encoded)
         self.following = self.look(encoded, pause)
@@ -739,10 +747,10 @@ class StreamMemory:
 
     @torch.inference_mode()
     def look(self, encoded: EncodedWindow, pause: Callable[[], None] = lambda: None) -> int:
-        """Prefill a window after the windows in memory, if there is room for it. To undo this, crop the cache to `columns`.
+        """Prefill a window after the windows in memory. There must be room for it. To undo this, crop the cache to `columns`.
 
         Returns:
-            The position of the text after the window.
+            The position of the first text token after the window.
         """
         by = self._head - self._moved * self._axes
         prompt = encoded.prompt
@@ -754,9 +762,9 @@ class StreamMemory:
     def make_room(self, encoded: EncodedWindow) -> None:
         """Move the start of the video to the oldest remaining window if `encoded` would exceed the position range.
 
-        The oldest windows are dropped if there is still not enough room. Unless the range is short, they have few tokens left by
-        then. An eighth of the range is freed at a time, in whole windows. Otherwise, once the memory is long, every new window
-        would move the cached keys, and each move rounds them.
+        If that does not free enough positions, the oldest windows are dropped. Unless the range is short, they have few tokens left
+        by then. An eighth of the range is freed at a time, in whole windows. Otherwise, every new window in a long memory would
+        require moving the cached keys, and every move adds a rounding error.
         """
         first = encoded.window.time
         last = int(encoded.prompt.last[0])
@@ -771,7 +779,7 @@ class StreamMemory:
         self._moved = beginning
 
     def _thin(self, counts: Sequence[int]) -> None:
-        """Keep the given number of tokens in each window, namely those with the lowest ranks."""
+        """Keep only the given number of tokens in each window, choosing the tokens with the lowest ranks."""
         stay = [window.order < count for window, count in zip(self.windows, counts, strict=True)]
         if all(bool(kept.all()) for kept in stay):
             return
@@ -785,16 +793,16 @@ class StreamMemory:
 def kept_counts(windows: Sequence[tuple[int, int]], limit: int) -> list[int]:
     """Return the number of tokens to keep in each window, oldest window first.
 
-    The newest windows keep all their tokens, as long as these take up at most half of the limit. The same number of windows before
-    them should keep half of their tokens, the same number before those should keep a quarter, and so on. While the total exceeds
-    `limit`, windows that have more tokens than they should keep are halved, starting with the oldest.
+    The newest windows, up to half of the limit, keep all their tokens. The same number of windows before them should keep half of
+    their tokens, the next older group a quarter, and so on. While the total exceeds `limit`, windows that have more tokens than
+    they should keep are halved, starting with the oldest.
 
     Args:
-        windows: For each window, the number of tokens that are left and the original number of tokens.
+        windows: Pairs of the number of tokens that are left in a window and its original number of tokens.
         limit: Maximum total. It must be at least twice the number of tokens in the largest window.
     """
     counts = [left for left, _ in windows]
-    # Number of windows that should keep the same share of their tokens
+    # Number of consecutive windows that should keep the same share of their tokens.
     group = max(1, limit // (2 * max(whole for _, whole in windows)))
     due = [whole >> ((len(windows) - 1 - number) // group) for number, (_, whole) in enumerate(windows)]
     while (over := sum(counts) - limit) > 0:

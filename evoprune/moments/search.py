@@ -1,8 +1,9 @@
-"""Finds moments. Encodes each segment of a video once, asks every query about it, and then locates the best moments' borders.
+"""Searches a video for moments that match queries. Each segment is encoded once and then scored for every query.
 
-A segment's score is computed from the first token of the answer. It is the probability of yes if yes and no are assumed to be the
-only possible answers. Segments are independent of each other. Each segment is dropped before the next one is encoded, so memory use
-does not grow with the length of the video.
+A segment's score is computed from the first token of the answer. It is the probability of yes, assuming that yes and no are the
+only possible answers. After all segments have been scored, the borders of the best moments are located more precisely. Segments are
+independent of each other, and each segment is dropped before the next one is encoded, so memory use does not grow with the length
+of the video.
 """
 
 import math
@@ -40,22 +41,23 @@ from evoprune.session import (
 from evoprune.util import brief, check_question
 from evoprune.video import GivenInput, Input, Plan, SamplingOptions, Subtitles, Video, probe, read_subtitles
 
-# The questions that decide together whether a segment matches a query, each with the answer (True for yes) that indicates a match.
+# The questions that together decide whether a segment matches a query. Every question comes with the answer (True for yes) that
+# indicates a match.
 Questions = tuple[tuple[str, bool], ...]
-# Function that is called with a stage, the number of finished items and the total. The stages are "segment", then "piece" (a piece
-# of one of the best segments), and then, for each query, "moment" (a moment whose borders have been found).
+# A progress callback that receives a stage, the number of finished items, and the total number of items. The stages are "segment",
+# then "piece" (a piece of one of the best segments), and then, for each query, "moment" (a moment whose borders have been found).
 Progress = Callable[[str, int, int], None]
 
 QUESTION = "Does the video show the following? {}\nAnswer yes or no."
 ONE_TOKEN = GenerationOptions(max_new_tokens=1)
-PIECE_FRAMES = 4  # number of frames per piece; the borders of a moment are located by scoring pieces
+PIECE_FRAMES = 4  # number of frames per piece; scoring pieces of a segment locates the borders of a moment
 PIECES = (
-    4  # number of pieces into which a segment is cut, or a piece that is sampled at less than the model's frame rate
+    4  # number of pieces to cut a segment into, or to cut a piece into that is sampled below the model's frame rate
 )
-# The outermost piece that shows a moment usually shows it only in part. The border is assumed to be inside the piece by this share
-# of the piece's length.
+# The first and last pieces that show a moment usually show it only in part. The border is assumed to be inside such a piece, at
+# this fraction of the piece's length.
 REACH = 0.2
-CANDIDATES = 2  # initial number of segment runs to score by pieces, for each moment that is wanted
+CANDIDATES = 2  # initial number of segment runs to score by pieces for each moment to return
 APART_S = SEGMENT_S  # a gap of at least this many seconds splits a moment into two
 
 
@@ -63,8 +65,8 @@ APART_S = SEGMENT_S  # a gap of at least this many seconds splits a moment into 
 class Moment:
     """A part of a video that matches a query. Times are in seconds from the video's first frame.
 
-    `score` is the probability (0 to 1) that the answer is yes rather than no. It combines the scores of the moment's best segment
-    and of the best piece of that segment. `best_s` is the middle of that piece.
+    `score` is the probability (0 to 1) that the answer is yes rather than no. It combines the score of the moment's best segment
+    with the score of that segment's best piece. `best_s` is the time in the middle of this piece.
     """
 
     query: str
@@ -75,21 +77,21 @@ class Moment:
 
 
 class Search:
-    """A search for the moments in a video that match any of several queries. Use it in a `with` statement, or close it.
+    """A search for moments in a video that match one or more queries. Use it in a `with` statement, or call `close` afterwards.
 
-    `run` does the work. `moments` returns the moments that have been found so far, even if `run` was interrupted.
+    Call `run` to perform the search. `moments` returns the moments that have been found so far, even if `run` was interrupted.
 
     Args:
         source: The video.
         queries: Descriptions of the moments to find.
-        cache: Cache for encoded segments. It is not used if the pruning method reads the question.
+        cache: Cache for encoded segments, or None. It is not used if the pruning method depends on the question.
 
     Attributes:
         segments: All segments to ask about.
-        tokens: Total number of visual tokens before pruning.
+        tokens: Total number of visual tokens of all segments before pruning.
         asked: Number of segments that have been asked about so far.
         unread: Number of these segments that could not be read.
-        warnings: Names of warnings, each with facts about the video to which the warning applies.
+        warnings: A dict that maps the names of warnings to facts about the video that they apply to.
 
     Raises:
         UsageError: A query is empty, repeated or too long; the input is a still image; or the words for yes and no begin with the
@@ -136,15 +138,15 @@ class Search:
         except BaseException:
             self._files.close()
             raise
-        # For each query, the log odds of each segment.
+        # The log odds of all segments, by query.
         self._scores: dict[str, list[float]] = {query: [] for query in self._questions}
-        # Log odds of each piece, by query and by the piece's middle and length, both in seconds.
+        # Log odds of the pieces scored so far, by query and by the piece's midpoint and length, both in seconds.
         self._pieces: dict[tuple[str, float, float], float] = {}
-        # Runs that have also been scored by pieces. Some of their scores are too low for a moment.
+        # Runs that have also been scored by pieces, including runs whose scores turned out to be too low for a moment.
         self._scored: dict[tuple[str, Run], Moment] = {}
-        # Moments whose borders have been found. A run that is split by a gap has more than one moment.
+        # Moments whose borders have been found. A run has more than one moment if it is split by a gap.
         self._bordered: dict[tuple[str, Run], list[Moment]] = {}
-        # Maximum number of runs to score by pieces.
+        # Maximum number of runs to score by pieces, by query.
         self._scored_runs = dict.fromkeys(self._questions, CANDIDATES * options.top)
         self._complete: set[str] = set()  # queries for which the best moments' borders have been found
         self.asked = 0
@@ -158,17 +160,17 @@ class Search:
 
     @property
     def info(self) -> Video:
-        """Facts about the video. If the video was downloaded, their path is the path of the local copy."""
+        """Metadata of the video. If the video was downloaded, `path` is the path of the local copy."""
         return self._info
 
     def close(self) -> None:
-        """Delete downloaded files, and evict cache entries until the cache is within its limit."""
+        """Delete downloaded files, and evict cache entries until the cache is within its size limit."""
         self._files.close()
         if self._cache:
             self._cache.make_room()
 
     def run(self, progress: Progress | None = None) -> None:
-        """Ask every query about each segment, and then find the borders of each query's best moments.
+        """Score every segment for every query, and then locate the borders of each query's best moments.
 
         Raises:
             VideoError: No segment can be read.
@@ -204,30 +206,30 @@ class Search:
             self._complete.add(query)
 
     def moments(self) -> list[Moment]:
-        """Return the moments found so far, query by query in the given order, and best first within each query.
+        """Return the moments found so far, in the order of the queries, with the best moments of a query first.
 
-        A moment that has not been scored by pieces yet has the borders and the score of its segments.
+        If a moment has not been scored by pieces yet, it has the borders and the score of its segments.
         """
         return [moment for query in self.queries for moment in self._shown(query)]
 
     def more(self, query: str) -> int:
-        """Return approximately how many moments of a query were found in addition to the `top` moments that are returned.
+        """Return the approximate number of moments that were found for a query beyond the `top` moments returned by `moments`.
 
-        The number is approximate because a candidate whose borders have not been found may turn out to be no moment at all, or more
-        than one moment.
+        The number is approximate, because a candidate whose borders have not been located yet may turn out to be no moment at all,
+        or more than one.
         """
         every = self._moments(query, self._runs(query))
         return max(0, len(every) - len(self._shown(query)))
 
     def _shown(self, query: str) -> list[Moment]:
-        """Return the `top` best moments of a query, best first."""
+        """Return up to `top` moments of a query, best first."""
         candidates = self._candidates(query)
         if query in self._complete:
             candidates = [run for run in candidates if (query, run) in self._bordered]
         return sorted(self._moments(query, candidates), key=lambda moment: -moment.score)[: self._options.top]
 
     def _moments(self, query: str, among: Sequence[Run]) -> list[Moment]:
-        """Return the moments in the runs `among`, with the borders or scores from the latest step that each run went through."""
+        """Return the moments in the given runs of segments, with the most precise borders and scores that are known so far."""
         found: list[Moment] = []
         for run in among:
             found += self._bordered.get((query, run)) or [self._scored.get((query, run)) or self._coarse(query, run)]
@@ -235,7 +237,7 @@ class Search:
         return joined([moment for moment in found if moment.score >= least])
 
     def best(self, query: str) -> tuple[float, float]:
-        """Return a query's best score so far and its time in seconds. At least one segment must have been asked about."""
+        """Return a query's best score so far and the corresponding time in seconds. At least one segment must have been scored."""
         scored = [moment for (asked, _), moment in self._scored.items() if asked == query]
         if scored:
             best = max(scored, key=lambda moment: moment.score)
@@ -250,7 +252,7 @@ class Search:
         return least_odds(self._scores[query])
 
     def _candidates(self, query: str) -> list[Run]:
-        """Return the runs to score by pieces, best first."""
+        """Return the runs of segments that should be scored by pieces, best first."""
         return self._runs(query)[: self._scored_runs[query]]
 
     def _runs(self, query: str) -> list[Run]:
@@ -267,26 +269,25 @@ class Search:
 
     @property
     def _shortest_s(self) -> float:
-        """Length in seconds of a piece that is sampled at the model's frame rate. No piece is shorter than this."""
+        """Length in seconds of a piece that is sampled at the model's frame rate, which is the minimum length of a piece."""
         return PIECE_FRAMES / self._fps
 
     @property
     def _piece_s(self) -> float:
-        """Length in seconds of the pieces into which a segment is cut."""
+        """Length in seconds of the pieces that a segment is cut into."""
         return max(self._shortest_s, self._segment_s / PIECES)
 
     def _middles(self, place: int) -> list[float]:
-        """Return the middle of each piece of the segment with index `place`, in seconds."""
+        """Return the midpoints in seconds of the pieces that the segment with index `place` is cut into."""
         segment = self.segments[place]
         count = max(1, round(self._segment_s / self._piece_s))
         step_s = self._segment_s / count
         return [segment.start_s + (n + 0.5) * step_s for n in range(count)]
 
     def _score_candidates(self, queries: Sequence[str], progress: Progress | None) -> None:
-        """Score candidates again by pieces, which are short parts of a segment that are sampled densely.
+        """Score candidates again by pieces, which are short, densely sampled parts of a segment.
 
-        A candidate's log odds become the mean of two log odds: those of its best segment and those of the best piece of that
-        segment.
+        A candidate's new log odds are the mean of its best segment's log odds and the log odds of that segment's best piece.
         """
         wanted = [(query, run) for query in queries for run in self._candidates(query)]
         wanted = [each for each in wanted if each not in self._scored]
@@ -307,7 +308,7 @@ class Search:
             self._scored[query, run] = moment
 
     def _find_borders(self, query: str, progress: Progress | None) -> bool:
-        """Find the borders of a query's best moments. Returns False if there are fewer moments than `top`."""
+        """Locate the borders of a query's best moments. Returns False if fewer than `top` moments were found."""
         least = probability(self._least(query))
         scored = [(run, self._scored[query, run]) for run in self._candidates(query)]
         scored = [(run, moment) for run, moment in scored if moment.score >= least]
@@ -324,11 +325,11 @@ class Search:
         return len(joined(found)) >= self._options.top
 
     def _with_borders(self, query: str, run: Run, moment: Moment) -> list[Moment]:
-        """Find the borders of a moment by scoring pieces.
+        """Locate the borders of a moment by scoring pieces.
 
-        If no piece shows the moment, it keeps the borders of its segments. If consecutive pieces within the moment do not show it
-        for at least `APART_S` seconds, it is split, and more than one moment is returned. Because long segments have long pieces,
-        their borders are refined with shorter pieces.
+        If no piece shows the moment, it keeps the borders of its segments. If there is a gap of at least `APART_S` seconds in which
+        no piece shows the moment, it is split at the gap, and more than one moment is returned. Because long segments have long
+        pieces, their borders are then refined with shorter pieces.
         """
         shown_from = self._least(query) - MARGIN
         begin_s = self.segments[0].start_s
@@ -342,7 +343,7 @@ class Search:
             return border(shown, outside_s, inside_s, precision_s=length_s / 8, reach_s=REACH * length_s)
 
         def edge(inside_s: float, step_s: float, end_s: float) -> float:
-            """Find the border by moving in steps of `step_s` from a piece that shows the moment towards `end_s`."""
+            """Find a border by moving in steps of `step_s` seconds from a piece that shows the moment toward `end_s`."""
             outside_s = inside_s + step_s
             while (end_s - outside_s) * step_s > 0 and shown(outside_s):
                 inside_s = outside_s
@@ -352,7 +353,7 @@ class Search:
             return between(outside_s, inside_s)
 
         def closer(border_s: float, outwards_s: float) -> float:
-            """Refine a border with shorter pieces. If the first one inside the border does not show the moment, keep the border."""
+            """Refine a border with shorter pieces. It stays unchanged if the first piece inside it does not show the moment."""
             outside_s = min(max(border_s + outwards_s, begin_s), stop_s)
             inside_s = min(max(border_s - outwards_s, begin_s), stop_s)
             return between(outside_s, inside_s) if shown(inside_s) else border_s
@@ -386,19 +387,20 @@ class Search:
         shown: Callable[[float], bool],
         between: Callable[[float, float], float],
     ) -> Iterator[tuple[float, float]]:
-        """Yield the start and end of each gap between two pieces that show the moment, if the gap lasts at least `APART_S`.
+        """Yield the start and end of every gap of at least `APART_S` seconds between two pieces that show the moment.
 
         Args:
-            first_s, last_s: Middles of the two pieces.
-            length_s: Length of the pieces.
+            first_s, last_s: Midpoints of the two pieces, in seconds.
+            length_s: Length of the pieces in seconds.
             shown: Returns True if the piece around a time shows the moment.
-            between: Finds the border between a time at which the moment is not shown and a time at which it is.
+            between: Finds the border between a time at which the moment is not shown (first argument) and a time at which it is
+                shown.
         """
         if last_s - first_s < APART_S:
             return
         steps = math.ceil((last_s - first_s) / max(length_s, APART_S / 2))
-        before_s = first_s  # middle of the latest piece that shows the moment
-        away: list[float] = []  # middles of the later pieces, which do not show the moment
+        before_s = first_s  # midpoint of the latest piece that shows the moment
+        away: list[float] = []  # midpoints of later pieces, which do not show the moment
         for number in range(1, steps + 1):
             time_s = first_s + (last_s - first_s) * number / steps
             if number < steps and not shown(time_s):
@@ -412,7 +414,7 @@ class Search:
             away = []
 
     def _part(self, query: str, start_s: float, end_s: float) -> Moment:
-        """Return the moment between two times, with a score from its best segment and its best piece."""
+        """Create a moment that lasts from `start_s` to `end_s`, with a score based on its best segment and its best piece."""
         reach_s = REACH * self._piece_s
         pieces = {
             middle_s: odds
@@ -426,7 +428,7 @@ class Search:
         return Moment(query, start_s, end_s, score, best_s)
 
     def _lasting(self, moment: Moment) -> Moment:
-        """Extend a moment that has no duration to the length of a frame, and move the best time inside the moment."""
+        """Extend a moment without a duration to the length of one frame, and make sure that its best time lies within it."""
         start_s, end_s = moment.start_s, moment.end_s
         if start_s >= end_s:  # the moment is shorter than the interval between frames
             middle_s = (start_s + end_s) / 2
@@ -446,15 +448,18 @@ class Search:
         return self._pieces[query, middle_s, length_s]
 
     def _odds(self, query: str, opened: OpenInput) -> float:
-        """Return the log odds that a piece matches a query, and close the piece."""
+        """Return the log odds that a piece matches a query, or -inf if the piece cannot be read. The input is closed."""
         with closing(opened):
             try:
                 return self._ask(opened, [query])[query]
-            except VideoError:  # a piece may be unreadable even if its segment was readable; it then shows nothing
+            except VideoError:  # a piece may be unreadable even if its segment was readable
                 return -math.inf
 
     def _cut(self) -> tuple[list[Segment], int]:
-        """Return the segments and their total number of visual tokens before pruning. Raise an error if a query is too long."""
+        """Cut the video into segments. Returns the segments and their total number of visual tokens before pruning.
+
+        Raises UsageError if a query is too long.
+        """
         sampling = self._sampling
         start_s, end_s = self._info.span(sampling.start_s, sampling.end_s)
         first_s = min(end_s, start_s + (self._options.segment_s or SEGMENT_S))
@@ -487,7 +492,7 @@ class Search:
         return OpenInput(self._session, plan, Clock(torch.device("cpu")), **self._input)
 
     def _heard(self, progress: Progress | None) -> Subtitles:
-        """Return the transcribed speech of all segments, if the `speech` option asks for it."""
+        """Return the subtitles or the transcribed speech of all segments, or no lines if the `speech` option is "none"."""
         sampling = self._sampling
         if sampling.speech == "none":
             return Subtitles()
@@ -500,7 +505,7 @@ class Search:
         return found
 
     def _opened(self, segments: Sequence[Segment], seek: str) -> Iterator[OpenInput]:
-        """Yield an open input for each segment, reading the next one in the background. The caller must close each input."""
+        """Yield an open input for each segment, reading the next segment in the background. The caller must close the inputs."""
         following: OpenInput | None = None
         try:
             for number, segment in enumerate(segments):
@@ -515,7 +520,7 @@ class Search:
                 following.close()
 
     def _ask(self, opened: OpenInput, queries: Sequence[str]) -> dict[str, float]:
-        """Return each query's log odds that a segment matches. If a query has several questions, the lowest log odds are used."""
+        """Return each query's log odds that a segment matches. If a query has several questions, the lowest result is used."""
         encoded = EncodedInputs(self._session, [opened.encode()])
         self._warn(encoded, queries)
         odds = {}
@@ -529,7 +534,7 @@ class Search:
         return odds
 
     def _warn(self, encoded: EncodedInputs, queries: Sequence[str]) -> None:
-        """Collect the warnings about a segment, except "limited", because users do not choose how many frames a segment has."""
+        """Collect a segment's warnings, except for "limited", because users do not choose the number of frames per segment."""
         loaded = self._session.loaded
         for name, facts in warned(encoded.report):
             if name != "limited":
@@ -544,7 +549,7 @@ class Search:
 
 
 def joined(moments: Sequence[Moment]) -> list[Moment]:
-    """Merge overlapping moments of a query. A merged moment gets the score of the best moment that it contains."""
+    """Merge overlapping moments of a query. A merged moment has the score and the best time of the best moment in it."""
     made: list[Moment] = []
     for moment in sorted(moments, key=lambda each: each.start_s):
         if made and moment.start_s <= made[-1].end_s:
@@ -556,10 +561,10 @@ def joined(moments: Sequence[Moment]) -> list[Moment]:
 
 
 def checked(queries: Sequence[str]) -> list[str]:
-    """Check the queries and return them as a list.
+    """Validate the queries and return them as a list.
 
     Raises:
-        UsageError: There are no queries; or a query is not a string, is empty, or is repeated.
+        UsageError: There are no queries, or a query is not a string, is empty, or is repeated.
     """
     if not isinstance(queries, Sequence):
         raise UsageError(f"the query is {brief(queries)}, not a string", 'for example "a red star"')
@@ -576,10 +581,10 @@ def checked(queries: Sequence[str]) -> list[str]:
 
 
 def questions_for(session: Session, options: FindOptions, query: str) -> Questions:
-    """Return the questions to ask about each segment to find out whether it matches a query.
+    """Return the questions to ask about a segment in order to determine whether it matches a query.
 
-    A query that ends with a question mark is asked unchanged. For any other query, the prompt from the options is used if there is
-    one. Otherwise, demo models are asked the questions that they know, and all other models are asked `QUESTION`.
+    A query that ends with a question mark is asked unchanged. For any other query, the prompt from the options is used if it is
+    set. Otherwise, demo models are asked questions that they know, and all other models are asked `QUESTION`.
     """
     demo = session.loaded.demo
     questions: Questions
@@ -597,9 +602,9 @@ def questions_for(session: Session, options: FindOptions, query: str) -> Questio
 
 
 def first_tokens(tokenizer: Tokenizer, yes: str, no: str) -> tuple[list[int], list[int]]:
-    """Return the IDs of the tokens with which the words for yes and for no may begin, in any spelling.
+    """Return the IDs of tokens with which the words for yes and no may begin, in lower case, upper case, or capitalized.
 
-    Tokens with which both words may begin are left out.
+    If a token can begin both words, it is left out.
 
     Raises:
         UsageError: No token is left for one of the two words.

@@ -1,6 +1,6 @@
-"""Cuts a video into segments, and decides from their scores which segments are moments. Uses only arithmetic, no files or models.
+"""Arithmetic for search.py: cuts a video into segments, and decides from their scores which segments are moments.
 
-A segment's score is a probability. This module works with log odds instead, which separate high and low scores more clearly.
+A segment's score is a probability. This module works with log odds instead, because they separate high and low scores more clearly.
 """
 
 import math
@@ -10,19 +10,20 @@ from statistics import median
 
 SEGMENT_S = 8.0  # default length of a segment, in seconds
 LEAST_PAIRS = 4  # minimum number of frame pairs per segment if neither a segment length nor a frame rate is set
-# A moment's log odds exceed the median of all segments by at least this many deviations. This constant and the following ones were
-# chosen on validation clips for both demo models. In most segments of these clips, the log odds for "no" are 4 to 7.
+# A segment is considered a moment only if its log odds exceed the median over all segments by at least this many deviations. This
+# constant and the following constants were tuned on validation clips for both demo models. In most segments of these clips, the log
+# odds for "no" are 4 to 7.
 DEVIATIONS = 4.0
 NORMAL_DEVIATION = 1.4826  # standard deviation of a normal distribution divided by its median absolute deviation
 LEAST_SCORE = 0.96  # segments with a lower score are never moments, no matter how much they stand out
-SURE_SCORE = 0.98  # segments with a higher score are always moments, even if most segments score this high
-# Segments whose log odds are too low by at most this much are also scored by pieces, because this may raise their score.
+SURE_SCORE = 0.98  # segments with a higher score are always moments, even if most segments have such a high score
+# Segments whose log odds miss the threshold by at most this much are also scored by pieces, which may raise their score.
 MARGIN = 2.2
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a video. Times are in seconds from the first frame."""
+    """A part of a video to ask about. Times are in seconds from the video's first frame."""
 
     start_s: float
     end_s: float
@@ -35,7 +36,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive segments that show the same thing. The fields are the indices of the first, the best and the last segment."""
+    """A run of consecutive segments that match a query. The fields are the indices of the first, the best and the last segment."""
 
     first: int
     best: int
@@ -48,12 +49,12 @@ def cut(
     """Cut a span of a video into segments of equal length, with at least one frame pair per segment.
 
     Args:
-        start_s, end_s: The span, in seconds.
+        start_s, end_s: Start and end of the span, in seconds.
         fps: Maximum number of frames per second.
         pair_tokens: Number of visual tokens per frame pair.
         total_tokens: Maximum total number of tokens, or None for no limit. If necessary, the frame rate is lowered to meet it.
-        segment_s: Maximum length of a segment. If it is None, segments last `SEGMENT_S`, or longer if `total_tokens` would leave
-            a segment fewer than `LEAST_PAIRS` frame pairs.
+        segment_s: Maximum length of a segment in seconds. If it is None, segments last `SEGMENT_S` seconds, or longer if
+            `total_tokens` would otherwise leave fewer than `LEAST_PAIRS` frame pairs per segment.
     """
     length_s = end_s - start_s
     count = max(1, math.ceil(length_s / (segment_s or SEGMENT_S) - 1e-6))
@@ -69,7 +70,7 @@ def cut(
 
 
 def log_odds(probability: float) -> float:
-    """Return the log odds of a probability, which are -inf for 0 and inf for 1."""
+    """Convert a probability to log odds, which are -inf for 0 and inf for 1."""
     if probability <= 0:
         return -math.inf
     if probability >= 1:
@@ -78,14 +79,14 @@ def log_odds(probability: float) -> float:
 
 
 def probability(odds: float) -> float:
-    """Return the probability that corresponds to the given log odds."""
+    """Convert log odds to a probability. This is the inverse of `log_odds`."""
     if odds < 0:
         return math.exp(odds) / (1 + math.exp(odds))
     return 1 / (1 + math.exp(-odds))
 
 
 def least_odds(scores: Sequence[float]) -> float:
-    """Return the minimum log odds that a segment needs in order to stand out from the others and count as a moment."""
+    """Return the minimum log odds at which a segment stands out enough from the others to be considered a moment."""
     known = [score for score in scores if math.isfinite(score)]
     if not known:
         return log_odds(LEAST_SCORE)
@@ -96,7 +97,7 @@ def least_odds(scores: Sequence[float]) -> float:
 
 
 def runs(scores: Sequence[float], least: float) -> list[Run]:
-    """Join neighboring segments that score at least `least` into runs, and sort the runs by their best segments, best first."""
+    """Join neighboring segments with scores of at least `least` into runs, and sort the runs by their best scores, best first."""
     found: list[Run] = []
     for place, score in enumerate(scores):
         if score < least:
@@ -116,12 +117,12 @@ def border(
     """Find the border of a moment by bisection.
 
     Args:
-        shown: Returns True if the frames around a time show the moment.
-        outside_s: Time at which the search starts. If the moment is already shown at this time, it is returned.
-        inside_s: Time at which the moment is shown. It may be before or after `outside_s`.
+        shown: Function that returns True if the frames around a given time show the moment.
+        outside_s: Time at which the search starts, in seconds. If the moment is shown at this time, this time is returned.
+        inside_s: Time at which the moment is shown, in seconds. It may be before or after `outside_s`.
         precision_s: Precision of the result, in seconds.
-        reach_s: Maximum distance in seconds between a frame and the time passed to `shown`. The border is moved inward by this
-            much.
+        reach_s: Maximum distance in seconds between a frame and the time passed to `shown`. The border that was found is moved
+            inward by this distance.
     """
     if shown(outside_s):
         return outside_s

@@ -1,7 +1,8 @@
-"""Reads videos: `frames` probes files and reads frames, `info` describes videos, and `plan` chooses the frames to read.
+"""Video input: probing files, planning which frames to sample, and decoding them.
 
-`readers` decodes with PyAV (FFmpeg), decord and Pillow. Because files are not trusted, `sandbox` runs the readers in a separate
-process, so that a malformed file can crash only that process.
+`frames` probes files and reads their frames, `info` defines the classes that describe a video, and `plan` chooses which frames to
+read. The decoders in `readers` are based on PyAV (FFmpeg), decord and Pillow. Because input files are untrusted, `sandbox` runs the
+decoders in a separate process, so that a malformed file cannot crash the calling program.
 """
 
 from typing import TYPE_CHECKING

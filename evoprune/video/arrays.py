@@ -1,4 +1,4 @@
-"""Reads frames into a single array, for programs that use evoprune only as a video reader. Does not import torch."""
+"""Reads frames into a single NumPy array, for programs that use evoprune only as a video reader. torch is not imported."""
 
 import math
 import os
@@ -29,19 +29,19 @@ def read_frames(
     decoder: Decoder = "auto",
     frame_rate: float = FOLDER_FPS,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Read frames from a video file, a folder of images or a still image. On Linux, a separate process reads the file.
+    """Read frames from a video file, a folder of images or a still image. On Linux, decoding runs in a separate process.
 
         frames, times_s = evoprune.read_frames("clip.mp4", [0.5, 3.0, 9.25])
         frames, times_s = evoprune.read_frames("clip.mp4", frames=64)
 
-    For each time, this returns the frame that is on screen at that time: the first frame for a time before the video begins, and
-    the last frame for a time after the video ends.
+    For each requested time, the result contains the frame that is on screen at that moment. Times before the start of the video
+    yield the first frame, and times after its end yield the last frame.
 
     Args:
         times_s: Times in seconds from the first frame, in ascending order. The same time may appear more than once.
-        frames, fps: Number of frames or frames per second, to be given instead of `times_s`. The span from `start_s` to `end_s` is
-            divided into equal parts, one per frame, and the frame in each part's middle is read. At least one frame is read. A
-            still image always yields one frame.
+        frames, fps: Number of frames or frames per second, as an alternative to `times_s`. The span from `start_s` to `end_s` is
+            divided into equal parts, one per frame, and the frame in the middle of a part is read. The result has at least one
+            frame, and exactly one for a still image.
         start_s, end_s: Start and end of the span in seconds. Negative values count from the end of the video.
         seek: How to choose the frame for each part: "exact", "keyframes" or "auto". See `--seek` in docs/video.md.
         decoder: "auto", "pyav" or "decord".
@@ -76,10 +76,10 @@ def read_frames(
 
 
 def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Call `video.frames.read_chunks` and copy its chunks into a single array. For the result and the errors, see `read_frames`.
+    """Read frames with `video.frames.read_chunks` and copy them into a single array. For the result and errors, see `read_frames`.
 
     Args:
-        how: Other keyword arguments for `read_chunks`.
+        how: Additional keyword arguments to pass to `read_chunks`.
     """
     check_room(info, len(times_s))
     with memory_guard("read"):
@@ -94,7 +94,7 @@ def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uin
 
 
 def check_room(info: Video, count: int) -> None:
-    """Raise OutOfMemory if `count` frames of a video do not fit in memory."""
+    """Raise OutOfMemory if `count` full-size frames of a video do not fit in the available memory."""
     needed = 3 * count * info.height * info.width
     available = Host().available_memory()
     if available is not None and needed > available:
@@ -117,7 +117,7 @@ def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
 
 
 def _parts(info: Video, sampling: SamplingOptions) -> tuple[tuple[float, ...], float]:
-    """Divide the span into equal parts. Returns the time in each part's middle, and the length of a part, both in seconds."""
+    """Divide the sampled span into equal parts. Returns the parts' midpoints and the length of a part, both in seconds."""
     if info.is_picture:
         check_no_span(info, sampling.start_s, sampling.end_s)
         return (0.0,), 0.0

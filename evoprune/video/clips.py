@@ -1,4 +1,4 @@
-"""Writes clips, which are parts of a video, to separate files."""
+"""Cuts clips out of a video and saves them as separate files."""
 
 import os
 import secrets
@@ -15,18 +15,18 @@ from evoprune.util import is_url, long_clock
 from evoprune.video.info import CLIP_ENDINGS, Video
 from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
 
-UNFINISHED = ".part"  # extension of a clip that is still being written; it follows eight hexadecimal digits
+UNFINISHED = ".part"  # extension of a clip that is still being written, added after eight hexadecimal digits
 NO_SOUND_REASON = "the file consists of several joined files, or FFmpeg has no decoder for its sound"
-# A clip's name starts with at most this many characters of the video's name; each may take up to four bytes.
+# Maximum number of characters of the video's name in a clip's name. A character may take up to four bytes.
 LONGEST_STEM = 50
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip that has been written to a file."""
+    """A clip that has been cut from a video and saved to a file."""
 
     path: str
-    start_s: float  # where the clip begins, in seconds from the video's first frame
+    start_s: float  # start of the clip, in seconds from the video's first frame
 
 
 def cut_clip(
@@ -39,24 +39,26 @@ def cut_clip(
     title: str = "",
     named_after: str | None = None,
 ) -> Clip:
-    """Write a part of a video to a new file, such as film-00-01-02.500.mp4.
+    """Save part of a video to a new file whose name includes the start time, such as film-00-01-02.500.mp4.
 
-    If writing fails, no file is left behind. If a file with this name already exists, -2 or a higher number is added to the name.
+    If a file with this name already exists, a number is appended to the name, starting with -2. If writing fails, no incomplete
+    file is left behind.
 
-    By default, packets are copied without re-encoding, starting at the last keyframe that is shown at or before `start_s`. Sound is
-    copied too, or converted to AAC if the clip's file format cannot hold it. The clip is an MP4, or a Matroska file if players do
-    not expect the video's codecs in an MP4. If the sound cannot be kept, an `EvopruneWarning` is issued.
+    By default, packets are copied without re-encoding, starting at the last keyframe that is displayed at or before `start_s`.
+    Sound is copied as well, or converted to AAC if the clip's container does not support its codec. The clip is an MP4 unless
+    players do not expect the video's codecs in an MP4, in which case it is a Matroska file. An `EvopruneWarning` is issued if the
+    sound has to be dropped.
 
     Args:
         info: The result of `probe` for a video file.
         start_s, end_s: Start and end of the clip in seconds from the video's first frame. If `end_s` is later than the end of the
             video, the clip ends with the video.
         folder: Folder to write the clip to. The folder and its parents are created if they do not exist.
-        exact: If True, the clip begins and ends exactly at these times. Its frames are then re-encoded as a model sees them
-            (upright and in SDR). The codec is H.264, or MPEG-4 if PyAV has no H.264 encoder. The clip is an MP4. If players do not
-            expect the sound's codec in an MP4, the sound is converted to AAC.
+        exact: If True, re-encode the video so that the clip begins and ends exactly at these times. The result is an MP4 with
+            frames as a model sees them (upright and in SDR), encoded as H.264, or as MPEG-4 if PyAV has no H.264 encoder. Sound is
+            converted to AAC if players do not expect its codec in an MP4.
         title: Title to store in the clip's metadata.
-        named_after: The path or URL to use for the clip's name instead of the video's path.
+        named_after: Path or URL from which to derive the clip's file name, instead of the video's path.
 
     Raises:
         UsageError: The start is negative or not before the end, or the clip cannot be written.
@@ -66,7 +68,7 @@ def cut_clip(
     if not 0 <= start_s < end_s:
         hint = "start at 0 s (the first frame) or later, and end after the start"
         raise UsageError(f"a clip cannot go from {start_s:g} s to {end_s:g} s", hint)
-    if not info.is_picture:  # a picture has no length; the reader rejects it
+    if not info.is_picture:  # a picture has no length, and the reader will reject it
         start_s, end_s = info.span(start_s, end_s)
     how = {"start_s": start_s, "end_s": end_s, "exact": exact, "title": title}
     name = clip_name(named_after or info.path, start_s)
@@ -88,7 +90,7 @@ def cut_clip(
 
 
 def clip_name(video: str, start_s: float) -> str:
-    """Return a clip's file name without its extension: the video's name, then the start in hours, minutes and seconds."""
+    """Return a clip's file name without extension: the video's name followed by the start time in hours, minutes and seconds."""
     name = os.path.basename(os.path.normpath(video))
     if is_url(video):
         name = os.path.basename(urlsplit(video).path)
@@ -98,7 +100,7 @@ def clip_name(video: str, start_s: float) -> str:
 
 @contextmanager
 def _unfinished(folder: str, name: str) -> Iterator[BinaryIO]:
-    """Create a file for a clip that is being written, and yield it. On exit, delete the file unless it has been renamed."""
+    """Create a temporary file to write a clip to, and yield it. The file is deleted on exit unless it has been renamed."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{name}.{secrets.token_hex(4)}{UNFINISHED}")
     with open(path, "xb") as file:
@@ -110,7 +112,7 @@ def _unfinished(folder: str, name: str) -> Iterator[BinaryIO]:
 
 
 def _write(info: Video, how: dict[str, Any], file: BinaryIO) -> dict[str, Any]:
-    """Cut a clip and write it to a file piece by piece. Returns the facts about the clip (see `cutting.ClipReader`)."""
+    """Cut a clip and write it to a file piece by piece. Returns facts about the clip (see the `facts` of `cutting.ClipReader`)."""
     with closing(stream_clip(info, how)) as pieces:
         facts = next(pieces)
         if facts["ending"] not in CLIP_ENDINGS:  # must be checked, because it becomes part of a file name
@@ -122,7 +124,7 @@ def _write(info: Video, how: dict[str, Any], file: BinaryIO) -> dict[str, Any]:
 
 
 def _placed(unfinished: str, folder: str, name: str, ending: str) -> str:
-    """Rename a finished file, adding a number to its new name if that name is taken. Returns the new path."""
+    """Move a finished clip to its final name, adding a number if that name is already taken. Returns the final path."""
     for number in count(1):
         added = "" if number == 1 else f"-{number}"
         path = os.path.join(folder, f"{name}{added}{ending}")

@@ -1,7 +1,8 @@
 """Downloads a video or image from an http or https URL to a temporary file.
 
-URLs are trusted, because the user provides them. To download from URLs that come from other people, pass a transport that restricts
-which hosts are contacted, and a `progress` function that raises an exception if the file is too large or takes too long.
+URLs are assumed to be trusted, because they come from the user. To download URLs that come from other people, pass a transport that
+restricts which hosts may be contacted, and a `progress` callback that raises an exception if the download becomes too large or
+takes too long.
 """
 
 import re
@@ -38,14 +39,14 @@ def downloaded(
     progress: Callable[[int, int], None] | None = None,
     transport: httpx2.BaseTransport | None = None,
 ) -> Iterator[str]:
-    """Download a file and yield the path of a temporary copy. The copy is deleted on exit.
+    """Download a file and yield the path of a temporary copy, which is deleted on exit.
 
     Args:
         offline: If True, raise UsageError instead of using the network.
-        progress: Called before and after every read of the body with the number of bytes downloaded so far and the total number of
-            bytes (0 if unknown). If it raises an exception, the download is aborted.
-        transport: The httpx2 transport that sends the requests. The default is to use the proxies named in the environment
-            (`https_proxy`, `no_proxy`).
+        progress: Callback that receives the number of bytes downloaded so far and the total number of bytes (0 if unknown). It is
+            called before and after every read of the response body, and can raise an exception to abort the download.
+        transport: The httpx2 transport to send requests with. By default, the proxies configured in the environment (`https_proxy`,
+            `no_proxy`) are used.
 
     Raises:
         UsageError: `offline` is True.
@@ -64,14 +65,14 @@ def downloaded(
 def _chunks(
     url: str, name: str, progress: Callable[[int, int], None] | None, transport: httpx2.BaseTransport | None
 ) -> Generator[bytes, None, None]:
-    """Yield the response body in chunks. Network errors become VideoError, so an OSError can come only from the temporary file."""
+    """Yield the response body in chunks. Network errors are raised as VideoError, so an OSError can only be a disk error."""
     done = 0
     start = time.monotonic()
     try:
         address = httpx2.URL(url)
         if not address.host:
             raise httpx2.InvalidURL("it has no host name")
-        # Keeps the password out of httpx2's log.
+        # Pass the password separately to keep it out of httpx2's log.
         auth = (address.username, address.password) if address.userinfo else None
         address = address.copy_with(userinfo=b"")
         with (
@@ -120,7 +121,7 @@ def _chunks(
 
 
 def _response(client: httpx2.Client, address: httpx2.URL, auth: tuple[str, str] | None, name: str) -> httpx2.Response:
-    """Send the request and follow redirects without reading the redirect responses' bodies, which may never end."""
+    """Send a GET request and follow redirects, without reading the redirects' response bodies, which could be endless."""
     request = client.build_request("GET", address)
     for _ in range(1 + MAX_REDIRECTS):
         response = client.send(request, auth=auth, stream=True)
@@ -133,7 +134,10 @@ def _response(client: httpx2.Client, address: httpx2.URL, auth: tuple[str, str] 
 
 
 def _check_beginning(beginning: bytes, content_type: str, name: str) -> None:
-    """Raise VideoError if a body begins like a playlist or a web page. Servers may send even videos with the type text/html."""
+    """Raise VideoError if a response body begins like a playlist or a web page.
+
+    The content type alone is not reliable, because some servers send videos as text/html.
+    """
     text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"#extm3u") or (text.startswith(b"<") and b"<mpd" in text):
         hint = 'evoprune watch reads playlists: evoprune watch URL -Q "What happens?"'

@@ -1,7 +1,7 @@
 """Reads a video's metadata (`probe`, `scan`), subtitles (`read_subtitles`) and frames (`read_chunks`).
 
-Frames are read at full size as RGB, in chunks of bounded size. The amount of work depends on the number of requested frames, not on
-the size of the file. `local_file` saves standard input or a URL to a temporary file.
+Frames are decoded to RGB at full size and yielded in chunks of bounded size, so the cost depends on the number of requested frames
+rather than on the size of the file. To read from standard input or a URL, save it to a temporary file with `local_file` first.
 """
 
 import math
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 DECODERS = get_args(Decoder)
 STDIN = "-"
-OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/")  # paths under which this process finds its own open files
+OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/")  # paths that refer to files that this process has open
 CHUNK_BYTES = 2**20  # chunk size for copying standard input
 
 
 def probe(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float = FOLDER_FPS) -> Video:
     """Read the metadata of a video file, a still image, or a folder of images that is read as a video.
 
-    Only the first frame is decoded, and only the packets from the last few seconds are read. If FFmpeg cannot seek to the end of
-    the file, all packets are read, but they are not decoded.
+    To keep this fast, only the first frame is decoded, and the duration is measured from the packets of the last few seconds. If
+    FFmpeg cannot seek to the end of the file, all packets are read instead, but still without decoding them.
 
     Args:
-        path: Path of the input. It is never interpreted as a URL or a pattern, and playlists are not followed. A `HeldVideo` is
-            returned unchanged.
+        path: Path of the input. It is never interpreted as a URL or a file name pattern, and playlists are not followed. A
+            `HeldVideo` is returned unchanged.
         folder_fps: Frame rate for a folder of images, in images per second of video.
 
     Raises:
@@ -72,8 +72,8 @@ def scan(
 def frame_times(info: Video) -> FrameTimes:
     """Return the display time of every frame of a video file, for callers that address frames by number.
 
-    All packets are read, but they are decoded only if they do not contain display times. In MP4, MOV, Matroska, WebM and MPEG-TS,
-    they usually do. Raises the same errors as `probe`.
+    The times are taken from the packets if these contain display times, as they usually do in MP4, MOV, Matroska, WebM and MPEG-TS.
+    Otherwise, the whole video has to be decoded. Raises the same errors as `probe`.
     """
     return FrameTimes(**run_task("frame_times", info.path, {"info": asdict(info)}))
 
@@ -83,8 +83,8 @@ def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float 
 
     Args:
         choice: Path of a subtitle file (SRT, WebVTT, ASS or SSA), or of a video with a text track. "auto" uses the subtitle file
-            next to the video if there is one, or else the video's default text track, or else its only text track. "none" returns
-            no subtitles. A still image never has subtitles, whatever the choice.
+            next to the video if there is one, then the video's default text track, and then its only text track. "none" returns no
+            subtitles. Still images never have subtitles, so this argument is ignored for them.
         start_s, end_s: Start and end of the span, in seconds from the first frame.
 
     Raises:
@@ -107,7 +107,7 @@ def _run(
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """The frames that were read for consecutive requested times."""
+    """A chunk of frames that were read for consecutive requested times."""
 
     first: int  # index of the first frame among the requested times
     pixels: "np.ndarray"  # uint8 `[n, H, W, 3]`, RGB with the video's rotation applied, C-contiguous
@@ -122,7 +122,7 @@ class FrameChunk:
 
     @property
     def end(self) -> int:
-        """Index of the frame after the last frame of this chunk, among the requested times."""
+        """Index of the first requested time after this chunk, or the number of requested times if this is the last chunk."""
         return self.first + len(self.times_s)
 
 
@@ -139,22 +139,22 @@ def read_chunks(
 ) -> Iterator[FrameChunk]:
     """Yield the frame that is on screen at each requested time, in chunks.
 
-    The first frame is used for a time before the video begins, and the last frame for a time after the video ends. All frames have
-    the size given in `info`. A frame of a different size is scaled to that size, with black borders if its aspect ratio differs.
-    Damaged packets are skipped, so the preceding frame stays on screen. (decord does not report damage. It either stops or silently
-    patches up the frames.) To stop early, close the iterator.
+    Times before the start of the video yield the first frame, and times after its end yield the last frame. All frames have the
+    size given in `info`; if a frame was stored at a different size, it is scaled, with black borders if its aspect ratio differs.
+    Damaged packets are skipped, so the preceding frame stays on screen. (decord does not report damage, but either stops or
+    silently conceals it.) To stop early, close the iterator.
 
     Args:
         times_s: Times in seconds from the video's first frame, in ascending order. The same time may appear more than once.
         decoder: See `choose_decoder`.
         chunk_bytes: Maximum size of a chunk in bytes. A chunk holds at least two frames, even if they exceed this size. Every chunk
             except the last holds an even number of frames, so that no frame pair is split.
-        seek: "exact" reads the frame on screen. "keyframes" replaces it with the nearest keyframe, provided that there is one
-            within half of `part_s`, because a keyframe can be decoded without any other frames. A keyframe on the border between
-            two parts belongs to the later part. "auto" uses keyframes only if that saves a lot of time (see readers/pyav.py).
-            Whether it does depends only on the file and the times. Only PyAV supports "keyframes" and "auto".
-        part_s: If the times are the middles of equal parts of the video, the length of a part in seconds.
-        cores: Number of CPU cores to use. None means all cores available to this process. The number does not affect the frames.
+        seek: "exact" reads the frame on screen. "keyframes" reads the nearest keyframe instead if there is one within half of
+            `part_s`, because a keyframe can be decoded without any other frames. A keyframe on the border between two parts belongs
+            to the later part. "auto" uses keyframes only if that saves a lot of time (see readers/pyav.py), a decision that depends
+            only on the file and the times. Only PyAV supports "keyframes" and "auto".
+        part_s: Length of a part in seconds, if the times are the midpoints of equal parts of the video.
+        cores: Number of CPU cores to use, or None for all cores available to this process. The decoded frames do not depend on it.
         on_frames: Called about once a second, from the thread that iterates, with a lower bound on the number of frames read so
             far.
 
@@ -191,8 +191,8 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
     """Return the decoder to use (`pyav`, `decord`, `pillow` or `none`), after checking that it works.
 
     Still images and some animations are always read with `pillow`, and an array needs no decoder (`none`). For all other inputs,
-    `auto` means PyAV. Note that decord decodes every frame (see readers/decord.py), does not support AV1, and gives up on damaged
-    files.
+    `auto` means PyAV. Note that decord decodes every frame up to the last requested one (see readers/decord.py), does not support
+    AV1, and gives up on damaged files.
 
     Raises:
         UsageError: The decoder is unknown, or decord is requested but not installed.
@@ -221,11 +221,11 @@ def local_file(
     offline: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[str]:
-    """Yield a path from which the video can be read.
+    """Yield a local path for an input, which may be a path, a URL or standard input.
 
     For `-`, standard input is copied to a temporary file, because readers need to seek. For an http or https URL, the file is
-    downloaded. A path such as `/dev/stdin`, which refers to an open file of this process, is resolved to the file's own path,
-    because a different process reads the video. Any other path is yielded unchanged.
+    downloaded. A path such as `/dev/stdin` refers to a file that is open in this process, so it is resolved to the file's own path
+    for the process that reads the video. Any other path is yielded unchanged.
 
     Args:
         source: A path, a URL, or `-` for standard input. To read a file named `-`, pass `./-`.
@@ -246,7 +246,7 @@ def local_file(
     hint = "pipe a video into it, e.g. evoprune ask - QUESTION < video.mp4"
     if source.startswith(OPEN_FILES):
         resolved = os.path.realpath(source)
-        if os.path.exists(source) and not os.path.exists(resolved):  # a pipe, such as <(command)
+        if os.path.exists(source) and not os.path.exists(resolved):  # for example, a pipe from <(command)
             raise VideoError(f"{source} is not a regular file", f"- reads a video from standard input: {hint}")
         yield resolved
         return

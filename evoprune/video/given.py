@@ -1,4 +1,4 @@
-"""Python inputs other than paths: arrays of frames, Pillow images, bytes, open files, and URLs."""
+"""Handles inputs that Python callers may pass instead of a path: arrays of frames, Pillow images, bytes, open files, and URLs."""
 
 import io
 import os
@@ -28,36 +28,36 @@ STORED_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # Pillow modes
 
 
 class GivenInput:
-    """An input as the Python caller passed it, which may be any of the types in `Input`."""
+    """Wrapper around an input that a Python caller has passed, which may have any of the types in `Input`."""
 
     def __init__(self, value: Any):
         self._value = value
 
     @property
     def is_frames(self) -> bool:
-        """True if the input is an array or a tensor. False if it is a Pillow image."""
+        """True if the input is an array or tensor of frames, False for everything else, including Pillow images."""
         return hasattr(self._value, "__array__") and not is_picture(self._value)
 
     @property
     def has_content(self) -> bool:
-        """True if the input contains its data (an image, bytes, an open file or a `HeldVideo`), False for a path or a URL."""
+        """True if the input contains the data itself (an image, bytes, an open file or a `HeldVideo`) instead of a path or URL."""
         return isinstance(self._value, Bytes | HeldVideo) or is_picture(self._value) or hasattr(self._value, "read")
 
     @property
     def is_temporary(self) -> bool:
-        """True if `local` copies the input to a temporary file."""
+        """True if `local` has to copy or download the input to a temporary file."""
         return not isinstance(self._value, HeldVideo) and (self.has_content or is_url(self._value))
 
     @property
     def name(self) -> str:
-        """The input's name for reports and error messages. If it is a URL, the password is removed."""
+        """Name of the input for use in reports and error messages. A URL is shown without its password."""
         return name_of(self._value)
 
     @contextmanager
     def local(
         self, *, offline: bool = False, progress: Callable[[int, int], None] | None = None
     ) -> Iterator[str | os.PathLike[str] | HeldVideo]:
-        """Yield the input in a form that `probe` can open.
+        """Yield a path or `HeldVideo` that `probe` can open.
 
         A path or a `HeldVideo` is yielded unchanged. Any other input is copied to a temporary file, which is deleted on exit.
 
@@ -82,13 +82,13 @@ class GivenInput:
 
 
 def is_picture(value: Any) -> bool:
-    """Return True if the value is a Pillow image. Does not import Pillow."""
+    """Return True if the value is a Pillow image. The check works without importing Pillow."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(value, pillow.Image)
 
 
 def name_of(source: Any) -> str:
-    """Return an input's name for reports and error messages. See `GivenInput.name`."""
+    """Return the name of an input for use in reports and error messages, as described at `GivenInput.name`."""
     if isinstance(source, HeldVideo):
         return source.path
     if is_picture(source):
@@ -113,7 +113,12 @@ def _pieces(source: Any) -> Iterator[bytes]:
 
 
 def _read(file: Any) -> Iterator[bytes]:
-    """Yield an open file's contents from its current position. Raises VideoError if a seekable file is already at end of file."""
+    """Yield an open file's contents in chunks, starting at the current position.
+
+    Raises:
+        VideoError: The file cannot be read, or it is seekable and already at its end.
+        UsageError: The file was opened in text mode.
+    """
     has_read = False
     while True:
         try:
@@ -133,7 +138,7 @@ def _read(file: Any) -> Iterator[bytes]:
 
 
 def _position(file: Any) -> int:
-    """Return an open file's position in bytes, or 0 if the file has no position, as with a pipe."""
+    """Return the current position in an open file in bytes, or 0 for a pipe and other files that have no position."""
     try:
         return file.tell()
     except (AttributeError, OSError, ValueError):
@@ -141,7 +146,7 @@ def _position(file: Any) -> int:
 
 
 def _png(picture: Any) -> bytes:
-    """Encode a Pillow image as a PNG that keeps its EXIF data.
+    """Encode a Pillow image as a PNG, preserving its EXIF data.
 
     Raises:
         UsageError: The image has more than 16 bits per channel, so PNG cannot store it.

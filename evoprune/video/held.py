@@ -1,4 +1,4 @@
-"""Lets callers pass an array of frames as a video. numpy is imported only when an array is passed."""
+"""Wraps an array of frames so that it can be used like a video file. NumPy is imported only if an array is passed."""
 
 import math
 from bisect import bisect_right
@@ -14,14 +14,14 @@ from evoprune.video.info import Video
 if TYPE_CHECKING:
     import numpy as np
 
-# In seconds; a frame that begins at most this long after the requested time already counts as on screen.
+# Tolerance in seconds. A frame that begins this little after the requested time is already considered to be on screen.
 TOLERANCE_S = 1e-4
 RATE_HINT = "give frame_rate=30 (frames per second) or times_s=[...] (seconds)"
 
 
 @dataclass(frozen=True, eq=False)
 class HeldVideo(Video):
-    """A video whose frames are an array in the calling program's memory. Instances compare by identity."""
+    """A video whose frames are already in memory as an array. Instances are compared by identity."""
 
     held: "np.ndarray" = field(kw_only=True, repr=False)  # the frames: uint8 `[T, H, W, 3]`, RGB as displayed
     # The frames' start times in seconds from the first frame, ascending.
@@ -91,7 +91,7 @@ class HeldVideo(Video):
     __hash__ = object.__hash__
 
     def on_screen(self, times_s: Sequence[float]) -> "tuple[np.ndarray, tuple[float, ...]]":
-        """Return the frames on screen at n times, as C-contiguous uint8 `[n, H, W, 3]`, and each frame's own start time."""
+        """Return the frames on screen at n times as C-contiguous uint8 `[n, H, W, 3]`, along with their start times in seconds."""
         counts = [bisect_right(self.frames_s, time_s + TOLERANCE_S) for time_s in times_s]
         numbers = [max(count - 1, 0) for count in counts]
         frames = self.held[numbers]
@@ -101,7 +101,7 @@ class HeldVideo(Video):
 
 
 def _as_video(array: "np.ndarray", frames_s: tuple[float, ...], rate: float, start_s: float) -> HeldVideo:
-    """Build a video from an array. Raises UsageError if the frame rate or the duration is not finite and positive."""
+    """Build a `HeldVideo` from an array of frames. Raises UsageError if the frame rate or duration is not finite and positive."""
     if not (0 < rate < math.inf and math.isfinite(frames_s[-1] + 1 / rate)):
         raise UsageError(f"{rate:g} frames per second is not a valid frame rate", RATE_HINT)
     gaps = [later - earlier for earlier, later in pairwise(frames_s)]

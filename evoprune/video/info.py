@@ -1,7 +1,7 @@
-"""Data classes that describe an input.
+"""Data classes that describe an input video or image.
 
-`Video` holds the metadata of a video or still image. `ScanResult` holds the results of decoding the whole video. `Subtitles` holds
-subtitles, which come from one of the video's tracks or from a file next to the video.
+`Video` contains the metadata of a video or still image, `ScanResult` contains the results of decoding a whole video, and
+`Subtitles` contains subtitles from one of the video's tracks or from a file next to the video.
 """
 
 import math
@@ -15,22 +15,24 @@ from evoprune.util import clock
 if TYPE_CHECKING:
     pass
 
-# A stated pixel aspect ratio above this, or below its inverse, is ignored, and the pixels are treated as square.
+# If a file states a pixel aspect ratio above this value or below its inverse, the ratio is ignored, and the pixels are treated as
+# square.
 WIDEST_PIXEL = 10.0
-SAME_SHAPE = 0.02  # two aspect ratios count as equal if their relative difference is at most this
+SAME_SHAPE = 0.02  # two aspect ratios are treated as equal if their relative difference is at most this
 # Animations that are read with Pillow (readers/animation.py): Pillow's format name, and the value of `Video.container`.
 ANIMATIONS = {"WEBP": "webp", "AVIF": "avif"}
-Kind = Literal["video", "picture"]  # kinds of input that a model distinguishes
+Kind = Literal["video", "picture"]  # kinds of input, which models treat differently
 # Default frame rate for a folder of images, because frames for Qwen2.5-VL are usually extracted at this rate.
 FOLDER_FPS = 2.0
 # HDR formats: two transfer curves, and Dolby Vision's own format (profile 5), which is not supported.
 PQ = "PQ"
 HLG = "HLG"
 IPT = "IPTPQc2"
-# When to read the nearest keyframe instead of the exact frame: if that saves a lot of time, never, or whenever possible.
+# When to read the nearest keyframe instead of the exact frame: only if that saves a lot of time ("auto"), never ("exact"), or
+# whenever possible ("keyframes").
 Seek = Literal["auto", "exact", "keyframes"]
 SEEKS = get_args(Seek)
-# Libraries that read videos; "auto" lets evoprune choose.
+# Libraries that can decode videos. With "auto", evoprune chooses one.
 Decoder = Literal["auto", "pyav", "decord"]
 # File extensions of clips. Matroska is used if players do not expect the clip's codecs in an MP4.
 CLIP_ENDINGS = (".mp4", ".mkv")
@@ -42,8 +44,8 @@ SubtitleLine = tuple[float, float, str]  # start and end in seconds from the fir
 class Video:
     """Metadata of a video file, a folder of images that is read as a video, or a still image.
 
-    A field is None if the file does not state the value, if only a scan could find it, or if it does not apply to still images.
-    Times are in seconds from the first frame.
+    A field is None if the file does not specify its value, if only a scan of the whole video could determine it, or if the field
+    does not apply to still images. Times are in seconds from the first frame.
     """
 
     path: str
@@ -51,27 +53,28 @@ class Video:
     width: int  # in pixels, as displayed: after rotation, and with square pixels
     height: int
     rotation_deg: int  # clockwise rotation from stored to displayed frames: 0, 90, 180 or 270
-    codec: str  # such as `h264`; for a folder, the codec of its first image
-    pix_fmt: str | None  # such as `yuv420p`
+    codec: str  # codec name, such as `h264`; for a folder, the codec of its first image
+    pix_fmt: str | None  # pixel format, such as `yuv420p`
     # FFmpeg's name for the file format, such as `matroska,webm`; otherwise `folder`, `picture` or `array`.
     container: str
     fps: float | None = None  # average frame rate
-    variable_rate: bool | None = None  # whether the intervals between frames vary
+    variable_rate: bool | None = None  # whether the time between consecutive frames varies
     frames_total: int | None = None
     start_s: float = 0.0  # the file's own timestamp of the first frame
     tags: dict[str, str] = field(default_factory=dict)  # the container's tags, or a still image's comment
-    # Number of pixels to crop from the left, right, top and bottom of a stored frame, before rotation.
+    # Number of pixels to crop from the left, right, top and bottom of a stored frame, before it is rotated.
     crop: Sequence[int] | None = None
     mirrored: bool = False  # whether to flip stored frames left to right, before rotation
     # The video track's duration as stated in the file; longer than `duration_s` if the file was cut off.
     stated_s: float | None = None
     # Whether `fps` is a guess, because the file (a raw stream) does not state its frame rate.
     rate_guessed: bool = False
-    # How often the file's clock restarts, as it does in concatenated files; evoprune's times continue across restarts.
+    # Number of times that the file's clock restarts, which happens in concatenated files. Times in evoprune continue across
+    # restarts.
     clock_restarts: int = 0
     # Whether another file was appended to this one (`cat a.mp4 b.mp4`); the appended file may not be read.
     joined: bool = False
-    clock_gap_s: float = 0.0  # largest forward jump in the timestamps that was taken for a restart of the clock
+    clock_gap_s: float = 0.0  # largest forward jump in the timestamps that was interpreted as a restart of the clock
     hdr: bool = False  # whether frames are mapped from HDR to SDR when they are read
     hdr_format: str | None = None  # `PQ`, `HLG` or `IPTPQc2`; None for SDR
     # Whether the first frame is interlaced; every interlaced frame is deinterlaced when it is read.
@@ -83,7 +86,7 @@ class Video:
 
     @property
     def warnings(self) -> list[str]:
-        """Names of the warnings for this video. Each is about a difference between what the model sees and what players show."""
+        """Names of warnings about ways in which the model may see this video differently from a media player."""
         flags = {
             "hdr_video": self.hdr,
             "interlaced_video": self.interlaced,
@@ -105,7 +108,7 @@ class Video:
 
     @property
     def is_animation(self) -> bool:
-        """True for an animation that is read with Pillow. All other animations are read with FFmpeg, as videos."""
+        """True for an animation that has to be read with Pillow. FFmpeg reads all other animations as ordinary videos."""
         return self.container in ANIMATIONS.values()
 
     @property
@@ -115,16 +118,17 @@ class Video:
 
     @property
     def length_s(self) -> float:
-        """`duration_s` if it is known. Otherwise raises VideoError."""
+        """Duration in seconds. Unlike `duration_s`, this property raises VideoError if the duration is unknown."""
         if self.duration_s is None:
             raise VideoError(f"the duration of {self.path} is unknown", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
         return self.duration_s
 
     def span(self, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-        """Convert the start and end of a span to seconds from the first frame.
+        """Resolve a time span specified by the user to start and end times in seconds from the first frame.
 
         Args:
-            start_s, end_s: Start and end as the user gave them. For negative values and None, see `SamplingOptions`.
+            start_s, end_s: Start and end as specified by the user. See `SamplingOptions` for the meaning of negative values and
+                None.
 
         Raises:
             VideoError: The span is empty, or the video's duration is unknown.
@@ -132,27 +136,30 @@ class Video:
         return span_of(self.length_s, start_s, end_s)
 
     def frames_at_once(self, chunk_bytes: int) -> int:
-        """Return how many frames fit in a chunk of `chunk_bytes`, rounded down to an even number, but at least 2."""
+        """Return the number of frames that fit in a chunk of `chunk_bytes`, rounded down to an even number, but at least 2."""
         return max(2, chunk_bytes // (self.width * self.height * 3) // 2 * 2)
 
     def fitted(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (width, height) to which a frame of a different size is scaled to fit inside this video's frames."""
+        """Return the (width, height) to which a frame of another size must be scaled to fit inside this video's frames."""
         return fitted((width, height), (self.width, self.height))
 
     @property
     def cut_short(self) -> bool:
-        """True if the end of the video is missing, so that the stated duration is too long by more than 0.5 s and more than 2%."""
+        """True if the file appears to be truncated.
+
+        That is the case if the duration stated in the file exceeds the actual duration by more than 0.5 s and by more than 2%.
+        """
         if self.stated_s is None or self.duration_s is None:
             return False
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
 
 
 def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-    """Convert the start and end of a span to seconds from the first frame.
+    """Resolve a time span specified by the user to start and end times in seconds from the first frame.
 
     Args:
         duration_s: Length of the video in seconds.
-        start_s, end_s: Start and end as the user gave them. For negative values and None, see `SamplingOptions`.
+        start_s, end_s: Start and end as specified by the user. See `SamplingOptions` for the meaning of negative values and None.
 
     Raises:
         VideoError: The span is empty, or the duration is not finite and positive.
@@ -191,15 +198,15 @@ def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
 class ScanResult:
     """Results of decoding a whole video. `duration_s` and `stated_s` have the same meaning as in `Video`.
 
-    In some containers, such as Matroska, damaged packets cannot be detected. The only sign of damage is then that `duration_s` is
-    shorter than `stated_s`.
+    Some containers, such as Matroska, give no indication that packets are damaged. In that case, the only sign of damage is that
+    `duration_s` is shorter than `stated_s`.
     """
 
     frames: int
     damaged: int  # number of packets (or images, in a folder) that were skipped or patched up
     duration_s: float
     stated_s: float | None
-    variable_rate: bool  # whether there are more irregular frame intervals than the damage can explain
+    variable_rate: bool  # whether more frame intervals are irregular than the damage can explain
     largest_gap_s: float  # longest interval between two frames; 0 if there is only one frame
     # Median interval between keyframes, including the interval from the last keyframe to the end.
     keyframe_median_s: float
@@ -212,15 +219,15 @@ class FrameTimes:
     """Display times of all frames in a video."""
 
     times_s: list[float]  # seconds from the first frame, ascending
-    stated: int  # number of frames according to the header, or 0 if the header does not say
+    stated: int  # number of frames according to the header, or 0 if the header does not specify it
 
 
 @dataclass(frozen=True)
 class Subtitles:
-    """Subtitles of a video.
+    """Subtitles of a video, or its transcribed speech.
 
-    The warning "subtitles_encoding" means that the file's encoding is unknown and was assumed to be cp1252. The warning
-    "damaged_subtitles" means that lines may be missing.
+    `warnings` may contain "subtitles_encoding" if the file's encoding is unknown and was assumed to be cp1252, and
+    "damaged_subtitles" if lines may be missing.
     """
 
     source: str | None = None  # name of the subtitle file or of the video's track; None if there are no subtitles
@@ -231,9 +238,9 @@ class Subtitles:
     language: str | None = None  # code of the spoken language, such as `en`; None if nothing was transcribed
 
     def fitted(self, max_tokens: int, count_tokens: Callable[[str], int]) -> "PromptSubtitles":
-        """Choose as many lines for the prompt as fit in `max_tokens`, spread evenly over all lines.
+        """Select as many lines for the prompt as fit in `max_tokens`, spread evenly over all lines.
 
-        Lines are never shortened. A line that is too long to fit even by itself is left out.
+        Lines are never truncated, so a line that exceeds the limit by itself is left out.
 
         Args:
             max_tokens: Maximum number of tokens for all chosen lines together.
@@ -266,7 +273,7 @@ class Subtitles:
 
 @dataclass(frozen=True)
 class PromptSubtitles:
-    """The part of a video's `Subtitles` that is included in the prompt."""
+    """The subtitles of a video that were selected for the prompt, along with facts about the selection."""
 
     text: str = ""  # placed before the question; empty if there are no subtitles
     source: str | None = None
@@ -284,14 +291,14 @@ class PromptSubtitles:
         return {name: getattr(self, name) for name in RECORDED}
 
 
-# fields of `PromptSubtitles` that are included in records
+# Fields of `PromptSubtitles` that are included in records.
 RECORDED = ("source", "lines", "lines_in_prompt", "tokens", "speech", "language")
 
 
 def as_text(lines: Sequence[SubtitleLine]) -> str:
-    """Join subtitle lines into a block of text that begins with the heading "Subtitles:" and ends with an empty line.
+    """Format subtitle lines as a block of text with the heading "Subtitles:" and an empty line at the end.
 
-    Each line is preceded by its start time, rounded down to a whole second.
+    Every line is preceded by its start time, rounded down to a whole second.
     """
     times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
     return "\n".join(
@@ -300,6 +307,6 @@ def as_text(lines: Sequence[SubtitleLine]) -> str:
 
 
 def check_seek(seek: str) -> None:
-    """Raise UsageError if `seek` is not one of `SEEKS`."""
+    """Raise UsageError if `seek` is not a valid seek option (see `SEEKS`)."""
     if seek not in SEEKS:
         raise UsageError(f"unknown seek {seek!r}", f"use {', '.join(SEEKS)}")

@@ -1,4 +1,4 @@
-"""Finds the files that belong to an input, such as a folder's images or a video's subtitle files, and records their state."""
+"""Finds all files that belong to an input, such as the images in a folder or the subtitle files next to a video."""
 
 import os
 import re
@@ -9,15 +9,15 @@ from evoprune.files import in_natural_order
 from evoprune.util import file_state
 
 SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")  # extensions of subtitle files, in order of preference
-# Language tag before the extension, such as .en or .pt-BR.
+# Matches a language tag before the extension of a subtitle file, such as .en or .pt-BR.
 LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
 class Folder:
     """The videos and images directly inside a folder, recognized by their file extensions.
 
-    Everything else is skipped silently, including hidden files, broken symbolic links, and subfolders (even a subfolder whose name
-    looks like a video's).
+    Everything else is skipped silently, including hidden files, broken symbolic links, and subfolders (even if a subfolder's name
+    ends with a video extension).
 
     Attributes:
         files: Paths of all videos, images and photos, in natural order (clip2 before clip10). Each path includes the folder. Photos
@@ -61,11 +61,11 @@ def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[li
     """Find the subtitle files next to a video.
 
     Args:
-        listdir: Function that lists a folder: `os.listdir`, or a version of it that caches results.
+        listdir: Function that lists a folder, either `os.listdir` or a version of it that caches results.
 
     Returns:
-        Two lists of paths: the subtitle files with the same name as the video, in order of preference; and the subtitle files whose
-        names have a language tag after the video's name.
+        Two lists of paths. The first list contains the subtitle files with the same name as the video, in order of preference. The
+        second list contains the subtitle files with a language tag after the video's name, such as film.en.srt.
 
     Raises:
         OSError: The folder cannot be read.
@@ -89,9 +89,9 @@ def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[li
 def input_state(
     path: str, subtitles: str = "none", listdir: Callable[[str], list[str]] = os.listdir
 ) -> dict[str, Any] | None:
-    """Return the `file_state` of all files that an input depends on.
+    """Return the state of all files that an input depends on (see `file_state`), without reading the files.
 
-    These files are the video, the still image, or the images in the folder, and the subtitle files.
+    These files are the video, the still image or the images in the folder, plus any subtitle files.
 
     Args:
         subtitles: Path of a subtitle file, "none", or "auto" for all subtitle files next to the input.

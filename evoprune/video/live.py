@@ -1,4 +1,4 @@
-"""Reads live sources in a worker process. Frames are yielded as they arrive, and evoprune reconnects to a source that stops."""
+"""Reads frames from a live source in a worker process as they arrive, and reconnects if the source stops."""
 
 import os
 import stat
@@ -27,11 +27,11 @@ Due = Callable[[], float]
 
 
 class LiveSource:
-    """A live source, such as a stream or a camera, that is reconnected if it stops.
+    """A live source of frames, such as a stream or a camera. If it stops, evoprune tries to reconnect.
 
     Attributes:
         name: The source without its password.
-        facts: Fields of `Video`, filled in once the source is open.
+        facts: A dict with fields of `Video`, which is filled in once the source is open.
         waits: True if frames stay available until they are read, as with a file or a download of known length. False if frames that
             are not read in time are lost.
 
@@ -39,9 +39,10 @@ class LiveSource:
         source: A URL with a scheme from `SCHEMES`, a camera such as /dev/video0, a file, or `-` for standard input (a pipe).
         pace: "source" yields frames as they arrive. If the source is a file, frames that are appended to it later are yielded too.
             "file" yields frames in real time, according to their timestamps.
-        timeout_s: Maximum number of seconds that the source may send nothing, or that a file may stop growing.
+        timeout_s: Number of seconds after which a source that sends no data is considered failed, and a file that no longer grows
+            is considered complete.
         reconnects: Maximum number of consecutive attempts to reopen a URL or a camera that ended or failed.
-        tell: Called before each attempt with a sentence to show to the user.
+        tell: Called before each reconnection attempt with a message to show to the user.
 
     Raises:
         UsageError: A number is out of range, the protocol is not supported, or standard input is a terminal.
@@ -89,13 +90,14 @@ class LiveSource:
     def frames(self, due: Due) -> Iterator[TimedFrame]:
         """Yield frames until the source ends.
 
-        After a reconnect, timestamps continue from the last frame, plus the wall time that has passed since that frame.
+        After a reconnect, timestamps continue from the last frame's timestamp plus the wall time that has passed since that frame
+        arrived.
 
         Args:
-            due: Function that returns the time from which the next frame is wanted. Frames before that time are skipped.
+            due: Function that returns the earliest timestamp that the next frame should have. Frames before that time are skipped.
 
         Raises:
-            VideoError: The source cannot be read, broke off, or could not be reopened.
+            VideoError: The source cannot be read, was interrupted, or could not be reopened.
         """
         tries = 0
         base = 0.0
@@ -133,13 +135,13 @@ class LiveSource:
             base = last[0] + time.monotonic() - last[1]
 
     def close(self) -> None:
-        """Stop reading. This method may be called from any thread."""
+        """Stop reading from the source. This method may be called from any thread."""
         self._closing.set()
         if worker := self._worker:
             worker.kill()
 
     def _connected(self, due: Due) -> Iterator:
-        """Start a `LiveReader` in a worker process and yield its facts, then its frames. On exit, the process is killed."""
+        """Start a `LiveReader` in a worker process. Yields its facts first, then its frames. The process is killed on exit."""
         with borrow(self.name) as worker:
             self._worker = worker
             if self._closing.is_set():
@@ -166,13 +168,13 @@ class LiveSource:
                 self._worker, worker.busy = None, True
 
     def _update_facts(self, header: dict) -> None:
-        """Update the facts that some sources state only in their frames, not in a header."""
+        """Update `facts` with the HDR format of a frame, which some sources do not state in the stream's header."""
         if header["hdr_format"]:
             self.facts |= {"hdr": True, "hdr_format": header["hdr_format"]}
 
 
 def _check(source: str) -> None:
-    """Raise UsageError or VideoError if it is already clear that the source cannot be read."""
+    """Raise UsageError or VideoError if a source clearly cannot be read, for example because the file does not exist."""
     if source == STDIN:
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("- means standard input, which is a terminal", "pipe a video into it")

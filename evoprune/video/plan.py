@@ -1,6 +1,6 @@
-"""Plans which frames a model sees and at what size, within the limits of the model and the options.
+"""Plans which frames of a video the model sees and at what size, within the limits set by the model and the options.
 
-Planning is pure arithmetic, and no file is opened. All times are in seconds from the video's first frame.
+Planning only does arithmetic and never opens a file. All times are in seconds from the video's first frame.
 """
 
 import math
@@ -19,8 +19,8 @@ from evoprune.util import check_types, option, parse_time
 from evoprune.video.info import FOLDER_FPS, Decoder, Kind, PromptSubtitles, Seek, Video, check_seek, span_of
 from evoprune.video.sound import check_speech
 
-# Maximum number of units in a single frame, for models that limit only the total over all frames. Without it, a four-frame video
-# could use up the whole total with four huge frames. Qwen's own processor has the same limit.
+# Maximum number of units in a single frame, for models that limit only the total over all frames. Without this limit, a video with
+# only four frames could use up the whole total with huge frames. Qwen's own processor has the same limit.
 MAX_FRAME_TOKENS = 768
 # Maximum size of a chunk of decoded or resized frames; a chunk is larger only if it holds two very large frames.
 CHUNK_BYTES = 8 * 2**20
@@ -126,12 +126,15 @@ class SamplingOptions:
 
     @property
     def subtitle_file(self) -> str | None:
-        """Path of the subtitle file that `subtitles` names, or None if `subtitles` is "none" or "auto"."""
+        """Path of the subtitle file to use, or None if `subtitles` is "none" or "auto" and therefore does not specify a file."""
         return None if self.subtitles in ("none", "auto") else self.subtitles
 
     @property
     def subtitles_wanted(self) -> str:
-        """The value of `subtitles`, except that `speech="auto"` turns "none" into "auto", to skip videos that have subtitles."""
+        """The value of `subtitles` to use when looking for subtitles.
+
+        If `speech` is "auto", "none" is replaced with "auto", because speech is transcribed only if the video has no subtitles.
+        """
         return "auto" if (self.subtitles, self.speech) == ("none", "auto") else self.subtitles
 
     def check_one_file(self, inputs: int) -> None:
@@ -151,28 +154,29 @@ class SamplingOptions:
 
     @property
     def sets_frames(self) -> bool:
-        """True if a frame rate or a number of frames is set."""
+        """True if the options specify a frame rate or a number of frames."""
         return self.fps is not None or self.frames is not None
 
     def rate(self, usual: float) -> float:
-        """Return `fps`, or `usual` if no frame rate is set. Callers ignore the result if a number of frames is set."""
+        """Return the requested frame rate, or `usual` if none is set. Callers ignore it if a number of frames is set instead."""
         return usual if self.fps is None else self.fps
 
     def with_overrides(self, **own) -> "SamplingOptions":
-        """Return a copy with some fields replaced. Setting `fps` clears `frames`, and vice versa."""
+        """Return a copy of the options with some fields replaced. Setting `fps` clears `frames`, and vice versa."""
         if own.keys() & {"fps", "frames"}:
             own = {"fps": None, "frames": None} | own
         return replace(self, **own)
 
     @property
     def timeless(self) -> "SamplingOptions":
-        """A copy of the options without a time span."""
+        """A copy of the options that covers the whole video instead of a time span."""
         return replace(self, start_s=0.0, end_s=None)
 
     def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
-        """Return the options for each input. If a video is among the inputs, still images get the options without the time span.
+        """Return the options to use for each input, in the same order.
 
-        Otherwise, still images keep the time span, so that it is reported as an error.
+        If the inputs include both videos and still images, the time span applies only to the videos. If all inputs are still
+        images, they keep the time span, so that it is reported as an error.
         """
         if all(info.is_picture for info in inputs):
             return [self] * len(inputs)
@@ -186,7 +190,7 @@ DEFAULT_SAMPLING = SamplingOptions()
 class SamplingPlan:
     """The times at which frames are sampled from a span of a video.
 
-    The span is divided into equal parts. `times_s` holds the time in each part's middle, in ascending order. `wanted` is the
+    The span is divided into equal parts, and `times_s` contains the midpoints of these parts in ascending order. `wanted` is the
     number of frames that would have been sampled without the limit `max_frames`.
     """
 
@@ -197,13 +201,13 @@ class SamplingPlan:
 
     @classmethod
     def even(cls, start_s: float, end_s: float, frames: int, wanted: int | None = None) -> "SamplingPlan":
-        """Return a plan that samples the middle of each of `frames` equal parts of a span. `wanted` defaults to `frames`."""
+        """Plan to sample `frames` evenly spaced frames, one in the middle of each part of a span. `wanted` defaults to `frames`."""
         times_s = tuple(start_s + (i + 0.5) * (end_s - start_s) / frames for i in range(frames))
         return cls(start_s, end_s, times_s, frames if wanted is None else wanted)
 
     @property
     def frames(self) -> int:
-        """Number of frames, which is an even number for a video and 1 for a still image."""
+        """Number of frames to sample, which is even for a video and 1 for a still image."""
         return len(self.times_s)
 
     @property
@@ -211,11 +215,11 @@ class SamplingPlan:
         return (self.end_s - self.start_s) / self.frames
 
     def seconds_per_pair(self, temporal_patch: int = 2) -> float:
-        """Return the time in seconds from one frame pair, which is a group of `temporal_patch` frames, to the next."""
+        """Return the interval in seconds between consecutive frame pairs, which are groups of `temporal_patch` frames."""
         return temporal_patch * self.seconds_per_frame
 
 
-# The plan for a still image, which has one frame. It lasts 0.5 s, because models expect a frame pair to last one second.
+# The sampling plan for a still image. Its only frame lasts 0.5 s, because models expect a pair of frames to last one second.
 ONE_FRAME = SamplingPlan(0.0, 0.5, (0.0,), 1)
 
 
@@ -223,7 +227,7 @@ ONE_FRAME = SamplingPlan(0.0, 0.5, (0.0,), 1)
 class InputLimits:
     """A model's requirements for the size, normalization and frame rate of videos or of still images.
 
-    The defaults are Qwen2.5-VL's values for video. The fields that are annotated with a rule can be set by a model's files.
+    The defaults are Qwen2.5-VL's values for video. Fields that are annotated with a rule can be overridden by a model's files.
     `min_pixels` and `max_pixels` limit the area of a single frame after resizing or, if `of_all_frames` is True, the total area of
     all of a video's frames. `merge_size` is the side length of a unit, measured in patches. `image_mean` and `image_std` contain a
     value for each of the red, green and blue channels, and apply to pixel values between 0 and 1.
@@ -247,7 +251,7 @@ class InputLimits:
 
     @property
     def unit(self) -> int:
-        """Side length of a unit in pixels."""
+        """Side length in pixels of a unit, which is a square of patches that are merged into one visual token."""
         return self.patch_size * self.merge_size
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
@@ -255,7 +259,7 @@ class InputLimits:
 
         Both sides are multiples of `unit`, the area is within the limits, and the aspect ratio is kept as closely as possible. If
         the aspect ratio cannot be kept within the area limits, the limits take precedence. This is the "naive dynamic resolution"
-        of Qwen2-VL (arXiv 2409.12191). The limits must be those for a single frame (see `of_each`).
+        of Qwen2-VL (arXiv 2409.12191). The limits must apply to a single frame (see `of_each`).
 
         Raises:
             ValueError: A side is not positive, or one side is more than 200 times the other.
@@ -276,7 +280,7 @@ class InputLimits:
         return rows * unit, cols * unit
 
     def of_each(self, frames: int) -> "InputLimits":
-        """Return the limits for a single frame of a video with `frames` frames."""
+        """Return the limits that apply to a single frame of a video from which `frames` frames are sampled."""
         if not self.of_all_frames:
             return self
         max_pixels = min(MAX_FRAME_TOKENS * self.unit**2, self.max_pixels / frames)
@@ -285,14 +289,14 @@ class InputLimits:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan of which frames to read from a video and how to encode them. A still image counts as one frame.
+    """A plan that determines which frames to read from a video and how to encode them. A still image is treated as a single frame.
 
     `Plan.of` chooses the frames. `ModelDescription.plan` (session/loading/description.py) adds `tower` and `pruning`, which
     determine `encoder`.
 
-    `limited` is True if the options ask for more frames or a higher frame rate than a limit allows, or if frames were made smaller
-    so that the requested number of frames fits. A frame limit that was set in the options does not count as a limit here. `limited`
-    is also False if only the model's default frame rate had to be reduced.
+    `limited` is True if the options request more frames or a higher frame rate than a limit allows, or if frames were made smaller
+    so that the requested number of frames fits. It remains False if the frames exceed only a frame limit that was set in the
+    options, or if only the model's default frame rate had to be reduced.
     """
 
     info: Video
@@ -316,7 +320,7 @@ class Plan:
 
     @classmethod
     def of(cls, info: Video, limits: InputLimits, options: SamplingOptions = DEFAULT_SAMPLING) -> "Plan":
-        """Plan a video's sampling times and frame size, or a still image's size.
+        """Plan the sampling times and frame size for a video, or the size of a still image.
 
         If the input would exceed `max_visual_tokens`, frames are first made smaller, down to the model's minimum size. If that is
         not enough, fewer frames are sampled. If even a single frame pair is too large, its frames are made smaller than the model's
@@ -324,8 +328,8 @@ class Plan:
 
         Args:
             limits: The model's limits for this kind of input (video or still image).
-            options: For a limit that is None, the model's value is used. The exception is `max_visual_tokens`, for which None means
-                24,576.
+            options: Sampling options. If a limit is None, the model's value is used, except that None means 24,576 for
+                `max_visual_tokens`.
 
         Raises:
             VideoError: The duration is unknown, the span is empty, or frames of this shape cannot be resized.
@@ -360,7 +364,7 @@ class Plan:
 
     @cached_property
     def encoder(self) -> EncoderPlan:
-        """The encoder's plan. It is computed lazily, because loading a pruning method imports torch."""
+        """The plan for the vision encoder. It is computed on first use, because loading a pruning method imports torch."""
         if self.pruning is None:
             return EncoderPlan.full(self.tower, self.grid)
         return self.pruning.plan(self.tower, self.full.grid)
@@ -375,25 +379,25 @@ class Plan:
 
     @property
     def source(self) -> Video:
-        """The input with the size at which to read it: a video's own size, or the size that the model needs for a still image."""
+        """Metadata of the input, with the frame size to read, which is a video's own size or the model's size for a still image."""
         if self.is_picture:
             return replace(self.info, width=self.width, height=self.height)
         return self.info
 
     @property
     def read_arguments(self) -> dict[str, Any]:
-        """The arguments for `frames.read_chunks` that determine which frames are read."""
+        """Keyword arguments for `frames.read_chunks` that determine which frames are read."""
         return {"decoder": self.decoder, "seek": self.seek, "part_s": self.sampling.seconds_per_frame}
 
     @property
     def chunk_bytes(self) -> int:
-        """Maximum size of a chunk of decoded frames in bytes. It ensures that the resized frames also fit in `CHUNK_BYTES`."""
+        """Maximum size of a chunk of decoded frames in bytes, chosen so that its resized frames fit in `CHUNK_BYTES` as well."""
         pixels = self.source.width * self.source.height
         return CHUNK_BYTES * pixels // max(pixels, self.width * self.height)
 
     @property
     def of_pixels(self) -> "Plan":
-        """A copy in which the path and all other fields that do not affect the input's patches are cleared."""
+        """A copy for use in cache keys, without the path and all other fields that do not affect the input's patches."""
         return replace(
             self,
             info=replace(self.info, path=""),
@@ -415,22 +419,25 @@ class Plan:
 
     @property
     def shown_s(self) -> tuple[float, ...]:
-        """The frame times to tell the model: the requested times, or the frames' own times if some frames are nearby keyframes."""
+        """Frame times to tell the model.
+
+        These are the requested times, or the frames' own times if some frames were replaced with nearby keyframes.
+        """
         return self.read_s if self.moved else self.sampling.times_s
 
     @property
     def units(self) -> int:
-        """Number of visual tokens without pruning."""
+        """Number of visual tokens that the input would have without pruning."""
         return self.full.visual_tokens
 
     @property
     def cut_short(self) -> bool:
-        """True if the end of the file is missing and the sampled span extends to the last frame that is left."""
+        """True if the file is truncated and the sampled span extends to the last frame that is left."""
         return self.info.cut_short and self.sampling.end_s == self.info.duration_s
 
     @property
     def capped(self) -> bool:
-        """True if the token limit or the frame limit made the frames smaller, or fewer than requested."""
+        """True if the token limit or the frame limit resulted in smaller frames, or in fewer frames than requested."""
         return self.token_capped or self.sampling.wanted > self.frame_limit
 
     @property
@@ -438,7 +445,7 @@ class Plan:
         return math.prod(self.grid)
 
     def shrunk(self, grid: Grid, limits: InputLimits) -> "Plan":
-        """Return a plan for the same span with T evenly spaced frame pairs, resized to H x W units. `grid` is (T, H, W)."""
+        """Return a plan that samples T frame pairs from the same span and resizes frames to H x W units. `grid` is (T, H, W)."""
         pairs, height, width = grid
         sampling = self.sampling
         if pairs != self.grid[0]:
@@ -455,13 +462,15 @@ def plan_sampling(
     min_frames: int = 4,
     max_frames: int = 768,
 ) -> SamplingPlan:
-    """Spread an even number of frames over a video, or over a span of the video: t_i = start + (i + 0.5) * span / n.
+    """Plan to sample an even number of evenly spaced frames from a video, or from a span of the video.
+
+    Frame i of n is sampled at t_i = start + (i + 0.5) * span / n.
 
     Args:
-        options: The span, and the frame rate or the number of frames. The number of frames is rounded up to an even number, and
-            only `max_frames` limits it.
-        fps: Frame rate to use if the options set neither a rate nor a number of frames. A frame rate is converted to the nearest
-            even number of frames, at least 2. That number is then adjusted to both `min_frames` and `max_frames`.
+        options: The span, and the frame rate or the number of frames. The number of frames is rounded up to an even number and is
+            limited only by `max_frames`.
+        fps: Frame rate to use if the options specify neither a frame rate nor a number of frames. A frame rate is converted to the
+            nearest even number of frames, at least 2, which is then adjusted to both `min_frames` and `max_frames`.
         min_frames, max_frames: Limits on the number of frames. An odd `min_frames` is rounded up, and an odd `max_frames` is
             rounded down. If the two limits conflict, `max_frames` takes precedence.
 
@@ -487,8 +496,8 @@ def check_no_span(picture: Video, start_s: float, end_s: float | None) -> None:
 def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:
     """Return the model's preferred frame size (H, W) in units, and the largest (T, H, W) grid within the limits.
 
-    If the grid is too large, frames are first made smaller, down to the model's minimum size. Then the number of frame pairs is
-    reduced, down to one. As a last resort, frames are made smaller than the minimum.
+    If the grid exceeds the limits, frames are first made smaller, down to the model's minimum size. If that is not enough, the
+    number of frame pairs is reduced, down to one. As a last resort, frames are made smaller than the minimum.
 
     Args:
         pairs: Maximum number of frame pairs (T).

@@ -1,4 +1,4 @@
-"""Reads a video's sound as samples for speech recognition. The file is decoded in a worker process."""
+"""Reads a video's sound for speech recognition. The file is decoded in a worker process."""
 
 import math
 import os
@@ -21,7 +21,7 @@ SPEECH_FILES = ("model.bin", "config.json", "tokenizer.json")  # files that a sp
 
 
 def check_speech(speech: str) -> None:
-    """Check the `speech` option as far as possible without loading a model.
+    """Validate the `speech` option as far as this is possible without loading a model.
 
     Raises:
         UsageError: The option is neither a known word nor a folder with a CTranslate2 model, or faster-whisper is not installed.
@@ -41,7 +41,7 @@ def check_speech(speech: str) -> None:
 
 @dataclass(frozen=True)
 class SoundPiece:
-    """Consecutive samples of a video's sound."""
+    """A piece of a video's sound, as consecutive audio samples."""
 
     start_s: float  # time of the first sample, in seconds from the first video frame
     samples: "np.ndarray"  # float32 `[n]` between -1 and 1, mono, 16 kHz
@@ -53,10 +53,10 @@ class SoundPiece:
 
 
 def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece]:
-    """Yield a video's sound between two times in pieces of at most `PIECE_S` seconds. Yields nothing if the video has no sound.
+    """Yield a span of a video's sound in pieces of at most `PIECE_S` seconds. Yields nothing if the video has no sound.
 
-    If the file has no sound for part of this span, that part is left out, so the next piece starts later than the previous piece
-    ends. Packets that cannot be decoded are skipped and counted. To stop early, close the iterator.
+    If part of the span has no sound in the file, that part is left out, so the next piece starts later than the previous one ends.
+    Packets that cannot be decoded are skipped and counted. To stop early, close the iterator.
 
     Args:
         start_s, end_s: Start and end of the span, in seconds from the first video frame.
@@ -72,7 +72,7 @@ def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece
     from evoprune.video.sandbox.isolation import HINT, borrow
 
     size = 4 * round(PIECE_S * RATE)
-    # Because twice the actual size is declared, every piece gets its own memory, which the worker releases after use.
+    # Declare twice the actual size, so that every piece gets its own memory, which the worker releases after use.
     memory = FrameMemory(2 * size)
     with borrow(info.path) as worker:
         message = worker.request("sound", {"info": asdict(info), "start_s": start_s, "end_s": end_s})

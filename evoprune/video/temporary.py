@@ -1,4 +1,4 @@
-"""Saves inputs that are not files to temporary files, because the readers need to seek and run in a separate process."""
+"""Saves inputs that are not files to temporary files, because the readers run in a separate process and need to seek."""
 
 import os
 import shutil
@@ -10,12 +10,12 @@ from pathlib import Path
 from evoprune.errors import VideoError, named
 
 PREFIX = "evoprune-"
-LOCK = ".evoprune-lock"  # file in each temporary folder; the process that uses the folder keeps this file locked
+LOCK = ".evoprune-lock"  # file in each temporary folder, which is kept locked by the process that uses the folder
 
 
 @contextmanager
 def temporary_file(chunks: Iterable[bytes], name: str, file_name: str = "input") -> Iterator[str]:
-    """Write bytes to a temporary file and yield its path. Error messages show `name` instead of the path.
+    """Write bytes to a temporary file and yield its path. In error messages, the path is replaced with `name`.
 
     Raises:
         VideoError: The file cannot be stored.
@@ -57,9 +57,9 @@ def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
 
 
 def _delete_abandoned(parent: Path) -> None:
-    """Delete this user's temporary folders left behind by processes that have exited."""
+    """Delete temporary folders of the current user that were left behind by processes that have exited."""
     for folder in parent.glob(f"{PREFIX}*"):
-        # The folder has no lock file, its lock is held, or another process has just deleted it.
+        # Skip the folder if it has no lock file, is in use by another process, or has just been deleted.
         with suppress(ImportError, OSError):
             import fcntl
 

@@ -1,4 +1,4 @@
-"""Reads animations that FFmpeg shows differently from browsers: animated WebP, and animated AVIF with transparent areas.
+"""Reads animations that FFmpeg renders differently from browsers: animated WebP, and animated AVIF with transparency.
 
 Pillow decodes the frames in order. Transparent areas become white, as in still images.
 """
@@ -17,13 +17,13 @@ from evoprune.video.info import ANIMATIONS, Video
 from evoprune.video.readers import ffmpeg, picture, probing, pyav
 
 WEBP, AVIF = ANIMATIONS.values()
-SHORTEST_S = 0.01  # if a frame's stated duration is at most this, browsers use `INSTEAD_S` instead
+SHORTEST_S = 0.01  # if a frame states a duration of at most this, browsers show it for `INSTEAD_S` instead
 INSTEAD_S = 0.1
 CHUNK_BYTES = 8  # size of a WebP chunk's header, which contains the chunk's type and length
 
 
 def is_read_here(path: str) -> bool:
-    """Return True if a file is an animation that this module reads. The caller must already know that it is not a still image."""
+    """Return True if a file is an animation that this module can read. Callers must first check that it is not a still image."""
     name = ffmpeg.picture_format(path)
     if name not in ANIMATIONS:
         return False
@@ -37,7 +37,7 @@ def is_read_here(path: str) -> bool:
 
 
 def probe(path: str) -> Video:
-    """Read an animation's metadata, without decoding it if it is a WebP. Raises VideoError if the animation cannot be read."""
+    """Read an animation's metadata. WebP files are not decoded for this. Raises VideoError if the animation cannot be read."""
     with picture.opened(path, animated=True) as image:
         width, height = image.size
         if width * height > ffmpeg.MAX_VIDEO_PIXELS:
@@ -67,14 +67,14 @@ def probe(path: str) -> Video:
 
 
 def frame_times(info: Video) -> list[float]:
-    """Return each frame's display time, in seconds from the first frame."""
+    """Return the display times of all frames in an animation, in seconds from the first frame."""
     if info.container == AVIF:
         return pyav.frame_times(replace(info, container=ffmpeg.MOV)).times_s
     return list(accumulate(_lengths(info.path), initial=0.0))[:-1]
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the frame on screen at each time, as described in the `readers` package docstring."""
+    """Yield the frame on screen at each requested time, as described in the docstring of the `readers` package."""
     begins = frame_times(info)
     size = ffmpeg.turned_size((info.width, info.height), info.rotation_deg)
     with picture.opened(info.path, animated=True) as image:
@@ -97,7 +97,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all frames. Yields each frame's time and duration in seconds, and whether it is the first frame, the only keyframe."""
+    """Decode all frames and yield their time, duration and keyframe flag. Only the first frame is treated as a keyframe."""
     begins = frame_times(info)
     with picture.opened(info.path, animated=True) as image:
         for number, (begin, end) in enumerate(zip(begins, [*begins[1:], info.length_s], strict=True)):
@@ -106,7 +106,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def _decoded(image: Image.Image, number: int, damaged: ffmpeg.Damage) -> Image.Image | None:
-    """Return a copy of a frame, or None if it is damaged. The caller must request frames in order."""
+    """Decode a frame and return a copy of it, or None if it is damaged. Frames must be requested in order."""
     ffmpeg.alive()
     try:
         image.seek(number)
@@ -114,13 +114,13 @@ def _decoded(image: Image.Image, number: int, damaged: ffmpeg.Damage) -> Image.I
         return image.copy()
     except MemoryError:
         raise
-    except Exception:  # a damaged file may raise anything
+    except Exception:  # a damaged file may raise any exception
         damaged(number)
         return None
 
 
 def _lengths(path: str) -> list[float]:
-    """Read a WebP's frame durations in seconds from its chunk headers. Raises VideoError if there are no frames."""
+    """Read the frame durations of an animated WebP in seconds from its chunk headers. Raises VideoError if it has no frames."""
     lengths = []
     size = os.path.getsize(path)
     with open(path, "rb") as file:

@@ -1,10 +1,10 @@
 """Converts decoded frames of any pixel format, range, matrix, primaries and transfer curve to 8-bit BT.709 RGB.
 
-libswscale does most of the conversion, and this module rejects the formats that libswscale does not support. HDR is mapped to SDR
-by this module itself, in the same way as by FFmpeg's filters
-`zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709` for displays of 1000 cd/m2. Those filters cannot be
-used, because PyAV does not include zscale. libswscale's own mapping is too slow, because it spends many seconds computing a table
-before the first frame. Matrices, primaries and curves have the same numbers as in ITU-T H.273, FFmpeg and PyAV.
+libswscale does most of the conversion, and this module rejects formats that libswscale does not support. HDR is mapped to SDR in
+this module, with the same result as FFmpeg's filters `zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709`
+for displays of 1000 cd/m2. These filters cannot be used directly, because PyAV does not include zscale, and libswscale's own
+mapping is too slow, because it spends many seconds computing a table before the first frame. Matrices, primaries and curves are
+numbered as in ITU-T H.273, FFmpeg and PyAV.
 """
 
 import re
@@ -28,13 +28,13 @@ from evoprune.errors import VideoError
 from evoprune.video.info import HLG, IPT, PQ
 
 CURVES = {ColorTrc.SMPTE2084: PQ, ColorTrc.ARIB_STD_B67: HLG}
-UNSTATED = (0, 2, 3)  # values that mean that the curve is not stated
+UNSTATED = (0, 2, 3)  # values that mean that the transfer curve is not specified
 HDR_METADATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL", "DYNAMIC_HDR_PLUS")
 # FFmpeg's numbers for the side data types that PyAV 18 has no name for: LCEVC, the view and the displays of 3D video, and EXIF.
 NAMELESS_SIDE_DATA = (28, 29, 30, 31)
 # Dolby Vision consists of a base layer, which FFmpeg decodes, and metadata, which is not applied here. The "compatibility id" in
-# the Dolby Vision record describes the base layer: 2 means SDR. In some profiles, 0 means Dolby's own format. In other profiles,
-# 0 says nothing about the format.
+# the Dolby Vision record describes the base layer. For example, 2 means SDR. In some profiles, 0 means Dolby's own format, while in
+# other profiles it says nothing about the format.
 DOLBY_RECORD = re.compile(r"DOVI configuration record:.* profile: (\d+),.* compatibility id: (\d+)")
 DOLBY_BASES = {1: PQ, 4: HLG, 6: PQ}
 DOLBY_OWN = (5, 10, 20)  # profiles in which compatibility id 0 means Dolby's own format
@@ -55,7 +55,7 @@ UNREAD = ("rgb565be", "bgr565be", "rgb555be", "bgr555be", "yaf32le", "yaf32be")
 
 
 class Matrix(IntEnum):
-    """Matrix coefficients by their numbers in H.273. The names, in lower case, are FFmpeg's."""
+    """Matrix coefficients, numbered as in ITU-T H.273. Converted to lower case, the names are the same as in FFmpeg."""
 
     GBR = 0
     BT709 = 1
@@ -81,9 +81,9 @@ SUPPORTED_MATRICES = tuple(Matrix(number) for number in (0, 1, 2, 4, 5, 6, 7, 9)
 
 
 def stated(stream: VideoStream, log: str) -> str | None:
-    """Return the value of `Video.hdr_format` according to a stream's header.
+    """Return the HDR format stated in a stream's header, in the form of `Video.hdr_format`.
 
-    Call this function before decoding the first frame, because decoders overwrite the curve that the header states.
+    Call this function before decoding the first frame, because decoders overwrite the transfer curve from the header.
 
     Args:
         log: FFmpeg's description of the stream (see `ffmpeg.stream_log`).
@@ -106,7 +106,7 @@ def stated(stream: VideoStream, log: str) -> str | None:
 
 
 def side_data(frame: VideoFrame) -> Mapping[str, SideData]:
-    """Return a frame's side data by type name, except for types that PyAV 18 has no name for, because PyAV fails on them."""
+    """Return a frame's side data by type name. Types that PyAV 18 has no name for are left out, because PyAV fails on them."""
     # `frame.side_data` would create a reference cycle that keeps the pixels in memory until the garbage collector runs.
     try:
         return SideDataContainer(frame)
@@ -116,7 +116,7 @@ def side_data(frame: VideoFrame) -> Mapping[str, SideData]:
 
 
 def filtered(frame: VideoFrame, *filters: tuple[str, str]) -> VideoFrame:
-    """Apply FFmpeg filters to a frame. Each filter is given as (name, options)."""
+    """Apply a chain of FFmpeg filters to a frame. Every filter is specified as (name, options)."""
     graph = Graph()
     graph.threads = 1
     source = graph.add_buffer(
@@ -131,7 +131,7 @@ def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
     """Return a frame's HDR format, as in `Video.hdr_format`.
 
     Args:
-        header: The HDR format that the stream's header states. It applies to frames that do not state their own format. If it is
+        header: The HDR format stated in the stream's header. It applies to frames that do not state a format themselves. If it is
             Dolby's own format, it applies to all frames.
     """
     data = side_data(frame)
@@ -149,7 +149,7 @@ def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
 
 
 def _is_dolby_own(metadata: Buffer | None) -> bool:
-    """Return True if the base layer is in Dolby's own format. `metadata` is FFmpeg's `AVDOVIMetadata`."""
+    """Return True if Dolby Vision metadata (FFmpeg's `AVDOVIMetadata`) says that the base layer is in Dolby's own format."""
     if metadata is None:
         return False
     metadata = bytes(metadata)
@@ -164,7 +164,7 @@ def may_be_transparent(form: VideoFormat) -> bool:
 
 
 class Converter:
-    """Converts the frames from a single source to RGB.
+    """Converts the frames of a single video or image to RGB.
 
     Args:
         name: Name of the source for error messages.
@@ -210,7 +210,7 @@ class Converter:
         return self._computed(frame, width, height, hdr)
 
     def _computed(self, frame: VideoFrame, width: int, height: int, hdr: str | None) -> np.ndarray:
-        """Convert an HDR frame or a limited-range gray frame like `_rgb`, but map its levels here instead of in libswscale."""
+        """Convert an HDR frame or a limited-range gray frame to RGB, mapping its levels in this module instead of in libswscale."""
         stored = self._reformat(frame, "gbrp16", width, height)
         planes = [np.frombuffer(plane, np.uint16).reshape(height, -1)[:, :width] for plane in stored.planes]
         planes = [planes[2], *planes[:2]]  # red, green and blue
@@ -234,7 +234,7 @@ class Converter:
 
 
 def _over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Blend RGB pixels over white. `rgb` is uint8 `[h, w, 3]`, and the opacity `alpha` is uint8 `[h, w, 1]`."""
+    """Blend RGB pixels over a white background. `rgb` is uint8 `[h, w, 3]`, and the opacity `alpha` is uint8 `[h, w, 1]`."""
     mixed = np.empty(rgb.shape, np.uint8)
     rows = max(1, STRIP // rgb.shape[1])
     for top in range(0, len(rgb), rows):
@@ -249,12 +249,12 @@ def _is_yuv(form: VideoFormat) -> bool:
 
 
 def _is_limited_grey(frame: VideoFrame) -> bool:
-    """Return True if a frame is gray with limited range, which libswscale would mistake for full range."""
+    """Return True if a frame is grayscale with limited range, which libswscale would mistake for full range."""
     return frame.format.name.startswith(("gray", "ya")) and frame.color_range == ColorRange.MPEG
 
 
 def _levels(frame: VideoFrame) -> tuple[int, int]:
-    """Return the levels of black and white in libswscale's 16-bit channels. Shorter values are padded with zero bits."""
+    """Return the levels of black and white in libswscale's 16-bit channels, which pad shorter values with zero bits."""
     if _is_limited_grey(frame):
         return 16 << 8, 235 << 8
     if _is_yuv(frame.format) and frame.color_range != ColorRange.JPEG:
@@ -270,7 +270,7 @@ def _to_bt709(frame: VideoFrame) -> np.ndarray:
 
 
 def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
-    """Map HDR channels, given as uint16 `[3, n]`, to SDR RGB, returned as uint8 `[3, n]`."""
+    """Tone-map the channels of n HDR pixels, given as uint16 `[3, n]`, to SDR RGB, returned as uint8 `[3, n]`."""
     light = to_bt709 @ _light(hdr)[channels]
     # Apply FFmpeg's `tonemap=mobius` to the brightest channel, and scale the other two channels by the same factor.
     square = KNEE * KNEE
@@ -300,7 +300,7 @@ def _light(hdr: str) -> np.ndarray:
 
 @cache
 def _gamma() -> np.ndarray:
-    """Return a table of SDR levels (BT.1886) as uint8 `[4096]`, indexed by the square root of light for finer steps in the dark."""
+    """Return a table of SDR levels (BT.1886) as uint8 `[4096]`, indexed by the square root of light for finer dark levels."""
     return np.round(255 * np.linspace(0, 1, 2**12) ** (2 / 2.4)).astype(np.uint8)
 
 

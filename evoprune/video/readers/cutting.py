@@ -1,10 +1,10 @@
 """Cuts a clip out of a video, either by copying packets from a keyframe onward or by re-encoding frames. The sound is kept.
 
-Sound packets are copied, too. They are re-encoded only if the clip's file format cannot hold them.
+Sound packets are also copied, and re-encoded only if the clip's container does not support their codec.
 
-FFmpeg writes the clip to memory, and `ClipReader.fill` returns the bytes together with their offset in the file, so that the
-process that opens the video does not have to write files. The offsets are needed because FFmpeg goes back to the beginning of an
-MP4 to complete it.
+FFmpeg writes the clip to memory, and `ClipReader.fill` returns its bytes together with their offset in the clip, so that the
+process that opens the untrusted video needs no permission to write files. The offsets are needed because FFmpeg goes back to the
+beginning of an MP4 to complete it.
 """
 
 import math
@@ -49,10 +49,10 @@ IN_MP4 = ("h264", "hevc", "av1", "mpeg4", "aac", "mp3", "ac3", "eac3", "alac")
 ENCODERS = {"libx264": {"crf": "18", "preset": "veryfast", "bf": "0"}, "mpeg4": {"qmin": "2", "qmax": "4"}}
 SOUND_ENCODER = "aac"  # every FFmpeg build includes it
 SOUND_BITS = 96_000  # bits per second for each channel
-CLOCK = Fraction(1, 60_000)  # time base for re-encoded frames; MPEG-4 does not allow a finer one
+CLOCK = Fraction(1, 60_000)  # time base for re-encoded frames; MPEG-4 allows denominators up to 65,535
 BT709 = 1  # FFmpeg's number for the primaries, transfer curve and matrix of BT.709
 LIMITED_RANGE = 1  # FFmpeg's number for limited color range, the usual one
-REORDERED_S = 2.0  # a frame that is stored before a keyframe is displayed at most this long after it
+REORDERED_S = 2.0  # a frame that is stored before a keyframe is displayed at most this long after the keyframe
 REENCODE_HINT = "re-encode the clip instead: --exact, in Python exact=True"
 
 # Packets with their decoding times, and frames (uint8 `[H, W, 3]`) with their display times. Times are in ascending order and in
@@ -62,15 +62,15 @@ Pictures = Iterator[tuple[float, np.ndarray]]
 
 
 class ClipReader:
-    """Cuts a clip and returns its bytes piece by piece. For the arguments, see `evoprune.video.clips.cut_clip`.
+    """Cuts a clip out of a video and returns its bytes piece by piece. For the arguments, see `evoprune.video.clips.cut_clip`.
 
     Attributes:
         facts: A dict with "ending", the clip's file extension; "start_s", the time at which the clip starts, in seconds from the
             video's first frame; and "loses_sound", which is True if the video has sound but the clip does not.
 
     Raises:
-        VideoError: The input is not a video file, or its packets cannot be copied. `fill` also raises this error if the file
-            turns out to be damaged.
+        VideoError: The input is not a video file, or its packets cannot be copied. `fill` also raises this error if the file turns
+            out to be damaged.
     """
 
     def __init__(self, info: Video, start_s: float, end_s: float, exact: bool, title: str):
@@ -84,7 +84,7 @@ class ClipReader:
             self.facts = next(self._steps)
 
     def fill(self, content: np.ndarray) -> dict[str, int | bool]:
-        """Write the next bytes of the clip into `content`.
+        """Fill `content` with the next bytes of the clip.
 
         Args:
             content: uint8 `[n]`.
@@ -105,13 +105,13 @@ class ClipReader:
 
 
 class _MemoryFile:
-    """A file object in memory that FFmpeg writes to. It keeps the bytes and their offsets until `take` removes them."""
+    """An in-memory file object that FFmpeg writes to. It keeps the bytes and their offsets until `take` removes them."""
 
     def __init__(self):
         self._pieces: deque[tuple[int, bytes]] = deque()
         self._at = 0
         self._size = 0
-        self.waiting = 0  # number of bytes that have not been taken yet
+        self.waiting = 0  # number of bytes that have not been removed yet
 
     def write(self, content: bytes) -> int:
         content = bytes(content)
@@ -129,7 +129,7 @@ class _MemoryFile:
         return self._at
 
     def take(self, most: int) -> tuple[int, bytes]:
-        """Remove up to `most` contiguous bytes, oldest first, and return their offset and the bytes."""
+        """Remove up to `most` contiguous bytes, starting with the oldest, and return their offset in the file and the bytes."""
         at = self._pieces[0][0] if self._pieces else 0
         taken = bytearray()
         while self._pieces and len(taken) < most and self._pieces[0][0] == at + len(taken):
@@ -145,7 +145,7 @@ class _MemoryFile:
 def _cut(
     info: Video, start_s: float, end_s: float, exact: bool, title: str, file: _MemoryFile
 ) -> Iterator[dict[str, Any]]:
-    """Write a clip to `file`. Yields the facts for `ClipReader` first, then an empty dict after every packet."""
+    """Write a clip to `file`. Yields the `facts` for `ClipReader` first, and then an empty dict after every packet."""
     joined = info.clock_restarts > 0
     if joined and not exact:
         raise VideoError(
@@ -184,7 +184,7 @@ def _cut(
 
 @contextmanager
 def _writing(info: Video, exact: bool) -> Iterator[None]:
-    """Convert FFmpeg errors to VideoError. They can come only from writing, because reading in this block raises no such errors."""
+    """Convert FFmpeg errors in a `with` block to VideoError. Only writing can cause them, because reading raises no such errors."""
     try:
         yield
     except (av.error.FFmpegError, ValueError) as error:
@@ -203,7 +203,7 @@ def _add_copied_stream(out: OutputContainer, stream: Stream) -> Stream:
 
 
 def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet | None]]:
-    """Find the last keyframe at or before a time.
+    """Find the last keyframe that is displayed at or before a time.
 
     Returns:
         The keyframe's display time in seconds from the video's first frame, and the packets from that keyframe onward.
@@ -248,7 +248,7 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
 
 
 def _sound_packets(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
-    """Return a sound track's packets from about `origin_s` onward. If the container cannot seek, return all of its packets."""
+    """Return a sound track's packets from about `origin_s` seconds onward, or all of its packets if the container cannot seek."""
     with suppress(av.error.FFmpegError):
         sound.container.seek(math.floor(origin_s / sound.time_base), stream=sound)
     return ffmpeg.packets(sound.container, sound)
@@ -257,7 +257,7 @@ def _sound_packets(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
 def _sound(
     out: OutputContainer, path: str, sound: AudioStream, copied: bool, origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Add a sound stream to a clip and return its packets. If `copied` is False or copying fails, they are re-encoded as AAC."""
+    """Add a sound stream to a clip and return its packets, re-encoded as AAC if `copied` is False or if copying fails."""
     packets = _sound_packets(sound, origin_s)
     if copied:
         with suppress(ValueError):  # raised if the file format cannot hold the codec, such as WMA
@@ -272,7 +272,7 @@ def _sound(
 def _encoded_sound(
     target: AudioStream, sound: AudioStream, packets: Iterator[Packet | None], origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Re-encode the sound between the beginning and the end of a clip, and yield its packets. Damaged packets are skipped."""
+    """Re-encode a clip's sound and yield the resulting packets. Damaged packets are skipped."""
     part = Graph()
     ends = part.add_abuffer(template=sound), part.add("atrim", f"0:{length_s}"), part.add("abuffersink")
     part.link_nodes(*ends).configure()
@@ -310,17 +310,17 @@ def _ordered(packets: list[Packet]) -> TimedPackets:
 def _copied(
     target: Stream, path: str, packets: Iterator[Packet | None], origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Yield the packets to copy, with times counted from the beginning of the clip.
+    """Yield the packets to copy to a clip, with times counted from the beginning of the clip.
 
-    All packets that are decoded before the end of the clip are copied. Some of them may be displayed after the end, because a frame
-    can depend on frames that are displayed later.
+    All packets that are decoded before the end of the clip are copied. Some of their frames may be displayed after the end, because
+    a frame can depend on frames that are displayed later.
 
     Args:
         origin_s: The time on the file's own clock at which the clip begins, in seconds.
         length_s: Length of the clip in seconds.
 
     Raises:
-        VideoError: The file is damaged, because its packets have more bytes in total than the file.
+        VideoError: The file is damaged, because its packets add up to more bytes than the file itself.
     """
     left = os.path.getsize(path)
     latest = None  # decoding time of the previous packet
@@ -356,7 +356,7 @@ def _copied(
 
 
 def _encoder(out: OutputContainer, info: Video) -> VideoStream:
-    """Add a stream that encodes a video's frames. If the height or width is odd, the last row or column is dropped."""
+    """Add an encoder for a video's frames to a clip. If the height or width is odd, the last row or column is dropped."""
     name = next(name for name in ENCODERS if name in av.codecs_available)
     rate = Fraction(info.fps or ffmpeg.FALLBACK_FPS).limit_denominator(1001)
     stream = out.add_stream(name, rate=rate, options=ENCODERS[name])
@@ -373,7 +373,7 @@ def _encoder(out: OutputContainer, info: Video) -> VideoStream:
 
 
 def _encoded(stream: VideoStream, pictures: Pictures, length_s: float) -> TimedPackets:
-    """Encode frames and yield their packets. Each frame is shown until the next frame begins, and the last one until `length_s`."""
+    """Encode frames and yield their packets. Every frame lasts until the next frame begins, and the last one until `length_s`."""
     colours = VideoReformatter()
     # Durations in ticks of the frames that are still in the encoder, keyed by display time.
     lengths: dict[int, int] = {}
@@ -395,9 +395,9 @@ def _timed(packets: list[Packet], lengths: dict[int, int]) -> TimedPackets:
 
 
 def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
-    """Yield the frame on screen at `start_s`, then every frame that appears before `end_s`.
+    """Yield the frame on screen at `start_s`, followed by all frames that appear before `end_s`.
 
-    `start_s` and `end_s` are in seconds from the video's first frame, but the yielded times are in seconds from `start_s`.
+    `start_s` and `end_s` are in seconds from the video's first frame, whereas the yielded times are in seconds from `start_s`.
 
     Raises:
         VideoError: No frame can be decoded.
@@ -425,7 +425,7 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
 
 
 def _decoded(info: Video, start_s: float) -> Iterator[TimedFrame]:
-    """Yield decoded frames from a keyframe at or before `start_s` onward. If that fails, start at the beginning of the file."""
+    """Yield decoded frames, starting at a keyframe at or before `start_s` if possible, or else at the beginning of the file."""
     (run,) = planned(info, [max(0.0, start_s)], "exact", 0.0)
     with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         frames = None

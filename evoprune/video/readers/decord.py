@@ -1,8 +1,8 @@
-"""Reads frames with decord, always sequentially. Rejects files that decord is known to decode incorrectly.
+"""Reads frames with decord, always sequentially. Files that decord is known to decode incorrectly are rejected.
 
 decord addresses frames by number. After a seek (with `get_batch`, `seek_accurate` or `skip_frames`), its frame numbers are wrong
-for files with open groups of pictures (x265's default), gradual refresh, or frames stored out of order in AVI. Sequential reading
-gives the correct frames, so every frame up to the last requested frame is decoded and converted.
+for files with open groups of pictures (x265's default), gradual refresh, or frames stored out of order in AVI. Only sequential
+reading yields the correct frames, so every frame up to the last requested frame is decoded and converted.
 """
 
 import os
@@ -18,15 +18,15 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg, pyav
 
-# The containers that decord can read. It cannot return to the beginning of an MPEG-TS file, and it cannot open other containers.
+# Containers to read with decord. decord cannot return to the beginning of an MPEG-TS file, and cannot open any other containers.
 CONTAINERS = (ffmpeg.MOV, "matroska,webm", "avi", "flv")
-# If decord's and PyAV's first frames differ by more than this on average, in levels from 0 to 255, they count as different frames.
-# The same frame may differ by up to 2, in 10-bit video and with odd sizes.
+# If decord's and PyAV's first frames differ by more than this on average, in levels from 0 to 255, they are considered different
+# frames. In 10-bit video and with odd frame sizes, the same frame may differ by up to 2.
 OTHER_FRAME = 8
 
 
 def load() -> ModuleType:
-    """Import decord and turn off its log output. Raises UsageError if decord is not installed or cannot be loaded."""
+    """Import decord and disable its log output. Raises UsageError if decord is not installed or cannot be loaded."""
     try:
         # PyAV must be imported before decord (see above). Otherwise, PyAV would use decord's older version of libvpx.
         import decord
@@ -37,7 +37,7 @@ def load() -> ModuleType:
 
 
 def check(info: Video) -> None:
-    """Raise VideoError if the metadata shows that decord cannot read the video, or would decode it incorrectly."""
+    """Raise VideoError if a video's metadata shows that decord cannot read it or would decode it incorrectly."""
     if info.codec == "av1":
         raise _refusal(info, "its FFmpeg has no decoder for AV1")
     if info.container not in CONTAINERS:
@@ -59,7 +59,7 @@ def check(info: Video) -> None:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the frame on screen at each time, as described in the `readers` package docstring.
+    """Yield the frame on screen at each requested time, as described in the docstring of the `readers` package.
 
     decord does not report damage, so `damaged` is never called. VideoError is raised if decord stops at damaged data or starts with
     the wrong frame.
@@ -78,7 +78,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
             name = os.path.abspath(info.path)
         reader = decord.VideoReader(name, num_threads=ffmpeg.thread_count(Host().available_cores()))
         stamps = _stamps(info, reader)
-        # Allow an additional tolerance of one float32 step, because decord rounds its times to float32.
+        # Add one float32 step to the tolerance, because decord rounds its times to float32.
         begins = stamps - np.spacing(stamps) - ffmpeg.TOLERANCE_S
         at = -1
         rgb = None
@@ -113,7 +113,7 @@ def _refusing(info: Video) -> Iterator[None]:
 
 
 def _stamps(info: Video, reader) -> np.ndarray:
-    """Return all frames' times in seconds from the first frame, in display order, as float32 `[frames]`."""
+    """Return the times of all frames in seconds from the first frame, in display order, as float32 `[frames]`."""
     stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
     if len(stamps) == 1:
         return np.zeros_like(stamps)

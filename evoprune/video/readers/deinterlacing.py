@@ -1,8 +1,8 @@
 """Deinterlaces frames with FFmpeg's `bwdif` filter, one requested frame at a time.
 
-The filter uses the frame and both of its neighbors. The result depends only on these three frames, and not on the number of threads
-or on where decoding started. If a frame is the first frame of its video, or if the frame before it is unknown, its missing rows are
-interpolated from its own rows.
+The filter uses the frame and both of its neighbors. The result depends only on these three frames, but not on the number of threads
+or on the position at which decoding started. For the first frame of a video, or if the frame before it is unknown, missing rows are
+interpolated from the frame's own rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ FILTER = "bwdif", "mode=send_frame:parity=auto:deint=interlaced"
 
 
 def deinterlaced(frame: VideoFrame, before: VideoFrame | None = None, after: VideoFrame | None = None) -> VideoFrame:
-    """Remove combing artifacts from an interlaced frame. Progressive frames and frames below 3x4 pixels are returned unchanged.
+    """Deinterlace a frame if it is interlaced. Progressive frames and frames below 3x4 pixels are returned unchanged.
 
     Args:
         before, after: The frames displayed before and after this frame, or None if unknown. A frame of a different size or pixel
@@ -50,9 +50,10 @@ def _shape(frame: VideoFrame) -> tuple[int, int, str]:
 
 
 def deinterlacing(frames: Iterator[tuple[float, VideoFrame]]) -> Iterator[tuple[float, Callable[[], VideoFrame]]]:
-    """Yield each frame's time and a function that returns the deinterlaced frame, for readers that need only some of the frames.
+    """Yield the time of each frame with a function that deinterlaces it, for readers that need only some of the frames.
 
-    An interlaced frame is yielded only after the next frame has arrived. A progressive frame is yielded immediately.
+    Because deinterlacing needs the next frame, an interlaced frame is yielded only after that frame has arrived. Progressive frames
+    are yielded immediately.
     """
     before = None
     waiting = None

@@ -1,6 +1,6 @@
-"""Functions that all readers share: identifying and opening files, reading packets, decoding frames, and converting them to RGB.
+"""Functions shared by all readers for identifying and opening files, reading packets, decoding frames, and converting them to RGB.
 
-FFmpeg receives only the bytes of the file to read, so it cannot open any other file.
+FFmpeg receives only the bytes of the file that is being read, so it cannot open any other files.
 """
 
 import math
@@ -29,46 +29,51 @@ from evoprune.util import LONGEST, missing_hint, shorten, shown
 from evoprune.video.info import WIDEST_PIXEL, Video, fitted
 from evoprune.video.readers import colour
 
-# A callback for damaged data. It is called with a mark for each damaged packet or image. The same damage always has the same mark.
+# A callback for damaged data, which is called for each damaged packet or image with a mark that identifies it. The same damage
+# always has the same mark.
 Damage = Callable[[object], None]
 Crop = Sequence[int]  # number of pixels to crop from a stored frame on the left, right, top and bottom
 Decode = Callable[[Packet | None], list[VideoFrame]]
 
-FALLBACK_FPS = 25.0  # frame rate to assume for a stream that states none, the same as in FFmpeg
+FALLBACK_FPS = 25.0  # frame rate to assume for a stream that does not state its rate, as in FFmpeg
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 MATROSKA = "matroska,webm"
-# In these containers, files are often concatenated byte by byte (`cat a.ts b.ts`, or the parts of a DVD), so the clock may restart.
+# Files in these containers are often concatenated byte by byte (`cat a.ts b.ts`, or the parts of a DVD), so their clock may
+# restart.
 PROGRAM_STREAM = "mpeg"
 AVI = "avi"
 JOINED = ("mpegts", PROGRAM_STREAM)
-# If timestamps go back by more than this, the clock has restarted. In the containers in `JOINED`, a forward jump of more than
-# `LONGEST_GAP_S` also means that it has restarted.
+# If timestamps jump backward by more than this, the clock has restarted. In the containers in `JOINED`, a forward jump of more than
+# `LONGEST_GAP_S` also means that the clock has restarted.
 BACK_S = 0.1
 LONGEST_GAP_S = 600.0
 NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS, a format flag
-# A stated rate of at least this value is ignored if it equals the frequency of the file's clock, such as Matroska's 1000 Hz.
+# A frame rate of at least this value is ignored if it equals the frequency of the file's clock, such as Matroska's 1000 Hz.
 LEAST_CLOCK_HZ = 1000
-TAG_CHARACTERS = 4000  # longer tags are dropped, because each copy of a `Video` contains the tags
+TAG_CHARACTERS = 4000  # longer tags are dropped, because every copy of a `Video` contains the tags
 # Arguments for `av.open` that let it read files whose tags are not UTF-8. PyAV 19 no longer has or needs this argument.
 ANY_TAGS = {"metadata_errors": "surrogateescape"} if int(av.__version__.split(".")[0]) < 19 else {}
 MAX_PIXELS = 2**27  # limit for still images, enough for photographs of 100 megapixels
 MAX_VIDEO_PIXELS = 2**26  # limit for video frames, enough for 8K video and for 360-degree video in 11K
-# Limits against decompression bombs. A video is rejected if its frames exceed both the total number of pixels and the number of
-# pixels per byte of the file. Recordings of a static screen have up to 2**17 pixels per byte.
+# Limits that protect against decompression bombs. A video is rejected if its frames exceed both the limit on the total number of
+# pixels and the limit on the number of pixels per byte of the file. Recordings of a static screen have up to 2**17 pixels per byte.
 MAX_DECODED_PIXELS = 2**33
 MAX_PIXELS_PER_BYTE = 2**18
 INCOMPLETE = (
     "is it a complete video file? An MP4 or MOV that is cut off before its index (usually at the end) cannot be read"
 )
-# Containers without gaps between packets. If there is a gap, FFmpeg has skipped damaged bytes without reporting an error.
+# Containers that have no gaps between packets. If there is a gap anyway, FFmpeg has skipped damaged bytes without reporting an
+# error.
 DENSE = (MATROSKA, "flv")
-# Codecs to decode with a single thread. With multiple threads, one of four readings of a clip had different pixels (FFmpeg 8).
+# Codecs to decode with a single thread, because with multiple threads, one in four runs on a test clip produced different pixels
+# (FFmpeg 8).
 UNTHREADED = ("theora", "vp3", "vp4")
 STILLS = ("mjpeg", "png", "bmp", "webp")  # codecs of cover images that are not marked as cover images
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders to use for streams that declare transparency
 CROPPING = re.compile(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)")  # left, right, top, bottom
 SAMPLE_AES = "/ 0x00DB)"  # the part of `stream_log` that shows that an H.264 stream in MPEG-TS was encrypted for HLS
-# A frame counts as on screen if it starts at most this long after the requested time, because Matroska rounds to milliseconds.
+# A frame is considered to be on screen even if it starts this long after the requested time, because Matroska rounds timestamps to
+# milliseconds.
 TOLERANCE_S = 0.0006
 FORMATS = (
     "supported formats: MP4, MOV, MKV, WebM, AVI, GIF, most others that FFmpeg reads, pictures, and folders of images"
@@ -112,7 +117,7 @@ ORIENTATIONS = {
 
 
 class Shown(NamedTuple):
-    """The frame that a reader yields for a requested time."""
+    """A frame that a reader has found for a requested time."""
 
     time_s: float  # the frame's own time in seconds from the first frame
     rgb: np.ndarray  # uint8 `[H, W, 3]`, as displayed
@@ -124,23 +129,23 @@ Frames = Iterator[Shown]
 
 
 def alive() -> None:
-    """Report progress. Called after each frame or packet, because a worker process that makes no progress is considered hung."""
+    """Report progress after each frame or packet. A worker process that reports no progress is considered to be hung."""
     getattr(of_thread, "alive", report_alive)()
 
 
 def report_alive() -> None:
-    """Report progress from the first thread. A worker process replaces this function, which does nothing by itself."""
+    """Report progress from the first thread. This placeholder does nothing; worker processes replace it with a real function."""
 
 
 def picture_size(pixels: int, decoders: int = 1) -> None:
-    """Announce the size of an image in pixels before it is decoded, and the number of decoders that run in parallel.
+    """Announce the size of an image in pixels before decoding it, and the number of decoders that will run in parallel.
 
-    A worker process replaces this function, which does nothing by itself, with a function that raises the memory limit.
+    This placeholder does nothing. Worker processes replace it with a function that raises the memory limit accordingly.
     """
 
 
 class Encrypted(ValueError):
-    """Raised when a packet is encrypted. `reading` converts it to a VideoError that names the file."""
+    """Raised when a packet is encrypted. `reading` converts it to a VideoError with the name of the file."""
 
 
 def encrypted(path: str) -> VideoError:
@@ -155,7 +160,7 @@ def reason(error: Exception) -> str:
 
 
 def picture_format(path: str) -> str | None:
-    """Return Pillow's name for an image file's format, or None if the file does not begin like an image."""
+    """Return Pillow's name for the format of an image file, or None if the file does not begin like an image."""
     head = _head(path)
     if head[4:8] == b"ftyp":
         brand = PICTURE_BRANDS.get(head[8:12])
@@ -176,11 +181,11 @@ def is_sequence(path: str) -> bool:
 
 
 def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
-    """Return the error to show for an unreadable file that is certainly not a video, or None if it may be a video.
+    """Return an error that explains why an unreadable file is not a video, or None if it may be a damaged video.
 
     Args:
-        unrecognised: True if FFmpeg did not recognize the file's format. Every file that does not begin like a video is then
-            considered not to be a video.
+        unrecognised: True if FFmpeg did not recognize the file's format. In that case, any file that does not begin like a video is
+            assumed not to be one.
     """
     head = _head(path)
     if not head or head.startswith(MEDIA) or head[4:8] in BOXES:
@@ -210,7 +215,7 @@ def _head(path: str) -> bytes:
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Convert errors from PyAV and the file system to `VideoError`. If the file is clearly not a video, the message says so.
+    """Convert errors from PyAV and the file system to `VideoError`, whose message says so if the file is clearly not a video.
 
     FFmpeg's out-of-memory error is converted too, because a damaged file may request any amount of memory. `MemoryError` from other
     sources, such as numpy, is not converted.
@@ -254,7 +259,7 @@ def check_file(path: str) -> None:
 
 @contextmanager
 def open_video(path: str) -> Iterator[InputContainer]:
-    """Open a video file and yield its container. Raises the same errors as `check_file`, and PyAV's own errors (see `reading`)."""
+    """Open a video file and yield its container. Raises the errors of `check_file` and PyAV's own errors (see `reading`)."""
     check_file(path)
     with open(path, "rb", buffering=0) as file, open_bytes(file) as container:
         if container.format.name == "tty":  # FFmpeg's format for text files, which it renders as a terminal would
@@ -277,7 +282,7 @@ def open_bytes(file: BinaryIO, format_name: str | None = None, max_pixels: int =
 
 
 def moving(container: InputContainer) -> list[VideoStream]:
-    """Return the video tracks, except for cover images. Still images are also left out, unless there are no other video tracks."""
+    """Return the video tracks except for cover images. Other still images are also left out, unless there are no other tracks."""
     tracks = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     return [track for track in tracks if track.frames != 1] or tracks
 
@@ -314,7 +319,7 @@ def video_stream(
 
 
 def chosen(tracks: Sequence[VideoStream]) -> VideoStream:
-    """Choose the track that a player would show, which is the default track or, if that is ambiguous, the largest track."""
+    """Choose the track that a player would show. This is the default track, or the largest one if that is ambiguous."""
 
     def rank(track: VideoStream) -> tuple[bool, bool, bool, int]:
         if (context := track.codec_context) is None:
@@ -327,7 +332,7 @@ def chosen(tracks: Sequence[VideoStream]) -> VideoStream:
 
 
 def tags(container: InputContainer) -> dict[str, str]:
-    """Return up to 200 of a container's tags, except very long ones. Bytes that are not valid UTF-8 become U+FFFD."""
+    """Return a container's tags, up to 200 and without very long ones. Bytes that are not valid UTF-8 are replaced with U+FFFD."""
     short = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS)
     return {_valid_text(key): _valid_text(text) for key, text in islice(short, 200)}
 
@@ -339,8 +344,8 @@ def _valid_text(tag: str) -> str:
 def thread_count(cores: int) -> int:
     """Return the number of decoder threads to use on the given number of cores.
 
-    A single core gets one thread. Otherwise, there is one thread more than there are cores, but at most 16, because each thread
-    holds a frame in memory.
+    On a single core, one thread is used. Otherwise, the number of threads is one more than the number of cores, but at most 16,
+    because every thread keeps a frame in memory.
     """
     if cores <= 1:
         return 1
@@ -357,7 +362,7 @@ def nothing_decoded(path: str) -> VideoError:
 def packets(
     container: InputContainer, stream: Stream, damaged: Damage = ignore_damage, *, every_stream: bool = False
 ) -> Iterator[Packet | None]:
-    """Yield a stream's packets. If the file breaks off, None is yielded at the end, to flush the decoder.
+    """Yield a stream's packets. If the file is cut off, None is yielded at the end to flush the decoder.
 
     Args:
         damaged: Callback for damaged data. It is called if FFmpeg skipped bytes, which can be detected only in the containers in
@@ -390,10 +395,10 @@ def packets(
 def shown_otherwise(
     stream: VideoStream, hdr: str | None, first: VideoFrame | None = None
 ) -> dict[str, bool | float | str | None]:
-    """Return the fields of `Video` that describe how to adapt frames for display: HDR, interlacing and pixel aspect ratio.
+    """Return the fields of `Video` that determine how frames are adapted for display: HDR, interlacing and pixel aspect ratio.
 
     Args:
-        hdr: The value of `Video.hdr_format`.
+        hdr: The stream's HDR format, as in `Video.hdr_format`.
         first: The first decoded frame, or None to use only the header.
     """
     context = stream.codec_context
@@ -409,7 +414,7 @@ def shown_otherwise(
 
 
 def stream_log(stream: Stream) -> str:
-    """Return FFmpeg's description of a stream as text. It contains facts that PyAV does not provide as attributes."""
+    """Return FFmpeg's textual description of a stream, which contains facts that PyAV does not provide as attributes."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.INFO)
     try:
@@ -421,7 +426,7 @@ def stream_log(stream: Stream) -> str:
 
 
 def check_encryption(stream: VideoStream, log: str, path: str) -> None:
-    """Raise VideoError if the container marks the stream as encrypted. An MP4 marks individual packets instead (see `decoder`).
+    """Raise VideoError if the container marks a stream as encrypted. MP4 marks individual packets instead (see `decoder`).
 
     Args:
         log: The result of `stream_log`.
@@ -434,8 +439,8 @@ def check_encryption(stream: VideoStream, log: str, path: str) -> None:
 def cropping(log: str) -> Crop | None:
     """Return the number of pixels that the container crops on each side, or None if it crops nothing.
 
-    An MP4 stores the cropping in a clap box, and a Matroska file stores it in PixelCrop. Cropping that the codec itself specifies
-    is not included, because the decoder applies it.
+    An MP4 stores the cropping in a clap box, and a Matroska file in PixelCrop elements. Cropping that is specified by the codec
+    itself is not included, because the decoder applies it.
 
     Args:
         log: The result of `stream_log`.
@@ -445,7 +450,7 @@ def cropping(log: str) -> Crop | None:
 
 
 def cropped(frame: VideoFrame, crop: Crop | None) -> VideoFrame:
-    """Crop a stored frame. A frame that is too small to be cropped is returned unchanged."""
+    """Crop a frame before rotation. A frame that is too small to be cropped is returned unchanged."""
     left, right, top, bottom = crop or (0, 0, 0, 0)
     width = frame.width - left - right
     height = frame.height - top - bottom
@@ -457,7 +462,7 @@ def cropped(frame: VideoFrame, crop: Crop | None) -> VideoFrame:
 
 
 def decoder(stream: VideoStream, crop: Crop | None) -> Decode:
-    """Return a function that decodes a packet into cropped frames, and raises Encrypted if the packet is encrypted.
+    """Return a function that decodes a packet into cropped frames. It raises `Encrypted` if the packet is encrypted.
 
     VP8 and VP9 streams with transparency are decoded with libvpx, because FFmpeg's own decoders drop the transparency.
     """
@@ -481,17 +486,18 @@ def decoded_frames(
 ) -> Iterator[VideoFrame]:
     """Decode packets and yield cropped frames in display order.
 
-    Packets that cannot be decoded are skipped. If the decoder has patched up a damaged frame, the frame is yielded.
+    Packets that cannot be decoded are skipped. Damaged frames that the decoder was able to patch up are yielded.
 
     Args:
         packets: The packets, as yielded by the function `packets`.
-        damaged: Callback for damaged data. It is called for each skipped packet and each patched-up frame, and if the file breaks
+        damaged: Callback for damaged data. It is called for each skipped packet and each patched-up frame, and if the file is cut
             off.
     """
     decode = decoder(stream, crop)
     for packet in packets:
         if packet is not None and not packet.size and packet.dts is not None:
-            # The packet is empty, so it repeats the previous frame. FFmpeg's decoders would take it for the end of the stream.
+            # An empty packet repeats the previous frame. Skip it, because FFmpeg's decoders would mistake it for the end of the
+            # stream.
             continue
         broken = packet is None or packet.is_corrupt
         frames = []
@@ -509,30 +515,30 @@ def decoded_frames(
 
 
 def _stamp(data: Packet | VideoFrame | None) -> int | None:
-    """Return a packet's or frame's display time in ticks. Falls back to the decoding time, or None if there is neither."""
+    """Return the display time of a packet or frame in ticks, or else its decoding time, or None if there is neither."""
     if data is None:
         return None
     return data.dts if data.pts is None else data.pts
 
 
 def incomplete_joints(info: Video) -> int:
-    """Return how many packets may be incomplete without being damaged, because each is the last packet before a joint."""
+    """Return the number of packets that may be incomplete without being damaged, because another file was appended after them."""
     if info.container not in JOINED:
         return 0
     return info.clock_restarts
 
 
 def restarts(passed_s: float, container: str) -> bool:
-    """Return True if the file's clock must have restarted, because one frame is `passed_s` seconds after the previous one."""
+    """Return True if a file's clock must have restarted between two frames whose timestamps differ by `passed_s` seconds."""
     return passed_s < -BACK_S or (passed_s > LONGEST_GAP_S and container in JOINED)
 
 
 def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
     """Return the average frame rate in frames per second (None if it is unknown), and whether the rate is a guess.
 
-    The rate is a guess only if a raw stream, which has no timestamps, does not state its rate. FFmpeg then assumes `FALLBACK_FPS`.
-    If a container does not state the rate, FFmpeg may report the frequency of the file's clock as the average rate. Such a rate is
-    ignored.
+    The rate is a guess only if a raw stream, which has no timestamps, does not state its rate. In that case, FFmpeg assumes
+    `FALLBACK_FPS`. If a container does not state the rate, FFmpeg may report the frequency of the file's clock as the average rate,
+    which is therefore ignored.
     """
     if stream.container.format.flags & NO_TIMESTAMPS:
         stated = stream.codec_context.framerate
@@ -543,10 +549,10 @@ def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
 
 
 def stated_frames(container: InputContainer, stream: VideoStream) -> int:
-    """Return the number of frames according to the header.
+    """Return the number of frames according to a file's header.
 
-    If the header does not state it, the number is estimated from the duration and the frame rate. If these are not stated either,
-    the result is 0.
+    If the header does not state the number, it is estimated from the duration and the frame rate. If these are missing as well, the
+    result is 0.
     """
     length_s = float((stream.duration or 0) * stream.time_base)
     if container.duration:
@@ -555,7 +561,7 @@ def stated_frames(container: InputContainer, stream: VideoStream) -> int:
 
 
 def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
-    """Return a frame's time on the file's own clock in seconds, or None if the file has no timestamps, like a raw stream."""
+    """Return a frame's timestamp in seconds on the file's own clock, or None if it has no timestamps, as in a raw stream."""
     # AVI stores only decoding times. FFmpeg derives display times from them, but the display times are wrong if frames are stored
     # out of order. The decoding times are correct except for a constant offset.
     stamp = frame.dts if stream.container.format.name == AVI else frame.pts
@@ -565,7 +571,7 @@ def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
 
 
 def orientation(frame: VideoFrame) -> tuple[int, bool]:
-    """Return a frame's clockwise rotation in degrees (0, 90, 180 or 270), and whether a left-right flip precedes it."""
+    """Return a frame's clockwise rotation in degrees (0, 90, 180 or 270), and whether to flip it left to right before that."""
     matrix = colour.side_data(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return 0, False
@@ -579,12 +585,12 @@ def orientation(frame: VideoFrame) -> tuple[int, bool]:
 
 
 def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
-    """Return a frame's (width, height) after rotation by a multiple of 90 degrees. The function is its own inverse."""
+    """Return a frame's (width, height) after rotation by a multiple of 90 degrees. This function is its own inverse."""
     return size if rotation_deg % 180 == 0 else size[::-1]
 
 
 def displayed_size(frame: VideoFrame, pixel_aspect: float | None, rotation_deg: int) -> tuple[int, int]:
-    """Return the (width, height) at which a stored frame is displayed, after conversion to square pixels and then rotation.
+    """Return the (width, height) at which a frame is displayed, after conversion to square pixels and rotation.
 
     To make the pixels square, one side is enlarged to an even number of pixels, as in most players. If the frame would then have
     more than `MAX_VIDEO_PIXELS`, the other side is reduced instead. A `pixel_aspect` beyond `WIDEST_PIXEL` is ignored.
@@ -611,9 +617,9 @@ def to_rgb(
     converter: colour.Converter,
     pixel_aspect: float | None = None,
 ) -> np.ndarray:
-    """Convert a frame to RGB as uint8 `[height, width, 3]`, rotated and scaled. For the color conversion, see `Converter.rgb`.
+    """Convert a frame to rotated and scaled RGB, as uint8 `[height, width, 3]`. For the color conversion, see `Converter.rgb`.
 
-    If the frame's displayed aspect ratio differs from that of `width` and `height`, the frame gets black borders.
+    If the frame's aspect ratio as displayed differs from the ratio of `width` to `height`, black borders are added.
     """
     inner = fitted(displayed_size(frame, pixel_aspect, rotation_deg), (width, height))
     rgb = rotated(converter.rgb(frame, *turned_size(inner, rotation_deg)), rotation_deg, mirrored)
@@ -627,9 +633,9 @@ def to_rgb(
 
 
 def rotated(rgb: np.ndarray, rotation_deg: int, mirrored: bool) -> np.ndarray:
-    """Flip stored pixels `[h, w, 3]` left to right if `mirrored` is True, and then rotate them clockwise for display.
+    """Flip a stored frame `[h, w, 3]` left to right if `mirrored` is True, and then rotate it clockwise for display.
 
-    The result is a view. `rotation_deg` must be a multiple of 90.
+    The result is a view of the same pixels. `rotation_deg` must be a multiple of 90.
     """
     if mirrored:
         rgb = rgb[:, ::-1]

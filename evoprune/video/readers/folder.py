@@ -1,4 +1,4 @@
-"""Reads a folder of images as a video. Each image is a frame, and the frames are in natural order (frame2 before frame10)."""
+"""Reads a folder of images as a video. The images are the frames of the video, in natural order (frame2 before frame10)."""
 
 import io
 import math
@@ -16,7 +16,7 @@ from evoprune.video.readers import colour, ffmpeg
 
 CONTAINER = "folder"
 FRACTION = re.compile(r"[0-9]\.([0-9]+)")
-MAX_BYTES = 2**29  # larger images are treated as damaged
+MAX_BYTES = 2**29  # larger image files are treated as damaged
 
 
 def list_images(folder: str) -> list[str]:
@@ -44,7 +44,7 @@ def list_images(folder: str) -> list[str]:
 
 
 def probe(folder: str, fps: float) -> Video:
-    """Return the metadata of a folder as a video. The first image that can be decoded determines the frame size.
+    """Return the metadata of a folder that is read as a video. The first image that can be decoded determines the frame size.
 
     Args:
         fps: Number of images per second of video.
@@ -87,7 +87,7 @@ def probe(folder: str, fps: float) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the image on screen at each time, as described in the `readers` package docstring.
+    """Yield the image on screen at each requested time, as described in the docstring of the `readers` package.
 
     Only the images that are needed are opened, one at a time. A damaged image is replaced with the previous image or, if there is
     none, with the first image that can be decoded. `damaged` is called with the index of each damaged image.
@@ -126,7 +126,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all images. Yields each image's time and duration in seconds, and True, because every image counts as a keyframe."""
+    """Decode all images. Yields time and duration in seconds, and True, because every image is treated as a keyframe."""
     for i, image in enumerate(list_images(info.path)):
         if decode_image(image) is None:
             damaged(i)
@@ -135,7 +135,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
-    """Return an image's codec, pixels and orientation (see `ffmpeg.orientation`), or None if it is damaged or too large."""
+    """Decode an image. Returns codec, pixels and orientation (see `ffmpeg.orientation`), or None if it is damaged or too large."""
     try:
         content = b""
         with open(path, "rb") as file:

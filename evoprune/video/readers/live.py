@@ -1,8 +1,8 @@
 """Reads frames from live sources as they arrive: stream URLs, cameras, pipes, growing files, and ordinary files.
 
-FFmpeg opens the URL that the user typed, but it may use only the protocols that this kind of URL needs. The `file` protocol is
-never allowed, so a playlist cannot refer to files on this machine. Pipes, files, and udp and tcp URLs must not contain playlists at
-all.
+FFmpeg opens the URL as typed by the user, but it may use only the protocols that this type of URL needs. The `file` protocol is
+never allowed, so a playlist cannot refer to files on this machine. Playlists are not accepted at all from pipes, files, and udp and
+tcp URLs.
 """
 
 import errno
@@ -25,7 +25,7 @@ from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.deinterlacing import deinterlacing
 from evoprune.video.readers.probing import another_follows
 
-# The protocols that each URL scheme needs, and the formats that it allows in addition to `FORMATS`.
+# The protocols that FFmpeg needs for each URL scheme, and the formats that are allowed in addition to `FORMATS`.
 WEB = "http,https,httpproxy,tcp,tls,crypto", ",hls,dash,aac,mp3,webvtt"
 RTSP = "rtsp,rtsps,rtp,udp,tcp,tls", ",rtsp,rtp,sdp"
 ALLOWED = {"http": WEB, "https": WEB, "rtsp": RTSP, "rtsps": RTSP, "udp": ("udp", ""), "tcp": ("tcp", "")}
@@ -33,7 +33,7 @@ FORMATS = (
     "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,flv,avi,nut,ogg,asf,mpeg,mpegvideo,mjpeg,mpjpeg,h264,hevc,av1,ivf,gif"
     ",apng,yuv4mpegpipe,mxf"
 )
-# If a stream's timestamps jump forward by more than this, the source's clock was reset. For files, see `ffmpeg.restarts`.
+# If a stream's timestamps jump forward by more than this, the source's clock has been reset. For files, see `ffmpeg.restarts`.
 JUMP_S = 10.0
 POLL_S = 0.05  # interval at which to check whether a file has grown
 
@@ -44,7 +44,7 @@ class LiveReader:
     Args:
         source: A URL with a scheme from `ALLOWED`, a path, or a camera device. If it is None, the pipe `descriptor` is read.
         name: Name of the source for error messages.
-        timeout_s: If the source sends nothing for this many seconds, it is considered failed.
+        timeout_s: Number of seconds after which a source that sends nothing is considered to have failed.
         follow: True if the source is a file that may grow. At end of file, the reader then waits up to `timeout_s` for more data.
         descriptor: File descriptor of a pipe. `close` closes it.
 
@@ -68,7 +68,7 @@ class LiveReader:
         self._live = source is None or not os.path.isfile(source)  # True if frames arrive as they are recorded
         self._open = ExitStack()
         self._held = None
-        self._gap_s = 0.0  # largest forward jump that was taken for a reset of the source's clock
+        self._gap_s = 0.0  # largest forward jump that was interpreted as a reset of the source's clock
         if descriptor is not None:
             self._open.callback(os.close, descriptor)
         try:
@@ -104,7 +104,7 @@ class LiveReader:
 
         Returns:
             None at the end of the source. Otherwise, a dict with "time_s"; "height" and "width" in pixels; "hdr_format" as in
-            `Video`; and "clock_gap_s", the largest forward jump so far that was taken for a reset of the source's clock.
+            `Video`; and "clock_gap_s", the largest forward jump so far that was interpreted as a reset of the source's clock.
         """
         for time_s, shown in self._frames:
             if time_s >= after_s - ffmpeg.TOLERANCE_S:
@@ -123,7 +123,7 @@ class LiveReader:
         return None
 
     def fill(self, frames: np.ndarray) -> None:
-        """Write the frame that `next` found into `frames`, which must be uint8 `[1, H, W, 3]`."""
+        """Fill `frames`, which must be uint8 `[1, H, W, 3]`, with the frame that `next` has found."""
         frames[0] = ffmpeg.to_rgb(*self._held, self._converter, self.facts["pixel_aspect"])
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ class LiveReader:
             time.sleep(POLL_S)
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
-        """Yield each frame with its time in seconds from the first frame. If the source's clock is reset, times still increase."""
+        """Yield each frame with its time in seconds from the first frame. Times keep increasing if the source's clock is reset."""
         time_s = 0.0
         before = None
         arrived = time.monotonic()
@@ -205,7 +205,7 @@ class LiveReader:
             yield time_s, frame
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """Yield all frames, skipping damaged packets. Raises VideoError if no frame could be decoded for `timeout_s`."""
+        """Yield decoded frames, skipping damaged packets. Raises VideoError if no frame can be decoded for `timeout_s` seconds."""
         # The time at which the first packet after the latest frame arrived. Time spent waiting for packets does not count.
         since = None
         decode = ffmpeg.decoder(self._stream, self._crop)
@@ -235,7 +235,7 @@ class LiveReader:
                 )
 
     def _packets(self) -> Iterator[Packet | None]:
-        """Yield all packets. If the source breaks off, yield None to flush the decoder, and then raise VideoError."""
+        """Yield all packets. If the source is interrupted, yield None to flush the decoder, and then raise VideoError."""
         end = 0
         try:
             for packet in self._container.demux(self._stream):
@@ -260,7 +260,7 @@ class LiveReader:
             raise VideoError(message, "join the videos with ffmpeg -f concat")
 
     def _error(self, problem: Exception) -> VideoError:
-        """Return the error to show to the user for a failure. It never contains the original URL, which may include a password."""
+        """Return the VideoError to raise for an exception. It never contains the original URL, which may include a password."""
         name = self._name
         if isinstance(problem, av.error.HTTPUnauthorizedError):
             return VideoError(f"{name} requires a valid user name and password", "SCHEME://USER:PASSWORD@HOST/...")
@@ -281,7 +281,7 @@ UNREADABLE_HINT = "does it play elsewhere? The formats of files are supported, a
 
 
 class _Following:
-    """A file object through which FFmpeg reads a pipe or a growing file as data arrives.
+    """A file object that lets FFmpeg read from a pipe or a growing file as data arrives.
 
     Attributes:
         waits: True while the file may still grow. At end of file, `read` then waits for more data.
@@ -301,9 +301,9 @@ class _Following:
     def read(self, count: int) -> bytes:
         """Return at most `count` bytes, or an empty result at end of file.
 
-        After a timeout, this method never waits again, because FFmpeg keeps reading after a timeout or at end of file, as many as
-        ten times in some formats. Once a file has not grown for `timeout_s`, its end is final. A pipe raises TimeoutError only
-        once, and all later calls return an empty result.
+        After a timeout, this method never waits again, because FFmpeg keeps reading after a timeout or at end of file, up to ten
+        times in some formats. Once a file has stopped growing for `timeout_s`, its end is therefore final. For a pipe, TimeoutError
+        is raised only once, and all later calls return an empty result.
 
         Raises:
             TimeoutError: No data arrived from the pipe for `timeout_s`.

@@ -1,4 +1,4 @@
-"""Reads still images with Pillow, resized in the same way as by Hugging Face's image processors.
+"""Reads still images with Pillow and resizes them in the same way as Hugging Face's image processors.
 
 An image is rotated according to its EXIF data, as in `transformers.image_utils.load_image`. Transparent areas become white, as in
 `transformers.image_transforms.convert_to_rgb` since 5.21. Unlike transformers, which clips 16-bit gray levels, this module keeps
@@ -23,9 +23,9 @@ ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # formats whose animations are read
 
 
 def is_picture(path: str) -> bool:
-    """Return True if a file with the signature of an image is a still image.
+    """Return True if a file is a still image. The file must have the signature of an image.
 
-    Animations and sequences of JPEGs do not count as still images, because they are read as videos.
+    The result is False for animations and sequences of JPEGs, because these are read as videos.
     """
     name = ffmpeg.picture_format(path)
     if name == "AVIF" and not features.check("avif"):
@@ -40,7 +40,7 @@ def is_picture(path: str) -> bool:
                 return True
         with ffmpeg.open_video(path) as container:
             return container.format.name != "mjpeg"
-    except Exception:  # the file is damaged, which the reader will report
+    except Exception:  # the file is damaged, and the reader will report it
         return name != "GIF"
 
 
@@ -68,7 +68,7 @@ def _opened(path: str, name: str | None) -> Image.Image:
 
 
 def check_size(path: str) -> None:
-    """Raise VideoError if the file is an image with more than `MAX_PIXELS` pixels."""
+    """Raise VideoError if a file is an image with more than `MAX_PIXELS` pixels. Files that are not images pass the check."""
     try:
         with _header(path, ffmpeg.picture_format(path)):
             pass
@@ -113,7 +113,7 @@ def probe(path: str) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the image for each time, resized to the size in `info` as transformers would. Raises the same errors as `probe`."""
+    """Yield a still image once for each requested time, resized to the size in `info`. Raises the same errors as `probe`."""
     with opened(info.path) as image:
         image.load()
         # An image in a HEIC may be larger than the header states.
@@ -129,9 +129,9 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def orientation(image: Image.Image) -> tuple[int, bool]:
-    """Return the rotation and flip that the EXIF data states, in the same form as `ffmpeg.orientation`.
+    """Return the rotation and flip specified in an image's EXIF data, in the same format as `ffmpeg.orientation`.
 
-    A HEIC's EXIF data is ignored (ISO 23008-12).
+    The EXIF orientation of a HEIC is ignored, as required by ISO 23008-12.
     """
     if image.format == "HEIF":  # libheif has already rotated the image according to the file's own properties
         return 0, False
@@ -140,7 +140,7 @@ def orientation(image: Image.Image) -> tuple[int, bool]:
 
 @contextmanager
 def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
-    """Open an image, reading only its header.
+    """Open an image with Pillow, reading only its header.
 
     Raises:
         VideoError: The file cannot be read, is too large, needs a package that is not installed, has more than one page, or is an
@@ -170,13 +170,13 @@ def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
             yield image
     except (VideoError, MemoryError):
         raise
-    except Exception as problem:  # a damaged file may raise anything
+    except Exception as problem:  # a damaged file may raise any exception
         hint = f"is it complete? supported picture formats: {', '.join(ffmpeg.PICTURES)}"
         raise VideoError(f"cannot read the picture {path}: {str(problem) or type(problem).__name__}", hint) from problem
 
 
 def converted(image: Image.Image, path: str) -> Image.Image:
-    """Convert an image to 8-bit RGB. Transparent areas become white. Raises VideoError if the pixel type is not supported."""
+    """Convert an image to 8-bit RGB with a white background. Raises VideoError if the pixel type is not supported."""
     transparent = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image)

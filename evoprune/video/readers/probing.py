@@ -1,4 +1,4 @@
-"""Reads a video file's metadata and measures its length. `probe` decodes only the first frame."""
+"""Reads a video file's metadata and measures its length, decoding only the first frame."""
 
 import math
 import os
@@ -17,34 +17,34 @@ from evoprune.errors import VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg
 
-# Frame intervals that differ by less count as constant, because Matroska rounds times to milliseconds.
+# Frame intervals that differ by less than this are considered constant, because Matroska rounds times to milliseconds.
 RATE_JITTER_S = 0.0025
 # If all packets must be read to find a file's length, a file with more than `MAX_PACKETS` packets is rejected, unless its packets
 # have at least `BYTES_PER_PACKET` bytes on average.
 MAX_PACKETS = 2**18
 BYTES_PER_PACKET = 128
-MAX_BOXES = 2**20  # maximum number of MP4 boxes to examine; this many take about a second, and each fragment has two
-# How an encrypted track's entry begins in an MP4's sample description table (stsd).
+MAX_BOXES = 2**20  # maximum number of MP4 boxes to examine, which takes about a second; each fragment has two boxes
+# First bytes of an encrypted track's entry in the sample description table (stsd) of an MP4.
 ENCRYPTED_TRACK = b"encv" + bytes(6)
 AVI_ENTRY_BYTES = 16  # size of an entry in the index at the end of an AVI
 TRAILING_BYTES = 2**20  # number of bytes after the last packet in which to look for another file
 # Signatures of Matroska, FLV and ASF, and the signatures that follow the leading length field in MP4 and AVI.
 STARTS = (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"ftyp", b"AVI LIST")
-# In all other containers, two files begin with the same bytes. This is the number of bytes to compare. Fewer bytes would also match
+# Number of bytes to compare in all other containers, where any two files begin with the same bytes. Fewer bytes would also match
 # the beginning of each partition in an MXF file.
 START_BYTES = 14
-RATE_PACKETS = 100  # if the file does not state its frame rate, the rate is measured from this many packets
+RATE_PACKETS = 100  # if a file does not state its frame rate, the rate is measured from this many packets
 
 
 def probe(path: str) -> Video:
-    """Read a video file's metadata. See `evoprune.video.frames.probe`."""
+    """Read a video file's metadata, as described at `evoprune.video.frames.probe`."""
     with ffmpeg.open_video(path) as container:
         return _probe(path, container)
 
 
 def _probe(path: str, container: InputContainer) -> Video:
     stream = ffmpeg.video_stream(container, path)
-    # FFmpeg's names for single images end like this, for example jpegxl_pipe.
+    # FFmpeg's names for the formats of single images have this suffix, for example jpegxl_pipe.
     if container.format.name.endswith("_pipe"):
         hint = f"convert it to JPEG or PNG; supported formats: {', '.join(ffmpeg.PICTURES)}"
         raise VideoError(f"{path} is a picture in an unsupported format ({stream.codec_context.codec.name})", hint)
@@ -66,8 +66,8 @@ def _probe(path: str, container: InputContainer) -> Video:
     start = ffmpeg.frame_time(first, stream)
     lengths = _lengths(path, stream, start, step)
     variable_rate = None
-    # Only MP4 and related containers list all frames in advance. Frames that an edit list removes do not count. Frames in fragments
-    # have been added to the list while the packets were read.
+    # Only MP4 and related containers list all frames in advance. Frames that are removed by an edit list do not count. Frames in
+    # fragments were added to the list while the packets were read.
     shown = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
     if 3 <= stream.frames == len(stream.index_entries) or len(shown) < len(stream.index_entries):
         total = len(shown)
@@ -104,14 +104,14 @@ def _probe(path: str, container: InputContainer) -> Video:
 
 
 def _is_joined(path: str, container: str, lengths: "_Lengths") -> bool:
-    """Return True if a second file was appended, which FFmpeg either ignores or reads as if the first file's header applied."""
+    """Return True if a second file was appended to a file. FFmpeg either ignores it or reads it with the first file's header."""
     if container in ffmpeg.JOINED:
         return False
     return lengths.restarts > 0 or another_follows(path, container, lengths.end)
 
 
 def another_follows(path: str, container: str, end: int) -> bool:
-    """Return True if another file was appended to this file (`cat a.mkv b.mkv`). Only a few places in the file are examined.
+    """Return True if another file was appended to a file (`cat a.mkv b.mkv`). Only a few offsets in the file are examined.
 
     Args:
         end: Offset of the first byte after the last packet that FFmpeg reads, or 0 if packets have no timestamps. The appended file
@@ -143,7 +143,7 @@ def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _has_encrypted_track(path: str) -> bool:
-    """Return True if an MP4's index lists an encrypted video track. FFmpeg does not report all of them, such as those in PIFF."""
+    """Return True if an MP4's index lists an encrypted video track. FFmpeg does not report all of these, such as tracks in PIFF."""
     with open(path, "rb", buffering=0) as file:
         for kind, at, end in _boxes(file):
             if kind == b"moov":
@@ -152,7 +152,7 @@ def _has_encrypted_track(path: str) -> bool:
 
 
 def check_decodable(path: str, pixels: int, frames: int) -> None:
-    """Raise VideoError for a decompression bomb, which is a file whose frames have too many pixels in total for its size."""
+    """Raise VideoError for a decompression bomb, which is a small file whose frames have far too many pixels for its size."""
     size = os.stat(path).st_size
     decoded = pixels * min(frames, size)  # a frame takes at least one byte
     if decoded > max(ffmpeg.MAX_DECODED_PIXELS, ffmpeg.MAX_PIXELS_PER_BYTE * size):
@@ -162,25 +162,25 @@ def check_decodable(path: str, pixels: int, frames: int) -> None:
 
 @dataclass
 class _Times:
-    """A running summary of packet times, in seconds. A new part begins whenever the file's clock restarts."""
+    """Running totals over the times of packets, in seconds. A new part begins whenever the file's clock restarts."""
 
     first_s: float  # display time of the earliest frame in the current part
     last_s: float  # display time of the latest frame in the current part
     length_s: float  # duration of the packet that was stored last
     decoded_s: float  # decoding time of the packet that was stored last
-    claimed_s: float  # latest end time that any packet states
+    claimed_s: float  # latest end time stated by any packet
     parts_s: float = 0.0  # total length of all earlier parts
     restarts: int = 0
-    gap_s: float = 0.0  # largest forward jump that was taken for a restart
+    gap_s: float = 0.0  # largest forward jump that was interpreted as a restart
     end: int = 0  # offset of the first byte after the last packet
 
     def part_s(self, step: float) -> float:
-        """Return the current part's length, assuming that its last frame lasts `step` seconds."""
+        """Return the length of the current part in seconds, assuming that its last frame lasts `step` seconds."""
         return self.last_s - self.first_s + step
 
 
 def _measured(packets: Iterable[Packet | None], container: str, step: float) -> _Times | None:
-    """Summarize the times of packets. Returns None if no packet has a timestamp.
+    """Summarize the times of a file's packets. Returns None if no packet has a timestamp.
 
     If an MP4 stores frames out of order, its packets have no real durations, and FFmpeg reports the differences between decoding
     times instead. Only the packet that is stored last has a real duration. The frame that is displayed last is assumed to have the
@@ -222,7 +222,7 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
 
 @dataclass
 class _Lengths:
-    """A video's measured and stated length, and the restarts of its clock. For the fields, see `Video` and `_Times`."""
+    """A video's measured and stated lengths, and facts about restarts of its clock. For the fields, see `Video` and `_Times`."""
 
     duration_s: float | None
     stated_s: float | None = None
@@ -232,9 +232,9 @@ class _Lengths:
 
 
 def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
-    """Measure a video's length, and read the length that its header states.
+    """Measure a video's length, and read the length stated in its header.
 
-    If packets have timestamps, the length is measured from the packets, because the header's length includes the audio, may count
+    If the packets have timestamps, the length is measured from them, because the length in the header includes the audio, may count
     from zero instead of from the first frame, and does not show whether the file was cut off. If FFmpeg only estimates a
     container's duration from its contents, the stated length is None.
 
@@ -292,7 +292,7 @@ def _riff_end(path: str) -> int:
 
 
 def _listed_in_avi(path: str, stream: int) -> int:
-    """Count the frames listed in the index at the end of an AVI, including empty frames that repeat the previous frame."""
+    """Return the number of frames in the index at the end of an AVI, including empty frames that repeat the previous frame."""
     names = {f"{stream:02}{kind}".encode() for kind in ("dc", "db")}
     with open(path, "rb", buffering=0) as file:
         file.seek(12)
@@ -315,7 +315,7 @@ def _measured_rate(path: str) -> float | None:
 
 
 def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
-    """Return True if the clock restarts in a file without an index. Timestamps are checked at 64 places spread over the file."""
+    """Return True if the clock of a file without an index restarts. Timestamps are checked at 64 positions spread over the file."""
     beginning = []
     places = []
     for place in range(64):
@@ -326,7 +326,7 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
         packets = (p for p in ffmpeg.packets(container, stream) if p is not None and p.dts is not None)
         count = 1 if place else 250
         times = [float(p.dts * p.time_base) for p in islice(packets, count)]
-        if not times:  # there are no packets at this place, and therefore none at later places
+        if not times:  # there are no packets at this position, and therefore none at later positions
             break
         beginning = beginning or times
         places = places + times[:1]
@@ -337,7 +337,7 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
 
 
 def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:
-    """Yield the packets from the last 3 s, because the last frame may not be stored last. Yields nothing if FFmpeg cannot seek."""
+    """Yield the packets of the last 3 s, because the last frame may not be stored last. Yields nothing if FFmpeg cannot seek."""
     if container.duration is None:
         return
     end = ((container.start_time or 0) + container.duration) / av.time_base
@@ -349,14 +349,14 @@ def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> 
 
 
 def _all_packets(path: str) -> Iterator[Packet]:
-    """Yield the video stream's packets, including empty packets that repeat a frame. Raises the same errors as `_bounded`."""
+    """Yield the packets of a file's video stream, including empty packets that repeat a frame. Raises the errors of `_bounded`."""
     with ffmpeg.open_video(path) as container:
         packets = _bounded(ffmpeg.packets(container, ffmpeg.video_stream(container, path)), path, container.size)
         yield from (packet for packet in packets if packet is not None and (packet.size or packet.dts is not None))
 
 
 def _bounded(packets: Iterator[Packet | None], path: str, size: int) -> Iterator[Packet | None]:
-    """Yield the packets unchanged. Raises VideoError if there are too many for a file of `size` bytes (see `MAX_PACKETS`)."""
+    """Yield packets unchanged. Raises VideoError if there are too many of them for a file of `size` bytes (see `MAX_PACKETS`)."""
     most = max(MAX_PACKETS, size // BYTES_PER_PACKET)
     for count, packet in enumerate(packets):
         if count > most:

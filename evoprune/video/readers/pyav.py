@@ -1,8 +1,8 @@
-"""Reads video files with PyAV, which can open every file that FFmpeg can open, and which keeps reading after damaged data.
+"""Reads video files with PyAV, which supports every format that FFmpeg supports and keeps reading after damaged data.
 
-`planned` groups the requested times into runs. A run covers one group of pictures, which is decoded only once. Several threads,
-each with its own decoder, decode the runs in parallel. The runs depend only on the file and the times, so the result does not
-depend on the number of threads. `intervals` decodes all frames.
+`planned` groups the requested times into runs. A run covers one group of pictures, which is decoded only once. Several threads
+decode the runs in parallel, each with its own decoder. Because the runs depend only on the file and the times, the result does not
+depend on the number of threads. `intervals` decodes all frames of a file.
 """
 
 from bisect import bisect_left, bisect_right
@@ -21,12 +21,12 @@ from evoprune.video.readers.deinterlacing import deinterlaced
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
 
-# Number of keyframes at which to try to start decoding, because an index may list frames that are not keyframes.
+# Maximum number of keyframes at which to try to start decoding, because an index may list frames that are not keyframes.
 MAX_ENTRIES = 3
 BEGINNING_S = 1.0  # if a run's keyframe comes before this time, the run is decoded from the beginning of the file
 MAX_NEAR = 3  # number of keyframes to try when a time is moved, nearest first
-# With seek "auto", times are moved to keyframes only if the parts of the video last at least `LEAST_PART_S`, and if moving the
-# times avoids decoding at least this many pixels, which would take two to three seconds on one core.
+# With seek "auto", times are moved to keyframes only if the parts of the video last at least `LEAST_PART_S` seconds, and if this
+# avoids decoding at least this many pixels, which would take two to three seconds on one core.
 SAVED_PIXELS = 10**9
 LEAST_PART_S = 1.0
 # Memory for each decoder per pixel of a frame: 16 reference frames and a few others, at up to 3 bytes per pixel.
@@ -36,7 +36,7 @@ ROOM_BYTES = 2**29  # memory for decoded frames that are waiting for their turn
 
 @dataclass(frozen=True)
 class Run:
-    """A group of times whose frames are decoded in a single pass."""
+    """A group of requested times whose frames are decoded in a single pass."""
 
     times_s: tuple[float, ...]
     entries: tuple[Keyframe | None, ...]  # where to start decoding, best first; None means the beginning of the file
@@ -51,7 +51,7 @@ def read(
     part_s: float = 0.0,
     cores: int | None = None,
 ) -> ffmpeg.Frames:
-    """Yield the frame on screen at each time, as described in the `readers` package docstring.
+    """Yield the frame on screen at each requested time, as described in the docstring of the `readers` package.
 
     Args:
         damaged: Callback for damaged data. It may be called more than once for the same damage.
@@ -83,7 +83,7 @@ def read(
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all frames. Yields each frame's time and duration in seconds, and whether the frame is a keyframe."""
+    """Decode all frames of a video. Yields time and duration in seconds, and True for keyframes."""
     step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
     with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         for time_s, frame in track.from_beginning((), damaged):
@@ -92,7 +92,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def frame_times(info: Video) -> FrameTimes:
-    """Return the display times of all frames. See `evoprune.video.frames.frame_times`."""
+    """Return the display times of all frames in a video file. See `evoprune.video.frames.frame_times`."""
     with ffmpeg.reading(info.path):
         with ffmpeg.open_video(info.path) as container:
             stated = ffmpeg.stated_frames(container, ffmpeg.video_stream(container, info.path))
@@ -106,7 +106,7 @@ def frame_times(info: Video) -> FrameTimes:
 def _in_parallel(
     info: Video, runs: Sequence[Run], part_s: float, cores: int
 ) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
-    """Decode runs in parallel. Yields each frame with the damage found since the previous frame. May raise Unreachable."""
+    """Decode runs in parallel. Yields each frame with the damage found since the previous frame. May raise `Unreachable`."""
     pixels = info.width * info.height
     threads = min(cores, len(runs), _most_decoders(pixels))
     ffmpeg.picture_size(pixels, threads)
@@ -128,7 +128,7 @@ def _in_parallel(
 
 
 def _most_decoders(pixels: int) -> int:
-    """Return how many decoders for frames of `pixels` pixels fit in memory, but at least 1."""
+    """Return the number of decoders that fit in memory for frames of `pixels` pixels. The result is at least 1."""
     available = Host().available_memory()
     if available is None:
         return 1
@@ -136,7 +136,7 @@ def _most_decoders(pixels: int) -> int:
 
 
 class Picture:
-    """Converts a video's decoded frames to `ffmpeg.Shown`. A frame that is repeated is converted only once."""
+    """Converts decoded frames of a video to `ffmpeg.Shown`. Consecutive repetitions of a frame are converted only once."""
 
     def __init__(self, info: Video):
         self._size = (info.width, info.height)
@@ -161,7 +161,7 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
     """Group times into runs, and choose the keyframes at which decoding of each run can start.
 
     Args:
-        times_s: At least one time. Times are in seconds from the first frame, in ascending order.
+        times_s: Requested times in seconds from the first frame, in ascending order. There must be at least one.
         seek, part_s: See `frames.read_chunks`.
     """
     with closing(Track(info)) as track:
@@ -175,7 +175,7 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
     ends = [bisect_right(keyframes, time + ffmpeg.TOLERANCE_S, key=_time_of) for time in times_s]
     places = [
         max(0, end - 1) for end in ends
-    ]  # for each time, the index of the last keyframe that is displayed by then
+    ]  # for each time, the index of the last keyframe that is displayed at or before that time
     moves = seek == "keyframes" or (seek == "auto" and part_s >= LEAST_PART_S)
     near = [()] * len(times_s)
     if moves:
@@ -205,9 +205,9 @@ def _time_of(keyframe: Keyframe) -> float:
 
 
 def _nearest_keyframes(keyframes: Sequence[Keyframe], time_s: float, reach_s: float) -> tuple[Keyframe, ...]:
-    """Return up to `MAX_NEAR` keyframes in the part of the video around a time, nearest first.
+    """Return up to `MAX_NEAR` keyframes within `reach_s` seconds of a time, nearest first.
 
-    A keyframe exactly at the beginning of the part is included, and a keyframe exactly at its end belongs to the next part.
+    A keyframe exactly at the start of this interval is included, but a keyframe exactly at its end belongs to the next interval.
     """
     first = bisect_left(keyframes, time_s - reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
     last = bisect_left(keyframes, time_s + reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
@@ -215,7 +215,7 @@ def _nearest_keyframes(keyframes: Sequence[Keyframe], time_s: float, reach_s: fl
 
 
 def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> Iterator[tuple[float, VideoFrame, bool]]:
-    """Yield a run's frames as (time in seconds, frame, whether the time was moved to a keyframe). May raise Unreachable."""
+    """Yield a run's frames as (time in seconds, frame, whether the time was moved to a keyframe). May raise `Unreachable`."""
     for keyframe in run.near:
         frame = track.alone(keyframe)
         # The index may hold decoding times, which are a few frames early, so check the frame's own time.
@@ -235,7 +235,7 @@ def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> It
 def start_decoding(
     track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool
 ) -> tuple[Keyframe | None, Iterator[TimedFrame] | None]:
-    """Start decoding a run. The run's entries are tried in order until decoding can start at one of them.
+    """Start decoding a run, trying its entries in order until decoding can start at one of them.
 
     Returns:
         The entry at which decoding starts, and the frames from that entry onward. If decoding cannot start at any entry, both are
@@ -252,10 +252,10 @@ def start_decoding(
 
 
 def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool) -> Iterator[TimedFrame]:
-    """Yield the deinterlaced frame on screen at each of a run's times. Only that frame and its neighbors are kept in memory.
+    """Yield the deinterlaced frame on screen at each of a run's times. Only this frame and its neighbors are kept in memory.
 
-    If `sparing` is True, the decoder skips frames that are not needed. Iteration then stops early, without an error, as soon as
-    skipping frames is unsafe. That is the case if there is damage, because the preceding frame stays on screen; if a frame is
+    If `sparing` is True, the decoder skips frames that are not needed. In this case, iteration stops early, without an error, as
+    soon as skipping frames becomes unsafe: if there is damage, because the preceding frame stays on screen; if a frame is
     interlaced; or if frames are out of order, because the frames that are needed are identified by their times.
     """
     damage: list[object] = []

@@ -1,4 +1,4 @@
-"""Decodes a requested span of a video's sound for speech recognition, as mono float32 samples at 16 kHz.
+"""Decodes a span of a video's sound for speech recognition, to mono float32 samples at 16 kHz.
 
 Memory use does not grow with the length of the sound, because `SoundReader.fill` returns one piece at a time.
 """
@@ -21,8 +21,8 @@ from evoprune.video.readers import ffmpeg
 
 RATE = 16_000  # samples per second
 GAP_S = 0.1  # a larger jump in the timestamps starts a new piece
-EARLIER_S = 0.5  # decoding starts this long before the requested start, because a decoder needs a few packets to settle
-# Maximum number of decoded values in all channels, enough for 100 hours of stereo at 48 kHz.
+EARLIER_S = 0.5  # start decoding this long before the requested start, because a decoder needs a few packets to settle
+# Maximum number of decoded values over all channels, enough for 100 hours of stereo at 48 kHz.
 MOST_VALUES = 2 * 48_000 * 100 * 3600
 
 Run = tuple[float, np.ndarray]  # start in seconds from the first video frame, and float32 `[n]`
@@ -38,7 +38,7 @@ class SoundReader:
         self._next: Run | None = None  # decoded samples that have not been returned yet
 
     def fill(self, content: np.ndarray) -> dict[str, float | int | bool]:
-        """Write the next samples into `content`. Stops at a gap in the sound.
+        """Fill `content` with the next samples, stopping at a gap in the sound.
 
         Args:
             content: uint8 `[4 n]`, which has room for n float32 samples.
@@ -76,7 +76,7 @@ class SoundReader:
         return True
 
     def _read(self, info: Video, start_s: float, end_s: float) -> Iterator[Run]:
-        """Yield the sound between two times as runs with ascending start times. A gap in the file leaves a gap between two runs."""
+        """Yield the sound between two times as runs in ascending order. A gap in the sound results in a gap between two runs."""
         with ffmpeg.open_video(info.path) as container:
             stream = container.streams.best("audio")
             if stream is None:
@@ -129,7 +129,7 @@ class SoundReader:
             yield begun_s + made / RATE, _joined(resampler.resample(None))
 
     def _frames(self, stream: AudioStream, info: Video, start_s: float) -> Iterator[tuple[AudioFrame, float | None]]:
-        """Yield each decoded frame with its time in seconds from the first video frame, or None if the frame has no timestamp."""
+        """Yield decoded audio frames with their times in seconds from the first video frame (None if there is no timestamp)."""
         container = stream.container
         # The index of an MP4 or MOV lets FFmpeg skip the packets of other tracks.
         if container.format.name == ffmpeg.MOV:
@@ -141,7 +141,7 @@ class SoundReader:
                 at = math.floor((info.start_s + start_s - EARLIER_S) / stream.time_base)
                 container.seek(at, stream=stream)
         values = 0
-        settled = start_s <= EARLIER_S  # False right after seeking, when damage does not count
+        settled = start_s <= EARLIER_S  # False right after seeking, when damage is ignored
         for packet in ffmpeg.packets(container, stream):
             if packet is not None and not packet.size and packet.dts is not None:
                 continue

@@ -1,7 +1,7 @@
 """Reads subtitles from files next to a video and from a video's text tracks. Image subtitles are rejected.
 
-FFmpeg parses the subtitles. pysubs2 is not suitable, because in YouTube's captions it mistakes a line with word-level timestamps
-for a new cue and loses the words. In WebVTT, it mistakes comments and cue names for spoken text.
+FFmpeg parses the subtitles. pysubs2 is not suitable, because it mistakes lines with word-level timestamps in YouTube's captions for
+new cues, which loses the words. It also mistakes comments and cue names in WebVTT for spoken text.
 """
 
 import io
@@ -30,11 +30,12 @@ MAX_BYTES = 10 * 2**20
 LONGEST_LINE = 4000  # in bytes; FFmpeg splits longer lines of an SRT file, even in the middle of a character
 DAMAGED = "damaged_subtitles"
 HEAD_BYTES = 4096
-# If text in another script is decoded as cp1252, it contains longer runs of accented letters than Western European words do.
+# Matches runs of accented letters that are too long for Western European words, which appear if text in another script is decoded
+# as cp1252.
 NO_WESTERN_WORD = re.compile(r"[^\W\d_\x00-\x7f]{4}")
-# `TIMES` matches timing lines in any notation, and `READ` matches only timing lines that FFmpeg parses correctly. FFmpeg reads the
-# digits after the seconds as thousandths (or as hundredths in ASS), no matter how many digits there are. If FFmpeg does not
-# recognize a timing line, it treats the line as text or, in WebVTT, stops reading.
+# `TIMES` matches timing lines in any notation, whereas `READ` matches only timing lines that FFmpeg parses correctly. FFmpeg
+# interprets the digits after the seconds as thousandths (or as hundredths in ASS), no matter how many digits there are. If it does
+# not recognize a timing line, it treats the line as text or, in WebVTT, stops reading.
 TIMES = {
     "ass": re.compile(r"^Dialogue:[^,\n]++,[^,\n]*+,[^,\n]*+", re.MULTILINE),
     "srt": re.compile(
@@ -55,7 +56,7 @@ HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a tex
 
 
 def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) -> Subtitles:
-    """Read subtitles. See `evoprune.video.frames.read_subtitles`.
+    """Read the subtitles of a video, as described at `evoprune.video.frames.read_subtitles`.
 
     Args:
         origin_s: The time of the first video frame on the file's own clock, in seconds.
@@ -88,11 +89,12 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
 def _beside(path: str) -> tuple[str | None, str | None]:
     """Find the subtitle file next to a video.
 
-    A file with the video's own name is preferred. Otherwise, if exactly one file has a language tag after the video's name, that
-    file is used.
+    A file with the same name as the video is preferred. Otherwise, if there is exactly one file with a language tag after the
+    video's name, that file is used.
 
     Returns:
-        (path, None) if a file was found, (None, reason) if it is unclear which file to use, or (None, None) if there is no file.
+        (path, None) if a file was found, (None, reason) if it is unclear which file to use, or (None, None) if there is no subtitle
+        file.
     """
     exact, others = subtitles_beside(path, os.listdir)
     if exact:
@@ -105,9 +107,9 @@ def _beside(path: str) -> tuple[str | None, str | None]:
 
 
 def _clock_start(path: str) -> float:
-    """Return the time on the video's own clock at which players start the video, in seconds.
+    """Return the time in seconds on a video's own clock at which players start playback.
 
-    This is the start of the stream that starts first, which may be the sound.
+    Playback begins with the stream that starts first, which may be the sound.
     """
     if os.path.isdir(path):
         return 0.0
@@ -179,7 +181,7 @@ def _check_times(text: str, name: str, file: str) -> None:
 
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
-    """Read a container's default text track, or else its only text track. If there is neither, `note` in the result says why."""
+    """Read a container's default text track, or else its only text track. If there is neither, the result's `note` explains why."""
     with ffmpeg.open_video(path) as container:
         tracks = list(enumerate(container.streams.subtitles, 1))
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
@@ -235,7 +237,7 @@ def _cues(
             if DAMAGED not in warnings:
                 warnings.append(DAMAGED)
             continue
-        size += packet.size + 24  # a line's overhead in addition to its text
+        size += packet.size + 24  # overhead of a line in addition to its text
         if size > MAX_BYTES:
             hint = "give a file with only the subtitles you need"
             raise VideoError(f"the subtitles are larger than {MAX_BYTES // 2**20} MiB", hint)
@@ -245,11 +247,11 @@ def _cues(
 
 
 def _plain(text: str, hidden: bool) -> list[str]:
-    """Remove the markup from a cue and return its lines. If `hidden` is True, everything in braces is removed, not only tags."""
+    """Remove markup from the text of a cue and split it into lines. If `hidden` is True, all text in braces is removed as well."""
     drawing = False
     pieces = []
-    # FFmpeg writes \{{} for a literal brace. Until the markup is removed, replace it with a null character, which text never
-    # contains.
+    # FFmpeg writes \{{} for a literal brace. Replace it with a null character, which text never contains, until the markup has been
+    # removed.
     for piece in re.split(r"(\{[^{}]*\})", text.replace("\\{{}", "\0")):
         if piece.startswith("{") and piece.endswith("}") and (hidden or piece.startswith("{\\")):
             # \p1 and higher switch to drawing commands, and \p0 switches back to text.
@@ -263,7 +265,7 @@ def _plain(text: str, hidden: bool) -> list[str]:
 
 
 def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]:
-    """Convert cues to lines, sorted by start time. If rolling captions repeat a line, it is kept only once and lasts longer."""
+    """Convert cues to lines, sorted by start time. If rolling captions repeat a line, the repetitions are merged into one line."""
     lines: list[list] = []
     on_screen: dict[str, list] = {}  # for each text, the last line that contained it
     for start, end, texts in sorted(cues, key=lambda cue: cue[:2]):
@@ -271,7 +273,8 @@ def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]
         new = []
         for text in texts:
             before = on_screen.get(text)
-            # If the same text appears again within 50 ms, it is the same line. Editors leave at least two frames between lines.
+            # If the same text appears again within 50 ms, it is the same line, because editors leave at least two frames between
+            # lines.
             if before is None or before[1] + 0.05 < start:
                 new.append(text)
             else:

@@ -1,4 +1,4 @@
-"""Provides `Track`, an open video file with its own decoder. It lists keyframes, and can decode from the start or a keyframe."""
+"""Provides `Track`, an open video file that can list its keyframes and decode from the beginning or from a keyframe."""
 
 import math
 from bisect import bisect_left, bisect_right, insort
@@ -18,33 +18,34 @@ from evoprune.video.readers import ffmpeg
 
 TimedFrame = tuple[float, VideoFrame]  # time in seconds from the first frame, and the decoded frame before rotation
 
-# Containers that store a timestamp for every frame, so that times are correct after a seek. Other containers are read sequentially.
+# Containers that store a timestamp for every frame, so that times are correct after a seek. All other containers are read
+# sequentially.
 SEEKABLE = (ffmpeg.MOV, ffmpeg.MATROSKA, "mpegts")
-# Codecs whose frames state whether other frames depend on them. The decoder for AV1 can skip frames too, but not exactly those on
-# which no other frame depends.
+# Codecs whose frames indicate whether other frames depend on them. AV1 is not included: its decoder can skip frames, but not
+# exactly the frames that no other frame depends on.
 SPARING = ("h264", "hevc")
-# Number of packets in which to look for the frame displayed next; no codec in `SPARING` reorders more than 16.
+# Number of packets to search for the frame that is displayed next. The codecs in `SPARING` reorder at most 16 frames.
 LOOK_AHEAD = 64
 LOOK_AHEAD_BYTES = 2**25
-FIRST = 8  # this many frames are never skipped at the beginning, to check that frames come in the order of their times
+FIRST = 8  # never skip this many frames at the beginning, to check that frames come in the order of their times
 # A seek may land after the keyframe, because MPEG-TS has no index. Seeking is then tried again, this many seconds earlier.
 BACK_S = (0.0, 4.0, 16.0)
 
 
 class Unreachable(Exception):
-    """Raised if decoding cannot start at a keyframe, so that the file must be decoded from its beginning."""
+    """Raised if decoding cannot start at a keyframe. The file must then be decoded from its beginning."""
 
 
 @dataclass(frozen=True, order=True)
 class Keyframe:
-    """A packet that is marked as a keyframe. If the file's index contains decoding times, `time_s` is off by a few frames."""
+    """A packet that is marked as a keyframe. `time_s` is off by a few frames if the file's index contains decoding times."""
 
     time_s: float  # time in seconds from the first frame
     stamp: int  # timestamp that identifies the packet (see `Track._stamp`), in ticks of the stream's clock
 
 
 class Track:
-    """An open video file and its decoder, for use by a single thread. Callers must close it.
+    """An open video file with its own decoder, for use by a single thread. Callers must close it.
 
     Args:
         threads: Number of decoder threads.
@@ -69,9 +70,9 @@ class Track:
         self._files.close()
 
     def keyframes(self, start_s: float, end_s: float) -> list[Keyframe]:
-        """List the keyframes between two times, and at least one keyframe before the first time.
+        """List the keyframes between two times, plus at least one keyframe before the first time.
 
-        The keyframes are taken from the file's index if it is complete. Otherwise, the packets are read.
+        The keyframes are taken from the file's index if it is complete. Otherwise, the packets have to be read.
 
         Returns:
             The keyframes in ascending order. The list is empty if the container cannot seek, if the file's clock restarts, if
@@ -108,7 +109,7 @@ class Track:
         return sorted(found)
 
     def times(self) -> list[float] | None:
-        """Return all frames' times in ascending order, without decoding. Returns None if timestamps are missing or repeated."""
+        """Return the times of all frames in ascending order, without decoding, or None if timestamps are missing or repeated."""
         if not self._has_times:
             return None
         packets = self._packets()
@@ -123,7 +124,7 @@ class Track:
     def from_beginning(
         self, times_s: Sequence[float], damaged: ffmpeg.Damage, *, sparing: bool = False
     ) -> Iterator[TimedFrame]:
-        """Return all frames. See `from_keyframe` for `times_s` and `sparing`."""
+        """Decode the file from its beginning. For `times_s` and `sparing`, see `from_keyframe`."""
         self._rewind()
         packets = self._packets(damaged)
         if sparing:
@@ -134,11 +135,11 @@ class Track:
     def from_keyframe(
         self, keyframe: Keyframe, times_s: Sequence[float], damaged: ffmpeg.Damage, *, sparing: bool
     ) -> Iterator[TimedFrame] | None:
-        """Return the frames from a keyframe onward, or None if no intact keyframe is displayed by the first requested time.
+        """Decode the frames from a keyframe onward. Returns None if no intact keyframe is displayed by the first requested time.
 
         Args:
             times_s: Requested times in seconds from the first frame, in ascending order.
-            damaged: Callback for damaged data, called only for damage after the intact keyframe at which decoding starts.
+            damaged: Callback for damaged data. It is called only for damage after the intact keyframe at which decoding starts.
             sparing: If True, the decoder may skip a frame if it is not on screen at any requested time and no other frame depends
                 on it.
 
@@ -169,14 +170,14 @@ class Track:
         return None
 
     def packets(self, keyframe: Keyframe | None) -> Iterator[Packet | None]:
-        """Return the packets from a keyframe onward, or all packets if `keyframe` is None. Raises Unreachable if seeking fails."""
+        """Return the packets from a keyframe onward, or all packets if it is None. Raises `Unreachable` if seeking fails."""
         if keyframe is not None:
             return self._from(keyframe, ffmpeg.ignore_damage)
         self._rewind()
         return self._packets()
 
     def alone(self, keyframe: Keyframe) -> TimedFrame | None:
-        """Decode a single keyframe without reading any other packets. Returns None if that fails."""
+        """Decode a single keyframe without reading any other packets. Returns None if this fails."""
         decode = ffmpeg.decoder(self._stream, self.info.crop)
         frames: list[VideoFrame] = []
         try:
@@ -195,10 +196,10 @@ class Track:
         return stamp - self.info.start_s, frames[0]
 
     def can_spare(self) -> bool:
-        """Return True if the decoder can skip frames, selected by their times, without changing the remaining frames.
+        """Return True if the decoder can skip frames selected by their times without changing the remaining frames.
 
-        An HEVC frame may be marked as a frame on which no other frame depends, but the mark applies only to the frame's own layer.
-        The header must therefore state that there is only one layer. Interlaced video is excluded, because a frame may be stored in
+        An HEVC frame may be marked as a frame that no other frame depends on, but the mark applies only within the frame's own
+        layer, so the header must state that there is only one layer. Interlaced video is excluded, because a frame may be stored in
         two packets.
         """
         context = self._stream.codec_context
@@ -228,11 +229,11 @@ class Track:
         return ffmpeg.packets(self._container, self._stream, damaged)
 
     def _stamp(self, packet: Packet) -> int | None:
-        """Return the timestamp that identifies a packet, which is its decoding time (or, in Matroska, its display time)."""
+        """Return the timestamp that identifies a packet. This is its decoding time or, in Matroska, its display time."""
         return packet.pts if self.info.container == ffmpeg.MATROSKA else packet.dts
 
     def _seek(self, time_s: float) -> None:
-        """Seek to a time in seconds from the first frame. Raises Unreachable if that fails."""
+        """Seek to a time in seconds from the first frame. Raises `Unreachable` if seeking fails."""
         self._at_beginning = False
         try:
             self._container.seek(math.floor((time_s + self.info.start_s) / self._stream.time_base), stream=self._stream)
@@ -240,7 +241,7 @@ class Track:
             raise Unreachable from error
 
     def _from(self, keyframe: Keyframe, damaged: ffmpeg.Damage) -> Iterator[Packet | None]:
-        """Seek to a keyframe and return the packets from that keyframe onward. Raises Unreachable if seeking fails."""
+        """Seek to a keyframe and return the packets from that keyframe onward. Raises `Unreachable` if seeking fails."""
         for back_s in BACK_S:
             self._seek(keyframe.time_s + ffmpeg.TOLERANCE_S - back_s)
             packets = self._packets(damaged)
@@ -255,7 +256,7 @@ class Track:
         raise Unreachable
 
     def _spared(self, packets: Iterator[Packet | None], times_s: Sequence[float]) -> Iterator[Packet | None]:
-        """Yield the packets unchanged. Before each packet, tell the decoder whether it may skip the packet's frame."""
+        """Yield packets unchanged, telling the decoder before each packet whether it may skip the packet's frame."""
         context = self._stream.codec_context
         tick = float(self._stream.time_base)
         ahead: deque[Packet | None] = deque()
@@ -298,10 +299,10 @@ class Track:
             context.skip_frame = "DEFAULT"
 
     def _decoded(self, packets: Iterator[Packet | None], damaged: ffmpeg.Damage) -> Iterator[TimedFrame]:
-        """Yield the decoded frames with their times in seconds from the first frame.
+        """Decode packets, and yield the frames with their times in seconds from the first frame.
 
-        If a frame has no timestamp, its time is one frame interval after the previous frame. The same applies to the first frame
-        after the file's clock has restarted, and the times of the following frames continue from that frame.
+        If a frame has no timestamp, its time is one frame interval after the previous frame. The same is true of the first frame
+        after the file's clock has restarted, and the times of the following frames continue from there.
         """
         info = self.info
         step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
@@ -321,13 +322,13 @@ class Track:
 def _is_whole(frame: VideoFrame) -> bool:
     """Return True if a frame is undamaged and depends on no other frame.
 
-    It is not enough for a frame to be marked as a keyframe, because it may only be the start of a gradual refresh.
+    Checking whether a frame is marked as a keyframe is not enough, because it may only be the start of a gradual refresh.
     """
     return bool(frame.key_frame) and frame.pict_type == PictureType.I and not frame.is_corrupt
 
 
 def _is_wanted(time_s: float, shown_s: Sequence[float], times_s: Sequence[float]) -> bool:
-    """Return True if the frame whose display starts at `time_s` is on screen at any of the requested times.
+    """Return True if the frame that appears at `time_s` is on screen at any of the requested times.
 
     Args:
         shown_s: Display times of nearby frames, in ascending order.

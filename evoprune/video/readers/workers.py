@@ -22,10 +22,10 @@ def in_order(jobs: Sequence[Job], tools: Tools, threads: int, room: int) -> Iter
     the iterator stops the threads.
 
     Args:
-        tools: A context manager that each thread enters before its first job. It yields a function that takes a job and returns the
-            job's items.
-        threads: Maximum number of threads. If it is 1, the calling thread itself does the work whenever an item is requested.
-        room: Maximum number of finished items, over all jobs, that may wait for their turn.
+        tools: A function that returns a context manager for a thread, which enters it before its first job. The context manager
+            yields a function that takes a job and returns the job's items.
+        threads: Maximum number of threads. If it is 1, the calling thread does the work itself whenever an item is requested.
+        room: Maximum total number of finished items that may wait for their turn.
     """
     if threads > 1 and len(jobs) > 1:
         yield from _WorkerPool(jobs, tools, room).run(min(threads, len(jobs)))
@@ -36,7 +36,7 @@ def in_order(jobs: Sequence[Job], tools: Tools, threads: int, room: int) -> Iter
 
 
 class _Stopped(BaseException):
-    """Raised inside workers after the consumer closes the iterator."""
+    """Raised inside worker threads after the consumer has closed the iterator."""
 
 
 class _WorkerPool(Generic[Job, Item]):
@@ -57,7 +57,7 @@ class _WorkerPool(Generic[Job, Item]):
         self._waiting = 0  # total number of waiting items
         self._stopped = False
         self._busy: set[threading.Thread] = set()
-        self._silent: set[threading.Thread] = set()  # busy threads that have made no progress since the last heartbeat
+        self._silent: set[threading.Thread] = set()  # busy threads that have not made progress since the last heartbeat
 
     def run(self, threads: int) -> Iterator[Item]:
         members = [threading.Thread(target=self._serve, name="evoprune-read", daemon=True) for _ in range(threads)]
@@ -76,14 +76,14 @@ class _WorkerPool(Generic[Job, Item]):
                     member.join()
 
     def _next(self, job: int) -> tuple[Item] | None:
-        """Wait for a job's next item. Returns the item in a tuple, or None if the job has no more items."""
+        """Wait for the next item of a job. Returns the item as a tuple of one element, or None if the job has no more items."""
         with self._changed:
             if job != self._head:
                 self._head = job
                 self._changed.notify_all()
             while not self._made[job] and not self._ended[job]:
                 self._changed.wait(POLL_S)
-                # Report progress only if every busy thread has made some, so that none can hang unnoticed.
+                # Report progress only if every busy thread has made progress, so that no thread can hang unnoticed.
                 if not self._silent:
                     ffmpeg.alive()
                     self._silent = set(self._busy)
@@ -129,7 +129,7 @@ class _WorkerPool(Generic[Job, Item]):
             return self._taken - 1
 
     def _put(self, job: int, item: Item) -> None:
-        """Store a finished item. If there is no room, block until there is, unless the consumer needs this item next."""
+        """Store a finished item. Blocks while there is no room for it, unless the consumer needs this item next."""
         me = threading.current_thread()
         with self._changed:
             self._busy.discard(me)

@@ -1,7 +1,7 @@
-"""Communicates with a worker process through JSON messages, heartbeats, and shared memory for frames.
+"""Communication with a worker process through JSON messages, heartbeats, and shared memory for frames.
 
 A message can carry at most one file descriptor. Messages are never pickled, because a malicious video might take control of the
-worker, and unpickling the worker's messages would let it run code in the current process.
+worker, and unpickling messages from the worker would then let it run code in the current process.
 """
 
 import json
@@ -19,23 +19,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# Number of reusable arrays per video: one that the caller is using, the one before it, and one that the worker is filling.
+# Number of reusable arrays per video: the array that the caller is using, the array before it, and the array that the worker is
+# filling.
 PIECES = 3
 LARGEST = 2**26  # maximum size of a message in bytes
 ALIVE_EVERY_S = 1.0  # minimum interval between heartbeats
 _LENGTH = struct.Struct("<I")
-# Sent instead of a message's length to mark a heartbeat; followed by the number of finished frames.
+# Marks a heartbeat. It is sent in place of a message's length and is followed by the number of finished frames.
 _ALIVE = _LENGTH.pack(0)
 
 
 class Channel:
-    """One end of a connected Unix socket. Sending and receiving may raise OSError.
+    """One end of a connected pair of Unix sockets. Sending and receiving may raise OSError.
 
     Args:
         descriptors: Maximum number of file descriptors that a received message may carry.
 
     Attributes:
-        done: Number of frames finished so far for the next answer. Heartbeats report this number, and `send` resets it to 0.
+        done: Number of frames that have been finished so far for the next answer. Heartbeats report this number, and `send` resets
+            it to 0.
     """
 
     def __init__(self, end: socket.socket, descriptors: int = 0):
@@ -56,7 +58,7 @@ class Channel:
         self.done = 0
 
     def report_alive(self) -> None:
-        """Send a heartbeat with the number of finished frames, at most once per `ALIVE_EVERY_S`."""
+        """Send a heartbeat with the number of finished frames, but no more often than every `ALIVE_EVERY_S` seconds."""
         now = time.monotonic()
         if now - self._reported > ALIVE_EVERY_S:
             self._reported = now
@@ -72,8 +74,7 @@ class Channel:
             on_alive: Called at every heartbeat with the number of finished frames.
 
         Returns:
-            The message, and the file descriptor that came with it. The descriptor is None if there was none. Otherwise, the caller
-            must close it.
+            The message, and the file descriptor that came with it (or None), which the caller must close.
 
         Raises:
             EOFError: The other end was closed.
@@ -104,7 +105,7 @@ class Channel:
         return bytes(content)
 
     def shut(self) -> None:
-        """Shut down the connection. If another thread is waiting in `receive`, EOFError is raised there."""
+        """Shut down the connection. A thread that is waiting in `receive` gets an EOFError."""
         with suppress(OSError):  # the other end is closed
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -113,14 +114,14 @@ class Channel:
 
 
 class FrameMemory:
-    """Shared memory for one video's arrays.
+    """Shared memory for the arrays of a single video.
 
-    A piece of memory is reused after its array and all views of the array have been garbage-collected. This saves time, because
-    both processes have to map new memory page by page, which takes as long as decoding a frame. If a caller keeps more than
-    `PIECES` arrays, each additional array gets memory of its own that is not reused.
+    A piece of memory is reused after its array and all views of the array have been garbage-collected. This saves time, because new
+    memory must be mapped page by page in both processes, which takes as long as decoding a frame. If a caller keeps more than
+    `PIECES` arrays, every additional array gets its own memory, which is not reused.
 
     Args:
-        size: Size of the largest array in bytes.
+        size: Size in bytes of the largest array that will be needed.
     """
 
     def __init__(self, size: int):
@@ -133,8 +134,9 @@ class FrameMemory:
         """Return shared memory for an array that the worker will fill.
 
         Returns:
-            A uint8 array with the given shape; the index of its piece of memory, or None if the memory will not be reused; and a
-            file descriptor for the memory, or None if the worker has already mapped it. The caller must close the descriptor.
+            A tuple of a uint8 array with the given shape; the index of its piece of memory, or None if the memory will not be
+            reused; and a file descriptor for the memory, or None if the worker has already mapped it. The caller must close the
+            descriptor.
 
         Raises:
             OSError: No memory can be allocated.
@@ -161,7 +163,11 @@ class FrameMemory:
 
 
 def shared_memory(size: int) -> tuple[mmap.mmap, int]:
-    """Allocate `size` bytes of shared memory. Returns it with a file descriptor for another process, which cannot resize it."""
+    """Allocate `size` bytes of shared memory.
+
+    Returns:
+        The mapped memory, and a file descriptor to pass to another process. No process can resize the memory.
+    """
     import fcntl
 
     descriptor = os.memfd_create("evoprune-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -1,8 +1,8 @@
-"""Runs tasks in worker processes and streams frames from them. Each worker process reads one video at a time.
+"""Runs tasks in worker processes and streams frames from these processes, which read one video at a time.
 
 If a worker crashes or exceeds its memory limit, the request is retried once in a new process, because an earlier video may have
-caused the failure. If the retry fails too, the error message blames the video. A worker that hangs is killed, and its request is
-not retried.
+caused the failure. If the retry fails as well, the error message blames the video. A worker that hangs is killed, and its request
+is not retried.
 """
 
 import atexit
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_IDLE = 2  # number of idle worker processes to keep for later videos
-SILENCE_S = 25.0  # a worker that reports no progress for this long is considered hung
+SILENCE_S = 25.0  # a worker that reports no progress for this long is considered to be hung
 CLIP_PIECE = 2**20  # maximum number of a clip's bytes in each answer
 POLL_S = 0.1  # interval at which a waiting thread checks whether its result is still wanted
-# Worker processes are used only on Linux. On other systems, everything runs in this process, and FFmpeg is trusted. The same is
-# true of frozen programs, because their executable is not Python.
+# Worker processes are used only on Linux. On other systems, everything runs in the current process, and FFmpeg has to be trusted.
+# The same is true of frozen programs, because their executable is not Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
 FilledArray = tuple["np.ndarray", dict[str, Any]]  # uint8 [n, H, W, 3], and the result of `worker.FrameReader.fill`
 OnFrames = Callable[[int], None]
@@ -50,20 +50,20 @@ HINT = "it is damaged or malicious; if it plays elsewhere, convert it, e.g. with
 
 
 class Crash(VideoError):
-    """Raised when a worker process has exited unexpectedly or can no longer be used."""
+    """Raised if a worker process has exited unexpectedly or can no longer be used."""
 
 
 class Stopped(Exception):
-    """Raised in threads that read videos after `Scope.stop` was called, because their results are no longer needed."""
+    """Raised in threads that are reading videos after `Scope.stop` has been called, because their results are no longer needed."""
 
 
 class WorkerProcess:
-    """A process that reads videos, one request at a time.
+    """A process that reads videos. It handles one request at a time.
 
     Attributes:
         path: Path of the current video, used in error messages.
         busy: True while the process is working on a request, or if it has read only part of a video.
-        stopped: True after `stop` was called.
+        stopped: True after `stop` has been called.
     """
 
     def __init__(self):
@@ -76,7 +76,7 @@ class WorkerProcess:
         here.settimeout(SILENCE_S)
         self._channel = Channel(here)
         self._stderr = os.fdopen(os.memfd_create("evoprune-stderr"), "rb", buffering=0)
-        # Python finds an editable install through an import hook. The worker has no such hook, so it needs the package's folder.
+        # An editable install is found through an import hook. The worker does not have this hook, so it needs the package's folder.
         paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
         program = PROGRAM.format(paths=list(dict.fromkeys(paths)), socket=there.fileno())
         with there:
@@ -94,7 +94,7 @@ class WorkerProcess:
         self.pid = self._process.pid
 
     def request(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Build the request for a task. Raises VideoError if the path is relative and the current folder no longer exists."""
+        """Build the message for a task. Raises VideoError if the path is relative and the current folder no longer exists."""
         try:
             folder = None if os.path.isabs(self.path) else os.getcwd()
         except FileNotFoundError as error:
@@ -104,12 +104,12 @@ class WorkerProcess:
         return {"task": task, "folder": folder, "arguments": arguments}
 
     def ask_to_fill(self, memory: FrameMemory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
-        """Request the next frames of a video, or the next bytes of a clip.
+        """Ask the process to fill an array with the next frames of a video, or with the next bytes of a clip.
 
         Args:
-            memory: The shared memory to take the array from.
+            memory: Shared memory from which to take the array.
             shape: `(n, H, W, 3)` for frames, `(n,)` for bytes.
-            more: Other entries to include in the message.
+            more: Additional entries to include in the message.
 
         Returns:
             A uint8 array in shared memory, with the given shape. Its contents are valid only after `answer` has returned.
@@ -137,7 +137,11 @@ class WorkerProcess:
         return frames
 
     def send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
-        """Send a request, whose result `answer` returns. Raises Crash, OutOfMemory or Stopped if the process has exited."""
+        """Send a request to the process. Call `answer` for the result.
+
+        Raises:
+            Crash, OutOfMemory, Stopped: The process has exited.
+        """
         self.busy = True
         try:
             self._channel.send(message, descriptor)
@@ -151,7 +155,7 @@ class WorkerProcess:
             on_frames: Called about once a second with the number of frames read so far.
 
         Raises:
-            Crash: The process crashed or exceeded its memory limit. If `run_task` sent the request, it retries.
+            Crash: The process crashed or exceeded its memory limit. `run_task` catches this error and retries the request once.
             Stopped: Another thread called `stop`.
             VideoError, OutOfMemory, UsageError: See `run_task`.
         """
@@ -198,7 +202,7 @@ class WorkerProcess:
         return problem
 
     def kill(self) -> None:
-        """Kill the process. May be called from any thread. If a thread is waiting in `answer`, it gets a Crash."""
+        """Kill the process. May be called from any thread. If a thread is waiting in `answer`, Crash is raised there."""
         self._process.kill()
 
     def stop(self) -> None:
@@ -208,7 +212,7 @@ class WorkerProcess:
         self.kill()
 
     def end(self) -> None:
-        """Kill the process, and release the resources used to communicate with it."""
+        """Kill the process and release the resources that were used to communicate with it."""
         self.kill()
         self._process.stdin.close()
         self._channel.close()
@@ -218,7 +222,7 @@ class WorkerProcess:
 
 
 class InProcess:
-    """A substitute for `WorkerProcess` that handles requests in the current process. A request runs when `answer` is called."""
+    """A substitute for `WorkerProcess` that handles requests in the current process, as soon as `answer` is called."""
 
     def __init__(self):
         from evoprune.video.sandbox.worker import Server
@@ -247,21 +251,21 @@ class InProcess:
         return self._pending()
 
     def kill(self) -> None:
-        """Do nothing, because a request in this process cannot be killed."""
+        """Do nothing, because a request that runs in the current process cannot be killed."""
 
     def close(self) -> None:
         self._server.close()
 
 
 _idle: list[WorkerProcess] = []
-# Reentrant, because a garbage-collected iterator may return its process while this thread holds the lock.
+# The lock is reentrant, because a garbage-collected iterator may return its process while the same thread holds the lock.
 _lock = threading.RLock()
 _max_idle = MAX_IDLE
 
 
 @contextmanager
 def keep_idle(count: int) -> Iterator[None]:
-    """Keep up to `count` idle processes, for a `with` block that reads `count` videos at a time. On exit, restore the limit."""
+    """Raise the limit on idle processes to `count` during a `with` block that reads up to `count` videos at a time."""
     global _max_idle
     before = _max_idle
     _max_idle = max(before, count)
@@ -277,13 +281,13 @@ def keep_idle(count: int) -> Iterator[None]:
 
 
 class Scope:
-    """A cancellation scope, through which another thread can stop all reading done by a thread and its child threads.
+    """A cancellation scope that lets another thread stop all reading in a thread and its child threads.
 
     A child thread inherits the scope if it is started with `contextvars.copy_context().run`.
     """
 
     def __init__(self):
-        self._outer: Scope | None = None  # scope that the current thread had inherited when it entered this scope
+        self._outer: Scope | None = None  # enclosing scope, which the current thread had inherited before
         self._stopped = False
         self._workers: set[WorkerProcess] = set()
 
@@ -294,11 +298,11 @@ class Scope:
 
     @property
     def stopped(self) -> bool:
-        """True if this scope or a scope around it was stopped."""
+        """True if this scope or an enclosing scope has been stopped."""
         return self._stopped or (self._outer is not None and self._outer.stopped)
 
     def stop(self) -> None:
-        """Stop all reading in this scope at once. Stopped is raised in every thread that uses or requests a worker process."""
+        """Stop all reading in this scope immediately. Stopped is raised in all threads that use or request a worker process."""
         with _lock:
             self._stopped = True
             for worker in list(self._workers):
@@ -306,7 +310,7 @@ class Scope:
 
     @staticmethod
     def check() -> None:
-        """Raise Stopped if the current thread's scope was stopped."""
+        """Raise Stopped if the current thread's scope has been stopped."""
         scope = _scope.get()
         if scope and scope.stopped:
             raise Stopped
@@ -316,7 +320,7 @@ class Scope:
         """Wait until another thread makes a condition true. The caller must hold the lock of `changed`.
 
         Args:
-            changed: Notified by other threads when the condition may have become true.
+            changed: Condition variable that other threads notify when the condition may have become true.
             condition: Function that returns whether the condition is true. It is called with the lock held.
             patience_s: Timeout in seconds.
 
@@ -324,7 +328,7 @@ class Scope:
             True if the condition is true, or False after a timeout.
 
         Raises:
-            Stopped: The current thread's scope was stopped.
+            Stopped: The current thread's scope has been stopped.
         """
         end_s = time.monotonic() + patience_s
         while not changed.wait_for(condition, min(POLL_S, end_s - time.monotonic())):
@@ -335,7 +339,7 @@ class Scope:
 
     @contextmanager
     def using(self, worker: WorkerProcess) -> Iterator[None]:
-        """Let `stop` kill a worker process during a `with` block. Raises Stopped if the scope has already been stopped."""
+        """Allow `stop` to kill a worker process during a `with` block. Raises Stopped if the scope has already been stopped."""
         with _lock:
             if self._stopped:
                 raise Stopped
@@ -353,7 +357,7 @@ _scope: ContextVar[Scope | None] = ContextVar("evoprune-scope", default=None)
 
 
 def warm_up() -> None:
-    """Start a process in the background for the first video, unless one is already idle. `borrow` reports any errors later."""
+    """Start a process for the first video in the background, unless one is already idle. `borrow` reports any errors later."""
     if POSSIBLE and not _idle:
         with suppress(OSError), _lock:
             _idle.append(WorkerProcess())
@@ -361,10 +365,11 @@ def warm_up() -> None:
 
 @contextmanager
 def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
-    """Yield an idle worker process, or start a new one, to read one video.
+    """Yield a worker process for reading one video, which is either an idle process or a new one.
 
-    On exit, the process becomes idle. It is killed instead if a request is still unanswered, if the process was stopped, or if
-    there are already enough idle processes. If worker processes are not `POSSIBLE`, requests run in the current process.
+    On exit, the process becomes idle again. It is killed instead if a request has not been answered yet, if the process was
+    stopped, or if there are already enough idle processes. If worker processes are not `POSSIBLE`, requests run in the current
+    process.
     """
     if not POSSIBLE:
         with closing(InProcess()) as here:
@@ -380,7 +385,7 @@ def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
                 worker = WorkerProcess()
             except OSError as error:
                 raise process_error("start the process that reads videos", error, "read") from error
-        elif worker._process.poll() is not None:  # the process exited while it was idle, so this video is not the cause
+        elif worker._process.poll() is not None:  # the process exited while it was idle, so this video did not cause it
             worker.end()
             worker = None
     worker.path = path
@@ -400,7 +405,7 @@ def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
 
 @atexit.register
 def end_all() -> None:
-    """Kill the idle processes. Borrowed processes exit together with this process."""
+    """Kill all idle worker processes. Processes that are in use exit together with the current process."""
     with _lock:
         ended = list(_idle)
         _idle.clear()
@@ -409,7 +414,7 @@ def end_all() -> None:
 
 
 def _forget() -> None:
-    """Forget all worker processes. Called in a forked child, because the worker processes belong to the parent process."""
+    """Forget all worker processes. Called in a forked child process, because the worker processes belong to its parent."""
     global _lock, _idle
     _lock = threading.RLock()
     _idle = []
@@ -422,7 +427,7 @@ if hasattr(os, "register_at_fork"):
 def run_task(
     task: str, path: str, arguments: dict[str, Any], on_frames: OnFrames | None = None
 ) -> dict[str, Any] | None:
-    """Run one of `worker.TASKS` in a worker process and return its result as a dict.
+    """Run a task from `worker.TASKS` in a worker process and return its result as a dict, or None if it has no result.
 
     Args:
         task: Name of the task.
@@ -453,13 +458,14 @@ def stream_frames(
     how: dict[str, Any],
     on_frames: OnFrames = lambda frames: None,
 ) -> Iterator[FilledArray]:
-    """Yield arrays with the frames that are on screen at the given times (see `frames.read_chunks`).
+    """Yield arrays of the frames that are on screen at the requested times (see `frames.read_chunks`).
 
-    While the caller uses an array, the worker already fills the next one in shared memory. Raises the same errors as `run_task`.
+    While the caller is using an array, the worker already fills the next array in shared memory. Raises the same errors as
+    `run_task`.
 
     Args:
-        sizes: Number of frames in each array. There must be at least one array, and the sum must equal the number of times.
-        how: Other keyword arguments for `worker.FrameReader`.
+        sizes: Number of frames in each array. There must be at least one array, and the sizes must add up to the number of times.
+        how: Additional keyword arguments for `worker.FrameReader`.
         on_frames: Called about once a second, from the thread that iterates, with a lower bound on the number of frames read so
             far.
     """
@@ -488,12 +494,13 @@ def _stream_once(
 
     with borrow(info.path) as worker:
         begin = worker.request("frames", {"info": asdict(info), "times_s": list(times_s), **how})
-        # Open the video and request the first array with one message, because a round trip takes as long as reading a small image.
+        # Open the video and request the first array in the same message, because a round trip takes as long as reading a small
+        # image.
         next_array = worker.ask_to_fill(memory, shapes[0], begin | {"last": len(shapes) == 1})
         for number, shape in enumerate(shapes[1:], 2):
             filled = next_array, worker.answer(count)
             frames_filled += len(next_array)
-            del next_array  # keeps no reference here, so the memory can be reused as soon as the caller drops the array
+            del next_array  # keep no reference here, so that the memory is reused as soon as the caller drops the array
             next_array = worker.ask_to_fill(memory, shape, {"last": number == len(shapes)})
             yield filled
             del filled
@@ -503,17 +510,17 @@ def _stream_once(
 
 
 def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
-    """Cut a clip in a worker process. Yields the facts of a `cutting.ClipReader`, then pieces as (offset in the clip's file,
-    bytes).
+    """Cut a clip in a worker process. Yields the `facts` of the `cutting.ClipReader`, and then the clip's contents in pieces.
 
-    Pieces may overwrite earlier bytes, but they never leave a hole in the file.
+    Each piece is a tuple (offset in the clip's file, bytes). Pieces may overwrite earlier bytes, but they never leave a hole in the
+    file.
 
     Args:
-        how: Other keyword arguments for `ClipReader`.
+        how: Additional keyword arguments for `ClipReader`.
 
     Raises:
-        VideoError, OutOfMemory, UsageError: See `run_task`. Unlike `run_task`, this function does not retry after a crash, but the
-            caller can call it again.
+        VideoError, OutOfMemory, UsageError: See `run_task`. Unlike `run_task`, this function does not retry after a crash, so the
+            caller has to call it again.
     """
     with closing(_clip_pieces(info, how)) as pieces:
         yield next(pieces)
@@ -526,7 +533,7 @@ def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | t
 
 
 def _clip_pieces(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
-    # Because twice the actual size is declared, every piece gets its own memory, which the worker releases after use.
+    # Declare twice the actual size, so that every piece gets its own memory, which the worker releases after use.
     memory = FrameMemory(2 * CLIP_PIECE)
     with borrow(info.path) as worker:
         worker.send(worker.request("clip", {"info": asdict(info), **how}))

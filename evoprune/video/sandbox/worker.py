@@ -1,19 +1,19 @@
-"""The program of a worker process, which runs all tasks that use FFmpeg and Pillow (`TASKS`) with limits on its memory and files.
+"""The program of a worker process, which runs all tasks that use FFmpeg and Pillow (`TASKS`) with limits on memory and files.
 
-It handles requests that arrive on a socket until the other end of the socket is closed. On systems where worker processes are not
-possible, `isolation` runs the tasks in its own process.
+It handles requests that arrive on a socket until the other end of the socket is closed. On systems without worker processes,
+`isolation` runs the tasks in the current process instead.
 
-Every message is a request and gets one answer.
+Every message is a request, which gets exactly one answer:
 - `{"task", "folder", "arguments"}` runs one of `TASKS` in the working directory `folder`. The `frames` task opens a video.
 - `{"shape", "piece", "last"}` fills an array of this shape with the next frames from the open video. `piece` is the index of the
-  piece of shared memory to use. If that memory is new, the message carries a file descriptor for it. If `piece` is None, the memory
-  is used only once. `last` is true for the video's last array. The first request of this kind is combined with the `frames` task in
-  one message.
+  piece of shared memory to use, or None if the memory is used only once. If the memory is new, the message carries a file
+  descriptor for it. `last` is true for the video's last array. The first `shape` request is sent in the same message as the
+  `frames` task.
 - The `live` task opens a live source. If the source is a pipe, the message carries its file descriptor. After that, the `next` task
   finds the next frame, and a `shape` request fetches that frame.
-- The `sound` task opens a video's sound. Each `shape` request then fetches up to this many bytes.
-- The `clip` task begins a clip. Each `shape` request then fetches up to this many bytes. The answer says whether they are the last
-  bytes.
+- The `sound` task opens a video's sound. After that, each `shape` request fetches up to this number of bytes.
+- The `clip` task begins to cut a clip. After that, each `shape` request fetches up to this number of bytes, and the answer says
+  whether these are the last bytes.
 - The answer contains `result`, `error` (an error to show to the user), `memory` (the memory limit that was exceeded), or `bug` (a
   traceback).
 """
@@ -50,7 +50,8 @@ if sys.platform != "win32":  # Windows has no worker processes
     import fcntl
     import resource
 
-# Memory in bytes that every video is allowed. It covers libraries, thread stacks, a long file's tables, and one large image.
+# Basic memory limit in bytes, which applies to every video. It covers libraries, thread stacks, a long file's tables, and one large
+# image.
 BASE_BYTES = 2**30
 # Additional memory in bytes per pixel of a frame. It covers 16 reference frames, one frame in each of 16 threads, and some queued
 # frames, at up to 3 bytes per pixel (10 bits, 4:2:0). Each additional decoder has one thread and needs half as much memory
@@ -59,11 +60,11 @@ BYTES_PER_PIXEL = 128
 
 
 def counted(done: int) -> None:
-    """Report the number of frames read or scanned so far. Called after every frame. A worker process includes it in heartbeats."""
+    """Report the number of frames read or scanned so far. Called after every frame; worker processes report it in heartbeats."""
 
 
 def probe(path: str, folder_fps: float) -> Video:
-    """Read the metadata of an input. See `evoprune.video.frames.probe`."""
+    """Read the metadata of a video, a still image or a folder of images. See `evoprune.video.frames.probe`."""
     with ffmpeg.reading(path):
         if os.path.isdir(path):
             return folder.probe(path, folder_fps)
@@ -81,7 +82,7 @@ def probe(path: str, folder_fps: float) -> Video:
 
 
 def scan(path: str, folder_fps: float) -> ScanResult:
-    """Decode a whole video. See `evoprune.video.frames.scan`."""
+    """Decode a whole video to find damage and measure its length. See `evoprune.video.frames.scan`."""
     began = time.perf_counter()
     info = probe(path, folder_fps)
     if info.is_picture:
@@ -90,7 +91,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     damage = set()
     frames = 0
     end_s = 0.0
-    # Number of intervals of each length. Lengths are rounded so that equal intervals are counted together.
+    # Histogram of frame intervals. Their lengths are rounded so that equal intervals are counted together.
     gaps = Counter()
     keyframes = Counter()
     with ffmpeg.reading(path):
@@ -110,7 +111,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
         raise ffmpeg.nothing_decoded(path)
     if info.duration_s is not None and first_s + info.duration_s > last_s:  # see `probing._measured`
         end_s = min(end_s, first_s + info.duration_s)
-        if info.container == ffmpeg.AVI:  # an AVI may repeat its last frame with empty packets
+        if info.container == ffmpeg.AVI:  # an AVI may repeat its last frame by means of empty packets
             end_s = first_s + info.duration_s
     keyframes[round(end_s - key_s, 4)] += 1
     median_gap = _median(gaps)
@@ -147,14 +148,14 @@ def _median(counts: Counter[float]) -> float:
 
 
 def check_decord(info: dict[str, Any] | None) -> None:
-    """Raise UsageError if decord cannot be loaded, and VideoError if it cannot read this video."""
+    """Raise UsageError if decord cannot be loaded, and VideoError if it cannot read the given video correctly."""
     decord.load()
     if info is not None:
         decord.check(Video(**info))
 
 
 def frame_times(info: dict[str, Any]) -> FrameTimes:
-    """Return the display times of all frames. See `evoprune.video.frames.frame_times`."""
+    """Return the display times of all frames in a video. See `evoprune.video.frames.frame_times`."""
     video = Video(**info)
     if video.is_animation:
         return FrameTimes(_reader(video).frame_times(video), video.frames_total or 0)
@@ -177,7 +178,7 @@ def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class FrameReader:
-    """Reads the frames that are on screen at the given times, in order. For the arguments, see `isolation.stream_frames`."""
+    """Reads the frames that are on screen at the requested times, in order. For the arguments, see `isolation.stream_frames`."""
 
     def __init__(self, info: Video, times_s: Sequence[float], decoder: str, **how):
         ffmpeg.picture_size(info.width * info.height)
@@ -191,7 +192,7 @@ class FrameReader:
         self._frames = reader.read(info, times_s, self._damaged.add, **how)
 
     def fill(self, frames: np.ndarray) -> dict[str, Any]:
-        """Write the next n frames into `frames`, uint8 `[n, H, W, 3]`.
+        """Fill `frames` with the next n frames as uint8 `[n, H, W, 3]`.
 
         Returns:
             The fields `times_s`, `damaged`, `other_size` and `moved` of a `FrameChunk`.
@@ -219,7 +220,7 @@ class FrameReader:
 
 
 def main(descriptor: int) -> None:
-    """Handle requests from a socket. Standard input is a pipe that carries no data, and this process exits when it is closed.
+    """Handle requests from a socket. The process exits when its standard input, a pipe that carries no data, is closed.
 
     Args:
         descriptor: File descriptor of the socket.
@@ -240,8 +241,8 @@ def main(descriptor: int) -> None:
 
 
 def _end_with(pipe: int) -> None:
-    """Make the system kill this process, even if it is busy, when the last writer closes the other end of a pipe."""
-    # PR_SET_PDEATHSIG is not suitable, because it would kill this process as soon as the thread that started it exits.
+    """Make the operating system kill this process, even if it is busy, when the last writer closes the other end of a pipe."""
+    # PR_SET_PDEATHSIG is not suitable, because it would kill this process as soon as the thread that started the process exits.
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO])
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
@@ -253,7 +254,7 @@ def _end_with(pipe: int) -> None:
 
 
 def _allow(pixels: int, decoders: int = 1) -> None:
-    """Raise the memory limit so that `decoders` decoders can each process frames with `pixels` pixels."""
+    """Raise the memory limit of this process so that it is sufficient for `decoders` decoders of frames with `pixels` pixels."""
     needed = BASE_BYTES + BYTES_PER_PIXEL * pixels
     if decoders > 1:
         needed += pyav.ROOM_BYTES + (decoders - 1) * pyav.DECODER_BYTES * pixels
@@ -261,7 +262,7 @@ def _allow(pixels: int, decoders: int = 1) -> None:
 
 
 def _limit(memory: int) -> None:
-    """Set the memory limit in bytes, but not above the hard limit."""
+    """Set the memory limit of this process to `memory` bytes, or to the hard limit if that is lower."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:
         memory = min(memory, hard)
@@ -272,13 +273,13 @@ Reader = FrameReader | LiveReader | ClipReader | SoundReader
 
 
 class Server:
-    """Handles messages. A reader that is opened by a message stays open until the next task, or until `close` is called."""
+    """Handles the messages of a worker process. A reader stays open until another task begins or until `close` is called."""
 
     def __init__(self):
         self._reader: Reader | None = None
 
     def result(self, message: dict[str, Any], array: np.ndarray | None = None) -> Any:
-        """Run the message's task, if it has one, and then fill the array, if one is given. Returns the result of the last step."""
+        """Run the task in a message, if any, and then fill the array, if one is given. Returns the result of the last step."""
         result = None
         task = message.get("task")
         if task == "next":
@@ -329,7 +330,7 @@ def _serve(channel: Channel) -> None:
 
 
 def _enter(folder: str | None) -> None:
-    """Change the working directory to `folder`, unless it is None. Raises VideoError if that fails."""
+    """Change the working directory to `folder`, unless it is None. Raises VideoError if the folder cannot be entered."""
     if folder is not None:
         try:
             os.chdir(folder)
@@ -340,7 +341,7 @@ def _enter(folder: str | None) -> None:
 
 
 def _begin(task: str, arguments: dict[str, Any]) -> tuple[Reader | None, dict | None]:
-    """Run a task. Returns the reader that the task opened (None if it did not open a reader) and the task's result."""
+    """Run a task. Returns the reader that the task opened, or None if it did not open one, and the result of the task."""
     if task == "frames":
         return FrameReader(Video(**arguments.pop("info")), **arguments), None
     if task == "sound":
