@@ -555,7 +555,7 @@ def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[flo
     """Convert one or more inputs to a list, in which paths become strings and arrays of frames become `HeldVideo` objects.
 
     Args:
-        frame_rate: Frames per second of the arrays.
+        frame_rate: Frame rate of the arrays, in frames per second.
         times_s: Timestamp of each frame in an array, in seconds, as an alternative to the frame rate.
 
     Raises:

@@ -66,7 +66,7 @@ class ModelDescription:
     device: str  # such as "cpu" or "cuda:1"; never "auto"
     folder: Path | None  # folder that contains the model's files, or None for a bundled config
     commit: str | None  # commit of a hub model, or None for a local model
-    unreachable: str | None  # the reason why no more files can be downloaded from the hub, or None if they can
+    unreachable: str | None  # reason why no more files can be downloaded from the hub, or None if they can
     config: Config
     quantization: str | None  # quantization method of the checkpoint, such as "awq", or None
     stored_dtype: str | None  # dtype of the weights in the files ("bf16", "fp16" or "fp32"), or None if unknown

@@ -88,7 +88,7 @@ class LoadedModel:
     model: Model  # the weights on `device`, and the config
     # The tokenizer with the chat template. None only if the weights are random and there are no tokenizer files.
     tokenizer: Tokenizer | None
-    eos_ids: tuple[int, ...]  # the tokens that end an answer
+    eos_ids: tuple[int, ...]  # ids of the tokens that end an answer
     generation: GenerationSettings  # settings from generation_config.json
     quantize: str
     weights_bytes: int  # total size of the weights in memory; tied weights count once
