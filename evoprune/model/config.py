@@ -25,7 +25,9 @@ QWEN4 = "qwen4_exp"
 PATCHES = 4  # number of patches in a unit (2x2)
 ANSWER_COLUMNS = 256  # columns to allocate in the KV cache in addition to the prompt, enough for a typical answer
 
-Layers = Annotated[int, Rule.whole(1, 1000)]  # more layers than any real model has, but few enough to build within a second
+Layers = Annotated[
+    int, Rule.whole(1, 1000)
+]  # more layers than any real model has, but few enough to build within a second
 SIZE = Rule.whole(1, 2**22)
 Size = Annotated[int, SIZE]
 LayerNumbers = Annotated[tuple[int, ...], Rule.list_of(Rule.whole(0, 1000))]
@@ -257,7 +259,9 @@ class Experts:
     num_experts: Annotated[int, Rule.whole(1, 2**16)]
     num_experts_per_tok: Annotated[int, Rule.whole(1, 2**16)]  # number of experts that process each token
     moe_intermediate_size: Size  # number of inner features of each expert
-    shared_expert_intermediate_size: Annotated[int | None, SIZE] = None  # inner features of the expert that processes all tokens
+    shared_expert_intermediate_size: Annotated[int | None, SIZE] = (
+        None  # inner features of the expert that processes all tokens
+    )
     decoder_sparse_step: Annotated[int, Rule.whole(1, 1000)] = 1  # every n-th layer has experts
     mlp_only_layers: LayerNumbers = ()  # layers that never have experts
 
