@@ -259,9 +259,7 @@ class Experts:
     num_experts: Annotated[int, Rule.whole(1, 2**16)]
     num_experts_per_tok: Annotated[int, Rule.whole(1, 2**16)]  # number of experts that process each token
     moe_intermediate_size: Size  # number of inner features of each expert
-    shared_expert_intermediate_size: Annotated[int | None, SIZE] = (
-        None  # inner features of the expert that processes all tokens
-    )
+    shared_expert_intermediate_size: Annotated[int | None, SIZE] = None  # inner size of the expert for all tokens
     decoder_sparse_step: Annotated[int, Rule.whole(1, 1000)] = 1  # every n-th layer has experts
     mlp_only_layers: LayerNumbers = ()  # layers that never have experts
 

@@ -53,9 +53,7 @@ class Qwen4:
     make_ngram_vocab_size_divisible_by: Annotated[int, Rule.whole(1, 2**20)]
     split_ngram_parts: Annotated[int, Rule.whole(1, 2**16)]  # number of tensors into which files split a table
     seed: Annotated[int, Rule.whole(0, 2**62)]
-    output_gate_type: Annotated[str | None, TEXT] = (
-        None  # activation in Gated DeltaNets, or None for the same as in MLPs
-    )
+    output_gate_type: Annotated[str | None, TEXT] = None  # activation in Gated DeltaNets; None means same as in MLPs
 
     def problem(self, linear: list[bool], turned: int) -> str | None:
         """Return the reason why transformers cannot build a model with these settings, or None if it can.

@@ -104,9 +104,8 @@ class Reading(Generic[T]):
         self._closed = False
         self._pid = os.getpid()
         self._scope = Scope()
-        context = (
-            Context() if shared else copy_context()
-        )  # with a copy, stopping the current thread's scope stops this thread
+        # With a copy of the context, stopping the current thread's scope also stops this thread.
+        context = Context() if shared else copy_context()
         # Use a daemon thread, so that a hanging read cannot keep the program from exiting.
         self._thread = threading.Thread(target=context.run, args=(self._work,), name="evoprune-reading", daemon=True)
         with self._changed:
