@@ -195,8 +195,8 @@ class Visuals:
     """The videos and images in a call that will be pruned."""
 
     places: list[list[Place]]  # places of the inputs in each row of the batch; columns include padding
-    pixels: torch.Tensor  # patches of all inputs in the order of their places, `[patches, values]`
-    grids: torch.Tensor  # size of each input in patches, int64 `[n, 3]`
+    pixels: torch.Tensor  # patches of the inputs, in the order of their places, `[patches, values]`
+    grids: torch.Tensor  # one size in patches per input, int64 `[n, 3]`
     videos: tuple[bool, ...]  # whether each input is a video
     seconds: tuple[float, ...]  # seconds between frame pairs, for each input
 
@@ -450,7 +450,7 @@ def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | 
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
-    """Return the M-RoPE positions of all columns of the whole prompt, int64 `[3 or 4, B, L]`.
+    """Return the M-RoPE positions of the whole prompt's columns, int64 `[3 or 4, B, L]`.
 
     If there are four positions per column, the first one is the zero-based index of the token in its row.
     """

@@ -57,8 +57,8 @@ def encode(
         seed: Random seed, for methods that make random choices.
 
     Returns:
-        A single `Encoded` for all videos. In `kept` and `unit_to_row`, the units of all videos are numbered consecutively, in the
-        order of their placeholder tokens.
+        A single `Encoded` for all videos. In `kept` and `unit_to_row`, units are numbered consecutively across videos, in the order
+        of their placeholder tokens.
 
     Raises:
         UsageError: If the budget or the method is invalid, the method resizes frames, the method reads the question but `question`

@@ -45,8 +45,8 @@ def processor_inputs(
     Args:
         model: "demo", "demo-scenes", a local folder or a hub id. Only the tokenizer and the input limits are read, not the weights.
         inputs: A video or an image, or a list of them in the model's reading order; see `VideoQA.encode`.
-        question: The question, in which special tokens are treated as plain text.
-        times_s: The start time of each frame in seconds, if the input is an array.
+        question: The question. Special tokens in it are treated as plain text.
+        times_s: If the input is an array, the start times of its frames in seconds.
         system: The system prompt. None means the model's default.
         revision, offline: See `VideoQA.load`.
         sampling: Options of `VideoQA.encode`, with the same defaults, except that `max_visual_tokens` defaults to 24,576 and `seek`

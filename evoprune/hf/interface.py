@@ -78,8 +78,7 @@ def tower_of(model):
     if not Device(visual.patch_embed.proj.weight.device).holds_values:
         raise ModelError("the vision tower's weights are offloaded", "load the model with its tower on a device")
     for name, module in visual.named_modules():
-        # evoprune calls only linear layers. It reads the weights of all other modules directly, which bypasses any wrapper around
-        # them.
+        # evoprune calls only linear layers. It reads other modules' weights directly, which bypasses any wrapper around them.
         if not isinstance(getattr(module, "base_layer", None), torch.nn.Linear | None):
             hint = "merge it (PEFT: merge_and_unload), or leave this module out of target_modules; adapters on linear layers work"
             raise ModelError(f"an adapter on {name} of the vision tower would not run", hint)
@@ -103,8 +102,8 @@ class _Features(torch.Tensor):
 def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequence[Features] | None = None) -> dict:
     """Return the arguments that pass encoded videos and the call's images to `forward` or `generate`.
 
-    Before transformers 5.18, the features take the place of the pixels, and the grid of each video has a single row. `generate`
-    repeats the features for beam search, and passes them only to the first step.
+    Before transformers 5.18, the features take the place of the pixels, and each video's grid has a single row. `generate` repeats
+    the features for beam search, and passes them only to the first step.
 
     Args:
         model: A model that was prepared by `accept_features`.
@@ -248,7 +247,7 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
     bias = sizes.log().repeat_interleave(shape[0] // len(sizes), 0)
     weighted = {}
     for kind, mask in masks.items():
-        if kind == LINEAR:  # linear attention has no logits to which a bias could be added
+        if kind == LINEAR:  # linear attention has no logits, so there is nothing to bias
             weighted[kind] = mask
             continue
         # If a cache with a sliding window has dropped keys, the first key is not key 0.
@@ -259,7 +258,7 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
         of_keys = torch.nn.functional.pad(bias, (0, max(0, end - bias.shape[1])))[:, None, None, first:end]
         if mask.dtype == torch.bool:
             # Use minus infinity, as sdpa does for a bool mask, so that a row that sees no keys gets an output of zero. With the
-            # lowest finite number, its output would be the mean of all values, including the values of later columns.
+            # lowest finite number, its output would be the mean over all keys' values, including later columns.
             weighted[kind] = torch.where(mask, of_keys.to(mask.device, dtype), -torch.inf)
         else:
             # Leave masked entries alone, because adding to them could overflow to minus infinity. Eager attention turns a row of
@@ -344,7 +343,7 @@ def mask_or_ones(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def text_positions(mask: torch.Tensor) -> torch.Tensor:
-    """Return the zero-based index of each token in its row, not counting padding, int64 `[B, L]`. Padding gets index 0."""
+    """Return the tokens' zero-based indices in their rows, not counting padding, int64 `[B, L]`. Padding gets index 0."""
     return (mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)
 
 

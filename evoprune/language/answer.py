@@ -76,7 +76,7 @@ class AnswerStream(Iterator[tuple[str, bool]]):
         return self._tokens.choices
 
     def logprobs_since(self, number: int) -> list[dict[str, Any]]:
-        """Return the log probabilities of all tokens from index `number` on, with alternatives, in the format used in reports."""
+        """Return the tokens from index `number` on with their log probabilities and alternatives, in the format used in reports."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self._tokenizer.backend.decode([token], skip_special_tokens=False)
@@ -147,8 +147,8 @@ class AnswerConstraint:
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Decode token ids as they arrive, and yield their text in pieces.
 
-    Joined together, the pieces equal `tokenizer.decode` of all ids. A byte-level token may end in the middle of a character, but a
-    piece never does.
+    Joined together, the pieces equal the result of decoding all ids at once. A byte-level token may end in the middle of a
+    character, but a piece never does.
     """
     stream = DecodeStream(skip_special_tokens=True)
     pending = []

@@ -24,7 +24,7 @@ class Choice:
         text: The answer.
         logprob: Natural log probability of the answer's tokens and of its end, computed from the raw logits.
         tokens: Number of tokens that `logprob` covers, including the token that ends the answer.
-        probability: Probability of this choice relative to the other choices. The probabilities of all choices add up to 1.
+        probability: Probability of this choice relative to the other choices. Over all choices, these probabilities add up to 1.
     """
 
     text: str
@@ -36,8 +36,8 @@ class Choice:
 class ChosenTokens(Iterator[int]):
     """Iterator over the token ids of the most probable choice. In a tie, the first choice wins.
 
-    All choices are scored when the first token is requested. The attributes are the same as those of a `TokenStream`, so either can
-    be used in place of the other.
+    All choices are scored when the first token is requested. The class has the same attributes as `TokenStream`, so it can be used
+    in its place.
 
     Attributes:
         choices: The choices and their probabilities. The list is empty until the choices have been scored.
@@ -80,7 +80,7 @@ def score_choices(
     ids: Sequence[Sequence[int]],
     eos_ids: Collection[int],
 ) -> list[Choice]:
-    """Compute the probability of each choice in `options`, without changing `state`.
+    """Compute how probable each choice in `options` is, without changing `state`.
 
     Tokens that all choices have in common at the beginning are read only once. The score of a choice includes the end of the
     answer. Otherwise, the score of "red" would include the probability of "red car".
@@ -88,7 +88,7 @@ def score_choices(
     Args:
         state: The state after the prompt.
         options: The generation options, which contain the choices.
-        ids: Token ids of each choice, without a token that ends the answer.
+        ids: One list of token ids per choice, without a token that ends the answer.
         eos_ids: Ids of the tokens that may end the answer.
 
     Raises:

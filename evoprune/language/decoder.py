@@ -97,7 +97,7 @@ def attend(
         queries: `[1, L, heads, head_dim]`. Bias features may follow at the end of each head (`Attention.bias_features`).
         keys, values: `[1, kv_heads, n, head_dim]`. Consecutive query heads share a key head and a value head. If L is 1, bias
             features may follow at the end of each head.
-        bias: `[n]`, the bias to add to the attention scores of each key. A bias of log(cluster size) makes a key count as that many
+        bias: `[n]`, the bias to add to each key's attention scores. A bias of log(cluster size) makes a key count as that many
             identical keys (arXiv 2210.09461, section 3).
         visible_keys: int64 `[L]`, the number of keys that each query can attend to, in ascending order. The last number must be n.
             None means that the queries belong to the last L columns.
@@ -215,8 +215,8 @@ class KVCache:
         capacities = [capacity] * depth if isinstance(capacity, int) else capacity
         shapes = [(1, config.num_key_value_heads, columns, head_size(config)) for columns in capacities]
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
-        # Number of leading columns in which layers differ, because some of them have dropped columns. The cache cannot be cropped
-        # within this range.
+        # Number of leading columns that differ between layers, because some layers have dropped columns. The cache cannot be
+        # cropped within this range.
         self._uneven_until = 0
         # Number of columns read so far. It changes only at the end of a forward pass, so a failed pass leaves the cache unchanged.
         self.length = 0
@@ -227,15 +227,15 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Number of columns that fit into the allocated memory of every layer."""
+        """Number of columns that every layer has allocated memory for."""
         return min(keys.shape[2] for keys, _ in self._layers)
 
     def crop(self, length: int) -> None:
         """Drop all columns except the first `length`.
 
         Raises:
-            ValueError: If the cache has fewer columns, or if `length` is within the range in which layers have different columns.
-                Cropping to 0 is always possible.
+            ValueError: If the cache has fewer columns, or if cropping to `length` would split the range of columns that differ
+                between layers. Cropping to 0 is always possible.
         """
         if not (0 <= length <= self.length and (length >= self._uneven_until or not length)):
             raise ValueError(f"a cache of {self.length} columns cannot be cropped to {length}")

@@ -128,7 +128,7 @@ class LanguageModel:
         Args:
             next_position: M-RoPE position of the first generated token, which is used only for decoding. In Qwen models, it is the
                 largest position in the *unpruned* prompt plus one.
-            cache: The KV cache of the preceding columns, to which the new columns are added in place. None starts a new prompt.
+            cache: The KV cache of the preceding columns. The new columns are added in place. None starts a new prompt.
             ids: Token ids of the new columns (see `forward`).
         """
         columns = len(inputs_embeds)
@@ -212,7 +212,7 @@ class PrefillState:
 
         Args:
             ids: Token ids of the answer so far (at least one).
-            left: Maximum number of tokens by which the answer may still grow.
+            left: Maximum number of tokens that may still be added to the answer.
             pick: Chooses a token from the logits. It also receives the result of `best_of` for these logits, if that is already
                 known. With `drafted=True`, it returns None if rounding errors could affect the choice.
             lookup: Drafts tokens that are read together with the latest token. This requires a cache that can be cropped.

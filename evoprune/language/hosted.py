@@ -26,7 +26,7 @@ STRIP = 2048  # columns per additive mask; a multiple of 64, the chunk size of l
 
 
 class HostedCache:
-    """A transformers `DynamicCache` with the states of all layers, together with the cluster sizes of the columns read so far.
+    """A transformers `DynamicCache` with all layers' states, together with the cluster sizes of the columns read so far.
 
     If any layer has a recurrent state, the cache cannot be cropped, so callers that want to reuse it for a later prompt with the
     same beginning have to keep a copy.
@@ -177,7 +177,7 @@ def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attentio
         model: The model to run.
         x: `[L, hidden]`, the embeddings of the new columns.
         places: int64 `[4, 1, L]`, the index and the three M-RoPE positions of each column.
-        states: The transformers cache of the preceding columns, to which the new columns are added in place.
+        states: The transformers cache of the preceding columns. The new columns are added in place.
         attention_mask: See the `mask` argument of `hybrid.run`.
         kwargs: Additional arguments for the transformers module.
     """

@@ -35,7 +35,7 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
     """
     layers = text.layers
     eps = text.config.rms_norm_eps
-    # Convert the vectors of all layers together, because this takes as few operations as converting the vectors of a single layer.
+    # Convert all layers' vectors together, because this takes as few operations as converting a single layer's vectors.
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)] + [text.norm]
     gains = iter(_stacked(norm.weight for norm in norms) + 1)
     head_gains = iter(

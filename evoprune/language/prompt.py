@@ -26,7 +26,7 @@ from evoprune.methods import arange_on
 from evoprune.untrusted import TEXT, check_fetched, read_object
 from evoprune.util import check_text
 
-# The name of each kind of input in chat templates, and the placeholder that templates insert for it.
+# For each kind of input, its name in chat templates and the placeholder that templates insert for it.
 CONTENTS = {"video": ("video", "<|video_pad|>"), "picture": ("image", "<|image_pad|>")}
 _PLACEHOLDERS = tuple(token for _, token in CONTENTS.values())
 MARKERS = "<|vision_start|>", "<|vision_end|>"  # around placeholders
@@ -141,7 +141,7 @@ class Tokenizer:
 
     @cached_property
     def _added(self) -> dict[int, str]:
-        """The text of all tokens that were added to the vocabulary, by id."""
+        """The tokens that were added to the vocabulary, as text, by id."""
         return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
     def render(self, messages: list[dict], thinking: bool = False) -> str:
@@ -240,8 +240,8 @@ def _settings(path: Path) -> dict:
 def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
     """Return the chat template of a model (None if it has none) and the file that contains it.
 
-    A separate template file takes precedence over the settings files in which older repositories store the template. The
-    processor's settings take precedence over the tokenizer's settings, because only the processor's template supports video.
+    A separate template file takes precedence over settings files, where older repositories store the template. The processor's
+    settings take precedence over the tokenizer's settings, because only the processor's template supports video.
     """
     file = folder / "chat_template.jinja"
     if os.path.lexists(file):
@@ -348,7 +348,7 @@ class Place:
     def positions(
         self, grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
     ) -> list[tuple[int, torch.Tensor]]:
-        """Return the first column and the M-RoPE positions of each run, in the format that `prompt_positions` expects.
+        """Return a list of the runs' first columns and M-RoPE positions, in the format that `prompt_positions` expects.
 
         See `video_positions` for the arguments.
         """
@@ -374,7 +374,7 @@ def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
     The timestamp of a frame pair is the mean of the times of its first and last frames.
 
     Args:
-        times_s: Times of all sampled frames, in seconds.
+        times_s: Times of the sampled frames, in seconds.
         frames: Number of frames per pair.
     """
     pairs = zip(*(times_s[first::frames] for first in (0, frames - 1)), strict=True)
@@ -491,7 +491,7 @@ class Prompt:
 
     @property
     def visual_tokens(self) -> int:
-        """Total number of visual tokens before pruning, each of which has a placeholder."""
+        """Total number of visual tokens before pruning, which is the number of placeholders."""
         return sum(map(len, self.places))
 
     @property
@@ -545,7 +545,7 @@ def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
 
 
 def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequence[Sequence[str]]) -> Iterator[Place]:
-    """Yield the `Place` of each input. `runs` contains the placeholder columns of all inputs, in order."""
+    """Yield one `Place` per input. `runs` contains all placeholder columns, in the order of the inputs."""
 
     def around(run: range, time: str) -> range:
         """Return the columns of a run with its markers and its timestamp, unless the timestamp merged with the text before it."""
@@ -573,7 +573,7 @@ def _render(
 
     Args:
         tokenizer: The tokenizer and its chat template.
-        kinds: The kind of each input, "video" or "picture".
+        kinds: For each input, its kind ("video" or "picture").
         with_system: Whether to include a system prompt.
         markers: Special tokens that the tokenizer must have.
         thinking: See `Tokenizer.render`.

@@ -113,7 +113,7 @@ def _check(place: Place, tokens: Encoded) -> None:
 
 
 def _sizes(text: int, read: Sequence[Encoded], row: torch.Tensor) -> torch.Tensor | None:
-    """Return the cluster sizes of all columns, or None if all are 1.
+    """Return the columns' cluster sizes, or None if all are 1.
 
     Args:
         text: Number of text columns, which have size 1.

@@ -101,7 +101,7 @@ def _without_extra_fields(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Iterator[tuple[str, dict]]:
-    """Yield the path (a JSON Pointer) and the contents of every subschema, including the schema itself."""
+    """Yield all subschemas, including the schema itself, as pairs of a path (a JSON Pointer) and the subschema."""
     if isinstance(value, dict):
         if is_schema:
             yield path, value

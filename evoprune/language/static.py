@@ -1,8 +1,8 @@
 """Decode with tensors of fixed shape, so that a whole decoding step can run as a single CUDA graph.
 
 A step reads a token that is already on the device, writes its keys and values to a cache of fixed size, and computes the next
-token. No shape depends on a value, and nothing is copied to the host. Attention always reads the whole cache, in which an attention
-bias hides the columns that are not filled yet.
+token. No shape depends on a value, and nothing is copied to the host. Attention always reads the whole cache, but an attention bias
+hides the columns that are not filled yet.
 
 Each model has a single static cache, which serves one answer at a time. When a new answer begins, it takes over the static cache.
 If the previous answer then continues, it has to read its latest tokens again into its own cache.
@@ -176,7 +176,7 @@ class HostedStaticCache(StaticCache):
         super().__init__(model, capacity)
         config = model.config.text_config
         like = model.model.language_model.norm.weight
-        self._bias = like.new_zeros(capacity)  # attention bias of each column, for all attention layers
+        self._bias = like.new_zeros(capacity)  # attention bias per column, for all attention layers
         self._states = HostedCache(model).states
         shape = (2, 1, config.num_key_value_heads, capacity, head_size(config))
         for number, layer in enumerate(self._states.layers):
@@ -292,7 +292,7 @@ def begin(
         cache: The answer's own KV cache.
         position: M-RoPE position of the token that is read next.
         decoded: Number of tokens in the answer so far.
-        left: Maximum number of tokens by which the answer may still grow.
+        left: Maximum number of tokens that may still be added to the answer.
 
     Returns:
         The static cache, or None if graphs are unavailable or not yet worth capturing.

@@ -41,7 +41,7 @@ EndIds = Annotated[  # ids of the tokens that end an answer
 
 @dataclass(frozen=True)
 class Family:
-    """The settings in which model families differ from each other."""
+    """The settings that differ between model families."""
 
     model: str  # name of the model class in transformers, without the ForConditionalGeneration suffix
     tower: str  # name of the vision tower class in transformers
@@ -219,7 +219,7 @@ class VisionConfig:
 class Qwen2Sizes:
     """Sizes of the vision tower under the names that they have in the config files of Qwen2-VL.
 
-    In these files, `embed_dim` is the hidden size of the tower, and `hidden_size` is that of the language model.
+    In these files, `embed_dim` is the hidden size of the tower, and `hidden_size` belongs to the language model.
     """
 
     embed_dim: Size
@@ -258,7 +258,7 @@ class Experts:
 
     num_experts: Annotated[int, Rule.whole(1, 2**16)]
     num_experts_per_tok: Annotated[int, Rule.whole(1, 2**16)]  # number of experts that process each token
-    moe_intermediate_size: Size  # number of inner features of each expert
+    moe_intermediate_size: Size  # number of inner features per expert
     shared_expert_intermediate_size: Annotated[int | None, SIZE] = None  # inner size of the expert for all tokens
     decoder_sparse_step: Annotated[int, Rule.whole(1, 1000)] = 1  # every n-th layer has experts
     mlp_only_layers: LayerNumbers = ()  # layers that never have experts

@@ -116,7 +116,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     @property
     def logprobs(self) -> list[dict[str, Any]] | None:
-        """Log probabilities of each token in `ids` and its alternatives (docs/json.md), or None without the `logprobs` option."""
+        """Log probabilities of the tokens in `ids` and their alternatives (docs/json.md), or None without the `logprobs` option."""
         return self.report.logprobs
 
     @property

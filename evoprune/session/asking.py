@@ -134,7 +134,7 @@ class Askable(ABC, Uncopied):
         return self._answer(question, generation, seed, on_thoughts)
 
     def chat(self, system: str | None = None, messages: Sequence[Mapping[str, str]] = ()) -> "Chat":
-        """Start a multi-turn conversation about the inputs, in which each question can refer to earlier questions and answers.
+        """Start a multi-turn conversation about the inputs, where questions can refer to earlier questions and answers.
 
         Args:
             system: The system prompt. None means the model's default.
@@ -208,8 +208,8 @@ class Askable(ABC, Uncopied):
         """Yield an answer piece by piece, and update `report` and `ids` after each piece.
 
         Args:
-            ids: The list to which the token ids of the answer are added.
-            instances: The list to which an instance of the schema is added, if the schema is a class and the answer is complete.
+            ids: The list that collects the token ids of the answer.
+            instances: The list that receives an instance of the schema, if the schema is a class and the answer is complete.
             on_thoughts: Called with each piece of the model's thoughts.
             turns: The conversation so far, or None for a single question.
 

@@ -42,7 +42,7 @@ Progress = Callable[[str, int, int], None]
 
 KINDS_HINT = "give a path or a URL, an array of frames, a Pillow image, the bytes of a file, or an open file"
 AHEAD_BYTES = 2**26  # maximum size in bytes of prefetched patches outside the patch store
-READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the Python package of each decoder
+READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # Python packages of the decoders
 
 
 @dataclass(eq=False)
@@ -552,11 +552,11 @@ def open_inputs(
 
 
 def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[float] | None = None) -> list[Input]:
-    """Convert one or more inputs to a list, in which paths become strings and arrays of frames become `HeldVideo` objects.
+    """Convert one or more inputs to a list. Paths become strings, and arrays of frames become `HeldVideo` objects.
 
     Args:
         frame_rate: Frame rate of the arrays, in frames per second.
-        times_s: Timestamp of each frame in an array, in seconds, as an alternative to the frame rate.
+        times_s: Timestamps of the frames in an array, in seconds, as an alternative to the frame rate.
 
     Raises:
         UsageError: If there are no inputs, or an input has an unsupported type. See also `HeldVideo.of`.

@@ -1,8 +1,8 @@
 """Read inputs ahead in background threads: while the model loads, while the encoder runs, or while another question is answered.
 
 A `Reading` is an input that is being read. Its thread produces chunks of frames or patches, which are buffered until a consumer
-takes them. Readings can be grouped in a `Readings` object, in which they take turns and share a memory limit for buffered chunks.
-This module does not import torch, so reading can start before torch is imported.
+takes them. The readings in a `Readings` group take turns and share a memory limit for buffered chunks. This module does not import
+torch, so reading can start before torch is imported.
 
 Timing does not affect the result: however far ahead the thread is, a consumer gets the same chunks in the same order.
 """

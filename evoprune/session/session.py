@@ -199,5 +199,5 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        """The device on which the vision tower runs."""
+        """The device of the vision tower."""
         return self.loaded.model.model.visual.patch_embed.proj.weight.device

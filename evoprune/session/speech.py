@@ -289,7 +289,7 @@ class _SpeechRequest:
     # The thread.
 
     def _pieces(self, reading: Reading) -> Iterator["_Piece"]:
-        """Transcribe the sound one window at a time, and yield the lines of each window."""
+        """Transcribe the sound one window at a time, and yield the transcribed lines of the window."""
         start = time.perf_counter()
         model = _loaded(self.model, self.offline, self.cores)
         language = None
@@ -330,7 +330,7 @@ _readings: OrderedDict[_SpeechRequest, Reading[_Piece]] = OrderedDict()
 
 @lru_cache(maxsize=1)
 def _group() -> Readings:
-    """Return the group of all transcriptions, which makes them run one after another."""
+    """Return the group that all transcriptions belong to, which makes them run one after another."""
     return Readings()
 
 

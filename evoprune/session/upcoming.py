@@ -73,9 +73,9 @@ def in_flight(
         on_wait: Called with the number of seconds that the caller had to wait for each item.
 
     Yields:
-        A tuple of each item and its inputs, or of the item and the `Exception` that `opened` raised, usually a `VideoError` or a
-        `UsageError`. An error for one item does not affect other items. Errors that occur while reading frames are raised later, by
-        `OpenInputs.encode`.
+        For each item, a tuple of the item and its inputs, or of the item and the `Exception` that `opened` raised, usually a
+        `VideoError` or a `UsageError`. An error for one item does not affect other items. Errors that occur while reading frames
+        are raised later, by `OpenInputs.encode`.
 
     Raises:
         Exception: Any exception that is raised by iterating over `items`.

@@ -123,10 +123,9 @@ def _environment_kept() -> Iterator[None]:
 
 
 def _check_experts(folder: Path, count: int) -> None:
-    """Check that the tensors of all experts exist and have consistent shapes.
+    """Check that all experts' tensors exist and have consistent shapes.
 
-    transformers merges the tensors of all experts. If it cannot merge some of them, it only logs a message, so they are checked
-    here.
+    transformers merges the experts' tensors. If it cannot merge some of them, it only logs a message, so they are checked here.
 
     Raises:
         ModelError: If a tensor of an expert is missing, or its shape differs from the same tensor in other experts.

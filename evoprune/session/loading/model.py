@@ -95,7 +95,7 @@ class LoadedModel:
     fingerprint: str | None  # changes if the weight files change or are moved; None if unknown
     load_seconds: dict[str, float]  # duration of the steps "tokenizer", "weights" and "prepare"
     packing: Packing  # packs the remaining layers later, and measures the time
-    quantized_file: Path | None = None  # file in which this load stored the quantized weights, or None
+    quantized_file: Path | None = None  # file that this load wrote the quantized weights to, or None
     ready: Callable[[], None] = lambda: None  # waits for `_warm_up`, which starts during loading
     # The patches of recent inputs, so that an input can be encoded again with other settings without reading its file again.
     patches: PatchStore = field(default_factory=PatchStore)
@@ -336,10 +336,10 @@ def _loaded(
     """Load the weights, and then quantize and pack them as requested.
 
     Args:
-        seconds: A dict to which the durations of the steps "weights" and "prepare" are added.
+        seconds: A dict that receives the durations of the steps "weights" and "prepare".
 
     Returns:
-        A tuple of the model, its `Packing`, and the file in which the quantized weights were stored (None if they were not stored).
+        A tuple of the model, its `Packing`, and the file that the quantized weights were written to (None if they were not stored).
 
     Raises:
         OutOfMemory: If the weights do not fit into memory.
@@ -384,7 +384,7 @@ def _loaded(
 
 
 def _quantize(weights: Model, stored: ModelWeights, progress: Callable[[int, int], None] | None) -> Path | None:
-    """Quantize the linear layers in place. Return the file in which the quantized weights were stored, or None if they were not."""
+    """Quantize the linear layers in place. Return the file that the quantized weights were written to, or None."""
     from evoprune.session.loading.stored import has_room, quantize_once
 
     model = stored.description

@@ -105,7 +105,7 @@ class ModelWeights:
 
     @cached_property
     def config(self) -> Config:
-        """The model's config, in which the embeddings are untied if the files contain a different output layer."""
+        """The model's config, with untied embeddings if the files contain a different output layer."""
         config = self.description.config
         if not config.tie_word_embeddings or self.description.random or not separate_head(self.files_here):
             return config
@@ -139,7 +139,7 @@ class ModelWeights:
         return self.parameters * self.read_dtype(dtype, quantize).itemsize
 
     def read_dtype(self, dtype: str, quantize: str) -> torch.dtype:
-        """Return the dtype in which transformers should read the weights.
+        """Return the dtype that transformers should load the weights in.
 
         If the weights will be quantized afterwards, this is the dtype of the files (if it is known), to save memory.
         """
