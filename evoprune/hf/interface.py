@@ -297,7 +297,10 @@ def has_picture(call: dict) -> bool:
 
 
 def is_assistant(call: dict) -> bool:
-    """Return True if a `generate` call belongs to an assistant model, which drafts tokens for another model."""
+    """Return True if a `generate` call belongs to an assistant model, which drafts tokens for another model.
+
+    Such a call receives the prompt and the encoded videos of the other model.
+    """
     return bool(getattr(call.get("generation_config"), "is_assistant", False))
 
 

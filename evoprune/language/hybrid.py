@@ -197,7 +197,7 @@ def delta_net(
     rows = qk.flatten(2, 3).flatten(0, 1)
     scores = torch.bmm(rows, rows[:, CHUNK:].mT).view(heads, 1, chunks, 2, CHUNK, CHUNK) * decay[:, :, :, None]
     own = scores[:, :, :, 0].flatten(0, 2)  # products of queries and keys within each chunk
-    # The values that each column writes to the state, [..., values], and the keys whose earlier values it overwrites, [..., keys].
+    # What each column writes to the state, [..., values], and the directions of the earlier state that it overwrites, [..., keys].
     solved = torch.linalg.solve_triangular(
         scores[:, :, :, 1] * beta, torch.cat([v, k * decay_in_chunk], -1) * beta, upper=False, unitriangular=True
     ).flatten(0, 2)

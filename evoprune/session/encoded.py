@@ -13,7 +13,7 @@ class EncodedInput:
     """An encoded video or picture, together with its stage times and warnings."""
 
     plan: Plan
-    encoded: Encoded  # tokens for the language model; see also `unselected`
+    encoded: Encoded  # tokens for the language model; empty until selected, if `unselected` is set
     unselected: EncodedRows | None  # rows to select tokens from, if the method needs the question
     seconds: dict[str, float]  # time spent in each of the stages in `report.INPUT_STAGES`
     wall_seconds: float  # wall-clock time from the start of planning to the end of encoding

@@ -24,7 +24,7 @@ READER_BYTES = 2**30  # memory in bytes that a reader may need for its decoder, 
 
 
 def readers(loaded: LoadedModel) -> int:
-    """Return how many inputs to read at a time: one for every two idle cores, or fewer if little memory is available.
+    """Return how many inputs to read at a time: one for every two idle cores, or fewer if memory is low.
 
     The result is at least 1 and at most `MAX_READERS`.
     """

@@ -164,11 +164,11 @@ class LoadedModel:
         return self.demo.span if self.demo else None
 
     def knows(self, info: Video) -> bool:
-        """Return True unless the model is a demo and the file does not come from the generator of the demo's training clips."""
+        """Return False if the model is a demo and a file does not come from the generator of its training clips."""
         return self.demo is None or self.demo.made(info.tags)
 
     def knows_words(self, question: str) -> bool:
-        """Return True unless the model is a demo and the question contains words that are not in the demo's training data."""
+        """Return False if the model is a demo and a question contains words that are not in its training data."""
         return self.demo is None or not self.demo.unknown_words(question)
 
     def doubt(self, inputs: Sequence[Video], subtitles: bool) -> str | None:
