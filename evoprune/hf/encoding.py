@@ -100,7 +100,7 @@ def encode_each(
 
 
 def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = False) -> PruneConfig:
-    """Create pruning settings, and check that the pruning method works on patches from a Hugging Face processor.
+    """Create pruning settings and check that the pruning method works on patches from a Hugging Face processor.
 
     Raises:
         UsageError: If the method or one of its settings does not exist, the method resizes frames or acts inside the language

@@ -145,7 +145,7 @@ class AnswerConstraint:
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Decode token ids as they arrive, and yield their text in pieces.
+    """Decode token ids as they arrive and yield their text in pieces.
 
     Joined together, the pieces equal the result of decoding all ids at once. A byte-level token may end in the middle of a
     character, but a piece never does.
@@ -167,7 +167,7 @@ def begins_with_thoughts(tokenizer: Tokenizer, prompt_ids: torch.Tensor) -> bool
 
 
 def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Tensor) -> Iterator[tuple[str, bool]]:
-    """Decode token ids, and yield pairs of a piece of text (see `stream_text`) and whether it belongs to the model's thoughts.
+    """Decode token ids and yield pairs of a piece of text (see `stream_text`) and whether it belongs to the model's thoughts.
 
     Thoughts are opened either at the end of the prompt (`prompt_ids`, int64 `[L]`) or by the first generated token. In both cases,
     the first pair has an empty text. The thoughts end at `</think>`. If the tokenizer has a special token for it, only this token

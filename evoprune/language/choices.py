@@ -128,7 +128,7 @@ def _branch(state: PrefillState) -> Iterator[PrefillState]:
 
 
 def _read_tokens(state: PrefillState, ids: Sequence[int]) -> float:
-    """Read tokens, and return the sum of their log probabilities, each given the tokens before it. Without tokens, the sum is 0."""
+    """Read tokens and return the sum of their log probabilities, each given the tokens before it. Without tokens, the sum is 0."""
     if not ids:
         return 0.0
     given = torch.tensor(ids, dtype=torch.int64, device="cpu")

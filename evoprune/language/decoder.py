@@ -37,7 +37,7 @@ def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> 
     dim = 2 * sum(sections)
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
-    if interleaved:  # every third pair goes to height, and every third to width, until their sections are full; time gets all other pairs
+    if interleaved:  # height and width each get every third pair until their sections are full; time gets the remaining pairs
         axes = [0] * len(axes)
         for axis in (1, 2):
             axes[axis : 3 * sections[axis] : 3] = [axis] * len(axes[axis : 3 * sections[axis] : 3])
@@ -91,7 +91,7 @@ def attend(
     wide: torch.Tensor | None = None,
     dim: int | None = None,
 ) -> torch.Tensor:
-    """Compute causal attention from L query columns to n keys, and return the output, `[L, heads * head_dim]`.
+    """Compute causal attention from L query columns to n keys and return the output, `[L, heads * head_dim]`.
 
     Args:
         queries: `[1, L, heads, head_dim]`. Bias features may follow at the end of each head (`Attention.bias_features`).
@@ -361,7 +361,7 @@ def forward(
     deepstack: torch.Tensor | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Run the model on new columns, and return the final hidden states of the last `last` columns, `[last, hidden]`.
+    """Run the model on new columns and return the final hidden states of the last `last` columns, `[last, hidden]`.
 
     Args:
         model: A module tree whose weights have Hugging Face's names. Of its modules, only the linear layers are called.

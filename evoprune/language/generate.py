@@ -1,4 +1,4 @@
-"""Read a pruned prompt, and then generate an answer token by token."""
+"""Read a pruned prompt and then generate an answer token by token."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -92,7 +92,7 @@ class LanguageModel:
         return KVCache(self.model, [n + ANSWER_COLUMNS for n in columns])
 
     def forward(self, *args, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """Read new columns, and return the final hidden states of the last columns. See `decoder.forward` for other arguments.
+        """Read new columns and return the final hidden states of the last columns. See `decoder.forward` for other arguments.
 
         Args:
             ids: int64 `[columns]`, the token ids of the new columns, which some models need in addition to embeddings (see
@@ -101,7 +101,7 @@ class LanguageModel:
         return self._layers.forward(self.model, *args, **kwargs, **self._given(ids))
 
     def logits(self, *args, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """Read new columns, and return the next-token logits after each of the last columns (see `decoder.logits`).
+        """Read new columns and return the next-token logits after each of the last columns (see `decoder.logits`).
 
         Takes the same arguments as `forward`.
         """

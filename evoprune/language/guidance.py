@@ -84,7 +84,7 @@ def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
 
 @lru_cache(16)
 def _checked_grammar(kind: str, text: str) -> str:
-    """Check a regular expression or a schema (as JSON text), and return its grammar. The result is cached."""
+    """Check a regular expression or a schema (as JSON text) and return its grammar. The result is cached."""
     _check_installed(kind)
     needs = "llguidance" if kind == REGEX else "llguidance, jsonschema"
     try:
@@ -132,7 +132,7 @@ def find_fault(request: str) -> tuple[str, str | None]:
 
 
 def _compile_error(kind: str, text: str) -> str:
-    """Compile a schema or regular expression, and generate the first bytes of an answer. Return the error message, or ""."""
+    """Compile a schema or regular expression and generate the first bytes of an answer. Return the error message, or ""."""
     library = _library()
     try:
         grammar = _grammar(kind, text)

@@ -96,7 +96,7 @@ def forward(
     deepstack: torch.Tensor | None = None,
     ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run the model on new columns, and return the final hidden states of the last `last` columns, `[last, hidden]`.
+    """Run the model on new columns and return the final hidden states of the last `last` columns, `[last, hidden]`.
 
     If the pass fails, a cache that can be cropped stays usable, but a cache with recurrent states becomes invalid. See
     `decoder.forward` for the other arguments.
@@ -150,7 +150,7 @@ def _read(
     strip: slice,
     ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Run the model on a strip of columns, and return their final hidden states, `[columns, hidden]`.
+    """Run the model on a strip of columns and return their final hidden states, `[columns, hidden]`.
 
     `before` is the number of columns that are already in the cache.
     """
@@ -171,7 +171,7 @@ def _read(
 
 @without_packages()
 def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attention_mask=None, **kwargs) -> torch.Tensor:
-    """Run the layers on new columns, and return the final hidden states, `[L, hidden]`.
+    """Run the layers on new columns and return the final hidden states, `[L, hidden]`.
 
     Args:
         model: The model to run.

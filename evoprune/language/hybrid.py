@@ -23,7 +23,7 @@ TINY = 1e-6  # epsilon added to the squared length of queries and keys in normal
 
 
 def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None) -> torch.Tensor:
-    """Run the language model on new columns, and return their hidden states after the final norm, `[L, hidden]`.
+    """Run the language model on new columns and return their hidden states after the final norm, `[L, hidden]`.
 
     Args:
         text: The transformers module of the language model.

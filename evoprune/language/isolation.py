@@ -22,7 +22,7 @@ POSSIBLE = bool(sys.executable) and not hasattr(sys, "frozen")
 def run_isolated(
     work: Callable[[str], Any], request: str, seconds: int, needs: str, stack_bytes: int | None = None
 ) -> Any:
-    """Call `work(request)` in a separate process with limits, and return its result.
+    """Call `work(request)` in a separate process with limits and return its result.
 
     If `POSSIBLE` is False, the function runs in the current process instead.
 

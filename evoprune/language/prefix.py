@@ -63,7 +63,7 @@ class PrefixCache:
     def read(
         self, pruned: PrunedPrompt, prompt: Prompt, last: bool, goes_on: bool, dropping: Dropping | None
     ) -> PrefillState:
-        """Read the uncached part of a prompt, and return the state from which its answer can be decoded.
+        """Read the uncached part of a prompt and return the state from which its answer can be decoded.
 
         Args:
             pruned: The prompt after pruning.

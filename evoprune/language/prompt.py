@@ -569,7 +569,7 @@ def _render(
     thinking: bool,
     contents: Sequence[Sequence[str | None]],
 ) -> str:
-    """Render a conversation with placeholders for the user's text, and check that everything is in the right order.
+    """Render a conversation with placeholders for the user's text and check that everything is in the right order.
 
     Args:
         tokenizer: The tokenizer and its chat template.

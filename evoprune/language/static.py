@@ -80,7 +80,7 @@ class StaticCache(ABC):
 
     @abstractmethod
     def _copy(self, cache: KVCache | HostedCache, bias: torch.Tensor) -> None:
-        """Copy the state of every layer, and apply the attention bias.
+        """Copy the state of every layer and apply the attention bias.
 
         Args:
             cache: The KV cache to copy from.
@@ -99,7 +99,7 @@ class StaticCache(ABC):
             self._holder, self._room = holder, read - cache.length
 
     def following(self, model, holder: object, token: int, pick: Callable[..., int]) -> int | None:
-        """Read a token, and let `pick(logits, best)` choose the next token.
+        """Read a token and let `pick(logits, best)` choose the next token.
 
         Returns:
             The next token, or None if the cache is full or has been handed over to another answer.
@@ -143,7 +143,7 @@ class NativeStaticCache(StaticCache):
         self._keys_values[:, 0, :, :read, dim:] = Attention.of(self._keys_values).bias_features(bias, dim)
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the keys and values of a new column, and return the keys and values of all columns that attention reads.
+        """Write the keys and values of a new column and return the keys and values of all columns that attention reads.
 
         See `KVCache.put`. Unlike there, the returned tensors include bias features.
         """
@@ -354,7 +354,7 @@ def can_step(model) -> bool:
 
 
 def give_up(model, problem: Exception) -> None:
-    """Stop using CUDA graphs for a model, and warn that decoding takes longer without them."""
+    """Stop using CUDA graphs for a model and warn that decoding takes longer without them."""
     _caches[model] = None
     message = f"tokens are decoded without a CUDA graph, which takes longer: {first_line(problem)}"
     warnings.warn(message, DeviceWarning, stacklevel=2)

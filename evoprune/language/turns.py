@@ -1,4 +1,4 @@
-"""Represent a conversation as turns, and convert turns to and from messages with roles. This module does not import torch."""
+"""Represent a conversation as turns and convert turns to and from messages with roles. This module does not import torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Estimate how many operations and how much memory a run needs, and measure how long each stage takes."""
+"""Estimate how many operations and how much memory a run needs and measure how long each stage takes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +43,7 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
 
     def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Yield items, and add the time spent producing them to a stage. Time spent by the consumer does not count."""
+        """Yield items and add the time spent producing them to a stage. Time spent by the consumer does not count."""
         source = iter(items)
         while True:
             with self.stage(name):

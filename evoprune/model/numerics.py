@@ -1,4 +1,4 @@
-"""Disable autocast, and check tensors for NaN and infinity.
+"""Disable autocast and check tensors for NaN and infinity.
 
 torch.autocast computes float32 matrix products in 16 bits. If users prune their own transformers model, its layers follow autocast,
 just as they do without pruning. Pruning methods and scores ignore autocast, because they need to compare values in float32. Models

@@ -70,7 +70,7 @@ class Askable(ABC, Uncopied):
         clock: Clock,
         earlier: Sequence[Turn] | None = None,
     ) -> PrefillState:
-        """Read a question, and return the state from which the answer is decoded.
+        """Read a question and return the state from which the answer is decoded.
 
         Args:
             earlier: The conversation so far, or None for a single question.
@@ -205,7 +205,7 @@ class Askable(ABC, Uncopied):
         on_thoughts: Callable[[str], None],
         turns: Sequence[Turn] | None,
     ) -> Iterator[str]:
-        """Yield an answer piece by piece, and update `report` and `ids` after each piece.
+        """Yield an answer piece by piece and update `report` and `ids` after each piece.
 
         Args:
             ids: The list that collects the token ids of the answer.
@@ -400,7 +400,7 @@ class EncodedInputs(Askable):
 
     @torch.inference_mode()
     def _select_for(self, question: str, report: Report) -> None:
-        """Select the visual tokens for a question, and discard the keys and values cached for earlier questions."""
+        """Select the visual tokens for a question and discard the keys and values cached for earlier questions."""
         loaded = self._session.loaded
         before = 0.0
         if self._inputs_reported:
@@ -431,7 +431,7 @@ class EncodedInputs(Askable):
         clock: Clock,
         earlier: Sequence[Turn] | None = None,
     ) -> PrefillState:
-        """Read a question, and return the state from which the answer is decoded.
+        """Read a question and return the state from which the answer is decoded.
 
         If the pruning method reads the question, it selects the visual tokens first.
         """
@@ -453,7 +453,7 @@ class EncodedInputs(Askable):
         return state
 
     def _prefill(self, prompt: Prompt, last: bool, goes_on: bool) -> PrefillState:
-        """Read a prompt, and return the state from which the answer is decoded. See `PrefixCache.read` for `last` and `goes_on`."""
+        """Read a prompt and return the state from which the answer is decoded. See `PrefixCache.read` for `last` and `goes_on`."""
         loaded = self._session.loaded
         pruning = self._session.pruning
         read = [encoding.encoded for encoding in self._encodings]

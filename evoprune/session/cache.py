@@ -59,7 +59,7 @@ class Entries:
     limit_bytes: int  # maximum total size; the least recently used entries are evicted first
 
     def __post_init__(self):
-        """Validate the fields, and convert `folder` to a `Path`.
+        """Validate the fields and convert `folder` to a `Path`.
 
         Raises:
             UsageError: If `folder` is not a path, or `limit_bytes` is not an integer.
@@ -74,7 +74,7 @@ class Entries:
         object.__setattr__(self, "limit_bytes", check_type("limit_bytes", self.limit_bytes, int))
 
     def write(self, key: str, content: Callable[[BinaryIO], None], make_room: bool = True) -> bool:
-        """Write an entry atomically, and evict the least recently used entries if the size limit is exceeded.
+        """Write an entry atomically and evict the least recently used entries if the size limit is exceeded.
 
         Args:
             content: Writes the contents of the entry to the file that it is called with.
@@ -244,7 +244,7 @@ class Cache(Entries):
         return Entries(self.folder / "weights", WEIGHTS_LIMIT_BYTES)
 
     def store(self, key: str, entry: Entry) -> bool:
-        """Store an encoded video in the cache, and evict old entries if the size limit is exceeded.
+        """Store an encoded video in the cache and evict old entries if the size limit is exceeded.
 
         Returns:
             True if the entry was written, or False if it is larger than the limit or cannot be written.

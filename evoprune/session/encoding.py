@@ -225,7 +225,7 @@ class OpenInput:
     def _compute(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> Encoded | EncodedRows:
-        """Encode the input, and add its "compile" and "encode" times to `clock` and its warnings to `warnings`.
+        """Encode the input and add its "compile" and "encode" times to `clock` and its warnings to `warnings`.
 
         Returns:
             The tokens, or the rows to select tokens from if the pruning method reads the question.

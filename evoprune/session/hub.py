@@ -1,4 +1,4 @@
-"""Download models from the Hugging Face hub into its local cache, and suggest corrections for model names. Imports no torch."""
+"""Download models from the Hugging Face hub into its local cache and suggest corrections for model names. Imports no torch."""
 
 import re
 import threading
@@ -161,7 +161,7 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Call `work` in a thread with a time limit, and return its result.
+    """Call `work` in a thread with a time limit and return its result.
 
     Unlike an HTTP timeout, this limit also covers the DNS lookup, which can take half a minute.
 

@@ -104,7 +104,7 @@ class Session:
         kept: int,
         earlier: Sequence[Turn] = (),
     ) -> Prompt:
-        """Build the prompt for a question, and check that it fits into the model's context and into memory.
+        """Build the prompt for a question and check that it fits into the model's context and into memory.
 
         The prompt contains a placeholder for every visual token of the inputs, including tokens that will be pruned.
 

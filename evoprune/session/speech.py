@@ -54,8 +54,8 @@ LAST_S = 15.0  # a full window is cut at its quietest point within this many sec
 QUIET_S = 0.2  # resolution in seconds when looking for the quietest point
 BRIDGE_S = 1.0  # shorter gaps in the sound, in seconds, become silence; a longer gap ends the window
 MIN_WINDOW_S = 0.1  # shorter windows, in seconds, are not transcribed
-# Whisper's own limit on the compression ratio. A higher ratio means that the text repeats itself in a loop, which often happens with
-# music and noise.
+# Whisper's own limit on the compression ratio. A higher ratio means that the text repeats itself in a loop, which often happens
+# with music and noise.
 REPEATED = 2.4
 MAX_TRANSCRIPTS = 64  # maximum number of finished transcripts to keep in memory
 STAGE = "speech"
@@ -289,7 +289,7 @@ class _SpeechRequest:
     # The thread.
 
     def _pieces(self, reading: Reading) -> Iterator["_Piece"]:
-        """Transcribe the sound one window at a time, and yield the transcribed lines of the window."""
+        """Transcribe the sound one window at a time and yield its transcribed lines."""
         start = time.perf_counter()
         model = _loaded(self.model, self.offline, self.cores)
         language = None
@@ -310,7 +310,7 @@ class _SpeechRequest:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The transcript of a window. `seconds` contains the time that it took, until the first consumer has counted it."""
+    """The transcribed lines of a window, together with the transcription time, which is counted only by the first consumer."""
 
     lines: list[Line]
     language: str | None

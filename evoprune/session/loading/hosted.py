@@ -55,7 +55,7 @@ REPETITIVE_LOGS = {
 def load_hosted(
     config: Config, folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None
 ) -> HostedVL:
-    """Load the model in a folder through transformers, and warn about unused tensors.
+    """Load the model in a folder through transformers and warn about unused tensors.
 
     Args:
         quantization: The checkpoint's quantization method, or None.

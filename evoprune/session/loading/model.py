@@ -333,7 +333,7 @@ def load_model(
 def _loaded(
     stored: ModelWeights, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
 ) -> tuple[Model, Packing, Path | None]:
-    """Load the weights, and then quantize and pack them as requested.
+    """Load the weights and then quantize and pack them as requested.
 
     Args:
         seconds: A dict that receives the durations of the steps "weights" and "prepare".

@@ -1,4 +1,4 @@
-"""Quantize a model's weights, and store the result on disk for later runs.
+"""Quantize a model's weights and store the result on disk for later runs.
 
 A single calibration run finds the input channels with large values. Its input is always the same: a synthetic picture with flat,
 smooth, striped and noisy areas, and tokens from the whole vocabulary.
@@ -176,7 +176,7 @@ def calibrate(model: Model) -> None:
 
 
 def calibrate_tower(visual) -> torch.Tensor:
-    """Run all linear layers of a vision tower once on the CPU, and return the resulting features, `[N, hidden]`."""
+    """Run all linear layers of a vision tower once on the CPU and return the resulting features, `[N, hidden]`."""
     plan = EncoderPlan.full(TowerShape.of_tower(visual), CALIBRATION_GRID)
     return encode_rows(visual, [_patches(visual)], plan).select_tokens().features
 
