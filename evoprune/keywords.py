@@ -166,7 +166,7 @@ class FindKeywords(TypedDict, total=False):
 
 
 class EvoPruneKeywords(TypedDict, total=False):
-    """Settings for pruning."""
+    """Pruning settings for a Hugging Face model."""
 
     budget: float | str
     """Share of the visual tokens of each video to keep: a number in (0, 1], a percentage such as "25%", or a preset."""

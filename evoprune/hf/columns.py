@@ -62,7 +62,7 @@ class Columns:
 
     @property
     def places(self) -> int:
-        """Number of places in each row (C)."""
+        """Number of places (C), which is the number of columns in the pruned batch."""
         return self.index.shape[1]
 
     @property

@@ -74,7 +74,7 @@ def _checked_init(init: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class EvoPrune:
-    """Settings for pruning. Call the object with a model to get a context manager that prunes inside the model.
+    """Pruning settings for a Hugging Face model. Call this object with a model to get a context manager that prunes inside it.
 
     If `pack` is set, the context manager also holds a packed copy of the tower (`hf.encoding.PackedTower`), which takes as much
     memory as the tower's linear layers: 1.2 GiB for a 3B model in bfloat16, or 0.6 GiB in 8 bits. The model itself does not change.
@@ -118,7 +118,7 @@ class EvoPrune:
         object.__setattr__(self, "pruning", patch_config(budget, self.method, self.seed))
 
     def __call__(self, model: nn.Module) -> "PrunedModel":
-        """Return a context manager that prunes inside the model while its with-block runs.
+        """Return a context manager that prunes inside a Hugging Face model while its `with` block runs.
 
         Raises:
             ModelError: If the model's class is not in `interface.MODELS`.
@@ -451,7 +451,7 @@ class Patches:
         self._calls = 0
 
     def install(self) -> None:
-        """Replace the methods, unless they are already replaced.
+        """Replace the model's methods, unless they are already replaced.
 
         Raises:
             UsageError: If other `Patches` are installed in the model.

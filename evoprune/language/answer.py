@@ -72,7 +72,7 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
     @property
     def choices(self) -> list[Choice]:
-        """The choices and their probabilities. The list is empty until the choices have been scored."""
+        """All choices with their probabilities. This list is empty until the choices have been scored."""
         return self._tokens.choices
 
     def logprobs_since(self, number: int) -> list[dict[str, Any]]:

@@ -37,7 +37,8 @@ def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> 
     dim = 2 * sum(sections)
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
-    if interleaved:  # height and width each get every third pair until their sections are full; time gets the remaining pairs
+    # If interleaved, height and width each get every third pair until their sections are full, and time gets the remaining pairs.
+    if interleaved:
         axes = [0] * len(axes)
         for axis in (1, 2):
             axes[axis : 3 * sections[axis] : 3] = [axis] * len(axes[axis : 3 * sections[axis] : 3])

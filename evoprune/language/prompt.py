@@ -337,12 +337,12 @@ class Place:
         return cls(tuple(runs), tuple(around))
 
     def __len__(self) -> int:
-        """Return the number of placeholder columns."""
+        """Return the number of prompt columns that contain this input's placeholders."""
         return sum(map(len, self.runs))
 
     @cached_property
     def columns(self) -> torch.Tensor:
-        """All placeholder columns, int64 on the CPU."""
+        """Prompt columns that contain this input's placeholders, int64 on the CPU."""
         return torch.cat([arange_on(len(run), "cpu") + run.start for run in self.runs])
 
     def positions(
@@ -534,7 +534,7 @@ def _lay_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list[
 
 
 def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
-    """For each input with timestamps, replace its placeholder with the timestamps, each followed by a placeholder in markers."""
+    """Replace each placeholder that has timestamps with these timestamps, each followed by a placeholder between markers."""
     remaining_times = iter(times)
     start, end = map(re.escape, MARKERS)
 

@@ -1,4 +1,4 @@
-"""Read the JSON Schema of an answer from a file or a class and parse answers that follow it. This module does not import torch."""
+"""Read the JSON Schema of an answer from a file or a class, and parse answers that follow it. This module does not import torch."""
 
 import json
 from collections.abc import Iterator, Mapping

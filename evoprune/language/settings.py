@@ -1,4 +1,4 @@
-"""Options that control how an answer is generated. This module does not import torch."""
+"""Options for generating an answer. This module does not import torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Estimate how many operations and how much memory a run needs and measure how long each stage takes."""
+"""Estimate how many operations and how much memory a run needs, and measure how long each stage takes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -212,7 +212,7 @@ class Chat(Uncopied):
         self._turns = []
 
     def undo(self) -> str | None:
-        """Remove the latest question and its answer and return the question. Return None if the conversation is empty."""
+        """Remove the latest question and its answer, and return the question. Return None if the conversation is empty."""
         self._latest = object()
         return self._turns.pop().question if self._turns else None
 

@@ -53,7 +53,7 @@ def own_code() -> str:
 
 @dataclass(frozen=True)
 class Entries:
-    """A folder of cache entries. Several processes may use the same folder at the same time."""
+    """A cache in a folder on disk, which several processes may use at the same time."""
 
     folder: Path  # created when the first entry is written
     limit_bytes: int  # maximum total size; the least recently used entries are evicted first
@@ -165,7 +165,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cache(Entries):
-    """A folder of encoded videos. Several processes may use the same folder at the same time."""
+    """A disk cache of encoded videos, which several processes may use at the same time."""
 
     makes_room: ClassVar[bool] = True  # whether `store` evicts old entries if the size limit is exceeded
 
@@ -230,17 +230,17 @@ class Cache(Entries):
 
     @property
     def of_segments(self) -> "SegmentCache":
-        """A cache for segments of long videos, in a subfolder with its own size limit."""
+        """A cache for encoded segments of long videos, in a subfolder with a separate size limit."""
         return SegmentCache(self.folder / "segments")
 
     @property
     def of_speech(self) -> Entries:
-        """A cache for transcripts, in a subfolder with its own size limit."""
+        """A cache for speech transcripts, in a subfolder with a separate size limit."""
         return Entries(self.folder / "speech", SPEECH_LIMIT_BYTES)
 
     @property
     def of_weights(self) -> Entries:
-        """A cache for quantized weights, in a subfolder with its own size limit."""
+        """A cache for quantized model weights, in a subfolder with a separate size limit."""
         return Entries(self.folder / "weights", WEIGHTS_LIMIT_BYTES)
 
     def store(self, key: str, entry: Entry) -> bool:
@@ -271,7 +271,7 @@ class Cache(Entries):
 
 @dataclass(frozen=True)
 class SegmentCache(Cache):
-    """A folder of encoded video segments.
+    """A disk cache of encoded video segments.
 
     A long video has hundreds of segments. For this reason, `store` does not evict anything; instead, the caller stores all segments
     and then calls `make_room` once. Likewise, a video file is hashed only once, unless its size or modification time changes.

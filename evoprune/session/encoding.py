@@ -107,13 +107,13 @@ class OpenInput:
 
     @cached_property
     def key(self) -> str | None:
-        """Key of this input in the disk cache, or None if it cannot be cached."""
+        """The key of this input in the disk cache, or None if it cannot be cached."""
         with self.clock.stage("read"):
             return self._current_key()
 
     @cached_property
     def stored(self) -> Entry | None:
-        """Entry of this input in the disk cache, or None on a cache miss."""
+        """The entry for this input in the disk cache, or None on a cache miss."""
         if self.key is None:
             return None
         with self.clock.stage("read"):

@@ -79,7 +79,7 @@ class ModelDescription:
 
     @property
     def random(self) -> bool:
-        """Whether the weights are random numbers and are not read from files."""
+        """Whether the weights are filled with random numbers instead of being loaded from files."""
         return self.options.load_format == "dummy"
 
     @cached_property
