@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ModelKeywords(TypedDict, total=False):
-    """Which model to load, and how."""
+    """Options for loading a model."""
 
     revision: str | None
     """Branch, tag or commit of a hub id."""
@@ -42,7 +42,7 @@ class ModelKeywords(TypedDict, total=False):
 
 
 class PruneKeywords(TypedDict, total=False):
-    """How visual tokens are pruned."""
+    """Options for pruning visual tokens."""
 
     budget: float | str
     """Share of visual tokens kept: 0.1, 10%, or high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x),
@@ -126,7 +126,7 @@ class UntypedKeywords(TypedDict, total=False):
 
 
 class GenerationKeywords(UntypedKeywords, total=False):
-    """Options that control how an answer is generated."""
+    """Options for generating an answer, such as its maximum length, sampling, thinking, and constraints on its format."""
 
     schema: Mapping[str, Any] | type[Any] | None
     """A JSON Schema as a dict, a dataclass or a pydantic model: the answer is JSON that follows it, and `Answer.parsed`
@@ -134,7 +134,7 @@ class GenerationKeywords(UntypedKeywords, total=False):
 
 
 class StreamKeywords(TypedDict, total=False):
-    """How a stream is remembered."""
+    """Options for watching a live stream, which set the window length and the size of the memory."""
 
     window_s: float
     """Length of the windows that the stream is encoded in, in seconds. Each has a fixed number of tokens."""
@@ -145,7 +145,7 @@ class StreamKeywords(TypedDict, total=False):
 
 
 class FindKeywords(TypedDict, total=False):
-    """How the moments of a video are found."""
+    """Options for finding the moments of a video that match a query."""
 
     top: int
     """Maximum number of moments per query, best first."""
@@ -166,7 +166,7 @@ class FindKeywords(TypedDict, total=False):
 
 
 class EvoPruneKeywords(TypedDict, total=False):
-    """Settings for pruning."""
+    """Pruning settings for a Hugging Face model."""
 
     budget: float | str
     """Share of the visual tokens of each video to keep: a number in (0, 1], a percentage such as "25%", or a preset."""

@@ -1,11 +1,12 @@
-"""Remove the columns of pruned tokens from the arguments of a call to a Hugging Face model.
+"""Remove pruned tokens from the arguments of a call to a Hugging Face model.
 
-A call is a dict that contains the arguments of `forward` or `generate` by name. M-RoPE positions still refer to the whole prompt,
-so they have gaps after pruning. Attention masks are built from each token's index within its row, which has no gaps.
+A column is a token position in a batch of prompts, and a call is a dict that contains the arguments of `forward` or `generate` by
+name. M-RoPE positions still refer to the whole prompt, so they have gaps after pruning. Attention masks are built from each token's
+index within its row, which has no gaps.
 
-The remaining columns are aligned to the right, so that all rows still end where the answer begins. If a row has fewer remaining
-columns than the longest row, it is padded on the left. Columns of left padding that no row needs are removed. Callbacks passed to
-`generate` still receive the ids of the whole prompt.
+The remaining columns are aligned to the right, so that all rows still end where the answer begins. Rows with fewer remaining
+columns are padded on the left, and padding that no row needs is removed. Callbacks passed to `generate` still receive the ids of
+the whole prompt.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,30 +25,30 @@ from evoprune.methods import arange_on
 from evoprune.vision import Encoded
 
 VISION_ARGUMENTS = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}
-PAST = "evoprune"  # attribute that is set on a cache and that copies of the cache inherit
+PAST = "evoprune"  # attribute of a KV cache, which copies of the cache inherit
 
 
 @dataclass(frozen=True, repr=False)
 class Columns:
-    """The columns of a batch that remain after pruning.
+    """Maps the columns of a pruned batch to columns of the original batch.
 
-    Each remaining column is moved to a place, which is a column of the pruned batch.
+    A column of the pruned batch is called a place, because each remaining column is moved to one.
     """
 
-    # int64 `[B, C]`: for each place, the column of the unpruned batch that was moved there. Each row is in ascending order, after
-    # its padding, which is -1.
+    # int64 `[B, C]`, which contains for each place the column of the original batch that was moved there. Each row starts with its
+    # padding, which is -1, followed by its columns in ascending order.
     index: torch.Tensor
     width: int  # number of columns in the unpruned batch
 
     @classmethod
     def of(cls, left: Sequence[torch.Tensor], ids: torch.Tensor, mask: torch.Tensor | None = None) -> "Columns":
-        """Move each row's remaining columns to the right, using only as many places as the longest row needs.
+        """Align the remaining columns of each row to the right, with only as many places as the longest row needs.
 
         Args:
-            left: The remaining columns of each row in ascending order, int64 `[n]`.
+            left: One tensor per row that lists the row's remaining columns in ascending order, int64 `[n]`.
             ids: The token ids of the unpruned batch, int64 `[B, L]`.
-            mask: The attention mask `[B, L]`, which is 0 at padding. None means that there is no padding. Padding before a row's
-                first token is removed if it would take more places than the longest row needs.
+            mask: The attention mask `[B, L]`, which is 0 at padding, or None if there is no padding. Padding before the first token
+                of a row is removed if it would take more places than the longest row needs.
         """
         needed = left
         if mask is not None:
@@ -61,16 +62,16 @@ class Columns:
 
     @property
     def places(self) -> int:
-        """C, the number of places in each row."""
+        """Number of places (C), which is the number of columns in the pruned batch."""
         return self.index.shape[1]
 
     @property
     def padded(self) -> bool:
-        """Whether any row is padded because fewer columns remain in it than in the longest row."""
+        """Whether any row is padded because it has fewer remaining columns than the longest row."""
         return bool((self.index < 0).any())
 
     def take(self, x: torch.Tensor, fill: int = 0) -> torch.Tensor:
-        """Return the entries of `x` for the remaining columns.
+        """Select the entries of a tensor that belong to the remaining columns.
 
         Args:
             x: A tensor with one entry per column of the unpruned batch, `[..., B or 1, width]`.
@@ -84,14 +85,14 @@ class Columns:
         return x.gather(-1, index.clamp(min=0).expand(*x.shape[:-1], -1)).masked_fill(index < 0, fill)
 
     def following(self, width: int) -> "Columns":
-        """Return these columns, followed by all additional columns of a batch that has grown to `width` columns."""
+        """Return these columns, followed by the new columns of a batch that has grown to `width` columns."""
         more = arange_on(width, self.index.device)[self.width :]
         return Columns(torch.cat([self.index, more.expand(len(self.index), -1)], 1), width)
 
     def first(self, places: int) -> "Columns":
-        """Return these columns cropped to the first `places` places.
+        """Return a copy that is cropped to the first `places` places.
 
-        The new width also counts the pruned columns that lie between the last remaining place and the next one.
+        The width of the copy also includes the pruned columns between its last place and the next one.
 
         Raises:
             UsageError: If the rows would be cropped at different columns of the unpruned batch.
@@ -103,17 +104,17 @@ class Columns:
         return Columns(self.index[:, :places], int(ends))
 
     def repeated(self, times: int) -> "Columns":
-        """Repeat each row `times` times, for beam search or for more than one answer per prompt."""
+        """Repeat each row `times` times, for beam search or several answers per prompt."""
         return Columns(self.index.repeat_interleave(times, 0), self.width)
 
 
 def _right_aligned(rows: Sequence[torch.Tensor], places: int, fill: float) -> torch.Tensor:
-    """Stack the last `places` entries of each row into a tensor `[B, places]`, and pad shorter rows on the left with `fill`."""
-    return torch.stack([pad(row, (places - len(row), 0), value=fill) for row in rows])  # negative padding crops the row
+    """Stack rows of different lengths into a tensor `[B, places]`, cropping or padding each row on the left."""
+    return torch.stack([pad(row, (places - len(row), 0), value=fill) for row in rows])  # negative padding crops a row
 
 
 def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> torch.Tensor:
-    """Return `ids` with the pruned prompt at the start of every row replaced by the whole prompt.
+    """Replace the pruned prompt at the start of every row with the whole prompt.
 
     Args:
         prompt: The whole prompts, int64 `[B, L]`.
@@ -125,7 +126,7 @@ def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> t
 
 
 def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
-    """Adapt a `generate` call whose prompt has been pruned, so that its length limits and callbacks refer to the whole prompt.
+    """Adapt a `generate` call with a pruned prompt, so that length limits and callbacks still refer to the whole prompt.
 
     Args:
         call: The call with the whole prompt.
@@ -158,7 +159,7 @@ def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
 
 
 class _WholePromptCallback:
-    """Wraps a logits processor or a stopping criterion so that it receives the ids of the whole prompt."""
+    """Wraps a logits processor or a stopping criterion, so that it receives the ids of the whole prompt."""
 
     def __init__(self, wrapped: Callable, prompt: torch.Tensor, places: int):
         self._wrapped = wrapped
@@ -173,7 +174,7 @@ class _WholePromptCallback:
 
 
 class _WholePromptStreamer:
-    """Wraps a streamer so that it receives the whole prompt instead of the pruned prompt."""
+    """Wraps a streamer, so that it receives the whole prompt instead of the pruned one."""
 
     def __init__(self, wrapped, prompt: torch.Tensor):
         self._wrapped = wrapped
@@ -191,29 +192,29 @@ class _WholePromptStreamer:
 
 @dataclass(frozen=True)
 class Visuals:
-    """The videos and images that are pruned in a call."""
+    """The videos and images in a call that will be pruned."""
 
-    places: list[list[Place]]  # the places of the inputs in each row of the batch, as columns that count padding too
-    pixels: torch.Tensor  # all inputs' patches in the order of their places, `[patches, values]`
-    grids: torch.Tensor  # each input's size in patches, int64 `[n, 3]`
+    places: list[list[Place]]  # places of the inputs in each row of the batch; columns include padding
+    pixels: torch.Tensor  # patches of the inputs, in the order of their places, `[patches, values]`
+    grids: torch.Tensor  # one size in patches per input, int64 `[n, 3]`
     videos: tuple[bool, ...]  # whether each input is a video
     seconds: tuple[float, ...]  # seconds between frame pairs, for each input
 
 
 @dataclass(frozen=True)
 class Past:
-    """Facts about a pruned prompt in a KV cache that later calls with this cache need."""
+    """Information about a pruned prompt that later calls with the same KV cache need."""
 
-    columns: Columns  # the columns of the prompt that remain after pruning
-    # int64 `[B, L]`, one value per column. If the prompt is cropped right after a column, the position of any later token is that
-    # column's value plus the number of tokens before the later token.
+    columns: Columns  # columns of the prompt that remain after pruning
+    # int64 `[B, L]`, one value per column of the prompt. If the prompt is cropped right after a column, the position of a later
+    # token is that column's value plus the number of tokens before the later token.
     delta: torch.Tensor
-    sizes: torch.Tensor | None = None  # the remaining columns' cluster sizes, float32 `[B, C]`; None if all are 1
+    sizes: torch.Tensor | None = None  # cluster sizes of the remaining columns, float32 `[B, C]`; None if all are 1
 
     def cropped(self, length: int) -> "Past":
-        """Return the `Past` that describes the same cache after it has been cropped to `length` columns.
+        """Return the `Past` of the same KV cache after it has been cropped to `length` columns.
 
-        If all columns of the prompt are left, this object itself is returned.
+        If the cache still contains the whole prompt, this object itself is returned.
         """
         if length >= self.columns.places:
             return self
@@ -223,14 +224,14 @@ class Past:
 
 
 def remember(past: Past | None, results: Iterable[Any]) -> None:
-    """Attach `past` to the KV cache that is among a call's results, so that later calls with this cache can find it."""
+    """Attach `past` to the KV cache among the results of a call, so that later calls with this cache can find it."""
     for cache in results:
         if past is not None and hasattr(cache, "get_seq_length"):
             setattr(cache, PAST, past)
 
 
 def find_visuals(model, call: dict, pictures: bool) -> Visuals:
-    """Find the videos in a new prompt and, if `pictures` is True, its images.
+    """Find the videos of a call with a new prompt, and also its images if `pictures` is True.
 
     Raises:
         UsageError: If the videos or images do not match the prompt.
@@ -264,11 +265,11 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
 
 
 def _with_times(place: Place, ids: list[int], end_marker: int) -> Place:
-    """Extend a video's place by the columns of the timestamps and markers around its runs. `ids` are the ids of the whole row.
+    """Extend the place of a video to include the timestamps and markers around its frame pairs.
 
-    If a video has one run per frame pair, each timestamp lies between the previous run's end marker and the next run's start
-    marker. The first timestamp begins at the last token before the first run that equals the token at which the second timestamp
-    begins.
+    In a video with timestamps, every frame pair is a separate run of placeholders, and its timestamp lies between the end marker of
+    the previous run and its own start marker. The first timestamp has no end marker before it, so it is located by searching
+    backward for the token with which the second timestamp begins. `ids` contains the token ids of the whole row.
     """
     runs = place.runs
     if len(runs) == 1:
@@ -287,7 +288,7 @@ def _with_times(place: Place, ids: list[int], end_marker: int) -> Place:
 
 
 def _check_placeholders(model, call: dict, video: bool) -> None:
-    """Raise UsageError if the number of placeholders for videos, or for images, does not match their grids."""
+    """Raise UsageError if the number of video or image placeholders in the prompt does not match the grids."""
     name = interface.PREFIXES[video]
     grids = call.get(f"{name}_grid_thw")
     found = int((call["input_ids"] == getattr(model.config, f"{name}_token_id")).sum())
@@ -300,10 +301,10 @@ def _check_placeholders(model, call: dict, video: bool) -> None:
 
 
 def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
-    """Return an error that says why this package cannot run a new prompt with videos, or None if it can.
+    """Return an error that explains why evoprune cannot run a call with a new prompt and videos, or None if it can.
 
     Args:
-        optional: Whether the model's own code could run the call with the same result.
+        optional: Whether the model's own code could run the call instead, with the same result.
     """
     visual = model.model.visual
     given = [call.get(name) for name in ("pixel_values_videos", "pixel_values")]
@@ -311,7 +312,7 @@ def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> U
         return UsageError(
             f"the inputs in {interface.ENCODED} are already encoded", "pass the processor's pixels instead"
         )
-    # Weights require gradients by default, even in eval mode, where gradients are rarely wanted. If they are wanted after all,
+    # Weights require gradients by default, even in eval mode, where gradients are rarely needed. If they are needed after all,
     # `backward` raises an error.
     training = visual.training or optional
     traced = any(pixels is not None and pixels.requires_grad for pixels in given)
@@ -329,7 +330,7 @@ def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> U
     if ids.ndim != 2:
         return UsageError(f"input_ids has shape {list(ids.shape)}, not [prompts, columns]", "pass input_ids[None]")
     for name in (*per_column, "position_ids"):
-        # `position_ids` may have different shapes, so only its last dimension is compared.
+        # The shape of `position_ids` varies, so compare only its last dimension.
         compared = slice(-1, None) if name == "position_ids" else slice(None)
         if call.get(name) is not None and call[name].shape[compared] != ids.shape[compared]:
             shapes = f"shape {list(call[name].shape)} of {name} does not match {list(ids.shape)} of input_ids"
@@ -352,7 +353,7 @@ def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> U
 
 
 def _has_packed_sequences(call: dict) -> bool:
-    """Return True if the first of four rows of `position_ids` shows that a row of the batch contains more than one sequence."""
+    """Return True if a row of the batch contains several packed sequences, according to the text indices in `position_ids`."""
     at = call.get("position_ids")
     mask = call.get("attention_mask")
     if at is None or len(at) != 4 or at.ndim != 3 or not (mask is None or mask.all()):
@@ -363,14 +364,14 @@ def _has_packed_sequences(call: dict) -> bool:
 def without_pruned(
     model, call: dict, visuals: Visuals, encoded: Sequence[Encoded], positions: str, generating: bool
 ) -> tuple[dict, Past]:
-    """Remove the columns of pruned tokens from a call with a new prompt.
+    """Remove the pruned columns from a call with a new prompt.
 
     Args:
         encoded: The encoded videos and images, in the order of `visuals`.
-        positions: The rule for computing positions. It is ignored if the call has `position_ids`.
+        positions: The rule for computing positions ("qwen" or "host"), which is ignored if the call has `position_ids`.
 
     Returns:
-        The new call, and the `Past` to attach to its KV cache.
+        A tuple of the new call and the `Past` to attach to its KV cache.
 
     Raises:
         UsageError: See `interface.encoded_inputs`.
@@ -385,7 +386,7 @@ def without_pruned(
         prune_prompt(row, places, list(islice(left, len(places))))
         for row, places in zip(ids.cpu(), visuals.places, strict=True)
     ]
-    # If all tokens are kept, keep the padding too, so that the model returns the same result as without pruning.
+    # If all tokens are kept, keep the padding as well, so that the model returns the same result as without pruning.
     prunes = any(len(prompt) < ids.shape[1] for prompt in prompts)
     padding = mask if prunes else None
     columns = Columns.of([prompt.columns for prompt in prompts], ids, padding)
@@ -406,7 +407,7 @@ def without_pruned(
         features = each.features
         if (
             trained and torch.is_grad_enabled()
-        ):  # a model in eval mode is usually not being trained, so raise an error only in `backward`
+        ):  # a model in eval mode is rarely trained, so raise an error only in `backward`
             features = _NoGradients.apply(features, trained[0])
         features_of[is_video].append((features, each.deepstack))
     pruned_call |= interface.encoded_inputs(model, call, features_of[True], features_of[False] or None)
@@ -415,13 +416,14 @@ def without_pruned(
 
 
 def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
-    """Return the call's labels for the remaining columns, under the names that they have in the call.
+    """Return the labels of the remaining columns, as `labels` or `shift_labels`, depending on what the call contains.
 
-    Each remaining column predicts the token in the next remaining column. An entry of `labels` is the token in the same column,
-    whereas an entry of `shift_labels` is the token in the next column.
+    Each remaining column predicts the token in the next remaining column. Entries of `labels` are the tokens in the same columns,
+    whereas entries of `shift_labels` are the tokens in the next columns.
 
     Args:
-        used: `[B, L]`, 0 at padding. Padding gets no labels, because its length depends on how many columns other rows lose.
+        used: The attention mask `[B, L]`, which is 0 at padding. Padding gets no labels, because its length depends on how many
+            columns are pruned from other rows.
     """
     first = columns.take(used).cumsum(1)[:, :-1] == 0
     targets = {}
@@ -435,7 +437,7 @@ def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
 
 
 def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | None:
-    """Return the remaining columns' cluster sizes, float32 `[B, C]`, or None if all are 1. There is one prompt per row."""
+    """Return the cluster sizes of the remaining columns, float32 `[B, C]`, or None if all are 1. Each prompt is one row."""
     if all(prompt.sizes is None for prompt in prompts):
         return None
     rows = []
@@ -448,9 +450,9 @@ def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | 
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
-    """Return the positions of every column of the whole prompt, int64 `[3 or 4, B, L]`.
+    """Return the M-RoPE positions of the whole prompt's columns, int64 `[3 or 4, B, L]`.
 
-    If there are four positions per column, the first one is the token's zero-based index in its row.
+    If there are four positions per column, the first one is the zero-based index of the token in its row.
     """
     ids = call["input_ids"]
     used = interface.mask_or_ones(ids, mask)
@@ -467,12 +469,12 @@ def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generati
 
 
 def continued(model, call: dict, past: Past, length: int, generating: bool) -> dict:
-    """Remove the pruned columns from a call that continues a KV cache whose prompt was pruned.
+    """Remove the pruned columns from a call that continues from the KV cache of a pruned prompt.
 
     Args:
-        past: The cache's `Past`, already cropped to the cache's length (`Past.cropped`).
+        past: The `Past` of the cache, already cropped to the length of the cache (`Past.cropped`).
         length: Number of columns in the cache.
-        generating: Whether this is a call of `generate`, whose ids and mask also cover the columns in the cache.
+        generating: Whether this is a call to `generate`, whose ids and mask also cover the columns in the cache.
 
     Raises:
         UsageError: If the call has images, or if its rows or columns do not match the whole prompt in the cache.

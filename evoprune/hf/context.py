@@ -1,15 +1,14 @@
-"""Prune videos, and optionally images, inside a Hugging Face model that gets its inputs from its own processor.
+"""Prune videos (and optionally images) inside a Hugging Face model, using the inputs from its own processor.
 
     with evoprune.EvoPrune(budget=0.1)(model) as run:
         out = model.generate(**inputs)
     run.report
 
-evoprune encodes the videos itself. It then calls the model's own `generate` or `forward` without the columns of the pruned tokens.
-The result of `generate` still starts with the whole prompt, and callbacks that receive ids see the whole prompt. Text is never
-pruned.
+evoprune encodes the videos itself, and then calls the model's own `generate` or `forward` without the pruned tokens. The result of
+`generate` still starts with the whole prompt, and callbacks see the ids of the whole prompt. Text is never pruned.
 
-Merged tokens normally count by their cluster sizes, which needs a float attention mask. Flash and flex attention do not accept such
-a mask, so with them every token counts as a single unit.
+Merged tokens are normally weighted by their cluster sizes, which requires a float attention mask. Flash and flex attention do not
+accept such a mask, so they give every token the same weight.
 """
 
 import functools
@@ -51,15 +50,15 @@ from evoprune.vision import Encoded
 if TYPE_CHECKING:
     from evoprune.keywords import EvoPruneKeywords
 
-METHODS = ("generate", "forward")  # the model's methods that are replaced
-INNER = "evoprune_inside"  # name of the argument that marks inner calls, which must not prune again
-LOCK = threading.Lock()  # shared by all patches, because two threads may start pruning the same model at once
-Run = Callable[[Callable, dict], Any]  # takes the model's own method, and a dict of the call's arguments
+METHODS = ("generate", "forward")  # methods of the model that are replaced
+INNER = "evoprune_inside"  # argument that marks inner calls, which must not prune again
+LOCK = threading.Lock()  # shared by all models; two threads may start pruning the same model at once
+Run = Callable[[Callable, dict], Any]  # receives the model's own method and a dict of arguments
 SWITCH = "this object only switches pruning on and off"
 
 
 def _checked_init(init: Callable) -> Callable:
-    """Wrap `EvoPrune.__init__` to raise a clearer error if it receives a model or an unknown setting."""
+    """Wrap `EvoPrune.__init__` to raise a clearer error if a model or an unknown setting is passed."""
 
     @functools.wraps(init)
     def checked(self, *args, **given) -> None:
@@ -75,7 +74,7 @@ def _checked_init(init: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class EvoPrune:
-    """Settings for pruning. Call the object with a model to get a context manager that prunes inside the model.
+    """Pruning settings for a Hugging Face model. Call this object with a model to get a context manager that prunes inside it.
 
     If `pack` is set, the context manager also holds a packed copy of the tower (`hf.encoding.PackedTower`), which takes as much
     memory as the tower's linear layers: 1.2 GiB for a 3B model in bfloat16, or 0.6 GiB in 8 bits. The model itself does not change.
@@ -107,7 +106,7 @@ class EvoPrune:
     )
 
     def __post_init__(self):
-        # Parse the budget before the types are checked, because the error from `parse` names the presets.
+        # Parse the budget before checking types, because the error from `parse` lists the presets.
         budget = Budget.parse(self.budget)
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions is {self.positions!r}", "use host or qwen")
@@ -119,7 +118,7 @@ class EvoPrune:
         object.__setattr__(self, "pruning", patch_config(budget, self.method, self.seed))
 
     def __call__(self, model: nn.Module) -> "PrunedModel":
-        """Return a context manager that prunes inside the model while its with-block runs.
+        """Return a context manager that prunes inside a Hugging Face model while its `with` block runs.
 
         Raises:
             ModelError: If the model's class is not in `interface.MODELS`.
@@ -132,19 +131,19 @@ class EvoPrune:
     def __exit__(self, *_: object) -> None:
         """Do nothing.
 
-        Python looks this method up before it calls `__enter__`, which raises an error that explains what to do.
+        It exists because Python looks it up before it calls `__enter__`, whose error explains what to do.
         """
 
 
-EvoPrune.__init__ = _checked_init(EvoPrune.__init__)  # wraps the method that `dataclass` generated
+EvoPrune.__init__ = _checked_init(EvoPrune.__init__)  # wrap the method that `dataclass` generated
 EvoPrune.__doc__ = explained(EvoPrune.__doc__, EvoPrune)
-# Show the public name in help, repr and tracebacks, because there is also a pruning method called EvoPrune.
+# Show the public name in help, repr and tracebacks, because there is also a pruning method named EvoPrune.
 EvoPrune.__module__ = "evoprune"
 
 
 @takes(EvoPrune)
 def apply(model: nn.Module, **settings: "Unpack[EvoPruneKeywords]") -> "PrunedModel":
-    """Start pruning inside `model`. To stop, call `evoprune.remove(model)`, or the `remove` method of the result.
+    """Start pruning inside a Hugging Face model. To stop, call `evoprune.remove(model)`, or `remove()` on the result.
 
     `settings` are the fields of `EvoPrune`.
 
@@ -158,9 +157,9 @@ def apply(model: nn.Module, **settings: "Unpack[EvoPruneKeywords]") -> "PrunedMo
 
 
 def remove(model: "nn.Module | PrunedModel") -> None:
-    """Stop pruning inside `model`, whether `apply` or a context manager started it. If the model is not pruned, do nothing.
+    """Stop pruning inside a Hugging Face model, whether it was started by `apply` or by a context manager.
 
-    See `PrunedModel.remove` for what happens to calls that are still running.
+    Does nothing if the model is not being pruned. For calls that are still running, see `PrunedModel.remove`.
 
     Args:
         model: The model, or the result of `apply`.
@@ -176,21 +175,20 @@ def remove(model: "nn.Module | PrunedModel") -> None:
 
 
 class PrunedModel:
-    """A model that prunes its videos, either inside a with-block or between `apply` and `remove`.
+    """A Hugging Face model whose videos are pruned, either inside a `with` block or between `apply` and `remove`.
 
-    `generate` and direct calls of the model work as before, but on shorter prompts. A direct call returns logits for the remaining
-    columns only (see `columns`). The KV caches that calls return can be passed to later calls. The ids and masks of those calls
-    must cover the whole prompt, including the pruned tokens. The model may be called from several threads at the same time.
+    `generate` and direct calls to the model work as before, but on shorter prompts. A direct call returns logits only for the
+    remaining columns (see `columns`). KV caches that calls return can be passed to later calls, whose ids and masks must cover the
+    whole prompt, including the pruned tokens. The model may be called from several threads at the same time.
 
-    Calls of inner modules and methods, such as `model.model`, `model.model.visual` and `model.get_video_features`, are not pruned.
-
-    The pruned columns are also removed from `labels` and `shift_labels`, so models can be trained on pruned prompts.
+    Direct calls to inner modules and methods, such as `model.model`, `model.model.visual` and `model.get_video_features`, are not
+    pruned. The pruned columns are also removed from `labels` and `shift_labels`, so models can be trained on pruned prompts.
 
     A call that passes videos or images together with a KV cache raises UsageError. If the budget is below 1.0, UsageError is also
     raised for `inputs_embeds` together with a video, videos that are already encoded, packed sequences, gradients of the tower, and
     per-column arguments other than labels and the processor's output. If nothing needs to be pruned and `positions` is "host", the
     model's own code runs such calls. Hooks on the tower's modules are either skipped or called with evoprune's rows, and a warning
-    names these modules.
+    lists these modules.
     """
 
     def __init__(self, model: nn.Module, settings: EvoPrune):
@@ -201,7 +199,7 @@ class PrunedModel:
         self.model = model
         self.settings = settings
         self._packed = None
-        # The latest report together with the remaining columns of its prompt: one pair per thread, and one pair for all threads.
+        # The latest report and the remaining columns of its prompt, as one pair per thread and one pair for all threads.
         self._latest_of_thread = threading.local()
         self._latest_overall = (Report(), None)
         runs = dict(zip(METHODS, (self._generate, self._forward), strict=True))
@@ -213,7 +211,7 @@ class PrunedModel:
         budget = budget_text(pruning.budget.recorded)
         return f"<PrunedModel: {pruning.name} at budget {budget}, {state}>"
 
-    if not TYPE_CHECKING:  # a type checker that sees `__getattr__` would accept any attribute
+    if not TYPE_CHECKING:  # with `__getattr__`, type checkers would accept any attribute
 
         def __getattr__(self, name: str):
             problem = f"{type(self).__name__!r} object has no attribute {name!r}"
@@ -228,11 +226,12 @@ class PrunedModel:
     def report(self) -> Report:
         """Report of the latest call: tokens before and after pruning, rows per layer, live share, and stage times in milliseconds.
 
-        Each thread sees the report of its own latest call. A thread that has made no call sees the latest report of any thread.
+        Each thread sees the report of its own latest call. A thread that has not called the model sees the latest report of any
+        thread.
 
-        The report is empty before the first call. It is empty except for a warning that gives the reason if pruning is not active,
-        if the latest call had no video, or if the model's own code ran the latest call. A call that continues from the KV cache of
-        a pruned prompt does not change the report.
+        The report is empty before the first call. If pruning is not active, if the latest call had no video, or if the model's own
+        code ran the latest call, the report contains only a warning that gives the reason. A call that continues from the KV cache
+        of a pruned prompt does not change the report.
         """
         latest, _ = self._latest
         if latest.pruning.method is None and not latest.warnings and not self._patches.active:
@@ -241,7 +240,7 @@ class PrunedModel:
 
     @property
     def columns(self) -> Columns | None:
-        """Columns of the prompt that remain in the call that `report` describes, or None if the report is empty."""
+        """Remaining columns of the prompt in the call that `report` describes, or None if the report is empty."""
         return self._latest[1]
 
     @property
@@ -267,9 +266,9 @@ class PrunedModel:
     def remove(self) -> None:
         """Restore the model's own methods. Calling this more than once is a no-op.
 
-        Other code, such as torch.compile or an accelerate hook, may have wrapped `generate` or `forward` in the meantime. The
-        wrapper then stays in place, but from now on it runs the model's own method. If another thread is still inside a `generate`
-        call, that call finishes with pruning.
+        If other code, such as torch.compile or an accelerate hook, has wrapped `generate` or `forward` in the meantime, the wrapper
+        stays in place, but runs the model's own method from now on. If another thread is still inside a `generate` call, that call
+        finishes with pruning.
         """
         self._patches.remove()
         self._packed = None
@@ -302,7 +301,7 @@ class PrunedModel:
             if past is None:
                 return stock(**pruned | {INNER: _InnerCall()})
             report = self.report
-            remember(past, (interface.cache_of(call),))  # done before `generate` runs, because a callback may abort it
+            remember(past, (interface.cache_of(call),))  # before `generate` runs, because a callback may abort it
             out = stock(**with_whole_prompts(self.model, call, pruned) | {INNER: _InnerCall(past.sizes)})
         remember(past, (interface.cache_of(out) if isinstance(out, Mapping) else None,))
         if self._prunes(call):
@@ -314,9 +313,9 @@ class PrunedModel:
         out.sequences = with_whole_prompt(prompt, places, out.sequences)
         return out
 
-    @torch.compiler.disable  # compiling is worthwhile only for the model's own code
+    @torch.compiler.disable  # only the model's own code is worth compiling
     def _without_pruned(self, call: dict, generating: bool) -> tuple[dict, Past | None]:
-        """Remove the pruned columns from a call. Return the new call and its cache's `Past`, or the same call and None."""
+        """Prune a call. Return the new call and the `Past` of its KV cache, or the unchanged call and None."""
         cache = interface.cache_of(call)
         length = 0 if cache is None else int(cache.get_seq_length())
         if self._prunes(call):
@@ -332,7 +331,7 @@ class PrunedModel:
             self._latest = Report(warnings=["own_code"]), None
             return call, None
         past = getattr(cache, PAST, None)
-        if past is None or not length:  # an emptied cache gets a new prompt, which is not pruned
+        if past is None or not length:  # an emptied cache starts a new prompt, which is not pruned
             why = "pictures_only" if interface.has_picture(call) else "no_video"
             self._latest = Report(warnings=[why]), None
             if past is not None:
@@ -345,7 +344,7 @@ class PrunedModel:
         return interface.has_video(call) or (self.settings.pictures and interface.has_picture(call))
 
     def _prune(self, call: dict, generating: bool) -> tuple[dict, Past]:
-        """Encode the videos of a call, and its images if they are pruned. Return the same as `_without_pruned`."""
+        """Encode the videos of a call (and its images, if they are pruned), and remove the pruned columns."""
         settings = self.settings
         visual = interface.tower_of(self.model)
         packed = self._packed
@@ -373,7 +372,7 @@ def call_report(
     """Return the report of a call with pruned inputs. The caller adds the times.
 
     Args:
-        call: The arguments that the caller passed. If they include `position_ids`, these take precedence over the settings.
+        call: The arguments that the caller passed. If they include `position_ids`, the `positions` setting has no effect.
         pruned: The arguments that the model receives.
     """
     device = str(model.device)
@@ -383,7 +382,7 @@ def call_report(
     grids = visuals.grids.tolist()
     prompt = pruned["input_ids"].numel() if mask is None else int(mask.sum())
     tokens = (call["input_ids"] == model.config.image_token_id) | (call["input_ids"] == model.config.video_token_id)
-    visual = kept + int(tokens.sum()) - units  # includes all tokens of the inputs that are not pruned
+    visual = kept + int(tokens.sum()) - units  # includes all tokens of unpruned inputs
     warnings = []
     if interface.has_picture(call) and all(visuals.videos):
         warnings.append("pictures_whole")
@@ -412,36 +411,35 @@ def call_report(
 
 @dataclass(frozen=True)
 class _InnerCall:
-    """Tells `forward` that `generate` is calling it, so the columns are already pruned."""
+    """Tells `forward` that it is being called by `generate`, so the columns have already been pruned."""
 
-    # The cluster sizes of the prompt's columns, float32 `[B, C]`. None means that all are 1.
+    # Cluster sizes of the prompt's columns, float32 `[B, C]`, or None if all are 1.
     sizes: torch.Tensor | None = None
 
     def __deepcopy__(self, _) -> None:
-        """Return None.
+        """Return None, so that copies of a call are not marked as inner calls.
 
-        `generate` copies its arguments for an assistant model, and that model's `forward` may not accept this argument.
+        `generate` copies its arguments for an assistant model, whose `forward` may not accept this argument.
         """
         return None
 
 
 def remover_of(model) -> Callable[[], None] | None:
-    """Return the function that stops pruning inside a model, or None if the model is not pruned."""
+    """Return the function that stops pruning inside a model, or None if the model is not being pruned."""
     own = vars(model)
     patches = (inspect.unwrap(own[name], stop=_is_active) for name in METHODS if name in own)
     return next((patch.end for patch in patches if _is_active(patch)), None)
 
 
 class Patches:
-    """Replaces methods of a model object with functions from this package, and restores the methods later.
+    """Temporarily replaces methods of a model object with functions from evoprune.
 
-    The replacement functions can call each other through the model. For example, `generate` calls `forward` for every token. Such
-    an inner call is marked with the argument `INNER`. A flag on the model would not work, because other threads may call the same
-    model at the same time.
+    The replaced methods can call each other. For example, `generate` calls `forward` for every token. Such an inner call is marked
+    with the argument `INNER`, because a flag on the model would affect other threads that call the same model at the same time.
 
     Args:
-        runs: Maps each method's name to the function that runs in its place.
-        end: The function that `remover_of` returns. It must call `remove` and free the owner's other resources.
+        runs: The replacement function for each method, by the method's name.
+        end: The function that `remover_of` returns. It must call `remove`, and free any other resources of the owner.
     """
 
     def __init__(self, model, runs: dict[str, Run], end: Callable[[], None]):
@@ -453,7 +451,7 @@ class Patches:
         self._calls = 0
 
     def install(self) -> None:
-        """Replace the methods, unless they are already replaced.
+        """Replace the model's methods, unless they are already replaced.
 
         Raises:
             UsageError: If other `Patches` are installed in the model.
@@ -472,9 +470,9 @@ class Patches:
             self._activate(True)
 
     def remove(self) -> None:
-        """Restore the methods. If none are replaced, do nothing.
+        """Restore the original methods. Does nothing if none are replaced.
 
-        If other code has wrapped a replaced method in the meantime, the wrapper stays in place but calls the model's own method
+        If other code has wrapped a replaced method in the meantime, the wrapper stays in place, but calls the model's own method
         from now on. Calls that are running in other threads can still make inner calls until they return.
         """
         with LOCK:
@@ -483,7 +481,7 @@ class Patches:
 
     @contextmanager
     def outer_call(self) -> Iterator[None]:
-        """Return a context manager for a call that makes inner calls. The methods stay replaced until the call ends."""
+        """Return a context manager for a call that makes inner calls, during which the methods stay replaced."""
         with LOCK:
             self._calls += 1
         try:
@@ -515,7 +513,7 @@ class Patches:
 
 
 class _Patch:
-    """Replaces one method of a model. While the patch is inactive, all calls except inner calls run the original method."""
+    """Replaces a single method of a model. While the patch is inactive, only inner calls run the replacement."""
 
     def __init__(self, stock: Callable, run: Run, end: Callable[[], None]):
         functools.update_wrapper(self, stock)
@@ -526,14 +524,14 @@ class _Patch:
         self._own_signature = inspect.signature(stock)
         others = [parameter for name, parameter in self._own_signature.parameters.items() if name != INNER]
         at = next((i for i, parameter in enumerate(others) if parameter.kind is parameter.VAR_KEYWORD), len(others))
-        # `generate` rejects arguments that are not in the signature of `forward`.
+        # Add the argument to the signature, because `generate` rejects arguments that `forward` does not have.
         others.insert(at, inspect.Parameter(INNER, inspect.Parameter.KEYWORD_ONLY, default=None))
         self.__signature__ = self._own_signature.replace(parameters=others)
 
     def __call__(self, *args, **kwargs):
         if not (self.active or INNER in kwargs):
             return self._stock(*args, **kwargs)
-        if not args:  # inner calls, which torch.compile may trace, always come here
+        if not args:  # inner calls, which torch.compile may trace, always take this path
             return self._run(self._stock, kwargs)
         call = self._own_signature.bind(*args, **kwargs).arguments
         return self._run(self._stock, call | call.pop("kwargs", {}))

@@ -1,4 +1,7 @@
-"""Run the pruned encoder on a processor's output, with a Hugging Face model's own weights or with packed or quantized copies."""
+"""Run the pruned vision encoder of a Hugging Face model on the output of its processor.
+
+It uses the model's own weights, or packed or quantized copies of them.
+"""
 
 from typing import Any, Literal
 
@@ -20,7 +23,7 @@ from evoprune.video import InputLimits
 from evoprune.vision import Encoded, encode_rows
 
 INT8 = "int8"
-SAMPLES = 16  # number of values sampled from each weight to detect changes
+SAMPLES = 16  # number of values per weight that are compared to detect changes
 PROCESSOR = "pass pixel_values_videos and video_grid_thw from one processor call (return_tensors='pt'), in this order"
 
 
@@ -36,31 +39,31 @@ def encode(
 ) -> Encoded:
     """Run a model's vision tower on one or more videos, and prune each video to the given budget.
 
-    The tower's layers obey torch's autocast, as they do in the model's own forward. Tokens are always selected in float32.
+    As in the model's own forward pass, the layers of the tower obey torch's autocast. Tokens are always selected in float32.
 
     Args:
         model: A Hugging Face `Qwen3VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration` or
             `Qwen2VLForConditionalGeneration`, or any object that has such a tower at `model.visual`.
         pixel_values_videos: Patches from the model's processor, float `[patches, values]`. For images, pass the processor's
-            `pixel_values`. Detecting unchanged patches assumes that the values are normalized with Qwen's own mean and standard
+            `pixel_values`. To detect unchanged patches, evoprune assumes that they are normalized with Qwen's mean and standard
             deviation.
-        video_grid_thw: The number of frame pairs and of patches down and across for each video, int64 `[videos, 3]`, from the
+        video_grid_thw: The size of each video (frame pairs, rows of patches, columns of patches), int64 `[videos, 3]`, from the
             processor. For images, pass the processor's `image_grid_thw`.
         budget: Share of the visual tokens to keep: a number in (0, 1], a percentage such as "25%", or the name of a preset. With
-            1.0, the result equals the tower's own output.
-        method: Name of a pruning method, or NAME:SETTING=VALUE to change one of its settings.
-        question: Token embeddings of the question from `model.get_input_embeddings()`, `[Q, hidden]`. Only methods that read the
-            question need them.
-        seed: Seed for methods that draw at random.
+            1.0, the result is the same as the tower's own output.
+        method: Name of a pruning method. NAME:SETTING=VALUE changes one of its settings.
+        question: Token embeddings of the question from `model.get_input_embeddings()`, `[Q, hidden]`. Required only by methods that
+            read the question.
+        seed: Random seed, for methods that make random choices.
 
     Returns:
-        A single `Encoded` for all videos. Its `kept` and `unit_to_row` number the units of all videos consecutively, in the order
-        of the placeholder tokens.
+        A single `Encoded` for all videos. In `kept` and `unit_to_row`, units are numbered consecutively across videos, in the order
+        of their placeholder tokens.
 
     Raises:
-        UsageError: If the budget or the method is invalid, the method resizes frames, the method reads the question and none was
-            passed, or the inputs have the wrong type, dtype or shape or do not match each other.
-        ModelError: If the model has no such tower.
+        UsageError: If the budget or the method is invalid, the method resizes frames, the method reads the question but `question`
+            is None, or the inputs have the wrong type, dtype or shape or do not match each other.
+        ModelError: If the model has no supported vision tower.
     """
     config = patch_config(Budget.parse(budget), method, seed, has_question=question is not None)
     visual = interface.tower_of(model)
@@ -74,7 +77,7 @@ def encode_each(
     config: PruneConfig,
     question: torch.Tensor | None = None,
 ) -> list[Encoded]:
-    """Encode videos in the same way as `encode`, but return a separate `Encoded` for each video.
+    """Encode videos like `encode`, but return a separate `Encoded` for each video.
 
     Args:
         visual: The tower.
@@ -97,7 +100,7 @@ def encode_each(
 
 
 def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = False) -> PruneConfig:
-    """Return the pruning settings for a budget and a method, after checking that the method can work on a processor's patches.
+    """Create pruning settings and check that the pruning method works on patches from a Hugging Face processor.
 
     Raises:
         UsageError: If the method or one of its settings does not exist, the method resizes frames or acts inside the language
@@ -120,7 +123,7 @@ def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = 
 
 
 def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
-    """Raise UsageError unless the patches and grids come from a processor and match each other and the tower."""
+    """Raise UsageError if the patches and grids from a processor do not match each other, or do not match the tower."""
     width = visual.patch_embed.proj.weight[0].numel()
     merge = visual.config.spatial_merge_size
     valid = isinstance(pixels, torch.Tensor) and pixels.is_floating_point() and pixels.shape[1:] == (width,)
@@ -143,7 +146,7 @@ def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
 
 
 def _check_question(visual, question: torch.Tensor | None) -> None:
-    """Raise UsageError unless the question is None or a non-empty float tensor `[Q, hidden]` of the tower's output width."""
+    """Raise UsageError unless the question is None or a non-empty float tensor `[Q, hidden]`, as wide as the tower's output."""
     if question is None:
         return
     width = VisionConfig.of(visual.config).out_hidden_size
@@ -160,13 +163,13 @@ def _describe(value) -> str:
 
 
 class PackedTower:
-    """A copy of a model's tower that encodes faster on a CPU.
+    """A copy of a model's vision tower that runs faster on a CPU.
 
-    Its linear layers are packed (`cpu.linear`) or quantized to 8 bits (`cpu.quantize`). The model keeps its own tower, which does
-    not change. The two towers share all other weights.
+    In the copy, linear layers are packed (`cpu.linear`) or quantized to 8 bits (`cpu.quantize`). All other weights are shared with
+    the model's own tower, which stays unchanged.
 
     Raises:
-        UsageError: If packing does not work, or saves no time, on the device that holds the weights.
+        UsageError: If packing is not possible on the device of the weights, or does not save time there.
     """
 
     def __init__(self, visual: nn.Module, pack: Literal[True, "int8"] = True):
@@ -179,15 +182,15 @@ class PackedTower:
             Quantization(INT8).check(weight.device)
         self._visual = visual
         self._pack = pack
-        # A single tuple, which is replaced as a whole because several threads may encode at once.
+        # Several threads may encode at the same time, so this tuple is always replaced as a whole.
         self._state: tuple = (None, None, None)
         self.current()
 
     def current(self) -> nn.Module:
-        """Return the packed tower. If the model's layers have changed since they were packed, they are packed again.
+        """Return the packed tower, after packing the model's layers again if they have changed.
 
-        To detect changes, this compares the layers' tensors, torch's in-place version counters, and a sample of each weight's
-        values. The sample also reveals changes made through `.data`.
+        To detect changes, this method compares the layers' tensors, torch's in-place version counters, and a sample of each
+        weight's values. The sample also reveals changes made through `.data`.
         """
         known = {}
         sample = []
@@ -210,5 +213,5 @@ class PackedTower:
 
     @property
     def nbytes(self) -> int:
-        """Size of the packed layers in bytes. This memory is needed in addition to the model's own layers."""
+        """Size of the packed layers in bytes, which comes on top of the model's own layers."""
         return sum(getattr(layer, "nbytes", 0) for layer in self._state[0].modules())

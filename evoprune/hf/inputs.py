@@ -1,7 +1,7 @@
-"""Build the same inputs as a Hugging Face processor from videos, images and a question, without torchvision.
+"""Build the same model inputs as a Hugging Face processor, but without torchvision.
 
-Files are read, and frames are sampled and resized, in the same way as in `VideoQA`. `VideoQA` and the user's own model therefore
-see the same pixels.
+Files are read, and frames are sampled and resized, in the same way as in `VideoQA`, so `VideoQA` and the user's own model see the
+same pixels.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from evoprune.keywords import SamplingKeywords
 
 ARGUMENT_NAMES = {"video": ("pixel_values_videos", "video_grid_thw"), "picture": ("pixel_values", "image_grid_thw")}
-TOKEN_TYPES = {"picture": 1, "video": 2}  # values of `mm_token_type_ids` for each kind of input
+TOKEN_TYPES = {"picture": 1, "video": 2}  # values in `mm_token_type_ids` for each kind of input
 
 
 @takes(SamplingOptions, seek="exact")
@@ -40,32 +40,32 @@ def processor_inputs(
     offline: bool = False,
     **sampling: "Unpack[SamplingKeywords]",
 ) -> BatchFeature:
-    """Return the arguments of `model.generate` for a question about videos and images, as the model's own processor would.
+    """Prepare the arguments of `model.generate` for a question about videos and images, like the model's own processor.
 
     Args:
         model: "demo", "demo-scenes", a local folder or a hub id. Only the tokenizer and the input limits are read, not the weights.
         inputs: A video or an image, or a list of them in the model's reading order; see `VideoQA.encode`.
-        question: The question, which is taken literally.
-        times_s: If the input is an array, the start time of each frame in seconds.
+        question: The question. Special tokens in it are treated as plain text.
+        times_s: If the input is an array, the start times of its frames in seconds.
         system: The system prompt. None means the model's default.
         revision, offline: See `VideoQA.load`.
-        sampling: Options of `VideoQA.encode`. Their defaults are the same, except that `max_visual_tokens` defaults to 24,576 and
-            `seek` to exact.
+        sampling: Options of `VideoQA.encode`, with the same defaults, except that `max_visual_tokens` defaults to 24,576 and `seek`
+            to "exact".
 
     Returns:
         The arguments for one prompt, on the CPU; `.to(device)` moves them. They always include "input_ids", "attention_mask" and
         "mm_token_type_ids", int64 `[1, L]`. For videos, they include "pixel_values_videos", float32 `[patches, values]`,
         "video_grid_thw", int64 `[videos, 3]`, and with Qwen2.5-VL also "second_per_grid_ts", float32 `[videos]`. For images, they
-        include "pixel_values" and "image_grid_thw" in the same form.
+        include "pixel_values" and "image_grid_thw" with analogous shapes.
 
     Raises:
         VideoError: If an input is missing, unreadable or empty.
-        ModelError: If the model is missing or of another kind, or its chat template cannot be used.
+        ModelError: If the model is missing or not supported, or its chat template cannot be used.
         UsageError: If an option has an invalid value.
         TypeError: If an option is unknown.
     """
     (options,) = from_keywords({"seek": "exact"} | sampling, SamplingOptions)
-    if options.max_visual_tokens is None:  # the user's own program runs the model, on a device that is not known here
+    if options.max_visual_tokens is None:  # the user's program runs the model, on an unknown device
         options = replace(options, max_visual_tokens=options.MAX_VISUAL_TOKENS)
     check_question(question)
     given = inputs_of(inputs, sampling.get("frame_rate"), times_s)
@@ -90,13 +90,14 @@ def processor_inputs(
 
 
 def read_patches(plan: Plan, limits: InputLimits, device: torch.device | str = "cpu") -> tuple[Plan, torch.Tensor]:
-    """Read the sampled frames of an input, and convert them to patches of the planned size.
+    """Read the sampled frames of an input, resize them as planned, and convert them to patches.
 
     Args:
         device: The device that resizes the frames.
 
     Returns:
-        The plan, now with the timestamps of the frames that were read, and the patches, float32 `[patches, values]`.
+        A tuple of the plan, which now includes the timestamps of the frames that were read, and the patches, float32 `[patches,
+        values]`.
 
     Raises:
         VideoError: If the input cannot be read.
@@ -119,10 +120,10 @@ def arguments(
     limits: dict[str, InputLimits],
     vision: VisionConfig,
 ) -> dict[str, torch.Tensor]:
-    """Return the same arguments as `processor_inputs`, for a prompt whose inputs have already been read.
+    """Return the arguments of `model.generate` (see `processor_inputs`) for a prompt whose inputs have already been read.
 
     Args:
-        prompt: The prompt.
+        prompt: The prompt, with placeholders for all inputs.
         read: The results of `read_patches`, one per input.
         limits: The model's input limits, by kind of input.
         vision: The config of the model's tower.
@@ -141,7 +142,7 @@ def arguments(
         shapes = [(plan.grid[0], plan.grid[1] * merge, plan.grid[2] * merge) for plan in plans if plan.kind == kind]
         inputs |= {pixels: torch.cat(patches), grids: torch.tensor(shapes, dtype=torch.int64, device="cpu")}
     videos = [plan for plan in plans if not plan.is_picture]
-    if videos and vision.tokens_per_second is not None:  # the processors of other models do not return this argument
+    if videos and vision.tokens_per_second is not None:  # other models' processors do not return this
         pair = limits["video"].temporal_patch_size
         seconds = [plan.sampling.seconds_per_pair(pair) for plan in videos]
         inputs["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")

@@ -1,4 +1,4 @@
-"""Stream an answer piece by piece, separate it from the model's thoughts, and cut it at the first stop string."""
+"""Stream an answer in pieces, separate it from the model's thoughts, and end it at the first stop string."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, islice, repeat, takewhile
@@ -14,16 +14,15 @@ from evoprune.language.settings import GenerationOptions
 
 
 class AnswerStream(Iterator[tuple[str, bool]]):
-    """Iterator over the pieces of an answer. Each piece is a pair: its text, and whether it belongs to the model's thoughts.
+    """Iterator that generates an answer and yields pairs of a piece of text and whether it belongs to the model's thoughts.
 
-    Pieces are generated lazily. See `stream_answer` for what they contain. The same `seed` always produces the same answer.
+    Pieces are generated lazily and split as in `stream_answer`. The same `seed` always produces the same answer.
 
     Args:
-        state: The state after the prompt. It can be used for only one answer.
-        options: How to generate the answer. If `options.choices` is set, the answer is one of these choices.
-        eos_ids: Tokens that end the answer.
-        constraint: Restricts which tokens the answer may contain. It does not restrict the model's thoughts. None allows all
-            tokens.
+        state: The model's state after reading the prompt, which can be used for only one answer.
+        options: Options for generating the answer. If `options.choices` is set, the answer is one of these choices.
+        eos_ids: Ids of the tokens that end the answer.
+        constraint: Restricts the tokens of the answer, but not of the model's thoughts. None allows all tokens.
 
     Attributes:
         stop_reason: The stop string that ended the answer, or None.
@@ -64,7 +63,7 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
     @property
     def finish_reason(self) -> str | None:
-        """Why the answer ended, "stop" or "length". None until it is complete."""
+        """The reason why the answer ended, "stop" or "length", or None while it is incomplete."""
         return self._tokens.finish_reason if self.stop_reason is None else "stop"
 
     @property
@@ -73,11 +72,11 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
     @property
     def choices(self) -> list[Choice]:
-        """The choices and their probabilities. The list is empty until the choices have been scored."""
+        """All choices with their probabilities. This list is empty until the choices have been scored."""
         return self._tokens.choices
 
     def logprobs_since(self, number: int) -> list[dict[str, Any]]:
-        """Return the log probabilities of all tokens starting at index `number`, with alternatives, in the format of reports."""
+        """Return the tokens from index `number` on with their log probabilities and alternatives, in the format used in reports."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self._tokenizer.backend.decode([token], skip_special_tokens=False)
@@ -90,12 +89,12 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
 
 class AnswerConstraint:
-    """A `TokenConstraint` that applies another constraint to the answer, but not to the thoughts that precede it.
+    """Applies another `TokenConstraint` to the answer only, so that the model can think freely before it answers.
 
     Args:
         constraint: The constraint for the answer.
-        in_thoughts: Whether the prompt ends by opening the model's thoughts.
-        may_think: Whether the first generated token may open the model's thoughts.
+        in_thoughts: Whether the prompt ends with the tag that opens the model's thoughts.
+        may_think: Whether the model may begin to think with its first token.
     """
 
     def __init__(self, constraint: TokenConstraint, tokenizer: Tokenizer, in_thoughts: bool, may_think: bool):
@@ -104,14 +103,14 @@ class AnswerConstraint:
         self._begin, self._end = map(tokenizer.backend.token_to_id, THOUGHTS)
         self._thinks = in_thoughts
         self._may_begin = may_think
-        self._ids: list[int] = []  # token ids of the thoughts and the answer
+        self._ids: list[int] = []  # token ids of the thoughts and the answer so far
 
     def mask(self, size: int) -> torch.Tensor | None:
         if self._thinks:
             return None
         mask = self._constraint.mask(size)
         if mask is not None and not self._ids and self._begin is not None:
-            mask[self._begin] = self._may_begin  # the text of an answer never contains this token
+            mask[self._begin] = self._may_begin  # this token never occurs in the text of an answer
         return mask
 
     def advance(self, token: int) -> None:
@@ -125,14 +124,14 @@ class AnswerConstraint:
             self._constraint.advance(token)
 
     def _think(self, token: int) -> None:
-        """Record a token that belongs to the thoughts or to the `</think>` that ends them.
+        """Record a token of the thoughts, including the `</think>` at their end.
 
         If `</think>` is not a single token, the token that completes it may also contain the beginning of the answer.
         """
         if self._end is not None:
             self._thinks = token != self._end
             return
-        # Enough tokens to check, because each has at least one byte
+        # Check only as many tokens as `</think>` has characters, because each token has at least one byte
         latest = self._tokenizer.decode(self._ids[-len(THOUGHTS[1]) :])
         _, ended, answer = latest.partition(THOUGHTS[1])
         if ended:
@@ -148,8 +147,8 @@ class AnswerConstraint:
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Decode token ids as they arrive and yield their text in pieces.
 
-    The joined pieces equal `tokenizer.decode` of all ids. Although a byte-level token may end in the middle of a character, a piece
-    never does.
+    Joined together, the pieces equal the result of decoding all ids at once. A byte-level token may end in the middle of a
+    character, but a piece never does.
     """
     stream = DecodeStream(skip_special_tokens=True)
     pending = []
@@ -158,21 +157,21 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         if piece := stream.step(tokenizer.backend, token):
             yield piece
             pending = []
-    if rest := tokenizer.decode(pending):  # an incomplete last character, which the decode stream never yields
+    if rest := tokenizer.decode(pending):  # an incomplete last character, which `DecodeStream` never returns
         yield rest
 
 
 def begins_with_thoughts(tokenizer: Tokenizer, prompt_ids: torch.Tensor) -> bool:
-    """Return True if a prompt (int64 `[L]`) ends by opening the model's thoughts."""
+    """Return True if a prompt, int64 `[L]`, ends with the tag that opens the model's thoughts."""
     return opens_thoughts(tokenizer.backend.decode(prompt_ids[-16:].tolist(), skip_special_tokens=False))
 
 
 def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Tensor) -> Iterator[tuple[str, bool]]:
-    """Decode token ids and yield pairs: a piece of text (see `stream_text`), and whether it belongs to the model's thoughts.
+    """Decode token ids and yield pairs of a piece of text (see `stream_text`) and whether it belongs to the model's thoughts.
 
     Thoughts are opened either at the end of the prompt (`prompt_ids`, int64 `[L]`) or by the first generated token. In both cases,
-    an empty thought is yielded first. The thoughts end at `</think>`. If the tokenizer has a token for it, only this token counts.
-    Otherwise, `</think>` is searched for in the decoded text. Neither `</think>` nor the whitespace after it is yielded.
+    the first pair has an empty text. The thoughts end at `</think>`. If the tokenizer has a special token for it, only this token
+    ends them; otherwise, `</think>` is searched for in the decoded text. Neither `</think>` nor the whitespace after it is yielded.
     """
     ids = iter(ids)
     begin, end = map(tokenizer.backend.token_to_id, THOUGHTS)
@@ -197,7 +196,7 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
 
 
 def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
-    """Remove the first occurrence of `end` from a text in pieces. Yield each piece and whether it comes before `end`."""
+    """Remove the first occurrence of `end` from a stream of text. Yield each piece, and whether it comes before `end`."""
     held_back = ""  # text that may be the beginning of `end`
     for piece in pieces:
         before, separator, after = (held_back + piece).partition(end)
@@ -215,10 +214,10 @@ def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
 
 
 class StopStrings:
-    """Cuts an answer off before the first stop string. Stop strings must not be empty.
+    """Ends an answer before its first stop string. Stop strings must not be empty.
 
-    If an answer contains more than one stop string, the string that is completed first counts. If more than one is completed by the
-    same character, the longest counts. The result therefore does not depend on how the text is split into pieces.
+    The first stop string is the one that is completed first, or the longest one if the same character completes several. This makes
+    the result independent of how the text is split into pieces.
 
     Attributes:
         found: The stop string that ended the answer, or None.
@@ -229,9 +228,9 @@ class StopStrings:
         self._stops = stops
 
     def cut(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-        """Yield the pieces from `stream_answer` up to the first stop string, which is searched for only in the answer.
+        """Yield the pieces from `stream_answer` up to the first stop string. Stop strings in thoughts are ignored.
 
-        Text that may be the beginning of a stop string is held back until the next piece decides.
+        Text that may be the beginning of a stop string is held back until the next piece shows whether it is.
         """
         held_back = ""
         for piece, thought in pieces:
@@ -250,13 +249,13 @@ class StopStrings:
             yield held_back, False
 
     def _find_stop(self, text: str) -> bool:
-        """Return True if a text contains a stop string, and store that stop string in `found`."""
+        """Return True if a text contains a stop string, and store the first one in `found`."""
         ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if ends:
             *_, self.found = min(ends)
         return bool(ends)
 
     def _partial_stop_length(self, text: str) -> int:
-        """Return the length of the text's longest suffix that may be the beginning of a stop string."""
+        """Return the length of the longest suffix of a text that may be the beginning of a stop string."""
         longest = min(len(text), max(map(len, self._stops)) - 1)
         return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

@@ -1,4 +1,4 @@
-"""Choose an answer from a fixed list by scoring every choice and returning the most probable one."""
+"""Choose an answer from a fixed list, by scoring every choice and picking the most probable one."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ from evoprune.language.settings import GenerationOptions
 
 @dataclass(frozen=True)
 class Choice:
-    """A possible answer and its probability.
+    """One of the allowed answers, together with its probability.
 
     Attributes:
         text: The answer.
-        logprob: Natural log probability of the answer's tokens and of the end of the answer, computed from the raw logits.
+        logprob: Natural log probability of the answer's tokens and of its end, computed from the raw logits.
         tokens: Number of tokens that `logprob` covers, including the token that ends the answer.
-        probability: The probability of this choice relative to the others. These probabilities add up to 1.
+        probability: Probability of this choice relative to the other choices. Over all choices, these probabilities add up to 1.
     """
 
     text: str
@@ -34,10 +34,10 @@ class Choice:
 
 
 class ChosenTokens(Iterator[int]):
-    """Iterator over the token ids of the most probable choice. If choices are tied, the first one wins.
+    """Iterator over the token ids of the most probable choice. In a tie, the first choice wins.
 
-    It has the same attributes as a `TokenStream`, so that it can replace one. All choices are scored when the first token is
-    requested.
+    All choices are scored when the first token is requested. The class has the same attributes as `TokenStream`, so it can be used
+    in its place.
 
     Attributes:
         choices: The choices and their probabilities. The list is empty until the choices have been scored.
@@ -80,16 +80,16 @@ def score_choices(
     ids: Sequence[Sequence[int]],
     eos_ids: Collection[int],
 ) -> list[Choice]:
-    """Compute how probable each choice in `options` is. `state` is left unchanged.
+    """Compute how probable each choice in `options` is, without changing `state`.
 
-    If all choices begin with the same tokens, these tokens are read only once. The score of a choice includes the end of the
-    answer. Otherwise, the score of "red" would also include the probability of "red car".
+    Tokens that all choices have in common at the beginning are read only once. The score of a choice includes the end of the
+    answer. Otherwise, the score of "red" would include the probability of "red car".
 
     Args:
         state: The state after the prompt.
-        options: The options that contain the choices.
-        ids: Each choice's token ids, without a token that ends the answer.
-        eos_ids: The tokens that may end the answer.
+        options: The generation options, which contain the choices.
+        ids: One list of token ids per choice, without a token that ends the answer.
+        eos_ids: Ids of the tokens that may end the answer.
 
     Raises:
         ModelError: If a logit is NaN or infinite.
@@ -116,7 +116,7 @@ def score_choices(
 
 @contextmanager
 def _branch(state: PrefillState) -> Iterator[PrefillState]:
-    """Yield a copy of `state` that can read more tokens without changing `state` itself."""
+    """Return a context manager that provides a copy of `state`, which can read more tokens without changing `state` itself."""
     if state.language.can_crop:
         length = state.cache.length
         try:
@@ -128,7 +128,7 @@ def _branch(state: PrefillState) -> Iterator[PrefillState]:
 
 
 def _read_tokens(state: PrefillState, ids: Sequence[int]) -> float:
-    """Read tokens, if any, and return the sum of their log probabilities. Each token is conditioned on the tokens before it."""
+    """Read tokens and return the sum of their log probabilities, each given the tokens before it. Without tokens, the sum is 0."""
     if not ids:
         return 0.0
     given = torch.tensor(ids, dtype=torch.int64, device="cpu")

@@ -1,9 +1,9 @@
-"""Run the language model (Qwen2, Qwen2.5 or Qwen3) on new columns of a prompt or on a generated token.
+"""Run the language model (Qwen2, Qwen2.5 or Qwen3) on the tokens of a prompt or on a generated token.
 
-This works with any module tree whose weights have Hugging Face's names, that is, with a `model.weights.QwenVL` or a transformers
-model. A *column* is one token of the prompt or answer. Queries and keys are rotated by three positions at once (M-RoPE, arXiv
-2409.12191, section 2.1), and groups of query heads share keys and values (arXiv 2305.13245). Results are rounded at the same points
-as in transformers. Torch's autocast has no effect here.
+This works with any module tree whose weights have Hugging Face's names, which includes `model.weights.QwenVL` and transformers
+models. Each token of the prompt or answer is called a *column*. Queries and keys are rotated by three positions at once (M-RoPE,
+arXiv 2409.12191, section 2.1), and groups of query heads share keys and values (arXiv 2305.13245). Results are rounded at the same
+points as in transformers. Torch's autocast has no effect here.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,12 +23,12 @@ from evoprune.backend import (
 from evoprune.methods import Dropping, LayerState, arange_on
 from evoprune.model import head_size, heads_of, norm, rotate, without_autocast
 
-STRIP = 1024  # number of query columns that are processed with the same mask
+STRIP = 1024  # number of query columns that share an attention mask
 
 
 @lru_cache
 def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotary frequency of each feature pair, and the axis whose position rotates the pair.
+    """Return the rotary frequency of each feature pair, and the position axis (time, height or width) that rotates it.
 
     Returns:
         The frequencies in radians per position, float32 `[head_dim / 2]`, and the axes, int64 `[head_dim / 2]`. Axis 0 is time, 1
@@ -37,9 +37,8 @@ def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> 
     dim = 2 * sum(sections)
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
-    if (
-        interleaved
-    ):  # height and width each get every third pair until their sections are full; time gets all other pairs
+    # If interleaved, height and width each get every third pair until their sections are full, and time gets the remaining pairs.
+    if interleaved:
         axes = [0] * len(axes)
         for axis in (1, 2):
             axes[axis : 3 * sections[axis] : 3] = [axis] * len(axes[axis : 3 * sections[axis] : 3])
@@ -47,40 +46,40 @@ def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> 
 
 
 def rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cosines and sines for M-RoPE positions.
+    """Return the cosines and sines that rotate queries and keys at the given M-RoPE positions.
 
     Args:
         config: The language model's configuration.
-        positions: int64 `[3, L]` on the CPU.
+        positions: The M-RoPE positions, int64 `[3, L]` on the CPU.
         like: A tensor whose dtype and device the results should have.
 
     Returns:
-        Two tensors, `[L, 1, head_dim]` each. The first half of the sines is negated.
+        The cosines and the sines, `[L, 1, head_dim]` each. The first half of the sines is negated.
     """
     frequencies, axis = frequencies_of(config)
     return cos_sin_of(to_device(positions[axis].T * frequencies, like.device), like.dtype)
 
 
 def cos_sin_of(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cosines and sines of `angles`, float32 `[L, head_dim / 2]`, in the same form as `rotation`."""
+    """Return the cosines and sines of `angles`, float32 `[L, head_dim / 2]`, in the same layout as `rotation`."""
     cos = angles[:, None].cos()
     sin = angles[:, None].sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def frequencies_of(config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotary frequencies and axes (see `_frequencies`) for a language model's configuration, on the CPU."""
+    """Return the rotary frequencies and axes for a language model's configuration, on the CPU (see `_frequencies`)."""
     rope = config.rope_parameters
     return _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]), bool(rope.get("mrope_interleaved")))
 
 
 def rows_at(x: torch.Tensor | None, rows: torch.Tensor | slice | None) -> torch.Tensor | None:
-    """Return the selected rows of `x`, or all rows if `rows` is None."""
+    """Select rows of a tensor. If `x` or `rows` is None, `x` is returned unchanged."""
     return x if x is None or rows is None else x[rows]
 
 
 def put_rows(x: torch.Tensor, rows: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """Return a copy of `x` in which the selected rows are replaced with `new`. If `rows` is None, return `new`."""
+    """Return a copy of `x` with some rows replaced by `new`. If `rows` is None, all rows are replaced."""
     return new if rows is None else x.index_copy(0, rows, new)
 
 
@@ -93,25 +92,25 @@ def attend(
     wide: torch.Tensor | None = None,
     dim: int | None = None,
 ) -> torch.Tensor:
-    """Return the output of causal attention from L columns to n keys, `[L, heads * head_dim]`.
+    """Compute causal attention from L query columns to n keys and return the output, `[L, heads * head_dim]`.
 
     Args:
         queries: `[1, L, heads, head_dim]`. Bias features may follow at the end of each head (`Attention.bias_features`).
         keys, values: `[1, kv_heads, n, head_dim]`. Consecutive query heads share a key head and a value head. If L is 1, bias
-            features may follow at each head's end.
-        bias: `[n]`, the bias to add to the attention scores of each key. If the bias is the logarithm of a cluster's size, the key
-            counts as that many identical keys (arXiv 2210.09461, section 3).
-        visible_keys: int64 `[L]`, the number of keys that each query can see, in ascending order. The last number must be n. None
-            means that the queries belong to the last L columns.
-        wide: A buffer from `Attention.room_for_bias`, `[2, kv_heads, n, head_dim + e]`, which holds keys and values with bias
-            features for kernels that accept no mask.
+            features may follow at the end of each head.
+        bias: `[n]`, the bias to add to each key's attention scores. A bias of log(cluster size) makes a key count as that many
+            identical keys (arXiv 2210.09461, section 3).
+        visible_keys: int64 `[L]`, the number of keys that each query can attend to, in ascending order. The last number must be n.
+            None means that the queries belong to the last L columns.
+        wide: A buffer from `Attention.room_for_bias`, `[2, kv_heads, n, head_dim + e]`, for keys and values with bias features. It
+            is used by kernels that do not accept a mask.
         dim: The head size without bias features. It is required if the queries have bias features.
     """
     _, columns, heads, given = queries.shape
     kv_heads, n, whole = keys.shape[1:]
     dim = dim or given
     if columns == 1:
-        # Treat query heads that share keys as columns of a single head. The keys are then read only once, which is two to four
+        # Treat query heads that share keys as columns of a single head, so that the keys are read only once. This is two to four
         # times as fast.
         queries = queries.view(1, kv_heads, -1, given)
         if whole > given:
@@ -122,7 +121,8 @@ def attend(
         if bias is not None:
             bias = bias[None]
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias).reshape(1, -1)
-    # Use the key/value heads as the batch dimension, so that keys are not repeated and the kernel need not support grouped heads.
+    # Use the key/value heads as the batch dimension, so that keys are not repeated, and the kernel does not have to support grouped
+    # heads.
     group = heads // kv_heads
     queries = queries.view(columns, kv_heads, group, given).permute(1, 2, 0, 3)
     keys = keys.transpose(0, 1)
@@ -145,7 +145,7 @@ def attend(
             return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
     queries = queries[..., :dim]
     keys, values = (t.expand(-1, group, -1, -1) for t in (keys, values))
-    strips = []  # each strip of queries has its own mask, because a single mask would grow quadratically with the prompt
+    strips = []  # one mask per strip of queries, because a single mask would grow quadratically with the prompt
     for start in range(0, columns, STRIP):
         strip = queries[:, :, start : start + STRIP]
         rows = strip.shape[2]
@@ -164,7 +164,7 @@ def attend(
 
 
 def columns_of(wide: torch.Tensor | None, columns: torch.Tensor | slice | None) -> torch.Tensor | None:
-    """Return the selected columns of a buffer from `Attention.room_for_bias`, or all columns if `columns` is None."""
+    """Select columns of a buffer from `Attention.room_for_bias`. If `columns` is None, all columns are returned."""
     return wide if wide is None or columns is None else wide[:, :, columns]
 
 
@@ -177,9 +177,9 @@ def attend_blind(
     others: torch.Tensor,
     end: int,
 ) -> torch.Tensor:
-    """Compute attention as `attend` does, but let the columns from `end` on attend only to the columns in `others` (int64).
+    """Compute attention like `attend`, except that columns from `end` on attend only to the columns in `others` (int64).
 
-    There must be keys for all columns of the prompt. If there are fewer queries than keys, the queries belong to the last columns.
+    `keys` must cover all columns of the prompt. If there are fewer queries than keys, the queries belong to the last columns.
     """
     before = max(0, queries.shape[1] - (keys.shape[2] - end))  # number of queries before `end`
     extra = {"wide": columns_of(wide, others)}
@@ -192,22 +192,22 @@ def attend_blind(
 
 
 def all_sizes(sizes: torch.Tensor | None, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """Return cluster sizes as float32 `[columns]` on the same device as `like`. If `sizes` is None, all of them are 1."""
+    """Return cluster sizes as float32 `[columns]` on the same device as `like`. If `sizes` is None, all sizes are 1."""
     if sizes is None:
         return like.new_ones(columns, dtype=torch.float32)
     return sizes.to(like.device).float()
 
 
 class KVCache:
-    """Keys and values of each layer for the columns read so far. Layers have no entries for columns that were dropped earlier.
+    """KV cache that contains the keys and values of all columns read so far, except columns that a layer has dropped.
 
     Args:
         model: The model whose keys and values are cached.
-        capacity: Number of columns to allocate (at least 1), either one number for all layers or one number per layer. When a layer
-            is full, it grows by half.
+        capacity: Number of columns to allocate (at least 1), either a single number for all layers or one number per layer. When a
+            layer is full, it grows by half.
     """
 
-    column = None  # index in the tensors from `room` at which to write, as a tensor on the device; None means 0
+    column = None  # index at which to write to the tensors from `room`, as a device tensor; None means 0
 
     def __init__(self, model, capacity: int | Sequence[int]):
         config = model.config.text_config
@@ -216,27 +216,27 @@ class KVCache:
         capacities = [capacity] * depth if isinstance(capacity, int) else capacity
         shapes = [(1, config.num_key_value_heads, columns, head_size(config)) for columns in capacities]
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
-        # Number of leading columns that some layers have dropped and others have not. The cache cannot be cropped within this
-        # range.
+        # Number of leading columns that differ between layers, because some layers have dropped columns. The cache cannot be
+        # cropped within this range.
         self._uneven_until = 0
-        # Number of columns read. It grows only at the end of a forward pass, so a failed pass leaves the cache unchanged.
+        # Number of columns read so far. It changes only at the end of a forward pass, so a failed pass leaves the cache unchanged.
         self.length = 0
         self.lengths = [0] * depth  # number of valid columns in each layer
-        # Cluster sizes in each layer, float32 `[lengths[i]]`, or None if all sizes are 1. Attention counts a column of size n as n
-        # columns. Layers with the same columns share a tensor.
+        # Cluster sizes in each layer, float32 `[lengths[i]]`, or None if all sizes are 1. In attention, a column of size n counts
+        # as n columns. Layers with the same columns share a tensor.
         self.sizes: list[torch.Tensor | None] = [None] * depth
 
     @property
     def capacity(self) -> int:
-        """Number of columns for which every layer has allocated memory."""
+        """Number of columns that every layer has allocated memory for."""
         return min(keys.shape[2] for keys, _ in self._layers)
 
     def crop(self, length: int) -> None:
         """Drop all columns except the first `length`.
 
         Raises:
-            ValueError: If the cache holds fewer columns, or if `length` is within the range where layers have different columns.
-                Cropping to 0 is always possible.
+            ValueError: If the cache has fewer columns, or if cropping to `length` would split the range of columns that differ
+                between layers. Cropping to 0 is always possible.
         """
         if not (0 <= length <= self.length and (length >= self._uneven_until or not length)):
             raise ValueError(f"a cache of {self.length} columns cannot be cropped to {length}")
@@ -248,7 +248,7 @@ class KVCache:
         self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
 
     def keep(self, columns: torch.Tensor) -> None:
-        """Drop all columns except `columns`, which move to the front but keep their M-RoPE positions.
+        """Drop all columns except `columns`, which move to the front of the cache but keep their M-RoPE positions.
 
         Args:
             columns: int64 `[n]` on the CPU, ascending.
@@ -279,12 +279,12 @@ class KVCache:
         cos, sin = rotation(config, by, like)
         first, end, _ = columns.indices(self.length)
         for keys, _ in self._layers:
-            for start in range(first, end, STRIP):  # copying all keys at once would raise the peak memory of a stream
+            for start in range(first, end, STRIP):  # copying all keys at once would increase peak memory
                 strip = keys[0, :, start : min(end, start + STRIP)]
                 strip.copy_(rotate(strip.transpose(0, 1).float(), cos, sin).transpose(0, 1))
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the keys and values of new columns after a layer's valid columns. They become valid when `add` is called.
+        """Write the keys and values of new columns to a layer. They become valid when `add` is called.
 
         Args:
             layer: Index of the layer.
@@ -309,29 +309,29 @@ class KVCache:
         stored = self._layers[layer]
         end = before + columns
         if end > (full := stored[0].shape[2]):
-            # Only one layer grows at a time, so that no more than one layer is in memory twice.
+            # Grow one layer at a time, so that at most one layer is in memory twice.
             more = (0, 0, 0, max(end, full * 3 // 2) - before)
             stored = self._layers[layer] = tuple(F.pad(tensor[:, :, :before], more) for tensor in stored)
         known = tuple(tensor[:, :, :end] for tensor in stored)
         return *(tensor[0, :, before:] for tensor in known), *known
 
     def add(self, read: int, columns: Sequence[int], sizes: Sequence[torch.Tensor | None]) -> None:
-        """Make new columns valid.
+        """Make new columns valid, after all layers have written their keys and values.
 
         Args:
             read: Number of columns that were read.
-            columns: Number of these columns that each layer has stored.
+            columns: For each layer, the number of these columns that it has stored.
             sizes: The cluster sizes of the old and new columns in each layer.
         """
         length = self.length + read
         lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
         sizes = list(sizes)
         whole = length if len(set(columns)) > 1 else self._uneven_until
-        # Assigned in one statement for the same reason as in `crop`.
+        # As in `crop`, a signal must not leave only some attributes updated.
         self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
-        """Return the cluster sizes of the cached and the new columns together, for each layer.
+        """Return the cluster sizes in each layer, for the cached columns followed by the new columns.
 
         Args:
             sizes: float32 `[columns]`, the cluster sizes of the new columns in all layers. None means that all of them are 1.
@@ -365,15 +365,15 @@ def forward(
     """Run the model on new columns and return the final hidden states of the last `last` columns, `[last, hidden]`.
 
     Args:
-        model: A module tree whose weights have Hugging Face's names. Only its linear layers are called.
+        model: A module tree whose weights have Hugging Face's names. Of its modules, only the linear layers are called.
         inputs_embeds: `[L, hidden]`, the embeddings of the new columns, on the same device as the weights. L is at least 1.
         positions: int64 `[3, L]` on the CPU, the M-RoPE positions (time, height, width).
-        cache: The cache of the preceding columns. The L new columns are added in place, unless an exception is raised.
+        cache: The KV cache of the preceding columns. The L new columns are added in place, unless an exception is raised.
         sizes: float32 `[L]`, the cluster sizes of the new columns. None means that all of them are 1.
         last: Number of columns to return, from 1 to L.
-        dropping: Decides which visual tokens to drop inside the language model. It requires an empty cache.
+        dropping: Decides which visual tokens to drop inside the language model. This requires an empty cache.
         deepstack: `[n, L, hidden]`, the features to add to the columns after each of the first n layers.
-        pause: A function that is called before every layer. It may wait or raise an exception.
+        pause: Called before every layer. It may wait or raise an exception.
 
     Raises:
         ValueError: If there are no columns, `positions` does not match the columns, `last` is out of range, or `dropping` is given
@@ -428,12 +428,12 @@ def forward(
 @without_autocast()
 def logits(model, *args, **kwargs) -> torch.Tensor:
     """Return the next-token logits after each of the last columns, float32 `[last, vocabulary]`. Same arguments as `forward`."""
-    # The output layer is the largest layer, so it runs only on the last columns.
+    # The output layer is the largest layer, so run it only on the last columns.
     return model.lm_head(forward(model, *args, **kwargs)).float()
 
 
 def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the `bias` and `wide` arguments with which `attend` applies cluster sizes. Both are None if `sizes` is None."""
+    """Return the arguments `bias` and `wide` that make `attend` apply cluster sizes, or None for both if `sizes` is None."""
     if sizes is None:
         return None, None
     bias = sizes.log()
@@ -454,7 +454,7 @@ def run_layer(
     rows: Sequence[torch.Tensor] = (),
     wide: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run one layer.
+    """Run a single layer of the language model on new columns.
 
     Args:
         layer: The layer's module.
@@ -464,13 +464,13 @@ def run_layer(
         number: Index of the layer.
         config: The language model's configuration.
         bias, wide: See `attend`.
-        last: Number of columns to compute if this is the last layer.
-        blind, rows: The results of `Dropping.before`. If a column skips the attention or the MLP, that step does not change its
-            hidden state.
+        last: Number of columns whose output is computed if this is the last layer.
+        blind, rows: The results of `Dropping.before`. If a column skips attention or the MLP, its hidden state stays unchanged in
+            that step.
 
     Returns:
-        The output for the columns, their queries, and all keys and values. The last layer returns the output of only the last
-        columns.
+        A tuple of the output of the columns, their queries, and all keys and all values. In the last layer, the output covers only
+        the last columns.
     """
     attention = layer.self_attn
     mlp = layer.mlp
@@ -497,7 +497,7 @@ def run_layer(
         seen = attend_blind(*given, wide, *blind)
     elif q_rows is not None:
         seen = attend(*given, torch.searchsorted(kv_rows, q_rows, right=True))
-    elif rows:  # the last layer, where the queries belong to the last columns
+    elif rows:  # in the last layer, the queries belong to the last columns
         seen = attend(*given)
     else:
         seen = attend(*given, wide=wide)
@@ -518,7 +518,7 @@ def _fused(
     bias: torch.Tensor | None,
     wide: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Run one layer on all columns with fused kernels and joined weights. Return None if this is not possible.
+    """Run a single layer on all columns with fused kernels and joined weights. Return None if that is not possible.
 
     See `run_layer` for the arguments and results.
     """

@@ -1,4 +1,4 @@
-"""Read a pruned prompt, then generate an answer token by token."""
+"""Read a pruned prompt and then generate an answer token by token."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from evoprune.vision import Encoded
 class LanguageModel:
     """Runs the language model of a loaded model on prompts and generated tokens.
 
-    Its layers run either in decoder.py or, as transformers modules, in hosted.py.
+    decoder.py runs the layers of most models, and hosted.py runs transformers modules.
 
     Args:
         model: A module tree whose weights have Hugging Face's names, or a `HostedVL`.
@@ -37,12 +37,12 @@ class LanguageModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the model computes. Its weights may be stored in a different one."""
+        """The dtype of the model's computations, which may differ from the dtype of its stored weights."""
         return self.model.model.language_model.norm.weight.dtype
 
     @property
     def can_crop(self) -> bool:
-        """Whether the KV cache can be cropped. If the model has recurrent layers, it cannot, so callers keep a copy instead."""
+        """Whether the KV cache can be cropped. Recurrent layers do not support this, so callers keep a copy instead."""
         return not self._hosted or hosted.can_crop(self.model)
 
     @property
@@ -52,12 +52,12 @@ class LanguageModel:
 
     @property
     def reads_ids(self) -> bool:
-        """True if some layers read the token ids as well, as in Qwen4-Exp."""
+        """Whether some layers need token ids in addition to embeddings, as in Qwen4-Exp."""
         return self._hosted and hosted.reads_ids(self.model)
 
     @property
     def can_draft(self) -> bool:
-        """Whether drafted tokens can be read in the same pass as the latest token, and dropped if they turn out wrong."""
+        """Whether drafted tokens can be read in the same pass as the latest token, and dropped if they turn out to be wrong."""
         return self.can_crop and Device(self.model.model.language_model.norm.weight.device).reads_drafts
 
     @property
@@ -67,7 +67,7 @@ class LanguageModel:
         return self._hosted and hosted.run_for(self.model, device) is hosted.run_modules
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings `[n, hidden]` of token ids, int64 `[n]`.
+        """Look up the input embeddings, `[n, hidden]`, of token ids, int64 `[n]`.
 
         Raises:
             ModelError: If the model has no embedding for an id.
@@ -77,13 +77,13 @@ class LanguageModel:
             problem = f"the tokenizer produced token {int(ids.max())}, but the model has only {len(embed.weight):,}"
             raise ModelError(problem, "use the tokenizer and the weights of the same model", stage="prefill")
         embeds = embed(to_device(ids, embed.weight.device))
-        return embeds.to(self.dtype)  # the embedding matrix may still have the dtype that it has in the model's file
+        return embeds.to(self.dtype)  # the embedding matrix may still have the dtype of the model's files
 
     def new_cache(self, columns: int | Sequence[int]) -> KVCache | HostedCache:
         """Return an empty KV cache with room for a prompt and an answer of typical length.
 
         Args:
-            columns: Number of prompt columns, either one number for all layers or one number per layer.
+            columns: Number of prompt columns, either a single number for all layers or one number per layer.
         """
         if self._hosted:
             return HostedCache(self.model)
@@ -92,18 +92,18 @@ class LanguageModel:
         return KVCache(self.model, [n + ANSWER_COLUMNS for n in columns])
 
     def forward(self, *args, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """Read new columns and return the final hidden states of the last columns.
+        """Read new columns and return the final hidden states of the last columns. See `decoder.forward` for other arguments.
 
         Args:
-            ids: int64 `[columns]`, the token ids of the new columns, which some models need as well as embeddings (see
-                `hosted.reads_ids`). For the other arguments, see `decoder.forward`.
+            ids: int64 `[columns]`, the token ids of the new columns, which some models need in addition to embeddings (see
+                `hosted.reads_ids`).
         """
         return self._layers.forward(self.model, *args, **kwargs, **self._given(ids))
 
     def logits(self, *args, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """Read new columns and return the next-token logits after each of the last columns (see `decoder.logits`).
 
-        The arguments are the same as those of `forward`.
+        Takes the same arguments as `forward`.
         """
         return self._layers.logits(self.model, *args, **kwargs, **self._given(ids))
 
@@ -121,15 +121,15 @@ class LanguageModel:
         deepstack: torch.Tensor | None = None,
         ids: torch.Tensor | None = None,
     ) -> "PrefillState":
-        """Read a prompt, or the rest of a prompt whose beginning is cached.
+        """Read a prompt, or the rest of a prompt whose beginning is already in the KV cache.
 
-        For the other arguments and the exceptions, see `decoder.forward`.
+        See `decoder.forward` for the other arguments and the exceptions.
 
         Args:
-            next_position: M-RoPE position of the first generated token. In Qwen models, it is the largest position in the
-                *unpruned* prompt plus one. Only decoding uses this value.
-            cache: A cache that holds the preceding columns. The new columns are added in place. None starts a new prompt.
-            ids: The token ids of the columns (see `forward`).
+            next_position: M-RoPE position of the first generated token, which is used only for decoding. In Qwen models, it is the
+                largest position in the *unpruned* prompt plus one.
+            cache: The KV cache of the preceding columns. The new columns are added in place. None starts a new prompt.
+            ids: Token ids of the new columns (see `forward`).
         """
         columns = len(inputs_embeds)
         given = {}
@@ -145,11 +145,11 @@ class LanguageModel:
     def dropping_for(
         self, method: MethodChain, budget: float, read: Sequence[Encoded], prompt: PrunedPrompt
     ) -> Dropping | None:
-        """Return the `Dropping` to use with a pruned prompt, or None if the method drops no tokens inside the language model.
+        """Return a `Dropping` for a pruned prompt, or None if the pruning method drops no tokens inside the language model.
 
         Args:
-            method: The method that the user chose.
-            budget: The budget that the user chose, as a fraction of the units.
+            method: The pruning method.
+            budget: The pruning budget, as a fraction of the visual units.
             read: The encoded inputs of the prompt, in order.
             prompt: The prompt after pruning.
         """
@@ -177,18 +177,18 @@ class LanguageModel:
 
 @dataclass
 class PrefillState:
-    """The state of a language model that has read a prompt and part of an answer. Created by `LanguageModel.prefill`."""
+    """The state of the language model after it has read a prompt and part of the answer. Created by `LanguageModel.prefill`."""
 
     language: LanguageModel
     cache: KVCache | HostedCache  # keys and values of the prompt and of the answer tokens read so far
     logits: torch.Tensor  # float32 `[vocabulary]`, next-token logits after the cached columns
-    next_position: int  # M-RoPE position of the first generated token (same in time, height and width)
+    next_position: int  # M-RoPE position of the first generated token, on all three axes
     dropping: Dropping | None = None  # records which tokens were dropped while the prompt was read
     prompt_ids: torch.Tensor | None = None  # int64 `[L]`, ids of the unpruned prompt, for the repetition penalty
-    # Tokens of the answer that are in the cache. During decoding, the last of them may be drafted tokens that turn out wrong.
+    # Tokens of the answer that are in the cache. During decoding, these may end with drafted tokens that turn out to be wrong.
     answer: list[int] = field(default_factory=list)
-    _drafted: torch.Tensor | None = None  # float32 `[n, vocabulary]`, the logits after the last n tokens of `answer`
-    _steps: StaticCache | None = None  # holds the other answer tokens while a CUDA graph decodes
+    _drafted: torch.Tensor | None = None  # float32 `[n, vocabulary]`, logits after the last n tokens of `answer`
+    _steps: StaticCache | None = None  # contains all other answer tokens while a CUDA graph is decoding
     # Identifies this answer to the static cache. It must not hold a reference to the model.
     _holder: object = field(default_factory=object)
 
@@ -206,15 +206,15 @@ class PrefillState:
     def decode(
         self, ids: Sequence[int], left: int, pick: Callable[..., int | None], lookup: Lookup | None = None
     ) -> int:
-        """Return the next token of an answer. This method can be called again after it raised an exception.
+        """Generate the next token of an answer. This method can be called again after it has raised an exception.
 
         On CUDA, the forward pass runs as a CUDA graph if possible (see language/static.py).
 
         Args:
-            ids: The token ids of the answer so far (at least one).
-            left: Maximum number of tokens by which the answer may still grow.
-            pick: A function that chooses a token from the logits. It also receives the result of `best_of` for these logits if that
-                is already known. If it is called with `drafted=True`, it returns None if rounding could decide the choice.
+            ids: Token ids of the answer so far (at least one).
+            left: Maximum number of tokens that may still be added to the answer.
+            pick: Chooses a token from the logits. It also receives the result of `best_of` for these logits, if that is already
+                known. With `drafted=True`, it returns None if rounding errors could affect the choice.
             lookup: Drafts tokens that are read together with the latest token. This requires a cache that can be cropped.
         """
         token = None
@@ -226,7 +226,7 @@ class PrefillState:
                 )
             if self._steps is not None:
                 token = self._steps.following(self.language.model, self._holder, ids[-1], pick)
-        except EvopruneError:  # an error raised by `pick`, not by the graph
+        except EvopruneError:  # raised by `pick`, not by the graph
             raise
         except Exception as problem:  # the capture and the modules inside it can raise anything
             static.give_up(self.language.model, problem)
@@ -243,11 +243,11 @@ class PrefillState:
     def _decode_drafted(
         self, ids: Sequence[int], left: int, pick: Callable[..., int | None], lookup: Lookup
     ) -> int | None:
-        """Return the next token from a pass over drafted tokens.
+        """Generate the next token with a pass over drafted tokens.
 
         Returns:
-            The token. None if nothing is drafted or rounding could decide the choice. `answer` then has at most the tokens before
-            the latest one.
+            The token, or None if no tokens were drafted or rounding errors could affect the choice. In the latter cases, `answer`
+            contains at most the tokens before the latest one.
         """
         last = len(ids) - 1
         if self._drafted is None or self.answer[last : last + 1] != [ids[-1]]:  # the latest token was not drafted
@@ -265,7 +265,7 @@ class PrefillState:
         return token
 
     def _drop_drafted(self, length: int) -> None:
-        """Drop all columns after the first `length` tokens of the answer from the cache."""
+        """Crop the KV cache to the prompt and the first `length` tokens of the answer."""
         self.cache.crop(self.cache.length - (len(self.answer) - length))
         del self.answer[length:]
         self._drafted = None
@@ -275,9 +275,9 @@ class PrefillState:
 
     @torch.inference_mode()
     def logits_along(self, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
-        """Return the logits from which each token of a given answer would be chosen (teacher forcing).
+        """Return the logits that predict each token of a given answer (teacher forcing).
 
-        All tokens of the answer except the last one are added to the cache.
+        All tokens of the answer except the last one are added to the KV cache.
 
         Args:
             ids: int64 `[n]`, the tokens of the answer.
@@ -299,9 +299,9 @@ class PrefillState:
         return logits
 
     def graph_logits_along(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits after each token of a given answer, `[n, vocabulary]`, by running decoding steps as a CUDA graph.
+        """Return the logits after each token of a given answer, `[n, vocabulary]`, computed by a CUDA graph.
 
-        This requires that `LanguageModel.can_capture` is True. Exceptions raised while capturing propagate unchanged.
+        This requires `LanguageModel.can_capture`. Exceptions that are raised while the graph is captured propagate unchanged.
 
         Args:
             ids: int64 `[n]`, the tokens of the answer.
@@ -310,14 +310,17 @@ class PrefillState:
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural log probabilities, computed from the raw logits before temperature, penalties, top-k and top-p are applied."""
+    """Natural log probabilities of a generated token and its alternatives.
+
+    They are computed from the raw logits, before temperature, penalties, top-k and top-p are applied.
+    """
 
     chosen: float  # log probability of the chosen token
-    top: list[tuple[int, float]]  # the most probable tokens and their log probabilities, in descending order
+    top: list[tuple[int, float]]  # most probable tokens with their log probabilities, in descending order
 
 
 def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs:
-    """Return the log probability of a token and of the `most` most probable tokens. `logits` is float32 `[vocabulary]`."""
+    """Return the log probabilities of a token and of the `most` most probable tokens. `logits` is float32 `[vocabulary]`."""
     logprobs = logits.log_softmax(0)
     top = logprobs.topk(min(most, len(logprobs)))
     chosen, *values = torch.cat([logprobs[token][None], top.values]).tolist()
@@ -325,17 +328,17 @@ def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs
 
 
 class TokenConstraint(Protocol):
-    """Restricts the tokens of a single answer. `mask` is called before each token is chosen, and `advance` afterwards."""
+    """Restricts the tokens of a single answer. `mask` is called before each token is chosen, and `advance` afterward."""
 
     def mask(self, size: int) -> torch.Tensor | None:
-        """Return a mask of the allowed token ids, or None to allow all. The mask is bool `[size]` on the CPU, never all False."""
+        """Return a mask of the allowed token ids, bool `[size]` on the CPU and never all False, or None to allow all tokens."""
 
     def advance(self, token: int) -> None:
-        """Record the token that was chosen. This method is not called for a token that ends the answer."""
+        """Record the token that was chosen. Not called for a token that ends the answer."""
 
     @property
     def complete(self) -> bool:
-        """Whether the answer is complete, so that only its end can follow."""
+        """Whether the answer is complete, so that no token can follow except an end token."""
 
 
 class TokenStream(Iterator[int]):
@@ -344,9 +347,9 @@ class TokenStream(Iterator[int]):
     The same `seed` always produces the same answer.
 
     Args:
-        state: The state after the prompt. It can be used for only one answer.
-        eos_ids: Tokens that end the answer. They are not yielded.
-        constraint: Restricts which tokens are allowed. It can be used for only one answer. None allows all tokens.
+        state: The model's state after reading the prompt, which can be used for only one answer.
+        eos_ids: Ids of the tokens that end the answer, which are not yielded.
+        constraint: Restricts the tokens of the answer, and can be used for only one answer. None allows all tokens.
 
     Raises:
         ModelError: During iteration, if a logit is NaN or infinite. Exceptions raised by the constraint propagate unchanged.
@@ -360,10 +363,11 @@ class TokenStream(Iterator[int]):
         seed: int = 0,
         constraint: TokenConstraint | None = None,
     ):
-        # "stop" if the model ended its turn or the constraint allows no more tokens, or "length". None until the answer ends.
+        # "stop" if the model ended its turn or the constraint allows no more tokens, "length" if the limit was reached, and None
+        # until the answer ends.
         self.finish_reason: str | None = None
         self.ids: list[int] = []  # tokens yielded so far
-        self.logprobs: list[TokenLogprobs] = []  # one entry for each token in `ids` if log probabilities were requested
+        self.logprobs: list[TokenLogprobs] = []  # one entry per token in `ids`, if log probabilities were requested
         self._state = state
         self._settings = settings
         self._latest_logprobs: TokenLogprobs | None = None  # log probabilities of the latest token
@@ -377,7 +381,7 @@ class TokenStream(Iterator[int]):
         self._lookup: Lookup | None = None
         if self._greedy and settings.logprobs is None and state.prompt_ids is not None and state.language.can_draft:
             self._lookup = Lookup(state.prompt_ids, state.language.dtype)
-        # The generator is on the CPU, so that a seed produces the same random numbers on every device.
+        # Keep the generator on the CPU, so that a seed produces the same random numbers on every device.
         self._random = torch.Generator().manual_seed(generator_seed(seed))
 
     @torch.inference_mode()
@@ -389,7 +393,7 @@ class TokenStream(Iterator[int]):
             self.finish_reason = "length"
         if self.finish_reason is not None:
             raise StopIteration
-        if self.ids:  # the model reads the latest token only now that another token has been requested
+        if self.ids:  # the model reads the latest token only once another token is requested
             token = self._state.decode(self.ids, left, self._pick, self._lookup)
         else:
             token = self._pick(self._state.logits)
@@ -410,7 +414,8 @@ class TokenStream(Iterator[int]):
         Args:
             logits: float32 `[vocabulary]`.
             best: The result of `best_of`, if already known.
-            drafted: Whether the logits come from a pass over drafted tokens. Returns None if rounding could decide the choice.
+            drafted: Whether the logits come from a pass over drafted tokens. If so, the result is None if rounding errors could
+                affect the choice.
         """
         token = self._choose(logits, best, drafted)
         if self._settings.logprobs is not None:
@@ -420,7 +425,7 @@ class TokenStream(Iterator[int]):
     def _choose(self, logits: torch.Tensor, best: torch.Tensor | None, drafted: bool) -> int | None:
         raw = logits
         if self._constraint is not None:
-            mask = self._constraint.mask(len(logits))  # computed while a GPU is still computing the logits
+            mask = self._constraint.mask(len(logits))  # runs while a GPU is still computing the logits
             if mask is not None:
                 best = None
                 # Subtract instead of overwriting, so that NaN and infinite logits are still detected.
@@ -443,13 +448,13 @@ class TokenStream(Iterator[int]):
 def choose(
     logits: torch.Tensor, settings: GenerationOptions, random: torch.Generator, seen: Collection[int] = ()
 ) -> int:
-    """Choose the next token id. If the temperature is 0, this is the most probable token. Otherwise, it is sampled.
+    """Choose the id of the next token: the most probable token if the temperature is 0, and a sampled token otherwise.
 
     Args:
         logits: float32 `[vocabulary]`.
         settings: The sampling options.
         random: A random generator on the CPU.
-        seen: The token ids of the prompt and the answer, to which the repetition penalty applies.
+        seen: Token ids of the prompt and the answer, to which the repetition penalty applies.
     """
     if settings.repetition_penalty not in (None, 1):
         logits = penalized(logits, settings.repetition_penalty, seen)
@@ -459,14 +464,14 @@ def choose(
 
 
 def penalized(logits: torch.Tensor, penalty: float, seen: Collection[int]) -> torch.Tensor:
-    """Apply a repetition penalty (arXiv 1909.05858) as transformers does. Penalties above 1 lower the logits of seen tokens."""
+    """Apply a repetition penalty (arXiv 1909.05858) like transformers. Penalties above 1 lower the logits of seen tokens."""
     ids = to_device(torch.tensor([*seen], dtype=torch.int64, device="cpu"), logits.device)
     scores = logits[ids]
     return logits.index_put((ids,), torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
 def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Tensor:
-    """Convert logits to sampling probabilities by applying temperature, top-k and nucleus sampling (arXiv 1904.09751).
+    """Apply temperature, top-k and nucleus sampling (arXiv 1904.09751), and return the sampling probabilities.
 
     Returns:
         The unnormalized probabilities, float64 `[vocabulary]`.
@@ -479,7 +484,7 @@ def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Te
     shares = logits.softmax(-1)
     if settings.top_p < 1:
         ordered, order = shares.sort(descending=True, stable=True)
-        # Keep a token if the probabilities of all more probable tokens add up to less than top_p. The first token is always kept.
+        # Keep a token if all more probable tokens have a total probability below top_p. The first token is always kept.
         ordered[ordered.cumsum(-1) - ordered >= settings.top_p] = 0
         shares = torch.zeros_like(shares).scatter_(0, order, ordered)
     return shares

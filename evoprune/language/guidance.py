@@ -1,7 +1,7 @@
 """Use llguidance to constrain answers to a JSON Schema or a regular expression. Importing this module does not import torch.
 
-No other module imports llguidance, which is installed by the `schema` extra. Before a model is loaded, each grammar is checked in a
-separate process, using single bytes as tokens.
+This is the only module that imports llguidance, which is part of the `schema` extra. Before a model is loaded, each grammar is
+checked in a separate process, with single bytes as tokens.
 """
 
 import json
@@ -23,30 +23,30 @@ if TYPE_CHECKING:
     from evoprune.language.prompt import Tokenizer
 
 SCHEMA, REGEX = "schema", "regex"
-SECONDS = 5  # time limit for the check, which takes milliseconds for a typical schema
-STACK_BYTES = 2**20  # stack limit for the check, because llguidance processes schemas recursively
-EXACT_BITS = 53  # integers with more bits are not exact, because llguidance stores numbers as floats
+SECONDS = 5  # time limit for checking a grammar, which typically takes milliseconds
+STACK_BYTES = 2**20  # stack limit for checking a grammar, because llguidance is recursive
+EXACT_BITS = 53  # llguidance stores numbers as floats, so longer integers are not exact
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-NUMERIC = ("type", "multipleOf", *BOUNDS)  # keywords for numbers
-# The layout of JSON in answers, which overrides the "x-guidance" settings in a schema. Without it, a model could generate
-# whitespace forever.
+NUMERIC = ("type", "multipleOf", *BOUNDS)  # schema keywords for numbers
+# The layout of JSON answers, which overrides the "x-guidance" settings of a schema. Without it, a model could generate whitespace
+# forever.
 JSON_LAYOUT = {
     "whitespace_pattern": " ?",
     "item_separator": ",",
     "key_separator": ":",
     "lenient": False,
     "coerce_one_of": False,
-    "json_allowed_escapes": 'bfnrt\\"',  # not \\u, because an escaped name could repeat another field's name
+    "json_allowed_escapes": 'bfnrt\\"',  # not \\u, because an escaped name could duplicate another field's name
 }
-DEAD_END_ERRORS = ("NoExtension", "NoExtensionBias")  # llguidance's error messages if no token is allowed
-FIRST_BYTES = 2  # number of bytes that the check generates
-MAX_SEARCHED = 2**20  # maximum number of characters to check in subschemas when locating an error
+DEAD_END_ERRORS = ("NoExtension", "NoExtensionBias")  # llguidance's errors if no token is allowed
+FIRST_BYTES = 2  # number of bytes to generate when checking a grammar
+MAX_SEARCHED = 2**20  # maximum number of characters in the subschemas that are checked to locate an error
 MAX_REGEX_LENGTH = 10_000  # maximum length of a regular expression, in characters
-MAX_MESSAGE_LENGTH = 200  # longer messages from llguidance are shortened to this many characters
+MAX_MESSAGE_LENGTH = 200  # maximum length of messages from llguidance, in characters
 
 
 def _check_installed(kind: str) -> None:
-    """Raise UsageError if a package that this kind of grammar needs is not installed."""
+    """Raise UsageError if a package required for this kind of grammar is not installed."""
     _library()
     if kind == SCHEMA and find_spec("jsonschema") is None:
         raise UsageError("a schema needs jsonschema, which is not installed", "pip install 'evoprune[schema]'")
@@ -70,8 +70,8 @@ def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
         given: The schema or the regular expression.
 
     Raises:
-        UsageError: If llguidance does not support the schema or regular expression, or if a required package is not installed. If
-            part of a schema is unsupported, the message says which part.
+        UsageError: If llguidance does not support the schema or regular expression, or if a required package is not installed. For
+            a schema, the message also contains the path of the unsupported part.
     """
     if kind == REGEX and not given:
         raise UsageError(
@@ -84,7 +84,7 @@ def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
 
 @lru_cache(16)
 def _checked_grammar(kind: str, text: str) -> str:
-    """Check a regular expression or a schema (as JSON text) and return its grammar. Same as `grammar_of`, but cached."""
+    """Check a regular expression or a schema (as JSON text) and return its grammar. The result is cached."""
     _check_installed(kind)
     needs = "llguidance" if kind == REGEX else "llguidance, jsonschema"
     try:
@@ -100,7 +100,7 @@ def _checked_grammar(kind: str, text: str) -> str:
 
 
 def _grammar(kind: str, text: str) -> str:
-    """Convert a schema or regular expression to a grammar without checking it. Raise ValueError if it is nested too deeply."""
+    """Convert a schema or regular expression to a grammar without checking it. Raises ValueError if it is nested too deeply."""
     matcher = _library().LLMatcher
     if kind == REGEX:
         return matcher.grammar_from_regex(text)
@@ -108,17 +108,16 @@ def _grammar(kind: str, text: str) -> str:
 
 
 def find_fault(request: str) -> tuple[str, str | None]:
-    """Check a schema or regular expression. Call this function only through `run_isolated`.
+    """Check a schema or regular expression for errors. Call this function only through `run_isolated`.
 
-    The check must run in a separate process with time and stack limits, because llguidance limits neither the total time that
-    compiling a schema takes nor the recursion depth.
+    The check must run in a separate process with time and stack limits, because llguidance does not limit the total time of
+    compiling a schema or the recursion depth.
 
     Args:
         request: A JSON list with the kind (`SCHEMA` or `REGEX`) and the schema or regular expression as a string.
 
     Returns:
-        The error message and the path of the faulty subschema. The message is empty if there is no error, and the path is None if
-        it is unknown.
+        A tuple of the error message (empty if there is no error) and the path of the faulty subschema (None if it is unknown).
     """
     kind, text = json.loads(request)
     wrong = _compile_error(kind, text)
@@ -140,7 +139,7 @@ def _compile_error(kind: str, text: str) -> str:
     except ValueError as problem:
         return first_line(problem)
     matcher = library.LLMatcher(_byte_tokenizer(), grammar, log_level=0)
-    for _ in range(FIRST_BYTES):  # grammars that are too complex usually fail within the first bytes
+    for _ in range(FIRST_BYTES):  # overly complex grammars usually fail within the first bytes
         bits = int.from_bytes(matcher.compute_bitmask(), "little")
         if matcher.is_stopped():
             break
@@ -149,7 +148,7 @@ def _compile_error(kind: str, text: str) -> str:
 
 
 def _wrong_numbers(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """For each number that llguidance cannot represent exactly, yield an error message and the path of its subschema."""
+    """Find numbers in a schema that llguidance cannot represent exactly. Yield an error message and a path for each."""
     for path, part in parts_of_schema(schema):
         values = [*part.get("enum", []), *([part["const"]] if "const" in part else [])]
         for value in filter(_has_large_integer, values):
@@ -165,7 +164,7 @@ def _wrong_numbers(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _with_neighbors(bound: float) -> Sequence[float]:
-    """Return a bound and, if it is an integer, the integers before and after it."""
+    """Return a numeric bound and, if it is an integer, also the integers before and after it."""
     return (bound - 1, bound, bound + 1) if isinstance(bound, int) else (bound,)
 
 
@@ -176,7 +175,7 @@ def _has_large_integer(value: Any) -> bool:
 
 
 def _allows(schema: dict[str, Any], text: str) -> bool:
-    """Return True if llguidance accepts `text` as a complete answer that follows `schema`."""
+    """Return True if llguidance accepts a text as a complete answer that follows a schema."""
     matcher = _library().LLMatcher(_byte_tokenizer(), _grammar(SCHEMA, json.dumps(schema)), log_level=0)
     read = matcher.try_consume_tokens(list(text.encode()))
     return read == len(text.encode()) and matcher.is_accepting()
@@ -188,7 +187,7 @@ def _byte_tokenizer() -> Any:
 
 
 def _one_line(error: str) -> str:
-    """Shorten an error message from llguidance to one line, leaving out lines that mark a position in a regular expression."""
+    """Shorten an error message from llguidance to one line, without any lines that mark a position in a regular expression."""
     first, *_ = (error.partition("error: ")[2] or error).strip().splitlines() or [""]
     if first in DEAD_END_ERRORS:
         return "no text can match it"
@@ -196,7 +195,7 @@ def _one_line(error: str) -> str:
 
 
 def _path_of_fault(schema: Any, wrong: str) -> str | None:
-    """Return the JSON Pointer to the smallest subschema that causes the error `wrong`, or None if there is no such subschema."""
+    """Return the path (a JSON Pointer) of the smallest subschema that causes the error `wrong`, or None if there is none."""
     parts = [(path, json.dumps(part)) for path, part in parts_of_schema(schema) if path]
     searched = 0
     for path, text in sorted(parts, key=lambda part: len(part[1])):
@@ -209,7 +208,7 @@ def _path_of_fault(schema: Any, wrong: str) -> str | None:
 
 
 class Vocabulary:
-    """A model's tokens in llguidance's format. Creating one takes a second for a large vocabulary, so reuse it."""
+    """A model's vocabulary in llguidance's format. Creating a large vocabulary takes a second, so reuse it."""
 
     def __init__(self, tokenizer: "Tokenizer", eos_ids: Sequence[int]):
         backend = tokenizer.backend
@@ -217,18 +216,18 @@ class Vocabulary:
         self._tokens = _library().LLTokenizer(backend.to_str(), eos_token=ends or None)
 
     def constraint(self, grammar: str) -> "GrammarConstraint":
-        """Return a constraint for a single answer, given a grammar from `grammar_of`."""
+        """Create a constraint for a single answer from a grammar (see `grammar_of`)."""
         return GrammarConstraint(_library().LLMatcher(self._tokens, grammar, log_level=0))
 
 
 class GrammarConstraint:
-    """A `generate.TokenConstraint` that allows only tokens that follow a grammar, and end tokens once the answer may end."""
+    """A `generate.TokenConstraint` that restricts an answer to a grammar. It allows end tokens wherever the answer may end."""
 
     def __init__(self, matcher: Any):
         self._matcher = matcher
 
     def mask(self, size: int) -> "torch.Tensor":
-        """Return the mask of allowed tokens. Raise UsageError if the grammar is too complex."""
+        """Return a mask of the allowed tokens, bool `[size]`. Raises UsageError if the grammar is too complex."""
         import numpy as np
         import torch
 

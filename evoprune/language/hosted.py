@@ -1,6 +1,6 @@
-"""Run language models through their transformers modules if they have quantized weights or layers that decoder.py does not support.
+"""Run language models through transformers, if they have quantized weights or layers that decoder.py does not support.
 
-The functions here mirror those of language/decoder.py. Cluster sizes are passed to attention layers as an additive mask. Linear
+The functions mirror the functions in language/decoder.py. Attention layers receive cluster sizes as an additive mask. Linear
 attention layers (Gated DeltaNet, arXiv 2412.06464) have no attention scores, so they ignore cluster sizes.
 """
 
@@ -26,10 +26,10 @@ STRIP = 2048  # columns per additive mask; a multiple of 64, the chunk size of l
 
 
 class HostedCache:
-    """The layers' states (in a transformers `DynamicCache`) and the cluster sizes of the columns read so far.
+    """A transformers `DynamicCache` with all layers' states, together with the cluster sizes of the columns read so far.
 
-    If any layer has a recurrent state, the cache cannot be cropped. To reuse it for a later prompt with the same beginning, callers
-    have to keep a copy.
+    If any layer has a recurrent state, the cache cannot be cropped, so callers that want to reuse it for a later prompt with the
+    same beginning have to keep a copy.
     """
 
     def __init__(self, model: HostedVL):
@@ -45,7 +45,7 @@ class HostedCache:
         """Drop all columns except the first `length`.
 
         Raises:
-            ValueError: If the cache holds fewer columns or has recurrent states.
+            ValueError: If the cache has fewer columns or contains recurrent states.
         """
         if not (0 <= length <= self.length and self.can_crop):
             raise ValueError(f"a cache of {self.length} columns cannot be cropped to {length}")
@@ -61,24 +61,24 @@ class HostedCache:
 
 
 def can_crop(model: HostedVL) -> bool:
-    """Return True if the language model has only full-attention layers, and therefore no recurrent states."""
+    """Return True if the KV cache can be cropped, because all layers use full attention and none has a recurrent state."""
     kinds = getattr(model.model.language_model.config, "layer_types", None) or ()
     return all(kind == "full_attention" for kind in kinds)
 
 
 def reads_ids(model: HostedVL) -> bool:
-    """Return True if the model needs token ids as well as embeddings, because it adds n-gram embeddings (Qwen4-Exp)."""
+    """Return True if the model needs token ids in addition to embeddings, because it has n-gram embeddings (Qwen4-Exp)."""
     return bool(getattr(model.model.language_model.config, "ple_layer_ids", None))
 
 
 def run_modules(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None, **kwargs):
-    """Run the transformers module `text`, with the same arguments and results as `hybrid.run`."""
+    """Run a language model through its transformers module, `text`. Arguments and results are the same as in `hybrid.run`."""
     kwargs |= {"attention_mask": mask, cache_name(): states, "use_cache": True}
     return text(inputs_embeds=x[None], position_ids=places, **kwargs).last_hidden_state[0]
 
 
 def run_for(model: HostedVL, device: torch.device) -> Callable[..., torch.Tensor]:
-    """Return the function that runs the layers, either `run_modules` or `hybrid.run`. Their results differ in rounding."""
+    """Return the function that should run the layers on a device: `run_modules` or `hybrid.run`, which differ in rounding."""
     only_modules = can_crop(model) or hasattr(model.model.language_model, "hyper_connection_mixer")
     return run_modules if only_modules else form_of_layers(device, hybrid.run, run_modules)
 
@@ -98,11 +98,12 @@ def forward(
 ) -> torch.Tensor:
     """Run the model on new columns and return the final hidden states of the last `last` columns, `[last, hidden]`.
 
-    If the pass fails, a cache that can be cropped stays usable, but a cache with recurrent states becomes invalid.
+    If the pass fails, a cache that can be cropped stays usable, but a cache with recurrent states becomes invalid. See
+    `decoder.forward` for the other arguments.
 
     Args:
         ids: int64 `[columns]`, the token ids of the columns, with placeholders for visual tokens. Required by models for which
-            `reads_ids` is True. For the other arguments, see `decoder.forward`.
+            `reads_ids` is True.
 
     Raises:
         ValueError: If there are no columns, `positions` does not match the columns, `last` is out of range, or an earlier pass has
@@ -116,7 +117,7 @@ def forward(
         raise ValueError(f"last is {last} for {columns} columns")
     if reads_ids(model) and (ids is None or len(ids) != columns):
         raise ValueError(f"the model needs the token ids of its {columns} columns")
-    if cache.can_crop:  # an earlier pass may have failed after some layers had already stored their columns
+    if cache.can_crop:  # an earlier pass may have failed after only some layers had stored their columns
         cache.crop(before)
     elif before < 0:
         raise ValueError("the cache is invalid: an earlier pass failed after changing its recurrent states")
@@ -170,13 +171,13 @@ def _read(
 
 @without_packages()
 def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attention_mask=None, **kwargs) -> torch.Tensor:
-    """Return the final hidden states `[L, hidden]` of new columns.
+    """Run the layers on new columns and return the final hidden states, `[L, hidden]`.
 
     Args:
         model: The model to run.
         x: `[L, hidden]`, the embeddings of the new columns.
         places: int64 `[4, 1, L]`, the index and the three M-RoPE positions of each column.
-        states: A transformers cache that holds the preceding columns. The new columns are added in place.
+        states: The transformers cache of the preceding columns. The new columns are added in place.
         attention_mask: See the `mask` argument of `hybrid.run`.
         kwargs: Additional arguments for the transformers module.
     """

@@ -1,12 +1,12 @@
-"""Run language models that mostly use linear attention (Qwen3.5) with fewer operations than transformers' modules need.
+"""Run language models with mostly linear attention (Qwen3.5), using fewer operations than transformers.
 
-Reading a pruned prompt is launch-bound on a GPU, so norms, attention and Gated DeltaNets are implemented here. Linear layers and
-experts are still called as modules, because their weights come in many formats. On a CPU, where arithmetic dominates the run time,
-transformers' modules run instead. They also handle Gated DeltaNets that read a single column.
+Reading a pruned prompt is launch-bound on a GPU, so norms, attention and Gated DeltaNets are implemented here with fewer kernel
+launches. Linear layers and experts are still called as modules, because their weights come in many formats. On a CPU, where
+arithmetic dominates the run time, transformers' modules run instead. They also handle Gated DeltaNets that read a single column.
 
 A Gated DeltaNet (arXiv 2412.06464) reads columns in chunks, and processes each chunk in closed form (arXiv 2406.06484, section 3).
-If `S` is the state before a chunk, the state after the chunk is `A S + B`. Because `A` and `B` are computed for all chunks at once,
-this product is the only operation that has to wait for the previous chunk. In transformers, nine operations have to wait for it.
+If `S` is the state before a chunk, the state after it is `A S + B`. `A` and `B` are computed for all chunks at once, so this
+product is the only operation that has to wait for the previous chunk, compared with nine operations in transformers.
 """
 
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ from evoprune.backend import kernels_for
 from evoprune.model import rotate
 
 CHUNK = 64  # columns per chunk, same as in transformers
-STRIP = 32 * CHUNK  # columns that a DeltaNet reads at a time; they take 0.5 GiB in Qwen3.5-4B
-TINY = 1e-6  # epsilon that is added to the squared length of queries and keys when they are normalized
+STRIP = 32 * CHUNK  # columns that a DeltaNet reads at a time, which take 0.5 GiB in Qwen3.5-4B
+TINY = 1e-6  # epsilon added to the squared length of queries and keys in normalization
 
 
 def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None) -> torch.Tensor:
@@ -29,13 +29,13 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
         text: The transformers module of the language model.
         x: `[L, hidden]`, the embeddings of the new columns.
         places: int64 `[4, 1, L]`, the index and the three M-RoPE positions of each column.
-        states: A transformers cache that holds the preceding columns. Every layer updates it in place.
-        mask: The attention mask, `[1, 1, L, n]`, where n is the number of all columns including the new ones. None means plain
-            causal attention. It is allowed only if `states` is empty or L is 1.
+        states: The transformers cache of the preceding columns, which every layer updates in place.
+        mask: The attention mask, `[1, 1, L, n]`, where n is the total number of columns including the new ones. None means plain
+            causal attention, which is allowed only if `states` is empty or L is 1.
     """
     layers = text.layers
     eps = text.config.rms_norm_eps
-    # Convert the vectors of all layers together, which takes no more operations than converting those of one layer.
+    # Convert all layers' vectors together, because this takes as few operations as converting a single layer's vectors.
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)] + [text.norm]
     gains = iter(_stacked(norm.weight for norm in norms) + 1)
     head_gains = iter(
@@ -74,13 +74,13 @@ def _stacked(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
 def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, gain: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum `x + plus`, or `x` if `plus` is None, and its RMS norm.
+    """Add `plus` to `x`, unless it is None, and return both the sum and its RMS norm.
 
     The norm is multiplied by `gain`, which is float32, before it is rounded.
     """
     if fast := kernels_for(x.device):
         try:
-            # A quantized layer may return a tensor that is not contiguous.
+            # Quantized layers may return tensors that are not contiguous.
             if plus is not None:
                 plus = plus.contiguous()
             return fast.add_norm(x.contiguous(), plus, gain, eps, rounds=False)
@@ -101,12 +101,12 @@ def attention(
     gains: tuple[torch.Tensor, torch.Tensor],
     eps: float,
 ) -> torch.Tensor:
-    """Return the output `[L, hidden]` of a gated attention layer and update its keys and values in `states`.
+    """Run a gated attention layer. Return its output, `[L, hidden]`, and add the new keys and values to `states`.
 
     Args:
         module: The transformers module of the layer.
         x: `[L, hidden]`, the layer's input after the norm.
-        cos_sin: The cosines and sines from `decoder.rotation`, for the leading features of each head.
+        cos_sin: The cosines and sines from `decoder.rotation`, which rotate only the leading features of each head.
         states, mask: See `run`.
         gains: The weights of the norm for queries and of the norm for keys.
     """
@@ -124,7 +124,7 @@ def attention(
     both = torch.cat([rotate(both[..., :wide], *cos_sin), both[..., wide:]], -1)
     queries, keys = both.tensor_split([-heads], 1)
     known = states.update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None], module.layer_idx)
-    # Put query heads that share keys into a separate dimension, so that the keys are not repeated in memory.
+    # Put query heads that share keys into a dimension of their own, so that the keys are not repeated in memory.
     queries = queries.view(length, heads, -1, dim).permute(1, 2, 0, 3)
     keys, values = (each.transpose(0, 1).expand(-1, queries.shape[1], -1, -1) for each in known)
     causal = mask is None and length > 1
@@ -141,11 +141,12 @@ def delta_net(
     scale: torch.Tensor,
     unit: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the output `[L, hidden]` of a Gated DeltaNet and update its states in `states`.
+    """Run a Gated DeltaNet. Return its output, `[L, hidden]`, and update its states in `states`.
 
     As in transformers, everything between the products with weights is computed in float32. Tensors have the shape [key heads,
-    group, chunks, columns, features]. The group dimension contains the value heads that share queries and keys, which are broadcast
-    over it. The last chunk is padded with columns that have a `beta` of 0 and no decay, so the padding has no effect.
+    group, chunks, columns, features], where a group consists of the value heads that share queries and keys. The queries and keys
+    are broadcast over this dimension. The last chunk is padded with columns that have a `beta` of 0 and no decay, so the padding
+    has no effect.
 
     Args:
         delta: The transformers module of the layer.
@@ -172,7 +173,7 @@ def delta_net(
     kernel = delta.conv_kernel_size
     state = layer_state.recurrent_states[0]
     projected = delta.in_proj_qkv(x).T[None]
-    # The first columns may come from earlier passes
+    # The convolution also needs the last few columns of earlier passes
     seen = layer_state.update_conv_state(projected, conv_kernel_size=kernel)
     seen = F.pad(seen, (kernel - 1 - (seen.shape[-1] - length), padding))
     mixed = F.silu(F.conv1d(seen, delta.conv1d.weight, delta.conv1d.bias, groups=seen.shape[1]))[0]
@@ -180,14 +181,14 @@ def delta_net(
     v = v.view(heads, group, value_dim, chunks, CHUNK).permute(0, 1, 3, 4, 2)
     qk = qk.view(2, heads, dim, chunks, CHUNK).permute(1, 3, 0, 4, 2)
     qk = qk.to(torch.float32, memory_format=torch.contiguous_format)
-    # The queries should also be divided by the square root of `dim`, but the norm at the end cancels this factor, except in its
+    # The queries should also be divided by the square root of `dim`, but the norm at the end cancels this factor, apart from its
     # epsilon.
     qk = F.rms_norm(qk, (dim,), unit, TINY / dim)
     q, k = (part[:, None] for part in qk.unbind(2))
 
     beta = F.pad(delta.in_proj_b(x).sigmoid().T, (0, padding)).view(by_head)
     log_decay = rate * F.softplus(delta.in_proj_a(x) + offset)
-    # Logarithm of the decay since the beginning of the chunk
+    # Logarithm of the cumulative decay since the beginning of the chunk
     log_decay_in_chunk = F.pad(log_decay.T, (0, padding)).view(by_head).cumsum(3)
     # Decay between the time when column j writes and the time when column i reads, [..., i, j]
     decay = (log_decay_in_chunk - log_decay_in_chunk.mT).exp().tril()
@@ -195,8 +196,8 @@ def delta_net(
 
     rows = qk.flatten(2, 3).flatten(0, 1)
     scores = torch.bmm(rows, rows[:, CHUNK:].mT).view(heads, 1, chunks, 2, CHUNK, CHUNK) * decay[:, :, :, None]
-    own = scores[:, :, :, 0].flatten(0, 2)  # products of the queries and keys within each chunk
-    # What each column writes to the state, [..., values], and which part of the earlier state it overwrites, [..., keys].
+    own = scores[:, :, :, 0].flatten(0, 2)  # products of queries and keys within each chunk
+    # What each column writes to the state, [..., values], and the directions of the earlier state that it overwrites, [..., keys].
     solved = torch.linalg.solve_triangular(
         scores[:, :, :, 1] * beta, torch.cat([v, k * decay_in_chunk], -1) * beta, upper=False, unitriangular=True
     ).flatten(0, 2)
@@ -209,7 +210,7 @@ def delta_net(
     for i in range(chunks):
         before[:, i + 1].baddbmm_(overwritten[:, i], before[:, i], alpha=-1)
     layer_state.update_recurrent_state(before[None, :, -1])
-    del kept, written, overwritten  # frees a third of the memory in use
+    del kept, written, overwritten  # frees a third of the memory
 
     before = before[:, :-1].reshape(-1, dim, value_dim)
     values, backward = solved.split([value_dim, dim], -1)

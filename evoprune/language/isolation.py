@@ -1,4 +1,4 @@
-"""Process untrusted input in a separate process with limits on CPU time, memory and wall-clock time."""
+"""Process untrusted input in a separate process, with limits on CPU time, wall-clock time and memory."""
 
 import json
 import os
@@ -12,33 +12,36 @@ from typing import Any
 
 import evoprune
 
-TIMEOUT_S = 60.0  # timeout for the whole process, and the only limit on systems other than Unix
+TIMEOUT_S = 60.0  # timeout for the whole process, which is the only limit outside of Unix
 MEMORY_BYTES = 2**29
-# False in programs that were frozen into a single file, because their executable is not a Python interpreter.
+# Whether a separate process can be started. False in programs that were frozen into a single file, because their executable is not
+# a Python interpreter.
 POSSIBLE = bool(sys.executable) and not hasattr(sys, "frozen")
 
 
 def run_isolated(
     work: Callable[[str], Any], request: str, seconds: int, needs: str, stack_bytes: int | None = None
 ) -> Any:
-    """Call `work(request)` in a separate process, or in this process if `POSSIBLE` is False, and return its result.
+    """Call `work(request)` in a separate process with limits and return its result.
+
+    If `POSSIBLE` is False, the function runs in the current process instead.
 
     Args:
         work: A module-level function whose result can be serialized as JSON.
         request: The string to pass to `work`.
-        seconds: Limit for both the CPU time and the wall-clock time of `work`, not counting the import of `needs`.
-        needs: Comma-separated names of modules that `work` uses. They are imported before the limits are set.
+        seconds: Limit on both the CPU time and the wall-clock time of `work`, not counting the time to import `needs`.
+        needs: Comma-separated names of modules that `work` uses, which are imported before the limits apply.
         stack_bytes: Limit on the stack size. None means the system's default.
 
     Raises:
-        ValueError: If the function exceeds the time or memory limit. The error message says so.
-        RuntimeError: If the process failed for another reason.
+        ValueError: If `work` exceeds the time or memory limit.
+        RuntimeError: If the process fails for another reason.
         OSError: If the process cannot be started.
     """
     if not POSSIBLE:
         return work(request)
-    # Pass all import paths, because -S disables the import hook that finds an editable install. The processes that read videos do
-    # the same.
+    # Pass all import paths, because -S disables the import hook that finds an editable install. The worker processes that read
+    # videos do the same.
     paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
     program = (
         f"import sys; sys.path[:] = {list(dict.fromkeys(paths))}; import {needs}; from evoprune.language import isolation; "
@@ -57,7 +60,7 @@ def run_isolated(
         raise ValueError("it does not finish") from problem
     with suppress(ValueError):
         return json.loads(done.stdout)
-    if done.returncode < 0:  # killed by a signal, because of a limit, the timer or the system
+    if done.returncode < 0:  # killed by a signal: by a limit, the timer or the system
         raise ValueError(f"it does not finish within {seconds} s, or takes too much memory")
     said = done.stderr.decode(errors="replace")[-2000:]
     raise RuntimeError(f"the process of {work.__module__} failed: {said}")
@@ -66,7 +69,7 @@ def run_isolated(
 def main(work: Callable[[str], Any], seconds: int, stack_bytes: int | None) -> None:
     """Read a request from stdin, call `work` under limits, and write its result to stdout as JSON.
 
-    This is the main function of the separate process. Systems other than Unix have no limits to set.
+    This is the main function of the separate process. On systems other than Unix, no limits are set here.
     """
     request = sys.stdin.read()
     with suppress(ImportError):  # not a Unix
@@ -86,7 +89,7 @@ def main(work: Callable[[str], Any], seconds: int, stack_bytes: int | None) -> N
                 limit = min(limit, hard)
             with suppress(OSError, ValueError):
                 resource.setrlimit(kind, (limit, limit))
-        # A CPU limit is not enough, because on a busy machine a process gets less CPU time than wall-clock time.
+        # Limit the wall-clock time too, because on a busy machine a process gets less CPU time than wall-clock time.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, seconds)
     print(json.dumps(work(request)), flush=True)

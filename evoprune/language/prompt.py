@@ -1,10 +1,10 @@
-"""Convert a question about videos and images to token ids, using the model's chat template, and compute M-RoPE positions.
+"""Build the prompt for a question about videos and images: apply the chat template, tokenize it, and compute M-RoPE positions.
 
-This module uses the `tokenizers` library directly, because transformers' wrapper takes longer to import than a short answer takes
-to generate.
+This module uses the `tokenizers` library directly, because importing transformers' wrapper takes longer than generating a short
+answer.
 
-Whatever the user writes is treated as plain text. If a question contains `<|im_end|>` or `<|video_pad|>`, these words become
-ordinary tokens, so a question can neither end its turn early nor fake a video. Only the template can insert special tokens.
+User input is always treated as plain text. If a question contains `<|im_end|>` or `<|video_pad|>`, they are encoded as ordinary
+tokens, so a question can neither end its turn early nor fake a video. Only the template can insert special tokens.
 """
 
 import os
@@ -26,29 +26,29 @@ from evoprune.methods import arange_on
 from evoprune.untrusted import TEXT, check_fetched, read_object
 from evoprune.util import check_text
 
-# The name of each kind of input in chat templates, and the placeholder that templates write for it.
+# For each kind of input, its name in chat templates and the placeholder that templates insert for it.
 CONTENTS = {"video": ("video", "<|video_pad|>"), "picture": ("image", "<|image_pad|>")}
 _PLACEHOLDERS = tuple(token for _, token in CONTENTS.values())
 MARKERS = "<|vision_start|>", "<|vision_end|>"  # around placeholders
-THOUGHTS = "<think>", "</think>"  # around the model's thoughts before an answer; some prompts end with the opening tag
-# Placeholders that replace the user's words while the template is rendered. They contain private-use characters, which templates do
-# not use.
+THOUGHTS = "<think>", "</think>"  # around the model's thoughts; some prompts end with the opening tag
+# Placeholders for the user's text while the template is rendered. They contain private-use characters, which do not occur in
+# templates.
 _QUESTION = "\ue000question\ue001"
 _SYSTEM = "\ue000system\ue001"
 _EARLIER = "\ue000question {0}\ue001", "\ue000answer {0}\ue001"  # for the earlier turns
-_PART = "\ue000part {0}\ue001"  # for the strings before an input in a `Placed`
+_PART = "\ue000part {0}\ue001"  # for the text before each input in a `Placed`
 _TEXT_PLACEHOLDER = re.compile("\ue000[a-z0-9 ]+\ue001")
 _ANY_PLACEHOLDER = re.compile("|".join([*map(re.escape, _PLACEHOLDERS), _TEXT_PLACEHOLDER.pattern]))
 MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's files have 11 MB and 3 kB
-# The only supported components, which Qwen's tokenizers use. Other components could expand a short text to gigabytes.
+# The only supported components, which are used by Qwen's tokenizers. Other components could expand a short text to gigabytes.
 COMPONENTS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """Return GPT-2's mapping from the characters in a byte-level tokenizer's vocabulary to bytes.
+    """Return GPT-2's mapping from the characters in the vocabulary of a byte-level tokenizer to bytes.
 
-    Printable Latin-1 characters represent their own codes. All other bytes are represented, in ascending order, by the characters
-    starting at U+0100.
+    Printable Latin-1 characters map to their own codes. The characters from U+0100 on map to the remaining bytes, in ascending
+    order.
     """
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in shown]
@@ -64,19 +64,19 @@ class Tokenizer:
 
     backend: Any  # a `tokenizers.Tokenizer`
     chat_template: str  # Jinja source
-    # The tokens that have names in the tokenizer's settings, such as "eos_token". Templates may refer to them by these names.
+    # Special tokens by their names in the tokenizer's settings, such as "eos_token". Templates may refer to these names.
     named: dict[str, str] = field(default_factory=dict)
-    template_file: str = ""  # the file that contains the template, for error messages
+    template_file: str = ""  # file that contains the template, for error messages
 
     def __post_init__(self):
-        self.backend.encode_special_tokens = True  # despite its name, this encodes special tokens as ordinary words
-        # A tokenizer that was saved after training may still truncate and pad text as it did for training batches.
+        self.backend.encode_special_tokens = True  # despite its name, this encodes special tokens as ordinary text
+        # A tokenizer that was saved after training may still truncate and pad text for training batches.
         self.backend.no_truncation()
         self.backend.no_padding()
 
     @staticmethod
     def is_in(folder: Path) -> bool:
-        """Return True if a model's folder contains tokenizer files."""
+        """Return True if a model's folder contains the files of a tokenizer."""
         return any(
             all((folder / name).is_file() for name in names)
             for names in (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -111,14 +111,14 @@ class Tokenizer:
         return cls(backend, template, _named_tokens(settings), str(source))
 
     def specials(self) -> dict[str, int]:
-        """Return the special tokens and their ids."""
+        """Return all special tokens of the tokenizer, with their ids."""
         return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`. Special tokens in the text are encoded as ordinary words.
+        """Convert text to token ids. Special tokens in the text are encoded as ordinary text.
 
         Raises:
-            ModelError: If the tokenizer panics, for example because matching a pattern takes too many steps.
+            ModelError: If the tokenizer crashes, for example because matching a pattern takes too many steps.
         """
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
@@ -129,11 +129,11 @@ class Tokenizer:
             raise ModelError(message, "use the tokenizer of the original model", stage="prefill") from problem
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of `ids` without special tokens. Incomplete characters are replaced with U+FFFD."""
+        """Convert token ids to text without special tokens. Incomplete characters are replaced with U+FFFD."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def bytes_of(self, token: int) -> bytes:
-        """Return a token's UTF-8 bytes, which may be only part of a character, or no bytes if there is no token with this id."""
+        """Return the UTF-8 bytes of a token, which may be only part of a character. Unknown ids return no bytes."""
         if token in (added := self._added):
             return added[token].encode()
         text = self.backend.id_to_token(token) or ""
@@ -141,14 +141,14 @@ class Tokenizer:
 
     @cached_property
     def _added(self) -> dict[int, str]:
-        """The text of each token that was added to the vocabulary, keyed by id."""
+        """The tokens that were added to the vocabulary, as text, by id."""
         return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
     def render(self, messages: list[dict], thinking: bool = False) -> str:
         """Render a conversation with the chat template, up to the point where the model begins its answer or its thoughts.
 
         Args:
-            messages: The conversation in the format that chat templates expect.
+            messages: The conversation, in the format that chat templates expect.
             thinking: The value of the template's `enable_thinking` variable (see `can_switch_thinking`).
 
         Raises:
@@ -160,13 +160,13 @@ class Tokenizer:
 
     @property
     def can_switch_thinking(self) -> bool:
-        """Whether the template uses `enable_thinking`. Qwen3.5's template does, but Qwen3-VL-Thinking always thinks."""
+        """Whether thinking can be turned on and off with `enable_thinking`, as in Qwen3.5. Qwen3-VL-Thinking always thinks."""
         return "enable_thinking" in self.chat_template
 
     @cached_property
     def always_thinks(self) -> bool:
         """Whether the template opens the model's thoughts even if `enable_thinking` is False."""
-        if THOUGHTS[0] not in self.chat_template:  # saves starting a process to render the template
+        if THOUGHTS[0] not in self.chat_template:  # avoids starting a process that renders the template
             return False
         try:
             return opens_thoughts(self.render([{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]))
@@ -174,12 +174,12 @@ class Tokenizer:
             return False
 
     def video_columns(self, grid: tuple[int, int, int], times: Sequence[str] = ()) -> tuple[torch.Tensor, "Place"]:
-        """Return the token ids that represent a video in a prompt, int64 `[L]`, and the video's place among these ids.
+        """Return the token ids that represent a video in a prompt, int64 `[L]`, and the `Place` of the video among these ids.
 
         Args:
-            grid: (T, H, W), the number of frame pairs and the number of rows and columns of units.
-            times: The timestamp before each frame pair, as returned by `timestamps`. If there are timestamps, markers surround each
-                frame pair.
+            grid: (T, H, W), the numbers of frame pairs, rows of units and columns of units.
+            times: The timestamp before each frame pair, as returned by `timestamps`. With timestamps, every frame pair is also
+                surrounded by markers.
         """
         specials = self.specials()
         start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS["video"][1], MARKERS[1]))
@@ -195,12 +195,12 @@ class Tokenizer:
 
 
 def opens_thoughts(prompt: str) -> bool:
-    """Return True if a prompt ends by opening the model's thoughts."""
+    """Return True if a prompt ends with the tag that opens the model's thoughts."""
     return prompt.rstrip().endswith(THOUGHTS[0])
 
 
 def _named_tokens(settings: dict) -> dict[str, str]:
-    """Return the named tokens from a tokenizer's settings, where each is either a string or an object with a `content` string."""
+    """Extract the named tokens from a tokenizer's settings. Each is either a string or an object with a `content` string."""
     named = {}
     for name, token in settings.items():
         if isinstance(token, dict):
@@ -238,10 +238,10 @@ def _settings(path: Path) -> dict:
 
 
 def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
-    """Return the chat template, or None if there is none, and the file that contains it.
+    """Return the chat template of a model (None if it has none) and the file that contains it.
 
-    If the template has its own file, that file takes precedence over the settings files in which older repositories store it. The
-    processor's settings take precedence over the tokenizer's, because only the processor's template supports video.
+    A separate template file takes precedence over settings files, where older repositories store the template. The processor's
+    settings take precedence over the tokenizer's settings, because only the processor's template supports video.
     """
     file = folder / "chat_template.jinja"
     if os.path.lexists(file):
@@ -265,12 +265,12 @@ def video_positions(
     """Return the M-RoPE positions of a video's units, int64 `[3, T*H*W]`, in raster order and relative to the video's start.
 
     Args:
-        grid: (T, H, W), the number of frame pairs and the number of rows and columns of units. An image counts as one frame pair.
+        grid: (T, H, W), the numbers of frame pairs, rows of units and columns of units. An image has one frame pair.
         seconds_per_pair: The time between consecutive frame pairs, which is ignored if there is only one frame pair.
         tokens_per_second: See `config.VisionConfig`.
     """
     t, h, w = grid
-    # Multiply in float64 and round down only at the end, because the positions would drift if the step were rounded.
+    # Multiply in float64 and round down only at the end, because positions would drift if the step were rounded.
     step = 1.0
     if tokens_per_second is not None:
         step = seconds_per_pair * tokens_per_second
@@ -281,13 +281,13 @@ def video_positions(
 def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
     """Return the M-RoPE positions of an unpruned prompt, int64 `[3, length]` (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
-    The positions of a text token in time, height and width are the same. The positions of a video token are the time of its frame
-    pair and the row and column of its unit, added to the position where the video starts. The text after a video continues at the
-    largest position so far plus one. So does the first generated token after the prompt.
+    A text token has the same position in time, height and width. The positions of a video token are the time of its frame pair and
+    the row and column of its unit, added to the position at which the video starts. The text after a video, like the first
+    generated token after the prompt, continues at the largest position so far plus one.
 
     Args:
         length: The number of columns in the prompt.
-        videos: The first column and the result of `video_positions` for each video and image, in order.
+        videos: One pair for each video and image, in order, which consists of its first column and the result of `video_positions`.
 
     Raises:
         ValueError: If a video overlaps another video or does not fit into the prompt.
@@ -311,16 +311,16 @@ def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) ->
 
 @dataclass(frozen=True)
 class Place:
-    """The columns of one input in a prompt."""
+    """The columns that an input occupies in a prompt."""
 
-    runs: tuple[range, ...]  # columns of the placeholders: a single run, or one run per frame pair, all of equal length
-    # The columns of each run together with its timestamp and markers. If no token of the run is kept, all of these columns are
-    # removed, as if the frame pair had not been sampled. Empty if the text around runs is never removed.
+    runs: tuple[range, ...]  # placeholder columns: one run, or one run per frame pair, of equal length
+    # The columns of each run including its timestamp and markers. If no token of a run is kept, all of these columns are removed,
+    # as if the frame pair had not been sampled. Empty if the text around runs is never removed.
     around: tuple[range, ...] = ()
 
     @classmethod
     def of_pairs(cls, before: Sequence[int], units: int, *, start: int = 0, after: int = 1) -> "Place":
-        """Return the place of a video with a timestamp before each frame pair.
+        """Create the place of a video that has a timestamp before each frame pair.
 
         Args:
             before: Number of text columns before the tokens of each frame pair.
@@ -337,18 +337,18 @@ class Place:
         return cls(tuple(runs), tuple(around))
 
     def __len__(self) -> int:
-        """Return the number of placeholders."""
+        """Return the number of prompt columns that contain this input's placeholders."""
         return sum(map(len, self.runs))
 
     @cached_property
     def columns(self) -> torch.Tensor:
-        """Columns of the placeholders, int64 on the CPU."""
+        """Prompt columns that contain this input's placeholders, int64 on the CPU."""
         return torch.cat([arange_on(len(run), "cpu") + run.start for run in self.runs])
 
     def positions(
         self, grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
     ) -> list[tuple[int, torch.Tensor]]:
-        """Return the first column and each run's positions, in the form that `prompt_positions` expects.
+        """Return a list of the runs' first columns and M-RoPE positions, in the format that `prompt_positions` expects.
 
         See `video_positions` for the arguments.
         """
@@ -357,10 +357,10 @@ class Place:
         return [(run.start, inside) for run in self.runs]
 
     def left_out(self, kept: torch.Tensor) -> list[range]:
-        """Return the ranges in `around` that should be removed from the prompt because no tokens of their runs are kept.
+        """Return the ranges of columns to remove from the prompt, because none of the tokens in their frame pairs are kept.
 
         Args:
-            kept: int64 on the CPU, the indices of the placeholders to keep.
+            kept: Indices of the placeholders to keep, int64 on the CPU.
         """
         if not self.around:
             return []
@@ -374,7 +374,7 @@ def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
     The timestamp of a frame pair is the mean of the times of its first and last frames.
 
     Args:
-        times_s: The times of the frames in seconds.
+        times_s: Times of the sampled frames, in seconds.
         frames: Number of frames per pair.
     """
     pairs = zip(*(times_s[first::frames] for first in (0, frames - 1)), strict=True)
@@ -383,12 +383,12 @@ def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An unpruned prompt, with one placeholder for each visual token of its inputs."""
+    """A tokenized prompt before pruning, with one placeholder per visual token of its inputs."""
 
     input_ids: torch.Tensor  # int64 `[L]`
     places: tuple[Place, ...]  # one per input
-    # Number of leading ids that do not depend on the question. They include the last `<|vision_end|>` and, if possible, the
-    # subtitles. Their keys and values can be reused for any question about the same inputs with the same system prompt.
+    # Number of leading ids that do not depend on the question. They extend at least to the last `<|vision_end|>` and, if possible,
+    # include the subtitles. Their keys and values can be reused for any question about the same inputs with the same system prompt.
     prefix_length: int
     # Number of ids up to the end of the question. Later prompts of the same conversation begin with these ids.
     turn_length: int
@@ -409,23 +409,24 @@ class Prompt:
         """Build the prompt for a question, up to the beginning of the answer.
 
         The prompt consists of the inputs in order, the subtitles, the earlier turns and the question. If the question is a
-        `Placed`, some inputs appear between its pieces of text. These are the last entries of `inputs`.
+        `Placed`, the last entries of `inputs` appear between its pieces of text.
 
-        All strings are taken literally. The first question follows the subtitles without a space. If the strings contain no special
-        tokens, the resulting ids are the same as if the whole rendered conversation were tokenized at once.
+        All strings are taken literally, and the first question follows the subtitles without a space. If the strings contain no
+        special tokens, the resulting ids are the same as if the whole rendered conversation were tokenized at once.
 
         Args:
             tokenizer: The model's tokenizer and chat template.
-            question: The question to answer.
-            inputs: A pair for each input, which consists of its kind ("video" or "picture") and the number of its visual tokens
-                before pruning (at least 1).
-            system: The system prompt. None leaves the choice to the template.
+            question: The question to ask the model.
+            inputs: A pair for each input, which consists of its kind ("video" or "picture") and its number of visual tokens before
+                pruning (at least 1).
+            system: The system prompt. None means the template's default.
             subtitles: Text that precedes the first question.
-            times: The timestamps before the frame pairs of each input, as returned by `timestamps`. Markers then surround each
-                frame pair. An input without timestamps has an empty sequence, and its placeholders form a single run.
+            times: The timestamps before the frame pairs of each input, as returned by `timestamps`. With timestamps, every frame
+                pair is also surrounded by markers. For an input without timestamps, pass an empty sequence; its placeholders form a
+                single run.
             thinking: See `Tokenizer.render`.
-            earlier: The earlier turns of the conversation, in order. All inputs belong to the first question, except those inside a
-                `Placed`.
+            earlier: The earlier turns of the conversation, in order. All inputs belong to the first question, except inputs inside
+                a `Placed`.
 
         Raises:
             ModelError: If the chat template is broken, or if it does not write the inputs in order, followed by the conversation.
@@ -440,7 +441,7 @@ class Prompt:
         kinds = [kind for kind, _ in inputs]
         contents, texts = _lay_out(question, earlier, len(inputs))
         flat = [part for content in contents for part in content]
-        after_inputs = flat[len(flat) - flat[::-1].index(None)]  # the text that follows the last input
+        after_inputs = flat[len(flat) - flat[::-1].index(None)]  # the text after the last input
         rendered = _render(tokenizer, kinds, system is not None, markers, thinking, contents)
         if thinking and not (tokenizer.can_switch_thinking or opens_thoughts(rendered)):
             problem = "this model's chat template does not support thinking"
@@ -453,7 +454,7 @@ class Prompt:
         check_text(question, system, *_texts(earlier))
         words = texts | {after_inputs: subtitles + texts[after_inputs], _SYSTEM: system or ""}
         times_of = times or [()] * len(inputs)
-        # The number of placeholders in each run. An input with timestamps has one run per timestamp.
+        # Number of placeholders in each run. An input with timestamps has one run per timestamp.
         lengths = (
             count // (len(own) or 1) for (_, count), own in zip(inputs, times_of, strict=True) for _ in own or [""]
         )
@@ -471,7 +472,7 @@ class Prompt:
             elif piece in specials:
                 ids.append(specials[piece])
             else:
-                # Substitute in a single pass, so that a placeholder that the user wrote is not replaced.
+                # Substitute in a single pass, so that placeholders written by the user are not replaced.
                 text = _TEXT_PLACEHOLDER.sub(lambda match: words[match[0]], piece)
                 encoded = tokenizer.encode(text)
                 if after_inputs in piece:
@@ -480,7 +481,7 @@ class Prompt:
                         before = tokenizer.encode(piece.partition(after_inputs)[0] + subtitles)
                         if (
                             encoded[: len(before)] == before
-                        ):  # False if the beginning of the question merges with the subtitles into one token
+                        ):  # False if the subtitles and the beginning of the question merge into one token
                             prefix_length += len(before)
                 ids += encoded
                 if _QUESTION in piece:
@@ -490,12 +491,12 @@ class Prompt:
 
     @property
     def visual_tokens(self) -> int:
-        """Total number of placeholders."""
+        """Total number of visual tokens before pruning, which is the number of placeholders."""
         return sum(map(len, self.places))
 
     @property
     def text_tokens(self) -> int:
-        """Number of ids that are not placeholders. A pruned prompt may contain fewer of them (see `Place.around`)."""
+        """Number of text tokens, that is, ids that are not placeholders. Pruning may remove some of them (see `Place.around`)."""
         return len(self.input_ids) - self.visual_tokens
 
 
@@ -504,13 +505,13 @@ def _texts(turns: Sequence[Turn]) -> list[str]:
 
 
 def _lay_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list[list[str | None]], dict[str, str]]:
-    """Divide the messages of a conversation into strings and inputs.
+    """Split the messages of a conversation into pieces of text and inputs.
 
-    Inputs that are not inside a `Placed` come first. Every message ends with a string, which may be empty.
+    Inputs that are not inside a `Placed` come first. Every message ends with a piece of text, which may be empty.
 
     Returns:
-        A list for each message, which contains a placeholder for each string and None for each input, and a dictionary from
-        placeholders to strings.
+        A tuple of the messages and a dictionary that maps placeholders to pieces of text. Each message is a list that contains a
+        placeholder for each piece of text and None for each input.
     """
     names = [*(name.format(turn) for turn in range(len(earlier)) for name in _EARLIER), _QUESTION]
     messages = [text.parts if isinstance(text, Placed) else (text,) for text in (*_texts(earlier), question)]
@@ -533,7 +534,7 @@ def _lay_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list[
 
 
 def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
-    """Replace the placeholder of each input that has timestamps with its timestamps, each followed by a placeholder in markers."""
+    """Replace each placeholder that has timestamps with these timestamps, each followed by a placeholder between markers."""
     remaining_times = iter(times)
     start, end = map(re.escape, MARKERS)
 
@@ -544,10 +545,10 @@ def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
 
 
 def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequence[Sequence[str]]) -> Iterator[Place]:
-    """Yield each input's place. `runs` contains the columns of all placeholders, in the order of the inputs."""
+    """Yield one `Place` per input. `runs` contains all placeholder columns, in the order of the inputs."""
 
     def around(run: range, time: str) -> range:
-        """Return the columns of a run, its markers and its timestamp (unless the timestamp merged with the text before it)."""
+        """Return the columns of a run with its markers and its timestamp, unless the timestamp merged with the text before it."""
         own = tokenizer.encode(time)
         start = run.start - 1
         if ids[start - len(own) : start] == own:
@@ -568,11 +569,11 @@ def _render(
     thinking: bool,
     contents: Sequence[Sequence[str | None]],
 ) -> str:
-    """Render the conversation with placeholders for the user's words, and check that its parts are in the right order.
+    """Render a conversation with placeholders for the user's text and check that everything is in the right order.
 
     Args:
         tokenizer: The tokenizer and its chat template.
-        kinds: Each input's kind, "video" or "picture".
+        kinds: For each input, its kind ("video" or "picture").
         with_system: Whether to include a system prompt.
         markers: Special tokens that the tokenizer must have.
         thinking: See `Tokenizer.render`.
@@ -585,7 +586,7 @@ def _render(
     if with_system:
         messages.append({"role": "system", "content": _SYSTEM})
     left = iter(kinds)
-    expected = []  # the expected placeholders for inputs and strings, in order
+    expected = []  # expected placeholders for inputs and text, in order
     for number, content in enumerate(contents):
         parts = []
         for part in content:

@@ -1,7 +1,7 @@
-"""Remove the columns of pruned visual tokens from a prompt. Sessions, users' own models, streams and the vLLM plugin use this.
+"""Remove pruned visual tokens from a prompt. Used by sessions, users' own models, streams and the vLLM plugin.
 
-The remaining columns keep the indices and M-RoPE positions that they have in the whole prompt (see `prompt.prompt_positions`), so
-pruned columns leave gaps in both.
+The remaining tokens keep the column indices and M-RoPE positions that they have in the whole prompt (see
+`prompt.prompt_positions`), so pruned tokens leave gaps in both.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +16,14 @@ from evoprune.vision import Encoded
 
 @dataclass(frozen=True, eq=False)
 class PrunedPrompt:
-    """The C columns of a prompt that remain after `prune_prompt`. A slice is a `PrunedPrompt` with a range of these columns."""
+    """The C columns of a prompt that remain after `prune_prompt`. Slicing returns a `PrunedPrompt` with some of these columns."""
 
     ids: torch.Tensor  # int64 `[C]` on the CPU, token ids
     columns: torch.Tensor  # int64 `[C]` on the CPU, ascending column indices in the whole prompt
     visual: torch.Tensor  # bool `[C]` on the CPU, True for visual tokens
     sizes: torch.Tensor | None = None  # float32 `[C]`, cluster sizes, or None if all are 1
     positions: torch.Tensor | None = None  # int64 `[3, C]` on the CPU, M-RoPE positions in the whole prompt
-    last: torch.Tensor | None = None  # int64 `[3, 1]`, largest positions in the whole prompt
+    last: torch.Tensor | None = None  # int64 `[3, 1]`, largest M-RoPE positions in the whole prompt
     embeds: torch.Tensor | None = None  # `[C, hidden]`, input embeddings, or None if the text was not embedded
     deepstack: torch.Tensor | None = None  # `[n, C, hidden]`, features to add after layers 0 to n - 1, if any
 
@@ -48,7 +48,7 @@ class PrunedPrompt:
 
     @property
     def following(self) -> int:
-        """M-RoPE position of the first token after the prompt, which is the largest position in the whole prompt plus one."""
+        """M-RoPE position of the first token after the prompt: the largest position in the whole prompt plus one."""
         return int(self.last.max()) + 1
 
 
@@ -59,20 +59,20 @@ def prune_prompt(
     positions: torch.Tensor | None = None,
     embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> PrunedPrompt:
-    """Return a prompt without its pruned visual tokens and without the timestamps and markers of empty frame pairs.
+    """Remove the pruned visual tokens from a prompt, as well as the timestamps and markers of frame pairs without any tokens.
 
     Args:
-        ids: int64 `[L]` on the CPU, token ids of the whole prompt.
+        ids: Token ids of the whole prompt, int64 `[L]` on the CPU.
         places: The places of the inputs in the prompt, in order. Inputs that are not listed are not pruned.
         read: The encoded inputs, one for each entry of `places`.
-        positions: int64 `[3, L]` on the CPU, the M-RoPE positions of the whole prompt. None means that the caller computes the
-            positions of a whole batch.
-        embed: A function that maps the ids of text tokens, int64 `[n]`, to their embeddings, `[n, hidden]`. It is never called with
-            placeholders of the inputs, so the model need not know their ids. None means that the model embeds the prompt itself.
+        positions: M-RoPE positions of the whole prompt, int64 `[3, L]` on the CPU. None means that the caller computes positions
+            for a whole batch.
+        embed: Maps the ids of text tokens, int64 `[n]`, to their embeddings, `[n, hidden]`. It is never called with placeholders of
+            the inputs, so the model does not have to know their ids. None means that the model embeds the prompt itself.
 
     Raises:
-        ValueError: If an input's kept tokens are not in ascending order, are outside its place, or differ in number from its
-            features. Exceptions raised by `embed` propagate unchanged.
+        ValueError: If the kept tokens of an input are not in ascending order, are outside its place, or do not match the number of
+            its features. Exceptions raised by `embed` propagate unchanged.
     """
     stays = torch.ones(len(ids), dtype=torch.bool, device="cpu")
     visual = torch.zeros_like(stays)
@@ -113,10 +113,10 @@ def _check(place: Place, tokens: Encoded) -> None:
 
 
 def _sizes(text: int, read: Sequence[Encoded], row: torch.Tensor) -> torch.Tensor | None:
-    """Return the cluster sizes of the columns, or None if all are 1.
+    """Return the columns' cluster sizes, or None if all are 1.
 
     Args:
-        text: Number of text columns. Their size is 1.
+        text: Number of text columns, which have size 1.
         read: The encoded inputs, which contain the sizes of the visual tokens.
         row: Each column's index in a table that contains the text columns, followed by the visual tokens.
     """

@@ -1,4 +1,4 @@
-"""Read the JSON Schema for an answer from a file or a class, and parse the answer. This module does not import torch."""
+"""Read the JSON Schema of an answer from a file or a class, and parse answers that follow it. This module does not import torch."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,14 +9,14 @@ from evoprune.language.validation import wrong_value
 from evoprune.untrusted import loads
 from evoprune.util import brief, missing_hint, shorten
 
-MAX_BYTES = 2**20  # maximum size of a schema
-# Keywords whose value is an object from field names to schemas, and keywords whose value is data rather than a schema.
+MAX_BYTES = 2**20  # maximum size of a schema in bytes
+# Keywords whose value maps field names to schemas, and keywords whose value is plain data instead of a schema.
 NAME_KEYWORDS = ("properties", "patternProperties", "$defs", "definitions")
 DATA_KEYWORDS = ("const", "enum", "default", "examples")
 
 
 class SchemaOfClass(dict[str, Any]):
-    """The JSON Schema of a dataclass or a pydantic model. Answers are converted to instances of this class, `kind`."""
+    """The JSON Schema of a dataclass or a pydantic model (`kind`). Answers are converted to instances of that class."""
 
     def __init__(self, content: Any = (), kind: type | None = None):
         super().__init__(content)
@@ -24,7 +24,7 @@ class SchemaOfClass(dict[str, Any]):
 
 
 def read_schema(path: str | None) -> dict[str, Any] | None:
-    """Return the JSON Schema in a file, or None if `path` is None.
+    """Read a JSON Schema from a file. Return None if `path` is None.
 
     Raises:
         UsageError: If the file cannot be read or does not contain a JSON object.
@@ -41,10 +41,10 @@ def read_schema(path: str | None) -> dict[str, Any] | None:
 
 
 def schema_of(given: Mapping[str, Any] | type) -> dict[str, Any]:
-    """Return a copy of a JSON Schema as plain data, or the `SchemaOfClass` of a dataclass or a pydantic model.
+    """Return a copy of a JSON Schema as plain data. For a dataclass or a pydantic model, return its `SchemaOfClass`.
 
     Raises:
-        UsageError: If `given` is neither a mapping nor a class, cannot be written as JSON, or is a class that has no JSON Schema.
+        UsageError: If `given` is neither a mapping nor a class, cannot be converted to JSON, or is a class without a JSON Schema.
     """
     if isinstance(given, SchemaOfClass):
         return given
@@ -63,7 +63,7 @@ def schema_of(given: Mapping[str, Any] | type) -> dict[str, Any]:
 
 
 def _parsed(content: bytes, name: str) -> dict[str, Any]:
-    """Parse a JSON object. Error messages refer to it as `name`."""
+    """Parse a JSON object. Error messages refer to the object as `name`."""
     if len(content) > MAX_BYTES:
         raise UsageError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", "use a smaller one")
     try:
@@ -76,7 +76,7 @@ def _parsed(content: bytes, name: str) -> dict[str, Any]:
 
 
 def _schema_of_class(kind: type) -> dict[str, Any]:
-    """Return the JSON Schema of a class.
+    """Return the JSON Schema of a dataclass, a pydantic model or any other class that pydantic supports.
 
     Raises:
         UsageError: If pydantic is not installed or cannot create a schema for the class.
@@ -93,7 +93,7 @@ def _schema_of_class(kind: type) -> dict[str, Any]:
 
 
 def _without_extra_fields(schema: dict[str, Any]) -> dict[str, Any]:
-    """Change a schema in place to forbid additional fields in every object whose class does not allow them, and return it."""
+    """Forbid additional fields in all objects of a schema, unless their class allows them. Changes and returns the schema."""
     for _, part in parts_of_schema(schema):
         if "properties" in part:
             part.setdefault("additionalProperties", False)
@@ -101,7 +101,7 @@ def _without_extra_fields(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Iterator[tuple[str, dict]]:
-    """Yield the path (a JSON Pointer) and the contents of each subschema, including the schema itself."""
+    """Yield all subschemas, including the schema itself, as pairs of a path (a JSON Pointer) and the subschema."""
     if isinstance(value, dict):
         if is_schema:
             yield path, value
@@ -115,7 +115,7 @@ def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Itera
 
 
 def value_of(answer: str) -> Any:
-    """Parse a JSON answer. Return None if Python cannot represent it, for example because a number is too large."""
+    """Parse a JSON answer. Return None if Python cannot represent its value, for example because a number is too large."""
     try:
         return loads(answer)
     except ValueError:
@@ -126,7 +126,7 @@ def checked_value(answer: str, schema: dict[str, Any]) -> Any:
     """Parse a complete answer and check it against a schema.
 
     Returns:
-        The value, or None if Python cannot represent it.
+        The value of the answer, or None if Python cannot represent it.
 
     Raises:
         UsageError: If the answer does not follow the schema.

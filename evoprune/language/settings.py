@@ -1,4 +1,4 @@
-"""Options that control how an answer is generated. This module does not import torch."""
+"""Options for generating an answer. This module does not import torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,12 +15,12 @@ Think = Literal["off", "on"]
 THINK = get_args(Think)
 ChoiceScore = Literal["sum", "mean"]
 CHOICE_SCORES = get_args(ChoiceScore)
-ROW_OPTIONS = "options"  # value of `choices` that makes each row of a batch use its own options
-MOST_LOGPROBS = 20  # same limit as in other programs
+ROW_OPTIONS = "options"  # value of `choices` with which each row of a batch has its own choices
+MOST_LOGPROBS = 20  # same limit as in other inference servers
 
 
 def listed_choices(typed: Sequence[str] | None) -> str | list[str] | None:
-    """Split choices from the command line at commas. Return `ROW_OPTIONS` if that is the only choice, or None for no choices."""
+    """Split choices from the command line at commas. Return None for no choices, and `ROW_OPTIONS` if that is the only choice."""
     if not typed:
         return None
     texts = [part.strip() for text in typed for part in text.split(",") if part.strip()]
@@ -29,7 +29,7 @@ def listed_choices(typed: Sequence[str] | None) -> str | list[str] | None:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """Options that control how an answer is generated.
+    """Options for generating an answer, such as its maximum length, sampling, thinking, and constraints on its format.
 
     Raises:
         UsageError: If a value is out of range, or two options cannot be combined.
@@ -164,7 +164,7 @@ class GenerationOptions:
 
     @property
     def grammar(self) -> str | None:
-        """The answer's grammar in llguidance's format, or None if there is neither a schema nor a regular expression.
+        """Grammar of the answer in llguidance's format, or None without a schema or a regular expression.
 
         Raises:
             UsageError: If llguidance does not support the schema or regular expression.
@@ -179,11 +179,13 @@ class GenerationOptions:
 
     @property
     def choices_from_rows(self) -> bool:
-        """Whether each row of a batch uses its own options as choices."""
+        """Whether the choices come from the options in each row of a batch."""
         return self.choices == ROW_OPTIONS
 
     def choice_ids(self, tokenizer: "Tokenizer") -> list[list[int]]:
-        """Return the token ids of each choice, without a token that ends the answer. If there are no choices, the list is empty.
+        """Tokenize the choices. Return one list of token ids per choice, or an empty list if there are no choices.
+
+        The lists do not include a token that ends the answer.
 
         Raises:
             UsageError: If the model always thinks before it answers, a choice has more than `max_new_tokens` tokens, two choices
@@ -210,8 +212,8 @@ class GenerationOptions:
         """Parse a complete answer that follows `schema`.
 
         Returns:
-            The JSON value and the value for the caller. The JSON value is None if Python cannot represent it. If the schema was
-            made from a class, the value for the caller is an instance of that class. Otherwise, it is the JSON value.
+            A tuple of the JSON value and the value to return to the caller. The JSON value is None if Python cannot represent it.
+            If the schema was made from a class, the caller gets an instance of that class; otherwise, it gets the JSON value.
 
         Raises:
             UsageError: If the answer does not follow the schema, or the class rejects the value.
@@ -222,7 +224,7 @@ class GenerationOptions:
         return value, value
 
     def record(self, seed: int) -> dict[str, Any]:
-        """Return the options that affect which tokens are chosen, together with the random seed, in the format of reports."""
+        """Return all options that affect which tokens are chosen, and the random seed, in the format used in reports."""
         known = asdict(self) | {"seed": seed}
         known.pop("system")
         if self.choices is None:
@@ -231,7 +233,7 @@ class GenerationOptions:
 
 
 def _checked_stops(given: Any) -> list[str] | None:
-    """Return stop strings as a list, or None if there are no stop strings.
+    """Validate stop strings. Return them as a list, or None if there are no stop strings.
 
     Raises:
         UsageError: If the value is neither a string nor a list of strings, or a string is empty or not valid Unicode.
@@ -249,7 +251,7 @@ def _checked_stops(given: Any) -> list[str] | None:
 
 
 def _checked_choices(given: Any) -> str | list[str] | None:
-    """Return choices as a list. `ROW_OPTIONS` and None are returned unchanged.
+    """Validate choices. Return them as a list, except that `ROW_OPTIONS` and None are returned unchanged.
 
     Raises:
         UsageError: If the value is not a list of at least two different, non-empty strings of valid Unicode.

@@ -1,10 +1,11 @@
-"""Decode with tensors of fixed shape, so that a whole decoding step can run as one CUDA graph.
+"""Decode with tensors of fixed shape, so that a whole decoding step can run as a single CUDA graph.
 
-A step reads a token that is already on the device, writes its keys and values into a cache of fixed size, and computes the next
-token. No shape depends on a value, and nothing is copied to the host. Attention always reads the whole cache. Columns that are not
-filled yet have an attention bias that hides them. Each model has one static cache, which serves one answer at a time. When a new
-answer begins, it takes over the static cache. If the previous answer continues, it has to read its latest tokens again into its own
-cache.
+A step reads a token that is already on the device, writes its keys and values to a cache of fixed size, and computes the next
+token. No shape depends on a value, and nothing is copied to the host. Attention always reads the whole cache, but an attention bias
+hides the columns that are not filled yet.
+
+Each model has a single static cache, which serves one answer at a time. When a new answer begins, it takes over the static cache.
+If the previous answer then continues, it has to read its latest tokens again into its own cache.
 """
 
 import threading
@@ -30,40 +31,40 @@ from evoprune.language.decoder import KVCache, cos_sin_of, frequencies_of, run_l
 from evoprune.language.hosted import HostedCache
 from evoprune.model import Cost, HostedVL, head_size, norm, without_autocast
 
-# A graph is captured once an answer has at least this many tokens and may still grow by as many. Capturing takes as long as a few
-# plain decoding steps, so an answer of one or two words should not have to wait for it.
+# Number of tokens that an answer must have, and must still be allowed to grow by, before a graph is captured. Capturing takes as
+# long as a few plain decoding steps, so answers of one or two words should not have to wait for it.
 PLAIN_TOKENS = 4
-MIN_COLUMNS = 512  # number of columns that the smallest graph reads; each larger graph reads twice as many
+MIN_COLUMNS = 512  # number of columns in the smallest graph; each larger graph has twice as many
 MAX_NEW = 1024  # maximum number of new tokens for which columns are reserved
-SHARE = 0.25  # the largest fraction of the available memory that a cache may take
+SHARE = 0.25  # maximum fraction of the available memory for a static cache
 
 
 class StaticCache(ABC):
-    """A KV cache for up to `capacity` columns at fixed addresses, with the inputs, outputs and CUDA graphs of decoding steps.
+    """A KV cache at fixed memory addresses, together with the inputs, outputs and CUDA graphs of decoding steps.
 
-    It serves one answer at a time, and a lock allows only one thread at a time. Each graph is for a certain number of columns that
-    attention reads.
+    It serves one answer at a time, and a lock admits one thread at a time. Each graph is captured for a fixed number of columns
+    that attention reads, which is at most `capacity`.
     """
 
     def __init__(self, model, capacity: int):
         like = model.model.language_model.norm.weight
         self.capacity = self.read = capacity  # number of columns, and number of columns that attention reads
-        # The token that the next step reads, its column and its position, int64 `[1]` each. The step increments column and
-        # position.
+        # Input of the next step: the token to read, its column and its position, int64 `[1]` each. The step increments the column
+        # and the position.
         self.token, self.column, self.position = like.new_zeros(3, 1, dtype=torch.int64).unbind(0)
         self.logits = like.new_zeros(len(model.lm_head.weight), dtype=torch.float32)  # logits of the next token
         self.best = like.new_zeros(2, dtype=torch.int64)  # see `best_of`
-        self.graphs: dict[int, Callable[[], None]] = {}  # keyed by the number of columns that attention reads
+        self.graphs: dict[int, Callable[[], None]] = {}  # by the number of columns that attention reads
         self._capture = Device(like.device).capture
         self._lock = threading.Lock()
-        self._holder: object | None = None  # the answer that the cache serves, or None
-        self._room = 0  # number of tokens for which there is still room
+        self._holder: object | None = None  # identifies the answer that the cache is serving, or None
+        self._room = 0  # number of tokens that still fit
 
     def fill(self, cache: KVCache | HostedCache, position: int, read: int) -> None:
-        """Copy all columns from another cache.
+        """Copy all columns from an answer's own KV cache.
 
         Args:
-            cache: The cache to copy from. All of its layers must have the same columns.
+            cache: The KV cache to copy from. All of its layers must have the same columns.
             position: M-RoPE position of the next token.
             read: Number of columns that attention reads.
         """
@@ -79,34 +80,34 @@ class StaticCache(ABC):
 
     @abstractmethod
     def _copy(self, cache: KVCache | HostedCache, bias: torch.Tensor) -> None:
-        """Copy the state of every layer.
+        """Copy the state of every layer and apply the attention bias.
 
         Args:
-            cache: The cache to copy from.
+            cache: The KV cache to copy from.
             bias: float32 `[read]`, the attention bias of each column, or -inf for columns that are not filled yet.
         """
 
     @abstractmethod
     def run(self, model, x: torch.Tensor) -> torch.Tensor:
-        """Run the model on the next column, given its embedding `x`, and return its final hidden state (both `[1, hidden]`)."""
+        """Run the model on the next column. `x` is its embedding, `[1, hidden]`, and the result is its final hidden state."""
 
     def begin(self, holder: object, cache: KVCache | HostedCache, position: int, read: int) -> None:
-        """Hand the static cache over to the answer identified by `holder`. If this fails, it serves no answer at all."""
+        """Hand the static cache over to the answer identified by `holder`. If copying fails, the cache serves no answer."""
         with self._lock:
             self._holder = None
             self.fill(cache, position, read)
             self._holder, self._room = holder, read - cache.length
 
     def following(self, model, holder: object, token: int, pick: Callable[..., int]) -> int | None:
-        """Read a token and let `pick(logits, best)` choose the next one.
+        """Read a token and let `pick(logits, best)` choose the next token.
 
         Returns:
-            The next token, or None if the cache is full or now serves another answer.
+            The next token, or None if the cache is full or has been handed over to another answer.
         """
         with self._lock:
             if self._holder is not holder or not self._room:
                 return None
-            self._holder = None  # an exception during the step would leave the cache invalid
+            self._holder = None  # if the step fails, the cache is invalid
             self.token.fill_(token)
             if replay := self.graphs.get(self.read):
                 replay()
@@ -118,7 +119,7 @@ class StaticCache(ABC):
 
 
 class NativeStaticCache(StaticCache):
-    """A static cache for the layers in language/decoder.py. Its keys have additional features that apply the attention bias."""
+    """A static cache for layers that run in language/decoder.py. Additional features of its keys apply the attention bias."""
 
     def __init__(self, model, capacity: int):
         super().__init__(model, capacity)
@@ -142,9 +143,9 @@ class NativeStaticCache(StaticCache):
         self._keys_values[:, 0, :, :read, dim:] = Attention.of(self._keys_values).bias_features(bias, dim)
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the keys and values of one new column, and return those of all columns that attention reads.
+        """Write the keys and values of a new column and return the keys and values of all columns that attention reads.
 
-        See `KVCache.put`. Here, the returned tensors include bias features.
+        See `KVCache.put`. Unlike there, the returned tensors include bias features.
         """
         *room, known_keys, known_values = self.room(layer, 1)
         for to, new in zip(room, (keys, values), strict=True):
@@ -152,7 +153,7 @@ class NativeStaticCache(StaticCache):
         return known_keys, known_values
 
     def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the tensors to write to and the tensors to read, as `KVCache.room` does. Write at index `column`."""
+        """Return the tensors to write to (at index `column`) and the tensors to read, in the same order as `KVCache.room`."""
         keys_values = self._keys_values[layer, :, :, : self.read]
         return *keys_values.unbind(0), keys_values[:1], keys_values[1:]
 
@@ -161,7 +162,7 @@ class NativeStaticCache(StaticCache):
         text = model.model.language_model
         # All three M-RoPE positions of a generated token are equal.
         places = cos_sin_of(self.position[:, None] * self.frequencies, x.dtype)
-        # Remove the bias of -inf from the new column, so that attention can see it.
+        # Replace the bias of -inf for the new column with 0, so that attention can see the column.
         self._keys_values[:, 0, :, : self.read, self._dim :].index_fill_(2, self.column, 0)
         for number, layer in enumerate(text.layers):
             x = run_layer(layer, x, places, self, number, config)[0]
@@ -169,13 +170,13 @@ class NativeStaticCache(StaticCache):
 
 
 class HostedStaticCache(StaticCache):
-    """A static cache for transformers modules. Linear attention layers need no changes: their states have fixed addresses."""
+    """A static cache for transformers modules. Linear attention layers already keep their states at fixed addresses."""
 
     def __init__(self, model: HostedVL, capacity: int):
         super().__init__(model, capacity)
         config = model.config.text_config
         like = model.model.language_model.norm.weight
-        self._bias = like.new_zeros(capacity)  # the attention bias of each column, same for all attention layers
+        self._bias = like.new_zeros(capacity)  # attention bias per column, for all attention layers
         self._states = HostedCache(model).states
         shape = (2, 1, config.num_key_value_heads, capacity, head_size(config))
         for number, layer in enumerate(self._states.layers):
@@ -204,9 +205,9 @@ class StaticLayer:
     """A layer of a transformers cache that keeps the keys and values of an attention layer at fixed addresses.
 
     Args:
-        keys_values: The buffer for keys and values, `[2, 1, heads, capacity, dim]`. `update` returns its leading columns, whose
-            number is set by `copy`.
-        column: int64 `[1]`, the index of the column that `update` writes.
+        keys_values: The buffer for keys and values, `[2, 1, heads, capacity, dim]`. `update` returns as many leading columns as
+            `copy` has specified.
+        column: The index of the column that `update` writes to, int64 `[1]`.
     """
 
     def __init__(self, keys_values: torch.Tensor, column: torch.Tensor):
@@ -227,14 +228,14 @@ class StaticLayer:
 
 
 def _is_linear(layer) -> bool:
-    """Return True if a layer of a transformers cache holds recurrent states instead of keys and values."""
+    """Return True if a layer of a transformers cache stores recurrent states instead of keys and values."""
     return hasattr(layer, "recurrent_states")
 
 
 def best_of(logits: torch.Tensor) -> torch.Tensor:
-    """Return the most probable token and whether the largest logit is finite (1 or 0), as an int64 tensor `[2]`.
+    """Return the most probable token, and whether the largest logit is finite (1 or 0), as an int64 tensor `[2]`.
 
-    Both are in the same tensor so that only one copy to the host is needed. `logits` is float32 `[vocabulary]`.
+    A single tensor for both requires only one copy to the host. `logits` is float32 `[vocabulary]`.
     """
     return torch.stack([logits.argmax(), logits.amax().isfinite().long()])  # the maximum is NaN if any logit is
 
@@ -243,7 +244,7 @@ def best_of(logits: torch.Tensor) -> torch.Tensor:
 @without_autocast()
 @without_cudnn()
 def step(model, cache: StaticCache) -> None:
-    """Read the token in `cache.token`, store the resulting logits in the cache, and advance to the next column."""
+    """Run a decoding step: read `cache.token`, store the resulting logits in the cache, and advance to the next column."""
     text = model.model.language_model
     x = text.embed_tokens(cache.token).to(text.norm.weight.dtype)
     logits = model.lm_head(cache.run(model, x)).float()[0]
@@ -265,12 +266,12 @@ def new_cache(model, columns: int) -> StaticCache:
 
 
 def logits_along(model, cache: KVCache | HostedCache, position: int, ids: torch.Tensor) -> torch.Tensor:
-    """Return the logits after each token of a given answer, `[n, vocabulary]`, by running decoding steps in a new static cache.
+    """Return the logits after each token of a given answer, `[n, vocabulary]`, using decoding steps in a new static cache.
 
     Args:
-        cache: The cache that holds the columns before the answer.
+        cache: The KV cache of the columns before the answer.
         position: M-RoPE position of the first token.
-        ids: int64 `[n]`, the tokens of the answer.
+        ids: Tokens of the answer, int64 `[n]`.
     """
     steps = new_cache(model, MIN_COLUMNS)
     holder = object()
@@ -291,7 +292,7 @@ def begin(
         cache: The answer's own KV cache.
         position: M-RoPE position of the token that is read next.
         decoded: Number of tokens in the answer so far.
-        left: Maximum number of tokens by which the answer may still grow.
+        left: Maximum number of tokens that may still be added to the answer.
 
     Returns:
         The static cache, or None if graphs are unavailable or not yet worth capturing.
@@ -322,17 +323,17 @@ def begin(
 
 
 def _is_even(cache: KVCache | HostedCache) -> bool:
-    """Return True if all layers of a KV cache have the same columns and cluster sizes."""
+    """Return True if all layers of a KV cache contain the same columns with the same cluster sizes."""
     if isinstance(cache, HostedCache):
         return True
     return {*cache.lengths} == {cache.length} and len({*map(id, cache.sizes)}) == 1
 
 
 def can_step(model) -> bool:
-    """Return True if decoding a column always runs the same operations, so that they can be captured in a graph.
+    """Return True if every decoding step of a model runs the same operations, so that a graph can capture them.
 
-    Models with hooks are rejected, because a hook may do anything. Models with experts are accepted only if their experts use one
-    of the two implementations that never copy the choice of experts to the host.
+    Models with hooks are rejected, because a hook may do anything. Models with experts are accepted only with one of the two
+    implementations of experts that never copy the choice of experts to the host.
     """
     modules = [model.lm_head, *model.model.language_model.layers.modules()]
     if not all(is_unhooked_linear(layer) for layer in modules if isinstance(layer, nn.Linear)):
@@ -347,13 +348,13 @@ def can_step(model) -> bool:
     return (
         (experts is None or text.config._experts_implementation in (EXPERTS, "batched_mm"))
         and kinds <= {"full_attention", "linear_attention"}
-        # Reject weights that were quantized by a package. They have special classes or are integers, and may be buffers.
+        # Reject weights that were quantized by a package. They have special classes or integer dtypes, and may be buffers.
         and all(type(weight) in plain and weight.is_floating_point() for weight in weights)
     )
 
 
 def give_up(model, problem: Exception) -> None:
-    """Stop using CUDA graphs to decode with this model, and warn about it."""
+    """Stop using CUDA graphs for a model and warn that decoding takes longer without them."""
     _caches[model] = None
     message = f"tokens are decoded without a CUDA graph, which takes longer: {first_line(problem)}"
     warnings.warn(message, DeviceWarning, stacklevel=2)

@@ -1,9 +1,9 @@
-"""Render a chat template in a separate process.
+"""Render chat templates in a separate process with limits.
 
-A template is a program from an untrusted source. Jinja's sandbox prevents it from accessing files and Python's internals, but it
-can still run forever or use up all memory, even within a single operation that cannot be interrupted by a signal. Templates are
-therefore rendered in a separate process, which is killed if it exceeds its limits. Starting this process takes only a little longer
-than importing Jinja in this process would.
+A template is a program from an untrusted source. Jinja's sandbox prevents it from accessing files and Python internals, but it can
+still run forever or use up all memory, even within a single operation that no signal can interrupt. Templates are therefore
+rendered in a separate process, which is killed if it exceeds its limits. Starting that process takes only slightly longer than
+importing Jinja would.
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import Any
 
 from evoprune.language.isolation import run_isolated
 
-SECONDS = 5  # time limit for rendering, which takes milliseconds for real templates
-MAX_CHARACTERS = 2**20  # maximum length of the rendered text, which contains placeholders instead of the user's words
+SECONDS = 5  # time limit for rendering, which typically takes milliseconds
+MAX_CHARACTERS = 2**20  # maximum length of the rendered text, with placeholders for user input
 
 
 def render(source: str, variables: dict[str, Any]) -> str:
@@ -26,7 +26,7 @@ def render(source: str, variables: dict[str, Any]) -> str:
 
     Raises:
         ValueError: If the template is broken, rejects the variables, takes too much time or memory, or renders too much text. The
-            message gives the reason.
+            message contains the reason.
         OSError: If the process cannot be started.
     """
     return _cached(json.dumps({"source": source, "variables": variables}), SECONDS)
@@ -41,7 +41,7 @@ def _cached(request: str, seconds: int) -> str:
 
 
 def render_request(request: str) -> dict[str, str]:
-    """Render the template in a JSON request. The returned dict contains either the result, `text`, or a message, `error`."""
+    """Render the template in a JSON request. The result is a dict with either the rendered `text` or an `error` message."""
     request = json.loads(request)
     try:
         text = _compiled(request["source"]).render(**request["variables"])
@@ -57,7 +57,7 @@ def render_request(request: str) -> dict[str, str]:
 
 
 def _compiled(source: str):
-    """Compile a template in an environment that has the same tags, filters, functions and whitespace rules as in transformers."""
+    """Compile a template with the same tags, filters, functions and whitespace rules as in transformers."""
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.nodes import Scope
@@ -88,7 +88,7 @@ def _compiled(source: str):
             Namespace.__setitem__(self, name, value)
 
     class Dict:
-        """Lets templates call `dict` without giving them access to the attributes of that class."""
+        """Lets templates call `dict` without access to the attributes of the class."""
 
         def __call__(self, *args, **kwargs):
             return dict(*args, **kwargs)

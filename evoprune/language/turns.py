@@ -1,4 +1,4 @@
-"""Represent the turns of a conversation, and convert them to and from messages with roles. This module does not import torch."""
+"""Represent a conversation as turns and convert turns to and from messages with roles. This module does not import torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ ASSISTANT = "assistant"
 
 
 class Placed(str):
-    """A question with inputs between its pieces of text, such as "Image 1:", an input, "Image 2:", an input, "Which is older?".
+    """A question with inputs between pieces of its text, such as "Image 1:", an input, "Image 2:", an input, "Which is older?".
 
-    Used as a `str`, the question consists of its pieces of text, joined by line breaks.
+    As a `str`, the question consists of its pieces of text, joined by line breaks.
 
     Attributes:
-        parts: The pieces of text in order, with None in each input's place.
+        parts: The pieces of text in order, with None in place of each input.
     """
 
     parts: tuple[str | None, ...]
@@ -49,14 +49,14 @@ class Turn:
 
     @staticmethod
     def from_messages(messages: Any) -> list["Turn"]:
-        """Convert messages to turns.
+        """Convert alternating user and assistant messages to turns.
 
         Args:
             messages: A list of dictionaries with the keys `role` and `content`. The roles alternate between "user" and "assistant",
                 and the contents are strings.
 
         Raises:
-            UsageError: If the messages do not have this form, a question is empty, or the last question has no answer.
+            UsageError: If the messages have a different format, a question is empty, or the last question has no answer.
         """
         hint = '[{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "A man."}]'
         if not isinstance(messages, list | tuple):

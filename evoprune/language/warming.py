@@ -1,4 +1,4 @@
-"""Compile the language model's kernels and set up its libraries before the first question is asked."""
+"""Compile the language model's kernels and initialize its libraries before the first question is asked."""
 
 from math import prod
 
@@ -15,13 +15,14 @@ from evoprune.vision import Encoded
 
 
 def warm_up(model: QwenVL, encoded: Encoded, native: bool) -> None:
-    """Answer a question with a small model, and run one decoding step with the static cache that CUDA graphs use.
+    """Warm up the GPU by answering a question with a small model, including a decoding step in a static cache.
 
     Args:
         model: A small model with random weights and the same widths as the model that is being loaded.
-        encoded: The encoded input that the question is about.
-        native: Whether the language model that is being loaded runs in evoprune's own layers. If it runs in transformers, no
-            question is answered. Instead, the norms are run, and so is the solver for DeltaNets, because it has its own library.
+        encoded: The encoded input of the question.
+        native: Whether evoprune's own code will run the language model that is being loaded. If transformers will run it, no
+            question is answered. Instead, only the norms and the solver for DeltaNets are run, because the solver has its own
+            library.
     """
     if not native:
         _warm_up_hybrid(model)
@@ -48,5 +49,5 @@ def _warm_up_hybrid(model: QwenVL) -> None:
         hybrid.add_norm(rows, plus, rows[0].float(), text.rms_norm_eps)
     if text.delta_net:
         chunks = like.new_zeros(16, hybrid.CHUNK, hybrid.CHUNK, dtype=torch.float32)
-        # Loads the library that contains the solver
+        # Load the library that contains the solver
         torch.linalg.solve_triangular(chunks, chunks, upper=False, unitriangular=True)

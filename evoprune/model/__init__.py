@@ -1,4 +1,4 @@
-"""The static parts of a model: its configuration, its weights, helpers for its layers, and its costs.
+"""The parts of a model that do not depend on inputs: its configuration, weights, layer helpers, and cost estimates.
 
 The `vision` and `language` packages compute with these weights.
 """

@@ -1,9 +1,9 @@
-"""Parse and check the contents of `config.json`. This module imports neither torch nor transformers.
+"""Parse and validate a model's `config.json`. This module imports neither torch nor transformers.
 
-`Config.parse` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 model and keeps Hugging Face's names. Older
-checkpoints store the settings of the language model at the top level, whereas newer checkpoints store them in `text_config`. Both
-layouts are supported. Models that evoprune could not run faithfully are rejected here, before any weights are read. `FAMILIES`
-lists how the model families differ.
+`Config.parse` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 model, and keeps Hugging Face's names. It supports
+older checkpoints, which store the language model's settings at the top level, as well as newer checkpoints, which store them in
+`text_config`. Models that evoprune could not run faithfully are rejected here, before any weights are read. `FAMILIES` lists the
+differences between model families.
 """
 
 import math
@@ -22,41 +22,43 @@ QWEN3_MOE = "qwen3_vl_moe"
 QWEN3_5 = "qwen3_5"
 QWEN3_5_MOE = "qwen3_5_moe"
 QWEN4 = "qwen4_exp"
-PATCHES = 4  # the number of patches in a unit (2x2)
-ANSWER_COLUMNS = 256  # additional columns to allocate in a prompt's KV cache, enough for an answer of typical length
+PATCHES = 4  # number of patches in a unit (2x2)
+ANSWER_COLUMNS = 256  # columns to allocate in the KV cache in addition to the prompt, enough for a typical answer
 
-Layers = Annotated[int, Rule.whole(1, 1000)]  # more than any real model has, but still built within a second
+Layers = Annotated[
+    int, Rule.whole(1, 1000)
+]  # more layers than any real model has, but few enough to build within a second
 SIZE = Rule.whole(1, 2**22)
 Size = Annotated[int, SIZE]
 LayerNumbers = Annotated[tuple[int, ...], Rule.list_of(Rule.whole(0, 1000))]
-# Kinds of language model layers.
+# The two kinds of language model layers.
 FULL = "full_attention"
 LINEAR = "linear_attention"
-EndIds = Annotated[  # the ids of the tokens that end an answer
+EndIds = Annotated[  # ids of the tokens that end an answer
     int | tuple[int, ...] | None, Rule.whole(0, 2**31) | Rule.list_of(Rule.whole(0, 2**31))
 ]
 
 
 @dataclass(frozen=True)
 class Family:
-    """The settings that distinguish one model family from another."""
+    """The settings that differ between model families."""
 
     model: str  # name of the model class in transformers, without the ForConditionalGeneration suffix
     tower: str  # name of the vision tower class in transformers
     hidden_act: str  # the tower's activation function
     layer_norms: bool  # whether the tower has layer norms with a bias instead of RMS norms
-    mlp: tuple[str, ...]  # names of the matrices in the tower's MLPs; three matrices mean that the MLPs are gated
+    mlp: tuple[str, ...]  # names of the matrices in the tower's MLPs; gated MLPs have three
     merger: tuple[str, str, str]  # names of the patch merger's norm and its two matrices
-    text: Mapping[str, Any]  # defaults for the language model and its rotary embedding
+    text: Mapping[str, Any]  # default settings of the language model and its rotary embedding
     video: Mapping[str, Any]  # settings of the published video processor (`video.plan.InputLimits`)
     picture: Mapping[str, Any]  # settings of the published processor for still images
-    unstated: Mapping[str, Any]  # settings for still images if the model's folder has no processor settings
-    vision: Mapping[str, Any]  # defaults for the tower
-    windows: bool = False  # whether the tower's layers attend within windows, and M-RoPE times are based on seconds
-    embed_dim: bool = False  # whether config files use the names in `Qwen2Sizes`
+    unstated: Mapping[str, Any]  # settings for still images if the model's folder does not contain any
+    vision: Mapping[str, Any]  # default settings of the tower
+    windows: bool = False  # whether tower layers use window attention and M-RoPE times are in seconds
+    embed_dim: bool = False  # whether config files use the names from `Qwen2Sizes`
     head_norms: bool = False  # whether the language model normalizes queries and keys
-    timestamps: bool = False  # whether prompts contain the time of each frame pair, with markers around its tokens
-    native: bool = True  # whether the language model runs in `language/decoder.py` instead of transformers
+    timestamps: bool = False  # whether prompts contain a timestamp and markers for each frame pair
+    native: bool = True  # whether `language/decoder.py` runs the language model, instead of transformers
 
 
 _QWEN2_5 = Family(
@@ -150,24 +152,24 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The configuration of a vision tower of any family."""
+    """The configuration of a vision tower, for all model families."""
 
     depth: Layers
-    hidden_size: Size  # the number of features that a patch has in the tower
-    intermediate_size: Size  # the number of features that a patch has inside the MLPs
+    hidden_size: Size  # number of features per patch
+    intermediate_size: Size  # number of features per patch inside the MLPs
     num_heads: Size
-    out_hidden_size: Size  # the number of features of a merged unit; same as the language model's hidden size
-    fullatt_block_indexes: LayerNumbers  # layers that attend to whole frame pairs (all layers, except in Qwen2.5-VL)
-    window_size: Size = 112  # side length of an attention window in pixels; without windows, it only affects row order
-    patch_size: Size = 14  # side length of a patch in pixels
-    temporal_patch_size: Size = 2  # the number of frames in a frame pair
-    spatial_merge_size: Size = 2  # side length of a unit in patches
+    out_hidden_size: Size  # number of features per merged unit, same as the language model's hidden size
+    fullatt_block_indexes: LayerNumbers  # layers that attend to the whole frame pair (all layers, except in Qwen2.5-VL)
+    window_size: Size = 112  # side of an attention window in pixels; without windows, it only affects the order of rows
+    patch_size: Size = 14  # side of a patch in pixels
+    temporal_patch_size: Size = 2  # number of frames in a frame pair
+    spatial_merge_size: Size = 2  # side of a unit in patches
     in_channels: Size = 3
     tokens_per_second: Annotated[int | float | None, Rule.number(1e-3, 1e6)] = 4  # None if M-RoPE counts frame pairs
     hidden_act: Annotated[str, TEXT] = "silu"
     num_position_embeddings: Annotated[int | None, SIZE] = None  # size of the square table of learned positions
-    # Layers with their own merger, in ascending order. Each merger creates features for one of the first layers of the language
-    # model (DeepStack).
+    # Indices of the layers that have their own merger, in ascending order. Each of these mergers creates features that are added in
+    # one of the first layers of the language model (DeepStack).
     deepstack_visual_indexes: LayerNumbers = ()
     family: str = QWEN2_5  # one of `FAMILIES`
 
@@ -177,12 +179,12 @@ class VisionConfig:
 
     @property
     def layers_read(self) -> int:
-        """The number of tower layers whose features contribute to a visual token (the last layer and the DeepStack layers)."""
+        """Number of tower layers whose features contribute to a visual token (the last layer and the DeepStack layers)."""
         return 1 + len(self.deepstack_visual_indexes)
 
     @classmethod
     def of(cls, config) -> Self:
-        """Convert a transformers vision config to a `VisionConfig`. A `VisionConfig` is returned unchanged.
+        """Convert the vision config of a transformers model to a `VisionConfig`. A `VisionConfig` is returned unchanged.
 
         Raises:
             ValueError: If a number is missing or is not a number.
@@ -192,7 +194,7 @@ class VisionConfig:
         return _parse_vision(vars(config), config.model_type.removesuffix("_vision"))
 
     def check(self) -> None:
-        """Raise ValueError if evoprune cannot run the tower faithfully."""
+        """Raise ValueError if evoprune cannot reproduce this vision tower faithfully."""
         act = self.traits.hidden_act
         problem = f"activation {self.hidden_act} of the tower is not supported, only {act}"
         _check(self.hidden_act == act, problem, Unsupported)
@@ -215,9 +217,9 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Qwen2Sizes:
-    """Sizes that have other names in the config files of Qwen2-VL.
+    """Sizes of the vision tower under the names that they have in the config files of Qwen2-VL.
 
-    In these files, `hidden_size` is the size of the language model, and `embed_dim` is the size of the tower.
+    In these files, `embed_dim` is the hidden size of the tower, and `hidden_size` belongs to the language model.
     """
 
     embed_dim: Size
@@ -227,15 +229,15 @@ class Qwen2Sizes:
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """Settings of Gated DeltaNet layers (arXiv 2412.06464), which some models use instead of attention in most layers.
+    """Settings of Gated DeltaNet layers (arXiv 2412.06464), which replace attention in most layers of some models.
 
-    Unlike a KV cache, the state of a Gated DeltaNet does not grow with the prompt.
+    Unlike a KV cache, the state of a Gated DeltaNet does not grow with the length of the prompt.
     """
 
     layer_types: Annotated[
         tuple[str, ...], Rule.list_of(TEXT)
     ]  # `FULL` or `LINEAR` for every layer of the language model
-    linear_conv_kernel_dim: Annotated[int, Rule.whole(1, 1000)]  # the kernel size of the convolution, in columns
+    linear_conv_kernel_dim: Annotated[int, Rule.whole(1, 1000)]  # kernel size of the convolution, in columns
     linear_num_key_heads: Size
     linear_num_value_heads: Size  # a multiple of `linear_num_key_heads`
     linear_key_head_dim: Size
@@ -252,12 +254,12 @@ class DeltaNet:
 
 @dataclass(frozen=True)
 class Experts:
-    """Settings of the mixtures of experts that replace MLPs, including which layers have experts."""
+    """Settings of mixtures of experts, including which layers have experts instead of an MLP."""
 
     num_experts: Annotated[int, Rule.whole(1, 2**16)]
-    num_experts_per_tok: Annotated[int, Rule.whole(1, 2**16)]  # the number of experts that process each token
-    moe_intermediate_size: Size  # inner size of an expert
-    shared_expert_intermediate_size: Annotated[int | None, SIZE] = None  # inner size of the expert that sees all tokens
+    num_experts_per_tok: Annotated[int, Rule.whole(1, 2**16)]  # number of experts that process each token
+    moe_intermediate_size: Size  # number of inner features per expert
+    shared_expert_intermediate_size: Annotated[int | None, SIZE] = None  # inner size of the expert for all tokens
     decoder_sparse_step: Annotated[int, Rule.whole(1, 1000)] = 1  # every n-th layer has experts
     mlp_only_layers: LayerNumbers = ()  # layers that never have experts
 
@@ -271,17 +273,17 @@ class TextConfig:
     num_hidden_layers: Layers
     num_attention_heads: Size
     num_key_value_heads: Size
-    # Always contains `rope_theta` and `mrope_section`. It also contains `mrope_interleaved` if the feature pairs for time, height
-    # and width alternate, and `partial_rotary_factor` if only part of each head is rotated.
+    # Always contains `rope_theta` and `mrope_section`. Also contains `mrope_interleaved` if feature pairs for time, height and
+    # width alternate, and `partial_rotary_factor` if only part of each head is rotated.
     rope_parameters: Annotated[dict[str, Any], OBJECT]
     intermediate_size: Annotated[int | None, SIZE] = (
-        None  # inner size of the MLPs; None is allowed if all layers have experts
+        None  # inner features of the MLPs; may be None if all layers have experts
     )
     rms_norm_eps: Annotated[float, Rule.number(1e-30, 1)] = 1e-5
     hidden_act: Annotated[str, TEXT] = "silu"
     use_sliding_window: Annotated[bool, YES_OR_NO] = False
     eos_token_id: EndIds = None
-    # The context length, that is, the maximum number of tokens in the prompt and the answer. None if the file does not contain it.
+    # The context length, which is the maximum number of tokens in the prompt and the answer together, or None if it is unknown.
     max_position_embeddings: Annotated[int | None, Rule.whole(1, 2**31)] = None
     head_dim: Annotated[int | None, Rule.whole(1, 2**16)] = None  # see `head_size`
     head_norms: bool = False  # whether queries and keys are normalized per head and have no bias
@@ -291,16 +293,16 @@ class TextConfig:
 
     @property
     def reads_ids(self) -> bool:
-        """Whether the language model reads token ids in addition to embeddings."""
+        """Whether the language model needs token ids in addition to embeddings."""
         return self.qwen4 is not None and len(self.qwen4.ple_layer_ids) > 0
 
     @property
     def output_gate(self) -> bool:
-        """Whether the attention output is multiplied by a gate, which is projected together with the queries."""
+        """Whether attention layers multiply their output by a gate, which is projected together with the queries."""
         return self.delta_net is not None
 
     def is_linear(self, layer: int) -> bool:
-        """Return True if the layer with this zero-based index is a Gated DeltaNet."""
+        """Return True if a layer, given its zero-based index, is a Gated DeltaNet."""
         return self.delta_net is not None and self.delta_net.layer_types[layer] == LINEAR
 
     def has_experts(self, layer: int) -> bool:
@@ -314,7 +316,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The configuration of a model: its vision tower, its language model, and settings that concern both.
+    """The configuration of a whole model: its vision tower, its language model, and shared settings.
 
     `tie_word_embeddings` is True if the input embeddings and the output layer share one matrix.
     """
@@ -335,22 +337,22 @@ class Config:
         text = section(content, "text_config") or content
         vision = section(content, "vision_config")
         _check_misplaced_sizes(content, family)
-        if content.get("eos_token_id") is not None:  # the top level overrides `text_config`, as in transformers
+        if content.get("eos_token_id") is not None:  # as in transformers, the top level overrides `text_config`
             text = text | {"eos_token_id": content["eos_token_id"]}
-        # Follow transformers. In families without head norms, the embeddings are tied if either the top level or `text_config` says
-        # so, because earlier versions wrote the setting to `text_config`.
+        # Follow transformers: in families without head norms, the embeddings are tied if either the top level or `text_config` says
+        # so, because earlier versions wrote this setting to `text_config`.
         tied = [part.get("tie_word_embeddings") for part in (content, text)]
         tied = [value is not None and YES_OR_NO.check(value, "tie_word_embeddings") for value in tied]
         tied = tied[0] if FAMILIES[family].head_norms else any(tied)
         config = cls(_parse_vision(vision, family), _parse_text(text, family), tied)
         config.vision_config.check()
-        _check_rope(section(content, "rope_scaling"))  # would otherwise be ignored in a config that has a `text_config`
+        _check_rope(section(content, "rope_scaling"))  # otherwise ignored if there is a `text_config`
         same = config.vision_config.out_hidden_size == config.text_config.hidden_size
         _check(same, "out_hidden_size of the tower differs from hidden_size of the language model")
         return config
 
     def as_written(self) -> dict[str, Any]:
-        """Return the contents of a `config.json` that `parse` reads as this config. The ids of special tokens are left out."""
+        """Convert this config back to the contents of a `config.json`, without the ids of special tokens."""
 
         def as_json(entries: list[tuple[str, Any]]) -> dict[str, Any]:
             content = {name: value for name, value in entries if value is not None}
@@ -375,7 +377,7 @@ class Config:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Sampling settings from a `generation_config.json`. A setting is None if the file does not contain it."""
+    """Sampling settings from a `generation_config.json`. Settings that the file does not contain are None."""
 
     eos_token_id: EndIds = None
     do_sample: Annotated[bool | None, YES_OR_NO] = None
@@ -386,14 +388,14 @@ class GenerationSettings:
 
 
 class Unsupported(ValueError):
-    """Raised for a valid config of a model that evoprune cannot run."""
+    """Raised if a config is valid, but evoprune cannot run the model."""
 
 
 def _check_misplaced_sizes(content: dict, family: str) -> None:
-    """Raise ValueError if a config has a `text_config`, but one of the language model's sizes appears only at the top level.
+    """Raise ValueError if a config has a `text_config`, but one of the language model's sizes is only at the top level.
 
-    transformers would ignore that size and use its default, so the weights would not fit. The context length is exempt, because no
-    weights depend on it.
+    transformers would ignore a size at the top level and use its default, so the shapes of the weights would not match. The context
+    length is exempt, because it does not affect the weights.
     """
     inner = section(content, "text_config")
     if not inner:
@@ -408,14 +410,14 @@ def _check_misplaced_sizes(content: dict, family: str) -> None:
 
 
 def _parse_text(content: dict, family: str) -> TextConfig:
-    """Parse the language model's settings from the object that contains them. Raise the same errors as `Config.parse`."""
+    """Parse the settings of the language model. Raises the same errors as `Config.parse`."""
     traits = FAMILIES[family]
     given = {name: value for name, value in content.items() if value is not None}
-    if "num_local_experts" in given:  # the name under which transformers saves `num_experts`
+    if "num_local_experts" in given:  # transformers saves `num_experts` under this name
         given = {"num_experts": given["num_local_experts"]} | given
     given = traits.text | given
-    # As in transformers, the older name takes precedence, because guides for YaRN tell users to add it to files that already have
-    # the newer name.
+    # As in transformers, the older name takes precedence, because guides for YaRN tell users to add it to files that already
+    # contain the newer name.
     rope = section(content, "rope_scaling") or section(content, "rope_parameters")
     names = {"rope_theta", "mrope_section", "partial_rotary_factor"} & traits.text.keys()
     rope = {name: given[name] for name in sorted(names)} | {
@@ -441,7 +443,7 @@ def _parse_text(content: dict, family: str) -> TextConfig:
     attends_over_windows = text.use_sliding_window
     if (
         attends_over_windows and "layer_types" in given
-    ):  # transformers' rule for whether any layer uses sliding-window attention
+    ):  # same rule as in transformers for whether any layer uses sliding-window attention
         attends_over_windows = "sliding_attention" in Rule.list_of(TEXT).check(
             given["layer_types"], "text_config.layer_types"
         )
@@ -473,7 +475,7 @@ def _parse_text(content: dict, family: str) -> TextConfig:
 
 
 def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
-    """Parse the Gated DeltaNet settings of a language model with `depth` layers. Raise the same errors as `Config.parse`."""
+    """Parse the Gated DeltaNet settings of a language model with `depth` layers. Raises the same errors as `Config.parse`."""
     interval = Rule.whole(1, 1000).check(given["full_attention_interval"], "text_config.full_attention_interval")
     kinds = [LINEAR] * depth
     for layer in range(interval - 1, depth, interval):
@@ -500,11 +502,11 @@ def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
 
 
 def _parse_experts(given: dict, known: Collection[str], family: str) -> Experts:
-    """Parse the settings of a mixture of experts. Raise the same errors as `Config.parse`.
+    """Parse the settings of a mixture of experts. Raises the same errors as `Config.parse`.
 
     Args:
         given: The settings of the language model.
-        known: The names of all settings that exist in this family.
+        known: Names of all settings that this model family supports.
         family: One of `FAMILIES`.
     """
     experts = pick(Experts, given, "text_config")
@@ -512,7 +514,7 @@ def _parse_experts(given: dict, known: Collection[str], family: str) -> Experts:
     count = experts.num_experts
     _check(active <= count, f"num_experts_per_tok is {active}, but there are {count} experts")
     _check(given.get("norm_topk_prob", True) is True, "norm_topk_prob false is not supported", Unsupported)
-    # In transformers, a family supports either layers without experts or a shared expert, but not both.
+    # In transformers, each family supports either layers without experts or a shared expert, but not both.
     shared = "shared_expert_intermediate_size"
     unread = {"decoder_sparse_step", "mlp_only_layers"} if shared in known else {shared}
     for field in fields(Experts):
@@ -529,12 +531,12 @@ def _check_rope(rope: dict) -> None:
 
 
 def head_size(text) -> int:
-    """Return the number of features per attention head, given a `TextConfig` or a transformers config of the language model."""
+    """Return the number of features per attention head. `text` is a `TextConfig` or a transformers text config."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _parse_vision(content: dict, family: str) -> VisionConfig:
-    """Parse the `vision_config` of a model whose family is in `FAMILIES`.
+    """Parse the `vision_config` of a model from any family in `FAMILIES`.
 
     Raises:
         ValueError: If a number is missing or is not a number.
@@ -554,7 +556,7 @@ def _parse_vision(content: dict, family: str) -> VisionConfig:
     speed = section(given, "rope_parameters").get("rope_theta") or 10_000
     _check(speed == 10_000, f"rope_theta {speed} of the tower is not supported, only 10000", Unsupported)
     picked = pick(VisionConfig, given | {"fullatt_block_indexes": [], "window_size": None}, "vision_config")
-    # Any value works, because no layer attends within windows
+    # No layer uses window attention, so any value works
     window = 4 * picked.patch_size * picked.spatial_merge_size
     every = tuple(range(picked.depth))
     return replace(picked, fullatt_block_indexes=every, window_size=window, tokens_per_second=None, family=family)

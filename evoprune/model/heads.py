@@ -1,4 +1,4 @@
-"""Building blocks for the layers of language models: RMS norm, projections to heads, and rotary embedding."""
+"""Building blocks for language model layers: RMS norm, projections to attention heads, and rotary embedding."""
 
 import torch
 import torch.nn.functional as F
@@ -9,25 +9,26 @@ from evoprune.model.config import head_size
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Apply an RMS norm in float32.
 
-    As in transformers, the normalized values are rounded before they are multiplied by `weight`. Torch would round them afterwards.
+    As in transformers, the normalized values are rounded before they are multiplied by `weight`, whereas torch's own norm with a
+    weight would round them afterward.
     """
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply a rotary embedding (arXiv 2104.09864) to `[..., heads, head_dim]`. Paired features are half a head apart."""
+    """Apply a rotary embedding (arXiv 2104.09864) to `[..., heads, head_dim]`, with paired features half a head apart."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def heads_of(attention, name: str, x: torch.Tensor, config) -> torch.Tensor:
-    """Project columns to queries, keys or values, `[L, heads, head_dim]`, without applying the rotary embedding.
+    """Project hidden states to queries, keys or values, `[L, heads, head_dim]`, without applying the rotary embedding.
 
     Queries and keys are normalized per head if the layer has norms for them.
 
     Args:
         attention: The attention module of a language model layer.
         name: "q", "k" or "v".
-        x: The normalized columns, `[L, hidden]`.
+        x: The hidden states after the layer's norm, `[L, hidden]`.
         config: The config of the language model.
     """
     projected = getattr(attention, f"{name}_proj")(x).view(len(x), -1, head_size(config))

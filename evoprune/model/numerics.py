@@ -1,8 +1,8 @@
-"""Turn autocast off, and check tensors for NaN and infinity.
+"""Disable autocast and check tensors for NaN and infinity.
 
 torch.autocast computes float32 matrix products in 16 bits. If users prune their own transformers model, its layers follow autocast,
-just as they do without pruning. Pruning methods and scores ignore autocast because they compare values in float32. Models that
-evoprune loads ignore it because users choose their dtype with an option.
+just as they do without pruning. Pruning methods and scores ignore autocast, because they need to compare values in float32. Models
+that evoprune loads ignore it, because their dtype is already an option.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ from evoprune.backend import Device
 
 
 def all_finite(x: torch.Tensor) -> torch.Tensor:
-    """Return whether a tensor contains neither NaN nor infinity, as a 0-dimensional bool tensor on the same device.
+    """Check that a tensor contains neither NaN nor infinity. Returns a 0-dimensional bool tensor on the same device.
 
-    The check reads the tensor once, and needs neither a copy nor a synchronization. The tensor must not be empty.
+    The check reads the tensor once, without copying it or synchronizing the device. The tensor must not be empty.
     """
     low, high = x.aminmax()  # both are NaN if `x` contains NaN
     return low * 0 == high * 0
@@ -24,7 +24,7 @@ def all_finite(x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Turn off autocast, so that products are computed in their factors' dtype. Works as a context manager and a decorator."""
+    """Disable autocast, so that products are computed in the dtype of their factors. Use it as a context manager or a decorator."""
     with ExitStack() as stack:
         for kind in Device.kinds():
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):

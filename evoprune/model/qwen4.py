@@ -1,9 +1,8 @@
-"""Settings and sizes of the parts that Qwen4-Exp's language model (Qwen3.8-Flash-Next) has in addition to those of Qwen3.5.
+"""Settings and sizes of the layers that Qwen4-Exp (Qwen3.8-Flash-Next) adds to the language model of Qwen3.5.
 
-- Hyper-connections: The model has multiple residual streams. Each layer reads a mix of the streams and writes to all of them.
-- Indexers: Each attention layer has an indexer, which selects the blocks of keys that a column attends to.
-- N-gram embeddings (PLE): Some layers add embeddings of n-grams of token ids, so the model needs the token ids as well as their
-  embeddings.
+- Hyper-connections: The model has several residual streams. Each layer reads a mix of the streams and writes to all of them. -
+Indexers: Each attention layer has an indexer, which selects the blocks of keys that a column attends to. - N-gram embeddings (PLE):
+Some layers add embeddings of n-grams of token ids, so the model needs the token ids as well as their embeddings.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ SIZE = Rule.whole(1, 2**22)
 Size = Annotated[int, SIZE]
 SMALL = Rule.whole(1, 1000)
 Small = Annotated[int, SMALL]
-# The names of attention with an indexer in `layer_types`. Published files call it full attention instead.
+# Values in `layer_types` for attention layers with an indexer, although published files use "full_attention" instead.
 INDEXED = ("indexed_attention", "qwen_sparse_attention")
 DEFAULTS = {
     "num_experts": 512,
@@ -36,15 +35,15 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Qwen4:
-    """The settings of the additional parts, with the same names as in `config.json`."""
+    """The settings that Qwen4-Exp adds to Qwen3.5, with the same names as in `config.json`."""
 
-    hc_count: Small  # the number of residual streams
-    hc_lowrank: Size  # inner size of the matrices that mix the streams
+    hc_count: Small  # number of residual streams
+    hc_lowrank: Size  # rank of the matrices that mix the streams
     indexer_n_heads: Small
     indexer_kv_heads: Small
     indexer_head_dim: Size
-    indexer_budget: Size  # the maximum number of columns in the complete blocks that an attention layer reads
-    indexer_compress_ratio: Small  # the number of columns per block
+    indexer_budget: Size  # maximum number of columns, in whole blocks, that an attention layer reads
+    indexer_compress_ratio: Small  # number of columns per block
     ple_layer_ids: Annotated[tuple[int, ...], Rule.list_of(SMALL)]  # one-based numbers of layers with n-gram embeddings
     ple_embed_dim: Size
     ple_conv_kernel_size: Small
@@ -52,7 +51,7 @@ class Qwen4:
     heads_per_ngram: Small
     ngram_vocab_size_base: Annotated[int, Rule.whole(1, 2**27)]
     make_ngram_vocab_size_divisible_by: Annotated[int, Rule.whole(1, 2**20)]
-    split_ngram_parts: Annotated[int, Rule.whole(1, 2**16)]  # the number of tensors into which files split a table
+    split_ngram_parts: Annotated[int, Rule.whole(1, 2**16)]  # number of tensors into which files split a table
     seed: Annotated[int, Rule.whole(0, 2**62)]
     output_gate_type: Annotated[str | None, TEXT] = None  # activation in Gated DeltaNets; None means same as in MLPs
 
@@ -60,8 +59,8 @@ class Qwen4:
         """Return the reason why transformers cannot build a model with these settings, or None if it can.
 
         Args:
-            linear: Whether each layer is a Gated DeltaNet.
-            turned: The number of features in an attention head that the rotary embedding rotates.
+            linear: For each layer, whether it is a Gated DeltaNet.
+            turned: The number of features per attention head that the rotary embedding rotates.
         """
         layers = [number - 1 for number in self.ple_layer_ids]
         tables = (self.ngram_size - 1) * self.heads_per_ngram
@@ -80,11 +79,11 @@ class Qwen4:
         return next((problem for problem, holds in checks.items() if not holds), None)
 
     def mixer_weights(self, hidden: int, writes: bool = True) -> int:
-        """Return the number of weights in a hyper-connection.
+        """Return the number of weights in a single hyper-connection.
 
         Args:
-            hidden: The number of features in a column.
-            writes: Whether it writes to the residual streams. Only the last one in a model does not.
+            hidden: The hidden size of the language model.
+            writes: Whether the hyper-connection writes to the residual streams, which only the last one in a model does not.
         """
         wide = self.hc_count * hidden
         return wide * (1 + 2 * self.hc_lowrank + writes * self.hc_count)
@@ -94,7 +93,7 @@ class Qwen4:
         return self.indexer_head_dim * (hidden * heads + 2)
 
     def ngram_weights(self, hidden: int) -> int:
-        """Return the number of weights that n-gram embeddings need in all layers, including their tables."""
+        """Return the number of weights in the n-gram embeddings of all layers, including their tables."""
         tables = (self.ngram_size - 1) * self.heads_per_ngram
         wide = self.hc_count * hidden
         sizes = islice(filter(_is_prime, count(self.ngram_vocab_size_base)), tables * len({*self.ple_layer_ids}))
@@ -106,7 +105,7 @@ class Qwen4:
         return total
 
     def prefill_flop(self, hidden: int, layers: int, attention_layers: int, length: int) -> float:
-        """Return how many operations the additional parts take for a prompt of `length` columns."""
+        """Return the number of operations that Qwen4-Exp's additional layers need for a prompt of `length` tokens."""
         wide = self.hc_count * hidden
         mixed = 2 * layers * (self.mixer_weights(hidden) - wide) + self.mixer_weights(hidden, writes=False) - wide
         embedded = len({*self.ple_layer_ids}) * (
@@ -117,9 +116,9 @@ class Qwen4:
         return 2.0 * length * (mixed + embedded + indexed)
 
     def state_bytes(self, hidden: int, columns: int, bytes_each: int) -> int:
-        """Return the size of the indexers' keys and of the state that n-gram embeddings need, in bytes.
+        """Return the size in bytes of the keys of the indexers and the state of the n-gram embeddings.
 
-        `columns` is the number of columns in the indexers of all layers, added up.
+        `columns` is the total number of columns in the indexers of all layers.
         """
         keys = columns * self.indexer_kv_heads * self.indexer_head_dim * bytes_each
         seen = self.hc_count * hidden * (self.ple_conv_kernel_size - 1) * self.ngram_size * bytes_each

@@ -1,8 +1,8 @@
-"""Module trees that hold the weights of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model under Hugging Face's names.
+"""Module trees for the weights of Qwen2-VL, Qwen2.5-VL and Qwen3-VL models, with the same names as in Hugging Face.
 
 The modules have no forward pass. Instead, `vision/tower.py` and `language/decoder.py` compute with their weights. Because the names
-are the same, this also works with a model that was loaded with transformers. Models that evoprune loads do not need transformers,
-which takes longer to import than a short answer takes to generate.
+are the same, these files can also run a model that was loaded with transformers. Models that evoprune loads itself do not need
+transformers, which takes longer to import than a short answer takes to generate.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from evoprune.model.config import Config, TextConfig, VisionConfig, head_size
 
 
 class Tree(nn.Module):
-    """A module whose children are given by name. In these names, `mlp.0` means the child `0` of the child `mlp`."""
+    """A module that is built from named children. A name such as `mlp.0` refers to the child `0` of the child `mlp`."""
 
     def __init__(self, **children: nn.Module):
         super().__init__()
@@ -31,7 +31,7 @@ class Tree(nn.Module):
 
 
 def _mlp(names: Sequence[str], wide: int, inner: int, bias: bool) -> Tree:
-    """Create an MLP. Its last matrix maps from the inner size, and all other matrices map to the inner size."""
+    """Create an MLP whose last matrix maps from `inner` to `wide` features, and all other matrices from `wide` to `inner`."""
     *into, back = names
     return Tree(**{name: nn.Linear(wide, inner, bias) for name in into}, **{back: nn.Linear(inner, wide, bias)})
 
@@ -74,7 +74,7 @@ def _merger(config: VisionConfig, norm: nn.Module) -> Tree:
 
 
 def _embedding(count: int, wide: int) -> nn.Embedding:
-    """Create an embedding whose weights are not initialized.
+    """Create an embedding with uninitialized weights.
 
     Random initialization would import all of torch.compile, even on the meta device.
     """
@@ -83,7 +83,7 @@ def _embedding(count: int, wide: int) -> nn.Embedding:
 
 
 class LanguageModel(Tree):
-    """The weights of the language model, without its output layer."""
+    """The weights of the language model, except its output layer."""
 
     def __init__(self, config: TextConfig):
         wide = config.hidden_size
@@ -114,10 +114,10 @@ class LanguageModel(Tree):
 
 
 class Model(Tree):
-    """All weights of a model: its tower (`model.visual`), `model.language_model`, and the output layer, `lm_head`."""
+    """All weights of a model: the tower (`model.visual`), the language model (`model.language_model`), and `lm_head`."""
 
     config: Config
-    native: bool  # whether the language model runs in language/decoder.py; if False, it is a transformers module
+    native: bool  # whether language/decoder.py runs the language model, instead of transformers
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,7 +137,7 @@ class Model(Tree):
                     made[weight] = nn.Parameter(values, requires_grad=False)
                 setattr(module, name, made[weight])
         like = next(self.parameters())
-        # Repeat the same block of noise. Its length is a prime number, so no two rows of a matrix are equal.
+        # Repeat a single block of noise. Its length is a prime number, so no two rows of a matrix are equal.
         random = torch.Generator().manual_seed(0)
         block = torch.randn(1_048_573, generator=random, dtype=torch.float32, device="cpu").mul_(0.02).to(like)
         with torch.no_grad():
@@ -153,12 +153,12 @@ class Model(Tree):
                     piece.copy_(noise[: len(piece)])
 
     def shared(self) -> Self:
-        """Return a copy that shares this model's tensors. Replacing layers in the copy does not change the original."""
+        """Return a copy that shares this model's tensors. Layers can be replaced in the copy without changing the original."""
         raise NotImplementedError
 
 
 class QwenVL(Model):
-    """A model in evoprune's own tree of weights."""
+    """A model whose language model runs in evoprune's own code."""
 
     native = True
 
@@ -172,13 +172,13 @@ class QwenVL(Model):
 
     @classmethod
     def empty(cls, config: Config) -> Self:
-        """Return a model on the meta device. Its weights have names and shapes, but take no memory."""
+        """Return a model on the meta device, whose weights have names and shapes but take no memory."""
         with torch.device("meta"):
             return cls(config).eval().requires_grad_(False)
 
     @classmethod
     def random(cls, config: Config, dtype: torch.dtype, device: torch.device) -> Self:
-        """Return a model with seeded random weights, for benchmarks, where the values of the weights do not affect the speed.
+        """Return a model with seeded random weights for benchmarks, where the values of the weights do not affect the speed.
 
         Creating a 3B model takes a few seconds.
         """
@@ -193,19 +193,19 @@ class QwenVL(Model):
         return copy.requires_grad_(False)
 
     def tie(self) -> None:
-        """Make the input embeddings and the output layer share one tensor if the config says so."""
+        """Make the input embeddings and the output layer share one tensor, if the config says that they are tied."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
 
 
 class HostedVL(Model):
-    """A model that consists of transformers modules: `visual`, `language_model` and `lm_head`."""
+    """A model whose `visual`, `language_model` and `lm_head` are transformers modules."""
 
     native = False
-    package = ""  # the name that error messages use for the package that quantized the layers
+    package = ""  # name of the package that quantized the layers, for error messages
 
     def __init__(self, config: Config, visual: nn.Module, language_model: nn.Module, lm_head: nn.Module):
-        if hasattr(language_model, "hyper_connection_mixer"):  # in Qwen4-Exp, this is the only norm after the layers
+        if hasattr(language_model, "hyper_connection_mixer"):  # in Qwen4-Exp, this is the only final norm
             language_model.norm = language_model.hyper_connection_mixer.hc_norm
         super().__init__(model=Tree(visual=visual, language_model=language_model), lm_head=lm_head)
         self.config = config

@@ -1,8 +1,8 @@
-"""Everything between a question and its answer: load a model, open, plan and encode the inputs, and generate the answer.
+"""Run the whole pipeline behind an answer: load a model, read and encode the inputs, and generate the answer.
 
-`encoding` and `asking` do the main work. `memory` predicts how much memory they need, `prompting` builds prompts and adds
-subtitles, and `session` combines the loaded model with its pruning settings. The command line and `evoprune.VideoQA` are built on
-this package.
+Most of the work happens in `encoding` and `asking`. `memory` predicts how much memory they need, `prompting` builds prompts and
+adds subtitles, and `session` combines the loaded model with its pruning settings. Both the command line and `evoprune.VideoQA` are
+built on this package.
 """
 
 from typing import TYPE_CHECKING

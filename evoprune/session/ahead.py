@@ -1,8 +1,8 @@
 """Probe and read inputs while torch is being imported and a model is being loaded. Imports no torch.
 
-An input can be planned before the model is loaded, because the plan depends only on the model's description
-(session/loading/description.py). Later, the session makes its own plan. If that plan needs the same frames and the files have not
-changed, the session uses the prefetched frames. Otherwise it reads the input again.
+Which frames to read depends only on the model's description (session/loading/description.py), so an input can be planned before the
+model is loaded. Later, the session makes its own plan. If that plan needs the same frames and the files have not changed, the
+session uses the prefetched frames; otherwise, it reads the input again.
 
 Prefetched frames are kept at their decoded size, because resizing them would need torch.
 """
@@ -29,25 +29,26 @@ if TYPE_CHECKING:
 
 Path = str | os.PathLike[str]
 
-MAX_WAITING_BYTES = 512 * 2**20  # maximum size of the waiting frames in bytes; less if little memory is available
-MEMORY_SHARE = 16  # the waiting frames take at most 1 / MEMORY_SHARE of the available memory
-MAX_GROUPS = 4  # maximum number of groups of inputs that are prefetched
+MAX_WAITING_BYTES = 512 * 2**20  # maximum size of prefetched frames in bytes; less if memory is low
+MEMORY_SHARE = 16  # prefetched frames take at most 1 / MEMORY_SHARE of the available memory
+MAX_GROUPS = 4  # maximum number of input groups to prefetch
 
 
 @dataclass(eq=False)
 class _Prefetch:
-    """An input that is being prefetched. The thread that reads it sets `state` and `request`."""
+    """An input that is being prefetched. Its reader thread sets `state` and `request`."""
 
     path: str
-    state: tuple | None = None  # the state of the files, recorded before probing them
+    state: tuple | None = None  # state of the files before they were probed; see `state_of`
     request: tuple[Any, ...] | None = None  # see `_request`; set once the input has been planned
     reading: Reading[FrameChunk] | None = None
 
     def answers(self, request: tuple[Any, ...]) -> bool:
-        """Return True if a session that makes this request can use the prefetch.
+        """Return True if the prefetched frames are the ones that a session is requesting.
 
-        The request must need the same frames, and the files must not have changed since. A prefetch that failed with a `VideoError`
-        can be used too, because the session would get the same error. After any other error, the session should try again.
+        The session must need the same frames, and the files must not have changed since they were probed. A prefetch that failed
+        with a `VideoError` also qualifies, because the session would run into the same error. After any other error, the session
+        should read the input itself.
         """
         problem = self.reading.problem
         failed = problem is not None and not isinstance(problem, VideoError)
@@ -55,17 +56,16 @@ class _Prefetch:
 
 
 class ReadAhead(Readings):
-    """Inputs that are prefetched one after another before their model is loaded. Close it after use.
+    """Prefetches inputs one after another while their model is still loading. Close it after use.
 
-    `ReadAhead` raises no errors for bad inputs. The session raises them later, when it opens the input.
+    Bad inputs raise no errors here. Instead, the session raises the error later, when it opens the input.
 
     Args:
         model: The description of the model that will encode the inputs.
-        asked: The groups of inputs in the order in which they will be encoded. A group consists of a list of paths that are opened
-            together, and their sampling options. At most `MAX_GROUPS` groups are read.
-        pruning: The pruning options. They are needed because a method may make inputs smaller. None means no pruning.
-        held_bytes: Upper bound on the size of the waiting frames, in bytes. The default is 512 MiB, or less if little memory is
-            available.
+        asked: The groups of inputs, in the order in which they will be encoded. Each group is a list of paths that are opened
+            together, followed by their sampling options. Only the first `MAX_GROUPS` groups are prefetched.
+        pruning: The pruning options, which matter because some methods downscale the frames. None means no pruning.
+        held_bytes: Maximum size of the prefetched frames, in bytes. The default is 512 MiB, or less if little memory is available.
     """
 
     def __init__(
@@ -90,19 +90,20 @@ class ReadAhead(Readings):
                 prefetch = _Prefetch(path)
                 prefetch.reading = Reading(partial(self._begin, prefetch, names, place, sampling), self)
                 self._prefetches.append(prefetch)
-        self._remaining = [*self._prefetches]  # the inputs that `take` has neither returned nor dropped yet
+        self._remaining = [*self._prefetches]  # inputs that `take` has neither returned nor skipped yet
 
     def close(self) -> None:
-        """Drop all frames and stop the threads."""
+        """Discard all prefetched frames and stop the reader threads."""
         self._remaining = []
         stop_all([prefetch.reading for prefetch in self._prefetches])
         while self._stop_speech:
             self._stop_speech.pop()()
 
     def take(self, plan: Plan) -> Reading[FrameChunk] | None:
-        """Return the `Reading` that provides exactly the frames of a plan, or None if there is none. The caller must close it.
+        """Return a prefetched `Reading` of the frames that a plan needs, or None. The caller must close it.
 
-        Take inputs in the order of `asked`, because this method drops all inputs that come before the one it returns.
+        Request inputs in the order in which they were passed as `asked`, because this method discards every input that comes before
+        the one it returns.
         """
         request = _request(plan)
         while True:
@@ -119,10 +120,10 @@ class ReadAhead(Readings):
             prefetch.reading.close()
 
     def _has_started(self, reading: Reading) -> bool:
-        """Wait until a reading has started or ended, and return True. If that takes longer than `PATIENCE_S`, return False.
+        """Wait for a reading to start. Return True once it has started or ended, and False after `PATIENCE_S` seconds.
 
-        This returns False without waiting if a consumer is taking chunks from a reading that comes earlier in the queue, because
-        that consumer may never finish.
+        If another consumer is still taking chunks from an earlier reading in the queue, return False without waiting, because that
+        consumer may never finish.
         """
         if not reading.is_here:
             return False
@@ -132,13 +133,13 @@ class ReadAhead(Readings):
                 place = self.unfinished.index(reading)
             if any(earlier.taken for earlier in self.unfinished[:place]) and not reading.ended:
                 return False
-            # Planning is quick unless the thread hangs, because the session has already probed the input.
+            # The session has already probed the input, so planning is quick unless the thread hangs.
             return Scope.wait_for(self.changed, lambda: reading.begun or reading.ended, PATIENCE_S)
 
     def _begin(
         self, prefetch: _Prefetch, names: Sequence[str], place: int, sampling: SamplingOptions, reading: Reading
     ) -> Iterator[FrameChunk]:
-        """Probe and plan an input, and return an iterator over its frames."""
+        """Probe an input, plan which frames to read, and return an iterator over them."""
         prefetch.state = state_of(prefetch.path)
         infos = [probed(path, folder_fps=sampling.frame_rate) for path in names]
         plan = self.model.plan(infos[place], sampling.of_each(infos)[place], self._pruning)
@@ -153,13 +154,13 @@ class ReadAhead(Readings):
 
 
 def _request(plan: Plan) -> tuple[Any, ...]:
-    """Return the part of a plan that determines which frames it needs."""
+    """Return the parts of a plan that determine which frames are read: the source, the timestamps and the reader's arguments."""
     return plan.source, plan.sampling.times_s, plan.read_arguments
 
 
 @takes(ModelOptions, SamplingOptions)
 def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Unpack[ReadAheadKeywords]") -> ReadAhead:
-    """Start reading videos and pictures before a model is loaded. Imports no torch.
+    """Start reading videos and pictures before the model is loaded. Does not import torch.
 
     Pass the result to `VideoQA.load(ahead=)`, which loads the model while the inputs are being read:
 
@@ -167,13 +168,13 @@ def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Un
             qa = evoprune.VideoQA.load("Qwen/Qwen2.5-VL-3B-Instruct", ahead=ahead)
             video = qa.encode("clip.mp4", fps=2)
 
-    This is useful only before a model is loaded. If a model is already loaded, use `in_flight` (session/upcoming.py) to read ahead.
-    If an input is missing or unreadable, the error is raised later, when the input is encoded.
+    This saves time only while a model is still loading. Once it is loaded, use `in_flight` (session/upcoming.py) to read ahead. If
+    an input is missing or unreadable, no error is raised until the input is encoded.
 
     Args:
         path: A file or a folder of frames, or a list of them in the order in which they will be encoded.
-        model: See `VideoQA.load`. Small files of a hub model that are missing, such as config.json, are downloaded immediately.
-        options: The options of `VideoQA.load` that choose the model and the device, and the options of `encode`.
+        model: See `VideoQA.load`. If small files of a hub model, such as config.json, are missing, they are downloaded immediately.
+        options: The options of `VideoQA.load` that select the model and the device, and all options of `encode`.
 
     Raises:
         ModelError: If the model is missing, unsupported or damaged, or cannot be reached.

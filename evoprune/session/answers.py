@@ -1,4 +1,4 @@
-"""Conversations, and answers that are generated piece by piece while the caller reads them."""
+"""Streaming answers, which are generated while the caller reads them, and multi-turn conversations."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -23,19 +23,21 @@ Parsed = TypeVar("Parsed", default=Any)
 
 
 class Answer(Uncopied, Iterator[str], Generic[Parsed]):
-    """An answer that is generated piece by piece while the caller reads it. Generation starts when the first piece is requested.
+    """An answer that is generated while the caller reads it, starting when the first piece is requested.
 
-    Iterating over an answer yields its pieces. A new iteration continues where the previous one stopped, or starts from the
-    beginning if the answer is complete. `str(answer)`, `answer == text` and `text in answer` first generate the rest of the answer
-    and then use `answer.text`. An answer is not hashable, so use `answer.text` in sets and dicts.
+    Iterating over an answer yields pieces of its text. A new iteration continues where the previous one stopped, or starts over if
+    the answer is already complete. `str(answer)`, `answer == text` and `text in answer` generate the rest of the answer first and
+    then use `answer.text`. Answers are not hashable, so use `answer.text` in sets and dicts.
 
-    Several threads may read answers about the same video at the same time. Each `text` is generated completely before another
-    thread's `text` starts. An iteration fails if any thread starts another answer between two of its pieces.
+    Several threads may read answers about the same video at the same time. Reading `text` generates the complete answer before
+    another thread's turn. Iterating gives other threads a chance between two pieces, and fails if one of them starts another
+    answer.
 
     If the model thinks before it answers, its thoughts are not part of the answer. They are generated before the first piece and
     stored in `thoughts`.
 
-    If reading the answer raises an error, reading it again raises the same error. The error is also recorded in `report.error`.
+    If reading an answer raises an error, every later attempt to read it raises the same error, which is also recorded in
+    `report.error`.
 
     Attributes:
         report: The report, which is updated after each piece. `report.answer` is the text so far.
@@ -72,7 +74,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     def __next__(self) -> str:
         with self._lock:
-            # Raise the error again. Otherwise the answer would look complete, because a generator that failed is exhausted.
+            # Raise the error again. A generator that has failed is exhausted, so the answer would otherwise look complete.
             if self._problem is not None:
                 raise _without_traceback(self._problem)
             try:
@@ -91,7 +93,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     @property
     def text(self) -> str:
-        """The complete answer. If necessary, the rest of the answer is generated first."""
+        """The text of the complete answer. Reading this property generates whatever is still missing."""
         with self._lock:
             for _ in self:
                 pass
@@ -99,29 +101,29 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     @property
     def thoughts(self) -> str | None:
-        """The model's thoughts so far, or None if it did not think."""
+        """The thoughts that the model has generated so far, or None if it answered without thinking."""
         return self.report.thoughts
 
     @property
     def parsed(self) -> Parsed:
-        """The value of an answer that follows a `schema`, or None if the answer was cut short.
+        """The parsed value of an answer that follows a `schema`, or None if the answer was cut short.
 
-        If `schema` is a class, this is an instance of the class. Otherwise it is the value that `json.loads` returns. If necessary,
-        the rest of the answer is generated first.
+        If `schema` is a class, this is an instance of that class; otherwise, it is the value returned by `json.loads`. Reading this
+        property generates the rest of the answer if necessary.
         """
         str(self)
         return self._instances[0] if self._instances else self.report.parsed
 
     @property
     def logprobs(self) -> list[dict[str, Any]] | None:
-        """Log probabilities of each token in `ids` and of its alternatives (docs/json.md). None without the `logprobs` option."""
+        """Log probabilities of the tokens in `ids` and their alternatives (docs/json.md), or None without the `logprobs` option."""
         return self.report.logprobs
 
     @property
     def choices(self) -> list[dict[str, Any]] | None:
-        """Each choice with its log probability, and its probability among the choices. None without the `choices` option.
+        """The allowed answers with their log probabilities and relative probabilities, or None without the `choices` option.
 
-        If necessary, the rest of the answer is generated first.
+        Reading this property generates the rest of the answer if necessary.
         """
         str(self)
         return self.report.choices
@@ -137,10 +139,10 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
             return True
         return isinstance(other, str | Answer) and self.text == str(other)
 
-    __hash__ = None  # an answer equals its text but would have a different hash
+    __hash__ = None  # an answer compares equal to its text, but would hash differently
 
     def close(self) -> None:
-        """Stop generating. If the answer is not complete, `report.finish_reason` becomes "interrupt"."""
+        """Stop generating. This sets `report.finish_reason` to "interrupt" if the answer is incomplete."""
         with self._lock:
             self._pieces.close()
             self.report.finish_reason = self.report.finish_reason or "interrupt"
@@ -152,14 +154,14 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
 
 def _without_traceback(problem: Exception) -> Exception:
-    """Return a copy of an exception without its traceback, whose frames would keep memory alive."""
+    """Return a copy of an exception without its traceback, because the traceback's frames would keep tensors in memory."""
     again = type(problem).__new__(type(problem), *problem.args)
     vars(again).update(vars(problem))
     return again
 
 
 class Asked(Protocol):
-    """What a conversation is about, such as an `asking.Askable`."""
+    """The interface that a `Chat` needs from the encoded inputs, as implemented by `asking.Askable`."""
 
     OVERTAKEN: ClassVar[str]
     _session: Session
@@ -178,14 +180,14 @@ class Asked(Protocol):
 
 
 class Chat(Uncopied):
-    """A conversation, in which the model reads each question together with all previous turns. `Askable.chat` creates one.
+    """A multi-turn conversation about encoded inputs. Use `Askable.chat` to start one.
 
-    The conversation is formatted with the model's chat template. The model reuses the keys and values of everything that it has
-    already read. Thoughts are not part of the conversation. An answer becomes part of the conversation once it is complete. If the
-    answer fails, is closed, or ends while the model is still thinking, the conversation does not change.
+    The model reads each question together with all previous turns, formatted with its chat template, and reuses the keys and values
+    of everything that it has already read. An answer joins the conversation, without the model's thoughts, once it is complete. If
+    the answer fails, is closed, or ends while the model is still thinking, the conversation does not change.
 
-    If the conversation no longer fits into the model's context, the oldest turns are dropped. The report of the next answer then
-    has the warning "history_cut", even before the answer is generated.
+    When the conversation no longer fits into the model's context, the oldest turns are dropped. The report of the next answer then
+    contains the warning "history_cut", even before the answer is generated.
     """
 
     INSTEAD = "use chat.messages"
@@ -194,23 +196,23 @@ class Chat(Uncopied):
         self.system = system
         self._inputs = inputs
         self._turns = [*turns]
-        self._latest = object()  # identifies the latest question, because only that one may become a turn
+        self._latest = object()  # identifies the latest question; answers to earlier questions are not remembered
 
     def __repr__(self) -> str:
         return f"<Chat, {counted(len(self._turns), 'turn')}, about {self._inputs!r}>"
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """A copy of the conversation in the format that `Askable.chat` accepts."""
+        """A copy of the conversation as a list of messages, which `Askable.chat` accepts."""
         return Turn.to_messages(self._turns)
 
     def clear(self) -> None:
-        """Forget all turns."""
+        """Delete all turns of the conversation."""
         self._latest = object()
         self._turns = []
 
     def undo(self) -> str | None:
-        """Remove the latest question and its answer. Return the question, or None if the conversation is empty."""
+        """Remove the latest question and its answer, and return the question. Return None if the conversation is empty."""
         self._latest = object()
         return self._turns.pop().question if self._turns else None
 
@@ -246,8 +248,8 @@ class Chat(Uncopied):
     ) -> Answer:
         """Ask the next question.
 
-        If another question is asked in this conversation before the answer is complete, reading the answer raises an error. For the
-        arguments, see `EncodedInputs.ask`. The system prompt can be set only once, by `chat`.
+        The arguments are the same as in `EncodedInputs.ask`, except that the system prompt is set once, when `chat` starts the
+        conversation. If another question is asked before the answer is complete, reading the rest of the answer raises an error.
 
         Raises:
             UsageError: If `system` differs from the conversation's system prompt, the question does not fit into the model's
@@ -276,7 +278,7 @@ class Chat(Uncopied):
         return Answer(answer.report, pieces, self._inputs._lock, answer.ids, answer._instances)
 
     def _fitting(self, question: str, generation: GenerationOptions) -> list[Turn]:
-        """Return as many of the latest turns as fit into the model's context together with the question.
+        """Return the longest run of recent turns that fits into the model's context together with the question.
 
         Raises:
             DoesNotFit: If the question does not fit even without any turns.
@@ -291,7 +293,7 @@ class Chat(Uncopied):
 
         if fits(0):
             return [*self._turns]
-        # Use bisection, because every attempt has to render the chat template in a separate process.
+        # Use bisection, because each attempt renders the chat template in a separate process.
         dropped = bisect_left(range(len(self._turns)), True, 1, key=fits)
         turns = self._turns[dropped:]
         if not turns:
@@ -299,7 +301,7 @@ class Chat(Uncopied):
         return turns
 
     def _remembered(self, answer: Answer, earlier: list[Turn], latest: object) -> Iterator[str]:
-        """Yield the pieces of an answer, and then add the complete answer to the conversation."""
+        """Yield the pieces of an answer. Once the answer is complete, add it to the conversation."""
         if latest is not self._latest:
             raise UsageError(self._inputs.OVERTAKEN, "finish one answer before asking the next question")
         yield from answer

@@ -1,8 +1,8 @@
-"""Ask questions about encoded inputs: read the prompt, and generate the answer.
+"""Answer questions about encoded inputs: read the prompt, then generate the answer.
 
-All answers about the same inputs share the keys and values of their common prompt. A lock is held while a piece of an answer is
-generated, and `Answer.text` holds it until the answer is complete. The lock is never held while the caller has control, so one
-iteration cannot block another.
+All answers about the same inputs share the keys and values of their common prompt. Generating a piece of an answer requires a lock,
+and `Answer.text` keeps that lock until the answer is complete. An iteration never holds the lock while the caller's code runs, so
+it cannot block other threads.
 """
 
 import threading
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 
 class Askable(ABC, Uncopied):
-    """Base class of all objects that can be asked questions, one question at a time.
+    """Base class for encoded inputs that answer questions, one question at a time.
 
-    All questions share the keys and values of the inputs. If several threads ask questions, they wait for each other.
+    All questions share the inputs' keys and values in the KV cache. Threads that ask at the same time wait for each other.
     """
 
     INSTEAD = "threads may share it; another process must load a VideoQA and encode again"
-    # Error message for an answer that is read after a newer question was asked.
+    # Error message for reading an answer after a newer question was asked.
     OVERTAKEN = "another question was asked meanwhile"
 
     def __init__(self, session: Session):
@@ -50,16 +50,16 @@ class Askable(ABC, Uncopied):
 
     @property
     def ignores_sound(self) -> bool:
-        """Whether there is a video that has sound but for which no subtitles were read."""
+        """Whether any of the videos has sound, but neither subtitles nor a transcript."""
         return False
 
     def _report_of_inputs(self, encodings: Sequence[EncodedInput]) -> Report:
-        """Return a report about the encoded inputs. It does not contain total stage times, which `fill_times` adds."""
+        """Return a report about the encoded inputs, without the total stage times, which `fill_times` adds."""
         return inputs_report(self._session, encodings)
 
     @abstractmethod
     def _blank_report(self) -> Report:
-        """Return a new report for an answer whose question has not been read yet."""
+        """Return a new report, which describes the inputs but no question or answer yet."""
 
     @abstractmethod
     def _read(
@@ -70,7 +70,7 @@ class Askable(ABC, Uncopied):
         clock: Clock,
         earlier: Sequence[Turn] | None = None,
     ) -> PrefillState:
-        """Read a question, and return the state from which the answer is decoded.
+        """Read a question and return the state from which the answer is decoded.
 
         Args:
             earlier: The conversation so far, or None for a single question.
@@ -78,14 +78,14 @@ class Askable(ABC, Uncopied):
 
     @abstractmethod
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
-        """Check that a question fits into the model's context together with the earlier turns of the conversation.
+        """Check that a question and the earlier turns of its conversation fit into the model's context.
 
         Raises:
             DoesNotFit: If the question does not fit.
         """
 
     def _ended(self, turn: int) -> None:
-        """Called when the answer with this number is complete, was closed, or has failed."""
+        """Handle the end of an answer, whether it is complete, was closed, or has failed. `turn` is the question's number."""
 
     @overload
     def ask(
@@ -117,14 +117,14 @@ class Askable(ABC, Uncopied):
         on_thoughts: Callable[[str], None] | None = None,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
-        """Ask a question. Only the first answer's report includes the times for encoding the inputs.
+        """Ask a question about the inputs. Only the report of the first answer includes the time spent encoding them.
 
         Args:
             question: The question, which is passed to the model unchanged.
-            seed: Seed for sampling tokens. None means the seed of the `VideoQA`, so that the same question always gets the same
-                answer.
+            seed: Seed for sampling tokens. By default, this is the seed of the `VideoQA`, so asking the same question again gives
+                the same answer.
             on_thoughts: Called with each piece of the model's thoughts as soon as it is generated.
-            options: How to generate the answer: the fields of `keywords.GenerationKeywords`.
+            options: Options for generating the answer; see `keywords.GenerationKeywords`.
 
         Raises:
             UsageError: If an option is out of range, or the question is empty or not a string.
@@ -134,7 +134,7 @@ class Askable(ABC, Uncopied):
         return self._answer(question, generation, seed, on_thoughts)
 
     def chat(self, system: str | None = None, messages: Sequence[Mapping[str, str]] = ()) -> "Chat":
-        """Start a conversation, in which the model reads each question together with all previous turns.
+        """Start a multi-turn conversation about the inputs, where questions can refer to earlier questions and answers.
 
         Args:
             system: The system prompt. None means the model's default.
@@ -168,7 +168,7 @@ class Askable(ABC, Uncopied):
             )
         if seed is None:
             seed = self._session.pruning.seed
-        # Raise an error now if the model cannot choose between the answers.
+        # Raise an error early if the choices are not valid for this model.
         generation.choice_ids(self._session.loaded.tokenizer)
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
@@ -205,11 +205,11 @@ class Askable(ABC, Uncopied):
         on_thoughts: Callable[[str], None],
         turns: Sequence[Turn] | None,
     ) -> Iterator[str]:
-        """Generate an answer piece by piece, and keep `report` and `ids` up to date.
+        """Yield an answer piece by piece and update `report` and `ids` after each piece.
 
         Args:
-            ids: The list to which the token ids of the answer are added.
-            instances: The list to which an instance of the schema is added, if the schema is a class and the answer is complete.
+            ids: The list that collects the token ids of the answer.
+            instances: The list that receives an instance of the schema, if the schema is a class and the answer is complete.
             on_thoughts: Called with each piece of the model's thoughts.
             turns: The conversation so far, or None for a single question.
 
@@ -285,16 +285,16 @@ class Askable(ABC, Uncopied):
 
 
 class EncodedInputs(Askable):
-    """Inputs that have been encoded once and can be asked about together, one question at a time.
+    """Encoded videos and pictures that can answer any number of questions, one at a time.
 
-    If several threads ask questions, they wait for each other (see `Answer`). For each new question, the model reads only the part
-    of the prompt that differs from earlier prompts (`PrefixCache`). A method that reads the question selects tokens again for each
-    question.
+    Threads that ask at the same time wait for each other (see `Answer`). For each new question, the model reads only the part of
+    the prompt that differs from earlier prompts (`PrefixCache`). Pruning methods that read the question select the tokens again for
+    every question.
 
     Attributes:
-        report: Describes how the inputs were encoded. It never changes, because each answer has its own report.
-        plans: Each input's plan: its frames, sizes and encoding.
-        last_question: Set this to True before you ask the last question about the inputs. It lets a model with recurrent layers
+        report: Report on how the inputs were encoded. It never changes, because each answer has a report of its own.
+        plans: One plan per input, which specifies its frames, its size and how it is encoded.
+        last_question: Set this to True before you ask the last question about the inputs, so that a model with recurrent layers can
             read the prompt in a single pass.
     """
 
@@ -322,7 +322,7 @@ class EncodedInputs(Askable):
 
     @classmethod
     def together(cls, session: Session, inputs: Sequence["EncodedInputs"]) -> "EncodedInputs":
-        """Combine inputs that were encoded separately, so that a question can refer to all of them.
+        """Combine separately encoded inputs, so that a question can refer to all of them.
 
         Raises:
             UsageError: If there are no inputs, or an input was encoded by a different session.
@@ -336,15 +336,15 @@ class EncodedInputs(Askable):
         return cls(session, [encoding for encoded in inputs for encoding in encoded._encodings])
 
     def with_session(self, session: Session) -> "EncodedInputs":
-        """Return the same tokens with a different session, which may prune differently only inside the language model."""
+        """Reuse the encoded tokens in another session, whose pruning may differ only inside the language model."""
         return EncodedInputs(session, self._encodings)
 
     @property
     def encoded(self) -> Encoded:
-        """The tokens of the first input.
+        """The visual tokens of the first input.
 
-        If the method reads the question, there are no tokens until the first question is asked. If the input was loaded from the
-        cache, `rows` contains no data.
+        If the pruning method reads the question, there are no tokens until the first question is asked. If the input was loaded
+        from the disk cache, `rows` has a shape but no data.
         """
         return self._encodings[0].encoded
 
@@ -359,14 +359,14 @@ class EncodedInputs(Askable):
     def read_along(
         self, question: str, ids: Sequence[int], system: str | None = None, think: str = "off"
     ) -> tuple[torch.Tensor, float]:
-        """Read a question together with a given answer (teacher forcing). Raises the same errors as `Answer`.
+        """Score a given answer by reading it together with its question (teacher forcing). Raises the same errors as `Answer`.
 
         Args:
             ids: Token ids of the answer. There must be at least one.
 
         Returns:
-            A tuple of the logits and a time. The logits, float32 `[len(ids), vocabulary]`, predict each token of the answer from
-            the question and the tokens before it. The time from asking the question to the first logits is in seconds.
+            A tuple of the logits and the time to the first logits in seconds. The logits, float32 `[len(ids), vocabulary]`, predict
+            each token of the answer from the question and the tokens before it.
         """
         options = GenerationOptions(max_new_tokens=len(ids), system=system, think=think)
         with self._lock:
@@ -380,7 +380,7 @@ class EncodedInputs(Askable):
             return logits, seconds
 
     def bytes_with(self, new_tokens: int) -> int:
-        """Estimate the memory in bytes for these inputs and the KV cache of one question and an answer of `new_tokens` tokens."""
+        """Estimate the memory in bytes for the inputs and the KV cache, with room for a question and `new_tokens` answer tokens."""
         model = self._session.loaded.model
         each = model.dtype.itemsize
         kept = self.report.pruning.visual_tokens_kept
@@ -390,7 +390,7 @@ class EncodedInputs(Askable):
 
     @property
     def _spent(self) -> tuple[dict[str, float], float]:
-        """The time spent in each stage, and the wall-clock time, in seconds. Both are sums over all inputs."""
+        """Seconds spent in each stage, and wall-clock seconds, both summed over all inputs."""
         every = self._encodings
         stages = {stage: sum(encoding.seconds[stage] for encoding in every) for stage in INPUT_STAGES}
         return stages, sum(encoding.wall_seconds for encoding in every)
@@ -400,14 +400,14 @@ class EncodedInputs(Askable):
 
     @torch.inference_mode()
     def _select_for(self, question: str, report: Report) -> None:
-        """Select the tokens for a question, and discard the keys and values of earlier questions."""
+        """Select the visual tokens for a question and discard the keys and values cached for earlier questions."""
         loaded = self._session.loaded
         before = 0.0
         if self._inputs_reported:
             before = self._prune_seconds
         self._prefix.forget()
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
-        words = loaded.language.embed(ids)  # embed only the question and not the rest of the prompt
+        words = loaded.language.embed(ids)  # embed the question without the rest of the prompt
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
         fill_pruning(report, self._session, self._encodings)
         report.time_ms.encode_prune = (self._prune_seconds - before) * 1000
@@ -431,9 +431,9 @@ class EncodedInputs(Askable):
         clock: Clock,
         earlier: Sequence[Turn] | None = None,
     ) -> PrefillState:
-        """Read a question, and return the state from which the answer is decoded.
+        """Read a question and return the state from which the answer is decoded.
 
-        If the method reads the question, its tokens are selected first.
+        If the pruning method reads the question, it selects the visual tokens first.
         """
         with clock.stage("prefill"):
             prompt = self._fitting_prompt(question, options, earlier)
@@ -441,7 +441,8 @@ class EncodedInputs(Askable):
             with clock.stage("encode"):
                 self._select_for(question, report)
         with clock.stage("prefill"):
-            # Prompts share no prefix, because tokens are selected again for each question
+            # If tokens are selected again for each question, no later prompt can reuse this one, so treat every question as the
+            # last
             last = self.last_question or selects
             state = self._prefill(prompt, last, goes_on=earlier is not None)
             state.prompt_ids = prompt.input_ids
@@ -452,7 +453,7 @@ class EncodedInputs(Askable):
         return state
 
     def _prefill(self, prompt: Prompt, last: bool, goes_on: bool) -> PrefillState:
-        """Read a prompt and return the state from which the answer is decoded. For `last` and `goes_on`, see `PrefixCache.read`."""
+        """Read a prompt and return the state from which the answer is decoded. See `PrefixCache.read` for `last` and `goes_on`."""
         loaded = self._session.loaded
         pruning = self._session.pruning
         read = [encoding.encoded for encoding in self._encodings]

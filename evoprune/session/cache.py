@@ -1,10 +1,10 @@
-"""A cache of files on disk. Each file's name is a hash of everything that its contents depend on.
+"""The disk cache, mostly for encoded videos. Each file is named after a hash of everything that its contents depend on.
 
-Most of the files are encoded videos. The same video, sampled in the same way for the same model, is therefore encoded only once. An
-encoded video is stored as a safetensors file that also contains its cache key.
+Thanks to the cache, a video that is sampled in the same way for the same model is encoded only once. An encoded video is stored as
+a safetensors file that also contains its cache key.
 
-The cache never causes a run to fail. An entry that is damaged or has a different key is treated as a miss. An entry that cannot be
-written is skipped.
+The cache never causes a run to fail. A damaged entry, or an entry with a different key, is treated as a miss, and an entry that
+cannot be written is skipped.
 """
 
 import hashlib
@@ -27,25 +27,25 @@ from evoprune.untrusted import loads
 from evoprune.util import brief, check_type, file_stats, open_safetensors
 from evoprune.vision import Encoded
 
-# The suffixes of complete entries, and of files that are still being written.
+# File suffixes of complete entries, and of entries that are still being written.
 SUFFIX = ".safetensors"
 UNFINISHED = ".tmp"
 WEIGHTS_LIMIT_BYTES = 32 * 2**30
 SPEECH_LIMIT_BYTES = 64 * 2**20
-OPTIONAL = ("size", "deepstack")  # the fields of `Encoded` that may be missing from an entry
+OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry may lack
 
 
 def cache_folder() -> Path:
-    """Return the folder named by EVOPRUNE_CACHE_DIR, or the `evoprune` folder in the user's cache folder if that is not set."""
+    """Return the folder in EVOPRUNE_CACHE_DIR. The default is the `evoprune` subfolder of the user's cache folder."""
     standard = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "evoprune")
     return Path(os.path.expanduser(os.environ.get("EVOPRUNE_CACHE_DIR") or standard))
 
 
 @cache
 def own_code() -> str:
-    """Return a hash of the paths, sizes and modification times of this package's source files.
+    """Return a hash of the paths, sizes and modification times of evoprune's source files.
 
-    The files may change even though the version number stays the same.
+    The version number alone is not enough for a cache key, because the code may change without a new version.
     """
     files = sorted(Path(evoprune.__file__).parent.rglob("*.py"))
     return hashlib.sha256(repr(file_stats(files)).encode()).hexdigest()
@@ -53,13 +53,13 @@ def own_code() -> str:
 
 @dataclass(frozen=True)
 class Entries:
-    """A folder of cache entries. Several processes may use the same folder at the same time."""
+    """A cache in a folder on disk, which several processes may use at the same time."""
 
     folder: Path  # created when the first entry is written
-    limit_bytes: int  # maximum total size, beyond which the least recently used entries are evicted
+    limit_bytes: int  # maximum total size; the least recently used entries are evicted first
 
     def __post_init__(self):
-        """Validate the fields, and convert `folder` to a `Path`.
+        """Validate the fields and convert `folder` to a `Path`.
 
         Raises:
             UsageError: If `folder` is not a path, or `limit_bytes` is not an integer.
@@ -74,15 +74,15 @@ class Entries:
         object.__setattr__(self, "limit_bytes", check_type("limit_bytes", self.limit_bytes, int))
 
     def write(self, key: str, content: Callable[[BinaryIO], None], make_room: bool = True) -> bool:
-        """Write an entry atomically, and evict the oldest entries if the limit is exceeded.
+        """Write an entry atomically and evict the least recently used entries if the size limit is exceeded.
 
         Args:
-            content: A function that writes the contents of the entry to a file.
-            make_room: Whether to evict old entries. If you write many entries, pass False, and call the `make_room` method once at
-                the end.
+            content: Writes the contents of the entry to the file that it is called with.
+            make_room: Whether to evict old entries. If you write many entries, pass False and then call the `make_room` method
+                once.
 
         Returns:
-            True if the entry was written, False if the operating system reported an error.
+            True if the entry was written, or False after an OSError, for example because the disk is full.
 
         Raises:
             Exception: Any exception raised by `content`, except OSError.
@@ -110,10 +110,10 @@ class Entries:
         return len(sizes), sum(sizes)
 
     def clear(self) -> int:
-        """Delete all entries and unfinished files, and nothing else in the folder.
+        """Delete all cache entries and unfinished files, but leave any other files in the folder alone.
 
         Returns:
-            The number of entries before the deletion.
+            The number of entries that the cache had.
 
         Raises:
             OSError: If a file cannot be deleted.
@@ -124,13 +124,13 @@ class Entries:
         return entries
 
     def path(self, key: str) -> Path:
-        """Return the path of an entry, which may or may not exist."""
+        """Return the path of the file that an entry is stored in, whether or not it exists."""
         return self.folder / f"{key}{SUFFIX}"
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Yield the cache's regular files with their stat results, including files that are still being written.
+        """Yield each file of the cache with its stat result, including files that are still being written.
 
-        Another process may delete any of them at any time.
+        By the time the caller uses a file, another process may already have deleted it.
         """
         for ending in (f"{'[0-9a-f]' * 64}{SUFFIX}", f"tmp*{UNFINISHED}"):
             for path in self.folder.glob(ending):
@@ -139,9 +139,9 @@ class Entries:
                         yield path, path.stat()
 
     def make_room(self) -> None:
-        """Evict the least recently used entries once the limit is exceeded.
+        """Evict the least recently used entries until the cache is within its size limit.
 
-        This also deletes unfinished files that killed processes left behind more than an hour ago.
+        This also deletes unfinished files that are more than an hour old, because a killed process must have left them behind.
         """
         total = 0
         for path, stat in sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True):
@@ -156,7 +156,7 @@ class Entries:
 
 @dataclass(frozen=True)
 class Entry:
-    """An encoded video, with facts about its frames."""
+    """A cache entry: an encoded video, and which frames it was encoded from."""
 
     encoded: Encoded
     read_s: tuple[float, ...]  # timestamps of the decoded frames, in seconds
@@ -165,11 +165,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cache(Entries):
-    """A folder of encoded videos. Several processes may use the same folder at the same time."""
+    """A disk cache of encoded videos, which several processes may use at the same time."""
 
-    makes_room: ClassVar[bool] = True  # whether `store` evicts old entries when the limit is exceeded
+    makes_room: ClassVar[bool] = True  # whether `store` evicts old entries if the size limit is exceeded
 
-    folder: Path = field(default_factory=cache_folder)  # the default is the folder that `evoprune ask --cache` uses
+    folder: Path = field(default_factory=cache_folder)  # defaults to the folder that `evoprune ask --cache` uses
     limit_bytes: int = 2 * 2**30  # maximum total size; the least recently used entries are evicted
 
     if TYPE_CHECKING:  # the constructor also accepts a string, although the field is a `Path`
@@ -185,22 +185,23 @@ class Cache(Entries):
         return content_hash(path)
 
     def load(self, key: str, device: torch.device) -> Entry | None:
-        """Load an entry onto a device.
+        """Load an encoded video from the cache to a device.
 
-        The `rows` of the encoded video are on the device `meta`, because answering does not need their values.
+        The tensor `rows` has a shape but no data (it is on the `meta` device), because answering questions does not need its
+        values.
 
         Returns:
-            The entry, or None if it is missing or damaged.
+            The entry, or None if there is no such entry or it is damaged.
         """
         from safetensors import SafetensorError
 
         path = self.path(key)
-        if not path.is_file():  # also true for a pipe, which must not be opened because that could block forever
+        if not path.is_file():  # also skips pipes, because opening one could block forever
             return None
         try:
             with open_safetensors(path) as file:
                 about = file.metadata()["about"]
-                # Copy the tensors. They are memory-mapped, so they would become invalid if the file is deleted.
+                # Copy the memory-mapped tensors, because they would become invalid if another process deleted the file.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
                 if file.metadata()["digest"] != _digest(about, tensors):
                     return None
@@ -229,24 +230,24 @@ class Cache(Entries):
 
     @property
     def of_segments(self) -> "SegmentCache":
-        """A cache for segments of long videos, in a subfolder with its own size limit."""
+        """A cache for encoded segments of long videos, in a subfolder with a separate size limit."""
         return SegmentCache(self.folder / "segments")
 
     @property
     def of_speech(self) -> Entries:
-        """A cache for transcripts, in a subfolder with its own size limit."""
+        """A cache for speech transcripts, in a subfolder with a separate size limit."""
         return Entries(self.folder / "speech", SPEECH_LIMIT_BYTES)
 
     @property
     def of_weights(self) -> Entries:
-        """A cache for quantized weights, in a subfolder with its own size limit."""
+        """A cache for quantized model weights, in a subfolder with a separate size limit."""
         return Entries(self.folder / "weights", WEIGHTS_LIMIT_BYTES)
 
     def store(self, key: str, entry: Entry) -> bool:
-        """Write an entry atomically, and evict old entries if the limit is exceeded.
+        """Store an encoded video in the cache and evict old entries if the size limit is exceeded.
 
         Returns:
-            True if the entry was written, False if it is larger than the limit or cannot be written.
+            True if the entry was written, or False if it is larger than the limit or cannot be written.
         """
         from safetensors.torch import save
 
@@ -270,10 +271,10 @@ class Cache(Entries):
 
 @dataclass(frozen=True)
 class SegmentCache(Cache):
-    """A folder of encoded video segments.
+    """A disk cache of encoded video segments.
 
-    A video has hundreds of segments, so the caller stores all of them before it calls `make_room` once. For the same reason, a
-    video file is hashed only once, as long as its size and modification time stay the same.
+    A long video has hundreds of segments. For this reason, `store` does not evict anything; instead, the caller stores all segments
+    and then calls `make_room` once. Likewise, a video file is hashed only once, unless its size or modification time changes.
     """
 
     makes_room: ClassVar[bool] = False
@@ -309,9 +310,9 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 
 def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
-    """Return a hash of everything in an entry.
+    """Return a checksum of an entry's metadata and tensors.
 
-    The hash detects flipped bits, whereas safetensors itself detects only truncated files.
+    The checksum detects flipped bits, which safetensors would not notice: it only detects truncated files.
     """
     digest = hashlib.blake2b(about.encode())
     for name, tensor in sorted(tensors.items()):

@@ -1,4 +1,4 @@
-"""The result of encoding a single input."""
+"""An encoded video or picture, ready for questions."""
 
 from dataclasses import dataclass, replace
 
@@ -10,16 +10,16 @@ from evoprune.vision import Encoded, EncodedRows
 
 @dataclass(frozen=True)
 class EncodedInput:
-    """An encoded input with its stage times and warnings."""
+    """An encoded video or picture, together with its stage times and warnings."""
 
     plan: Plan
-    encoded: Encoded  # the tokens for the language model; empty until they are selected for a question
-    unselected: EncodedRows | None  # the rows from which tokens are selected, if the method selects tokens per question
-    seconds: dict[str, float]  # the time spent in each of the stages in `report.INPUT_STAGES`
-    wall_seconds: float  # the wall-clock time from the start of planning to the end of encoding
+    encoded: Encoded  # tokens for the language model; empty until selected, if `unselected` is set
+    unselected: EncodedRows | None  # rows to select tokens from, if the method needs the question
+    seconds: dict[str, float]  # time spent in each of the stages in `report.INPUT_STAGES`
+    wall_seconds: float  # wall-clock time from the start of planning to the end of encoding
     cache: str  # "hit" (loaded from disk), "miss" (encoded and then stored) or "off"
-    warnings: tuple[str, ...]  # the names of warnings, as used in reports
-    damaged: int  # the number of packets that could not be decoded
+    warnings: tuple[str, ...]  # names of warnings, as they appear in reports
+    damaged: int  # number of packets that could not be decoded
 
     @property
     def kept(self) -> int:
@@ -27,9 +27,9 @@ class EncodedInput:
         return self.plan.encoder.keep if self.unselected else len(self.encoded.kept)
 
     def own(self) -> "EncodedInput":
-        """Return a copy that has no selected tokens yet and measures its time separately.
+        """Return a copy whose tokens can be selected independently, with a timer of its own.
 
-        If the method does not read the question, the same object is returned.
+        If the pruning method does not read the question, the tokens never change, so this object itself is returned.
         """
         if not self.unselected:
             return self
@@ -37,9 +37,9 @@ class EncodedInput:
         return replace(self, unselected=rows, encoded=rows.nothing_selected())
 
     def selected(self, question: torch.Tensor) -> "EncodedInput":
-        """Return a copy of this input with the tokens that the method selects for a question.
+        """Return a copy of this input with the tokens that the pruning method selects for a question.
 
-        If the method does not read the question, the same object is returned.
+        If the method does not read the question, this object itself is returned.
 
         Args:
             question: The embeddings of the question's tokens, `[words, D]`.

@@ -1,6 +1,6 @@
-"""From files to tokens: probe the inputs and plan how to read them, then read, patchify and encode them.
+"""Turn video and picture files into visual tokens: probe the inputs, plan how to read them, then read, patchify and encode them.
 
-If an input is already in the disk cache, it is loaded from there instead.
+If an input has already been encoded and is in the disk cache, its tokens are loaded from there instead.
 """
 
 import hashlib
@@ -37,28 +37,27 @@ from evoprune.video import FrameChunk, GivenInput, HeldVideo, Input, Plan, Sampl
 from evoprune.vision import Encoded, EncodedRows, encode_rows, patches_of
 
 Path = str | os.PathLike[str]
-# A progress callback. It is called with a stage ("read", "encode" or "layers"), the amount that is done, and the total.
+# A progress callback. Its arguments are a stage ("read", "encode" or "layers"), the amount done so far, and the total.
 Progress = Callable[[str, int, int], None]
 
 KINDS_HINT = "give a path or a URL, an array of frames, a Pillow image, the bytes of a file, or an open file"
-AHEAD_BYTES = 2**26  # maximum size in bytes of prefetched patches that are not in the patch store
-READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder belongs to
+AHEAD_BYTES = 2**26  # maximum size in bytes of prefetched patches outside the patch store
+READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # Python packages of the decoders
 
 
 @dataclass(eq=False)
 class OpenInput:
-    """A video or picture that is being read. Encode it once, and then close it.
+    """A video or picture that has been opened for encoding. Encode it once, and then close it.
 
-    Subclasses get frames or rows from other sources.
+    Subclasses override methods to get their frames or encoded rows from other sources.
 
     Attributes:
-        threaded: Whether a thread prepares the next chunks while the encoder works on the current one.
-        shares: Whether this input may share its patches with other inputs. Subclasses that change the frames or need all of them
-            set this to False.
+        threaded: Whether a background thread prepares the next chunks while the encoder works on the current one.
+        shares: Whether later runs on the same file may reuse this input's patches. Subclasses that change the frames, or need to
+            see all of them, set this to False.
         ahead: A prefetch that may already have read the frames, or None.
-        cache: The disk cache, or None. If the input is in the cache, reading and encoding are skipped. Otherwise it is stored in
-            the cache after encoding.
-        temporary: Whether the files are deleted when the input is closed. If so, no later input can read them.
+        cache: The disk cache, or None. On a cache hit, reading and encoding are skipped. On a miss, the encoded input is stored.
+        temporary: Whether the files will be deleted when the input is closed, so that no later input can read them.
         cores: Number of cores that reading may keep busy. None means all cores available to this process.
     """
 
@@ -76,20 +75,20 @@ class OpenInput:
     def __post_init__(self):
         self.cores = self.session.loaded.cores
         self.damaged = 0
-        self.read_early = False  # whether reading has started in the background before encoding
+        self.read_early = False  # whether reading started in the background, before encoding
         self.waited_s = 0.0  # seconds that encoding has spent waiting for patches
         self.other_size = self.moved = False
-        self.read_s: tuple[float, ...] = ()  # the timestamps of the decoded frames, in seconds
-        self._reported_frames = -1  # the latest number of frames passed to `progress`
+        self.read_s: tuple[float, ...] = ()  # timestamps of the decoded frames, in seconds
+        self._reported_frames = -1  # number of frames most recently passed to `progress`
         self._progress: Progress | None = None
-        # The key of the patches in the patch store, or None if they are not kept there.
+        # The key of this input's patches in the patch store, or None if they are not stored.
         self._patch_key: Hashable | None = None
         self._reading: Reading[PatchChunk] | None = None
         self._closed = False
         self._lock = threading.Lock()
 
     def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
-        """Yield the sampled frames. For the argument and the chunks, see `video.frames.read_chunks`."""
+        """Yield the sampled frames in chunks. See `video.frames.read_chunks` for the argument and the chunks."""
         plan = self.plan
         if self.ahead and (early := self.ahead.take(plan)):
             return self._prefetched_frames(early)
@@ -97,24 +96,24 @@ class OpenInput:
         return read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
 
     def _prefetched_frames(self, early: Reading[FrameChunk]) -> Iterator[FrameChunk]:
-        """Yield prefetched frames. Read time that was hidden by the prefetch counts as "read" on the clock."""
+        """Yield prefetched frames. Read time that overlapped with other work is also added to "read" on the clock."""
         with closing(early):
             hidden_s = 0.0
             for chunk in early.chunks():
                 self.clock.seconds["read"] += early.hidden_s - hidden_s
                 hidden_s = early.hidden_s
                 yield chunk
-                del chunk  # so that only the caller keeps the frames alive
+                del chunk  # drop this reference, so that the caller can free the frames
 
     @cached_property
     def key(self) -> str | None:
-        """The input's key in the disk cache, or None if the input cannot be cached."""
+        """The key of this input in the disk cache, or None if it cannot be cached."""
         with self.clock.stage("read"):
             return self._current_key()
 
     @cached_property
     def stored(self) -> Entry | None:
-        """The input's entry in the disk cache, or None on a cache miss."""
+        """The entry for this input in the disk cache, or None on a cache miss."""
         if self.key is None:
             return None
         with self.clock.stage("read"):
@@ -130,16 +129,17 @@ class OpenInput:
     def begin(self) -> None:
         """Start reading in a separate thread, unless the input is in the disk cache.
 
-        If the patches are kept in the patch store, the thread reads the whole input. Otherwise it reads only a few chunks ahead.
+        If the patches go to the patch store, the thread reads the whole input. Otherwise, it stays only a few chunks ahead of the
+        encoder.
         """
         self.read_early = True
         if self.stored is None:
             self._start_reading()
 
     def read(self) -> None:
-        """Start reading, and wait until the whole input has been read or there is no room for more waiting chunks.
+        """Read ahead: start reading, and wait until the whole input has been read or the buffer is full.
 
-        Do not call this from the thread that encodes.
+        Do not call this from the thread that will encode the input.
         """
         self.begin()
         if reading := self._reading:
@@ -154,11 +154,11 @@ class OpenInput:
         """Read, preprocess and encode the input.
 
         Args:
-            progress: Called in the current thread with a stage, the amount that is done, and the total. The stage is "read" (frames
-                read) while waiting for frames, "encode" (frames embedded) after every chunk, and "layers" (finished layers of the
-                tower) at the end.
-            pieces: The piece sizes to try in order, each of which is the number of rows that go through a matrix product at a time.
-                If memory runs out, the next size is tried. The default is the result of `Session.fitting_pieces`.
+            progress: Called in the current thread with a stage, the amount done so far, and the total. The stage is "read"
+                (counting frames read) while waiting for frames, "encode" (counting frames embedded) after every chunk, and "layers"
+                (counting finished layers of the tower) at the end.
+            pieces: Piece sizes to try, where a piece is the number of rows in a single matrix product. Whenever memory runs out,
+                the next size is tried. The default is the result of `Session.fitting_pieces`.
 
         Raises:
             VideoError: If the input is unreadable.
@@ -171,8 +171,8 @@ class OpenInput:
         self._progress = progress
         start = clock.now()
         before = dict.fromkeys(INPUT_STAGES, 0.0) | self.clock.seconds
-        heard_before = before[STAGE] - before[OVERLAP]  # the transcription time during which the caller waited
-        read_before = 0.0 if self.read_early else before["read"]  # the read time during which the caller waited
+        heard_before = before[STAGE] - before[OVERLAP]  # seconds the caller waited for transcription
+        read_before = 0.0 if self.read_early else before["read"]  # seconds the caller waited for reading
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
         result, cache = self._result(clock, progress, pieces, warnings)
@@ -190,19 +190,21 @@ class OpenInput:
         seconds = dict.fromkeys(INPUT_STAGES, 0.0) | clock.seconds | self.clock.seconds
         ahead = seconds["read"] + seconds["preprocess"] - waited
         seconds[OVERLAP] += max(0.0, ahead)
-        # If waiting took longer than reading, either the machine is busy or the thread was still reading another input.
+        # If waiting took longer than reading, the machine is busy, or the reader thread was still working on another input.
         seconds["read"] += max(0.0, -ahead)
         return EncodedInput(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
     def _result(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
-        """Load the encoded input from the cache, or encode the input and store the result.
+        """Load the encoded input from the disk cache, or encode it and store the result there.
 
-        The time for storing it is added to `clock` as "store", and the names of any warnings are added to `warnings`.
+        The time spent storing the result is added to the "store" stage of `clock`, and the names of any warnings are added to
+        `warnings`.
 
         Returns:
-            The tokens (or the rows if the method reads the question), and the cache state, as in `EncodedInput.cache`.
+            A tuple of the tokens (or the rows, if the pruning method reads the question) and the cache state, as in
+            `EncodedInput.cache`.
         """
         if self.stored:
             self.read_s = self.stored.read_s
@@ -211,8 +213,8 @@ class OpenInput:
         result = self._compute(clock, progress, pieces, warnings)
         if self.key is None:
             return result, "off"
-        # Do not store a video that is damaged or whose frame size changes, because the warning about it would be missing on a cache
-        # hit. Compute the key again before storing, because the file may have been replaced in the meantime.
+        # Do not store a video that is damaged or changes its frame size, because a cache hit would not repeat the warning about it.
+        # Compute the key again before storing, because the file may have been replaced in the meantime.
         whole = not self.damaged and not self.other_size
         with clock.stage("store"):
             storable = whole and self._current_key() == self.key
@@ -223,10 +225,10 @@ class OpenInput:
     def _compute(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> Encoded | EncodedRows:
-        """Encode the input, and add its times as "compile" and "encode" to `clock` and its warnings to `warnings`.
+        """Encode the input and add its "compile" and "encode" times to `clock` and its warnings to `warnings`.
 
         Returns:
-            The tokens, or the rows if the method reads the question.
+            The tokens, or the rows to select tokens from if the pruning method reads the question.
         """
         plan = self.plan
         loaded = self.session.loaded
@@ -266,7 +268,7 @@ class OpenInput:
         return result
 
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
-        """Yield each chunk's patches. Every call starts again from the first frame."""
+        """Yield the patches of one chunk of frames at a time. Every call starts again from the first frame."""
         self.damaged = 0
         self.other_size = self.moved = False
         self.read_s = ()
@@ -282,7 +284,7 @@ class OpenInput:
                 progress("encode", chunk.end, self.plan.sampling.frames)
 
     def _start_reading(self) -> Reading[PatchChunk]:
-        """Return the `Reading` that produces the patches, which is started if necessary.
+        """Return the `Reading` that produces this input's patches. If necessary, start it first.
 
         Raises:
             Stopped: If the input has been closed.
@@ -295,7 +297,7 @@ class OpenInput:
             return self._reading
 
     def _shared_reading(self) -> Reading[PatchChunk] | None:
-        """Return the `Reading` from the model's patch store, or None if the patches cannot be kept there."""
+        """Return a `Reading` whose patches go to the model's patch store, or None if they cannot be stored there."""
         if self.temporary or not self.shares:
             return None
         device = self.session.device
@@ -310,7 +312,7 @@ class OpenInput:
         return reading
 
     def _release_reading(self) -> None:
-        """Release the reading. If the patches are needed again, a new reading starts."""
+        """Release this input's `Reading`. If its patches are needed again, a new one is started."""
         with self._lock:
             reading = self._reading
             key = self._patch_key
@@ -326,10 +328,10 @@ class OpenInput:
             self._progress("read", self._reported_frames, self.plan.sampling.frames)
 
     def _patch_chunks(self, reading: Reading[PatchChunk] | None = None) -> Iterator[PatchChunk]:
-        """Convert the frames to patches, one chunk at a time, and add the times of "read" and "preprocess" to the clock.
+        """Convert the frames to patches, one chunk at a time, and record the "read" and "preprocess" times.
 
         Args:
-            reading: The reading whose thread runs this method. Its frame count is updated.
+            reading: The `Reading` whose thread runs this method, or None. Its frame count is kept up to date.
         """
         on_frames = reading.at_least if reading else lambda frames: None
         limits = self.session.loaded.limits[self.plan.kind]
@@ -342,10 +344,10 @@ class OpenInput:
 
 
 def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> str | None:
-    """Return an input's cache key. Inputs with equal keys have equal encodings.
+    """Return the key under which an encoded input is cached. Inputs with equal keys have equal encodings.
 
     Args:
-        hashed: A function that hashes the file, such as `Cache.content_hash`.
+        hashed: A function that hashes the input's file, such as `Cache.content_hash`.
 
     Returns:
         The key, or None if the model has no fingerprint, the input is an array, or the file cannot be read.
@@ -376,13 +378,13 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
 
 
 class OpenInputs:
-    """Videos and pictures for questions about all of them together. Encode them once and close them, or use a `with` statement.
+    """Opened videos and pictures for questions about all of them together. Encode them once, and close them after use.
 
     Attributes:
-        plans: Each input's plan.
+        plans: One plan per input.
 
     Args:
-        files: The temporary files of the inputs, which are deleted when the inputs are closed.
+        files: Temporary files of the inputs, which are deleted when the inputs are closed.
     """
 
     def __init__(self, session: Session, inputs: Sequence[OpenInput], files: ExitStack | None = None):
@@ -395,20 +397,20 @@ class OpenInputs:
     def begin(self) -> None:
         """Start reading the first input in the background.
 
-        All inputs are marked as read early, because until encoding starts nobody waits for them. Their read time therefore does not
-        count as waiting time.
+        All inputs are marked as read early. Nothing waits for them until encoding starts, so their read time does not count as
+        waiting time.
         """
         for opened in self.inputs:
             opened.read_early = True
         self.inputs[0].begin()
 
     def read(self) -> None:
-        """Read the inputs one after another; see `OpenInput.read`. Another thread may encode them at the same time."""
+        """Read ahead, one input after another (see `OpenInput.read`). Another thread may encode them at the same time."""
         for opened in self.inputs:
             opened.read()
 
     def hear(self, sampling: SamplingOptions, cache: Cache | None = None, progress: Progress | None = None) -> None:
-        """Transcribe the speech in the inputs, if this was requested, while their frames are being read.
+        """Transcribe the speech in the inputs while their frames are being read. Does nothing if `speech` is "none".
 
         Raises the same errors as `speech.with_speech`.
         """
@@ -423,7 +425,7 @@ class OpenInputs:
         self.plans = [opened.plan for opened in self.inputs]
 
     def use_cores(self, cores: int | None) -> None:
-        """Set the number of cores that reading may keep busy. This affects only inputs whose reading has not started.
+        """Limit the number of cores that reading may keep busy. This affects only inputs that are not being read yet.
 
         Args:
             cores: The number of cores. None means all cores available to this process.
@@ -437,7 +439,7 @@ class OpenInputs:
         return sum(opened.waited_s for opened in self.inputs)
 
     def planning(self) -> AbstractContextManager[None]:
-        """Return a context manager that adds its duration to the "plan" stage. Use it for checks that precede any reading."""
+        """Return a context manager that adds its duration to the "plan" stage. Use it for checks before anything is read."""
         return self.inputs[0].clock.stage("plan")
 
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
@@ -445,7 +447,7 @@ class OpenInputs:
 
         Args:
             progress: See `OpenInput.encode`. If there is more than one input, this is also called with "input", the number of the
-                input that is next, and the number of inputs.
+                next input, and the total number of inputs.
 
         Raises:
             OutOfMemory: If all inputs together need too much memory. This is checked before anything is read.
@@ -476,7 +478,7 @@ class OpenInputs:
         self.close()
 
     def close(self) -> None:
-        """Stop reading, release the frames, and delete the temporary files. Closing the inputs twice is a no-op.
+        """Stop reading, free the frames, and delete temporary files. Closing the inputs twice is a no-op.
 
         The `EncodedInputs` returned by `encode` stay valid, so questions can still be asked after the inputs are closed.
         """
@@ -503,11 +505,11 @@ def open_inputs(
 
     Args:
         paths: The inputs in the order in which the model should read them. There must be at least one.
-        sampling: Options that apply to every input. Options about time apply only to videos.
+        sampling: Sampling options for all inputs. Options related to time apply only to videos.
         progress: Called with "download", the number of bytes received so far, and the total.
         names: The names of the inputs in reports. The default is their paths.
-        cache: The disk cache. It is not used if the method reads the question.
-        kind: The class or function that creates each open input.
+        cache: The disk cache. It is ignored if the pruning method reads the question.
+        kind: The class or function that creates each `OpenInput`.
         ahead: A prefetch that may already have read the inputs.
 
     Raises:
@@ -517,7 +519,7 @@ def open_inputs(
     """
     sampling = sampling or SamplingOptions()
     sampling.check_one_file(len(paths))
-    # Use CPU clocks, because they never synchronize with a GPU.
+    # Use CPU clocks here, because a GPU clock would synchronize with the GPU.
     clocks = [Clock(torch.device("cpu")) for _ in paths]
     given = [GivenInput(path) for path in paths]
     infos = []
@@ -550,11 +552,11 @@ def open_inputs(
 
 
 def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[float] | None = None) -> list[Input]:
-    """Return one or more inputs as a list in which paths are strings and arrays of frames are videos.
+    """Convert one or more inputs to a list. Paths become strings, and arrays of frames become `HeldVideo` objects.
 
     Args:
-        frame_rate: The number of frames per second in the arrays.
-        times_s: Each frame's time in an array, in seconds. This replaces the frame rate.
+        frame_rate: Frame rate of the arrays, in frames per second.
+        times_s: Timestamps of the frames in an array, in seconds, as an alternative to the frame rate.
 
     Raises:
         UsageError: If there are no inputs, or an input has an unsupported type. See also `HeldVideo.of`.

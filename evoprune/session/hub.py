@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: downloads into the Hugging Face cache, and hints based on model names. Imports no torch."""
+"""Download models from the Hugging Face hub into its local cache and suggest corrections for model names. Imports no torch."""
 
 import re
 import threading
@@ -12,11 +12,11 @@ import evoprune
 from evoprune.errors import ModelError, first_line
 from evoprune.util import listed
 
-# Copies of published config.json files. Thanks to these, benchmarks do not need the network.
+# Bundled copies of published config.json files, which let benchmarks run without network access.
 BUNDLED_CONFIGS = {
     f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
 }
-# The ids of supported Qwen models, which "did you mean" hints suggest.
+# Ids of supported Qwen models that "did you mean" hints may suggest.
 PUBLISHED = (
     *BUNDLED_CONFIGS,
     *(f"Qwen/Qwen2-VL-{size}-Instruct" for size in ("2B", "7B", "72B")),
@@ -25,7 +25,7 @@ PUBLISHED = (
     *(f"Qwen/Qwen3-VL-{size}-Thinking" for size in ("2B", "4B", "8B", "32B", "30B-A3B", "235B-A22B")),
     *(f"Qwen/Qwen3.5-{size}" for size in ("122B-A10B", "397B-A17B")),
 )
-SETTINGS = ("config.json", "*processor_config.json")  # the files that `describe` reads
+SETTINGS = ("config.json", "*processor_config.json")  # files that `describe` reads
 SMALL_FILES = ("*.json", "*.jinja", "merges.txt")  # settings, tokenizer and chat template
 MODEL_HINT = (
     "evoprune runs Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL, such as Qwen/Qwen2.5-VL-3B-Instruct, "
@@ -38,21 +38,21 @@ _ORIGINAL = re.compile(r"qwen((2|2\.5|3)-vl|3\.\d)-([\d.]+b(-a\d+b)?|flash-next)
 
 
 def is_id(name: str) -> bool:
-    """Return True if a name has the format of a hub id, which is `org/name`."""
+    """Return True if a name looks like a Hugging Face hub id (`org/name`)."""
     return bool(_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def nearest_id(name: str) -> str | None:
-    """Return the published Qwen id that is most similar to a misspelled id, or to an id that lacks its organization.
+    """Suggest the published Qwen id that is most similar to a misspelled hub id, or to one without an organization.
 
-    Returns None if no published id is similar. Also returns None for ids from other organizations, and for ids that begin with a
-    published id, such as `...-AWQ`.
+    Returns None if no published id is similar enough, if the id belongs to another organization, or if it begins with a published
+    id, such as `...-AWQ`.
     """
     organization, _, word = name.lower().rpartition("/")
     if organization not in ("", "qwen") or not word:
         return None
     known = {each.lower().removeprefix("qwen/"): each for each in PUBLISHED}
-    if any(name.startswith(each) for each in PUBLISHED):  # true for variants such as -AWQ too
+    if any(name.startswith(each) for each in PUBLISHED):  # also true for variants, such as -AWQ
         return None
 
     def likeness(each: str) -> tuple[float, int]:
@@ -72,15 +72,16 @@ def _size(word: str) -> str:
 
 
 def near_hint(name: str) -> str:
-    """Return the start of a hint that suggests the `nearest_id`, or an empty string if there is none."""
+    """Return a "did you mean" hint that suggests the `nearest_id`, or an empty string if there is none."""
     near = nearest_id(name)
     return f"did you mean {near}? " if near else ""
 
 
 def kind_hint(name: str) -> str:
-    """Return the start of a hint for a model that does not look supported, or an empty string if it does.
+    """Return a hint if a model's name looks unsupported, and otherwise an empty string.
 
-    The hint says that GGUF and MLX weights are not supported or, for other models, which models are supported.
+    For GGUF and MLX weights, the hint says that they are not supported. For other models, it lists the models that are supported.
+    It ends with a semicolon, so that more text can follow.
     """
     if _CONVERTED.search(name):
         instead = downloadable_id(name) or "the original checkpoint"
@@ -91,9 +92,10 @@ def kind_hint(name: str) -> str:
 
 
 def downloadable_id(name: str) -> str | None:
-    """Return the id that a download command should use: the `nearest_id`, or the original of converted weights, or `name` itself.
+    """Return the hub id to suggest in a download command, which corrects misspelled names.
 
-    Returns None for GGUF and MLX weights whose original is unknown, because evoprune cannot run them.
+    For GGUF and MLX weights, this is the id of the original model, or None if the original is unknown, because evoprune cannot run
+    converted weights. For all other models, it is the `nearest_id`, or `name` itself if no published id is similar.
     """
     if _CONVERTED.search(name):
         original = _ORIGINAL.search(name)
@@ -102,24 +104,24 @@ def downloadable_id(name: str) -> str | None:
 
 
 def revision_flag(revision: str | None) -> str:
-    """Return the flag with which `hf download` selects a revision, or an empty string if `revision` is None."""
+    """Return the `hf download` flag for a revision, with a leading space, or an empty string if `revision` is None."""
     return "" if revision is None else f" --revision {revision}"
 
 
 def cached_folder(name: str, revision: str | None) -> Path | None:
-    """Return a hub model's folder in the local cache, or None if its config.json is not there. Does not use the network."""
+    """Return the folder of a hub model in the local cache, or None if its config.json is not cached. Does not use the network."""
     import huggingface_hub as hub
     from huggingface_hub import constants
 
     try:
         path = hub.try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
-    except ValueError:  # the name is not a valid hub id, perhaps because it is too long
+    except ValueError:  # not a valid hub id, perhaps because it is too long
         return None
     return Path(path).parent if isinstance(path, str) else None
 
 
 def cached_id(folder: Path) -> str:
-    """Return the id of the model in a folder of the local cache, which is named `models--org--name`."""
+    """Convert the name of a folder in the local cache (`models--org--name`) to a hub id (`org/name`)."""
     return folder.name.removeprefix("models--").replace("--", "/", 1)
 
 
@@ -127,7 +129,7 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
     """Check whether the hub can be reached and has a model.
 
     Returns:
-        None if the hub can be used. Otherwise, the reason why not, in words.
+        None if the hub can be reached. Otherwise, the reason as text for an error message.
 
     Raises:
         ModelError: If the hub has no such model or revision, or denies access to it.
@@ -137,7 +139,7 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
 
     if offline:
         return "network access is disabled (offline)"
-    # Send a single request and do not retry it, because the library's own functions would keep retrying for minutes.
+    # Send a single request without retries, because the library's own functions keep retrying for minutes.
     url = hub.hf_hub_url(name, "config.json", revision=revision)
     try:
         _within(HUB_SECONDS, lambda: hub.get_hf_file_metadata(url, timeout=HUB_SECONDS))
@@ -159,12 +161,12 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Run `work()` in a thread with a time limit, and return its result.
+    """Call `work` in a thread with a time limit and return its result.
 
-    Unlike an HTTP timeout, the time limit also covers name resolution, which can take half a minute.
+    Unlike an HTTP timeout, this limit also covers the DNS lookup, which can take half a minute.
 
     Raises:
-        TimeoutError: If there is no result within `seconds`.
+        TimeoutError: If `work` does not return within `seconds`.
     """
     answer = Future()
 
@@ -181,14 +183,14 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
 
 
 def fetch(name: str, revision: str | None, patterns: tuple[str, ...], unreachable: str | None) -> Path:
-    """Download a hub model's files that match the patterns and are missing, and return the model's folder in the local cache.
+    """Download the missing files of a hub model that match the patterns, and return its folder in the local cache.
 
     Args:
-        unreachable: The reason why the hub cannot be used (see `reach`), or None. If a reason is given, only the local cache is
-            used.
+        unreachable: The reason why the hub cannot be reached (see `reach`), or None. If a reason is given, nothing is downloaded,
+            and the files must already be in the local cache.
 
     Raises:
-        ModelError: If the download fails, or if the hub cannot be used and the model is not in the local cache.
+        ModelError: If the download fails, or if the hub cannot be reached and the model is not in the local cache.
     """
     import huggingface_hub as hub
 

@@ -1,4 +1,4 @@
-"""Options that the command line, batches, evaluations, lmms-eval and Python share. Imports no torch."""
+"""Options shared by the command line, batches, evaluations, lmms-eval and the Python API. Imports no torch."""
 
 import math
 import os
@@ -40,7 +40,7 @@ LOAD_FORMATS = get_args(LoadFormat)
 AUTO, NATIVE, TRANSFORMERS = ENGINES = get_args(Engine)
 AUTO_THREADS = "auto"
 MAX_THREADS = 256
-# The files in a model's folder that affect its answers.
+# Patterns of the files in a model's folder that affect its answers.
 MODEL_FILES = (
     "*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.*",
@@ -48,7 +48,7 @@ MODEL_FILES = (
 
 
 def _short_dtype(given: Any) -> Any:
-    """Return the short name ("bf16") of a torch dtype or of a name such as "torch.bfloat16". Return other values unchanged."""
+    """Convert a torch dtype or its name to a short name, such as "bf16". Other values are returned unchanged."""
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     text = str(given).removeprefix("torch.")
     if type(given).__name__ == "dtype":
@@ -57,7 +57,7 @@ def _short_dtype(given: Any) -> Any:
 
 
 def _parse_threads(given: int | str | None) -> int | str | None:
-    """Return the number of threads, or "auto" or None.
+    """Parse a number of threads. "auto" and None are returned unchanged.
 
     Raises:
         UsageError: If the value is invalid or out of range.
@@ -72,7 +72,7 @@ def _parse_threads(given: int | str | None) -> int | str | None:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model to load, and how. Torch dtypes, torch devices and paths are converted to strings.
+    """Options for loading a model. Torch dtypes, torch devices and paths are converted to strings.
 
     Raises:
         UsageError: If the dtype, quantization, load format or engine is unknown, or the number of threads is invalid.
@@ -160,11 +160,11 @@ class ModelOptions:
 
     @property
     def folder(self) -> Path:
-        """The folder of a bundled or local model. If the model is a hub id, this path does not exist."""
+        """The folder of a bundled or local model. For a hub id, this path usually does not exist."""
         return DEMOS[self.model].folder if self.model in DEMOS else Path(os.path.expanduser(self.model))
 
     def local_folder(self) -> Path | None:
-        """Return a local model's folder, or None if the model is a hub id.
+        """Return the folder of a bundled or local model, or None if the model is a hub id.
 
         Raises:
             ModelError: If the name is neither a usable folder nor a hub id.
@@ -181,7 +181,7 @@ class ModelOptions:
         if os.path.isdir(folder):  # unlike Path.is_dir, this never raises an error
             if revision is not None:
                 raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
-            if not is_text(os.path.abspath(folder)):  # required by the libraries that read tokenizers and weights
+            if not is_text(os.path.abspath(folder)):  # required by the libraries for tokenizers and weights
                 hint = "rename it, or set LC_ALL to a UTF-8 locale, such as C.UTF-8"
                 raise ModelError(f"the path {folder} is not valid text", hint)
             return folder
@@ -203,14 +203,14 @@ class ModelOptions:
     def state(self) -> dict[str, Any] | None:
         """Return the state (`file_state`) of a local model's weights, settings, tokenizer and adapters.
 
-        Returns None if there are no such files.
+        Returns None if the folder contains no such files.
         """
         return file_state(file for pattern in MODEL_FILES for file in self.folder.glob(pattern))
 
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How visual tokens are pruned. Percentages are converted to numbers.
+    """Options for pruning visual tokens. Percentages are converted to numbers.
 
     Raises:
         UsageError: If the budget is invalid, or there is no such method.
@@ -218,8 +218,8 @@ class PruneOptions:
 
     PANEL: ClassVar[str] = "Pruning"
 
-    # The numbers in the help text come from results/frontier.md. They are the accuracy that the worst demo model keeps, and the
-    # speedup of the first token over Hugging Face for a model with 3B dimensions in fp32.
+    # The numbers in the help text come from results/frontier.md. They are the share of accuracy that the worst demo model keeps,
+    # and the speedup of the first token over Hugging Face for a model with 3B dimensions in fp32.
     budget: Budget.Given = option(
         Budget.DEFAULT,
         "Share of visual tokens kept: 0.1, 10%, or high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x), "
@@ -247,7 +247,7 @@ class PruneOptions:
 
     def __post_init__(self):
         if self.budget is None:
-            Budget.parse(None)  # this raises an error that lists the presets
+            Budget.parse(None)  # raises an error that lists the presets
         check_types(self)
         object.__setattr__(self, "budget", self._parsed_budget.recorded)
         MethodText(self.method).check()
@@ -257,7 +257,7 @@ class PruneOptions:
         return Budget.parse(self.budget, auto=True)
 
     def config(self) -> "PruneConfig":
-        """Return the budget and the method as a `PruneConfig`. Imports torch.
+        """Convert these options to a `PruneConfig`. Imports torch.
 
         Raises:
             UsageError: See `PruneConfig.of`.
@@ -268,11 +268,11 @@ class PruneOptions:
 
     @property
     def resizes(self) -> bool:
-        """Whether the method may make inputs smaller. If so, its plan determines the size of the frames. Imports no torch."""
+        """Whether the method may downscale inputs, so that the size of the frames depends on its plan. Imports no torch."""
         return MethodText(self.method).may_resize
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
-        """Return the method's plan for an input, as `PruneConfig.plan` does. Imports torch.
+        """Return the pruning method's plan for an input; see `PruneConfig.plan`. Imports torch.
 
         Raises:
             UsageError: See `PruneConfig.of`.
@@ -282,7 +282,7 @@ class PruneOptions:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How a stream is remembered.
+    """Options for watching a live stream, which set the window length and the size of the memory.
 
     Raises:
         UsageError: If a time span or a number of tokens is not greater than 0.
@@ -322,7 +322,7 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class FindOptions:
-    """How the moments of a video are found.
+    """Options for finding the moments of a video that match a query.
 
     Raises:
         UsageError: If a value is out of range, or the word for yes or no is empty.
@@ -378,7 +378,7 @@ class FindOptions:
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """All options that affect an answer. Apart from these, an answer depends only on the video, the question and the machine."""
+    """All options that affect an answer. Everything else that matters is the video, the question and the machine."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     pruning: PruneOptions = field(default_factory=PruneOptions)
@@ -397,7 +397,7 @@ class PipelineOptions:
 
     @classmethod
     def of(cls, **options) -> Self:
-        """Create all six groups of options from keyword arguments.
+        """Create all six groups of options from a flat list of keyword arguments.
 
         Raises:
             UsageError: If a value is invalid.

@@ -1,7 +1,7 @@
-"""Keep the patches of inputs, so that an input can be encoded again with other settings but does not have to be read again.
+"""Store the patches of recent inputs, so that encoding an input again with other settings does not require reading it again.
 
-Patches are stored as uint8 on the device where they were computed. With the default settings, the largest input has 24,576 units,
-whose patches take 116 MB (151 MB for Qwen3-VL).
+Patches are stored as uint8 on the device that computed them. With the default settings, the largest input has 24,576 units, whose
+patches take 116 MB (151 MB for Qwen3-VL).
 """
 
 import threading
@@ -15,13 +15,13 @@ from evoprune.backend import Device, empty_cache
 from evoprune.session.reading import Reading, state_of
 from evoprune.video import InputLimits, Plan
 
-LIMIT_BYTES = 2**29  # maximum size in bytes of a single input, and of all unused inputs together
-SHARE = 4  # the patches in use take at most 1 / SHARE of the available memory
+LIMIT_BYTES = 2**29  # maximum bytes per input, and for all unused inputs together
+SHARE = 4  # patches in use take at most 1 / SHARE of the available memory
 
 
 @dataclass(frozen=True)
 class PatchChunk:
-    """The patches of consecutive frames. For the other fields, see `FrameChunk`."""
+    """The patches of a chunk of consecutive frames. See `FrameChunk` for the other fields."""
 
     patches: torch.Tensor  # uint8 `[rows, values]`, on the device that computed them
     end: int
@@ -36,10 +36,10 @@ class PatchChunk:
 
 
 class PatchStore:
-    """The patches of a model's most recent inputs, by `content_key`. A store can be used by several threads.
+    """A thread-safe store for the patches of a model's most recent inputs, by `content_key`.
 
-    Unused patches take at most `limit_bytes`. Beyond that, the least recently used patches are evicted first. Patches are not
-    stored if they are larger than the limit or if little memory is available. A limit of 0 disables the store.
+    Unused patches take at most `limit_bytes`, which is enforced by evicting the least recently used patches. If an input's patches
+    are larger than the limit, or if memory is low, they are not stored at all. A limit of 0 disables the store.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES):
@@ -50,17 +50,17 @@ class PatchStore:
     def open(
         self, key: Hashable, size: int, device: torch.device, source: Callable[[Reading], Iterator[PatchChunk]]
     ) -> Reading[PatchChunk] | None:
-        """Return the reading for a key, or start one with `source`. The caller must release the reading with `close`.
+        """Return the reading for a key. If there is none, start one with `source`. The caller must release it with `close`.
 
         Args:
-            key: The key of the input, from `content_key`.
+            key: The input's key, from `content_key`.
             size: Size of the patches in bytes.
             device: The device that stores the patches.
-            source: A function that produces the patches; see `Reading`.
+            source: Produces the patches; see `Reading`.
 
         Returns:
-            The reading, or None if the patches are larger than the limit or if `device` is low on memory. When memory is low, all
-            unused patches are evicted too.
+            The reading, or None if the patches are larger than the limit or `device` is low on memory. When memory is low, this
+            also evicts all unused patches.
         """
         with self._lock:
             reading = self._entries.get(key)
@@ -79,7 +79,7 @@ class PatchStore:
     def close(self, key: Hashable) -> None:
         """Release the reading for a key.
 
-        When the last user releases a reading, its patches are kept if it is complete. Otherwise it is stopped.
+        Once its last user has released it, a complete reading keeps its patches in the store, and an incomplete reading is stopped.
         """
         with self._lock:
             reading = self._entries[key]
@@ -102,7 +102,7 @@ class PatchStore:
         return freed
 
     def _drop_unused(self, limit_bytes: int) -> bool:
-        """Evict unused patches beyond the limit, starting with the least recently used. Return True if any were evicted."""
+        """Evict the least recently used patches until unused patches are within the limit. Return True if any were evicted."""
         unused = [(key, reading) for key, reading in self._entries.items() if not reading.users]
         total = sum(reading.size for _, reading in unused)
         dropped = False
@@ -115,18 +115,18 @@ class PatchStore:
 
 
 def patch_bytes(plan: Plan, limits: InputLimits) -> int:
-    """Return the size of an input's patches in bytes. Each pixel that the encoder reads takes three bytes, one per color."""
+    """Return the size of an input's patches in bytes, with three bytes (one per color) for each pixel that the encoder reads."""
     count, height, width = plan.grid
     return count * height * width * limits.unit**2 * limits.temporal_patch_size * 3
 
 
 def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashable | None:
-    """Return a key for an input's patches. Inputs with equal keys have equal patches.
+    """Return the key of an input's patches in the patch store. Inputs with equal keys have equal patches.
 
-    The key contains the state of the files and every field of the plan that affects the pixels.
+    The key contains the state of the input's files, and every field of its plan that affects the pixels.
 
     Returns:
-        The key, or None if the input has no file.
+        The key, or None if the input does not come from a file.
     """
     state = None
     if plan.info.is_file:

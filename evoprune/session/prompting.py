@@ -1,4 +1,4 @@
-"""Build the prompt for a question about videos and pictures, including any subtitles."""
+"""Build the prompt for a question about videos and pictures, with or without subtitles."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from evoprune.video import Plan, SamplingOptions, read_subtitles
 def with_subtitles(
     tokenizer: Tokenizer, plan: Plan, sampling: SamplingOptions, options: ModelOptions | None = None
 ) -> Plan:
-    """Return a copy of the plan with the subtitles of its time span, cut to at most `max_subtitle_tokens` tokens.
+    """Return a copy of a plan that includes the subtitles of its time span, cut to at most `max_subtitle_tokens` tokens.
 
     Raises the same errors as `frames.read_subtitles`.
     """
@@ -36,7 +36,7 @@ def prompt_about(
 ) -> Prompt:
     """Return the prompt for a question about one or more inputs.
 
-    If there is more than one input, each video's subtitles begin with a line that gives the number of the video. Raises the same
+    If there is more than one input, the subtitles of each video begin with a line that gives the video's number. Raises the same
     errors as `language.prompt.Prompt.build`.
 
     Args:

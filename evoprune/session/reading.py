@@ -1,10 +1,10 @@
-"""Threads that read inputs ahead: before the model is loaded, while the encoder runs, and while another input is being answered.
+"""Read inputs ahead in background threads: while the model loads, while the encoder runs, or while another question is answered.
 
-A `Reading` is one input that is being read. Its thread produces chunks of frames or patches, which wait until a consumer takes
-them. The readings in a `Readings` group take turns and share the memory for waiting chunks. This file imports no torch, so reading
-can start before torch is imported.
+A `Reading` is an input that is being read. Its thread produces chunks of frames or patches, which are buffered until a consumer
+takes them. The readings in a `Readings` group take turns and share a memory limit for buffered chunks. This module does not import
+torch, so reading can start before torch is imported.
 
-The chunks do not depend on timing. However far ahead the thread is, a consumer gets the same chunks in the same order.
+Timing does not affect the result: however far ahead the thread is, a consumer gets the same chunks in the same order.
 """
 
 import math
@@ -21,17 +21,17 @@ from evoprune.video import Folder, HeldVideo, Scope, Stopped, Video, probe
 
 T = TypeVar("T")
 
-TICK_S = 0.25  # seconds between the calls of a consumer's `waiting` function
+TICK_S = 0.25  # seconds between calls of a consumer's `waiting` function
 PATIENCE_S = 3.0  # maximum time in seconds that closing waits for a thread
-MOST_PROBED = 256  # maximum number of inputs whose metadata is kept in memory
+MOST_PROBED = 256  # maximum number of inputs whose metadata is cached in memory
 
 
 class Readings:
-    """A group of readings that share memory and take turns in order of creation. Closing the group stops them.
+    """A group of readings that take turns, in order of creation, and share a memory limit. Closing the group stops them all.
 
     Args:
-        limit_bytes: Upper bound on the total size, in bytes, of the chunks that are waiting in all readings. If a consumer is
-            waiting for its next chunk, it gets that chunk even if there is no room.
+        limit_bytes: Maximum total size of the chunks buffered in all readings, in bytes. The limit does not apply to a chunk that a
+            consumer is already waiting for.
         at_once: Number of readings that may read at the same time.
     """
 
@@ -49,30 +49,30 @@ class Readings:
         self.close()
 
     def close(self) -> None:
-        """Stop all readings that have not finished."""
+        """Stop all readings in the group that have not finished."""
         stop_all(self.unfinished)
 
 
 class Reading(Generic[T]):
-    """An input that is read by its own thread, which starts immediately and reads when it is its turn. Close it after use.
+    """An input that a background thread reads ahead as soon as it is its turn. Close it after use.
 
     Args:
-        source: Called by the thread when it is its turn. Returns an iterator that produces the chunks.
-        group: The readings with which this one shares memory and takes turns. The default is a new group without a memory limit.
-        shared: Keep chunks after they are taken, so that more than one consumer can get all of them. If the thread that created the
-            reading is stopped, a shared reading continues, but any other reading stops too.
+        source: Called in the thread when it is its turn. Returns an iterator that produces the chunks.
+        group: The group with which this reading takes turns and shares a memory limit. The default is a new group without a limit.
+        shared: Whether to keep chunks after they are taken, so that several consumers can each get all of them. A shared reading
+            also continues if the thread that created it is stopped, whereas any other reading would stop with it.
         size: Total size of the chunks in bytes, if it is known in advance.
-        drop: Called when the reading is closed, with each chunk that has not been taken.
+        drop: Called for each chunk that has not been taken when the reading is closed.
 
     Attributes:
         frames: Lower bound on the number of frames that have been read.
         chunk_bytes: Size of the largest chunk in bytes. `source` may set it in advance.
-        hidden_s: Read time during which the consumer did not have to wait, in seconds.
+        hidden_s: Read time that the consumer did not have to wait for, in seconds.
         begun: True once `source` has returned.
-        ended: True once the thread has finished, even if it failed or was stopped.
+        ended: True once the thread has finished, failed, or been stopped.
         complete: True once the thread has produced all chunks.
         taken: True once a consumer has asked for a chunk.
-        users: Number of inputs that use a shared reading. The patch store updates this number.
+        users: Number of inputs that are using a shared reading, maintained by the owner of the reading.
         problem: The exception with which the thread failed, or None.
     """
 
@@ -97,15 +97,16 @@ class Reading(Generic[T]):
         self._changed = self._group.changed
         self._shared = shared
         self._drop = drop
-        # The chunks so far. Unless the reading is shared, a chunk is replaced with None once it is taken.
+        # The chunks produced so far. Unless the reading is shared, a chunk is replaced with None once it has been taken.
         self._chunks: list[T | None] = []
-        self._seconds: list[float] = []  # the time that producing each chunk took
-        self._next = 0  # the index of the next chunk to take
+        self._seconds: list[float] = []  # time that it took to produce each chunk
+        self._next = 0  # index of the next chunk to take
         self._closed = False
         self._pid = os.getpid()
         self._scope = Scope()
-        context = Context() if shared else copy_context()  # the copy lets the current thread's scope stop this thread
-        # Use a daemon thread, because it cannot keep the program from exiting if it hangs.
+        # With a copy of the context, stopping the current thread's scope also stops this thread.
+        context = Context() if shared else copy_context()
+        # Use a daemon thread, so that a hanging read cannot keep the program from exiting.
         self._thread = threading.Thread(target=context.run, args=(self._work,), name="evoprune-reading", daemon=True)
         with self._changed:
             self._group.unfinished.append(self)
@@ -116,18 +117,18 @@ class Reading(Generic[T]):
 
     @property
     def is_here(self) -> bool:
-        """False in a forked copy of the process, where the thread does not exist."""
+        """Whether the thread exists in this process, which is False in a forked child process."""
         return self._pid == os.getpid()
 
     def at_least(self, frames: int) -> None:
-        """Set `frames` to this number, unless it is already larger."""
+        """Raise the frame count `frames` to this number, unless it is already higher."""
         self.frames = max(self.frames, frames)
 
     def chunks(self, waiting: Callable[[], None] = lambda: None) -> Iterator[T]:
-        """Yield all chunks in order as soon as they are available. If the thread has failed, raise its exception at the end.
+        """Yield all chunks in order, as soon as they are available. If the thread failed, raise its exception after the last one.
 
         Args:
-            waiting: Called every `TICK_S` seconds while the consumer is waiting for a chunk.
+            waiting: Called every `TICK_S` seconds while the consumer waits for a chunk.
 
         Raises:
             Stopped: If the reading was closed, or if the consumer's own thread is stopped.
@@ -143,10 +144,10 @@ class Reading(Generic[T]):
             waited_s = time.perf_counter() - start
             self.hidden_s += max(0.0, self._seconds[number] - waited_s)
             yield chunk
-            del chunk  # let only the consumer keep a reference, so that the memory can be reused
+            del chunk  # drop this reference, so that the consumer can free the memory
 
     def wait(self) -> None:
-        """Wait until the thread has finished, or has no room for another chunk.
+        """Wait until the thread has finished, or has filled the buffer.
 
         Raises:
             Stopped: If the calling thread is stopped.
@@ -155,16 +156,17 @@ class Reading(Generic[T]):
             Scope.wait_for(self._changed, lambda: self.ended or (self.begun and not self._has_room()))
 
     def close(self) -> None:
-        """Drop all chunks and stop the thread. If the thread is waiting for a worker process, it stops immediately.
+        """Discard all chunks and stop the thread.
 
-        If the thread hangs in any other place, this method returns after `PATIENCE_S` seconds and leaves the thread running.
+        A thread that is waiting for a worker process stops immediately. If the thread hangs anywhere else, this method returns
+        after `PATIENCE_S` seconds and leaves the thread running.
         """
         stop_all([self])
 
     # Used by `Readings`.
 
     def stop(self) -> None:
-        """Close the reading without waiting for its thread."""
+        """Discard all chunks and tell the thread to stop, without waiting for it."""
         with self._changed:
             self._closed = True
             left = [chunk for chunk in self._chunks if chunk is not None]
@@ -219,7 +221,7 @@ class Reading(Generic[T]):
         return self._group.unfinished.index(self) < self._group.at_once
 
     def _has_room(self) -> bool:
-        """Return True if there is room for the next chunk and the one being decoded, or if a consumer is waiting for a chunk."""
+        """Return True if the buffer has room for two more chunks, or if a consumer is waiting for the next chunk."""
         fits = self._group.held_bytes + 2 * self.chunk_bytes <= self._group.limit_bytes
         return fits or (self.taken and self._next == len(self._chunks))
 
@@ -236,7 +238,7 @@ class Reading(Generic[T]):
             self._drop(chunk)
 
     def _is_made(self, number: int) -> bool:
-        """Wait up to `TICK_S` seconds for a chunk. Return True if it exists, or if it never will because the thread has ended."""
+        """Wait up to `TICK_S` seconds for a chunk. Return True if the chunk is available, or the thread has ended without it."""
         with self._changed:
             self.taken = True
             self._next = max(self._next, number)
@@ -244,7 +246,7 @@ class Reading(Generic[T]):
             return self._changed.wait_for(lambda: len(self._chunks) > number or self.ended or self._closed, TICK_S)
 
     def _take(self, number: int) -> T | None:
-        """Return the chunk with this number, or None after the last chunk.
+        """Return the chunk with the given number, or None after the last chunk.
 
         Raises:
             Stopped: If the reading was closed.
@@ -267,7 +269,7 @@ class Reading(Generic[T]):
 
 
 def stop_all(readings: list[Reading]) -> None:
-    """Close a list of readings. In a forked copy of the process this is a no-op, because their threads do not exist there."""
+    """Close several readings. In a forked child process, this is a no-op, because the threads do not exist there."""
     readings = [reading for reading in readings if reading.is_here]
     for reading in readings:
         reading.stop()
@@ -276,7 +278,7 @@ def stop_all(readings: list[Reading]) -> None:
 
 
 def size_of(chunk: Any) -> int:
-    """Return the size of a chunk of frames or patches in bytes. Other objects, such as opened inputs, count as 0."""
+    """Return the size of a chunk of frames or patches in bytes. For other objects, such as opened inputs, return 0."""
     return getattr(chunk, "nbytes", 0)
 
 
@@ -288,7 +290,7 @@ _probed_lock = threading.Lock()
 
 
 def probed(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float) -> Video:
-    """Return the metadata of an input; see `frames.probe`. A file is probed again only if it has changed."""
+    """Return the metadata of an input (see `frames.probe`), which is cached until the file changes."""
     if isinstance(path, HeldVideo):
         return path
     key = os.fspath(path), folder_fps
@@ -305,10 +307,10 @@ def probed(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float) -> Vi
 
 
 def state_of(path: str) -> tuple | None:
-    """Return a value that changes whenever a file, or an image in a folder, is replaced or modified.
+    """Return a value that changes whenever a file, or an image in a folder of frames, is modified or replaced.
 
-    Returns None if there is no such file. The value includes the ctime, which changes even if the size and mtime of a modified
-    file are restored.
+    The value includes the ctime, which changes even if the size and mtime of a modified file are restored. Returns None if there is
+    no such file.
     """
     try:
         if not os.path.isdir(path):

@@ -1,6 +1,6 @@
-"""Fill in reports: the facts about the inputs and how they were pruned, and each stage's time.
+"""Fill in the reports that accompany answers: facts about the inputs, how they were pruned, and how long each stage took.
 
-`VideoQA` returns complete reports. `pruning_facts` is also used for models that are pruned through `evoprune.hf`.
+`pruning_facts` is also used for models that are pruned through `evoprune.hf`.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from evoprune.vision import Encoded
 
 
 def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], positions: str) -> Pruning:
-    """Return facts about how one or more inputs were pruned, with counts that cover all of them together.
+    """Summarize how one or more inputs were pruned. All counts are totals over the inputs.
 
     Args:
-        units: Total number of units before pruning.
-        read: The encoded tokens, one entry per input.
-        positions: Who computes the positions: "qwen" (this project) or "host" (the Hugging Face model).
+        units: Total number of visual units before pruning.
+        read: The encoded inputs.
+        positions: Which code computes the positions: "qwen" (evoprune) or "host" (the Hugging Face model).
     """
     layers = zip(*(tokens.layers for tokens in read), strict=True)
     kept = sum(len(tokens.kept) for tokens in read)
@@ -47,7 +47,7 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
 
 
 def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report:
-    """Return a report about encoded inputs. It does not contain total stage times, which `fill_times` adds."""
+    """Return a report about encoded inputs, without the total stage times, which `fill_times` adds."""
     loaded = session.loaded
     states = {encoding.cache for encoding in encodings}
     report = Report(
@@ -55,7 +55,7 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
         model=loaded.facts(),
         env=Device(loaded.device).environment(),
         inputs=[_input_facts(session, encoding) for encoding in encodings],
-        # "hit" only if every input was a cache hit.
+        # Report a "hit" only if every input was a cache hit.
         cache=next(state for state in ("miss", "off", "hit") if state in states),
     )
     if len(report.inputs) == 1:
@@ -82,7 +82,7 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
 
 
 def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
-    """Return the facts about one input, except how it was pruned, which `fill_pruning` adds."""
+    """Return the facts about a single input, without those about pruning, which `fill_pruning` adds."""
     plan = encoding.plan
     tokens = encoding.encoded
     merge = session.loaded.video.merge_size
@@ -115,7 +115,7 @@ def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
 
 
 def fill_pruning(report: Report, session: Session, encodings: Sequence[EncodedInput]) -> None:
-    """Add the facts about pruning to a report, both for each input and for all inputs together."""
+    """Add to a report how the inputs were pruned, both individually and in total."""
 
     def pruning(group: Sequence[EncodedInput]) -> Pruning:
         units = sum(member.plan.units for member in group)
@@ -127,20 +127,20 @@ def fill_pruning(report: Report, session: Session, encodings: Sequence[EncodedIn
 
 
 def fill_times(report: Report, seconds: dict[str, float], total: float, device: str, late_packing: float = 0.0) -> None:
-    """Add the stage times, the total time, the memory use and the generation rate to a report.
+    """Add stage times, the total time, memory use and the generation rate to a report.
 
     Args:
         seconds: The time spent in each stage, in seconds.
         total: The wall-clock time in seconds.
         device: The device whose memory use is reported.
-        late_packing: The time spent packing weights during generation, in seconds. The generation rate does not count it.
+        late_packing: The time spent packing weights during generation, in seconds, which is excluded from the generation rate.
     """
     times = report.time_ms
     for stage, spent in seconds.items():
         setattr(times, stage, spent * 1000)
     times.total = total * 1000
     times.ttft_model = None if times.prefill is None else times.encode + times.prefill
-    # Prefill produces the first token, so the rate counts only the passes after it.
+    # Prefill already produces the first token, so the rate counts only the tokens after it.
     passes = max(0, (report.tokens.new or 0) - 1)
     generating = seconds.get("generate", 0.0) - late_packing
     rate = Rate()
@@ -152,9 +152,9 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
 
 
 def fill_dropped(report: Report, dropping: Dropping | None) -> None:
-    """Add the number of visual tokens that each layer of the language model has read to a report. This synchronizes the device.
+    """Add to a report how many visual tokens each layer of the language model read. This synchronizes the device.
 
-    If `dropping` is None, this is a no-op.
+    Does nothing if `dropping` is None, that is, if no tokens are dropped inside the language model.
     """
     if dropping is not None:
         report.pruning.language_layers = [list(layer) for layer in enumerate(dropping.layers)]

@@ -1,4 +1,4 @@
-"""A loaded model together with its pruning settings, which are needed both to encode inputs and to answer questions."""
+"""A loaded model together with its pruning settings, which are needed for both encoding inputs and answering questions."""
 
 import os
 import time
@@ -24,7 +24,7 @@ from evoprune.video import Plan
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded model together with its pruning settings.
+    """A loaded model together with its pruning settings. Use `load` to create one.
 
     Raises:
         UsageError: If the pruning method does not work with this model.
@@ -32,7 +32,7 @@ class Session:
 
     loaded: LoadedModel
     pruning: PruneConfig
-    load_seconds: float | None = None  # the load time in seconds, for reports; None if unknown
+    load_seconds: float | None = None  # load time in seconds, for reports; None if unknown
 
     def __post_init__(self):
         self.loaded.description.check_method(self.pruning.method)
@@ -46,13 +46,13 @@ class Session:
         progress: Callable[[int, int], None] | None = None,
         streams: bool = False,
     ) -> Self:
-        """Load a model that can answer questions. A method that does not work with it is rejected before any download.
+        """Load a model for answering questions. Incompatible pruning methods are rejected before anything is downloaded.
 
         Args:
             model: The model's name, its options, or its description.
             pruning: The budget and the pruning method.
             progress: See `load_model`.
-            streams: Whether to reject models and methods that cannot watch a stream.
+            streams: Whether to reject models and methods that cannot watch a live stream.
 
         Raises:
             TypeError: If `model` or `pruning` has an unsupported type.
@@ -61,7 +61,7 @@ class Session:
         start = time.perf_counter()
         if not isinstance(pruning, PruneOptions):
             raise TypeError(f"pruning is {brief(pruning)}, not a PruneOptions; PruneOptions() has the defaults")
-        config = pruning.config()  # raises an error for invalid settings before looking for the model
+        config = pruning.config()  # rejects invalid settings before looking for the model
         if isinstance(model, str | os.PathLike):
             model = ModelOptions(model)
         if isinstance(model, ModelOptions):
@@ -80,18 +80,18 @@ class Session:
         return f"<Session {self.loaded.id!r} in {self.loaded.dtype} on {self.loaded.device}: {settings}>"
 
     def unpruned(self) -> "Session":
-        """Return a session that has the same model and seed but keeps every visual token, as a baseline for comparisons."""
+        """Return a session with the same model and seed that keeps every visual token, as a baseline for comparisons."""
         return replace(self, pruning=PruneConfig.of(Budget.FULL, "none", self.pruning.seed))
 
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
-        """Return the largest number of prompt tokens that each layer of the language model may have to keep.
+        """Return the maximum number of prompt tokens that each layer of the language model has to keep in its KV cache.
 
         Args:
             tokens: Number of visual tokens.
             text: Number of text tokens.
 
         Returns:
-            One number for all layers, or a tuple with one number per layer.
+            A single number for all layers, or a tuple with one number per layer.
         """
         depth = self.loaded.model.config.text_config.num_hidden_layers
         return self.pruning.method.prompt_columns(depth, tokens, text, self.pruning.budget.largest)
@@ -104,9 +104,9 @@ class Session:
         kept: int,
         earlier: Sequence[Turn] = (),
     ) -> Prompt:
-        """Build the prompt for a question, and check that it fits into the model's context and into memory.
+        """Build the prompt for a question and check that it fits into the model's context and into memory.
 
-        The prompt contains a placeholder for every visual token of the inputs, even for the tokens that will be pruned.
+        The prompt contains a placeholder for every visual token of the inputs, including tokens that will be pruned.
 
         Args:
             kept: Number of visual tokens that the language model will read.
@@ -132,10 +132,10 @@ class Session:
         options: GenerationOptions,
         encoded: Collection[Plan] = (),
     ) -> int:
-        """Check that every question fits, and return the number of text tokens in the longest prompt.
+        """Check that every question fits into context and memory, and return the number of text tokens in the longest prompt.
 
         Args:
-            encoded: The plans of inputs that have already been encoded. Their memory is not checked again.
+            encoded: The plans of inputs that have already been encoded, whose memory is not checked again.
 
         Raises:
             UsageError: If a question does not fit into the model's context.
@@ -156,7 +156,7 @@ class Session:
         return longest
 
     def fitting_pieces(self, plan: Plan, other_tokens: int = TEXT) -> list[int]:
-        """Return those piece sizes from `piece_needs` that fit into memory, largest first.
+        """Return the piece sizes (`piece_needs`) with which an input can be encoded in the available memory, largest first.
 
         If memory is low, the stored patches of earlier inputs are evicted first.
 
@@ -172,7 +172,7 @@ class Session:
         needs = piece_needs(model.config, model.device, encoder, model.dtype.itemsize, prompt)
         for number, (_, needed) in enumerate(needs):
             short = Device(model.device).shortage(needed)
-            if short and self.loaded.patches.clear():  # evicts the stored patches of earlier inputs
+            if short and self.loaded.patches.clear():  # evict the stored patches of earlier inputs
                 short = Device(model.device).shortage(needed)
             if not short:
                 return [size for size, _ in needs[number:]]
@@ -185,7 +185,7 @@ class Session:
     def check_memory(self, text: int, visual: int) -> None:
         """Check that a prompt fits into memory.
 
-        A prompt with at most `TEXT` text tokens is not checked, because the check before encoding already covers it.
+        A prompt with at most `TEXT` text tokens always passes, because the check before encoding already covers it.
 
         Raises:
             OutOfMemory: If the prompt does not fit.
@@ -199,5 +199,5 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        """The device that holds the vision tower."""
+        """The device of the vision tower."""
         return self.loaded.model.model.visual.patch_embed.proj.weight.device

@@ -1,13 +1,13 @@
-"""Transcribe the speech in a video with faster-whisper. In the prompt, the transcript takes the place of subtitles.
+"""Transcribe the speech in a video with faster-whisper. The prompt includes the transcript in place of subtitles.
 
-Transcription runs on the CPU in its own thread, so that it overlaps with loading the model and reading frames. A worker process
-decodes the sound (`read_audio`), and faster-whisper only receives arrays. The sound is split at its quietest points into windows of
-limited length, so memory use does not grow with the length of the video.
+Transcription runs on the CPU in a thread of its own, so that it overlaps with loading the model and reading frames. A worker
+process decodes the sound (`read_audio`), so faster-whisper never opens the file itself. The sound is split at quiet points into
+windows of limited length, which keeps memory use independent of the length of the video.
 
-The transcript depends only on the sound, the time span and the speech model. Decoding does not sample at random. The windows are
-independent of each other, except that all of them use the language detected in the first spoken words.
+The transcript depends only on the sound, the time span and the speech model, because decoding does not sample at random. The
+windows are transcribed independently of each other, except that all of them use the language detected in the first spoken words.
 
-This file imports neither torch nor faster-whisper until something has to be transcribed.
+This module imports neither torch nor faster-whisper until something has to be transcribed.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from evoprune.model import Clock
     from evoprune.session.cache import Cache
 
-# Maps the name of each speech model to its hub id. `FILES` are the files that faster-whisper downloads.
+# Hub ids of the speech models, by name. `FILES` are the files that faster-whisper would download.
 MODELS = {
     "tiny": "Systran/faster-whisper-tiny",
     "base": "Systran/faster-whisper-base",
@@ -49,22 +49,22 @@ MODELS = {
 FILES = ("config.json", "preprocessor_config.json", "model.bin", "tokenizer.json", "vocabulary.*")
 AUTO = "base"  # the model that "auto" stands for
 RATE = 16_000  # sample rate in Hz
-WINDOW_S = 120.0  # maximum length in seconds of a window, which is transcribed as a whole
-LAST_S = 15.0  # a window that is full is cut at the quietest part of this many seconds at its end
-QUIET_S = 0.2  # the length in seconds of the parts whose loudness is compared
-BRIDGE_S = 1.0  # gaps in the sound of up to this many seconds are filled with silence; a longer gap ends the window
-MIN_WINDOW_S = 0.1  # windows that are shorter, in seconds, are not transcribed
-# Whisper's own limit on the compression ratio. Text with a higher ratio repeats itself in a loop, as often happens with music and
-# noise.
+WINDOW_S = 120.0  # maximum length of a window in seconds
+LAST_S = 15.0  # a full window is cut at its quietest point within this many seconds of its end
+QUIET_S = 0.2  # resolution in seconds when looking for the quietest point
+BRIDGE_S = 1.0  # shorter gaps in the sound, in seconds, become silence; a longer gap ends the window
+MIN_WINDOW_S = 0.1  # shorter windows, in seconds, are not transcribed
+# Whisper's own limit on the compression ratio. A higher ratio means that the text repeats itself in a loop, which often happens
+# with music and noise.
 REPEATED = 2.4
-MAX_TRANSCRIPTS = 64  # maximum number of finished transcripts that are kept in memory
+MAX_TRANSCRIPTS = 64  # maximum number of finished transcripts to keep in memory
 STAGE = "speech"
 NO_SOUND = "no_sound"
 DAMAGED = "damaged_sound"
 OPTIONS = {
     "beam_size": 5,
     "temperature": 0.0,
-    "condition_on_previous_text": False,  # if this were True, a wrong line would lead to more wrong lines
+    "condition_on_previous_text": False,  # True would let one wrong line cause more wrong lines
 }
 
 Line = tuple[float, float, str]
@@ -72,7 +72,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class SpeechModelOptions(Protocol):
-    """The fields of `ModelOptions` that also apply to the speech model. This is a protocol in order to avoid a circular import."""
+    """The fields of `ModelOptions` that also apply to the speech model. Using a protocol avoids a circular import."""
 
     @property
     def offline(self) -> bool: ...
@@ -83,11 +83,11 @@ class SpeechModelOptions(Protocol):
 
 @dataclass(frozen=True)
 class Transcript:
-    """The speech in a time span of a video."""
+    """The transcribed speech in a time span of a video."""
 
     lines: list[Line] = field(default_factory=list)
     language: str | None = None
-    damaged: bool = False  # whether some parts of the sound could not be decoded
+    damaged: bool = False  # whether parts of the sound could not be decoded
 
 
 def with_speech(
@@ -100,10 +100,10 @@ def with_speech(
     cache: "Cache | None" = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Return a copy of the plan that uses the transcribed speech as its subtitles.
+    """Return a copy of a plan whose subtitles are the transcribed speech of the video.
 
-    If the plan already has subtitles, or if `speech` is "none", the plan itself is returned. For the other arguments and the
-    errors, see `speech_of`.
+    The plan is returned unchanged if it already has subtitles, if it is for a picture, or if `speech` is "none". See `speech_of`
+    for the other arguments and the errors.
     """
     if sampling.speech == "none" or plan.subtitles.source is not None or plan.info.is_picture:
         return plan
@@ -124,17 +124,16 @@ def speech_of(
 ) -> Subtitles:
     """Transcribe the speech in a time span of a video.
 
-    If the video has no sound, the result has no lines. Unless `speech` is "auto", it then has a warning.
+    For a video without sound, the result has no lines, and it has a warning unless `speech` is "auto".
 
     Args:
         sampling: The sampling options. `speech` is the name of the speech model and must not be "none".
         span: The start and the end, in seconds from the first frame.
-        options: The options of the model that answers, some of which also apply to the speech model.
-        clock: The transcription time is added to its stage "speech", and the part that was hidden behind other work is added to
-            "overlap".
+        options: The options of the language model, some of which also apply to the speech model.
+        clock: The transcription time is added to the stage "speech" of this clock, and the part that overlapped with other work is
+            also added to "overlap".
         cache: The disk cache, which also stores transcripts.
-        progress: Called while waiting with "speech", the number of seconds that have been transcribed, and the total number of
-            seconds.
+        progress: Called while waiting, with "speech", the number of seconds transcribed so far, and the total number of seconds.
 
     Raises:
         ModelError: If the speech model is damaged or cannot be downloaded.
@@ -151,9 +150,9 @@ def speech_of(
 
 
 def begin_speech(plan: Plan, sampling: SamplingOptions, options: SpeechModelOptions) -> Callable[[], None]:
-    """Start to transcribe an input that will be opened later. Return a function that withdraws this request.
+    """Start transcribing an input that will be opened later. Return a function that cancels the request.
 
-    That function stops the transcription, unless something else needs it too.
+    Canceling stops the transcription, unless another request needs the same transcript.
     """
     span = plan.full.sampling.start_s, plan.full.sampling.end_s
     info = plan.info
@@ -168,11 +167,11 @@ def begin_speech(plan: Plan, sampling: SamplingOptions, options: SpeechModelOpti
 
 @dataclass(frozen=True)
 class _SpeechRequest:
-    """A request for a transcript. Requests that are equal have equal transcripts."""
+    """Identifies a transcript. Requests that compare equal have the same transcript and share its transcription."""
 
     info: Video = field(compare=False)
     path: str
-    state: tuple | None  # the state of the file; see `state_of`
+    state: tuple | None  # state of the file; see `state_of`
     span: tuple[float, float]
     model: str
     offline: bool = field(compare=False)
@@ -187,7 +186,7 @@ class _SpeechRequest:
         return cls(info, path, state_of(path), span, model, bool(options.offline), options.cores)
 
     def begin(self) -> Reading["_Piece"]:
-        """Return the running or finished transcription, or start one. The caller must call `release` when it no longer needs it."""
+        """Return this request's transcription, and start it if necessary. The caller must call `release` when it is done."""
         with _lock:
             reading = _readings.get(self)
             failed = reading is not None and reading.problem is not None
@@ -214,7 +213,7 @@ class _SpeechRequest:
     def wait_for_transcript(
         self, clock: "Clock | None", cache: "Cache | None", progress: Progress | None
     ) -> Transcript:
-        """Wait for the transcript, which is started unless it is already running."""
+        """Start the transcription unless it is already running, and wait for the transcript."""
         reading = self.begin()
         start = time.perf_counter()
         total = max(1, round(self.span[1] - self.span[0]))
@@ -230,7 +229,7 @@ class _SpeechRequest:
             self.release()
         waited_s = time.perf_counter() - start
         if clock:
-            # If a transcript has more than one consumer, only the first one counts the transcription time.
+            # If several consumers share a transcript, only the first one counts the transcription time.
             busy_s = max(waited_s, sum(piece.taken_seconds() for piece in pieces))
             clock.seconds[STAGE] = clock.seconds.get(STAGE, 0.0) + busy_s
             clock.seconds[OVERLAP] = clock.seconds.get(OVERLAP, 0.0) + busy_s - waited_s
@@ -244,7 +243,7 @@ class _SpeechRequest:
     # The disk cache.
 
     def cached(self, cache: "Cache | None") -> Transcript | None:
-        """Return the transcript from the disk cache, or None if it is not there."""
+        """Return the transcript from the disk cache, or None on a cache miss."""
         if cache is None:
             return None
         try:
@@ -260,7 +259,7 @@ class _SpeechRequest:
             return None
 
     def _key(self, cache: "Cache") -> str:
-        """Return a hash of everything that a transcript depends on. Raises OSError if a file is missing."""
+        """Return the cache key, a hash of everything that a transcript depends on. Raises OSError if a file is missing."""
         folder = _local_folder(self.model)
         if folder is None:
             raise FileNotFoundError(self.model)
@@ -290,7 +289,7 @@ class _SpeechRequest:
     # The thread.
 
     def _pieces(self, reading: Reading) -> Iterator["_Piece"]:
-        """Transcribe one window at a time. Each piece contains the lines of one window."""
+        """Transcribe the sound one window at a time and yield its transcribed lines."""
         start = time.perf_counter()
         model = _loaded(self.model, self.offline, self.cores)
         language = None
@@ -311,7 +310,7 @@ class _SpeechRequest:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The lines of a window, and the number of seconds that transcribing it took, until the first consumer takes that number."""
+    """The transcribed lines of a window, together with the transcription time, which is counted only by the first consumer."""
 
     lines: list[Line]
     language: str | None
@@ -331,12 +330,12 @@ _readings: OrderedDict[_SpeechRequest, Reading[_Piece]] = OrderedDict()
 
 @lru_cache(maxsize=1)
 def _group() -> Readings:
-    """Return the group that contains all transcriptions, so that they run one after another."""
+    """Return the group that all transcriptions belong to, which makes them run one after another."""
     return Readings()
 
 
 def _forget() -> None:
-    """Discard all state in a forked child process, where the threads do not exist."""
+    """Discard all state in a forked child process, because the threads do not exist there."""
     global _lock
     _lock = threading.RLock()
     _readings.clear()
@@ -349,9 +348,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def _windows(info: Video, start_s: float, end_s: float) -> Iterator[tuple[float, "np.ndarray", int]]:
-    """Yield the sound of a time span in windows.
+    """Split the sound of a time span into windows that can be transcribed separately.
 
-    Each window consists of its start in seconds, its samples, float32 `[n]`, and the number of packets so far that were damaged.
+    For each window, yield its start in seconds, its samples, float32 `[n]`, and the number of damaged packets so far.
     """
     import numpy as np
 
@@ -381,7 +380,7 @@ def _windows(info: Video, start_s: float, end_s: float) -> Iterator[tuple[float,
 
 
 def _quietest(samples: "np.ndarray") -> int:
-    """Return the index of the middle of the quietest part of a window's last seconds."""
+    """Return the index of the sample at which to cut a window, in the middle of the quietest part of its last seconds."""
     import numpy as np
 
     size = round(QUIET_S * RATE)
@@ -391,10 +390,10 @@ def _quietest(samples: "np.ndarray") -> int:
 
 
 def _transcribed(model: "WhisperModel", samples: "np.ndarray", language: str | None) -> Iterator[tuple[Line, str]]:
-    """Yield the lines of a window, with their times in seconds from the start of the window, and the language.
+    """Transcribe a window. Yield each line, with times in seconds from the window's start, and its language.
 
-    Each stretch of speech between two pauses is transcribed separately. Otherwise, Whisper could merge the words before and after a
-    pause into one line, and could invent words for silence and music.
+    Each stretch of speech between two pauses is transcribed separately. Otherwise, Whisper might merge the words before and after a
+    pause into one line, or invent words for silence and music.
     """
     from faster_whisper.vad import get_speech_timestamps
 
@@ -435,7 +434,7 @@ def _whisper(folder: str, cores: int) -> "WhisperModel":
 
 
 def _folder(model: str, offline: bool) -> str:
-    """Return the folder of a speech model. If the model is missing, it is downloaded first.
+    """Return the folder of a speech model, after downloading the model if necessary.
 
     Raises:
         ModelError: If the model is missing and cannot be downloaded, or the network may not be used.
@@ -461,7 +460,7 @@ def _local_folder(model: str) -> str | None:
 
 
 def check_offline(speech: str, offline: bool) -> None:
-    """Check that a speech model is on this machine if the network may not be used. Downloads nothing.
+    """If the network must not be used, check that the speech model is on this machine. Never downloads anything.
 
     Raises:
         ModelError: If the model is missing.

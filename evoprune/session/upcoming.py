@@ -1,8 +1,7 @@
-"""Keep several inputs in flight: open and read the next inputs while the current one is being answered.
+"""Keep several inputs in flight: open and read the next inputs while the model answers questions about the current one.
 
-The inputs are read in order, and more than one is read at a time if there are idle cores. At most as many inputs wait in the queue
-as are read at a time. If the model computes on the CPU with all cores, only one input is read while the previous one is being
-answered, so that reading later inputs does not slow down the answer.
+Inputs are read in order, several at a time if there are idle cores, and the queue never contains more inputs than are read at a
+time. If the model runs on the CPU and uses all cores, only one input is read ahead, so that reading does not slow down the answers.
 """
 
 import time
@@ -21,11 +20,11 @@ from evoprune.video import keep_idle
 T = TypeVar("T")
 
 MAX_READERS = 8  # maximum number of inputs that are read at a time
-READER_BYTES = 2**30  # memory that a reader may need for its decoder, waiting frames and patches
+READER_BYTES = 2**30  # memory in bytes that a reader may need for its decoder, frames and patches
 
 
 def readers(loaded: LoadedModel) -> int:
-    """Return how many inputs to read at a time: one for every two idle cores, or fewer if little memory is available.
+    """Return how many inputs to read at a time: one for every two idle cores, or fewer if memory is low.
 
     The result is at least 1 and at most `MAX_READERS`.
     """
@@ -42,11 +41,10 @@ def in_flight(
     loaded: LoadedModel,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Generator[tuple[T, OpenInputs | Exception], None, None]:
-    """Yield items in order, each with its open inputs, or with the exception that was raised when they were opened.
+    """Yield items in order, each with its open inputs, or with the exception that was raised while opening them.
 
-    Background threads open the inputs of the next items and read them ahead. They read one item for every two idle cores, up to
-    eight items at a time, and fewer if little memory is available. This happens while the caller encodes an item and asks questions
-    about it:
+    While the caller encodes an item and asks questions about it, background threads open the inputs of the next items and read them
+    ahead. They read one item for every two idle cores, up to eight items at a time, but fewer if memory is low:
 
         def opened(path, cores):
             inputs = open_inputs(session, [path])
@@ -66,18 +64,18 @@ def in_flight(
     stops the threads and closes all inputs that were not yielded.
 
     Args:
-        items: The items, such as paths. The iterable may be infinite, because items are taken only as they are needed.
+        items: The items, such as paths. The iterable may be infinite, because it is consumed lazily.
         opened: Called in a background thread to open the inputs of an item. Its second argument is the number of cores that reading
-            may keep busy, or None for all cores. The function should pass this number to `OpenInputs.use_cores`. It should then
-            call `OpenInputs.begin`, so that the time spent reading ahead is not reported as waiting time. `in_flight` itself calls
+            may keep busy (None for all cores), which it should pass to `OpenInputs.use_cores`. It should then call
+            `OpenInputs.begin`, so that the time spent reading ahead is not reported as waiting time. `in_flight` itself calls
             `OpenInputs.read`.
         loaded: The model, which determines how many cores are idle.
         on_wait: Called with the number of seconds that the caller had to wait for each item.
 
     Yields:
-        Each item with its inputs, or with the `Exception` that `opened` raised for it, which is usually a `VideoError` or a
-        `UsageError`. Other items are not affected by such an error. An error that occurs while frames are being read is raised
-        later, by `OpenInputs.encode`.
+        For each item, a tuple of the item and its inputs, or of the item and the `Exception` that `opened` raised, usually a
+        `VideoError` or a `UsageError`. An error for one item does not affect other items. Errors that occur while reading frames
+        are raised later, by `OpenInputs.encode`.
 
     Raises:
         Exception: Any exception that is raised by iterating over `items`.
@@ -93,7 +91,7 @@ def in_flight(
         with suppress(Exception):  # `OpenInputs.encode` will raise the error again
             inputs.read()
 
-    # Keep one more process than there are readers, for the item that is being answered.
+    # Keep one more idle worker process than there are readers, for the item that is currently being answered.
     with keep_idle(count + 1), Readings(at_once=count) as group:
         try:
             while True:
@@ -116,6 +114,6 @@ def in_flight(
                     inputs = problem
                 on_wait(time.perf_counter() - start)
                 yield item, inputs
-                del inputs, reading  # lets the caller free them before the next item is ready
+                del inputs, reading  # let the caller free them before the next item is ready
         finally:
             stop_all([reading for _, reading in flying])

@@ -1,7 +1,7 @@
-"""Facts about a model before its weights are read: its folder, its small files, and the device that will run it.
+"""Describe a model before its weights are read: locate its folder, read its small files, and pick the device that will run it.
 
-`describe` collects these facts in a `ModelDescription`, which is then used to plan inputs and to load the model. This file imports
-no torch.
+`describe` collects the results in a `ModelDescription`, which is enough to plan inputs and is later used to load the model. This
+module does not import torch.
 """
 
 import json
@@ -42,16 +42,16 @@ from evoprune.video import InputLimits, Plan, SamplingOptions, Video, choose_dec
 if TYPE_CHECKING:
     from evoprune.methods import MethodChain, PruneConfig
 
-# "auto" uses one thread per this many weights. The demo model has 4 million weights, and the smallest Qwen has 2 billion.
+# With "auto", there is one thread per this many weights. The demo model has 4 million weights, and the smallest Qwen 2 billion.
 WEIGHTS_PER_THREAD = 32_000_000
-LARGE_MODEL = 2**28  # number of parameters; see `ModelDescription.large`
+LARGE_MODEL = 2**28  # minimum number of parameters of a large model; see `ModelDescription.large`
 ADAPTER = "adapter_config.json"
 MERGE_HINT = "merge it into its base model (PEFT: merge_and_unload) and save the result"
-# These settings mean bitsandbytes, as they do in transformers, even if config.json names a different method.
+# As in transformers, these settings select bitsandbytes even if config.json specifies a different quantization method.
 BITSANDBYTES_SETTINGS = "load_in_8bit", "load_in_4bit"
 CONFIG_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # short names of the dtypes in config.json
 NORMALIZATION = ("image_mean", "image_std")
-# The settings with which evoprune always preprocesses inputs. If a processor has any other value (except null), there is a warning.
+# The processor settings that evoprune always uses. If a model's processor has a different value (except null), there is a warning.
 FIXED_SETTINGS = {
     "do_sample_frames": True, "num_frames": None, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True, "do_convert_rgb": True, "do_center_crop": False, "do_pad": False, "resample": 3,
@@ -60,17 +60,17 @@ FIXED_SETTINGS = {
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model before its weights are read. `describe` creates it."""
+    """Everything known about a model before its weights are read. Use `describe` to create one."""
 
-    options: ModelOptions  # which model to load, and how to load it
+    options: ModelOptions  # which model to load, and how
     device: str  # such as "cpu" or "cuda:1"; never "auto"
-    folder: Path | None  # the folder with the model's files, or None for a bundled config
-    commit: str | None  # the model's commit on the hub, or None for a local model
-    unreachable: str | None  # the reason why no more files can be downloaded from the hub, or None if they can
+    folder: Path | None  # folder that contains the model's files, or None for a bundled config
+    commit: str | None  # commit of a hub model, or None for a local model
+    unreachable: str | None  # reason why no more files can be downloaded from the hub, or None if they can
     config: Config
-    quantization: str | None  # the checkpoint's quantization method, such as "awq"
-    stored_dtype: str | None  # the dtype of the published weights ("bf16", "fp16" or "fp32"), or None if unknown
-    limits: dict[str, InputLimits]  # the limits for videos and for pictures, by kind of input
+    quantization: str | None  # quantization method of the checkpoint, such as "awq", or None
+    stored_dtype: str | None  # dtype of the weights in the files ("bf16", "fp16" or "fp32"), or None if unknown
+    limits: dict[str, InputLimits]  # input limits by kind of input ("video" or "picture")
     state: dict[str, Any] | None  # identifies the model's files: its commit, or `ModelOptions.state` for a folder
 
     @property
@@ -79,20 +79,20 @@ class ModelDescription:
 
     @property
     def random(self) -> bool:
-        """Whether the weights are random numbers instead of being read from files."""
+        """Whether the weights are filled with random numbers instead of being loaded from files."""
         return self.options.load_format == "dummy"
 
     @cached_property
     def demo(self) -> Demo | None:
-        """The bundled demo model that this is, or None if it is another model or has random weights."""
+        """The matching bundled `Demo`, or None if this is not a demo model or has random weights."""
         return None if self.random else Demo.of(self.folder)
 
     @cached_property
     def dtype(self) -> str:
         """The dtype that the loaded weights will have.
 
-        "auto" means bf16 on hardware with bf16 matmul, and otherwise fp32. For the demo models, it always means fp32. Imports torch
-        unless the options name the dtype.
+        "auto" means bf16 on hardware with bf16 matmul, and fp32 elsewhere. Demo models always use fp32 by default. This property
+        imports torch unless the options specify the dtype.
         """
         if self.options.dtype != "auto":
             return self.options.dtype
@@ -107,8 +107,8 @@ class ModelDescription:
     def quantize(self) -> str:
         """The quantization that evoprune applies to the weights: "int8", "int4" or "none".
 
-        "auto" means int8 for a large model on a CPU without bf16, unless a dtype is given. The demo models lose less than half a
-        percentage point of accuracy in 8 bits (results/int8.md). Imports torch in this case.
+        "auto" means int8 for a large model on a CPU without bf16, unless a dtype is given. With int8, the demo models lose less
+        than half a percentage point of accuracy (results/int8.md). Resolving "auto" imports torch.
         """
         if self.options.quantize != "auto":
             return self.options.quantize
@@ -123,7 +123,7 @@ class ModelDescription:
 
     @cached_property
     def large(self) -> bool:
-        """Whether the model has so many parameters that its speed and memory matter more than the exactness of fp32."""
+        """Whether the model is large enough that speed and memory use matter more than the precision of fp32."""
         from evoprune.model import Cost
 
         return Cost(self.config).parameters >= LARGE_MODEL
@@ -132,7 +132,7 @@ class ModelDescription:
     def max_visual_tokens(self) -> int:
         """The default limit on the number of visual tokens before pruning.
 
-        Some devices have a lower limit, which does not apply to the tiny demo models.
+        Some devices have a lower limit, but it does not apply to the tiny demo models.
         """
         if self.demo:
             return SamplingOptions.MAX_VISUAL_TOKENS
@@ -144,31 +144,31 @@ class ModelDescription:
 
     @property
     def native(self) -> bool:
-        """Whether evoprune runs the language model itself."""
+        """Whether evoprune's own code runs the language model, instead of transformers."""
         return self.can_be_native and self.options.engine != TRANSFORMERS
 
     @property
     def to_be_native(self) -> str:
-        """A hint for a model that evoprune does not run itself. It says how to get a model that evoprune can run."""
+        """Hint for error messages that tells users how to run the language model in evoprune instead of transformers."""
         if self.can_be_native:
             return "leave the engine out"
         return "use a checkpoint that evoprune runs itself, such as Qwen/Qwen3-VL-4B-Instruct"
 
     @property
     def can_be_native(self) -> bool:
-        """Whether evoprune is able to run the language model itself."""
+        """Whether evoprune's own code is able to run the language model, so that transformers is not needed."""
         return self.config.vision_config.traits.native and self.quantization is None
 
     @property
     def can_be_quantized(self) -> bool:
-        """Whether the weights can be quantized. A model with experts cannot be, because its experts are not linear layers."""
+        """Whether evoprune can quantize the weights, which rules out quantized checkpoints and mixtures of experts."""
         return self.quantization is None and self.config.text_config.experts is None
 
     def check_method(self, method: "MethodChain") -> None:
         """Check that a pruning method works with this model's language model.
 
         Raises:
-            UsageError: If the method does not work, for example because it has no recipe for this number of layers.
+            UsageError: If the method does not work with this model, for example because it has no recipe for this number of layers.
         """
         method.language_work(self.config.text_config.num_hidden_layers, 64, 1.0)
         if method.language and not self.native:
@@ -177,7 +177,7 @@ class ModelDescription:
             raise UsageError(problem, f"use {works}, or {self.to_be_native}")
 
     def check_streams(self, method: "MethodChain") -> None:
-        """Check that this model can watch a stream with a pruning method.
+        """Check that this model can watch a live stream with a pruning method.
 
         Raises:
             UsageError: If the method cannot prune a stream, or the model cannot forget its oldest tokens.
@@ -196,15 +196,16 @@ class ModelDescription:
         pruning: "PruneConfig | PruneOptions | None" = None,
         name: str | None = None,
     ) -> Plan:
-        """Plan which frames of a video to sample, or the size at which to read a picture, and how to encode them.
+        """Plan which frames of a video to sample, or at which size to read a picture, and how to encode the result.
 
-        The plan is final even though the model is not loaded yet. This imports no torch unless the method may make inputs smaller.
+        The plan is final, even though the model has not been loaded yet. Torch is imported only if the pruning method may downscale
+        inputs.
 
         Args:
             info: The input's metadata.
-            sampling: Options for choosing frames. If `max_visual_tokens` is None, the model's default applies.
-            pruning: The pruning settings, or None for no pruning. A method that may make inputs smaller is asked for the size
-                immediately.
+            sampling: Options for sampling frames. If `max_visual_tokens` is None, the model's default applies.
+            pruning: The pruning settings, or None for no pruning. If the method may downscale inputs, it determines the size of the
+                frames.
             name: The input's name in reports. The default is its path.
 
         Raises:
@@ -228,9 +229,10 @@ class ModelDescription:
         return replace(plan.shrunk(plan.encoder.grid, limits), unshrunk=plan)
 
     def use_threads(self) -> None:
-        """Set the number of threads that torch uses in this process, if the options specify it. Imports torch.
+        """Set the number of torch threads in this process, if the options specify one. Imports torch.
 
-        With "auto", the number depends on the size of the model and on the available cores, unless OMP_NUM_THREADS is set.
+        With "auto", the number of threads depends on the size of the model and on the available cores, unless OMP_NUM_THREADS is
+        set.
         """
         import torch
 
@@ -245,7 +247,7 @@ class ModelDescription:
             torch.set_num_threads(wanted)
 
     def download_small_files(self) -> None:
-        """Download a hub model's settings, tokenizer and chat template.
+        """Download the settings, tokenizer and chat template of a hub model.
 
         Raises:
             ModelError: See `hub.fetch`.
@@ -253,7 +255,7 @@ class ModelDescription:
         self.download(*SMALL_FILES)
 
     def download(self, *patterns: str) -> None:
-        """Download more of a hub model's files, from the same commit. For a local model, this is a no-op.
+        """Download more files of a hub model, from the same commit. For a local model, this is a no-op.
 
         Raises:
             ModelError: See `hub.fetch`.
@@ -264,14 +266,14 @@ class ModelDescription:
 
 
 def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
-    """Collect the facts about a model that are known before its weights are read. Imports no torch.
+    """Describe a model without reading its weights. Does not import torch.
 
-    Small files that are missing are downloaded from the hub. If the model's processor has settings that evoprune ignores, a warning
-    lists them.
+    If small files are missing, they are downloaded from the hub. If the model's processor has settings that evoprune ignores, a
+    warning lists them.
 
     Args:
-        local: Whether to work without the hub. If so, and a published model is not on this machine, a bundled copy of its
-            config.json is used. The weights of such a model cannot be loaded.
+        local: Whether to use only files on this machine. If a published model is not on this machine, a bundled copy of its
+            config.json is used instead, but its weights cannot be loaded.
 
     Raises:
         ModelError: If the model is missing, unsupported or damaged, or cannot be reached, or if the requested engine cannot run it.
@@ -283,7 +285,7 @@ def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
         raise _no_config(path.parent)
     content = read_json(path)
     config = _config(path, content)
-    texts = content, section(content, "text_config")  # some models specify the dtype only for the language model
+    texts = content, section(content, "text_config")  # some models specify a dtype only for the language model
     dtype = next((name for text in texts if (name := text.get("dtype") or text.get("torch_dtype"))), None)
     description = ModelDescription(
         options=options,
@@ -304,12 +306,11 @@ def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
 
 
 def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None, str | None]:
-    """Locate a model. For the arguments and the errors, see `describe`.
+    """Find a model in a local folder, on the hub or among the bundled configs. Arguments and errors are the same as in `describe`.
 
     Returns:
-        A tuple of three values. The first is the folder, or None for a bundled config. The second is the commit, or None unless the
-        model comes from the hub. The third is the reason why no more files can be downloaded from the hub, or None if they can be
-        or do not have to be.
+        A tuple of the model's folder (None for a bundled config), its commit (None unless it comes from the hub), and the reason
+        why no more files can be downloaded from the hub (None if they can be downloaded or are not needed).
     """
     name = options.model
     revision = options.revision
@@ -340,9 +341,9 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
 
 
 def _no_config(folder: Path) -> ModelError:
-    """Return the error for a folder that contains no config.json.
+    """Return the error for a folder without a config.json.
 
-    The error is more specific if the folder contains an adapter or is part of the hub's cache.
+    If the folder contains an adapter or belongs to the hub's local cache, the error says so.
     """
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
@@ -375,7 +376,7 @@ def _config(path: Path, content: dict) -> Config:
 
 
 def _quantization(path: Path, content: dict) -> str | None:
-    """Return the quantization method that a config.json names, or None if the checkpoint is not quantized."""
+    """Return the quantization method that a config.json specifies, or None if the checkpoint is not quantized."""
     with valid(f"{path} is damaged"):
         parts = content, section(content, "text_config")
         settings = next((given for part in parts if (given := section(part, "quantization_config"))), None)
@@ -390,7 +391,7 @@ def _quantization(path: Path, content: dict) -> str | None:
 
 
 def _check_engine(model: ModelDescription) -> None:
-    """Check that the requested engine can run the model, and that the weights can be quantized as requested.
+    """Check that the model supports the requested engine and the requested quantization.
 
     Raises:
         ModelError: If the engine cannot run the language model.
@@ -409,7 +410,7 @@ def _check_engine(model: ModelDescription) -> None:
 
 @contextmanager
 def valid(problem: str) -> Iterator[None]:
-    """Return a context manager that converts errors about a broken rule, invalid JSON or an unreadable file to a `ModelError`."""
+    """Return a context manager that turns OSError and ValueError, such as unreadable or invalid files, into a `ModelError`."""
     try:
         yield
     except (OSError, ValueError) as reason:
@@ -417,8 +418,8 @@ def valid(problem: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
-    """Return the JSON object in a file from a model's folder, or an empty dict if there is no such file."""
-    if not os.path.lexists(path):  # a dangling link does not count as missing, because it is an error
+    """Read a JSON object from a file in a model's folder. Return an empty dict if there is no such file."""
+    if not os.path.lexists(path):  # a dangling link is an error, not a missing file
         return {}
     with valid(f"{path} cannot be read"):
         check_fetched(path)
@@ -426,11 +427,11 @@ def read_json(path: Path) -> dict:
 
 
 def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, InputLimits]:
-    """Return the limits for videos and for pictures, based on the processor's settings and the patch sizes in config.json.
+    """Return the input limits for videos and pictures, based on the processor's settings and the patch sizes in config.json.
 
-    `preprocessor_config.json` belongs to the image processor, so only its mean and standard deviation are used for videos. Its
-    limit of 12.8 million pixels is meant for a single picture. Qwen's own code limits video frames to far fewer pixels, and those
-    lower limits are the defaults for videos here.
+    `preprocessor_config.json` belongs to the image processor, so for videos only its mean and standard deviation are used. Its
+    limit of 12.8 million pixels is meant for a single picture, whereas Qwen's own code limits video frames to far fewer pixels.
+    Those lower limits are the defaults for videos here.
     """
     traits = vision_config.traits
     limits = InputLimits(
@@ -442,7 +443,7 @@ def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str,
     if folder is None:
         return {"video": limits, "picture": replace(limits, **traits.picture)}
     picture_fields = (*NORMALIZATION, "min_pixels", "max_pixels")
-    joint = folder / "processor_config.json"  # transformers 5 saves the settings of both processors in this file
+    joint = folder / "processor_config.json"  # transformers 5 saves the settings of both processors here
     video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
     image = _limits(joint, "image_processor", picture_fields)
     image = image or _limits(folder / "preprocessor_config.json", only=picture_fields)
@@ -451,7 +452,7 @@ def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str,
 
 
 def _warn_of_unused(folder: Path) -> None:
-    """Warn once about all processor settings that evoprune ignores."""
+    """Issue a single warning that lists all processor settings that evoprune ignores."""
     joint = read_json(folder / "processor_config.json")
     unused = {}
     for inner, file in (
@@ -474,12 +475,12 @@ def _warn_of_unused(folder: Path) -> None:
 
 
 def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:
-    """Return the fields of `InputLimits` that a processor's settings contain.
+    """Read the fields of `InputLimits` from a processor's settings. Fields that the settings lack are left out.
 
     Args:
         path: The JSON file.
-        inner: Name of the object inside the file that contains the settings. None means that they are at the top level.
-        only: Names of the fields to read. None means all fields.
+        inner: Key of the object in the file that contains the settings, or None if they are at the top level.
+        only: Names of the fields to read, or None for all fields.
     """
     content = read_json(path)
     with valid(f"{path} is damaged"):

@@ -1,7 +1,7 @@
 """Load models through transformers: quantized checkpoints, and models whose language model evoprune does not run itself.
 
-transformers reads only safetensors files, runs no code that comes with a model, and does not use the network here. It knows how
-each quantization method packs its weights. Users have to install the packages that compute with packed weights.
+transformers is restricted to safetensors files. It never runs code that comes with a model and never uses the network. It knows how
+each quantization method packs its weights, but users have to install the packages that compute with packed weights.
 """
 
 import logging
@@ -37,9 +37,9 @@ from evoprune.untrusted import read_object
 from evoprune.util import counted, listed
 from evoprune.video import temporary_folder
 
-# The config entries that list modules which are not quantized.
+# The config entries that list unquantized modules.
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
-# The config entries that do not belong to the language model alone.
+# The config entries that stay at the top level, because they do not belong to the language model.
 TOP_LEVEL_ENTRIES = (
     "model_type", "architectures", "vision_config", "text_config", "quantization_config", "tie_word_embeddings", "dtype",
     "torch_dtype",
@@ -55,7 +55,7 @@ REPETITIVE_LOGS = {
 def load_hosted(
     config: Config, folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None
 ) -> HostedVL:
-    """Load the model in a folder through transformers, and warn about tensors that are not used.
+    """Load the model in a folder through transformers and warn about unused tensors.
 
     Args:
         quantization: The checkpoint's quantization method, or None.
@@ -99,7 +99,7 @@ def load_hosted(
         are = "is" if len(unused) == 1 else "are"
         message = f"{counted(len(unused), 'tensor')} of the weights in {folder} {are} not used: {', '.join(unused[:3])}"
         warnings.warn(message, ModelWarning, stacklevel=2)
-    model = _hosted_model(config, host, experts=not quantization)  # quantized experts have implementations of their own
+    model = _hosted_model(config, host, experts=not quantization)  # quantized experts have their own implementations
     if quantization:
         model.package = f"a layer quantized by {listed(PACKAGES.get(quantization, [quantization]))}"
     return model
@@ -107,9 +107,9 @@ def load_hosted(
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Restore the environment variables and `sys.path` afterwards.
+    """Return a context manager that restores the environment variables and `sys.path` on exit.
 
-    Some quantization packages change them on import. For example, gptqmodel moves the hub's cache.
+    Some quantization packages change them when they are imported. For example, gptqmodel moves the hub's cache.
     """
     variables = dict(os.environ)
     path = list(sys.path)
@@ -123,12 +123,12 @@ def _environment_kept() -> Iterator[None]:
 
 
 def _check_experts(folder: Path, count: int) -> None:
-    """Check that the tensors of all experts exist and have the same shapes.
+    """Check that all experts' tensors exist and have consistent shapes.
 
-    transformers merges these tensors, but only logs a message if it cannot merge some of them.
+    transformers merges the experts' tensors. If it cannot merge some of them, it only logs a message, so they are checked here.
 
     Raises:
-        ModelError: If an expert's tensor is missing, or has a different shape than the same tensor of other experts.
+        ModelError: If a tensor of an expert is missing, or its shape differs from the same tensor in other experts.
     """
     alike: dict[str, dict[str, tuple[int, ...]]] = {}
     for _, content, stored in stored_tensors(weight_files(folder)):
@@ -153,15 +153,15 @@ def _missing_tensors(folder: Path, missing: list[str]) -> ModelError:
 
 
 def _quantized_config(folder: Path, quantization: str, device: torch.device):
-    """Return the transformers config of a quantized checkpoint, with corrected names for the modules that are not quantized.
+    """Return the transformers config of a quantized checkpoint, with corrected names of unquantized modules.
 
-    Published checkpoints list the tower under its old name, `visual`. Without the current name, transformers would treat the tower
-    as quantized. If the CPU has no kernels for the weights, the config also says to dequantize them while loading.
+    Published checkpoints list the tower under its old name, `visual`, so transformers would treat it as quantized. If the CPU has
+    no kernels for the packed weights, the config also tells transformers to dequantize them while loading.
     """
     from transformers.quantizers import AutoQuantizationConfig
 
     config = _read_config(folder)
-    # Some programs write quantization_config into text_config, where older versions of transformers find it for few families.
+    # Some programs write quantization_config to text_config, where older versions of transformers find it only for a few families.
     if not getattr(config, "quantization_config", None):
         config.quantization_config = config.text_config.quantization_config
     if Device(device).widens(quantization):
@@ -177,15 +177,15 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
 
 
 def has_flat_config(folder: Path) -> bool:
-    """Return True if config.json contains the language model's settings at its top level and not in `text_config`."""
+    """Return True if config.json contains the language model's settings at the top level instead of in `text_config`."""
     return not read_object(folder / "config.json").get("text_config")
 
 
 def _read_config(folder: Path):
-    """Return the transformers config for a folder.
+    """Read the transformers config from a model's folder.
 
     If the language model's settings are at the top level, they are moved to `text_config`. Later model families read only
-    `text_config`, so they would ignore the settings and use defaults.
+    `text_config`, so they would otherwise use default settings.
     """
     from transformers import AutoConfig
 
@@ -203,7 +203,7 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
     """Load the model in a folder with `from_pretrained`, using sdpa attention.
 
     Returns:
-        The result of `from_pretrained`, which is the model, or the model and the loading info if `kwargs` ask for it.
+        The result of `from_pretrained`: the model, or a tuple of the model and the loading info if `kwargs` ask for it.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -213,7 +213,7 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
             plain, dtype=dtype, attn_implementation="sdpa", **safe, **kwargs
         )
     host = loaded[0] if isinstance(loaded, tuple) else loaded
-    if not kwargs.get("device_map"):  # quantized layers are created directly on their device
+    if not kwargs.get("device_map"):  # quantized layers are already created on their device
         host.to(device)
     else:
         in_one_dtype(host, dtype)
@@ -222,9 +222,9 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
 
 
 def in_one_dtype(host, dtype: torch.dtype) -> None:
-    """Convert all layers to one dtype, except those whose weights are quantized.
+    """Convert all layers to one dtype, except layers with quantized weights.
 
-    This is needed because transformers leaves some layers of bitsandbytes checkpoints in their stored dtype.
+    Without this, some layers of bitsandbytes checkpoints would stay in their stored dtype.
     """
     for module in host.modules():
         weights = list(module.parameters(recurse=False))
@@ -235,10 +235,10 @@ def in_one_dtype(host, dtype: torch.dtype) -> None:
 
 
 def widen(model: HostedVL, dtype: torch.dtype, skip: Collection[str]) -> None:
-    """Convert a model's weights to a dtype, except the input embeddings and some layers.
+    """Convert a model's weights to a dtype, except the input embeddings and the layers in `skip`.
 
     Args:
-        skip: Names of the layers to leave unchanged because they will be quantized.
+        skip: Names of the layers that will be quantized and are therefore left unchanged.
     """
     for name, weight in model.named_parameters():
         if name.removesuffix(".weight") not in skip and weight is not model.model.language_model.embed_tokens.weight:
@@ -247,9 +247,9 @@ def widen(model: HostedVL, dtype: torch.dtype, skip: Collection[str]) -> None:
 
 @contextmanager
 def _without_adapter(folder: Path) -> Iterator[Path]:
-    """Yield a folder that contains the model but no adapter, because transformers would apply an adapter with PEFT.
+    """Yield a folder that contains the model without its adapter, because transformers would apply an adapter with PEFT.
 
-    If there is an adapter next to the weights, this is a temporary folder with links to all other files.
+    If there is an adapter next to the weights, the result is a temporary folder with links to all other files.
     """
     if not (folder / ADAPTER).exists():
         yield folder
@@ -262,7 +262,7 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
 
 
 def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> HostedVL:
-    """Return a model with seeded random weights for benchmarks, because the speed does not depend on the weights' values."""
+    """Return a model with seeded random weights, for benchmarks, where only the shapes of the weights matter."""
     host = meta_model(config, dtype, device)
     model = _hosted_model(config, host, experts=True)
     model.fill_random(device)
@@ -276,7 +276,7 @@ def _hosted_model(config: Config, host, *, experts: bool) -> HostedVL:
     choose_functions(model, experts=experts)
     accept_biases(model)
     for logger in REPETITIVE_LOGS:
-        logging.getLogger(logger).addFilter(_is_not_repetitive)  # adding a filter that is already there has no effect
+        logging.getLogger(logger).addFilter(_is_not_repetitive)  # adding the same filter again has no effect
     return model
 
 
@@ -285,9 +285,9 @@ def _is_not_repetitive(record: logging.LogRecord) -> bool:
 
 
 def meta_model(config: Config, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"):
-    """Return a transformers model with the dimensions of `config`. Its weights are on the meta device, so they take no memory.
+    """Create a transformers model with the dimensions of `config`, whose weights are on the meta device and take no memory.
 
-    The rotary frequencies are on `device`, because they are computed from the config and are not weights.
+    Only the rotary frequencies are on `device`, because they are computed from the config instead of being loaded.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -303,7 +303,7 @@ def meta_model(config: Config, dtype: torch.dtype, device: torch.device, attenti
 
 
 def hugging_face_config(config: Config):
-    """Return a transformers config with the same dimensions, in the config class of the model's family."""
+    """Convert a `Config` to a transformers config with the same dimensions, using the config class of the model's family."""
     from transformers import AutoConfig
 
     content = config.as_written()
@@ -313,7 +313,7 @@ def hugging_face_config(config: Config):
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Return a context manager that makes transformers log only errors and hides its progress bars."""
+    """Return a context manager in which transformers logs only errors and shows no progress bars."""
     from transformers.utils import logging as log
 
     level = log.get_verbosity()

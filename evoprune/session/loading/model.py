@@ -1,6 +1,6 @@
-"""Load a model. Everything that can be checked in advance is checked before the weights are read.
+"""Load a model, after checking everything that can be checked without reading the weights.
 
-Code that comes with a model is never run.
+Code that is shipped with a model is never executed.
 """
 
 import os
@@ -71,7 +71,7 @@ from evoprune.vision import encode_rows
 if TYPE_CHECKING:
     from evoprune.language import Vocabulary
 
-# Settings of transformers' `generate` that would affect answers but are ignored here, each with the value that turns it off.
+# Generation settings that transformers supports but evoprune ignores, each with the value that turns it off.
 IGNORED_SETTINGS = dict.fromkeys(
     ("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length",
      "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_p", "penalty_alpha",
@@ -82,22 +82,22 @@ IGNORED_SETTINGS = dict.fromkeys(
 
 @dataclass
 class LoadedModel:
-    """A model that is ready to answer questions."""
+    """A loaded model that is ready to answer questions, together with its tokenizer and settings."""
 
-    description: ModelDescription  # the facts that were known before loading
-    model: Model  # the weights, on `device` and in `dtype`, together with the config
-    # Includes the chat template; None only if the weights are random and there are no tokenizer files.
+    description: ModelDescription  # everything that was known before loading
+    model: Model  # the weights on `device`, and the config
+    # The tokenizer with the chat template. None only if the weights are random and there are no tokenizer files.
     tokenizer: Tokenizer | None
-    eos_ids: tuple[int, ...]  # the tokens that end an answer
-    generation: GenerationSettings  # the settings in generation_config.json
+    eos_ids: tuple[int, ...]  # ids of the tokens that end an answer
+    generation: GenerationSettings  # settings from generation_config.json
     quantize: str
-    weights_bytes: int  # the total size of the weights in memory; tied weights count only once
+    weights_bytes: int  # total size of the weights in memory; tied weights count once
     fingerprint: str | None  # changes if the weight files change or are moved; None if unknown
-    load_seconds: dict[str, float]  # the time of the steps "tokenizer", "weights" and "prepare"
-    packing: Packing  # schedules the packing of the remaining layers, and measures its time
-    quantized_file: Path | None = None  # where this load stored the quantized weights, or None if it stored nothing
-    ready: Callable[[], None] = lambda: None  # waits until `_warm_up`, which starts during loading, has finished
-    # The patches of the most recent inputs. They let the same model run with other settings without reading the inputs again.
+    load_seconds: dict[str, float]  # duration of the steps "tokenizer", "weights" and "prepare"
+    packing: Packing  # packs the remaining layers later, and measures the time
+    quantized_file: Path | None = None  # file that this load wrote the quantized weights to, or None
+    ready: Callable[[], None] = lambda: None  # waits for `_warm_up`, which starts during loading
+    # The patches of recent inputs, so that an input can be encoded again with other settings without reading its file again.
     patches: PatchStore = field(default_factory=PatchStore)
 
     def __repr__(self) -> str:
@@ -105,7 +105,7 @@ class LoadedModel:
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
-        """The vocabulary for answers that have to follow a grammar.
+        """The llguidance vocabulary, which constrains answers to a grammar.
 
         Raises:
             UsageError: If llguidance is not installed.
@@ -120,12 +120,12 @@ class LoadedModel:
 
     @property
     def id(self) -> str:
-        """The name of a bundled demo, or the folder or hub id that the user gave."""
+        """The name of a bundled demo model, or the folder or hub id that the user specified."""
         return self.description.id
 
     @property
     def dtype(self) -> str:
-        """The dtype of the weights, which is "bf16", "fp16" or "fp32"."""
+        """The dtype of the weights: "bf16", "fp16" or "fp32"."""
         return self.description.dtype
 
     @property
@@ -134,12 +134,12 @@ class LoadedModel:
 
     @property
     def limits(self) -> dict[str, InputLimits]:
-        """The limits for videos and for pictures, by kind of input."""
+        """Limits on the size of inputs, by kind of input ("video" or "picture")."""
         return self.description.limits
 
     @property
     def demo(self) -> Demo | None:
-        """The bundled demo model that this is, or None if it is another model or has random weights."""
+        """The matching bundled `Demo`, or None if this is not a demo model or has random weights."""
         return self.description.demo
 
     @property
@@ -149,9 +149,9 @@ class LoadedModel:
 
     @property
     def idle_cores(self) -> int:
-        """Number of cores that the model leaves idle and that can be used for reading. This may be 0.
+        """Number of cores that the model leaves idle, so that inputs can be read on them. May be 0.
 
-        The model keeps `busy_cores` cores busy. With `--threads N`, there are N cores in total.
+        This is the number of available cores, or N with `--threads N`, minus the cores that the device keeps busy (`busy_cores`).
         """
         cores = Host().available_cores()
         if self.cores is not None:
@@ -164,18 +164,18 @@ class LoadedModel:
         return self.demo.span if self.demo else None
 
     def knows(self, info: Video) -> bool:
-        """Return True if the model may understand a file. A demo model understands only clips from its own training generator."""
+        """Return False if the model is a demo and a file does not come from the generator of its training clips."""
         return self.demo is None or self.demo.made(info.tags)
 
     def knows_words(self, question: str) -> bool:
-        """Return True if the model may know all words in a question. A demo model knows only the words in its training data."""
+        """Return False if the model is a demo and a question contains words that are not in its training data."""
         return self.demo is None or not self.demo.unknown_words(question)
 
     def doubt(self, inputs: Sequence[Video], subtitles: bool) -> str | None:
-        """Return the name of a warning if the inputs are unlike the model's training data, and otherwise None.
+        """Return the name of a warning if the inputs do not resemble the model's training data, or None if they do.
 
         Args:
-            subtitles: Whether any of the inputs has subtitles.
+            subtitles: Whether any input has subtitles.
         """
         foreign = [info for info in inputs if not self.knows(info)]
         if foreign:
@@ -184,7 +184,7 @@ class LoadedModel:
         return "demo_inputs" if unlike else None
 
     def check_answers(self) -> None:
-        """Check that the model can answer questions, for which it needs a tokenizer and a device that can compute.
+        """Check that the model can answer questions: it needs a tokenizer, and must not be on the meta device.
 
         Raises:
             ModelError: If the model has no tokenizer.
@@ -196,10 +196,10 @@ class LoadedModel:
             raise UsageError("device 'meta' cannot compute", "use cpu, or auto")
 
     def check_texts(self, question: str, system: str | None = None, earlier: Sequence[Turn] = ()) -> None:
-        """Check that no part of a prompt is far too long, because tokenizing a huge text can take minutes.
+        """Reject a question, system prompt or conversation that is far too long, because tokenizing it could take minutes.
 
         Raises:
-            DoesNotFit: If even the beginning of a text does not fit into the model's context.
+            DoesNotFit: If even the beginning of a text fills more than the model's context.
         """
         self._check_beginning(question, "a question", "ask a shorter question")
         self._check_beginning(system or "", "a system prompt", "give a shorter system prompt")
@@ -207,11 +207,11 @@ class LoadedModel:
         self._check_beginning(conversation, "a conversation", "leave out the first turns")
 
     def _check_beginning(self, text: str, what: str, hint: str) -> None:
-        """Check that the beginning of a text fits into the model's context.
+        """Check that a text fits into the model's context, by tokenizing only as much of it as might fit.
 
         Args:
-            what: How to refer to the text in the error message.
-            hint: Hint for the error.
+            what: A phrase for the text in the error message, such as "a question".
+            hint: The hint of the error, which says what to do.
 
         Raises:
             DoesNotFit: If the beginning does not fit.
@@ -219,14 +219,14 @@ class LoadedModel:
         context = self.model.config.text_config.max_position_embeddings
         if not context:
             return
-        beginning = text[: 8 * context]  # a token may have 8 characters
-        # Cutting a word in two may add a few tokens. This is harmless, because the rest of the prompt and the answer need more.
+        beginning = text[: 8 * context]  # assume at most 8 characters per token
+        # Cutting a word in two may add a few tokens, but the rest of the prompt and the answer need more tokens than that anyway.
         if len(beginning) < len(text) and len(self.tokenizer.encode(beginning)) > context:
             length = f"{what} of {len(text):,} characters"
             raise DoesNotFit(f"{length} does not fit into the {context:,} tokens of this model's context", hint)
 
     def check_context(self, text: int, visual: int, new: int) -> None:
-        """Check that a prompt and its answer both fit into the model's context.
+        """Check that a prompt and its answer fit into the model's context together.
 
         Args:
             text: Number of text tokens in the prompt.
@@ -234,7 +234,7 @@ class LoadedModel:
             new: Maximum number of tokens in the answer.
 
         Raises:
-            DoesNotFit: If they do not fit.
+            DoesNotFit: If the prompt and the answer need more tokens than the context has.
         """
         context = self.model.config.text_config.max_position_embeddings
         if context is not None and text + visual + new > context:
@@ -246,7 +246,7 @@ class LoadedModel:
             )
 
     def positions_of(self, prompt: Prompt, plans: Sequence[Plan]) -> torch.Tensor:
-        """Return the positions that Qwen's rule gives to a prompt's tokens, int64 `[3, L]`."""
+        """Return the M-RoPE positions of a prompt's tokens according to Qwen's rule, int64 `[3, L]`."""
         pair = self.video.temporal_patch_size
         per_second = self.model.config.vision_config.tokens_per_second
         videos = []
@@ -256,7 +256,7 @@ class LoadedModel:
 
     @property
     def video(self) -> InputLimits:
-        """The limits for videos. The patch sizes in it apply to pictures too."""
+        """Limits for videos. Their patch sizes apply to pictures as well."""
         return self.limits["video"]
 
     def facts(self) -> ModelFacts:
@@ -278,11 +278,12 @@ def load_model(
     """Load a Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL model.
 
     Args:
-        model: The model's name, a `ModelOptions`, or the result of `describe`.
-        pack: Whether to rearrange the weights on a CPU for speed, if memory allows. The values of packed weights can no longer be
+        model: The name of the model, its `ModelOptions`, or the result of `describe`.
+        pack: Whether to pack the weights on a CPU, if memory allows. Packed weights are faster, but their values can no longer be
             read.
-        to_answer: Whether to reject a model without a tokenizer before its weights are read.
-        progress: Called with the number of layers that have been quantized and the total number of layers.
+        to_answer: Whether the model will answer questions. If so, a model without a tokenizer is rejected before its weights are
+            read.
+        progress: Called with the number of layers quantized so far and the total number of layers.
         options: The other fields of `ModelOptions`, if `model` is a name.
 
     Raises:
@@ -332,13 +333,13 @@ def load_model(
 def _loaded(
     stored: ModelWeights, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
 ) -> tuple[Model, Packing, Path | None]:
-    """Load the weights and prepare them for use.
+    """Load the weights and then quantize and pack them as requested.
 
     Args:
-        seconds: The times of the steps "weights" and "prepare" are added to this dict.
+        seconds: A dict that receives the durations of the steps "weights" and "prepare".
 
     Returns:
-        The model, the schedule for packing its layers, and the file in which the quantized weights were stored, if any.
+        A tuple of the model, its `Packing`, and the file that the quantized weights were written to (None if they were not stored).
 
     Raises:
         OutOfMemory: If the weights do not fit into memory.
@@ -383,7 +384,7 @@ def _loaded(
 
 
 def _quantize(weights: Model, stored: ModelWeights, progress: Callable[[int, int], None] | None) -> Path | None:
-    """Quantize the linear layers in place. Return the file in which their weights were stored, or None."""
+    """Quantize the linear layers in place. Return the file that the quantized weights were written to, or None."""
     from evoprune.session.loading.stored import has_room, quantize_once
 
     model = stored.description
@@ -394,12 +395,12 @@ def _quantize(weights: Model, stored: ModelWeights, progress: Callable[[int, int
     if store and stored.files:
         fingerprint = f"{stored.fingerprint} {model.dtype}"
     file = quantize_once(weights, model.quantize, fingerprint, progress)
-    empty_cache()  # frees the memory that the original weights took
+    empty_cache()  # frees the memory of the original weights
     return file
 
 
 def read_generation(folder: Path | None) -> GenerationSettings:
-    """Read the settings in a model's generation_config.json, and warn about settings that evoprune ignores."""
+    """Read a model's generation_config.json, and warn about settings that evoprune ignores."""
     path = None
     content = {}
     if folder is not None:
@@ -414,10 +415,10 @@ def read_generation(folder: Path | None) -> GenerationSettings:
 def eos_ids(
     folder: Path | None, generation: GenerationSettings, config: Config, tokenizer: Tokenizer | None
 ) -> tuple[int, ...]:
-    """Return the tokens that end an answer.
+    """Return the ids of the tokens that end an answer.
 
-    They are taken from the first of these sources that names any: generation_config.json, config.json, and the tokenizer. Tokens
-    that are not in the model's vocabulary are left out, with a warning.
+    They come from generation_config.json, or else from config.json, or else from the tokenizer. Tokens that are not in the model's
+    vocabulary are left out with a warning.
 
     Raises:
         ModelError: If none of the tokens is in the vocabulary.
@@ -449,11 +450,11 @@ def _no_tokenizer(name: str) -> ModelError:
 def load_weights(
     config: Config, files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none"
 ) -> QwenVL:
-    """Read the weights of a model that evoprune runs itself, and warn about tensors that are not used.
+    """Read the weights of a model that evoprune's own code runs, and warn about unused tensors.
 
-    On the CPU, weights that are stored in `dtype` stay memory-mapped until they are packed. Weights that will be quantized stay
-    memory-mapped whatever their dtype is, and so do the embeddings in that case. If the input and output embeddings are tied and
-    the files contain only the output layer, the output layer's tensor is used for both.
+    On the CPU, weights that are stored in `dtype` stay memory-mapped until they are packed. If the model will be quantized, its
+    linear layers and its embeddings stay memory-mapped in any dtype. If the output layer is tied to the embeddings and the files
+    contain only the output layer, its tensor is used for both.
 
     Raises:
         ModelError: If tensors are missing, have the wrong shape, or are stored twice with different values.
@@ -463,7 +464,7 @@ def load_weights(
     as_stored = []
     if quantize != "none":
         as_stored = ["lm_head", "model.language_model.embed_tokens", *Quantization(quantize).layers(model)]
-    # Buffers that older files contain and that are recomputed from the config
+    # Buffers that are recomputed from the config, although older files contain them
     computed = re.compile(r"(^|\.)(inv_freq|position_ids)$")
     tensors = {}
     unused = []
@@ -474,7 +475,7 @@ def load_weights(
                 unused.append(stored)
             continue
         weight = content.get_tensor(stored)
-        unscaled = weight.is_floating_point() and weight.itemsize > 1  # weights of other dtypes have separate scales
+        unscaled = weight.is_floating_point() and weight.itemsize > 1  # weights in other dtypes have separate scales
         if weight.shape != wanted[name] or not unscaled:
             what = f"{weight.dtype} {list(weight.shape)}, but config.json expects {list(wanted[name])}"
             problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
@@ -485,7 +486,7 @@ def load_weights(
             problem = f"the weights in {file.parent} cannot be loaded: {name} is stored twice with different values"
             raise ModelError(problem, MISMATCH_HINT)
         tensors[name] = weight
-    if config.tie_word_embeddings:  # `separate_head` has already ruled out that the two differ
+    if config.tie_word_embeddings:  # according to `separate_head`, the two do not differ
         if HEAD in tensors:
             tensors.setdefault(EMBEDDINGS, tensors.pop(HEAD))
         del wanted[HEAD]
@@ -504,11 +505,11 @@ def load_weights(
 
 
 def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: bool) -> None:
-    """Compile kernels and initialize libraries while the weights load, so that a GPU's first question does not wait for them.
+    """Compile GPU kernels and initialize libraries while the weights load, so that the first question does not wait for them.
 
-    To do so, a small model with the same widths answers a question about a few units. For a model that transformers runs, the small
-    model's `intermediate_size` is 1. The small model has at least two layers, because the top layer computes only a few columns and
-    therefore uses other kernels.
+    For this purpose, a small model with the same layer widths answers a question about a few visual units. It has at least two
+    layers, because the top layer computes only a few columns and therefore uses different kernels. If transformers runs the model,
+    the small model's `intermediate_size` is 1.
     """
     vision = config.vision_config
     text = config.text_config
@@ -532,6 +533,6 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     units = 2 * 8 * 8
     values = visual.patch_embed.proj.weight[0].numel()
     pixels = torch.randint(256, (units * PATCHES, values), dtype=torch.uint8, device=device)
-    # Use the plan of a larger input, because reuse and the selections inside the tower need additional kernels.
+    # Plan as for a larger input, because reuse and selections inside the tower need additional kernels.
     plan = MethodChain.parse("evoprune:inner=always").plan(TowerShape.of_tower(visual), grid, units // 4)
     warm_up(model, encode_rows(visual, [pixels], plan).select_tokens(), native)

@@ -1,7 +1,7 @@
-"""Quantize weights, and store them on disk for later runs.
+"""Quantize a model's weights and store the result on disk for later runs.
 
-A single calibration run finds the input channels that have large values. The input of this run is always the same and is computed
-by a formula. It consists of a picture with flat, smooth, striped and noisy parts, and of tokens from the whole vocabulary.
+A single calibration run finds the input channels with large values. Its input is always the same: a synthetic picture with flat,
+smooth, striped and noisy areas, and tokens from the whole vocabulary.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ from evoprune.session.cache import Cache, own_code
 from evoprune.util import open_safetensors
 from evoprune.vision import encode_rows
 
-CALIBRATION_GRID = (1, 8, 8)  # the number of frame pairs, and of rows and columns of units
-CALIBRATION_TOKENS = 64  # the number of text tokens before the visual tokens, and also after them
-SPARE_BYTES = 8 * 2**30  # free disk space to leave if weights are stored without being asked for
-HEADER_BYTES = 2**21  # the size to which the header is padded with spaces; a tensor takes about 120 bytes
+CALIBRATION_GRID = (1, 8, 8)  # number of frame pairs, rows of units and columns of units
+CALIBRATION_TOKENS = 64  # number of text tokens before the visual tokens, and also after them
+SPARE_BYTES = 8 * 2**30  # disk space to leave free if the user did not ask to store weights
+HEADER_BYTES = 2**21  # size of the header, padded with spaces; a tensor takes about 120 bytes
 NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -40,7 +40,7 @@ NAMES = {
 
 
 def has_room(size: int) -> bool:
-    """Return True if the disk of the cache folder has room for `size` bytes of quantized weights, and as much again and more."""
+    """Return True if the cache folder's disk has room for `size` bytes of quantized weights, with ample space to spare."""
     folder = Cache().of_weights.folder
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -53,13 +53,14 @@ def has_room(size: int) -> bool:
 def quantize_once(
     model: Model, kind: str, fingerprint: str | None, progress: Callable[[int, int], None] | None = None
 ) -> Path | None:
-    """Quantize a model in place. If an earlier run has stored the quantized weights, load them, and otherwise store them.
+    """Quantize a model in place, using the weights stored by an earlier run, or storing them for later runs.
 
     Args:
-        fingerprint: Identifies the model's files and dtype. If this is None, nothing is loaded or stored.
+        fingerprint: Identifies the model's files and dtype. With None, stored weights are neither used nor written.
 
     Returns:
-        The file in which the weights have been stored, or None if they were loaded or not stored.
+        The file to which the quantized weights were written, or None if they were not written, for example because stored weights
+        were used.
     """
     quantization = Quantization(kind)
     if fingerprint is None:
@@ -79,15 +80,15 @@ def quantize_once(
 
     if entries.write(key, write):
         return entries.path(key)
-    if not stream.file:  # the folder of the cache could not be created
+    if not stream.file:  # the cache folder could not be created
         quantization.apply(model, calibrate, progress)
     return None
 
 
 def _key(fingerprint: str, quantization: Quantization) -> str:
-    """Return a key for quantized weights. Weights with equal keys are equal.
+    """Return the cache key of a model's quantized weights.
 
-    The key depends on the CPU's capabilities, because these determine how kernels arrange weights.
+    The key includes the CPU's capabilities, because they determine how the kernels arrange the weights.
     """
     cpu = [torch.backends.cpu.get_cpu_capability(), quantization.levels]
     facts = [fingerprint, quantization.kind, cpu, evoprune.__version__, torch.__version__, own_code()]
@@ -95,13 +96,14 @@ def _key(fingerprint: str, quantization: Quantization) -> str:
 
 
 def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], dict[str, torch.Tensor]] | None:
-    """Open a file of stored weights, which is memory-mapped.
+    """Open a memory-mapped file of stored weights.
 
     Args:
-        layers: The layers that the file must contain. It must not contain any others.
+        layers: Names of the layers that the file must contain, and no others.
 
     Returns:
-        A function that returns the weights of a layer, or None if the file is missing or damaged or has a different key.
+        A function that returns the tensors of a layer, given its name, or None if the file is missing, damaged or has a different
+        key.
     """
     if not path.is_file():
         return None
@@ -121,9 +123,9 @@ def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], dic
 
 
 class _Stream:
-    """A safetensors file that is written one tensor at a time. The header is written last.
+    """Writes a safetensors file one tensor at a time, and the header last.
 
-    If writing fails, the remaining tensors are discarded, and `end` raises the error.
+    If a write fails, all further tensors are discarded, and `end` raises the error.
     """
 
     def __init__(self, key: str):
@@ -147,7 +149,7 @@ class _Stream:
             self._problem = problem
 
     def end(self) -> None:
-        """Write the header.
+        """Write the header, which completes the file.
 
         Raises:
             OSError: If any part of the file could not be written.
@@ -162,7 +164,7 @@ class _Stream:
 
 
 def calibrate(model: Model) -> None:
-    """Run all linear layers of a model once on the CPU, so that `Quantization.apply` can observe each layer's input."""
+    """Run all linear layers of a model once on the CPU, so that `Quantization.apply` can observe their inputs."""
     seen = calibrate_tower(model.model.visual)
     embed = model.model.language_model.embed_tokens
     ids = torch.linspace(0, embed.num_embeddings - 1, 2 * CALIBRATION_TOKENS, dtype=torch.float64, device="cpu").long()
@@ -174,15 +176,15 @@ def calibrate(model: Model) -> None:
 
 
 def calibrate_tower(visual) -> torch.Tensor:
-    """Run all linear layers of a tower once on the CPU, and return the resulting features `[N, hidden]`."""
+    """Run all linear layers of a vision tower once on the CPU and return the resulting features, `[N, hidden]`."""
     plan = EncoderPlan.full(TowerShape.of_tower(visual), CALIBRATION_GRID)
     return encode_rows(visual, [_patches(visual)], plan).select_tokens().features
 
 
 def _patches(visual) -> torch.Tensor:
-    """Return the calibration picture as normalized patches in the order that Hugging Face uses.
+    """Return the synthetic calibration picture as normalized patches.
 
-    The patches are float32 `[patches, values]`, with values between about -2 and 2.
+    The patches are float32 `[patches, values]`, with values between about -2 and 2, in the same order as in Hugging Face.
     """
     config = visual.config
     count = math.prod(CALIBRATION_GRID) * PATCHES

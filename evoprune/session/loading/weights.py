@@ -1,6 +1,6 @@
-"""The weights of a model that has been described but not loaded: their files, and the memory that they will take.
+"""Find a model's weight files, and predict how much memory the weights will take, without loading them.
 
-Only safetensors files are read, and code that comes with a model is never run.
+Only safetensors files are read, and code that is shipped with a model is never executed.
 """
 
 import hashlib
@@ -35,12 +35,12 @@ PACKAGES = {  # the packages that transformers needs for each quantization metho
     "quanto": ["optimum-quanto"],
     "torchao": ["torchao"],
 }
-# The safetensors dtypes of plain numbers; weights of other dtypes have separate scales.
+# The safetensors dtypes of plain floating-point weights. Weights in other dtypes have separate scales.
 PLAIN = ("BF16", "F16", "F32", "F64")
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 MISMATCH_HINT = "config.json and the weights must match; download the model again"
-# Hints for weights that other programs have saved, by the prefix of the tensors' names.
+# Hints for weights that were saved inside a wrapper, by the prefix that the wrapper adds to tensor names.
 WRAPPER_HINTS = {
     "base_model.model.": f"the weights are wrapped in an adapter; {MERGE_HINT}",
     "module.": "the weights are wrapped in DistributedDataParallel or DataParallel; save the wrapper's `module`",
@@ -52,26 +52,26 @@ WRAPPER_HINTS = {
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """A model's weights before they are loaded. `weights_of` creates this object."""
+    """The weights of a model before they are loaded. Use `weights_of` to create this object."""
 
     description: ModelDescription
     device: torch.device
 
     def download(self) -> None:
-        """Download a hub model's files.
+        """Download a hub model's weights and small files.
 
         Raises:
-            ModelError: If a package that the weights need is not installed. See also `hub.fetch`.
+            ModelError: If a package that quantized weights need is not installed, or the download fails (see `hub.fetch`).
         """
         check_packages(self.description.quantization, self.description.id)
         self.description.download(*SMALL_FILES, "*.safetensors")
 
     @cached_property
     def files(self) -> list[Path]:
-        """The weight files, or an empty list for random weights. If there is an adapter next to them, it is ignored with a warning.
+        """The weight files, or an empty list for random weights. An adapter next to them is ignored, with a warning.
 
         Raises:
-            ModelError: If files are missing or damaged, or lack the last layer that config.json describes.
+            ModelError: If files are missing or damaged, or do not contain the last layer that config.json describes.
         """
         if self.description.random:
             return []
@@ -105,7 +105,7 @@ class ModelWeights:
 
     @cached_property
     def config(self) -> Config:
-        """The model's config. If the files contain an output layer that differs from the embeddings, the two are not tied."""
+        """The model's config, with untied embeddings if the files contain a different output layer."""
         config = self.description.config
         if not config.tie_word_embeddings or self.description.random or not separate_head(self.files_here):
             return config
@@ -113,19 +113,19 @@ class ModelWeights:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters. Parameters that are shared count only once."""
+        """Number of parameters of the model. Tied parameters count once."""
         return Cost(self.config).parameters
 
     @cached_property
     def bytes(self) -> int:
-        """Memory that the weights will take once they are loaded, in bytes."""
+        """Predicted size of the loaded weights in memory, in bytes."""
         return self.bytes_as(self.description.dtype, self.description.quantize)
 
     def bytes_as(self, dtype: str, quantize: str) -> int:
-        """Return how many bytes the weights would take in another dtype or with another quantization.
+        """Predict how many bytes of memory the weights would take in a given dtype and quantization.
 
-        A quantized checkpoint takes as much memory as its files, unless its weights are converted to a wider dtype. If transformers
-        runs the model and the weights are to be quantized, they are first read in the dtype of the files.
+        A quantized checkpoint takes as much memory as its files, unless its weights have to be converted to a wider dtype. If
+        evoprune quantizes a model that transformers runs, the weights are first read in the dtype of the files.
 
         Args:
             dtype: The name of a dtype, such as "bf16".
@@ -139,19 +139,19 @@ class ModelWeights:
         return self.parameters * self.read_dtype(dtype, quantize).itemsize
 
     def read_dtype(self, dtype: str, quantize: str) -> torch.dtype:
-        """Return the dtype that transformers reads the weights in.
+        """Return the dtype that transformers should load the weights in.
 
-        If the weights will be quantized after they are read, this is their stored dtype, if that is known.
+        If the weights will be quantized afterwards, this is the dtype of the files (if it is known), to save memory.
         """
         if quantize != "none" and self.description.stored_dtype:
             return DTYPES[self.description.stored_dtype]
         return DTYPES[dtype]
 
     def what_fits(self, beside: int = 0, *, quantized: bool = True) -> str:
-        """Return a hint for a model that does not fit into free memory. It lists the dtypes and quantizations that would fit.
+        """Return a hint for a model that does not fit into memory, which lists the dtypes and quantizations that would fit.
 
         Args:
-            beside: Number of bytes that are needed in addition to the weights.
+            beside: Bytes of memory needed in addition to the weights.
             quantized: Whether the hint may suggest quantization.
         """
         forms = []
@@ -169,7 +169,7 @@ class ModelWeights:
 
     @cached_property
     def packed_bytes(self) -> int:
-        """Size in bytes of the packed copies that a CPU makes if memory allows, in addition to the memory-mapped files."""
+        """Size in bytes of the packed weights that a CPU keeps in addition to the memory-mapped files, if memory allows."""
         dtype = DTYPES[self.description.dtype]
         quantize = self.description.quantize
         if not (
@@ -182,7 +182,7 @@ class ModelWeights:
         return sum(layer.weight.nbytes for layer in layers)
 
     def _stays_mapped(self, dtype: str, quantize: str) -> bool:
-        """Return the result of `stay_mapped`. If the weights are not on this machine, predict it."""
+        """Return True if the weights will stay memory-mapped. If they are not on this machine yet, this is a prediction."""
         if self.description.random:
             return False
         if self.files_here:
@@ -191,7 +191,7 @@ class ModelWeights:
 
     @property
     def download_bytes(self) -> int | None:
-        """Estimated number of bytes to download. This is 0 if the weights are on this machine, and None if it is unknown."""
+        """Estimated download size in bytes: 0 if the weights are already on this machine, or None if the size is unknown."""
         if self.files_here:
             return 0
         if self.description.stored_dtype and is_id(self.description.id):
@@ -199,7 +199,7 @@ class ModelWeights:
         return None
 
     def facts(self) -> dict[str, Any]:
-        """Return facts about the model, such as its layers, the memory that it will take, and whether it is on disk."""
+        """Return a summary of the model as a dict: its layers, its memory use, and whether it is on disk, for example."""
         model = self.description
         vision = model.config.vision_config
         text = model.config.text_config
@@ -218,9 +218,9 @@ class ModelWeights:
         }
 
     def memory_facts(self, plan: Plan) -> dict[str, Any]:
-        """Return the memory that a question about an input needs, which is calculated in the same way as the check before a run.
+        """Return how much memory a question about an input needs, using the same estimate as the check before a run.
 
-        The entry "enough" says whether that much memory is available, or is None if the available memory is unknown.
+        The entry "enough" is True if that much memory is available, and None if the available memory is unknown.
         """
         model = self.description
         pruning = plan.pruning.config()
@@ -230,7 +230,7 @@ class ModelWeights:
         prompt = pruning.method.prompt_columns(depth, encoder.keep, TEXT, share)
         available = Device(model.device).available_memory()
         bytes_each = DTYPES[model.dtype].itemsize
-        # If there is not enough memory, try smaller pieces, just as a run does.
+        # If memory is short, try smaller pieces, just like a run does.
         for _, working in piece_needs(model.config, self.device, encoder, bytes_each, prompt):
             needed = self.bytes + working
             if available is None or needed <= available:
@@ -256,11 +256,11 @@ class ModelWeights:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A string that changes whenever the weights change.
+        """A string that identifies the weights and changes whenever they change.
 
         For a hub model, it consists of the id and the commit. For a folder, it is a hash of the config and of the weight files'
-        paths, sizes and modification times, because hashing gigabytes would take too long. It therefore also changes if the files
-        are moved.
+        paths, sizes and modification times, because hashing gigabytes of weights would take too long. It therefore also changes
+        when the files are moved.
         """
         model = self.description
         if model.commit is not None and self.files:
@@ -271,7 +271,7 @@ class ModelWeights:
 
 
 def weights_of(model: ModelDescription) -> ModelWeights:
-    """Return the weights of a model that has been described, without loading them.
+    """Return a `ModelWeights` for a model that has been described, without loading the weights.
 
     Raises:
         UsageError: If the model's device cannot be used, or does not support the requested quantization.
@@ -304,12 +304,13 @@ def _is_installed(package: str) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return a model's safetensors files. Their headers are read first, in order to detect truncated files.
+    """Find a model's safetensors files, and read their headers to detect truncated files.
 
     Raises:
         ModelError: If there are no such files, or a file is missing, damaged or incomplete.
     """
-    # The rules of Windows treat both kinds of slashes as separators. Links to other folders are fine, and the hub's cache has some.
+    # `PureWindowsPath` accepts both kinds of slashes as separators. Links to other folders are fine, because the hub's cache uses
+    # them.
     inside = Rule(
         "the name of a file in the same folder",
         lambda v: isinstance(v, str) and v and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
@@ -322,7 +323,7 @@ def weight_files(folder: Path) -> list[Path]:
             files = [folder / name for name in sorted({inside.check(v, f"weight_map.{k}") for k, v in named.items()})]
     elif not files[0].is_file():
         files = []
-    # The name of the download, the command that resumes it, and whether it is known to be incomplete.
+    # Name of the download, the command that resumes it, and whether it is known to be incomplete.
     name = str(folder)
     again = "hf download ID --local-dir DIR"
     broken = any((folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
@@ -352,7 +353,7 @@ def _opened(file: Path) -> Any:
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
-    """Yield a tuple for each tensor in safetensors files: its file, the file opened by safetensors, and its stored name."""
+    """Yield a tuple for each tensor in safetensors files: the file's path, the opened file, and the tensor's name in the file."""
     for file in files:
         with _opened(file) as content:
             for stored in content.keys():  # noqa: SIM118 (not a dict)
@@ -360,9 +361,9 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
 
 
 def name_in_memory(name: str) -> str:
-    """Convert the name of a tensor in a checkpoint to its name in the model's module tree (model/weights.py).
+    """Convert a tensor's name in a checkpoint to its name in the model's module tree (model/weights.py).
 
-    The names differ because published checkpoints use older names for the tower and the language model.
+    The names may differ, because published checkpoints use older names for the tower and the language model.
     """
     if name.startswith("visual."):
         return "model." + name
@@ -372,9 +373,9 @@ def name_in_memory(name: str) -> str:
 
 
 def separate_head(files: Iterable[Path]) -> bool:
-    """Return True if the files contain an output layer that differs from the embeddings.
+    """Return True if the weight files contain an output layer that differs from the input embeddings.
 
-    In this case, transformers does not tie the two, whatever the config says.
+    If so, transformers does not tie them, whatever the config says.
     """
     stored = ((name_in_memory(name), content, name) for _, content, name in stored_tensors(files))
     tensors = {known: content.get_tensor(name) for known, content, name in stored if known in (HEAD, EMBEDDINGS)}
@@ -385,10 +386,10 @@ def separate_head(files: Iterable[Path]) -> bool:
 
 
 def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:
-    """Return how many bytes of memory the weights need from the moment they are read.
+    """Estimate how many bytes of memory the weights need, from the time they are loaded.
 
-    Memory-mapped weights count, because they are read again for every token, and pages that were dropped would have to be loaded
-    again. Weights that will be quantized are read only once, so their original form does not count.
+    Memory-mapped weights count too: they are read again for every token, so pages that were dropped would have to be loaded again.
+    Mapped weights that will be quantized are read only once, so only their quantized size counts.
 
     Args:
         mapped: Whether the weights stay memory-mapped (see `stay_mapped`).
@@ -401,6 +402,6 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
 
 
 def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
-    """Return True if the weights are used, or quantized, directly from their memory-mapped files."""
+    """Return True if the weights stay in their memory-mapped files, where they are used or quantized directly."""
     stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(files[:1])}
     return bool(files) and Device(device).maps_weights(stored, dtype, quantize)
