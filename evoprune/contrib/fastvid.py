@@ -1,4 +1,4 @@
-"""The FastVID method, which keeps the most attended tokens and the density peaks of each segment of the video."""
+"""The FastVID method, which keeps the most attended tokens and density peaks in each segment of the video."""
 
 from dataclasses import dataclass
 from typing import Annotated

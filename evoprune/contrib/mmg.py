@@ -93,7 +93,7 @@ def joined(spans: list[range], like: list[float]) -> list[range]:
 
 
 def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> list[float]:
-    """Return the marginal gain of every segment.
+    """Compute the segments' marginal gains.
 
     Segments are picked one by one, always choosing the one with the highest gain. The gain is the cosine between the segment's mean
     and the video's mean, minus `beta` times the highest cosine to a segment that has already been picked.

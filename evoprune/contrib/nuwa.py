@@ -1,4 +1,4 @@
-"""Nüwa's first stage, which keeps the most attended tokens of each region and replaces the weakest of them with means."""
+"""Nüwa's first stage, which keeps the most attended tokens in each region and replaces the weakest of them with means."""
 
 from dataclasses import dataclass, replace
 from math import hypot
@@ -13,7 +13,7 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, sprea
 
 @dataclass(frozen=True)
 class Nuwa(Selector):
-    """Nüwa's first stage (arXiv 2602.02951), before the language model: keeps the most attended tokens of each region.
+    """Nüwa's first stage (arXiv 2602.02951), before the language model: keeps the most attended tokens in each region.
 
     Each frame pair is divided into cells of 2x2 places, and the `cell` most attended tokens in each cell are candidates. The most
     attended candidates are kept, and other tokens are kept only if there are too few candidates. A kept token whose attention is

@@ -17,7 +17,7 @@ from evoprune.methods import LanguagePlan, MethodChain
 from evoprune.model import head_size
 
 STEP = 0.3 / 15  # the increase of the allowed loss per step, as a fraction of the loss with all operations removed
-# The types of operations, in the order in which the authors' code tries them. If losses are equal, the last one is removed first.
+# The types of operations, in the authors' order. If losses are equal, the last one is removed first.
 ORDER = ("queries", "mlp", "keys")
 
 
@@ -45,7 +45,7 @@ def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> 
     Args:
         after: The number of layers that compute everything.
         depth: The number of layers of the language model.
-        lossless: Returns True if removing the given operations leaves the most likely choice of every token unchanged.
+        lossless: Returns True if removing the given operations leaves every token's most likely choice unchanged.
     """
     removed: Removed = frozenset()
     for group in (ALL, REST):

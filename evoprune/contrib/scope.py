@@ -15,7 +15,7 @@ class Scope(Selector):
 
     In each step, the method keeps the token of the whole video with the highest product of saliency and added coverage. Saliency is
     attention to the power of `alpha`. The coverage of a token is its highest cosine to a kept token, but at least 0. The added
-    coverage of a candidate is the amount by which keeping it would increase the total coverage of all tokens.
+    coverage of a candidate is the amount by which keeping it would increase the total coverage.
 
     Differences from the paper: because Qwen's vision tower has no class token, this method uses the attention that a token receives
     within its frame pair instead of the class token's attention.

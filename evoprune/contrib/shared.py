@@ -106,7 +106,7 @@ def dissimilarity(tokens: Tokens) -> torch.Tensor:
 
 
 def transitions(tokens: Tokens) -> torch.Tensor:
-    """Return the rounded cosine between the mean tokens of each frame pair and the next one: float32 `[T - 1]`."""
+    """Return the rounded cosine between each frame pair's mean token and the next one's: float32 `[T - 1]`."""
     mean = tokens.by_pair(tokens.features.float()).mean(1)
     return snap(torch.cosine_similarity(mean[1:], mean[:-1], dim=1))
 
@@ -160,7 +160,7 @@ def join_groups(
 
     Args:
         into: int64 `[N]`, the unit that each unit joins. Entries for units in `groups` must be -1 and are filled in place.
-        features: float32 `[N, D]`, the features of all units.
+        features: float32 `[N, D]`, the units' features.
         groups: For each group, int64 `[m, g]`, the units of its m tokens. Each token is the mean of g units.
         counts: The number of tokens to keep in each group. With 0, the group is dropped.
         centre: The minimum weight of a peak, as in `centre_weights`. None for equal weights.

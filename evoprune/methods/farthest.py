@@ -136,7 +136,7 @@ def _first_of_each_pair(order: torch.Tensor, grid: Grid, keep: int, floor: float
     """Move each frame pair's highest-ranked units ahead of all other units, so that every frame pair keeps some of its units.
 
     Args:
-        order: int64 `[N]`, the rank of each unit. Units with higher values are selected first.
+        order: int64 `[N]`, each unit's rank. Units with higher values are selected first.
         grid: The size of the video, (T, H, W) in units.
         keep: The number of units to select.
         floor: The number of units to move in each frame pair, as a fraction of an equal share of `keep`.
@@ -157,7 +157,7 @@ def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, to
     """Return the tables for the sampling algorithm that depend only on the grid, not on the features.
 
     Returns:
-        Times, float32 `[N]`: the time of each unit, from 0 to 1.
+        Times, float32 `[N]`: each unit's time, from 0 to 1.
         Turns, int64 `[N]`: a distinct number from 0 to N - 1 for each unit. Among units with equal radii, the unit with the highest
         turn is selected first.
         Tubes, int64 `[B, L]`: the units in each of B tubes, ascending, padded with N.
