@@ -254,10 +254,8 @@ def _rows(lines: Iterable[Line], name: str, folder: str, reader: RowReader) -> l
     """Parse lines into rows.
 
     Args:
-        lines: The lines of an input file.
         name: The name of the file, or an empty string if there is no file.
         folder: The folder to which paths in the rows are relative.
-        reader: The settings for reading rows.
 
     Raises:
         UsageError: If any row is invalid.
@@ -564,7 +562,6 @@ def in_folders(
         videos: The paths of videos and of folders.
         problems: Collects an error for each folder that is neither clearly a folder of videos nor a folder of images.
         recursive: Whether to search subfolders as well. Subfolders without videos and images are skipped.
-        pictures: Whether to include the pictures in a folder of videos.
     """
     for video in videos:
         if not os.path.isdir(video):

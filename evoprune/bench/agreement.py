@@ -42,12 +42,9 @@ class Reference:
 
         Args:
             video: The video, encoded without pruning.
-            question: The question about the video.
             ids: The tokens of the answer.
             ended: Whether the model ended the answer itself. If so, the end counts as an additional token, because an answer that
                 continued would be a different answer.
-            system: The system prompt, or None.
-            think: See `GenerationOptions`.
 
         For the exceptions, see `EncodedInputs.read_along`.
         """

@@ -53,8 +53,6 @@ def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int
 
     Args:
         content: One of `ProfileSettings.SYNTHETIC`.
-        frames: The number of frames.
-        height, width: The size of the frames in pixels.
         unit: The side length of a merge unit in pixels.
 
     Returns:

@@ -415,7 +415,6 @@ def threads_of_each(wanted: int | str | None, processes: int) -> int:
     Args:
         wanted: The number of threads per process. If it is not an int, each process gets as many threads as this process has, or
             fewer if all processes together would have more threads than there are cores.
-        processes: The number of processes.
     """
     if isinstance(wanted, int):
         return wanted

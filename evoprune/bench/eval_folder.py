@@ -17,7 +17,7 @@ from evoprune.util import differences, file_changes
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
 RESULTS = "results.json"
-SIZE_RULE = "after_tower_below"  # name of a settings field that is missing if inputs of all sizes are treated alike
+SIZE_RULE = "after_tower_below"  # name of a settings field that is missing if the size of an input does not matter
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -141,7 +141,7 @@ def _line(sample: dict) -> str:
 
 
 def _finished(text: bytes) -> list[dict]:
-    """Parse the samples of all videos that finished without an error. Reading stops at the first incomplete line."""
+    """Parse the samples of videos that finished without an error. Reading stops at the first incomplete line."""
     samples = []
     video = []
     for line in text.splitlines():

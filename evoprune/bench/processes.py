@@ -28,7 +28,6 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
     Args:
         start: Called once in each process. It returns the function that runs a job. `start` and the jobs must be picklable.
         jobs: The arguments of this function.
-        processes: The number of processes.
 
     Raises:
         OutOfMemory: If the system ran out of memory and killed a process.

@@ -79,8 +79,6 @@ class Profile:
 
     Args:
         settings: The methods, budgets and other settings.
-        model: The options of the model.
-        cases: The clip sizes.
         load_format: How to load the weights. None uses random weights if a bundled config has the model's name, and otherwise the
             model's own weights.
         exact: Whether to use `cases` as they are. If False, they are sizes for units of `UNIT` pixels, and they are scaled so that
@@ -214,11 +212,9 @@ def quantized_models(
     """Prepare the quantized models that fit into memory.
 
     Args:
-        loaded: The model with plain weights.
         names: The quantizations. "none" stands for a model that is not quantized, but whose weights are packed if there is enough
             memory.
         working: The memory in bytes to leave free for computing.
-        progress: Called with each step.
 
     Returns:
         The models keyed by quantization, the reasons why other quantizations are missing, and notes for the results.
@@ -390,11 +386,7 @@ class Bench:
     """The models and clips of a profiling run, ready to be measured. Rows that cannot run get an error.
 
     Args:
-        loaded: The model with plain weights.
-        rows: The rows to measure.
         source: A function that returns the frames of a case.
-        settings: The settings of the run.
-        progress: Called with each step.
     """
 
     def __init__(
@@ -496,12 +488,8 @@ def measure(
     """Run all rows in turn, round after round, within the time limit.
 
     Args:
-        loaded: The model with plain weights.
-        cases: The clip sizes.
         source: A function that returns the frames of a case.
-        settings: The settings of the run.
         about: Additional settings to record (`video` and `synthetic`).
-        progress: Called with each step.
         limit: The time limit for the whole run, which may have started earlier. None uses the limit in `settings`, starting now.
 
     Yields:

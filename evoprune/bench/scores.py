@@ -168,7 +168,6 @@ def _difference(name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, ot
         name: The name of the field with the difference.
         accuracy: The accuracy of each row, `[rows]`.
         drawn: The bootstrapped accuracy of each row, `[draws, rows]`.
-        row: The index of the row.
         other: The index of the row to subtract, or None if there is no such row. All fields are then None.
     """
     if other is None:

@@ -69,9 +69,6 @@ def paced(
     Args:
         run_round: Called with a title and a number of rounds. In the first call, this is the number of rounds that must finish in
             time, and the function may do less work to achieve this. In all later calls, it is 0.
-        warmups: The number of warm-up rounds.
-        repetitions: The number of measured rounds.
-        limit: The time limit.
 
     Yields:
         The type of the round (`WARM_UP` or `ROUND`) and its result. If there is not enough time for a measured round, the result of

@@ -159,7 +159,6 @@ def search(
 
     Args:
         known: The trials so far, keyed by candidate.
-        videos: The number of videos.
         goal: The required agreement.
         trial: A function that tries a candidate on the video with the given index.
         left: A function that returns the remaining time in seconds.
@@ -328,9 +327,6 @@ def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tupl
     """Return the 95% confidence interval of a share of agreeing tokens.
 
     Args:
-        share: The observed share.
-        tokens: The number of tokens.
-        videos: The number of videos.
         effect: The design effect. If it is None, each video is treated as a single independent token.
     """
     if effect is None:
@@ -379,9 +375,6 @@ def encode(
     """Encode a video.
 
     Args:
-        session: The model and the pruning settings.
-        path: The path of the video.
-        sampling: The sampling options.
         rows: A cache of the tower's rows, or None.
         ahead: A prefetch that may contain the video, or None.
 
@@ -470,7 +463,6 @@ class Answering:
         """Answer all questions about one video.
 
         Args:
-            path: The path of the video.
             opened: The opened video, or the exception that was raised when it was opened.
             videos: The number of videos that still need answers, including this one.
         """

@@ -64,7 +64,6 @@ class FlashVid(Selector):
         Args:
             attention: `[g, n]`, the attention that each token receives.
             x: `[g, n, D]`, the features.
-            keep: The number of tokens that stay.
 
         Returns:
             int64 `[g, n]`, the token that each token is merged into: its own index if it stays, or -1 if it is dropped.

@@ -55,7 +55,6 @@ class Mmg(Selector):
         Args:
             x: `[T, n, D]`, the features of the video.
             span: The frame pairs of the segment.
-            keep: The number of tokens to select.
 
         Returns:
             int64 `[keep]`, the selected units, ascending.

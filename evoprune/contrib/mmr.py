@@ -53,7 +53,6 @@ def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, l
     Args:
         features: `[N, D]`, one row per token.
         importance: `[N]`, which is scaled to the range from 0 to 1.
-        keep: The number of rows to select.
         lam: The weight of importance. The weight of diversity is 1 - `lam`.
 
     Returns:

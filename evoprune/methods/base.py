@@ -93,7 +93,7 @@ class Selector(Method, ABC):
     # come from the last full-attention layer, and "middle", the states from the middle of the tower. Between layers, it normally
     # sees the rows after the next layer's norm. The only input that it can request there is "hidden", the rows before this norm.
     needs: ClassVar[frozenset[str]] = frozenset()
-    reads_question: ClassVar[bool] = False  # whether the selection depends on the question, so it is repeated for each one
+    reads_question: ClassVar[bool] = False  # whether the selection depends on the question and is repeated for each one
     drops: ClassVar[bool] = True  # whether `unit_to_token` in a selection may be -1 for a unit that has a row
     weighs: ClassVar[bool] = False  # whether selections may have a `size`, which weights tokens in attention
     # For methods that rank tokens: a function that takes the tokens and returns their scores as float32 [N]. Tokens with higher
@@ -132,8 +132,6 @@ class EncoderMethod(Method, ABC):
         """Return the stages that reduce the number of rows, in the order of their layers.
 
         Args:
-            tower: The depth, attention layout and window size of the vision tower.
-            grid: The size of the video, (T, H, W) in units.
             keep: K, the number of tokens to keep. It is always less than the number of units in `grid`.
         """
 
@@ -155,7 +153,6 @@ class Merger(EncoderMethod, ABC):
         total. On a GPU, the method must not read values back to the host, so it cannot use `item`, `nonzero` or boolean indexing.
 
         Args:
-            candidates: The rows of B groups, padded to n rows per group.
             remove: int64 `[B]`, the maximum number of rows to remove from each group in this round.
 
         Returns:
@@ -166,9 +163,6 @@ class Merger(EncoderMethod, ABC):
         """Return the number of rows left in a frame pair after each layer. By default, all layers remove equally many rows.
 
         Args:
-            tower: The depth, attention layout and window size of the vision tower.
-            units: The number of units in the frame pair.
-            windows: The number of windows in the frame pair.
             keep: The number of rows to leave after the last layer.
         """
         return rows_after_layers(tower, units, windows, keep, layer_weights(tower.depth, "mean", 0.0, 1.0))
@@ -205,7 +199,6 @@ def check_ranges(method: object, **ranges: str) -> None:
     """Check that attributes of a method lie within their intervals.
 
     Args:
-        method: The method to check.
         ranges: An interval for each attribute name, such as "[0, 1]" or "(0, inf)". A parenthesis excludes the endpoint.
 
     Raises:

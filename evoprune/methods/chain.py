@@ -174,8 +174,6 @@ class MethodChain:
         """Return the plan for encoding a video so that `keep` tokens reach the language model.
 
         Args:
-            tower: The depth, attention layout and window size of the vision tower.
-            grid: The size of the video, (T, H, W) in units.
             keep: K, the number of tokens for the language model.
             inflection: Whether the number of tokens is derived from the curve of the selector's scores. K is then the maximum.
         """
@@ -213,7 +211,6 @@ class MethodChain:
         """Return the number of visual tokens that each language-model layer computes, or None if no tokens are dropped.
 
         Args:
-            depth: The number of layers of the language model.
             tokens: The number of visual tokens that reach the language model.
             budget: The share of tokens that the user requested.
 
@@ -254,7 +251,6 @@ class PruneConfig:
         """Return the config for a budget and a method.
 
         Args:
-            budget: The share of tokens to keep.
             name: The method as users write it, including any settings.
             seed: The seed for methods that draw random numbers.
 

@@ -54,7 +54,6 @@ def points_of(rows: torch.Tensor, unit_to_row: torch.Tensor, grid: Grid, alpha: 
     Args:
         rows: `[E, D]`, the features of the encoded units.
         unit_to_row: int64 `[N]`, the row that represents each unit, or -1.
-        grid: The size of the video, (T, H, W) in units.
         alpha: The weight of time in distances.
     """
     projection = None
@@ -86,8 +85,6 @@ def farthest_points(
     example, all units are equal, so the entire selection is spread evenly.
 
     Args:
-        points: The units of the video, from `points_of`.
-        keep: The number of units to select.
         within: If not 0, stop early once every unit is within this distance of a selected unit and at least `least` units are
             selected. This requires reading the radii back to the host, which synchronizes the GPU.
         least: The minimum number of units to select if `within` is set.
@@ -137,8 +134,6 @@ def _first_of_each_pair(order: torch.Tensor, grid: Grid, keep: int, floor: float
 
     Args:
         order: int64 `[N]`, each unit's rank. Units with higher values are selected first.
-        grid: The size of the video, (T, H, W) in units.
-        keep: The number of units to select.
         floor: The number of units to move in each frame pair, as a fraction of an equal share of `keep`.
 
     Returns:

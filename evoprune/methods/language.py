@@ -62,7 +62,6 @@ class LanguagePlan:
         """Return a plan from a mapping of layer counts to token counts.
 
         Args:
-            depth: The number of layers of the language model.
             tokens: The number of visual tokens that reach the language model.
             left: The number of tokens to leave after each number of layers. Entries that would drop nothing are ignored.
             more: Values for other fields. `looks` defaults to the layers in `drops`.
@@ -106,7 +105,6 @@ def tokens_of_layers(depth: int, tokens: int, drops: Sequence[Sequence[int]]) ->
     """Return the number of visual tokens that each layer of the language model reads.
 
     Args:
-        depth: The number of layers of the language model.
         tokens: The number of visual tokens before the first drop.
         drops: For each drop, the number of layers that run before it and the number of tokens that it leaves.
     """
@@ -118,8 +116,6 @@ def one_drop(depth: int, tokens: int, place: float, budget: float) -> LanguagePl
     """Return a plan that drops tokens once.
 
     Args:
-        depth: The number of layers of the language model.
-        tokens: The number of visual tokens before the drop.
         place: The relative depth at which tokens are dropped, from 0 to 1.
         budget: The share of tokens to leave. The plan leaves `Budget.count(budget, tokens)` of them.
     """
@@ -132,7 +128,6 @@ def several_drops(
     """Return a plan that drops tokens in several steps and meets the budget on average.
 
     Args:
-        depth: The number of layers of the language model.
         tokens: The number of visual tokens before the first drop.
         places: The relative depths of the drops.
         shares: A function that takes a number from 0 to 1 and returns the share of tokens left after each drop. It must increase
@@ -269,7 +264,6 @@ class LanguageMethod(Method, ABC):
         """Plan how many tokens to drop, and after which layers.
 
         Args:
-            depth: The number of layers of the language model.
             tokens: The number of visual tokens that reach the language model.
             budget: The share of these tokens to leave, averaged over the layers after the first drop.
         """
@@ -327,7 +321,6 @@ class Dropping:
     Args:
         method: The method that selects the tokens.
         plan: The layers after which tokens are dropped, and the number of tokens to leave.
-        model: The transformers model.
         embeds: `[C, hidden]`, the embeddings of the prompt.
         visual: int64 `[n]`, the columns of the visual tokens, ascending. The prompt's last column is never among them.
         pair: int64 `[n]`, the frame pair that contains each visual token.

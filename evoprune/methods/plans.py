@@ -208,7 +208,6 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
     The allocations come from EvoPrune (arXiv 2603.03681).
 
     Args:
-        depth: The number of layers of the tower.
         allocation: How the reduction is distributed over the layers. One of `ALLOCATIONS`.
         first, last: The range of layers as relative depths, where layer l ends at (l + 1) / depth. The range always covers at least
             one layer.
@@ -242,10 +241,6 @@ def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, we
     excess rows, even if it is not in `weights`. In a tower without full-attention layers, more than `keep` rows can remain.
 
     Args:
-        tower: The depth and attention layout of the vision tower.
-        units: The number of units in the frame pair.
-        windows: The number of windows in the frame pair.
-        keep: The number of rows to leave.
         weights: Each layer's share of the reduction, from `layer_weights`.
     """
     rows = units

@@ -21,8 +21,6 @@ def select(selector: Selector, tokens: Tokens, keep: int, inflection: bool = Fal
     """Run `selector` and return its selection.
 
     Args:
-        selector: The selector to run.
-        tokens: The tokens or rows to select from.
         keep: The number of tokens to select.
         inflection: Whether the number of tokens is derived from the curve of the selector's scores. `keep` is then the maximum.
 
@@ -50,11 +48,9 @@ def check_selection(name: str, selection: Selection, enough: bool, keep: int, un
 
     Args:
         name: The name of the method in the error message.
-        selection: The selection to validate.
         enough: Whether the number of selected units is valid.
         keep: The number of units that were requested.
         units: The number of units in the video.
-        device: The device of the tokens.
 
     Raises:
         PluginError: If the selection is invalid.

@@ -190,7 +190,6 @@ def run_checks(
     """Load a model and check it, yielding the results so far after each check.
 
     Args:
-        model: The model to load.
         path: The video or image to use, or None for a synthetic clip.
         time_limit_s: The time limit for the whole run, or None for no limit.
         begun: The time at which the run started, as returned by `time.perf_counter`.
@@ -220,12 +219,9 @@ def verify(
     """Run the checks, yielding the results so far after each check. Checks that have not started by the time limit are skipped.
 
     Args:
-        subject: The model and the inputs to check.
-        limit: The time limit.
         quick: Whether to skip the slow checks.
         progress: Called with "check", the number of finished checks, the total, and the name of the next check.
         failed: Called with the exception if a check raises one. The outcome of the check is then `DIFFERS`.
-        checks: The checks to run.
     """
     results = VerifyResults(subject.loaded)
     for number, check in enumerate(checks):

@@ -137,8 +137,6 @@ def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Ga
     If the shapes differ, the distances are infinite.
 
     Args:
-        made: The actual rows.
-        expected: The expected rows.
         centred: Whether to subtract each row's mean first. Use this for logits, because only their differences matter.
     """
     made, expected = (x.detach().cpu().double() for x in (made, expected))
@@ -335,10 +333,7 @@ class Subject:
 
     @torch.inference_mode()
     def features(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Compute features with transformers' vision tower.
-
-        Args:
-            call: The arguments for the transformers model.
+        """Compute the features of a prompt's inputs with transformers' vision tower.
 
         Returns:
             `[1 + n, tokens, hidden]`, with tokens in prompt order: the final features, followed by n levels of DeepStack features.
@@ -370,7 +365,6 @@ class Subject:
         """Compute the logits of transformers' language model after each of the last tokens.
 
         Args:
-            call: The arguments for the transformers model.
             positions: int64 `[3, L]`, the positions of the prompt. The positions of the answer continue from these.
             features: The features of the inputs, from the method `features` or from evoprune's tower.
             answer: The tokens that follow the prompt.
