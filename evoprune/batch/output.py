@@ -60,7 +60,7 @@ class Settings(PipelineOptions):
 
     @property
     def groups(self) -> tuple[Any, ...]:
-        """The groups of options that affect the answers."""
+        """The groups of options that affect the answers: model, pruning, sampling and generation."""
         return self.model, self.pruning, self.sampling, self.generation
 
     def record(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def answers_on_ray(
 
 
 def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of output from the workers as they arrive."""
+    """Answer the spans on the cluster, and yield the workers' records as lines of JSON in the order of arrival."""
     workers, share = _workers(ray, settings.model.device)
     # Use one block per span, so that only the current span is lost if a worker dies.
     rows = [{"span": json.dumps([asdict(row) for row in span.rows])} for span in spans]

@@ -45,7 +45,7 @@ class Spread(NamedTuple):
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Return the median of `above` / `below`, which have one value per round."""
+    """Return the median over rounds of the ratio `above` / `below`. Both sequences have one value per round."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 

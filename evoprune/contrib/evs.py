@@ -44,7 +44,7 @@ class Evs(Selector):
 
 @dataclass(frozen=True)
 class EvsNoFloor(Evs):
-    """EVS without `floor`. The first frame pair is compared with the second one and can lose tokens like any other frame pair."""
+    """EVS without a guarantee for the first frame pair, which is compared with the second one and can lose tokens as well."""
 
     name = "evs-nofloor"
 

@@ -117,7 +117,7 @@ class Followers(Hook):
         self._earlier = None
 
     def _kept_alone(self, rows: Rows) -> Rows:
-        """Return the kept rows only. In the result, units whose row was dropped have no row."""
+        """Return a copy of `rows` that contains only the kept rows. All other units have no row in the copy."""
         unit = rows.unit[self._kept]
         unit_to_row = torch.full_like(rows.unit_to_row, -1)
         unit_to_row[unit] = arange_on(len(unit), unit.device)

@@ -168,7 +168,7 @@ class RecipeSearch:
 
     @property
     def left_out(self) -> int:
-        """The number of operations that the steps found so far remove."""
+        """The number of operations that have been removed so far."""
         return sum(len(step.operations) for step in self.found)
 
     @property

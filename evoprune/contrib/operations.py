@@ -185,7 +185,7 @@ def closed(removed: Iterable[Operation], depth: int) -> Removed:
 
 
 def _last_keys(removed: Collection[Operation], group: str, depth: int) -> int:
-    """Return the last layer that computes a group's keys, or `depth` if there is no such layer."""
+    """Return the index of the last layer that computes keys for a group of tokens, or `depth` if no layer does."""
     return max((layer for layer in range(depth) if (layer, group, "keys") not in removed), default=depth)
 
 

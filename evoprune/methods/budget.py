@@ -60,7 +60,7 @@ class Budget:
 
     @property
     def largest(self) -> float:
-        """The largest share that an input can keep."""
+        """The largest share of its tokens that any input can keep with this budget."""
         return max(self.video, self.still)
 
     def share(self, grid: Grid) -> float:

@@ -21,7 +21,7 @@ from evoprune.methods.registry import MethodText, impossible
 
 @dataclass(frozen=True)
 class MethodChain:
-    """A single method, or a chain such as `reuse+divprune` or `evoprune+fastv`. The budget applies to the first part."""
+    """A single method, or a chain such as `reuse+divprune` or `evoprune+fastv`. The budget applies to the first method."""
 
     input: InputMethod | None = None
     encoder: EncoderMethod | None = None
@@ -202,7 +202,7 @@ class MethodChain:
         return launch_bound
 
     def language_share(self, budget: float) -> float:
-        """Return the budget of the language method, in (0, 1], given the `budget` that the user requested."""
+        """Return the budget of the method inside the language model, in (0, 1]. `budget` is the share that the user requested."""
         if self.language is self.first:
             return budget
         return self.language.left

@@ -36,7 +36,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class TowerShape:
-    """The properties of a vision tower that plans depend on."""
+    """The properties of a vision tower on which pruning plans depend, such as its depth and its window size."""
 
     depth: int
     full_layers: tuple[int, ...]  # layers whose attention spans a whole frame pair; other layers attend inside windows
@@ -90,7 +90,7 @@ class SetAside(ABC):
 
 @dataclass(frozen=True)
 class Stage:
-    """A point in the tower at which the number of rows is reduced."""
+    """A step of a pruning plan that reduces the number of rows after a certain layer of the vision tower."""
 
     # The number of layers that run before the stage. With 0, the stage acts on the patch embeddings. If this is the depth of the
     # tower, the stage acts on the tower's output.
@@ -145,7 +145,7 @@ class EncoderPlan:
 
     @property
     def units(self) -> int:
-        """N, the number of units in the grid."""
+        """The number of units in the video's grid, called N."""
         return prod(self.grid)
 
     @property
@@ -196,7 +196,7 @@ class EncoderPlan:
 
     @property
     def rows(self) -> int:
-        """The number of rows that leave the tower."""
+        """The number of rows in the output of the vision tower."""
         fewer = (s for s in self.stages if s is not self.token_stage and not isinstance(s.reduce, SetAside))
         counts = [self.units, *(stage.rows for stage in fewer)]
         return counts[-1]

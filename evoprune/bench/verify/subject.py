@@ -163,7 +163,7 @@ def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Make all modules of `model` with weights compute in `dtype` within the context."""
+    """Make all modules of `model` that have weights compute in `dtype` within the context."""
     held = [module for module in model.modules() if own_weights(module) and type(module) is not nn.Conv1d]
     for module in held:
         module.forward = partial(_forward_of(module), module, type(module).forward, dtype)
