@@ -48,7 +48,7 @@ class Drop(NamedTuple):
 
 @dataclass(frozen=True)
 class LanguagePlan:
-    """The number of visual tokens that each layer of the language model reads."""
+    """A plan for dropping visual tokens inside the language model, which tells how many of them each layer reads."""
 
     depth: int  # the number of layers of the language model
     tokens: int  # the number of visual tokens that reach the language model
