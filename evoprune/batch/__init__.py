@@ -1,4 +1,7 @@
-"""Answer many questions about many videos: read rows (also for `evoprune eval`), answer them here or on Ray, write records."""
+"""Batches, which answer many questions about many videos, on this machine or on Ray, and write a record for each answer.
+
+The code that reads rows is also used by `evoprune eval`.
+"""
 
 from typing import TYPE_CHECKING
 

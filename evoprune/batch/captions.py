@@ -1,7 +1,7 @@
-"""Write each video's answer to a text file, in the layout that training on captioned videos requires. Imports no torch.
+"""Caption files, which contain one video's answer each, in the layout that training on captioned videos requires.
 
-Each caption is written after its record, and the record contains the caption's path. A later run can therefore tell which existing
-files are captions, and which captions are still missing.
+A caption is written after the record of its video, and the record contains the caption's path. This way, a later run can tell which
+existing files are captions and which captions are still missing. This module does not import torch.
 """
 
 import os
@@ -22,13 +22,13 @@ ENDING = ".txt"
 class Captions:
     """The caption files of a batch.
 
-    Each caption has the same name as its video. If the videos are in different subfolders of a common folder, the captions are in
-    subfolders with the same names.
+    Each caption has the same name as its video, with the ending .txt. If the videos are in different subfolders of a common folder,
+    the captions are in subfolders with the same names.
 
     Args:
         folder: The folder for the captions.
         rows: All rows of the batch.
-        replaced: An output file that the batch will overwrite. Captions that its records name may be replaced.
+        replaced: An output file that the batch will overwrite. Captions that are listed in its records may be replaced.
 
     Raises:
         UsageError: If a row has more than one input or its input is a URL, or if two rows would have the same caption file.
@@ -54,14 +54,14 @@ class Captions:
             self._paths[row.id] = os.path.join(self._folder, name)
 
     def start(self, left: Iterable[Row], file: RecordFile) -> None:
-        """Check that captions can be written for the remaining rows, and write captions that are missing for rows already answered.
+        """Check that captions can be written, and write any captions that an earlier run has not written.
 
         Args:
             left: The rows that have not been answered yet.
-            file: The output file with the records of the rows that have been answered.
+            file: The output file with the records of the rows that have already been answered.
 
         Raises:
-            UsageError: If a file that is not a caption already has the same name, or the folder cannot be written to.
+            UsageError: If a file that is not a caption already has the name of a caption, or if the folder is not writable.
         """
         for row in left:
             self._check(self._paths[row.id])
@@ -75,11 +75,11 @@ class Captions:
                 self._write(path, record["answer"])
 
     def of(self, row: Row) -> dict[str, str]:
-        """Return the entry that a row's record should have in `batch.files`."""
+        """Return the caption's path as an entry for the `batch.files` object in the row's record."""
         return {"caption": self._paths[row.id]}
 
     def add(self, record: Report) -> None:
-        """Write the caption for a record that is already on disk. If the row has failed, do nothing.
+        """Write the caption for a record that is already on disk. Failed rows get no caption.
 
         Raises:
             UsageError: See `start`.
@@ -106,7 +106,7 @@ def _cannot_write(path: str, problem: OSError) -> UsageError:
 
 
 def _answered(path: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of all rows in a file that have been answered. Other lines are skipped."""
+    """Yield the records of answered rows from an output file. All other lines are skipped."""
     with open(path, "rb") as file:
         for line in file:
             try:

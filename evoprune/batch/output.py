@@ -1,7 +1,7 @@
-"""The output file of a batch. It grows by whole lines even if the program crashes, and only one program can write it at a time.
+"""The output file of a batch, which survives crashes and can be written by only one program at a time.
 
-There are no auxiliary files, because each record contains its row and the settings, and the lock is on the output file itself.
-Imports no torch.
+Records are appended as whole lines. There are no auxiliary files: each record contains its row and the settings, and the lock is on
+the output file itself. This module does not import torch.
 """
 
 import errno
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 STDOUT = "-"
 OTHER_HINT = "name another file with -o, or remove this one"
-# Options that are recorded even if they have their default values. All other options are recorded only if their values differ.
+# Options that are always recorded. All other options are recorded only if their values differ from the defaults.
 RECORDED = (
     "model", "revision", "dtype", "quantize", "load_format", "budget", "method", "seed", "fps", "frames",
     "max_frames", "max_visual_tokens", "decoder", "seek", "max_new_tokens", "temperature", "top_p", "system",
@@ -38,7 +38,7 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Settings(PipelineOptions):
-    """The options of a batch. Each row has its own time span, which takes the place of `start_s` and `end_s`."""
+    """The options of a batch. The options `start_s` and `end_s` are not used, because each row has its own time span."""
 
     ALWAYS: ClassVar[tuple[str, ...]] = RECORDED  # names of the options that are always recorded
 
@@ -60,11 +60,11 @@ class Settings(PipelineOptions):
 
     @property
     def groups(self) -> tuple[Any, ...]:
-        """The groups of options that affect the answers."""
+        """The groups of options that affect the answers: model, pruning, sampling and generation."""
         return self.model, self.pruning, self.sampling, self.generation
 
     def record(self) -> dict[str, Any]:
-        """Return the options as flat JSON data, in the format that records use."""
+        """Return the options as a flat dict of JSON values, as stored in records."""
         code = MethodText(self.pruning.method).plugin_code()
         facts = record_of(self.groups, self.ALWAYS) | {"method_args": {}}  # `method` already contains these settings
         if code:
@@ -80,12 +80,16 @@ class Line(Protocol):
 
 @dataclass(frozen=True)
 class EarlierRecord:
-    """A record from an earlier run: its row and settings, whether the row failed, and its byte range [start, end) in the file.
+    """A record that an earlier run has written to the output file.
 
     Attributes:
-        files: States of the model's and the inputs' files when the record was written (see `Sources`). Empty if they are unknown.
-        revision: The commit of a hub model, or None if it is unknown.
-        after_tower_below: The value of `pruning.after_tower_below` in the record, with null replaced by 0. None if the row failed.
+        row: The row's fields that affect the answer, and the expected answer.
+        settings: The options of the batch that wrote the record.
+        failed: Whether the row failed.
+        start, end: The byte range [start, end) of the record in the file.
+        files: The states of the model's and the inputs' files when the record was written (see `Sources`), or empty if unknown.
+        revision: The commit of a hub model, or None if unknown.
+        after_tower_below: The record's value of `pruning.after_tower_below`, with null replaced by 0. None if the row failed.
     """
 
     id: str
@@ -100,10 +104,10 @@ class EarlierRecord:
 
 
 class Sources:
-    """The states (`file_state`) that the files of the model and of the inputs have when the batch starts.
+    """The states (`file_state`) of the model's and the inputs' files at the start of the batch.
 
-    These states are compared with those in earlier records. None means that a state is unknown. A hub model, for example, has no
-    state, and each record contains the model's commit instead.
+    They are compared with the states in earlier records to detect changes. None means that a state is unknown. Hub models, for
+    example, have no state, so each record contains the model's commit instead.
     """
 
     def __init__(self, settings: Settings):
@@ -116,12 +120,12 @@ class Sources:
         self._after_tower_below: int | None = None
 
     def of(self, row: Row) -> dict[str, Any]:
-        """Return the file states that a row's record should contain, as plain data."""
+        """Return the states of the model's and the row's files as JSON values, for the row's record."""
         subtitles = row.subtitles_path or self._subtitles
         return {"model": self._model, "inputs": [self._input(path, subtitles) for path in row.paths]}
 
     def remaining(self, rows: Sequence[Row], earlier_records: Sequence[EarlierRecord]) -> list[Row]:
-        """Return the rows that still have to be answered, including those that have failed.
+        """Return the rows that still have to be answered, including rows that failed in an earlier run.
 
         Raises:
             UsageError: If an earlier record has different settings, or if its row, its model or one of its inputs has changed.
@@ -134,7 +138,7 @@ class Sources:
             if change := differences(earlier.settings, now):
                 hint = "give the same settings, or another -o"
                 raise UsageError(f"the output was started with other settings: {change}", hint)
-            # Ignore the expected answer, because it does not affect the model's answer.
+            # The expected answer may change, because it does not affect the model's answer.
             before = earlier.row | {"answer": None}
             if change := differences(before, asked.get(earlier.id, before) | {"answer": None}):
                 hint = "give changed rows new ids, or choose another -o"
@@ -145,7 +149,11 @@ class Sources:
         return [row for row in rows if row.id not in done]
 
     def _check(self, earlier: EarlierRecord, row: Row | None) -> None:
-        """Raise UsageError if the model has changed since an earlier record, or if an input of an answered row has changed."""
+        """Check that neither the model nor the inputs of an answered row have changed since an earlier record was written.
+
+        Raises:
+            UsageError: If any of them has changed.
+        """
         if change := file_changes(earlier.files.get("model"), self._model):
             self._refuse(change)
         self.check_revision(earlier.revision)
@@ -162,23 +170,23 @@ class Sources:
     def check_revision(self, commit: str | None) -> None:
         """Check that a hub model's commit is the same in all records.
 
-        Call this for every record, both for those from an earlier run and for new ones.
+        Call this method for every record, whether it is new or comes from an earlier run.
 
         Raises:
-            UsageError: If the commit differs from that in a previous record.
+            UsageError: If the commit differs from the commit in a previous record.
         """
         if commit and self._revision and commit != self._revision:
             self._refuse(f"its commit was {self._revision} and is now {commit}")
         self._revision = commit or self._revision
 
     def check_sizes(self, after_tower_below: int | None) -> None:
-        """Check that inputs below the same size are pruned only after the tower in all records.
+        """Check that the size below which inputs are pruned only after the vision tower is the same in all records.
 
         Args:
-            after_tower_below: The size limit; see `EarlierRecord`.
+            after_tower_below: The size limit, in units. See `EarlierRecord`.
 
         Raises:
-            UsageError: If the size limit differs from that in a previous record.
+            UsageError: If the size limit differs from the limit in a previous record.
         """
         check_size_rule("the output", self._after_tower_below, after_tower_below)
         if after_tower_below is not None:
@@ -190,14 +198,16 @@ class Sources:
 
 
 def check_size_rule(run: str, before: int | None, now: int | None) -> None:
-    """Check that the size limit below which inputs are pruned only after the tower has not changed since `run` was started.
+    """Check that the size below which inputs are pruned only after the vision tower has not changed since a run was started.
+
+    The size depends on the device, so it changes if a run is continued on another device.
 
     Args:
-        run: What was started, for the error message.
-        before, now: The two limits, in units. 0 means that the device never prunes this way. None means that the limit is unknown.
+        run: A noun phrase for the run in the error message, such as "the output".
+        before, now: The two sizes, in units. 0 means that inputs of all sizes are treated alike, and None that the size is unknown.
 
     Raises:
-        UsageError: If the limit has changed.
+        UsageError: If the size has changed.
     """
     if before is None or now is None or before == now:
         return
@@ -213,17 +223,18 @@ def _size_limit(units: int) -> str:
 
 
 class RecordFile:
-    """An output file of records. The constructor opens and locks the file, but does not change it. `begin` makes the first change.
+    """An output file of records, one JSON object per line.
 
-    Stdout ("-"), pipes and files that are already open can only be written to. For these, `regular` is False.
-
-    If `resume` is True, the records of an existing file are kept and listed in `earlier_records`. If `overwrite` is True, they are
-    discarded. If both are False, an existing file must be empty.
-
-    Subclasses can override `schema`, the schema of the records, and `noun`, the word for the run in messages.
+    The constructor opens and locks the file without changing it. The first change is made by `begin`. Subclasses can override
+    `schema`, the schema of the records, and `noun`, the word for the run in messages.
 
     Args:
+        path: The path of the file, or "-" for stdout. Stdout, pipes and files that are already open can only be written to, and
+            their attribute `regular` is False.
         stdout: The stream to use for "-". The default is `sys.stdout`.
+        resume: Whether to keep the records of an existing file. They are then listed in `earlier_records`.
+        overwrite: Whether to discard the records of an existing file. If this and `resume` are both False, an existing file must be
+            empty.
 
     Raises:
         UsageError: If the file cannot be written, already contains records, contains anything that is not a record, or is being
@@ -267,24 +278,24 @@ class RecordFile:
 
     @property
     def resumable(self) -> bool:
-        """Whether a later run can continue the file."""
+        """Whether a later run can append to the file and skip rows that have been answered."""
         return self.regular
 
     def _is_own(self) -> bool:
-        """Return True if the file begins with a record, even if that record is incomplete."""
+        """Return True if the file begins with a record of this schema, even an incomplete one."""
         head = self._head
         beginning = os.pread(self._number, len(head), 0).rstrip(b"\0")
         return bool(beginning) and head.startswith(beginning)
 
     @property
     def _head(self) -> bytes:
-        """The bytes with which every record begins."""
+        """The bytes at the start of every record."""
         return f'{{"schema":"{self.schema}",'.encode()
 
     def begin(self, again: Container[str] = ()) -> None:
-        """Prepare the file for new records: keep only complete records, without those whose ids are in `again`.
+        """Prepare the file for new records by removing an incomplete last line and all records whose ids are in `again`.
 
-        If the file was not opened with `resume`, this empties it.
+        If the file was not opened with `resume`, all of its contents are removed.
         """
         self._started = True
         if self.regular:
@@ -295,7 +306,7 @@ class RecordFile:
         size = sum(record.end - record.start for record in kept)
         try:
             remove_unfinished(self.path)  # this is safe because this program holds the lock
-            if kept and kept[-1].end != size:  # not only records at the end are dropped
+            if kept and kept[-1].end != size:  # records are also dropped from the middle, so truncating is not enough
                 self._number = self._copied(kept)
             os.ftruncate(self._number, size)
             if kept and os.pread(self._number, 1, size - 1) != b"\n":
@@ -304,7 +315,7 @@ class RecordFile:
             raise self._cannot_write(problem) from problem
 
     def add(self, record: Line) -> None:
-        """Append a record and sync it to disk. Neither a signal nor a full disk can leave an incomplete line."""
+        """Append a record and sync it to disk. Signals and full disks never leave an incomplete line."""
         try:
             line = record.to_json().encode()
         except UnicodeEncodeError:  # the record contains a path that is not valid Unicode
@@ -312,7 +323,7 @@ class RecordFile:
         self._writer.submit(self._write, line + b"\n").result()
 
     def close(self) -> None:
-        """Finish writing the current line, and close the file. If this run created the file and it is still empty, delete it."""
+        """Finish writing the current line and close the file. An empty file is deleted if this run created it."""
         self._writer.shutdown()
         if self._created and not os.fstat(self._number).st_size:
             os.unlink(self.path)
@@ -344,7 +355,7 @@ class RecordFile:
                 self._created = False
             try:
                 self._lock(number)
-                # Check that the program that held the lock before has not replaced or deleted the file.
+                # The previous holder of the lock may have replaced or deleted the file, so check that it is still the same.
                 if os.path.exists(self.path) and os.path.samestat(os.fstat(number), os.stat(self.path)):
                     return number
             except BaseException:
@@ -368,7 +379,7 @@ class RecordFile:
                 raise
 
     def _read(self) -> list[EarlierRecord]:
-        """Return all complete records. If the last line is an incomplete record, it is ignored.
+        """Read all complete records. An incomplete record in the last line is ignored.
 
         Raises:
             UsageError: If the file contains anything else.
@@ -387,7 +398,7 @@ class RecordFile:
                     stated = {"seek": "exact"} | about[
                         "settings"
                     ]  # records from earlier versions do not contain `seek`, because there was only one mode
-                    if stated != settings:  # records usually have the same settings, so let them share one object
+                    if stated != settings:  # records usually have the same settings, so they share a single dict
                         settings = stated
                     files = dict(about.get("files") or {})
                     commit = dict(record.get("model") or {}).get("revision")
@@ -409,7 +420,7 @@ class RecordFile:
         return records
 
     def _copied(self, kept: list[EarlierRecord]) -> int:
-        """Atomically replace the file with a locked copy that contains only the given records. Return the copy's descriptor."""
+        """Atomically replace the file with a locked copy that contains only these records. Returns the copy's file descriptor."""
         number, place = create_unfinished(self.path)
         try:
             self._lock(number)
@@ -433,10 +444,10 @@ class RecordFile:
 
 
 def _is_torn(line: bytes, head: bytes, follows: bool) -> bool:
-    """Return True if a line that is not a complete record is the beginning of one.
+    """Return True if a line is a record that was cut off by a crash, rather than something else.
 
-    Every record begins with `head`. After a crash, the remaining bytes of a line may be zeros. If the line follows a complete
-    record (`follows`), all of its bytes may be zeros.
+    Every record begins with `head`. After a crash, the end of the line may consist of zero bytes. If the line follows a complete
+    record (`follows`), it may even consist of zero bytes only.
     """
     content = line.rstrip(b"\0")
     if line.endswith(b"\n") or not (content or follows):

@@ -1,7 +1,7 @@
-"""Run a batch on a Ray cluster, with one worker per GPU, or one per node if there are no GPUs.
+"""Batches on a Ray cluster, with one worker per GPU, or one per node if there are no GPUs.
 
-The program that starts the batch also writes the output. If a worker dies, it is replaced, and its span is retried up to three
-times.
+The program that starts the batch also writes the output. If a worker dies, it is replaced, and its span is attempted again, up to
+three times in total.
 """
 
 import json
@@ -24,11 +24,11 @@ from evoprune.language import Turn
 from evoprune.report import Report
 
 INSTALL = "pip install 'evoprune[ray]'"
-TRIES = 3  # maximum number of times that a span is attempted
+TRIES = 3  # maximum number of attempts to answer a span
 
 
 class WorkerDied(EvopruneError):
-    """A worker died in every attempt to answer a span."""
+    """Raised if a worker died in every attempt to answer a span."""
 
     type = "worker_died"
 
@@ -50,12 +50,14 @@ def answers_on_ray(
     cache: bool = False,
     on_ready: Callable[[], None] = lambda: None,
 ) -> Iterator[Report]:
-    """Yield a record for each row as soon as a worker has answered it. Inputs are not prefetched. See also `batch.run.answers`.
+    """Yield a record for each row as soon as a worker has answered it. Unlike `batch.run.answers`, this does not prefetch inputs.
 
     Args:
-        address: The address of a cluster, such as "auto". None means the address in RAY_ADDRESS, or a new cluster on this machine
-            if that variable is not set.
-        cache: Whether each node uses its own local cache.
+        spans: The rows, in groups that share an encoding.
+        settings: The options of the batch.
+        address: The address of a cluster, such as "auto". None uses the address in RAY_ADDRESS, or starts a new cluster on this
+            machine if that variable is not set.
+        cache: Whether each node uses its own local disk cache.
         on_ready: Called once the program is connected to the cluster.
 
     Raises:
@@ -78,7 +80,7 @@ def answers_on_ray(
 
 
 def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of output from the workers as they arrive."""
+    """Answer the spans on the cluster, and yield the workers' records as lines of JSON in the order of arrival."""
     workers, share = _workers(ray, settings.model.device)
     # Use one block per span, so that only the current span is lost if a worker dies.
     rows = [{"span": json.dumps([asdict(row) for row in span.rows])} for span in spans]
@@ -95,13 +97,13 @@ def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]
 
 
 def _workers(ray, device: str) -> tuple[int, dict[str, float]]:
-    """Return the number of workers, and the resources of each: a GPU, or as many cores as the smallest node has."""
+    """Return the number of workers and the resources per worker: a GPU, or as many cores as the smallest node has."""
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return DeviceName(device).cluster_share(int(ray.cluster_resources().get("GPU", 0)), cores)
 
 
 class Tries:
-    """Counts how often each span has been attempted. This is a separate actor, so it stays alive when workers die."""
+    """Counts the attempts to answer each span. It runs as a separate Ray actor, so it stays alive when workers die."""
 
     def __init__(self):
         self._made = Counter()
@@ -112,7 +114,7 @@ class Tries:
 
 
 class Worker:
-    """Loads the model and answers spans. Each worker is a separate process on one of the nodes."""
+    """A Ray worker, which loads the model and answers spans. Each worker is a separate process on one of the nodes."""
 
     def __init__(self, settings: Settings, folder: str, cache: bool, tries):
         self._settings = settings
@@ -147,7 +149,7 @@ class Worker:
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    """Rebuild a row from JSON, which has turned its tuples into lists."""
+    """Rebuild a row from its JSON form, in which tuples have become lists."""
     lists = {name: tuple(fields[name]) for name in ("inputs", "paths", "options", "groups")}
     return Row(**fields | lists | {"earlier": tuple(Turn(**turn) for turn in fields["earlier"])})
 
@@ -162,7 +164,7 @@ def _enter(folder: str) -> None:
 
 @contextmanager
 def _cluster(address: str | None):
-    """Connect to a Ray cluster without showing Ray's own output. Yields the Ray module."""
+    """Connect to a Ray cluster, and keep Ray's own output away from stdout. Yields the Ray module."""
     try:
         import ray
         import ray.data
@@ -188,9 +190,9 @@ def _cluster(address: str | None):
 
 @contextmanager
 def _process_state_kept():
-    """Restore this process's SIGTERM handler after Ray has replaced it.
+    """Undo changes that Ray makes to this process: restore the SIGTERM handler and the environment.
 
-    This also disables usage reporting for new clusters, unless an environment variable says otherwise.
+    Within the context, Ray's usage reporting is disabled for new clusters, unless RAY_USAGE_STATS_ENABLED is set.
     """
     handler = signal.getsignal(signal.SIGTERM)
     variable = "RAY_USAGE_STATS_ENABLED"

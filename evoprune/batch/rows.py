@@ -1,6 +1,6 @@
-"""Rows, which are questions about videos and pictures. They come from a JSONL or CSV file, or pair each video with each question.
+"""Rows, which are questions about videos and pictures.
 
-Imports no torch.
+Rows are read from a JSONL or CSV file, or created by pairing each video with each question. This module does not import torch.
 """
 
 import csv
@@ -47,17 +47,18 @@ ALIASES = {
     "video_start": "start",
     "video_end": "end",
     "nframes": "frames",
-}  # the names that qwen-vl-utils uses, and the corresponding fields
+}  # maps names from qwen-vl-utils to the corresponding fields
 LONGEST_PATH = 4096  # characters
 LIST_COLUMNS = ("inputs", "options", "groups")  # CSV columns whose cells contain lists, with entries separated by |
 ENDINGS_HINT = f"names of videos and images end in {', '.join((*Folder.VIDEOS, *Folder.IMAGES))}"
-# The word "line", or "row" for an entry of a JSON array; its one-based number; and its fields, or an error if they are invalid.
+# A line of an input file: the word "line", or "row" for an entry of a JSON array; the one-based number; and the fields, or an error
+# if they are invalid.
 Line = tuple[str, int, dict[str, Any] | ValueError]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A question about one or more inputs, or about a time span of the videos among them."""
+    """A question about one or more videos and pictures, optionally limited to a time span of the videos."""
 
     LETTERS: ClassVar[str] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the labels of a question's options
 
@@ -71,7 +72,7 @@ class Row:
     frames: int | None = None
     frame_rate: float | None = None  # the frame rate at which folders of frames are read
     max_new_tokens: int | None = None
-    options: tuple[str, ...] = ()  # the possible answers; empty for an open question
+    options: tuple[str, ...] = ()  # the possible answers; empty for an open-ended question
     scored: bool = False  # whether to choose the most probable option instead of asking for a letter
     subtitles: str | None = None  # subtitles as the user wrote them; None means the batch's subtitles
     subtitles_path: str | None = None  # the same subtitles as a path that can be opened
@@ -81,19 +82,19 @@ class Row:
     answer: Any = None
     type: str | None = None  # the row's category in an evaluation
     groups: tuple[str, ...] = ()  # additional categories
-    # The fields as they were given, as pairs of a name and a value. An output table repeats them.
+    # The original fields, as pairs of a name and a value, which an output table repeats.
     cells: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def video(self) -> str:
-        """All inputs as one text, separated by commas."""
+        """The names of all inputs, separated by commas."""
         return ", ".join(self.inputs)
 
     @property
     def prompt(self) -> str:
-        """The text for the model, which consists of the question and its lettered options in lmms-eval's wording.
+        """The text for the model: the question, followed by its lettered options in lmms-eval's wording.
 
-        Options that are scored by probability are not included.
+        If the options are scored by probability, they are not part of the prompt.
         """
         if not self.options or self.scored:
             return self.question
@@ -102,7 +103,7 @@ class Row:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The fields that affect the model's answer, as plain data."""
+        """The fields that affect the model's answer, as JSON values."""
         about = {"video": self.video}
         if len(self.inputs) > 1:
             about = {"inputs": list(self.inputs)}
@@ -121,7 +122,7 @@ class Row:
         return span | {name: value for name, value in own.items() if value is not None}
 
     def generation(self, usual: GenerationOptions) -> GenerationOptions:
-        """Return a copy of `usual` with the values that this row sets."""
+        """Return a copy of `usual`, the batch's options, in which values from this row take precedence."""
         own = {}
         if self.max_new_tokens is not None:
             own["max_new_tokens"] = self.max_new_tokens
@@ -145,7 +146,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Span:
-    """One or more rows with the same inputs, time span, frames and subtitles. The inputs are encoded once for all of these rows."""
+    """One or more rows with the same inputs, time span, frames and subtitles, so that their inputs are encoded only once."""
 
     rows: tuple[Row, ...]
 
@@ -156,7 +157,7 @@ class Span:
 
     @classmethod
     def group(cls, rows: Iterable[Row]) -> list[Self]:
-        """Group the rows that can share an encoding. The groups are in the order of their first rows."""
+        """Group rows that can share an encoding. The groups are ordered by their first rows."""
         inputs: dict[tuple[str, ...], dict[tuple, list[Row]]] = {}
         for row in rows:
             encoding = tuple(row.sampling.items())
@@ -169,11 +170,11 @@ class RowReader:
     """Reads rows from a file, or creates them from videos and questions.
 
     Attributes:
-        fields: Hint for errors in a row's fields.
-        file: Hint for errors in the file.
+        fields: The hint for errors in a row's fields.
+        file: The hint for errors in the file.
         passes_on: Whether unknown fields are copied to the output.
-        numbered: If True, a row without an id gets its line number as the id. Otherwise, the id is a digest of the question.
-        complete: Called with each row and its fields. Returns the completed row, or raises ValueError to reject the row.
+        numbered: Whether a row without an id gets its line number as the id. If False, the id is a digest of the row's contents.
+        complete: A function that takes a row and its fields, and returns the completed row. It raises ValueError to reject the row.
         start_s, end_s: The time span, in seconds, of rows that do not set one themselves.
     """
 
@@ -208,8 +209,8 @@ class RowReader:
         """Read the rows of an open file. Paths in the file are relative to `folder`.
 
         Raises:
-            UsageError: If there are no rows, a row is invalid, or two rows have the same id. The message lists the first bad rows
-                and says how many more there are.
+            UsageError: If there are no rows, a row is invalid, or two rows have the same id. The message lists the first invalid
+                rows and says how many more there are.
         """
         return self._parsed(read_all(file, name, self.file), name, folder)
 
@@ -222,12 +223,14 @@ class RowReader:
     def pairs(
         self, videos: Sequence[str], questions: Sequence[str], recursive: bool = False, pictures: bool = False
     ) -> list[Row]:
-        """Return a row for each pair of a video and a question. A folder of videos stands for all videos in it.
+        """Create a row for each combination of a video and a question.
 
         Args:
-            recursive: Whether to search subfolders too.
-            pictures: Whether to include the pictures in a folder of videos. An image with the same name as a video is always left
-                out.
+            videos: The paths of videos and of folders. A folder of videos is replaced by the videos in it.
+            questions: The questions to ask about every video.
+            recursive: Whether to search subfolders as well.
+            pictures: Whether to include the pictures in a folder of videos. Images with the same name as a video are never
+                included.
 
         Raises:
             UsageError: If any video, question or time span is invalid. The message lists all problems.
@@ -248,7 +251,11 @@ class RowReader:
 
 
 def _rows(lines: Iterable[Line], name: str, folder: str, reader: RowReader) -> list[Row]:
-    """Parse all lines and return their rows. `name` is the name of the file, or an empty string if there is no file.
+    """Parse lines into rows.
+
+    Args:
+        name: The name of the file, or an empty string if there is no file.
+        folder: The folder to which paths in the rows are relative.
 
     Raises:
         UsageError: If any row is invalid.
@@ -284,7 +291,7 @@ def _rows(lines: Iterable[Line], name: str, folder: str, reader: RowReader) -> l
 
 
 def _describe_fields(unused: Counter) -> str:
-    """List the unused fields and how many rows have each. If a name looks like a typo, suggest a similar known field."""
+    """List the unused fields with the number of rows that have them, and suggest the correct name if one looks like a typo."""
     texts = []
     for name, count in unused.items():
         text = f"{shorten(name, 40)} in {counted(count, 'row')}"
@@ -336,7 +343,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
         answer=fields.get("answer"),
         **numbers,
     )
-    # Both of these lines raise an error if a value is out of range.
+    # The next two lines only check values: they raise an error if a value is out of range.
     row.generation(GenerationOptions())
     SamplingOptions(**row.sampling)
     row = reader.complete(row, fields)
@@ -350,7 +357,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
 
 
 def _turns_and_question(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
-    """Return a row's earlier turns and its question, which is either the `question` field or the last message."""
+    """Return the earlier turns of a row's conversation, and its question: the `question` field or the last of the `messages`."""
     if "messages" not in fields:
         return (), _text(fields.get("question"), "question")
     messages = fields["messages"]
@@ -367,7 +374,7 @@ def _turns_and_question(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
 
 
 def _cell(value: Any) -> str:
-    """Return the text for a table cell: strings unchanged, lists of strings in the CSV list format, and other values as JSON."""
+    """Format a value for a table cell: strings unchanged, lists of strings separated by |, and all other values as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(each, str) and "|" not in each for each in value):
@@ -376,7 +383,7 @@ def _cell(value: Any) -> str:
 
 
 def _path(folder: str, text: str) -> str:
-    """Return a path that opens the file `text`, relative to `folder`. `~`, file: URLs and web URLs are supported.
+    """Convert a path from a row to one that can be opened, relative to `folder`. Supports ~, file: URLs and web URLs.
 
     Raises:
         ValueError: If no file can have this name.
@@ -396,7 +403,7 @@ def _path(folder: str, text: str) -> str:
 
 
 def _check_span(start_s: float, end_s: float | None) -> None:
-    # A negative time counts from the end of the video, so it cannot be compared with a positive one.
+    # A negative time counts from the end of the video, so it cannot be compared with a positive time.
     if end_s is not None and end_s <= start_s and (end_s < 0) == (start_s < 0):
         raise ValueError(f"end {end_s:g} s is not after start {start_s:g} s")
 
@@ -407,7 +414,7 @@ def _must(condition: bool, problem: str) -> None:
 
 
 def _options(options: Any) -> tuple[str, ...]:
-    """Return a question's options without the letters in front of them, because the prompt adds its own letters."""
+    """Check a question's options, and remove any letters in front of them, because the prompt adds its own letters."""
     right = isinstance(options, list) and len(options) != 1 and len(options) <= len(Row.LETTERS)
     _must(right, f"options is not a list of 2 to {len(Row.LETTERS)} texts")
     options = tuple(_text(option, "option") for option in options)
@@ -445,7 +452,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
-    """Return a row's number, which is a string in a CSV file, or None if the row does not have it."""
+    """Convert the value of a numeric field, which is a string in a CSV file. Returns None if the row does not have the field."""
     number = value
     if isinstance(value, str):
         for read in (float, kind):
@@ -470,7 +477,7 @@ def _seconds(value: Any, name: str) -> float | None:
 
 
 class Problems:
-    """Collects problems with the videos and rows of a batch, each with a hint, and reports them all in a single error."""
+    """Collects problems with the videos and rows of a batch, so that a single error can report all of them with hints."""
 
     def __init__(self):
         self._found: list[tuple[str, str]] = []
@@ -480,9 +487,11 @@ class Problems:
 
     @contextmanager
     def noting(self, place: str, hint: str) -> Iterator[None]:
-        """Return a context manager that collects any exception from its block, with `place` in front of the message.
+        """Collect an error that is raised in a `with` block, instead of letting it propagate.
 
-        If the exception has no hint of its own, `hint` is used.
+        Args:
+            place: Text in front of the error message, such as the file and line.
+            hint: The hint to use if the error has no hint of its own.
         """
         try:
             yield
@@ -490,14 +499,15 @@ class Problems:
             self.add(f"{place}{getattr(problem, 'message', problem)}", getattr(problem, "hint", None) or hint)
 
     def check(self, videos: Mapping[str, str], name: str = "") -> None:
-        """Raise an error that lists all collected problems and all missing files, if there are any.
+        """Raise an error if any problems have been collected.
 
         Args:
-            videos: Maps each path to the place where it is named.
-            name: The name of the file that contains the rows. The message names it only once.
+            videos: The paths of the inputs. Each value says where in the file the path is used. Missing files are added to the
+                error.
+            name: The name of the file that contains the rows, which the message mentions only once.
 
         Raises:
-            UsageError: If a problem was collected or a file is missing.
+            UsageError: If a problem has been collected. The message lists all problems and all missing files.
         """
         if not self._found:
             return
@@ -525,8 +535,8 @@ def folders_below(folder: str) -> Iterator[str]:
 def in_folder(folder: str, pictures: bool = False) -> list[str]:
     """Return the videos in a folder, and its pictures if `pictures` is True, in natural order of their names.
 
-    An image with the same name as a video is skipped, because it is probably a thumbnail. A HEIC or AVIF file is not skipped,
-    because in a Live Photo it is the photo itself. The video next to it is then a separate input.
+    An image with the same name as a video is skipped, because it is probably a thumbnail. HEIC and AVIF files are not skipped,
+    because in a Live Photo the file is the photo itself. The video next to it is then a separate input.
 
     Raises:
         OSError: If the folder cannot be read.
@@ -543,14 +553,15 @@ def in_folder(folder: str, pictures: bool = False) -> list[str]:
 def in_folders(
     videos: Iterable[str], problems: Problems, recursive: bool = False, pictures: bool = False
 ) -> Iterator[str]:
-    """Yield the given videos. Each folder of videos is replaced by its files in natural order, and a folder of images is one video.
+    """Yield the given videos, replacing folders of videos by the files in them, in natural order.
 
-    If a folder contains more videos than images, its images are skipped, unless `pictures` is True (see `in_folder`).
+    A folder of images is treated as a single video. If a folder contains more videos than images, its images are skipped, unless
+    `pictures` is True (see `in_folder`).
 
     Args:
-        problems: Collects the folders that could be of either kind, and those that are of neither kind.
-        recursive: Whether to search subfolders too, each of which is treated like a folder that was given. Subfolders without
-            videos and images are skipped.
+        videos: The paths of videos and of folders.
+        problems: Collects an error for each folder that is neither clearly a folder of videos nor a folder of images.
+        recursive: Whether to search subfolders as well. Subfolders without videos and images are skipped.
     """
     for video in videos:
         if not os.path.isdir(video):
@@ -587,10 +598,9 @@ def in_folders(
 
 
 def has_inputs(folder: str, pictures: bool) -> bool:
-    """Return True if a folder directly contains inputs, or if it cannot be read, so that the error is reported later.
+    """Return True if a folder directly contains videos or images.
 
-    Args:
-        pictures: See `in_folder`.
+    Also returns True if the folder cannot be read, so that the error is reported later. For `pictures`, see `in_folder`.
     """
     try:
         inside = Folder(folder)
@@ -600,12 +610,13 @@ def has_inputs(folder: str, pictures: bool) -> bool:
 
 
 def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
-    """Return a line that says which entries of a folder are not used, or an empty string if all of them are used.
+    """Describe which entries of a folder are not used as inputs, in one line. Returns an empty string if there are none.
 
-    Hidden files are not mentioned. If the folder contains images, other files are not mentioned either.
+    Hidden files are not mentioned. In a folder of images, only subfolders are mentioned.
 
     Args:
-        pictures: See `RowReader.pairs`.
+        video: The path of the folder. For other paths, the result is an empty string.
+        pictures: Whether pictures in a folder of videos are used. See `RowReader.pairs`.
         hint: Text that says how to search the subfolders of a folder of images.
     """
     if not os.path.isdir(video):
@@ -629,9 +640,9 @@ def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
 
 
 def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
-    """Yield the non-empty lines of a file, whose first character shows whether it contains JSON lines, a JSON array or CSV.
+    """Yield the non-empty lines of a file of JSON lines, a JSON array or CSV. The first character determines the format.
 
-    In a CSV file, an empty cell counts as missing, and the case of column names does not matter.
+    In a CSV file, empty cells are treated as missing, and the case of column names does not matter.
 
     Raises:
         UsageError: If the contents are not UTF-8, an array is not valid JSON, or the header of a CSV file lacks a required column.
@@ -659,7 +670,7 @@ def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
 
 
 def _object_of(line: str) -> dict[str, Any] | ValueError:
-    """Parse a line that should be a JSON object. If it is not, return the error instead of raising it."""
+    """Parse a line as a JSON object. If this fails, the error is returned instead of raised, so that it can be reported later."""
     try:
         return _object(loads(line, once=True))
     except json.JSONDecodeError as problem:

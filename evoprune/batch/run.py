@@ -1,4 +1,4 @@
-"""Answer many questions about many videos, while the next videos are being prefetched (session/upcoming.py)."""
+"""The loop that answers the rows of a batch on this machine, while the next videos are prefetched (session/upcoming.py)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -34,7 +34,7 @@ def answers(
         spans: The rows, in groups that share an encoding.
         settings: The options of the batch.
         cache: The disk cache for encoded inputs, or None.
-        on_failure: Called with each exception.
+        on_failure: Called with the exception if a row or its inputs fail.
         ahead: A prefetch that may already have read the first inputs, or None.
         progress: See `session.encoding.OpenInputs.encode`. Spans report their progress one after another.
         on_wait: Called after each encoding with the time, in seconds, that it spent waiting for reading and preprocessing.
@@ -55,7 +55,7 @@ def answers(
 
 
 def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:
-    """Return the record for a row that has failed."""
+    """Return the record for a row that could not be answered. `error` is the error as a JSON record."""
     report = Report(question=row.prompt, finish_reason="error", error=error)
     name_inputs(report, [without_password(name) for name in row.inputs])
     return _with_row(report, row, settings)
@@ -106,9 +106,9 @@ def _answer_span(
 
 
 def _attempt(work: Callable[[], T], on_failure: Callable[[Exception], None]) -> tuple[T | None, dict | None]:
-    """Return the result of `work`, or its error in the format that records use.
+    """Call `work` and return its result, or its error in the format that records use.
 
-    By the time this function returns, the exception and all memory that it referenced have been freed.
+    When this function returns, the exception and all memory that it referenced have been freed.
     """
     try:
         return work(), None

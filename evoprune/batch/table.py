@@ -1,4 +1,4 @@
-"""Write the output of a batch as a CSV table that repeats every row and adds its answer or error. Imports no torch."""
+"""The output of a batch as a CSV table, which repeats every row and adds its answer or error. Does not import torch."""
 
 import csv
 import io
@@ -17,10 +17,10 @@ COLUMNS = ("answer", "error", "finish_reason", "visual_tokens", "new_tokens", "t
 
 
 class TableFile(RecordFile):
-    """A CSV file (RFC 4180, UTF-8, comma-separated) to which one row at a time is appended. `add` returns once the row is on disk.
+    """A CSV output file (RFC 4180, UTF-8, comma-separated). Rows are appended and synced to disk one at a time.
 
     The table contains the input's columns in order of first appearance, followed by `COLUMNS`. If an input column has the same name
-    as one of `COLUMNS`, it gets the prefix `row_`. A table does not contain the settings of the batch, so it cannot be resumed.
+    as one of `COLUMNS`, it gets the prefix `row_`. A table cannot be resumed, because it does not contain the batch's settings.
 
     Raises:
         UsageError: If `resume` is True. For other errors, see `RecordFile`.
@@ -36,7 +36,7 @@ class TableFile(RecordFile):
 
     @staticmethod
     def is_meant(path: str) -> bool:
-        """Return True if an output path asks for a CSV table. Stdout and open files never do, whatever their names are."""
+        """Return True if an output path has the ending .csv. Stdout and files that are already open never become CSV tables."""
         return path.lower().endswith(ENDING) and path != STDOUT and not path.startswith(OPEN_FILES)
 
     @property
@@ -56,7 +56,7 @@ class TableFile(RecordFile):
         self._append([*titles, *COLUMNS])
 
     def add(self, record: Report) -> None:
-        """Append a row and sync it to disk. Neither a signal nor a full disk can leave an incomplete row."""
+        """Append a row and sync it to disk. Signals and full disks never leave an incomplete row."""
         cells = self._rows[record.id]
         tokens = record.tokens
         total = record.time_ms.total
@@ -74,12 +74,12 @@ class TableFile(RecordFile):
     def _append(self, cells: Sequence) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerow(cells)
-        # If a path is not valid Unicode, write it with escapes.
+        # Characters of a path that are not valid Unicode are written as escapes.
         self._writer.submit(self._write, text.getvalue().encode("utf-8", "backslashreplace")).result()
-        self.written -= 1  # undo the count, because only `add` counts records
+        self.written -= 1  # undo the increment in `_write`, because only `add` should count records
 
     def _is_own(self) -> bool:
-        """Return True if the file begins with the header of such a table. The file may be cut off after the header."""
+        """Return True if the file begins with the header of a batch's CSV table. The rows after it may be missing or incomplete."""
         with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
             head = next(csv.reader(file), [])
         return tuple(head[-len(COLUMNS) :]) == COLUMNS

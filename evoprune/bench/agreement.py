@@ -1,6 +1,6 @@
-"""Measures how closely a pruned model follows the unpruned model, without needing any labels.
+"""A measure of how closely a pruned model follows the unpruned model, which needs no labels.
 
-The pruned model is fed the unpruned model's answer, and the next-token distributions of the two models are compared at every token.
+The pruned model reads the unpruned model's answer, and the next-token distributions of both models are compared at every token.
 llama.cpp evaluates quantization in the same way.
 """
 
@@ -13,20 +13,20 @@ import torch
 from evoprune.language import GenerationOptions
 from evoprune.session import Answer, EncodedInputs
 
-KEPT = 1024  # number of token probabilities stored at each position of an answer, instead of all 150,000
+KEPT = 1024  # number of token probabilities to store per position of an answer, instead of all 150,000
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An answer from the unpruned model, with the model's token probabilities at each position."""
+    """An answer of the unpruned model, with its token probabilities at each position."""
 
     question: str
     system: str | None
     think: str  # see `GenerationOptions`
     ids: tuple[int, ...]  # the answer's tokens, plus an arbitrary one if its end counts; the last token is never read
-    tokens: torch.Tensor  # int64 `[n, k]`, the k most probable tokens at each of n positions, most probable first
-    logs: torch.Tensor  # float32 `[n, k + 1]`, log probabilities of `tokens`, then of all other tokens together
-    seconds: float  # time from the question to the first token
+    tokens: torch.Tensor  # int64 `[n, k]`, the k most probable tokens at n positions, most probable first
+    logs: torch.Tensor  # float32 `[n, k + 1]`, the log probabilities of `tokens`, then of all other tokens combined
+    seconds: float  # time from the question to the first token, in seconds
 
     @classmethod
     def of(
@@ -38,11 +38,12 @@ class Reference:
         system: str | None = None,
         think: str = "off",
     ) -> Self:
-        """Return the unpruned model's token probabilities at each position of its own answer.
+        """Compute the unpruned model's token probabilities at each position of its own answer.
 
         Args:
-            ids: the tokens of the answer.
-            ended: True if the model ended the answer itself. The end then counts as one more token, because an answer that
+            video: The video, encoded without pruning.
+            ids: The tokens of the answer.
+            ended: Whether the model ended the answer itself. If so, the end counts as an additional token, because an answer that
                 continued would be a different answer.
 
         For the exceptions, see `EncodedInputs.read_along`.
@@ -57,14 +58,14 @@ class Reference:
 
     @classmethod
     def of_answer(cls, video: EncodedInputs, question: str, answer: Answer, options: GenerationOptions) -> Self:
-        """Return the reference for an answer that was generated with `options`. See `of` for details."""
+        """Create a reference from an answer that was generated with `options`. See `of` for details."""
         ended = answer.report.finish_reason == "stop"
         if answer.report.stop_reason is not None or options.grammar is not None:
             ended = False  # the answer may lack its end token
         return cls.of(video, question, answer.ids, ended, options.system, options.think)
 
     def agreement(self, video: EncodedInputs) -> "Agreement":
-        """Compare the reference with what the model predicts when it reads the pruned `video`.
+        """Compare the reference with the model's predictions for the pruned `video`.
 
         For the exceptions, see `EncodedInputs.read_along`.
         """
@@ -77,11 +78,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well the pruned model agrees with the unpruned model at each of the n positions of an answer."""
+    """The agreement of the pruned model with the unpruned model at the n positions of an answer."""
 
     agrees: torch.Tensor  # bool `[n]`, True if both models consider the same token most probable
     kl: torch.Tensor  # float32 `[n]`, KL(unpruned || pruned) in nats; tokens outside the `KEPT` best are treated as one
-    seconds: float  # time from the question to the first token
+    seconds: float  # time from the question to the first token, in seconds
 
     def record(self) -> dict[str, float]:
         counts = {"tokens": len(self.agrees), "agree": int(self.agrees.sum())}
@@ -89,5 +90,8 @@ class Agreement:
 
 
 def _rest(logs: torch.Tensor) -> torch.Tensor:
-    """Return the log of the remaining probability, `[n, 1]`. The probability is clamped to 1e-7 so that its log is finite."""
+    """Return the log of the probability that all other tokens have together, `[n, 1]`.
+
+    The probability is at least 1e-7, so that its log is finite.
+    """
     return torch.log1p(-logs.double().exp().sum(1, keepdim=True).clamp(max=1 - 1e-7)).to(logs.dtype)

@@ -1,4 +1,4 @@
-"""Draws SVG charts of lines through labeled points with intervals, using matplotlib. The same data always gives the same bytes."""
+"""SVG charts of lines through labeled points with intervals, drawn by matplotlib. The same data always gives the same bytes."""
 
 import io
 import math
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 # Colors that color-blind readers can distinguish on white (Okabe and Ito, https://jfly.uni-koeln.de/color/).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# PALE is the color of lines that are drawn next to lines in INK.
+# INK is used for text and the most important line, SOFT for axes, and PALE for lines drawn next to lines in INK.
 INK = "#222222"
 SOFT = "#5F5F5F"
 PALE = "#8C8C8C"
-# Possible offsets between a label and its mark, in points, nearest first. If the first number is positive, it applies to the left
-# end of the label, otherwise to the right end.
+# Offsets (x, y) to try between a label and its mark, in points, nearest first. If x is positive, it applies to the left end of the
+# label, otherwise to the right end.
 AROUND = (5, 4), (5, -9), (-5, 4), (-5, -9), (7, -3), (-7, -3), (5, 11), (5, -17), (-5, 11), (-5, -17)
 ROOM = 3.5  # minimum distance between a label and the center of a mark, in points
 CUT = 1 / 3  # an axis may start above zero if all values exceed this share of the highest value
@@ -36,16 +36,16 @@ class Point:
 
     @classmethod
     def percent(cls, x: float, row: dict, value: str, label: str) -> "Point":
-        """Return a point for the field `value` of a row of results. This share and its interval are converted to percent."""
+        """Create a point from the field `value` of a row of results, converting this share and its interval to percent."""
         return cls(x, 100 * row[value], 100 * row["low"], 100 * row["high"], label)
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points that are joined by a line.
+    """Points that are connected by a line.
 
-    A dashed line shows derived values rather than measurements and has no marks. Hollow marks distinguish a series from another
-    series with the same color. A series whose name is empty has no legend entry.
+    A dashed line, which has no marks, shows derived values rather than measurements. Hollow marks distinguish a series from another
+    one with the same color. A series with an empty name has no legend entry.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Series:
 def lines(
     points: Mapping[str, Sequence[Point]], colours: Mapping[str, str], dashed: Collection[str] = ()
 ) -> tuple[Series, ...]:
-    """Return a series for each name in `points`.
+    """Create a series for each name in `points`.
 
     Args:
-        points: each series's points, by name.
-        colours: colors by name. Other names are assigned the default colors in turn. Once all six colors have been used, they are
-            used again with hollow marks.
-        dashed: the names of series that show derived values.
+        points: The points of the series, keyed by name.
+        colours: The colors of some series, keyed by name. All other series get the six default colors in turn, and once these have
+            been used, the same colors with hollow marks.
+        dashed: The names of series that show derived values.
     """
     looks = cycle(product((False, True), COLOURS))
     series = []
@@ -78,8 +78,10 @@ def lines(
 class Panel:
     """One plot of a chart.
 
-    `x_ticks` replaces the default ticks, which are at round numbers. If `from_zero` is False and all values exceed a third of the
-    highest value, the value axis starts near the lowest value, and the axis label says so.
+    Attributes:
+        x_ticks: The positions of the ticks, or None for ticks at round numbers.
+        from_zero: Whether the value axis always starts at zero. If False, it may start near the lowest value, provided that all
+            values exceed a third of the highest value. The axis label then says so.
     """
 
     title: str
@@ -91,7 +93,7 @@ class Panel:
 
 
 def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
-    """Return an SVG document that shows the panels side by side with a shared value axis."""
+    """Draw the panels side by side with a shared value axis, and return the chart as an SVG document."""
     from matplotlib import rc_context  # takes half a second to import
     from matplotlib.figure import Figure
 
@@ -156,15 +158,15 @@ def _draw_series(axes, series: Series) -> None:
 
 
 def _distances(ends: Sequence[float | None], values: Sequence[float]) -> list[float]:
-    """Return the distance between each value and the end of its interval, or NaN if that end is unknown."""
+    """Return the distance from each value to one end of its interval, or NaN if this end is unknown."""
     return [math.nan if end is None else abs(end - value) for end, value in zip(ends, values, strict=True)]
 
 
 def _label_points(axes, panel: Panel) -> None:
     """Write labels next to their points, in the order of the series.
 
-    Each label is placed where it overlaps nothing, if possible, or else where it overlaps only lines and intervals. If there is no
-    such place either, the label is omitted.
+    If possible, a label is placed so that it does not overlap anything. Otherwise, it is placed so that it overlaps only lines and
+    intervals, or omitted if this is not possible either.
     """
     every = [(point, series.colour) for series in panel.series for point in series.points if point.label]
     dots = [(point.x, point.y) for series in panel.series if not series.dashed for point in series.points]
@@ -176,7 +178,7 @@ def _label_points(axes, panel: Panel) -> None:
     taken = []
 
     def room(box) -> tuple[bool, bool]:
-        """Return whether a box overlaps nothing at all, and whether it overlaps at most lines and intervals."""
+        """Return two booleans: whether a box overlaps nothing at all, and whether it overlaps nothing but lines and intervals."""
         inside = max(whole.x0, frame.x0) <= box.x0 and box.x1 <= min(whole.x1, frame.x1 + 4) and frame.y0 <= box.y0
         apart = inside and not box.count_overlaps(taken) and not box.padded(ROOM * pixels).count_contains(marks)
         return apart and not box.count_contains(lines), apart
@@ -209,7 +211,7 @@ def _label_points(axes, panel: Panel) -> None:
 
 
 def _on_lines(axes, panel: Panel) -> "np.ndarray":
-    """Return closely spaced points along the lines and intervals of a plot, in pixels: `[n, 2]`."""
+    """Return closely spaced points along the lines and intervals of a plot, in pixels, as an array `[n, 2]`."""
     import numpy as np
 
     paths = []

@@ -1,18 +1,18 @@
-"""Provides the clips to measure, whose frames come from a video or are synthetic, and preprocesses them for the tower.
+"""The clips that `profile` and `verify` measure. Their frames come from a video or are synthetic.
 
-Synthetic clips have the same bytes on every machine and in every version, because they are computed with integers only and use a
-hash function as the random number generator.
+Synthetic clips have the same bytes on every machine and in every version, because they are computed with integers only, and random
+numbers come from a hash function.
 
-A *grid* is two frames. A *unit* is a square of 28x28 (or 32x32) pixels in both of them. f, y, x and c are zero-based indices of
-frames, rows, columns and color channels.
+A *grid* consists of two frames, and a *unit* is a square of 28x28 (or 32x32) pixels in both frames. Below, f, y, x and c are
+zero-based indices of frames, rows, columns and color channels.
 
 `noise`     Every pixel is byte(1, f, y, x, c). Pixels are independent, so there is no redundancy to exploit.
-`static90`  Both frames of the first grid are texture(2). Every later grid is the same except for a tenth of its units (rounded half
-            up), namely those with the smallest mix(3, grid, unit); ties go to the earlier unit. The pixels of these units are
+`static90`  Both frames of the first grid are texture(2). In every later grid, a tenth of the units (rounded half up) is replaced:
+            the units with the smallest mix(3, grid, unit), where ties go to the earlier unit. The pixels of these units are
             byte(4, f, y, x, c). As a result, different units change in each grid and return to the texture in the next one.
 `motion`    Ordinary motion: texture(5) as the background, three textured discs that move steadily in front of it and wrap around at
-            the edges, and sensor noise from -3 to 3 on top. About a third of the units change visibly from one grid to the next
-            (more if the picture is only a few units wide).
+            the edges, and sensor noise from -3 to 3. About a third of the units change visibly from one grid to the next (more if
+            the picture is only a few units wide).
 """
 
 import sys
@@ -41,7 +41,7 @@ from evoprune.video import (
 )
 from evoprune.vision import normalised, pixel_patches, resize
 
-# Default side length of a merge unit in pixels, and number of frames in a grid.
+# The default side length of a merge unit in pixels, and the number of frames in a grid.
 UNIT = 28
 PAIR = 2
 SCALES = ((64, 3), (32, 2), (16, 1), (8, 1), (4, 1))
@@ -49,10 +49,17 @@ Draw = Callable[[int], np.ndarray]  # takes a frame index and returns integers [
 
 
 def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int = UNIT) -> np.ndarray:
-    """Return a synthetic clip, uint8 `[frames, height, width, 3]`. `content` is one of `ProfileSettings.SYNTHETIC`.
+    """Compute a synthetic clip.
+
+    Args:
+        content: One of `ProfileSettings.SYNTHETIC`.
+        unit: The side length of a merge unit in pixels.
+
+    Returns:
+        uint8 `[frames, height, width, 3]`.
 
     Raises:
-        ValueError: `content` is unknown, or the size is not a whole number of grids and units.
+        ValueError: If `content` is unknown, or if the size is not a whole number of grids and units.
     """
     if content not in ProfileSettings.SYNTHETIC:
         raise ValueError(f"unknown synthetic clip {content!r}: choose one of {', '.join(ProfileSettings.SYNTHETIC)}")
@@ -66,10 +73,10 @@ def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int
 
 
 def _mix(*numbers: int | np.ndarray) -> np.ndarray:
-    """Hash the numbers one after another, adding each to the previous hash. Return uint32, broadcast to a common shape.
+    """Hash the numbers one after another, adding each number to the previous hash. Returns uint32, broadcast to a common shape.
 
-    The hash function is lowbias32 (https://nullprogram.com/blog/2018/07/31/). It relies on uint32 products wrapping around. NumPy
-    gives no warning about this if the arrays have at least one dimension.
+    The hash function is lowbias32 (https://nullprogram.com/blog/2018/07/31/), which relies on the overflow of uint32 products.
+    NumPy does not warn about the overflow if the arrays have at least one dimension.
     """
     hashes = np.zeros(1, np.uint32)
     for number in numbers:
@@ -81,20 +88,20 @@ def _mix(*numbers: int | np.ndarray) -> np.ndarray:
 
 
 def _byte(*numbers: int | np.ndarray) -> np.ndarray:
-    """Return the top byte of the numbers' hash, as int64 values from 0 to 255."""
+    """Hash the numbers and return the top byte of the hash, as int64 values from 0 to 255."""
     return (_mix(*numbers) >> np.uint32(24)).astype(np.int64)
 
 
 def _axes(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the indices y, x and c in shapes that can be broadcast together."""
+    """Return the row, column and channel indices of an image, in shapes that broadcast together."""
     return np.arange(height)[:, None, None], np.arange(width)[:, None], np.arange(3)
 
 
 def _texture(seed: int, height: int, width: int) -> np.ndarray:
     """Return a smooth texture, int64 `[height, width, 3]`, with values from 0 to 255.
 
-    The texture is a weighted mean of one layer per scale in `SCALES`. The layer for scale `s` has a random byte at every `s`-th
-    pixel and interpolates between them.
+    The texture is a weighted mean of several layers, one for each scale in `SCALES`. The layer for scale `s` has a random byte at
+    every `s`-th pixel and interpolates between these pixels.
     """
     texture = np.zeros((height, width, 3), np.int64)
     for s, weight in SCALES:
@@ -152,25 +159,25 @@ def _away(centre: int, size: int) -> np.ndarray:
     return (np.arange(size) - centre + size // 2) % size - size // 2
 
 
-# Number of text tokens before and after the video, similar to a chat template with a short question.
+# The number of text tokens before and after the video, similar to a chat template with a short question.
 TEXT_BEFORE = 15
 TEXT_AFTER = 15
-# Number of text tokens around each frame pair if the prompt has timestamps: the time and a marker precede it, a marker follows it.
+# The number of text tokens around a frame pair if the prompt has timestamps: the time and a marker before it, a marker after it.
 BEFORE_PAIR = 7
 AFTER_PAIR = 1
 SYNTHETIC_FPS = 2.0
 
-Frames = tuple[torch.Tensor, float]  # the frames, uint8 [F, H, W, 3], and the number of seconds between two grids
+Frames = tuple[torch.Tensor, float]  # the frames, uint8 [F, H, W, 3], and the interval between two grids in seconds
 
 
 def synthetic_frames(content: str, case: Case, unit: int = UNIT) -> Frames:
-    """Return a synthetic clip at Qwen's frame rate, or its first frame if the case is an image. `unit` is in pixels."""
+    """Return a synthetic clip at Qwen's frame rate, or only its first frame if the case is an image. `unit` is in pixels."""
     clip = synthetic_clip(content, max(PAIR, case.frames), case.height, case.width, unit)
     return torch.from_numpy(clip[: case.frames]), 2 / SYNTHETIC_FPS
 
 
 def video_frames(info: Video, case: Case) -> Frames:
-    """Return frames that are spread evenly over a video, or the image if `info` describes a single image."""
+    """Read frames that are spread evenly over a video. If `info` describes an image, return the image."""
     source = info
     max_frames = max(2, case.frames)
     if info.is_picture:
@@ -183,10 +190,10 @@ def video_frames(info: Video, case: Case) -> Frames:
 
 
 def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
-    """Return the size (T, H, W) of a case in units.
+    """Return the size of a case as (T, H, W) in units.
 
     Raises:
-        UsageError: the frame size is not a multiple of the merge unit.
+        UsageError: If the frame size is not a multiple of the merge unit.
     """
     if case.height % limits.unit or case.width % limits.unit:
         raise UsageError(
@@ -197,7 +204,7 @@ def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
 
 
 def place_of(grid: tuple[int, int, int], times: bool) -> Place:
-    """Return the place of a clip's units in the prompt. `times` is True if the prompt has a timestamp for each frame pair."""
+    """Return the place of a clip's units in the prompt. `times` tells whether the prompt has a timestamp for each frame pair."""
     if not times:
         return Place((range(TEXT_BEFORE, TEXT_BEFORE + prod(grid)),))
     return Place.of_pairs([BEFORE_PAIR] * grid[0], grid[1] * grid[2], start=TEXT_BEFORE, after=AFTER_PAIR)
@@ -211,17 +218,17 @@ def text_tokens(config: VisionConfig, case: Case, limits: InputLimits) -> int:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip that has been preprocessed for the tower, together with a prompt that contains it."""
+    """A clip that has been preprocessed for the vision tower, and a prompt that contains the clip."""
 
     pixels: torch.Tensor  # uint8 `[4 * N, values]`, patches in Hugging Face's order, on the weights' device
     patches: torch.Tensor  # the same patches, normalized and in the weights' dtype, which is the input for transformers
     grid: tuple[int, int, int]  # (T, H, W) in units
-    seconds_per_pair: float  # interval between two grids
+    seconds_per_pair: float  # interval between two grids, in seconds
     ids: torch.Tensor  # int64 `[L]`, random tokens for the text, and zeros for the video
-    place: Place  # where the video's tokens are in the prompt
-    positions: torch.Tensor  # int64 `[3, L]`, computed by Qwen's rule
+    place: Place  # the place of the video's tokens in the prompt
+    positions: torch.Tensor  # int64 `[3, L]`, the rotary positions according to Qwen's rule
     following: int  # position of the first new token
-    unpruned: int  # number of units the clip would have without pruning; more than N if the method shrank the input
+    unpruned: int  # number of units before pruning; more than N if the method made the input smaller
 
     @property
     def units(self) -> int:
@@ -234,9 +241,9 @@ def prepare(
     seconds_per_pair: float,
     config: PruneConfig | None = None,
 ) -> Clip:
-    """Preprocess a clip and build a prompt with it, using random text tokens that are the same in every run.
+    """Preprocess a clip and build a prompt that contains it. The text tokens are random, but the same in every run.
 
-    If the method in `config` prunes by shrinking the input, the clip is shrunk first.
+    If the method in `config` prunes by making the input smaller, the clip is resized first.
     """
     v = loaded.video
     visual = loaded.model.model.visual

@@ -1,11 +1,11 @@
-"""Runs `evoprune eval`: asks all questions about the unpruned videos, and asks them again for each method at each budget.
+"""The code behind `evoprune eval`, which asks all questions without pruning and again for each method at each budget.
 
 Every answer is stored as a sample, which is a plain dict. `scores.py` turns the samples into a table.
 
-Costs are numbers of operations that a model with the dimensions of Qwen2.5-VL-3B would need. To compute them, the number of rows in
-each layer of the evaluated tower is mapped to the 3B model's 32 layers by relative depth (see `_stretched`). The same is done with
-the prompt length if it differs between layers. The costs do not include scoring and merging, which need a few percent of the
-tower's operations.
+Costs are given as the number of operations for a model with the dimensions of Qwen2.5-VL-3B. For this purpose, the number of rows
+in each layer of the evaluated tower is mapped to the 3B model's 32 layers by relative depth (see `_stretched`), and so is the
+prompt length if it differs between layers. Scoring and merging, which need a few percent of the tower's operations, are not
+included.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +69,7 @@ T = TypeVar("T")
 
 
 def _stretched(rows: Sequence[T], depth: int) -> list[T]:
-    """Map per-layer values to a model with `depth` layers. Each of its layers gets the value at the same relative depth."""
+    """Map per-layer values to a model with `depth` layers, so that each layer gets the value at the same relative depth."""
     return [rows[layer * len(rows) // depth] for layer in range(depth)]
 
 
@@ -86,7 +86,7 @@ class AnswerCost:
         self._tower = self._cost.tower_flop(rows, grids, windows) / 1e12
 
     def of(self, report: Report) -> dict[str, float]:
-        """Return an answer's cost as fields of a sample. `tflop_3b` counts multiplications and additions in units of 10^12."""
+        """Return the cost of an answer as fields of a sample. `tflop_3b` is the number of multiplications and additions / 10^12."""
         pruning = report.pruning
         tokens = report.tokens
         read = [count for _, count in pruning.language_layers or [(0, pruning.visual_tokens_kept)]]
@@ -108,8 +108,8 @@ class AnswerCost:
         }
 
 
-# Function that reports progress. It is called with the current step; `Evaluation.run` calls it with "video", the number of finished
-# videos, the total, and the current step.
+# A function that reports progress. It is called with the current step. `Evaluation.run` instead calls it with "video", the number
+# of finished videos, the total, and the current step.
 Progress = Callable[..., None]
 
 
@@ -125,10 +125,10 @@ class Variant:
 
 
 def variants(settings: EvalSettings) -> list[Variant]:
-    """Return the variants in order: full, blind, and then each combination of method and budget that prunes anything.
+    """Return the variants to evaluate: full, blind, and then every combination of a method and a budget that prunes anything.
 
     Raises:
-        UsageError: the settings are invalid.
+        UsageError: If the settings are invalid.
     """
     if settings.score not in SCORES:
         raise UsageError(f"score is {settings.score!r}", f"use {' or '.join(SCORES)}")
@@ -140,10 +140,12 @@ def variants(settings: EvalSettings) -> list[Variant]:
 
 
 class Evaluation:
-    """An evaluation. Construct it with the `videos`, `load` a model, call `run`, and then read `document`.
+    """An evaluation of pruning methods on questions about videos.
+
+    To run it, create an instance, `load` the model, call `run`, and then get the results from `document`.
 
     Raises:
-        UsageError: a method, a setting or a group does not exist.
+        UsageError: If a method, a setting or a group does not exist.
     """
 
     def __init__(self, settings: EvalSettings, videos: Sequence[VideoQuestions]):
@@ -162,10 +164,10 @@ class Evaluation:
         self.loaded: LoadedModel | None = None
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model. Pass its description as `model` if it is already known.
+        """Load the model. If its description is already known, pass it as `model`.
 
         Raises:
-            UsageError: a method does not work with the model, or the resumed run used a different model.
+            UsageError: If a method does not work with the model, or if the resumed run used a different model.
 
         For the other exceptions, see `load_model`.
         """
@@ -178,7 +180,7 @@ class Evaluation:
             self.folder.check_size_rule(self._after_tower_below())
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
-        """Write all samples from now on to a folder. If `resume` is True, continue the earlier run in that folder.
+        """Store all further samples in a folder. If `resume` is True, continue the earlier run that is stored there.
 
         For the exceptions, see `RunFolder`.
         """
@@ -199,14 +201,14 @@ class Evaluation:
     def run(self, progress: Progress = lambda *what: None, processes: int = 1) -> None:
         """Evaluate all videos that have no samples yet.
 
-        A video is left out of every row if it cannot be read, does not fit into memory, or makes the model fail.
+        If a video cannot be read, does not fit into memory, or makes the model fail, it is left out of all results.
 
         Args:
-            progress: called with each step; see `Progress`.
-            processes: number of processes. If there are several, each of them loads its own model.
+            progress: Called at each step. See `Progress`.
+            processes: The number of processes. If there is more than one, each process loads its own model.
 
         Raises:
-            OutOfMemory: there is not enough memory for one model per process.
+            OutOfMemory: If there is not enough memory for one model per process.
         """
         done = {sample["video"] for sample in self.samples}
         missing = [video for video in self.videos if video.name not in done]
@@ -229,14 +231,14 @@ class Evaluation:
                 self.samples += samples
 
     def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
-        """Evaluate the videos one after another while the next videos are prefetched. Yields each video's samples."""
+        """Evaluate one video after another while the next videos are prefetched. Yields the samples of one video at a time."""
         done = self.total - len(videos)
         with closing(in_flight(videos, self._opened, self.loaded)) as ahead:
             for number, (video, opened) in enumerate(ahead, done):
                 yield self.evaluate(video, lambda what, at=number: progress("video", at, self.total, what), opened)
 
     def _opened(self, video: VideoQuestions, cores: int | None) -> OpenInputs:
-        """Open every part of a video that a question is about, so that it can be prefetched for the first variant."""
+        """Open all time spans of a video that questions refer to, so that they can be prefetched for the first variant."""
         parts = [self._open(self.variants[0], video, span) for span in Span.group(video.rows)]
         inputs = OpenInputs(parts[0].session, [opened for part in parts for opened in part.inputs])
         inputs.use_cores(cores)
@@ -248,13 +250,15 @@ class Evaluation:
         progress: Progress = lambda *what: None,
         opened: OpenInputs | Exception | None = None,
     ) -> list[dict]:
-        """Return the samples of a video, grouped by variant.
+        """Evaluate one video and return its samples, grouped by variant.
 
-        If the video fails, one sample with an `error` is returned for each question instead.
+        If the video fails, the result contains one sample with an `error` for each question instead.
 
         Args:
-            opened: the result of `_opened`, or the exception that it raised. Its patches stay in memory until all variants have
-                been evaluated. None means that the video was not prefetched.
+            video: The video and the questions about it.
+            progress: Called at each step.
+            opened: The prefetched video, the exception that was raised when it was opened, or None if it was not prefetched. Its
+                patches stay in memory until all variants have been evaluated.
         """
         samples: list[dict] = []
         files = _state(video)
@@ -282,7 +286,7 @@ class Evaluation:
         return Session(self.loaded, options.config())
 
     def _open(self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows | None = None) -> OpenInputs:
-        """Open a video for a variant. `rows` caches the tower's rows for all variants; it is None for prefetching."""
+        """Open a video for a variant. `rows` is a cache of the tower's rows for all variants, or None for prefetching."""
         kind = OpenInput
         if variant.row == BLIND:
             kind = GreyInput
@@ -333,11 +337,11 @@ class Evaluation:
             yield _about(video, row) | sample
 
     def results(self, error: dict | None = None) -> EvalResults:
-        """Return the results so far. `error` describes why the run ended early, if it did."""
+        """Return the results so far. `error` is the error that ended the run early, or None."""
         return EvalResults(self.document(error))
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far as JSON data. `error` describes why the run ended early, if it did."""
+        """Return the results so far as a dict for JSON output. `error` is the error that ended the run early, or None."""
         failed = {s["video"]: s["error"]["message"] for s in self.samples if "error" in s}
         good = [s for s in self.samples if "error" not in s and s["row"] == FULL]
         rows = score_rows(self.samples)
@@ -354,7 +358,7 @@ class Evaluation:
         }
 
     def _record(self) -> dict[str, Any]:
-        """Return the settings, including the state of the model's files and the device's size rule if they are known."""
+        """Return the settings as stored in results, including the model's files and the device's size limit if they are known."""
         known = self.settings.record()
         state = self.loaded.description.state if self.loaded else self.settings.model.state()
         if state:
@@ -364,7 +368,10 @@ class Evaluation:
         return known
 
     def _after_tower_below(self) -> int | None:
-        """Return the largest size limit (see `after_tower_below`) among the methods, or None if no model is loaded yet."""
+        """Return the number of units below which any of the methods prunes inputs only after the tower.
+
+        Returns None if no model is loaded yet.
+        """
         if self.loaded is None:
             return None
         pruned = [variant for variant in self.variants if variant.row == METHOD]
@@ -388,7 +395,7 @@ class Evaluation:
 
 
 def _start(settings: EvalSettings) -> Callable[[VideoQuestions], list[dict]]:
-    """Load a model in this process and return a function that evaluates a video."""
+    """Load a model in this process, and return a function that evaluates one video."""
     evaluation = Evaluation(settings, [])  # no videos, because `evaluate` gets them one by one
     evaluation.load()
     return evaluation.evaluate
@@ -406,8 +413,8 @@ def threads_of_each(wanted: int | str | None, processes: int) -> int:
     """Return the number of threads that each of several processes should use.
 
     Args:
-        wanted: the number of threads, if it is an int. Otherwise each process gets as many threads as this process has, or fewer if
-            the processes together would have more threads than there are cores.
+        wanted: The number of threads per process. If it is not an int, each process gets as many threads as this process has, or
+            fewer if all processes together would have more threads than there are cores.
     """
     if isinstance(wanted, int):
         return wanted

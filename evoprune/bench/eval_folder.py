@@ -1,4 +1,4 @@
-"""The output folder of an evaluation. It contains settings.json, samples.jsonl and results.json, and a run can resume from it."""
+"""The output folder of an evaluation, which contains settings.json, samples.jsonl and results.json. Runs can be resumed from it."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from evoprune.util import differences, file_changes
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
 RESULTS = "results.json"
-SIZE_RULE = "after_tower_below"  # name of a settings field that is missing if the device has no such rule
+SIZE_RULE = "after_tower_below"  # name of a settings field that is missing if the size of an input does not matter
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -25,10 +25,10 @@ class RunFolder:
     """A folder that stores the samples of one run.
 
     Attributes:
-        samples: samples from the videos that were already finished when the folder was opened.
-        model: the state of the model's files (`ModelDescription.state`), or None if it is unknown.
-        after_tower_below: inputs with fewer units than this are pruned only after the tower on the run's device. 0 means that no
-            input is, and None means that the limit is unknown.
+        samples: The samples of videos that were already finished when the folder was opened.
+        model: The state of the model's files (`ModelDescription.state`), or None if unknown.
+        after_tower_below: The number of units below which inputs are pruned only after the vision tower on the run's device. 0 if
+            inputs of all sizes are treated alike, and None if unknown.
     """
 
     def __init__(self, path: Path, samples: list[dict], model: dict[str, Any] | None, after_tower_below: int | None):
@@ -39,10 +39,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """Create a new folder at `path` or, if `path` exists, at `path`-2, `path`-3 and so on.
+        """Create a new folder. If `path` already exists, its name gets a number: `path`-2, `path`-3 and so on.
 
         Raises:
-            UsageError: the folder cannot be created.
+            UsageError: If the folder cannot be created.
         """
         others = (path.with_name(f"{path.name}-{number}") for number in count(2))
         for place in chain([path], others):
@@ -55,7 +55,7 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """Open the folder of an interrupted run. Samples from unfinished and failed videos are dropped.
+        """Open the folder of an interrupted run, dropping the samples of unfinished and failed videos.
 
         Raises:
             UsageError: `path` is not the folder of a run, or that run used different settings or a different model.
@@ -87,20 +87,24 @@ class RunFolder:
         return folder
 
     def check_model(self, state: dict[str, Any] | None) -> None:
-        """Raise UsageError if the model's files have changed since the run started."""
+        """Check that the model's files have not changed since the run was started. Raises UsageError if they have."""
         if change := file_changes(self.model, state):
             problem = f"the model has changed since {self.path} was started: {change}"
             raise UsageError(problem, "use the earlier model, or a new -o DIR")
 
     def check_size_rule(self, after_tower_below: int | None) -> None:
-        """Raise UsageError if the run started with a different limit. None means that the limit is unknown."""
+        """Check that the run was started with the same size limit for pruning only after the tower. None means unknown.
+
+        Raises:
+            UsageError: If the limit has changed.
+        """
         check_size_rule(str(self.path), self.after_tower_below, after_tower_below)
 
     def add(self, samples: list[dict]) -> None:
-        """Append a video's samples to the file, either all of them or none. They are on disk when this method returns.
+        """Append a video's samples to the file, either all or none of them. They are on disk when this method returns.
 
         Raises:
-            UsageError: the file cannot be written.
+            UsageError: If the file cannot be written.
         """
         samples[-1]["last"] = True
         path = self.path / SAMPLES
@@ -116,13 +120,13 @@ class RunFolder:
 
 
 def stored_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of the run that is stored in a folder.
+    """Read the settings of the run that is stored in a folder.
 
     Raises:
-        UsageError: the folder contains no run.
+        UsageError: If the folder contains no run.
     """
     try:
-        # Earlier versions did not record the mode, because there was only this one
+        # Earlier versions did not record the seek mode, because this was the only one.
         return {"seek": "exact"} | read_object(path / SETTINGS)
     except (OSError, ValueError) as problem:
         raise no_folder(path) from problem
@@ -137,7 +141,7 @@ def _line(sample: dict) -> str:
 
 
 def _finished(text: bytes) -> list[dict]:
-    """Return the samples of all videos that finished without an error. Reading stops at the first incomplete line."""
+    """Parse the samples of videos that finished without an error. Reading stops at the first incomplete line."""
     samples = []
     video = []
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Formats the results of `evoprune eval` (accuracy and cost at each budget) as tables, CSV and a chart. Does not import torch."""
+"""The results of `evoprune eval`, accuracy and cost at each budget, as tables, CSV and a chart. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class EvalResults(Results):
         return self.found
 
     def text(self, form: str, width: int) -> str:
-        """Return the results as a string in the format `form`: "table", "csv" or "json"."""
+        """Return the results as text. `form` is "table", "csv" or "json"."""
         return self._csv() if form == "csv" else super().text(form, width)
 
     def table(self, width: int) -> str:
@@ -76,7 +76,7 @@ class EvalResults(Results):
         return [*failures(self.found), *self.found["notes"]]
 
     def _csv(self) -> str:
-        """Return all rows as CSV. Each row repeats the facts about the whole run. Unknown values are left empty."""
+        """Return all rows as CSV. The model and the data are repeated in each row, and unknown values are left empty."""
         model = {f"model_{name}": one_line(self.found["model"][name]) for name in ("id", "dtype", "device")}
         common = {"data": one_line(self.found["settings"]["data"])} | model
         return as_csv([row | common for row in self.found["rows"]])
@@ -175,9 +175,9 @@ COSTS: list[Column[Row]] = [
 
 
 def _versus_first(rows: list[Row], width: int) -> tuple[list[str], list[str]]:
-    """Return a table that compares the other methods with the first method, and a note that explains the table.
+    """Return a table that compares the first method with all other methods, and a note that explains the table.
 
-    Both are empty if there is only one method or the terminal is too narrow.
+    Both are empty if there is only one method, or if the terminal is too narrow.
     """
     others = [row for row in rows if row["first"]]
     of_name = {row["name"]: row for row in rows}
@@ -198,7 +198,7 @@ def _versus_first(rows: list[Row], width: int) -> tuple[list[str], list[str]]:
 
 
 def _by_group(title: str, rows: list[Row], names: list[str], width: int) -> list[str]:
-    """Return tables of accuracy by group, with a column for each row of the main table. Tables that are too wide are split."""
+    """Return tables of accuracy by group, with one column per row of the main table. Tables that are too wide are split."""
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
         groups.setdefault(row["group"], {})[row["name"]] = row
@@ -219,11 +219,12 @@ def _by_group(title: str, rows: list[Row], names: list[str], width: int) -> list
 
 
 def _too_small(rows: Sequence[Row], width: int, title: str = "") -> list[str]:
-    """Return a note that names the groups with too few questions for a measurement, split into lines.
+    """Return a note that lists the groups with too few questions for a measurement, wrapped to lines.
 
     Args:
-        rows: one row per group.
-        title: what a group is called, for example "type". Empty if there is only one group.
+        rows: One row per group.
+        width: The maximum width of a line, in characters.
+        title: The word for a group, for example "type". Empty if there is only one group.
     """
     names = [one_line(row["group"].removeprefix(TYPE)) for row in rows if row["n"] < LEAST_QUESTIONS]
     if not names:

@@ -1,4 +1,4 @@
-"""The settings of `evoprune eval`, taken from the command line or from an earlier run's folder. Does not import torch."""
+"""The settings of `evoprune eval`, which come from the command line or from an earlier run's folder. Does not import torch."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from evoprune.video import SamplingOptions
 Score = Literal["text", "likelihood"]
 SCORES = get_args(Score)
 
-# Options that are recorded in the results even if they have their default values.
+# Options that are always recorded in the results, even if they have their default values.
 RECORDED = (
     "fps", "frames", "max_frames", "max_visual_tokens", "seek", "max_new_tokens", "model", "revision", "dtype", "quantize",
 )  # fmt: skip
@@ -28,7 +28,7 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """The settings of a run, in which each method is evaluated at each budget.
+    """The settings of an evaluation, which runs each method at each budget.
 
     Two runs with the same settings give the same results, except for the times that are recorded if `timed` is True.
     """
@@ -36,7 +36,7 @@ class EvalSettings:
     data: str  # path of the questions file, or a description of the videos
     budgets: tuple[float | str, ...]  # see `Budget.recorded`
     methods: tuple[str, ...] = (MethodText.DEFAULT,)
-    blind: bool = False  # also ask every question without the video
+    blind: bool = False  # whether to ask every question without the video as well
     seed: int = 0  # for methods that select at random
     score: Score = "text"  # grade questions with options by the generated text ("text") or by the most probable option
     groups: tuple[str, ...] = ()  # ask only questions in these groups; empty means all questions
@@ -52,13 +52,14 @@ class EvalSettings:
 
     @classmethod
     def stored(cls, folder: Path, model: ModelOptions) -> "EvalSettings":
-        """Return the settings of the run that is stored in a folder. The questions file may have changed since that run.
+        """Read the settings of the run that is stored in a folder. The questions file may have changed since then.
 
         Args:
-            model: provides the options that do not affect answers, such as the device.
+            folder: The output folder of the run.
+            model: The source of options that do not affect answers, such as the device.
 
         Raises:
-            UsageError: the folder does not contain a run.
+            UsageError: If the folder does not contain a run.
         """
         try:
             return cls.of_record(stored_settings(folder), model)
@@ -87,10 +88,13 @@ class EvalSettings:
         return own | options | {"method_args": {}}  # method settings are part of `methods`
 
     def read_questions(self) -> tuple["EvalSettings", list[VideoQuestions]]:
-        """Read the questions file. Return the settings with the file's digest added, and the questions grouped by video.
+        """Read the questions file.
+
+        Returns:
+            A copy of the settings that includes the file's digest, and the questions grouped by video.
 
         Raises:
-            UsageError: the file is invalid (see `load_questions`), or `score` requires options and no question has any.
+            UsageError: If the file is invalid (see `load_questions`), or if `score` requires options but no question has any.
         """
         path = Path(self.data)
         videos = load_questions(path)
@@ -100,7 +104,7 @@ class EvalSettings:
         return replace(self, digest=hashlib.sha256(path.read_bytes()).hexdigest()), videos
 
     def inputs(self, videos: Sequence[VideoQuestions]) -> Iterator[tuple[list[str], SamplingOptions]]:
-        """Yield the inputs in the order in which the evaluation reads them, so that `ReadAhead` can prefetch them."""
+        """Yield the inputs in the order in which the evaluation will read them, so that `ReadAhead` can prefetch them."""
         for video in of_groups(videos, self.groups)[: self.limit]:
             span, *_ = Span.group(video.rows)
             yield [video.path], self.sampling.with_overrides(**span.sampling)

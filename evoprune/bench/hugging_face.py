@@ -1,4 +1,4 @@
-"""Builds plain Hugging Face transformers models from the same weights, as the reference for all comparisons."""
+"""Plain Hugging Face transformers models that are built from evoprune's weights and serve as the reference in comparisons."""
 
 import torch
 
@@ -7,14 +7,14 @@ from evoprune.session import meta_model
 
 
 def hugging_face_model(model: Model, attention: str = "sdpa"):
-    """Return the transformers model for this family (`Qwen3VLForConditionalGeneration`, ...), sharing the tensors of `model`."""
+    """Build the transformers model for this family, such as `Qwen3VLForConditionalGeneration`, from the tensors of `model`."""
     reference = meta_model(model.config, model.dtype, model.device, attention)
     if not model.native:
         reference.model.visual = model.model.visual
         reference.model.language_model = model.model.language_model
         reference.lm_head = model.lm_head
         return reference.eval()
-    # Some weights are views of a padded matrix. Copy them so that they are contiguous, as they are in a plain transformers model.
+    # Some weights are views of a padded matrix. They are copied to make them contiguous, as in a plain transformers model.
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     reference.load_state_dict(weights, strict=True, assign=True)
     reference.tie_weights()
@@ -22,10 +22,10 @@ def hugging_face_model(model: Model, attention: str = "sdpa"):
 
 
 def share_equal(made, model: Model) -> list[str]:
-    """Replace each parameter of a transformers model that equals the same parameter of `model`, so that only one copy is in memory.
+    """Make a transformers model share all parameters that are equal in `model`, so that only one copy stays in memory.
 
     Returns:
-        The names of the parameters that differ or that exist in only one of the two models.
+        The names of parameters that differ or exist in only one of the two models.
     """
     ours = dict(model.named_parameters(remove_duplicate=False))
     theirs = dict(made.named_parameters(remove_duplicate=False))

@@ -1,11 +1,11 @@
-"""Draws an overlay, which shows the frames of a video and marks each unit as read, reused, merged or dropped.
+"""Overlays, which show the frames of a video and mark each unit as read, reused, merged or dropped.
 
-`TracedVideo.trace` encodes a video and keeps its frames, and `TracedVideo.draw` creates a file from them. `Overlay` draws the frame
-pairs side by side, or the frames one after another, with a title and a legend.
+`TracedVideo.trace` encodes a video and keeps its frames, and `TracedVideo.draw` creates an image or video file from them. `Overlay`
+draws the frame pairs side by side, or the frames one after another, with a title and a legend.
 
-Units that are read keep their colors but are slightly brighter. All other units are darker; reused units also have a blue tint, and
-merged units an orange one. If a unit was merged into another unit of the same frame pair, a line leads to a dot on that other unit.
-If it was merged into a unit of a different frame pair, an arrow points toward that pair.
+Units that are read keep their colors but are slightly brighter. All other units are darker, and reused units also have a blue tint
+and merged units an orange tint. If a unit was merged into another unit of the same frame pair, a line leads from it to a dot on the
+other unit. If it was merged into a unit of a different frame pair, an arrow points toward that pair.
 """
 
 import io
@@ -34,15 +34,15 @@ BACKGROUND = (18, 18, 22)
 INK = (235, 235, 240)
 FAINT = (160, 160, 170)
 MAX_PANELS = 12
-MIN_WIDTH = 480  # in pixels; leaves room for text
+MIN_WIDTH = 480  # minimum width in pixels, so that there is room for text
 GAP = 12
 
 
 @dataclass(frozen=True)
 class Fates:
-    """The fate of each of a video's N units. Units are numbered frame pair by frame pair, in raster order within each pair.
+    """What pruning did to each of the N units of a video, called the unit's fate.
 
-    A unit has the first of these fates that applies:
+    Units are numbered frame pair by frame pair, in raster order within each pair. A unit has the first of these fates that applies:
 
     - *read*: the language model reads a token at the unit's place.
     - *reused*: the unit was not encoded, because it has not changed since an earlier frame pair.
@@ -51,13 +51,13 @@ class Fates:
 
     Attributes:
         chosen: bool `[N]`, True if the language model reads a token at the unit's place.
-        source: int64 `[N]`, the unit whose pixels represent this unit: the unit itself, or the one at the same place in an earlier
+        source: int64 `[N]`, the unit whose pixels represent this unit: the unit itself, or a unit at the same place in an earlier
             frame pair.
-        owner: int64 `[N]`, the unit whose row or token represents this unit in the end, or -1 if no unit does.
-        rows: number of rows that the encoder returns.
+        owner: int64 `[N]`, the unit whose row or token represents this unit after pruning, or -1 if there is none.
+        rows: The number of rows that the encoder returns.
     """
 
-    # In order of precedence
+    # The fates in order of precedence.
     NAMES: ClassVar[tuple[str, ...]] = (
         "read",
         "reused",
@@ -73,7 +73,11 @@ class Fates:
 
     @staticmethod
     def check(session: Session) -> None:
-        """Raise UsageError if units have no fates because the method reads the question or acts only in the language model."""
+        """Check that an overlay can be drawn for the pruning method.
+
+        Raises:
+            UsageError: If the method reads the question or acts only inside the language model.
+        """
         if session.pruning.method.reads_question:
             what, instead = session.pruning.method.refusals
             raise UsageError(f"{what}, and an overlay has no question", f"use {instead}")
@@ -89,7 +93,7 @@ class Fates:
     @classmethod
     @torch.inference_mode()
     def of(cls, video: EncodedRows) -> Self:
-        """Return the fates of an encoded video's units. The pruning method must not depend on the question."""
+        """Determine the fates of an encoded video's units. The pruning method must not depend on the question."""
         row = video.selector_input.unit_to_row.cpu()
         selection = video.token_selection()
         owner = torch.where(row >= 0, video.rows.unit.cpu()[row.clamp(min=0)], -1)
@@ -105,12 +109,15 @@ class Fates:
 
     @property
     def encoded(self) -> torch.Tensor:
-        """Bool `[N]`, False for units that are represented by an earlier frame pair. Such units may still be read."""
+        """Whether each unit was encoded, bool `[N]`. A unit that was not encoded is represented by an earlier frame pair.
+
+        The language model may read such a unit nevertheless.
+        """
         return self.source == arange_on(len(self.source), self.source.device)
 
     @property
     def fate(self) -> torch.Tensor:
-        """Int64 `[N]`, each unit's fate as an index into `NAMES`."""
+        """Each unit's fate as an index into `NAMES`, int64 `[N]`."""
         moved = (self.owner >= 0) & (self.owner != arange_on(len(self.owner), self.owner.device))
         applies = torch.stack([self.chosen, ~self.encoded, moved, torch.ones_like(moved)])
         return applies.int().argmax(0)
@@ -128,9 +135,9 @@ class TracedVideo:
     """The frames of a video and the fates of its units. Create it with `trace`.
 
     Attributes:
-        frames: uint8 `[F, H, W, 3]`, resized to the size that the encoder reads. Two frames form a frame pair.
-        warnings: the warnings from the report, plus `demo_overlay` if a demo model read a video of a kind it was not trained on.
-        damaged: number of packets that could not be decoded.
+        frames: uint8 `[F, H, W, 3]`, the frames at the size that the encoder reads. Two frames form a frame pair.
+        warnings: The warnings from the report, and `demo_overlay` if a demo model read a type of video it was not trained on.
+        damaged: The number of packets that could not be decoded.
     """
 
     plan: Plan
@@ -148,12 +155,12 @@ class TracedVideo:
         name: str | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Self:
-        """Encode a video and keep its frames and the fates of its units. For the arguments, see `session.encoding.open_inputs`.
+        """Encode a video, keeping its frames and the fates of its units. For the arguments, see `session.encoding.open_inputs`.
 
         Raises:
-            UsageError: fates are undefined for the pruning method. See `Fates.check`.
-            VideoError: the video cannot be read.
-            OutOfMemory: there is not enough memory.
+            UsageError: If no overlay can be drawn for the pruning method. See `Fates.check`.
+            VideoError: If the video cannot be read.
+            OutOfMemory: If there is not enough memory.
         """
         Fates.check(session)
         with closing(open_inputs(session, [path], sampling, names=[name], kind=_TracedInput)) as opened:
@@ -175,9 +182,12 @@ class TracedVideo:
         return f"{pairs}: {n['units']:,} units, {n['encoded']:,} encoded, {n['read']:,} tokens read"
 
     def draw(self, title: str, ending: str) -> bytes:
-        """Return the overlay as the bytes of an image or video file.
+        """Draw the overlay, and return it as the bytes of an image or video file.
 
-        `ending` selects the format: ".png" shows the frame pairs side by side; ".gif" and ".mp4" play two to ten frames per second.
+        Args:
+            title: The title to show above the frames.
+            ending: The format. ".png" shows the frame pairs side by side, while ".gif" and ".mp4" play two to ten frames per
+                second.
         """
         overlay = Overlay(self, title)
         if ending == ".png":
@@ -208,7 +218,7 @@ MADE_BY = "evoprune overlay"  # stored in the metadata of each file
 
 
 def png(picture: Image.Image, made_by: str = MADE_BY) -> bytes:
-    """Encode an RGB image as PNG with a palette of 256 colors. Grainy frames take a third of the bytes that full color would."""
+    """Encode an RGB image as PNG with a palette of 256 colors, which makes grainy frames a third as large as in full color."""
     file = io.BytesIO()
     facts = PngInfo()
     facts.add_text("Software", made_by)
@@ -220,7 +230,7 @@ def png(picture: Image.Image, made_by: str = MADE_BY) -> bytes:
 def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -> bytes:
     """Encode one or more RGB images of the same size as a GIF that loops forever.
 
-    Each image is shown for `seconds`, rounded to hundredths and at least 0.02, because players slow down GIFs that are faster.
+    Each image is shown for `seconds`, rounded to hundredths. The minimum is 0.02, because players slow down faster GIFs.
     """
     first, *others = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
     file = io.BytesIO()
@@ -230,9 +240,9 @@ def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -
 
 
 def shared_palette(pictures: Iterable[Image.Image]) -> Image.Image:
-    """Return an image whose 256-color palette suits all of the RGB images, which must have the same width.
+    """Return an image with a palette of 256 colors that suits all RGB images in `pictures`, which must have the same width.
 
-    If each image had its own palette, an animation would flicker.
+    The images of an animation need the same palette, because it would flicker otherwise.
     """
     column = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
     return column.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
@@ -259,7 +269,7 @@ def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
     return file.getvalue()
 
 
-# Brightness factor and added color for each fate. Color-blind readers can tell them apart in any video.
+# The brightness factor and added color for each fate. Color-blind readers can tell the fates apart in any video.
 TINTS = {
     "read": (0.72, (70, 70, 70)),
     "reused": (0.4, (0, 24, 84)),
@@ -273,8 +283,8 @@ def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
     """Change the brightness and tint of each pixel according to its fate.
 
     Args:
-        picture: uint8 `[H, W, 3]`.
-        fate: int `[H, W]`, indices into `Fates.NAMES`.
+        picture: uint8 `[H, W, 3]`, the pixels.
+        fate: int `[H, W]`, the fate of each pixel's unit, as an index into `Fates.NAMES`.
     """
     share = np.array([TINTS[name][0] for name in Fates.NAMES], np.float32)[fate]
     tint = np.array([TINTS[name][1] for name in Fates.NAMES], np.float32)[fate]
@@ -282,7 +292,7 @@ def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
 
 
 class Marks:
-    """Draws marks for merged units on an image in which each unit is `side` pixels wide. (y, x) is the row and column of a unit."""
+    """Draws marks for merged units on an image. A unit is `side` pixels wide, and (y, x) is its row and column."""
 
     def __init__(self, picture: Image.Image, side: int):
         self._draw = ImageDraw.Draw(picture)
@@ -303,7 +313,7 @@ class Marks:
         self._draw.ellipse(place, MARK, BACKGROUND, self._thick)
 
     def arrow(self, y: int, x: int, later: bool) -> None:
-        """Draw an arrow on a unit that was merged into another frame pair, pointing right if that pair is later, otherwise left."""
+        """Draw an arrow on a unit that was merged into a different frame pair, pointing right if this pair is later, else left."""
         across, down = self._middle(y, x)
         reach = self._side // 8 if later else -self._side // 8
         corners = [(across - reach, down - abs(reach)), (across + reach, down), (across - reach, down + abs(reach))]
@@ -326,7 +336,7 @@ class Overlay:
         self.width = video.plan.width * self._zoom
 
     def sheet(self) -> Image.Image:
-        """Return an RGB image with the first frame of each frame pair. If there are over twelve pairs, twelve are chosen evenly."""
+        """Draw the first frame of each frame pair on a single RGB image. If there are more than 12 pairs, 12 are chosen evenly."""
         count = self._video.plan.grid[0]
         shown = [i * count // min(count, MAX_PANELS) for i in range(min(count, MAX_PANELS))]
         height = self._video.plan.height * self.width / self._video.plan.width
@@ -343,7 +353,7 @@ class Overlay:
         return framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
 
     def frames(self, every: int = 1) -> Iterator[Image.Image]:
-        """Yield an RGB image of every n-th frame, where n is `every`. All images have the same size."""
+        """Yield an RGB image for every n-th frame, where n is `every`. All images have the same size."""
         width = max(MIN_WIDTH, self.width)
         size = text_size(width)
         above = text_picture(self._title, width, size)
@@ -352,7 +362,7 @@ class Overlay:
             yield framed([above, drawn, *legend])
 
     def panel(self, frame: int) -> Image.Image:
-        """Return an RGB image of a frame with its marks, enlarged by an integer factor."""
+        """Draw a frame with its marks as an RGB image, enlarged by an integer factor."""
         fate = self._of_frame(self._fate, frame)
         lit = light(self._video.frames[frame].numpy(), fate.repeat(self._pixels, 0).repeat(self._pixels, 1))
         picture = Image.fromarray(lit).resize((self.width, lit.shape[0] * self._zoom), Image.Resampling.NEAREST)
@@ -360,7 +370,7 @@ class Overlay:
         return picture
 
     def _mark(self, marks: Marks, fate: np.ndarray, frame: int) -> None:
-        """Draw lines and arrows from a frame's merged units, and dots on the units into which others were merged."""
+        """Draw lines and arrows from a frame's merged units, and dots on the units that other units were merged into."""
         units = self._of_frame(np.arange(len(self._fate)), frame)
         owner = self._of_frame(self._video.fates.owner.numpy(), frame)
         inside = np.isin(owner, units)
@@ -374,9 +384,9 @@ class Overlay:
             marks.dot(y, x)
 
     def caption(self, frame: int) -> str:
-        """Return a caption with a frame's time and, for its frame pair, the number of units with each fate.
+        """Return a caption with a frame's time, and the number of units in its frame pair that have each fate.
 
-        Fates that do not occur in the video are omitted.
+        Fates that do not occur anywhere in the video are omitted.
         """
         here = self._of_frame(self._fate, frame)
         anywhere = set(self._fate.tolist())
@@ -385,12 +395,12 @@ class Overlay:
         return f"{minutes:.0f}:{seconds:05.2f}: {', '.join(counts)}"
 
     def _of_frame(self, units: np.ndarray, frame: int) -> np.ndarray:
-        """Return the values of a per-unit array `[N]` for the pair that contains the frame, as an array `[h, w]`."""
+        """Extract the values for a frame's pair from an array with one value per unit, `[N]`. Returns an array `[h, w]`."""
         grid = self._video.plan.grid
         return units.reshape(grid)[frame // (len(self._video.frames) // grid[0])]
 
     def _captioned(self, frames: Sequence[int], size: int, every: int = 1) -> Iterator[Image.Image]:
-        """Yield the panel of every n-th frame with its caption, where n is `every`. All captions have the same number of lines."""
+        """Yield the panels of every n-th frame with captions, where n is `every`. All captions have the same number of lines."""
         width = self.width
         captions = {frame: self.caption(frame) for frame in frames}
         rows = max(len(wrap(caption, width, size)) for caption in captions.values())
@@ -419,14 +429,14 @@ class Overlay:
 
 
 def text_size(width: int) -> int:
-    """Return a font size that stays legible if an image with this width is displayed about 900 pixels wide."""
+    """Return a font size that is legible if an image of this width is displayed about 900 pixels wide."""
     return max(16, round(width / 62))
 
 
 def columns(panels: int, ratio: float) -> int:
     """Return the number of panels per row of a sheet, given the ratio of a panel's width to its height.
 
-    The number is chosen so that the sheet is about 1.6 times as wide as it is high, like a screen, and has few empty places.
+    The number is chosen so that the sheet is about 1.6 times as wide as it is high, like a screen, with few empty places.
     """
 
     def cost(columns: int) -> float:
@@ -437,7 +447,7 @@ def columns(panels: int, ratio: float) -> int:
 
 
 def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
-    """Return a row of the legend, which shows two small units, drawn as they are in a panel, next to their meaning."""
+    """Draw one entry of the legend, which shows two small units, drawn as in a panel, next to an explanation of their fate."""
     side = round(1.4 * size)
     fate = np.full((side, 2 * side), Fates.NAMES.index(name))
     if name == "merged":
@@ -470,15 +480,15 @@ def joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> I
 
 
 def framed(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Join images into a column with a margin around it. The width and height of the result are even, as H.264 requires."""
+    """Join images into a column with a margin around it. The resulting width and height are even, as required by H.264."""
     column = joined(pictures, GAP // 2)
     return ImageOps.expand(column, (GAP, GAP, GAP + column.width % 2, GAP + column.height % 2), BACKGROUND)
 
 
 def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] = INK, rows: int = 1) -> Image.Image:
-    """Return an RGB image of text that is wrapped to `width` pixels. The image has room for at least `rows` lines.
+    """Draw text that is wrapped to `width` pixels as an RGB image. The image has room for at least `rows` lines.
 
-    The text is drawn in Pillow's default font, which contains only ASCII characters and draws a box for any other character.
+    Pillow's default font is used, which contains only ASCII characters and shows a box for all other characters.
     """
     lines = wrap(text, width, size)
     height = round(1.3 * size)
@@ -490,7 +500,7 @@ def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] 
 
 
 def wrap(text: str, width: int, size: int) -> list[str]:
-    """Split a string into lines that are at most `width` pixels wide. A word that is wider than a line is split across lines."""
+    """Split text into lines that are at most `width` pixels wide. Words that are wider than a line are split."""
     rows = [""]
     long = _font(size).getlength
     for word in text.split():

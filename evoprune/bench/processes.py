@@ -1,4 +1,4 @@
-"""Distributes jobs over several processes, each with its own model, because a small model leaves most cores idle."""
+"""Parallel evaluation in several processes with one model each, because a small model in one process leaves most cores idle."""
 
 import multiprocessing
 import os
@@ -23,22 +23,23 @@ _work: Work | Exception  # the function that runs this process's jobs, or the ex
 def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: int) -> Iterator[list[dict]]:
     """Run jobs in several processes and yield their results in order. Closing the iterator early kills the processes.
 
+    Exceptions raised by `start` or by a job are raised here as well.
+
     Args:
-        start: called once in each process to get the function that runs a job. `start` and the jobs must be picklable.
+        start: Called once in each process. It returns the function that runs a job. `start` and the jobs must be picklable.
+        jobs: The arguments of this function.
 
     Raises:
-        OutOfMemory: the system ran out of memory and killed a process.
-        EvopruneError: a process crashed or was killed.
-
-    Exceptions raised by `start` or by a job are raised here as well.
+        OutOfMemory: If the system ran out of memory and killed a process.
+        EvopruneError: If a process crashed or was killed.
     """
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     others = set(multiprocessing.active_children())
     killed = Host().oom_kills()
     pool = ProcessPoolExecutor(processes, context, _begin, (start,))
     try:
-        # Don't use `pool.map`. It cancels the remaining jobs after a failure, and in Python 3.11 the thread that cleans up a broken
-        # pool crashes if a job was cancelled. The other processes would then be neither terminated nor joined.
+        # `pool.map` is not an option, because it cancels the remaining jobs after a failure. In Python 3.11, the thread that cleans
+        # up a broken pool crashes if a job was canceled, so the other processes would be neither terminated nor joined.
         try:
             results = [pool.submit(_do, job) for job in jobs]
         except OSError as problem:
@@ -68,12 +69,12 @@ def _begin(start: Callable[[], Work]) -> None:
     keep_freed_memory()
     try:
         _work = start()
-    except Exception as problem:  # if this were raised, the pool would print a traceback and be reported as broken
+    except Exception as problem:  # if it were raised here, the pool would print a traceback and count as broken
         _work = problem
 
 
 def _end_with_parent() -> None:
-    """Exit this process as soon as its parent has exited, even if the parent was killed and could not clean up."""
+    """Exit this process as soon as its parent exits, even if the parent was killed and could not clean up."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

@@ -1,8 +1,8 @@
-"""Runs `evoprune profile`, which runs every row once per round, one after another in the same process. Random weights suffice.
+"""The code behind `evoprune profile`, which measures the speed of pruning methods. Random weights are sufficient.
 
-`Profile` is the whole run. `load` loads a model if it fits into memory. `Bench` holds the clips, and the model with plain, packed
-and quantized weights. `measure` runs the rounds. In each round, every row has a turn, which is a call to `run_evoprune` or, for
-plain transformers, to `run_hugging_face`.
+`Profile` represents the whole run. `load` loads a model if it fits into memory. `Bench` contains the clips and the model with
+plain, packed and quantized weights. `measure` runs the rounds, all in the same process. In each round, every row of the results has
+one turn, which is a call to `run_evoprune` or, for plain transformers, to `run_hugging_face`.
 """
 
 import os
@@ -75,18 +75,20 @@ Progress = Callable[[str], None]
 
 
 class Profile:
-    """A profiling run over clip sizes, methods and budgets. Construct it, check its `needs`, and then call `run`.
+    """A profiling run over clip sizes, methods and budgets. Create an instance, check its `needs`, and then call `run`.
 
     Args:
-        cases: the clip sizes.
-        load_format: None means random weights if a bundled config has the model's name, and otherwise the model's own weights.
-        exact: if False, `cases` are sizes for units of `UNIT` pixels, and are scaled so that the model has as many units.
-        video: facts about the video that provides the frames, or None to use a synthetic clip.
-        source: the name under which the video is recorded, or the kind of synthetic clip.
-        begun: time at which the run started, on the clock `time.perf_counter`. None means now.
+        settings: The methods, budgets and other settings.
+        load_format: How to load the weights. None uses random weights if a bundled config has the model's name, and otherwise the
+            model's own weights.
+        exact: Whether to use `cases` as they are. If False, they are sizes for units of `UNIT` pixels, and they are scaled so that
+            the model has the same number of units.
+        video: The properties of the video that provides the frames, or None to use a synthetic clip.
+        source: The name of the video in the results, or the type of synthetic clip.
+        begun: The time at which the run started, as returned by `time.perf_counter`. None means now.
 
     Raises:
-        UsageError: a method has invalid settings or does not work with the model.
+        UsageError: If a method has invalid settings or does not work with the model.
 
     For the other exceptions, see `describe`.
     """
@@ -121,7 +123,7 @@ class Profile:
         """Estimate how much time and memory the run needs.
 
         Raises:
-            UsageError: the run would exceed the time limit.
+            UsageError: If the run would exceed the time limit.
         """
         needs = needs_of(self.model, self.cases, self.settings.new_tokens)
         if needs.seconds > self.limit.left:
@@ -134,14 +136,14 @@ class Profile:
         return needs
 
     def run(self, progress: Progress = lambda what: None) -> Iterator[ProfileResults]:
-        """Load the model, and yield the results so far after each measured round. For the exceptions, see `load`."""
+        """Load the model and measure it, yielding the results so far after each measured round. For the exceptions, see `load`."""
         progress("loading model")
         loaded = load(self.model, self.cases)
         how = {"about": self._about, "progress": progress, "limit": self.limit}
         yield from measure(loaded, self.cases, self._frames, self.settings, **how)
 
     def bench(self, progress: Progress = lambda what: None) -> tuple["Bench", list[ProfileRow]]:
-        """Load the model and return a `Bench` and its rows, to measure single turns with. For the exceptions, see `load`."""
+        """Load the model, and return a `Bench` with its rows for measuring single turns. For the exceptions, see `load`."""
         loaded = load(self.model, self.cases)
         rows = all_rows(self.cases, self.settings)
         return Bench(loaded, rows, self._frames, self.settings, progress), rows
@@ -156,7 +158,7 @@ def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
     """Load a model if there is enough memory for the smallest case.
 
     Raises:
-        OutOfMemory: there is not enough memory.
+        OutOfMemory: If there is not enough memory.
 
     For the other exceptions, see `case_grid` and `load_model`.
     """
@@ -173,20 +175,20 @@ def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
 
 
 class Needs(NamedTuple):
-    """What a run needs: its memory in bytes, and a lower bound on its duration in seconds."""
+    """The resources that a profiling run needs: memory in bytes, and a lower bound on its duration in seconds."""
 
     memory: int
     seconds: float
 
 
 def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) -> Needs:
-    """Estimate the memory for the largest case of a run, and the time to run Hugging Face and budget 1.0 on the first case.
+    """Estimate the memory for the largest case, and the time to run Hugging Face and budget 1.0 on the first case.
 
-    The time is the number of operations divided by the rate at which the machine computes matrix products, which is measured for
-    0.1 s. It does not include loading, packing and the methods.
+    The time is the number of operations divided by the speed of matrix products on this machine, which is measured for 0.1 s. It
+    does not include loading, packing and the pruning methods.
 
     Raises:
-        UsageError: the device cannot be used.
+        UsageError: If the device cannot be used.
     """
     device = weights_of(model).device
     config = model.config
@@ -207,14 +209,20 @@ def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) ->
 def quantized_models(
     loaded: LoadedModel, names: Sequence[str], working: int, progress: Progress
 ) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
-    """Return the models that fit into memory together with `working` bytes, the reasons why others are missing, and notes.
+    """Prepare the quantized models that fit into memory.
 
-    The model named "none" is not quantized, but its weights are packed if there is enough memory.
+    Args:
+        names: The quantizations. "none" stands for a model that is not quantized, but whose weights are packed if there is enough
+            memory.
+        working: The memory in bytes to leave free for computing.
+
+    Returns:
+        The models keyed by quantization, the reasons why other quantizations are missing, and notes for the results.
     """
     ours = loaded.model
     for name in names:
         Quantization(name).check(ours.device)
-    # On devices without packing, some layers may already have been joined. They are used as they are.
+    # On devices without packing, the model may have layers that are already joined. They are used as they are.
     if Packing.supports(next(ours.parameters())):
         ours = ours.shared()
     notes = []
@@ -265,7 +273,7 @@ def _ready(name: str, model: QwenVL, start: float) -> str:
 
 
 def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: int) -> int:
-    """Return the peak memory in bytes that plain transformers, the row that needs the most, uses in addition to the weights.
+    """Estimate the peak memory in addition to the weights, in bytes, for plain transformers, which needs more than any other row.
 
     `bytes_each` is the size of one weight. For the exceptions, see `case_grid`.
     """
@@ -275,7 +283,7 @@ def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: 
 
 
 class Turn(NamedTuple):
-    """The result of one turn: its counts, its times and the generated tokens."""
+    """The result of running one row once: its counts, its times and the generated tokens."""
 
     counts: Counts
     sample: Sample
@@ -283,7 +291,7 @@ class Turn(NamedTuple):
 
 
 def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: PruneConfig, new_tokens: int) -> Turn:
-    """Run evoprune from the patches to the new tokens, pruning the visual tokens as `plan` and `config` say."""
+    """Run evoprune from the patches to the new tokens, pruning visual tokens according to `plan` and `config`."""
     model = loaded.model
     visual = model.model.visual
     method = config.method
@@ -333,7 +341,7 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     device = clip.patches.device
     pairs, rows, columns = clip.grid
     grid_thw = torch.tensor([[pairs, 2 * rows, 2 * columns]], dtype=torch.int64, device=device)
-    # Row 0 is the index in the text; rows 1 to 3 are the positions in time, height and width.
+    # Row 0 is the index in the prompt. Rows 1 to 3 are the positions in time, height and width.
     positions = torch.cat([arange_on(len(clip.ids), "cpu")[None], clip.positions])[:, None].to(device)
     with clock.stage("encode"):
         encoded = reference.model.visual(clip.patches, grid_thw=grid_thw)
@@ -375,7 +383,11 @@ def _counts(model: Model, clip: Clip, layers: list[tuple[int, int]], rows: int, 
 
 
 class Bench:
-    """Models and clips that are ready to be measured. Rows that cannot run get an error. `source` returns a case's frames."""
+    """The models and clips of a profiling run, ready to be measured. Rows that cannot run get an error.
+
+    Args:
+        source: A function that returns the frames of a case.
+    """
 
     def __init__(
         self,
@@ -398,7 +410,7 @@ class Bench:
             self.notes.append(attention_note)
         for row in rows:
             row.error = missing.get(row.quantize)
-        self._clips: dict[tuple, Clip] = {}  # by case; for methods that act on the input, by case, method and budget
+        self._clips: dict[tuple, Clip] = {}  # keyed by case, or by case, method and budget for input methods
         for case, here in cases.items():
             if short := Device(loaded.device).shortage(needed[case]):
                 for row in here:
@@ -410,7 +422,7 @@ class Bench:
                     for name, budget in {(row.method, row.budget) for row in here if row.kind == METHOD}:
                         if (config := settings.config(name, budget)).method.acts == "input":
                             self._clips[case, name, budget] = prepare(loaded, *frames, config)
-        # Products of large square matrices, and the tower's widest product with as many rows as the tower computes at a time.
+        # The shapes of large square products, and of the tower's widest product with as many rows as it computes at a time.
         sides = Device(model.device).product_sides
         vision = model.config.vision_config
         piece_units = min(
@@ -420,11 +432,11 @@ class Bench:
         self._shapes = [*((side,) * 3 for side in sides), (PATCHES * piece_units, vision.hidden_size, widest)]
 
     def rate(self) -> float:
-        """Measure how fast the machine computes plain matrix products, in floating-point operations per second."""
+        """Measure the speed of plain matrix products on this machine, in floating-point operations per second."""
         return matmul_rate(self._loaded.model.dtype, self._loaded.device, shapes=self._shapes)
 
     def run(self, row: ProfileRow) -> Turn | str:
-        """Run one turn of a row. If the turn fails (NaN, infinity or out of memory), return the reason."""
+        """Run a row once. If it fails because of NaN, infinity or a lack of memory, the reason is returned instead."""
         settings = self._settings
         loaded = self._loaded
         clip = self._clips.get((row.case, row.method, row.budget), self._clips[row.case,])
@@ -440,9 +452,9 @@ class Bench:
 
 
 def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRow]:
-    """Return the rows of all cases, in the order in which they take turns.
+    """Return the rows of all cases, in the order in which they run in each round.
 
-    Budget 1.0 always has a row, which also stands for methods that prune nothing.
+    There is always a row for budget 1.0, which also represents methods that prune nothing.
     """
     pruned = [
         (budget, name, quantize)
@@ -459,7 +471,7 @@ def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRo
     return rows
 
 
-# The rate of matrix products, and for each row either its turn or the reason why it failed.
+# The result of a round: the speed of matrix products, and the turn of each row or the reason why it failed.
 Round = tuple[float, dict[ProfileRow, Turn | str]]
 
 
@@ -476,12 +488,12 @@ def measure(
     """Run all rows in turn, round after round, within the time limit.
 
     Args:
-        source: a function that returns the frames of a case.
-        about: additional settings to record (`video` and `synthetic`).
-        limit: time limit for the whole run, which may have started earlier. None means the limit in `settings`, starting now.
+        source: A function that returns the frames of a case.
+        about: Additional settings to record (`video` and `synthetic`).
+        limit: The time limit for the whole run, which may have started earlier. None uses the limit in `settings`, starting now.
 
     Yields:
-        The results so far, after each measured round. There is at least one round.
+        The results so far, after each measured round. At least one round is measured.
     """
     limit = limit or TimeLimit(settings.time_limit_s)
     asked = all_rows(cases, settings)
@@ -542,11 +554,11 @@ def measure(
 def _run_round(
     bench: Bench, rows: list[ProfileRow], limit: TimeLimit, progress: Progress, title: str, rounds: int
 ) -> Round:
-    """Run one turn for each row.
+    """Run every row once.
 
-    If `rounds` is not 0, that many rounds, including this one, must finish in time. A row is removed from `rows` if they would not
-    finish in time in case the row took as long as the slowest row so far. In the first case, Hugging Face, budget 1.0 and the first
-    method are never removed.
+    If `rounds` is not 0, this many rounds, including this one, must finish within the time limit. Each row is assumed to take as
+    long as the slowest row so far. If the rounds would not finish in time with this row, it is removed from `rows`. In the first
+    case, Hugging Face, budget 1.0 and the first method are never removed.
     """
     begun = limit.now()
     progress(f"{title}: matrix products")
@@ -567,7 +579,7 @@ def _run_round(
 
 
 def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: TimeLimit) -> list[str]:
-    """Return a list with a note that names the dropped rows, or an empty list if no rows were dropped."""
+    """Return a list with one note that lists the rows that were removed, or an empty list if there are none."""
     there = {(row.name, row.case) for row in kept}
     cases = {row.case for row in kept}
     missing = [f"all rows of {case}" for case in dict.fromkeys(row.case for row in asked) if case not in cases]
@@ -578,7 +590,7 @@ def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: Ti
 
 
 def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:
-    """Insert a bound before the methods at each budget. The bound is based on the first of these methods that did not fail."""
+    """Insert a bound before the methods at each budget, based on the first of these methods that did not fail. See `bound_of`."""
     bounded = []
     seen = set()
     full = None

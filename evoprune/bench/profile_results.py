@@ -1,7 +1,7 @@
-"""Formats the results of `evoprune profile` as JSON, as text, Markdown and CSV tables, and as a chart. Does not import torch.
+"""The results of `evoprune profile` as JSON, as text, Markdown and CSV tables, and as a chart. Does not import torch.
 
-A ratio is computed separately in each round, and the median over rounds is reported, so that changes in the machine's speed between
-rounds cancel out.
+Ratios are computed separately for each round, and the median over the rounds is reported. This way, changes in the machine's speed
+between rounds cancel out.
 """
 
 import textwrap
@@ -19,14 +19,14 @@ from evoprune.report import Environment, ModelFacts, device_text
 from evoprune.util import budget_text, counted, one_line, size
 
 SCHEMA = "evoprune/profile@1"
-STAGES = {  # name of each time in the document -> its name in `Sample`
+STAGES = {  # maps names of times in the document to fields of `Sample`
     "encode": "encode", "encode_prune": "prune", "prefill": "prefill", "prefill_prune": "prefill_prune",
     "generate": "generate", "ttft_model": "first_token",
 }  # fmt: skip
-# CSV columns that identify a row, and those with its counts.
+# The CSV columns that identify a row, and the CSV columns with its counts.
 KEY = ("row", "name", "method", "budget", "quantize", "frames", "height", "width")
 COUNTED = ("units", "encoder_rows", "live_share", "tokens", "prompt", "tower_flop")
-RATIOS = {  # name of each ratio in the document -> its name in `Figures`
+RATIOS = {  # maps names of ratios in the document to fields of `Figures`
     "first_token_to_hugging_face": "vs_hf", "first_token_to_bound": "vs_bound", "encode_to_hugging_face": "encode_vs_hf",
     "prune_of_encode": "prune_share", "tower_of_matmul": "matmul_share",
 }  # fmt: skip
@@ -45,12 +45,12 @@ class Spread(NamedTuple):
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Return the median over rounds of the ratio `above` / `below`."""
+    """Return the median over rounds of the ratio `above` / `below`. Both sequences have one value per round."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
 class Figures(NamedTuple):
-    """The statistics of a row: times in seconds and ratios. Unless noted otherwise, each is a median over the rounds."""
+    """The statistics of a row: times in seconds and ratios. Unless noted otherwise, they are medians over the rounds."""
 
     encode: Spread
     prefill: Spread
@@ -58,10 +58,10 @@ class Figures(NamedTuple):
     first_token: Spread
     generate_tok_s: float | None  # tokens generated per second after the first token
     prune_share: float  # share of the encode time that is spent on pruning
-    vs_hf: float | None  # how many times as fast as plain transformers the first token arrives
-    vs_bound: float | None  # how many times as fast as with the bound at this budget the first token arrives
-    encode_vs_hf: float | None
-    matmul_share: float | None  # tower's operations per second, as a share of the rate of plain matrix products
+    vs_hf: float | None  # speedup of the time to the first token over plain transformers
+    vs_bound: float | None  # speedup of the time to the first token over the bound at this budget
+    encode_vs_hf: float | None  # speedup of the encode time over plain transformers
+    matmul_share: float | None  # the tower's operations per second, as a share of the speed of plain matrix products
     peak_bytes: int | None  # maximum over the rounds
 
 
@@ -70,16 +70,16 @@ Row = tuple[ProfileRow, Figures | None]
 
 @dataclass
 class ProfileResults(Results):
-    """Everything that a profile has measured so far, together with its settings."""
+    """The settings of a profile and the measurements so far."""
 
     model: ModelFacts
     weights_bytes: int
     env: Environment
-    machine: dict[str, Any]  # facts about the machine that are not in `env`
+    machine: dict[str, Any]  # properties of the machine that are not in `env`
     settings: dict[str, Any]
-    # For each case: Hugging Face and budget 1.0, followed by the bound and the methods at each budget.
+    # For each case, the rows of Hugging Face and budget 1.0, followed by the bound and the methods at each budget.
     rows: list[ProfileRow] = field(default_factory=list)
-    # Operations per second of plain matrix products, one value per measured round
+    # The speed of plain matrix products in operations per second, one value per measured round.
     matmul_rates: list[float] = field(default_factory=list)
     warmups: int = 0  # number of warm-up rounds that ran
     rounds: int = 0  # number of measured rounds that ran
@@ -90,7 +90,7 @@ class ProfileResults(Results):
 
     @property
     def remarks(self) -> list[str]:
-        """The notes, followed by the reason if fewer rounds ran than were requested."""
+        """The notes, followed by the reason if fewer rounds than requested were measured."""
         wanted = self.settings["repetitions"]
         limit = self.settings["time_limit_s"]
         remarks = list(self.notes)
@@ -112,7 +112,7 @@ class ProfileResults(Results):
         return [row for row in self.rows if row.case == case]
 
     def _against(self, row: ProfileRow, other: str, stage: str) -> float | None:
-        """Return how many times as fast `row` is as the row of the kind `other` in the same case. None if that has no samples."""
+        """Return the speedup of `row` over the row of type `other` in the same case, or None if the other row has no samples."""
         peers = (r for r in self.of(row.case) if r.kind == other and (other != BOUND or r.budget == row.budget))
         peer = next((r for r in peers if r.samples), None)
         if peer is None:
@@ -120,7 +120,7 @@ class ProfileResults(Results):
         return median_ratio(peer.seconds(stage), row.seconds(stage))
 
     def figures(self, row: ProfileRow) -> Figures | None:
-        """Compute the statistics of a row, or return None if the row has no samples."""
+        """Compute the statistics of a row. Returns None if the row has no samples."""
         if not row.samples:
             return None
         encode = row.seconds("encode")
@@ -148,7 +148,7 @@ class ProfileResults(Results):
         return figures
 
     def document(self) -> dict[str, Any]:
-        """Return all results as JSON data, with times in milliseconds and sizes in bytes."""
+        """Return all results as a dict for JSON output, with times in milliseconds and sizes in bytes."""
         rates = self.matmul_rates
         seconds = round(self.seconds, 3)
         ran = {"warmup": self.warmups, "measured": self.rounds, "seconds": seconds, "interrupted": self.interrupted}
@@ -186,7 +186,7 @@ class ProfileResults(Results):
         }
 
     def text(self, form: str, width: int) -> str:
-        """Return the results as a string in the format `form`: "table", "md", "csv" or "json"."""
+        """Return the results as text. `form` is "table", "md", "csv" or "json"."""
         if form == "md":
             return self._markdown()
         if form == "csv":
@@ -194,7 +194,7 @@ class ProfileResults(Results):
         return super().text(form, width)
 
     def table(self, width: int) -> str:
-        """Return two tables for each case, one with the times and one with the work that was done."""
+        """Return two tables for each case, one with the times and one with the amount of work."""
         lines = folded(self._heading(), width)
         shown: list[Column] = []
         for case in self.cases:
@@ -223,7 +223,7 @@ class ProfileResults(Results):
         return "\n".join([head, "", *markdown(rows, columns), "", *items]) + "\n"
 
     def _csv(self) -> str:
-        """Return all rows as CSV. Each line repeats the facts about the whole run. Unknown values are left empty."""
+        """Return all rows as CSV. The properties of the whole run are repeated in each line, and unknown values are left empty."""
         document = self.document()
         common = {"rounds": self.rounds, "warmups": self.warmups, "new_tokens": self.settings["new_tokens"]}
         common |= {"source": self._source(), "matmul_flop_per_s": document["matmul"]["flop_per_s"]}
@@ -244,7 +244,7 @@ class ProfileResults(Results):
         return as_csv(rows)
 
     def chart(self) -> str:
-        """Draw times against clip sizes if there are several sizes. Otherwise draw the tower's time against its live share."""
+        """Draw a chart of times against clip sizes. If there is only one size, draw the encode time against the live share."""
         longest = max((max(row.seconds("first_token")) for row in self.rows if row.samples), default=0)
         unit = "milliseconds"
         factor = 1000.0
@@ -273,7 +273,7 @@ class ProfileResults(Results):
     def _sweep(self, unit: str, factor: float) -> list[Panel]:
         """Return panels that plot encode and first token times against the number of frames, or of units if frame sizes differ.
 
-        Plain transformers is drawn in grey, and evoprune without pruning in black. A bound has the same color as the row below it.
+        Plain transformers is drawn in gray, and evoprune without pruning in black. A bound has the same color as the row below it.
         """
         by_frames = len({(case.height, case.width) for case in self.cases}) == 1
         pruned = {row.name: row.budget for row in self.rows if row.kind == METHOD}
@@ -294,7 +294,7 @@ class ProfileResults(Results):
         return panels
 
     def _live_share(self, unit: str, factor: float) -> Panel:
-        """Return a panel that plots the encode time against the live share, with one line per method."""
+        """Return a panel that plots the encode time against the live share (share of rows computed), with one line per method."""
         points: dict[str, list[Point]] = {}
         for row in self.rows:
             figures = self.figures(row)
@@ -358,7 +358,7 @@ LEGEND = (
 
 
 def _legend(columns: Sequence[Column]) -> list[str]:
-    """Return explanations of the rows and columns of a table."""
+    """Return the notes below a table that explain its rows and columns."""
     ratios = ", ".join(title for title in ("vs HF", "vs bound") if title in [column.title for column in columns])
     texts = [*LEGEND]
     if ratios:
@@ -376,7 +376,7 @@ def _ms(seconds: float) -> str:
 
 
 def _near(spread: Spread) -> str:
-    """Format the median and, if the rounds differ, the largest relative deviation of any round from the median."""
+    """Format a time as the median, followed by the largest relative deviation of any round if the rounds differ."""
     far = max(spread.high - spread.median, spread.median - spread.low)
     if not far:
         return _ms(spread.median)
@@ -384,7 +384,7 @@ def _near(spread: Spread) -> str:
 
 
 def _range(spread: Spread) -> str:
-    """Format the median and, if the rounds differ, the range from minimum to maximum."""
+    """Format a time as the median, followed by the range from minimum to maximum if the rounds differ."""
     if spread.low == spread.high:
         return _ms(spread.median)
     return f"{_ms(spread.median)} ({_ms(spread.low)}-{_ms(spread.high)})"
@@ -397,7 +397,7 @@ def _rate(tokens_s: float) -> str:
 
 
 def _figure(show: Callable[[Any], str], name: str, row: Row) -> str:
-    """Format a statistic of a row. Return "-" if the row has no statistics at all, or "" if only this one is unknown."""
+    """Format a statistic of a row. Returns "-" if the row has no statistics at all, or "" if only this statistic is unknown."""
     _, figures = row
     if figures is None:
         return "-"
@@ -406,13 +406,13 @@ def _figure(show: Callable[[Any], str], name: str, row: Row) -> str:
 
 
 def _count(show: Callable[[Any], str], name: str, row: Row) -> str:
-    """Format a count of a row, or return "-" if the row has no counts."""
+    """Format a count of a row. Returns "-" if the row has no counts."""
     counts = row[0].counts
     return "-" if counts is None else show(getattr(counts, name))
 
 
 def _pruning(row: Row) -> str:
-    """Format the share of the encode time that is spent on pruning, or return "" if the row prunes nothing."""
+    """Format the share of the encode time that is spent on pruning. Returns "" if the row does not prune."""
     if row[1] and row[0].kind != METHOD:
         return ""
     return _figure("{:.1%}".format, "prune_share", row)
@@ -421,7 +421,7 @@ def _pruning(row: Row) -> str:
 NAME: Column[Row] = Column("", lambda row: row[0].name)
 FRAMES: Column[Row] = Column("frames", lambda row: f"{row[0].case.frames:,}")
 SIZE: Column[Row] = Column("size", lambda row: f"{row[0].case.height}x{row[0].case.width}")
-# Columns of the text and Markdown tables, by title. Columns with a lower `drop` are dropped earlier.
+# The columns of text and Markdown tables, keyed by title. Columns with a lower `drop` are dropped earlier.
 BOTH: dict[str, Column[Row]] = {
     column.title: column
     for column in (

@@ -10,7 +10,7 @@ from evoprune.util import budget_text
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """The settings of a profile. Each method runs at each budget and with each quantization of the language model."""
+    """The settings of a profile, which runs each method at each budget and with each quantization of the language model."""
 
     SYNTHETIC: ClassVar[tuple[str, ...]] = ("motion", "static90", "noise")  # kinds of synthetic clips; see `clips.py`
 
@@ -19,17 +19,17 @@ class ProfileSettings:
     quantize: tuple[str, ...] = ("none",)
     seed: int = 0  # for methods that select at random
     new_tokens: int = 4  # number of tokens to generate; end-of-sequence tokens are ignored
-    warmups: int = 1  # number of rounds that are not counted
-    repetitions: int = 3  # number of rounds that are counted
+    warmups: int = 1  # number of warm-up rounds, which are not part of the results
+    repetitions: int = 3  # number of measured rounds
     time_limit_s: float = 150.0  # limit for the whole run, including loading
 
     def config(self, name: str, budget: float | str):
-        """Return the `PruneConfig` for a method at a budget."""
+        """Return the pruning configuration (`PruneConfig`) for the method `name` at this budget."""
         return PruneOptions(budget, name, seed=self.seed).config()
 
 
-# The kinds of rows: plain transformers, evoprune without pruning, the best possible time of a method that prunes after the encoder,
-# and a method.
+# The types of rows: plain transformers, evoprune without pruning, the best possible time for pruning after the encoder, and a
+# pruning method.
 HUGGING_FACE = "hugging_face"
 FULL = "full"
 BOUND = "post_encoder_bound"
@@ -51,7 +51,7 @@ class Case:
         return f"{self.frames} frames of {size}"
 
     def of_units(self, larger: float) -> "Case":
-        """Return a case with as many units, for a model whose units are `larger` times as wide and high in pixels."""
+        """Return a case with the same number of units, for a model whose units are `larger` times as wide and high in pixels."""
         return replace(self, height=round(self.height * larger), width=round(self.width * larger))
 
 
@@ -73,7 +73,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Counts:
-    """How much work a row does. This is the same in every round."""
+    """The amount of work that a row of the profile does, which is the same in every round."""
 
     units: int  # number of units in the clip, N
     encoder_rows: int  # number of rows that leave the tower
@@ -84,13 +84,17 @@ class Counts:
     tower_flop: float
     # Pairs of a language model layer and the number of visual tokens that it read. None if every layer read all of them.
     language_layers: tuple[tuple[int, int], ...] | None = None
-    # Language model layers, each with the numbers of tokens whose keys, queries and MLP it computed. None if it computed all.
+    # For each language model layer, its index and the numbers of visual tokens for which it computed keys, queries and the MLP.
+    # None if every layer computed everything.
     language_work: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(eq=False)
 class ProfileRow:
-    """A row of a case. `samples` has one entry per measured round. If the row failed, it is empty and `error` is set."""
+    """One line of a profile: a clip size and a way to process it, with its measurements.
+
+    `samples` has one entry per measured round. If the row failed, it is empty, and `error` contains the reason.
+    """
 
     kind: str
     case: Case
@@ -114,14 +118,15 @@ class ProfileRow:
         return name
 
     def seconds(self, stage: str) -> list[float]:
-        """Return the time in seconds that a stage took in each round. `stage` is `first_token` or a field of `Sample`."""
+        """Return the duration of a stage in each round, in seconds. `stage` is `first_token` or a field of `Sample`."""
         return [getattr(sample, stage) for sample in self.samples]
 
 
 def bound_of(full: ProfileRow, method: ProfileRow) -> ProfileRow:
-    """Return the bound, which in each round combines the tower time of the row `full` with the other times of the row `method`.
+    """Return a row with the best possible times of a method that prunes after the encoder.
 
-    No method that prunes after the encoder can be faster. If one of the two rows failed, the bound gets that row's error.
+    In each round, the bound combines the tower time of the row `full` with the other times of the row `method`. If one of the two
+    rows failed, the bound gets the error of this row.
     """
     bound = ProfileRow(BOUND, method.case, method.budget, error=full.error or method.error)
     if bound.error or full.counts is None or method.counts is None:

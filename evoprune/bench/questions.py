@@ -1,4 +1,7 @@
-"""Reads questions with known answers from a JSONL or CSV file, and grades a model's answers. Does not import torch."""
+"""Questions with known answers, which are read from a JSONL or CSV file, and the code that grades a model's answers.
+
+This module does not import torch.
+"""
 
 import re
 import unicodedata
@@ -13,7 +16,7 @@ from evoprune.batch import Row, RowReader
 from evoprune.util import is_url, without_tags
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-# The pattern that matches a number, by the word for the number and by its digits.
+# Patterns that match a number as a word or as digits, keyed by both spellings.
 NUMBERS = {
     name: f"(?:{word}|{number})" for number, word in enumerate(_NUMBERS) for name in (word, f"{number}", f"{number:02}")
 }
@@ -29,8 +32,8 @@ ASIDE = (
     "because|since|due to|given that|while|whereas|although|though|if|unlike|except|other than"
     "|rather than|instead of|as opposed to"
 )
-# A letter names an option if it is at the start of a clause or after one of the words in `LEADS`. It does not do so if another word
-# follows directly ("A circle", "I think", "C major"), unless that word is in `FOLLOWS`.
+# A letter refers to an option if it is at the start of a clause or after one of the words in `LEADS`, unless another word follows
+# directly ("A circle", "I think", "C major"). Words in `FOLLOWS` may follow.
 LEADS = re.compile(
     "is|was|be|are|it's|that's|options?|choice|letter|say|think|guess|believe|with|choose|choosing|pick|select|either|only|just"
     "|probably|definitely|clearly|certainly|surely|likely|maybe|perhaps|possibly|是|为|项",
@@ -39,8 +42,8 @@ LEADS = re.compile(
 FOLLOWS = re.compile(
     "is|was|would|seems|appears|looks|best|correctly|matches|describes|shows|fits|as|and|then|to", re.IGNORECASE
 )
-# Options that are also common words. For example, "no car" does not mean the option "no", and neither "the left one" nor "one of
-# them" means the option "one".
+# Options that are also common words need stricter patterns. For example, "no car" does not refer to the option "no", and neither
+# "the left one" nor "one of them" refers to the option "one".
 COMMON = {
     "no": r"no(?! (?!because\b)\w)",
     "(?:one|1)": r"(?:1|(?:(?<![\w ])|(?<=\bis )|(?<=\bonly )|(?<=\bjust )|(?<=\bexactly ))one(?! of\b))",
@@ -48,12 +51,12 @@ COMMON = {
 
 _SPACED = re.compile(
     r"([\u3041-\u9fff\uac00-\ud7a3])"
-)  # scripts of Chinese, Japanese and Korean, which put no spaces between words
+)  # characters of Chinese, Japanese and Korean, which do not put spaces between words
 _MARKUP = str.maketrans(dict.fromkeys('*`$"“”{}#', " ") | {"\\": "", "’": "'", "‘": "'"})
 ENDS = ("clause", "stop", "line", "aside")
 JOINS = re.compile(
     "and|then|to|maybe|perhaps|possibly|[/&]", re.IGNORECASE
-)  # words between two names that are both meant
+)  # words that join two options if the answer refers to both
 FILLERS = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.IGNORECASE)
 
 
@@ -61,24 +64,29 @@ FILLERS = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.I
 class Word:
     """A word or a punctuation mark in an answer.
 
-    A letter that is not `sure` does not name an option by itself, but it can contradict another letter. An example is the C in
-    "vitamin C" or in "B and C".
+    A letter that is not `sure`, such as the C in "vitamin C" or "B and C", does not refer to an option by itself. However, it can
+    contradict another letter.
     """
 
     # "name" (of an option), "states", "denies", "denies_before", "aside", "clause" (the start of one), "stop", "line" or "plain"
     kind: str
     text: str
-    # Indices of the options that the word names; -1 for a letter without an option
+    # The indices of the options that the word refers to, or -1 for a letter without an option.
     options: frozenset[int] = frozenset()
     letter: bool = False  # True if the word is a single letter
     marked: bool = (
         False  # True if the letter is in brackets, or starts a clause and precedes a bracket, a period or a colon
     )
-    sure: bool = True  # True if the word names an option by itself
+    sure: bool = True  # True if the word refers to an option by itself
 
 
 def grade(row: Row, said: str) -> bool | None:
-    """Return whether `said` is the right answer, or None if the row has options and `said` does not name exactly one."""
+    """Grade an answer.
+
+    Returns:
+        True if `said` is the right answer, False if it is wrong, and None if the row has options but `said` does not clearly refer
+        to one of them.
+    """
     if not row.options:
         return normalised(said) == normalised(row.answer)
     choice = chosen_option(said, row.options)
@@ -88,29 +96,32 @@ def grade(row: Row, said: str) -> bool | None:
 
 
 def normalised(text: str) -> str:
-    """Normalize a string for comparison by removing case, surrounding whitespace and a final period."""
+    """Normalize text for comparisons: ignore case, and remove surrounding whitespace and a final period."""
     return text.strip().removesuffix(".").strip().casefold()
 
 
 def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
-    """Return the index of the option that an answer names by its letter or its text, or None if it does not name exactly one.
+    """Find the option that an answer chooses, by its letter or by its text.
 
-    The rules are tried in this order, and the first one that finds an option decides:
+    These rules are tried in order until one of them finds an option:
 
     1. The whole answer is the text of an option, or an option's line in the prompt (`B. blue star`).
-    2. Take the last statement that names an option, such as `the answer is B`, `I choose B`, `B is the correct answer`,
-       `\\boxed{B}` or `<answer>B</answer>`. If it names the option by its letter, any text after the letter is an explanation.
+    2. Take the last statement that mentions an option, such as `the answer is B`, `I choose B`, `B is the correct answer`,
+       `\\boxed{B}` or `<answer>B</answer>`. If it mentions the option's letter, any text after the letter is an explanation.
     3. Take the option whose letter begins a line (`B: it is blue`, `(B)`, `B, because`) or whose name is a whole line, if there is
        only one such option.
-    4. Take the option that is named anywhere in the answer, if there is only one.
-    5. If several options are named, take the last line that consists of a letter. If there is no such line, take the last line if
-       it repeats an option.
+    4. Take the option that is mentioned anywhere in the answer, if there is only one.
+    5. If several options are mentioned, take the last line that consists of a letter. If there is no such line, take the last line
+       if it repeats an option.
 
-    A letter names an option if it is in brackets, at the start of a clause, or after a word such as "is" or "option", unless
-    another word follows directly ("a circle", "I think"). A text names its option if all of its words appear, with or without
-    articles; numbers up to twelve may be written as digits or as words. Names are ignored inside `<think>`, in questions, after
-    words such as "because", and in clauses that contain a denial ("not A", "A is wrong") or an "or". Two options are named by "A
-    and B", and by a letter that is followed by the text of another option (`B. circle`).
+    A letter refers to an option if it is in brackets, at the start of a clause, or after a word such as "is" or "option", unless
+    another word follows directly ("a circle", "I think"). The text of an option must appear with all of its words, but articles are
+    optional, and numbers up to twelve may be written as digits or as words. Options are ignored inside `<think>`, in questions,
+    after words such as "because", and in clauses that contain a denial ("not A", "A is wrong") or an "or". The answer mentions two
+    options if it contains "A and B", or a letter that is followed by the text of another option (`B. circle`).
+
+    Returns:
+        The index of the option, or None if the answer does not clearly choose one.
     """
     alone = normalised(said)
     for lines in (options, [f"{letter}. {option}" for letter, option in zip(Row.LETTERS, options, strict=False)]):
@@ -129,7 +140,7 @@ def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
 
 
 def _stated(words: list[Word]) -> frozenset[int]:
-    """Return the options named in the last statement that names any options."""
+    """Return the options in the last statement such as "the answer is B". The result is empty if there is no such statement."""
     end = len(words)
     for place in reversed([place for place, word in enumerate(words) if word.kind == "states"]):
         start = place + 1
@@ -152,9 +163,9 @@ def _stated(words: list[Word]) -> frozenset[int]:
 
 
 def _of_lines(words: list[Word]) -> frozenset[int]:
-    """Return the option whose letter starts a line or whose name is a whole line.
+    """Return the option whose letter starts a line, or whose text or letter is a whole line.
 
-    The result is empty if there are several such options or if other letters are marked.
+    The result is empty if there are several such options, or if the answer marks the letters of other options.
     """
     named: frozenset[int] = frozenset()
     for line in _lines(words):
@@ -171,7 +182,7 @@ def _of_lines(words: list[Word]) -> frozenset[int]:
 
 
 def _last_letter(words: list[Word]) -> frozenset[int]:
-    """Return the option on the last line that consists of a letter, or nothing if the line belongs to a list of letters."""
+    """Return the option on the last line that consists of a letter. The result is empty if this line is part of a list."""
     lines = _lines(words)
     letters = {number: _anywhere(line) for number, line in enumerate(lines) if _is_letter(line)}
     if not letters:
@@ -181,16 +192,16 @@ def _last_letter(words: list[Word]) -> frozenset[int]:
     earlier = [letters[number] for number in before]
     if all(option == chosen for option in earlier):
         return chosen
-    # The line is another item of a list with one letter per line
+    # True if the line is another item of a list with one letter per line.
     listed = last - 1 in letters and chosen not in earlier
-    ends = last + 1 == len(lines)  # otherwise each letter may be followed by an explanation
+    ends = last + 1 == len(lines)  # if not, each letter may be followed by an explanation
     if listed or not ends:
         return frozenset()
     return chosen
 
 
 def _repeated(words: list[Word]) -> frozenset[int]:
-    """Return the option that fills the last line, if more lines consist of this option than of any other."""
+    """Return the option on the last line, if more lines consist of this option than of any other option."""
     lines = _lines(words)
     if not lines or not _names_alone(lines[-1]):
         return frozenset()
@@ -203,7 +214,7 @@ def _repeated(words: list[Word]) -> frozenset[int]:
 
 
 def _lines(words: list[Word]) -> list[list[Word]]:
-    """Split words into lines, dropping empty lines."""
+    """Split words into lines, and drop empty lines."""
     ends = [place for place, word in enumerate(words) if word.kind == "line"]
     lines = [words[start:end] for start, end in zip([0, *(end + 1 for end in ends)], [*ends, len(words)], strict=True)]
     return [line for line in lines if line]
@@ -214,7 +225,7 @@ def _names_alone(line: list[Word]) -> bool:
 
 
 def _is_letter(line: list[Word]) -> bool:
-    """Return True if a line consists of an option's letter and at most three words before it, like `It is B.` or `Final: B`."""
+    """Return True if a line consists of an option's letter and up to three words before it, such as `It is B.` or `Final: B`."""
     names = [place for place, word in enumerate(line) if word.kind == "name"]
     if len(names) != 1 or not (line[names[0]].letter and line[names[0]].sure):
         return False
@@ -223,9 +234,9 @@ def _is_letter(line: list[Word]) -> bool:
 
 
 def _decided(words: list[Word], place: int) -> frozenset[int]:
-    """Return the option that a letter names, and any other option that is named right after it ("B or C", "B. circle").
+    """Return the option of a letter, and any other option that is mentioned right after it ("B or C", "B. circle").
 
-    Other text that follows the letter is an explanation, so options named there are ignored.
+    All other text after the letter is treated as an explanation, so options in this text are ignored.
     """
     named = words[place].options
     joined = False
@@ -249,9 +260,9 @@ def _anywhere(words: list[Word]) -> frozenset[int]:
 
 
 def read(said: str, options: tuple[str, ...]) -> list[Word]:
-    """Split an answer into words and punctuation marks.
+    """Split an answer into words and punctuation marks, and find the words that refer to options.
 
-    If the answer denies an option, leaves it open, asks about it or mentions it in passing, the option's name becomes a plain word.
+    If the answer denies an option, leaves it open, asks about it or mentions it in passing, the option becomes a plain word.
     """
     scanner, names = _scanner(options)
     words: list[Word] = []
@@ -274,9 +285,9 @@ def read(said: str, options: tuple[str, ...]) -> list[Word]:
 
 
 def _plain(text: str) -> str:
-    """Remove thoughts and markup from an answer and normalize its characters. Markers such as a box become words."""
+    """Remove thoughts and markup from an answer, and normalize its characters. Markers such as <answer> become words."""
     text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].partition("<think>")[0]
-    text = re.sub(r"<\|[^<>|]*\|>", " ", text)  # special tokens
+    text = re.sub(r"<\|[^<>|]*\|>", " ", text)  # removes special tokens
     text = re.sub(r"<answer>|\\boxed\b", "\nanswer: ", text)
     text = re.sub(r"</?[a-z]+>|\\(?:text|math)[a-z]*", " ", text)
     text = re.sub(r"(\*\*|__|[*_`$])([A-Za-z])\1", r"(\2)", text)
@@ -287,7 +298,7 @@ def _plain(text: str) -> str:
 
 
 def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
-    """Decide whether a letter without brackets names an option by itself. If it is an ordinary word, its kind becomes "plain"."""
+    """Decide whether a letter without brackets refers to an option by itself. If it is an ordinary word, it becomes "plain"."""
     letter = word.text
     word.marked = before.kind in ("stop", "line", "clause", "name") and after.text in (".", ":", ")", "]")
     wordy = after.kind == "plain" and after.text.isascii() and not FOLLOWS.fullmatch(after.text)
@@ -300,7 +311,7 @@ def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
 
 
 def _drop_denied(words: list[Word]) -> None:
-    """Turn names into plain words if they are in a question, after a word such as "because", or in a clause with "not" or "or"."""
+    """Turn options into plain words in questions, after words such as "because", and in clauses that contain "not" or "or"."""
     clause = []
     sentence = []
     denied = False
@@ -329,9 +340,12 @@ def _drop_denied(words: list[Word]) -> None:
 
 @lru_cache(maxsize=256)
 def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, frozenset[int]]]:
-    """Return a pattern that matches one word, and the options to which each name refers.
+    """Build a pattern that matches one word of an answer.
 
     The name of the last group that matched is the word's kind. Each option's text has its own group, and longer texts come first.
+
+    Returns:
+        The pattern, and a dict that maps letters and group names to the indices of options.
     """
     letters = {letter: {-1} for letter in Row.LETTERS}
     letters |= {letter: {index} for index, letter in enumerate(Row.LETTERS[: len(options)])}
@@ -364,7 +378,7 @@ def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, froze
 
 
 def _pattern(option: str, letter: str) -> str:
-    """Return a pattern for an option's text that allows articles anywhere and accepts numbers as digits or as words.
+    """Return a pattern that matches the text of an option, with articles anywhere, and with numbers as digits or as words.
 
     The pattern is empty if the text has no word characters.
     """
@@ -379,7 +393,7 @@ def _pattern(option: str, letter: str) -> str:
 
 @dataclass(frozen=True)
 class VideoQuestions:
-    """A video and the questions about it. `name` identifies the video in results, and intervals are clustered by this name."""
+    """A video and the questions about it. `name` identifies the video in results, where intervals are clustered by this name."""
 
     name: str
     path: Path
@@ -387,7 +401,10 @@ class VideoQuestions:
 
 
 def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list[VideoQuestions]:
-    """Return the videos with only their questions in `groups`, dropping videos without any. If `groups` is empty, return all."""
+    """Select the questions that belong to any of the `groups`. Videos without such questions are dropped.
+
+    If `groups` is empty, all questions are selected.
+    """
     if not groups:
         return list(videos)
     every = [replace(video, rows=tuple(row for row in video.rows if set(groups) & set(row.groups))) for video in videos]
@@ -395,13 +412,14 @@ def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list
 
 
 def load_questions(path: Path) -> list[VideoQuestions]:
-    """Read the questions in a file and return them grouped by video, in the order in which the videos first appear.
+    """Read the questions in a file and group them by video, in the order in which the videos first appear.
 
-    In addition to the fields that `RowReader` reads, each row must have an `answer`, which is an option's letter or text if the row
-    has `options`. A row may also have a `type`, and `groups`, which are separated by | in CSV. An ID defaults to the line number.
+    In addition to the fields that `RowReader` reads, each row must have an `answer`. If the row has `options`, the answer is the
+    letter or the text of an option. A row may also have a `type`, and `groups`, which are separated by | in CSV files. If a row has
+    no ID, its line number is used.
 
     Raises:
-        UsageError: the file cannot be read or has no rows, or a row is invalid or has the same ID as an earlier row.
+        UsageError: If the file cannot be read or has no rows, or if a row is invalid or has the same ID as an earlier row.
     """
     videos: dict[str, list[Row]] = {}
     for row in GRADED.load(str(path)):

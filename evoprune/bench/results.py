@@ -1,4 +1,4 @@
-"""Formats the results of `profile`, `eval`, `tune` and `verify` as JSON, as charts, and as text, Markdown or CSV tables."""
+"""Results of `profile`, `eval`, `tune` and `verify`, and helpers that format them as text, Markdown or CSV tables."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ class Results(ABC):
 
     @abstractmethod
     def document(self) -> dict[str, Any]:
-        """Return the results as plain data for JSON."""
+        """Return the results as a dict for JSON output."""
 
     @abstractmethod
     def table(self, width: int) -> str:
@@ -32,11 +32,11 @@ class Results(ABC):
         return json.dumps(self.document(), separators=(",", ":"), allow_nan=False)
 
     def text(self, form: str, width: int) -> str:
-        """Return the results as a string in the format `form`: "table" or "json"."""
+        """Return the results as text. `form` is "table" or "json"."""
         return self.table(width) if form == "table" else f"{self.to_json()}\n"
 
     def chart(self) -> str | None:
-        """Return an SVG document, or None if there is nothing to draw."""
+        """Return a chart of the results as an SVG document, or None if there is nothing to draw."""
         return None
 
 
@@ -45,10 +45,10 @@ class Column(Generic[T]):
     """One column of a table.
 
     Attributes:
-        title: the heading of the column.
-        cell: a function that returns the text of the column's cell in a row.
-        meaning: a note to print below the table, or "" if the title needs no explanation.
-        drop: the order in which columns are dropped if the terminal is too narrow, lowest number first. 0 means never.
+        title: The heading of the column.
+        cell: A function that takes a row and returns the text of the cell.
+        meaning: A note to print below the table, or "" if the title needs no explanation.
+        drop: If the terminal is too narrow, the columns with the lowest numbers are dropped first. 0 means never.
     """
 
     title: str
@@ -58,7 +58,7 @@ class Column(Generic[T]):
 
 
 def fitting(rows: Sequence[T], columns: Sequence[Column[T]], width: int) -> tuple[list[str], list[Column[T]]]:
-    """Drop columns until the table fits into `width`. Return the table's lines and the remaining columns."""
+    """Format a table, dropping columns until it fits into `width` characters. Returns its lines and the remaining columns."""
     droppable = sorted((column for column in columns if column.drop), key=lambda column: column.drop)
     for left_out in (None, *droppable):
         columns = [column for column in columns if column is not left_out]
@@ -76,11 +76,17 @@ def meanings(columns: Sequence[Column]) -> str:
 def grid(
     titles: Sequence[str], rows: Iterable[Sequence[str]], width: int, right: bool = True
 ) -> tuple[list[str], bool]:
-    """Return the lines of a table, and whether it fits into `width`. If it does not fit, words are broken, but nothing is cut off.
+    """Format a table. If it does not fit into `width` characters, words are broken, but nothing is cut off.
 
     Args:
-        right: True if all columns except the first contain numbers. They are then right-aligned, and if the table is too wide, the
-            first column is narrowed to make room for them.
+        titles: The headings of the columns.
+        rows: The cells of the table.
+        width: The width of the terminal, in characters.
+        right: Whether all columns except the first one contain numbers. They are then right-aligned, and if the table is too wide,
+            the first column is narrowed to make room for them.
+
+    Returns:
+        The lines of the table, and whether it fits.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -108,13 +114,13 @@ def grid(
 
 
 def text_table(titles: Sequence[str], rows: Iterable[Sequence[str]], note: str, width: int) -> str:
-    """Return a table of left-aligned strings with a note below it. If it does not fit into `width`, words are broken."""
+    """Format a table of left-aligned text with a note below it. If it does not fit into `width` characters, words are broken."""
     lines, _ = grid(titles, rows, width, right=False)
     return "\n".join([*lines, "", *folded([note], width)]) + "\n"
 
 
 def markdown(rows: Iterable[T], columns: Sequence[Column[T]]) -> list[str]:
-    """Return the lines of a Markdown table."""
+    """Format rows as a Markdown table, and return its lines."""
     lines = [[column.title for column in columns], ["---"] * len(columns)]
     lines += [[column.cell(row) for column in columns] for row in rows]
     return [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines]
@@ -131,12 +137,12 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
-    """Wrap strings to lines of at most `width` columns and indent continuation lines. An empty string becomes an empty line."""
+    """Wrap texts to lines of at most `width` characters, indenting continuation lines. An empty text becomes an empty line."""
     return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ", **settings) or [""]]
 
 
 def short_name(model: str) -> str:
-    """Return the last part of a model's ID or path, for use in titles."""
+    """Return the last component of a model's ID or path, for use in titles."""
     return one_line(model).rpartition("/")[2]
 
 

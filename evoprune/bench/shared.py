@@ -18,14 +18,14 @@ from evoprune.video import FrameChunk
 from evoprune.vision import EncodedRows, encode_rows
 
 T = TypeVar("T")
-# Maximum number of cached encodings. This is enough for the selectors that follow `reuse` at three budgets, whether they need
+# The maximum number of cached encodings. It is large enough for selectors after `reuse` at three budgets, whether they need
 # attention, keys, both or neither, even if other methods run in between.
 MAX_ENCODINGS = 32
 
 
 @dataclass
 class TimeLimit:
-    """A run's time limit in seconds. `begun` is the time at which the run started, on the clock `now`. None means now."""
+    """The time limit of a run in seconds. `begun` is the time at which the run started, as returned by `now`. None means now."""
 
     seconds: float
     now: Callable[[], float] = time.perf_counter
@@ -41,18 +41,18 @@ class TimeLimit:
 
     @property
     def left(self) -> float:
-        """Remaining time in seconds, which is negative once the limit has been exceeded."""
+        """The remaining time in seconds, which is negative after the limit has been exceeded."""
         return self.seconds - self.spent
 
 
 def model_and_machine(loaded: LoadedModel | None) -> dict[str, Any]:
-    """Return a document's `model` and `env` fields, which describe the model and the machine. None if no model is loaded yet."""
+    """Return the `model` and `env` fields of a results document. Both are None if no model is loaded yet."""
     if loaded is None:
         return {"model": None, "env": None}
     return {"model": asdict(loaded.facts()), "env": asdict(Device(loaded.device).environment())}
 
 
-# The kinds of rounds that `paced` yields.
+# The types of rounds that `paced` yields.
 WARM_UP = "warm-up"
 ROUND = "round"
 COUNTED = "counted"
@@ -61,17 +61,18 @@ COUNTED = "counted"
 def paced(
     run_round: Callable[[str, int], T], warmups: int, repetitions: int, limit: TimeLimit
 ) -> Iterator[tuple[str, T]]:
-    """Run rounds for as long as the next one can be expected to finish in time, judging by the duration of the previous round.
+    """Run warm-up and measured rounds until the time limit would be exceeded.
 
-    The first round always runs.
+    The first round always runs. Each later round is assumed to take as long as the previous one, and runs only if it would finish
+    in time.
 
     Args:
-        run_round: called with a title and a number of rounds. In the first call, this is the number of rounds that must finish in
-            time, and the function may do less work so that they do. In all later calls it is 0.
+        run_round: Called with a title and a number of rounds. In the first call, this is the number of rounds that must finish in
+            time, and the function may do less work to achieve this. In all later calls, it is 0.
 
     Yields:
-        The kind of the round (`WARM_UP` or `ROUND`) and its result. If no measured round fits within the limit, the result of the
-        last warm-up is yielded again, as `COUNTED`.
+        The type of the round (`WARM_UP` or `ROUND`) and its result. If there is not enough time for a measured round, the result of
+        the last warm-up is yielded again as `COUNTED`.
     """
     last = 0.0
     result = None
@@ -92,7 +93,7 @@ def paced(
 
 
 def swept(names: Iterable[str], budgets: Sequence[float | str]) -> list[tuple[str, float | str]]:
-    """Return all combinations of a method and a budget that prune anything, without duplicates.
+    """Return the combinations of a method and a budget that prune any tokens, without duplicates.
 
     For the exceptions, see `PruneOptions.config`.
     """
@@ -101,12 +102,15 @@ def swept(names: Iterable[str], budgets: Sequence[float | str]) -> list[tuple[st
 
 
 def after_tower_below(configs: Iterable[PruneConfig], device: str) -> int:
-    """Return a size limit in units: on this device, a method prunes smaller inputs only after the tower. 0 means that none does."""
+    """Return the number of units below which any of the methods prunes inputs only after the vision tower on this device.
+
+    Returns 0 if inputs of all sizes are treated alike.
+    """
     return max((config.after_tower_below(torch.device(device)) for config in configs), default=0)
 
 
 def after_tower_note(below: int) -> str:
-    """Return a note about inputs that are pruned only after the tower, or "" if `below` (see `after_tower_below`) is 0."""
+    """Return a note for users that inputs with fewer units than `below` are pruned only after the tower, or "" if `below` is 0."""
     if not below:
         return ""
     return (
@@ -115,9 +119,9 @@ def after_tower_note(below: int) -> str:
 
 
 class SharedRows:
-    """A cache for the tower's rows of one video and one model, so that methods that act after the encoder can share these rows.
+    """A cache of the tower's rows for one video and one model, so that all methods that act after the encoder can share them.
 
-    `saved` is the time in seconds that the cache saved in the latest call, or 0 if the rows were not in the cache.
+    The attribute `saved` is the time in seconds that the cache saved in the latest call, or 0 if the rows were not in the cache.
     """
 
     def __init__(self):
@@ -128,7 +132,7 @@ class SharedRows:
         """Return the rows from the cache, or encode them with `vision.encoder.encode_rows`."""
         key = (_tower_work(plan), *sorted((name, value) for name, value in options.items() if name != "on_layer"))
         if key in self._held:
-            for _ in patches:  # consume the patches anyway, because their reader counts damaged frames
+            for _ in patches:  # the patches must be consumed anyway, because their reader counts damaged frames
                 pass
             self._held.move_to_end(key)
             rows, self.saved = self._held[key]
@@ -145,7 +149,7 @@ class SharedRows:
 
 @dataclass(eq=False)
 class SharedInput(OpenInput):
-    """An input that gets its rows from the cache `shared_rows`."""
+    """An input that gets the tower's rows from the cache `shared_rows`."""
 
     shared_rows: SharedRows
 
@@ -155,7 +159,7 @@ class SharedInput(OpenInput):
 
 
 class GreyInput(OpenInput):
-    """An input that has a video's size and length, but contains only grey frames."""
+    """An input with the size and length of a video whose frames are all gray, for answers without seeing the video."""
 
     shares: ClassVar[bool] = False
 
@@ -171,8 +175,8 @@ class GreyInput(OpenInput):
 def _tower_work(plan: EncoderPlan) -> tuple:
     """Return a cache key for the tower's rows.
 
-    If the plan may select tokens inside the tower, the key is the whole plan. Otherwise the key consists of only those parts of the
-    plan that affect the rows.
+    If the plan may select or merge rows inside the tower, the key is the whole plan. Otherwise, the key contains only the fields of
+    the plan that affect the rows.
     """
     inside = plan.stages
     needs = frozenset()

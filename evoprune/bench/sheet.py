@@ -1,4 +1,4 @@
-"""Draws a contact sheet, which shows the best frame of each moment in a video, with the moment's time, query and score."""
+"""Contact sheets, which show the best frame of each moment found in a video, with the moment's time, query and score."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -15,9 +15,9 @@ PANEL = (320, 320)  # maximum width and height of a frame, in pixels
 
 
 def contact_sheet(info: Video, moments: Sequence[Moment], title: str) -> bytes:
-    """Return a PNG file that shows the best frame of each moment in chronological order. At least one moment is required.
+    """Draw the best frames of one or more moments in chronological order, and return the bytes of a PNG file.
 
-    To save memory, frames are read one at a time, and each one is shrunk before the next is read.
+    To save memory, frames are read one at a time, and each frame is shrunk before the next one is read.
 
     For the exceptions, see `read_chunks`.
     """

@@ -1,11 +1,11 @@
-"""Runs `evoprune tune`: the unpruned model answers questions, and candidate settings are compared with its answers.
+"""The code behind `evoprune tune`. The unpruned model answers questions, and candidate settings are compared with its answers.
 
 If there is not enough time for all trials, the candidates are narrowed down by successive halving over videos (arXiv 1502.07943).
 
 The agreement of the candidates is smoothed with isotonic regression (Ayer et al., 1955), which assumes that a candidate with a
-lower KL divergence agrees at least as much as a candidate with a higher one. Tokens of the same video are correlated, so n tokens
-carry as much information as a smaller number of independent tokens. The ratio between these two numbers is the design effect (Kish,
-1965). It equals the variance over videos divided by the variance of independent tokens, and is estimated from all candidates
+lower KL divergence agrees at least as much as a candidate with a higher one. Because tokens of the same video are correlated, n
+tokens carry only as much information as a smaller number of independent tokens. The ratio of these two numbers is the design effect
+(Kish, 1965). It is the variance over videos divided by the variance of independent tokens, and it is estimated from all candidates
 together.
 """
 
@@ -57,16 +57,16 @@ from evoprune.util import counted
 from evoprune.video import SamplingOptions
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
-# These are the default method; the same method with as few rows as tokens, with more rows and no selection before the tower, and
-# with tokens that are spread evenly over time; and the merging from the paper.
+# The default method, three variants of it, and the merging from the paper. The variants have as few rows as tokens, more rows
+# without a selection before the tower, and tokens that are spread evenly over time.
 METHODS = ("evoprune", "evoprune:rows=1", "evoprune:first=0:rows=0.5", "evoprune:floor=1", "evoprune-paper")
-FIRST = 2  # number of videos on which every candidate is tried
-MIN_CANDIDATES = 3  # number of candidates that always continue, even if there is not enough time
+FIRST = 2  # number of videos on which all candidates are tried
+MIN_CANDIDATES = 3  # minimum number of candidates that continue, even if there is not enough time
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method with its settings at a budget."""
+    """A method with its settings and a budget, which `evoprune tune` tries."""
 
     method: str
     budget: float
@@ -77,7 +77,7 @@ class Candidate:
 
 
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
-    """Combine each method in `METHODS` and `more` with each budget (by default `BUDGETS`), omitting those that prune nothing.
+    """Combine the methods in `METHODS` and `more` with all budgets (by default `BUDGETS`), except combinations that prune nothing.
 
     For the exceptions, see `MethodChain.parse`.
     """
@@ -85,7 +85,7 @@ def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[
 
 
 class Trial(NamedTuple):
-    """What was measured for a candidate on one video."""
+    """The measurements for a candidate on one video."""
 
     agree: int  # number of tokens in the full answers that the pruned model also considers most probable
     tokens: int  # number of tokens in the full answers
@@ -107,7 +107,7 @@ def observed(trials: Sequence[Trial]) -> float:
 def promising(known: Known, goal: float) -> list[Candidate]:
     """Sort the candidates that have been tried, most promising first.
 
-    Candidates that reach the goal come first, sorted by speed. The others follow, sorted by agreement.
+    Candidates that reach the required agreement (`goal`) come first, sorted by speed. All other candidates are sorted by agreement.
     """
 
     def key(candidate: Candidate) -> tuple[bool, float]:
@@ -120,7 +120,10 @@ def promising(known: Known, goal: float) -> list[Candidate]:
 
 
 def rungs(videos: int) -> list[range]:
-    """Return the indices of each round's videos. The first round has two videos, and each later round doubles the total so far."""
+    """Divide the videos into rounds of successive halving, and return the indices of the videos in each round.
+
+    The first round has two videos, and each later round doubles the total number.
+    """
     ends = [min(FIRST, videos)]
     while ends[-1] < videos:
         ends.append(min(2 * ends[-1], videos))
@@ -128,15 +131,15 @@ def rungs(videos: int) -> list[range]:
 
 
 def affordable(order: Sequence[Candidate], known: Known, new: int, rest: int, rounds: int, left: float) -> int:
-    """Return how many candidates continue to the next round.
+    """Return the number of candidates that can continue to the next round in the remaining time.
 
     Args:
-        order: the candidates, most promising first.
-        known: each candidate's trials so far.
-        new: number of videos in the next round.
-        rest: number of videos in the next round and all later rounds.
-        rounds: number of remaining rounds. Each of them gets an equal share of the remaining time.
-        left: remaining time in seconds.
+        order: The candidates, most promising first.
+        known: The trials so far, keyed by candidate.
+        new: The number of videos in the next round.
+        rest: The number of videos in the next round and all later rounds.
+        rounds: The number of remaining rounds, which share the remaining time equally.
+        left: The remaining time in seconds.
     """
     costs = [mean(trial.took_s for trial in known[candidate]) for candidate in order]
     if sum(costs) * rest <= left:
@@ -152,16 +155,14 @@ def search(
     left: Callable[[], float],
     first_guess: Callable[[int], float],
 ) -> Iterator[tuple[Candidate, int]]:
-    """Try candidates on one video after another until the time is up, and add the results to `known`.
+    """Try candidates on one video after another until time runs out, adding the results to `known`.
 
     Args:
-        known: the candidates, each with its trials so far.
-        videos: number of videos.
-        goal: the required agreement.
-        trial: a function that tries a candidate on the video with the given index.
-        left: a function that returns the remaining time in seconds.
-        first_guess: a function that takes the index of a video and estimates how many seconds a candidate's first trial, which is
-            on this video, will take.
+        known: The trials so far, keyed by candidate.
+        goal: The required agreement.
+        trial: A function that tries a candidate on the video with the given index.
+        left: A function that returns the remaining time in seconds.
+        first_guess: A function that estimates the duration of a candidate's first trial in seconds, given the index of the video.
 
     Yields:
         The candidate and the index of the video, before each trial.
@@ -182,15 +183,15 @@ def search(
                     known[candidate].append(trial(candidate, video))
 
 
-SAME_TIME = 0.05  # maximum relative difference between two median times that count as equal
+SAME_TIME = 0.05  # maximum relative difference between two median times that are treated as equal
 
 
 def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
-    """Return a dict for each candidate that was tried, fastest first. The fields are documented in docs/json.md.
+    """Compute the table of results, with one dict per candidate that was tried, fastest first. See docs/json.md for the fields.
 
-    `agreement` is the estimate that `smoothed` computes from all candidates. It has a 95% interval over videos. `observed` is the
-    agreement that was measured for this candidate alone. `passes` is True if the whole interval reaches the goal. `frontier` is
-    True if no other candidate is at least as fast and also agrees at least as much.
+    `agreement` is the estimate that `smoothed` computes from all candidates, with a 95% interval over videos. `observed` is the
+    agreement that was measured for this candidate. `passes` is True if the whole interval reaches the goal. `frontier` is True if
+    no other candidate is at least as fast and also agrees at least as much.
     """
     tried = {
         candidate: Trial(*zip(*trials, strict=True)) for candidate, trials in known.items() if trials
@@ -233,7 +234,7 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
 
 
 def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """Return each candidate's agreement, smoothed over the candidates that were tried on the same number of videos."""
+    """Estimate each candidate's agreement, smoothed over all candidates that were tried on the same number of videos."""
     estimates = {}
     for videos in {len(seen.tokens) for seen in tried.values()}:
         group = {candidate: seen for candidate, seen in tried.items() if len(seen.tokens) == videos}
@@ -245,7 +246,7 @@ def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
     """Return each candidate's time to the first token, relative to the time without pruning.
 
-    Candidates that have the same methods and the same shares of rows and tokens do the same work, so their times are pooled to
+    Candidates with the same methods and the same shares of rows and tokens do the same amount of work, so their times are pooled to
     reduce noise.
     """
     of_work = defaultdict(list)
@@ -261,8 +262,8 @@ def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the fastest row that passes, or None if no row passes.
 
-    Rows that differ from the fastest one by at most `SAME_TIME` count as equally fast. Of these, the one with the fewest settings
-    is returned.
+    Rows whose time differs from the fastest one by at most `SAME_TIME` are treated as equally fast. Among these rows, the function
+    prefers the one with the fewest settings.
     """
     passing = [row for row in rows if row["passes"]]
     fastest = min((row["first_token"] for row in passing), default=0.0)
@@ -275,12 +276,12 @@ def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarray:
-    """Estimate each candidate's share of agreeing tokens by isotonic regression, assuming that it does not rise with the mean KL.
+    """Estimate the candidates' shares of agreeing tokens by isotonic regression, assuming that a larger KL means less agreement.
 
     Args:
-        agree: number of tokens on which each candidate agrees, `[S]`.
-        tokens: number of tokens on which each candidate was tried, `[S]`.
-        kl: each candidate's mean KL divergence, `[S]`.
+        agree: The number of tokens on which each candidate agrees, `[S]`.
+        tokens: The number of tokens on which each candidate was tried, `[S]`.
+        kl: The mean KL divergence of each candidate, `[S]`.
 
     Returns:
         The estimated shares, `[S]`.
@@ -301,12 +302,13 @@ def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarra
 
 
 def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
-    """Return how many tokens carry as much information as one independent token. None means that this cannot be estimated.
-
-    The result is at least 1.
+    """Estimate the design effect, which is the number of tokens that carry as much information as one independent token.
 
     Args:
-        candidates: for each candidate, the number of agreeing tokens in each video and the number of tokens in each video.
+        candidates: For each candidate, the number of agreeing tokens and the number of tokens in each video.
+
+    Returns:
+        A number of at least 1, or None if the design effect cannot be estimated.
     """
     over_videos = independent = 0.0
     for agree, tokens in candidates:
@@ -322,10 +324,10 @@ def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float 
 
 
 def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tuple[float, float]:
-    """Return the 95% interval of a share of tokens.
+    """Return the 95% confidence interval of a share of agreeing tokens.
 
     Args:
-        effect: the design effect. If it is None, each video counts as one independent token.
+        effect: The design effect. If it is None, each video is treated as a single independent token.
     """
     if effect is None:
         return wilson(share, float(videos))
@@ -333,16 +335,16 @@ def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tupl
 
 
 def provable(tokens: float) -> float:
-    """Return the highest lower bound that `tokens` independent tokens can prove, which they do if all of them agree."""
+    """Return the highest agreement that `tokens` independent tokens can prove, which is the lower bound if all of them agree."""
     return tokens / (tokens + Z95**2)
 
 
 def least_tokens(agree: float) -> int:
-    """Return how many independent tokens must all agree in order to prove an agreement of `agree`, which must be below 1."""
+    """Return the number of independent tokens that are needed to prove an agreement of `agree` (below 1), if all tokens agree."""
     return math.ceil(agree * Z95**2 / (1 - agree) - 1e-9)
 
 
-TOKENS = (64, 32, 16, 8)  # maximum answer lengths; the first one that fits within the time limit is used
+TOKENS = (64, 32, 16, 8)  # maximum answer lengths in tokens; the first one that fits within the time limit is used
 SLOW = 1 / 10  # the first encoding is not repeated if it takes longer than this share of the time limit
 Progress = Callable[
     ..., None
@@ -370,11 +372,14 @@ def encode(
     rows: SharedRows | None = None,
     ahead: ReadAhead | None = None,
 ) -> tuple[EncodedInputs, float]:
-    """Encode a video. Return the encoding and how many seconds it would have taken without shared rows.
+    """Encode a video.
 
     Args:
-        rows: a cache for the tower's rows, or None.
-        ahead: a prefetch that may contain the video, or None.
+        rows: A cache of the tower's rows, or None.
+        ahead: A prefetch that may contain the video, or None.
+
+    Returns:
+        The encoded video, and the time in seconds that encoding would have taken without the cache.
     """
     kind = partial(SharedInput, shared_rows=rows) if rows else OpenInput
     given = {"names": [path], "kind": kind, "ahead": ahead}
@@ -389,8 +394,8 @@ def encode(
 class Answering:
     """Answers the questions about all videos with the unpruned model, within a time limit.
 
-    If there is not enough time, the answers are shortened first, then fewer questions are asked, and finally videos are left out.
-    The patches of the videos that were answered stay in memory until `close` is called.
+    If there is not enough time, the answers are first shortened, then fewer questions are asked, and finally videos are left out.
+    The patches of the finished videos stay in memory until `close` is called.
     """
 
     def __init__(
@@ -405,7 +410,7 @@ class Answering:
         self._think = think
         self._ahead = ahead
         self.made: list[FullAnswers] = []  # one per video
-        self.problems: dict[str, EvopruneError] = {}  # videos that cannot be read or computed, by path
+        self.problems: dict[str, EvopruneError] = {}  # errors of videos that cannot be read or computed, keyed by path
         self.tokens = TOKENS[0]  # maximum number of tokens per answer
         self.asked = len(questions)  # number of questions to ask about each video
         self._next_s = 0.0  # estimated time for the next video, in seconds
@@ -416,10 +421,10 @@ class Answering:
         self._limit = limit
 
     def answer(self, videos: tuple[str, ...], progress: Progress = lambda *what: None) -> None:
-        """Answer the questions about as many videos as time allows, and at least about the first one that can be read.
+        """Answer the questions about as many videos as time allows, but at least about the first video that can be read.
 
         Raises:
-            EvopruneError: the questions could not be answered about any video. The error of the first video is raised.
+            EvopruneError: If all videos fail. This is the error of the first video.
         """
         loaded = self.session.loaded
         # If there are no idle cores, prefetching would slow down the model and distort the measured times.
@@ -458,8 +463,8 @@ class Answering:
         """Answer all questions about one video.
 
         Args:
-            opened: the opened video, or the exception that was raised when it was opened.
-            videos: number of videos that still need answers, including this one.
+            opened: The opened video, or the exception that was raised when it was opened.
+            videos: The number of videos that still need answers, including this one.
         """
         if isinstance(opened, Exception):
             raise opened
@@ -483,11 +488,12 @@ class Answering:
         return FullAnswers(path, tuple(references), seconds + references[0].seconds, self._limit.now() - start)
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
-        """Measure a short test answer, and use it to choose the answer length and the number of questions that time allows.
+        """Choose the answer length and the number of questions that time allows, based on the speed of a short test answer.
 
         Args:
-            encoding: time to encode a video, in seconds.
-            videos: number of videos that still need answers.
+            video: The encoded video for the test answer.
+            encoding: The time to encode a video, in seconds.
+            videos: The number of videos that still need answers.
         """
         question = self._questions[0]
         every = len(self._questions)
@@ -510,7 +516,7 @@ GENERAL = (
     "Who or what can be seen, and where?",
     "Which details, colours, numbers and words can be seen?",
 )
-SHARE_OF_FULL = 1 / 3  # share of the time limit that is spent on the full answers
+SHARE_OF_FULL = 1 / 3  # share of the time limit that is spent on answers of the unpruned model
 
 
 @dataclass(frozen=True)
@@ -518,7 +524,7 @@ class TuneSettings:
     """The settings and videos of a tuning run.
 
     Raises:
-        UsageError: there is no video or no question, or a number is out of range.
+        UsageError: If there is no video or no question, or if a number is out of range.
     """
 
     videos: tuple[str, ...]  # paths of video files or of folders with frames
@@ -549,7 +555,10 @@ class TuneSettings:
 
 
 class Run:
-    """A tuning run. Construct it, `load` the model, and then call `run`. `document` returns the results so far at any time."""
+    """The base class of tuning runs.
+
+    To start a run, create an instance, `load` the model, and then call `run`. `document` returns the results so far at any time.
+    """
 
     schema: ClassVar[str]  # the document's schema
     results_of: ClassVar[Callable[[dict[str, Any]], Results]]
@@ -563,7 +572,7 @@ class Run:
         self.model: ModelDescription | None = None  # None before `load`
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model. Pass its description as `model` if it is already known.
+        """Load the model. If its description is already known, pass it as `model`.
 
         For the exceptions, see `load_model`.
         """
@@ -585,15 +594,15 @@ class Run:
         return self.answering.made
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far, as JSON data. `error` says why the run was cut short."""
+        """Return the results so far as a dict for JSON output. `error` is the error that ended the run early, or None."""
         raise NotImplementedError
 
     def results(self, error: dict | None = None) -> Results:
-        """Return the results so far."""
+        """Return the results so far. `error` is the error that ended the run early, or None."""
         return type(self).results_of({"schema": self.schema} | self.document(error))
 
     def facts(self) -> dict[str, Any]:
-        """Return the facts that are part of every run's document, as JSON data."""
+        """Return the fields that all types of tuning runs have in their documents, as a dict for JSON output."""
         answers = []
         problems = {}
         asked = 0
@@ -614,13 +623,13 @@ class Run:
 
 
 class Tuning(Run):
-    """Finds the fastest setting that agrees well enough. `known` contains each candidate's trials.
+    """Finds the fastest pruning settings that agree well enough with the unpruned model. `known` contains each candidate's trials.
 
-    If the weights are quantized, the full answers are generated with the original weights, provided that they fit into memory. In
-    this case, quantization without pruning is an additional candidate.
+    If the model is to be quantized, the full answers are generated with the original weights, provided that they fit into memory,
+    and quantization without pruning is an additional candidate.
 
     Raises:
-        UsageError: a method is unknown or has invalid settings, or there is nothing to try.
+        UsageError: If a method is unknown or has invalid settings, or if there is nothing to try.
     """
 
     schema = "evoprune/tune@1"
@@ -637,10 +646,10 @@ class Tuning(Run):
             self.known = {Candidate("none", 1.0): []} | self.known
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model.
+        """Load the model. If its description is already known, pass it as `model`.
 
         Raises:
-            UsageError: a method does not work with the model.
+            UsageError: If a method does not work with the model.
 
         For the other exceptions, see `load_model`.
         """
@@ -659,11 +668,11 @@ class Tuning(Run):
         return any(self.known.values())
 
     def run(self, progress: Progress = lambda *what: None, note: Callable[[str], None] = lambda what: None) -> None:
-        """Answer with the unpruned model, and then try candidates until all trials are done or the time is up.
+        """Answer with the unpruned model, then try candidates until all trials are done or time runs out.
 
         Args:
-            progress: called with the next step.
-            note: called with each remark that should be shown immediately.
+            progress: Called with the next step.
+            note: Called with each remark that should be shown immediately.
 
         For the exceptions, see `Answering.answer`.
         """
@@ -715,7 +724,7 @@ class Tuning(Run):
         self.answering.close()
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far, as JSON data. `error` says why the run was cut short."""
+        """Return the results so far as a dict for JSON output. `error` is the error that ended the run early, or None."""
         rows = result_rows(self.known, self.settings.agree)
         passing = recommended(rows)
         best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)
@@ -733,7 +742,7 @@ class Tuning(Run):
         }
 
     def _too_few(self) -> str | None:
-        """Return a warning if no candidate could pass even if all tokens agreed."""
+        """Return a warning if there are too few tokens for any candidate to pass, even if all tokens agree. Otherwise None."""
         tokens = [full.tokens for full in self.answering.made]
         goal = self.settings.agree
         if len(tokens) > 1 and provable(sum(tokens)) >= goal:

@@ -1,4 +1,4 @@
-"""Runs `evoprune tune --operations`, which finds a recipe for the `operations` method (see docs/methods.md)."""
+"""The code behind `evoprune tune --operations`, which finds a recipe for the `operations` method (see docs/methods.md)."""
 
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from evoprune.util import counted
 
 
 def _if_measured(form: str, row: dict[str, Any]) -> str:
-    """Format a row's loss, or return a dash if the loss was not measured."""
+    """Format the loss in a row of the results. Returns a dash if it was not measured."""
     return "-" if row["kl"] is None else form.format(**row)
 
 
@@ -42,7 +42,7 @@ COLUMNS: list[Column[dict[str, Any]]] = [
 
 @dataclass
 class OperationResults(Results):
-    """The results of a search, stored in a document with the schema of recipes. `Recipe.read` can read complete recipes."""
+    """The results of the search for a recipe. If the recipe is complete, `Recipe.read` can read the stored document."""
 
     found: dict[str, Any]
 
@@ -50,7 +50,7 @@ class OperationResults(Results):
         return rounded(self.found)
 
     def table(self, width: int) -> str:
-        """Return a table that lists the operations that the recipe removes at each budget."""
+        """Return a table with the number of operations that the recipe removes at each budget, and the resulting loss."""
         found = self.document()
         lines = heading(found, width)
         if found["rows"]:
@@ -87,7 +87,7 @@ class OperationTuning(Run):
         return self.search is not None and bool(self.search.found)
 
     def run(self, progress: Progress = lambda *what: None, note: Callable[[str], None] = lambda what: None) -> None:
-        """Answer with the unpruned model, and then search until the recipe is complete or the time is up. See `Tuning.run`."""
+        """Answer with the unpruned model, then search until the recipe is complete or time runs out. See `Tuning.run`."""
         videos = self.answer(progress)
         settings = self.settings
         asked = []
@@ -113,10 +113,10 @@ class OperationTuning(Run):
             )
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far as JSON data, which `Recipe.read` can read if they are complete.
+        """Return the results so far as a dict for JSON output, which `Recipe.read` can read if they are complete.
 
         Args:
-            error: The error that cut the run short, or None.
+            error: The error that ended the run early, or None.
         """
         found = {"complete": False, "rows": [], "recipe": None, "steps": []}
         if self.search:

@@ -1,4 +1,4 @@
-"""Formats the results of `evoprune tune` (each setting's speed and agreement) as a table and a chart. Does not import torch."""
+"""The results of `evoprune tune`, speed and agreement of each setting, as a table and a chart. Does not import torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ class TuneResults(Results):
         return rounded(self.found)
 
     def table(self, width: int) -> str:
-        """Return the heading, the verdict, a table with one row per setting, and finally a line with the recommended options."""
+        """Return the results as text: a heading, a table with one row per setting, the verdict, and the recommended options."""
         found = self.document()
         output = heading(found, width)
         notes = [_verdict(found)]
@@ -40,7 +40,7 @@ class TuneResults(Results):
         return "\n".join(output) + "\n"
 
     def chart(self) -> str | None:
-        """Draw agreement against the time to the first token, with a line per method and a line for the frontier."""
+        """Draw a chart of agreement against the time to the first token, with one line per method and a line for the frontier."""
         found = self.document()
         rows = found["rows"]
         if not rows:

@@ -1,4 +1,4 @@
-"""Pruning methods for comparison, which are loaded through entry points like plug-ins, and helpers that only they use."""
+"""Pruning methods from the literature for comparison, and their helpers. They are loaded through entry points, like plug-ins."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Based on StreamingAssistant: drops tokens that repeat their neighbors."""
+"""The `adjacent` method, based on StreamingAssistant, which drops tokens that repeat their neighbors."""
 
 from dataclasses import dataclass
 
@@ -13,18 +13,18 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 class Adjacent(Selector):
     """Drops tokens that repeat their neighbors. Based on StreamingAssistant (arXiv 2512.12560), which has no public code.
 
-    A token's redundancy is its highest cosine to a neighbor in the frame, which is the nearest remaining token above, below, left
-    or right. The most redundant tokens are dropped in rounds until K tokens remain. Two neighbors are never dropped in the same
-    round.
+    A token's redundancy is its highest cosine similarity to a neighbor in the frame, where the neighbors are the nearest remaining
+    tokens above, below, left and right. The most redundant tokens are dropped in rounds until K tokens remain, but two neighbors
+    are never dropped in the same round.
 
-    Differences from the paper: tokens whose cosine to the same place in the previous frame pair is above `still` are dropped first.
-    This project added this step.
+    Differences from the paper: this project added a first step, which drops tokens if their cosine similarity to the token at the
+    same place in the previous frame pair is above `still`.
     """
 
     name = "adjacent"
     source = "after arXiv 2512.12560"
 
-    still: Cosine = 0.9  # cosine above which a token counts as a repetition of the previous frame pair; 1 disables this
+    still: Cosine = 0.9  # cosine above which a token repeats the previous frame pair; 1 disables this step
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         left = torch.ones(tokens.grid, dtype=torch.bool, device=tokens.rows.device)
@@ -44,10 +44,13 @@ class Adjacent(Selector):
 
 
 def neighbours(left: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[N, 4]`: the nearest remaining tokens above, below, left and right of each token, or -1.
+    """Find the nearest remaining tokens above, below, left and right of each token.
 
     Args:
         left: bool `[T, H, W]`, True for remaining tokens.
+
+    Returns:
+        int64 `[N, 4]`, with -1 for missing neighbors.
     """
     index = torch.where(left, arange_on(left.numel(), left.device).view_as(left), -1)
     last = left.numel()
@@ -63,7 +66,7 @@ def neighbours(left: torch.Tensor) -> torch.Tensor:
 
 
 def redundancy(unit: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-    """Return float32 `[N]`: the highest cosine of each token to its neighbors, or -2 for a token without neighbors.
+    """Return each token's highest cosine similarity to a neighbor, or -2 if it has no neighbors: float32 `[N]`.
 
     Args:
         unit: `[N, D]`, tokens of unit length.
@@ -74,15 +77,17 @@ def redundancy(unit: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
 
 
 def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.Tensor:
-    """Return up to `count` tokens (int64) with the highest scores, skipping tokens whose neighbor was already taken.
-
-    Ties go to the lower index.
+    """Take the tokens with the highest scores, skipping every token that is a neighbor of a token already taken.
 
     Args:
         score: `[N]`, -inf for tokens that cannot be taken.
-        near: The result of `neighbours`.
+        near: int64 `[N, 4]`, the result of `neighbours`.
+        count: The maximum number of tokens to take.
+
+    Returns:
+        The int64 indices of the tokens. Ties go to the lower index.
     """
-    outside = len(score)  # ranks after all tokens; the index -1 of a missing neighbor refers to it
+    outside = len(score)  # ranks after all tokens; the index -1 of a missing neighbor refers to this last entry
     order = torch.empty_like(near[:, 0]).index_copy_(0, ranked(score), arange_on(outside, score.device))
     order = F.pad(order.masked_fill(score == -torch.inf, outside), (0, 1), value=outside)
     open_ = order.clone()

@@ -17,18 +17,19 @@ class CdPruner(Selector):
     """CDPruner (arXiv 2506.10967): a determinantal point process inside frame pairs, conditioned on the question.
 
     Tokens are selected greedily to maximize the determinant of the kernel cosine(i, j) * relevance(i) * relevance(j) over the kept
-    tokens. Imagine each token scaled so that its length is its relevance. The next token is then always the one with the largest
-    component outside the span of the kept tokens. Relevance is the mean cosine to the question's tokens, scaled to (0, 1].
+    tokens. If each token is scaled so that its length equals its relevance, the next token is always the one with the largest
+    component outside the span of the tokens kept so far. Relevance is the mean cosine similarity to the question's tokens, scaled
+    to (0, 1].
 
-    Differences from the paper: relevance is measured with the language model's embeddings, as in OpenVINO GenAI. The paper uses
-    CLIP, and its code uses the negative mean (see `negative`).
+    Differences from the paper: relevance is computed from the language model's embeddings, as in OpenVINO GenAI. The paper uses
+    CLIP, and the authors' code uses the negative mean (see `negative`).
     """
 
     name = "cdpruner"
     source = "arXiv 2506.10967"
 
-    question: bool = True  # whether to use relevance to the question; otherwise, only diversity counts
-    negative: bool = False  # whether tokens unlike the question count as relevant, as in the authors' code
+    question: bool = True  # whether to weight tokens by relevance to the question; otherwise, only diversity matters
+    negative: bool = False  # whether tokens that are unlike the question are relevant, as in the authors' code
 
     @property
     def reads_question(self) -> bool:
@@ -52,16 +53,19 @@ class CdPruner(Selector):
 
 
 def widest(unit: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-    """Greedily select the rows with the largest weighted volume in each of T groups. Returns int64 `[count]` per group, ascending.
+    """Greedily select the rows that span the largest weighted volume in each of T groups.
 
     Args:
-        unit: `[T, n, D]`.
-        weight: `[T, n]`.
+        unit: `[T, n, D]`, rows of unit length.
+        weight: `[T, n]`, the length to which each row is scaled.
         counts: The number of rows to select from each group. In each step, one row is selected from every group.
+
+    Returns:
+        For each group, the int64 indices of the selected rows, ascending.
     """
     vectors = unit.double() * weight.double()[:, :, None]
     factor = vectors.new_zeros(max(counts), *weight.shape)  # rows of the Cholesky factors, in order of selection
-    left = vectors.square().sum(2)  # squared length of each row's part outside the span of the selected rows
+    left = vectors.square().sum(2)  # squared length of each row's component outside the span of the selected rows
     selected = torch.zeros_like(left, dtype=torch.bool)
     order = []
     for step in range(max(counts)):

@@ -1,4 +1,4 @@
-"""Based on D2Pruner: keeps tokens with high attention, corrected for positional bias, and then dissimilar tokens."""
+"""The `d2pruner` method, which keeps tokens with high attention, corrected for positional bias, and then dissimilar tokens."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,15 +12,15 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 
 @dataclass(frozen=True)
 class D2Pruner(LanguageMethod):
-    """Keeps tokens with high debiased attention, then dissimilar ones. Based on D2Pruner (arXiv 2512.19443), but not on its code.
+    """Keeps tokens with high debiased attention, then dissimilar tokens. Based on D2Pruner (arXiv 2512.19443), but not on its code.
 
-    After a share `depth` of the layers, a token's score is the attention from the last token, divided by a prior. A share of
-    `pivots` of the budget goes to the tokens with the highest scores. The rest goes, in order of score, to tokens whose cosine to
-    each other is at most `alike`, and then to other tokens.
+    After a share `depth` of the layers, each token is scored by the attention that it receives from the last token, divided by a
+    prior. A share `pivots` of the budget goes to the tokens with the highest scores. The remaining budget goes, in order of score,
+    to tokens whose cosine similarity to each other is at most `alike`. Any budget that is still left goes to the other tokens.
 
-    Differences from the paper: this method follows the abstract and two ports of the code. The prior is the attention that the
-    token would receive if all visual tokens had the same key, namely the mean of their keys. The authors measure the prior over
-    many images instead.
+    Differences from the paper: this method follows the abstract and two ports of the code. The prior is the attention that a token
+    would receive if every visual token had the mean of all visual tokens' keys as its key. The authors instead measure the prior
+    over many images.
     """
 
     name = "d2pruner"
@@ -28,7 +28,7 @@ class D2Pruner(LanguageMethod):
 
     depth: Part = 2 / 32  # share of the layers that run before tokens are dropped
     pivots: Share = 0.7  # share of the budget that goes to the tokens with the highest scores
-    alike: Annotated[float, "(-inf, inf)"] = 0.8  # the highest cosine at which two of the other tokens both stay
+    alike: Annotated[float, "(-inf, inf)"] = 0.8  # the maximum cosine between any two of the dissimilar tokens
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return one_drop(depth, tokens, self.depth, budget)

@@ -1,4 +1,4 @@
-"""DART: keeps the tokens that duplicate the pivots least."""
+"""The DART method, which keeps the tokens that are least similar to a few pivot tokens."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,15 +12,15 @@ from evoprune.methods import Selection, Selector, Tokens, snap
 
 @dataclass(frozen=True)
 class Dart(Selector):
-    """DART (arXiv 2502.11494): keeps the tokens that duplicate the pivots least.
+    """DART (arXiv 2502.11494): keeps the tokens that are least similar to a few pivot tokens.
 
-    The pivots are the `visual` visual tokens and the `text` question tokens with the largest L1 norms. Visual pivots are kept. The
-    rest of the budget is divided evenly among the pivots. One after another, each pivot keeps the tokens with the lowest cosine to
-    it.
+    The pivots are the `visual` visual tokens and the `text` question tokens with the largest L1 norms. Visual pivots are always
+    kept. The remaining budget is divided evenly among the pivots, and one pivot after another selects the tokens with the lowest
+    cosine similarity to it.
 
-    Differences from the paper: the paper compares hidden states of the language model. This method compares the language model's
-    input embeddings, as TensorRT-Edge-LLM does. The authors' code processes the pivots in the order of a Python set. Here, the
-    longest pivot comes first.
+    Differences from the paper: the paper compares hidden states of the language model, while this method compares its input
+    embeddings, as TensorRT-Edge-LLM does. The authors' code processes the pivots in the order of a Python set. Here, pivots are
+    processed in descending order of their norm.
     """
 
     name = "dart"
@@ -55,9 +55,9 @@ class Dart(Selector):
 
 
 def longest(x: torch.Tensor, count: int) -> torch.Tensor:
-    """Return int64 `[min(count, n)]`: the rows of `x` (`[n, D]`) with the largest L1 norms, longest first.
+    """Return the indices of the rows with the largest L1 norms, longest first: int64 `[min(count, n)]`.
 
-    Ties go to the lower index.
+    `x` is `[n, D]`. Ties go to the lower index.
     """
     norm = x.abs().sum(1)
     return ranked(snap(norm / norm.max().clamp(min=1e-12)))[:count]

@@ -26,15 +26,15 @@ from evoprune.methods import (
 
 @dataclass(frozen=True)
 class Runs:
-    """Finds runs of frame pairs that change little."""
+    """Divides a video into runs of consecutive frame pairs that hardly change."""
 
-    # A run ends when the moving average of the similarity to its start falls below this.
+    # A run ends when the moving average of the similarity to the run's first frame pair falls below this.
     threshold: Annotated[float, "(-inf, inf)"] = 0.6
     window: Annotated[int, "[2, inf)"] = 8  # every run has fewer frame pairs than this
     momentum: Share = 0.9  # weight of the newest similarity in the moving average
 
     def of(self, like: list[list[float]]) -> list[range]:
-        """Return the runs of frames in order. `like` comes from `similarities`."""
+        """Return the runs in order, as ranges of frame indices. `like` contains the similarities between nearby frames."""
         starts = [0]
         running = 1.0
         for frame in range(1, len(like)):
@@ -45,7 +45,11 @@ class Runs:
         return [range(first, last) for first, last in zip(starts, [*starts[1:], len(like)], strict=True)]
 
     def merged(self, like: list[list[float]]) -> tuple[list[int], list[float]]:
-        """Return the frame that each frame joins (its own index if it stays), and each frame's weight in the mean."""
+        """Decide which frames merge.
+
+        Returns:
+            For each frame, the index of the frame that it merges into (its own index if it stays), and its weight in the mean.
+        """
         into = list(range(len(like)))
         weight = [1.0] * len(like)
         for run in self.of(like):
@@ -70,7 +74,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class MergedFrames(Runs, Selector):
-    """Merges frame pairs between two layers. How many remain depends on the content. Takes O(window N D) time."""
+    """Merges frame pairs between two layers in O(window N D) time. The number of frame pairs that remain depends on the content."""
 
     source = "arXiv 2605.30010"
     exact = False
@@ -94,7 +98,7 @@ class MergedFrames(Runs, Selector):
 
 @dataclass(frozen=True)
 class FrameTokens(Runs, Selector):
-    """Selects the tokens that the language model reads from merged frame pairs. Takes O(window N D) time."""
+    """Selects tokens for the language model from merged frame pairs, in O(window N D) time."""
 
     source = "arXiv 2605.30010"
     needs = frozenset({"attention"})
@@ -122,12 +126,13 @@ class FrameTokens(Runs, Selector):
 class EarlyTom(Runs, EncoderMethod):
     """EarlyTom (arXiv 2605.30010): merges whole frame pairs after three layers. Each merge takes O(window N D) time.
 
-    After `first`, `second` and `third` of the layers, runs of similar frame pairs (`Runs`) get shorter. The two ends of each run
-    stay. Two neighboring frame pairs between them merge if they are more similar to each other than the two ends are, and also more
-    similar than the next two neighbors are. The remaining frame pairs share the budget evenly. The ends of runs keep their most
-    attended tokens. All other frame pairs keep the most attended token of each stretch of neighboring tokens.
+    After the shares `first`, `second` and `third` of the layers, runs of similar frame pairs (`Runs`) are shortened. The first and
+    last frame pair of a run always stay. Between them, two neighboring frame pairs merge if they are more similar to each other
+    than the ends of the run are, and also more similar than the following two neighbors. The remaining frame pairs share the budget
+    evenly. The ends of runs keep their most attended tokens. All other frame pairs are divided into stretches of neighboring
+    tokens and keep the most attended token in each stretch.
 
-    Differences from the paper: the settings come from the authors' code for LLaVA-OneVision, and were fitted to SigLIP. Density
+    Differences from the paper: the settings come from the authors' code for LLaVA-OneVision, so they were fitted to SigLIP. Density
     peaks, whose share is 0 by default, and merging inside the language model are not implemented.
     """
 
@@ -150,7 +155,11 @@ class EarlyTom(Runs, EncoderMethod):
 
 
 def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the frame that represents each frame pair (int64 `[T]`) and each frame's first frame pair (int64 `[F]`)."""
+    """Map frame pairs to the F merged frames that represent them.
+
+    Returns:
+        int64 `[T]`, the merged frame for each frame pair, and int64 `[F]`, the first frame pair of each merged frame.
+    """
     places = tokens.grid[1] * tokens.grid[2]
     frame = tokens.unit_to_row.view(tokens.grid[0], places)[:, 0] // places
     first = torch.searchsorted(frame, arange_on(len(tokens.rows) // places, frame.device))
@@ -158,9 +167,14 @@ def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
-    """Return lists in which entry `[i][d]` is the mean cosine between the tokens of frames i and i + d, for d below `window`.
+    """Compute the similarities between nearby frames.
 
-    `x` is `[F, n, D]`, the tokens of F frames.
+    Args:
+        x: `[F, n, D]`, the tokens of F frames.
+        window: The maximum number of similarities per frame, including the similarity to itself.
+
+    Returns:
+        Lists in which entry `[i][d]` is the mean cosine between the tokens of frames i and i + d, for d below `window`.
     """
     held = deque(maxlen=window)
     cosines = []
@@ -174,9 +188,9 @@ def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
 
 
 def highest_of_stretches(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Return int64 `[count]`: the index of the highest `score` (`[n]`) in each of `count` stretches.
+    """Divide scores into consecutive stretches and return the index of the highest score in each stretch: int64 `[count]`.
 
-    If the stretches cannot all have the same length, the first ones are longer by one.
+    If the n scores cannot be divided equally, the first stretches are longer by one.
     """
     if not count:
         return arange_on(0, score.device)

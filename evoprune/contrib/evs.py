@@ -13,16 +13,16 @@ from evoprune.methods import Selection, Selector, Tokens, highest
 class Evs(Selector):
     """EVS (arXiv 2510.14624): keeps the tokens that change most over time.
 
-    The score of a token is 1 minus its cosine to the token at the same place in the previous frame pair. The tokens with the
-    highest scores in the whole video stay.
+    A token's score is 1 minus its cosine similarity to the token at the same place in the previous frame pair. The tokens with the
+    highest scores in the whole video are kept.
 
-    If `floor` is True, the entire first frame pair is kept, as in vLLM, even if the budget is smaller.
+    If `floor` is True, the entire first frame pair is kept, as in vLLM, even if it exceeds the budget.
     """
 
     name = "evs"
     source = "arXiv 2510.14624"
 
-    floor: bool = True  # whether to keep the entire first frame pair, even if the budget is smaller
+    floor: bool = True  # whether to keep the entire first frame pair, even if it exceeds the budget
 
     @property
     def exact(self) -> bool:
@@ -44,7 +44,7 @@ class Evs(Selector):
 
 @dataclass(frozen=True)
 class EvsNoFloor(Evs):
-    """EVS without `floor`. The first frame pair is compared with the second one, and can lose tokens like any other frame pair."""
+    """EVS without a guarantee for the first frame pair, which is compared with the second one and can lose tokens as well."""
 
     name = "evs-nofloor"
 

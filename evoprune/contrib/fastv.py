@@ -1,4 +1,4 @@
-"""FastV and FlashVID's second stage. Both keep the most attended tokens after a certain layer of the language model."""
+"""FastV and FlashVID's second stage, which both keep the most attended tokens after a certain layer of the language model."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class FastV(LanguageMethod):
     After a share `depth` of the layers, the method keeps the tokens that receive the most attention from the prompt's last token,
     averaged over heads.
 
-    Differences from the authors' code: the authors renumber the positions of the remaining tokens. Here, positions do not change.
+    Differences from the authors' code: the authors renumber the remaining tokens, while this method does not change positions.
     """
 
     name = "fastv"
@@ -29,8 +29,8 @@ class FastV(LanguageMethod):
 class FlashVidInner(FastV):
     """FlashVID's second stage (arXiv 2602.08024), inside the language model: like FastV, but at a later layer.
 
-    Differences from the authors' code: `-b` is the share of tokens that reach the language model. In the authors' code, more tokens
-    reach it, and the budget is the mean over both stages.
+    Differences from the authors' code: `-b` specifies the share of tokens that reach the language model. In the authors' code, more
+    tokens reach the language model, because the budget is the mean over both stages.
     """
 
     name = "flashvid-inner"

@@ -1,4 +1,4 @@
-"""FastVID: in each segment of the video, keeps the most attended tokens and density peaks."""
+"""The FastVID method, which keeps the most attended tokens and density peaks in each segment of the video."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -25,15 +25,15 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 class FastVid(Selector):
     """FastVID (arXiv 2503.11187): in each segment of the video, keeps the most attended tokens and density peaks.
 
-    The video is cut into at least `segments` segments. It is also cut wherever the mean tokens of neighboring frame pairs have a
-    cosine below `threshold`. In each segment, every frame pair contributes an equal share of the budget. A share `salient`
-    of the segment's budget goes to the most attended tokens. The rest goes to density peaks in every `every`-th frame pair, counted
-    backward from the last one. All other tokens join the most similar peak, whose weight in the mean is at least `centre`. A frame
-    pair keeps nothing if its cosine to the next one is at least `ignore`.
+    The video is cut into at least `segments` segments, including a cut wherever the mean tokens of neighboring frame pairs have a
+    cosine below `threshold`. The budget is spread evenly over frame pairs, so a segment's budget is proportional to its length. A
+    share `salient` of it goes to the segment's most attended tokens. The remaining budget goes to density peaks in every `every`-th
+    frame pair, counted backward from the last one. All other tokens are averaged into the most similar peak, whose own weight in
+    the mean is at least `centre`. A frame pair keeps no tokens if its cosine to the next frame pair is at least `ignore`.
 
-    Differences from the authors' code: if not enough tokens are left to serve as peaks, more tokens are selected by attention. The
-    authors' code keeps fewer tokens instead. Here, each token joins a single peak. The authors' code averages it into one peak in
-    each frame pair.
+    Differences from the authors' code: if there are not enough tokens left to serve as peaks, more tokens are selected by
+    attention, while the authors' code keeps fewer tokens. Here, each token is averaged into a single peak. The authors' code
+    averages it into one peak in each frame pair.
     """
 
     name = "fastvid"
@@ -41,10 +41,10 @@ class FastVid(Selector):
     needs = frozenset({"attention"})
 
     segments: Count = 8  # the minimum number of segments
-    threshold: Cosine = 0.84  # cosine of neighboring frame pairs below which the video is always cut
+    threshold: Cosine = 0.84  # cosine between neighboring frame pairs below which the video is always cut
     salient: Share = 0.6  # share of the tokens that are selected by attention
-    ignore: Cosine = 0.95  # a frame pair keeps nothing if its cosine to the next one is at least this
-    every: Count = 4  # peaks are taken from every n-th frame pair
+    ignore: Cosine = 0.95  # a frame pair keeps no tokens if its cosine to the next frame pair is at least this
+    every: Count = 4  # the interval, in frame pairs, at which peaks are selected
     centre: Annotated[float, "(0, 1]"] = 0.6  # the minimum weight of a peak in its mean
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
@@ -69,15 +69,16 @@ class FastVid(Selector):
         keep: int,
         into: torch.Tensor,
     ) -> None:
-        """Decide which units of a segment stay, and write the unit that each unit joins to `into`.
+        """Decide which units of a segment stay, and into which units the others are averaged.
 
         Args:
-            x: `[N, D]`, the features.
-            attention: `[N]`.
+            x: `[N, D]`, the features of all units.
+            attention: `[N]`, the attention that each unit receives.
             index: int64 `[g, n]`, the segment's units.
             new: The segment's frame pairs that differ from the next frame pair.
             keep: The number of units that stay.
-            into: int64 `[N]`, changed in place. A unit that stays joins itself. Other units join a peak or keep their -1.
+            into: int64 `[N]`, the result, written in place. A unit that stays gets its own index. Other units get the index of a
+                peak, or keep their -1 if they are dropped.
         """
         half = index.shape[1] // 2
         context = min(keep, max(1, int((1 - self.salient) * keep)))

@@ -1,4 +1,4 @@
-"""FlashVID's first stage: keeps diverse tokens that receive attention, and merges tokens that are similar over time."""
+"""FlashVID's first stage, which keeps diverse tokens that receive attention, and merges tokens that are similar over time."""
 
 import math
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, sprea
 class FlashVid(Selector):
     """FlashVID's first stage (arXiv 2602.08024), before the language model: keeps diverse tokens and merges similar tokens.
 
-    The video is cut into at least `segments` segments. It is also cut wherever neighboring frame pairs have a cosine below
+    The video is cut into at least `segments` segments, including a cut wherever neighboring frame pairs have a cosine below
     `threshold`. In each segment, a share `diverse` of the budget goes to tokens that are selected by max-min cosine distance times
-    attention. Each remaining token is linked to the most similar token in the previous frame pair if their cosine is above `link`,
-    as long as the budget requires more links. The strongest links are made first. Each tree of linked tokens is replaced by its
-    mean. If there are more trees than the budget allows, trees merge around density peaks.
+    attention. The remaining tokens are linked to the most similar token in the previous frame pair if the cosine is above `link`.
+    Links are made in descending order of similarity until the budget is met, and each tree of linked tokens is replaced by its
+    mean. If there are still more trees than the budget allows, trees are merged around density peaks.
 
     Differences from the authors' code: this method averages each tree, as the paper describes. The authors' code divides the tree's
     sum by one more than the number of links that lead directly to the root. It also makes one link fewer than the budget requires,
@@ -42,7 +42,7 @@ class FlashVid(Selector):
     needs = frozenset({"attention"})
 
     segments: Count = 4  # the minimum number of segments
-    threshold: Cosine = 0.9  # cosine of neighboring frame pairs below which the video is always cut
+    threshold: Cosine = 0.9  # cosine between neighboring frame pairs below which the video is always cut
     diverse: Share = 0.7  # share of the tokens that are selected by attention and diversity
     link: Cosine = 0.8  # cosine above which a token can be linked to a token in the previous frame pair
 
@@ -59,16 +59,15 @@ class FlashVid(Selector):
         return gathered(into.flatten(), weight.flatten())
 
     def condensed(self, attention: torch.Tensor, x: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the token that each token of a segment joins, and each token's weight in the resulting mean.
+        """Select and merge the tokens of one segment.
 
         Args:
-            attention: `[g, n]`.
+            attention: `[g, n]`, the attention that each token receives.
             x: `[g, n, D]`, the features.
-            keep: The number of tokens that stay.
 
         Returns:
-            int64 `[g, n]`, the index of the token to join. This is the token's own index if it stays, or -1 if it is dropped.
-            float32 `[g, n]`, the weights.
+            int64 `[g, n]`, the token that each token is merged into: its own index if it stays, or -1 if it is dropped.
+            float32 `[g, n]`, each token's weight in the resulting mean.
         """
         pairs, per_pair = attention.shape
         index = arange_on(attention.numel(), x.device).view(pairs, per_pair)
@@ -95,12 +94,16 @@ class FlashVid(Selector):
         return into.view_as(index), weight.view_as(index)
 
     def linked(self, unit: torch.Tensor, rest: torch.Tensor, pair: torch.Tensor, most: int) -> torch.Tensor:
-        """Return int64 `[r]`: the root of each token's tree, after making at most `most` links. The strongest links are made first.
+        """Link similar tokens in neighboring frame pairs, starting with the most similar tokens.
 
         Args:
-            unit: `[n, D]`, all tokens of the segment.
+            unit: `[n, D]`, the tokens of the segment, scaled to unit length.
             rest: int64 `[r]`, the tokens to link, ascending.
             pair: int64 `[r]`, the frame pairs of these tokens.
+            most: The maximum number of links.
+
+        Returns:
+            int64 `[r]`, the root of the tree that contains each of the tokens.
         """
         parent = rest.clone()
         like = torch.full((len(rest),), -torch.inf, dtype=torch.float32, device=unit.device)
@@ -123,13 +126,17 @@ class FlashVid(Selector):
     def merged(
         self, mean: torch.Tensor, roots: torch.Tensor, pair: torch.Tensor, keep: int, into: torch.Tensor
     ) -> torch.Tensor:
-        """Merge trees around density peaks until `keep` trees are left. Returns the updated `into`.
+        """Merge trees around density peaks so that `keep` trees are left.
 
         Args:
             mean: `[r, D]`, the means of the trees.
             roots: int64 `[r]`, the roots of the trees.
             pair: int64 `[r]`, the frame pairs of the roots.
+            keep: The number of trees to leave.
             into: int64 `[n]`, the root of each token's tree.
+
+        Returns:
+            int64 `[n]`, the updated `into`.
         """
         sizes = torch.bincount(pair).tolist()
         to = torch.full_like(into, -1)

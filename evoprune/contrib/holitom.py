@@ -1,4 +1,4 @@
-"""HoliTom's first stage: cuts the video into segments so that merging over time saves as many tokens as possible."""
+"""HoliTom's first stage, which cuts the video into segments so that merging over time saves as many tokens as possible."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,21 +13,21 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 class HoliTom(Selector):
     """HoliTom's first stage (arXiv 2505.21334), before the language model: merges tokens over time in segments of the video.
 
-    A place is still between two frame pairs if its cosine is above `static`. Dynamic programming cuts the video into the segments
-    that save the most tokens. A segment of L frame pairs saves L - 1 tokens for each place that is still during the whole segment.
-    If averaging still places over time saves enough tokens, places are averaged until the budget is met, starting with the
-    stillest. Otherwise, all still places are averaged. Then, moving tokens are selected by attention, and still tokens merge around
-    density peaks. A peak has a weight of at least `centre` in its mean.
+    A place is still between two frame pairs if the cosine between its tokens is above `static`. Dynamic programming cuts the video
+    into the segments that save the most tokens, where a segment of L frame pairs saves L - 1 tokens for each place that is still
+    throughout the segment. If averaging still places over time saves enough tokens, places are averaged until the budget is met,
+    starting with the stillest place. Otherwise, all still places are averaged. Moving tokens are then selected by attention, and
+    still tokens merge around density peaks. A peak has a weight of at least `centre` in its mean.
 
-    Differences from the authors' code: this method uses the attention that each token receives instead of the class token's
-    attention, because Qwen's tower has no class token. The authors' code rounds counts up per frame pair.
+    Differences from the authors' code: because Qwen's vision tower has no class token, this method uses the attention that a token
+    receives within its frame pair instead of the class token's attention. The authors' code rounds counts up per frame pair.
     """
 
     name = "holitom"
     source = "arXiv 2505.21334, the stage before the language model"
     needs = frozenset({"attention"})
 
-    static: Cosine = 0.8  # cosine of neighboring frame pairs above which a place is still
+    static: Cosine = 0.8  # cosine between neighboring frame pairs above which a place is still
     centre: Annotated[float, "(0, 1]"] = 0.6  # the minimum weight of a peak in its mean
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
@@ -43,7 +43,7 @@ class HoliTom(Selector):
         attention = snap(tokens.attention)
         into = torch.full_like(tokens.unit_to_row, -1)
         still = [lowest > self.static for lowest in min_cosines]
-        # `groups` has the units of still places, with one row per place. `moving` has the other units of each frame pair.
+        # `groups` contains the units of still places, with one row per place, and `moving` each frame pair's other units.
         groups = [index[span.start : span.stop, places].T for span, places in zip(spans, still, strict=True)]
         moving = [index[pair, ~places] for span, places in zip(spans, still, strict=True) for pair in span]
         sizes = [len(group) for group in (*groups, *moving)]
@@ -55,12 +55,12 @@ class HoliTom(Selector):
 
 
 def most_saving(same: torch.Tensor) -> list[range]:
-    """Return the segments that save the most tokens, using dynamic programming.
+    """Find the segments that save the most tokens, using dynamic programming.
 
     A segment of L frame pairs saves L - 1 tokens for each place that does not change within the segment.
 
     Args:
-        same: bool `[T - 1, n]`, whether each token is similar to the next token at its place.
+        same: bool `[T - 1, n]`, whether each token is similar to the token at the same place in the next frame pair.
     """
     back = torch.zeros(same.shape[1], dtype=torch.int64, device=same.device)
     backs = []

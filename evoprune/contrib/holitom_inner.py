@@ -1,4 +1,4 @@
-"""HoliTom's second stage: merges dropped tokens into kept tokens."""
+"""HoliTom's second stage, which merges dropped tokens into kept tokens inside the language model."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 
 @dataclass(frozen=True)
 class HoliTomInner(LanguageMethod):
-    """HoliTom's second stage (arXiv 2505.21334), inside the language model: FastV that merges dropped tokens into kept ones.
+    """HoliTom's second stage (arXiv 2505.21334), inside the language model: like FastV, but merges dropped tokens into kept tokens.
 
     After a share `depth` of the layers, the method keeps the tokens that receive the most attention from the last token. Each
-    dropped token joins the most similar kept token, measured by the cosine of hidden states. Tokens join one after another: each
-    time, the kept token is replaced by the mean of itself and the joining token.
+    dropped token merges into the kept token whose hidden state has the highest cosine similarity. If several tokens merge into the
+    same kept token, they do so one after another, and each time the kept token is replaced by the mean of the two.
     """
 
     name = "holitom-inner"
@@ -32,14 +32,14 @@ class HoliTomInner(LanguageMethod):
 
 
 def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
-    """Return a selection of `kept` rows in which all other rows join their closest kept row, one after another.
+    """Return a selection in which the other rows merge into their closest kept row, one after another.
 
-    Each time, the kept row is replaced by the mean of itself and the joining row. The last row to join therefore has a weight of
-    one half, and the row before it has a weight of one quarter.
+    Each time, the kept row is replaced by the mean of itself and the new row. The last row therefore has a weight of one half in
+    the result, the row before it has a weight of one quarter, and so on.
 
     Args:
         unit: `[n, D]`, all rows, of unit length.
-        kept: int64 `[K]`, ascending.
+        kept: int64 `[K]`, the kept rows, ascending.
     """
     count = len(unit)
     device = unit.device
@@ -48,7 +48,7 @@ def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
     to = closest(unit[others], unit[kept])[1]
     unit_to_token[kept], unit_to_token[others] = arange_on(len(kept), device), to
     joining = torch.bincount(to, minlength=len(kept))
-    # The number of tokens that join from this token on, including itself.
+    # For each token, the number of tokens that join the same kept token from this one on.
     later = torch.empty(count, dtype=torch.float32, device=device)
     later[kept], later[others] = joining.float(), (joining[to] - turns(arange_on(len(to), device), to)).float()
     # Weights are at least 2^-126, the smallest float32 with full precision.

@@ -1,4 +1,4 @@
-"""IPCV: sets rows aside inside the vision encoder, updates them like similar rows, and restores them after the last layer."""
+"""The IPCV method, which sets rows aside inside the vision encoder and restores them after the last layer."""
 
 from dataclasses import dataclass, replace
 from math import prod
@@ -16,13 +16,13 @@ from evoprune.vision import Hook, Rows
 class Ipcv(EncoderMethod):
     """IPCV (arXiv 2512.18747): sets rows aside, updates them like similar rows, and restores them after the last layer.
 
-    After a share `first` of the layers, each frame pair keeps a share `keep` of its rows: those that the latest layer changed most.
-    Each dropped row then changes by the mean change of its `neighbours` nearest kept rows. For an additional share `follow` of the
-    layers, it still serves as a key and value. All rows return before the patch merger, so a selector must enforce the budget. The
-    selector is DART, as in the paper, or NAME in `ipcv+NAME`. With n rows per frame pair, finding the nearest rows takes O(N n D)
-    time.
+    After a share `first` of the layers, each frame pair keeps a share `keep` of its rows, namely the rows that the latest layer
+    changed most. From then on, each dropped row changes by the mean change of its `neighbours` nearest kept rows. For another share
+    `follow` of the layers, dropped rows still serve as keys and values. All rows return before the patch merger, so a selector is
+    needed to meet the budget. This is DART, as in the paper, or another selector if the user writes `ipcv+NAME`. With n rows per
+    frame pair, finding the nearest rows takes O(N n D) time.
 
-    Differences from the paper: DART acts after the encoder instead of inside the language model.
+    Differences from the paper: DART runs after the encoder instead of inside the language model.
     """
 
     name = "ipcv"
@@ -47,7 +47,7 @@ class Ipcv(EncoderMethod):
 
 @dataclass(frozen=True)
 class Follow(SetAside):
-    """Sets rows aside, and updates each of them like its nearest kept rows."""
+    """Sets rows aside, and updates each of these rows by the mean change of its nearest kept rows."""
 
     until: int  # the number of layers after which dropped rows no longer serve as keys and values
     neighbours: int  # the number of kept rows that each dropped row follows
@@ -60,10 +60,10 @@ class Followers(Hook):
     """A hook that sets rows of one video aside and restores them. Every unit of the video must have a row.
 
     After `Stage.first_layer` layers, each frame pair keeps the rows that the latest layer changed most. For each dropped row, the
-    hook stores its state and its nearest kept rows. Until `Follow.until`, a dropped row changes by the mean change of these kept
-    rows. It still serves as a key and value in attention, but no MLP computes it. After that, only the kept rows pass through the
-    layers. After the last layer, all dropped rows return, updated in the same way. All shapes are known from the plan, so nothing
-    synchronizes.
+    hook stores the row's state and its nearest kept rows. Until `Follow.until`, a dropped row changes by the mean change of these
+    kept rows. It still serves as a key and value in attention, but it skips the MLP. In later layers, only the kept rows are
+    computed. After the last layer, all dropped rows return, updated in the same way. The hook never synchronizes the GPU, because
+    all shapes are known from the plan.
     """
 
     def __init__(self, plan: Follow, first: int):
@@ -97,7 +97,7 @@ class Followers(Hook):
         )
 
     def _divide(self, rows: Rows) -> None:
-        """Decide which rows stay, and which of them each dropped row follows."""
+        """Decide which rows stay, and which of the kept rows each dropped row follows."""
         geo = rows.geometry
         pairs = rows.pairs
         keep = self._plan.left
@@ -117,7 +117,7 @@ class Followers(Hook):
         self._earlier = None
 
     def _kept_alone(self, rows: Rows) -> Rows:
-        """Return only the kept rows. All other units then have no row."""
+        """Return a copy of `rows` that contains only the kept rows. All other units have no row in the copy."""
         unit = rows.unit[self._kept]
         unit_to_row = torch.full_like(rows.unit_to_row, -1)
         unit_to_row[unit] = arange_on(len(unit), unit.device)
@@ -132,16 +132,16 @@ class Followers(Hook):
         )
 
     def _moved(self, kept: torch.Tensor) -> torch.Tensor:
-        """Return all rows `[R, 4, hidden]`. Each dropped row has changed by the mean change of the kept rows that it follows."""
+        """Return all rows, `[R, 4, hidden]`, after moving each dropped row by the mean change of the kept rows that it follows."""
         saved = self._all.values
         moved = saved.index_copy(0, self._kept, kept)
         move = self._mean_of_near(kept.float() - saved[self._kept].float())
         return moved.index_copy_(0, self._dropped, (saved[self._dropped].float() + move).to(moved.dtype))
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Extend `values` to all rows, `[R, ...]`. A dropped row gets the mean of the rows that it follows.
+        """Extend the kept rows' `values` to all rows, `[R, ...]`. A dropped row gets the mean of the rows that it follows.
 
-        `values` that already cover all rows are returned unchanged.
+        If `values` already covers all rows, it is returned unchanged.
         """
         rows = len(self._all)
         if len(values) == rows:
@@ -152,21 +152,25 @@ class Followers(Hook):
         return full
 
     def _mean_of_near(self, values: torch.Tensor) -> torch.Tensor:
-        """Return float32 `[dropped, ...]`: the mean of `values` (`[kept, ...]`) over the rows that each dropped row follows."""
+        """Average the kept rows' `values` (`[kept, ...]`) for each dropped row, over the rows that it follows.
+
+        Returns:
+            float32 `[dropped, ...]`.
+        """
         return sum(values[near].float() for near in self._near.unbind(1)) / self._near.shape[1]
 
 
 def nearest_rows(rows: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the kept rows nearest to each dropped row, nearest first. Ties go to the lower index.
+    """Find the kept rows that are nearest to each dropped row.
 
     Args:
-        rows: float32 `[B, n, D]`.
-        kept: int64 `[B, k]`, indices of rows.
-        dropped: int64 `[B, d]`, indices of rows.
-        count: The maximum number of kept rows to return per dropped row.
+        rows: float32 `[B, n, D]`, the rows of B frame pairs.
+        kept: int64 `[B, k]`, the indices of the kept rows.
+        dropped: int64 `[B, d]`, the indices of the dropped rows.
+        count: The maximum number of kept rows to find per dropped row.
 
     Returns:
-        int64 `[B, d, min(count, k)]`, indices into `kept`.
+        int64 `[B, d, min(count, k)]`, indices into `kept`, nearest first. Ties go to the lower index.
     """
     wide = (-1, -1, rows.shape[2])
     dropped_rows, kept_rows = (rows.gather(1, index[:, :, None].expand(wide)) for index in (dropped, kept))

@@ -1,4 +1,4 @@
-"""Based on MMG-Vid: divides the budget among segments of the video according to their marginal gains."""
+"""The `mmg` method, based on MMG-Vid, which divides the budget among segments of the video by their marginal gains."""
 
 import math
 from dataclasses import dataclass
@@ -23,19 +23,19 @@ from evoprune.methods import Selection, Selector, Tokens, highest, snap, spread
 class Mmg(Selector):
     """Divides the budget among segments by marginal gain. Based on MMG-Vid (arXiv 2508.21044).
 
-    The video is cut between neighboring frame pairs with a cosine below `threshold`. Each segment gets tokens in proportion to its
-    length times exp(gain). The gain is the cosine between the means of the segment and of the video, minus `beta` times the
-    highest cosine to a segment taken before. Each frame pair keeps its highest density peaks, after multiplying their scores by
-    the distance to the tokens kept in the previous frame pair.
+    The video is cut between neighboring frame pairs with a cosine below `threshold`. Each segment gets a share of the tokens that
+    is proportional to its length times exp(gain). Segments are picked greedily by gain, which is the cosine between the segment's
+    mean and the video's mean, minus `beta` times the highest cosine to a segment picked before. Each frame pair keeps its highest
+    density peaks, after their scores are multiplied by the distance to the tokens kept in the previous frame pair.
 
-    Differences from the paper: its formulas were not accessible and its code is not public. The formulas here are this project's
-    own, so results say little about MMG-Vid itself.
+    Differences from the paper: neither its formulas nor its code were available. The formulas used here are this project's own, so
+    the results say little about MMG-Vid itself.
     """
 
     name = "mmg"
     source = "based on arXiv 2508.21044, with formulas filled in by this project"
 
-    threshold: Cosine = 0.95  # cosine of neighboring frame pairs below which the video is cut
+    threshold: Cosine = 0.95  # cosine between neighboring frame pairs below which the video is cut
     beta: Share = 0.5  # weight of the repetition penalty in a segment's gain
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
@@ -50,9 +50,14 @@ class Mmg(Selector):
         return Selection(torch.cat(kept))
 
     def distinct(self, x: torch.Tensor, span: range, keep: int) -> torch.Tensor:
-        """Return int64 `[keep]`, ascending: tokens of a segment that are density peaks and differ from the previous frame pair.
+        """Select tokens of a segment that are density peaks and differ from the tokens kept in the previous frame pair.
 
-        `x` is `[T, n, D]`, the features of the video.
+        Args:
+            x: `[T, n, D]`, the features of the video.
+            span: The frame pairs of the segment.
+
+        Returns:
+            int64 `[keep]`, the selected units, ascending.
         """
         kept = []
         before = None
@@ -68,9 +73,14 @@ class Mmg(Selector):
 
 
 def joined(spans: list[range], like: list[float]) -> list[range]:
-    """Merge each segment that has only one frame pair into its more similar neighbor. Returns the new segments.
+    """Merge segments with only one frame pair into the neighboring segment that is more similar.
 
-    `like` contains the cosines from `transitions`.
+    Args:
+        spans: The segments, in order.
+        like: The cosine between each frame pair and the next one, from `transitions`.
+
+    Returns:
+        The merged segments.
     """
     merged: list[range] = []
     for number, span in enumerate(spans):
@@ -82,14 +92,15 @@ def joined(spans: list[range], like: list[float]) -> list[range]:
 
 
 def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> list[float]:
-    """Return the gains of the segments. Segments are taken one by one, always choosing the segment with the highest gain.
+    """Compute the segments' marginal gains.
 
-    The gain is the cosine between the segment's mean and the video's mean, minus `beta` times the highest cosine to a segment
-    taken before.
+    Segments are picked one by one, always choosing the one with the highest gain. The gain is the cosine between the segment's mean
+    and the video's mean, minus `beta` times the highest cosine to a segment that has already been picked.
 
     Args:
         means: `[S, D]`, the means of the segments.
         video: `[D]`, the mean of the video.
+        beta: The weight of the repetition penalty.
     """
     unit = F.normalize(means, dim=1)
     represents = snap(unit @ F.normalize(video, dim=0))

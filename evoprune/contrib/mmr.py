@@ -1,4 +1,4 @@
-"""MMR, the selection step of IDPruner: keeps tokens by maximal marginal relevance."""
+"""MMR, the selection step of IDPruner, which selects tokens by maximal marginal relevance."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ from evoprune.methods import Selection, Selector, Tokens, snap
 
 @dataclass(frozen=True)
 class Mmr(Selector):
-    """Keeps tokens by maximal marginal relevance, as in the selection step of IDPruner (based on arXiv 2602.13315).
+    """Selects tokens by maximal marginal relevance, as in the selection step of IDPruner (based on arXiv 2602.13315).
 
-    Repeatedly keeps the token of the whole video with the highest `lam` * importance - (1 - `lam`) * (highest cosine to a kept
-    token). Importance is scaled to the range from 0 to 1.
+    In each step, the method keeps the token of the whole video with the highest value of `lam` * importance - (1 - `lam`) *
+    (highest cosine to a kept token). Importance is scaled to the range from 0 to 1.
 
-    Differences from the paper: the paper trains a scorer, which is not available. Here, importance is the attention that a token
-    receives, or the norm of its key.
+    Differences from the paper: the paper's trained scorer is not available. Instead, a token's importance is the attention that it
+    receives or the norm of its key.
     """
 
     name = "mmr"
@@ -48,12 +48,15 @@ class Mmr(Selector):
 
 
 def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, lam: float = 0.5) -> torch.Tensor:
-    """Select `keep` rows of `features` by maximal marginal relevance. Returns int64 `[keep]`, ascending.
+    """Select `keep` rows of `features` by maximal marginal relevance.
 
     Args:
-        features: `[N, D]`.
-        importance: `[N]`.
-        lam: The weight of importance.
+        features: `[N, D]`, one row per token.
+        importance: `[N]`, which is scaled to the range from 0 to 1.
+        lam: The weight of importance. The weight of diversity is 1 - `lam`.
+
+    Returns:
+        int64 `[keep]`, ascending.
     """
     important = lam * snap(scaled(importance.float()))
     return greedy_cosine(F.normalize(features.float(), dim=1), None, important, 1 - lam, keep, False)

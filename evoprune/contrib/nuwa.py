@@ -1,4 +1,4 @@
-"""Nüwa's first stage: keeps the most attended tokens of each cell, and replaces the weakest of them by means."""
+"""Nüwa's first stage, which keeps the most attended tokens in each region and replaces the weakest of them with means."""
 
 from dataclasses import dataclass, replace
 from math import hypot
@@ -13,17 +13,17 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, sprea
 
 @dataclass(frozen=True)
 class Nuwa(Selector):
-    """Nüwa's first stage (arXiv 2602.02951), before the language model: keeps the most attended tokens of each region.
+    """Nüwa's first stage (arXiv 2602.02951), before the language model: keeps the most attended tokens in each region.
 
-    In each frame pair, the `cell` most attended tokens in each cell of 2x2 places are candidates. The most attended candidates are
-    kept. Other tokens are kept only if there are too few candidates. A kept token whose attention is below the `weak` quantile is
-    replaced by a weighted mean of the frame pair. In this mean, another token's weight is the product of two factors:
-    the cosine between the states of the two tokens in the middle of the tower, and 1 - distance / (`reach` * diagonal). Negative
-    factors count as 0. The weight of the kept token itself is 1.
+    Each frame pair is divided into cells of 2x2 places, and the `cell` most attended tokens in each cell are candidates. The most
+    attended candidates are kept, and other tokens are kept only if there are too few candidates. A kept token whose attention is
+    below the `weak` quantile is replaced by a weighted mean over the frame pair. In this mean, the weight of another token is the
+    product of two factors, with negative factors replaced by 0: the cosine between the two tokens' states in the middle of the
+    tower, and 1 - distance / (`reach` * diagonal). The weight of the kept token itself is 1.
 
-    Differences from the authors' code: this method uses the attention that each token receives instead of the class token's
-    attention, because Qwen's tower has no class token. The authors' code leaves the states in window order, so their weights are
-    assigned to the wrong places. Here, states are in raster order.
+    Differences from the authors' code: because Qwen's vision tower has no class token, this method uses the attention that a token
+    receives within its frame pair instead of the class token's attention. The authors' code leaves the states in window order, so
+    it assigns the weights to the wrong places. Here, states are in raster order.
     """
 
     name = "nuwa"
@@ -57,15 +57,15 @@ class Nuwa(Selector):
     def means(
         self, score: torch.Tensor, kept: torch.Tensor, middle: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the weighted means that replace the weak tokens of a frame pair.
+        """Compute the weighted means that replace the weak tokens of a frame pair.
 
         Args:
-            score: `[H, W]`, the attention received.
+            score: `[H, W]`, the attention that each token receives.
             kept: int64 `[k]`, the kept places.
-            middle: `[H W, d]`, states in the middle of the tower.
+            middle: `[H W, d]`, the tokens' states in the middle of the tower.
 
         Returns:
-            int64 `[m]` tokens (indices into `kept`), int64 `[m]` places that they average, and float32 `[m]` weights.
+            int64 `[m]` tokens (indices into `kept`), int64 `[m]` places to average, and float32 `[m]` weights.
         """
         height, width = score.shape
         attention = score.flatten()[kept]
@@ -83,9 +83,12 @@ class Nuwa(Selector):
 
 
 def rank_in_cell(score: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[T, H, W]`: the number of places in the same cell that have a higher `score` (`[T, H, W]`).
+    """Rank the scores within cells of 2x2 places, with 0 for the highest score in a cell.
 
-    Among equal scores, the place with the lower index ranks first.
+    `score` is `[T, H, W]`. If scores are equal, the place with the lower index ranks first.
+
+    Returns:
+        int64 `[T, H, W]`.
     """
     height, width = score.shape[1:]
     even = F.pad(score, (0, width % 2, 0, height % 2), value=-torch.inf)

@@ -1,4 +1,4 @@
-"""Nüwa's second stage: keeps the tokens that receive the most attention in any one head."""
+"""Nüwa's second stage, which keeps the tokens that receive the most attention from a single head of the language model."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, one_drop
 class NuwaInner(LanguageMethod):
     """Nüwa's second stage (arXiv 2602.02951), inside the language model: keeps tokens to which at least one head attends.
 
-    After a share `depth` of the layers, a token's score is the mean attention from the last three columns in the head that attends
-    to this token most. The tokens with the highest scores stay.
+    After a share `depth` of the layers, a token's score is the mean attention from the last three tokens of the prompt, in the head
+    that attends to this token most. The tokens with the highest scores stay.
 
-    Differences from the authors' code: `-b` is the share of tokens that reach the language model. The authors' code uses only one
-    frame pair of a video.
+    Differences from the authors' code: `-b` specifies the share of tokens that reach the language model. The authors' code uses
+    only one frame pair of a video.
     """
 
     name = "nuwa-inner"

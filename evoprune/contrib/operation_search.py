@@ -1,8 +1,8 @@
-"""Searches for a recipe for the `operations` method (see docs/methods.md): the order in which a model's operations are removed.
+"""The search for a recipe, which tells the `operations` method (docs/methods.md) in which order to remove a model's operations.
 
-The order depends on how much each operation affects the output distribution. The search first removes as many operations of the
-deepest layers as possible without a loss. Then it removes one operation at a time. The top layer never computes queries and MLP for
-visual tokens.
+The order depends on how much each operation affects the output distribution. The search first removes as many operations in the
+deepest layers as it can without changing the most likely choice for any token. Then it removes the operation with the smallest
+effect, one at a time. The top layer never computes queries and the MLP for visual tokens.
 """
 
 from bisect import bisect_left
@@ -16,13 +16,13 @@ from evoprune.errors import UsageError
 from evoprune.methods import LanguagePlan, MethodChain
 from evoprune.model import head_size
 
-STEP = 0.3 / 15  # how much the allowed loss grows per step, as a fraction of the loss without any operations
-# The kinds of operations, in the order in which the authors' code tries them. If losses are equal, the last one is removed first.
+STEP = 0.3 / 15  # the increase of the allowed loss per step, as a fraction of the loss with all operations removed
+# The types of operations, in the authors' order. If losses are equal, the last one is removed first.
 ORDER = ("queries", "mlp", "keys")
 
 
 class Loss(NamedTuple):
-    """The loss caused by a removal.
+    """The effect of removing operations on the model's output.
 
     `kl` is the mean KL divergence in nats per token. `agree` is the share of tokens whose most likely choice is unchanged.
     """
@@ -32,7 +32,7 @@ class Loss(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Operations that are removed together, and the loss after their removal. The loss is None if it was not measured."""
+    """Operations that are removed together, and the loss after removing them. The loss fields are None if it was not measured."""
 
     operations: tuple[Operation, ...]
     kl: float | None = None
@@ -40,7 +40,13 @@ class Step(NamedTuple):
 
 
 def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> Removed:
-    """Return the operations in the deepest layers that can be removed without a loss."""
+    """Find the operations in the deepest layers whose removal does not change the model's output.
+
+    Args:
+        after: The number of layers that compute everything.
+        depth: The number of layers of the language model.
+        lossless: Returns True if removing the given operations leaves every token's most likely choice unchanged.
+    """
     removed: Removed = frozenset()
     for group in (ALL, REST):
         last = depth - 1
@@ -56,7 +62,7 @@ def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> 
 
 
 def deepest(low: int, high: int, passes: Callable[[int], bool]) -> int | None:
-    """Return the lowest layer from `low` to `high` that passes, using binary search. Returns None if `high` does not pass."""
+    """Find the lowest layer from `low` to `high` that passes a test, using binary search. Returns None if `high` fails the test."""
     if low > high or not passes(high):
         return None
     return low + bisect_left(range(low, high), True, key=passes)
@@ -69,15 +75,15 @@ def search(
     found: list[Step],
     go_on: Callable[[], bool] = lambda: True,
 ) -> bool:
-    """Find the order of removal for a `Recipe`, appending one step after another to `found`.
+    """Find the order in which a `Recipe` removes operations, and append it to `found` step by step.
 
     Args:
         after: The number of layers that compute everything.
         depth: The number of layers of the language model.
         measure: Returns the loss with the given operations removed.
         found: The steps found so far, extended in place.
-        go_on: Returns True if there is time for more measurements. Without more time, the remaining operations are ordered by their
-            latest measurements.
+        go_on: Returns True if there is time for more measurements. Once time runs out, the remaining operations are ordered by
+            their latest measurements.
 
     Returns:
         True if the order is complete, or False if time ran out before every operation had been measured once.
@@ -118,7 +124,7 @@ def search(
 
 @dataclass(frozen=True)
 class _Trial(Operations):
-    """The `operations` method with a fixed set of operations removed, whatever the budget."""
+    """The `operations` method with a fixed set of removed operations, regardless of the budget."""
 
     removed: Removed = frozenset()
 
@@ -127,9 +133,9 @@ class _Trial(Operations):
 
 
 class RecipeSearch:
-    """Searches for a language model's recipe. `config` is the model's `TextConfig`.
+    """Searches for the recipe of a language model, given the model's `TextConfig`.
 
-    `found` is the order found so far. If `complete` is True, it is the full order.
+    The attribute `found` contains the steps found so far, and `complete` tells whether the order is complete.
 
     Raises:
         UsageError: If the language model has only one layer.
@@ -149,8 +155,8 @@ class RecipeSearch:
         """Search until the order is complete, or until time runs out before every operation has been measured once.
 
         Args:
-            measure: Given a method that removes some operations, returns the mean KL divergence and the share of agreeing tokens
-                (see `Loss`).
+            measure: Takes a method that removes some operations, and returns the mean KL divergence and the share of tokens whose
+                most likely choice is unchanged (see `Loss`).
             go_on: Returns True if there is time for more measurements.
         """
         blank = self._blank
@@ -162,7 +168,7 @@ class RecipeSearch:
 
     @property
     def left_out(self) -> int:
-        """The number of operations in the order found so far."""
+        """The number of operations that have been removed so far."""
         return sum(len(step.operations) for step in self.found)
 
     @property
@@ -170,7 +176,7 @@ class RecipeSearch:
         return replace(self._blank, steps=tuple(step.operations for step in self.found))
 
     def document(self, budgets: Iterable[float]) -> dict[str, Any]:
-        """Return the results so far as a dict for JSON output. `Recipe.read` can read them once they are `complete`."""
+        """Return the results so far as a dict for JSON output. Once they are `complete`, `Recipe.read` can read the file."""
         return {
             "complete": self.complete,
             "rows": self._rows(budgets) if self.complete else [],
@@ -179,7 +185,7 @@ class RecipeSearch:
         }
 
     def _rows(self, budgets: Iterable[float]) -> list[dict[str, Any]]:
-        """Return the operations removed for each budget, and the loss that this causes."""
+        """Return a table row for each budget, with the number of removed operations and the resulting loss."""
         recipe = self.recipe
         rows = []
         for budget in sorted({*budgets}, reverse=True):
@@ -191,9 +197,9 @@ class RecipeSearch:
 
 
 def weights(config) -> tuple[float, float, float]:
-    """Return the shares of a layer's work per token for keys and values, for queries and output, and for the MLP.
+    """Return how a layer's work per token divides into keys and values, queries and output, and the MLP.
 
-    `config` is a `TextConfig`.
+    The three shares add up to 1. `config` is the model's `TextConfig`.
     """
     hidden = config.hidden_size
     keys = config.num_key_value_heads

@@ -1,8 +1,8 @@
-"""Operation pruning (zxcvfd13502/GSOP). All visual tokens stay, but layers compute less for them, according to a recipe.
+"""Operation pruning (zxcvfd13502/GSOP), which keeps all visual tokens but computes less for them, according to a recipe.
 
-An operation is a triple (layer, group, kind). There are two groups of visual tokens: all tokens, and the rest, which excludes the
-most important ("key") tokens. If an operation is removed for all tokens, it is also removed for the rest. A token whose operation
-is removed keeps its previous state.
+An operation is a triple (layer, group, kind). There are two groups of visual tokens: "all" and "rest", which excludes the most
+important tokens, called key tokens. If an operation is removed for all tokens, it is also removed for the rest. A token for which
+an operation is removed keeps its previous state.
 """
 
 from collections.abc import Collection, Iterable
@@ -33,14 +33,14 @@ TUNE_HINT = "to create one: evoprune tune VIDEO... --operations -o FILE.json"
 
 @dataclass(frozen=True)
 class OperationPlan(LanguagePlan):
-    """A plan in which layers may compute different operations for each of two groups of visual tokens."""
+    """A plan in which layers may skip operations for all visual tokens or for all tokens except the most important (key) tokens."""
 
-    # The number of key tokens. The method selects them at its first look, and all layers before that compute everything.
+    # The number of key tokens. The method selects them when it is first called, and all layers before that compute everything.
     key: int = 0
-    gone: Removed = frozenset()  # removed operations; an operation removed for all tokens is also listed for the rest
+    gone: Removed = frozenset()  # removed operations; if one is removed for all tokens, it is also listed for the rest
 
     def computed(self, layer: int, kind: str) -> tuple[bool, bool]:
-        """Return whether a layer computes an operation for key tokens, and whether it computes it for the rest."""
+        """Return two booleans: whether a layer computes an operation for key tokens, and whether it does so for other tokens."""
         return (layer, ALL, kind) not in self.gone, (layer, REST, kind) not in self.gone
 
     @property
@@ -58,7 +58,7 @@ class OperationPlan(LanguagePlan):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A language model's operations, in the order in which they are removed.
+    """The order in which a language model's operations are removed, and the data needed to turn a budget into a plan.
 
     Raises:
         ValueError: If a value is impossible.
@@ -67,8 +67,8 @@ class Recipe:
     depth: int  # the number of layers of the language model
     after: int  # the number of layers that compute everything, before tokens are divided into groups
     key: float  # share of the visual tokens that are key tokens
-    weights: tuple[float, ...]  # the share of each of `KINDS` in a layer's work on a token
-    steps: tuple[tuple[Operation, ...], ...]  # operations removed in each step, including all that can be removed
+    weights: tuple[float, ...]  # each operation's share of a layer's work on a token, in the order of `KINDS`
+    steps: tuple[tuple[Operation, ...], ...]  # the operations removed in each step
 
     def __post_init__(self):
         if not (1 <= self.after <= self.depth and 0 < self.key < 1):
@@ -109,19 +109,22 @@ class Recipe:
         return sha256(repr(self).encode()).hexdigest()[:12]
 
     def count(self, budget: float) -> int:
-        """Return the smallest number of steps after which at most `budget` (in (0, 1]) of the work is left.
+        """Return the smallest number of steps after which the share of work that is left is at most `budget`, in (0, 1].
 
-        If even all steps leave more work than that, returns the total number of steps.
+        If the budget cannot be met, the function returns the total number of steps.
         """
         fits = (count for count in range(len(self.steps)) if self.share(chain(*self.steps[:count])) <= budget)
         return next(fits, len(self.steps))
 
     def removed(self, budget: float) -> Removed:
-        """Return the operations that are removed for this budget."""
+        """Return the operations to remove for a budget in (0, 1]."""
         return frozenset(chain(*self.steps[: self.count(budget)]))
 
     def share(self, removed: Iterable[Operation]) -> float:
-        """Return the share of the work on visual tokens that is left, not counting attention and the first `after` layers."""
+        """Return the share of the work on visual tokens that is left after removing operations.
+
+        The work excludes attention and the first `after` layers.
+        """
         weight = dict(zip(KINDS, self.weights, strict=True))
         sizes = {ALL: self.key, REST: 1 - self.key}
         work = {op: weight[op[2]] * sizes[op[1]] for op in self._every}
@@ -129,11 +132,14 @@ class Recipe:
             return 1.0
         gone = self._gone(removed)
         left = sum(own for op, own in work.items() if op not in gone)
-        # Rounded so that, for example, many shares that add up to a quarter fit into a budget of a quarter.
+        # The share is rounded so that, for example, many shares that add up to a quarter fit into a budget of a quarter.
         return round(left / sum(work.values()), 9)
 
     def plan(self, tokens: int, removed: Iterable[Operation]) -> OperationPlan:
-        """Return the plan for this number of visual tokens. If no later layer reads a group's keys, the group is dropped."""
+        """Return the plan for a prompt with this number of visual tokens.
+
+        A group of tokens is dropped after the last layer that reads its keys.
+        """
         gone = self._gone(removed)
         key = Budget.count(self.key, tokens)
         if not gone:
@@ -148,10 +154,11 @@ class Recipe:
         return OperationPlan.of(self.depth, tokens, left, looks=looks, key=key, gone=gone)
 
     def _gone(self, removed: Iterable[Operation]) -> Removed:
-        """Return all operations that are not computed. Besides those in `closed`, some in a group's last layer are useless.
+        """Return all operations that are not computed, including operations that become useless.
 
-        This is the last layer that computes the group's keys. Only the keys are useful there, unless it is the top layer. The top
-        layer computes queries and the MLP only for the last position, but they count as computed, as with other methods.
+        Besides the operations from `closed`, this includes queries and the MLP in the last layer that computes a group's keys,
+        because only the keys are used there. The top layer is an exception: it computes queries and the MLP only for the last
+        position, but they are treated as computed, as with other methods.
         """
         gone = set(closed(removed, self.depth))
         for group in (ALL, REST):
@@ -165,10 +172,10 @@ class Recipe:
 
 
 def closed(removed: Iterable[Operation], depth: int) -> Removed:
-    """Return `removed` plus all operations that become useless without them.
+    """Return `removed` and all operations that are removed as a consequence.
 
     An operation that is removed for all tokens is also removed for the rest. After the last layer that computes a group's keys, all
-    of the group's operations are removed, because nothing reads their results.
+    operations of this group are removed, because nothing reads their results.
     """
     gone = set(removed)
     gone |= {(layer, REST, kind) for layer, group, kind in gone if group == ALL}
@@ -178,15 +185,15 @@ def closed(removed: Iterable[Operation], depth: int) -> Removed:
 
 
 def _last_keys(removed: Collection[Operation], group: str, depth: int) -> int:
-    """Return the last layer that computes a group's keys, or `depth` if there is no such layer."""
+    """Return the index of the last layer that computes keys for a group of tokens, or `depth` if no layer does."""
     return max((layer for layer in range(depth) if (layer, group, "keys") not in removed), default=depth)
 
 
 @dataclass(frozen=True)
 class Operations(LanguageMethod):
-    """Operation pruning with a recipe.
+    """Operation pruning with a recipe, which is valid for a single model.
 
-    A recipe is valid for one model only. Users set `recipe` to a file that was written by `evoprune tune --operations -o FILE`.
+    Users set `recipe` to the path of a file that was written by `evoprune tune --operations -o FILE`.
     """
 
     name = "operations"
@@ -196,7 +203,7 @@ class Operations(LanguageMethod):
 
     @property
     def args(self) -> dict[str, Any]:
-        """The settings, with the recipe's digest instead of the recipe itself."""
+        """The method's settings for reports, with the recipe's digest instead of the recipe itself."""
         return super().args | {"recipe": self.recipe and self.recipe.digest}
 
     def drops(self, depth: int, tokens: int, budget: float) -> OperationPlan:
@@ -215,9 +222,9 @@ class Operations(LanguageMethod):
 
 
 class _Grouped(Dropping):
-    """Reads a prompt like `Dropping`, but drops a group of tokens only if no later layer computes its keys."""
+    """Prunes operations while the language model reads a prompt. A group of tokens is dropped if no later layer reads its keys."""
 
-    _key: torch.Tensor | None = None  # bool, True for key tokens among the remaining visual tokens; None until known
+    _key: torch.Tensor | None = None  # bool, True for key tokens among the remaining visual tokens; None until selected
 
     @property
     def work(self) -> tuple[tuple[int, int, int], ...]:

@@ -1,4 +1,4 @@
-"""Based on PAR: keeps tokens that are relevant to the question, with a discount for tokens of the same cluster."""
+"""The `par` method, based on PAR, which keeps tokens that are relevant to the question and discounts tokens of the same cluster."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 
 @dataclass(frozen=True)
 class Par(Selector):
-    """Keeps tokens by relevance, discounted for each more relevant token in the same cluster. Based on PAR (arXiv 2410.07278).
+    """Keeps relevant tokens, discounted by the number of more relevant tokens in their cluster. Based on PAR (arXiv 2410.07278).
 
     Tokens that are neighbors in space or time belong to the same cluster if their cosine is above `link`. The score of the j-th
-    most relevant token in a cluster is its relevance / j. The tokens with the highest scores stay. Relevance is the mean cosine to
-    the question's tokens, scaled to (0, 1].
+    most relevant token in a cluster is its relevance divided by j, and the tokens with the highest scores are kept. Relevance is
+    the mean cosine similarity to the question's tokens, scaled to (0, 1].
 
-    Differences from the paper: its formulas were not accessible and its code is not public. The formulas here are this project's
-    own, so results say little about PAR itself.
+    Differences from the paper: neither its formulas nor its code were available. The formulas used here are this project's own, so
+    the results say little about PAR itself.
     """
 
     name = "par"
@@ -36,9 +36,14 @@ class Par(Selector):
 
 
 def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
-    """Return int64 `[N]`: for each token, the index of the first token in its cluster.
+    """Find clusters of connected tokens, where neighbors are connected if their cosine is above `link`.
 
-    Neighbors in `unit` (`[T, H, W, D]`) are in the same cluster if their cosine is above `link`.
+    Args:
+        unit: `[T, H, W, D]`, tokens of unit length.
+        link: The cosine above which neighbors are connected.
+
+    Returns:
+        int64 `[N]`, the index of the first token in each token's cluster.
     """
     index = arange_on(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
     ends = []

@@ -1,4 +1,4 @@
-"""PruneVid, first stage: replaces still places with one token per scene."""
+"""PruneVid's first stage, which represents places that do not move by a single token per scene."""
 
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
@@ -14,14 +14,14 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 class PruneVid(Selector):
     """PruneVid's first stage (arXiv 2412.16117), before the language model: keeps a single token per scene for each still place.
 
-    Frame pairs are clustered around density peaks. The number of clusters is `scenes` times the number of frame pairs. The longest
-    run of consecutive frame pairs in each cluster becomes a scene if it has at least two frame pairs, and all other runs join a
+    Frame pairs are clustered around density peaks, with `scenes` times as many clusters as frame pairs. The longest run of
+    consecutive frame pairs in each cluster becomes a scene if it has at least two frame pairs, and all other runs join a
     neighboring scene. A place is still during a scene if the mean cosine between its tokens is above `static`. If averaging still
-    places over time saves enough tokens, places are averaged until the budget is met, starting with the stillest. Otherwise, all
-    still places are averaged, and the tokens then merge around density peaks. The tokens of still places merge within their scene,
-    and all other tokens within their frame pair. Each of these groups keeps tokens in proportion to its size.
+    places over time saves enough tokens, places are averaged until the budget is met, starting with the stillest place. Otherwise,
+    all still places are averaged, and the tokens then merge around density peaks. Tokens of still places merge within their scene,
+    and all other tokens merge within their frame pair. Each of these groups keeps tokens in proportion to its size.
 
-    Differences from the paper: the budget determines the counts, while the paper keeps half of the tokens.
+    Differences from the paper: the paper always keeps half of the tokens. Here, the budget determines how many tokens are kept.
     """
 
     name = "prunevid"
@@ -38,7 +38,7 @@ class PruneVid(Selector):
         into = averaged(index, spans, steady, self.static, keep)
         if into is not None:
             return gathered(into.flatten())
-        groups = []  # for each group, the units of its tokens, with one row per token
+        groups = []  # for each group, the units of its tokens, one row per token
         for span, places in zip(spans, (mean > self.static for mean in steady), strict=True):
             groups += [index[span.start : span.stop, places].T, *(index[pair, ~places][:, None] for pair in span)]
         sizes = [len(group) for group in groups]
@@ -47,17 +47,17 @@ class PruneVid(Selector):
         return join_groups(into, x.flatten(0, 1), groups, counts)
 
     def segments(self, x: torch.Tensor) -> list[range]:
-        """Return the scenes of `x` (`[T, n, D]`), which are runs of frame pairs in the same cluster."""
+        """Divide a video into scenes, which are runs of similar frame pairs. `x` is `[T, n, D]`, the features of the video."""
         cluster = joined_peaks(x.mean(1), max(1, int(self.scenes * len(x))), NEIGHBOURS)
         stops = list(accumulate(folded(cluster.tolist())))
         return [range(first, stop) for first, stop in pairwise([0, *stops])]
 
 
 def folded(cluster: list[int]) -> list[int]:
-    """Return the lengths of a video's segments, given the cluster of each frame pair.
+    """Return the lengths of a video's scenes, in frame pairs, given the cluster of each frame pair.
 
-    The longest run of each cluster stays if it has at least two frame pairs. Other runs join the longer of their neighbors, or the
-    earlier neighbor if both are equally long.
+    The longest run of a cluster becomes a scene if it has at least two frame pairs. Other runs join the longer of their two
+    neighbors, or the earlier one if both are equally long.
     """
     runs = _runs(cluster)
     longest = {label: max(length for other, length in runs if other == label) for label in cluster}
@@ -74,14 +74,15 @@ def folded(cluster: list[int]) -> list[int]:
 
 
 def _runs(labels: list[int]) -> list[tuple[int, int]]:
-    """Return the runs of equal labels, as pairs of label and length."""
+    """Return the runs of equal labels, as pairs of a label and the length of the run."""
     return [(label, len(list(run))) for label, run in groupby(labels)]
 
 
 def steadiness(unit: torch.Tensor) -> torch.Tensor:
-    """Return float32 `[n]`: the mean cosine between each place's tokens, over all pairs of tokens.
+    """Return how still each place is: the mean cosine over all pairs of tokens at this place, as float32 `[n]`.
 
-    Returns -inf if each place has only one token. `unit` is `[g, n, D]`, with tokens of length one or zero.
+    `unit` is `[g, n, D]`, the tokens of g frame pairs, with length one or zero. If there is only one frame pair, the result is
+    -inf.
     """
     count = len(unit) * (len(unit) - 1)
     if not count:

@@ -1,4 +1,4 @@
-"""PruneVid's second stage: keeps the tokens that receive the most attention from any one text token."""
+"""PruneVid's second stage, which keeps the tokens that receive the most attention from a single text token."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 class PruneVidInner(LanguageMethod):
     """PruneVid's second stage (arXiv 2412.16117, section 3.3), inside the language model: keeps tokens to which text attends.
 
-    After a share `depth` of the layers, a token's score is the highest attention from any text token after the video, in any head.
-    This attention is computed without rotary embedding and causal mask. Each frame pair keeps the tokens with the highest scores,
-    in proportion to its number of tokens.
+    After a share `depth` of the layers, a token's score is the highest attention that it receives from any text token after the
+    video, in any head. This attention is computed without rotary embedding and without the causal mask. Each frame pair keeps the
+    tokens with the highest scores, in proportion to its number of tokens.
 
-    Differences from the authors' code: their groups are the moving tokens of a frame and the still tokens of a segment. Here, each
-    frame pair is a group.
+    Differences from the authors' code: here, tokens compete within their frame pair. In the authors' code, the moving tokens of a
+    frame compete with each other, as do the still tokens of a segment.
     """
 
     name = "prunevid-inner"

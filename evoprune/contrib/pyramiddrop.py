@@ -1,4 +1,4 @@
-"""PyramidDrop: drops tokens after each quarter of the layers."""
+"""The PyramidDrop method, which drops tokens after each quarter of the language model's layers."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,10 @@ class PyramidDrop(LanguageMethod):
     """PyramidDrop (arXiv 2410.17247, section 3.2): keeps the same share of the tokens after each quarter of the layers.
 
     After one, two and three quarters of the layers, the method keeps the tokens that receive the most attention from the last token
-    in the next layer. Each drop leaves the same share of the tokens. The share is chosen so that the mean over the layers after the
-    first drop is the budget.
+    in the next layer. Every drop leaves the same share of the tokens, which is chosen so that the mean over the layers after the
+    first drop meets the budget.
 
-    Differences from the authors' code: the authors renumber the positions of the remaining tokens. Here, positions do not change.
+    Differences from the authors' code: the authors renumber the remaining tokens, while this method does not change positions.
     """
 
     name = "pyramiddrop"

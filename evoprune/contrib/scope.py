@@ -1,4 +1,4 @@
-"""SCOPE: keeps tokens that are salient and add coverage."""
+"""The SCOPE method, which keeps tokens that are salient and cover tokens that are unlike those already kept."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,18 +13,18 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 class Scope(Selector):
     """SCOPE (arXiv 2510.24214): keeps tokens that are salient and add coverage.
 
-    Repeatedly keeps the token of the whole video with the highest product of saliency and added coverage. Saliency is attention to
-    the power of `alpha`. The coverage of a token is its highest cosine to a kept token, but at least 0. The added coverage of a
-    candidate is the sum of the increases in the coverage of all tokens.
+    In each step, the method keeps the token of the whole video with the highest product of saliency and added coverage. Saliency is
+    attention to the power of `alpha`. The coverage of a token is its highest cosine to a kept token, but at least 0. The added
+    coverage of a candidate is the amount by which keeping it would increase the total coverage.
 
-    Differences from the paper: this method uses the attention that each token receives instead of the class token's attention,
-    because Qwen's tower has no class token.
+    Differences from the paper: because Qwen's vision tower has no class token, this method uses the attention that a token receives
+    within its frame pair instead of the class token's attention.
     """
 
     name = "scope"
     source = "arXiv 2510.24214"
 
-    alpha: Annotated[float, "[0, inf)"] = 1.0  # exponent of saliency; with 0, only coverage counts
+    alpha: Annotated[float, "[0, inf)"] = 1.0  # exponent of saliency; with 0, only coverage matters
 
     @property
     def needs(self) -> frozenset[str]:
@@ -33,8 +33,8 @@ class Scope(Selector):
         return frozenset({"attention"})
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        # The coverage that a row adds can only shrink as other rows are selected. Earlier sums are therefore upper bounds, and only
-        # the highest sums need to be recomputed.
+        # The coverage that a row adds can only shrink as other rows are selected. The sums from earlier steps are therefore upper
+        # bounds, so only the highest sums need to be recomputed.
         unit = tokens.normalised
         every = arange_on(len(unit), unit.device)
         cover = torch.zeros_like(unit[:, 0])

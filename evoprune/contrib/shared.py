@@ -1,4 +1,4 @@
-"""Helpers that methods share: setting types, ranking, shares, segments of a video, density peaks, means, and relevance."""
+"""Helpers for the methods in this package: setting types, ranking, shares, video segments, density peaks, means, and relevance."""
 
 import math
 from collections.abc import Sequence
@@ -12,56 +12,59 @@ import torch.nn.functional as F
 
 from evoprune.methods import Selection, Tokens, arange_on, highest, snap
 
-# Types of settings. Each is a number type with its range.
+# Types of settings, which are numbers with a valid range.
 Share = Annotated[float, "[0, 1]"]
 Part = Annotated[float, "(0, 1)"]
 Cosine = Annotated[float, "[-1, 1]"]
 Count = Annotated[int, "[1, inf)"]
 
 NEIGHBOURS = 7  # the number of neighbors for densities, as in the authors' code for PruneVid, FlashVID and HoliTom
-BLOCK = 512  # the number of rows of the pairwise matrix to hold at a time
+BLOCK = 512  # the number of rows of the pairwise matrix to keep in memory at a time
 MAX_BLOCKS = 4  # the maximum number of distance blocks to cache; if there are more, each block is computed twice
-STEPS = 16384  # distances are whole steps; the tokens' root mean square length is this many steps
+STEPS = 16384  # the tokens' root mean square length in steps; distances are rounded to whole steps
 MIN_RELEVANCE = 1 / 128  # the scaled relevance of the least relevant token
 
 
 def ranked(score: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[n]`: the indices of `score` (`[n]`) from highest to lowest. Ties go to the lower index."""
+    """Return the indices that sort `score` from highest to lowest: int64 `[n]`. Ties go to the lower index."""
     return score.argsort(descending=True, stable=True)
 
 
 def relative(score: torch.Tensor) -> torch.Tensor:
     """Return the rounded logarithm of a nonnegative `score`.
 
-    Because of the rounding, scores whose relative difference is below 1/10,000 are ties.
+    Because of the rounding, scores with a relative difference below 1/10,000 are ties.
     """
     return snap(score.log())
 
 
 def scaled(score: torch.Tensor) -> torch.Tensor:
-    """Return `score` scaled linearly to the range from 0 to 1, or zeros if all entries are equal."""
+    """Scale `score` linearly to the range from 0 to 1. Returns zeros if all entries are equal."""
     low = score.min()
     high = score.max()
     return (score - low) / torch.where(high > low, high - low, torch.ones_like(high))
 
 
 def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the row of `others` (`[m, d]`) with the highest cosine to each row of `unit` (`[n, d]`).
+    """For each row of `unit`, find the row of `others` with the highest cosine similarity.
 
-    All rows have unit length, and m is at least 1. Ties go to the lower index.
+    Args:
+        unit: `[n, d]`, rows of unit length.
+        others: `[m, d]`, rows of unit length, at least one.
 
     Returns:
-        float32 `[n]` cosines, and int64 `[n]` indices into `others`.
+        float32 `[n]` cosines, and int64 `[n]` indices into `others`. Ties go to the lower index.
     """
     maxima = [snap(rows @ others.T).max(1) for rows in unit.split(BLOCK)]
     return torch.cat([piece.values for piece in maxima]), torch.cat([piece.indices for piece in maxima])
 
 
 def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Divide `total` in proportion to nonnegative `weights`, using the largest remainder method. `most` limits each share.
+    """Divide `total` into whole shares in proportion to `weights`, using the largest remainder method.
 
-    Any excess over a limit goes to the other shares, again in proportion to their weights, or evenly if all of these weights are
-    zero. Ties go to the lower index. The shares add up to `total`, or to the sum of `most` if that is less.
+    Each share is limited by its entry in `most`. Any excess over a limit is distributed among the other shares, again in proportion
+    to their weights, or evenly if all of these weights are zero. Ties go to the lower index. The shares add up to `total`, or to
+    the sum of `most` if that is less. Weights must not be negative.
     """
     counts = [0] * len(most)
     quotas = {}
@@ -88,9 +91,12 @@ def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list
 
 
 def dissimilarity(tokens: Tokens) -> torch.Tensor:
-    """Return float32 `[T, H * W]`: 1 minus the cosine between each token and its place in the previous frame pair.
+    """Return how much each token differs from the token at the same place in the previous frame pair.
 
     The first frame pair is compared with the second one. If there is only one frame pair, all values are 0.
+
+    Returns:
+        float32 `[T, H * W]`, 1 minus the cosine between the two tokens.
     """
     pairs = tokens.features.view(tokens.grid[0], -1, tokens.features.shape[1])
     later = 1 - snap(torch.cosine_similarity(pairs[1:].float(), pairs[:-1].float(), dim=-1))
@@ -100,13 +106,13 @@ def dissimilarity(tokens: Tokens) -> torch.Tensor:
 
 
 def transitions(tokens: Tokens) -> torch.Tensor:
-    """Return float32 `[T - 1]`: the rounded cosine between the mean tokens of neighboring frame pairs."""
+    """Return the rounded cosine between each frame pair's mean token and the next one's: float32 `[T - 1]`."""
     mean = tokens.by_pair(tokens.features.float()).mean(1)
     return snap(torch.cosine_similarity(mean[1:], mean[:-1], dim=1))
 
 
 def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[range]:
-    """Return the frame pairs in each segment of a video.
+    """Cut a video into segments, and return the range of frame pairs in each segment.
 
     The video is cut at the `least - 1` lowest entries of `similarity` (`[T - 1]`), and wherever `similarity` is below `threshold`.
     """
@@ -117,19 +123,23 @@ def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[ran
 
 
 def peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
-    """Return int64 `[count]`, ascending: the rows of `x` (`[n, D]`) with the highest peak scores."""
+    """Return the indices of the rows of `x` (`[n, D]`) with the highest peak scores: int64 `[count]`, ascending."""
     if count == 0:
         return arange_on(0, x.device)
     return highest(peak_scores(x, neighbours), count)
 
 
 def joined_peaks(x: torch.Tensor, count: int, neighbours: int | None = None) -> torch.Tensor:
-    """Return int64 `[n]`: the density peak nearest to each row of `x` (`[n, D]`). A peak joins itself.
+    """Assign each row to its nearest density peak.
 
     Args:
+        x: `[n, D]`, the rows.
         count: The number of peaks.
-        neighbours: The number of neighbors for densities. None uses the number of peaks, but at least 2 and at most `NEIGHBOURS`.
-            With one neighbor, which is the row itself, all rows would be equally dense.
+        neighbours: The number of neighbors from which densities are computed. None uses the number of peaks, but at least 2 and at
+            most `NEIGHBOURS`. With one neighbor, which is the row itself, all rows would be equally dense.
+
+    Returns:
+        int64 `[n]`, the index of the nearest peak. A peak is assigned to itself.
     """
     if neighbours is None:
         neighbours = min(NEIGHBOURS, max(2, count))
@@ -149,8 +159,8 @@ def join_groups(
     """Merge the tokens of each group around density peaks.
 
     Args:
-        into: int64 `[N]`, the unit that each unit joins. The units of the groups must be -1. They are filled in place.
-        features: float32 `[N, D]`.
+        into: int64 `[N]`, the unit that each unit joins. Entries for units in `groups` must be -1 and are filled in place.
+        features: float32 `[N, D]`, the units' features.
         groups: For each group, int64 `[m, g]`, the units of its m tokens. Each token is the mean of g units.
         counts: The number of tokens to keep in each group. With 0, the group is dropped.
         centre: The minimum weight of a peak, as in `centre_weights`. None for equal weights.
@@ -166,11 +176,12 @@ def join_groups(
 
 
 def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """Return float64 `[n]`: the log of each row's density times its distance to the nearest denser row.
+    """Score how well each row serves as a density peak: float64 `[n]`, the log of its density times its distance to a denser row.
 
-    The density is exp(-m), where m is the mean squared distance / D to the `neighbours` nearest rows, including the row itself. A
-    constant term is omitted. For the densest row, the distance is the maximum of all distances. Among equally dense rows, the first
-    one counts as denser.
+    The density is exp(-m), where m is the mean squared distance / D to the `neighbours` nearest rows, including the row itself. The
+    distance is measured to the nearest row with a higher density. For the densest row, it is the maximum of all distances. Among
+    equally dense rows, the first one is treated as denser. A constant term is omitted.
+
     This takes O(n^2 D) time and O(n D) memory.
     """
     points, step = rounded_points(x)
@@ -185,7 +196,7 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
 
     nearest = min(neighbours, len(points))
     near = [distances(number).topk(nearest, largest=False).values for number in range(len(blocks))]
-    sparse = torch.cat([values.square().mean(1) for values in near])  # exact, because distances are integers
+    sparse = torch.cat([values.square().mean(1) for values in near])  # sums are exact, because distances are integers
     apart = torch.empty_like(sparse)
     farthest = sparse.new_zeros(())
     for number, block in enumerate(blocks):
@@ -197,24 +208,23 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
 
 
 def rounded_points(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows of `x` in units of steps (float64 `[n, D]`), and the length of a step."""
+    """Convert the rows of `x` to units of steps. Returns float64 `[n, D]` and the length of a step."""
     x = x.double()
     step = x.square().sum(1).mean().sqrt().clamp(min=1e-30) / STEPS
     return x / step, step
 
 
 def rounded_distances(block: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Return the distances `[p, n]`, rounded to whole steps."""
+    """Return the distances between p and n points, rounded to whole steps: `[p, n]`."""
     return torch.cdist(block, points).round_()
 
 
 def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selection:
-    """Return the selection in which each unit joins the unit given by `into` (int64 `[N]`).
-
-    A unit that joins itself stays, and a unit with -1 is dropped.
+    """Create a selection from the unit that each unit joins.
 
     Args:
-        weight: float32 `[N]`, each unit's weight in its mean. None for equal weights.
+        into: int64 `[N]`, the unit to join. A unit that joins itself is kept, and a unit with -1 is dropped.
+        weight: float32 `[N]`, each unit's weight in the mean. None for equal weights.
     """
     stays = into == arange_on(len(into), into.device)
     number = stays.cumsum(0) - 1
@@ -222,10 +232,10 @@ def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selectio
 
 
 def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
-    """Return float32 `[N]`: each unit's weight in the mean that it joins. For `into`, see `gathered`.
+    """Return each unit's weight in the mean that it joins: float32 `[N]`. For `into`, see `gathered`.
 
-    If n other units join a unit, its weight is max(1 / (n + 1), `least`), and the n other units share the rest evenly. If no other
-    units join a unit, its weight is 1.
+    A unit that n other units join has a weight of max(1 / (n + 1), `least`), and the n other units share the remaining weight
+    evenly. A unit that no other units join has a weight of 1.
     """
     stays = into == arange_on(len(into), into.device)
     others = torch.bincount(into[(into >= 0) & ~stays], minlength=len(into))[into.clamp(min=0)]
@@ -234,11 +244,14 @@ def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
 
 
 def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[n]`: the number of tokens in the same group that precede each token in `order`.
+    """Count the tokens of the same group that precede each token in `order`.
 
     Args:
-        order: int64 `[n]`.
-        group: int64 `[n]`, zero-based.
+        order: int64 `[n]`, the token indices in order.
+        group: int64 `[n]`, each token's group, zero-based.
+
+    Returns:
+        int64 `[n]`, one count per token.
     """
     order = order[group[order].argsort(stable=True)]
     size = torch.bincount(group)
@@ -249,19 +262,20 @@ def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
 def averaged(
     index: torch.Tensor, spans: list[range], still: list[torch.Tensor], limit: float, keep: int
 ) -> torch.Tensor | None:
-    """Average places over time, starting with the stillest, until `keep` units are left. Returns the unit that each unit joins.
+    """Average places over time, starting with the stillest place, until `keep` units are left.
 
-    Each place is averaged over its whole segment. Only the last place to be averaged may stop early: it is averaged over no more of
-    the segment's first frame pairs than necessary.
+    Each place is averaged over its whole segment. The only exception is the last place, which is averaged over no more of the
+    segment's first frame pairs than necessary.
 
     Args:
         index: int64 `[T, n]`, the indices of the units.
-        spans: The segments.
-        still: For each segment, `[n]`, each place's stillness. Ties go to the lower index. Only places above `limit` are
-            averaged.
+        spans: The segments, as ranges of frame pairs.
+        still: For each segment, `[n]`, how still each place is. Ties go to the lower index.
+        limit: Places are averaged only if they are stiller than this.
+        keep: The number of units to leave.
 
     Returns:
-        int64 `[T, n]`, or None if more than `keep` units would be left.
+        int64 `[T, n]`, the unit that each unit joins, or None if more than `keep` units would be left.
     """
     into = index.clone()
     n = index.shape[1]
@@ -280,11 +294,11 @@ def averaged(
 
 
 def like_question(tokens: Tokens) -> torch.Tensor:
-    """Return float32 `[N]`: each token's mean cosine to the question's tokens, rounded so that equal tokens are ties."""
+    """Return each token's mean cosine similarity to the question's tokens, rounded so that equal tokens are ties: float32 `[N]`."""
     return snap((tokens.normalised @ F.normalize(tokens.question, dim=1).T).mean(1))
 
 
 def relevant(relevance: torch.Tensor) -> torch.Tensor:
-    """Return `relevance` (`[n]`) scaled to (0, 1]."""
+    """Scale `relevance` (`[n]`) linearly to (0, 1]. If all entries are equal, they become 1."""
     flat = relevance.max() == relevance.min()
     return torch.where(flat, torch.ones_like(relevance), scaled(relevance).clamp(min=MIN_RELEVANCE))

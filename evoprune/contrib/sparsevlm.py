@@ -1,4 +1,4 @@
-"""SparseVLM: lets text tokens rate the visual tokens, and merges some of the dropped tokens."""
+"""The SparseVLM method, which lets text tokens rate the visual tokens and merges some of the dropped tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import torch
 from evoprune.contrib.shared import BLOCK, gathered, joined_peaks, ranked, relative
 from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selection, arange_on, several_drops
 
-# The number of tokens, out of 576, that are left after each drop. The first row leaves no tokens, and the last row leaves all of
-# them. The rows between them are the authors' counts for averages of 64, 96, 128 and 192 tokens.
+# The number of tokens, out of 576, that are left after each drop. The first and last row are the extremes, which leave no tokens
+# and all tokens. The other rows are the authors' counts for averages of 64, 96, 128 and 192 tokens.
 COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110), (576, 576, 576))
 
 
@@ -17,13 +17,13 @@ COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110
 class SparseVlm(LanguageMethod):
     """SparseVLM (arXiv 2410.04417, section 3): text tokens rate the visual tokens, and some of the dropped tokens merge.
 
-    The raters are the text tokens whose mean attention from visual tokens, computed on embeddings, is above average. After 3, 7 and
-    16 of 32 layers, the method keeps the tokens that receive the most attention from the raters. The best 30% of the dropped tokens
-    merge around density peaks into a tenth as many means.
+    The raters are the text tokens that receive more attention from visual tokens than the average text token, computed on
+    embeddings. After 3, 7 and 16 of 32 layers, the method keeps the visual tokens that receive the most attention from the raters.
+    The best 30% of the dropped tokens merge around density peaks into a tenth as many means.
 
-    Differences from the authors' code: for other budgets, the counts are interpolated between the authors' tables (`COUNTS`). The
-    means are part of the budget and have the positions of their peaks. In the authors' code, they are added on top of the budget
-    and follow all other tokens.
+    Differences from the authors' code: the authors provide counts for four budgets, and this method interpolates between them
+    (`COUNTS`). Here, the means are part of the budget and have the positions of their peaks. In the authors' code, they are added
+    on top of the budget and follow all other tokens.
     """
 
     name = "sparsevlm"
@@ -54,7 +54,11 @@ class SparseVlm(LanguageMethod):
 
 
 def _raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[q]`: the text tokens (`[Q, D]`) that rate the visual tokens (`[N, D]`)."""
+    """Choose the text tokens that rate the visual tokens, given both kinds of embeddings (`[N, D]` and `[Q, D]`).
+
+    Returns:
+        int64 `[q]`, indices into `text`.
+    """
     words = text.float().T
     weight = sum((block.float() @ words).softmax(1).sum(0) for block in visual.split(BLOCK))
     raters = (weight > weight.mean()).nonzero()[:, 0]
@@ -62,14 +66,14 @@ def _raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 
 def recycled(dropped: int) -> int:
-    """Return how many of the dropped tokens merge."""
+    """Return the number of dropped tokens that are merged instead of discarded."""
     return int(dropped * 0.3) + 1
 
 
 def selected(count: int, left: int) -> int:
-    """Return how many of `count` tokens must stay unmerged so that, together with the means, `left` tokens remain.
+    """Return how many of `count` tokens can stay unmerged so that, together with the means, at most `left` tokens remain.
 
-    Returns `left` if no such number exists.
+    Returns `left` if there is no such number.
     """
     for stay in range(left - 1, 0, -1):
         if stay + recycled(count - stay) // 10 + 1 <= left:

@@ -1,4 +1,4 @@
-"""ToMe: merges rows in every layer, starting with the most similar ones."""
+"""The ToMe method, which merges the most similar rows in every layer of the vision encoder."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,13 +10,14 @@ from evoprune.methods import EvoPrunePaper
 class ToMe(EvoPrunePaper):
     """ToMe (arXiv 2210.09461, section 3): merges rows in every layer, starting with the most similar ones.
 
-    In each window or frame pair, every second row is matched with the most similar of the other rows, by the cosine of keys. The
-    most similar pairs merge into means, weighted by cluster size. Every layer merges the same number of rows, and attention weights
-    each row by its cluster size. The implementation is `EvoPrunePaper` without the penalties. All settings that are not fields here
-    are fixed.
+    In each window or frame pair, every second row is matched with the row among the others whose key has the highest cosine
+    similarity. The most similar pairs merge into means, weighted by cluster size. Every layer merges the same number of rows, and
+    attention weights each row by its cluster size. The implementation is `EvoPrunePaper` without its penalties. Users cannot change
+    settings that are declared as class variables here.
 
-    Differences from the authors' code: rows are units instead of patches, groups are windows in layers with window attention, and
-    the budget determines how many rows merge. Here, rows merge after a layer's MLP. In the authors' code, they merge before it.
+    Differences from the authors' code: rows are units instead of patches, rows merge within windows in layers with window
+    attention, and the budget determines how many rows merge. Rows merge after a layer's MLP, while the authors' code merges them
+    before it.
     """
 
     name = "tome"

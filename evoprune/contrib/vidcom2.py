@@ -1,4 +1,4 @@
-"""VidCom2: gives more tokens to unusual frame pairs."""
+"""The VidCom2 method, which keeps more tokens of unusual frame pairs."""
 
 from dataclasses import dataclass
 
@@ -16,12 +16,12 @@ TEMPERATURE = 0.01
 class VidCom2(Selector):
     """VidCom2 (arXiv 2505.14454): unusual frame pairs get more tokens, and each frame pair keeps its most unusual tokens.
 
-    A token's affinity to a mean is the sum of exp(-distance^2 / (2 scale)) over five scales. It is computed over the half of the
-    channels with the lowest variance. Each of T frame pairs gets tokens in proportion to 1 - 1 / T + s, where s is the softmax,
-    over frame pairs and with temperature 0.01, of the negative mean affinity to the video's mean. A frame pair keeps the tokens
-    with the lowest sum of affinities to the video's mean and to the frame pair's own mean.
+    A token's affinity to a mean is the sum of exp(-distance^2 / (2 scale)) over five scales, computed from the half of the channels
+    with the lowest variance. Each of the T frame pairs gets tokens in proportion to 1 - 1 / T + s. Here, s is the softmax over
+    frame pairs, with a temperature of 0.01, of the negative mean affinity to the video's mean. A frame pair keeps the tokens with
+    the lowest sum of affinities to the video's mean and to the frame pair's own mean.
 
-    Unlike the authors' code, which rounds each frame pair's count independently, this version makes the counts add up to the
+    Differences from the authors' code: the authors round each frame pair's count independently. Here, the counts add up to the
     budget.
     """
 
@@ -42,6 +42,6 @@ class VidCom2(Selector):
 
 
 def likeness(unit: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Return `[T, n]` in (0, 5]: the affinity of tokens `unit` (`[T, n, D]`) to `mean` (`[T or 1, 1, D]`)."""
+    """Return the affinity, in (0, 5], of the tokens in `unit` (`[T, n, D]`) to `mean` (`[T or 1, 1, D]`), as `[T, n]`."""
     distance = (unit - mean).square().sum(2)
     return sum((-distance / (2 * scale)).exp() for scale in SCALES)

@@ -1,4 +1,4 @@
-"""VisionZip: keeps the most attended tokens, and means of the other tokens."""
+"""The VisionZip method, which keeps the most attended tokens and means of the other tokens."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,15 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 
 @dataclass(frozen=True)
 class VisionZip(Selector):
-    """VisionZip (arXiv 2412.04467): keeps the most attended tokens, and means of the other tokens.
+    """VisionZip (arXiv 2412.04467): keeps the most attended tokens and means of the other tokens.
 
-    Each frame pair gets an equal share of the budget. A fraction `dominant` of it goes to the most attended tokens. Evenly spaced
-    tokens among the rest become targets. Each of the others joins the target with the most similar key (by cosine). The new value
-    of a target is half itself and half the mean of the tokens that joined it.
+    Each frame pair gets an equal share of the budget, and a fraction `dominant` of it goes to the most attended tokens. Among the
+    remaining tokens, evenly spaced ones become targets. Every other token joins the target whose key has the highest cosine
+    similarity to its own. A target is then replaced by the average of itself and the mean of the tokens that joined it.
 
-    Differences from the authors' code: this method uses the attention that each token receives instead of the class token's
-    attention, because Qwen's tower has no class token. The authors' code adds the mean to the target. Here, the sum is also halved.
+    Differences from the authors' code: because Qwen's vision tower has no class token, this method uses the attention that a token
+    receives within its frame pair instead of the class token's attention. The authors' code adds the mean to the target without
+    halving the sum.
     """
 
     name = "visionzip"

@@ -1,4 +1,4 @@
-"""VisiPruner: drops tokens after the layer that decides which of them matter."""
+"""The VisiPruner method, which drops tokens after the layer that shows which of them influence the answer."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,24 +11,24 @@ from evoprune.methods import Budget, LanguageMethod, LanguagePlan, LayerTokens, 
 
 @dataclass(frozen=True)
 class VisiPruner(LanguageMethod):
-    """VisiPruner (arXiv 2510.17205, section 4): drops tokens after the layer that decides which of them matter.
+    """VisiPruner (arXiv 2510.17205, section 4): drops tokens after the layer in which they influence the output most.
 
-    In a share `shallow` of the layers, starting with the first one, the text does not attend to visual tokens. Let o be the
-    attention output of the last token, and c_i the contribution of visual token i to it. A layer is decisive if cos(o - c_i, o) is
-    below `layer` for at least one token. After the first decisive layer, the tokens with |c_i| above `token` stay, but at most K of
-    them. A later layer is an exit layer if the cosine is at least `exit` for all tokens. After `exits` such layers, all visual
-    tokens are dropped.
+    In the first layers, up to a share `shallow` of them, the text does not attend to visual tokens. Let o be the attention output
+    of the last token, and c_i the contribution of visual token i to it. A layer is decisive if cos(o - c_i, o) is below `layer` for
+    at least one token. After the first decisive layer, the tokens with |c_i| above `token` stay, up to a maximum of K. A later
+    layer is an exit layer if the cosine is at least `exit` for all tokens. After `exits` exit layers, all visual tokens are
+    dropped.
 
-    Differences from the paper: this method has a budget. If no layer is decisive, tokens are dropped to K at `latest`. The
-    thresholds come from LLaVA-1.5 and were not fitted to Qwen.
+    Differences from the paper: this method has a budget. If no layer is decisive up to `latest`, the K tokens with the largest
+    contributions stay. The thresholds were fitted to LLaVA-1.5 rather than to Qwen.
     """
 
     name = "visipruner"
     source = "arXiv 2510.17205, section 4"
     exact = False
 
-    shallow: Part = 6 / 32  # in this share of the layers, text does not attend to visual tokens
-    latest: Part = 0.5  # share of the layers after which tokens are dropped if no layer was decisive
+    shallow: Part = 6 / 32  # share of the layers, from the first, in which text does not attend to visual tokens
+    latest: Part = 0.5  # share of the layers after which tokens are dropped if no layer has been decisive
     layer: Part = 0.995  # a layer is decisive if a token's cosine is below this
     token: Annotated[float, "[0, inf]"] = 0.2  # tokens with |c_i| above this stay
     exit: Part = 0.999  # a layer is an exit layer if no token's cosine is below this
@@ -61,9 +61,12 @@ class VisiPruner(LanguageMethod):
 
 
 def contributions(tokens: LayerTokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos(o - c_i, o) and |c_i| for every visual token, each float64 `[n]`.
+    """Measure how much each visual token contributes to the attention output of the last token.
 
-    The c_i are not computed explicitly, so the cost is O(n heads head_dim).
+    The contributions c_i to the output o are not computed explicitly, so the cost is O(n heads head_dim).
+
+    Returns:
+        cos(o - c_i, o) and |c_i|, both float64 `[n]`.
     """
     weights = tokens.last_weights().double()
     kv_heads = tokens.values.shape[1]

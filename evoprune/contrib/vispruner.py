@@ -1,4 +1,4 @@
-"""VisPruner: keeps attended tokens, then tokens that differ from each other."""
+"""The VisPruner method, which keeps the most attended tokens and then tokens that differ from each other."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, sprea
 
 @dataclass(frozen=True)
 class VisPruner(Selector):
-    """VisPruner (arXiv 2412.01818): keeps attended tokens, then tokens that differ from each other.
+    """VisPruner (arXiv 2412.01818): keeps the most attended tokens, then tokens that differ from each other.
 
-    Each frame pair gets an equal share of the budget. A fraction `important` of it goes to the most attended tokens. The other
-    tokens, ordered by attention, are thinned out in rounds. In each round, the tokens at even positions are compared with the
-    tokens at odd positions. Up to `step` of the tokens at even positions, those with the highest cosine to any token at an odd
-    position, are removed.
+    Each frame pair gets an equal share of the budget, and a fraction `important` of it goes to the most attended tokens. The other
+    tokens are ordered by attention and thinned out in rounds. Each round compares the tokens at even positions with the tokens at
+    odd positions, and removes up to `step` of the tokens at even positions: the ones with the highest cosine to any token at an odd
+    position.
 
-    Differences from the authors' code: this method uses the attention that each token receives instead of the class token's
-    attention, because Qwen's tower has no class token. The authors' code fails on odd numbers of tokens.
+    Differences from the authors' code: because Qwen's vision tower has no class token, this method uses the attention that a token
+    receives within its frame pair instead of the class token's attention. The authors' code fails on odd numbers of tokens.
     """
 
     name = "vispruner"
@@ -37,12 +37,15 @@ class VisPruner(Selector):
         return Selection.of_pairs(map(self.kept, attention, unit, spread(keep, len(unit))), unit.shape[1])
 
     def kept(self, attention: torch.Tensor, unit: torch.Tensor, keep: int) -> torch.Tensor:
-        """Return int64 `[keep]`, ascending: the places that a frame pair keeps.
+        """Select the places to keep in a single frame pair.
 
         Args:
             attention: `[n]`, the attention that each token of the frame pair receives.
             unit: `[n, D]`, the tokens, scaled to unit length.
             keep: The number of places to keep.
+
+        Returns:
+            int64 `[keep]`, ascending.
         """
         order = ranked(attention)
         first = int(self.important * keep)
@@ -52,9 +55,12 @@ class VisPruner(Selector):
 
 
 def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
-    """Remove similar rows in rounds, up to `step` rows per round, until `keep` rows are left. Returns int64 `[keep]`.
+    """Remove similar rows in rounds, up to `step` rows per round, until `keep` rows are left.
 
-    `unit` is `[n, D]`, with the most attended row first.
+    `unit` is `[n, D]`, with rows of unit length and the most attended row first.
+
+    Returns:
+        int64 `[keep]`, the indices of the rows that are left.
     """
     if keep == 0:
         return arange_on(0, unit.device)
@@ -63,7 +69,7 @@ def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
         even = left[::2]
         odd = left[1::2]
         like = torch.cat([snap(unit[block] @ unit[odd].T).amax(1) for block in even.split(BLOCK)])
-        # If cosines are equal, the last row is removed. A stable sort of the reversed rows puts it first.
+        # If cosines are equal, the last row is removed, because a stable sort of the reversed rows puts it first.
         order = len(even) - 1 - like.flip(0).argsort(descending=True, stable=True)
         left = torch.cat([even[order[min(step, len(left) - keep) :]], odd])
     return left

@@ -1,4 +1,4 @@
-"""ViTCoP's stage inside the language model: clusters nearby tokens, then keeps the tokens with the shortest keys."""
+"""ViTCoP's stage inside the language model, which clusters nearby tokens and keeps the tokens with the shortest keys."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -24,14 +24,14 @@ FAR = 1 << 30  # larger than any distance, in steps
 class ViTCoP(LanguageMethod):
     """ViTCoP's stage inside the language model (arXiv 2601.17818): clusters nearby tokens and keeps those with the shortest keys.
 
-    At the first drop, the tokens of each frame pair form clusters around density peaks. Each token follows the nearest denser token
-    that is at most `near` away. In every cluster, the tokens with the shortest keys stay, and the other tokens are replaced by
-    their mean. At the second drop, the tokens with the shortest keys stay. The first drop takes O(n^2 D) time for the n tokens of a
-    frame pair.
+    At the first drop, the tokens of each frame pair form clusters around density peaks, where each token follows the nearest denser
+    token that is at most `near` away. In every cluster, the tokens with the shortest keys stay, and the other tokens are replaced
+    by their mean. At the second drop, the tokens with the shortest keys stay. The first drop takes O(n^2 D) time for the n tokens
+    of a frame pair.
 
-    Differences from the authors' code: their means are twice as long. They also renumber the positions, which do not change here.
-    This project chose the value of `cutoff`, the scale of the density relative to the root mean square distance, on validation
-    clips.
+    Differences from the authors' code: the authors' means are twice as long, and the authors renumber the remaining tokens, while
+    this method does not change positions. The value of `cutoff`, the scale of the density relative to the root mean square
+    distance, was chosen by this project on validation clips.
     """
 
     name = "vitcop"
@@ -40,7 +40,7 @@ class ViTCoP(LanguageMethod):
 
     centres: Share = 0.15  # the number of clusters, as a fraction of a frame pair's tokens
     cutoff: Annotated[float, "(0, inf)"] = 0.25  # scale of the density, relative to the root mean square distance
-    near: Annotated[float, "[0, inf)"] = 0.6  # how far a token may be from the token it follows, in frame sizes
+    near: Annotated[float, "[0, inf)"] = 0.6  # maximum distance from a token to the one it follows, in frame sizes
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         places = 2 / 32, 22 / 32
@@ -60,10 +60,10 @@ class ViTCoP(LanguageMethod):
 
 
 def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
-    """Return a selection that keeps the tokens with the shortest keys in each cluster, and merges the cluster's other tokens.
+    """Keep the tokens with the shortest keys in each cluster, and merge the cluster's other tokens into their mean.
 
-    The merged token has the position of the middle one of the tokens that it replaces. If there are more than `left` clusters, the
-    clusters with the longest keys are first combined into one cluster.
+    The merged token takes the position of the token in the middle of the tokens that it replaces. If there are more than `left`
+    clusters, the clusters with the longest keys are first combined into a single cluster.
 
     Args:
         cluster: int64 `[n]`, each token's cluster.
@@ -93,13 +93,16 @@ def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
 
 
 def vicinity_clusters(x: torch.Tensor, place: torch.Tensor, count: int, cutoff: float, near: float) -> torch.Tensor:
-    """Return int64 `[n]`: the cluster center of each row of `x` (`[n, D]`), one of `count` centers (ViTCoP, arXiv 2601.17818).
+    """Group the rows of `x` (`[n, D]`) into `count` clusters of similar and nearby rows (ViTCoP, arXiv 2601.17818).
 
     Each row follows its nearest denser row among the rows whose `place` (`[n, 2]`) is at most `near` away. If there is no such row,
-    it follows its nearest denser row anywhere. All rows that lead to the same center form a cluster. Centers are the rows with the
+    it follows its nearest denser row anywhere. Rows that lead to the same center form a cluster. Centers are the rows with the
     highest product of density and distance to the row that they would follow. The density is the sum of exp(-d^2) over all rows,
     where d is the distance divided by `cutoff` times the root mean square distance between rows. Among equally dense rows, the
-    first one counts as denser. This takes O(n^2 D) time and O(n D) memory.
+    first one is treated as denser. This takes O(n^2 D) time and O(n D) memory.
+
+    Returns:
+        int64 `[n]`, the index of each row's cluster center.
     """
     points = rounded_points(x)[0]
     scale = cutoff * (2 * (points - points.mean(0)).square().sum(1).mean()).sqrt().clamp(min=1)

@@ -29,21 +29,21 @@ from evoprune.methods.types import Candidates, Selection, Tokens
 
 @dataclass(frozen=True)
 class Method:
-    """The base class of all methods. Used directly, it keeps every token."""
+    """The base class of all pruning methods. An instance of this class itself keeps every token."""
 
     name: ClassVar[str] = "none"  # the name by which users select the method
-    package: ClassVar[str] = ""  # how error messages refer to a plug-in method; set when the plug-in is loaded
+    package: ClassVar[str] = ""  # the name of a plug-in method in error messages; set when the plug-in is loaded
     source: ClassVar[str] = ""  # the paper that the method follows (arXiv id, and section if known), or "this project"
     acts: ClassVar[Literal["none", "input", "inside", "after", "language"]] = "none"
-    # Whether the method returns exactly K tokens. Otherwise it returns the closest count that it can reach without exceeding K,
-    # or its minimum if that is more than K.
+    # Whether the method returns exactly K tokens. If not, it gets as close to K as it can without exceeding it, unless the smallest
+    # number of tokens that it supports is already larger than K.
     exact: ClassVar[bool] = True
 
     def __post_init__(self):
         check_settings(self)
 
     def automatic(self) -> Self:
-        """Return a copy of the method that lets the content decide how many tokens to keep, up to the budget.
+        """Return a copy of the method that chooses the number of tokens based on the video content, up to the budget.
 
         Raises:
             UsageError: If the method does not support automatic budgets.
@@ -52,7 +52,7 @@ class Method:
 
     @property
     def args(self) -> dict[str, Any]:
-        """The settings by name, as shown in reports."""
+        """The method's settings as they appear in reports, keyed by name."""
 
         def json_value(value: Any) -> Any:
             if isinstance(value, float) and not isfinite(value):
@@ -63,7 +63,7 @@ class Method:
 
 
 def not_automatic(name: str) -> UsageError:
-    """Return the error for an "auto" budget with a method that does not support automatic budgets."""
+    """Return the error to raise if the budget is "auto" but the method does not support automatic budgets."""
     hint = "give a share such as 0.25, or use method evoprune"
     return UsageError(f"method {name} does not support automatic budgets", hint)
 
@@ -77,61 +77,68 @@ class InputMethod(Method, ABC):
 
     @abstractmethod
     def resize(self, grid: Grid, keep: int) -> Grid:
-        """Return the smaller grid that replaces `grid`.
+        """Return the smaller (T, H, W) grid at which the video is encoded.
 
-        The new grid is no larger in any dimension, and it has at most `keep` units if its shape allows that. A smaller T means
-        fewer frames over the same time. A smaller H or W means a lower resolution.
+        No dimension of the new grid may be larger than in `grid`. The new grid has at most `keep` units if the method can make it
+        that small. A smaller T means fewer frames for the same time span, and a smaller H or W means a lower resolution.
         """
 
 
 @dataclass(frozen=True)
 class Selector(Method, ABC):
-    """A method that selects units: tokens after the encoder or, in a stage of an `EncoderMethod`, rows."""
+    """A method that selects tokens after the vision encoder, or rows between its layers as a stage of an `EncoderMethod`."""
 
     acts: ClassVar[Literal["after"]] = "after"
     # The inputs that the selector needs besides the features. After the tower, a selector can request "attention" and "keys", which
-    # come from the last full-attention layer, and "middle", the states from the middle of the tower. Between layers, it can request
-    # only "hidden": instead of the rows after the next layer's norm, it then sees the rows before this norm.
+    # come from the last full-attention layer, and "middle", the states from the middle of the tower. Between layers, it normally
+    # sees the rows after the next layer's norm. The only input that it can request there is "hidden", the rows before this norm.
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_question: ClassVar[bool] = False  # whether the selection depends on the question and is repeated for each one
     drops: ClassVar[bool] = True  # whether `unit_to_token` in a selection may be -1 for a unit that has a row
     weighs: ClassVar[bool] = False  # whether selections may have a `size`, which weights tokens in attention
-    # For methods that rank tokens: a function that takes the tokens and returns float32 [N]. Tokens with higher scores are kept
-    # first.
+    # For methods that rank tokens: a function that takes the tokens and returns their scores as float32 [N]. Tokens with higher
+    # scores are kept first. None for other methods.
     scores: ClassVar[Callable[[Self, Tokens], torch.Tensor] | None] = None
 
     @abstractmethod
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        """Select the tokens that the language model reads. If the method is `exact`, it selects exactly `keep` of them."""
+        """Select the tokens to pass to the language model: exactly `keep` tokens if the method is `exact`."""
 
     def suffices(self, count: int, keep: int, units: int) -> bool:
-        """Return True if a selection may have `count` tokens when `keep` of the video's `units` were requested."""
+        """Return True if `count` is a valid number of selected tokens.
+
+        Args:
+            count: The number of tokens in the selection.
+            keep: The number of tokens that were requested.
+            units: The number of units in the video.
+        """
         return count == keep
 
 
 @dataclass(frozen=True)
 class EncoderMethod(Method, ABC):
-    """A method that reduces the number of rows between layers of the tower, in one or more stages."""
+    """A method that prunes inside the vision tower. It reduces the number of rows between layers, in one or more stages."""
 
     acts: ClassVar[Literal["inside"]] = "inside"
-    # A unit that changed by at least this many of 255 levels is encoded again. With 0, every unit is encoded.
+    # A unit is encoded again if its pixels changed by at least this many of 255 levels. With 0, every unit is encoded.
     reuse: ClassVar[float] = 0.0
     combines: ClassVar[bool] = False  # whether users may append a token selector, as in NAME+SELECTOR
     tokens: ClassVar[Selector | None] = None  # selects tokens after the tower; None if every row becomes a token
-    # Whether launch-bound inputs (see `TowerShape.launch_bound`) skip stages and reuse, so that only `tokens` prunes them.
+    # Whether launch-bound inputs (see `TowerShape.launch_bound`) skip stages and reuse, so that they are pruned only by `tokens`.
     small_after_tower: ClassVar[bool] = False
 
     @abstractmethod
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> Sequence[Stage]:
         """Return the stages that reduce the number of rows, in the order of their layers.
 
-        `keep` is K. It is less than the number of units in `grid`.
+        Args:
+            keep: K, the number of tokens to keep. It is always less than the number of units in `grid`.
         """
 
 
 @dataclass(frozen=True)
 class Merger(EncoderMethod, ABC):
-    """A method that merges rows between the encoder's layers. Rows merge only within the same window or frame pair."""
+    """A method that merges similar rows between the encoder's layers. Only rows in the same window or frame pair can merge."""
 
     # The feature that `match` compares: "keys" (the layer's keys before rotary), "keys_rotary" or "hidden". Add "attention" if
     # `match` also needs the attention that rows receive in the layer.
@@ -140,26 +147,28 @@ class Merger(EncoderMethod, ABC):
 
     @abstractmethod
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
-        """Return int64 `[B, n]`: the index of the row that each row merges into. A row that stays gets its own index.
+        """Choose which rows to merge, and into which other rows.
 
-        Indices are relative to the row's group. The encoder calls this method in rounds until every group has lost enough rows.
-        Each round must remove at least one row in total, and at most `remove` (int64 `[B]`) rows from each group. On a GPU, the
-        method must not read values back to the host, so it cannot use `item`, `nonzero` or boolean indexing.
+        The encoder calls this method in rounds until every group has lost enough rows. Each round must remove at least one row in
+        total. On a GPU, the method must not read values back to the host, so it cannot use `item`, `nonzero` or boolean indexing.
+
+        Args:
+            remove: int64 `[B]`, the maximum number of rows to remove from each group in this round.
+
+        Returns:
+            int64 `[B, n]`, the index within the group of the row that each row merges into. A row that stays gets its own index.
         """
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
-        """Return the number of rows left in a frame pair after each layer, down to `keep`.
-
-        By default, all layers remove the same number of rows.
+        """Return the number of rows left in a frame pair after each layer. By default, all layers remove equally many rows.
 
         Args:
-            units: The number of units in the frame pair.
-            windows: The number of windows in the frame pair.
+            keep: The number of rows to leave after the last layer.
         """
         return rows_after_layers(tower, units, windows, keep, layer_weights(tower.depth, "mean", 0.0, 1.0))
 
     def rounds(self, rows: int, left: int) -> int:
-        """Return the maximum number of `match` calls needed to reduce a group from `rows` to `left` rows, whatever the content."""
+        """Return the maximum number of `match` calls that it can take to reduce a group from `rows` to `left` rows."""
         return rows - left
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
@@ -178,7 +187,7 @@ class Merger(EncoderMethod, ABC):
 
 
 def check_settings(method: object) -> None:
-    """Check all fields whose type declares a range, such as `Annotated[float, "[0, 1]"]`.
+    """Check the values of all fields that declare a range in their type, such as `Annotated[float, "[0, 1]"]`.
 
     Raises:
         ValueError: See `check_ranges`.
@@ -187,7 +196,10 @@ def check_settings(method: object) -> None:
 
 
 def check_ranges(method: object, **ranges: str) -> None:
-    """Check that attributes of a method lie within intervals such as "[0, 1]" or "(0, inf)". A parenthesis excludes the endpoint.
+    """Check that attributes of a method lie within their intervals.
+
+    Args:
+        ranges: An interval for each attribute name, such as "[0, 1]" or "(0, inf)". A parenthesis excludes the endpoint.
 
     Raises:
         ValueError: If a value is NaN or out of range. The message lists all such values with their ranges.
@@ -208,7 +220,7 @@ def check_ranges(method: object, **ranges: str) -> None:
 
 
 def _worded(low: float, high: float, interval: str) -> str:
-    """Describe an interval in words. `low` and `high` are its endpoints as numbers."""
+    """Describe an interval in words, for example "from 0 to 1" for "[0, 1]". `low` and `high` are its endpoints as numbers."""
     above = "above" if interval[0] == "(" else "at least"
     below = "below" if interval[-1] == ")" else "at most"
     if high == inf:

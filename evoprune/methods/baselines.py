@@ -12,14 +12,14 @@ from evoprune.methods.types import Selection, Tokens, arange_on
 
 @dataclass(frozen=True)
 class Nothing(Method):
-    """Keeps every token, whatever the budget is."""
+    """Keeps every token, regardless of the budget."""
 
     source = "this project; the unpruned model"
 
 
 @dataclass(frozen=True)
 class Random(Selector):
-    """Draws random tokens from every frame pair, without replacement. The random generator is seeded with `tokens.seed`."""
+    """Draws random tokens from each frame pair without replacement, using `tokens.seed` as the seed."""
 
     name = "random"
     source = "this project; a common baseline"
@@ -37,7 +37,7 @@ class Random(Selector):
 
 @dataclass(frozen=True)
 class Subsample(InputMethod):
-    """Uses fewer frame pairs, but at least one."""
+    """Encodes only as many frame pairs as the budget allows, but at least one."""
 
     name = "subsample"
     source = "arXiv 2605.30010, as a baseline"
@@ -49,7 +49,7 @@ class Subsample(InputMethod):
 
 @dataclass(frozen=True)
 class Downscale(InputMethod):
-    """Keeps the number of frame pairs and makes the frames smaller.
+    """Scales frames down to a lower resolution and keeps all frame pairs.
 
     The new height and width are whole numbers of units (at least one), and the aspect ratio stays nearly the same.
     """
@@ -66,8 +66,8 @@ class Downscale(InputMethod):
 class Pool(Selector):
     """Averages blocks of neighboring tokens.
 
-    Each block lies inside one frame pair, unless there are fewer tokens to keep than frame pairs. In that case, each block consists
-    of one or more whole frame pairs.
+    Each block lies inside a single frame pair. However, if fewer tokens are kept than there are frame pairs, each block consists of
+    one or more entire frame pairs.
     """
 
     name = "pool"
@@ -92,7 +92,7 @@ def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor
     """Split `length` positions into `count` blocks of nearly equal length.
 
     Returns:
-        int64 `[length]`, the block index of each position, and int64 `[count]`, the middle position of each block.
+        int64 `[length]`, each position's block index, and int64 `[count]`, each block's middle position.
     """
     edges = arange_on(count + 1, device) * length // count
     return arange_on(count, device).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2
@@ -112,8 +112,9 @@ class DivPrune(Selector):
 def smaller_frame(height: int, width: int, most: int) -> tuple[int, int]:
     """Return the (height, width) of the largest frame with at most `most` units and nearly the same aspect ratio.
 
-    The frame has at least 1 x 1 units. One dimension can be any whole number of units. The other is then derived from the aspect
-    ratio and rounded up or down. If several frames have the same number of units, the one closest to the aspect ratio wins.
+    The frame has at least 1 x 1 units. The function tries every whole number of units for one dimension, derives the other
+    dimension from the aspect ratio, and rounds it both up and down. Among frames with the same number of units, it prefers the one
+    closest to the original aspect ratio.
     """
     sizes = {(1, 1)}
     for rows in range(1, height + 1):

@@ -1,4 +1,4 @@
-"""Budgets: the share of the visual tokens to keep. This module does not import torch."""
+"""Budgets, which specify the share of visual tokens to keep. This module does not import torch."""
 
 import math
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ class Budget:
     Given = float | str
 
     PRESETS: ClassVar[dict[PresetName, "Budget"]]
-    AUTOS: ClassVar[dict[AutoName, "Budget"]]  # the content decides how many tokens are kept (`Method.automatic`)
+    AUTOS: ClassVar[dict[AutoName, "Budget"]]  # the number of tokens depends on the content (`Method.automatic`)
     FULL: ClassVar["Budget"]  # prunes nothing
     DEFAULT: ClassVar[Literal["balanced"]] = "balanced"
 
     video: float
-    still: float  # the share for an input with a single frame pair, where no content repeats in other frame pairs
+    still: float  # the share for images and other inputs with a single frame pair, because they have no repetition over time
     name: str = ""  # the name of a preset with two shares or of a budget in `AUTOS`; empty if the user passed a number
 
     @classmethod
@@ -55,29 +55,29 @@ class Budget:
 
     @property
     def recorded(self) -> float | str:
-        """The budget in the form in which options, records and results store it: a name or a number."""
+        """The budget as stored in options, records and results: a name if it has one, otherwise a number."""
         return self.name or self.video
 
     @property
     def largest(self) -> float:
-        """The largest share that an input can keep."""
+        """The largest share of its tokens that any input can keep with this budget."""
         return max(self.video, self.still)
 
     def share(self, grid: Grid) -> float:
-        """Return the share for an input with this `grid`, which is (T, H, W) in units."""
+        """Return the share of tokens to keep for an input with this `grid`, which is (T, H, W) in units."""
         return self.still if grid[0] == 1 else self.video
 
     def keep(self, grid: Grid) -> int:
-        """Return K, the number of tokens that an input with this `grid` keeps."""
+        """Return K, the number of tokens to keep for an input with this `grid`, which is (T, H, W) in units."""
         return self.count(self.share(grid), prod(grid))
 
     @staticmethod
     def count(share: float, units: int) -> int:
-        """Return K = max(1, floor(share * units + 0.5)), but at most `units`."""
+        """Return K, the number of tokens to keep: max(1, floor(share * units + 0.5)), but at most `units`."""
         return min(units, max(1, math.floor(share * units + 0.5)))
 
     def share_of_all(self, grids: Sequence[Grid]) -> float:
-        """Return the share of tokens to keep over all inputs together, for methods that support only a single share."""
+        """Return the share of tokens to keep over all inputs combined, for methods that cannot use a different share per input."""
         if self.still == self.video:
             return self.video
         return sum(map(self.keep, grids)) / sum(map(prod, grids))
@@ -91,14 +91,14 @@ Budget.PRESETS = {
     "fast": Budget(0.1, 0.3, "fast"),
 }
 AUTO, AUTO_INFLECTION = get_args(AutoName)
-# The lowest and highest share that an automatic budget can keep.
+# The lowest and highest share of tokens that an automatic budget can keep.
 AUTO_LEAST = 0.05
 AUTO_MOST = 0.5
 Budget.AUTOS = {name: Budget(AUTO_MOST, AUTO_MOST, name) for name in (AUTO, AUTO_INFLECTION)}
 
 
 def _number(value: float | str) -> float:
-    """Convert `value` to a number. Returns NaN if that is not possible."""
+    """Convert `value` to a float. Returns NaN if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -106,7 +106,7 @@ def _number(value: float | str) -> float:
 
 
 def _refused(given: float | str, known: dict[str, Budget]) -> UsageError:
-    """Return the error for a value that `parse` does not accept. The keys of `known` are the names that it would accept."""
+    """Return the error for an invalid budget. `known` contains the named budgets that would have been accepted."""
     if isinstance(given, str) and given in Budget.AUTOS:
         hint = f"give a share of tokens such as 0.25; {given} works only with VideoQA and with commands that ask or evaluate"
         return UsageError(f"budget {given!r} does not work here", hint)

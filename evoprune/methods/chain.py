@@ -1,7 +1,7 @@
-"""Chains of methods. Whatever a user passes as the method becomes a chain of up to four parts.
+"""Chains of up to four pruning methods. Every method that a user specifies is parsed into a chain, even a single one.
 
-The parts act on the input, inside the encoder, after the encoder, and inside the language model. A chain, a budget and a seed form
-a `PruneConfig`.
+The four parts of a chain act on the input, inside the encoder, after the encoder, and inside the language model. A `PruneConfig`
+combines a chain with a budget and a seed.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from evoprune.methods.registry import MethodText, impossible
 
 @dataclass(frozen=True)
 class MethodChain:
-    """A single method, or a chain such as `reuse+divprune` or `evoprune+fastv`. The budget applies to the first part."""
+    """A single method, or a chain such as `reuse+divprune` or `evoprune+fastv`. The budget applies to the first method."""
 
     input: InputMethod | None = None
     encoder: EncoderMethod | None = None
@@ -49,18 +49,18 @@ class MethodChain:
 
     @classmethod
     def of(cls, *methods: Method) -> Self:
-        """Return a chain of these methods, each in its own field.
+        """Return a chain of these methods, assigning each method to the field for its type.
 
-        Instances of the base class `Method` prune nothing and are ignored.
+        Instances of the base class `Method` prune nothing, so they are ignored.
         """
         classes = {"input": InputMethod, "encoder": EncoderMethod, "selector": Selector, "language": LanguageMethod}
         return cls(**{part: method for method in methods for part, kind in classes.items() if isinstance(method, kind)})
 
     @property
     def possible(self) -> bool:
-        """Whether the parts before the language model can act together.
+        """Whether the methods before the language model can be used together.
 
-        They can if there is only one such part, or if an encoder method with `combines` is followed by a selector.
+        This is the case if there is only one such method, or if a selector follows an encoder method with `combines`.
         """
         before = self.before.members
         combines = self.encoder is not None and self.encoder.combines
@@ -70,7 +70,7 @@ class MethodChain:
 
     @property
     def members(self) -> list[Method]:
-        """The parts that are present, in the order in which they act."""
+        """The methods in the chain, in the order in which they act."""
         return [part for part in (self.input, self.encoder, self.selector, self.language) if part]
 
     @property
@@ -83,17 +83,17 @@ class MethodChain:
 
     @property
     def acts(self) -> str:
-        """Where the first part acts. See `Method.acts`."""
+        """The point at which the first method of the chain acts, for example "input" or "after". See `Method.acts`."""
         return self.first.acts
 
     @property
     def before(self) -> "MethodChain":
-        """The chain without its language method."""
+        """A copy of the chain without the method that acts inside the language model."""
         return replace(self, language=None)
 
     @property
     def token_selector(self) -> Selector | None:
-        """The selector that selects tokens after the tower, or None if every row becomes a token."""
+        """The selector that runs after the vision tower, or None if every row becomes a token."""
         if self.selector or not self.encoder:
             return self.selector
         return self.encoder.tokens
@@ -102,7 +102,8 @@ class MethodChain:
     def exact(self) -> bool:
         """Whether exactly K tokens reach the language model.
 
-        If the chain consists of a language method only, whether that method leaves exactly the number of tokens it was asked for.
+        If the chain contains only a language method, this property instead tells whether that method leaves exactly the requested
+        number of tokens.
         """
         return all(part.exact for part in self.before.members or self.members)
 
@@ -116,7 +117,10 @@ class MethodChain:
 
     @property
     def args(self) -> dict[str, Any]:
-        """The settings as shown in reports: the first part's settings, then each other part's settings nested under its name."""
+        """The settings as they appear in reports.
+
+        The settings of the first method are at the top level. Settings of further methods are nested under the method's name.
+        """
         args = dict(self.first.args)
         if self.encoder and self.encoder.combines:
             args[self.token_selector.name] = self.token_selector.args
@@ -126,24 +130,24 @@ class MethodChain:
 
     @property
     def refusals(self) -> tuple[str, str]:
-        """Two texts for the error that rejects a method because it reads the question: the problem, and a method to use instead."""
+        """Two parts of the error message for methods that must not read the question: the problem and an alternative method."""
         if self.encoder is None:
             return f"method {self.token_selector.name} reads the question", "another method"
         name = self.encoder.name
         return f"method {name} selects with {self.token_selector.name}, which reads the question", f"{name}+divprune"
 
     def automatic(self) -> Self:
-        """Return the chain with its first part replaced by an `automatic` copy.
+        """Return a copy of the chain that lets its first method choose the number of tokens. See `Method.automatic`.
 
         Raises:
-            UsageError: If the first part does not support automatic budgets.
+            UsageError: If the first method does not support automatic budgets.
         """
         if len(self.before.members) > 1:
             raise not_automatic(self.before.name)
         return replace(MethodChain.of(self.first.automatic()), language=self.language)
 
     def check_scores(self) -> None:
-        """Check that the selector has scores, because "auto:inflection" derives the number of tokens from them.
+        """Check that the selector has scores, which the "auto:inflection" budget needs to choose the number of tokens.
 
         Raises:
             UsageError: If the selector has no scores, or if there is no selector.
@@ -160,17 +164,18 @@ class MethodChain:
         """Check that the chain can be used in conversations.
 
         Raises:
-            UsageError: If the method reads the question, because it then prunes for that question only.
+            UsageError: If the method reads the question. It would prune for the first question only.
         """
         if self.reads_question:
             hint = "ask single questions, or use another method: --method (method) evoprune"
             raise UsageError(f"method {self.name} prunes for a single question, so it cannot hold a conversation", hint)
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int, inflection: bool = False) -> EncoderPlan:
-        """Return the plan for encoding a video of size `grid` so that `keep` tokens (K) reach the language model.
+        """Return the plan for encoding a video so that `keep` tokens reach the language model.
 
         Args:
-            inflection: Whether the curve of the selector's scores determines the number of tokens, up to K.
+            keep: K, the number of tokens for the language model.
+            inflection: Whether the number of tokens is derived from the curve of the selector's scores. K is then the maximum.
         """
         if self.input:
             return EncoderPlan.full(tower, call(self.input.package, self.input.resize, grid, keep))
@@ -190,29 +195,41 @@ class MethodChain:
         """Return the number of units below which inputs are pruned only after the tower, or 0 if there is no such limit.
 
         Args:
-            launch_bound: See `TowerShape`.
+            launch_bound: The number of units below which computing fewer rows saves no time. See `TowerShape`.
         """
         if not self.encoder or not self.encoder.small_after_tower:
             return 0
         return launch_bound
 
     def language_share(self, budget: float) -> float:
-        """Return the budget of the language method, in (0, 1], given the `budget` that the user requested."""
+        """Return the budget of the method inside the language model, in (0, 1]. `budget` is the share that the user requested."""
         if self.language is self.first:
             return budget
         return self.language.left
 
     def language_work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
-        """Return `LanguagePlan.work` for the user's share `budget`, or None if no token is dropped."""
+        """Return the number of visual tokens that each language-model layer computes, or None if no tokens are dropped.
+
+        Args:
+            tokens: The number of visual tokens that reach the language model.
+            budget: The share of tokens that the user requested.
+
+        Returns:
+            Three counts per layer. See `LanguagePlan.work`.
+        """
         if self.language is None:
             return None
         inner = self.language
         return call(inner.package, lambda: inner.drops(depth, tokens, self.language_share(budget)).work)
 
     def prompt_columns(self, depth: int, tokens: int, text: int, budget: float) -> int | tuple[int, ...]:
-        """Return the number of columns in a prompt with `text` text tokens.
+        """Return the number of prompt tokens (columns), visual tokens and text together.
 
-        Returns one number per layer, or a single number if no token is dropped. For the other arguments, see `language_work`.
+        Args:
+            text: The number of text tokens in the prompt. For the other arguments, see `language_work`.
+
+        Returns:
+            One number per layer, or a single number if no tokens are dropped inside the language model.
         """
         work = self.language_work(depth, tokens, budget)
         if work is None:
@@ -222,7 +239,7 @@ class MethodChain:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """The pruning settings that planning, encoding, answering and reports share. Use `of` to create one."""
+    """The pruning settings that are shared by planning, encoding, answering and reporting. Use `of` to create an instance."""
 
     name: str  # the method's name and settings, as the user wrote them
     method: MethodChain
@@ -231,10 +248,14 @@ class PruneConfig:
 
     @classmethod
     def of(cls, budget: Budget, name: str, seed: int = 0) -> Self:
-        """Return the config for a budget and a method. `name` is the method as users write it, including any settings.
+        """Return the config for a budget and a method.
+
+        Args:
+            name: The method as users write it, including any settings.
+            seed: The seed for methods that draw random numbers.
 
         Raises:
-            UsageError: If there is no such method or setting, or if the method does not support the "auto" budget.
+            UsageError: If there is no such method or setting, or if the method does not support the automatic budget.
         """
         method = MethodChain.parse(name)
         if budget.name == AUTO:
@@ -247,17 +268,17 @@ class PruneConfig:
 
     @property
     def prunes(self) -> bool:
-        """Whether anything is pruned."""
+        """Whether any tokens are pruned, inside the language model or before it."""
         inner = self.method.language
         return self.budget != Budget.FULL or (inner is not None and inner is not self.method.first and inner.left < 1)
 
     @property
     def resizes(self) -> bool:
-        """Whether the method makes inputs smaller, so that its plan determines which frames to read."""
+        """Whether the method makes inputs smaller. If it does, its plan determines which frames to read."""
         return self.method.input is not None
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
-        """Return the plan for encoding one input, after which K tokens reach the language model."""
+        """Return the plan for encoding one input, including K, the number of tokens for the language model."""
         inflection = self.budget.name == AUTO_INFLECTION
         return self.method.plan(tower, grid, self.budget.keep(grid), inflection)
 

@@ -1,15 +1,15 @@
 """evoprune, this project's own method: reuse over time, two row selections inside the encoder, and a token selection after it.
 
-1. Reuse: a unit is not encoded again if its pixels have not changed since the same place was last encoded. Its earlier row stays
-   visible to attention (vision/preprocess.py).
+1. Reuse: a unit is not encoded again if its pixels have hardly changed since the same place in the frame was last encoded. Its
+   earlier row stays visible to attention (vision/preprocess.py).
 2. Rows: farthest-point sampling over features and time (methods/farthest.py) selects the patch embeddings that enter the tower.
-   After the first eighth of the layers, it selects the rows that continue. Both selections keep a share that is a power of the
-   budget.
-3. Tokens: after the tower, tokens are selected from these rows in the same way. Each token becomes the mean of its cluster.
+   After the first eighth of the layers, it also selects the rows that continue through the remaining layers. The share that each
+   selection keeps is a power of the budget.
+3. Tokens: after the tower, the same algorithm selects tokens from these rows. Each token becomes the mean of its cluster.
 4. Bias: the language model's attention adds half the log of the cluster size to each token's logits.
 
-On CUDA, inputs with few units skip the first two steps. The time that the tower takes for such inputs is determined by kernel
-launches, so computing fewer rows would not save any.
+On CUDA, inputs with few units skip the first two steps. The tower's run time on such inputs is dominated by kernel launches, so
+computing fewer rows would not make it faster.
 
 No paper describes this method. docs/methods.md explains what it shares with other methods. results/frontier.md shows how much
 each stage contributes, and results/ablations.md lists the settings that were tried without benefit.
@@ -34,16 +34,17 @@ THRESHOLD = 8.0
 
 @dataclass(frozen=True)
 class Reuse(EncoderMethod):
-    """Combines reuse with a selector that the user names, as in `reuse+divprune` or `reuse:threshold=5+visionzip`.
+    """Combines reuse with a selector of the user's choice, as in `reuse+divprune` or `reuse:threshold=5+visionzip`.
 
-    The selector sees every unit of the clip. A unit that was not encoded again has the feature of an earlier row.
+    The selector still sees every unit of the clip, because units that are not encoded again take their features from an earlier
+    frame pair.
     """
 
     name = "reuse"
     source = "this project"
     combines = True
 
-    # A unit that changed by at least this many of 255 levels is encoded again.
+    # A unit is encoded again if its pixels changed by at least this many of 255 levels.
     threshold: Annotated[float, "(0, inf]"] = THRESHOLD
 
     @property
@@ -56,7 +57,7 @@ class Reuse(EncoderMethod):
 
 INNER = ("auto", "always")  # the possible values of `EvoPruneMethod.inner`
 WITHIN = 0.01  # the value of `within` for `--budget auto`
-# Scales the powers `rows` and `first` for an input with a single frame pair, where no content repeats in other frame pairs.
+# Scales the powers `rows` and `first` for inputs with a single frame pair, because they have no repetition over time.
 ONE_PAIR_POWER = 2 / 3
 
 
@@ -72,8 +73,8 @@ class FarthestPoints(Selector):
     average: bool = True
     count: float = 0.5
     within: float = 0.0
-    # Whether to compare rows as they are before the next layer's norm. After the norm, flat patches would differ as much as all
-    # other patches.
+    # Whether to compare rows before the next layer's norm is applied. After the norm, patches without any texture would differ from
+    # each other as much as all other patches do.
     before_norm: bool = False
 
     @property
@@ -95,7 +96,7 @@ class FarthestPoints(Selector):
         return count == keep or (self.within > 0 and Budget.count(AUTO_LEAST, units) <= count <= keep)
 
     def _sizes(self, unit_to_token: torch.Tensor, tokens: int) -> torch.Tensor | None:
-        """Return float32 `[tokens]`: the cluster size that the language model assumes for each token. None means 1 for all."""
+        """Return the cluster size that the language model assumes for each token: float32 `[tokens]`, or None if all are 1."""
         if not self.count or tokens == len(unit_to_token):
             return None
         return unit_counts(unit_to_token, tokens) ** self.count
@@ -103,12 +104,12 @@ class FarthestPoints(Selector):
 
 @dataclass(frozen=True)
 class EvoPruneMethod(EncoderMethod):
-    """Applies reuse and then three selections. See the module docstring."""
+    """Reuses unchanged units, selects rows twice inside the vision tower, and selects tokens after it. See the module docstring."""
 
     name: ClassVar[str] = "evoprune"
     source: ClassVar[str] = "this project; same goal as arXiv 2603.03681"
 
-    # A unit that changed by at least this many of 255 levels is encoded again. With 0, every unit is encoded.
+    # A unit is encoded again if its pixels changed by at least this many of 255 levels. With 0, every unit is encoded.
     reuse: Annotated[float, "[0, inf]"] = THRESHOLD
     # The share of the tower's layers that run before the second selection. With 1, units are selected only after the tower.
     depth: Annotated[float, "(0, 1]"] = 0.125
@@ -117,11 +118,11 @@ class EvoPruneMethod(EncoderMethod):
     # keeps all units, and a power of 1 keeps as many rows as tokens.
     first: Annotated[float, "[0, 1]"] = 0.4
     rows: Annotated[float, "[0, 1]"] = 0.75
-    # The minimum for each frame pair, as a fraction of its equal share of the budget.
+    # The minimum number of units to keep in each frame pair, as a fraction of an equal share of the budget.
     floor: Annotated[float, "[0, 1]"] = 0.0
     average: bool = True  # whether a token becomes the mean of its cluster
-    # The language model's attention weights a token by (cluster size) ** count. With 0, all tokens have equal weight. 1 is ToMe's
-    # proportional attention (arXiv 2210.09461, section 3).
+    # The language model's attention weights each token by (cluster size) ** count. With 0, all tokens have equal weight. A value of
+    # 1 corresponds to ToMe's proportional attention (arXiv 2210.09461, section 3).
     count: Annotated[float, "[0, inf)"] = 0.5
     # The last selection stops once every unit is within this distance of a selected unit, but it keeps at least 1/20 of the units.
     # With 0, it selects as many units as the budget allows.

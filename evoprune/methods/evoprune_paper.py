@@ -1,6 +1,6 @@
-"""EvoPrune, with the paper's settings (arXiv 2603.03681) and with other settings.
+"""EvoPrune (arXiv 2603.03681), which merges similar rows layer by layer inside windows and frame pairs.
 
-It merges rows layer by layer, inside windows and frame pairs.
+This module provides the method with the paper's settings and with settings that work better on the demo model.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from evoprune.methods.ranking import alternate, match
 from evoprune.methods.types import Candidates, arange_on
 
 FEATURES = ("keys", "keys_rotary", "hidden")
-MAX_SCORES = 1 << 22  # the maximum number of scores to hold at a time (16 MiB), unless one row per group has more
+MAX_SCORES = 1 << 22  # the maximum number of scores in memory at a time (16 MiB), unless one row per group needs more
 ALL = slice(None)
 
 
@@ -26,17 +26,17 @@ class EvoPrunePaper(Merger):
 
     name = "evoprune-paper"
     source = "arXiv 2603.03681"
-    absorbed = 1  # which of every two rows may merge into another row: 0 for the first, 1 for the second
+    absorbed = 1  # which of every two consecutive rows may merge into another row: 0 for the first, 1 for the second
 
     allocation: str = "skip"  # how merging is spread over the layers from `first` to `last` (relative depths)
     first: float = 0.2
     last: float = 0.5
     diversity: Annotated[float, "(-inf, inf)"] = 0.1  # the weights of the score's two penalties (see `composite_score`)
     attention: Annotated[float, "(-inf, inf)"] = 0.1
-    # The share of each group's rows, the most attended ones, that merge only after all other rows.
+    # The share of each group's rows that are protected because they receive the most attention: they merge after all other rows.
     critical: Annotated[float, "[0, 1]"] = 0.1
     neighbours: Annotated[int, "[1, inf)"] = 4  # the number of nearest rows from which the density is computed
-    # What the similarity compares: the layer's keys, keys_rotary (after rotary), or hidden states.
+    # The features whose cosine similarity is compared: the layer's "keys", its "keys_rotary" (after rotary) or "hidden" states.
     features: str = "keys"
     size_bias: bool = True  # whether attention weights a merged row by its cluster size
 
@@ -76,7 +76,7 @@ class EvoPrunePaper(Merger):
     def _best_partners(
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Compute `best_partners` for all rows, strip by strip so that a group's full score matrix is never in memory."""
+        """Find the best merge partner for every row, processing rows in strips so that the full score matrix is never in memory."""
         pieces = strips(*c.valid.shape)
         density = None
         partners = []
@@ -91,9 +91,9 @@ class EvoPrunePaper(Merger):
         return tuple(torch.cat(of_each, 1) for of_each in zip(*partners, strict=True))
 
     def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
-        """Return bool `[B, n]`, True for the most attended rows of each group.
+        """Return a mask of the rows that receive the most attention in each group: bool `[B, n]`.
 
-        The number of these rows is `critical` times the size of the group, rounded up. Ties go to the lower index.
+        The number of True entries per group is `critical` times the group size, rounded up. Ties go to the lower index.
         """
         if not self.critical:
             return torch.zeros_like(valid)
@@ -103,29 +103,33 @@ class EvoPrunePaper(Merger):
 
 
 def strips(groups: int, rows: int) -> list[slice]:
-    """Split `rows` into slices so that the scores of one strip, `[groups, strip, rows]`, have at most `MAX_SCORES` entries."""
+    """Split `rows` into slices small enough that a score matrix `[groups, slice, rows]` has at most `MAX_SCORES` entries."""
     step = max(1, MAX_SCORES // max(1, groups * rows))
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
-    """Return `[B, m, n]`: the cosine similarity of the m selected `rows` of `features` to all n rows of their group.
+    """Compute the cosine similarity between the selected `rows` and all rows of the same group.
 
-    `features` is `[B, n, D]`. The similarity to a zero vector is 0.
+    Args:
+        features: `[B, n, D]`, the features of B groups.
+        rows: The m rows to compare. The default is all of them.
+
+    Returns:
+        `[B, m, n]`. The similarity to a zero vector is 0.
     """
     unit = F.normalize(features.float(), dim=-1)
     return unit[:, rows] @ unit.transpose(1, 2)
 
 
 def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
-    """Return `[B, m]`: the mean similarity between each row in `rows` and its nearest other rows.
-
-    A row that is alone in its group gets 1.
+    """Return the mean similarity between each row and its nearest neighbors: `[B, m]`. A row without any neighbors gets 1.
 
     Args:
         cosine: `[B, m, n]`, from `similarity`.
         valid: bool `[B, n]`, False for padding, which is ignored.
-        neighbours: The number of nearest rows to average over.
+        neighbours: The number of nearest neighbors to average over.
+        rows: The m rows in dimension 1 of `cosine`.
     """
     n = cosine.shape[2]
     index = arange_on(n, cosine.device)
@@ -137,7 +141,7 @@ def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, ro
 
 
 def relative_attention(received: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Return `[B, n]`: the attention that each row receives, divided by the maximum in its group. Padding gets 0."""
+    """Divide the attention that each row receives by the maximum in its group. Returns `[B, n]`, with 0 for padding."""
     top = received.masked_fill(~valid, 0).amax(1, keepdim=True)
     return torch.where(valid, received / top.clamp(min=1e-12), 0)
 
@@ -150,15 +154,20 @@ def composite_score(
     attention_weight: float,
     rows: slice = ALL,
 ) -> torch.Tensor:
-    """Return `[B, m, n]`: EvoPrune's score for merging two rows (arXiv 2603.03681). Dimension 1 is the row to be absorbed.
+    """Compute EvoPrune's score for merging row i into row j (arXiv 2603.03681).
 
         S_ij = s_ij - w_div * max(1 - d_i, 1 - d_j) - w_att * max(a_i, a_j)
 
     Args:
         cosine: s, `[B, m, n]`, from `similarity`.
-        density: d, the local density `[B, n]`, which keeps rows unlike all others from merging. None if its weight is zero.
-        attention: a, the relative attention `[B, n]`. None if its weight is zero.
-        rows: The m rows in dimension 1.
+        density: d, the local density `[B, n]`, which discourages merging rows that are unlike all others. None if its weight is 0.
+        attention: a, the relative attention `[B, n]`. None if its weight is 0.
+        diversity_weight: w_div.
+        attention_weight: w_att.
+        rows: The m rows in dimension 1 of `cosine`.
+
+    Returns:
+        `[B, m, n]`. Dimension 1 is the row that would be absorbed.
     """
     score = cosine
     if diversity_weight:
@@ -172,10 +181,10 @@ def composite_score(
 def best_partners(
     score: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the best destination for every source row.
+    """Find the row with the highest merge score for every source row.
 
     Args:
-        score: `[B, m, n]`.
+        score: `[B, m, n]`, from `composite_score`.
         source: bool `[B, m]`, True for rows that may merge into another row.
         destination: bool `[B, n]`, True for rows that sources may merge into.
 

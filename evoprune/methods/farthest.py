@@ -1,17 +1,17 @@
 """The selection algorithm: farthest-point sampling over features and time inside tubes, and the clusters around selected units.
 
-A video is cut into *tubes*. A tube consists of neighboring units in several consecutive frame pairs. Inside a tube, units are
-selected one by one: the next unit is always the one farthest from all units selected before. Its distance from them is its
-*radius*. Finally, the K units with the largest radii in the whole video are selected. The radii do not depend on K, and no tensor
-shape depends on values. backend/operators.py has an implementation for each kind of device. The distance between two units
-combines features and time:
+A video is divided into *tubes*, each of which consists of neighboring units in several consecutive frame pairs. Inside a tube,
+units are picked one by one, and the next unit is always the one farthest from all units picked so far. Its distance to the nearest
+of them is its *radius*. Finally, the K units with the largest radii in the whole video are selected. The radii do not depend on K,
+and tensor shapes never depend on values. backend/operators.py has an implementation for each type of device. The distance between
+two units combines features and time:
 
     d(i, j) = |p_i - p_j|^2 / 2 + alpha / 2 * salience_j^2 * |t_i - t_j|
 
-Unit i is selected and unit j is a candidate. p is the unit's normalized feature: the mean over all units of the clip is
+Unit i is already picked and unit j is a candidate. p is the unit's normalized feature: the mean over all units of the clip is
 subtracted, every channel is divided by its standard deviation, and all features are divided by the length of the longest one
-(results/geometry.md). t runs from 0 to 1 over the clip. salience_j = |p_j|^2, so an object that stands out more counts as newer
-when it appears at another time.
+(results/geometry.md). t runs from 0 to 1 over the clip. salience_j = |p_j|^2, so the time difference matters more for objects that
+stand out.
 """
 
 import math
@@ -28,14 +28,14 @@ ALPHA = 1.5
 DIMENSIONS = 128  # the number of dimensions of projected features
 UNPROJECTED = 512  # features are projected only if there are more rows than this
 STEPS = 16384  # distances are rounded to 1 / STEPS, so that equal rows have distance 0 and equal distances are ties
-TUBE_UNITS = 256  # the approximate number of units in a tube, which spans at most `TUBE_PAIRS` frame pairs
+TUBE_UNITS = 256  # the approximate number of units in a tube; a tube spans at most `TUBE_PAIRS` frame pairs
 TUBE_PAIRS = 16
 GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
 class Points:
-    """The N units of a video as points, represented by E rows. Distances between points are whole numbers of steps."""
+    """The N units of a video as points in feature space and time, represented by E rows. Distances are whole numbers of steps."""
 
     grid: Grid
     row: torch.Tensor  # int64 [N], the row that represents each unit, or -1
@@ -47,12 +47,13 @@ class Points:
 
 
 def points_of(rows: torch.Tensor, unit_to_row: torch.Tensor, grid: Grid, alpha: float) -> Points:
-    """Return the points of one video.
+    """Convert the rows of one video to points, whose distances `farthest_points` compares.
 
-    Each row counts once for every unit that it represents.
+    In the mean and the standard deviations, a row counts once for every unit that it represents.
 
     Args:
-        rows, unit_to_row, grid: See `Tokens`.
+        rows: `[E, D]`, the features of the encoded units.
+        unit_to_row: int64 `[N]`, the row that represents each unit, or -1.
         alpha: The weight of time in distances.
     """
     projection = None
@@ -66,9 +67,9 @@ def points_of(rows: torch.Tensor, unit_to_row: torch.Tensor, grid: Grid, alpha: 
 
 @lru_cache(maxsize=8)
 def _projection(width: int) -> torch.Tensor:
-    """Return a random projection: float32 `[width, DIMENSIONS]` with orthogonal columns.
+    """Return a random projection matrix with orthogonal columns: float32 `[width, DIMENSIONS]`.
 
-    The projection preserves squared lengths to within about an eighth.
+    Projected vectors keep their squared lengths to within about an eighth.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     normal = torch.randn(width, DIMENSIONS, generator=generator, dtype=torch.float32, device="cpu")
@@ -78,16 +79,19 @@ def _projection(width: int) -> torch.Tensor:
 def farthest_points(
     points: Points, keep: int, *, within: float = 0.0, least: int = 1, floor: float = 0.0
 ) -> torch.Tensor:
-    """Select `keep` units of one video, or fewer if `within` is set. Returns int64 `[K]`, ascending.
+    """Select `keep` units of one video, or fewer if `within` is set.
 
-    If radii are equal, the selected units are spread evenly over time and over the frame. In a black video, where all units are
-    equal, this applies to the whole selection.
+    Units with equal radii are selected so that they are spread evenly over time and over the frame. In an all-black video, for
+    example, all units are equal, so the entire selection is spread evenly.
 
     Args:
-        within: Stop before `keep` once at least `least` units are selected and no unit is farther than this from a selected unit. 0
-            disables this. Otherwise the radii are read back, which synchronizes the GPU.
-        least: The minimum number of units for `within`.
-        floor: The fraction of its equal share of `keep` that every frame pair gets before units compete across the video.
+        within: If not 0, stop early once every unit is within this distance of a selected unit and at least `least` units are
+            selected. This requires reading the radii back to the host, which synchronizes the GPU.
+        least: The minimum number of units to select if `within` is set.
+        floor: The fraction of an equal share of `keep` that every frame pair receives before units compete across the video.
+
+    Returns:
+        int64 `[K]`, the selected units, ascending.
 
     Raises:
         ValueError: If `keep` is not between 1 and the number of units.
@@ -100,7 +104,7 @@ def farthest_points(
     _, turn, tubes = grid_tables(points.grid, str(points.row.device))
     first = (points.salience * (STEPS / 2)).round_()
     needed = keep
-    if floor:  # units that a frame pair is guaranteed may rank below the first `keep` units of the clip
+    if floor:  # the units guaranteed to a frame pair may rank below the first `keep` units of the clip
         needed = units
     radii = tube_radii(points.place, points.half, points.weight, first, points.row, points.time, tubes, needed)
     if within:
@@ -112,18 +116,28 @@ def farthest_points(
 
 
 def assign_clusters(points: Points, kept: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[N]`: the index in `kept` (from `farthest_points`) of the selected unit nearest to each unit.
+    """Assign each unit to the cluster of its nearest selected unit.
 
-    A unit without a row gets -1. A selected unit gets its own index. Ties go to the lower index.
+    Args:
+        points: The N units of the video, from `points_of`.
+        kept: int64 `[K]`, the selected units, from `farthest_points`.
+
+    Returns:
+        int64 `[N]`, the index in `kept` of the nearest selected unit. A selected unit gets its own index, and a unit without a row
+        gets -1. Ties go to the lower index.
     """
     return nearest_selected(points.place, points.half, points.weight, points.row, points.time, kept)
 
 
 def _first_of_each_pair(order: torch.Tensor, grid: Grid, keep: int, floor: float) -> torch.Tensor:
-    """Return `order` with each frame pair's highest-ranked units moved ahead of all other units.
+    """Move each frame pair's highest-ranked units ahead of all other units, so that every frame pair keeps some of its units.
 
-    The number of units moved is `floor` times the frame pair's equal share of `keep`. `order` is int64 `[N]`, and higher values
-    come first.
+    Args:
+        order: int64 `[N]`, each unit's rank. Units with higher values are selected first.
+        floor: The number of units to move in each frame pair, as a fraction of an equal share of `keep`.
+
+    Returns:
+        int64 `[N]`, the new ranks.
     """
     pairs = grid[0]
     places = grid[1] * grid[2]
@@ -135,13 +149,13 @@ def _first_of_each_pair(order: torch.Tensor, grid: Grid, keep: int, floor: float
 
 @lru_cache(maxsize=32)
 def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the tables that depend only on the grid: times, turns and tubes.
+    """Return the tables for the sampling algorithm that depend only on the grid, not on the features.
 
     Returns:
-        float32 `[N]`, each unit's time, from 0 to 1.
-        int64 `[N]`, each unit's turn, which breaks ties between equal radii. Turns are distinct numbers from 0 to N - 1, and
-        the unit with the highest turn is selected first.
-        int64 `[B, L]`, the units in each tube, ascending, padded with N.
+        Times, float32 `[N]`: each unit's time, from 0 to 1.
+        Turns, int64 `[N]`: a distinct number from 0 to N - 1 for each unit. Among units with equal radii, the unit with the highest
+        turn is selected first.
+        Tubes, int64 `[B, L]`: the units in each of B tubes, ascending, padded with N.
     """
     pairs = grid[0]
     places = grid[1] * grid[2]
@@ -156,9 +170,10 @@ def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def _tubes(grid: Grid) -> torch.Tensor:
-    """Return int64 `[B, L]`: the units in each tube, ascending, padded with N.
+    """Divide the units of a video into tubes: int64 `[B, L]`, the units in each tube, ascending, padded with N.
 
-    Tubes have about the same length along each side of the grid. In a short clip, tubes cover a larger part of the frame.
+    The tubes of a video are all about the same size. In a short clip, they cover a larger area of the frame, because they span
+    fewer frame pairs.
     """
     count = -(-grid[0] // TUBE_PAIRS)
     pairs = -(-grid[0] // count)
@@ -175,7 +190,7 @@ def _tubes(grid: Grid) -> torch.Tensor:
 
 
 def _scattered(height: int, width: int) -> torch.Tensor:
-    """Return int64 `[height * width]`: the rank at which a low-discrepancy sequence (Roberts's R2) first visits each place."""
+    """Rank the places of a frame by when a low-discrepancy sequence (Roberts's R2) first visits them: int64 `[height * width]`."""
     n = torch.arange(1, 8 * height * width + 1, dtype=torch.float64, device="cpu")
     step = 1.324717957244746
     visits = (n / step % 1 * height).long() * width + (n / step**2 % 1 * width).long()

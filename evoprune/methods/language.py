@@ -1,7 +1,7 @@
-"""Methods that act inside the language model: their plans, the tokens that they see, and the code that drops tokens.
+"""Methods that drop visual tokens inside the language model: their plans, their inputs, and the code that drops the tokens.
 
-A method is a `LanguageMethod` with two functions: `drops`, and either `score` or `select`. The shortest example is
-contrib/fastv.py.
+To write a new method, derive a class from `LanguageMethod` and implement `drops` and either `score` or `select`. The shortest
+example is contrib/fastv.py.
 """
 
 import math
@@ -27,7 +27,7 @@ MAX_WEIGHTS = 1 << 24  # the maximum number of attention weights to compute at a
 
 @dataclass(frozen=True)
 class LayerState:
-    """The inputs and outputs of the latest language-model layer, for C columns. A *column* is one token of the prompt."""
+    """The inputs and outputs of the language-model layer that ran last, for C columns. A *column* is one token of the prompt."""
 
     after: int  # the number of layers that have run, including this one
     entering: torch.Tensor  # `[C, hidden]`, the layer's input
@@ -40,7 +40,7 @@ class LayerState:
 
 
 class Drop(NamedTuple):
-    """A layer after which visual tokens are dropped."""
+    """A layer after which visual tokens are dropped, and the number of tokens that remain."""
 
     after: int  # the number of layers that have run, at least 1
     left: int  # the number of visual tokens that the remaining layers read
@@ -48,21 +48,23 @@ class Drop(NamedTuple):
 
 @dataclass(frozen=True)
 class LanguagePlan:
-    """The number of visual tokens that each layer of the language model reads."""
+    """A plan for dropping visual tokens inside the language model, which tells how many of them each layer reads."""
 
     depth: int  # the number of layers of the language model
     tokens: int  # the number of visual tokens that reach the language model
     drops: tuple[Drop, ...]  # drops in order, each leaving fewer tokens; empty if nothing is dropped
     exact: bool = True  # whether the counts are exact; otherwise they are upper bounds
-    looks: tuple[int, ...] = ()  # the layer counts after which the method is called; same as in `drops` if `exact`
-    blind: int = 0  # in this many initial layers, text after the visual tokens does not attend to them
+    looks: tuple[int, ...] = ()  # the numbers of layers after which the method is called; same as in `drops` if `exact`
+    blind: int = 0  # the number of initial layers in which the text after the visual tokens does not attend to them
 
     @classmethod
     def of(cls, depth: int, tokens: int, left: Mapping[int, int], **more: Any) -> Self:
-        """Return the plan that leaves `left[n]` tokens after n layers. Entries that would drop nothing are ignored.
+        """Return a plan from a mapping of layer counts to token counts.
 
         Args:
-            more: Values of other fields. `looks` defaults to the layers in `drops`.
+            tokens: The number of visual tokens that reach the language model.
+            left: The number of tokens to leave after each number of layers. Entries that would drop nothing are ignored.
+            more: Values for other fields. `looks` defaults to the layers in `drops`.
         """
         drops: list[Drop] = []
         read = tokens
@@ -74,20 +76,21 @@ class LanguagePlan:
 
     @staticmethod
     def layers_before(share: float, depth: int) -> int:
-        """Convert a relative depth to a number of layers, from 1 to depth - 1. Returns 0 if `depth` is 1."""
+        """Convert a relative depth such as 0.25 to a number of layers, from 1 to `depth` - 1. Returns 0 if `depth` is 1."""
         return min(depth - 1, max(1, round(share * depth)))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The number of visual tokens that each layer reads."""
+        """The number of visual tokens that each layer of the language model reads."""
         return tokens_of_layers(self.depth, self.tokens, self.drops)
 
     @property
     def work(self) -> tuple[tuple[int, int, int], ...] | None:
-        """For each layer, the number of visual tokens for which it computes keys and values, queries and output, and the MLP.
+        """The amount of work per layer, which the cost estimate and the memory check use before any frame is read.
 
-        None if every layer computes everything for all visual tokens. If the plan is not `exact`, the numbers are upper bounds. The
-        cost estimate and the memory check use them before any frame is read.
+        For each layer, there are three numbers of visual tokens: those with keys and values, those with queries and an attention
+        output, and those that go through the MLP. If the plan is not `exact`, the numbers are upper bounds. None if every layer
+        computes everything for all visual tokens.
         """
         if not self.drops:
             return None
@@ -99,30 +102,37 @@ class LanguagePlan:
 
 
 def tokens_of_layers(depth: int, tokens: int, drops: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Return the number of visual tokens that each of `depth` layers reads.
+    """Return the number of visual tokens that each layer of the language model reads.
 
     Args:
         tokens: The number of visual tokens before the first drop.
-        drops: Pairs of (number of layers that have run, number of tokens left).
+        drops: For each drop, the number of layers that run before it and the number of tokens that it leaves.
     """
     edges = [(0, tokens), *drops, (depth, 0)]
     return tuple(left for (after, left), (end, _) in pairwise(edges) for _ in range(after, end))
 
 
 def one_drop(depth: int, tokens: int, place: float, budget: float) -> LanguagePlan:
-    """Return a plan that drops tokens once, after a share `place` of the layers, leaving `Budget.count(budget, tokens)` tokens."""
+    """Return a plan that drops tokens once.
+
+    Args:
+        place: The relative depth at which tokens are dropped, from 0 to 1.
+        budget: The share of tokens to leave. The plan leaves `Budget.count(budget, tokens)` of them.
+    """
     return LanguagePlan.of(depth, tokens, {LanguagePlan.layers_before(place, depth): Budget.count(budget, tokens)})
 
 
 def several_drops(
     depth: int, tokens: int, places: Sequence[float], shares: Callable[[float], Sequence[float]], budget: float
 ) -> LanguagePlan:
-    """Return a plan with more than one drop. Averaged over the layers after the first drop, a share `budget` of the tokens is left.
+    """Return a plan that drops tokens in several steps and meets the budget on average.
 
     Args:
-        places: The relative depth of each drop.
-        shares: A function that takes a number from 0 to 1 and returns the share of tokens left after each drop. A larger number
-            must give larger shares.
+        tokens: The number of visual tokens before the first drop.
+        places: The relative depths of the drops.
+        shares: A function that takes a number from 0 to 1 and returns the share of tokens left after each drop. It must increase
+            with the number, so that a binary search can find the shares that meet the budget.
+        budget: The share of tokens that is left on average over the layers after the first drop.
     """
     layers = [LanguagePlan.layers_before(place, depth) for place in places]
     runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]  # layers up to the next drop
@@ -135,32 +145,35 @@ def several_drops(
             low = middle
         else:
             high = middle
-    # Round to 6 places before rounding down, because the search may stop slightly below an exact half.
+    # The product is rounded to 6 decimal places first, because the search may stop slightly below an exact half.
     counts = [max(1, math.floor(round(share * tokens, 6) + 0.5)) for share in shares(high)]
-    # If more than one drop follows the same layer, the last one applies
+    # If several drops follow the same layer, the last one applies.
     return LanguagePlan.of(depth, tokens, dict(zip(layers, counts, strict=True)))
 
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """The n visual tokens that a layer of the language model read. A *column* is one token of the prompt."""
+    """The n visual tokens after a layer of the language model, as its pruning method sees them.
+
+    A *column* is one token of the prompt. The prompt has C columns.
+    """
 
     after: int  # the number of layers that have run, including this one
     left: int  # the number of tokens to leave; an upper bound if the method is not `exact`
-    due: bool  # whether the plan has a drop here; a method that is not `exact` may also drop earlier or later
+    due: bool  # whether the plan has a drop after this layer; a method that is not `exact` may also drop earlier or later
     hidden: torch.Tensor  # [n, hidden], the layer's output for the visual tokens, in the model's dtype
     visual: torch.Tensor  # int64 [n], the columns of the visual tokens among the layer's C columns, ascending
-    pair: torch.Tensor  # int64 [n], the index of each token's frame pair
+    pair: torch.Tensor  # int64 [n], the index of the frame pair that contains the token
     place: torch.Tensor  # float32 [n, 2], row and column in the frame, as fractions of its height and width
     queries: torch.Tensor  # [Q, heads, head_dim], queries of the text after the last visual token, rotated
-    keys: torch.Tensor  # [C, kv_heads, head_dim], keys of all columns, rotated; neighboring heads share a key
+    keys: torch.Tensor  # [C, kv_heads, head_dim], keys of the columns, rotated; neighboring heads share a key
     values: torch.Tensor  # [C, kv_heads, head_dim]
     bias: torch.Tensor | None  # [C], added to the attention logits of each column
     visual_embeds: torch.Tensor  # [N, hidden], all visual tokens as they entered the first layer
     text_embeds: torch.Tensor  # [Q, hidden], the text after the last visual token as it entered the first layer
     memory: dict = field(default_factory=dict)  # state that the method carries between layers; empty for a new prompt
-    # Functions that return these tokens with different queries and keys: `following` uses the next layer's projections, `unrotated`
-    # omits rotary, and `evened` replaces the key of every visual token by their mean key.
+    # Functions that return the same tokens with different queries and keys: `following` uses the next layer's projections,
+    # `unrotated` skips the rotary embedding, and `evened` replaces all visual tokens' keys with their mean.
     following: Callable[[], "LayerTokens"] | None = None
     unrotated: Callable[[], "LayerTokens"] | None = None
     evened: Callable[[], "LayerTokens"] | None = None
@@ -173,10 +186,10 @@ class LayerTokens:
         return replace(self, **own, **others)
 
     def attention(self, rows: torch.Tensor | None = None, *, most: bool = False, causal: bool = True) -> torch.Tensor:
-        """Return float32 `[n]`: the attention that each visual token receives, averaged over heads and queries.
+        """Return the attention that each visual token receives from the text, averaged over heads and queries: float32 `[n]`.
 
         Args:
-            rows: int64 `[q]`, indices into `queries`. None uses the last token of the prompt.
+            rows: int64 `[q]`, the queries to include, as indices into `queries`. None uses only the last token of the prompt.
             most: Whether to take the maximum over heads and queries instead of the mean.
             causal: Whether each query attends only to columns up to its own.
         """
@@ -194,15 +207,21 @@ class LayerTokens:
         return received / (heads * len(rows))
 
     def last_weights(self, count: int = 1) -> torch.Tensor:
-        """Return float32 `[heads, C]`: the attention that each column receives from the last `count` columns, on average."""
+        """Return the attention that each column receives from the last `count` columns, averaged per head: float32 `[heads, C]`."""
         last = arange_on(len(self.queries), self.queries.device)[-count:]
         weights = self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True)
         return weights.unflatten(0, (-1, len(last))).mean(1)
 
     def _weights(self, rows: torch.Tensor, keys: torch.Tensor, causal: bool) -> torch.Tensor:
-        """Return the attention weights of the queries at `rows`: `[heads * q, C]`, ordered by head.
+        """Compute the attention weights of some of the `queries`.
 
-        `keys` is float32 `[kv_heads, head_dim, C]`.
+        Args:
+            rows: int64 `[q]`, indices into `queries`.
+            keys: float32 `[kv_heads, head_dim, C]`, one key per column.
+            causal: Whether each query attends only to columns up to its own.
+
+        Returns:
+            `[heads * q, C]`, ordered by head.
         """
         kv_heads, dim, columns = keys.shape
         queries = self.queries[rows].float().view(len(rows), kv_heads, -1, dim).permute(1, 2, 0, 3)
@@ -217,16 +236,16 @@ class LayerTokens:
 
 @dataclass(frozen=True)
 class LanguageMethod(Method, ABC):
-    """Drops the lowest-scoring visual tokens after some layers of the language model, while the model reads the prompt.
+    """Drops the lowest-scoring visual tokens after certain layers of the language model, while the model reads the prompt.
 
-    A dropped token is unavailable to all later layers and to decoding. The remaining tokens keep their positions. If the method is
-    used alone (`fastv -b 0.25`), the budget applies to it. If it follows another method (`evoprune+fastv`), the budget applies to
-    the first method, and this method leaves `share` of the tokens that it receives. Both the budget and `share` are averaged over
-    the layers after the first drop.
+    Dropped tokens are no longer available to later layers and to decoding. The remaining tokens keep their positions. If the method
+    is used alone (`fastv -b 0.25`), it has to meet the budget. If it follows another method (`evoprune+fastv`), the budget applies
+    to the other method, and this method leaves `share` of the tokens that it receives. Both the budget and `share` are averages
+    over the layers after the first drop.
     """
 
     acts: ClassVar[Literal["language"]] = "language"
-    default_share: ClassVar[float] = 0.5  # the share that the paper uses
+    default_share: ClassVar[float] = 0.5  # the share that the method's paper uses
 
     share: float | None = None  # this method's budget after another method, in (0, 1]; None uses `default_share`
 
@@ -237,42 +256,56 @@ class LanguageMethod(Method, ABC):
 
     @property
     def left(self) -> float:
-        """The share of the received tokens that this method leaves when it follows another method."""
+        """The share of visual tokens that this method leaves if it follows another method."""
         return self.default_share if self.share is None else self.share
 
     @abstractmethod
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
-        """Return the plan for a model with `depth` layers and `tokens` visual tokens. `budget` is this method's own budget."""
+        """Plan how many tokens to drop, and after which layers.
+
+        Args:
+            tokens: The number of visual tokens that reach the language model.
+            budget: The share of these tokens to leave, averaged over the layers after the first drop.
+        """
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
-        """Return float32 `[n]`: a nonnegative score per token. Tokens with the highest scores stay.
+        """Return a nonnegative score for each visual token: float32 `[n]`. Tokens with the highest scores stay.
 
-        The default is the attention of the prompt's last token.
+        By default, the score is the attention that a token receives from the last token of the prompt.
         """
         return tokens.attention()
 
     def select(self, tokens: LayerTokens) -> Selection | None:
-        """Return the tokens that stay after a layer in the plan's `looks`: `tokens.left` of them, or fewer if not `exact`.
+        """Select the visual tokens that stay after a layer. The plan lists these layers in `looks`.
 
-        The selection's indices refer to `tokens.visual`. Its `size` is ignored, because tokens keep their cluster sizes. A method
-        that is not `exact` may return None to drop nothing here.
+        An `exact` method must select `tokens.left` tokens. Other methods may select fewer, or return None to drop no tokens after
+        this layer. The selection's indices refer to `tokens.visual`. Its `size` is ignored, because tokens keep their cluster
+        sizes.
         """
-        # Scores whose relative difference is below 1/10,000 count as ties.
+        # Scores with a relative difference below 1/10,000 are treated as ties.
         return Selection(highest(snap(self.score(tokens).log()), tokens.left))
 
     def reading(
         self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, pair: torch.Tensor, place: torch.Tensor
     ) -> "Dropping":
-        """Return the `Dropping` that the decoder calls while it reads one prompt. For the arguments, see `Dropping`."""
+        """Return the object that drops tokens while the decoder reads one prompt. For the arguments, see `Dropping`."""
         plan = self.drops(model.config.text_config.num_hidden_layers, len(visual), budget)
         return Dropping(self, plan, model, embeds, visual, pair, place)
 
 
 def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection | None:
-    """Return the tokens that stay after a layer of the language model. Raises the same errors as `selecting.select`."""
+    """Run a method's `select`, and validate its result if the method comes from another package.
+
+    Returns:
+        The visual tokens that stay after this layer of the language model, or None if no tokens are dropped.
+
+    Raises:
+        PluginError: If the selection is invalid.
+    """
     name = method.package
     count = len(tokens.visual)
-    if name:  # keys and values belong to the cache, and a method from another package may modify its arguments in place
+    # The keys and values belong to the KV cache, and a method from another package may modify its arguments in place.
+    if name:
         tokens = tokens.copied()
     selection = call(name, method.select, tokens)
     if name and selection is not None:
@@ -283,16 +316,19 @@ def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection
 
 
 class Dropping:
-    """Drops visual tokens of one prompt after some layers, while the language model reads the prompt.
+    """Drops visual tokens after certain layers of the language model while it reads one prompt.
 
     Args:
+        method: The method that selects the tokens.
+        plan: The layers after which tokens are dropped, and the number of tokens to leave.
         embeds: `[C, hidden]`, the embeddings of the prompt.
         visual: int64 `[n]`, the columns of the visual tokens, ascending. The prompt's last column is never among them.
-        pair: int64 `[n]`, the frame pair of each visual token.
-        place: float32 `[n, 2]`, row and column in the frame, as fractions of its height and width.
+        pair: int64 `[n]`, the frame pair that contains each visual token.
+        place: float32 `[n, 2]`, each token's row and column in the frame, as fractions of its height and width.
     """
 
-    # See `LanguagePlan.work`. None if layers compute everything for all remaining visual tokens.
+    # The number of visual tokens that each layer computes, as in `LanguagePlan.work`. None if every layer computes everything for
+    # all remaining visual tokens.
     work: tuple[tuple[int, int, int], ...] | None = None
 
     def __init__(
@@ -318,7 +354,7 @@ class Dropping:
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """Upper bound on the number of prompt columns for which each layer stores keys."""
+        """Upper bound on the number of prompt tokens (columns) for which each layer stores keys."""
         return tuple(keys + self._others for keys, _, _ in self._plan.work)
 
     @property
@@ -327,13 +363,17 @@ class Dropping:
         return tokens_of_layers(self._plan.depth, self._plan.tokens, self.dropped)
 
     def before(self, layer: int, columns: int) -> tuple[tuple[torch.Tensor, int] | None, list[torch.Tensor]]:
-        """Return the parts of its work that a layer can skip.
+        """Return which computations a layer can skip.
+
+        Args:
+            layer: The index of the layer.
+            columns: The number of prompt columns that the layer reads.
 
         Returns:
-            First, a restriction of attention for the text after the visual tokens: the only columns (int64) that this text attends
-            to, and the index at which the text starts. None if the text attends to all columns. Second, a list of the columns
-            (int64, ascending) for which the layer computes keys, queries and the MLP, respectively. The list is empty if the layer
-            computes everything.
+            A restriction of attention and a restriction of columns. The restriction of attention consists of the columns (int64)
+            that the text after the visual tokens attends to and the column at which this text starts. It is None if the text
+            attends to all columns. The restriction of columns is a list of the columns (int64, ascending) for which the layer
+            computes keys, queries and the MLP, respectively. The list is empty if the layer computes everything.
         """
         if layer >= self._plan.blind:
             return None, []
@@ -341,9 +381,10 @@ class Dropping:
         return (self._with_text(columns, no_token, 0), columns - self._text), []
 
     def _with_text(self, columns: int, stays: torch.Tensor, count: int) -> torch.Tensor:
-        """Return the columns of all text tokens and of the visual tokens that stay, int64, ascending.
+        """Return the columns of all text tokens and of the visual tokens that stay: int64, ascending.
 
         Args:
+            columns: The number of prompt columns before the drop.
             stays: bool `[n]`, True for visual tokens that stay.
             count: The number of True entries in `stays`.
         """
@@ -356,11 +397,12 @@ class Dropping:
         """Drop tokens after a layer if the plan schedules a drop there.
 
         Args:
+            state: The inputs and outputs of the layer.
             deepstack: `[n, C, hidden]`, the features to add to the columns after each of the next n layers.
 
         Returns:
-            The output of the layer for the remaining columns, their `deepstack`, and their int64 indices among the C columns. If
-            all columns remain, the indices are None.
+            The layer's output for the columns that remain, their `deepstack` features, and their int64 indices among the C columns.
+            The indices are None if all columns remain.
         """
         if state.after not in self._plan.looks:
             return state.x, deepstack, None
@@ -383,13 +425,13 @@ class Dropping:
             return new[0], new[1:], stay
 
     def _selected(self, state: LayerState) -> Selection | None:
-        """Return the selection of tokens that stay, or None if all of them stay."""
+        """Return the selection of visual tokens that stay after this layer, or None if all of them stay."""
         plan = self._plan
         left = plan.left(state.after) if plan.exact else plan.drops[-1].left
         return self._chosen(state, left)
 
     def _chosen(self, state: LayerState, left: int) -> Selection | None:
-        """Return the method's selection of `left` tokens. Selections by plug-ins are validated."""
+        """Return the `left` tokens that the method selects. If the method comes from a plug-in, its selection is validated."""
         return select_in_language(self._method, self._seen(state, left))
 
     def _seen(self, state: LayerState, left: int) -> LayerTokens:
@@ -424,6 +466,6 @@ class Dropping:
         return replace(seen, following=following, unrotated=unrotated, evened=evened)
 
     def _projected(self, layer, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Return a layer's queries ("q") or keys ("k") for its input `x`, before rotary: `[C, heads, head_dim]`."""
+        """Project a layer's input `x` to queries ("q") or keys ("k"), without rotary embeddings: `[C, heads, head_dim]`."""
         config = self._model.config.text_config
         return heads_of(layer.self_attn, name, norm(x, layer.input_layernorm.weight, config.rms_norm_eps), config)

@@ -1,7 +1,7 @@
-"""Plans: the work that the encoder does on a video, and how tokens are spread over its frame pairs. Does not import torch.
+"""Plans, which describe how the vision encoder prunes a video. This module does not import torch.
 
-A method makes its plan before the first frame is read. The encoder executes the plan. The memory check, the cost estimate and the
-cache key are also based on it.
+A method makes its plan before the first frame is read, and the encoder executes it. The memory check, the cost estimate and the
+cache key are based on the plan as well.
 """
 
 import math
@@ -21,13 +21,13 @@ from evoprune.model import VisionConfig
 def spread(keep: int, pairs: int) -> list[int]:
     """Divide `keep` tokens evenly among frame pairs.
 
-    If the mean is not a whole number, it is rounded up for some frame pairs, at even distances over the clip, and down for the
-    others.
+    If they cannot be divided equally, some frame pairs get one token more than others. These frame pairs are evenly spaced over the
+    clip.
     """
     return [(i + 1) * keep // pairs - i * keep // pairs for i in range(pairs)]
 
 
-# The encoder's plan: the number of tokens to keep, and the stages that reduce rows on the way.
+# The encoder's plan: the number of tokens to keep, and the stages that gradually reduce the number of rows.
 
 ALLOCATIONS = ("mean", "skip", "first", "last", "increasing", "decreasing")
 
@@ -36,7 +36,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class TowerShape:
-    """The properties of a vision tower that plans depend on."""
+    """The properties of a vision tower on which pruning plans depend, such as its depth and its window size."""
 
     depth: int
     full_layers: tuple[int, ...]  # layers whose attention spans a whole frame pair; other layers attend inside windows
@@ -45,13 +45,13 @@ class TowerShape:
 
     @classmethod
     def of(cls, sizes: VisionConfig, device: str) -> Self:
-        """Return the shape of a tower with these sizes on a device such as "cuda:1"."""
+        """Return the shape of a vision tower with the given configuration on a device such as "cuda:1"."""
         window = sizes.window_size // sizes.patch_size // sizes.spatial_merge_size
         return cls(sizes.depth, sizes.fullatt_block_indexes, window, DeviceName(device).launch_bound_units)
 
     @classmethod
     def of_tower(cls, visual) -> Self:
-        """Return the shape of a loaded tower, which may be this project's `Tower` or a transformers module."""
+        """Return the shape of a loaded vision tower, which is either this project's `Tower` or a transformers module."""
         return cls.of(VisionConfig.of(visual.config), str(visual.patch_embed.proj.weight.device))
 
     def scope(self, layer: int) -> Literal["window", "pair"]:
@@ -64,7 +64,7 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class Merge:
-    """A merger, together with the number of rows that it leaves in each of the T frame pairs (`left`)."""
+    """A merger, and the number of rows that it leaves in each of the T frame pairs."""
 
     merger: Any
     left: tuple[int, ...]
@@ -72,43 +72,50 @@ class Merge:
 
 @dataclass(frozen=True)
 class SetAside(ABC):
-    """Sets aside rows of each frame pair. They return after the last layer in a way that the method defines (contrib/ipcv.py)."""
+    """A reduction that sets rows of each frame pair aside and restores them after the last layer.
 
-    left: int  # the number of rows per frame pair that stay
+    The method defines how the rows are restored. For an example, see contrib/ipcv.py.
+    """
+
+    left: int  # the number of rows per frame pair that are not set aside
 
     @abstractmethod
     def hook(self, first_layer: int) -> Callable:
-        """Return the `Hook` (vision/hooks.py) that sets rows of a video aside and restores them. For `first_layer`, see `Stage`."""
+        """Return the `Hook` (vision/hooks.py) that sets rows of a video aside and restores them.
+
+        Args:
+            first_layer: The number of layers that run before rows are set aside.
+        """
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A point in the tower at which the number of rows is reduced."""
+    """A step of a pruning plan that reduces the number of rows after a certain layer of the vision tower."""
 
-    # The number of layers that run before the stage. At 0, it acts on the patch embeddings, and at the tower's depth, on its
-    # output.
+    # The number of layers that run before the stage. With 0, the stage acts on the patch embeddings. If this is the depth of the
+    # tower, the stage acts on the tower's output.
     first_layer: int
     rows: int  # the number of rows in the whole video after the stage; an upper bound if not `exact`
     reduce: Any  # a `Selector` of rows (or of tokens, after the last layer), a `Merge` or a `SetAside`
-    exact: bool = True  # whether `rows` is exact, whatever the content
+    exact: bool = True  # whether `rows` is exact regardless of the content
     whole_pairs: bool = False  # whether the selector keeps or drops whole frame pairs
     # Whether to keep only the tokens before the inflection point of the selector's sorted scores (methods/selecting.py).
     inflection: bool = False
 
     @property
     def inside_pairs(self) -> bool:
-        """Whether rows are merged or set aside inside frame pairs, rather than selected from all rows of the video."""
+        """Whether the stage merges or sets aside rows inside each frame pair, rather than selecting from all rows of the video."""
         return isinstance(self.reduce, Merge | SetAside)
 
     @property
     def selector(self) -> Any:
-        """The selector, or None if rows are merged or set aside."""
+        """The stage's selector, or None if the stage merges rows or sets them aside."""
         return None if self.inside_pairs else self.reduce
 
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """The work that the encoder does on one video.
+    """The plan for encoding one video: its size, the stages that prune it, and the number of tokens that remain.
 
     Raises:
         ValueError: If stages are out of order, or if rows are merged or set aside after a selection from all rows of the video.
@@ -117,11 +124,11 @@ class EncoderPlan:
     grid: Grid  # (T, H, W) in units, as the encoder sees it; an input method makes it smaller than the video's grid
     keep: int  # K, the number of tokens for the language model
     depth: int  # the number of layers of the tower
-    # A unit that changed by at least this many of 255 levels is encoded again. With 0, every unit is encoded.
+    # A unit is encoded again if its pixels changed by at least this many of 255 levels. With 0, every unit is encoded.
     reuse: float = 0.0
     stages: tuple[Stage, ...] = ()  # in the order of their layers; the final stage may select tokens after the tower
-    # Inputs with fewer units than this are pruned only after the tower. Larger inputs are pruned inside it as well. 0 if all sizes
-    # are treated alike.
+    # Inputs with fewer units than this are pruned only after the tower. Larger inputs are pruned inside it as well. 0 if inputs of
+    # all sizes are treated alike.
     after_tower_below: int = 0
 
     def __post_init__(self):
@@ -133,27 +140,27 @@ class EncoderPlan:
 
     @classmethod
     def full(cls, tower: TowerShape, grid: Grid) -> Self:
-        """Return the plan that sends every unit through every layer and turns each unit into a token."""
+        """Return a plan without pruning: every unit goes through all layers and becomes a token."""
         return cls(grid, prod(grid), tower.depth)
 
     @property
     def units(self) -> int:
-        """N, the number of units in the grid."""
+        """The number of units in the video's grid, called N."""
         return prod(self.grid)
 
     @property
     def prunes(self) -> bool:
-        """Whether there are fewer tokens than units."""
+        """Whether the language model gets fewer tokens than the video has units."""
         return self.keep < self.units
 
     @property
     def exact(self) -> bool:
-        """Whether `layers` and `rows` are exact. If not, the numbers depend on the content, and these are upper bounds."""
+        """Whether `layers` and `rows` are exact. They are only upper bounds if the actual numbers depend on the content."""
         return not self.reuse and all(stage.exact for stage in self.stages if stage is not self.token_stage)
 
     @property
     def token_stage(self) -> Stage | None:
-        """The stage that selects tokens after the tower, or None."""
+        """The stage that selects tokens after the vision tower, or None if there is no such stage."""
         if not self.stages:
             return None
         last = self.stages[-1]
@@ -163,19 +170,19 @@ class EncoderPlan:
 
     @property
     def inside_pairs(self) -> list[Stage]:
-        """The stages that merge rows, or set them aside, inside frame pairs. They precede all other stages."""
+        """The stages that merge rows or set them aside inside each frame pair. They precede all other stages."""
         return [stage for stage in self.stages if stage.inside_pairs]
 
     @property
     def row_stages(self) -> list[Stage]:
-        """The stages that sit between layers and select from all of the video's rows."""
+        """The stages between layers that select from all rows of the video."""
         return [stage for stage in self.stages if not stage.inside_pairs and stage is not self.token_stage]
 
     @property
     def steps(self) -> list[tuple[range, Stage | None]]:
-        """Pairs of a range of layers and the stage that follows it.
+        """The sequence in which the encoder runs layers and stages, as pairs of a range of layers and the stage after it.
 
-        There is one pair for each of the `row_stages`, and a final pair with the remaining layers and None.
+        There is one pair per stage in `row_stages`. The final pair contains the remaining layers, and its stage is None.
         """
         edges = [0, *(stage.first_layer for stage in self.row_stages), self.depth]
         layers = [range(first, last) for first, last in pairwise(edges)]
@@ -189,20 +196,21 @@ class EncoderPlan:
 
     @property
     def rows(self) -> int:
-        """The number of rows that leave the tower."""
+        """The number of rows in the output of the vision tower."""
         fewer = (s for s in self.stages if s is not self.token_stage and not isinstance(s.reduce, SetAside))
         counts = [self.units, *(stage.rows for stage in fewer)]
         return counts[-1]
 
 
 def layer_weights(depth: int, allocation: str, first: float, last: float) -> dict[int, float]:
-    """Return the layers that reduce rows, each with its share of the total reduction.
+    """Return the layers that reduce the number of rows, and each layer's share of the total reduction.
 
     The allocations come from EvoPrune (arXiv 2603.03681).
 
     Args:
-        allocation: One of `ALLOCATIONS`.
-        first, last: The range of relative depths, where layer l ends at (l + 1) / depth. The range covers at least one layer.
+        allocation: How the reduction is distributed over the layers. One of `ALLOCATIONS`.
+        first, last: The range of layers as relative depths, where layer l ends at (l + 1) / depth. The range always covers at least
+            one layer.
 
     Raises:
         ValueError: If the allocation is unknown or the range is empty.
@@ -216,7 +224,7 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
     n = len(layers)
     weights = {
         "mean": lambda i: 1,
-        "skip": lambda i: (n - 1 - i) % 2 == 0,  # counted from the end, so that the range's last layer reduces rows
+        "skip": lambda i: (n - 1 - i) % 2 == 0,  # every second layer, including the last one of the range
         "first": lambda i: i < (n + 1) // 2,
         "last": lambda i: i >= n // 2,
         "increasing": lambda i: i + 1,
@@ -229,11 +237,11 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
 def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, weights: dict[int, float]) -> list[int]:
     """Return the number of rows in one frame pair after each layer, from `units` down to `keep`.
 
-    A layer that merges inside windows leaves at least one row in each of the `windows`. The next full-attention layer removes the
-    excess rows, even if it is not in `weights`. If the tower has no full-attention layer, more than `keep` rows can remain.
+    A layer that merges inside windows has to leave at least one row in each window. The next full-attention layer removes these
+    excess rows, even if it is not in `weights`. In a tower without full-attention layers, more than `keep` rows can remain.
 
     Args:
-        weights: The result of `layer_weights`.
+        weights: Each layer's share of the reduction, from `layer_weights`.
     """
     rows = units
     done = 0.0
@@ -243,7 +251,7 @@ def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, we
         wish = units - math.floor((units - keep) * min(done, 1.0) + 0.5)
         if tower.scope(layer) == "window":
             wish = max(wish, windows)
-            if layer not in weights:  # of the layers that are not in `weights`, only full-attention layers reduce rows
+            if layer not in weights:  # among layers that are not in `weights`, only full-attention layers reduce rows
                 wish = rows
         rows = min(rows, wish)
         counts.append(rows)

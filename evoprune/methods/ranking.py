@@ -6,14 +6,24 @@ from evoprune.methods.types import arange_on
 
 
 def highest(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Return int64 `[count]`: the indices of the highest entries of `score` (`[n]`), ascending. Ties go to the lower index."""
+    """Return the indices of the `count` highest scores, in ascending order: int64 `[count]`. Ties go to the lower index.
+
+    Args:
+        score: `[n]`, one score per token.
+        count: The number of tokens to keep.
+    """
     return score.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:
-    """Choose the source rows of a merge round: bool `[B, n]`, True for every second valid row of a group.
+    """Choose every second row in a group as a source, which is a row that may merge into another row.
 
-    `first` (0 or 1) is the index of the first source row.
+    Args:
+        valid: bool `[B, n]`, False for padding.
+        first: The index of the first source row, 0 or 1.
+
+    Returns:
+        bool `[B, n]`, True for source rows.
     """
     return (arange_on(valid.shape[1], valid.device) % 2 == first) & valid
 
@@ -21,19 +31,20 @@ def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:
 def match(
     best: torch.Tensor, partner: torch.Tensor, source: torch.Tensor, last: torch.Tensor, remove: torch.Tensor
 ) -> torch.Tensor:
-    """Return int64 `[B, n]`: the index of the row that each row merges into. A row that stays gets its own index.
-
-    Sources with the highest scores merge first.
+    """Merge the source rows with the highest scores into their best partners.
 
     Args:
-        best, partner: `[B, n]`, the results of `best_partners` for all rows.
+        best, partner: `[B, n]`, each row's highest score and the index of the row with this score, from `best_partners`.
         source: bool `[B, n]`, True for rows that may merge into another row.
         last: bool `[B, n]`, True for critical rows, which merge only after all other sources.
-        remove: int64 `[B]`, the number of sources to merge. If there are fewer sources, all of them merge.
+        remove: int64 `[B]`, the number of sources to merge in each group. If a group has fewer sources, all of them merge.
+
+    Returns:
+        int64 `[B, n]`, the index of the row that each row merges into. A row that stays gets its own index.
     """
     b, n = source.shape
-    # The order is: sources by score, then critical sources, then all other rows. The sorts are stable, so ties go to the lower
-    # index.
+    # Rows are ordered as follows: sources by score, then critical sources, then all other rows. The sorts are stable, so ties go to
+    # the lower index.
     order = best.argsort(dim=1, descending=True, stable=True)
     late = (last & source).gather(1, order).to(torch.int8) + 2 * (~source).gather(1, order).to(torch.int8)
     order = order.gather(1, late.argsort(dim=1, stable=True))

@@ -1,6 +1,7 @@
-"""The registry of methods by name: the core methods, and the entry points in the `evoprune.methods` group.
+"""The registry of pruning methods, which looks up a method by its name.
 
-The methods of evoprune.contrib are entry points as well. Only `MethodText.parts` parses the text that users write. Importing this
+It contains the core methods and all methods that packages register as entry points in the `evoprune.methods` group. The methods of
+evoprune.contrib are entry points as well. `MethodText.parts` is the only code that parses the text that users write. Importing this
 module does not import torch.
 """
 
@@ -21,7 +22,8 @@ from evoprune.util import did_you_mean
 if TYPE_CHECKING:
     from evoprune.methods.base import Method
 
-# Entry point groups. Membership in the second group shows, without loading a method, that it acts inside the language model.
+# Entry point groups. Methods that act inside the language model are in the second group, so they can be told apart without loading
+# them.
 GROUPS = ("evoprune.methods", "evoprune.language_methods")
 # The default method and its baselines, which are always available. All other methods, including evoprune.contrib, are entry points.
 CORE = {
@@ -34,7 +36,7 @@ CORE = {
     "pool": "evoprune.methods.baselines:Pool",
     "divprune": "evoprune.methods.baselines:DivPrune",
 }
-# Names of papers under which users might look for a method, reduced to letters and digits.
+# Names that papers use for methods that have a different name here, reduced to letters and digits.
 PAPER_NAMES = {"idpruner": "mmr", "mmgvid": "mmg", "streamingassistant": "adjacent", "pdrop": "pyramiddrop"}
 RESIZING = ("downscale", "subsample")  # this project's input methods (class `InputMethod`)
 REUSE = "reuse"  # a prefix of selectors, as in reuse+divprune
@@ -43,7 +45,7 @@ _NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # m
 
 
 class Named(NamedTuple):
-    """A method as users write it: NAME:SETTING=VALUE:SETTING=VALUE."""
+    """A method as users write it, in the form NAME:SETTING=VALUE:SETTING=VALUE."""
 
     text: str  # the full text, including the settings
     name: str
@@ -60,7 +62,7 @@ class MethodText:
 
     @property
     def parts(self) -> list[Named]:
-        """The methods in the text. A plus sign inside a number, such as 1e+1, is not a separator."""
+        """The methods in the text, which is split at plus signs. A plus sign inside a number such as 1e+1 is not a separator."""
         hidden = _NUMBER.sub(lambda match: match[0].replace("+", "\0"), self.text)
         found = []
         for part in hidden.split("+"):
@@ -71,10 +73,12 @@ class MethodText:
         return found
 
     def check(self) -> None:
-        """Check that the methods exist and can be combined in this order. Plug-ins are not loaded, so some errors can go unnoticed.
+        """Check that the methods exist and can be combined in this order.
+
+        Plug-ins are not loaded, so this check does not find all errors.
 
         Raises:
-            UsageError: If a method does not exist, or if the order is impossible.
+            UsageError: If a method does not exist, or if the methods cannot be combined in this order.
         """
         text = self.text
         names = [each.name for each in self.parts]
@@ -96,12 +100,16 @@ class MethodText:
             raise impossible(text)  # methods from other packages are checked in `MethodChain.parse`
 
     def members(self) -> "list[Method]":
-        """Return the methods, with their settings applied. Raises UsageError if the text is invalid."""
+        """Create the methods with their settings.
+
+        Raises:
+            UsageError: If a method or a setting does not exist, or if a value is invalid.
+        """
         self.check()
         return [_instantiate(each) for each in self.parts]
 
     def completions(self) -> list[str]:
-        """Return shell completions: this text up to its last plus sign, followed by each method name that is possible there."""
+        """Return shell completions: the text up to its last plus sign, followed by each method name that can come next."""
         before = self.text.removesuffix(self.parts[-1].text)
         texts = [before + name for name in available() if MethodText(before + name)._is_possible]
         if self.text and f"{REUSE}+".startswith(self.text) and not any(text.startswith(self.text) for text in texts):
@@ -118,12 +126,12 @@ class MethodText:
 
     @property
     def may_resize(self) -> bool:
-        """Whether a method in the text might make inputs smaller. Always True for plug-ins, which are not loaded to find out."""
+        """Whether a method in the text might make inputs smaller. True for all plug-ins, because they are not loaded here."""
         own = available(plugins=False)
         return any(each.name in RESIZING or not (each.name == REUSE or each.name in own) for each in self.parts)
 
     def plugin_code(self) -> dict[str, str]:
-        """Return a hash of the code of each plug-in method, keyed by method name.
+        """Return a hash of each plug-in method's source code, keyed by method name.
 
         Raises:
             UsageError: If a method cannot be loaded.
@@ -146,7 +154,7 @@ def available(plugins: bool = True) -> list[str]:
 
 
 def _is_list(text: str) -> bool:
-    """Return True if a comma in `text` separates methods, rather than being part of a setting's value."""
+    """Return True if `text` is a list of methods separated by commas. A comma in the value of a setting does not count."""
     later = {MethodText(part.strip()).parts[0].name for part in text.split(",")[1:]}
     return any("," in each.name for each in MethodText(text).parts) or not later.isdisjoint((*available(), REUSE))
 
@@ -164,18 +172,22 @@ def _unknown(name: str) -> UsageError:
 
 
 def _letters(name: str) -> str:
-    """Return only the letters and digits of a name, in lower case."""
+    """Convert a name to lower case and remove all characters except letters and digits."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def impossible(text: str) -> UsageError:
-    """Return the error for methods that cannot be combined in this order."""
+    """Return the error to raise if methods cannot be combined in the order given in `text`."""
     kinds = "NAME is a method that selects, or NAME+INNER, where INNER acts inside the language model"
     return UsageError(f"methods cannot be combined as {text!r}", f"use {REUSE}+NAME or ipcv+NAME, where {kinds}")
 
 
 def get(text: str) -> "Method":
-    """Return the single method in `text`, written as `NAME:SETTING=VALUE:...`. Raises UsageError if the text is invalid."""
+    """Create the method that `text` describes, such as `evoprune:depth=0.25`.
+
+    Raises:
+        UsageError: If the method or a setting does not exist, or if the text contains more than one method.
+    """
     first, *others = MethodText(text).members()
     if others:
         raise impossible(text)
@@ -183,7 +195,11 @@ def get(text: str) -> "Method":
 
 
 def _instantiate(named: Named) -> "Method":
-    """Create the method with its settings. Raises UsageError if a setting is unknown or a value is invalid."""
+    """Create a method with its settings.
+
+    Raises:
+        UsageError: If a setting is unknown, or if a value is invalid.
+    """
     _warn_of_ignored(named.name)
     method = _class(named.name)
     if wrong := [name for name, value in named.settings if value is None]:
@@ -204,7 +220,10 @@ def _instantiate(named: Named) -> "Method":
 
 
 def settings_hint(method: type, name: str | None = None) -> str:
-    """Return a hint that lists all settings, or, if `name` is a setting, a hint that shows how to give it a value."""
+    """Return a hint for an error message about a method's settings.
+
+    If `name` is one of the settings, the hint shows how to give it a value. Otherwise, it lists all settings and their defaults.
+    """
     known = {f.name: f"{f.name}={f.default}" for f in fields(method)}
     if name in known:
         return f"give the setting a value: {method.name}:{known[name]}"
@@ -212,10 +231,10 @@ def settings_hint(method: type, name: str | None = None) -> str:
 
 
 def _parsed(method: type, setting: Field, text: str) -> Any:
-    """Parse the value of a setting from `text`. The value gets the same type as the setting's default.
+    """Parse the value of a setting from `text`.
 
-    If the default is None, the type is the first one in the setting's annotation. If the type has a `read` function, `text` is the
-    path of a file to read.
+    The value gets the same type as the setting's default. If the default is None, the value gets the first type in the setting's
+    annotation. If that type has a `read` function, `text` is the path of a file to read.
     """
     if setting.default is None and text == "None":
         return None
@@ -233,9 +252,9 @@ def _parsed(method: type, setting: Field, text: str) -> Any:
 
 @cache
 def _warn_of_ignored(name: str) -> None:
-    """Warn about plug-in methods that are ignored because another method has the same name.
+    """Warn if a plug-in method is ignored because another method has the same name.
 
-    Each name is checked once per process.
+    The function is cached, so it warns at most once per name and process.
     """
     for entry in _entry_points():
         if entry.name == name and _plugins().get(name) is not entry:
@@ -261,10 +280,10 @@ def _class(name: str) -> "type[Method]":
 
 
 def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
-    """Return the files in a method's own package that its module might import.
+    """Return the Python files that a plug-in method's module might import from its own package.
 
-    These are the Python files in the module's top-level package folder or, for a module outside a package, the Python files that
-    were installed with it.
+    If the module is part of a package, these are all Python files in the top-level package folder. Otherwise, they are the files
+    that were installed together with the module.
     """
     folder = file.parent
     while (folder.parent / "__init__.py").exists():
@@ -279,7 +298,11 @@ def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
 
 
 def plugins() -> dict[str, str]:
-    """Load the entry points of all other packages. Returns a description of each, keyed by name: its package and its state."""
+    """Load the methods of all other packages and describe the result.
+
+    Returns:
+        A description of each method, keyed by name: the package that provides it, and why the method cannot be used, if so.
+    """
     states = {}
     for entry in _entry_points():
         if _is_own(entry):
@@ -307,7 +330,7 @@ def _entry_points() -> tuple[EntryPoint, ...]:
 
 @cache
 def _plugins() -> dict[str, EntryPoint]:
-    """Return the entry points by name, excluding names that are already taken or invalid."""
+    """Return the usable entry points, keyed by name. Entry points whose name is invalid or already taken are excluded."""
     entries = {}
     for entry in _entry_points():
         if entry.name not in (*CORE, REUSE) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", entry.name):
@@ -321,7 +344,7 @@ def _is_own(entry: EntryPoint) -> bool:
 
 @cache
 def _name_of(distribution: Distribution) -> str:
-    """Return the name of a package. Cached because the property parses the package's metadata on each access."""
+    """Return the name of a package. The result is cached because accessing the property parses the package's metadata each time."""
     return distribution.name
 
 

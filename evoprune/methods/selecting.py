@@ -1,6 +1,6 @@
-"""Runs a selector, and validates its selection if the selector comes from another package.
+"""Functions that run a selector, and validate its selection if the selector comes from another package.
 
-The checks synchronize the GPU, so they are skipped for this project's own methods.
+The validation synchronizes the GPU, so it is skipped for this project's own methods.
 """
 
 from collections.abc import Iterator
@@ -21,17 +21,18 @@ def select(selector: Selector, tokens: Tokens, keep: int, inflection: bool = Fal
     """Run `selector` and return its selection.
 
     Args:
-        inflection: Whether the curve of the selector's scores determines the number of tokens, up to `keep`.
+        keep: The number of tokens to select.
+        inflection: Whether the number of tokens is derived from the curve of the selector's scores. `keep` is then the maximum.
 
     Raises:
-        PluginError: If a selector from another package returns something that its base class does not allow.
+        PluginError: If a selector from another package fails or returns an invalid selection.
     """
     name = selector.package
     units = len(tokens.unit_to_row)
     if inflection:
         keep = tokens_before_inflection(selector, tokens, keep)
     with without_autocast():
-        # In an evaluation, other methods use the same rows, and a selector from another package may modify its arguments in place.
+        # A selector from another package may modify its arguments in place, but in an evaluation other methods use the same rows.
         if name:
             tokens = tokens.copied()
         selection = call(name, selector.select, tokens, keep)
@@ -43,12 +44,16 @@ def select(selector: Selector, tokens: Tokens, keep: int, inflection: bool = Fal
 
 
 def check_selection(name: str, selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> None:
-    """Validate the selection that a method returned. Raises PluginError if it is invalid.
+    """Validate the selection that a method returned.
 
     Args:
-        name: How the error message refers to the method.
+        name: The name of the method in the error message.
         enough: Whether the number of selected units is valid.
-        keep, units: The number of units that were requested, and the number of units in the video.
+        keep: The number of units that were requested.
+        units: The number of units in the video.
+
+    Raises:
+        PluginError: If the selection is invalid.
     """
     if wrong := next(_faults(selection, enough, keep, units, device), None):
         raise PluginError(
@@ -57,9 +62,9 @@ def check_selection(name: str, selection: Selection, enough: bool, keep: int, un
 
 
 def _faults(selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> Iterator[str]:
-    """Yield descriptions of what is wrong with a selection.
+    """Yield descriptions of the errors in a selection.
 
-    Only the first one is reliable, because later checks assume that the earlier ones passed.
+    Only the first error is reliable, because each check assumes that all earlier checks passed.
     """
     if not isinstance(selection, Selection):
         yield f"an object of class {type(selection).__name__} instead of a Selection"
@@ -110,7 +115,10 @@ def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, device
 def _unlike(
     name: str, value: torch.Tensor, dtype: torch.dtype, length: int | None, device: torch.device
 ) -> Iterator[str]:
-    """Yield how `value` differs from a one-dimensional tensor with this dtype, device and `length`. None allows any length."""
+    """Yield error descriptions if `value` is not a one-dimensional tensor with this dtype, device and length.
+
+    If `length` is None, any length is accepted.
+    """
     if not isinstance(value, torch.Tensor):
         yield f"an object of class {type(value).__name__} as {name} instead of a tensor"
     shape = "[K]" if length is None else f"[{length}]"
@@ -123,13 +131,16 @@ def _unlike(
 
 
 def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:
-    """Return the number of tokens that `selector` keeps according to the curve of its scores (arXiv 2409.01162), at most `keep`."""
+    """Derive the number of tokens to keep from the curve of the selector's scores (arXiv 2409.01162), up to a maximum of `keep`."""
     min_keep = min(keep, Budget.count(AUTO_LEAST, len(tokens.unit_to_row)))
     return min(keep, max(min_keep, inflection_point(call(selector.package, selector.scores, tokens))))
 
 
 def inflection_point(scores: torch.Tensor) -> int:
-    """Return the number of `scores` (float `[N]`) before the inflection point of their sorted curve, or N if there is none."""
+    """Return the number of scores before the inflection point of their sorted curve, or all N if there is no such point.
+
+    `scores` is float `[N]`. At the inflection point, the curve, scaled to the unit square, is farthest below the diagonal.
+    """
     curve = scores.float().sort(descending=True).values
     height = curve[0] - curve[-1]
     curve = (curve - curve[-1]) / torch.where(height > 0, height, torch.ones_like(height))

@@ -1,7 +1,7 @@
 """Inputs and results of pruning methods: small frozen dataclasses of tensors, and helpers for counting and indexing rows.
 
-All shapes are known from the plan, so nothing here synchronizes the GPU. `bincount`, `nonzero` and boolean indexing would, because
-the shapes of their results depend on values.
+Nothing in this module synchronizes the GPU, because all shapes are known from the plan. `bincount`, `nonzero` and boolean indexing
+would synchronize it, because the shapes of their results depend on values.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,24 +19,33 @@ from evoprune.util import generator_seed
 
 
 def arange_on(count: int, device: torch.device | str) -> torch.Tensor:
-    """Return int64 `[count]`: the numbers from 0 to count - 1."""
+    """Return the numbers from 0 to `count` - 1 as an int64 tensor on `device`."""
     return torch.arange(count, dtype=torch.int64, device=device)
 
 
 def nonzero_fixed(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Return int64 `[count]`: the first `count` indices where `mask` (bool `[n]`) is True, ascending and padded with zeros."""
+    """Return the first `count` indices at which a mask is True, without synchronizing the GPU.
+
+    Args:
+        mask: bool `[n]`.
+        count: The length of the result.
+
+    Returns:
+        int64 `[count]`, ascending. If the mask has fewer True entries, the result is padded with zeros.
+    """
     slot = torch.where(mask, mask.cumsum(0) - 1, count).clamp(max=count)
     return slot.new_zeros(count + 1).scatter_(0, slot, arange_on(len(mask), mask.device))[:count]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A video as a selector sees it, either after the encoder or between two of its layers (see the contract in docs/methods.md).
+    """The video features that a selector works on, taken either after the encoder or between two of its layers.
 
-    Reading a property that the method did not declare in `needs` or `reads_question` raises TypeError.
+    For the full contract, see docs/methods.md. Some properties raise a TypeError unless the method declares them in `needs` or
+    `reads_question`.
     """
 
-    rows: torch.Tensor  # [E, D], ordered by unit; there is one row per unit, unless some units were not encoded
+    rows: torch.Tensor  # [E, D], ordered by unit; one row per unit, unless some units were not encoded
     unit_to_row: torch.Tensor  # int64 [N], the row that represents each unit, or -1
     grid: tuple[int, int, int]  # (T, H, W) in units
     seed: int = 0  # the seed for random draws, passed through `generator_seed`
@@ -53,12 +62,12 @@ class Tokens:
 
     @cached_property
     def features(self) -> torch.Tensor:
-        """`[N, D]`: the units' features, in raster order within each frame pair, one frame pair after another."""
+        """The units' features, `[N, D]`, one frame pair after another and in raster order within each frame pair."""
         return self._of_units(self.rows)
 
     @property
     def normalised(self) -> torch.Tensor:
-        """float32 `[N, D]`: the features scaled to unit length. Zero vectors stay zero."""
+        """The features scaled to unit length, float32 `[N, D]`. Zero vectors stay zero."""
         return F.normalize(self.features.float(), dim=1)
 
     def by_pair(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +76,7 @@ class Tokens:
 
     @cached_property
     def attention(self) -> torch.Tensor:
-        """float32 `[N]`: the attention that each unit receives within its frame pair, in the tower's last full-attention layer.
+        """The attention that each unit receives within its frame pair in the tower's last full-attention layer, float32 `[N]`.
 
         The attention is averaged over heads and queries, summed over the unit's patches, and multiplied by the number of units per
         frame pair. A value of 1 therefore means an equal share.
@@ -76,7 +85,7 @@ class Tokens:
 
     @cached_property
     def keys(self) -> torch.Tensor:
-        """float32 `[N, 4 d]`: each unit's keys in the tower's last full-attention layer, before rotary.
+        """Each unit's keys in the tower's last full-attention layer, before rotary embedding, float32 `[N, 4 d]`.
 
         The keys are averaged over heads, and the keys of the unit's four patches are concatenated.
         """
@@ -84,7 +93,7 @@ class Tokens:
 
     @cached_property
     def middle(self) -> torch.Tensor:
-        """float32 `[N, D]`: each unit's state, averaged over the tower's middle layers, after merging patches.
+        """Each unit's state after its patches are merged, averaged over the tower's middle layers, float32 `[N, D]`.
 
         The middle layers are those between 7/32 and 23/32 of the tower's depth.
         """
@@ -92,7 +101,7 @@ class Tokens:
 
     @property
     def question(self) -> torch.Tensor:
-        """float32 `[Q, D]`: the language model's embeddings of the question's tokens, without the rest of the prompt."""
+        """The language model's embeddings of the question, without the rest of the prompt, float32 `[Q, D]`."""
         return self._given("question")
 
     def _given(self, name: str) -> torch.Tensor:
@@ -109,7 +118,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens that a selector keeps. Each token has the position of its unit."""
+    """The tokens that a selector keeps. In the prompt, each token has the position of its unit."""
 
     kept: torch.Tensor  # int64 [K], the kept units, ascending
     # int64 [N]: for each unit, the index in `kept` of the token whose mean the unit joins, or -1. A kept unit joins its own token.
@@ -117,27 +126,32 @@ class Selection:
     unit_to_token: torch.Tensor | None = None
     weight: torch.Tensor | None = None  # float32 [N]: each unit's weight in the mean, above 0 if kept; None if equal
     size: torch.Tensor | None = None  # float32 [K]: the language model's attention adds log(size); None means 1 for all
-    # Replaces `unit_to_token` if a unit can join several tokens: int64 [m] indices into `kept`, int64 [m] units, and float32 [m]
-    # weights. Each kept unit must join its own token.
+    # Used instead of `unit_to_token` if a unit can contribute to several tokens: int64 [m] indices into `kept`, int64 [m] units,
+    # and float32 [m] weights. Each kept unit must contribute to its own token.
     means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    # Whether tokens are means. If False, each token equals its kept unit, and `unit_to_token` only tells which units it represents.
+    # Whether tokens are means of units. If False, each token equals its kept unit, and `unit_to_token` only tells which units the
+    # token represents.
     averages: bool = True
 
     @classmethod
     def of_pairs(cls, kept: Iterable[torch.Tensor], per_pair: int) -> Self:
-        """Return a selection that consists of the kept places of each frame pair.
+        """Combine selections of single frame pairs into a selection of the whole video.
 
         Args:
-            kept: For each frame pair, the int64 indices of the kept places, ascending.
-            per_pair: The number of places in a frame pair.
+            kept: For each frame pair, the int64 indices of the units to keep, ascending and relative to the frame pair.
+            per_pair: The number of units in a frame pair.
         """
         return cls(torch.cat([places + pair * per_pair for pair, places in enumerate(kept)]))
 
     def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the tokens `[K, D]`, computed from `rows` `[E, D]`.
+        """Compute the features of the selected tokens, either by copying rows or by averaging them.
 
         Args:
+            rows: `[E, D]`, the features of the encoded units.
             row_of: int64 `[N]`, each unit's row. None if every unit has its own row.
+
+        Returns:
+            `[K, D]`, one row per selected token.
         """
         if not self.averages or (self.unit_to_token is None and self.means is None):
             if row_of is None:
@@ -160,14 +174,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class Candidates:
-    """B groups of rows, padded to n rows per group. Each group is a window or a frame pair.
+    """The rows that a merger may merge, as B groups that are padded to n rows per group.
 
-    A merger merges rows only within a group.
+    Each group is a window or a frame pair. Rows merge only within their group.
     """
 
     features: torch.Tensor  # float32 [B, n, D], the feature that the merger declared in `needs`
     attention: torch.Tensor | None  # float32 [B, n], the attention received in this layer; None unless declared
-    place: torch.Tensor  # int64 [B, n], raster index in the frame pair
-    size: torch.Tensor  # int64 [B, n], cluster sizes
+    place: torch.Tensor  # int64 [B, n], each row's raster index in the frame pair
+    size: torch.Tensor  # int64 [B, n], the number of units that have merged into each row
     valid: torch.Tensor  # bool [B, n], False for the padding at the end of a group
     width: int  # W, the number of units across the frame

@@ -1,1 +1,1 @@
-"""The checks that `evoprune verify` runs to compare evoprune with transformers, using one model on this machine."""
+"""The implementation of `evoprune verify`, which checks that a model gives the same results as in transformers on this machine."""

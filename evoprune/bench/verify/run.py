@@ -1,4 +1,4 @@
-"""Runs the checks of `evoprune verify` one after another within a time limit, and records their outcomes."""
+"""The code that runs the checks of `evoprune verify` within a time limit and records their outcomes."""
 
 import platform
 import re
@@ -31,12 +31,12 @@ VERDICTS = {
     SKIPPED: "nothing was compared",
 }
 UNLIMITED_S = 86_400.0
-DIGITS = 4  # number of significant digits of the figures in the record
-# Size of the synthetic clip. The sides are not multiples of 28 or 32, so that the frames have to be resized.
+DIGITS = 4  # number of significant digits of figures in the record
+# The size of the synthetic clip. Its height and width are not multiples of 28 or 32, so that the frames have to be resized.
 FRAMES = 8
 HEIGHT = 120
 WIDTH = 180
-# In the order in which they run: checks that are cheap, or that other checks rely on, come first.
+# The checks in the order of execution. Checks that are cheap, or that other checks rely on, come first.
 CHECKS = (
     Check("weights", "every tensor, against the same files read by transformers", checks.weights),
     Check("positions", "positions of prompt tokens, against transformers", checks.positions),
@@ -53,7 +53,7 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class Finding:
-    """A check that has been run, its outcome, and its duration in seconds."""
+    """A check that has been run, with its outcome and its duration in seconds."""
 
     check: Check
     outcome: Outcome
@@ -62,7 +62,13 @@ class Finding:
 
 @dataclass
 class VerifyResults(Results):
-    """The results so far, with `findings` in the order of the checks. `error` describes why the run was cut short, or is None."""
+    """The results of the checks that have been run so far.
+
+    Attributes:
+        findings: The outcomes, in the order of the checks.
+        seconds: The duration of the run so far.
+        error: The error that ended the run early, or None.
+    """
 
     loaded: LoadedModel
     findings: list[Finding] = field(default_factory=list)
@@ -74,11 +80,11 @@ class VerifyResults(Results):
 
     @property
     def verdict(self) -> str:
-        """The worst state among the checks that compared something, or `SKIPPED` if no check did."""
+        """The overall result: `DIFFERS` if any check found a difference, otherwise `HELD`, or `SKIPPED` if nothing was compared."""
         return next((state for state in (DIFFERS, HELD) if self.of(state)), SKIPPED)
 
     def document(self) -> dict[str, Any]:
-        """Return the record of the run, which contains no paths, prompts or machine names."""
+        """Return the record of the run as a dict for JSON output. It contains no paths, prompts or machine names."""
         loaded = self.loaded
         env = Device(loaded.device).environment()
         counts = {state: len(self.of(state)) for state in (HELD, DIFFERS, SKIPPED)}
@@ -104,7 +110,7 @@ class VerifyResults(Results):
         }
 
     def table(self, width: int) -> str:
-        """Return lines that describe the model and the machine, one line per check with its figures, and the verdict."""
+        """Return the results as text: the model and the machine, one line per check with its figures, and the verdict."""
         return render(self.document(), width)
 
 
@@ -121,7 +127,7 @@ def render(document: dict[str, Any], width: int) -> str:
 
 
 def _facts(loaded: LoadedModel) -> dict[str, Any]:
-    """Return facts about the model, without its location. The model's ID is included only if it is public."""
+    """Return the properties of the model for the record, but not its path. The model's ID is included only if it is public."""
     config = loaded.model.config
     known = loaded.id in (*BUNDLED_CONFIGS, *DEMOS)
     vision = config.vision_config
@@ -144,22 +150,22 @@ def _short(figures: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
-    """Yield the subject that is checked. It uses the video or image at `path`, or a synthetic clip if `path` is None.
+    """Create the subject of the checks, using the video or image at `path`, or a synthetic clip if `path` is None.
 
-    For the exceptions that are raised if `path` is not a video or image, see `probe`.
+    If `path` is not a video or image, this raises the same exceptions as `probe`.
     """
     with temporary_folder("evoprune-verify-") as folder:
         video, picture = _material(Path(folder))
         if path is not None:
             video = Path(path)
-            probe(path)  # raises an error if it is not a video or image
+            probe(path)  # raises an error if the file is not a video or image
         subject = Subject(loaded, video, picture)
-        subject.asking(1.0)  # raises an error if the device cannot compute anything
+        subject.asking(1.0)  # raises an error if the device does not work
         yield subject
 
 
 def _material(folder: Path) -> tuple[Path, Path]:
-    """Create a synthetic clip as a folder of frames, and an image file that contains its first frame. Return both paths."""
+    """Write a synthetic clip as a folder of frames, and its first frame as an image file. Returns the paths of both."""
     from PIL import Image
 
     unit = clips.UNIT
@@ -184,9 +190,9 @@ def run_checks(
     """Load a model and check it, yielding the results so far after each check.
 
     Args:
-        path: see `subject_of`.
-        time_limit_s: time limit for the whole run, or None for no limit.
-        begun: time at which the run started, on the clock `time.perf_counter`.
+        path: The video or image to use, or None for a synthetic clip.
+        time_limit_s: The time limit for the whole run, or None for no limit.
+        begun: The time at which the run started, as returned by `time.perf_counter`.
 
     For the other arguments, see `verify`. For the exceptions, see `load_model`.
     """
@@ -210,12 +216,12 @@ def verify(
     failed: Callable[[Exception], None] = lambda problem: None,
     checks: Sequence[Check] = CHECKS,
 ) -> Iterator[VerifyResults]:
-    """Run the checks and yield the results so far after each one. Checks that would start after the time limit are skipped.
+    """Run the checks, yielding the results so far after each check. Checks that have not started by the time limit are skipped.
 
     Args:
-        quick: whether to skip the slow checks.
-        progress: called with "check", the number of finished checks, the total, and the name of the next check.
-        failed: called with the exception if a check raises one. The outcome of such a check is `DIFFERS`.
+        quick: Whether to skip the slow checks.
+        progress: Called with "check", the number of finished checks, the total, and the name of the next check.
+        failed: Called with the exception if a check raises one. The outcome of the check is then `DIFFERS`.
     """
     results = VerifyResults(subject.loaded)
     for number, check in enumerate(checks):
@@ -234,7 +240,7 @@ def verify(
 
 @contextmanager
 def _exact_convolutions() -> Iterator[None]:
-    """Turn off TF32 for float32 convolutions on CUDA until the context ends. TF32 rounds their inputs to 10 bits."""
+    """Turn off TF32 for float32 convolutions on CUDA within the context, because it rounds their inputs to 10 bits."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -244,7 +250,10 @@ def _exact_convolutions() -> Iterator[None]:
 
 
 def _outcome(check: Check, subject: Subject, failed: Callable[[Exception], None]) -> Outcome:
-    """Run a check and return its outcome, which is `DIFFERS` if the check raises an exception, for example in a kernel."""
+    """Run a check and return its outcome.
+
+    If the check raises an exception, for example in a kernel, the outcome is `DIFFERS`. If it runs out of memory, it is skipped.
+    """
     try:
         with (
             _exact_convolutions(),

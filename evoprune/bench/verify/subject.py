@@ -1,11 +1,11 @@
-"""The two sides that `evoprune verify` compares: a loaded model, and a transformers model that is built from the same files.
+"""The two models that `evoprune verify` compares: evoprune's model, and a transformers model built from the same files.
 
-This module also defines the outcome of a check (held, differs or skipped) and the distance between the results of the two sides.
+This module also defines the outcome of a check (held, differs or skipped) and the distance between the results of the two models.
 
-The distance may be as large as the rounding error of the transformers model allows. To measure this error, the transformers model
-is run in a wider dtype than its weights have. This needs no second copy of the weights, because each module widens its own weights
-while it computes, and large weights are widened a piece at a time. Modules with quantized weights cannot compute in another dtype,
-so their outputs are rounded randomly once more instead.
+The results may differ by a small multiple of the transformers model's rounding error. To measure this error, the transformers model
+is also run in a wider dtype than that of its weights. This needs no second copy of the weights, because each module widens its own
+weights while it computes, and large weights are widened piece by piece. Modules with quantized weights cannot compute in another
+dtype, so their outputs are randomly rounded a second time instead.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,12 +31,13 @@ from evoprune.video_qa import VideoQA
 HELD = "held"
 DIFFERS = "differs"
 SKIPPED = "skipped"
-# Maximum distance between two results that are rounded differently, as a multiple of the distance between one of these results and
-# the exact result. The largest of many distances may be a higher multiple than their mean, because it varies more.
+# The maximum distance between two results that are rounded differently, as a multiple of the distance between one of them and the
+# exact result. The largest of many distances varies more than their mean, so a higher multiple is allowed for it.
 MEAN = 2.0
 LARGEST = 3.0
 FEW = 8  # with fewer rows than this, the mean distance varies as much as the largest distance
-# A relative error above this is never attributed to rounding. Unrelated logits differ by 1.4; a bug may cause as little as 0.3.
+# A relative error above this is never attributed to rounding. For comparison, unrelated logits differ by 1.4, and a bug may cause
+# an error of only 0.3.
 COARSE = 0.25
 
 
@@ -46,8 +47,8 @@ class Outcome:
 
     Attributes:
         state: `HELD`, `DIFFERS` or `SKIPPED`.
-        says: a line that states the difference, the reason why the check was skipped, or the figures.
-        figures: numbers by name. The limit for the number NAME is stored as NAME_limit.
+        says: One line that describes the difference, the reason why the check was skipped, or the figures.
+        figures: The measured numbers, keyed by name. The limit for the number NAME is stored as NAME_limit.
     """
 
     state: str
@@ -57,12 +58,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison.
+    """A check that `evoprune verify` can run.
 
     Attributes:
-        compares: a description of the two things that are compared, shown to users.
-        run: the function that compares them. It is called with a `Subject`.
-        slow: whether `--quick` skips the check.
+        name: The name that is shown to users.
+        compares: A description of the comparison that is shown to users.
+        run: The function that does the comparison. It is called with a `Subject`.
+        slow: Whether `--quick` skips the check.
     """
 
     name: str
@@ -76,15 +78,15 @@ def skipped(why: str) -> Outcome:
 
 
 def judged(says: str, limits: dict[str, tuple[float, float]]) -> Outcome:
-    """Compare figures with their limits.
+    """Compare figures with their limits, and return the resulting outcome.
 
     Args:
-        says: the outcome's text if all figures are within their limits.
-        limits: each figure and its limit, by name.
+        says: The text of the outcome if all figures are within their limits.
+        limits: Pairs of a figure and its limit, keyed by name.
 
     Returns:
-        `DIFFERS` with the first figure that is NaN or exceeds its limit. `SKIPPED` if all figures are within their limits, but an
-        error exceeds `COARSE`, because the rounding errors are then so large that they could hide a bug. Otherwise `HELD`.
+        `DIFFERS` if a figure is NaN or exceeds its limit. `SKIPPED` if all figures are within their limits but an error exceeds
+        `COARSE`, because rounding errors this large could hide a bug. Otherwise `HELD`.
     """
     figures: dict[str, float | None] = {}
     for name, (value, limit) in limits.items():
@@ -101,18 +103,20 @@ def judged(says: str, limits: dict[str, tuple[float, float]]) -> Outcome:
 
 
 class Gap(NamedTuple):
-    """The relative distances between two sets of rows: the mean distance, the largest distance, and the number of rows."""
+    """The relative distance between two sets of rows: the mean and the maximum over the rows, and the number of rows."""
 
     mean: float
     largest: float
     rows: int = FEW
 
     def limits(self, noise: "Gap", times: float = 1.0) -> dict[str, tuple[float, float]]:
-        """Return the distances, each with its limit, by name. If there are fewer than `FEW` rows, leave out the mean distance.
+        """Return pairs of a distance and its limit, keyed by name.
+
+        The mean distance is left out if there are fewer than `FEW` rows.
 
         Args:
-            noise: the distances that rounding causes.
-            times: factor by which all limits are multiplied.
+            noise: The distances that rounding causes.
+            times: A factor by which all limits are multiplied.
         """
         limits = {}
         if self.rows >= FEW:
@@ -133,7 +137,7 @@ def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Ga
     If the shapes differ, the distances are infinite.
 
     Args:
-        centred: whether to subtract each row's mean first. This is used for logits, because only their differences matter.
+        centred: Whether to subtract each row's mean first. Use this for logits, because only their differences matter.
     """
     made, expected = (x.detach().cpu().double() for x in (made, expected))
     if made.shape != expected.shape:
@@ -145,12 +149,12 @@ def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Ga
     return Gap(float(distances.mean()), float(distances.max()), len(distances))
 
 
-MAX_WEIGHTS = 2**24  # maximum number of weights to widen at a time
+MAX_WEIGHTS = 2**24  # maximum number of weights to convert to a wider dtype at a time
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
 def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """Return a dtype that is wider than `dtype`, to measure its rounding error with, or None if the device supports none."""
+    """Return a wider dtype in which to measure the rounding error of `dtype`, or None if the device supports no wider dtype."""
     wide = WIDER.get(dtype)
     if wide == torch.float64 and device.type == "mps":
         return None
@@ -159,7 +163,7 @@ def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Make the modules of `model` that hold weights compute in `dtype` until the context ends."""
+    """Make all modules of `model` that have weights compute in `dtype` within the context."""
     held = [module for module in model.modules() if own_weights(module) and type(module) is not nn.Conv1d]
     for module in held:
         module.forward = partial(_forward_of(module), module, type(module).forward, dtype)
@@ -177,9 +181,12 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def own_weights(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Return the weights that a module reads in its own forward pass, each preceded by the module that holds it and its name.
+    """Return the weights that a module reads in its own forward pass.
 
     These are the module's own weights and the weights of its child convolutions, which it reads without calling them.
+
+    Returns:
+        Triples of the module that has the weight, the weight's name, and the weight.
     """
     holders = [module, *(child for child in module.children() if type(child) is nn.Conv1d)]
     return [(holder, name, weight) for holder in holders for name, weight in holder.named_parameters(recurse=False)]
@@ -206,7 +213,7 @@ def _embedding(layer: nn.Embedding, forward: Callable, dtype: torch.dtype, ids: 
 
 
 def _others(module: nn.Module, forward: Callable, dtype: torch.dtype, *given: torch.Tensor, **named) -> torch.Tensor:
-    """Run the forward pass of a norm, a convolution, a gate or experts with the module's weights widened."""
+    """Run the forward pass of a norm, a convolution, a gate or experts with the module's weights converted to `dtype`."""
     plain = own_weights(module)
     for holder, name, weight in plain:
         if weight.is_floating_point():
@@ -220,10 +227,10 @@ def _others(module: nn.Module, forward: Callable, dtype: torch.dtype, *given: to
 
 @contextmanager
 def rounding_again(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Round all module outputs that are in `dtype` randomly once more, until the context ends.
+    """Randomly round the outputs of all modules a second time within the context, if the outputs are in `dtype`.
 
-    The output of a matrix product is changed by as much as rounding to `dtype`, or rounding in an fp32 sum with as many terms,
-    would change it, whichever is larger.
+    The output of a matrix product is changed by as much as rounding to `dtype` would change it, or rounding in an fp32 sum with the
+    same number of terms, whichever is larger.
     """
     random = torch.Generator().manual_seed(0)
 
@@ -244,7 +251,7 @@ def rounding_again(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 QUESTION = "What happens in this video?"
-# Large enough for several frame pairs and windows, but small enough for a large model on a CPU.
+# The clip has several frame pairs and windows, but it is small enough for a large model on a CPU.
 SAMPLING = SamplingOptions(frames=8, max_visual_tokens=128)
 NEW_TOKENS = 16
 BUDGET = 0.25
@@ -252,17 +259,17 @@ INSIDE = "evoprune:inner=always"  # because a GPU would otherwise prune such sma
 
 
 class Subject:
-    """A model and two input files. Everything derived from them is computed lazily, when a check first needs it.
+    """The model and the two input files that the checks use. Everything derived from them is computed when a check first needs it.
 
     Frames may be smaller than the model normally allows, so that several frame pairs need only a few tokens.
 
     Attributes:
-        loaded: the model without a minimum frame size. Its weights are plain (not packed) and shared by both sides.
-        video: the file that the two sides are compared on. It may also be an image.
-        picture: an image to ask about together with the video.
-        differing: names of tensors that transformers reads differently from the same files. Filled when `transformers` is first
+        loaded: The model, without its minimum frame size. Its weights are not packed, and the transformers model shares them.
+        video: The video or image on which the two models are compared.
+        picture: An image to ask about together with the video.
+        differing: The names of tensors that transformers reads differently from the same files. Filled when `transformers` is first
             used.
-        not_read: why transformers does not read the files, or None if it does.
+        not_read: The reason why transformers does not read the files, or None if it does.
     """
 
     def __init__(self, loaded: LoadedModel, video: Path, picture: Path):
@@ -276,10 +283,10 @@ class Subject:
 
     @cached_property
     def transformers(self):
-        """The transformers model, with its special tokens set.
+        """The transformers model, with the IDs of its special tokens set.
 
         If the model has files and there is enough memory for a second copy of the weights, transformers reads the files itself, and
-        tensors that are equal on both sides are shared afterwards. Otherwise the transformers model is built from our tensors.
+        equal tensors are shared afterward. Otherwise, the transformers model is built from evoprune's tensors.
         """
         model = self.loaded.model
         origin = self.loaded.description
@@ -309,24 +316,24 @@ class Subject:
         return self.loaded.model.dtype
 
     def asking(self, budget: float, method: str = INSIDE) -> VideoQA:
-        """Return evoprune's side of the comparison, which prunes nothing if the budget is 1.0."""
+        """Return a `VideoQA` for evoprune's side of the comparison. With a budget of 1.0, it does not prune."""
         if budget == 1:
             method = "none"
         return VideoQA(self.loaded, budget=budget, method=method)
 
     def encode(self, budget: float, method: str = INSIDE) -> EncodedInputs:
-        """Encode the video with evoprune's side."""
+        """Encode the video with evoprune."""
         return self.asking(budget, method).encode(self.video, **vars(SAMPLING))
 
     def about(self, *paths: Path) -> "Asked":
-        """Return the question about these inputs in the form that both sides read. The result is cached."""
+        """Return the question about these inputs, prepared for both models. The result is cached."""
         if paths not in self._asked:
             self._asked[paths] = Asked(self, paths)
         return self._asked[paths]
 
     @torch.inference_mode()
     def features(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Compute features with transformers' tower.
+        """Compute the features of a prompt's inputs with transformers' vision tower.
 
         Returns:
             `[1 + n, tokens, hidden]`, with tokens in prompt order: the final features, followed by n levels of DeepStack features.
@@ -355,16 +362,18 @@ class Subject:
         last: int = 1,
         first: int = 0,
     ) -> torch.Tensor:
-        """Compute the logits of transformers' language model after each of the last `last` tokens, `[last, vocabulary]`.
+        """Compute the logits of transformers' language model after each of the last tokens.
 
         Args:
-            call: the arguments for transformers' model.
             positions: int64 `[3, L]`, the positions of the prompt. The positions of the answer continue from these.
-            features: the result of the method `features` for the inputs, used instead of running transformers' tower.
-            answer: the tokens that follow the prompt.
-            last: number of tokens, at the end of the prompt and answer, to return logits for.
-            first: number of columns to read into a cache before the rest. They must include all visual tokens. If this is 0, no
-                cache is used.
+            features: The features of the inputs, from the method `features` or from evoprune's tower.
+            answer: The tokens that follow the prompt.
+            last: The number of tokens at the end of the prompt and answer for which to return logits.
+            first: The number of tokens to read into a KV cache before all other tokens. They must include all visual tokens. With
+                0, no cache is used.
+
+        Returns:
+            `[last, vocabulary]`.
         """
         from transformers import DynamicCache
 
@@ -396,20 +405,23 @@ class Subject:
         return self.transformers.lm_head(hidden.last_hidden_state[0, -last:])
 
     def _ids(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the token IDs, int64 `[L]`, as an argument, if the language model reads token IDs in addition to embeddings."""
+        """Return `ids` (int64 `[L]`) as a keyword argument if the language model reads token IDs in addition to embeddings.
+
+        Otherwise, the result is empty.
+        """
         return (
             {"ple_input_ids": ids[None]} if self.transformers.config.text_config.to_dict().get("ple_layer_ids") else {}
         )
 
     @cached_property
     def video_logits(self) -> torch.Tensor:
-        """Logits that transformers computes after each text token that follows the video."""
+        """The logits that transformers computes after each text token that follows the video."""
         asked = self.about(self.video)
         return self.logits(asked.call, asked.positions, asked.features, last=asked.text_behind)
 
     @cached_property
     def _otherwise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and logits from the transformers model, computed in a wider dtype or with an additional random rounding."""
+        """The transformers model's features and logits with different rounding: in a wider dtype, or randomly rounded again."""
         dtype = None if self.loaded.description.quantization else wider(self.dtype, self.device)
         other = rounding_again if dtype is None else computing_in
         asked = self.about(self.video)
@@ -420,25 +432,25 @@ class Subject:
 
     @cached_property
     def features_noise(self) -> Gap:
-        """Rounding error of the features from transformers' tower."""
+        """The rounding error of the features from transformers' vision tower."""
         features = self.about(self.video).features
         return self.noise(gap(features.flatten(0, 1), self._otherwise[0].flatten(0, 1)))
 
     @cached_property
     def logits_noise(self) -> Gap:
-        """Rounding error of transformers' logits if they are computed from the pixels."""
+        """The rounding error of transformers' logits if they are computed from pixels, including the error of the features."""
         return self.noise(gap(self.video_logits, self._otherwise[1], centred=True))
 
     def noise(self, distance: Gap) -> Gap:
-        """Raise a distance to at least the rounding error of a single number, because a short sum may happen to be exact."""
+        """Raise a distance to at least the rounding error of a single number, because a short sum may be exact by chance."""
         rounding = torch.finfo(self.dtype).eps
         return distance.worse((rounding, rounding))
 
     @cached_property
     def _same_features(self) -> torch.Tensor:
-        """Logits that differ from `video_logits` only in rounding, as when another language model reads the same features.
+        """Logits that differ from `video_logits` only in rounding, as if another language model had read the same features.
 
-        If both sides run the same transformers modules, the only difference is how many columns are read at a time.
+        If both sides run the same transformers modules, these logits are computed by reading the prompt in two parts.
         """
         if not self.loaded.language.runs_modules:
             return self._otherwise[1]
@@ -448,25 +460,25 @@ class Subject:
 
     @cached_property
     def language_noise(self) -> Gap:
-        """Rounding error of the logits if both language models read the same features."""
+        """The rounding error of the logits if both language models read the same features."""
         return self.noise(gap(self.video_logits, self._same_features, centred=True))
 
     @cached_property
     def logit_noise(self) -> float:
-        """Rounding error of a single logit, relative to the largest logit. Each row's mean is subtracted from its logits first."""
+        """The rounding error of a single logit, relative to the largest logit, after subtracting the mean of each row of logits."""
         ours, other = (x.cpu().double() for x in (self.video_logits, self._same_features))
         ours, other = (x - x.mean(1, keepdim=True) for x in (ours, other))
         return max(float((ours - other).abs().max() / other.abs().max()), torch.finfo(self.dtype).eps)
 
 
 class Asked:
-    """The question about some inputs, in the form that both sides read.
+    """A question about one or more inputs, prepared for evoprune and for transformers.
 
     Attributes:
-        plans: the plan for each input.
-        prompt: evoprune's prompt, with nothing pruned.
+        plans: The plan for each input.
+        prompt: Evoprune's prompt without pruning.
         positions: int64 `[3, L]`, the positions of the prompt's tokens.
-        call: the arguments for the transformers model.
+        call: The arguments for the transformers model.
     """
 
     def __init__(self, subject: Subject, paths: Sequence[Path]):
@@ -478,17 +490,17 @@ class Asked:
         units = sum(plan.units for plan in self.plans)
         self.prompt = session.fitting_prompt(self.plans, QUESTION, GenerationOptions(), units)
         self.positions = loaded.positions_of(self.prompt, self.plans)
-        # Resize frames as the encoder does.
+        # The frames must be resized in the same way as by evoprune's encoder.
         read = [read_patches(plan, loaded.limits[plan.kind], subject.device) for plan in self.plans]
         call = arguments(self.prompt, read, loaded.limits, loaded.model.config.vision_config)
         self.call = {name: value.to(subject.device) for name, value in call.items()}
 
     @cached_property
     def features(self) -> torch.Tensor:
-        """The features from transformers' tower. See `Subject.features`."""
+        """The features from transformers' vision tower. See `Subject.features`."""
         return self._subject.features(self.call)
 
     @property
     def text_behind(self) -> int:
-        """Number of tokens in the prompt after the last input."""
+        """The number of text tokens in the prompt after the last input."""
         return len(self.prompt.input_ids) - self.prompt.places[-1].runs[-1].stop
