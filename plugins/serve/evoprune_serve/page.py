@@ -243,7 +243,7 @@ def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
 
 
 def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
-    """Return the budgets that visitors can choose, in ascending order, each with a `share` for videos and a `still` share for images.
+    """Return the budgets that visitors can choose, in ascending order, with a `share` for videos and a `still` share for images.
 
     A budget that depends on the content of the video comes first and has no fixed shares.
     """
