@@ -87,7 +87,7 @@ def create_unfinished(path: str) -> tuple[int, str]:
 
 
 def remove_unfinished(path: str) -> None:
-    """Delete temporary files left behind by programs that were killed while writing `path`.
+    """Delete temporary files that remain from programs that were killed while writing `path`.
 
     The caller must make sure that no other program is writing `path`.
     """

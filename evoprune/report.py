@@ -4,7 +4,7 @@ The JSON schema is `evoprune/answer@1`, and docs/json.md describes its fields. N
 never removed. Unknown values are None, times are in milliseconds, and sizes are in bytes.
 
 The text has one line for each stage, with the time, a bar, and a note about the stage's input and output. Unknown values are left
-out, so incomplete reports, such as those of errors and of Hugging Face models, can be printed as well.
+out, so incomplete reports, such as reports of errors or of Hugging Face model calls, can be printed as well.
 """
 
 import json
@@ -420,7 +420,7 @@ def _fill(target, record: Any, name: str = "a record"):
 
 
 def name_inputs(report: Report, names: Sequence[str]) -> None:
-    """Add inputs to a report of which only the names are known, shortening long names."""
+    """Add inputs to a report if only their names are known. Long names are shortened."""
     names = [shown(name) for name in names]
     report.inputs = [InputFacts(path=name, video=VideoFacts(path=name)) for name in names]
     if len(names) == 1:

@@ -414,7 +414,7 @@ def kinds_of(declared: Any) -> list[type]:
 
 
 def words_of(declared: Any) -> tuple[str, ...]:
-    """Return the values of all `Literal` types in a declared type."""
+    """Return the values of the `Literal` types in a declared type."""
     return tuple(word for part in parts_of(declared) if get_origin(part) is Literal for word in get_args(part))
 
 

@@ -394,7 +394,7 @@ class Tally:
 
 
 def pace(count: int, seconds: float) -> str:
-    """Format a processing rate in rows per second, minute or hour, using the shortest unit in which the rate is at least 1."""
+    """Format a processing rate in rows per second, minute or hour, using the shortest unit that gives a rate of at least 1."""
     units = (("s", 1), ("min", 60), ("h", 3600))
     unit, length = next((unit for unit in units if count * unit[1] >= seconds), units[-1])
     return f"{count * length / max(seconds, 1e-3):,.3g} rows/{unit}"

@@ -309,7 +309,7 @@ def more(search: "Search", query: str) -> str:
 
 
 def records(search: "Search", name: str, clips: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the moments in the format of `--json`. `clips` contains the clip of each moment, or is empty if none were cut."""
+    """Return the moments in the format of `--json`. `clips` contains a file for each moment, or is empty if no clips were cut."""
     moments = search.moments()
     more = {query: search.more(query) for query in search.queries}
     return [_record(moment, name, clip, more[moment.query]) for moment, clip in zip_longest(moments, clips)]

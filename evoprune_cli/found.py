@@ -34,7 +34,7 @@ class MomentsFile(RecordFile):
 class FoundVideo:
     """The search results for one video, which are one line of the output file.
 
-    `moments` has the same format as in `find --json`, with the best moments of each query first. If the search failed, `moments` is
+    `moments` has the same format as in `find --json`, with each query's best moments first. If the search failed, `moments` is
     None and `error` describes the failure.
     """
 

@@ -1,4 +1,4 @@
-"""Generates typed dicts of all options for type checkers: `python -m evoprune_cli.keywords > evoprune/keywords.py`."""
+"""Generates typed dicts of the options for type checkers: `python -m evoprune_cli.keywords > evoprune/keywords.py`."""
 
 import textwrap
 from dataclasses import fields

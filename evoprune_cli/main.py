@@ -72,10 +72,10 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Group(TyperGroup):
-    """The group of all subcommands. Looking up a subcommand imports neither pydantic nor the commands of other packages."""
+    """The group that contains the subcommands. Looking one up imports neither pydantic nor the commands of other packages."""
 
     def list_commands(self, ctx):
-        """Return the names of all commands, with commands from other packages at the end."""
+        """Return the names of the commands, with commands from other packages at the end."""
         return [*super().list_commands(ctx), *(name for name in plugged() if self.get_command(ctx, name) is not None)]
 
     def get_command(self, ctx, cmd_name):
@@ -95,7 +95,7 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx):
-        """Return the options, all of which are flags. Set their defaults to False, because Typer would use pydantic for None."""
+        """Return the options, which are all flags. Set their defaults to False, because Typer would use pydantic for None."""
         params = super().get_params(ctx)
         for param in params:
             param.default = False

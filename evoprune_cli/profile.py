@@ -205,7 +205,7 @@ def _write_or_print(path: str, text: str) -> None:
 def _inputs(
     video: str | None, counts: list[int], sizes: list[tuple[int, int]], offline: bool
 ) -> Iterator[tuple[list[Case], Video | None]]:
-    """Yield the cases to measure, together with the video from which the frames are taken, or None for synthetic clips."""
+    """Yield the cases to measure, together with the video that the frames are taken from, or None for synthetic clips."""
     if video is None:
         yield [Case(count, *size) for count in counts for size in sizes or [SIZE]], None
         return

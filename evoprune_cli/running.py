@@ -29,7 +29,7 @@ SOME_FAILED = 6  # exit code if some items failed
 # Memory that importing torch and this package takes, in bytes. If less memory is available, no model can run.
 LIBRARIES = 2**28
 GREEDY = 1e-3  # sampling at a lower temperature is practically greedy
-# Matches the beginning of each type of file that evoprune writes. Only the beginning identifies a file, because the same words may
+# Matches the beginnings of the files that evoprune writes. Only the beginning identifies a file, because the same words may
 # also appear elsewhere in a file that evoprune did not write.
 HEADS = re.compile(
     b"|".join(

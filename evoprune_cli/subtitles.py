@@ -13,7 +13,7 @@ NO_MOMENT = "-"  # title of the chapters between moments
 
 
 def srt(moments: Iterable[Moment]) -> str:
-    """Return SRT subtitles that show the query and the score of each moment for as long as the moment lasts."""
+    """Return SRT subtitles that show each moment's query and score for as long as the moment lasts."""
     blocks = []
     for number, moment in enumerate(_in_order(moments), 1):
         times = f"{_srt_time(moment.start_s)} --> {_srt_time(moment.end_s)}"

@@ -130,7 +130,7 @@ class Attention:
         Args:
             queries: `[..., heads, L, d]`.
             keys, values: `[..., heads, n, d]`.
-            scale: The factor by which scores are multiplied. None means torch's default.
+            scale: The scale factor for the scores. None means torch's default.
 
         Returns:
             `[..., heads, L, d]`, or None if no kernel can compute this attention without a mask.

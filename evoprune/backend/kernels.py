@@ -68,7 +68,7 @@ def _standardise(
     rows, mean, variance, average, place, squares, length, still, rounding,
     width: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Standardize a block of rows, and compute the squared length of each standardized row.
+    """Standardize a block of rows, and compute the squared lengths of the standardized rows.
 
     Each channel is standardized by subtracting its mean and dividing by its standard deviation.
     """
@@ -120,7 +120,7 @@ def _tube_distances(product, half, weight, row, time, tubes, points, length, sid
 
 @triton.jit(do_not_specialize=SIZES)
 def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
-    """Select the points of a tube greedily by distance, and write the radius of each point."""
+    """Select the points of a tube greedily by distance, and write their radii."""
     tube = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, block)
     point = tl.load(tubes + tube * length + i, mask=i < length, other=points)
@@ -656,7 +656,7 @@ def rotate_into_groups(
         cos, sin: The rotary embedding, float32 `[places, 4, d]`, with the first half of the sines negated.
         place: int64 `[R]`, each row's place in its frame pair.
         heads: The number of heads.
-        keys: int64 `[K]`, the row of each key. None means that all rows are keys, in their original order.
+        keys: int64 `[K]`, the rows that serve as keys. None means that all rows are keys, in their original order.
         weight: int64 `[K]` or None. The logarithm of each key's weight is added to its attention scores by means of additional
             features (see `vision.attention.with_bias`).
 

@@ -38,7 +38,7 @@ DRIVERS = {
     "cuda": ("dev/nvidia[0-9]*", "dev/nvmap", "usr/lib/wsl/lib/libcuda.so*"),
     "hip": ("dev/kfd", "dev/dxg"),
 }
-# Matches the lines in torch's `version` module from which we learn the toolkit that torch was built with.
+# Matches the lines in torch's `version` module that reveal the toolkit that torch was built with.
 BUILT_WITH = re.compile(r"^(cuda|hip)\b[^=]*=\s*['\"]", re.MULTILINE)
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # matches values of these variables that leave at least one GPU visible

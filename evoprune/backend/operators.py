@@ -50,7 +50,7 @@ mean_rows = torch.ops.evoprune.mean_rows
 def _standard_places(
     rows: torch.Tensor, unit_to_row: torch.Tensor, projection: torch.Tensor | None, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the place of each row, which is the row after standardization, and the square of the place's length.
+    """Compute the places of rows, which are the rows after standardization, and the squares of the places' lengths.
 
     Args:
         rows: `[E, D]`.
@@ -191,7 +191,7 @@ def _tube_radii_cpu(place, half, weight, first, row, time, tubes, keep):
 
 
 def _greedy(distances: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """Return the radii of all points, float32 `[B, L]`, given distances `[B, L, L]` and `first` (`[B, L]`, -1 for padding)."""
+    """Return the radii of the points, float32 `[B, L]`, given distances `[B, L, L]` and `first` (`[B, L]`, -1 for padding)."""
     if len(first) > FEW_TUBES:
         return _greedy_together(distances, first, keep)
     return np.stack([_greedy_in_tube(*tube, keep) for tube in zip(distances, first, strict=True)])
@@ -305,7 +305,7 @@ def _mean_rows(
     Args:
         rows: `[E, D]`.
         into, row: int64 `[m]` each. Row `row[k]` contributes to mean `into[k]`.
-        weight: float32 `[m]`, the weight of each contribution. The weights of every mean must have a positive sum.
+        weight: float32 `[m]`, the weights of these contributions. Every mean's weights must have a positive sum.
         count: The number of means.
     """
     total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
@@ -399,7 +399,7 @@ def _greedy_cosine(
         unit: float32 `[N, D]`, rows of unit length.
         weight: float `[N]`, nonnegative. The score is (1 - near) * weight, rounded. None means a weight of 1.
         bonus: float32 `[N]` or None. With a bonus, the score is bonus - factor * near, rounded, and `weight` must be None.
-        factor: The factor by which `near` is multiplied in scores with a bonus.
+        factor: The factor for `near` in scores with a bonus.
         keep: The number of rows to select.
         from_nearest: Whether `near` is the cosine to the most similar other row until the first row is selected. If False, `near`
             starts at 0.
@@ -423,7 +423,7 @@ def _greedy_cosine(
 
 
 def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:
-    """Return the cosine similarity of each row to the most similar other row, float32 `[N]`, or -inf if there is only one row.
+    """Return each row's cosine similarity to the most similar other row, float32 `[N]`, or -inf if there is only one row.
 
     The rows of `unit`, `[N, D]`, must have unit length.
     """
@@ -448,8 +448,7 @@ _LIBRARY.impl("greedy_cosine", _greedy_cosine, "CompositeExplicitAutograd")
 _LIBRARY.impl("greedy_cosine", _greedy_cosine_cuda, "CUDA")
 
 
-# Reuse. For each unit, the operator finds the last frame pair in which the unit at the same place was encoded (see
-# vision/patches.py).
+# Reuse. For each unit, the operator finds the last frame pair whose unit at the same place was encoded (see vision/patches.py).
 
 # The number of blocks (7x7 or 8x8 pixels) in a unit, counting both frames, and the number of color channels.
 BLOCKS = 2 * 4**2
@@ -510,7 +509,7 @@ def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def brightness(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return the factor by which each color channel is brighter than in `reference`, float32 `[96]` (3 values, repeated per block).
+    """Return the factors by which color channels are brighter than in `reference`, float32 `[96]` (3 values, repeated per block).
 
     The factor is the median over all units, weighted by brightness. Because it is a median, it ignores changes in less than half of
     the frame. The weights suppress noise in dark regions.

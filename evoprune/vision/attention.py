@@ -157,7 +157,7 @@ def _index(x: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor 
 
 
 def first_rows(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the group of each row, int64 `[R]`, and the offsets of the groups, counted in rows, int64 `[G + 1]`."""
+    """Return each row's group, int64 `[R]`, and the offsets of the groups, counted in rows, int64 `[G + 1]`."""
     group = rows.group(scope)
     return group, torch.searchsorted(group, arange_on(rows.group_count(scope) + 1, group.device))
 
@@ -179,7 +179,7 @@ def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
-    """Divide the rows, in order, into groups of equal length, in which rows attend only to the rows of their own group."""
+    """Divide the rows, in order, into groups of equal length. Rows attend only to the rows of their own group."""
     shape = groups, len(rows) // groups
     if rows.weight is None:
         return PaddedGroups(shape)
@@ -187,7 +187,7 @@ def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
 
 
 def weight_of(weight: torch.Tensor | None, key: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the weight of each key, int64 or bool `[B, K]`, with 0 for padding, or None if all weights are equal.
+    """Return the weights of keys, int64 or bool `[B, K]`, with 0 for padding, or None if all weights are equal.
 
     Args:
         weight: int64, the weights that `key` indexes. None if they are equal.
@@ -466,7 +466,7 @@ def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGr
 
 
 def query_weight(groups: PaddedGroups, q: torch.Tensor) -> torch.Tensor:
-    """Return the weight of each query patch in the mean over queries and heads, float32 `[B, Q*4]`. `q` is `[..., heads, d]`."""
+    """Return the weights of query patches in the mean over queries and heads, float32 `[B, Q*4]`. `q` is `[..., heads, d]`."""
     if groups.valid is None:
         valid = q.new_ones(groups.shape, dtype=torch.float32)
     else:

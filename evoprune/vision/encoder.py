@@ -92,7 +92,7 @@ class Encoded:
 
     @property
     def every_size(self) -> torch.Tensor:
-        """float32 `[K]`: the weight of each token, which is `size`, or ones if `size` is None."""
+        """float32 `[K]`: the weights of the tokens, which are `size`, or ones if `size` is None."""
         if self.size is None:
             return self.features.new_ones(len(self.kept), dtype=torch.float32)
         return self.size
@@ -523,7 +523,7 @@ def _hooks(
     merge: Callable[[torch.Tensor], torch.Tensor],
     as_planned: list[torch.Tensor],
 ) -> list[Hook]:
-    """Create the hooks that the plan of a pruning method requires, in the order in which they run.
+    """Create the hooks that the plan of a pruning method requires, sorted in execution order.
 
     Args:
         merge: The patch merger.

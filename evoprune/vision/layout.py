@@ -51,7 +51,7 @@ class Geometry:
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """int64 `[H*W]`: the raster indices of all places in a frame pair, sorted in window order."""
+        """int64 `[H*W]`: the raster indices of the places in a frame pair, sorted in window order."""
         return self.window.argsort(stable=True)
 
     def groups(self, scope: Scope) -> int:
@@ -75,7 +75,7 @@ def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geo
 
 @lru_cache(maxsize=64)
 def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
-    """Return the index of each unit's window or frame pair, int64 `[T * H*W + 1]`. The last entry is an extra group for padding."""
+    """Return each unit's group, a window or a frame pair, int64 `[T * H*W + 1]`. The last entry is an extra group for padding."""
     pair = arange_on(pairs + 1, geo.device)
     place = torch.zeros_like(geo.window)
     if scope == "window":
@@ -86,7 +86,7 @@ def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the units in window order, and the rank of each unit in that order, each as int64 `[T * H*W]`."""
+    """Return the units in window order, and each unit's rank in that order, both as int64 `[T * H*W]`."""
     order = (arange_on(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
     return order, order.argsort()
 

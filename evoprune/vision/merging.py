@@ -24,8 +24,7 @@ class Merging(Hook):
         merger: The pruning method's merger, which decides which rows merge.
         left: For each merge, the number of layers after which it runs, mapped to the number of rows it leaves in each frame pair.
         tower: The properties of the vision tower.
-        as_planned: A list to which each merge appends a 0-d bool tensor, which is True if every group has its planned number of
-            rows.
+        as_planned: A list. Each merge appends a 0-d bool tensor, which is True if every group has its planned number of rows.
     """
 
     def __init__(

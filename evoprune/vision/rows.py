@@ -116,7 +116,7 @@ class Rows:
         return self.pairs * self.geometry.groups(scope)
 
     def group(self, scope: Scope) -> torch.Tensor:
-        """Return the index of each row's window or frame pair, int64 `[R]`, numbered across the whole video."""
+        """Return each row's group, a window or a frame pair, int64 `[R]`. Groups are numbered across the whole video."""
         return group_table(self.geometry, self.pairs, scope)[self.unit]
 
     def lengths(self, scope: Scope) -> torch.Tensor:
@@ -177,7 +177,7 @@ class Rows:
         return made
 
     def mean(self, x: torch.Tensor, selection: Selection) -> torch.Tensor:
-        """Compute the values of the selected units, `[K, ...]`, from the values of all rows, `x` (`[R, ...]`)."""
+        """Compute the values of the selected units, `[K, ...]`, from the rows' values `x` (`[R, ...]`)."""
         shape = len(selection.kept), *x.shape[1:]
         if not x.numel():
             return x.new_empty(shape)
@@ -260,7 +260,7 @@ def reused_units(
     counts: Sequence[int],
     unit: torch.Tensor,
 ) -> Rows:
-    """Return the rows of a video in which unchanged units reuse the rows of earlier frame pairs.
+    """Return the rows of a video whose unchanged units reuse the rows of earlier frame pairs.
 
     Only changed units have their own row. All other units are represented by the row at the same place in an earlier frame pair.
 
@@ -292,7 +292,7 @@ def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: in
     """Merge rows of `x` into the rows that stay, which become means weighted by cluster size.
 
     Args:
-        x: `[R, ...]`, the values of all rows.
+        x: `[R, ...]`, the values of the rows.
         size: int64 `[R]`, the cluster sizes.
         into: int64 `[R]`, the row into which each row merges. A row that stays has its own index.
         rows: The number of rows in the result. If fewer rows stay, the result ends with meaningless padding.

@@ -135,7 +135,7 @@ class Packing:
                 thread.join()
 
     def begin_pass(self) -> None:
-        """Record the start of a decoding pass, in which the language model computes the next token."""
+        """Record that a decoding pass starts, so the language model computes the next token."""
         self.passes += 1
         self.room = 0
         if self.passes > START_PASSES:
@@ -215,7 +215,7 @@ class PackedLinear(nn.Module):
         return not self._weights_and_final[1]
 
     def weights_for(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the weights by which to multiply `x` (`[..., in]`), which may be plain or packed. This may pack them first."""
+        """Return the plain or packed weights for a product with `x` (`[..., in]`). This may pack the weights first."""
         weights, final = self._weights_and_final
         rows = x.numel() // self.in_features
         if final or rows >= MANY_ROWS or self._packing.can_wait(weights, rows):

@@ -190,7 +190,7 @@ class Videos:
 
 
 def _show(report: Report, which: list[int], stage: str, done: int, total: int) -> None:
-    """Translate the progress of `VideoQA.encode` or `VideoQA.find` to the share of all work that is done, and report it.
+    """Convert the progress of `VideoQA.encode` or `VideoQA.find` to the finished share of the total work, and report it.
 
     Args:
         which: The number of the current input and the total number of inputs. Updated in place.

@@ -20,7 +20,7 @@ def real_streams() -> Iterator[list[int]]:
     second signal ends the process immediately.
 
     Yields:
-        The list to which signals are added as they are received.
+        A list. Signals are appended to it as they are received.
     """
     real_stdin = sys.stdin
     received: list[int] = []

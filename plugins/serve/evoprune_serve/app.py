@@ -117,7 +117,7 @@ class Server:
     async def task(self, request: Request, task: Task) -> Response:
         """Run a task for a request in the model's thread.
 
-        The response is the task's last message as JSON or, if the request asks for a stream, a stream of all its messages.
+        The response is the task's last message as JSON or, if the request asks for a stream, a stream with all messages.
         """
         deadline_s = self.deadline_s()
         async with self.asking(request, read_chat, deadline_s) as asked:
@@ -369,7 +369,7 @@ class JobStream(StreamingResponse):
 
 
 async def read_json(request: Request, count: Callable[[int], None]) -> Any:
-    """Read the JSON body of a request. `count` is called with the size of each chunk as it arrives.
+    """Read the JSON body of a request. `count` is called with each chunk's size as it arrives.
 
     Raises:
         ApiError: If the body is not valid JSON, or has an unsupported content type or encoding.
@@ -392,7 +392,7 @@ async def read_json(request: Request, count: Callable[[int], None]) -> Any:
 
 
 def client_of(request: Request) -> str:
-    """Return the IP address of a client, by which the queue tells clients apart."""
+    """Return the IP address of a client. The queue uses it to tell clients apart."""
     return request.client.host if request.client else "unknown"
 
 

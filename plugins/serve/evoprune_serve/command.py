@@ -242,7 +242,7 @@ def _loaded(
 
 
 def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
-    """Return the descriptions of all models after checking that the models fit into memory together.
+    """Return the descriptions of the models after checking that all models fit into memory together.
 
     Raises:
         OutOfMemory: If the weights of the models together do not fit into memory.

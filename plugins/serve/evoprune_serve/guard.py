@@ -1,4 +1,4 @@
-"""Checks the host, the origin, the API key and the body size of every request before the request is handled."""
+"""Middleware that checks the host, the origin, the API key and the body size of requests before they are handled."""
 
 import asyncio
 import hmac
@@ -33,7 +33,7 @@ class Access:
         hosts: The host names of the server. If the sequence is empty, any name is accepted.
         origins: Origins of web pages that may send requests, in addition to the server's own pages.
         body_bytes: Maximum size of a JSON body, in bytes.
-        bodies_bytes: Maximum total size of all JSON bodies in memory, in bytes.
+        bodies_bytes: Maximum total size of the JSON bodies in memory, in bytes.
         upload_bytes: Maximum size of an uploaded file, in bytes.
     """
 

@@ -143,7 +143,7 @@ def read_question(
 
 
 def stream_options(fields: Fields, stream: bool) -> Fields:
-    """Return the `stream_options` of a request, from which the fields that all API formats share have already been taken.
+    """Return the `stream_options` of a request after taking the fields that all API formats share.
 
     Raises:
         ApiError: If the request has `stream_options` but does not ask for a stream.

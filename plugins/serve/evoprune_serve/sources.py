@@ -132,7 +132,7 @@ class Fetched:
 
     @property
     def paths(self) -> dict[str, str]:
-        """A dictionary from the path of each file to the name that clients see instead."""
+        """A dictionary from each file's path to the name that clients see instead."""
         files = [each for each in self._inputs if isinstance(each, LocalFile)]
         files += [file for each in self._inputs if isinstance(each, LocalFrames) for file in each.files]
         return {file.path: file.name for file in files}

@@ -43,7 +43,7 @@ class Upload:
 
 
 class Uploads:
-    """A thread-safe collection of uploaded files, each of which is kept for `age_s` seconds."""
+    """A thread-safe collection of uploaded files. Each file is kept for `age_s` seconds."""
 
     def __init__(self, store: Store, age_s: float):
         self._store = store

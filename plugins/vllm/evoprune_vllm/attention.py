@@ -27,7 +27,7 @@ class BiasedRotary(nn.Module):
         rotary: The layer's original rotary embedding.
         attention: The layer's attention, whose heads have room for the bias.
         head_size: Size of a head without the bias.
-        scale: The factor by which attention multiplies the products of queries and keys.
+        scale: The scale factor that attention applies to the products of queries and keys.
     """
 
     def __init__(self, rotary: nn.Module, attention: Attention, head_size: int, scale: float):

@@ -16,7 +16,7 @@ OPTIONS = {"num_ffmpeg_threads": 0}  # default values; vLLM's TorchCodec decoder
 def decode_evoprune(
     loader_cls, data: bytes, target: VideoTargetMetadata, sampling_kwargs: dict, *, num_ffmpeg_threads: int = 0
 ) -> tuple[np.ndarray, VideoSourceMetadata, list[int], list[int]]:
-    """Decode the frames of a video that a vLLM loader selects. The interface is the same as that of vLLM's `decode_opencv`.
+    """Decode the frames of a video that a vLLM loader selects. The interface is the same as in vLLM's `decode_opencv`.
 
     Args:
         num_ffmpeg_threads: The number of cores to use. 0 means all cores that are available to this process.
@@ -66,6 +66,6 @@ def described(info: Video, count: int, stated: int) -> VideoSourceMetadata:
 
 
 def middles_of(times_s: list[float]) -> list[float]:
-    """Return the midpoint of the time span during which each frame is shown, given the start times of all frames."""
+    """Return the midpoint of each frame's display time, given the start times of the frames."""
     following = [*times_s[1:], times_s[-1]]
     return [(time + end) / 2 for time, end in zip(times_s, following, strict=True)]

@@ -1,7 +1,7 @@
 """vLLM's models, with evoprune's vision encoder in place of vLLM's.
 
 vLLM's own vision tower is never created, so the tower's weights are in memory only once. With tensor parallelism, the first process
-of each group encodes for the whole group, because processes whose results differ in the last bit could select different tokens.
+in each group encodes for the whole group, because processes whose results differ in the last bit could select different tokens.
 """
 
 from collections.abc import Iterable, Iterator
@@ -139,7 +139,7 @@ class _Pruned(SupportsMultiModalPruning):
         return loaded
 
     def embed_multimodal(self, **inputs) -> tuple[torch.Tensor, ...]:
-        """Encode the pictures and videos of a request, and return the features of each, `[tokens, hidden]`.
+        """Encode pictures and videos, and return a tensor of features for each input, `[tokens, hidden]`.
 
         The features of pruned videos have `positions.COLUMNS` additional columns.
         """

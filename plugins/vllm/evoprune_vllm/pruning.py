@@ -107,7 +107,7 @@ def encoded(
 
 
 def tokens_of(found: Encoded) -> torch.Tensor:
-    """Return the features of each token, followed by its features from the n DeepStack levels, `[K, (1 + n) * D]`."""
+    """Return each token's features, followed by its features from the n DeepStack levels, `[K, (1 + n) * D]`."""
     return _beside(found.features, found.deepstack)
 
 
