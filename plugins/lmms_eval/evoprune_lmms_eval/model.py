@@ -39,7 +39,7 @@ class Measured(TokenCounts):
 
 
 class EvoPruneQwen25VL(lmms):
-    """A model for lmms-eval, which passes the entries of `--model_args` as arguments.
+    """A model for lmms-eval, which passes the entries of its `model_args` as arguments.
 
     Args:
         pretrained: Hub ID, local folder, or `demo`.
