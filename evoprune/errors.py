@@ -13,7 +13,7 @@ USE_LESS = (
     "use fewer frames, fewer visual tokens or a lower budget: --frames, --max-visual-tokens, -b; "
     "in Python frames, max_visual_tokens, budget"
 )
-OTHER_MODELS = "to prune a model you loaded: evoprune.EvoPrune(budget=0.1)(model)"  # hint
+OTHER_MODELS = "to prune a model you loaded: evoprune.EvoPrune(budget=0.1)(model)"  # hint for callers who pass a Hugging Face model
 # Regular expressions that match out-of-memory messages. They are needed because torch, oneDNN, CUDA, C++, Python threads and the
 # dynamic linker report such failures with generic exception types.
 NO_MEMORY = (

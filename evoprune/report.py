@@ -97,7 +97,7 @@ WARNINGS = {
     "--model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
 NOTES = ("hdr_video", "interlaced_video", "other_tracks", "sound_ignored")  # warnings that usually need no action
-# English words which suggest that a question is about sound.
+# English words that suggest that a question is about sound.
 ABOUT_SOUND = re.compile(
     r"\b(say(s|ing)?|said|speak(s|ing|er|ers)?|spoken?|speech|talk(s|ed|ing)?|voices?|hear(s|d|ing)?|listen(s|ed|ing)?|sounds?"
     r"|sing(s|ing|er)?|sang|songs?|music|audio|nois(e|es|y)|loud(ly|er)?)\b",
@@ -154,7 +154,7 @@ class Pruning:
         encoder_live_share: Share of the encoder's work that was actually computed, averaged over its layers, from 0 to 1.
         layers: A pair for each layer of the tower: the layer's number, and the number of rows that it computed.
         kept_per_pair: Number of tokens that were kept in each frame pair.
-        positions: Who computes the positions of the kept tokens: "qwen" (this project) or "host" (the Hugging Face model).
+        positions: Which code computes the positions of the kept tokens: "qwen" (evoprune) or "host" (the Hugging Face model).
         language_layers: A pair for each layer of the language model: the layer's number, and the number of visual tokens that it
             read. None unless the method drops tokens inside the language model.
         language_work: Like `language_layers`, but with separate counts for keys and values, for queries and output, and for the

@@ -1,4 +1,4 @@
-"""Read JSON files that cannot be trusted: parse them strictly, and check every value against a rule.
+"""Reads JSON files that cannot be trusted: parses them strictly, and checks every value against a rule.
 
 A model's folder is not trusted any more than a video is. Every value that evoprune uses has a rule, so a bad value is reported as
 soon as it is read and cannot cause a crash or an endless loop later. The rules are annotations on dataclass fields, and `pick`

@@ -220,7 +220,7 @@ def harmless(text: str) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Return True if a string is valid text: no NUL characters (as in UTF-16) and no lone surrogates (from stray bytes)."""
+    """Return True if a string contains neither NUL characters (as in UTF-16) nor lone surrogates (from stray bytes)."""
     return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -233,10 +233,10 @@ def without_tags(question: str) -> str:
 
 
 def check_text(*texts: str | None) -> None:
-    """Check that questions and system prompts are valid text. None is accepted too.
+    """Check that questions and system prompts are valid text. None values are ignored.
 
     Raises:
-        UsageError: If one of them is not valid text.
+        UsageError: If a text is not valid.
     """
     if not all(is_text(text) for text in texts if text):
         raise UsageError("the question or the system prompt is not valid text", "encode it as UTF-8")
@@ -387,7 +387,7 @@ def check_known(given: Iterable[str], *declared: type) -> None:
     """Check that every keyword is a field of one of the dataclasses in `declared`.
 
     Raises:
-        TypeError: If a keyword is not. The message lists the known options.
+        TypeError: If a keyword is unknown. The message lists the known options.
     """
     known = [f.name for group in declared for f in fields(group)]
     if unknown := [name for name in given if name not in known]:

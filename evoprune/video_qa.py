@@ -61,7 +61,7 @@ Shape = TypeVar("Shape")  # the class that the caller passed as `schema`
 class VideoQA(Uncopied):
     """A loaded model with a budget and a pruning method, ready to answer questions about videos. Create one with `VideoQA.load`.
 
-    `VideoQA` computes in the dtype in which the model was loaded, even inside a torch autocast region.
+    `VideoQA` always computes in the dtype that the model was loaded with, even inside a torch autocast region.
 
     To process many videos, use `evoprune.batch.answers`, or write your own loop with `in_flight` (session/upcoming.py). Both read
     the next videos while the current one is being answered.

@@ -342,9 +342,9 @@ def is_host(device: torch.device) -> bool:
 
 
 def accelerator() -> str | None:
-    """Return the kind of accelerator that torch supports with streams and events, or None if there is none.
+    """Return the kind of accelerator that torch uses on this machine, such as "cuda", or None if there is none.
 
-    Copies from pinned memory to such an accelerator are asynchronous.
+    It supports streams and events, and copies from pinned memory to it are asynchronous.
     """
     device = torch.accelerator.current_accelerator()
     return device and device.type

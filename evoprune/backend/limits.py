@@ -1,4 +1,4 @@
-"""Find out how many cores, how much memory and which devices this process may use. This module does not import torch.
+"""Finds out how many cores, how much memory and which devices this process may use. Does not import torch.
 
 Containers limit cores and memory with control groups (cgroups v1, v2, or both). A limit applies to a control group and to all
 groups nested in it. If the file for a limit is missing from a group's folder, the group does not set that limit.

@@ -511,8 +511,8 @@ def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def brightness(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return the factors by which color channels are brighter than in `reference`, float32 `[96]` (3 values, repeated per block).
 
-    The factor is the median over all units, weighted by brightness. Because it is a median, it ignores changes in less than half of
-    the frame. The weights suppress noise in dark regions.
+    Each factor is the median over all units, weighted by brightness. Because it is a median, it ignores changes in less than half
+    of the frame. The weights suppress noise in dark regions.
     """
     now, then = (x.view(len(x), BLOCKS, CHANNELS).mean(1) for x in (means, reference))
     ratio, order = (now / then.clamp(min=1e-3)).sort(0)

@@ -82,7 +82,7 @@ class PaddedGroups:
 
     @cached_property
     def valid(self) -> torch.Tensor | None:
-        """bool `[B, Q]`: False for query rows that are padding. None if there is no padding."""
+        """Mask of the query rows, bool `[B, Q]`, which is False for padding. None if there is no padding."""
         if self.back is None:
             return self.inside
         row = torch.ones_like(self.back[0], dtype=torch.bool)
@@ -90,7 +90,7 @@ class PaddedGroups:
 
     @cached_property
     def bias(self) -> torch.Tensor | None:
-        """float32 `[B, 1, 1, K*4]`: the log of each key patch's weight, which is added to attention scores. None if all are 0."""
+        """The log of each key patch's weight, float32 `[B, 1, 1, K*4]`, to add to attention scores. None if all are 0."""
         if self.weight is None:
             return None
         return self.weight.float().log().repeat_interleave(PATCHES, dim=1)[:, None, None]

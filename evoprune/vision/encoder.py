@@ -92,14 +92,14 @@ class Encoded:
 
     @property
     def every_size(self) -> torch.Tensor:
-        """float32 `[K]`: the weights of the tokens, which are `size`, or ones if `size` is None."""
+        """Weights of the tokens, float32 `[K]`. These are `size`, or ones if `size` is None."""
         if self.size is None:
             return self.features.new_ones(len(self.kept), dtype=torch.float32)
         return self.size
 
     @property
     def every_feature(self) -> torch.Tensor:
-        """`[(1 + n) K, D]`: the tokens, followed by their DeepStack features."""
+        """The tokens, followed by their DeepStack features, `[(1 + n) K, D]`."""
         if self.deepstack is None:
             return self.features
         return torch.cat([self.features, *self.deepstack])
@@ -272,7 +272,7 @@ def encode_rows(visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **op
 
 
 class EncoderRun:
-    """Encodes a single video, and holds the state that this requires.
+    """Encodes a single video, and holds the state of the encoding process.
 
     Args:
         visual, plan: See `encode_rows`.

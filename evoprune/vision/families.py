@@ -108,7 +108,7 @@ def merge_patches(visual, x: torch.Tensor, number: int | None = None) -> torch.T
 
     If `number` is not None, the rows come from an inner layer, and the DeepStack merger with this index is used instead. The
     language model adds that merger's output after its own layer with the same index. Some model families apply the merger's norm to
-    each patch, others to the concatenated patches, which can be told from the width of the norm.
+    each patch, and others to the concatenated patches. The width of the norm shows which is the case.
     """
     merger = visual.merger
     if number is not None:

@@ -44,14 +44,14 @@ class Geometry:
 
     @cached_property
     def window(self) -> torch.Tensor:
-        """int64 `[H*W]`: for each place in a frame pair, the index of its window. Windows are numbered in raster order."""
+        """The window that contains each place in a frame pair, int64 `[H*W]`. Windows are numbered in raster order."""
         y = arange_on(self.height, self.device) // self.side
         x = arange_on(self.width, self.device) // self.side
         return (y[:, None] * -(-self.width // self.side) + x).flatten()
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """int64 `[H*W]`: the raster indices of the places in a frame pair, sorted in window order."""
+        """The raster indices of the places in a frame pair, sorted in window order, int64 `[H*W]`."""
         return self.window.argsort(stable=True)
 
     def groups(self, scope: Scope) -> int:
@@ -63,7 +63,7 @@ class Geometry:
         return self.largest_window if scope == "window" else self.units
 
     def even(self, scope: Scope) -> bool:
-        """Return True if all groups of this scope have the same number of units, as frame pairs always do."""
+        """Return True if all groups of this scope have the same number of units. This is always true for frame pairs."""
         return self.groups(scope) * self.largest(scope) == self.units
 
 

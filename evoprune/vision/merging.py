@@ -22,7 +22,7 @@ class Merging(Hook):
 
     Args:
         merger: The pruning method's merger, which decides which rows merge.
-        left: For each merge, the number of layers after which it runs, mapped to the number of rows it leaves in each frame pair.
+        left: Maps the number of layers after which a merge runs to the number of rows that the merge leaves in each frame pair.
         tower: The properties of the vision tower.
         as_planned: A list. Each merge appends a 0-d bool tensor, which is True if every group has its planned number of rows.
     """

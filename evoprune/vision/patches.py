@@ -118,7 +118,7 @@ def scan(
     Args:
         means: float32 `[T, units, 96]`, the result of `patch_means` for at least one frame pair.
         references: The state after the previous piece. None for the first piece.
-        threshold: The smallest difference that counts as a change, on a scale of 255. With 0, all units are encoded.
+        threshold: The smallest difference that is treated as a change, on a scale of 255. With 0, all units are encoded.
 
     Returns:
         int64 `[T, units]`, the frame pair whose row represents each unit. For a unit that has to be encoded, this is the unit's own

@@ -22,7 +22,7 @@ WIDTH = {reach: width for width, reach in enumerate(("place", "window", "pair", 
 
 
 class Aside(Protocol):
-    """The rows of a video that a hook has set aside, and that are added again after the last layer."""
+    """Rows of a video that a hook has set aside, and that are added back after the last layer."""
 
     # int64, the rows that layers compute. All other rows are used only as keys and values. None if layers compute all rows.
     active: torch.Tensor | None
@@ -63,7 +63,7 @@ class Rows:
 
     @property
     def active(self) -> torch.Tensor | None:
-        """int64: the indices of the rows that layers compute, or None if layers compute all rows. See `Aside`."""
+        """The indices (int64) of the rows that layers compute, or None if layers compute all rows. See `Aside`."""
         return None if self.aside is None else self.aside.active
 
     @property
@@ -75,24 +75,24 @@ class Rows:
 
     @cached_property
     def size(self) -> torch.Tensor:
-        """int64 `[R]`: the cluster size of each row, which is the number of units that it represents."""
+        """Each row's cluster size, int64 `[R]`, which is the number of units that the row represents."""
         sizes = torch.zeros(len(self) + 1, dtype=torch.int64, device=self.unit_to_row.device)
         row = torch.where(self.unit_to_row >= 0, self.unit_to_row, len(self)).clamp(max=len(self))
         return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
 
     @property
     def weight(self) -> torch.Tensor | None:
-        """int64 `[R]`: each row's weight as an attention key, for groups that do not mix (see `mixes`). None if all are equal."""
+        """Each row's weight as an attention key, int64 `[R]`, in groups that do not mix (see `mixes`). None if all are equal."""
         return self.size if self.size_bias else None
 
     @cached_property
     def place(self) -> torch.Tensor:
-        """int64 `[R]`: each row's raster index inside its frame pair."""
+        """Each row's raster index inside its frame pair, int64 `[R]`."""
         return self.unit % self.geometry.units
 
     @cached_property
     def pair_of_row(self) -> torch.Tensor:
-        """int64 `[R + P]`: the frame pair of each row, or -1 for the P rows of the previous segment."""
+        """Each row's frame pair, int64 `[R + P]`, or -1 for the P rows of the previous segment."""
         return F.pad(self.unit // self.geometry.units, (0, self.geometry.units), value=-1)
 
     @cached_property

@@ -83,7 +83,7 @@ class Packing:
         _replace_layers(model, None)
 
     def later(self, model: nn.Module) -> None:
-        """Make the linear layers inside `model` wait for packing. Small layers are packed immediately.
+        """Schedule the linear layers inside `model` for packing, except for small layers, which are packed immediately.
 
         Layers with hooks are not changed. The schedule is stored in the model (see `of`).
         """
@@ -206,12 +206,12 @@ class PackedLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes that the layer holds in addition to its parameters."""
+        """Memory that the layer uses in addition to its parameters, in bytes."""
         return self._weights_and_final[0].numel() * self._weights_and_final[0].element_size()
 
     @property
     def waits(self) -> bool:
-        """Whether the weights are not packed yet but will be later."""
+        """Whether the layer still uses plain weights that will be packed later."""
         return not self._weights_and_final[1]
 
     def weights_for(self, x: torch.Tensor) -> torch.Tensor:
