@@ -136,7 +136,7 @@ class Server:
 
     @asynccontextmanager
     async def asking(self, request: Request, read: Read, deadline_s: float) -> "AsyncIterator[Asked]":
-        """Parse a request, queue a job for it, fetch its files, and yield it. An exception inside the context cancels the job."""
+        """Parse a request, queue a job, fetch its files, and yield the request. An exception in the context cancels the job."""
         job = None
         try:
             with self.bodies.room(client_of(request)) as room:

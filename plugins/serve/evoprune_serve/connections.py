@@ -16,7 +16,7 @@ class Connection(H11Protocol):
 
     There are at most `most` connections, and at most `share` connections from one client address. If a new connection exceeds one
     of these limits, an idle connection, which has no request in progress, is closed. If the client has more than its share, this is
-    the client's connection that has been idle for longest. Otherwise, it is the longest idle connection of the client with the most
+    the client's longest idle connection. Otherwise, it is the longest idle connection of the client with the most
     connections. If no connection is idle, the new connection is rejected.
 
     For the first request, the time limit starts when the connection opens. For later requests, it starts with the first byte. If no

@@ -108,7 +108,7 @@ class Page:
         )
 
     async def units(self, request: Request) -> Response:
-        """Respond with what pruning did to each unit of a video, and with the encoding and prefill times."""
+        """Respond with the effect of pruning on each unit of a video, and with the encoding and prefill times."""
         return await self._server.task(request, self._tell_units)
 
     async def moments(self, request: Request) -> Response:

@@ -57,7 +57,7 @@ class Processor:
     """Mixin for vLLM's processors. For an invalid option in a request, it raises a ValueError that vLLM shows to the client."""
 
     def apply(self, inputs, timing_ctx):
-        """Return the prompt with placeholders.
+        """Run vLLM's processor, and check that the prompt does not end with a video.
 
         Raises:
             ValueError: If the prompt ends with a video. The positions of generated tokens would then be unknown, because they
